@@ -1,0 +1,393 @@
+//! The names of things, each parsed once where it enters (configuration, command line, wire alike).
+//!
+//! Inside the daemon there are no `String` identifiers to swap: a value of these types is valid by construction, has
+//! one text form, and that form is what logs, files and the wire carry.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+/// Why a name was refused. The message says what a valid one looks like.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct NameError(String);
+
+impl NameError {
+    fn new(message: impl Into<String>) -> Self {
+        Self(message.into())
+    }
+}
+
+/// The unique chip identifier from the chip's ROM: opaque, 8 to 64 bytes, shown in lower-case hex.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ChipId(Vec<u8>);
+
+impl ChipId {
+    /// Fewest bytes of a chip identifier.
+    pub const MIN_LEN: usize = 8;
+    /// Most bytes of a chip identifier.
+    pub const MAX_LEN: usize = 64;
+
+    /// Accepts 8 to 64 bytes.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, NameError> {
+        if (Self::MIN_LEN..=Self::MAX_LEN).contains(&bytes.len()) {
+            Ok(Self(bytes.to_vec()))
+        } else {
+            Err(NameError::new(format!(
+                "a chip ID has {} to {} bytes, this one has {}",
+                Self::MIN_LEN,
+                Self::MAX_LEN,
+                bytes.len()
+            )))
+        }
+    }
+
+    /// The bytes as the chip's ROM holds them.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl FromStr for ChipId {
+    type Err = NameError;
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        let bytes = hex::decode(text).map_err(|e| NameError::new(format!("a chip ID is written in hex: {e}")))?;
+        Self::from_bytes(&bytes)
+    }
+}
+
+impl fmt::Display for ChipId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&hex::encode(&self.0))
+    }
+}
+
+/// The device identity that the certificate binds to the chip. One canonical text form each, as shown.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum DeviceIdentity {
+    /// `imei:490154203237518`: 15 digits, the last of them the Luhn check digit (3GPP TS 23.003 §6.2.1).
+    Imei(Imei),
+    /// `meid:a0000000002329`: 14 hex digits, lower case, the first not below `a` (3GPP2 S.R0048-A).
+    Meid(String),
+    /// `eui48:0123456789ab`: 12 hex digits, lower case, no separators.
+    Eui48([u8; 6]),
+    /// `eui64:0123456789abcdef`: 16 hex digits, lower case, no separators.
+    Eui64([u8; 8]),
+    /// `serial:SN-0001`: 1 to 64 characters of ASN.1 PrintableString (X.520 `serialNumber`).
+    Serial(String),
+}
+
+/// An IMEI whose length and check digit are right.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Imei(String);
+
+impl Imei {
+    /// The type allocation code: the first 8 digits.
+    pub fn tac(&self) -> &str {
+        &self.0[..8]
+    }
+
+    /// The serial number within the TAC: digits 9 to 14.
+    pub fn snr(&self) -> &str {
+        &self.0[8..14]
+    }
+
+    /// All 15 digits.
+    pub fn digits(&self) -> &str {
+        &self.0
+    }
+
+    /// The Luhn check digit of 14 digits (3GPP TS 23.003 Annex B); `None` unless there are exactly 14 digits.
+    pub fn check_digit(first_14: &str) -> Option<u8> {
+        if first_14.len() != 14 || !first_14.bytes().all(|b| b.is_ascii_digit()) {
+            return None;
+        }
+        let sum: u32 = first_14
+            .bytes()
+            .enumerate()
+            .map(|(i, b)| {
+                let digit = u32::from(b - b'0') * if i % 2 == 1 { 2 } else { 1 };
+                digit / 10 + digit % 10
+            })
+            .sum();
+        u8::try_from((10 - sum % 10) % 10).ok()
+    }
+}
+
+impl DeviceIdentity {
+    /// The kind, as the canonical form starts: `imei`, `meid`, `eui48`, `eui64` or `serial`.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Imei(_) => "imei",
+            Self::Meid(_) => "meid",
+            Self::Eui48(_) => "eui48",
+            Self::Eui64(_) => "eui64",
+            Self::Serial(_) => "serial",
+        }
+    }
+
+    /// The part after the colon of the canonical form.
+    pub fn value(&self) -> String {
+        match self {
+            Self::Imei(imei) => imei.0.clone(),
+            Self::Meid(text) | Self::Serial(text) => text.clone(),
+            Self::Eui48(bytes) => hex::encode(bytes),
+            Self::Eui64(bytes) => hex::encode(bytes),
+        }
+    }
+}
+
+impl fmt::Display for DeviceIdentity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.kind(), self.value())
+    }
+}
+
+impl FromStr for DeviceIdentity {
+    type Err = NameError;
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        let (kind, value) = text.split_once(':').ok_or_else(|| {
+            NameError::new("a device identity is written kind:value, for example imei:490154203237518")
+        })?;
+        match kind {
+            "imei" => parse_imei(value).map(Self::Imei),
+            "meid" => parse_meid(value).map(Self::Meid),
+            "eui48" => parse_hex_exact(value, "an EUI-48").map(Self::Eui48),
+            "eui64" => parse_hex_exact(value, "an EUI-64").map(Self::Eui64),
+            "serial" => parse_serial(value).map(Self::Serial),
+            _ => Err(NameError::new("the kind of a device identity is imei, meid, eui48, eui64 or serial")),
+        }
+    }
+}
+
+fn parse_imei(value: &str) -> Result<Imei, NameError> {
+    if value.len() != 15 || !value.bytes().all(|b| b.is_ascii_digit()) {
+        return Err(NameError::new("an IMEI has exactly 15 digits, the check digit included"));
+    }
+    let expected = Imei::check_digit(&value[..14]);
+    if expected.map(|d| d + b'0') != value.bytes().last() {
+        return Err(NameError::new("the IMEI's last digit is not the Luhn check digit of the 14 before it"));
+    }
+    Ok(Imei(value.to_owned()))
+}
+
+fn parse_meid(value: &str) -> Result<String, NameError> {
+    let lower = value.to_ascii_lowercase();
+    let hex_digits = lower.len() == 14 && lower.bytes().all(|b| b.is_ascii_hexdigit());
+    if !hex_digits || lower.as_bytes()[0] < b'a' {
+        return Err(NameError::new("a MEID has 14 hex digits, the first from a to f"));
+    }
+    Ok(lower)
+}
+
+fn parse_hex_exact<const N: usize>(value: &str, what: &str) -> Result<[u8; N], NameError> {
+    let mut bytes = [0; N];
+    hex::decode_to_slice(value, &mut bytes)
+        .map_err(|_| NameError::new(format!("{what} has exactly {} hex digits without separators", 2 * N)))?;
+    Ok(bytes)
+}
+
+fn parse_serial(value: &str) -> Result<String, NameError> {
+    let printable = |b: u8| b.is_ascii_alphanumeric() || b" '()+,-./:=?".contains(&b);
+    if (1..=64).contains(&value.len()) && value.bytes().all(printable) {
+        Ok(value.to_owned())
+    } else {
+        Err(NameError::new(
+            "a serial has 1 to 64 characters of PrintableString: letters, digits, space and '()+,-./:=?",
+        ))
+    }
+}
+
+/// Names that people give: lower-case letters, digits, `-`, `_` and `.`, parts separated by `/` where allowed.
+fn check_given_name(text: &str, what: &str, separators: bool) -> Result<(), NameError> {
+    let part_ok = |part: &str| {
+        !part.is_empty()
+            && part.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-_.".contains(&b))
+            && part.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric())
+    };
+    let ok = text.len() <= 64 && if separators { text.split('/').all(part_ok) } else { part_ok(text) };
+    if ok {
+        return Ok(());
+    }
+    let slash = if separators { ", parts separated by /" } else { "" };
+    Err(NameError::new(format!(
+        "a {what} has 1 to 64 characters: lower-case letters, digits, - _ . and starts with a letter or digit{slash}"
+    )))
+}
+
+macro_rules! given_name {
+    ($(#[$doc:meta])* $name:ident, $what:literal, separators: $separators:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub struct $name(String);
+
+        impl $name {
+            /// The name as it was given.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = NameError;
+            fn from_str(text: &str) -> Result<Self, NameError> {
+                check_given_name(text, $what, $separators)?;
+                Ok(Self(text.to_owned()))
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+    };
+}
+
+given_name!(
+    /// The name of a station, `line-3/a` say; the part after `spp://station/` in its certificate.
+    StationName, "station name", separators: true
+);
+given_name!(
+    /// The name of an officer; the part after `spp://officer/` in the certificate.
+    OfficerName, "officer name", separators: true
+);
+given_name!(
+    /// The name of a profile: what a product gets.
+    ProfileName, "profile name", separators: false
+);
+given_name!(
+    /// The name of a key in the HSM: its `CKA_LABEL`, unique on the token for its object class.
+    KeyName, "key name", separators: false
+);
+
+/// One device's way through the processing point: 16 random octets of the HSM, shown in lower-case hex.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SessionId([u8; 16]);
+
+impl SessionId {
+    /// Octets of a session identifier.
+    pub const LEN: usize = 16;
+
+    /// Accepts exactly 16 octets.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, NameError> {
+        bytes.try_into().map(Self).map_err(|_| {
+            NameError::new(format!("a session ID has exactly {} bytes, this one has {}", Self::LEN, bytes.len()))
+        })
+    }
+
+    /// The octets.
+    pub const fn as_bytes(&self) -> &[u8; 16] {
+        &self.0
+    }
+}
+
+impl FromStr for SessionId {
+    type Err = NameError;
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        parse_hex_exact(text, "a session ID").map(Self)
+    }
+}
+
+impl fmt::Display for SessionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&hex::encode(self.0))
+    }
+}
+
+/// Names are shown and stored as their text form.
+macro_rules! text_form {
+    ($($name:ty),+) => {$(
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                fmt::Display::fmt(self, f)
+            }
+        }
+        impl Serialize for $name {
+            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.collect_str(self)
+            }
+        }
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+            }
+        }
+    )+};
+}
+text_form!(ChipId, DeviceIdentity, StationName, OfficerName, ProfileName, KeyName, SessionId);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn an_imei_needs_fifteen_digits_and_the_right_check_digit() {
+        assert!("imei:490154203237518".parse::<DeviceIdentity>().is_ok());
+        for wrong in ["imei:490154203237517", "imei:49015420323751", "imei:4901542032375180", "imei:49015420323751x"] {
+            assert!(wrong.parse::<DeviceIdentity>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn an_imei_has_a_tac_and_a_serial_number() {
+        let Ok(DeviceIdentity::Imei(imei)) = "imei:490154203237518".parse() else { unreachable!() };
+        assert_eq!((imei.tac(), imei.snr()), ("49015420", "323751"));
+    }
+
+    #[test]
+    fn each_identity_has_one_text_form() {
+        for (given, canonical) in [
+            ("meid:A0000000002329", "meid:a0000000002329"),
+            ("eui48:0123456789AB", "eui48:0123456789ab"),
+            ("eui64:0123456789ABCDEF", "eui64:0123456789abcdef"),
+            ("serial:SN-0001/A", "serial:SN-0001/A"),
+        ] {
+            assert_eq!(given.parse::<DeviceIdentity>().map(|i| i.to_string()), Ok(canonical.to_owned()));
+        }
+        for wrong in ["", "imei", "mac:00", "eui48:01:23:45:67:89:ab", "serial:", "serial:a@b", "meid:10000000002329"] {
+            assert!(wrong.parse::<DeviceIdentity>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_chip_id_has_eight_to_sixty_four_bytes() {
+        assert!(ChipId::from_bytes(&[1; 7]).is_err());
+        assert!(ChipId::from_bytes(&[1; 8]).is_ok());
+        assert!(ChipId::from_bytes(&[1; 64]).is_ok());
+        assert!(ChipId::from_bytes(&[1; 65]).is_err());
+    }
+
+    #[test]
+    fn only_station_and_officer_names_have_parts() {
+        assert!("line-3/a".parse::<StationName>().is_ok());
+        for wrong in ["", "/a", "a/", "a//b", "A", "a b", "../x", "-a"] {
+            assert!(wrong.parse::<StationName>().is_err(), "{wrong}");
+        }
+        assert!("a/b".parse::<ProfileName>().is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_printed_is_parsed_back(bytes in proptest::collection::vec(any::<u8>(), 8..=64)) {
+            let chip = ChipId::from_bytes(&bytes).unwrap();
+            prop_assert_eq!(chip.to_string().parse::<ChipId>().unwrap(), chip);
+        }
+
+        #[test]
+        fn any_identity_that_parses_is_stable(text in "(imei|meid|eui48|eui64|serial):[ -~]{0,70}") {
+            if let Ok(identity) = text.parse::<DeviceIdentity>() {
+                prop_assert_eq!(identity.to_string().parse::<DeviceIdentity>().unwrap(), identity);
+            }
+        }
+
+        #[test]
+        fn every_wrong_check_digit_is_refused(first in "[0-9]{14}", wrong in 0u8..10) {
+            let right = Imei::check_digit(&first).unwrap();
+            let parsed = format!("imei:{first}{wrong}").parse::<DeviceIdentity>();
+            prop_assert_eq!(parsed.is_ok(), wrong == right);
+        }
+    }
+}

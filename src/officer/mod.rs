@@ -1,0 +1,1 @@
+//! What security officers do.

@@ -1,0 +1,186 @@
+//! The journal: durable steps of a session, each handing out the proof that the next one needs.
+
+use std::sync::Arc;
+
+use super::session::{ReserveError, Session, SessionCounts, SessionState, StateName, StateStore, WrappedKey};
+use super::{PublicationReceipt, StoreError};
+use crate::names::{ChipId, DeviceIdentity, SessionId};
+
+/// The state store as the stories see it.
+#[derive(Clone)]
+pub struct Journal(Arc<dyn StateStore>);
+
+/// Proof that a certificate is about to be signed and that the journal knows it: the one thing that allows the signature.
+#[derive(Debug)]
+pub struct Intent(Session);
+
+/// A signature made for an intent, not yet journaled. It goes to [`Journal::issue`] and nowhere else.
+#[derive(Debug)]
+pub struct Signed {
+    session: Session,
+    certificate: Vec<u8>,
+}
+
+/// A session whose certificate is signed and journaled: it may be delivered, completed or aborted.
+#[derive(Debug)]
+pub struct Issued {
+    session: Session,
+    certificate: Vec<u8>,
+}
+
+/// A session whose record is public and journaled as such; its key pair waits to be erased.
+#[derive(Debug)]
+pub struct Published(Session);
+
+/// A session that may still be given up.
+#[derive(Debug)]
+pub enum Abortable {
+    /// Nothing is signed, or no signature was recorded.
+    Intent(Intent),
+    /// Signed, not published.
+    Issued(Issued),
+}
+
+impl Intent {
+    /// The session, in state Reserved.
+    pub const fn session(&self) -> &Session {
+        &self.0
+    }
+
+    /// The intent is fulfilled: it is used up, so that nothing is signed twice for it.
+    pub fn signed(self, certificate: Vec<u8>) -> Signed {
+        Signed { session: self.0, certificate }
+    }
+}
+
+impl Issued {
+    /// The session, in state Issued.
+    pub const fn session(&self) -> &Session {
+        &self.session
+    }
+
+    /// The certificate as it is delivered.
+    pub fn certificate(&self) -> &[u8] {
+        &self.certificate
+    }
+}
+
+impl Published {
+    /// The session, in state Published.
+    pub const fn session(&self) -> &Session {
+        &self.0
+    }
+}
+
+impl Journal {
+    /// Stands before an engine.
+    pub fn new(engine: Arc<dyn StateStore>) -> Self {
+        Self(engine)
+    }
+
+    /// Step 4, intend. Once this returns, a crash finds the session with its keys and the octets to be signed.
+    pub async fn intend(&self, session: Session, key: Option<WrappedKey>) -> Result<Intent, ReserveError> {
+        debug_assert_eq!(session.state, SessionState::Reserved);
+        self.0.reserve(&session, key.as_ref()).await?;
+        Ok(Intent(session))
+    }
+
+    /// Step 6, issue. Once this returns, the certificate may leave: every repeat delivers this one.
+    pub async fn issue(&self, signed: Signed) -> Result<Issued, StoreError> {
+        let Signed { session, certificate } = signed;
+        let to = SessionState::Issued { certificate: certificate.clone() };
+        let session = self.0.advance(&session.id, StateName::Reserved, to).await?;
+        Ok(Issued { session, certificate })
+    }
+
+    /// Notes the publication. The receipt names the session, so it cannot be another one's.
+    pub async fn publish(&self, receipt: &PublicationReceipt) -> Result<Published, StoreError> {
+        let to = SessionState::Published { publication: receipt.publication() };
+        self.0.advance(&receipt.session(), StateName::Issued, to).await.map(Published)
+    }
+
+    /// Removes the key pair from the secret store. Consumes the proof that the record is public.
+    pub async fn erase(&self, receipt: PublicationReceipt) -> Result<Session, StoreError> {
+        let to = SessionState::Erased { publication: receipt.publication() };
+        self.0.advance(&receipt.session(), StateName::Published, to).await
+    }
+
+    /// Gives a session up and destroys its key pair.
+    pub async fn abort(&self, session: Abortable, at: u64, reason: String) -> Result<Session, StoreError> {
+        let (id, from) = match session {
+            Abortable::Intent(intent) => (intent.0.id, StateName::Reserved),
+            Abortable::Issued(issued) => (issued.session.id, StateName::Issued),
+        };
+        self.0.advance(&id, from, SessionState::Aborted { at, reason }).await
+    }
+
+    /// A session by name, taken up in the state the journal has.
+    pub async fn take_up(&self, id: &SessionId) -> Result<Option<TakenUp>, StoreError> {
+        Ok(self.0.session(id).await?.map(TakenUp::of))
+    }
+
+    /// The newest session of a chip, taken up in the state the journal has.
+    pub async fn take_up_chip(&self, chip: &ChipId) -> Result<Option<TakenUp>, StoreError> {
+        Ok(self.0.session_of_chip(chip).await?.map(TakenUp::of))
+    }
+
+    /// The session that holds an identity, to name it in a refusal.
+    pub async fn session_of_identity(&self, identity: &DeviceIdentity) -> Result<Option<Session>, StoreError> {
+        self.0.session_of_identity(identity).await
+    }
+
+    /// The wrapped key pair of a session.
+    pub async fn wrapped_key(&self, session: &SessionId) -> Result<Option<WrappedKey>, StoreError> {
+        self.0.wrapped_key(session).await
+    }
+
+    /// All sessions that are not final, oldest first.
+    pub async fn unfinished(&self) -> Result<Vec<TakenUp>, StoreError> {
+        Ok(self.0.unfinished().await?.into_iter().map(TakenUp::of).collect())
+    }
+
+    /// Sessions by state.
+    pub async fn counts(&self) -> Result<SessionCounts, StoreError> {
+        self.0.counts().await
+    }
+
+    /// Free octets and the floor.
+    pub fn room(&self) -> Result<(u64, u64), StoreError> {
+        self.0.room()
+    }
+}
+
+/// A journaled session, taken up again as the proof that its state is.
+#[derive(Debug)]
+pub enum TakenUp {
+    /// Intended, no signature recorded.
+    Intent(Intent),
+    /// Issued.
+    Issued(Issued),
+    /// Published, not erased.
+    Published(Published),
+    /// Erased or aborted.
+    Final(Session),
+}
+
+impl TakenUp {
+    /// The session.
+    pub const fn session(&self) -> &Session {
+        match self {
+            Self::Intent(Intent(session))
+            | Self::Issued(Issued { session, .. })
+            | Self::Published(Published(session))
+            | Self::Final(session) => session,
+        }
+    }
+
+    /// What the journal said of this session. Only the journal calls it, with what the engine gave.
+    fn of(session: Session) -> Self {
+        match session.state.clone() {
+            SessionState::Reserved => Self::Intent(Intent(session)),
+            SessionState::Issued { certificate } => Self::Issued(Issued { session, certificate }),
+            SessionState::Published { .. } => Self::Published(Published(session)),
+            SessionState::Erased { .. } | SessionState::Aborted { .. } => Self::Final(session),
+        }
+    }
+}

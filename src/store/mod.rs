@@ -1,0 +1,67 @@
+//! What must outlive the process: the state store (private) and the public database (permanent, append-only).
+//!
+//! The engines know no proofs. [`Journal`] and [`Registry`] stand before them and hand out the proofs by value:
+//! no [`Intent`] without a journaled reservation, no [`PublicationReceipt`] without a durable publication. Their
+//! constructors are private to this room, so a signature or an erasure without its proof does not compile.
+
+mod journal;
+mod public;
+mod record;
+mod session;
+mod sled;
+
+pub use journal::{Abortable, Intent, Issued, Journal, Published, Signed, TakenUp};
+pub use public::{PublicDatabase, Publication, PublicationReceipt, PublishError, Registry, Taken};
+pub use record::{DeviceRecord, RecordError};
+pub use self::sled::{SledOptions, SledPublicDatabase, SledStateStore};
+pub use session::{
+    CertificateToSign, MasterKeyUse, ReserveError, Session, SessionCounts, SessionState, StateName, StateStore, WrappedKey,
+};
+
+/// A store could not do what was asked. What was acknowledged before still stands.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The disk has less room than the configured floor; nothing was written.
+    #[error("{store}: only {free} bytes are free, new devices need {floor}; make room on the disk")]
+    Full {
+        /// Which store.
+        store: &'static str,
+        /// Free octets now.
+        free: u64,
+        /// The configured floor.
+        floor: u64,
+    },
+    /// The engine failed, or is away and being reopened; whether a write in flight was kept is not known.
+    #[error("{store}: {doing} failed: {cause}")]
+    Failed {
+        /// Which store.
+        store: &'static str,
+        /// What was being done.
+        doing: &'static str,
+        /// The engine's words.
+        cause: String,
+    },
+    /// A stored value cannot be read: damage, or a newer version wrote it.
+    #[error("{store}: {what} cannot be read: {cause}")]
+    Damaged {
+        /// Which store.
+        store: &'static str,
+        /// What was read.
+        what: String,
+        /// Why not.
+        cause: String,
+    },
+    /// The store is not there (the daemon never creates one), or it already is (`sppctl init` never overwrites one).
+    #[error("{0}")]
+    Place(String),
+    /// The session is in another state than the step needs: a concurrent call was faster.
+    #[error("session {session} is {found:?}, this step needs {needed:?}")]
+    OtherState {
+        /// The session.
+        session: crate::names::SessionId,
+        /// The state it has.
+        found: StateName,
+        /// The state it should have.
+        needed: StateName,
+    },
+}

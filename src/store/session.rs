@@ -1,0 +1,198 @@
+//! A session as the journal keeps it, and the trait of the state store.
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+
+use super::StoreError;
+use super::public::Publication;
+use crate::keys::SignatureAlgorithm;
+use crate::names::{ChipId, DeviceIdentity, KeyName, ProfileName, SessionId, StationName};
+
+/// One device's way, as journaled. Contains no secret: key pairs are in the secret store, wrapped.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Session {
+    /// Its name.
+    pub id: SessionId,
+    /// The chip.
+    pub chip: ChipId,
+    /// The identity that the certificate binds to the chip.
+    pub identity: DeviceIdentity,
+    /// What the product gets.
+    pub profile: ProfileName,
+    /// Who opened it.
+    pub station: StationName,
+    /// Seconds since the Unix epoch.
+    pub created: u64,
+    /// Seconds since the Unix epoch; after that the key pair is destroyed.
+    pub expires: u64,
+    /// The device's public key, SubjectPublicKeyInfo in DER; none for profiles without a key pair.
+    pub public_key: Option<Vec<u8>>,
+    /// Whether the device made its own pair (CSR), so that there is none in the secret store.
+    pub own_key_pair: bool,
+    /// From which master key the symmetric keys are derived.
+    pub master_key: Option<MasterKeyUse>,
+    /// The certificate that will be signed, exactly these octets.
+    pub certificate: CertificateToSign,
+    /// How far it is.
+    pub state: SessionState,
+}
+
+/// A master key and its version.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MasterKeyUse {
+    /// The key's name in the HSM.
+    pub key: KeyName,
+    /// Counted from 1.
+    pub version: u32,
+}
+
+/// What the intent is about: linted, not yet signed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CertificateToSign {
+    /// The manufacturer's signing key.
+    pub issuer: KeyName,
+    /// How it is signed.
+    pub algorithm: SignatureAlgorithm,
+    /// Whether the octets are a COSE Sig_structure of a CWT (RFC 9052 §4.4) rather than an X.509 TBSCertificate.
+    pub is_cwt: bool,
+    /// The certificate's serial number (or `cti`), unique among published records.
+    pub serial: Vec<u8>,
+    /// The octets to be signed.
+    pub to_be_signed: Vec<u8>,
+}
+
+/// `Reserved → Issued → Published → Erased`, or `Aborted`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SessionState {
+    /// Keys reserved, certificate intended.
+    Reserved,
+    /// The certificate is signed.
+    Issued {
+        /// The certificate as delivered.
+        certificate: Vec<u8>,
+    },
+    /// The record is public.
+    Published {
+        /// Where.
+        publication: Publication,
+    },
+    /// The key pair is erased here. Final.
+    Erased {
+        /// Where the record is.
+        publication: Publication,
+    },
+    /// Given up; the key pair is destroyed. Final.
+    Aborted {
+        /// Seconds since the Unix epoch.
+        at: u64,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// A state's name alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum StateName {
+    /// See [`SessionState::Reserved`].
+    Reserved,
+    /// See [`SessionState::Issued`].
+    Issued,
+    /// See [`SessionState::Published`].
+    Published,
+    /// See [`SessionState::Erased`].
+    Erased,
+    /// See [`SessionState::Aborted`].
+    Aborted,
+}
+
+impl SessionState {
+    /// The state's name.
+    pub const fn name(&self) -> StateName {
+        match self {
+            Self::Reserved => StateName::Reserved,
+            Self::Issued { .. } => StateName::Issued,
+            Self::Published { .. } => StateName::Published,
+            Self::Erased { .. } => StateName::Erased,
+            Self::Aborted { .. } => StateName::Aborted,
+        }
+    }
+
+    /// Whether nothing more will happen to the session.
+    pub const fn is_final(&self) -> bool {
+        matches!(self, Self::Erased { .. } | Self::Aborted { .. })
+    }
+}
+
+/// A private key that only the HSM can open.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WrappedKey {
+    /// The key in the HSM under which it is wrapped (AES-KWP, RFC 5649).
+    pub wrapping_key: KeyName,
+    /// The wrapped octets.
+    pub blob: Vec<u8>,
+}
+
+/// Why a reservation was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ReserveError {
+    /// The chip has an unfinished or finished session.
+    #[error("the chip has session {}", .0.id)]
+    ChipTaken(Box<Session>),
+    /// The identity is on another chip.
+    #[error("the identity is on chip {}", .0.chip)]
+    IdentityTaken(Box<Session>),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// Sessions by state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct SessionCounts {
+    /// In state Reserved.
+    pub reserved: u64,
+    /// In state Issued.
+    pub issued: u64,
+    /// In state Published.
+    pub published: u64,
+    /// In state Erased.
+    pub erased: u64,
+    /// In state Aborted.
+    pub aborted: u64,
+}
+
+/// The private store: the journal of sessions and the secret store, in one database.
+///
+/// Trust: whoever controls it can withhold or roll back sessions, and read no key without the HSM.
+/// Every write is on the disk, power loss included, before the call returns.
+#[async_trait]
+pub trait StateStore: Send + Sync {
+    /// Journals a new session in state Reserved together with its wrapped key pair: both or neither. The chip and the
+    /// identity must have no session but aborted ones.
+    async fn reserve(&self, session: &Session, key: Option<&WrappedKey>) -> Result<(), ReserveError>;
+
+    /// Moves a session from one state to another; `OtherState` if it is not there. Moving to `Erased` or `Aborted` removes
+    /// the wrapped key in the same transaction. Aborting frees chip and identity.
+    async fn advance(&self, session: &SessionId, from: StateName, to: SessionState) -> Result<Session, StoreError>;
+
+    /// A session by name.
+    async fn session(&self, id: &SessionId) -> Result<Option<Session>, StoreError>;
+
+    /// The newest session of a chip, aborted ones included.
+    async fn session_of_chip(&self, chip: &ChipId) -> Result<Option<Session>, StoreError>;
+
+    /// The session that holds an identity (aborted ones do not).
+    async fn session_of_identity(&self, identity: &DeviceIdentity) -> Result<Option<Session>, StoreError>;
+
+    /// The wrapped key pair of a session, while it is in the secret store.
+    async fn wrapped_key(&self, session: &SessionId) -> Result<Option<WrappedKey>, StoreError>;
+
+    /// All sessions that are not final, oldest first. Costs as much as there are unfinished ones.
+    async fn unfinished(&self) -> Result<Vec<Session>, StoreError>;
+
+    /// How many sessions are in each state; kept, not counted each time.
+    async fn counts(&self) -> Result<SessionCounts, StoreError>;
+
+    /// Free octets where the store lives, and the floor under which new devices are refused.
+    fn room(&self) -> Result<(u64, u64), StoreError>;
+}

@@ -1,0 +1,1 @@
+//! The embedded engines, on sled 0.34.

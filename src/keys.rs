@@ -8,6 +8,7 @@ use der::{Decode, Encode, Sequence};
 use serde::{Deserialize, Serialize};
 use spki::{SubjectPublicKeyInfoOwned, SubjectPublicKeyInfoRef};
 
+use crate::names::KeyName;
 use crate::secret::{Secret, SecretBytes};
 
 /// `id-ecPublicKey`, RFC 5480 §2.1.1.
@@ -118,6 +119,15 @@ impl SignatureAlgorithm {
             Self::Ed25519 => &signature::ED25519,
         }
     }
+}
+
+/// A private key that only the HSM can open.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WrappedKey {
+    /// The key in the HSM under which it is wrapped (AES-KWP, RFC 5649).
+    pub wrapping_key: KeyName,
+    /// The wrapped octets.
+    pub blob: Vec<u8>,
 }
 
 /// What is wrong with a key or a signature. Never says what the key is.

@@ -17,6 +17,7 @@ pub mod line;
 pub mod names;
 pub mod officer;
 pub mod package;
+pub mod process;
 pub mod provisioning;
 pub mod rpc;
 pub mod secret;

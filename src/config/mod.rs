@@ -1,5 +1,11 @@
 //! Files people write: the file's shape and the validated value are two types, and every fault is reported at once.
 
+mod daemon;
 mod faults;
+mod files;
+mod stations;
 
+pub use daemon::{DaemonConfig, HsmAccess, Listen, LogConfig, LogFormat, StoreConfig, TlsConfig};
 pub use faults::{Fault, Faults};
+pub use files::{PrivateFileError, open_private};
+pub use stations::{NotPermitted, Stations};

@@ -1,1 +1,37 @@
-//! The only room with cryptoki.
+//! The HSM: the only room with cryptoki.
+//!
+//! The process that faces the network holds an [`Hsm`]: an async handle with few verbs. Behind it stands a worker
+//! process ([`worker`]), which loads the vendor's module, holds the PIN and serves requests over a socket pair with one
+//! session per thread. The supervisor starts it, checks every key before anything is served, and replaces it when it
+//! hangs, crashes or has done its share; calls wait for the new one within their deadline.
+//!
+//! No plaintext private key crosses the PKCS#11 boundary: a transport key made in the HSM at each start wraps device keys
+//! on their way to this process. Where a module cannot wrap a kind of key its profile says so, and the key is made in
+//! the worker from the HSM's random numbers.
+#![expect(clippy::disallowed_types, reason = "this is the room of PKCS#11")]
+
+mod attributes;
+mod failure;
+mod handle;
+mod kdf;
+mod module;
+mod objects;
+mod pin;
+mod register;
+mod supervisor;
+mod token;
+mod transport;
+mod verbs;
+mod wire;
+pub mod worker;
+
+pub use attributes::KeyRole;
+pub use failure::{FailureClass, HsmError};
+pub use handle::{DeviceKeyOrder, DeviceKeys, HeldKeyOrder, HeldKeys, Hsm, HsmStatus, NewKeyPair};
+pub use kdf::{Derivation, Prf};
+pub use module::ModuleProfile;
+pub use objects::{Ceremony, CreatedKey};
+pub use pin::PinSource;
+pub use register::{KeyRegister, MasterKey, SigningKey, SigningUse, WrappingKey};
+pub use supervisor::HsmConfig;
+pub use token::{TokenIdentity, initialise_token};

@@ -1,1 +1,92 @@
-//! The story of one device.
+//! ★ The story of one device: [`Provisioner::assemble`], [`Provisioner::complete`], [`Provisioner::recover`], and
+//! [`Provisioner::restart`] for what a crash left.
+//!
+//! Each story is one function, read from top to bottom. The steps cannot be taken out of order: a signature needs the
+//! [`Intent`](crate::store::Intent) that only a journaled reservation gives, an erasure needs the
+//! [`PublicationReceipt`](crate::store::PublicationReceipt) that only a durable publication gives.
+
+mod abort;
+mod admit;
+mod assemble;
+mod complete;
+mod deliver;
+mod error;
+mod issuer;
+mod locks;
+mod recover;
+mod restart;
+
+use std::collections::BTreeMap;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+pub use abort::SessionView;
+pub use assemble::{Assembled, Delivery, Order};
+pub use complete::Completion;
+pub use error::{FieldViolation, ProvisionError};
+pub use issuer::Issuer;
+pub use restart::{Tidied, keep_tidy};
+
+use crate::certificate::Profile;
+use crate::config::Stations;
+use crate::hsm::Hsm;
+use crate::names::ProfileName;
+use crate::store::{Journal, Registry};
+use locks::ChipLocks;
+
+/// Everything a device's way needs, wired once at start.
+pub struct Provisioner {
+    hsm: Hsm,
+    journal: Journal,
+    registry: Registry,
+    products: BTreeMap<ProfileName, Product>,
+    stations: Stations,
+    session_lifetime: Duration,
+    chips: ChipLocks,
+}
+
+/// A profile with the issuer that signs for it.
+pub struct Product {
+    /// What the product gets.
+    pub profile: Profile,
+    /// Who signs.
+    pub issuer: Issuer,
+}
+
+impl Provisioner {
+    /// Wires the rooms together.
+    pub fn new(
+        hsm: Hsm,
+        journal: Journal,
+        registry: Registry,
+        products: BTreeMap<ProfileName, Product>,
+        stations: Stations,
+        session_lifetime: Duration,
+    ) -> Self {
+        Self { hsm, journal, registry, products, stations, session_lifetime, chips: ChipLocks::default() }
+    }
+
+    /// The HSM, for status.
+    pub const fn hsm(&self) -> &Hsm {
+        &self.hsm
+    }
+
+    /// The journal, for status.
+    pub const fn journal(&self) -> &Journal {
+        &self.journal
+    }
+
+    /// The public database, for status.
+    pub const fn registry(&self) -> &Registry {
+        &self.registry
+    }
+
+    /// The profiles' names.
+    pub fn profiles(&self) -> impl Iterator<Item = &ProfileName> {
+        self.products.keys()
+    }
+}
+
+/// Seconds since the Unix epoch.
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::StoreError;
 use super::public::Publication;
-use crate::keys::SignatureAlgorithm;
+use crate::keys::{SignatureAlgorithm, WrappedKey};
 use crate::names::{ChipId, DeviceIdentity, KeyName, ProfileName, SessionId, StationName};
 
 /// One device's way, as journaled. Contains no secret: key pairs are in the secret store, wrapped.
@@ -121,15 +121,6 @@ impl SessionState {
     pub const fn is_final(&self) -> bool {
         matches!(self, Self::Erased { .. } | Self::Aborted { .. })
     }
-}
-
-/// A private key that only the HSM can open.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct WrappedKey {
-    /// The key in the HSM under which it is wrapped (AES-KWP, RFC 5649).
-    pub wrapping_key: KeyName,
-    /// The wrapped octets.
-    pub blob: Vec<u8>,
 }
 
 /// Why a reservation was refused.

@@ -1,0 +1,413 @@
+//! The daemon's configuration, `sppd.toml`, with everything it names: profiles, key register, certificates, PIN file.
+
+use std::collections::BTreeMap;
+use std::io::Read as _;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bytesize::ByteSize;
+use serde::Deserialize;
+
+use super::stations::{StationShape, Stations};
+use super::{Faults, open_private};
+use crate::certificate::{IssuerCertificate, Profile};
+use crate::hsm::{HsmConfig, KeyRegister, ModuleProfile, PinSource, SigningUse};
+use crate::names::ProfileName;
+use crate::secret::SecretBytes;
+use crate::store::SledOptions;
+
+/// Everything the daemon needs to start, valid by construction.
+pub struct DaemonConfig {
+    /// The node's name, for status and logs.
+    pub node: String,
+    /// Where it listens.
+    pub listen: Listen,
+    /// Its TLS identity, and who may be a client.
+    pub tls: TlsConfig,
+    /// The HSM.
+    pub hsm: HsmConfig,
+    /// The stores.
+    pub store: StoreConfig,
+    /// After so long an unfinished session's key pair is destroyed.
+    pub session_lifetime: Duration,
+    /// What products get.
+    pub profiles: BTreeMap<ProfileName, Profile>,
+    /// The certificates of the manufacturer's signing keys, by the profile that uses them.
+    pub issuers: BTreeMap<ProfileName, IssuerCertificate>,
+    /// What stations may do.
+    pub stations: Stations,
+    /// How it logs.
+    pub log: LogConfig,
+}
+
+/// The three listeners.
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Listen {
+    /// Stations, mutual TLS.
+    pub line: SocketAddr,
+    /// Officers, mutual TLS.
+    pub officer: SocketAddr,
+    /// Anybody, TLS.
+    pub public: SocketAddr,
+}
+
+/// PEM files, read.
+pub struct TlsConfig {
+    /// The daemon's certificate chain.
+    pub certificate: Vec<u8>,
+    /// Its private key.
+    pub key: SecretBytes,
+    /// The authority of stations' and officers' certificates.
+    pub client_ca: Vec<u8>,
+}
+
+/// Where the stores are.
+#[derive(Debug, Clone)]
+pub struct StoreConfig {
+    /// The state store's directory.
+    pub state: PathBuf,
+    /// The public database's directory.
+    pub public: PathBuf,
+    /// Options of both.
+    pub options: SledOptions,
+}
+
+/// How the daemon logs.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LogConfig {
+    /// For people or for machines.
+    pub format: LogFormat,
+    /// A filter of tracing: `info`, `spp=debug,info`.
+    pub level: String,
+}
+
+/// The form of a log line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LogFormat {
+    /// Text.
+    Human,
+    /// One JSON object per line.
+    Json,
+}
+
+impl Default for LogConfig {
+    fn default() -> Self {
+        Self { format: LogFormat::Human, level: "info".to_owned() }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Shape {
+    node: NodeShape,
+    listen: Listen,
+    tls: TlsShape,
+    hsm: HsmShape,
+    store: StoreShape,
+    #[serde(default)]
+    sessions: SessionsShape,
+    profiles: ProfilesShape,
+    #[serde(default)]
+    station: Vec<StationShape>,
+    #[serde(default)]
+    log: LogConfig,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NodeShape {
+    name: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TlsShape {
+    certificate: PathBuf,
+    key: PathBuf,
+    client_ca: PathBuf,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct HsmShape {
+    module: PathBuf,
+    #[serde(default)]
+    directory: PathBuf,
+    pin_file: Option<PathBuf>,
+    pin_credential: Option<String>,
+    keys: PathBuf,
+    #[serde(default = "default_call_timeout", with = "humantime_serde")]
+    call_timeout: Duration,
+    #[serde(default = "default_queue")]
+    queue: usize,
+}
+
+const fn default_call_timeout() -> Duration {
+    Duration::from_secs(10)
+}
+
+const fn default_queue() -> usize {
+    1024
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct StoreShape {
+    state: PathBuf,
+    public: PathBuf,
+    #[serde(default = "default_floor")]
+    free_space_floor: ByteSize,
+    #[serde(default = "default_reserve")]
+    reserve: ByteSize,
+    #[serde(default = "default_cache")]
+    cache: ByteSize,
+}
+
+const fn default_floor() -> ByteSize {
+    ByteSize::mib(256)
+}
+
+const fn default_reserve() -> ByteSize {
+    ByteSize::mib(64)
+}
+
+const fn default_cache() -> ByteSize {
+    ByteSize::mib(16)
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct SessionsShape {
+    #[serde(with = "humantime_serde")]
+    lifetime: Duration,
+}
+
+impl Default for SessionsShape {
+    fn default() -> Self {
+        Self { lifetime: Duration::from_secs(24 * 60 * 60) }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ProfilesShape {
+    directory: PathBuf,
+}
+
+impl DaemonConfig {
+    /// Reads the file and all it names; paths in it are relative to its directory. Reports every fault at once.
+    pub fn load(path: &Path) -> Result<Self, Faults> {
+        let place = path.display().to_string();
+        let mut faults = Faults::default();
+        let text = faults.note(&place, std::fs::read_to_string(path)).unwrap_or_default();
+        let shape: Option<Shape> = if faults.is_empty() { faults.note(&place, toml::from_str(&text)) } else { None };
+        let base = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let config = shape.and_then(|shape| Self::check(shape, &place, base, &mut faults));
+        faults.ok_or_all(config)
+    }
+
+    /// Everything is looked at before anything is given up, so that one run tells all faults.
+    fn check(shape: Shape, place: &str, base: &Path, faults: &mut Faults) -> Option<Self> {
+        let store = check_store(&shape.store, place, base, faults);
+        let tls = check_tls(&shape.tls, place, base, faults);
+        let hsm = check_hsm(&shape.hsm, place, base, faults);
+        let profiles = load_profiles(&base.join(&shape.profiles.directory), faults);
+        let names: Vec<_> = profiles.keys().collect();
+        let stations = Stations::check(shape.station, place, &names, faults);
+        if shape.node.name.is_empty() || shape.node.name.len() > 64 {
+            faults.add(format!("{place}: node.name"), "must have 1 to 64 characters");
+        }
+        if let Err(e) = shape.log.level.parse::<tracing_subscriber::EnvFilter>() {
+            faults.add(format!("{place}: log.level"), format!("{e}; write for example info or spp=debug,info"));
+        }
+        let seconds = shape.sessions.lifetime.as_secs();
+        if !(60..=365 * 24 * 60 * 60).contains(&seconds) {
+            faults.add(format!("{place}: sessions.lifetime"), "must be from 1 minute to 1 year, for example \"24h\"");
+        }
+        let issuers = hsm.as_ref().map(|hsm| load_issuers(&profiles, &hsm.keys, faults)).unwrap_or_default();
+        Some(Self {
+            node: shape.node.name,
+            listen: shape.listen,
+            tls: tls?,
+            hsm: hsm?,
+            store,
+            session_lifetime: shape.sessions.lifetime,
+            profiles,
+            issuers,
+            stations,
+            log: shape.log,
+        })
+    }
+}
+
+/// The part of the configuration that an officer's tool needs: how to reach the HSM, without the rest being valid yet.
+pub struct HsmAccess {
+    /// The module.
+    pub module: ModuleProfile,
+    /// Where the PIN is.
+    pub pin: PinSource,
+    /// Where the register of keys is, or will be.
+    pub keys: PathBuf,
+    /// Where the stores are, or will be.
+    pub store: StoreConfig,
+}
+
+impl HsmAccess {
+    /// Reads `[hsm]` and `[store]` of `sppd.toml`.
+    pub fn load(path: &Path) -> Result<Self, Faults> {
+        let place = path.display().to_string();
+        let mut faults = Faults::default();
+        let text = faults.note(&place, std::fs::read_to_string(path)).unwrap_or_default();
+        let shape: Option<Shape> = if faults.is_empty() { faults.note(&place, toml::from_str(&text)) } else { None };
+        let base = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let access = shape.and_then(|shape| {
+            let store = check_store(&shape.store, &place, base, &mut faults);
+            let (module, pin) = check_module(&shape.hsm, &place, base, &mut faults);
+            Some(Self { module: module?, pin: pin?, keys: base.join(&shape.hsm.keys), store })
+        });
+        faults.ok_or_all(access)
+    }
+}
+
+fn check_store(shape: &StoreShape, place: &str, base: &Path, faults: &mut Faults) -> StoreConfig {
+    let (state, public) = (base.join(&shape.state), base.join(&shape.public));
+    if state == public {
+        faults.add(format!("{place}: store"), "state and public must be two directories");
+    }
+    let options = SledOptions {
+        floor_bytes: shape.free_space_floor.as_u64(),
+        reserve_bytes: shape.reserve.as_u64(),
+        cache_bytes: shape.cache.as_u64(),
+    };
+    StoreConfig { state, public, options }
+}
+
+fn check_tls(shape: &TlsShape, place: &str, base: &Path, faults: &mut Faults) -> Option<TlsConfig> {
+    let hint = "make it with sppctl server enroll";
+    let read = |name: &str, path: &Path, faults: &mut Faults| {
+        let at = format!("{place}: tls.{name}");
+        let path = base.join(path);
+        faults.note(at, std::fs::read(&path).map_err(|e| format!("{}: {e}; {hint}", path.display())))
+    };
+    let certificate = read("certificate", &shape.certificate, faults);
+    let client_ca = read("client_ca", &shape.client_ca, faults);
+    let mut key = SecretBytes::new(Vec::with_capacity(8192));
+    let opened = open_private(&base.join(&shape.key)).map_err(|e| format!("{e}; {hint}"));
+    let opened = faults.note(format!("{place}: tls.key"), opened)?;
+    faults.note(format!("{place}: tls.key"), opened.take(8192).read_to_end(key.expose_mut()))?;
+    Some(TlsConfig { certificate: certificate?, key, client_ca: client_ca? })
+}
+
+fn check_module(
+    shape: &HsmShape,
+    place: &str,
+    base: &Path,
+    faults: &mut Faults,
+) -> (Option<ModuleProfile>, Option<PinSource>) {
+    let directory = std::path::absolute(base.join(&shape.directory)).unwrap_or_else(|_| base.join(&shape.directory));
+    let module = faults.keep(ModuleProfile::load(&base.join(&shape.module), &directory));
+    let at = format!("{place}: hsm.pin_file");
+    let pin = match (&shape.pin_file, &shape.pin_credential) {
+        (Some(file), None) => std::path::absolute(base.join(file)).ok().map(PinSource::File),
+        (None, Some(name)) => {
+            let directory = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
+            let hint = "systemd sets CREDENTIALS_DIRECTORY when the unit has LoadCredential=";
+            faults.note(&at, directory.ok_or(hint)).map(|d| PinSource::Credential(d.join(name)))
+        }
+        _ => {
+            faults.add(&at, "give exactly one of pin_file and pin_credential");
+            None
+        }
+    };
+    if let Some(Err(e)) = pin.as_ref().map(PinSource::check) {
+        faults.add(&at, e);
+    }
+    (module, pin)
+}
+
+fn check_hsm(shape: &HsmShape, place: &str, base: &Path, faults: &mut Faults) -> Option<HsmConfig> {
+    let (module, pin) = check_module(shape, place, base, faults);
+    let keys = faults.keep(KeyRegister::load(&base.join(&shape.keys)));
+    if !(1..=100_000).contains(&shape.queue) {
+        faults.add(format!("{place}: hsm.queue"), "must be from 1 to 100000");
+    }
+    let seconds = shape.call_timeout.as_secs();
+    if !(1..=600).contains(&seconds) {
+        faults.add(format!("{place}: hsm.call_timeout"), "must be from 1 second to 10 minutes");
+    }
+    Some(HsmConfig {
+        module: module?,
+        pin: pin?,
+        keys: keys?,
+        call_timeout: shape.call_timeout,
+        queue: shape.queue,
+        worker_program: PathBuf::from("/proc/self/exe"),
+    })
+}
+
+/// Every `NAME.toml` of the directory is the profile NAME.
+fn load_profiles(directory: &Path, faults: &mut Faults) -> BTreeMap<ProfileName, Profile> {
+    let place = directory.display().to_string();
+    let mut profiles = BTreeMap::new();
+    let entries = faults.note(&place, std::fs::read_dir(directory));
+    for entry in entries.into_iter().flatten().flatten() {
+        let path = entry.path();
+        if path.extension().is_none_or(|extension| extension != "toml") {
+            continue;
+        }
+        let place = path.display().to_string();
+        let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+        let name = faults.note(&place, stem.parse::<ProfileName>());
+        let text = faults.note(&place, std::fs::read_to_string(&path));
+        if let (Some(name), Some(text)) = (name, text)
+            && let Some(profile) = faults.keep(Profile::from_toml(name.clone(), &place, &text))
+        {
+            profiles.insert(name, profile);
+        }
+    }
+    if profiles.is_empty() && faults.is_empty() {
+        faults.add(place, "has no profile; write one NAME.toml per product");
+    }
+    profiles
+}
+
+/// The issuers' certificates; every key that a profile names must be in the register.
+fn load_issuers(
+    profiles: &BTreeMap<ProfileName, Profile>,
+    keys: &KeyRegister,
+    faults: &mut Faults,
+) -> BTreeMap<ProfileName, IssuerCertificate> {
+    let mut issuers = BTreeMap::new();
+    for (name, profile) in profiles {
+        let at = format!("profile {name}");
+        for spec in profile.symmetric_keys() {
+            if keys.master_key(&spec.master_key).is_none() {
+                let problem = format!("the master key {} is not in the register of keys", spec.master_key);
+                faults.add(format!("{at}: symmetric_key.master_key"), problem);
+            }
+        }
+        let Some(key) = keys.signing_key(profile.issuer()).filter(|key| key.use_ == SigningUse::Device) else {
+            let problem = format!("the signing key {} is not in the register of keys", profile.issuer());
+            faults.add(format!("{at}: issuer"), problem);
+            continue;
+        };
+        let algorithm = profile.signature_algorithm(key.public_key.kind());
+        let hint = "for a key with a CSR, put the offline root's answer there";
+        let pem = std::fs::read_to_string(&key.certificate);
+        let pem = pem.map_err(|e| format!("{}: {e}; {hint}", key.certificate.display()));
+        let Some(pem) = faults.note(format!("{at}: issuer"), pem) else { continue };
+        let issuer = faults.note(format!("{at}: issuer"), IssuerCertificate::from_pem(&pem, algorithm));
+        if let Some(issuer) = issuer {
+            if issuer.public_key() != &key.public_key {
+                let problem = format!("{} is not the certificate of the key {}", key.certificate.display(), key.name);
+                faults.add(format!("{at}: issuer"), problem);
+            }
+            issuers.insert(name.clone(), issuer);
+        }
+    }
+    issuers
+}

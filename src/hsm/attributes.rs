@@ -1,0 +1,210 @@
+//! What a key on the token must be, by role: the template it is made with and the audit that it still is that.
+
+use cryptoki::mechanism::Mechanism;
+use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle};
+use cryptoki::session::Session;
+use serde::{Deserialize, Serialize};
+
+use super::failure::{Doing as _, Failure, FailureClass};
+use super::kdf::Prf;
+use crate::keys::KeyKind;
+use crate::names::KeyName;
+
+/// `secp256r1` in DER, for CKA_EC_PARAMS (PKCS#11 v2.40 §2.3.3).
+const SECP256R1: &[u8] = &[0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x03, 0x01, 0x07];
+/// `secp384r1` in DER.
+const SECP384R1: &[u8] = &[0x06, 0x05, 0x2b, 0x81, 0x04, 0x00, 0x22];
+/// `id-Ed25519` in DER (RFC 8410 §3).
+const ED25519: &[u8] = &[0x06, 0x03, 0x2b, 0x65, 0x70];
+
+/// What a key on the token is for; each has one purpose only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum KeyRole {
+    /// Signs certificates: CKA_SIGN and nothing else.
+    Signing(KeyKind),
+    /// Derives device keys: CKA_SIGN (the MAC is the PRF) and nothing else.
+    Master(Prf),
+    /// Wraps and unwraps key pairs, and nothing else.
+    Wrapping,
+}
+
+/// The usage attributes, in the order of PKCS#11's table; all but the role's own must be false.
+const USAGES: [AttributeType; 6] = [
+    AttributeType::Sign,
+    AttributeType::Encrypt,
+    AttributeType::Decrypt,
+    AttributeType::Wrap,
+    AttributeType::Unwrap,
+    AttributeType::Derive,
+];
+
+impl KeyRole {
+    /// The object class and key types that the role's key may have.
+    pub(crate) fn class(self) -> ObjectClass {
+        match self {
+            Self::Signing(_) => ObjectClass::PRIVATE_KEY,
+            Self::Master(_) | Self::Wrapping => ObjectClass::SECRET_KEY,
+        }
+    }
+
+    fn key_types(self) -> &'static [KeyType] {
+        match self {
+            Self::Signing(KeyKind::P256 | KeyKind::P384) => &[KeyType::EC],
+            Self::Signing(KeyKind::Ed25519) => &[KeyType::EC_EDWARDS],
+            Self::Signing(_) => &[KeyType::RSA],
+            Self::Master(Prf::HmacSha256) => &[KeyType::GENERIC_SECRET, KeyType::SHA256_HMAC],
+            Self::Master(Prf::AesCmac) | Self::Wrapping => &[KeyType::AES],
+        }
+    }
+
+    fn usages(self) -> &'static [AttributeType] {
+        match self {
+            Self::Signing(_) | Self::Master(_) => &[AttributeType::Sign],
+            Self::Wrapping => &[AttributeType::Wrap, AttributeType::Unwrap],
+        }
+    }
+
+    /// The template of a new token object with this role, private half or secret key.
+    pub(crate) fn template(self, name: &KeyName, id: &[u8]) -> Vec<Attribute> {
+        let mut template = vec![
+            Attribute::Token(true),
+            Attribute::Private(true),
+            Attribute::Sensitive(true),
+            Attribute::Extractable(false),
+            Attribute::Modifiable(false),
+            Attribute::Copyable(false),
+            Attribute::Label(name.as_str().as_bytes().to_vec()),
+            Attribute::Id(id.to_vec()),
+        ];
+        let of_class: &[AttributeType] = match self {
+            // A private key has no CKA_WRAP and no CKA_ENCRYPT (PKCS#11 v2.40 §4.9).
+            Self::Signing(_) => {
+                &[AttributeType::Sign, AttributeType::Decrypt, AttributeType::Unwrap, AttributeType::Derive]
+            }
+            Self::Master(_) | Self::Wrapping => &USAGES,
+        };
+        template.extend(of_class.iter().filter_map(|usage| usage_attribute(*usage, self.usages().contains(usage))));
+        template
+    }
+}
+
+fn usage_attribute(usage: AttributeType, value: bool) -> Option<Attribute> {
+    match usage {
+        AttributeType::Sign => Some(Attribute::Sign(value)),
+        AttributeType::Encrypt => Some(Attribute::Encrypt(value)),
+        AttributeType::Decrypt => Some(Attribute::Decrypt(value)),
+        AttributeType::Wrap => Some(Attribute::Wrap(value)),
+        AttributeType::Unwrap => Some(Attribute::Unwrap(value)),
+        AttributeType::Derive => Some(Attribute::Derive(value)),
+        _ => None,
+    }
+}
+
+/// The mechanism and the public template's own part for making a pair of a kind.
+pub(crate) fn pair_generation(kind: KeyKind) -> (Mechanism<'static>, Vec<Attribute>) {
+    let curve = |params: &[u8]| vec![Attribute::EcParams(params.to_vec())];
+    match kind {
+        KeyKind::P256 => (Mechanism::EccKeyPairGen, curve(SECP256R1)),
+        KeyKind::P384 => (Mechanism::EccKeyPairGen, curve(SECP384R1)),
+        KeyKind::Ed25519 => (Mechanism::EccEdwardsKeyPairGen, curve(ED25519)),
+        KeyKind::Rsa2048 | KeyKind::Rsa3072 | KeyKind::Rsa4096 => {
+            let bits = kind.rsa_bits().unwrap_or(2048) as u64;
+            let template = vec![Attribute::ModulusBits(bits.into()), Attribute::PublicExponent(vec![1, 0, 1])];
+            (Mechanism::RsaPkcsKeyPairGen, template)
+        }
+    }
+}
+
+/// Refuses a key that is extractable, not sensitive, was not made on the token, or is usable for more than its purpose.
+pub(crate) fn audit(session: &Session, object: ObjectHandle, name: &KeyName, role: KeyRole) -> Result<(), Failure> {
+    let mut wanted = vec![
+        AttributeType::KeyType,
+        AttributeType::Sensitive,
+        AttributeType::Extractable,
+        AttributeType::AlwaysSensitive,
+        AttributeType::NeverExtractable,
+        AttributeType::Local,
+    ];
+    wanted.extend(USAGES);
+    let found =
+        session.get_attributes(object, &wanted).doing(|| format!("reading the attributes of the key {name}"))?;
+    let problems = problems(&found, role);
+    if problems.is_empty() {
+        return Ok(());
+    }
+    Err(Failure::new(
+        FailureClass::Rejected,
+        format!("the key {name} is not fit to be used: {}; make a new one with sppctl ceremony run", problems.join(", ")),
+    ))
+}
+
+fn problems(found: &[Attribute], role: KeyRole) -> Vec<String> {
+    let mut problems = Vec::new();
+    let must = |attribute: Attribute, problem: &str, problems: &mut Vec<String>| {
+        if !found.contains(&attribute) {
+            problems.push(problem.to_owned());
+        }
+    };
+    must(Attribute::Sensitive(true), "CKA_SENSITIVE is not true", &mut problems);
+    must(Attribute::Extractable(false), "CKA_EXTRACTABLE is not false", &mut problems);
+    must(Attribute::AlwaysSensitive(true), "CKA_ALWAYS_SENSITIVE is not true", &mut problems);
+    must(Attribute::NeverExtractable(true), "CKA_NEVER_EXTRACTABLE is not true", &mut problems);
+    must(Attribute::Local(true), "CKA_LOCAL is not true: it was not made on this token", &mut problems);
+    if !role.key_types().iter().any(|t| found.contains(&Attribute::KeyType(*t))) {
+        problems.push("CKA_KEY_TYPE does not fit its role".to_owned());
+    }
+    for usage in USAGES {
+        let allowed = role.usages().contains(&usage);
+        // An absent usage counts as false: private keys have no CKA_WRAP.
+        let is_set = usage_attribute(usage, true).is_some_and(|set| found.contains(&set));
+        if is_set != allowed {
+            problems.push(format!("CKA_{} is {is_set}", format!("{usage:?}").to_uppercase()));
+        }
+    }
+    problems
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fit() -> Vec<Attribute> {
+        vec![
+            Attribute::Sensitive(true),
+            Attribute::Extractable(false),
+            Attribute::AlwaysSensitive(true),
+            Attribute::NeverExtractable(true),
+            Attribute::Local(true),
+            Attribute::KeyType(KeyType::AES),
+            Attribute::Wrap(true),
+            Attribute::Unwrap(true),
+            Attribute::Sign(false),
+        ]
+    }
+
+    #[test]
+    fn a_fit_key_has_no_problems() {
+        assert_eq!(problems(&fit(), KeyRole::Wrapping), Vec::<String>::new());
+    }
+
+    #[test]
+    fn each_single_departure_is_found() {
+        for (right, wrong) in [
+            (Attribute::Sensitive(true), Attribute::Sensitive(false)),
+            (Attribute::Extractable(false), Attribute::Extractable(true)),
+            (Attribute::AlwaysSensitive(true), Attribute::AlwaysSensitive(false)),
+            (Attribute::NeverExtractable(true), Attribute::NeverExtractable(false)),
+            (Attribute::Local(true), Attribute::Local(false)),
+            (Attribute::KeyType(KeyType::AES), Attribute::KeyType(KeyType::GENERIC_SECRET)),
+            (Attribute::Wrap(true), Attribute::Wrap(false)),
+            (Attribute::Sign(false), Attribute::Sign(true)),
+            (Attribute::Sign(false), Attribute::Decrypt(true)),
+        ] {
+            let mut attributes = fit();
+            attributes.retain(|a| *a != right);
+            assert!(attributes.len() < fit().len());
+            attributes.push(wrong.clone());
+            assert_eq!(problems(&attributes, KeyRole::Wrapping).len(), 1, "{wrong:?}");
+        }
+    }
+}

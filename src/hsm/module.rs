@@ -1,0 +1,187 @@
+//! A module's profile (`hsm-config/*.toml`): path, mechanisms and quirks as data, so that code knows no vendor.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::config::Faults;
+use crate::keys::KeyKind;
+
+/// What is known of a PKCS#11 module, validated.
+#[derive(Debug, Clone)]
+pub struct ModuleProfile {
+    /// The module's name for people.
+    pub name: String,
+    /// The shared library.
+    pub library: PathBuf,
+    /// Threads, each with a session of its own.
+    pub threads: usize,
+    /// How private keys are wrapped.
+    pub wrap: WrapMechanism,
+    /// The hash of RSA-OAEP when the transport key leaves the HSM.
+    pub oaep_hash: OaepHash,
+    /// Kinds whose private keys the module cannot wrap.
+    pub unwrappable: Vec<KeyKind>,
+    /// Whether creating and destroying token objects must exclude look-ups.
+    pub exclusive_changes: bool,
+    /// Set for the worker process before the module is loaded.
+    pub environment: BTreeMap<String, String>,
+    /// A directory that must be synced after a token object was made, since the module does not.
+    pub sync_directory: Option<PathBuf>,
+    /// After so many requests the worker is replaced; 0 = never.
+    pub recycle_after_operations: u64,
+    /// A worker that has not answered a request for so long is killed.
+    pub hang_after: std::time::Duration,
+}
+
+/// The mechanism that is RFC 5649 in this module.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WrapMechanism {
+    /// CKM_AES_KEY_WRAP_PAD (0x210A), where the module means RFC 5649 by it.
+    AesKeyWrapPad,
+}
+
+/// The hash of RSA-OAEP, its MGF1 the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, serde::Serialize)]
+pub enum OaepHash {
+    /// SHA-1: collisions do not matter in OAEP (RFC 8017 §7.1), and some modules have nothing else.
+    #[serde(rename = "sha-1")]
+    Sha1,
+    /// SHA-256.
+    #[serde(rename = "sha-256")]
+    Sha256,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Shape {
+    name: String,
+    library: Vec<PathBuf>,
+    sessions: SessionsShape,
+    kdf: KdfShape,
+    wrap: WrapShape,
+    #[serde(default)]
+    objects: ObjectsShape,
+    #[serde(default)]
+    environment: BTreeMap<String, String>,
+    #[serde(default)]
+    worker: WorkerShape,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SessionsShape {
+    threads: ThreadsShape,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum ThreadsShape {
+    Number(usize),
+    Word(String),
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct KdfShape {
+    route: KdfRoute,
+}
+
+/// How keys are derived. The native mechanism is a route of its own once a module has it.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum KdfRoute {
+    Prf,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WrapShape {
+    mechanism: WrapMechanism,
+    oaep_hash: OaepHash,
+    #[serde(default)]
+    unwrappable: Vec<KeyKind>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+struct ObjectsShape {
+    exclusive_changes: bool,
+    sync_directory: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct WorkerShape {
+    recycle_after_operations: u64,
+    #[serde(with = "humantime_serde")]
+    hang_after: std::time::Duration,
+}
+
+impl Default for WorkerShape {
+    fn default() -> Self {
+        Self { recycle_after_operations: 0, hang_after: std::time::Duration::from_secs(30) }
+    }
+}
+
+impl ModuleProfile {
+    /// Reads the file; `{directory}` in its environment and paths becomes `directory`.
+    pub fn load(path: &Path, directory: &Path) -> Result<Self, Faults> {
+        let place = path.display().to_string();
+        let mut faults = Faults::default();
+        let text = faults.note(&place, std::fs::read_to_string(path)).unwrap_or_default();
+        let shape: Option<Shape> = if faults.is_empty() { faults.note(&place, toml::from_str(&text)) } else { None };
+        let profile = shape.map(|shape| Self::check(shape, &place, directory, &mut faults));
+        faults.ok_or_all(profile)
+    }
+
+    /// Makes sure that this process has the environment that the module needs, by starting its own program again with it if
+    /// not. Only for an officer's tool, before it has done anything; the daemon gives it to its worker.
+    pub fn enter_environment(&self) -> std::io::Result<()> {
+        use std::os::unix::process::CommandExt as _;
+        if self.environment.iter().all(|(name, value)| std::env::var(name).as_deref() == Ok(value)) {
+            return Ok(());
+        }
+        Err(std::process::Command::new("/proc/self/exe").args(std::env::args_os().skip(1)).envs(&self.environment).exec())
+    }
+
+    fn check(shape: Shape, place: &str, directory: &Path, faults: &mut Faults) -> Self {
+        let KdfRoute::Prf = shape.kdf.route;
+        let expand = |text: String| text.replace("{directory}", &directory.display().to_string());
+        let library = shape.library.iter().find(|path| path.exists()).cloned();
+        if library.is_none() {
+            let searched: Vec<_> = shape.library.iter().map(|p| p.display().to_string()).collect();
+            faults.add(
+                format!("{place}: library"),
+                format!(
+                    "{} is not installed: none of {} exists. For SoftHSM run: softhsm-setup/setup.sh --install-only",
+                    shape.name,
+                    searched.join(", ")
+                ),
+            );
+        }
+        let threads = match shape.sessions.threads {
+            ThreadsShape::Number(n) if (1..=256).contains(&n) => n,
+            ThreadsShape::Word(word) if word == "cores" => std::thread::available_parallelism().map_or(1, usize::from),
+            _ => {
+                faults.add(format!("{place}: sessions.threads"), "must be \"cores\" or a number from 1 to 256");
+                1
+            }
+        };
+        Self {
+            name: shape.name,
+            library: library.unwrap_or_default(),
+            threads,
+            wrap: shape.wrap.mechanism,
+            oaep_hash: shape.wrap.oaep_hash,
+            unwrappable: shape.wrap.unwrappable,
+            exclusive_changes: shape.objects.exclusive_changes,
+            environment: shape.environment.into_iter().map(|(k, v)| (k, expand(v))).collect(),
+            sync_directory: shape.objects.sync_directory.map(|text| PathBuf::from(expand(text))),
+            recycle_after_operations: shape.worker.recycle_after_operations,
+            hang_after: shape.worker.hang_after,
+        }
+    }
+}

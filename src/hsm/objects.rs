@@ -1,0 +1,234 @@
+//! Making token objects in a ceremony: names must be free, attributes are read back, the check values computed.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use cryptoki::mechanism::Mechanism;
+use cryptoki::object::{Attribute, AttributeType, ObjectHandle};
+
+use super::attributes::{KeyRole, audit};
+use super::failure::{Doing as _, Failure, FailureClass, HsmError};
+use super::kdf::{Derivation, Prf};
+use super::module::ModuleProfile;
+use super::pin::PinSource;
+use super::supervisor::to_x509_form;
+use super::token::{Token, TokenIdentity, find_one};
+use super::verbs::{Shared, Verbs};
+use super::wire::{KeyOnToken, WirePublicKey};
+use crate::keys::{KeyKind, PublicKey, SignatureAlgorithm};
+use crate::names::KeyName;
+
+/// Octets of a CKA_ID.
+const ID_LEN: u32 = 16;
+
+/// A token opened for a ceremony, in the officer's own process: the daemon is not involved.
+pub struct Ceremony {
+    token: Token,
+    profile: ModuleProfile,
+}
+
+/// A key that was made and read back.
+#[derive(Debug, Clone)]
+pub struct CreatedKey {
+    /// `CKA_LABEL`.
+    pub name: KeyName,
+    /// `CKA_ID`, random.
+    pub id: Vec<u8>,
+    /// The public half of a signing key.
+    pub public: Option<PublicKey>,
+    /// The attributes as the token shows them, for the transcript.
+    pub attributes: BTreeMap<String, String>,
+}
+
+impl Ceremony {
+    /// Loads the module and logs in. The process must have the module's environment ([`ModuleProfile::enter_environment`]).
+    pub fn open(profile: &ModuleProfile, token: &TokenIdentity, pin: &PinSource) -> Result<Self, HsmError> {
+        let token = Token::open(&profile.library, token, pin).map_err(refused)?;
+        Ok(Self { token, profile: profile.clone() })
+    }
+
+    /// The token's names.
+    pub const fn token(&self) -> &TokenIdentity {
+        self.token.identity()
+    }
+
+    /// The module's description of itself.
+    pub fn module(&self) -> &str {
+        self.token.description()
+    }
+
+    /// Whether a name is not yet used by any object.
+    pub fn is_free(&self, name: &KeyName) -> Result<bool, HsmError> {
+        let template = [Attribute::Label(name.as_str().as_bytes().to_vec())];
+        let session = self.token.session().map_err(refused)?;
+        let found = session.find_objects(&template).doing(|| format!("looking whether {name} is free")).map_err(refused)?;
+        Ok(found.is_empty())
+    }
+
+    /// Makes a signing pair that can do nothing but sign.
+    pub fn create_signing_key(&self, name: &KeyName, kind: KeyKind) -> Result<CreatedKey, HsmError> {
+        let role = KeyRole::Signing(kind);
+        self.create(name, role, |verbs, id| {
+            let public = [
+                Attribute::Token(true),
+                Attribute::Private(false),
+                Attribute::Verify(true),
+                Attribute::Encrypt(false),
+                Attribute::Wrap(false),
+                Attribute::Modifiable(false),
+                Attribute::Label(name.as_str().as_bytes().to_vec()),
+                Attribute::Id(id.to_vec()),
+            ];
+            verbs.create_token_pair(kind, &public, &role.template(name, id)).map(Some)
+        })
+    }
+
+    /// Makes a master key that can do nothing but authenticate, which is what the derivation uses.
+    pub fn create_master_key(&self, name: &KeyName, prf: Prf) -> Result<CreatedKey, HsmError> {
+        let mechanism = match prf {
+            Prf::HmacSha256 => Mechanism::GenericSecretKeyGen,
+            Prf::AesCmac => Mechanism::AesKeyGen,
+        };
+        self.create_secret(name, KeyRole::Master(prf), &mechanism)
+    }
+
+    /// Makes an AES-256 key that can do nothing but wrap and unwrap.
+    pub fn create_wrapping_key(&self, name: &KeyName) -> Result<CreatedKey, HsmError> {
+        self.create_secret(name, KeyRole::Wrapping, &Mechanism::AesKeyGen)
+    }
+
+    fn create_secret(&self, name: &KeyName, role: KeyRole, mechanism: &Mechanism<'_>) -> Result<CreatedKey, HsmError> {
+        self.create(name, role, |verbs, id| {
+            let mut template = role.template(name, id);
+            template.push(Attribute::ValueLen(32.into()));
+            verbs.session().generate_key(mechanism, &template).doing(|| format!("generating {name}"))?;
+            Ok(None)
+        })
+    }
+
+    /// Names free → make → find exactly one → audit → sync.
+    fn create(
+        &self,
+        name: &KeyName,
+        role: KeyRole,
+        make: impl FnOnce(&Verbs, &[u8]) -> Result<Option<WirePublicKey>, Failure>,
+    ) -> Result<CreatedKey, HsmError> {
+        if !self.is_free(name)? {
+            let message = format!("the token has an object named {name} already; nothing is ever overwritten");
+            return Err(HsmError::Refused(message));
+        }
+        let verbs = self.verbs(BTreeMap::new())?;
+        let id = verbs.random(ID_LEN).map_err(refused)?;
+        let public = make(&verbs, &id).map_err(refused)?;
+        let object = find_one(verbs.session(), role.class(), name, &id).map_err(refused)?;
+        audit(verbs.session(), object, name, role).map_err(refused)?;
+        let attributes = shown_attributes(&verbs, object).map_err(refused)?;
+        if let Some(directory) = &self.profile.sync_directory {
+            sync_tree(directory).map_err(|e| HsmError::Refused(format!("syncing {}: {e}", directory.display())))?;
+        }
+        let public = match (public, role) {
+            (Some(public), KeyRole::Signing(kind)) => Some(public_key(kind, public)?),
+            _ => None,
+        };
+        Ok(CreatedKey { name: name.clone(), id, public, attributes })
+    }
+
+    /// The check value of a master key, 8 octets.
+    pub fn check_value(&self, key: &CreatedKey, prf: Prf) -> Result<Vec<u8>, HsmError> {
+        let check = Derivation::check_value(key.name.clone());
+        let mut verbs = self.verbs_for(&key.name, &key.id, KeyRole::Master(prf))?;
+        verbs.derive(&key.name, prf, &check.fixed_input(), check.length).map_err(refused)
+    }
+
+    /// Signs with a key of the token: certificates of authorities and of access, in a ceremony or an enrolment. ECDSA as DER.
+    pub fn sign(
+        &self,
+        name: &KeyName,
+        id: &[u8],
+        kind: KeyKind,
+        algorithm: SignatureAlgorithm,
+        message: &[u8],
+    ) -> Result<Vec<u8>, HsmError> {
+        let mut verbs = self.verbs_for(name, id, KeyRole::Signing(kind))?;
+        let raw = verbs.sign(name, algorithm, message).map_err(refused)?;
+        to_x509_form(algorithm, raw)
+    }
+
+    /// Random octets of the HSM.
+    pub fn random(&self, len: u32) -> Result<Vec<u8>, HsmError> {
+        self.verbs(BTreeMap::new())?.random(len).map_err(refused)
+    }
+
+    fn verbs_for(&self, name: &KeyName, id: &[u8], role: KeyRole) -> Result<Verbs, HsmError> {
+        self.verbs(BTreeMap::from([(name.clone(), KeyOnToken { id: id.to_vec(), role })]))
+    }
+
+    fn verbs(&self, keys: BTreeMap<KeyName, KeyOnToken>) -> Result<Verbs, HsmError> {
+        let shared = Shared {
+            keys,
+            wrap: self.profile.wrap,
+            unwrappable: self.profile.unwrappable.clone(),
+            objects: None,
+        };
+        Ok(Verbs::new(self.token.session().map_err(refused)?, Arc::new(shared), None))
+    }
+}
+
+fn shown_attributes(verbs: &Verbs, object: ObjectHandle) -> Result<BTreeMap<String, String>, Failure> {
+    let wanted = [
+        AttributeType::Class,
+        AttributeType::KeyType,
+        AttributeType::Token,
+        AttributeType::Private,
+        AttributeType::Sensitive,
+        AttributeType::Extractable,
+        AttributeType::AlwaysSensitive,
+        AttributeType::NeverExtractable,
+        AttributeType::Local,
+        AttributeType::Modifiable,
+        AttributeType::Copyable,
+        AttributeType::Sign,
+        AttributeType::Encrypt,
+        AttributeType::Decrypt,
+        AttributeType::Wrap,
+        AttributeType::Unwrap,
+        AttributeType::Derive,
+    ];
+    let found = verbs.session().get_attributes(object, &wanted).doing(|| "reading attributes back".to_owned())?;
+    let split = |attribute: Attribute| {
+        let text = format!("{attribute:?}");
+        let (name, value) = text.split_once('(').unwrap_or((&text, ""));
+        (name.to_owned(), value.strip_suffix(')').unwrap_or(value).to_owned())
+    };
+    Ok(found.into_iter().map(split).collect())
+}
+
+pub(crate) fn public_key(kind: KeyKind, public: WirePublicKey) -> Result<PublicKey, HsmError> {
+    match public {
+        WirePublicKey::Ec(point) => PublicKey::from_ec_point(kind, &point),
+        WirePublicKey::Ed25519(raw) => PublicKey::from_ed25519(&raw),
+        WirePublicKey::Rsa { modulus, exponent } => PublicKey::from_rsa(&modulus, &exponent),
+    }
+    .map_err(|e| HsmError::Wrong(e.to_string()))
+}
+
+/// Every file and directory below: the module wrote them and did not sync them.
+fn sync_tree(directory: &Path) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(directory)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            sync_tree(&path)?;
+        } else {
+            std::fs::File::open(path)?.sync_all()?;
+        }
+    }
+    std::fs::File::open(directory)?.sync_all()
+}
+
+fn refused(failure: Failure) -> HsmError {
+    match failure.class {
+        FailureClass::Permanent => HsmError::Stopped(failure.message),
+        _ => HsmError::Refused(failure.message),
+    }
+}

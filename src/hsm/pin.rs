@@ -1,0 +1,119 @@
+//! Where the user PIN comes from. It is read by the worker (or by an officer's tool), never by the process that faces the
+//! network, and never from an argument, the environment or the configuration file.
+
+use std::fs::File;
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use zeroize::Zeroize as _;
+
+use crate::config::{PrivateFileError, open_private};
+use crate::secret::SecretBytes;
+
+/// Where a PIN is read from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PinSource {
+    /// A file that only its owner, who runs this process or is root, may read.
+    File(PathBuf),
+    /// A credential of systemd (`LoadCredential=`), already unreadable for others; the path below `$CREDENTIALS_DIRECTORY`.
+    Credential(PathBuf),
+}
+
+/// Why a PIN file was refused. Never says what is in it.
+#[derive(Debug, thiserror::Error)]
+pub enum PinError {
+    /// It cannot be read, or others may read it.
+    #[error("PIN file {0}")]
+    File(#[from] PrivateFileError),
+    /// Empty, or more than a PIN.
+    #[error("PIN file {path} must hold one line of 1 to {max} octets of UTF-8", max = PinSource::MAX_LEN)]
+    NotAPin {
+        /// Which.
+        path: String,
+    },
+}
+
+impl PinSource {
+    /// Most octets of a PIN.
+    pub const MAX_LEN: usize = 256;
+
+    fn path(&self) -> &Path {
+        match self {
+            Self::File(path) | Self::Credential(path) => path,
+        }
+    }
+
+    /// Checks that the file is there and closed to others, without reading it.
+    pub fn check(&self) -> Result<(), PinError> {
+        self.open().map(drop)
+    }
+
+    fn open(&self) -> Result<File, PinError> {
+        match self {
+            Self::File(path) => Ok(open_private(path)?),
+            Self::Credential(path) => {
+                let unreadable = |cause| PrivateFileError::Unreadable { path: path.display().to_string(), cause };
+                Ok(File::open(path).map_err(unreadable)?)
+            }
+        }
+    }
+
+    /// Reads the PIN; one line ending at the end is not part of it.
+    pub fn read(&self) -> Result<SecretBytes, PinError> {
+        let path = self.path().display().to_string();
+        let file = self.open()?;
+        // Room for the longest PIN, so that the buffer never moves and leaves a copy behind.
+        let mut pin = SecretBytes::new(Vec::with_capacity(Self::MAX_LEN + 2));
+        file.take(Self::MAX_LEN as u64 + 2)
+            .read_to_end(pin.expose_mut())
+            .map_err(|cause| PrivateFileError::Unreadable { path: path.clone(), cause })?;
+        let bytes = pin.expose_mut();
+        while bytes.last().is_some_and(|b| *b == b'\n' || *b == b'\r') {
+            bytes.pop();
+        }
+        if bytes.is_empty() || bytes.len() > Self::MAX_LEN || std::str::from_utf8(bytes).is_err() || bytes.contains(&b'\n') {
+            bytes.zeroize();
+            return Err(PinError::NotAPin { path });
+        }
+        Ok(pin)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    fn pin_file(content: &str, mode: u32) -> (tempfile::TempDir, PinSource) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pin");
+        std::fs::write(&path, content).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+        (dir, PinSource::File(path))
+    }
+
+    #[test]
+    fn a_pin_is_one_line_without_its_ending() {
+        let (_dir, source) = pin_file("1234\n", 0o600);
+        assert_eq!(source.read().unwrap().expose(), b"1234");
+    }
+
+    #[test]
+    fn a_pin_file_that_others_may_read_is_refused_before_it_is_read() {
+        for mode in [0o644, 0o640, 0o604] {
+            let (_dir, source) = pin_file("1234", mode);
+            assert!(matches!(source.check(), Err(PinError::File(PrivateFileError::Open { .. }))), "{mode:o}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_pin_is_refused_without_showing_it() {
+        for content in ["", "\n", "first\nsecond", &"x".repeat(257)] {
+            let (_dir, source) = pin_file(content, 0o400);
+            let error = source.read().err().map(|e| e.to_string()).unwrap_or_default();
+            assert!(error.contains("one line") && !error.contains("second"), "{error}");
+        }
+    }
+}

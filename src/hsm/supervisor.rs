@@ -1,0 +1,394 @@
+//! The supervisor of the worker process: starts it, checks its keys, replaces it when it hangs, dies or has done its share.
+
+use std::collections::{BTreeMap, HashMap};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::process::{Child, Command};
+use tokio::sync::{mpsc, oneshot, watch};
+use zeroize::Zeroizing;
+
+use super::failure::{Failure, FailureClass, HsmError};
+use super::kdf::Derivation;
+use super::module::ModuleProfile;
+use super::pin::PinSource;
+use super::register::KeyRegister;
+use super::token::TokenIdentity;
+use super::transport::{TransportKey, TransportReceiver};
+use super::wire::{self, Answer, KeyOnToken, Operation, Reply, Request, Start, Started};
+use super::worker;
+use crate::keys::{SignatureAlgorithm, ecdsa_der_from_fixed};
+
+/// What the HSM's side of the daemon needs.
+#[derive(Debug, Clone)]
+pub struct HsmConfig {
+    /// The module.
+    pub module: ModuleProfile,
+    /// Where the user PIN is read, by the worker.
+    pub pin: PinSource,
+    /// What the token must hold.
+    pub keys: KeyRegister,
+    /// Every call is answered within this.
+    pub call_timeout: Duration,
+    /// Calls that may wait at once; more are refused.
+    pub queue: usize,
+    /// The program that is started as the worker; `sppd` itself.
+    pub worker_program: PathBuf,
+}
+
+/// How long a start may take: loading, login and the audit of the keys.
+const START_LIMIT: Duration = Duration::from_secs(30);
+/// The first wait before a lost worker is started again, and the longest.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(15));
+/// How often the supervisor looks for a hanging worker.
+const LOOK: Duration = Duration::from_millis(250);
+
+/// What callers see of the worker.
+#[derive(Clone)]
+pub(crate) enum State {
+    /// Being started, the first time or again.
+    Away { why: String, retry_after: Duration },
+    /// Serving.
+    Ready(Arc<Connection>),
+    /// Only an officer helps.
+    Stopped { why: String },
+}
+
+/// Figures for status and metrics.
+#[derive(Default)]
+pub(crate) struct Counters {
+    pub(crate) starts: AtomicU64,
+    pub(crate) answered: AtomicU64,
+}
+
+/// A worker that serves.
+pub(crate) struct Connection {
+    outgoing: mpsc::Sender<Zeroizing<Vec<u8>>>,
+    pending: Arc<Pending>,
+    next_id: AtomicU64,
+    pub(crate) transport: TransportKey,
+    pub(crate) module: String,
+    pub(crate) token: TokenIdentity,
+}
+
+type Waiter = oneshot::Sender<Result<Vec<Answer>, Failure>>;
+
+/// Calls that are with the worker.
+#[derive(Default)]
+struct Pending(Mutex<HashMap<u64, (Instant, Waiter)>>);
+
+impl Pending {
+    fn map(&self) -> std::sync::MutexGuard<'_, HashMap<u64, (Instant, Waiter)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn oldest(&self) -> Option<Instant> {
+        self.map().values().map(|(since, _)| *since).min()
+    }
+}
+
+/// Runs until nobody holds the handle any more.
+pub(crate) async fn supervise(config: Arc<HsmConfig>, state: watch::Sender<State>, counters: Arc<Counters>) {
+    let mut wait = BACKOFF.0;
+    loop {
+        counters.starts.fetch_add(1, Ordering::Relaxed);
+        let ended = tokio::select! {
+            ended = one_life(&config, &state, &counters, &mut wait) => ended,
+            () = state.closed() => return,
+        };
+        match ended {
+            Ended::Replaced => continue,
+            Ended::Lost(why) => {
+                tracing::warn!(%why, retry_in = ?wait, "the HSM worker is gone; it is started again");
+                let _ = state.send(State::Away { why, retry_after: wait });
+            }
+            Ended::Permanent(why) => {
+                tracing::error!(%why, "the HSM needs an officer; restart sppd when that is done");
+                let _ = state.send(State::Stopped { why });
+                state.closed().await;
+                return;
+            }
+        }
+        tokio::select! {
+            () = tokio::time::sleep(wait) => wait = (wait * 2).min(BACKOFF.1),
+            () = state.closed() => return,
+        }
+    }
+}
+
+/// Why a worker's life ended.
+enum Ended {
+    /// It had done its share.
+    Replaced,
+    Lost(String),
+    Permanent(String),
+}
+
+impl From<HsmError> for Ended {
+    fn from(error: HsmError) -> Self {
+        match error {
+            HsmError::Stopped(why) => Self::Permanent(why),
+            other => Self::Lost(other.to_string()),
+        }
+    }
+}
+
+/// Starts a worker, checks it, lets it serve, and says why it ended.
+async fn one_life(
+    config: &HsmConfig,
+    state: &watch::Sender<State>,
+    counters: &Arc<Counters>,
+    wait: &mut Duration,
+) -> Ended {
+    let started = tokio::time::timeout(START_LIMIT, start(config, counters)).await;
+    let (mut child, connection, mut closed) = match started {
+        Ok(Ok(worker)) => worker,
+        Ok(Err(error)) => return error.into(),
+        Err(_) => return Ended::Lost(format!("the worker was not ready within {START_LIMIT:?}")),
+    };
+    let connection = Arc::new(connection);
+    tracing::info!(module = %connection.module, token = %connection.token.label, "the HSM is ready");
+    let _ = state.send(State::Ready(Arc::clone(&connection)));
+    *wait = BACKOFF.0;
+    let served_before = counters.answered.load(Ordering::Relaxed);
+    let limit = config.module.recycle_after_operations;
+    loop {
+        tokio::select! {
+            why = &mut closed => {
+                let why = why.unwrap_or_else(|_| "its socket closed".to_owned());
+                connection.pending.map().clear();
+                return Ended::Lost(format!("{why}{}", exit_of(&mut child).await));
+            }
+            () = tokio::time::sleep(LOOK) => {}
+        }
+        if connection.pending.oldest().is_some_and(|since| since.elapsed() > config.module.hang_after) {
+            let _ = child.kill().await;
+            connection.pending.map().clear();
+            return Ended::Lost(format!("it did not answer for {:?} and was killed", config.module.hang_after));
+        }
+        if limit > 0 && counters.answered.load(Ordering::Relaxed) - served_before >= limit {
+            let retry_after = BACKOFF.0;
+            let _ = state.send(State::Away { why: "the worker is being replaced".to_owned(), retry_after });
+            drain(&connection, config.module.hang_after).await;
+            tracing::info!(after = limit, "the HSM worker has done its share and is replaced");
+            return Ended::Replaced;
+        }
+    }
+}
+
+/// Waits for the calls that are with the worker; new ones wait for the next worker already.
+async fn drain(connection: &Connection, limit: Duration) {
+    let until = Instant::now() + limit;
+    while connection.pending.oldest().is_some() && Instant::now() < until {
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+async fn exit_of(child: &mut Child) -> String {
+    match tokio::time::timeout(Duration::from_secs(1), child.wait()).await {
+        Ok(Ok(status)) => format!(" ({status})"),
+        _ => String::new(),
+    }
+}
+
+async fn start(
+    config: &HsmConfig,
+    counters: &Arc<Counters>,
+) -> Result<(Child, Connection, oneshot::Receiver<String>), HsmError> {
+    let lost = |what: &str, e: &dyn std::fmt::Display| HsmError::Wrong(format!("{what}: {e}"));
+    let receiver = tokio::task::spawn_blocking(TransportReceiver::generate)
+        .await
+        .map_err(|e| lost("making a transport pair", &e))??;
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(|e| lost("making a socket pair", &e))?;
+    let child = spawn(config, theirs).map_err(|e| lost("starting the HSM worker", &e))?;
+    ours.set_nonblocking(true).map_err(|e| lost("the worker's socket", &e))?;
+    let socket = UnixStream::from_std(ours).map_err(|e| lost("the worker's socket", &e))?;
+    let (read, mut write) = socket.into_split();
+    let mut read = BufReader::new(read);
+    let order = start_order(config, receiver.public_copy());
+    write_frame(&mut write, &order).await.map_err(|e| lost("talking to the HSM worker", &e))?;
+    let answer: Result<Started, Failure> = match read_frame(&mut read).await {
+        Ok(Some(body)) => wire::parse(&body).map_err(|e| lost("reading the worker's answer", &e))?,
+        Ok(None) => return Err(HsmError::Wrong("the HSM worker ended while it loaded the module".to_owned())),
+        Err(e) => return Err(lost("reading the worker's answer", &e)),
+    };
+    let started = answer.map_err(|failure| match failure.class {
+        FailureClass::Permanent => HsmError::Stopped(failure.message),
+        _ => HsmError::Wrong(failure.message),
+    })?;
+    let transport = receiver.open(config.module.oaep_hash, &started.transport_key)?;
+    let (connection, closed) = connect(read, write, transport, started, Arc::clone(counters));
+    check_keys(config, &connection).await?;
+    Ok((child, connection, closed))
+}
+
+/// The worker is this program again; its environment is what the module's profile says and nothing else, its standard
+/// input is the socket. It has a process group of its own, so that Ctrl-C on a terminal drains before it dies.
+fn spawn(config: &HsmConfig, socket: std::os::unix::net::UnixStream) -> std::io::Result<Child> {
+    Command::new(&config.worker_program)
+        .arg(worker::ARGUMENT)
+        .env_clear()
+        .envs(&config.module.environment)
+        .stdin(Stdio::from(OwnedFd::from(socket)))
+        .stdout(Stdio::null())
+        .stderr(Stdio::inherit())
+        .process_group(0)
+        .kill_on_drop(true)
+        .spawn()
+}
+
+fn start_order(config: &HsmConfig, transport_rsa: wire::TransportRsa) -> Start {
+    let keys: BTreeMap<_, _> =
+        config.keys.all().map(|(name, id, role)| (name.clone(), KeyOnToken { id: id.to_vec(), role })).collect();
+    Start {
+        library: config.module.library.clone(),
+        token: config.keys.token.clone(),
+        pin: config.pin.clone(),
+        threads: config.module.threads,
+        wrap: config.module.wrap,
+        oaep_hash: config.module.oaep_hash,
+        unwrappable: config.module.unwrappable.clone(),
+        exclusive_changes: config.module.exclusive_changes,
+        keys,
+        transport_rsa,
+    }
+}
+
+/// Starts the two tasks that carry frames.
+fn connect(
+    read: BufReader<OwnedReadHalf>,
+    write: OwnedWriteHalf,
+    transport: TransportKey,
+    started: Started,
+    counters: Arc<Counters>,
+) -> (Connection, oneshot::Receiver<String>) {
+    let (outgoing, frames) = mpsc::channel(1024);
+    let (closing, closed) = oneshot::channel();
+    let pending = Arc::new(Pending::default());
+    tokio::spawn(send_frames(write, frames));
+    tokio::spawn(receive_replies(read, Arc::clone(&pending), counters, closing));
+    let next_id = AtomicU64::new(1);
+    (Connection { outgoing, pending, next_id, transport, module: started.module, token: started.token }, closed)
+}
+
+async fn send_frames(mut write: OwnedWriteHalf, mut frames: mpsc::Receiver<Zeroizing<Vec<u8>>>) {
+    while let Some(frame) = frames.recv().await {
+        if write.write_all(&frame).await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn receive_replies(
+    mut read: BufReader<OwnedReadHalf>,
+    pending: Arc<Pending>,
+    counters: Arc<Counters>,
+    closing: oneshot::Sender<String>,
+) {
+    let why = loop {
+        let body = match read_frame(&mut read).await {
+            Ok(Some(body)) => body,
+            Ok(None) => break "it ended".to_owned(),
+            Err(e) => break e,
+        };
+        let reply: Reply = match wire::parse(&body) {
+            Ok(reply) => reply,
+            Err(e) => break format!("it sent what cannot be read: {e}"),
+        };
+        counters.answered.fetch_add(1, Ordering::Relaxed);
+        if let Some((_, waiter)) = pending.map().remove(&reply.id) {
+            let _ = waiter.send(reply.result);
+        }
+    };
+    let _ = closing.send(why);
+}
+
+impl Connection {
+    /// Sends operations and waits; `None` if the worker was lost meanwhile.
+    pub(crate) async fn call(&self, operations: Vec<Operation>, until: Instant) -> Option<Result<Vec<Answer>, Failure>> {
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let budget_ms = u32::try_from(until.saturating_duration_since(Instant::now()).as_millis()).unwrap_or(u32::MAX);
+        let frame = wire::frame(&Request { id, budget_ms, operations });
+        let frame = match frame {
+            Ok(frame) => frame,
+            Err(e) => return Some(Err(Failure::new(FailureClass::Rejected, e))),
+        };
+        let (waiter, answer) = oneshot::channel();
+        self.pending.map().insert(id, (Instant::now(), waiter));
+        if self.outgoing.send(frame).await.is_err() {
+            self.pending.map().remove(&id);
+            return None;
+        }
+        answer.await.ok()
+    }
+
+    pub(crate) fn in_flight(&self) -> usize {
+        self.pending.map().len()
+    }
+}
+
+/// The keys are the ones of the register, and they work: signing keys against their public halves, master keys against
+/// their check values. Not certificates are signed here, but a text that no certificate can be.
+async fn check_keys(config: &HsmConfig, connection: &Connection) -> Result<(), HsmError> {
+    let until = Instant::now() + START_LIMIT;
+    let one = async |operation| match connection.call(vec![operation], until).await {
+        Some(Ok(answers)) => answers.into_iter().next().ok_or_else(|| HsmError::Wrong("an empty answer".to_owned())),
+        Some(Err(failure)) => Err(HsmError::Wrong(failure.message)),
+        None => Err(HsmError::Wrong("the worker ended while its keys were checked".to_owned())),
+    };
+    for key in &config.keys.signing {
+        let algorithm = SignatureAlgorithm::default_for(key.public_key.kind());
+        let message = [b"spp/v1/key-check".as_slice(), key.name.as_str().as_bytes()].concat();
+        let answer = one(Operation::Sign { key: key.name.clone(), algorithm, message: message.clone() }).await?;
+        let Answer::Signature(raw) = answer else { return Err(HsmError::Wrong("no signature".to_owned())) };
+        let signature = to_x509_form(algorithm, raw)?;
+        key.public_key
+            .verify(algorithm, &message, &signature)
+            .map_err(|_| HsmError::Wrong(format!("the key {} is not the one of the register", key.name)))?;
+    }
+    for key in &config.keys.master {
+        let check = Derivation::check_value(key.name.clone());
+        let len = u32::try_from(check.length).unwrap_or(u32::MAX);
+        let operation = Operation::Derive { key: key.name.clone(), prf: key.prf, fixed_input: check.fixed_input(), len };
+        let Answer::Derived(value) = one(operation).await? else {
+            return Err(HsmError::Wrong("no check value".to_owned()));
+        };
+        // The check value is public: it is in the register in clear.
+        if value.into_secret().expose() != &key.check_value {
+            return Err(HsmError::Wrong(format!("the master key {} has another check value than the register", key.name)));
+        }
+    }
+    Ok(())
+}
+
+/// ECDSA leaves the HSM as `r || s` and this room as DER.
+pub(crate) fn to_x509_form(algorithm: SignatureAlgorithm, raw: Vec<u8>) -> Result<Vec<u8>, HsmError> {
+    match algorithm {
+        SignatureAlgorithm::EcdsaP256Sha256 | SignatureAlgorithm::EcdsaP384Sha384 => ecdsa_der_from_fixed(&raw)
+            .ok_or_else(|| HsmError::Wrong(format!("an ECDSA signature of {} octets", raw.len()))),
+        _ => Ok(raw),
+    }
+}
+
+async fn read_frame(read: &mut BufReader<OwnedReadHalf>) -> Result<Option<Zeroizing<Vec<u8>>>, String> {
+    let mut prefix = [0; 4];
+    match read.read_exact(&mut prefix).await {
+        Ok(_) => {}
+        Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => return Ok(None),
+        Err(e) => return Err(e.to_string()),
+    }
+    let mut body = Zeroizing::new(vec![0; wire::frame_len(prefix)?]);
+    read.read_exact(&mut body).await.map_err(|e| e.to_string())?;
+    Ok(Some(body))
+}
+
+async fn write_frame<T: serde::Serialize>(write: &mut OwnedWriteHalf, value: &T) -> Result<(), String> {
+    write.write_all(&wire::frame(value)?).await.map_err(|e| e.to_string())
+}

@@ -1,0 +1,69 @@
+//! The receiving end of the transport key: an RSA pair that lives only in this process, and what it opened.
+
+use aws_lc_rs::encoding::{AsDer as _, PublicKeyX509Der};
+use aws_lc_rs::key_wrap::{AES_256, AesKek, KeyWrapPadded as _};
+use aws_lc_rs::rsa::{
+    KeySize, OAEP_SHA1_MGF1SHA1, OAEP_SHA256_MGF1SHA256, OaepPrivateDecryptingKey, PrivateDecryptingKey,
+};
+
+use super::failure::HsmError;
+use super::module::OaepHash;
+use super::wire::TransportRsa;
+use crate::keys::PublicKey;
+use crate::secret::SecretBytes;
+
+/// Waits for one transport key, then is used up.
+pub(crate) struct TransportReceiver {
+    private: OaepPrivateDecryptingKey,
+    public: TransportRsa,
+}
+
+/// The AES-256 key under which device keys leave the HSM.
+pub(crate) struct TransportKey(SecretBytes);
+
+impl TransportReceiver {
+    pub(crate) fn generate() -> Result<Self, HsmError> {
+        let wrong = |what: &str| HsmError::Wrong(format!("making a transport RSA pair: {what}"));
+        let private = PrivateDecryptingKey::generate(KeySize::Rsa2048).map_err(|_| wrong("no key"))?;
+        let der: PublicKeyX509Der<'_> = private.public_key().as_der().map_err(|_| wrong("no public key"))?;
+        let public = PublicKey::from_spki_der(der.as_ref()).map_err(|e| wrong(&e.to_string()))?;
+        let (modulus, exponent) = public.rsa_components().ok_or_else(|| wrong("not RSA"))?;
+        let private = OaepPrivateDecryptingKey::new(private).map_err(|_| wrong("not for OAEP"))?;
+        Ok(Self { private, public: TransportRsa { modulus, exponent } })
+    }
+
+    /// The public half, for the worker.
+    pub(crate) fn public_copy(&self) -> TransportRsa {
+        TransportRsa { modulus: self.public.modulus.clone(), exponent: self.public.exponent.clone() }
+    }
+
+    pub(crate) fn open(self, hash: OaepHash, wrapped: &[u8]) -> Result<TransportKey, HsmError> {
+        let algorithm = match hash {
+            OaepHash::Sha1 => &OAEP_SHA1_MGF1SHA1,
+            OaepHash::Sha256 => &OAEP_SHA256_MGF1SHA256,
+        };
+        let mut plain = SecretBytes::new(vec![0; self.private.min_output_size()]);
+        let len = self
+            .private
+            .decrypt(algorithm, wrapped, plain.expose_mut(), None)
+            .map_err(|_| HsmError::Wrong("the transport key could not be opened".to_owned()))?
+            .len();
+        if len != 32 {
+            return Err(HsmError::Wrong(format!("the transport key has {len} octets instead of 32")));
+        }
+        Ok(TransportKey(SecretBytes::copy_of(&plain.expose()[..len])))
+    }
+}
+
+impl TransportKey {
+    /// AES-KWP, RFC 5649.
+    pub(crate) fn unwrap(&self, blob: &[u8]) -> Result<SecretBytes, HsmError> {
+        let failed = |_| HsmError::Wrong("a delivered key could not be unwrapped".to_owned());
+        // Exposed to the provider that unwraps.
+        let kek = AesKek::new(&AES_256, self.0.expose()).map_err(failed)?;
+        let mut plain = SecretBytes::new(vec![0; blob.len()]);
+        let len = kek.unwrap_with_padding(blob, plain.expose_mut()).map_err(failed)?.len();
+        plain.expose_mut().truncate(len);
+        Ok(plain)
+    }
+}

@@ -1,0 +1,213 @@
+//! What the handle and the worker say to each other over the socket pair: frames of a length and a postcard value.
+//!
+//! Both ends are this program, so the format needs no versions. Frames may hold secrets and are wiped after use.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use zeroize::{Zeroize as _, Zeroizing};
+
+use super::attributes::KeyRole;
+use super::failure::Failure;
+use super::kdf::Prf;
+use super::module::{OaepHash, WrapMechanism};
+use super::pin::PinSource;
+use super::token::TokenIdentity;
+use crate::keys::{KeyKind, SignatureAlgorithm};
+use crate::names::KeyName;
+use crate::secret::SecretBytes;
+
+/// Most octets of a frame; larger ones are a fault of the peer.
+pub(crate) const MAX_FRAME: usize = 1 << 20;
+
+/// Secret octets in a message; wiped when dropped, never printed.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct WireSecret(Vec<u8>);
+
+impl WireSecret {
+    pub(crate) const fn new(bytes: Vec<u8>) -> Self {
+        Self(bytes)
+    }
+
+    pub(crate) fn into_secret(mut self) -> SecretBytes {
+        SecretBytes::new(std::mem::take(&mut self.0))
+    }
+}
+
+impl Drop for WireSecret {
+    fn drop(&mut self) {
+        self.0.zeroize();
+    }
+}
+
+/// The first frame to a worker: what to load and what must be there.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct Start {
+    pub(crate) library: PathBuf,
+    pub(crate) token: TokenIdentity,
+    pub(crate) pin: PinSource,
+    pub(crate) threads: usize,
+    pub(crate) wrap: WrapMechanism,
+    pub(crate) oaep_hash: OaepHash,
+    pub(crate) unwrappable: Vec<KeyKind>,
+    pub(crate) exclusive_changes: bool,
+    pub(crate) keys: BTreeMap<KeyName, KeyOnToken>,
+    /// RSA public key (SubjectPublicKeyInfo) under which the transport key leaves the HSM, this once.
+    pub(crate) transport_rsa: TransportRsa,
+}
+
+#[derive(Serialize, Deserialize)]
+pub(crate) struct KeyOnToken {
+    pub(crate) id: Vec<u8>,
+    pub(crate) role: KeyRole,
+}
+
+#[derive(Serialize, Deserialize)]
+pub(crate) struct TransportRsa {
+    pub(crate) modulus: Vec<u8>,
+    pub(crate) exponent: Vec<u8>,
+}
+
+/// The worker's answer to [`Start`].
+#[derive(Serialize, Deserialize)]
+pub(crate) struct Started {
+    pub(crate) module: String,
+    pub(crate) token: TokenIdentity,
+    /// The transport key under RSA-OAEP.
+    pub(crate) transport_key: Vec<u8>,
+}
+
+/// A call: what belongs together travels together and is done in order by one thread.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct Request {
+    pub(crate) id: u64,
+    /// Milliseconds until nobody waits for the answer.
+    pub(crate) budget_ms: u32,
+    pub(crate) operations: Vec<Operation>,
+}
+
+#[derive(Serialize, Deserialize)]
+pub(crate) enum Operation {
+    Random {
+        len: u32,
+    },
+    Sign {
+        key: KeyName,
+        algorithm: SignatureAlgorithm,
+        message: Vec<u8>,
+    },
+    /// PRF outputs, concatenated and cut to `len`.
+    Derive {
+        key: KeyName,
+        prf: Prf,
+        fixed_input: Vec<u8>,
+        len: u32,
+    },
+    /// A session pair, wrapped for keeping and for delivery, then destroyed.
+    GeneratePair {
+        kind: KeyKind,
+        wrapping_key: KeyName,
+    },
+    /// From keeping to delivery.
+    Rewrap {
+        kind: KeyKind,
+        wrapping_key: KeyName,
+        blob: Vec<u8>,
+    },
+    /// Removes a key from the token for good.
+    Destroy {
+        key: KeyName,
+    },
+}
+
+#[derive(Serialize, Deserialize)]
+pub(crate) enum Answer {
+    Random(WireSecret),
+    /// ECDSA as `r || s`.
+    Signature(Vec<u8>),
+    Derived(WireSecret),
+    Pair {
+        public: WirePublicKey,
+        /// Under the wrapping key.
+        kept: Vec<u8>,
+        /// Under the transport key.
+        delivered: Vec<u8>,
+    },
+    /// Under the transport key.
+    Rewrapped(Vec<u8>),
+    Destroyed,
+}
+
+#[derive(Serialize, Deserialize)]
+pub(crate) enum WirePublicKey {
+    /// SEC 1 point.
+    Ec(Vec<u8>),
+    Ed25519(Vec<u8>),
+    Rsa {
+        modulus: Vec<u8>,
+        exponent: Vec<u8>,
+    },
+}
+
+#[derive(Serialize, Deserialize)]
+pub(crate) struct Reply {
+    pub(crate) id: u64,
+    pub(crate) result: Result<Vec<Answer>, Failure>,
+}
+
+/// A value as a frame.
+pub(crate) fn frame<T: Serialize>(value: &T) -> Result<Zeroizing<Vec<u8>>, String> {
+    // Room in front for the length; sized generously so that growing leaves no copies of secrets behind.
+    let mut bytes = Zeroizing::new(Vec::with_capacity(4096));
+    bytes.extend_from_slice(&[0; 4]);
+    let body = Zeroizing::new(postcard::to_stdvec(value).map_err(|e| e.to_string())?);
+    if body.len() > MAX_FRAME {
+        return Err(format!("a message of {} octets is over the limit of {MAX_FRAME}", body.len()));
+    }
+    bytes.extend_from_slice(&body);
+    let len = u32::try_from(body.len()).map_err(|e| e.to_string())?;
+    bytes[..4].copy_from_slice(&len.to_le_bytes());
+    Ok(bytes)
+}
+
+/// The length that a frame's first four octets announce, if it is allowed.
+pub(crate) fn frame_len(prefix: [u8; 4]) -> Result<usize, String> {
+    let len = u32::from_le_bytes(prefix) as usize;
+    if len > MAX_FRAME { Err(format!("a message announces {len} octets, the limit is {MAX_FRAME}")) } else { Ok(len) }
+}
+
+/// A frame's value.
+pub(crate) fn parse<T: for<'de> Deserialize<'de>>(body: &[u8]) -> Result<T, String> {
+    postcard::from_bytes(body).map_err(|e| e.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_frame_is_read_back() {
+        let request = Request { id: 7, budget_ms: 9, operations: vec![Operation::Random { len: 3 }] };
+        let bytes = frame(&request).unwrap();
+        let len = frame_len(bytes[..4].try_into().unwrap()).unwrap();
+        assert_eq!(len, bytes.len() - 4);
+        let read: Request = parse(&bytes[4..]).unwrap();
+        assert_eq!((read.id, read.budget_ms, read.operations.len()), (7, 9, 1));
+    }
+
+    #[test]
+    fn an_oversized_frame_is_refused_before_it_is_read() {
+        assert!(frame_len(u32::MAX.to_le_bytes()).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn octets_from_a_broken_worker_do_not_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            let _ = parse::<Reply>(&bytes);
+            let _ = parse::<Started>(&bytes);
+        }
+    }
+}

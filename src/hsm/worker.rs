@@ -1,0 +1,170 @@
+//! The worker process: loads the vendor's module, holds the PIN, serves requests over a socket pair.
+//!
+//! It dies with its parent (end of file on the socket) and by SIGKILL on itself, since a module with busy threads crashes
+//! in its destructors. Nothing is lost by that: what must last is on the token or with the parent.
+
+use std::io::{BufReader, Read, Write as _};
+use std::os::fd::AsFd as _;
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use cryptoki::object::ObjectHandle;
+use zeroize::Zeroizing;
+
+use super::failure::{Failure, FailureClass};
+use super::token::Token;
+use super::verbs::{Shared, Verbs};
+use super::wire::{self, Answer, Reply, Request, Start, Started};
+
+/// The hidden first argument with which `sppd` starts itself again as a worker.
+pub const ARGUMENT: &str = "hsm-worker";
+
+/// Requests that may wait inside the worker; the handle bounds what it sends, so this is never the limit.
+const QUEUE: usize = 4096;
+
+/// Runs the worker on the socket that is its standard input; returns only if that is none.
+pub fn run() -> Result<(), String> {
+    crate::process::forbid_core_dumps();
+    let socket = std::io::stdin().as_fd().try_clone_to_owned().map_err(|e| e.to_string())?;
+    let mut socket = UnixStream::from(socket);
+    let start: Start = wire::parse(&read_frame(&mut socket)?.ok_or("the parent is gone")?)?;
+    let opened = open(start);
+    let answer = opened.as_ref().map(|opened| &opened.started).map_err(Clone::clone);
+    write_frame(&mut socket, &answer)?;
+    if let Ok(opened) = opened {
+        serve(opened, &socket)?;
+    }
+    leave()
+}
+
+struct Opened {
+    token: Token,
+    shared: Arc<Shared>,
+    transport_key: ObjectHandle,
+    threads: usize,
+    started: Started,
+}
+
+fn open(start: Start) -> Result<Opened, Failure> {
+    let token = Token::open(&start.library, &start.token, &start.pin)?;
+    let shared = Arc::new(Shared {
+        keys: start.keys,
+        wrap: start.wrap,
+        unwrappable: start.unwrappable,
+        objects: start.exclusive_changes.then(|| RwLock::new(())),
+    });
+    Verbs::new(token.session()?, Arc::clone(&shared), None).check_keys()?;
+    // The transport key dies with the session that made it, so the anchor's twin that never closes makes it.
+    let mut maker = Verbs::new(token.session()?, Arc::clone(&shared), None);
+    let (transport_key, wrapped) = maker.make_transport_key(&start.transport_rsa, start.oaep_hash)?;
+    std::mem::forget(maker);
+    let started =
+        Started { module: token.description().to_owned(), token: token.identity().clone(), transport_key: wrapped };
+    Ok(Opened { token, shared, transport_key, threads: start.threads, started })
+}
+
+/// Reads requests until the parent closes the socket.
+fn serve(opened: Opened, socket: &UnixStream) -> Result<(), String> {
+    let (queue, waiting) = sync_channel::<(Request, Instant)>(QUEUE);
+    let waiting = Arc::new(Mutex::new(waiting));
+    let out = Arc::new(Mutex::new(socket.try_clone().map_err(|e| e.to_string())?));
+    let renew = Arc::new(Mutex::new(opened.token));
+    for _ in 0..opened.threads {
+        let session = lock(&renew).session().map_err(|f| f.message)?;
+        let verbs = Verbs::new(session, Arc::clone(&opened.shared), Some(opened.transport_key));
+        let thread = Thread { waiting: Arc::clone(&waiting), out: Arc::clone(&out), token: Arc::clone(&renew) };
+        std::thread::Builder::new()
+            .name("hsm-session".to_owned())
+            .spawn(move || thread.work(verbs))
+            .map_err(|e| e.to_string())?;
+    }
+    read_requests(&mut BufReader::new(socket), &queue)
+}
+
+fn read_requests(socket: &mut impl Read, queue: &SyncSender<(Request, Instant)>) -> Result<(), String> {
+    while let Some(body) = read_frame(socket)? {
+        let request: Request = wire::parse(&body)?;
+        let until = Instant::now() + Duration::from_millis(u64::from(request.budget_ms));
+        queue.send((request, until)).map_err(|e| e.to_string())?;
+    }
+    Ok(())
+}
+
+struct Thread {
+    waiting: Arc<Mutex<Receiver<(Request, Instant)>>>,
+    out: Arc<Mutex<UnixStream>>,
+    token: Arc<Mutex<Token>>,
+}
+
+impl Thread {
+    fn work(self, verbs: Verbs) {
+        let mut verbs = Some(verbs);
+        loop {
+            let next = lock(&self.waiting).recv();
+            let Ok((request, until)) = next else { leave() };
+            let id = request.id;
+            let result = self.answer(&mut verbs, request, until);
+            let fatal = matches!(&result, Err(f) if f.class == FailureClass::ModuleLost);
+            if write_frame(&mut *lock(&self.out), &Reply { id, result }).is_err() || fatal {
+                leave();
+            }
+        }
+    }
+
+    /// Does the operations in order; a lost session is opened again once, then the module counts as lost.
+    fn answer(&self, verbs: &mut Option<Verbs>, request: Request, until: Instant) -> Result<Vec<Answer>, Failure> {
+        if Instant::now() > until {
+            return Err(Failure::new(FailureClass::Transient, "nobody waits for this any more"));
+        }
+        let mut answers = Vec::with_capacity(request.operations.len());
+        for operation in request.operations {
+            let Some(current) = verbs.as_mut() else {
+                return Err(Failure::new(FailureClass::ModuleLost, "the session could not be opened again"));
+            };
+            match current.perform(operation) {
+                Ok(answer) => answers.push(answer),
+                Err(failure) if failure.class == FailureClass::SessionLost => {
+                    let renewed = verbs.take().and_then(|old| Some(old.renewed(lock(&self.token).session().ok()?)));
+                    *verbs = renewed;
+                    let checked = verbs.as_mut().map(Verbs::check_keys);
+                    let class = if matches!(checked, Some(Ok(()))) {
+                        FailureClass::Transient
+                    } else {
+                        FailureClass::ModuleLost
+                    };
+                    return Err(Failure::new(class, failure.message));
+                }
+                Err(failure) => return Err(failure),
+            }
+        }
+        Ok(answers)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn read_frame(socket: &mut impl Read) -> Result<Option<Zeroizing<Vec<u8>>>, String> {
+    let mut prefix = [0; 4];
+    match socket.read_exact(&mut prefix) {
+        Ok(()) => {}
+        Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => return Ok(None),
+        Err(e) => return Err(e.to_string()),
+    }
+    let mut body = Zeroizing::new(vec![0; wire::frame_len(prefix)?]);
+    socket.read_exact(&mut body).map_err(|e| e.to_string())?;
+    Ok(Some(body))
+}
+
+fn write_frame<T: serde::Serialize>(socket: &mut UnixStream, value: &T) -> Result<(), String> {
+    socket.write_all(&wire::frame(value)?).map_err(|e| e.to_string())
+}
+
+/// Ends the process without running the module's destructors.
+fn leave() -> ! {
+    let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+    std::process::exit(1)
+}

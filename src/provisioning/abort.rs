@@ -1,0 +1,52 @@
+//! Giving a session up, and looking at one.
+
+use super::complete::wrong_state;
+use super::{ProvisionError, Provisioner, now};
+use crate::names::{ChipId, SessionId, StationName};
+use crate::store::{Abortable, Session, SessionState, TakenUp};
+
+/// Which session is asked for.
+pub enum SessionView {
+    /// By its name.
+    Id(SessionId),
+    /// The chip's newest.
+    Chip(ChipId),
+}
+
+impl Provisioner {
+    /// Destroys the key pair of a session that was not published. Repeating it is no error.
+    pub async fn abort(&self, station: &StationName, id: SessionId, reason: String) -> Result<(), ProvisionError> {
+        let known = self.session(&id).await?;
+        let _chip = self.chips.hold(&known.chip).await?;
+        self.permitted_product(station, &known)?;
+        let taken_up = self.journal.take_up(&id).await?.ok_or_else(|| ProvisionError::NoSession(id.to_string()))?;
+        let abortable = match taken_up {
+            TakenUp::Intent(intent) => Abortable::Intent(intent),
+            // Published before a crash, not yet journaled: it is too late.
+            TakenUp::Issued(issued) => match self.registry.receipt_of(&known.chip, id).await? {
+                None => Abortable::Issued(issued),
+                Some(_) => return Err(wrong_state(issued.session(), ", but its record is public: repeat Complete")),
+            },
+            TakenUp::Final(session) if matches!(session.state, SessionState::Aborted { .. }) => return Ok(()),
+            TakenUp::Published(_) | TakenUp::Final(_) => {
+                return Err(wrong_state(&known, ": a published device cannot be aborted"));
+            }
+        };
+        self.journal.abort(abortable, now(), reason).await?;
+        Ok(())
+    }
+
+    /// Where a session stands; a station sees what it may work on.
+    pub async fn view(&self, station: &StationName, which: &SessionView) -> Result<Session, ProvisionError> {
+        let session = match which {
+            SessionView::Id(id) => self.session(id).await?,
+            SessionView::Chip(chip) => {
+                let found = self.journal.take_up_chip(chip).await?;
+                let none = || ProvisionError::NoSession(format!("of the chip {chip}"));
+                found.map(|known| known.session().clone()).ok_or_else(none)?
+            }
+        };
+        self.stations.permit(station, &session.profile, &session.identity)?;
+        Ok(session)
+    }
+}

@@ -1,0 +1,116 @@
+//! Step 1 of the way: may the caller, does the order fit its profile, are chip and identity free.
+
+use super::{Order, Product, ProvisionError, Provisioner, now};
+use crate::certificate::{KeyPairSource, SealedDelivery};
+use crate::names::SessionId;
+use crate::store::{Abortable, Intent, Issued, Session, SessionState, TakenUp};
+
+/// What the journal knows of an admitted order.
+pub(super) enum Admitted {
+    /// Nothing: the device is new.
+    New,
+    /// The same order came before and stopped before its signature was journaled.
+    Intended(Intent),
+    /// The same order came before.
+    Known(Issued),
+}
+
+impl Provisioner {
+    /// Checks the order against the station's confinement and the profile.
+    pub(super) fn admit_order(&self, order: &Order) -> Result<&Product, ProvisionError> {
+        let product = self.products.get(&order.profile).ok_or_else(|| {
+            let known: Vec<_> = self.profiles().map(ToString::to_string).collect();
+            let problem = format!("there is no profile {}; there are: {}", order.profile, known.join(", "));
+            ProvisionError::invalid("profile", problem)
+        })?;
+        self.stations.permit(&order.station, &order.profile, &order.identity)?;
+        let profile = &product.profile;
+        if !profile.allows_identity(&order.identity) {
+            let problem = format!("the profile {} does not take {} identities", order.profile, order.identity.kind());
+            return Err(ProvisionError::invalid("identity", problem));
+        }
+        match (profile.key_pair(), &order.own_key) {
+            (KeyPairSource::Csr { .. }, None) => {
+                let problem = format!("the profile {} needs a PKCS#10 request by the device", order.profile);
+                return Err(ProvisionError::invalid("csr", problem));
+            }
+            (KeyPairSource::Csr { accepted }, Some(key)) if !accepted.contains(&key.kind()) => {
+                let problem = format!("the profile {} does not take {} keys", order.profile, key.kind());
+                return Err(ProvisionError::invalid("csr", problem));
+            }
+            (KeyPairSource::Generate(_) | KeyPairSource::None, Some(_)) => {
+                let problem = format!("the profile {} does not take a request: the pair is made here", order.profile);
+                return Err(ProvisionError::invalid("csr", problem));
+            }
+            _ => {}
+        }
+        if profile.sealed_delivery() == SealedDelivery::Required && order.transport_key.is_none() {
+            let problem = format!("the profile {} seals its packages: the chip's transport key is needed", order.profile);
+            return Err(ProvisionError::invalid("transport_key", problem));
+        }
+        Ok(product)
+    }
+
+    /// Looks for the chip and the identity in the journal and in the public database. The database is asked too, since the
+    /// journal could be an old copy; the transaction that reserves checks the journal once more.
+    pub(super) async fn admit_device(&self, order: &Order) -> Result<Admitted, ProvisionError> {
+        match self.journal.take_up_chip(&order.chip).await? {
+            Some(known) if !is_aborted(known.session()) => {
+                if !is_same_order(known.session(), order) {
+                    return Err(taken_by(known.session()));
+                }
+                return match known {
+                    TakenUp::Intent(intent) => Ok(Admitted::Intended(intent)),
+                    TakenUp::Issued(issued) if issued.session().expires > now() => Ok(Admitted::Known(issued)),
+                    TakenUp::Issued(expired) => {
+                        self.journal.abort(Abortable::Issued(expired), now(), "expired".to_owned()).await?;
+                        Ok(Admitted::New)
+                    }
+                    TakenUp::Published(_) | TakenUp::Final(_) => {
+                        Err(ProvisionError::AlreadyComplete { chip: order.chip.clone(), session: id_of(&known) })
+                    }
+                };
+            }
+            _ => {}
+        }
+        if let Some(other) = self.journal.session_of_identity(&order.identity).await? {
+            let (chip, session) = (other.chip, other.id);
+            return Err(ProvisionError::IdentityTaken { identity: order.identity.clone(), chip, session });
+        }
+        if let Some((record, ..)) = self.registry.find_by_chip(&order.chip).await? {
+            let session = record.session;
+            return Err(if record.identity == order.identity {
+                ProvisionError::AlreadyComplete { chip: record.chip, session }
+            } else {
+                ProvisionError::ChipTaken { chip: record.chip, identity: record.identity, session }
+            });
+        }
+        if let Some((record, _)) = self.registry.find_by_identity(&order.identity).await? {
+            let (identity, chip, session) = (record.identity, record.chip, record.session);
+            return Err(ProvisionError::IdentityTaken { identity, chip, session });
+        }
+        Ok(Admitted::New)
+    }
+}
+
+fn id_of(known: &TakenUp) -> SessionId {
+    known.session().id
+}
+
+const fn is_aborted(session: &Session) -> bool {
+    matches!(session.state, SessionState::Aborted { .. })
+}
+
+/// The station may differ: another one may take over when the first breaks.
+fn is_same_order(session: &Session, order: &Order) -> bool {
+    let same_key = match &order.own_key {
+        Some(key) => session.own_key_pair && session.public_key.as_deref() == Some(key.spki_der()),
+        None => !session.own_key_pair,
+    };
+    session.identity == order.identity && session.profile == order.profile && same_key
+}
+
+fn taken_by(session: &Session) -> ProvisionError {
+    let (chip, identity) = (session.chip.clone(), session.identity.clone());
+    ProvisionError::ChipTaken { chip, identity, session: session.id }
+}

@@ -1,0 +1,164 @@
+//! The way of a device, first half: from the order to the data package.
+
+use crate::hsm::{Derivation, DeviceKeyOrder};
+use crate::keys::PublicKey;
+use crate::names::{ChipId, DeviceIdentity, ProfileName, SessionId, StationName};
+use crate::package::TransportPublicKey;
+use crate::secret::SecretBytes;
+use crate::store::{CertificateToSign, MasterKeyUse, Session, SessionState};
+use crate::certificate::{CertificateRequest, CertificateSerial, KeyPairSource, prepare};
+
+use super::admit::Admitted;
+use super::deliver::PackageKeys;
+use super::{Product, ProvisionError, Provisioner, now};
+
+/// What a station orders for a chip; every name is parsed, the CSR verified.
+pub struct Order {
+    /// Who asks.
+    pub station: StationName,
+    /// For which chip.
+    pub chip: ChipId,
+    /// Its identity.
+    pub identity: DeviceIdentity,
+    /// What it gets.
+    pub profile: ProfileName,
+    /// The public key of a verified CSR.
+    pub own_key: Option<PublicKey>,
+    /// Where the package is sealed to.
+    pub transport_key: Option<TransportPublicKey>,
+}
+
+/// What the station gets for the device.
+pub struct Assembled {
+    /// The session.
+    pub session: SessionId,
+    /// The certificate.
+    pub certificate: Vec<u8>,
+    /// Whether it is a CWT.
+    pub certificate_is_cwt: bool,
+    /// The package.
+    pub delivery: Delivery,
+    /// Seconds since the Unix epoch.
+    pub expires: u64,
+}
+
+/// The package on its way.
+pub enum Delivery {
+    /// For the mTLS channel's end to pass on.
+    Plain(SecretBytes),
+    /// For the chip's eyes only.
+    Sealed(Vec<u8>),
+}
+
+/// Octets of randomness per device: the session's name and the certificate's serial number.
+const RANDOM_LEN: usize = SessionId::LEN + CertificateSerial::LEN;
+
+impl Provisioner {
+    /// Gives a device its certificate and keys. Repeating it gives the same ones again, until the device is complete.
+    pub async fn assemble(&self, order: Order) -> Result<Assembled, ProvisionError> {
+        // 1. Admit: the caller may, the chip and the identity are free. A repeat waits for the first call here.
+        let _chip = self.chips.hold(&order.chip).await?;
+        let product = self.admit_order(&order)?;
+        let (issued, keys) = match self.admit_device(&order).await? {
+            Admitted::Known(issued) => (issued, None),
+            // A crash or a lost HSM came between the intent and the journaled signature: the same octets are signed again.
+            Admitted::Intended(intent) => {
+                let signed = product.issuer.sign(&self.hsm, intent).await?;
+                (self.journal.issue(signed).await?, None)
+            }
+            Admitted::New => {
+                // 2. Keys: made in the HSM. Nothing is written yet; a crash leaves nothing.
+                let made = self.make_keys(&order, product).await?;
+                // 3. Prepare the certificate, linted: no unlinted octets can be signed.
+                let session = self.prepare_session(&order, product, &made)?;
+                // 4. Intend. From here a crash finds the session, its wrapped pair and the octets to be signed.
+                let intent = self.journal.intend(session, made.kept).await?;
+                // 5. Sign: uses the intent up and verifies the signature.
+                let signed = product.issuer.sign(&self.hsm, intent).await?;
+                // 6. Issue: the certificate is on the disk before it leaves, so every repeat gives this one.
+                (self.journal.issue(signed).await?, Some(made.package_keys))
+            }
+        };
+        // 7. Deliver: a repeat fetches its keys from the secret store and the HSM; the package comes out the same.
+        let keys = match keys {
+            Some(keys) => keys,
+            None => self.held_keys(issued.session(), product).await?,
+        };
+        self.deliver(&issued, product, keys, order.transport_key.as_ref())
+    }
+
+    async fn make_keys(&self, order: &Order, product: &Product) -> Result<MadeKeys, ProvisionError> {
+        let pair = match product.profile.key_pair() {
+            KeyPairSource::Generate(kind) => Some(*kind),
+            KeyPairSource::Csr { .. } | KeyPairSource::None => None,
+        };
+        let derivations = derivations(product, &order.identity);
+        let made = self.hsm.device_keys(&DeviceKeyOrder { pair, derivations, random: RANDOM_LEN }).await?;
+        let (private, kept) = made.pair.map(|pair| (pair.private, pair.kept)).unzip();
+        let public_key = private.as_ref().map(|pair| pair.public().clone()).or_else(|| order.own_key.clone());
+        let (session, serial) = made.random.split_at(SessionId::LEN);
+        Ok(MadeKeys {
+            session: SessionId::from_bytes(session).map_err(ProvisionError::internal("naming a session"))?,
+            serial: CertificateSerial::from_random(serial).map_err(ProvisionError::internal("numbering a certificate"))?,
+            public_key,
+            kept,
+            package_keys: PackageKeys { pair: private, derived: made.derived },
+        })
+    }
+
+    fn prepare_session(&self, order: &Order, product: &Product, made: &MadeKeys) -> Result<Session, ProvisionError> {
+        let created = now();
+        let request = CertificateRequest {
+            profile: &product.profile,
+            issuer: product.issuer.certificate(),
+            chip: &order.chip,
+            identity: &order.identity,
+            public_key: made.public_key.as_ref(),
+            serial: made.serial.clone(),
+            not_before: created,
+        };
+        let linted = prepare(&request)
+            .map_err(ProvisionError::internal("preparing a certificate"))?
+            .lint()
+            .map_err(ProvisionError::internal("linting a certificate"))?;
+        let certificate: CertificateToSign = linted.into_to_sign(product.issuer.key().clone());
+        Ok(Session {
+            id: made.session,
+            chip: order.chip.clone(),
+            identity: order.identity.clone(),
+            profile: order.profile.clone(),
+            station: order.station.clone(),
+            created,
+            expires: created.saturating_add(self.session_lifetime.as_secs()),
+            public_key: made.public_key.as_ref().map(|key| key.spki_der().to_vec()),
+            own_key_pair: order.own_key.is_some(),
+            master_key: self.master_key_use(product),
+            certificate,
+            state: SessionState::Reserved,
+        })
+    }
+
+    /// The master key of the first symmetric key; a profile's keys all come from one.
+    fn master_key_use(&self, product: &Product) -> Option<MasterKeyUse> {
+        let key = &product.profile.symmetric_keys().first()?.master_key;
+        let version = self.hsm.keys().master_key(key)?.version;
+        Some(MasterKeyUse { key: key.clone(), version })
+    }
+}
+
+/// What step 2 made.
+struct MadeKeys {
+    session: SessionId,
+    serial: CertificateSerial,
+    public_key: Option<PublicKey>,
+    kept: Option<crate::keys::WrappedKey>,
+    package_keys: PackageKeys,
+}
+
+/// The symmetric keys of a device, as the HSM derives them.
+pub(super) fn derivations(product: &Product, identity: &DeviceIdentity) -> Vec<Derivation> {
+    let derivation = |spec: &crate::certificate::SymmetricKeySpec| {
+        Derivation::device_key(spec.master_key.clone(), &spec.purpose, identity, spec.length)
+    };
+    product.profile.symmetric_keys().iter().map(derivation).collect()
+}

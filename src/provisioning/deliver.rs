@@ -1,0 +1,83 @@
+//! The data package of a session: the same octets each time, from the journal, the secret store and the HSM.
+
+use super::assemble::{Assembled, Delivery, derivations};
+use super::{Product, ProvisionError, Provisioner};
+use crate::hsm::HeldKeyOrder;
+use crate::keys::{DevicePrivateKey, PublicKey};
+use crate::package::{CertificateChain, DataPackage, SymmetricKey, TransportPublicKey, seal};
+use crate::secret::SecretBytes;
+use crate::store::{Issued, Session};
+
+/// The secrets of a package, in memory for the time of one call.
+pub(super) struct PackageKeys {
+    pub(super) pair: Option<DevicePrivateKey>,
+    pub(super) derived: Vec<SecretBytes>,
+}
+
+impl Provisioner {
+    /// Step 7: assembles the package and seals it if the chip gave a transport key.
+    pub(super) fn deliver(
+        &self,
+        issued: &Issued,
+        product: &Product,
+        keys: PackageKeys,
+        transport_key: Option<&TransportPublicKey>,
+    ) -> Result<Assembled, ProvisionError> {
+        let session = issued.session();
+        let package = package(issued, product, keys)?.encode()?;
+        let delivery = match transport_key {
+            Some(key) => Delivery::Sealed(seal(&package, key, &session.id, &session.chip)?),
+            None => Delivery::Plain(package),
+        };
+        Ok(Assembled {
+            session: session.id,
+            certificate: issued.certificate().to_vec(),
+            certificate_is_cwt: session.certificate.is_cwt,
+            delivery,
+            expires: session.expires,
+        })
+    }
+
+    /// The keys of a session that exists: the pair from the secret store, the symmetric keys derived again.
+    pub(super) async fn held_keys(&self, session: &Session, product: &Product) -> Result<PackageKeys, ProvisionError> {
+        let wrapped = if session.own_key_pair { None } else { self.journal.wrapped_key(&session.id).await? };
+        let pair = match (&session.public_key, wrapped) {
+            (Some(spki), Some(wrapped)) => Some((public_key(spki)?, wrapped)),
+            (Some(_), None) if !session.own_key_pair => {
+                let cause = format!("the key pair of session {} is not in the secret store", session.id);
+                return Err(ProvisionError::Internal { doing: "fetching a key pair", cause });
+            }
+            _ => None,
+        };
+        let derivations = derivations(product, &session.identity);
+        let held = self.hsm.held_keys(&HeldKeyOrder { pair, derivations }).await?;
+        Ok(PackageKeys { pair: held.pair, derived: held.derived })
+    }
+}
+
+pub(super) fn public_key(spki: &[u8]) -> Result<PublicKey, ProvisionError> {
+    PublicKey::from_spki_der(spki).map_err(ProvisionError::internal("reading a journaled public key"))
+}
+
+/// The package as values.
+pub(super) fn package(issued: &Issued, product: &Product, keys: PackageKeys) -> Result<DataPackage, ProvisionError> {
+    let session = issued.session();
+    let certificate = if session.certificate.is_cwt {
+        CertificateChain::Cwt(issued.certificate().to_vec())
+    } else {
+        let issuers = product.issuer.certificate().chain().to_vec();
+        CertificateChain::X509 { device: issued.certificate().to_vec(), issuers }
+    };
+    let specs = product.profile.symmetric_keys();
+    let symmetric_keys = specs.iter().zip(keys.derived).map(|(spec, key)| SymmetricKey::new(&spec.purpose, key));
+    Ok(DataPackage {
+        chip: session.chip.clone(),
+        identity: session.identity.clone(),
+        profile: session.profile.clone(),
+        session: session.id,
+        certificate,
+        key_pair: keys.pair,
+        symmetric_keys: symmetric_keys.collect::<Result<_, _>>()?,
+        master_key_version: session.master_key.as_ref().map_or(0, |master| master.version),
+    })
+}

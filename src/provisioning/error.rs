@@ -1,0 +1,164 @@
+//! Why a device's way did not go on. Says which field or which other device is in the way, and never a secret.
+
+use crate::config::NotPermitted;
+use crate::hsm::HsmError;
+use crate::names::{ChipId, DeviceIdentity, SessionId};
+use crate::package::{BackupRefused, ConfirmationRefused, PackageError};
+use crate::store::{PublishError, ReserveError, StateName, StoreError, Taken};
+
+/// One field that is wrong, and why.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FieldViolation {
+    /// The field's name in the request.
+    pub field: &'static str,
+    /// What is wrong and what would be right.
+    pub problem: String,
+}
+
+impl FieldViolation {
+    /// A violation.
+    pub fn new(field: &'static str, problem: impl std::fmt::Display) -> Self {
+        Self { field, problem: problem.to_string() }
+    }
+}
+
+/// What stopped a call. In every case nothing has changed, or a repeat continues where it stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum ProvisionError {
+    /// The request is wrong in itself.
+    #[error("the request is wrong: {}", list(.0))]
+    Invalid(Vec<FieldViolation>),
+    /// The request does not fit what the session or the profile asks for; a better one may be sent.
+    #[error("not accepted: {}", list(.0))]
+    NotAccepted(Vec<FieldViolation>),
+    /// The caller may not do this.
+    #[error(transparent)]
+    NotPermitted(#[from] NotPermitted),
+    /// The chip has another order, or another identity.
+    #[error("the chip {chip} already has the identity {identity} (session {session}); abort that session first if it is wrong")]
+    ChipTaken {
+        /// The chip.
+        chip: ChipId,
+        /// What it has.
+        identity: DeviceIdentity,
+        /// From which session.
+        session: SessionId,
+    },
+    /// The identity is on another chip.
+    #[error("the identity {identity} is already on the chip {chip} (session {session})")]
+    IdentityTaken {
+        /// The identity.
+        identity: DeviceIdentity,
+        /// Who has it.
+        chip: ChipId,
+        /// From which session.
+        session: SessionId,
+    },
+    /// The device went the whole way before; its key pair is no longer here.
+    #[error("the chip {chip} is complete (session {session}); its backup is in the public database: Recovery.GetRecord")]
+    AlreadyComplete {
+        /// The chip.
+        chip: ChipId,
+        /// From which session.
+        session: SessionId,
+    },
+    /// There is no such session.
+    #[error("there is no session {0}")]
+    NoSession(String),
+    /// The session is not in a state that allows the call.
+    #[error("session {session} is {state:?}{hint}")]
+    WrongState {
+        /// The session.
+        session: SessionId,
+        /// Its state.
+        state: StateName,
+        /// What to do.
+        hint: &'static str,
+    },
+    /// The public database has what the state store does not know: the state store is an old copy.
+    #[error("the {} is already in record {} of session {}: the state store was rolled back", .0.what, .0.index, .0.session)]
+    RolledBack(Taken),
+    /// There is no record of the chip.
+    #[error("there is no record of the chip {0}")]
+    NoRecord(ChipId),
+    /// Too many calls for the same chip wait already.
+    #[error("the chip {0} is being worked on by another call")]
+    ChipBusy(ChipId),
+    /// The HSM.
+    #[error(transparent)]
+    Hsm(#[from] HsmError),
+    /// A store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// What never happens with a valid configuration: a fault of this program or of the module.
+    #[error("{doing}: {cause}")]
+    Internal {
+        /// What was being done.
+        doing: &'static str,
+        /// The cause's words.
+        cause: String,
+    },
+}
+
+impl ProvisionError {
+    /// One wrong field.
+    pub fn invalid(field: &'static str, problem: impl std::fmt::Display) -> Self {
+        Self::Invalid(vec![FieldViolation::new(field, problem)])
+    }
+
+    /// One field that is not accepted.
+    pub(crate) fn not_accepted(field: &'static str, problem: impl std::fmt::Display) -> Self {
+        Self::NotAccepted(vec![FieldViolation::new(field, problem)])
+    }
+
+    /// A fault that is not the caller's.
+    pub(crate) fn internal<E: std::fmt::Display>(doing: &'static str) -> impl FnOnce(E) -> Self {
+        move |cause| Self::Internal { doing, cause: cause.to_string() }
+    }
+}
+
+fn list(violations: &[FieldViolation]) -> String {
+    violations.iter().map(|v| format!("{}: {}", v.field, v.problem)).collect::<Vec<_>>().join("; ")
+}
+
+
+impl From<ReserveError> for ProvisionError {
+    fn from(error: ReserveError) -> Self {
+        match error {
+            ReserveError::ChipTaken(s) => Self::ChipTaken { chip: s.chip, identity: s.identity, session: s.id },
+            ReserveError::IdentityTaken(s) => Self::IdentityTaken { identity: s.identity, chip: s.chip, session: s.id },
+            ReserveError::Store(error) => Self::Store(error),
+        }
+    }
+}
+
+impl From<PublishError> for ProvisionError {
+    fn from(error: PublishError) -> Self {
+        match error {
+            PublishError::Taken(taken) => Self::RolledBack(taken),
+            PublishError::Record(error) => Self::not_accepted("backup_package", error),
+            PublishError::Store(error) => Self::Store(error),
+        }
+    }
+}
+
+impl From<BackupRefused> for ProvisionError {
+    fn from(error: BackupRefused) -> Self {
+        Self::not_accepted("backup_package", error)
+    }
+}
+
+impl From<ConfirmationRefused> for ProvisionError {
+    fn from(error: ConfirmationRefused) -> Self {
+        Self::not_accepted("key_confirmation", error)
+    }
+}
+
+impl From<PackageError> for ProvisionError {
+    fn from(error: PackageError) -> Self {
+        match error {
+            PackageError::TransportKey(problem) => Self::invalid("transport_key", problem),
+            other => Self::Internal { doing: "assembling the data package", cause: other.to_string() },
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! What a crash left, and what time ends: the same steps as the stories, taken up where the journal says they stopped.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{ProvisionError, Provisioner, now};
+use crate::names::{ChipId, SessionId};
+use crate::store::{Abortable, Publication, TakenUp};
+
+/// How often expired sessions are looked for, and unfinished steps tried again.
+const INTERVAL: Duration = Duration::from_secs(30);
+
+/// What one walk through the unfinished sessions did.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Tidied {
+    /// Certificates signed that had been intended.
+    pub signed: u64,
+    /// Key pairs erased whose records were public.
+    pub erased: u64,
+    /// Sessions that expired, their key pairs destroyed.
+    pub expired: u64,
+    /// Sessions that wait for their station.
+    pub waiting: u64,
+    /// Steps that failed and are tried again later.
+    pub failed: u64,
+}
+
+impl Provisioner {
+    /// Walks the unfinished sessions once: published → erase; intended → sign the same octets; issued → wait for the station,
+    /// until the session expires. Each is looked at again under its chip's lock, so calls may run at the same time.
+    pub async fn restart(&self) -> Result<Tidied, ProvisionError> {
+        let mut tidied = Tidied::default();
+        for found in self.journal.unfinished().await? {
+            let (chip, id) = (found.session().chip.clone(), found.session().id);
+            let done = self.tidy_one(&chip, id).await;
+            match done {
+                Ok(Step::Signed) => tidied.signed += 1,
+                Ok(Step::Erased) => tidied.erased += 1,
+                Ok(Step::Expired) => tidied.expired += 1,
+                Ok(Step::Waits) => tidied.waiting += 1,
+                Err(error) => {
+                    tracing::warn!(session = %id, %chip, %error, "a session could not be taken further; it is tried again");
+                    tidied.failed += 1;
+                }
+            }
+        }
+        Ok(tidied)
+    }
+
+    async fn tidy_one(&self, chip: &ChipId, id: SessionId) -> Result<Step, ProvisionError> {
+        let _chip = self.chips.hold(chip).await?;
+        let Some(taken_up) = self.journal.take_up(&id).await? else { return Ok(Step::Waits) };
+        match taken_up {
+            TakenUp::Final(_) => Ok(Step::Waits),
+            TakenUp::Published(_) => self.finish_erasure(chip, id).await.map(|_| Step::Erased),
+            TakenUp::Intent(intent) if intent.session().expires <= now() => {
+                self.journal.abort(Abortable::Intent(intent), now(), "expired".to_owned()).await?;
+                Ok(Step::Expired)
+            }
+            TakenUp::Intent(intent) => {
+                let Some(product) = self.products.get(&intent.session().profile) else { return Ok(Step::Waits) };
+                let signed = product.issuer.sign(&self.hsm, intent).await?;
+                self.journal.issue(signed).await?;
+                Ok(Step::Signed)
+            }
+            TakenUp::Issued(issued) => match self.registry.receipt_of(chip, id).await? {
+                Some(receipt) => {
+                    self.journal.publish(&receipt).await?;
+                    self.journal.erase(receipt).await?;
+                    Ok(Step::Erased)
+                }
+                // The pair may have been seen by the device or the floor: destroyed, never given to another chip.
+                None if issued.session().expires <= now() => {
+                    self.journal.abort(Abortable::Issued(issued), now(), "expired".to_owned()).await?;
+                    Ok(Step::Expired)
+                }
+                None => Ok(Step::Waits),
+            },
+        }
+    }
+
+    /// Erases the pair of a session that is journaled as published. The public database must know the record too: if it does
+    /// not, it was rolled back, and the pair is kept.
+    pub(super) async fn finish_erasure(&self, chip: &ChipId, id: SessionId) -> Result<Publication, ProvisionError> {
+        let receipt = self.registry.receipt_of(chip, id).await?.ok_or_else(|| ProvisionError::Internal {
+            doing: "erasing a published key pair",
+            cause: format!("the public database has no record of session {id}: it was rolled back; the pair is kept"),
+        })?;
+        let publication = receipt.publication();
+        self.journal.erase(receipt).await?;
+        Ok(publication)
+    }
+}
+
+enum Step {
+    Signed,
+    Erased,
+    Expired,
+    Waits,
+}
+
+/// Walks now and again until the provisioner is gone.
+pub async fn keep_tidy(provisioner: &Arc<Provisioner>) {
+    let weak = Arc::downgrade(provisioner);
+    loop {
+        let Some(provisioner) = weak.upgrade() else { return };
+        match provisioner.restart().await {
+            Ok(tidied) if tidied.signed + tidied.erased + tidied.expired + tidied.failed > 0 => {
+                tracing::info!(?tidied, "unfinished sessions were taken further");
+            }
+            Ok(_) => {}
+            Err(error) => tracing::warn!(%error, "the journal could not be walked; it is tried again"),
+        }
+        drop(provisioner);
+        tokio::time::sleep(INTERVAL).await;
+    }
+}

@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
-use super::session::{ReserveError, Session, SessionCounts, SessionState, StateName, StateStore, WrappedKey};
+use super::session::{ReserveError, Session, SessionCounts, SessionState, StateName, StateStore};
 use super::{PublicationReceipt, StoreError};
+use crate::keys::WrappedKey;
 use crate::names::{ChipId, DeviceIdentity, SessionId};
 
 /// The state store as the stories see it.

@@ -4,31 +4,33 @@
 //! no [`Intent`] without a journaled reservation, no [`PublicationReceipt`] without a durable publication. Their
 //! constructors are private to this room, so a signature or an erasure without its proof does not compile.
 
+#[cfg(test)]
+mod contract;
 mod journal;
 mod public;
 mod record;
 mod session;
 mod sled;
 
+pub use self::sled::{SledOptions, SledPublicDatabase, SledStateStore};
 pub use journal::{Abortable, Intent, Issued, Journal, Published, Signed, TakenUp};
 pub use public::{PublicDatabase, Publication, PublicationReceipt, PublishError, Registry, Taken};
 pub use record::{DeviceRecord, RecordError};
-pub use self::sled::{SledOptions, SledPublicDatabase, SledStateStore};
 pub use session::{
-    CertificateToSign, MasterKeyUse, ReserveError, Session, SessionCounts, SessionState, StateName, StateStore, WrappedKey,
+    CertificateToSign, MasterKeyUse, ReserveError, Session, SessionCounts, SessionState, StateName, StateStore,
 };
 
 /// A store could not do what was asked. What was acknowledged before still stands.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// The disk has less room than the configured floor; nothing was written.
-    #[error("{store}: only {free} bytes are free, new devices need {floor}; make room on the disk")]
+    /// The disk has less room than the configured floor (new devices), or hardly any (all else); nothing was written.
+    #[error("{store}: only {free} bytes are free and this needs {floor}; make room on the disk")]
     Full {
         /// Which store.
         store: &'static str,
         /// Free octets now.
         free: u64,
-        /// The configured floor.
+        /// The floor that applies.
         floor: u64,
     },
     /// The engine failed, or is away and being reopened; whether a write in flight was kept is not known.

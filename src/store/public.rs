@@ -23,7 +23,7 @@ pub struct Publication {
 /// Which of the unique values of a record is taken, by which record.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Taken {
-    /// `chip ID`, `identity`, `certificate serial` or `public key`.
+    /// `chip ID`, `identity`, `certificate serial`, `public key` or `session`.
     pub what: &'static str,
     /// The index of the record that has it.
     pub index: u64,
@@ -50,16 +50,21 @@ pub enum PublishError {
 /// Trust: whoever controls it can withhold records.
 /// Every append is on the disk, power loss included, before the call returns.
 #[async_trait]
+#[expect(clippy::len_without_is_empty, reason = "a database is asked how many records it has, not whether it is empty")]
 pub trait PublicDatabase: Send + Sync {
     /// Appends a record whose chip ID, identity, certificate serial and public key are each new. A record of the same session
-    /// that differs in nothing but its time is the same record: its first publication is the answer.
+    /// that differs in nothing but its time is the same record: its first publication is the answer. With any other
+    /// difference it is `Taken`: a session has one record. A new record is refused with `Full` below the disk's floor.
     async fn publish(&self, record: &DeviceRecord) -> Result<Publication, PublishError>;
 
     /// The newest record of a chip, its octets as stored, and where it stands.
     async fn find_by_chip(&self, chip: &ChipId) -> Result<Option<(DeviceRecord, Vec<u8>, Publication)>, StoreError>;
 
     /// The newest record of an identity, and where it stands.
-    async fn find_by_identity(&self, identity: &DeviceIdentity) -> Result<Option<(DeviceRecord, Publication)>, StoreError>;
+    async fn find_by_identity(
+        &self,
+        identity: &DeviceIdentity,
+    ) -> Result<Option<(DeviceRecord, Publication)>, StoreError>;
 
     /// How many records there are.
     async fn len(&self) -> Result<u64, StoreError>;
@@ -101,7 +106,11 @@ impl Registry {
     }
 
     /// The receipt of a session whose record is public already: what a crash between publication and journal left.
-    pub async fn receipt_of(&self, chip: &ChipId, session: SessionId) -> Result<Option<PublicationReceipt>, StoreError> {
+    pub async fn receipt_of(
+        &self,
+        chip: &ChipId,
+        session: SessionId,
+    ) -> Result<Option<PublicationReceipt>, StoreError> {
         let found = self.0.find_by_chip(chip).await?;
         Ok(found
             .filter(|(record, ..)| record.session == session)

@@ -123,6 +123,27 @@ impl SessionState {
     }
 }
 
+impl StateName {
+    /// Whether a session may go from this state to another in one step. Every engine asks here.
+    pub fn leads_to(self, to: Self) -> bool {
+        matches!(
+            (self, to),
+            (Self::Reserved, Self::Issued | Self::Aborted)
+                | (Self::Issued, Self::Published | Self::Aborted)
+                | (Self::Published, Self::Erased)
+        )
+    }
+
+    /// The state from which a session goes to this one on its usual way, to name it in a refusal.
+    pub const fn comes_from(self) -> Self {
+        match self {
+            Self::Reserved | Self::Issued => Self::Reserved,
+            Self::Published | Self::Aborted => Self::Issued,
+            Self::Erased => Self::Published,
+        }
+    }
+}
+
 /// Why a reservation was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum ReserveError {
@@ -138,7 +159,7 @@ pub enum ReserveError {
 }
 
 /// Sessions by state.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct SessionCounts {
     /// In state Reserved.
     pub reserved: u64,
@@ -152,6 +173,19 @@ pub struct SessionCounts {
     pub aborted: u64,
 }
 
+impl SessionCounts {
+    /// The count of one state.
+    pub const fn of_mut(&mut self, state: StateName) -> &mut u64 {
+        match state {
+            StateName::Reserved => &mut self.reserved,
+            StateName::Issued => &mut self.issued,
+            StateName::Published => &mut self.published,
+            StateName::Erased => &mut self.erased,
+            StateName::Aborted => &mut self.aborted,
+        }
+    }
+}
+
 /// The private store: the journal of sessions and the secret store, in one database.
 ///
 /// Trust: whoever controls it can withhold or roll back sessions, and read no key without the HSM.
@@ -159,11 +193,14 @@ pub struct SessionCounts {
 #[async_trait]
 pub trait StateStore: Send + Sync {
     /// Journals a new session in state Reserved together with its wrapped key pair: both or neither. The chip and the
-    /// identity must have no session but aborted ones.
+    /// identity must have no session but aborted ones. The very same reservation again is answered as the first one was;
+    /// `OtherState` if the session's name is in use otherwise. Refused with `Full` below the disk's floor.
     async fn reserve(&self, session: &Session, key: Option<&WrappedKey>) -> Result<(), ReserveError>;
 
-    /// Moves a session from one state to another; `OtherState` if it is not there. Moving to `Erased` or `Aborted` removes
-    /// the wrapped key in the same transaction. Aborting frees chip and identity.
+    /// Moves a session from one state to another; `OtherState` if it is not in `from`, or if no step leads from there to `to`
+    /// ([`StateName::leads_to`]). Moving to `Erased` or `Aborted` removes the wrapped key in the same transaction. Aborting
+    /// frees chip and identity. A session that is in the very state `to` already, content included, is answered as it is.
+    /// A session that is not in the store is `Damaged`: callers only know names that the store gave them.
     async fn advance(&self, session: &SessionId, from: StateName, to: SessionState) -> Result<Session, StoreError>;
 
     /// A session by name.

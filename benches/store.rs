@@ -1,0 +1,147 @@
+//! Commits per second of the embedded stores, by number of concurrent callers: `cargo bench --bench store [-- DIR]`.
+//!
+//! DIR should be on the disk that the daemon will use: nearly all of the time is the disk's sync.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use spp::keys::SignatureAlgorithm;
+use spp::names::{ChipId, SessionId};
+use spp::store::{
+    CertificateToSign, DeviceRecord, PublicDatabase, Publication, Session, SessionState, SledOptions,
+    SledPublicDatabase, SledStateStore, StateName, StateStore, WrappedKey,
+};
+
+const RUN: Duration = Duration::from_secs(5);
+
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+#[tokio::main(worker_threads = 2)]
+async fn main() -> Result<(), Failure> {
+    // cargo passes `--bench` itself.
+    let dir = std::env::args().skip(1).find(|argument| !argument.starts_with('-'));
+    let base = dir.map_or_else(tempfile::tempdir, |dir| tempfile::Builder::new().tempdir_in(dir))?;
+    for callers in [1, 8, 64] {
+        let dir = base.path().join(format!("state-{callers}"));
+        let store = Arc::new(SledStateStore::create(&dir, &SledOptions::default())?);
+        let devices = measure(callers, move |n| {
+            let store = store.clone();
+            async move { way_of_one_device(&*store, n).await }
+        });
+        report("way of one device (4 commits)", callers, 4, devices.await?);
+
+        let public: Arc<dyn PublicDatabase> = Arc::new(create_public(base.path(), callers)?);
+        let records = measure(callers, move |n| {
+            let public = public.clone();
+            async move { Ok(public.publish(&record(n)?).await.map(drop)?) }
+        });
+        report("publish (1 commit)", callers, 1, records.await?);
+    }
+    Ok(())
+}
+
+async fn measure<F, O>(callers: u64, work: F) -> Result<Vec<Duration>, Failure>
+where
+    F: Fn(u64) -> O + Clone + Send + 'static,
+    O: Future<Output = Result<(), Failure>> + Send,
+{
+    let (next, end) = (Arc::new(AtomicU64::new(0)), Instant::now() + RUN);
+    let tasks = (0..callers).map(|_| {
+        let (work, next) = (work.clone(), next.clone());
+        tokio::spawn(async move {
+            let mut times = Vec::new();
+            while Instant::now() < end {
+                let begun = Instant::now();
+                work(next.fetch_add(1, Relaxed)).await?;
+                times.push(begun.elapsed());
+            }
+            Ok::<_, Failure>(times)
+        })
+    });
+    let mut all = Vec::new();
+    for task in tasks.collect::<Vec<_>>() {
+        all.extend(task.await??);
+    }
+    all.sort_unstable();
+    Ok(all)
+}
+
+fn report(what: &str, callers: u64, commits: u32, times: Vec<Duration>) {
+    let per_second = f64::from(u32::try_from(times.len()).unwrap_or(u32::MAX)) / RUN.as_secs_f64();
+    let at = |percent: usize| times.get(times.len() * percent / 100).copied().unwrap_or_default();
+    println!(
+        "{what:32} {callers:3} callers: {per_second:8.0}/s, {:8.0} commits/s, p50 {:.2?}, p99 {:.2?}",
+        per_second * f64::from(commits),
+        at(50),
+        at(99)
+    );
+}
+
+async fn way_of_one_device(store: &dyn StateStore, n: u64) -> Result<(), Failure> {
+    let session = session(n)?;
+    let key = WrappedKey { wrapping_key: "batch-1".parse()?, blob: vec![5; 80] };
+    let publication = Publication { index: n, record_hash: [9; 32], published: n };
+    store.reserve(&session, Some(&key)).await?;
+    let steps = [
+        (StateName::Reserved, SessionState::Issued { certificate: vec![6; 700] }),
+        (StateName::Issued, SessionState::Published { publication }),
+        (StateName::Published, SessionState::Erased { publication }),
+    ];
+    for (from, to) in steps {
+        store.advance(&session.id, from, to).await?;
+    }
+    Ok(())
+}
+
+fn session(n: u64) -> Result<Session, Failure> {
+    Ok(Session {
+        id: SessionId::from_bytes(&name_of(n))?,
+        chip: ChipId::from_bytes(&name_of(n))?,
+        identity: format!("serial:SN-{n:012}").parse()?,
+        profile: "phone".parse()?,
+        station: "line-1/a".parse()?,
+        created: n,
+        expires: n,
+        public_key: Some(vec![4; 91]),
+        own_key_pair: false,
+        master_key: None,
+        certificate: CertificateToSign {
+            issuer: "issuer".parse()?,
+            algorithm: SignatureAlgorithm::EcdsaP256Sha256,
+            is_cwt: false,
+            serial: name_of(n).to_vec(),
+            to_be_signed: vec![7; 600],
+        },
+        state: SessionState::Reserved,
+    })
+}
+
+fn create_public(base: &Path, callers: u64) -> Result<SledPublicDatabase, Failure> {
+    Ok(SledPublicDatabase::create(&base.join(format!("public-{callers}")), &SledOptions::default())?)
+}
+
+fn record(n: u64) -> Result<DeviceRecord, Failure> {
+    Ok(DeviceRecord {
+        chip: ChipId::from_bytes(&name_of(n))?,
+        identity: format!("serial:SN-{n:012}").parse()?,
+        profile: "phone".parse()?,
+        certificate: vec![6; 700],
+        certificate_is_cwt: false,
+        serial: name_of(n).to_vec(),
+        public_key: Some([&[4; 83], n.to_be_bytes().as_slice()].concat()),
+        backup: vec![3; 1000],
+        master_key_version: 1,
+        session: SessionId::from_bytes(&name_of(n))?,
+        published: n,
+    })
+}
+
+/// Spread like random names: those of neighbours in time are not neighbours in the tree.
+fn name_of(n: u64) -> [u8; 16] {
+    let mut name = [0; 16];
+    name[..8].copy_from_slice(&n.wrapping_mul(0x9E37_79B9_7F4A_7C15).to_be_bytes());
+    name[8..].copy_from_slice(&n.to_be_bytes());
+    name
+}

@@ -1,0 +1,478 @@
+//! What every engine must do, told once: `contract!(module, Factory)` makes the tests for one of them.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use proptest::prelude::*;
+use proptest::sample::Index;
+
+use super::*;
+use crate::keys::{SignatureAlgorithm, WrappedKey, sha256};
+use crate::names::{ChipId, DeviceIdentity, SessionId};
+
+/// One state store and one public database, empty at first. Each call opens it anew; the handle before must be dropped.
+pub(super) trait Factory: Send + Sync {
+    fn new() -> Self;
+    fn state(&self) -> Arc<dyn StateStore>;
+    fn public(&self) -> Arc<dyn PublicDatabase>;
+}
+
+macro_rules! contract {
+    ($module:ident, $factory:ty) => {
+        mod $module {
+            use super::*;
+            contract!(@tests $factory:
+                a_reservation_is_there_with_its_key,
+                a_chip_and_an_identity_are_taken_until_aborted,
+                a_session_goes_its_way_and_no_other,
+                a_repeated_step_is_answered_and_a_different_one_refused,
+                an_erased_session_has_no_key,
+                unfinished_sessions_come_oldest_first,
+                of_many_racing_for_a_chip_one_wins,
+                a_large_session_is_kept_whole,
+                what_was_acknowledged_is_there_after_reopening,
+                a_record_is_found_as_it_was_published,
+                each_unique_value_is_published_once,
+                a_repeated_publication_gives_the_first_answer,
+                of_many_racing_to_publish_a_chip_one_wins,
+                the_largest_record_fits);
+
+            #[test]
+            fn any_sequence_of_steps_agrees_with_the_model() {
+                $crate::store::contract::any_sequence_of_steps_agrees_with_the_model::<$factory>();
+            }
+        }
+    };
+    (@tests $factory:ty: $($test:ident),+) => {$(
+        #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+        async fn $test() {
+            $crate::store::contract::$test(&<$factory as $crate::store::contract::Factory>::new()).await;
+        }
+    )+};
+}
+pub(super) use contract;
+
+pub(super) fn chip(n: u64) -> ChipId {
+    ChipId::from_bytes(&[&[0xC4; 8], n.to_be_bytes().as_slice()].concat()).unwrap()
+}
+
+pub(super) fn identity(n: u64) -> DeviceIdentity {
+    format!("serial:SN-{n:08}").parse().unwrap()
+}
+
+pub(super) fn id(n: u64) -> SessionId {
+    SessionId::from_bytes(&[[0; 8], n.to_be_bytes()].concat()).unwrap()
+}
+
+pub(super) fn session(n: u64) -> Session {
+    Session {
+        id: id(n),
+        chip: chip(n),
+        identity: identity(n),
+        profile: "phone".parse().unwrap(),
+        station: "line-1/a".parse().unwrap(),
+        created: 1000 + n,
+        expires: 5000 + n,
+        public_key: Some(vec![4; 91]),
+        own_key_pair: false,
+        master_key: Some(MasterKeyUse { key: "master".parse().unwrap(), version: 1 }),
+        certificate: CertificateToSign {
+            issuer: "issuer".parse().unwrap(),
+            algorithm: SignatureAlgorithm::EcdsaP256Sha256,
+            is_cwt: false,
+            serial: n.to_be_bytes().to_vec(),
+            to_be_signed: vec![7; 600],
+        },
+        state: SessionState::Reserved,
+    }
+}
+
+pub(super) fn key(n: u64) -> WrappedKey {
+    WrappedKey { wrapping_key: "batch-1".parse().unwrap(), blob: n.to_be_bytes().repeat(9) }
+}
+
+pub(super) fn issued(n: u64) -> SessionState {
+    SessionState::Issued { certificate: n.to_be_bytes().repeat(80) }
+}
+
+fn publication(n: u64) -> Publication {
+    Publication { index: n, record_hash: [9; 32], published: 2000 + n }
+}
+
+pub(super) fn published(n: u64) -> SessionState {
+    SessionState::Published { publication: publication(n) }
+}
+
+pub(super) fn erased(n: u64) -> SessionState {
+    SessionState::Erased { publication: publication(n) }
+}
+
+fn aborted() -> SessionState {
+    SessionState::Aborted { at: 3000, reason: "expired".into() }
+}
+
+pub(super) fn record(n: u64) -> DeviceRecord {
+    DeviceRecord {
+        chip: chip(n),
+        identity: identity(n),
+        profile: "phone".parse().unwrap(),
+        certificate: n.to_be_bytes().repeat(80),
+        certificate_is_cwt: false,
+        serial: [[1; 8], n.to_be_bytes()].concat(),
+        public_key: Some([&[4; 83], n.to_be_bytes().as_slice()].concat()),
+        backup: vec![3; 900],
+        master_key_version: 1,
+        session: id(n),
+        published: 2000 + n,
+    }
+}
+
+pub(super) async fn a_reservation_is_there_with_its_key(engine: &impl Factory) {
+    let store = engine.state();
+    assert_eq!(store.session(&id(1)).await.unwrap(), None);
+    store.reserve(&session(1), Some(&key(1))).await.unwrap();
+    store.reserve(&session(2), None).await.unwrap();
+    assert_eq!(store.session(&id(1)).await.unwrap(), Some(session(1)));
+    assert_eq!(store.session_of_chip(&chip(1)).await.unwrap(), Some(session(1)));
+    assert_eq!(store.session_of_identity(&identity(1)).await.unwrap(), Some(session(1)));
+    assert_eq!(store.wrapped_key(&id(1)).await.unwrap(), Some(key(1)));
+    assert_eq!(store.wrapped_key(&id(2)).await.unwrap(), None);
+}
+
+pub(super) async fn a_chip_and_an_identity_are_taken_until_aborted(engine: &impl Factory) {
+    let store = engine.state();
+    store.reserve(&session(1), Some(&key(1))).await.unwrap();
+    let same_chip = Session { chip: chip(1), ..session(2) };
+    let same_identity = Session { identity: identity(1), ..session(3) };
+    for (rival, on_chip) in [(&same_chip, true), (&same_identity, false)] {
+        match store.reserve(rival, Some(&key(2))).await.unwrap_err() {
+            ReserveError::ChipTaken(holder) if on_chip => assert_eq!(*holder, session(1)),
+            ReserveError::IdentityTaken(holder) if !on_chip => assert_eq!(*holder, session(1)),
+            other => panic!("{other}"),
+        }
+        assert_eq!(store.session(&rival.id).await.unwrap(), None);
+        assert_eq!(store.wrapped_key(&rival.id).await.unwrap(), None);
+    }
+    let given_up = store.advance(&id(1), StateName::Reserved, aborted()).await.unwrap();
+    assert_eq!(store.session_of_chip(&chip(1)).await.unwrap(), Some(given_up));
+    assert_eq!(store.session_of_identity(&identity(1)).await.unwrap(), None);
+    assert_eq!(store.wrapped_key(&id(1)).await.unwrap(), None);
+    store.reserve(&same_chip, None).await.unwrap();
+    store.reserve(&same_identity, None).await.unwrap();
+    assert_eq!(store.session_of_chip(&chip(1)).await.unwrap(), Some(same_chip));
+    assert_eq!(store.session_of_identity(&identity(1)).await.unwrap(), Some(same_identity));
+}
+
+pub(super) async fn a_session_goes_its_way_and_no_other(engine: &impl Factory) {
+    let store = engine.state();
+    let refused = |result: Result<Session, StoreError>| matches!(result, Err(StoreError::OtherState { .. }));
+    assert!(matches!(store.advance(&id(1), StateName::Reserved, issued(1)).await, Err(StoreError::Damaged { .. })));
+    store.reserve(&session(1), Some(&key(1))).await.unwrap();
+    let way = [(StateName::Reserved, issued(1)), (StateName::Issued, published(1)), (StateName::Published, erased(1))];
+    for (at, (from, to)) in way.iter().enumerate() {
+        for (_, later) in &way[at + 1..] {
+            assert!(refused(store.advance(&id(1), *from, later.clone()).await), "{from:?} to {later:?}");
+        }
+        assert!(refused(store.advance(&id(1), *from, SessionState::Reserved).await) || *from == StateName::Reserved);
+        assert_eq!(store.advance(&id(1), *from, to.clone()).await.unwrap().state, *to);
+    }
+    for from in [StateName::Published, StateName::Erased, StateName::Issued, StateName::Reserved] {
+        assert!(refused(store.advance(&id(1), from, aborted()).await), "abort from {from:?}");
+    }
+    assert_eq!(store.counts().await.unwrap(), SessionCounts { erased: 1, ..SessionCounts::default() });
+}
+
+pub(super) async fn a_repeated_step_is_answered_and_a_different_one_refused(engine: &impl Factory) {
+    let store = engine.state();
+    for _ in 0..2 {
+        store.reserve(&session(1), Some(&key(1))).await.unwrap();
+    }
+    assert!(store.reserve(&session(1), Some(&key(2))).await.is_err(), "another key for the same session");
+    for _ in 0..2 {
+        assert_eq!(store.advance(&id(1), StateName::Reserved, issued(1)).await.unwrap().state, issued(1));
+    }
+    let other = store.advance(&id(1), StateName::Reserved, issued(2)).await;
+    assert!(matches!(other, Err(StoreError::OtherState { found: StateName::Issued, .. })), "{other:?}");
+    let late = store.reserve(&session(1), Some(&key(1))).await;
+    assert!(matches!(late, Err(ReserveError::Store(StoreError::OtherState { .. }))), "{late:?}");
+    assert_eq!(store.counts().await.unwrap(), SessionCounts { issued: 1, ..SessionCounts::default() });
+}
+
+pub(super) async fn an_erased_session_has_no_key(engine: &impl Factory) {
+    let store = engine.state();
+    finish(&*store, 1).await;
+    assert_eq!(store.wrapped_key(&id(1)).await.unwrap(), None);
+    drop(store);
+    assert_eq!(engine.state().wrapped_key(&id(1)).await.unwrap(), None);
+}
+
+pub(super) async fn finish(store: &dyn StateStore, n: u64) {
+    store.reserve(&session(n), Some(&key(n))).await.unwrap();
+    store.advance(&id(n), StateName::Reserved, issued(n)).await.unwrap();
+    store.advance(&id(n), StateName::Issued, published(n)).await.unwrap();
+    assert_eq!(store.wrapped_key(&id(n)).await.unwrap(), Some(key(n)), "the key stays until it is erased");
+    store.advance(&id(n), StateName::Published, erased(n)).await.unwrap();
+}
+
+pub(super) async fn unfinished_sessions_come_oldest_first(engine: &impl Factory) {
+    let store = engine.state();
+    for n in [5, 2, 9, 7, 1] {
+        store.reserve(&Session { created: 300 - n, ..session(n) }, None).await.unwrap();
+    }
+    store.advance(&id(7), StateName::Reserved, aborted()).await.unwrap();
+    store.advance(&id(2), StateName::Reserved, issued(2)).await.unwrap();
+    let listed: Vec<_> = store.unfinished().await.unwrap().into_iter().map(|s| s.id).collect();
+    assert_eq!(listed, [9, 5, 2, 1].map(id));
+}
+
+pub(super) async fn of_many_racing_for_a_chip_one_wins(engine: &impl Factory) {
+    let store = engine.state();
+    let rivals: Vec<_> = (0..64)
+        .map(|n| {
+            let store = store.clone();
+            tokio::spawn(async move { store.reserve(&Session { chip: chip(1), ..session(n) }, Some(&key(n))).await })
+        })
+        .collect();
+    let mut winners = Vec::new();
+    for (n, rival) in (0..).zip(rivals) {
+        match rival.await.unwrap() {
+            Ok(()) => winners.push(n),
+            Err(error) => assert!(matches!(error, ReserveError::ChipTaken(_)), "{error}"),
+        }
+    }
+    assert_eq!(winners.len(), 1);
+    assert_eq!(store.session_of_chip(&chip(1)).await.unwrap().unwrap().id, id(winners[0]));
+    assert_eq!(store.counts().await.unwrap(), SessionCounts { reserved: 1, ..SessionCounts::default() });
+}
+
+pub(super) async fn a_large_session_is_kept_whole(engine: &impl Factory) {
+    let store = engine.state();
+    let octets: Vec<u8> = (0..60_000u32).map(|n| n.to_le_bytes()[0]).collect();
+    let mut large = session(1);
+    large.certificate.to_be_signed = octets.clone();
+    store.reserve(&large, None).await.unwrap();
+    assert_eq!(store.session(&id(1)).await.unwrap(), Some(large));
+    let to = SessionState::Issued { certificate: octets };
+    let moved = store.advance(&id(1), StateName::Reserved, to).await.unwrap();
+    assert_eq!(store.session(&id(1)).await.unwrap(), Some(moved));
+}
+
+pub(super) async fn what_was_acknowledged_is_there_after_reopening(engine: &impl Factory) {
+    let (store, public) = (engine.state(), engine.public());
+    for n in 0..50 {
+        store.reserve(&session(n), Some(&key(n))).await.unwrap();
+        public.publish(&record(n)).await.unwrap();
+    }
+    drop((store, public));
+    let (store, public) = (engine.state(), engine.public());
+    for n in 0..50 {
+        assert_eq!(store.session(&id(n)).await.unwrap(), Some(session(n)));
+        assert_eq!(store.wrapped_key(&id(n)).await.unwrap(), Some(key(n)));
+        assert_eq!(public.find_by_chip(&chip(n)).await.unwrap().unwrap().0, record(n));
+    }
+    assert_eq!(store.counts().await.unwrap(), SessionCounts { reserved: 50, ..SessionCounts::default() });
+    assert_eq!(public.len().await.unwrap(), 50);
+}
+
+pub(super) async fn a_record_is_found_as_it_was_published(engine: &impl Factory) {
+    let public = engine.public();
+    assert_eq!(public.find_by_chip(&chip(0)).await.unwrap(), None);
+    for n in 0..3 {
+        let octets = record(n).to_bytes().unwrap();
+        let place = Publication { index: n, record_hash: sha256(&octets), published: 2000 + n };
+        assert_eq!(public.publish(&record(n)).await.unwrap(), place);
+        assert_eq!(public.find_by_chip(&chip(n)).await.unwrap(), Some((record(n), octets, place)));
+        assert_eq!(public.find_by_identity(&identity(n)).await.unwrap(), Some((record(n), place)));
+    }
+    assert_eq!(public.find_by_identity(&identity(7)).await.unwrap(), None);
+    assert_eq!(public.len().await.unwrap(), 3);
+}
+
+pub(super) async fn each_unique_value_is_published_once(engine: &impl Factory) {
+    let public = engine.public();
+    public.publish(&record(1)).await.unwrap();
+    let rivals = [
+        ("chip ID", DeviceRecord { chip: chip(1), ..record(2) }),
+        ("identity", DeviceRecord { identity: identity(1), ..record(2) }),
+        ("certificate serial", DeviceRecord { serial: record(1).serial, ..record(2) }),
+        ("public key", DeviceRecord { public_key: record(1).public_key, ..record(2) }),
+        ("session", DeviceRecord { session: id(1), ..record(2) }),
+        ("chip ID", DeviceRecord { backup: vec![8; 900], ..record(1) }),
+    ];
+    for (what, rival) in rivals {
+        match public.publish(&rival).await.unwrap_err() {
+            PublishError::Taken(taken) => assert_eq!(taken, Taken { what, index: 0, session: id(1) }),
+            other => panic!("{what}: {other}"),
+        }
+    }
+    assert_eq!(public.len().await.unwrap(), 1);
+    let keyless = |n| DeviceRecord { public_key: None, ..record(n) };
+    public.publish(&keyless(2)).await.unwrap();
+    public.publish(&keyless(3)).await.unwrap();
+}
+
+pub(super) async fn a_repeated_publication_gives_the_first_answer(engine: &impl Factory) {
+    let public = engine.public();
+    let first = public.publish(&record(1)).await.unwrap();
+    let later = DeviceRecord { published: 9_999, ..record(1) };
+    assert_eq!(public.publish(&later).await.unwrap(), first);
+    drop(public);
+    let public = engine.public();
+    assert_eq!(public.publish(&later).await.unwrap(), first);
+    assert_eq!(public.len().await.unwrap(), 1);
+}
+
+pub(super) async fn of_many_racing_to_publish_a_chip_one_wins(engine: &impl Factory) {
+    let public = engine.public();
+    let rivals: Vec<_> = (0..64)
+        .map(|n| {
+            let public = public.clone();
+            tokio::spawn(async move { public.publish(&DeviceRecord { chip: chip(1), ..record(n) }).await })
+        })
+        .collect();
+    let mut won = 0;
+    for rival in rivals {
+        match rival.await.unwrap() {
+            Ok(_) => won += 1,
+            Err(error) => assert!(matches!(error, PublishError::Taken(_)), "{error}"),
+        }
+    }
+    assert_eq!((won, public.len().await.unwrap()), (1, 1));
+}
+
+pub(super) async fn the_largest_record_fits(engine: &impl Factory) {
+    let public = engine.public();
+    for n in 0..40 {
+        let mut large = record(n);
+        let more = DeviceRecord::MAX_LEN - large.to_bytes().unwrap().len();
+        large.backup.resize(large.backup.len() + more, 5);
+        assert_eq!(large.to_bytes().unwrap().len(), DeviceRecord::MAX_LEN);
+        public.publish(&large).await.unwrap();
+        assert_eq!(public.find_by_chip(&chip(n)).await.unwrap().unwrap().0, large);
+        large.backup.push(5);
+        assert!(matches!(public.publish(&large).await, Err(PublishError::Record(_))));
+    }
+}
+
+/// A step that somebody might take; chips, identities and sessions are few, so that they meet.
+#[derive(Debug, Clone)]
+enum Step {
+    Reserve { session: u64, chip: u64, identity: u64 },
+    Advance { session: Index, from: Index, to: Index },
+    Reopen,
+}
+
+fn any_step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        8 => (0..12u64, 0..5u64, 0..5u64).prop_map(|(session, chip, identity)| Step::Reserve { session, chip, identity }),
+        16 => (any::<Index>(), any::<Index>(), any::<Index>())
+            .prop_map(|(session, from, to)| Step::Advance { session, from, to }),
+        1 => Just(Step::Reopen),
+    ]
+}
+
+const STATES: [StateName; 5] =
+    [StateName::Reserved, StateName::Issued, StateName::Published, StateName::Erased, StateName::Aborted];
+
+fn state(name: StateName, n: u64) -> SessionState {
+    match name {
+        StateName::Reserved => SessionState::Reserved,
+        StateName::Issued => issued(n),
+        StateName::Published => published(n),
+        StateName::Erased => erased(n),
+        StateName::Aborted => aborted(),
+    }
+}
+
+/// The rules in the simplest words: all sessions in the order in which they came.
+#[derive(Default)]
+struct Model(Vec<(u64, Session)>);
+
+impl Model {
+    fn reserve(&mut self, n: u64, new: &Session) -> bool {
+        if let Some((_, known)) = self.0.iter().find(|(known, _)| *known == n) {
+            return known == new;
+        }
+        let taken = |known: &Session| {
+            known.state.name() != StateName::Aborted && (known.chip == new.chip || known.identity == new.identity)
+        };
+        if self.0.iter().any(|(_, known)| taken(known)) {
+            return false;
+        }
+        self.0.push((n, new.clone()));
+        true
+    }
+
+    fn advance(&mut self, at: usize, from: StateName, to: &SessionState) -> bool {
+        let session = &mut self.0[at].1;
+        let legal = session.state.name() == from && from.leads_to(to.name());
+        if legal {
+            session.state = to.clone();
+        }
+        legal || session.state == *to
+    }
+
+    async fn check(&self, store: &dyn StateStore) {
+        let mut counts = SessionCounts::default();
+        let (mut chips, mut identities) = (HashMap::new(), HashMap::new());
+        for (n, session) in &self.0 {
+            *counts.of_mut(session.state.name()) += 1;
+            chips.insert(session.chip.clone(), session);
+            if session.state.name() != StateName::Aborted {
+                identities.insert(session.identity.clone(), session);
+            }
+            assert_eq!(store.session(&session.id).await.unwrap().as_ref(), Some(session));
+            let kept = (!session.state.is_final()).then(|| key(*n));
+            assert_eq!(store.wrapped_key(&session.id).await.unwrap(), kept);
+        }
+        assert_eq!(store.counts().await.unwrap(), counts);
+        for n in 0..5 {
+            assert_eq!(store.session_of_chip(&chip(n)).await.unwrap().as_ref(), chips.get(&chip(n)).copied());
+            let holder = store.session_of_identity(&identity(n)).await.unwrap();
+            assert_eq!(holder.as_ref(), identities.get(&identity(n)).copied());
+        }
+        let open: BTreeMap<_, _> = self
+            .0
+            .iter()
+            .filter(|(_, session)| !session.state.is_final())
+            .map(|(_, session)| ((session.created, session.id), session.clone()))
+            .collect();
+        assert_eq!(store.unfinished().await.unwrap(), open.into_values().collect::<Vec<_>>());
+    }
+}
+
+pub(super) fn any_sequence_of_steps_agrees_with_the_model<F: Factory>() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    let config = ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() };
+    proptest!(config, |(steps in proptest::collection::vec(any_step(), 1..50))| {
+        runtime.block_on(follow::<F>(steps));
+    });
+}
+
+async fn follow<F: Factory>(steps: Vec<Step>) {
+    let (engine, mut model) = (F::new(), Model::default());
+    let mut store = engine.state();
+    for step in steps {
+        match step {
+            Step::Reserve { session: n, chip: c, identity: i } => {
+                let new = Session { chip: chip(c), identity: identity(i), ..session(n) };
+                let answer = store.reserve(&new, Some(&key(n))).await;
+                assert_eq!(answer.is_ok(), model.reserve(n, &new), "{answer:?}");
+            }
+            Step::Advance { session, from, to } if !model.0.is_empty() => {
+                let at = session.index(model.0.len());
+                let (from, to) = (*from.get(&STATES), state(*to.get(&STATES), model.0[at].0));
+                let answer = store.advance(&model.0[at].1.id.clone(), from, to.clone()).await;
+                assert_eq!(answer.is_ok(), model.advance(at, from, &to), "{answer:?}");
+            }
+            Step::Advance { .. } => {}
+            Step::Reopen => {
+                drop(store);
+                store = engine.state();
+            }
+        }
+    }
+    model.check(&*store).await;
+    drop(store);
+    model.check(&*engine.state()).await;
+}

@@ -1,1 +1,0 @@
-//! The embedded engines, on sled 0.34.

@@ -1,0 +1,48 @@
+//! The embedded engines, on sled 0.34.7 behind a fence. No other room may touch sled.
+//!
+//! What sled does not do by itself, and where it is done here:
+//!
+//! | sled 0.34.7 | the fence |
+//! |---|---|
+//! | `flush` is no fsync on Linux (`sync_file_range`): acknowledged data is lost with the power | `engine`: `fdatasync` on an own handle after each flush |
+//! | `flush_async` and its own flusher thread deadlock under load | `committer`: one thread, blocking flush, `flush_every_ms(None)` |
+//! | large pages go to blob files that are never synced | `view`: every value is kept in pieces far below that limit |
+//! | a half-written snapshot left by a kill is taken for the newest one: the database does not open | `engine`: removed before opening |
+//! | a write error may leave `flush` waiting for ever | `engine`: a second thread calls it once more, which wakes it |
+//! | after an error the handle is dead | `committer`: dropped and opened again, with backoff |
+//! | it cannot be opened on a full disk | `place`: a reserve file is given up |
+//!
+//! (`Mode` is not set: 0.34.7 stores it and never reads it.) Nobody but the committer's thread reads or writes the tree, and
+//! it answers reads, too, only after everything that they could have seen is synced: what a caller learns is durable.
+
+#![expect(clippy::disallowed_types, reason = "the one place where sled lives, fenced as described above")]
+
+mod committer;
+mod engine;
+mod place;
+mod public;
+mod state;
+#[cfg(test)]
+mod tests;
+mod view;
+
+pub use public::SledPublicDatabase;
+pub use state::SledStateStore;
+
+/// How an embedded store uses its disk and memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SledOptions {
+    /// Free octets below which new devices are refused. Give the public database less than the state store if both are on one
+    /// disk: then what was reserved can still be published when nothing new is admitted.
+    pub floor_bytes: u64,
+    /// Octets of the file that is given up when the disk is so full that sled cannot open; 0 for none.
+    pub reserve_bytes: u64,
+    /// Octets of sled's page cache.
+    pub cache_bytes: u64,
+}
+
+impl Default for SledOptions {
+    fn default() -> Self {
+        Self { floor_bytes: 256 << 20, reserve_bytes: 64 << 20, cache_bytes: 16 << 20 }
+    }
+}

@@ -1,0 +1,226 @@
+//! The state store on sled.
+//!
+//! | key | value |
+//! |---|---|
+//! | `s` + session ID | session |
+//! | `w` + session ID | wrapped key pair, while it is there |
+//! | `c` + chip ID | ID of its newest session |
+//! | `i` + identity | ID of the session that holds it |
+//! | `u` + created, 8 octets + session ID | nothing: the session is not final |
+//! | `n` | sessions per state |
+
+use std::path::Path;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+
+use super::SledOptions;
+use super::committer::Committer;
+use super::engine::Kind;
+use super::place::{Door, System};
+use super::view::View;
+use crate::keys::WrappedKey;
+use crate::names::{ChipId, DeviceIdentity, SessionId};
+use crate::store::{ReserveError, Session, SessionCounts, SessionState, StateName, StateStore, StoreError};
+
+static KIND: Kind = Kind { name: "state store", marker: "state", found, check };
+
+/// The private store, embedded.
+///
+/// Trust: whoever controls its directory can withhold or roll back sessions, and read no key without the HSM.
+pub struct SledStateStore(Committer);
+
+impl SledStateStore {
+    /// Makes a new, empty store and opens it. Refuses a place where anything is already. For `sppctl init`.
+    pub fn create(dir: &Path, options: &SledOptions) -> Result<Self, StoreError> {
+        Committer::create(&KIND, dir, options, Arc::new(System)).map(Self)
+    }
+
+    /// Opens an existing store. Never makes one. Waits some seconds for a killed predecessor's lock.
+    pub fn open(dir: &Path, options: &SledOptions) -> Result<Self, StoreError> {
+        Self::open_through(dir, options, Arc::new(System))
+    }
+
+    pub(super) fn open_through(dir: &Path, options: &SledOptions, door: Arc<dyn Door>) -> Result<Self, StoreError> {
+        Committer::open(&KIND, dir, options, door).map(Self)
+    }
+}
+
+fn found(view: &mut View<'_>) -> Result<(), StoreError> {
+    view.put(COUNTS, &SessionCounts::default())
+}
+
+fn check(view: &View<'_>) -> Result<(), StoreError> {
+    counts(view)?;
+    // The unfinished sessions are what a restart takes up; the oldest one stands for the others.
+    match view.keys(b"u")?.first() {
+        Some(key) => listed_session(view, key).map(drop),
+        None => Ok(()),
+    }
+}
+
+#[async_trait]
+impl StateStore for SledStateStore {
+    async fn reserve(&self, session: &Session, key: Option<&WrappedKey>) -> Result<(), ReserveError> {
+        let (session, key) = (session.clone(), key.cloned());
+        self.0.run("reserving", move |view| reserve(view, &session, key.as_ref())).await
+    }
+
+    async fn advance(&self, session: &SessionId, from: StateName, to: SessionState) -> Result<Session, StoreError> {
+        let id = *session;
+        self.0.run("advancing a session", move |view| advance(view, id, from, to)).await
+    }
+
+    async fn session(&self, id: &SessionId) -> Result<Option<Session>, StoreError> {
+        let id = *id;
+        self.0.run("reading a session", move |view| session(view, &id)).await
+    }
+
+    async fn session_of_chip(&self, chip: &ChipId) -> Result<Option<Session>, StoreError> {
+        let key = chip_key(chip);
+        self.0.run("reading a chip's session", move |view| named_session(view, &key)).await
+    }
+
+    async fn session_of_identity(&self, identity: &DeviceIdentity) -> Result<Option<Session>, StoreError> {
+        let key = identity_key(identity);
+        self.0.run("reading an identity's session", move |view| named_session(view, &key)).await
+    }
+
+    async fn wrapped_key(&self, session: &SessionId) -> Result<Option<WrappedKey>, StoreError> {
+        let id = *session;
+        self.0.run("reading a wrapped key", move |view| wrapped_key(view, &id)).await
+    }
+
+    async fn unfinished(&self) -> Result<Vec<Session>, StoreError> {
+        let list = |view: &mut View<'_>| view.keys(b"u")?.iter().map(|key| listed_session(view, key)).collect();
+        self.0.run("listing unfinished sessions", list).await
+    }
+
+    async fn counts(&self) -> Result<SessionCounts, StoreError> {
+        self.0.run("reading the counts", |view| counts(view)).await
+    }
+
+    fn room(&self) -> Result<(u64, u64), StoreError> {
+        self.0.room()
+    }
+}
+
+fn reserve(view: &mut View<'_>, new: &Session, key: Option<&WrappedKey>) -> Result<(), ReserveError> {
+    if let Some(known) = session(view, &new.id)? {
+        // The same reservation again: its first answer was lost, and it stands.
+        if known == *new && wrapped_key(view, &new.id)?.as_ref() == key {
+            return Ok(());
+        }
+        return Err(other_state(&known, StateName::Reserved).into());
+    }
+    if new.state != SessionState::Reserved {
+        return Err(other_state(new, StateName::Reserved).into());
+    }
+    if let Some(holder) = named_session(view, &chip_key(&new.chip))?
+        && holder.state.name() != StateName::Aborted
+    {
+        return Err(ReserveError::ChipTaken(Box::new(holder)));
+    }
+    if let Some(holder) = named_session(view, &identity_key(&new.identity))? {
+        return Err(ReserveError::IdentityTaken(Box::new(holder)));
+    }
+    view.admit_new_device()?;
+    view.put(&session_key(&new.id), new)?;
+    if let Some(key) = key {
+        view.put(&wrapped_key_key(&new.id), key)?;
+    }
+    view.put_octets(&chip_key(&new.chip), new.id.as_bytes())?;
+    view.put_octets(&identity_key(&new.identity), new.id.as_bytes())?;
+    view.put_octets(&unfinished_key(new), &[])?;
+    let mut counts = counts(view)?;
+    *counts.of_mut(StateName::Reserved) += 1;
+    Ok(view.put(COUNTS, &counts)?)
+}
+
+fn advance(view: &mut View<'_>, id: SessionId, from: StateName, to: SessionState) -> Result<Session, StoreError> {
+    let absent =
+        || view.damaged(format!("session {id}"), "it is not there; an older copy of the store may have been put back");
+    let mut session = session(view, &id)?.ok_or_else(absent)?;
+    // The same step again: its first answer was lost. Equal to the last octet, so nobody is told that another certificate,
+    // place or reason than his own stands.
+    if session.state == to {
+        return Ok(session);
+    }
+    let (found, target) = (session.state.name(), to.name());
+    if !from.leads_to(target) {
+        return Err(other_state(&session, target.comes_from()));
+    }
+    if found != from {
+        return Err(other_state(&session, from));
+    }
+    session.state = to;
+    if session.state.is_final() {
+        // In one batch with the new state: no crash leaves a final session with a key, or takes the key of one that is not.
+        view.remove(&wrapped_key_key(&id))?;
+        view.remove(&unfinished_key(&session))?;
+    }
+    if target == StateName::Aborted {
+        // The chip keeps pointing here until somebody reserves it again: its newest session can still be looked up.
+        view.remove(&identity_key(&session.identity))?;
+    }
+    view.put(&session_key(&id), &session)?;
+    let mut counts = counts(view)?;
+    let left = counts.of_mut(found);
+    *left = left.checked_sub(1).ok_or_else(|| view.damaged("the counts".into(), format!("none is {found:?}")))?;
+    *counts.of_mut(target) += 1;
+    view.put(COUNTS, &counts)?;
+    Ok(session)
+}
+
+fn session(view: &View<'_>, id: &SessionId) -> Result<Option<Session>, StoreError> {
+    view.get(&session_key(id), || format!("session {id}"))
+}
+
+/// The session whose ID a key holds.
+fn named_session(view: &View<'_>, key: &[u8]) -> Result<Option<Session>, StoreError> {
+    view.get_octets(key)?.map(|id| session_that_must_be(view, &id)).transpose()
+}
+
+/// The session that an entry of the list of unfinished ones names.
+fn listed_session(view: &View<'_>, key: &[u8]) -> Result<Session, StoreError> {
+    session_that_must_be(view, key.get(1 + size_of::<u64>()..).unwrap_or_default())
+}
+
+fn session_that_must_be(view: &View<'_>, id: &[u8]) -> Result<Session, StoreError> {
+    let id = SessionId::from_bytes(id).map_err(|e| view.damaged("a session ID".into(), e))?;
+    session(view, &id)?.ok_or_else(|| view.damaged(format!("session {id}"), "it is named but not there"))
+}
+
+fn wrapped_key(view: &View<'_>, id: &SessionId) -> Result<Option<WrappedKey>, StoreError> {
+    view.get(&wrapped_key_key(id), || format!("the wrapped key of session {id}"))
+}
+
+fn counts(view: &View<'_>) -> Result<SessionCounts, StoreError> {
+    view.get(COUNTS, || "the counts".into())?.ok_or_else(|| view.damaged("the counts".into(), "they are not there"))
+}
+
+fn other_state(session: &Session, needed: StateName) -> StoreError {
+    StoreError::OtherState { session: session.id, found: session.state.name(), needed }
+}
+
+const COUNTS: &[u8] = b"n";
+
+fn session_key(id: &SessionId) -> Vec<u8> {
+    [b"s", id.as_bytes().as_slice()].concat()
+}
+
+fn wrapped_key_key(id: &SessionId) -> Vec<u8> {
+    [b"w", id.as_bytes().as_slice()].concat()
+}
+
+fn chip_key(chip: &ChipId) -> Vec<u8> {
+    [b"c", chip.as_bytes()].concat()
+}
+
+fn identity_key(identity: &DeviceIdentity) -> Vec<u8> {
+    [b"i", identity.to_string().as_bytes()].concat()
+}
+
+fn unfinished_key(session: &Session) -> Vec<u8> {
+    [b"u", session.created.to_be_bytes().as_slice(), session.id.as_bytes()].concat()
+}

@@ -1,0 +1,431 @@
+//! What only the fence around sled must do; what every engine must do is in `store/contract.rs`.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::time::{Duration, Instant};
+
+use super::place::Door;
+use super::*;
+use crate::store::contract::{Factory, contract, erased, finish, id, issued, key, published, record, session};
+use crate::store::{
+    PublicDatabase, PublishError, ReserveError, SessionCounts, SessionState, StateName, StateStore, StoreError,
+};
+
+struct Sled(tempfile::TempDir);
+
+impl Factory for Sled {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        SledStateStore::create(&dir.path().join("state"), &options()).unwrap();
+        SledPublicDatabase::create(&dir.path().join("public"), &options()).unwrap();
+        Self(dir)
+    }
+
+    fn state(&self) -> Arc<dyn StateStore> {
+        Arc::new(SledStateStore::open(&self.dir(), &options()).unwrap())
+    }
+
+    fn public(&self) -> Arc<dyn PublicDatabase> {
+        Arc::new(SledPublicDatabase::open(&self.0.path().join("public"), &options()).unwrap())
+    }
+}
+
+impl Sled {
+    fn dir(&self) -> std::path::PathBuf {
+        self.0.path().join("state")
+    }
+}
+
+contract!(keeps_the_contract, Sled);
+
+fn options() -> SledOptions {
+    SledOptions { floor_bytes: 16 << 20, reserve_bytes: 1 << 20, ..SledOptions::default() }
+}
+
+/// What goes wrong, as long as it is told to.
+#[derive(Default)]
+struct Faults {
+    before_apply: AtomicBool,
+    in_sync: AtomicBool,
+    free: AtomicU64,
+    syncs: AtomicU64,
+}
+
+impl Door for Faults {
+    fn before_apply(&self) -> io::Result<()> {
+        fail_if(&self.before_apply)
+    }
+
+    fn sync(&self, file: &File) -> io::Result<()> {
+        self.syncs.fetch_add(1, SeqCst);
+        file.sync_data()?;
+        fail_if(&self.in_sync)
+    }
+
+    fn free(&self, _: &Path) -> io::Result<u64> {
+        match self.free.load(SeqCst) {
+            0 => Ok(1 << 40),
+            octets => Ok(octets),
+        }
+    }
+}
+
+fn fail_if(fails: &AtomicBool) -> io::Result<()> {
+    if fails.load(SeqCst) { Err(io::Error::other("broken on purpose")) } else { Ok(()) }
+}
+
+fn is_away(error: &StoreError) -> bool {
+    matches!(error, StoreError::Failed { .. })
+}
+
+async fn until_healed(store: &dyn StateStore) -> SessionCounts {
+    let begun = Instant::now();
+    loop {
+        match store.counts().await {
+            Ok(counts) => return counts,
+            Err(error) => assert!(begun.elapsed() < Duration::from_secs(20), "does not heal: {error}"),
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test]
+async fn nothing_is_acknowledged_before_the_sync_and_calls_share_it() {
+    let (sled, faults) = (Sled::new(), Arc::new(Faults::default()));
+    let store = Arc::new(SledStateStore::open_through(&sled.dir(), &options(), faults.clone()).unwrap());
+    store.reserve(&session(0), None).await.unwrap();
+    assert_eq!(faults.syncs.load(SeqCst), 1);
+    let calls = (1..=256).map(|n| {
+        let store = store.clone();
+        tokio::spawn(async move { store.reserve(&session(n), None).await })
+    });
+    for call in calls.collect::<Vec<_>>() {
+        call.await.unwrap().unwrap();
+    }
+    let syncs = faults.syncs.load(SeqCst);
+    assert!((2..200).contains(&syncs), "{syncs} syncs");
+    store.session(&id(0)).await.unwrap();
+    assert_eq!(faults.syncs.load(SeqCst), syncs, "a read needs none");
+}
+
+#[tokio::test]
+async fn a_step_that_failed_is_not_acknowledged_and_can_be_repeated() {
+    for persisted in [false, true] {
+        let (sled, faults) = (Sled::new(), Arc::new(Faults::default()));
+        let store = SledStateStore::open_through(&sled.dir(), &options(), faults.clone()).unwrap();
+        let fault = if persisted { &faults.in_sync } else { &faults.before_apply };
+        let mut expected = SessionCounts { erased: 1, ..SessionCounts::default() };
+        finish(&store, 0).await;
+
+        fault.store(true, SeqCst);
+        let error = store.reserve(&session(1), Some(&key(1))).await.unwrap_err();
+        assert!(matches!(&error, ReserveError::Store(error) if is_away(error)), "{error}");
+        fault.store(false, SeqCst);
+        expected.reserved += u64::from(persisted);
+        assert_eq!(until_healed(&store).await, expected);
+        assert_eq!(
+            store.wrapped_key(&id(1)).await.unwrap(),
+            persisted.then(|| key(1)),
+            "session and key: both or neither"
+        );
+        store.reserve(&session(1), Some(&key(1))).await.unwrap();
+        expected.reserved = 1;
+        assert_eq!(store.counts().await.unwrap(), expected);
+
+        let way =
+            [(StateName::Reserved, issued(1)), (StateName::Issued, published(1)), (StateName::Published, erased(1))];
+        for (from, to) in way {
+            fault.store(true, SeqCst);
+            assert!(is_away(&store.advance(&id(1), from, to.clone()).await.unwrap_err()));
+            fault.store(false, SeqCst);
+            until_healed(&store).await;
+            let found = store.session(&id(1)).await.unwrap().unwrap().state;
+            assert_eq!(found == to, persisted);
+            assert_eq!(store.wrapped_key(&id(1)).await.unwrap().is_none(), found.is_final());
+            assert_eq!(store.advance(&id(1), from, to.clone()).await.unwrap().state, to);
+        }
+        assert_eq!(store.counts().await.unwrap(), SessionCounts { erased: 2, ..SessionCounts::default() });
+        assert_eq!(store.unfinished().await.unwrap(), []);
+        assert_eq!(store.wrapped_key(&id(1)).await.unwrap(), None);
+    }
+}
+
+#[tokio::test]
+async fn a_publication_that_failed_is_in_once_after_repeating_it() {
+    for persisted in [false, true] {
+        let (sled, faults) = (Sled::new(), Arc::new(Faults::default()));
+        let dir = sled.0.path().join("public");
+        let public = SledPublicDatabase::open_through(&dir, &options(), faults.clone()).unwrap();
+        public.publish(&record(0)).await.unwrap();
+        let fault = if persisted { &faults.in_sync } else { &faults.before_apply };
+        fault.store(true, SeqCst);
+        assert!(matches!(public.publish(&record(1)).await, Err(PublishError::Store(error)) if is_away(&error)));
+        fault.store(false, SeqCst);
+        let begun = Instant::now();
+        let publication = loop {
+            match public.publish(&crate::store::DeviceRecord { published: 7777, ..record(1) }).await {
+                Ok(publication) => break publication,
+                Err(error) => assert!(begun.elapsed() < Duration::from_secs(20), "{error}"),
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        };
+        assert_eq!(publication.index, 1);
+        assert_eq!(publication.published, if persisted { record(1).published } else { 7777 });
+        assert_eq!(public.len().await.unwrap(), 2);
+    }
+}
+
+#[tokio::test]
+async fn while_the_disk_is_broken_calls_fail_fast_and_then_it_heals() {
+    let (sled, faults) = (Sled::new(), Arc::new(Faults::default()));
+    let store = SledStateStore::open_through(&sled.dir(), &options(), faults.clone()).unwrap();
+    for n in 0..3 {
+        faults.in_sync.store(true, SeqCst);
+        store.reserve(&session(n), None).await.unwrap_err();
+        let begun = Instant::now();
+        assert!(is_away(&store.session(&id(n)).await.unwrap_err()), "nothing is read before it is known to be durable");
+        assert!(begun.elapsed() < Duration::from_millis(100));
+        faults.in_sync.store(false, SeqCst);
+        assert_eq!(until_healed(&store).await.reserved, n + 1);
+    }
+}
+
+#[tokio::test]
+async fn a_refused_transaction_does_not_disturb_the_others() {
+    let sled = Sled::new();
+    let store = sled.state();
+    let calls = (0..200).map(|n| {
+        let store = store.clone();
+        let of_one_chip =
+            if n % 2 == 0 { session(n) } else { crate::store::Session { chip: session(0).chip, ..session(n) } };
+        tokio::spawn(async move { store.reserve(&of_one_chip, Some(&key(n))).await.is_ok() })
+    });
+    let mut kept = 0;
+    for call in calls.collect::<Vec<_>>() {
+        kept += u64::from(call.await.unwrap());
+    }
+    // All on chips of their own, and one of those on chip 0 (an odd one may come before session 0).
+    assert_eq!(kept, 100);
+    assert_eq!(store.counts().await.unwrap().reserved, kept);
+    assert_eq!(store.unfinished().await.unwrap().len(), 100);
+}
+
+#[tokio::test]
+async fn below_the_floor_only_what_exists_goes_on() {
+    let (sled, faults) = (Sled::new(), Arc::new(Faults::default()));
+    let store = SledStateStore::open_through(&sled.dir(), &options(), faults.clone()).unwrap();
+    store.reserve(&session(1), None).await.unwrap();
+    let set_free = |octets: u64| {
+        faults.free.store(octets, SeqCst);
+        tokio::time::sleep(Duration::from_millis(1100))
+    };
+    set_free((16 << 20) - 1).await;
+    let refused = store.reserve(&session(2), None).await;
+    assert!(matches!(refused, Err(ReserveError::Store(StoreError::Full { .. }))), "{refused:?}");
+    store.reserve(&session(1), None).await.expect("a repeat is no new device");
+    store.advance(&id(1), StateName::Reserved, issued(1)).await.unwrap();
+    assert_eq!(store.room().unwrap(), ((16 << 20) - 1, 16 << 20));
+    set_free(1 << 20).await;
+    let refused = store.advance(&id(1), StateName::Issued, published(1)).await;
+    assert!(matches!(refused, Err(StoreError::Full { .. })), "{refused:?}");
+    assert_eq!(store.session(&id(1)).await.unwrap().unwrap().state, issued(1));
+    set_free(0).await;
+    store.advance(&id(1), StateName::Issued, published(1)).await.unwrap();
+    store.reserve(&session(2), None).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_new_record_is_refused_below_the_floor_and_a_repeat_answered() {
+    let (sled, faults) = (Sled::new(), Arc::new(Faults::default()));
+    let dir = sled.0.path().join("public");
+    let public = SledPublicDatabase::open_through(&dir, &options(), faults.clone()).unwrap();
+    let first = public.publish(&record(1)).await.unwrap();
+    faults.free.store(12 << 20, SeqCst);
+    tokio::time::sleep(Duration::from_millis(1100)).await;
+    assert_eq!(public.publish(&record(1)).await.unwrap(), first);
+    let refused = public.publish(&record(2)).await;
+    assert!(matches!(refused, Err(PublishError::Store(StoreError::Full { .. }))), "{refused:?}");
+}
+
+#[test]
+fn the_reserve_is_given_up_and_made_again() {
+    let sled = Sled::new();
+    let reserve = sled.dir().join("reserve");
+    assert_eq!(fs::metadata(&reserve).unwrap().blocks() * 512, 1 << 20);
+    let faults = Arc::new(Faults::default());
+    faults.free.store(1, SeqCst);
+    // Something that sled cannot open stands for a full disk.
+    let db = sled.dir().join("db");
+    let away = sled.dir().join("away");
+    fs::rename(&db, &away).unwrap();
+    fs::create_dir(&db).unwrap();
+    assert!(SledStateStore::open_through(&sled.dir(), &options(), faults.clone()).is_err());
+    assert!(!reserve.exists());
+    fs::remove_dir(&db).unwrap();
+    fs::rename(&away, &db).unwrap();
+    drop(SledStateStore::open_through(&sled.dir(), &options(), faults.clone()).unwrap());
+    assert!(!reserve.exists(), "there is no room for it yet");
+    drop(sled.state());
+    assert!(reserve.exists());
+}
+
+#[test]
+fn a_store_is_made_once_and_opened_only_where_it_is() {
+    let sled = Sled::new();
+    let refused = |result: Result<SledStateStore, StoreError>, words: &str| {
+        let error = result.err().unwrap();
+        assert!(matches!(error, StoreError::Place(_)) && error.to_string().contains(words), "{error}");
+    };
+    refused(SledStateStore::create(&sled.dir(), &options()), "never overwritten");
+    refused(SledStateStore::create(sled.0.path(), &options()), "never overwritten");
+    refused(SledStateStore::open(&sled.0.path().join("nowhere"), &options()), "sppctl init");
+    refused(SledStateStore::open(&sled.0.path().join("public"), &options()), "\"state\" is needed");
+    assert!(!sled.0.path().join("nowhere").exists());
+}
+
+#[test]
+fn an_interrupted_init_is_no_store() {
+    let sled = Sled::new();
+    File::create(sled.dir().join("store.toml")).unwrap();
+    let error = SledStateStore::open(&sled.dir(), &options()).err().unwrap();
+    assert!(matches!(error, StoreError::Damaged { .. }), "{error}");
+}
+
+#[test]
+fn a_second_daemon_is_told_that_the_store_is_in_use() {
+    let sled = Sled::new();
+    let first = sled.state();
+    let error = SledStateStore::open(&sled.dir(), &options()).err().unwrap();
+    assert!(error.to_string().contains("another process"), "{error}");
+    drop(first);
+    sled.state();
+}
+
+#[tokio::test]
+async fn a_half_written_snapshot_does_not_keep_a_store_closed() {
+    let sled = Sled::new();
+    sled.state().reserve(&session(1), None).await.unwrap();
+    fs::write(sled.dir().join("snap.FFFFFFFFFFFFFFFF.generating"), [0; 40]).unwrap();
+    assert_eq!(sled.state().session(&id(1)).await.unwrap(), Some(session(1)));
+}
+
+#[tokio::test]
+async fn no_value_makes_a_blob_file() {
+    let sled = Sled::new();
+    let public = sled.public();
+    for n in 0..60 {
+        public.publish(&crate::store::DeviceRecord { backup: vec![5; 60_000], ..record(n) }).await.unwrap();
+    }
+    assert_eq!(fs::read_dir(sled.0.path().join("public/blobs")).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn damage_is_reported_when_the_store_is_opened() {
+    let sled = Sled::new();
+    sled.state().reserve(&session(1), None).await.unwrap();
+    let db = sled.dir().join("db");
+    let mut octets = fs::read(&db).unwrap();
+    octets.iter_mut().skip(20).for_each(|octet| *octet = 0xEE);
+    OpenOptions::new().write(true).open(&db).unwrap().write_all(&octets).unwrap();
+    let error = SledStateStore::open(&sled.dir(), &options()).err().unwrap();
+    assert!(matches!(error, StoreError::Damaged { .. } | StoreError::Failed { .. }), "{error}");
+}
+
+const CHILD: &str = "SPP_STORE_TEST_DIR";
+const CHILD_FIRST: &str = "SPP_STORE_TEST_FIRST";
+
+fn child(wrap: &str, dir: &Path, first: u64) -> Command {
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", &format!("{wrap} exec \"$0\" \"$@\"")])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", "store::sled::tests::writes_until_it_is_stopped", "--ignored", "--nocapture", "-q"])
+        .envs([(CHILD, dir.as_os_str()), (CHILD_FIRST, first.to_string().as_ref())])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null());
+    command
+}
+
+/// The numbers that a child printed; the last line may be cut off and is dropped unless it is whole.
+fn acknowledged(out: impl io::Read, enough: usize, stop: &mut dyn FnMut()) -> Vec<u64> {
+    let mut numbers = Vec::new();
+    for line in BufReader::new(out).lines() {
+        let line = line.unwrap();
+        if let Some(n) = line.strip_prefix("acknowledged ").and_then(|rest| rest.strip_suffix('.')) {
+            numbers.push(n.parse().unwrap());
+        }
+        if numbers.len() == enough {
+            stop();
+        }
+    }
+    numbers
+}
+
+#[tokio::test]
+#[ignore = "the child of the tests below"]
+async fn writes_until_it_is_stopped() {
+    let store = Arc::new(SledStateStore::open(Path::new(&std::env::var(CHILD).unwrap()), &options()).unwrap());
+    let first: u64 = std::env::var(CHILD_FIRST).unwrap().parse().unwrap();
+    let writers = (0..16).map(|writer| {
+        let store = store.clone();
+        tokio::spawn(async move {
+            for n in (first + writer..).step_by(16) {
+                if store.reserve(&session(n), Some(&key(n))).await.is_err() {
+                    return;
+                }
+                println!("acknowledged {n}.");
+                if n % 3 == 0 && store.advance(&id(n), StateName::Reserved, issued(n)).await.is_err() {
+                    return;
+                }
+            }
+        })
+    });
+    for writer in writers.collect::<Vec<_>>() {
+        writer.await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn what_was_acknowledged_survives_kill_9() {
+    let sled = Sled::new();
+    let mut all = Vec::new();
+    for round in 0..5u64 {
+        let mut process = child("", &sled.dir(), round * 1_000_000).spawn().unwrap();
+        let out = process.stdout.take().unwrap();
+        let numbers = acknowledged(out, 150 + 40 * usize::try_from(round).unwrap(), &mut || process.kill().unwrap());
+        process.wait().unwrap();
+        assert!(numbers.len() >= 150, "only {} were acknowledged", numbers.len());
+        all.extend(numbers);
+        let store = sled.state();
+        for n in &all {
+            let found = store.session(&id(*n)).await.unwrap().unwrap();
+            assert!(found.state == SessionState::Reserved || found.state == issued(*n));
+            assert_eq!(store.wrapped_key(&id(*n)).await.unwrap(), Some(key(*n)));
+        }
+        let (counts, listed) = (store.counts().await.unwrap(), store.unfinished().await.unwrap().len());
+        assert_eq!(counts.reserved + counts.issued, listed as u64, "counts and list are from the same batches");
+    }
+}
+
+/// A limit on the file's size stands for a full disk: sled's writes fail, in whichever of its threads they happen.
+#[tokio::test]
+async fn a_disk_that_fills_up_loses_nothing() {
+    for kilobytes in [3000, 5000, 8192] {
+        let sled = Sled::new();
+        let wrap = format!("trap '' XFSZ; ulimit -f {};", 2 * kilobytes);
+        let mut process = child(&wrap, &sled.dir(), 0).spawn().unwrap();
+        let numbers = acknowledged(process.stdout.take().unwrap(), usize::MAX, &mut || ());
+        process.wait().unwrap();
+        assert!(numbers.len() > 100, "only {} were acknowledged", numbers.len());
+        let store = sled.state();
+        for n in &numbers {
+            assert!(store.session(&id(*n)).await.unwrap().is_some(), "{n} is lost");
+        }
+        store.reserve(&session(u64::from(u32::MAX)), None).await.unwrap();
+    }
+}

@@ -1,0 +1,190 @@
+//! What a transaction sees: the tree, and over it what earlier transactions of the same batch wrote.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::place::{LAST_ROOM, Place};
+use crate::store::StoreError;
+
+/// What a batch changes: keys as sled has them, `None` for removed ones.
+pub(super) type Writes = BTreeMap<Vec<u8>, Option<Vec<u8>>>;
+
+/// Octets of a value's piece. A leaf of sled's tree has up to 17 entries and must stay below 128 KiB (a quarter of a segment):
+/// above that sled puts it into a blob file, which it never syncs.
+const PIECE: usize = 4096;
+
+/// A format of stored values, the first octet of each.
+const VERSION: u8 = 1;
+
+/// The database as one transaction sees it.
+///
+/// The committer runs transactions one after the other, each over the results of those before it, and nobody else writes:
+/// a check made here still holds when the batch is applied.
+pub(super) struct View<'a> {
+    db: &'a sled::Db,
+    place: &'a Place,
+    store: &'static str,
+    batch: Writes,
+    transaction: Writes,
+    broken: std::cell::RefCell<Option<String>>,
+}
+
+impl<'a> View<'a> {
+    pub(super) fn new(db: &'a sled::Db, place: &'a Place, store: &'static str) -> Self {
+        let broken = std::cell::RefCell::default();
+        Self { db, place, store, batch: Writes::new(), transaction: Writes::new(), broken }
+    }
+
+    /// Refuses a new device when the disk has less free room than the floor.
+    pub(super) fn admit_new_device(&self) -> Result<(), StoreError> {
+        self.place.admit(self.place.options.floor_bytes)
+    }
+
+    /// The value of a key.
+    pub(super) fn get<T: DeserializeOwned>(
+        &self,
+        key: &[u8],
+        what: impl FnOnce() -> String,
+    ) -> Result<Option<T>, StoreError> {
+        let Some(octets) = self.get_octets(key)? else { return Ok(None) };
+        let read = match octets.split_first() {
+            Some((&VERSION, rest)) => postcard::take_from_bytes(rest).map_err(|e| e.to_string()),
+            Some((version, _)) => Err(format!("format {version} is not known; a newer version wrote it")),
+            None => Err("it is empty".into()),
+        };
+        match read {
+            Ok((value, [])) => Ok(Some(value)),
+            Ok(_) => Err(self.damaged(what(), "octets are left over")),
+            Err(cause) => Err(self.damaged(what(), cause)),
+        }
+    }
+
+    /// Sets the value of a key.
+    pub(super) fn put<T: Serialize>(&mut self, key: &[u8], value: &T) -> Result<(), StoreError> {
+        let octets = postcard::to_extend(value, vec![VERSION]).map_err(|e| StoreError::Failed {
+            store: self.store,
+            doing: "encoding a value",
+            cause: e.to_string(),
+        })?;
+        self.put_octets(key, &octets)
+    }
+
+    /// A value as it is, put together from its pieces.
+    pub(super) fn get_octets(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
+        let Some(first) = self.raw(&piece_key(key, 0))? else { return Ok(None) };
+        let (pieces, mut octets) = self.first_piece(key, &first)?;
+        for n in 1..pieces {
+            let next = self.raw(&piece_key(key, n))?.ok_or_else(|| self.damaged(name(key), "a piece is missing"))?;
+            octets.extend_from_slice(&next);
+        }
+        Ok(Some(octets))
+    }
+
+    /// Sets a value as it is.
+    pub(super) fn put_octets(&mut self, key: &[u8], octets: &[u8]) -> Result<(), StoreError> {
+        self.remove(key)?;
+        let pieces = u16::try_from(octets.len().div_ceil(PIECE).max(1)).map_err(|_| StoreError::Failed {
+            store: self.store,
+            doing: "storing a value",
+            cause: format!("it has {} octets", octets.len()),
+        })?;
+        let mut rest = octets;
+        for n in 0..pieces {
+            let (piece, more) = rest.split_at(rest.len().min(PIECE));
+            let head: &[u8] = if n == 0 { &pieces.to_be_bytes() } else { &[] };
+            self.transaction.insert(piece_key(key, n), Some([head, piece].concat()));
+            rest = more;
+        }
+        Ok(())
+    }
+
+    /// Removes a key and its value.
+    pub(super) fn remove(&mut self, key: &[u8]) -> Result<(), StoreError> {
+        // All writes pass here: beyond this point not even completing and aborting may fill the disk, or sled could never
+        // be opened again.
+        self.place.admit(LAST_ROOM)?;
+        let Some(first) = self.raw(&piece_key(key, 0))? else { return Ok(()) };
+        let (pieces, _) = self.first_piece(key, &first)?;
+        for n in 0..pieces {
+            self.transaction.insert(piece_key(key, n), None);
+        }
+        Ok(())
+    }
+
+    /// All keys that begin with a prefix, in order.
+    pub(super) fn keys(&self, prefix: &[u8]) -> Result<Vec<Vec<u8>>, StoreError> {
+        let mut keys = BTreeSet::new();
+        for entry in self.db.scan_prefix(prefix).keys() {
+            keys.insert(entry.map_err(|e| self.read_failed(prefix, e))?.to_vec());
+        }
+        for writes in [&self.batch, &self.transaction] {
+            for (key, value) in writes.range(prefix.to_vec()..).take_while(|(key, _)| key.starts_with(prefix)) {
+                match value {
+                    Some(_) => keys.insert(key.clone()),
+                    None => keys.remove(key),
+                };
+            }
+        }
+        let whole = keys.into_iter().filter_map(|key| key.strip_suffix(&[0, 0]).map(<[u8]>::to_vec));
+        Ok(whole.collect())
+    }
+
+    /// The transaction is accepted: those after it see what it wrote.
+    pub(super) fn keep(&mut self) {
+        self.batch.append(&mut self.transaction);
+    }
+
+    /// The transaction is refused: nothing of it remains, and the others are not disturbed.
+    pub(super) fn forget(&mut self) {
+        self.transaction.clear();
+    }
+
+    /// Why the database must be opened again, if reading it failed.
+    pub(super) fn broken(&self) -> Option<String> {
+        self.broken.borrow().clone()
+    }
+
+    /// All that the kept transactions wrote.
+    pub(super) fn into_writes(self) -> Writes {
+        self.batch
+    }
+
+    /// An error about a stored value.
+    pub(super) fn damaged(&self, what: String, cause: impl ToString) -> StoreError {
+        StoreError::Damaged { store: self.store, what, cause: cause.to_string() }
+    }
+
+    fn raw(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
+        if let Some(written) = self.transaction.get(key).or_else(|| self.batch.get(key)) {
+            return Ok(written.clone());
+        }
+        let found = self.db.get(key).map_err(|e| self.read_failed(key, e))?;
+        Ok(found.map(|value| value.to_vec()))
+    }
+
+    fn first_piece(&self, key: &[u8], first: &[u8]) -> Result<(u16, Vec<u8>), StoreError> {
+        let (count, octets) =
+            first.split_first_chunk().ok_or_else(|| self.damaged(name(key), "its first piece is too short"))?;
+        Ok((u16::from_be_bytes(*count), octets.to_vec()))
+    }
+
+    /// Damage concerns the one who reads it; any other error concerns the whole handle.
+    fn read_failed(&self, key: &[u8], error: sled::Error) -> StoreError {
+        if let sled::Error::Corruption { .. } = error {
+            return self.damaged(name(key), error);
+        }
+        *self.broken.borrow_mut() = Some(format!("reading: {error}"));
+        StoreError::Failed { store: self.store, doing: "reading", cause: error.to_string() }
+    }
+}
+
+/// The suffix has a fixed length, so that no two keys share a piece.
+fn piece_key(key: &[u8], n: u16) -> Vec<u8> {
+    [key, &n.to_be_bytes()].concat()
+}
+
+fn name(key: &[u8]) -> String {
+    format!("the entry {}", hex::encode(key))
+}

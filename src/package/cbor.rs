@@ -1,0 +1,334 @@
+//! Deterministic CBOR (RFC 8949 §4.2.1) for octets with keys in them.
+//!
+//! A general library reads into values and writes through buffers of its own, which nobody wipes. Here the writer owns
+//! one buffer that never grows (so that no copy is left behind by a reallocation) and is wiped, and the reader borrows.
+//! What is read has a fixed shape: nothing recurses, and no length is believed before the octets are there. The same
+//! few lines are what a microcontroller needs.
+
+use crate::secret::SecretBytes;
+
+const UNSIGNED: u8 = 0;
+const NEGATIVE: u8 = 1;
+const BYTES: u8 = 2;
+const TEXT: u8 = 3;
+const ARRAY: u8 = 4;
+const MAP: u8 = 5;
+const TAG: u8 = 6;
+
+/// What is wrong with an encoding. The caller says where.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum CborError {
+    #[error("the octets end too early")]
+    Truncated,
+    #[error("a number or length is not in its shortest form, or a length is indefinite")]
+    NotDeterministic,
+    #[error("not the expected type; {0} is expected")]
+    OtherType(&'static str),
+    #[error("the number is out of range")]
+    OutOfRange,
+    #[error("the text is not UTF-8")]
+    NotText,
+    #[error("key {0} is unknown here, repeated or out of order")]
+    UnexpectedKey(i64),
+    #[error("key {0} is missing, or a key before it is unknown")]
+    MissingKey(i64),
+    #[error("{0} octets follow the value")]
+    Trailing(usize),
+}
+
+/// Writes items one after the other into one buffer of fixed size.
+pub(crate) struct Writer {
+    out: SecretBytes,
+    limit: usize,
+    overflow: bool,
+}
+
+impl Writer {
+    /// A writer of at most so many octets.
+    pub(crate) fn with_limit(limit: usize) -> Self {
+        Self { out: SecretBytes::new(Vec::with_capacity(limit)), limit, overflow: false }
+    }
+
+    pub(crate) fn int(&mut self, value: i64) -> &mut Self {
+        let magnitude = if value < 0 { !value } else { value };
+        self.head(if value < 0 { NEGATIVE } else { UNSIGNED }, magnitude.unsigned_abs())
+    }
+
+    pub(crate) fn bytes(&mut self, value: &[u8]) -> &mut Self {
+        self.head(BYTES, value.len() as u64).put(value)
+    }
+
+    pub(crate) fn text(&mut self, value: &str) -> &mut Self {
+        self.head(TEXT, value.len() as u64).put(value.as_bytes())
+    }
+
+    pub(crate) fn array(&mut self, items: usize) -> &mut Self {
+        self.head(ARRAY, items as u64)
+    }
+
+    pub(crate) fn map(&mut self, entries: usize) -> &mut Self {
+        self.head(MAP, entries as u64)
+    }
+
+    /// A byte string of `size` octets: zeros, then the value. The caller knows that the value fits.
+    pub(crate) fn padded_bytes(&mut self, value: &[u8], size: usize) -> &mut Self {
+        self.head(BYTES, size as u64);
+        for _ in value.len()..size {
+            self.put(&[0]);
+        }
+        self.put(value)
+    }
+
+    /// What was written; `None` if it did not fit.
+    pub(crate) fn finish(self) -> Option<SecretBytes> {
+        (!self.overflow).then_some(self.out)
+    }
+
+    /// What was written, when nothing in it is secret; `None` if it did not fit.
+    pub(crate) fn finish_public(mut self) -> Option<Vec<u8>> {
+        // Exposed to leave the wiped world: the caller wrote nothing secret.
+        (!self.overflow).then(|| std::mem::take(self.out.expose_mut()))
+    }
+
+    fn head(&mut self, major: u8, value: u64) -> &mut Self {
+        let major = major << 5;
+        let be = value.to_be_bytes();
+        match value {
+            0..=23 => self.put(&[major | be[7]]),
+            24..=0xff => self.put(&[major | 24, be[7]]),
+            0x100..=0xffff => self.put(&[major | 25]).put(&be[6..]),
+            0x1_0000..=0xffff_ffff => self.put(&[major | 26]).put(&be[4..]),
+            _ => self.put(&[major | 27]).put(&be),
+        }
+    }
+
+    fn put(&mut self, octets: &[u8]) -> &mut Self {
+        // Exposed to be filled; within its capacity, so it is never moved.
+        let out = self.out.expose_mut();
+        if self.overflow || octets.len() > self.limit - out.len() {
+            self.overflow = true;
+        } else {
+            out.extend_from_slice(octets);
+        }
+        self
+    }
+}
+
+/// Reads items one after the other; accepts the deterministic encoding only.
+pub(crate) struct Reader<'a> {
+    rest: &'a [u8],
+}
+
+impl<'a> Reader<'a> {
+    pub(crate) const fn new(octets: &'a [u8]) -> Self {
+        Self { rest: octets }
+    }
+
+    pub(crate) fn int(&mut self) -> Result<i64, CborError> {
+        let (major, value) = self.head()?;
+        let value = i64::try_from(value).map_err(|_| CborError::OutOfRange)?;
+        match major {
+            UNSIGNED => Ok(value),
+            NEGATIVE => Ok(!value),
+            _ => Err(CborError::OtherType("an integer")),
+        }
+    }
+
+    pub(crate) fn bytes(&mut self) -> Result<&'a [u8], CborError> {
+        let length = self.head_of(BYTES, "a byte string")?;
+        self.take(length)
+    }
+
+    pub(crate) fn text(&mut self) -> Result<&'a str, CborError> {
+        let length = self.head_of(TEXT, "a text string")?;
+        std::str::from_utf8(self.take(length)?).map_err(|_| CborError::NotText)
+    }
+
+    /// The number of items that follow.
+    pub(crate) fn array(&mut self) -> Result<u64, CborError> {
+        self.head_of(ARRAY, "an array")
+    }
+
+    /// Whether an array comes next.
+    pub(crate) fn at_array(&self) -> bool {
+        self.rest.first().is_some_and(|first| first >> 5 == ARRAY)
+    }
+
+    pub(crate) fn map(&mut self) -> Result<MapReader<'_, 'a>, CborError> {
+        let left = self.head_of(MAP, "a map")?;
+        Ok(MapReader { reader: self, left, seen: None })
+    }
+
+    /// Nothing may follow.
+    pub(crate) const fn end(&self) -> Result<(), CborError> {
+        if self.rest.is_empty() { Ok(()) } else { Err(CborError::Trailing(self.rest.len())) }
+    }
+
+    /// What has not been read yet.
+    pub(crate) const fn rest(&self) -> &'a [u8] {
+        self.rest
+    }
+
+    /// Steps over one item of any shape, in a loop: nesting costs no stack.
+    pub(crate) fn skip(&mut self) -> Result<(), CborError> {
+        let mut items = 1u64;
+        while items > 0 {
+            let (major, value) = self.head()?;
+            let inner = match major {
+                BYTES | TEXT => self.take(value).map(|_| 0)?,
+                ARRAY => value,
+                MAP => value.checked_mul(2).ok_or(CborError::OutOfRange)?,
+                TAG => 1,
+                _ => 0,
+            };
+            items = (items - 1).checked_add(inner).ok_or(CborError::OutOfRange)?;
+        }
+        Ok(())
+    }
+
+    fn head_of(&mut self, wanted: u8, name: &'static str) -> Result<u64, CborError> {
+        match self.head()? {
+            (major, value) if major == wanted => Ok(value),
+            _ => Err(CborError::OtherType(name)),
+        }
+    }
+
+    fn head(&mut self) -> Result<(u8, u64), CborError> {
+        let first = self.take(1)?[0];
+        let (value, least) = match first & 0x1f {
+            short @ 0..=23 => (u64::from(short), 0),
+            24 => (self.argument(1)?, 24),
+            25 => (self.argument(2)?, 0x100),
+            26 => (self.argument(4)?, 0x1_0000),
+            27 => (self.argument(8)?, 0x1_0000_0000),
+            _ => return Err(CborError::NotDeterministic),
+        };
+        if value < least { Err(CborError::NotDeterministic) } else { Ok((first >> 5, value)) }
+    }
+
+    fn argument(&mut self, octets: u64) -> Result<u64, CborError> {
+        Ok(self.take(octets)?.iter().fold(0, |value, octet| value << 8 | u64::from(*octet)))
+    }
+
+    fn take(&mut self, length: u64) -> Result<&'a [u8], CborError> {
+        let length = usize::try_from(length).map_err(|_| CborError::Truncated)?;
+        let (taken, rest) = self.rest.split_at_checked(length).ok_or(CborError::Truncated)?;
+        self.rest = rest;
+        Ok(taken)
+    }
+}
+
+/// Reads a map with integer keys in their order, each at most once.
+pub(crate) struct MapReader<'r, 'a> {
+    /// Stands at the value when [`Self::key`] said yes.
+    pub(crate) reader: &'r mut Reader<'a>,
+    left: u64,
+    seen: Option<i64>,
+}
+
+impl MapReader<'_, '_> {
+    /// Whether the next entry has this key; if so its value must be read next. Ask in the order of the encoding.
+    pub(crate) fn key(&mut self, wanted: i64) -> Result<bool, CborError> {
+        if self.left == 0 {
+            return Ok(false);
+        }
+        let found = match self.seen {
+            Some(found) => found,
+            None => *self.seen.insert(self.reader.int()?),
+        };
+        if found != wanted {
+            return Ok(false);
+        }
+        self.seen = None;
+        self.left -= 1;
+        Ok(true)
+    }
+
+    /// No entry may be left: what was not asked for is refused.
+    pub(crate) fn end(mut self) -> Result<(), CborError> {
+        match (self.left, self.seen.take()) {
+            (0, _) => Ok(()),
+            (_, Some(key)) => Err(CborError::UnexpectedKey(key)),
+            (_, None) => Err(CborError::UnexpectedKey(self.reader.int()?)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ciborium::Value;
+    use proptest::prelude::*;
+
+    fn written(write: impl FnOnce(&mut Writer)) -> Vec<u8> {
+        let mut writer = Writer::with_limit(4096);
+        write(&mut writer);
+        writer.finish_public().unwrap()
+    }
+
+    fn by_ciborium(value: &Value) -> Vec<u8> {
+        let mut out = Vec::new();
+        ciborium::into_writer(value, &mut out).unwrap();
+        out
+    }
+
+    proptest! {
+        #[test]
+        fn items_are_written_as_the_library_writes_them(number: i64, bytes: Vec<u8>, text: String) {
+            let ours = written(|w| {
+                w.array(3).int(number).bytes(&bytes).text(&text);
+            });
+            let value = Value::Array(vec![number.into(), bytes.clone().into(), text.clone().into()]);
+            prop_assert_eq!(&ours, &by_ciborium(&value));
+
+            let mut reader = Reader::new(&ours);
+            prop_assert_eq!(reader.array(), Ok(3));
+            prop_assert_eq!(reader.int(), Ok(number));
+            prop_assert_eq!(reader.bytes(), Ok(bytes.as_slice()));
+            prop_assert_eq!(reader.text(), Ok(text.as_str()));
+            prop_assert_eq!(reader.end(), Ok(()));
+        }
+
+        #[test]
+        fn skipping_never_panics_and_steps_over_what_was_written(octets: Vec<u8>) {
+            let _ = Reader::new(&octets).skip();
+            let item = written(|w| { w.map(1).int(-1).array(2).bytes(&octets).text(""); });
+            let mut reader = Reader::new(&item);
+            prop_assert_eq!(reader.skip(), Ok(()));
+            prop_assert_eq!(reader.end(), Ok(()));
+        }
+    }
+
+    #[test]
+    fn only_the_shortest_form_is_read() {
+        for long in [&[0x18, 23][..], &[0x19, 0, 255], &[0x1a, 0, 0, 255, 255], &[0x1b, 0, 0, 0, 0, 255, 255, 255, 255]]
+        {
+            assert_eq!(Reader::new(long).int(), Err(CborError::NotDeterministic), "{long:02x?}");
+        }
+        assert_eq!(Reader::new(&[0x5f, 0x41, 0, 0xff]).bytes(), Err(CborError::NotDeterministic));
+        assert_eq!(Reader::new(&[0x5b, 0xff, 255, 255, 255, 255, 255, 255, 255]).bytes(), Err(CborError::Truncated));
+        assert_eq!(Reader::new(&[0x9b, 0xff, 255, 255, 255, 255, 255, 255, 255]).skip(), Err(CborError::Truncated));
+    }
+
+    #[test]
+    fn a_map_is_read_in_its_order_and_without_strangers() {
+        let read = |octets: &[u8]| {
+            let mut reader = Reader::new(octets);
+            let mut map = reader.map()?;
+            let found = (map.key(1)? && map.reader.int()? == 0, map.key(2)? && map.reader.int()? == 0);
+            map.end().map(|()| found)
+        };
+        assert_eq!(read(&[0xa2, 1, 0, 2, 0]), Ok((true, true)));
+        assert_eq!(read(&[0xa1, 2, 0]), Ok((false, true)));
+        assert_eq!(read(&[0xa2, 2, 0, 1, 0]), Err(CborError::UnexpectedKey(1)));
+        assert_eq!(read(&[0xa2, 1, 0, 1, 0]), Err(CborError::UnexpectedKey(1)));
+        assert_eq!(read(&[0xa1, 3, 0]), Err(CborError::UnexpectedKey(3)));
+    }
+
+    #[test]
+    fn a_writer_never_grows() {
+        let mut writer = Writer::with_limit(3);
+        writer.bytes(&[1, 2, 3]).int(1);
+        assert!(writer.finish().is_none());
+    }
+}

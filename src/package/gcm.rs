@@ -1,0 +1,44 @@
+//! A256GCM as COSE uses it (RFC 9053 §4.1): 12 octets of IV, 16 octets of tag behind the ciphertext.
+
+use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
+
+use crate::secret::{Secret, SecretBytes};
+
+/// Octets of an IV.
+pub(super) const IV_LEN: usize = 12;
+/// Octets that the ciphertext is longer than the plaintext.
+pub(super) const TAG_LEN: usize = 16;
+
+/// Encrypts; the caller never uses an IV twice with a key. `None` if the provider fails.
+pub(super) fn encrypt(
+    key: &Secret<[u8; 32]>,
+    iv: [u8; IV_LEN],
+    aad: &[u8],
+    plaintext: &SecretBytes,
+) -> Option<Vec<u8>> {
+    // Exposed to be encrypted in place. The capacity holds the tag too, so that no plaintext stays behind in a
+    // buffer that grew.
+    let mut in_place = SecretBytes::new(Vec::with_capacity(plaintext.expose().len() + TAG_LEN));
+    in_place.expose_mut().extend_from_slice(plaintext.expose());
+    provider_key(key)?
+        .seal_in_place_append_tag(Nonce::assume_unique_for_key(iv), Aad::from(aad), in_place.expose_mut())
+        .ok()?;
+    Some(std::mem::take(in_place.expose_mut()))
+}
+
+/// Decrypts; `None` if the key, the IV, the associated data or the ciphertext is not the one of the encryption.
+pub(super) fn decrypt(key: &Secret<[u8; 32]>, iv: [u8; IV_LEN], aad: &[u8], ciphertext: &[u8]) -> Option<SecretBytes> {
+    let mut in_place = SecretBytes::copy_of(ciphertext);
+    // Exposed to be decrypted in place.
+    let length = provider_key(key)?
+        .open_in_place(Nonce::assume_unique_for_key(iv), Aad::from(aad), in_place.expose_mut())
+        .ok()?
+        .len();
+    in_place.expose_mut().truncate(length);
+    Some(in_place)
+}
+
+/// The provider's key schedule; the provider wipes it.
+fn provider_key(key: &Secret<[u8; 32]>) -> Option<LessSafeKey> {
+    UnboundKey::new(&AES_256_GCM, key.expose()).ok().map(LessSafeKey::new)
+}

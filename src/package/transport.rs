@@ -1,0 +1,135 @@
+//! The chip's transport key pair, to which a package is sealed, and the key agreement with it.
+
+use aws_lc_rs::agreement::{self, ECDH_P256, PrivateKey, UnparsedPublicKey, X25519};
+use aws_lc_rs::hkdf::{HKDF_SHA256, Salt};
+
+use super::PackageError;
+use crate::secret::{Secret, SecretBytes};
+
+/// The curves of ECDH-ES+A256KW that a chip may use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TransportCurve {
+    /// NIST P-256.
+    P256,
+    /// X25519 (RFC 7748).
+    X25519,
+}
+
+impl TransportCurve {
+    const fn algorithm(self) -> &'static agreement::Algorithm {
+        match self {
+            Self::P256 => &ECDH_P256,
+            Self::X25519 => &X25519,
+        }
+    }
+}
+
+/// A chip's transport public key, checked: an agreement with it works.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TransportPublicKey {
+    curve: TransportCurve,
+    octets: Vec<u8>,
+}
+
+impl TransportPublicKey {
+    /// From the uncompressed point of 65 octets (SEC 1 §2.3.3), or the 32 octets of X25519 (RFC 7748 §5).
+    ///
+    /// # Errors
+    /// For other lengths, a point off the curve, and the points of small order (RFC 7748 §6.1).
+    pub fn new(curve: TransportCurve, octets: &[u8]) -> Result<Self, PackageError> {
+        let shape_ok = match curve {
+            TransportCurve::P256 => octets.len() == 65 && octets[0] == 4,
+            TransportCurve::X25519 => octets.len() == 32,
+        };
+        if !shape_ok {
+            return Err(PackageError::TransportKey("P-256 has 65 octets and starts with 04, X25519 has 32"));
+        }
+        let key = Self { curve, octets: octets.to_vec() };
+        // A trial, since what the provider refuses must be refused before a session is opened for it.
+        let trial = TransportPrivateKey::generate(curve)?;
+        trial.agree(&key, |_| ()).ok_or(PackageError::TransportKey("it is not a point of the curve's large group"))?;
+        Ok(key)
+    }
+
+    /// The curve.
+    pub const fn curve(&self) -> TransportCurve {
+        self.curve
+    }
+
+    /// The octets as the wire carries them.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.octets
+    }
+}
+
+/// A transport private key: in the chip, or ephemeral in the sender. The provider wipes it.
+pub struct TransportPrivateKey {
+    curve: TransportCurve,
+    key: PrivateKey,
+}
+
+impl TransportPrivateKey {
+    /// From 32 octets: the scalar, or what RFC 7748 §5 makes one of.
+    ///
+    /// # Errors
+    /// If the octets are no private key of the curve.
+    pub fn from_octets(curve: TransportCurve, octets: &SecretBytes) -> Result<Self, PackageError> {
+        // Exposed to the provider, which keeps and wipes its own form.
+        let key = PrivateKey::from_private_key(curve.algorithm(), octets.expose())
+            .map_err(|_| PackageError::TransportKey("the private key is not one of the curve"))?;
+        Ok(Self { curve, key })
+    }
+
+    /// A new one, for one message.
+    pub(super) fn generate(curve: TransportCurve) -> Result<Self, PackageError> {
+        let key = PrivateKey::generate(curve.algorithm()).map_err(|_| PackageError::Provider("making a key pair"))?;
+        Ok(Self { curve, key })
+    }
+
+    /// The curve.
+    pub const fn curve(&self) -> TransportCurve {
+        self.curve
+    }
+
+    /// The public half.
+    ///
+    /// # Errors
+    /// If the provider fails.
+    pub fn public(&self) -> Result<TransportPublicKey, PackageError> {
+        let public = self.key.compute_public_key().map_err(|_| PackageError::Provider("computing a public key"))?;
+        Ok(TransportPublicKey { curve: self.curve, octets: public.as_ref().to_vec() })
+    }
+
+    /// HKDF-SHA-256 without salt over the shared secret (RFC 9053 §5.1), 32 octets. `None` if the keys do not agree.
+    pub(super) fn derive_with(&self, other: &TransportPublicKey, context: &[u8]) -> Option<Secret<[u8; 32]>> {
+        self.agree(other, |shared| {
+            let mut key = Secret::new([0; 32]);
+            let prk = Salt::none(HKDF_SHA256).extract(shared);
+            // Exposed to be filled.
+            prk.expand(&[context], HKDF_SHA256).ok()?.fill(key.expose_mut()).ok()?;
+            Some(key)
+        })?
+    }
+
+    fn agree<T>(&self, other: &TransportPublicKey, derive: impl FnOnce(&[u8]) -> T) -> Option<T> {
+        let other = UnparsedPublicKey::new(other.curve.algorithm(), &other.octets);
+        agreement::agree(&self.key, other, (), |shared| Ok(derive(shared))).ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_usable_transport_keys_are_taken() {
+        for curve in [TransportCurve::P256, TransportCurve::X25519] {
+            let good = TransportPrivateKey::generate(curve).unwrap().public().unwrap();
+            assert_eq!(TransportPublicKey::new(curve, good.as_bytes()), Ok(good.clone()));
+            assert!(TransportPublicKey::new(curve, &good.as_bytes()[1..]).is_err());
+            assert!(TransportPublicKey::new(curve, &[]).is_err());
+        }
+        assert!(TransportPublicKey::new(TransportCurve::P256, &[4; 65]).is_err(), "a point off the curve");
+        assert!(TransportPublicKey::new(TransportCurve::X25519, &[0; 32]).is_err(), "a point of small order");
+    }
+}

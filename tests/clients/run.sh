@@ -1,0 +1,21 @@
+#!/bin/sh
+# Devices of a foreign client against a running daemon, then their certificates under a foreign lint.
+# `make foreign-client` starts the daemon (deploy/demo/demo.sh) and sets SPP_DIRECTORY, SPP_LINE and SPP_PUBLIC.
+set -eu
+here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+certificates=$SPP_DIRECTORY/certificates
+mkdir -p -- "$certificates"
+
+PYTHONPATH=$here python3 -m unittest test_device
+
+provision() {
+    echo "-- provision.py $*"
+    python3 "$here/provision.py" --line "$SPP_LINE" --public "$SPP_PUBLIC" --tls "$SPP_DIRECTORY/tls/line-1-a" \
+        --manufacturer "$SPP_DIRECTORY/keys/manufacturer-ca.pem" "$@"
+}
+provision --profile phone --certificate-out "$certificates/phone.pem"
+provision --profile phone --sealed --certificate-out "$certificates/phone-sealed.pem"
+provision --profile gateway --csr --certificate-out "$certificates/gateway.pem"
+provision --profile sensor --sealed --certificate-out "$certificates/sensor.cwt"
+
+"$here/../certificates/pkilint.sh" "$SPP_DIRECTORY/keys/manufacturer-ca.pem" "$certificates"/*.pem

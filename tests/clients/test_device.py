@@ -1,0 +1,68 @@
+"""The foreign device against envelopes put together by hand from RFC 9052 and RFC 9053, without any COSE library."""
+
+import hashlib
+import secrets
+import unittest
+
+import cbor2
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from cryptography.hazmat.primitives.keywrap import aes_key_wrap
+
+import device
+
+SESSION, CERTIFICATE = bytes(16), b"a certificate"
+
+
+def seal_by_hand(package: bytes, point: bytes, session: bytes, chip: bytes) -> bytes:
+    """RFC 9052 §5.3 and RFC 9053 §5.2, §6.4."""
+    ephemeral = ec.generate_private_key(ec.SECP256R1())
+    shared = ephemeral.exchange(ec.ECDH(), ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), point))
+    recipient_protected = cbor2.dumps({1: -31})
+    context = cbor2.dumps([-5, [None] * 3, [None] * 3, [256, recipient_protected]])
+    kek = HKDF(SHA256(), 32, salt=None, info=context).derive(shared)
+    content_key, iv, protected = secrets.token_bytes(32), secrets.token_bytes(12), cbor2.dumps({1: 3})
+    aad = cbor2.dumps(["Encrypt", protected, cbor2.dumps(["spp-package", 1, session, chip])])
+    public = ephemeral.public_key().public_numbers()
+    key = {1: 2, -1: 1, -2: public.x.to_bytes(32), -3: public.y.to_bytes(32)}
+    recipient = [recipient_protected, {4: chip, -1: key}, aes_key_wrap(kek, content_key)]
+    ciphertext = AESGCM(content_key).encrypt(iv, package, aad)
+    return cbor2.dumps(cbor2.CBORTag(96, [protected, {5: iv}, ciphertext, [recipient]]))
+
+
+class ForeignDevice(unittest.TestCase):
+    def setUp(self):
+        self.chip = device.Chip(manufacturer=None)
+
+    def test_a_sealed_package_opens_in_its_session_only(self):
+        sealed = seal_by_hand(b"package", self.chip.transport_point(), SESSION, self.chip.chip_id)
+        self.assertEqual(self.chip.unseal(sealed, SESSION), b"package")
+        with self.assertRaises(Exception):
+            self.chip.unseal(sealed, b"\x01" * 16)
+
+    def test_a_backup_opens_with_its_certificate_only(self):
+        backup = self.chip.back_up(b"package", CERTIFICATE)
+        self.assertEqual(self.chip.restore(backup, CERTIFICATE), b"package")
+        with self.assertRaises(Exception):
+            self.chip.restore(backup, b"another certificate")
+
+    def test_a_backup_is_in_the_one_form(self):
+        backup = self.chip.back_up(b"package", CERTIFICATE)
+        tagged = cbor2.loads(backup)
+        self.assertEqual((tagged.tag, cbor2.loads(tagged.value[0])), (16, {1: 3, 4: self.chip.chip_id}))
+        self.assertEqual(backup, cbor2.dumps(tagged, canonical=True))
+
+    def test_a_confirmation_claims_exactly_four_things(self):
+        keys = [("channel", secrets.token_bytes(32))]
+        package = device.Package(b"package", "serial:1", CERTIFICATE, True, None, keys)
+        tagged = cbor2.loads(self.chip.confirm(package, SESSION, b"backup"))
+        self.assertEqual(tagged.tag, 17)
+        hash_of = lambda octets: hashlib.sha256(octets).digest()  # noqa: E731
+        expected = {1: SESSION, 2: self.chip.chip_id, 3: hash_of(b"package"), 4: hash_of(b"backup")}
+        self.assertEqual(cbor2.loads(tagged.value[2]), expected)
+
+
+if __name__ == "__main__":
+    unittest.main()

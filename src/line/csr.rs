@@ -1,0 +1,48 @@
+//! The PKCS#10 request (RFC 2986) of a device that made its own key pair.
+
+use der::asn1::BitString;
+use der::{Decode as _, Encode as _};
+use spki::{AlgorithmIdentifierOwned, ObjectIdentifier, SubjectPublicKeyInfoOwned};
+use x509_cert::name::Name;
+use x509_cert::request::{CertReq, CertReqInfo, Version};
+
+use crate::keys::{DevicePrivateKey, KeyError, SignatureAlgorithm};
+
+/// `ecdsa-with-SHA256`, RFC 5758 §3.2.
+const ECDSA_WITH_SHA256: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.4.3.2");
+
+/// A request in DER for a P-256 pair. Its subject is empty: the order says who the device is, the request only proves that
+/// it holds the key.
+pub(super) fn request(pair: &DevicePrivateKey) -> Result<Vec<u8>, KeyError> {
+    let unencodable = |e: der::Error| KeyError::UnsupportedPublicKey(e.to_string());
+    let info = CertReqInfo {
+        version: Version::V1,
+        subject: Name::default(),
+        public_key: SubjectPublicKeyInfoOwned::from_der(pair.public().spki_der()).map_err(unencodable)?,
+        attributes: Default::default(),
+    };
+    let signature = pair.sign(SignatureAlgorithm::EcdsaP256Sha256, &info.to_der().map_err(unencodable)?)?;
+    let request = CertReq {
+        info,
+        algorithm: AlgorithmIdentifierOwned { oid: ECDSA_WITH_SHA256, parameters: None },
+        signature: BitString::from_bytes(&signature).map_err(unencodable)?,
+    };
+    request.to_der().map_err(unencodable)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::keys::generate_p256;
+
+    #[test]
+    fn a_request_is_signed_by_the_key_in_it() {
+        let pair = generate_p256().unwrap();
+        let parsed = CertReq::from_der(&request(&pair).unwrap()).unwrap();
+        let key = parsed.info.public_key.to_der().unwrap();
+        assert_eq!(key, pair.public().spki_der());
+        let signed = parsed.info.to_der().unwrap();
+        let signature = parsed.signature.as_bytes().unwrap();
+        pair.public().verify(SignatureAlgorithm::EcdsaP256Sha256, &signed, signature).unwrap();
+    }
+}

@@ -1,0 +1,106 @@
+//! The command that provisions devices: from its options to the exit code.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use der::{DecodePem as _, Encode as _};
+use tonic::transport::Uri;
+use x509_cert::Certificate;
+
+use super::LineError;
+use super::book::{Book, Ended};
+use super::connection::{Tls, connect};
+use super::orders::{self, Numbering, Order};
+use super::pipeline;
+use super::report::ReportFile;
+use super::retry::Patience;
+use super::way::Station;
+use crate::device::Fab;
+use crate::keys::PublicKey;
+use crate::names::{ChipId, ProfileName};
+use crate::package::TransportCurve;
+
+/// Which devices.
+pub(super) enum Source {
+    /// Made up, as many, and remembered in the directory.
+    Simulate { count: usize, profile: ProfileName, numbering: Numbering },
+    /// From a list.
+    List(PathBuf),
+}
+
+/// What was asked for.
+pub(super) struct Provision {
+    pub(super) source: Source,
+    pub(super) server: Uri,
+    pub(super) tls: PathBuf,
+    pub(super) devices: PathBuf,
+    pub(super) manufacturer: Option<PathBuf>,
+    pub(super) parallel: usize,
+    /// `None`: as many as fit the devices in flight.
+    pub(super) connections: Option<usize>,
+    pub(super) sealed: Option<TransportCurve>,
+    pub(super) own_pair: bool,
+    pub(super) report: Option<ReportFile>,
+    pub(super) patience: Patience,
+}
+
+/// Provisions; an error means that nothing was begun.
+pub(super) async fn provision(asked: Provision) -> Result<Ended, LineError> {
+    // 1. Everything that can be wrong here is found before the first device is begun.
+    let tls = Tls::mutual(&asked.tls)?;
+    let endpoint = tls.endpoint(&asked.server)?;
+    let fab = open_fab(&asked.devices, asked.manufacturer.as_deref())?;
+    let book = Book::open(&asked.devices, asked.report.as_ref())?;
+    // 2. The orders, on the disk before a chip of them is known to anybody else.
+    let orders = orders(&asked.devices, &asked.source)?;
+    // 3. A few connections carry all devices in flight.
+    let parallel = asked.parallel.min(orders.len());
+    let connections = asked.connections.unwrap_or_else(|| parallel.div_ceil(16).min(8)).min(parallel);
+    let channels = connect(&endpoint, connections, &asked.patience).await?;
+    // 4. The devices.
+    let Provision { sealed, own_pair, patience, .. } = asked;
+    let station = Station { fab: Arc::new(fab), sealed, own_pair, patience };
+    pipeline::run(pipeline::Run { station, channels, orders, parallel, book }).await
+}
+
+fn orders(devices: &Path, source: &Source) -> Result<Vec<Order>, LineError> {
+    match source {
+        Source::Simulate { count, profile, numbering } => orders::simulate(devices, *count, profile, numbering),
+        Source::List(path) => orders::read(path),
+    }
+}
+
+/// The directory's fab, made when there is none. One fab for a run: its devices are a function of it.
+fn open_fab(devices: &Path, manufacturer: Option<&Path>) -> Result<Fab, LineError> {
+    let given = manufacturer.map(manufacturer_key).transpose()?;
+    if !devices.join("fab.cbor").exists() {
+        let key = given.ok_or_else(|| {
+            LineError::Usage(format!(
+                "{} has no simulated chips yet, and they need the manufacturer's public key in their ROM; give the CA \
+                 certificate of the manufacturer with --manufacturer FILE.pem",
+                devices.display()
+            ))
+        })?;
+        return Ok(Fab::create(devices, key)?);
+    }
+    let fab = Fab::open(devices)?;
+    if let Some(given) = given {
+        let any = ChipId::from_bytes(&[0; ChipId::MIN_LEN]).map_err(|e| LineError::Usage(e.to_string()))?;
+        if fab.chip(&any, None)?.rom.manufacturer != given {
+            return Err(LineError::Usage(format!(
+                "the chips in {} trust another manufacturer than the one given, and a ROM cannot be changed; leave --manufacturer \
+                 out, or choose another directory with --devices",
+                devices.display()
+            )));
+        }
+    }
+    Ok(fab)
+}
+
+fn manufacturer_key(path: &Path) -> Result<PublicKey, LineError> {
+    let text = std::fs::read(path).map_err(LineError::file("reading the manufacturer's certificate", path))?;
+    let wrong = |e: &dyn std::fmt::Display| LineError::content(path, format!("not a CA certificate in PEM: {e}"));
+    let certificate = Certificate::from_pem(&text).map_err(|e| wrong(&e))?;
+    let spki = certificate.tbs_certificate().subject_public_key_info().to_der().map_err(|e| wrong(&e))?;
+    PublicKey::from_spki_der(&spki).map_err(|e| wrong(&e))
+}

@@ -1,0 +1,360 @@
+//! What came of a run: a row for each device, and the figures of all.
+
+use std::fmt::Write as _;
+use std::fs::File;
+use std::io::{BufWriter, Write as _};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::LineError;
+use super::orders::Order;
+use super::way::{Failure, Outcome, Way};
+
+/// Where the rows go, and how they are written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct ReportFile {
+    path: PathBuf,
+    format: Format,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Format {
+    Csv,
+    Jsonl,
+}
+
+impl ReportFile {
+    /// By the file's ending.
+    pub(super) fn parse(text: &str) -> Result<Self, String> {
+        let path = PathBuf::from(text);
+        let format = match path.extension().and_then(|ending| ending.to_str()) {
+            Some("csv") => Format::Csv,
+            Some("jsonl") => Format::Jsonl,
+            _ => return Err("the file's name ends in .csv or .jsonl".to_owned()),
+        };
+        Ok(Self { path, format })
+    }
+}
+
+/// The rows, written as the devices finish.
+pub(super) struct Report {
+    path: PathBuf,
+    rows: Rows,
+}
+
+enum Rows {
+    Csv(Box<csv::Writer<File>>),
+    Jsonl(BufWriter<File>),
+}
+
+/// One device. Times in milliseconds, retries and pauses included; empty where the step was not reached.
+#[derive(Serialize)]
+struct Row<'a> {
+    chip_id: String,
+    identity: String,
+    profile: &'a str,
+    /// `done`, `found` (complete before, learnt from the daemon), `skipped` (complete before, known here) or `failed`.
+    outcome: &'static str,
+    session: Option<String>,
+    record_index: Option<u64>,
+    record_hash: Option<&'a str>,
+    published: Option<&'a str>,
+    assemble_ms: Option<f64>,
+    device_ms: Option<f64>,
+    complete_ms: Option<f64>,
+    total_ms: f64,
+    retries: u32,
+    /// The step that failed: `Assemble`, `GetSession`, `Complete`, `device` or `station`.
+    step: Option<&'static str>,
+    error: Option<String>,
+}
+
+impl Report {
+    pub(super) fn create(file: &ReportFile) -> Result<Self, LineError> {
+        let path = file.path.clone();
+        let created = File::create(&path).map_err(LineError::file("creating the report", &path))?;
+        let rows = match file.format {
+            Format::Csv => Rows::Csv(Box::new(csv::Writer::from_writer(created))),
+            Format::Jsonl => Rows::Jsonl(BufWriter::new(created)),
+        };
+        Ok(Self { path, rows })
+    }
+
+    pub(super) fn add(&mut self, order: &Order, way: &Way) -> Result<(), LineError> {
+        let row = row(order, way);
+        let written = match &mut self.rows {
+            Rows::Csv(writer) => writer.serialize(row).map_err(std::io::Error::other),
+            Rows::Jsonl(file) => serde_json::to_writer(&mut *file, &row)
+                .map_err(std::io::Error::other)
+                .and_then(|()| file.write_all(b"\n")),
+        };
+        written.map_err(LineError::file("writing the report", &self.path))
+    }
+
+    pub(super) fn flush(&mut self) -> Result<(), LineError> {
+        let flushed = match &mut self.rows {
+            Rows::Csv(writer) => writer.flush(),
+            Rows::Jsonl(file) => file.flush(),
+        };
+        flushed.map_err(LineError::file("writing the report", &self.path))
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+fn row<'a>(order: &'a Order, way: &'a Way) -> Row<'a> {
+    let receipt = way.outcome.as_ref().ok().map(Outcome::receipt);
+    let failure = way.outcome.as_ref().err();
+    Row {
+        chip_id: order.chip.to_string(),
+        identity: order.identity.to_string(),
+        profile: order.profile.as_str(),
+        outcome: way.outcome.as_ref().map_or("failed", Outcome::name),
+        session: receipt.map(|receipt| receipt.session.to_string()),
+        record_index: receipt.map(|receipt| receipt.record_index),
+        record_hash: receipt.map(|receipt| receipt.record_hash.as_str()),
+        published: receipt.map(|receipt| receipt.published.as_str()),
+        assemble_ms: way.times.assemble.map(milliseconds),
+        device_ms: way.times.device.map(milliseconds),
+        complete_ms: way.times.complete.map(milliseconds),
+        total_ms: milliseconds(way.times.total),
+        retries: way.times.retries,
+        step: failure.map(Failure::step),
+        error: failure.map(ToString::to_string),
+    }
+}
+
+/// With three digits after the point.
+fn milliseconds(time: Duration) -> f64 {
+    (time.as_secs_f64() * 1e6).round() / 1e3
+}
+
+/// The figures of a run.
+#[derive(Serialize)]
+pub(super) struct Summary {
+    /// Devices that were ordered.
+    pub(super) devices: usize,
+    /// Went the whole way in this run.
+    pub(super) done: usize,
+    /// Were complete before; the daemon told.
+    pub(super) found: usize,
+    /// Were complete before; the journal told.
+    pub(super) skipped: usize,
+    /// Did not get a receipt.
+    pub(super) failed: usize,
+    /// Not reached, since the run was stopped.
+    pub(super) not_begun: usize,
+    /// Calls that were repeated.
+    pub(super) retries: u64,
+    /// Of the whole run.
+    pub(super) seconds: f64,
+    /// Devices that went the whole way, per second.
+    pub(super) devices_per_second: f64,
+    /// Of devices that went the whole way.
+    pub(super) milliseconds: Parts,
+}
+
+/// The parts of a device's way.
+#[derive(Serialize)]
+pub(super) struct Parts {
+    way: Option<Spread>,
+    assemble: Option<Spread>,
+    device: Option<Spread>,
+    complete: Option<Spread>,
+}
+
+/// How a duration is spread, in milliseconds.
+#[derive(Debug, PartialEq, Serialize)]
+struct Spread {
+    p50: f64,
+    p95: f64,
+    p99: f64,
+    max: f64,
+}
+
+impl Spread {
+    /// Nearest rank: a measured value, at least as large as that part of all.
+    fn of(mut times: Vec<Duration>) -> Option<Self> {
+        times.sort_unstable();
+        let rank = |percent: usize| (times.len() * percent).div_ceil(100).saturating_sub(1);
+        let at = |percent| times.get(rank(percent)).copied().map(milliseconds);
+        Some(Self { p50: at(50)?, p95: at(95)?, p99: at(99)?, max: at(100)? })
+    }
+}
+
+/// Counts as the devices finish.
+#[derive(Default)]
+pub(super) struct Tally {
+    done: usize,
+    found: usize,
+    skipped: usize,
+    pub(super) failed: usize,
+    retries: u64,
+    way: Vec<Duration>,
+    assemble: Vec<Duration>,
+    device: Vec<Duration>,
+    complete: Vec<Duration>,
+}
+
+impl Tally {
+    pub(super) fn add(&mut self, way: &Way) {
+        self.retries += u64::from(way.times.retries);
+        match &way.outcome {
+            Err(_) => self.failed += 1,
+            Ok(Outcome::Skipped(_)) => self.skipped += 1,
+            Ok(Outcome::Found(_)) => self.found += 1,
+            Ok(Outcome::Done(_)) => {
+                self.done += 1;
+                self.way.push(way.times.total);
+                self.assemble.extend(way.times.assemble);
+                self.device.extend(way.times.device);
+                self.complete.extend(way.times.complete);
+            }
+        }
+    }
+
+    /// Devices that were told of.
+    pub(super) const fn told(&self) -> usize {
+        self.done + self.found + self.skipped + self.failed
+    }
+
+    pub(super) fn sum_up(self, devices: usize, took: Duration) -> Summary {
+        let seconds = took.as_secs_f64();
+        Summary {
+            devices,
+            done: self.done,
+            found: self.found,
+            skipped: self.skipped,
+            failed: self.failed,
+            not_begun: devices.saturating_sub(self.told()),
+            retries: self.retries,
+            seconds: (seconds * 1e3).round() / 1e3,
+            devices_per_second: if seconds > 0.0 { (self.done as f64 / seconds * 10.0).round() / 10.0 } else { 0.0 },
+            milliseconds: Parts {
+                way: Spread::of(self.way),
+                assemble: Spread::of(self.assemble),
+                device: Spread::of(self.device),
+                complete: Spread::of(self.complete),
+            },
+        }
+    }
+}
+
+impl Summary {
+    pub(super) const fn all_fine(&self) -> bool {
+        self.failed == 0 && self.not_begun == 0
+    }
+
+    /// For people.
+    pub(super) fn text(&self) -> String {
+        let mut text = format!(
+            "{} of {} devices are complete: {} now in {:.1} s ({} devices/s)",
+            self.done + self.found + self.skipped,
+            self.devices,
+            self.done,
+            self.seconds,
+            self.devices_per_second
+        );
+        let before = self.found + self.skipped;
+        for (count, what) in [(before, "were complete before"), (self.failed, "failed"), (self.not_begun, "not begun")]
+        {
+            if count > 0 {
+                let _ = write!(text, ", {count} {what}");
+            }
+        }
+        if self.retries > 0 {
+            let _ = write!(text, "; {} calls were repeated", self.retries);
+        }
+        text.push('\n');
+        let Parts { way, assemble, device, complete } = &self.milliseconds;
+        if way.is_some() {
+            let _ = writeln!(text, "{:<16}{:>10}{:>10}{:>10}{:>10}", "milliseconds", "p50", "p95", "p99", "max");
+        }
+        let parts = [("whole way", way), ("  Assemble", assemble), ("  device", device), ("  Complete", complete)];
+        for (name, spread) in parts {
+            if let Some(Spread { p50, p95, p99, max }) = spread {
+                let _ = writeln!(text, "{name:<16}{p50:>10.1}{p95:>10.1}{p99:>10.1}{max:>10.1}");
+            }
+        }
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::line::journal::Receipt;
+    use crate::line::way::Times;
+    use crate::names::{ChipId, SessionId};
+
+    fn order() -> Order {
+        Order {
+            chip: ChipId::from_bytes(&[7; 8]).unwrap(),
+            identity: "serial:A,B".parse().unwrap(),
+            profile: "phone".parse().unwrap(),
+        }
+    }
+
+    fn done() -> Way {
+        let receipt = Receipt {
+            session: SessionId::from_bytes(&[1; 16]).unwrap(),
+            record_index: 4,
+            record_hash: "ab".repeat(32),
+            published: "2024-01-01T00:00:00Z".to_owned(),
+        };
+        let assemble = Some(Duration::from_micros(1_500));
+        let times = Times { assemble, total: Duration::from_millis(4), ..Times::default() };
+        Way { outcome: Ok(Outcome::Done(receipt)), times }
+    }
+
+    fn failed() -> Way {
+        Way { outcome: Err(Failure::Station("no \"luck\"".into())), times: Times::default() }
+    }
+
+    #[test]
+    fn percentiles_are_measured_values() {
+        let of = |count: u64| Spread::of((1..=count).rev().map(Duration::from_millis).collect());
+        assert_eq!(of(0), None);
+        assert_eq!(of(1), Some(Spread { p50: 1.0, p95: 1.0, p99: 1.0, max: 1.0 }));
+        assert_eq!(of(2), Some(Spread { p50: 1.0, p95: 2.0, p99: 2.0, max: 2.0 }));
+        assert_eq!(of(200), Some(Spread { p50: 100.0, p95: 190.0, p99: 198.0, max: 200.0 }));
+    }
+
+    #[test]
+    fn a_report_has_a_row_for_each_device() {
+        let directory = tempfile::tempdir().unwrap();
+        for ending in ["csv", "jsonl"] {
+            let path = directory.path().join(format!("report.{ending}"));
+            let mut report = Report::create(&ReportFile::parse(path.to_str().unwrap()).unwrap()).unwrap();
+            report.add(&order(), &done()).unwrap();
+            report.add(&order(), &failed()).unwrap();
+            report.flush().unwrap();
+        }
+        let text = std::fs::read_to_string(directory.path().join("report.csv")).unwrap();
+        let lines: Vec<_> = text.lines().collect();
+        assert!(lines[0].starts_with("chip_id,identity,profile,outcome,"), "{text}");
+        assert!(lines[1].starts_with("0707070707070707,\"serial:A,B\",phone,done,"), "{text}");
+        assert!(lines[2].contains(",failed,") && lines[2].contains("station"), "{text}");
+        let text = std::fs::read_to_string(directory.path().join("report.jsonl")).unwrap();
+        let rows: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!(rows[0]["assemble_ms"], 1.5);
+        assert_eq!(rows[1]["error"], "no \"luck\"");
+        assert!(ReportFile::parse("report.txt").is_err());
+    }
+
+    #[test]
+    fn a_summary_counts_what_was_not_begun() {
+        let mut tally = Tally::default();
+        tally.add(&done());
+        tally.add(&failed());
+        let summary = tally.sum_up(5, Duration::from_secs(2));
+        assert_eq!((summary.done, summary.failed, summary.not_begun), (1, 1, 3));
+        assert!(!summary.all_fine());
+        assert!(summary.text().contains("1 failed, 3 not begun"), "{}", summary.text());
+        assert!(summary.text().contains("0.5 devices/s"), "{}", summary.text());
+    }
+}

@@ -1,12 +1,12 @@
 //! The way of a device, first half: from the order to the data package.
 
+use crate::certificate::{CertificateRequest, CertificateSerial, KeyPairRule, prepare};
 use crate::hsm::{Derivation, DeviceKeyOrder};
 use crate::keys::PublicKey;
 use crate::names::{ChipId, DeviceIdentity, ProfileName, SessionId, StationName};
 use crate::package::TransportPublicKey;
 use crate::secret::SecretBytes;
 use crate::store::{CertificateToSign, MasterKeyUse, Session, SessionState};
-use crate::certificate::{CertificateRequest, CertificateSerial, KeyPairSource, prepare};
 
 use super::admit::Admitted;
 use super::deliver::PackageKeys;
@@ -51,7 +51,7 @@ pub enum Delivery {
 }
 
 /// Octets of randomness per device: the session's name and the certificate's serial number.
-const RANDOM_LEN: usize = SessionId::LEN + CertificateSerial::LEN;
+const RANDOM_LEN: usize = SessionId::LEN + 20;
 
 impl Provisioner {
     /// Gives a device its certificate and keys. Repeating it gives the same ones again, until the device is complete.
@@ -89,8 +89,8 @@ impl Provisioner {
 
     async fn make_keys(&self, order: &Order, product: &Product) -> Result<MadeKeys, ProvisionError> {
         let pair = match product.profile.key_pair() {
-            KeyPairSource::Generate(kind) => Some(*kind),
-            KeyPairSource::Csr { .. } | KeyPairSource::None => None,
+            KeyPairRule::Generate { kind } => Some(*kind),
+            KeyPairRule::Csr { .. } | KeyPairRule::None => None,
         };
         let derivations = derivations(product, &order.identity);
         let made = self.hsm.device_keys(&DeviceKeyOrder { pair, derivations, random: RANDOM_LEN }).await?;
@@ -99,7 +99,7 @@ impl Provisioner {
         let (session, serial) = made.random.split_at(SessionId::LEN);
         Ok(MadeKeys {
             session: SessionId::from_bytes(session).map_err(ProvisionError::internal("naming a session"))?,
-            serial: CertificateSerial::from_random(serial).map_err(ProvisionError::internal("numbering a certificate"))?,
+            serial: CertificateSerial::from_random(serial),
             public_key,
             kept,
             package_keys: PackageKeys { pair: private, derived: made.derived },
@@ -157,8 +157,8 @@ struct MadeKeys {
 
 /// The symmetric keys of a device, as the HSM derives them.
 pub(super) fn derivations(product: &Product, identity: &DeviceIdentity) -> Vec<Derivation> {
-    let derivation = |spec: &crate::certificate::SymmetricKeySpec| {
-        Derivation::device_key(spec.master_key.clone(), &spec.purpose, identity, spec.length)
+    let derivation = |spec: &crate::certificate::SymmetricKeyRule| {
+        Derivation::device_key(spec.master_key.clone(), &spec.purpose, identity, usize::from(spec.length))
     };
     product.profile.symmetric_keys().iter().map(derivation).collect()
 }

@@ -4,20 +4,25 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::time::Duration;
 
-use super::{Sled, options};
+use rustix::process::{Resource, Rlimit};
+
+use super::{Sled, options, until_healed};
 use crate::store::contract::{Factory, id, issued, key, session};
 use crate::store::{SessionState, SledStateStore, StateName, StateStore};
 
 const CHILD: &str = "SPP_STORE_TEST_DIR";
+/// Numbers from here on come after the disk was full.
+const LATER: u64 = 1 << 40;
 const CHILD_FIRST: &str = "SPP_STORE_TEST_FIRST";
 
-fn child(wrap: &str, dir: &Path, first: u64) -> Command {
+fn child(wrap: &str, test: &str, dir: &Path, first: u64) -> Command {
     let mut command = Command::new("sh");
     command
         .args(["-c", &format!("{wrap} exec \"$0\" \"$@\"")])
         .arg(std::env::current_exe().unwrap())
-        .args(["--exact", "store::sled::tests::crash::writes_until_it_is_stopped", "--ignored", "--nocapture", "-q"])
+        .args(["--exact", &format!("store::sled::tests::crash::{test}"), "--ignored", "--nocapture", "-q"])
         .envs([(CHILD, dir.as_os_str()), (CHILD_FIRST, first.to_string().as_ref())])
         .stdout(Stdio::piped())
         .stderr(Stdio::null());
@@ -40,10 +45,32 @@ fn acknowledged(out: impl Read, enough: usize, stop: &mut dyn FnMut()) -> Vec<u6
 }
 
 #[tokio::test]
-#[ignore = "the child of the tests below"]
+#[ignore = "the child of a test below"]
 async fn writes_until_it_is_stopped() {
-    let store = Arc::new(SledStateStore::open(Path::new(&std::env::var(CHILD).unwrap()), &options()).unwrap());
-    let first: u64 = std::env::var(CHILD_FIRST).unwrap().parse().unwrap();
+    let first = std::env::var(CHILD_FIRST).unwrap().parse().unwrap();
+    write_until_it_fails(&open_as_child(), first).await;
+}
+
+#[tokio::test]
+#[ignore = "the child of a test below"]
+async fn writes_until_its_disk_is_full_and_then_heals() {
+    let store = open_as_child();
+    // Opening again may find a little room: it is filled up, too.
+    for round in 0..4 {
+        write_until_it_fails(&store, round * 1_000_000).await;
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    }
+    rustix::process::setrlimit(Resource::Fsize, Rlimit { current: None, maximum: None }).unwrap();
+    until_healed(&*store).await;
+    store.reserve(&session(LATER), None).await.unwrap();
+    println!("acknowledged {LATER}.");
+}
+
+fn open_as_child() -> Arc<SledStateStore> {
+    Arc::new(SledStateStore::open(Path::new(&std::env::var(CHILD).unwrap()), &options()).unwrap())
+}
+
+async fn write_until_it_fails(store: &Arc<SledStateStore>, first: u64) {
     let writers = (0..16).map(|writer| {
         let store = store.clone();
         tokio::spawn(async move {
@@ -68,7 +95,7 @@ async fn what_was_acknowledged_survives_kill_9() {
     let sled = Sled::new();
     let mut all = Vec::new();
     for round in 0..5u64 {
-        let mut process = child("", &sled.dir(), round * 1_000_000).spawn().unwrap();
+        let mut process = child("", "writes_until_it_is_stopped", &sled.dir(), round * 1_000_000).spawn().unwrap();
         let out = process.stdout.take().unwrap();
         let numbers = acknowledged(out, 150 + 40 * usize::try_from(round).unwrap(), &mut || process.kill().unwrap());
         process.wait().unwrap();
@@ -87,18 +114,19 @@ async fn what_was_acknowledged_survives_kill_9() {
 
 /// A limit on the file's size stands for a full disk: sled's writes fail, in whichever of its threads they happen.
 #[tokio::test]
-async fn a_disk_that_fills_up_loses_nothing() {
+async fn a_disk_that_fills_up_loses_nothing_and_the_store_heals_when_there_is_room() {
     for kilobytes in [3000, 5000, 8192] {
         let sled = Sled::new();
-        let wrap = format!("trap '' XFSZ; ulimit -f {};", 2 * kilobytes);
-        let mut process = child(&wrap, &sled.dir(), 0).spawn().unwrap();
+        let wrap = format!("trap '' XFSZ; ulimit -S -f {};", 2 * kilobytes);
+        let test = "writes_until_its_disk_is_full_and_then_heals";
+        let mut process = child(&wrap, test, &sled.dir(), 0).spawn().unwrap();
         let numbers = acknowledged(process.stdout.take().unwrap(), usize::MAX, &mut || ());
-        process.wait().unwrap();
+        assert!(process.wait().unwrap().success(), "it did not heal");
         assert!(numbers.len() > 100, "only {} were acknowledged", numbers.len());
+        assert_eq!(numbers.last(), Some(&LATER));
         let store = sled.state();
         for n in &numbers {
             assert!(store.session(&id(*n)).await.unwrap().is_some(), "{n} is lost");
         }
-        store.reserve(&session(u64::from(u32::MAX)), None).await.unwrap();
     }
 }

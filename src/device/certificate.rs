@@ -11,12 +11,29 @@ use super::DeviceError;
 use crate::keys::{KeyKind, PublicKey, SignatureAlgorithm, ecdsa_der_from_fixed};
 use crate::names::{ChipId, DeviceIdentity};
 
-/// What a certificate of the manufacturer for this chip says.
+/// What a certificate says whose signature is the manufacturer's and which is for the chip in question.
 pub(super) struct VerifiedCertificate {
+    /// The identity's kind is in a CWT alone.
+    kind: Option<String>,
+    value: String,
+    public_key: Option<PublicKey>,
+}
+
+impl VerifiedCertificate {
     /// The device's public key; none in a CWT.
-    pub(super) public_key: Option<PublicKey>,
-    /// The identity that it binds to the chip.
-    pub(super) identity: DeviceIdentity,
+    pub(super) const fn public_key(&self) -> Option<&PublicKey> {
+        self.public_key.as_ref()
+    }
+
+    /// The identity's value without its kind: the subject's serialNumber.
+    pub(super) fn identity_value(&self) -> &str {
+        &self.value
+    }
+
+    /// Whether the certificate binds this identity.
+    pub(super) fn is_for(&self, identity: &DeviceIdentity) -> bool {
+        self.kind.as_ref().is_none_or(|kind| kind == identity.kind()) && self.value == identity.value()
+    }
 }
 
 /// Verifies that the manufacturer bound an identity to this chip.
@@ -44,9 +61,9 @@ const ALGORITHMS: [(ObjectIdentifier, SignatureAlgorithm); 5] = [
     (ObjectIdentifier::new_unwrap("1.2.840.113549.1.1.10"), SignatureAlgorithm::RsaPssSha256),
     (ObjectIdentifier::new_unwrap("1.3.101.112"), SignatureAlgorithm::Ed25519),
 ];
-/// Claims of the CWT: `sub` (RFC 8392 §3.1.2) and `ueid` (RFC 9711 §4.2.1).
+/// Claims of the CWT: `sub` (RFC 8392 §3.1.2), and the chip ID under a key for private use (RFC 8392 §9.1).
 const SUB: i64 = 2;
-const UEID: i64 = 256;
+const CHIP: i64 = -70_001;
 
 #[derive(Sequence)]
 struct HardwareModuleName {
@@ -78,11 +95,9 @@ fn verify_x509(octets: &[u8], manufacturer: &PublicKey, chip: &ChipId) -> Result
     let public_key = tbs.subject_public_key_info().to_der().map_err(|e| e.to_string())?;
     let subject =
         tbs.subject().iter().find(|attribute| attribute.oid == SERIAL_NUMBER).ok_or("it has no serialNumber")?;
-    let identity = std::str::from_utf8(subject.value.value()).map_err(|e| e.to_string())?;
-    Ok(VerifiedCertificate {
-        public_key: Some(PublicKey::from_spki_der(&public_key).map_err(|e| e.to_string())?),
-        identity: identity.parse().map_err(|e| format!("its serialNumber: {e}"))?,
-    })
+    let value = std::str::from_utf8(subject.value.value()).map_err(|e| e.to_string())?.to_owned();
+    let public_key = PublicKey::from_spki_der(&public_key).map_err(|e| e.to_string())?;
+    Ok(VerifiedCertificate { kind: None, value, public_key: Some(public_key) })
 }
 
 fn verify_cwt(octets: &[u8], manufacturer: &PublicKey, chip: &ChipId) -> Result<VerifiedCertificate, String> {
@@ -103,9 +118,10 @@ fn verify_cwt(octets: &[u8], manufacturer: &PublicKey, chip: &ChipId) -> Result<
     let claims: ciborium::Value = ciborium::from_reader(payload.as_slice()).map_err(|e| e.to_string())?;
     let claims = claims.into_map().map_err(|_| "its claims are no map")?;
     let claim = |key: i64| claims.iter().find(|(found, _)| *found == key.into()).map(|(_, value)| value);
-    expect_chip(claim(UEID).and_then(ciborium::Value::as_bytes).ok_or("it names no chip")?, chip)?;
+    expect_chip(claim(CHIP).and_then(ciborium::Value::as_bytes).ok_or("it names no chip")?, chip)?;
     let identity = claim(SUB).and_then(ciborium::Value::as_text).ok_or("it names no identity")?;
-    Ok(VerifiedCertificate { public_key: None, identity: identity.parse().map_err(|e| format!("its sub: {e}"))? })
+    let identity: DeviceIdentity = identity.parse().map_err(|e| format!("its sub: {e}"))?;
+    Ok(VerifiedCertificate { kind: Some(identity.kind().to_owned()), value: identity.value(), public_key: None })
 }
 
 fn expect_chip(found: &[u8], chip: &ChipId) -> Result<(), String> {

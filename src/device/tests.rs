@@ -1,0 +1,327 @@
+//! A manufacturer, its fab, and devices that are installed, wiped, recovered and lied to.
+
+use ciborium::Value;
+use coset::{CoseSign1Builder, HeaderBuilder, TaggedCborSerializable as _, iana};
+use proptest::prelude::*;
+use tempfile::TempDir;
+
+use super::*;
+use crate::keys::{KeyKind, PublicKey, SignatureAlgorithm, ecdsa_fixed_from_der, generate_p256};
+use crate::package::samples::{chip, pair, session, symmetric_key};
+use crate::package::{
+    BackupFormat, BackupPackage, BackupRules, CertificateChain, ConfirmationKey, TransportCurve, seal,
+    verify_confirmation,
+};
+
+const IDENTITY: &str = "serial:SN-0001";
+const X25519: Option<TransportCurve> = Some(TransportCurve::X25519);
+
+/// A manufacturer with a fab.
+struct Factory {
+    manufacturer: DevicePrivateKey,
+    fab: Fab,
+    _directory: TempDir,
+}
+
+impl Factory {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let manufacturer = generate_p256().unwrap();
+        let fab = Fab::create(directory.path(), manufacturer.public().clone()).unwrap();
+        Self { manufacturer, fab, _directory: directory }
+    }
+
+    fn device(&self, byte: u8) -> Device {
+        self.fab.device(&chip(byte), X25519).unwrap()
+    }
+
+    /// A package with a delivered pair of the kind.
+    fn package(&self, byte: u8, kind: KeyKind) -> DataPackage {
+        let pair = pair(kind);
+        let device = certificate(&self.manufacturer, &chip(byte), IDENTITY, pair.public());
+        self.package_with(byte, CertificateChain::X509 { device, issuers: vec![] }, Some(pair))
+    }
+
+    /// A package with symmetric keys alone.
+    fn symmetric_package(&self, byte: u8) -> DataPackage {
+        self.package_with(byte, CertificateChain::Cwt(cwt(&self.manufacturer, &chip(byte), IDENTITY)), None)
+    }
+
+    fn package_with(&self, byte: u8, certificate: CertificateChain, pair: Option<DevicePrivateKey>) -> DataPackage {
+        DataPackage {
+            chip: chip(byte),
+            identity: IDENTITY.parse().unwrap(),
+            profile: "tracker".parse().unwrap(),
+            session: session(byte),
+            certificate,
+            key_pair: pair,
+            symmetric_keys: vec![symmetric_key("channel", 0xa1)],
+            master_key_version: 1,
+        }
+    }
+}
+
+fn install(device: &mut Device, package: &DataPackage) -> Result<Installed, DeviceError> {
+    device.install(&package.session, &Delivery::Clear(&package.encode().unwrap()))
+}
+
+fn refusal(device: &mut Device, package: &DataPackage) -> String {
+    let refused = install(device, package).unwrap_err().to_string();
+    assert!(matches!(device.backup(), Err(DeviceError::Empty)), "nothing is stored after: {refused}");
+    refused
+}
+
+#[test]
+fn a_device_is_installed_confirmed_wiped_and_recovered() {
+    let factory = Factory::new();
+    for kind in [KeyKind::P256, KeyKind::P384, KeyKind::Ed25519, KeyKind::Rsa2048] {
+        let mut device = factory.device(kind as u8);
+        let package = factory.package(kind as u8, kind);
+        let octets = package.encode().unwrap();
+        let installed = install(&mut device, &package).unwrap();
+        assert_eq!((installed.session, installed.identity.to_string()), (package.session, IDENTITY.to_owned()));
+
+        let backup = device.backup().unwrap();
+        let rules = BackupRules { format: BackupFormat::Cose, max_bytes: 8192 };
+        BackupPackage::accept(&backup, &rules, &package.chip, &octets, &package.secrets()).unwrap();
+        let claims = ConfirmationClaims::about(package.session, package.chip.clone(), &octets, &backup);
+        let key = ConfirmationKey::Pair(installed.public_key.as_ref().unwrap());
+        verify_confirmation(&device.confirmation().unwrap(), &claims, &key).unwrap();
+
+        device.wipe().unwrap();
+        assert!(matches!(device.installed(), Err(DeviceError::Empty)));
+        let record = PublicRecord { certificate: &installed.certificate, is_cwt: false, backup: &backup };
+        assert_eq!(device.recover(&record).unwrap(), installed);
+        assert_eq!(device.package().unwrap().encode().unwrap().expose(), octets.expose());
+        assert_eq!(device.backup().unwrap(), backup);
+    }
+}
+
+#[test]
+fn a_device_without_a_pair_confirms_with_its_symmetric_key() {
+    let factory = Factory::new();
+    let mut device = factory.device(1);
+    let package = factory.symmetric_package(1);
+    let installed = install(&mut device, &package).unwrap();
+    assert_eq!((installed.is_cwt, installed.public_key), (true, None));
+    let (octets, backup) = (package.encode().unwrap(), device.backup().unwrap());
+    let claims = ConfirmationClaims::about(package.session, package.chip.clone(), &octets, &backup);
+    let key = ConfirmationKey::Symmetric(package.symmetric_keys[0].key());
+    verify_confirmation(&device.confirmation().unwrap(), &claims, &key).unwrap();
+}
+
+#[test]
+fn a_device_that_made_its_own_pair_confirms_with_it_and_recovers_it() {
+    let factory = Factory::new();
+    let mut device = factory.device(1);
+    let own = device.own_key_pair().unwrap();
+    let leaf = certificate(&factory.manufacturer, &chip(1), IDENTITY, own.public());
+    let package = factory.package_with(1, CertificateChain::X509 { device: leaf, issuers: vec![] }, None);
+    install(&mut device, &package).unwrap();
+    let backup = device.backup().unwrap();
+    let claims = ConfirmationClaims::about(package.session, chip(1), &package.encode().unwrap(), &backup);
+    verify_confirmation(&device.confirmation().unwrap(), &claims, &ConfirmationKey::Pair(own.public())).unwrap();
+    // Another chip has another pair, and the certificate is not for it.
+    let other = factory.device(2).own_key_pair().unwrap();
+    let leaf = certificate(&factory.manufacturer, &chip(1), IDENTITY, other.public());
+    let foreign = factory.package_with(1, CertificateChain::X509 { device: leaf, issuers: vec![] }, None);
+    assert!(matches!(install(&mut device, &foreign), Err(DeviceError::KeyMismatch("chip"))));
+    assert_eq!(device.backup().unwrap(), backup, "a refused package leaves the installed one");
+}
+
+#[test]
+fn a_sealed_package_is_installed_by_its_chip_only() {
+    let factory = Factory::new();
+    for curve in [TransportCurve::P256, TransportCurve::X25519] {
+        let device = |byte| factory.fab.device(&chip(byte), Some(curve)).unwrap();
+        let package = factory.package(1, KeyKind::P256);
+        let to = device(1).transport_public_key().unwrap().unwrap();
+        let sealed = seal(&package.encode().unwrap(), &to, &package.session, &package.chip).unwrap();
+        let install = |byte, of| device(byte).install(&session(of), &Delivery::Sealed(&sealed));
+        assert!(install(2, 1).is_err());
+        assert!(install(1, 2).is_err());
+        assert!(install(1, 1).is_ok());
+        let mut bare = factory.fab.device(&chip(1), None).unwrap();
+        let refused = bare.install(&session(1), &Delivery::Sealed(&sealed));
+        assert!(matches!(refused, Err(DeviceError::NoTransportKey)));
+    }
+}
+
+#[test]
+fn a_package_for_something_else_is_refused() {
+    let factory = Factory::new();
+    let mut device = factory.device(1);
+    assert!(refusal(&mut device, &factory.package(2, KeyKind::P256)).contains("for chip 0202"));
+    let octets = factory.package(1, KeyKind::P256).encode().unwrap();
+    let refused = device.install(&session(9), &Delivery::Clear(&octets)).unwrap_err().to_string();
+    assert!(refused.contains("for session 0101"), "{refused}");
+    let mut other_identity = factory.package(1, KeyKind::P256);
+    other_identity.identity = "serial:SN-0002".parse().unwrap();
+    assert!(refusal(&mut device, &other_identity).contains("for identity SN-0002"));
+}
+
+#[test]
+fn a_certificate_that_the_rom_does_not_vouch_for_is_refused() {
+    let (factory, stranger) = (Factory::new(), Factory::new());
+    let mut device = factory.device(1);
+    assert!(refusal(&mut device, &stranger.package(1, KeyKind::P256)).contains("not signed by the manufacturer"));
+    assert!(refusal(&mut device, &stranger.symmetric_package(1)).contains("not signed by the manufacturer"));
+
+    let other_chip = DataPackage { chip: chip(1), session: session(1), ..factory.package(2, KeyKind::P256) };
+    assert!(refusal(&mut device, &other_chip).contains("is for chip 0202"));
+    let other_chip = DataPackage { chip: chip(1), session: session(1), ..factory.symmetric_package(2) };
+    assert!(refusal(&mut device, &other_chip).contains("is for chip 0202"));
+    let other_key = DataPackage { key_pair: Some(pair(KeyKind::P256)), ..factory.package(1, KeyKind::P256) };
+    assert!(refusal(&mut device, &other_key).contains("private key of the data package does not belong"));
+}
+
+#[test]
+fn the_same_package_again_keeps_its_backup() {
+    let factory = Factory::new();
+    let mut device = factory.device(1);
+    let package = factory.package(1, KeyKind::Ed25519);
+    install(&mut device, &package).unwrap();
+    let backup = device.backup().unwrap();
+    install(&mut device, &package).unwrap();
+    assert_eq!(device.backup().unwrap(), backup);
+    // A device that was switched off and on again, from the same fab.
+    let fab = Fab::open(factory._directory.path()).unwrap();
+    assert_eq!(fab.device(&chip(1), X25519).unwrap().backup().unwrap(), backup);
+    // A new session of the same device replaces it.
+    install(&mut device, &DataPackage { session: session(7), ..factory.package(1, KeyKind::Ed25519) }).unwrap();
+    assert_ne!(device.backup().unwrap(), backup);
+}
+
+#[test]
+fn a_record_of_another_chip_or_an_altered_one_does_not_recover() {
+    let factory = Factory::new();
+    let (mut one, mut other) = (factory.device(1), factory.device(2));
+    let installed = install(&mut one, &factory.package(1, KeyKind::P256)).unwrap();
+    let backup = one.backup().unwrap();
+    let record = PublicRecord { certificate: &installed.certificate, is_cwt: false, backup: &backup };
+    assert!(other.recover(&record).unwrap_err().to_string().contains("kid"));
+    let leaf = certificate(&factory.manufacturer, &chip(1), IDENTITY, generate_p256().unwrap().public());
+    let swapped = PublicRecord { certificate: &leaf, ..record };
+    assert!(matches!(one.recover(&swapped), Err(DeviceError::Backup(BackupRefused::DoesNotOpen))));
+    let as_cwt = PublicRecord { is_cwt: true, ..record };
+    assert!(matches!(one.recover(&as_cwt), Err(DeviceError::Certificate(_))));
+    assert!(one.installed().is_ok(), "refused records leave the flash as it was");
+}
+
+#[test]
+fn a_damaged_flash_is_told_and_can_be_recovered() {
+    let factory = Factory::new();
+    let mut device = factory.device(1);
+    let package = factory.package(1, KeyKind::P256);
+    let installed = install(&mut device, &package).unwrap();
+    let backup = device.backup().unwrap();
+    let flash = device.flash.read().unwrap().unwrap();
+    for at in (0..flash.len()).step_by(13) {
+        let mut altered = flash.clone();
+        altered[at] ^= 0x10;
+        device.flash.write(&altered).unwrap();
+        assert!(device.installed().is_err(), "{at}");
+    }
+    let record = PublicRecord { certificate: &installed.certificate, is_cwt: false, backup: &backup };
+    assert_eq!(device.recover(&record).unwrap(), installed);
+}
+
+#[test]
+fn a_fab_is_made_once_and_kept_private() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let factory = Factory::new();
+    let directory = factory._directory.path();
+    let manufacturer = factory.manufacturer.public().clone();
+    let again = Fab::create(directory, manufacturer).map(|_| ()).unwrap_err().to_string();
+    assert!(again.contains("there already"), "{again}");
+    let file = directory.join("fab.cbor");
+    assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o640)).unwrap();
+    assert!(Fab::open(directory).map(|_| ()).unwrap_err().to_string().contains("chmod 600"));
+    assert!(Fab::open(directory.join("nowhere")).map(|_| ()).unwrap_err().to_string().contains("create it first"));
+    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).unwrap();
+    std::fs::write(&file, [0xa0]).unwrap();
+    assert!(Fab::open(directory).map(|_| ()).unwrap_err().to_string().contains("damaged"));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+
+    #[test]
+    fn whatever_is_delivered_a_device_does_not_panic(octets: Vec<u8>, as_record: Vec<u8>) {
+        let factory = Factory::new();
+        let mut device = factory.device(1);
+        prop_assert!(device.install(&session(1), &Delivery::Clear(&SecretBytes::copy_of(&octets))).is_err());
+        prop_assert!(device.install(&session(1), &Delivery::Sealed(&octets)).is_err());
+        let record = PublicRecord { certificate: &octets, is_cwt: false, backup: &as_record };
+        prop_assert!(device.recover(&record).is_err());
+        for is_cwt in [true, false] {
+            let manufacturer = factory.manufacturer.public();
+            prop_assert!(certificate::verify_certificate(&octets, is_cwt, manufacturer, &chip(1)).is_err());
+        }
+        device.flash.write(&octets).unwrap();
+        prop_assert!(device.installed().is_err());
+    }
+}
+
+/// A certificate as small as the device needs it: subject serialNumber = identity, hardwareModuleName = chip.
+fn certificate(manufacturer: &DevicePrivateKey, chip: &ChipId, identity: &str, public: &PublicKey) -> Vec<u8> {
+    let oid = |hex_text: &str| hex::decode(hex_text).unwrap();
+    let algorithm = tlv(0x30, &[&oid("06082a8648ce3d040302")]);
+    let name = |text: &str| {
+        let attribute = tlv(0x30, &[&oid("0603550405"), &tlv(0x13, &[text.as_bytes()])]);
+        tlv(0x30, &[&tlv(0x31, &[&attribute])])
+    };
+    let validity = tlv(0x30, &[&tlv(0x17, &[b"200101000000Z"]), &tlv(0x18, &[b"99991231235959Z"])]);
+    let module = tlv(0x30, &[&oid("06092b0601040182375801"), &tlv(0x04, &[chip.as_bytes()])]);
+    let other_name = tlv(0xa0, &[&oid("06082b06010505070804"), &tlv(0xa0, &[&module])]);
+    let san = tlv(0x30, &[&oid("0603551d11"), &tlv(0x04, &[&tlv(0x30, &[&other_name])])]);
+    let extensions = tlv(0xa3, &[&tlv(0x30, &[&san])]);
+    let parts: [&[u8]; 8] = [
+        &oid("a003020102"),
+        &oid("020101"),
+        &algorithm,
+        &name("issuer"),
+        &validity,
+        &name(identity.split_once(':').unwrap().1),
+        public.spki_der(),
+        &extensions,
+    ];
+    let tbs = tlv(0x30, &parts);
+    let signature = manufacturer.sign(SignatureAlgorithm::EcdsaP256Sha256, &tbs).unwrap();
+    tlv(0x30, &[&tbs, &algorithm, &tlv(0x03, &[&[0], &signature])])
+}
+
+fn tlv(tag: u8, parts: &[&[u8]]) -> Vec<u8> {
+    let content = parts.concat();
+    let length = match content.len() {
+        short @ 0..=0x7f => vec![u8::try_from(short).unwrap()],
+        long => [&[0x82][..], &u16::try_from(long).unwrap().to_be_bytes()].concat(),
+    };
+    // Lengths from 128 to 255 take one octet in DER.
+    let length = if length.len() == 3 && length[1] == 0 { vec![0x81, length[2]] } else { length };
+    [&[tag], length.as_slice(), &content].concat()
+}
+
+fn cwt(manufacturer: &DevicePrivateKey, chip: &ChipId, identity: &str) -> Vec<u8> {
+    let claims = Value::Map(vec![
+        (Value::from(1), Value::Text("issuer".to_owned())),
+        (Value::from(2), Value::Text(identity.to_owned())),
+        (Value::from(6), Value::from(1_600_000_000)),
+        (Value::from(7), Value::Bytes(vec![7; 16])),
+        (Value::from(-70_001), Value::Bytes(chip.as_bytes().to_vec())),
+        (Value::from(-70_002), Value::Tag(111, Box::new(Value::Bytes(vec![0x2b, 6, 1, 4, 1])))),
+    ]);
+    let mut payload = Vec::new();
+    ciborium::into_writer(&claims, &mut payload).unwrap();
+    CoseSign1Builder::new()
+        .protected(HeaderBuilder::new().algorithm(iana::Algorithm::ES256).build())
+        .payload(payload)
+        .create_signature(&[], |message| {
+            let der = manufacturer.sign(SignatureAlgorithm::EcdsaP256Sha256, message).unwrap();
+            ecdsa_fixed_from_der(&der, KeyKind::P256).unwrap()
+        })
+        .build()
+        .to_tagged_vec()
+        .unwrap()
+}

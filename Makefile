@@ -53,7 +53,7 @@ foreign-client: $(tools)/python/done ## devices of a client that shares no code 
 	PATH="$(CURDIR)/$(tools)/python/bin:$$PATH" deploy/demo/demo.sh --directory target/foreign-client --profile dev -- \
 	    tests/clients/run.sh
 
-bench: ## the figures of the README
+bench: ## the benchmarks
 	$(CARGO) bench --locked
 
 # A debug build of cargo-deny takes a minute, a release build of it (fat LTO) many.

@@ -5,8 +5,8 @@ use der::pem::LineEnding;
 use der::{Decode, Encode};
 use spki::SubjectPublicKeyInfoOwned;
 use x509_cert::attr::Attribute;
-use x509_cert::ext::Extensions;
 use x509_cert::ext::pkix::{AuthorityKeyIdentifier, BasicConstraints, KeyUsage, KeyUsages, SubjectKeyIdentifier};
+use x509_cert::ext::{Extension, Extensions};
 use x509_cert::request::{CertReqInfo, ExtensionReq, Version};
 
 use super::name::SubjectName;
@@ -58,7 +58,8 @@ pub fn authority_request(
     algorithm: SignatureAlgorithm,
 ) -> Result<UnsignedDocument, CertificateError> {
     must_fit(public_key, algorithm)?;
-    let (subject, extensions) = (subject.to_name(None)?, authority_extensions()?);
+    let (subject, mut extensions) = (subject.to_name(None)?, authority_extensions()?);
+    extensions.push(subject_key_identifier(public_key)?);
     let build = || {
         let mut attributes = SetOfVec::new();
         attributes.insert(Attribute::try_from(ExtensionReq(extensions))?)?;
@@ -144,13 +145,14 @@ fn authority_extensions() -> Result<Extensions, CertificateError> {
 
 /// subjectKeyIdentifier and authorityKeyIdentifier.
 pub(super) fn key_identifiers(key: &PublicKey, issuer: &[u8]) -> Result<Extensions, CertificateError> {
-    let octets = |bytes: &[u8]| OctetString::new(bytes).map_err(CertificateError::unwritable("key identifier"));
-    let authority =
-        AuthorityKeyIdentifier { key_identifier: Some(octets(issuer)?), ..AuthorityKeyIdentifier::default() };
-    Ok(vec![
-        tbs::extension(false, &SubjectKeyIdentifier(octets(&tbs::key_identifier(key))?))?,
-        tbs::extension(false, &authority)?,
-    ])
+    let octets = OctetString::new(issuer).map_err(CertificateError::unwritable("key identifier"))?;
+    let authority = AuthorityKeyIdentifier { key_identifier: Some(octets), ..AuthorityKeyIdentifier::default() };
+    Ok(vec![subject_key_identifier(key)?, tbs::extension(false, &authority)?])
+}
+
+fn subject_key_identifier(key: &PublicKey) -> Result<Extension, CertificateError> {
+    let octets = OctetString::new(tbs::key_identifier(key)).map_err(CertificateError::unwritable("key identifier"))?;
+    tbs::extension(false, &SubjectKeyIdentifier(octets))
 }
 
 /// The end of a validity that has a beginning before it.
@@ -194,6 +196,34 @@ mod tests {
         let pem = request.to_pem().unwrap();
         let text = openssl(&["req", "-in", "r.pem", "-verify", "-noout", "-text"], &[("r.pem", &pem)]);
         assert!(text.contains("CA:TRUE, pathlen:0"), "{text}");
+    }
+
+    #[test]
+    fn an_offline_root_makes_the_key_an_issuer() {
+        let key = SignWith::p256();
+        let subject = SubjectName::with_common_name("Manufacturer").unwrap();
+        let unsigned = authority_request(&subject, key.public(), key.algorithm()).unwrap();
+        let signature = key.sign(unsigned.to_be_signed());
+        let request = unsigned.assemble(&signature).unwrap().to_pem().unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::write(directory.path().join("request.pem"), request).unwrap();
+        for line in [
+            "req -x509 -newkey rsa:3072 -nodes -keyout root.key -out root.pem -subj /CN=Root -days 3650",
+            "x509 -req -in request.pem -CA root.pem -CAkey root.key -copy_extensions copyall -days 365 -out sub.pem",
+        ] {
+            let output = std::process::Command::new("openssl")
+                .args(line.split(' '))
+                .current_dir(directory.path())
+                .output()
+                .unwrap();
+            assert!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
+        }
+        let read = |name: &str| std::fs::read_to_string(directory.path().join(name)).unwrap();
+        let (sub, root) = (read("sub.pem"), read("root.pem"));
+        let issuer = IssuerCertificate::from_pem(&format!("{sub}{root}"), key.algorithm()).unwrap();
+        assert_eq!((issuer.chain().len(), issuer.public_key()), (2, key.public()));
+        assert_eq!(issuer.display_name(), "Manufacturer");
+        assert!(IssuerCertificate::from_pem(&format!("{root}{sub}"), key.algorithm()).is_err(), "the wrong way round");
     }
 
     #[test]

@@ -98,6 +98,16 @@ fn a_device_without_a_key_pair_gets_a_cwt_of_every_algorithm() {
 }
 
 #[test]
+fn an_rsa_device_may_have_key_encipherment() {
+    let text = PHONE.replace("\"p256\"", "\"rsa-2048\"") + "[certificate]\nkey_encipherment = true\n";
+    let mut order = Order::new(P256, &text);
+    order.device = Some(SignWith::new(SignatureAlgorithm::RsaPkcs1Sha256));
+    let leaf = certificate_pem(issue(&order).as_bytes()).unwrap();
+    let text = openssl(&["x509", "-in", "device.pem", "-noout", "-text"], &[("device.pem", &leaf)]);
+    assert!(text.contains("Digital Signature, Key Encipherment"), "{text}");
+}
+
+#[test]
 fn a_cwt_expires_when_its_profile_says_so() {
     let order = Order::new(P256, &(symmetric_profile() + "[certificate]\nvalidity_days = 1\n"));
     let issued = issue(&order);

@@ -24,7 +24,7 @@ pub struct IssuerCertificate {
 
 impl IssuerCertificate {
     /// Reads PEM blocks: the issuer first, then each one's issuer up to the root (all of them optional; text between
-    /// the blocks is allowed). Each must be a CA with keyCertSign, and each link must verify; the issuer needs a
+    /// the blocks is allowed). Each must be a CA that may sign certificates, and each link must verify; the issuer needs a
     /// subjectKeyIdentifier, and its key must fit the algorithm.
     pub fn from_pem(pem: &str, algorithm: SignatureAlgorithm) -> Result<Self, CertificateError> {
         let mut chain = Vec::new();
@@ -126,6 +126,8 @@ impl<'a> Authority<'a> {
         }
         match tbs.get_extension::<KeyUsage>().map_err(unreadable())? {
             Some((_, usage)) if usage.key_cert_sign() => {}
+            // RFC 5280 §6.1.4 (n): where it is present it must allow signing. Some roots have none; the issuer must.
+            None if below > 0 => {}
             _ => return refused("its keyUsage has no keyCertSign"),
         }
         let spki = tbs.subject_public_key_info().to_der().map_err(unreadable())?;
@@ -143,7 +145,10 @@ impl<'a> Authority<'a> {
             )));
         }
         signed::split("issuer certificate", self.der)?.verify(&upper.public_key).map_err(|cause| {
-            CertificateError::Issuer(format!("the signature by {upper_name} cannot be confirmed: {cause}; what stands above the issuer may be left out"))
+            CertificateError::Issuer(format!(
+                "the signature by {upper_name} cannot be confirmed: {cause}; \
+                 what stands above the issuer may be left out of the file"
+            ))
         })
     }
 

@@ -38,8 +38,7 @@ pub use lint::{LintFinding, LintFindings, LintedCertificate};
 pub use name::{SubjectFields, SubjectName};
 pub use prepare::{CertificateRequest, CertificateSerial, PreparedCertificate, prepare};
 pub use profile::{
-    AuthorityInfoAccess, BackupFormat, BackupRule, CertificateTemplate, IdentityKind, KeyPairRule, Profile, Sealing,
-    SymmetricKeyRule,
+    AuthorityInfoAccess, CertificateTemplate, IdentityKind, KeyPairRule, Profile, Sealing, SymmetricKeyRule,
 };
 pub use verify::{VerifiedCertificate, verify_device_certificate};
 

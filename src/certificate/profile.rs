@@ -7,6 +7,7 @@ use super::profile_file;
 use crate::config::Faults;
 use crate::keys::{KeyKind, SignatureAlgorithm};
 use crate::names::{DeviceIdentity, KeyName, ProfileName};
+use crate::package::BackupRules;
 
 /// What a product gets: certificate template, keys, delivery, backup and confirmation rules.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,7 +23,7 @@ pub struct Profile {
     pub(super) key_pair: KeyPairRule,
     pub(super) symmetric_keys: Vec<SymmetricKeyRule>,
     pub(super) sealing: Sealing,
-    pub(super) backup: BackupRule,
+    pub(super) backup: BackupRules,
     pub(super) confirmation_required: bool,
 }
 
@@ -141,7 +142,7 @@ impl Profile {
     }
 
     /// What backup is accepted.
-    pub const fn backup(&self) -> BackupRule {
+    pub const fn backup(&self) -> BackupRules {
         self.backup
     }
 
@@ -279,27 +280,4 @@ pub enum Sealing {
     Optional,
     /// Without a transport key the order is refused.
     Required,
-}
-
-/// What backup is accepted from a device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct BackupRule {
-    /// Its format.
-    pub format: BackupFormat,
-    /// Most octets.
-    pub max_bytes: u32,
-}
-
-impl BackupRule {
-    /// Most octets that any profile may allow: a log entry holds 65,535.
-    pub const MAX_BYTES: u32 = 32_768;
-}
-
-/// The format of a backup.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum BackupFormat {
-    /// COSE_Encrypt0 under the chip key, checked in shape.
-    Cose,
-    /// The silicon's own format.
-    Opaque,
 }

@@ -5,12 +5,12 @@ use serde::Deserialize;
 
 use super::name::{SubjectFields, SubjectName};
 use super::profile::{
-    AuthorityInfoAccess, BackupFormat, BackupRule, CertificateTemplate, IdentityKind, KeyPairRule, Profile, Sealing,
-    SymmetricKeyRule,
+    AuthorityInfoAccess, CertificateTemplate, IdentityKind, KeyPairRule, Profile, Sealing, SymmetricKeyRule,
 };
 use crate::config::Faults;
 use crate::keys::{KeyKind, SignatureAlgorithm};
 use crate::names::{KeyName, ProfileName};
+use crate::package::{BackupFormat, BackupRules, MAX_BACKUP_LEN};
 
 /// A hundred years; who wants more wants no expiry.
 const MAX_VALIDITY_DAYS: u32 = 36_525;
@@ -91,7 +91,7 @@ struct DeliveryFields {
 #[serde(deny_unknown_fields, default)]
 struct BackupFields {
     format: Option<String>,
-    max_bytes: Option<u32>,
+    max_bytes: Option<usize>,
 }
 
 #[derive(Deserialize, Default)]
@@ -330,7 +330,7 @@ impl Reader<'_> {
         }
     }
 
-    fn backup(&mut self, fields: &BackupFields) -> BackupRule {
+    fn backup(&mut self, fields: &BackupFields) -> BackupRules {
         let format = match fields.format.as_deref() {
             None | Some("cose") => BackupFormat::Cose,
             Some("opaque") => BackupFormat::Opaque,
@@ -339,11 +339,11 @@ impl Reader<'_> {
                 BackupFormat::Cose
             }
         };
-        let max_bytes = fields.max_bytes.unwrap_or(BackupRule::MAX_BYTES);
-        if !(1..=BackupRule::MAX_BYTES).contains(&max_bytes) {
-            self.add("backup.max_bytes", format!("write 1 to {}", BackupRule::MAX_BYTES));
+        let max_bytes = fields.max_bytes.unwrap_or(MAX_BACKUP_LEN);
+        if !(1..=MAX_BACKUP_LEN).contains(&max_bytes) {
+            self.add("backup.max_bytes", format!("write 1 to {}", MAX_BACKUP_LEN));
         }
-        BackupRule { format, max_bytes }
+        BackupRules { format, max_bytes }
     }
 }
 
@@ -368,7 +368,7 @@ mod tests {
         let phone = profile(PHONE);
         assert_eq!(*phone.key_pair(), KeyPairRule::Generate { kind: KeyKind::P256 });
         assert_eq!(*phone.certificate(), CertificateTemplate::default());
-        assert_eq!(phone.backup(), BackupRule { format: BackupFormat::Cose, max_bytes: 32_768 });
+        assert_eq!(phone.backup(), BackupRules { format: BackupFormat::Cose, max_bytes: 32_768 });
         assert_eq!(phone.sealing(), Sealing::Optional);
         assert!(phone.confirmation_required() && !phone.is_cwt());
     }

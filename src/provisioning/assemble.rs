@@ -96,10 +96,12 @@ impl Provisioner {
         let made = self.hsm.device_keys(&DeviceKeyOrder { pair, derivations, random: RANDOM_LEN }).await?;
         let (private, kept) = made.pair.map(|pair| (pair.private, pair.kept)).unzip();
         let public_key = private.as_ref().map(|pair| pair.public().clone()).or_else(|| order.own_key.clone());
-        let (session, serial) = made.random.split_at(SessionId::LEN);
+        let short = || ProvisionError::Internal { doing: "drawing random octets", cause: "too few came".to_owned() };
+        let (session, serial) = made.random.split_first_chunk::<{ SessionId::LEN }>().ok_or_else(short)?;
+        let serial = serial.first_chunk::<20>().ok_or_else(short)?;
         Ok(MadeKeys {
             session: SessionId::from_bytes(session).map_err(ProvisionError::internal("naming a session"))?,
-            serial: CertificateSerial::from_random(serial),
+            serial: CertificateSerial::from_random(*serial),
             public_key,
             kept,
             package_keys: PackageKeys { pair: private, derived: made.derived },
@@ -121,7 +123,7 @@ impl Provisioner {
             .map_err(ProvisionError::internal("preparing a certificate"))?
             .lint()
             .map_err(ProvisionError::internal("linting a certificate"))?;
-        let certificate: CertificateToSign = linted.into_to_sign(product.issuer.key().clone());
+        let certificate: CertificateToSign = linted.into_to_sign();
         Ok(Session {
             id: made.session,
             chip: order.chip.clone(),

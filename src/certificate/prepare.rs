@@ -49,17 +49,20 @@ impl CertificateRequest<'_> {
 
 /// A certificate's serial number: 20 octets, positive (RFC 5280 §4.1.2.2), 158 bits of them random.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct CertificateSerial([u8; 20]);
+pub struct CertificateSerial([u8; Self::LEN]);
 
 impl CertificateSerial {
+    /// Octets: the most that RFC 5280 §4.1.2.2 allows.
+    pub const LEN: usize = 20;
+
     /// From the HSM's random octets. The first two bits become `01`: positive, and never shorter than 20 octets.
-    pub const fn from_random(mut random: [u8; 20]) -> Self {
+    pub const fn from_random(mut random: [u8; Self::LEN]) -> Self {
         random[0] = random[0] & 0x7f | 0x40;
         Self(random)
     }
 
     /// The octets, big-endian, as stored and as encoded.
-    pub const fn as_bytes(&self) -> &[u8; 20] {
+    pub const fn as_bytes(&self) -> &[u8; Self::LEN] {
         &self.0
     }
 }

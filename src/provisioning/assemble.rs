@@ -51,7 +51,7 @@ pub enum Delivery {
 }
 
 /// Octets of randomness per device: the session's name and the certificate's serial number.
-const RANDOM_LEN: usize = SessionId::LEN + 20;
+const RANDOM_LEN: usize = SessionId::LEN + CertificateSerial::LEN;
 
 impl Provisioner {
     /// Gives a device its certificate and keys. Repeating it gives the same ones again, until the device is complete.
@@ -98,7 +98,7 @@ impl Provisioner {
         let public_key = private.as_ref().map(|pair| pair.public().clone()).or_else(|| order.own_key.clone());
         let short = || ProvisionError::Internal { doing: "drawing random octets", cause: "too few came".to_owned() };
         let (session, serial) = made.random.split_first_chunk::<{ SessionId::LEN }>().ok_or_else(short)?;
-        let serial = serial.first_chunk::<20>().ok_or_else(short)?;
+        let serial = serial.first_chunk::<{ CertificateSerial::LEN }>().ok_or_else(short)?;
         Ok(MadeKeys {
             session: SessionId::from_bytes(session).map_err(ProvisionError::internal("naming a session"))?,
             serial: CertificateSerial::from_random(*serial),

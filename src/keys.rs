@@ -490,6 +490,17 @@ pub fn generate_p256() -> Result<DevicePrivateKey, KeyError> {
     DevicePrivateKey::from_parts(public, parts)
 }
 
+/// A P-256 key pair for TLS, made in this process: the public key, and the private one as PKCS#8 in PEM (RFC 7468 §10).
+pub fn generate_p256_pkcs8() -> Result<(PublicKey, SecretBytes), KeyError> {
+    let failed = |_| KeyError::UnreadablePrivateKey(KeyKind::P256);
+    let pair = signature::EcdsaKeyPair::generate(&signature::ECDSA_P256_SHA256_ASN1_SIGNING).map_err(failed)?;
+    let public = PublicKey::from_ec_point(KeyKind::P256, pair.public_key().as_ref())?;
+    let der = pair.to_pkcs8v1().map_err(failed)?;
+    let pem = der::pem::encode_string("PRIVATE KEY", der::pem::LineEnding::LF, der.as_ref());
+    let pem = pem.map_err(|_| KeyError::UnreadablePrivateKey(KeyKind::P256))?;
+    Ok((public, Secret::new(pem.into_bytes())))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -18,8 +18,9 @@ END
 }
 
 main() {
-    dir=target/demo profile=release devices=100 keep_running=no daemon='' command=()
+    dir=target/demo profile=release devices=100 keep_running=no begun=no daemon='' command=()
     parse_arguments "$@"
+    exec 3>&1
     trap finish EXIT
     trap 'exit 130' INT TERM HUP
 
@@ -64,9 +65,9 @@ fail() {
     exit 1
 }
 
-# Shows a command as one would type it, then runs it.
+# Shows a command as one would type it, also when its output goes to a file, then runs it.
 run() {
-    printf '   $'; printf ' %s' "${@/#"$PWD/"/}"; printf '\n'
+    { printf '   $'; printf ' %s' "${@/#"$PWD/"/}"; printf '\n'; } >&3
     "$@"
 }
 
@@ -81,6 +82,7 @@ begin_afresh() {
     rm -rf -- "$dir"
     mkdir -p -- "$dir"
     : >"$dir/.made-by-demo"
+    begun=yes
     dir=$(cd -- "$dir" && pwd)
 
     cp -R -- deploy/demo/sppd.toml deploy/demo/hsm.toml deploy/demo/ceremony.toml deploy/demo/profiles hsm-config "$dir/"
@@ -101,7 +103,7 @@ choose_ports() {
 }
 
 port_is_free() {
-    ! (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null
+    ! (exec 4<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null
 }
 
 build() {
@@ -138,8 +140,16 @@ start_daemon() {
     run "$bin/sppd" --config "$dir/sppd.toml" --check
     "$bin/sppd" --config "$dir/sppd.toml" >"$dir/sppd.log" 2>&1 &
     daemon=$!
-    printf '   started sppd (pid %s), log in %s\n' "$daemon" "$dir/sppd.log"
-    run "$bin/sppctl" status --server "https://$officer" --tls "$dir/tls/officer" --wait 30s
+    printf '   started sppd (pid %s), log in %s\n' "$daemon" "${dir#"$PWD/"}/sppd.log"
+    run "$bin/sppctl" status --server "https://$officer" --tls "$dir/tls/officer" --wait 30s &
+    local ready=$!
+    # Whichever ends first: a daemon that dies is not waited for.
+    wait -n "$daemon" "$ready" || true
+    if ! kill -0 "$daemon" 2>/dev/null; then
+        kill "$ready" 2>/dev/null || true
+        fail 'sppd ended before it was ready'
+    fi
+    wait "$ready" || fail 'sppd was not ready within 30 s'
 }
 
 run_command() {
@@ -223,7 +233,7 @@ finish() {
         done
         if kill -KILL "$daemon" 2>/dev/null; then echo 'demo: sppd did not stop within 10 s and was killed' >&2; fi
     fi
-    if [ "$status" -ne 0 ] && [ "$status" -ne 130 ]; then
+    if [ "$begun" = yes ] && [ "$status" -ne 0 ] && [ "$status" -ne 130 ]; then
         if [ -s "$dir/sppd.log" ]; then
             printf '\ndemo: the end of %s:\n' "$dir/sppd.log" >&2
             tail -n 25 -- "$dir/sppd.log" >&2

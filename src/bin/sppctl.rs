@@ -1,2 +1,260 @@
-//! Placeholder
-fn main() {}
+//! `sppctl`: what a security officer does.
+
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+use spp::certificate::AccessName;
+use spp::config::HsmAccess;
+use spp::hsm::{Ceremony, KeyRegister, ModuleProfile, PinSource, initialise_token};
+use spp::names::{OfficerName, StationName};
+use spp::officer::{self, CeremonyPlan, Enrolment, HsmFile};
+use spp::store::{SledPublicDatabase, SledStateStore};
+
+/// The security officer's tool: tokens, key ceremonies, stores, enrolment, status.
+#[derive(Parser)]
+#[command(
+    version,
+    after_help = "From nothing to a running daemon:\n  \
+    sppctl token init --module hsm-config/softhsm2.toml --directory hsm --label spp --so-pin-file so.pin --pin-file user.pin\n  \
+    sppctl ceremony run ceremony.toml --hsm hsm.toml --out keys\n  \
+    sppctl init --config sppd.toml\n  \
+    sppctl server enroll --config sppd.toml --dns spp.example --out tls/server\n  \
+    sppctl station enroll line-1/a --config sppd.toml --out tls/line-1-a\n  \
+    sppctl officer enroll o-1 --config sppd.toml --out tls/officer\n  \
+    sppd --config sppd.toml\n  \
+    sppctl status --server https://127.0.0.1:7444 --tls tls/officer"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Tokens of an HSM.
+    #[command(subcommand)]
+    Token(TokenCommand),
+    /// Key ceremonies: keys made inside the HSM.
+    #[command(subcommand)]
+    Ceremony(CeremonyCommand),
+    /// Make the state store and the public database. The daemon never does, so that a wrong path cannot start a second truth.
+    Init {
+        /// The daemon's configuration.
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+    },
+    /// Assembly-line stations.
+    #[command(subcommand)]
+    Station(StationCommand),
+    /// Security officers.
+    #[command(subcommand)]
+    Officer(OfficerCommand),
+    /// The daemon's own TLS certificate.
+    #[command(subcommand)]
+    Server(ServerCommand),
+    /// Tell how the running daemon is.
+    Status {
+        /// The officer listener, https://HOST:PORT.
+        #[arg(long, value_name = "URL")]
+        server: String,
+        /// The officer's directory with certificate.pem, key.pem and ca.pem.
+        #[arg(long, value_name = "DIR")]
+        tls: PathBuf,
+        /// Wait so long until the line is served, for example 30s.
+        #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+        wait: Option<Duration>,
+        /// Tell it as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Subcommand)]
+enum TokenCommand {
+    /// Initialise a free token: label, security officer's PIN, user PIN. The PINs are read from files.
+    Init {
+        /// The module's profile, hsm-config/*.toml.
+        #[arg(long, value_name = "FILE")]
+        module: PathBuf,
+        /// The module's own directory: {directory} in its profile.
+        #[arg(long, value_name = "DIR", default_value = ".")]
+        directory: PathBuf,
+        /// The new token's label, 1 to 32 characters.
+        #[arg(long)]
+        label: String,
+        /// File with the security officer's PIN, readable by nobody else.
+        #[arg(long, value_name = "FILE")]
+        so_pin_file: PathBuf,
+        /// File with the user PIN, readable by nobody else.
+        #[arg(long, value_name = "FILE")]
+        pin_file: PathBuf,
+    },
+}
+
+#[derive(Subcommand)]
+enum CeremonyCommand {
+    /// Make the keys that the file names. Nothing is overwritten; attributes are read back; a transcript is written.
+    Run {
+        /// The ceremony file.
+        file: PathBuf,
+        /// Which token: hsm.toml.
+        #[arg(long, value_name = "FILE")]
+        hsm: PathBuf,
+        /// Where keys.toml, the certificates or CSRs and transcript.json go.
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+        /// Tell the transcript as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Subcommand)]
+enum StationCommand {
+    /// Make a station's key and TLS certificate (URI SAN spp://station/NAME).
+    Enroll {
+        /// The station's name, line-3/a for example.
+        name: StationName,
+        #[command(flatten)]
+        common: EnrollArgs,
+    },
+}
+
+#[derive(Subcommand)]
+enum OfficerCommand {
+    /// Make an officer's key and TLS certificate (URI SAN spp://officer/NAME).
+    Enroll {
+        /// The officer's name, o-17 for example.
+        name: OfficerName,
+        #[command(flatten)]
+        common: EnrollArgs,
+    },
+}
+
+#[derive(Subcommand)]
+enum ServerCommand {
+    /// Make the daemon's key and TLS certificate.
+    Enroll {
+        /// A DNS name of the daemon; may be given more than once.
+        #[arg(long, value_name = "NAME")]
+        dns: Vec<String>,
+        /// An IP address of the daemon; may be given more than once.
+        #[arg(long, value_name = "ADDRESS")]
+        ip: Vec<IpAddr>,
+        #[command(flatten)]
+        common: EnrollArgs,
+    },
+}
+
+#[derive(Args)]
+struct EnrollArgs {
+    /// The daemon's configuration; its [hsm] says where the access key is.
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// Where certificate.pem, key.pem and ca.pem go.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Days until the certificate ends.
+    #[arg(long, default_value_t = 365, value_parser = clap::value_parser!(u32).range(1..=3650))]
+    days: u32,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    spp::process::forbid_core_dumps();
+    match run(cli.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("sppctl: {}", message.trim_end());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<(), String> {
+    match command {
+        Command::Token(TokenCommand::Init { module, directory, label, so_pin_file, pin_file }) => {
+            token_init(&module, &directory, &label, so_pin_file, pin_file)
+        }
+        Command::Ceremony(CeremonyCommand::Run { file, hsm, out, json }) => ceremony(&file, &hsm, &out, json),
+        Command::Init { config } => init(&config),
+        Command::Station(StationCommand::Enroll { name, common }) => enroll(AccessName::Station(name), common),
+        Command::Officer(OfficerCommand::Enroll { name, common }) => enroll(AccessName::Officer(name), common),
+        Command::Server(ServerCommand::Enroll { dns, ip, common }) => {
+            if dns.is_empty() && ip.is_empty() {
+                return Err("give at least one --dns or --ip, else no client can verify the daemon".to_owned());
+            }
+            enroll(AccessName::Server { dns, ips: ip }, common)
+        }
+        Command::Status { server, tls, wait, json } => status(&server, &tls, wait, json),
+    }
+}
+
+fn token_init(
+    module: &Path,
+    directory: &Path,
+    label: &str,
+    so_pin_file: PathBuf,
+    pin_file: PathBuf,
+) -> Result<(), String> {
+    let directory = std::path::absolute(directory).map_err(|e| e.to_string())?;
+    let profile = ModuleProfile::load(module, &directory).map_err(|e| e.to_string())?;
+    profile.enter_environment().map_err(|e| e.to_string())?;
+    let token = initialise_token(&profile, label, &PinSource::File(so_pin_file), &PinSource::File(pin_file))?;
+    println!("initialised the token {} (serial {})", token.label, token.serial);
+    Ok(())
+}
+
+fn ceremony(file: &Path, hsm: &Path, out: &Path, json: bool) -> Result<(), String> {
+    let plan = CeremonyPlan::load(file).map_err(|e| e.to_string())?;
+    let hsm = HsmFile::load(hsm).map_err(|e| e.to_string())?;
+    hsm.module.enter_environment().map_err(|e| e.to_string())?;
+    let token = Ceremony::open(&hsm.module, &hsm.token, &hsm.pin).map_err(|e| e.to_string())?;
+    let report = plan.run(&token, out).map_err(|e| e.to_string())?;
+    if json {
+        println!("{}", serde_json::to_string_pretty(&report).map_err(|e| e.to_string())?);
+        return Ok(());
+    }
+    println!("token {} (serial {}), {}", report.token_label, report.token_serial, report.module);
+    for key in &report.keys {
+        println!("  made {:<16} {}", key.name, key.fingerprint.as_deref().unwrap_or(""));
+    }
+    for path in &report.files {
+        println!("  wrote {}", path.display());
+    }
+    Ok(())
+}
+
+fn init(config: &Path) -> Result<(), String> {
+    let store = HsmAccess::load(config).map_err(|e| e.to_string())?.store;
+    SledStateStore::create(&store.state, &store.state_options).map_err(|e| e.to_string())?;
+    println!("made the state store {}", store.state.display());
+    SledPublicDatabase::create(&store.public, &store.public_options).map_err(|e| e.to_string())?;
+    println!("made the public database {}", store.public.display());
+    Ok(())
+}
+
+fn enroll(name: AccessName, args: EnrollArgs) -> Result<(), String> {
+    let access = HsmAccess::load(&args.config).map_err(|e| e.to_string())?;
+    let register = KeyRegister::load(&access.keys).map_err(|e| e.to_string())?;
+    access.module.enter_environment().map_err(|e| e.to_string())?;
+    let enrolment = Enrolment { name, days: args.days, out: args.out };
+    for path in officer::enroll(&access, &register, &enrolment).map_err(|e| e.to_string())? {
+        println!("wrote {}", path.display());
+    }
+    Ok(())
+}
+
+fn status(server: &str, tls: &Path, wait: Option<Duration>, json: bool) -> Result<(), String> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| e.to_string())?;
+    let status = runtime.block_on(officer::connect_and_ask(server, tls, wait)).map_err(|e| e.to_string())?;
+    if json {
+        println!("{:#}", officer::status_json(&status));
+    } else {
+        print!("{}", officer::describe_status(&status));
+    }
+    Ok(())
+}

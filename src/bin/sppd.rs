@@ -1,2 +1,179 @@
-//! Placeholder
-fn main() {}
+//! `sppd`: the daemon.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use clap::Parser;
+use sd_notify::NotifyState;
+use spp::config::{DaemonConfig, LogConfig, LogFormat};
+use spp::hsm::{Hsm, worker};
+use spp::provisioning::{Issuer, Product, Provisioner, keep_tidy};
+use spp::rpc::{Listening, NodeInfo};
+use spp::store::{Journal, Registry, SledPublicDatabase, SledStateStore};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+
+/// The secure processing point: gives every device on the line its identity and its keys.
+#[derive(Parser)]
+#[command(
+    version,
+    after_help = "A configuration that is not usable ends it with status 78 (EX_CONFIG) before a socket is opened, anything else with 1."
+)]
+struct Cli {
+    /// The configuration file, sppd.toml.
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// Look at everything, the HSM and its keys included, tell what was found, and end.
+    #[arg(long)]
+    check: bool,
+}
+
+/// How long `--check` waits for the HSM.
+const CHECK_LIMIT: Duration = Duration::from_secs(30);
+
+fn main() -> ExitCode {
+    if std::env::args_os().nth(1).is_some_and(|argument| argument == worker::ARGUMENT) {
+        return ended(worker::run());
+    }
+    let cli = Cli::parse();
+    spp::process::forbid_core_dumps();
+    let config = match DaemonConfig::load(&cli.config) {
+        Ok(config) => config,
+        Err(faults) => {
+            eprint!("sppd: the configuration is not usable:\n{faults}");
+            return ExitCode::from(78);
+        }
+    };
+    start_logging(&config.log);
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let result = runtime.map_err(|e| e.to_string()).and_then(|runtime| {
+        let result = runtime.block_on(async { if cli.check { check(config).await } else { serve(config).await } });
+        runtime.shutdown_timeout(Duration::from_secs(5));
+        result
+    });
+    ended(result)
+}
+
+fn ended(result: Result<(), String>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("sppd: {message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start_logging(log: &LogConfig) {
+    // The configuration has checked the filter.
+    let filter = tracing_subscriber::EnvFilter::try_new(&log.level).unwrap_or_default();
+    let logging = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match log.format {
+        LogFormat::Human => logging.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init(),
+        LogFormat::Json => logging.json().init(),
+    }
+}
+
+/// Opens the stores, starts the HSM's worker, takes up what a crash left, serves, drains.
+async fn serve(config: DaemonConfig) -> Result<(), String> {
+    let (journal, registry) = open_stores(&config)?;
+    let listening = Listening::bind(&config.listen).await.map_err(|e| e.to_string())?;
+    let hsm = Hsm::start(config.hsm.clone());
+    let (tls, listen, node) = (config.tls, config.listen, config.node);
+    let products = products(config.profiles, config.issuers);
+    let provisioner =
+        Arc::new(Provisioner::new(hsm, journal, registry, products, config.stations, config.session_lifetime));
+    let tidying = tokio::spawn({
+        let provisioner = Arc::clone(&provisioner);
+        async move { keep_tidy(&provisioner).await }
+    });
+    let stop = stop_on_signal()?;
+    let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    tracing::info!(line = %listen.line, officer = %listen.officer, public = %listen.public, %node, "listening");
+    notify(&[NotifyState::Ready]);
+    let node = NodeInfo { name: node, started };
+    let served = listening.serve(&tls, &provisioner, node, stop).await.map_err(|e| e.to_string());
+    tidying.abort();
+    tracing::info!("drained; goodbye");
+    served
+}
+
+fn open_stores(config: &DaemonConfig) -> Result<(Journal, Registry), String> {
+    let store = &config.store;
+    let state = SledStateStore::open(&store.state, &store.state_options).map_err(|e| e.to_string())?;
+    let public = SledPublicDatabase::open(&store.public, &store.public_options).map_err(|e| e.to_string())?;
+    Ok((Journal::new(Arc::new(state)), Registry::new(Arc::new(public))))
+}
+
+fn products(
+    profiles: BTreeMap<spp::names::ProfileName, spp::certificate::Profile>,
+    mut issuers: BTreeMap<spp::names::ProfileName, spp::certificate::IssuerCertificate>,
+) -> BTreeMap<spp::names::ProfileName, Product> {
+    // The configuration is valid only if every profile has its issuer.
+    let product = |(name, profile): (spp::names::ProfileName, spp::certificate::Profile)| {
+        let issuer = Issuer::new(profile.issuer().clone(), issuers.remove(&name)?);
+        Some((name, Product { profile, issuer }))
+    };
+    profiles.into_iter().filter_map(product).collect()
+}
+
+/// True once SIGTERM or SIGINT came.
+fn stop_on_signal() -> Result<watch::Receiver<bool>, String> {
+    let mut terminate = signal(SignalKind::terminate()).map_err(|e| e.to_string())?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(|e| e.to_string())?;
+    let (sender, stop) = watch::channel(false);
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::info!("stopping: calls in flight are finished, nothing new is accepted");
+        notify(&[NotifyState::Stopping]);
+        let _ = sender.send(true);
+    });
+    Ok(stop)
+}
+
+fn notify(state: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
+        tracing::warn!(%error, "systemd could not be told");
+    }
+}
+
+/// What `--check` tells: everything that serving would need, without listening.
+async fn check(config: DaemonConfig) -> Result<(), String> {
+    println!("configuration  valid: {} profiles, {} stations", config.profiles.len(), config.stations.count());
+    for (name, profile) in &config.profiles {
+        println!("profile        {name}: {}", profile.description());
+    }
+    println!("module         {} ({})", config.hsm.module.name, config.hsm.module.library.display());
+    let keys = &config.hsm.keys;
+    let hsm = Hsm::start(config.hsm.clone());
+    hsm.ready(CHECK_LIMIT).await.map_err(|e| e.to_string())?;
+    let status = hsm.status();
+    println!("HSM            {}, token {} ({})", status.module, status.token_label, status.token_serial);
+    for key in &keys.signing {
+        println!("signing key    {}: {}, signs and fits its certificate", key.name, key.public_key.kind());
+    }
+    for key in &keys.master {
+        println!("master key     {}: version {}, check value right", key.name, key.version);
+    }
+    for key in &keys.wrapping {
+        println!("wrapping key   {}: attributes right", key.name);
+    }
+    let (journal, registry) = open_stores(&config)?;
+    let (free, floor) = journal.room().map_err(|e| e.to_string())?;
+    let unfinished = journal.unfinished().await.map_err(|e| e.to_string())?.len();
+    let records = registry.count().await.map_err(|e| e.to_string())?;
+    println!("state store    {}: {unfinished} unfinished sessions", config.store.state.display());
+    println!("public         {}: {records} records", config.store.public.display());
+    println!("disk           {free} octets free, new devices need {floor}");
+    if free < floor {
+        return Err("the disk has less room than the floor: no new device would be accepted".to_owned());
+    }
+    println!("everything is right");
+    Ok(())
+}

@@ -13,6 +13,7 @@ use super::stations::{StationShape, Stations};
 use super::{Faults, open_private};
 use crate::certificate::{IssuerCertificate, Profile};
 use crate::hsm::{HsmConfig, KeyRegister, ModuleProfile, PinSource, SigningUse};
+use crate::keys::SignatureAlgorithm;
 use crate::names::ProfileName;
 use crate::secret::SecretBytes;
 use crate::store::SledOptions;
@@ -70,8 +71,11 @@ pub struct StoreConfig {
     pub state: PathBuf,
     /// The public database's directory.
     pub public: PathBuf,
-    /// Options of both.
-    pub options: SledOptions,
+    /// Options of the state store.
+    pub state_options: SledOptions,
+    /// Options of the public database. Its floor is half as high, so that what is reserved can still be published when
+    /// nothing new is admitted.
+    pub public_options: SledOptions,
 }
 
 /// How the daemon logs.
@@ -103,6 +107,7 @@ impl Default for LogConfig {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Shape {
+    profiles: PathBuf,
     node: NodeShape,
     listen: Listen,
     tls: TlsShape,
@@ -110,7 +115,6 @@ struct Shape {
     store: StoreShape,
     #[serde(default)]
     sessions: SessionsShape,
-    profiles: ProfilesShape,
     #[serde(default)]
     station: Vec<StationShape>,
     #[serde(default)]
@@ -192,12 +196,6 @@ impl Default for SessionsShape {
     }
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct ProfilesShape {
-    directory: PathBuf,
-}
-
 impl DaemonConfig {
     /// Reads the file and all it names; paths in it are relative to its directory. Reports every fault at once.
     pub fn load(path: &Path) -> Result<Self, Faults> {
@@ -215,7 +213,7 @@ impl DaemonConfig {
         let store = check_store(&shape.store, place, base, faults);
         let tls = check_tls(&shape.tls, place, base, faults);
         let hsm = check_hsm(&shape.hsm, place, base, faults);
-        let profiles = load_profiles(&base.join(&shape.profiles.directory), faults);
+        let profiles = load_profiles(&base.join(&shape.profiles), faults);
         let names: Vec<_> = profiles.keys().collect();
         let stations = Stations::check(shape.station, place, &names, faults);
         if shape.node.name.is_empty() || shape.node.name.len() > 64 {
@@ -278,12 +276,13 @@ fn check_store(shape: &StoreShape, place: &str, base: &Path, faults: &mut Faults
     if state == public {
         faults.add(format!("{place}: store"), "state and public must be two directories");
     }
-    let options = SledOptions {
-        floor_bytes: shape.free_space_floor.as_u64(),
+    let options = |floor_bytes| SledOptions {
+        floor_bytes,
         reserve_bytes: shape.reserve.as_u64(),
         cache_bytes: shape.cache.as_u64(),
     };
-    StoreConfig { state, public, options }
+    let floor = shape.free_space_floor.as_u64();
+    StoreConfig { state, public, state_options: options(floor), public_options: options(floor / 2) }
 }
 
 fn check_tls(shape: &TlsShape, place: &str, base: &Path, faults: &mut Faults) -> Option<TlsConfig> {
@@ -395,7 +394,7 @@ fn load_issuers(
             faults.add(format!("{at}: issuer"), problem);
             continue;
         };
-        let algorithm = profile.signature_algorithm(key.public_key.kind());
+        let algorithm = profile.signature().unwrap_or(SignatureAlgorithm::default_for(key.public_key.kind()));
         let hint = "for a key with a CSR, put the offline root's answer there";
         let pem = std::fs::read_to_string(&key.certificate);
         let pem = pem.map_err(|e| format!("{}: {e}; {hint}", key.certificate.display()));

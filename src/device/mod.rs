@@ -276,8 +276,12 @@ impl Device {
             &self.chip.rom.manufacturer,
             self.chip_id(),
         )?;
-        expect("data package", "identity", &package.identity, &certificate.identity)?;
-        if let Some(certified) = &certificate.public_key {
+        if !certificate.is_for(&package.identity) {
+            let found = package.identity.value();
+            expect("data package", "identity", &*found, certificate.identity_value())?;
+            return Err(DeviceError::Certificate("it binds an identity of another kind".into()));
+        }
+        if let Some(certified) = certificate.public_key() {
             let (whose, held) = match &package.key_pair {
                 Some(delivered) => ("data package", delivered.public().clone()),
                 None => ("chip", self.own_key_pair()?.public().clone()),
@@ -292,7 +296,7 @@ impl Device {
             profile: package.profile.clone(),
             certificate: octets.to_vec(),
             is_cwt: package.certificate.is_cwt(),
-            public_key: certificate.public_key,
+            public_key: certificate.public_key().cloned(),
             purposes: package.symmetric_keys.iter().map(|key| key.purpose().to_owned()).collect(),
             master_key_version: package.master_key_version,
         })
@@ -306,7 +310,7 @@ impl Device {
 
     fn decrypted(&self) -> Result<SecretBytes, DeviceError> {
         let stored = self.stored()?;
-        Ok(self.chip.key.decrypt(&stored.backup, self.chip_id(), &stored.certificate)?)
+        self.chip.key.decrypt(&stored.backup, self.chip_id(), &stored.certificate)
     }
 
     fn stored(&self) -> Result<Stored, DeviceError> {
@@ -339,7 +343,7 @@ impl Stored {
     }
 }
 
-fn expect<T: PartialEq + std::fmt::Display>(
+fn expect<T: PartialEq + std::fmt::Display + ?Sized>(
     what: &'static str,
     field: &'static str,
     found: &T,

@@ -13,7 +13,7 @@ use crate::package::{
     verify_confirmation,
 };
 
-const IMEI: &str = "imei:490154203237518";
+const IDENTITY: &str = "serial:SN-0001";
 const X25519: Option<TransportCurve> = Some(TransportCurve::X25519);
 
 /// A manufacturer with a fab.
@@ -38,19 +38,19 @@ impl Factory {
     /// A package with a delivered pair of the kind.
     fn package(&self, byte: u8, kind: KeyKind) -> DataPackage {
         let pair = pair(kind);
-        let device = certificate(&self.manufacturer, &chip(byte), IMEI, pair.public());
+        let device = certificate(&self.manufacturer, &chip(byte), IDENTITY, pair.public());
         self.package_with(byte, CertificateChain::X509 { device, issuers: vec![] }, Some(pair))
     }
 
     /// A package with symmetric keys alone.
     fn symmetric_package(&self, byte: u8) -> DataPackage {
-        self.package_with(byte, CertificateChain::Cwt(cwt(&self.manufacturer, &chip(byte), IMEI)), None)
+        self.package_with(byte, CertificateChain::Cwt(cwt(&self.manufacturer, &chip(byte), IDENTITY)), None)
     }
 
     fn package_with(&self, byte: u8, certificate: CertificateChain, pair: Option<DevicePrivateKey>) -> DataPackage {
         DataPackage {
             chip: chip(byte),
-            identity: IMEI.parse().unwrap(),
+            identity: IDENTITY.parse().unwrap(),
             profile: "tracker".parse().unwrap(),
             session: session(byte),
             certificate,
@@ -79,7 +79,7 @@ fn a_device_is_installed_confirmed_wiped_and_recovered() {
         let package = factory.package(kind as u8, kind);
         let octets = package.encode().unwrap();
         let installed = install(&mut device, &package).unwrap();
-        assert_eq!((installed.session, installed.identity.to_string()), (package.session, IMEI.to_owned()));
+        assert_eq!((installed.session, installed.identity.to_string()), (package.session, IDENTITY.to_owned()));
 
         let backup = device.backup().unwrap();
         let rules = BackupRules { format: BackupFormat::Cose, max_bytes: 8192 };
@@ -115,7 +115,7 @@ fn a_device_that_made_its_own_pair_confirms_with_it_and_recovers_it() {
     let factory = Factory::new();
     let mut device = factory.device(1);
     let own = device.own_key_pair().unwrap();
-    let leaf = certificate(&factory.manufacturer, &chip(1), IMEI, own.public());
+    let leaf = certificate(&factory.manufacturer, &chip(1), IDENTITY, own.public());
     let package = factory.package_with(1, CertificateChain::X509 { device: leaf, issuers: vec![] }, None);
     install(&mut device, &package).unwrap();
     let backup = device.backup().unwrap();
@@ -123,7 +123,7 @@ fn a_device_that_made_its_own_pair_confirms_with_it_and_recovers_it() {
     verify_confirmation(&device.confirmation().unwrap(), &claims, &ConfirmationKey::Pair(own.public())).unwrap();
     // Another chip has another pair, and the certificate is not for it.
     let other = factory.device(2).own_key_pair().unwrap();
-    let leaf = certificate(&factory.manufacturer, &chip(1), IMEI, other.public());
+    let leaf = certificate(&factory.manufacturer, &chip(1), IDENTITY, other.public());
     let foreign = factory.package_with(1, CertificateChain::X509 { device: leaf, issuers: vec![] }, None);
     assert!(matches!(install(&mut device, &foreign), Err(DeviceError::KeyMismatch("chip"))));
     assert_eq!(device.backup().unwrap(), backup, "a refused package leaves the installed one");
@@ -156,21 +156,21 @@ fn a_package_for_something_else_is_refused() {
     let refused = device.install(&session(9), &Delivery::Clear(&octets)).unwrap_err().to_string();
     assert!(refused.contains("for session 0101"), "{refused}");
     let mut other_identity = factory.package(1, KeyKind::P256);
-    other_identity.identity = "serial:SN-1".parse().unwrap();
-    assert!(refusal(&mut device, &other_identity).contains("for identity serial:SN-1"));
+    other_identity.identity = "serial:SN-0002".parse().unwrap();
+    assert!(refusal(&mut device, &other_identity).contains("for identity SN-0002"));
 }
 
 #[test]
 fn a_certificate_that_the_rom_does_not_vouch_for_is_refused() {
     let (factory, stranger) = (Factory::new(), Factory::new());
     let mut device = factory.device(1);
-    assert!(refusal(&mut device, &stranger.package(1, KeyKind::P256)).contains("not signed by the manufacturer"));
-    assert!(refusal(&mut device, &stranger.symmetric_package(1)).contains("not signed by the manufacturer"));
+    assert!(refusal(&mut device, &stranger.package(1, KeyKind::P256)).contains("the signature does not verify"));
+    assert!(refusal(&mut device, &stranger.symmetric_package(1)).contains("the signature does not verify"));
 
     let other_chip = DataPackage { chip: chip(1), session: session(1), ..factory.package(2, KeyKind::P256) };
-    assert!(refusal(&mut device, &other_chip).contains("is for chip 0202"));
+    assert!(refusal(&mut device, &other_chip).contains("it is for another chip"));
     let other_chip = DataPackage { chip: chip(1), session: session(1), ..factory.symmetric_package(2) };
-    assert!(refusal(&mut device, &other_chip).contains("is for chip 0202"));
+    assert!(refusal(&mut device, &other_chip).contains("it is for another chip"));
     let other_key = DataPackage { key_pair: Some(pair(KeyKind::P256)), ..factory.package(1, KeyKind::P256) };
     assert!(refusal(&mut device, &other_key).contains("private key of the data package does not belong"));
 }
@@ -200,7 +200,7 @@ fn a_record_of_another_chip_or_an_altered_one_does_not_recover() {
     let backup = one.backup().unwrap();
     let record = PublicRecord { certificate: &installed.certificate, is_cwt: false, backup: &backup };
     assert!(other.recover(&record).unwrap_err().to_string().contains("kid"));
-    let leaf = certificate(&factory.manufacturer, &chip(1), IMEI, generate_p256().unwrap().public());
+    let leaf = certificate(&factory.manufacturer, &chip(1), IDENTITY, generate_p256().unwrap().public());
     let swapped = PublicRecord { certificate: &leaf, ..record };
     assert!(matches!(one.recover(&swapped), Err(DeviceError::Backup(BackupRefused::DoesNotOpen))));
     let as_cwt = PublicRecord { is_cwt: true, ..record };
@@ -281,9 +281,9 @@ fn certificate(manufacturer: &DevicePrivateKey, chip: &ChipId, identity: &str, p
         &oid("a003020102"),
         &oid("020101"),
         &algorithm,
-        &name("serial:issuer"),
+        &name("issuer"),
         &validity,
-        &name(identity),
+        &name(identity.split_once(':').unwrap().1),
         public.spki_der(),
         &extensions,
     ];
@@ -305,8 +305,12 @@ fn tlv(tag: u8, parts: &[&[u8]]) -> Vec<u8> {
 
 fn cwt(manufacturer: &DevicePrivateKey, chip: &ChipId, identity: &str) -> Vec<u8> {
     let claims = Value::Map(vec![
+        (Value::from(1), Value::Text("issuer".to_owned())),
         (Value::from(2), Value::Text(identity.to_owned())),
-        (Value::from(256), Value::Bytes(chip.as_bytes().to_vec())),
+        (Value::from(6), Value::from(1_600_000_000)),
+        (Value::from(7), Value::Bytes(vec![7; 16])),
+        (Value::from(-70_001), Value::Bytes(chip.as_bytes().to_vec())),
+        (Value::from(-70_002), Value::Tag(111, Box::new(Value::Bytes(vec![0x2b, 6, 1, 4, 1])))),
     ]);
     let mut payload = Vec::new();
     ciborium::into_writer(&claims, &mut payload).unwrap();

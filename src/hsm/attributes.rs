@@ -134,7 +134,10 @@ pub(crate) fn audit(session: &Session, object: ObjectHandle, name: &KeyName, rol
     }
     Err(Failure::new(
         FailureClass::Rejected,
-        format!("the key {name} is not fit to be used: {}; make a new one with sppctl ceremony run", problems.join(", ")),
+        format!(
+            "the key {name} is not fit to be used: {}; make a new one with sppctl ceremony run",
+            problems.join(", ")
+        ),
     ))
 }
 

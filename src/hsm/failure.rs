@@ -79,7 +79,9 @@ fn classify(error: &Error) -> (FailureClass, &'static str) {
         };
     };
     match rv {
-        RvError::PinIncorrect => (Permanent, "the user PIN is wrong; it is not tried again, since the token could lock"),
+        RvError::PinIncorrect => {
+            (Permanent, "the user PIN is wrong; it is not tried again, since the token could lock")
+        }
         RvError::PinLocked => (Permanent, "the user PIN is locked; the security officer must unlock it"),
         RvError::PinExpired => (Permanent, "the user PIN has expired; the security officer must set a new one"),
         RvError::UserPinNotInitialized => (Permanent, "the token has no user PIN; initialise it first"),

@@ -8,9 +8,9 @@ use tokio::sync::{Semaphore, watch};
 
 use super::failure::{FailureClass, HsmError};
 use super::kdf::Derivation;
+use super::objects::public_key;
 use super::register::KeyRegister;
 use super::supervisor::{Connection, Counters, HsmConfig, State, supervise, to_x509_form};
-use super::objects::public_key;
 use super::wire::{Answer, Operation};
 use crate::keys::{DevicePrivateKey, KeyError, KeyKind, PublicKey, SignatureAlgorithm, WrappedKey};
 use crate::names::KeyName;
@@ -96,7 +96,8 @@ impl Hsm {
         let config = Arc::new(config);
         let counters = Arc::new(Counters::default());
         let retry_after = Duration::from_secs(1);
-        let (sender, state) = watch::channel(State::Away { why: "the worker is being started".to_owned(), retry_after });
+        let (sender, state) =
+            watch::channel(State::Away { why: "the worker is being started".to_owned(), retry_after });
         tokio::spawn(supervise(Arc::clone(&config), sender, Arc::clone(&counters)));
         let queue = Arc::new(Semaphore::new(config.queue));
         Self { config, state, queue, counters }
@@ -146,9 +147,8 @@ impl Hsm {
         algorithm: SignatureAlgorithm,
         message: &[u8],
     ) -> Result<Vec<u8>, HsmError> {
-        let (mut answers, _) = self
-            .call(|| vec![Operation::Sign { key: key.clone(), algorithm, message: message.to_vec() }])
-            .await?;
+        let (mut answers, _) =
+            self.call(|| vec![Operation::Sign { key: key.clone(), algorithm, message: message.to_vec() }]).await?;
         match answers.next()? {
             Answer::Signature(raw) => to_x509_form(algorithm, raw),
             _ => Err(unexpected()),
@@ -237,9 +237,10 @@ impl Hsm {
         let mut prfs = Vec::with_capacity(derivations.len());
         for derivation in derivations {
             let name = &derivation.master_key;
-            let key = self.config.keys.master_key(name).ok_or_else(|| {
-                HsmError::Refused(format!("the master key {name} is not in the register of keys"))
-            })?;
+            let key =
+                self.config.keys.master_key(name).ok_or_else(|| {
+                    HsmError::Refused(format!("the master key {name} is not in the register of keys"))
+                })?;
             if !(1..=Derivation::MAX_LEN).contains(&derivation.length) {
                 return Err(HsmError::Refused(format!("a derived key of {} octets", derivation.length)));
             }

@@ -43,7 +43,12 @@ impl Derivation {
     pub const MAX_LEN: usize = 64;
 
     /// A device's symmetric key for a purpose.
-    pub fn device_key(master_key: KeyName, purpose: &str, identity: &crate::names::DeviceIdentity, length: usize) -> Self {
+    pub fn device_key(
+        master_key: KeyName,
+        purpose: &str,
+        identity: &crate::names::DeviceIdentity,
+        length: usize,
+    ) -> Self {
         Self { master_key, label: format!("spp/v1/{purpose}"), context: identity.to_string().into_bytes(), length }
     }
 

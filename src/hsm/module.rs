@@ -144,7 +144,10 @@ impl ModuleProfile {
         if self.environment.iter().all(|(name, value)| std::env::var(name).as_deref() == Ok(value)) {
             return Ok(());
         }
-        Err(std::process::Command::new("/proc/self/exe").args(std::env::args_os().skip(1)).envs(&self.environment).exec())
+        Err(std::process::Command::new("/proc/self/exe")
+            .args(std::env::args_os().skip(1))
+            .envs(&self.environment)
+            .exec())
     }
 
     fn check(shape: Shape, place: &str, directory: &Path, faults: &mut Faults) -> Self {

@@ -62,7 +62,8 @@ impl Ceremony {
     pub fn is_free(&self, name: &KeyName) -> Result<bool, HsmError> {
         let template = [Attribute::Label(name.as_str().as_bytes().to_vec())];
         let session = self.token.session().map_err(refused)?;
-        let found = session.find_objects(&template).doing(|| format!("looking whether {name} is free")).map_err(refused)?;
+        let found =
+            session.find_objects(&template).doing(|| format!("looking whether {name} is free")).map_err(refused)?;
         Ok(found.is_empty())
     }
 
@@ -165,12 +166,8 @@ impl Ceremony {
     }
 
     fn verbs(&self, keys: BTreeMap<KeyName, KeyOnToken>) -> Result<Verbs, HsmError> {
-        let shared = Shared {
-            keys,
-            wrap: self.profile.wrap,
-            unwrappable: self.profile.unwrappable.clone(),
-            objects: None,
-        };
+        let shared =
+            Shared { keys, wrap: self.profile.wrap, unwrappable: self.profile.unwrappable.clone(), objects: None };
         Ok(Verbs::new(self.token.session().map_err(refused)?, Arc::new(shared), None))
     }
 }

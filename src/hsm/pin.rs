@@ -72,7 +72,11 @@ impl PinSource {
         while bytes.last().is_some_and(|b| *b == b'\n' || *b == b'\r') {
             bytes.pop();
         }
-        if bytes.is_empty() || bytes.len() > Self::MAX_LEN || std::str::from_utf8(bytes).is_err() || bytes.contains(&b'\n') {
+        if bytes.is_empty()
+            || bytes.len() > Self::MAX_LEN
+            || std::str::from_utf8(bytes).is_err()
+            || bytes.contains(&b'\n')
+        {
             bytes.zeroize();
             return Err(PinError::NotAPin { path });
         }

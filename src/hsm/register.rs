@@ -211,24 +211,36 @@ impl KeyRegister {
         let relative = |path: &Path| path.file_name().map(PathBuf::from).unwrap_or_default();
         let shape = Shape {
             token: TokenShape { label: self.token.label.clone(), serial: self.token.serial.clone() },
-            signing_key: self.signing.iter().map(|k| SigningShape {
-                name: k.name.clone(),
-                id: hex::encode(&k.id),
-                use_: k.use_,
-                public_key: hex::encode(k.public_key.spki_der()),
-                certificate: relative(&k.certificate),
-            }).collect(),
-            master_key: self.master.iter().map(|k| MasterShape {
-                name: k.name.clone(),
-                id: hex::encode(&k.id),
-                version: k.version,
-                prf: k.prf,
-                check_value: hex::encode(&k.check_value),
-            }).collect(),
-            wrapping_key: self.wrapping.iter().map(|k| WrappingShape { name: k.name.clone(), id: hex::encode(&k.id) }).collect(),
+            signing_key: self
+                .signing
+                .iter()
+                .map(|k| SigningShape {
+                    name: k.name.clone(),
+                    id: hex::encode(&k.id),
+                    use_: k.use_,
+                    public_key: hex::encode(k.public_key.spki_der()),
+                    certificate: relative(&k.certificate),
+                })
+                .collect(),
+            master_key: self
+                .master
+                .iter()
+                .map(|k| MasterShape {
+                    name: k.name.clone(),
+                    id: hex::encode(&k.id),
+                    version: k.version,
+                    prf: k.prf,
+                    check_value: hex::encode(&k.check_value),
+                })
+                .collect(),
+            wrapping_key: self
+                .wrapping
+                .iter()
+                .map(|k| WrappingShape { name: k.name.clone(), id: hex::encode(&k.id) })
+                .collect(),
         };
-        let head = "# Written by `sppctl ceremony run`. The daemon demands to find exactly these keys on the token.\n\n";
+        let head =
+            "# Written by `sppctl ceremony run`. The daemon demands to find exactly these keys on the token.\n\n";
         Ok(format!("{head}{}", toml::to_string(&shape)?))
     }
 }
-

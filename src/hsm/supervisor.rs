@@ -312,7 +312,11 @@ async fn receive_replies(
 
 impl Connection {
     /// Sends operations and waits; `None` if the worker was lost meanwhile.
-    pub(crate) async fn call(&self, operations: Vec<Operation>, until: Instant) -> Option<Result<Vec<Answer>, Failure>> {
+    pub(crate) async fn call(
+        &self,
+        operations: Vec<Operation>,
+        until: Instant,
+    ) -> Option<Result<Vec<Answer>, Failure>> {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let budget_ms = u32::try_from(until.saturating_duration_since(Instant::now()).as_millis()).unwrap_or(u32::MAX);
         let frame = wire::frame(&Request { id, budget_ms, operations });
@@ -356,13 +360,17 @@ async fn check_keys(config: &HsmConfig, connection: &Connection) -> Result<(), H
     for key in &config.keys.master {
         let check = Derivation::check_value(key.name.clone());
         let len = u32::try_from(check.length).unwrap_or(u32::MAX);
-        let operation = Operation::Derive { key: key.name.clone(), prf: key.prf, fixed_input: check.fixed_input(), len };
+        let operation =
+            Operation::Derive { key: key.name.clone(), prf: key.prf, fixed_input: check.fixed_input(), len };
         let Answer::Derived(value) = one(operation).await? else {
             return Err(HsmError::Wrong("no check value".to_owned()));
         };
         // The check value is public: it is in the register in clear.
         if value.into_secret().expose() != &key.check_value {
-            return Err(HsmError::Wrong(format!("the master key {} has another check value than the register", key.name)));
+            return Err(HsmError::Wrong(format!(
+                "the master key {} has another check value than the register",
+                key.name
+            )));
         }
     }
     Ok(())

@@ -42,8 +42,7 @@ impl Token {
         let (slot, identity) = find_token(&module, wanted)?;
         let info = module.get_library_info().doing(|| "reading the module's description".to_owned())?;
         let version = info.library_version();
-        let description =
-            format!("{} {}.{}", info.library_description().trim(), version.major(), version.minor());
+        let description = format!("{} {}.{}", info.library_description().trim(), version.major(), version.minor());
         let pin = pin.read().map_err(|e| Failure::new(FailureClass::Rejected, e.to_string()))?;
         let anchor = module.open_rw_session(slot).doing(|| format!("opening a session on {}", identity.label))?;
         login(&anchor, &pin, &identity)?;
@@ -161,6 +160,7 @@ fn login(session: &Session, pin: &SecretBytes, identity: &TokenIdentity) -> Resu
 
 /// Exposed for the one call that takes it; cryptoki's type is wiped when dropped.
 fn auth_pin(pin: &SecretBytes) -> Result<AuthPin, Failure> {
-    let text = std::str::from_utf8(pin.expose()).map_err(|_| Failure::new(FailureClass::Rejected, "the PIN is not UTF-8"))?;
+    let text =
+        std::str::from_utf8(pin.expose()).map_err(|_| Failure::new(FailureClass::Rejected, "the PIN is not UTF-8"))?;
     Ok(AuthPin::new(text.into()))
 }

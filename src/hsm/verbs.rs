@@ -95,11 +95,8 @@ impl Verbs {
             SignatureAlgorithm::EcdsaP384Sha384 => sign(Mechanism::Ecdsa, digest(&SHA384, message).as_ref()),
             SignatureAlgorithm::RsaPkcs1Sha256 => sign(Mechanism::Sha256RsaPkcs, message),
             SignatureAlgorithm::RsaPssSha256 => {
-                let parameters = PkcsPssParams {
-                    hash_alg: MechanismType::SHA256,
-                    mgf: PkcsMgfType::MGF1_SHA256,
-                    s_len: 32.into(),
-                };
+                let parameters =
+                    PkcsPssParams { hash_alg: MechanismType::SHA256, mgf: PkcsMgfType::MGF1_SHA256, s_len: 32.into() };
                 sign(Mechanism::Sha256RsaPkcsPss(parameters), message)
             }
             SignatureAlgorithm::Ed25519 => {
@@ -109,7 +106,13 @@ impl Verbs {
     }
 
     /// SP 800-108r1 §4.1 with C_Sign as the PRF; cut to `len`.
-    pub(crate) fn derive(&mut self, key: &KeyName, prf: Prf, fixed_input: &[u8], len: usize) -> Result<Vec<u8>, Failure> {
+    pub(crate) fn derive(
+        &mut self,
+        key: &KeyName,
+        prf: Prf,
+        fixed_input: &[u8],
+        len: usize,
+    ) -> Result<Vec<u8>, Failure> {
         let object = self.key(key)?;
         let mechanism = match prf {
             Prf::HmacSha256 => Mechanism::Sha256Hmac,
@@ -141,9 +144,9 @@ impl Verbs {
             .session
             .generate_key_pair(&mechanism, &public_template, &private_template)
             .doing(|| format!("generating a {kind} pair"))?;
-        let answer = self.wrap_both(private, wrapping_key).and_then(|(kept, delivered)| {
-            Ok(Answer::Pair { public: self.public_key(kind, public)?, kept, delivered })
-        });
+        let answer = self
+            .wrap_both(private, wrapping_key)
+            .and_then(|(kept, delivered)| Ok(Answer::Pair { public: self.public_key(kind, public)?, kept, delivered }));
         self.forget(private)?;
         self.forget(public)?;
         answer
@@ -221,7 +224,11 @@ impl Verbs {
     }
 
     /// Makes the transport key and hands it out, once, under the RSA key of the process that asked.
-    pub(crate) fn make_transport_key(&mut self, rsa: &TransportRsa, hash: OaepHash) -> Result<(ObjectHandle, Vec<u8>), Failure> {
+    pub(crate) fn make_transport_key(
+        &mut self,
+        rsa: &TransportRsa,
+        hash: OaepHash,
+    ) -> Result<(ObjectHandle, Vec<u8>), Failure> {
         let template = [
             Attribute::Class(ObjectClass::SECRET_KEY),
             Attribute::Token(false),
@@ -234,7 +241,10 @@ impl Verbs {
             Attribute::Decrypt(false),
             Attribute::ValueLen(32.into()),
         ];
-        let key = self.session.generate_key(&Mechanism::AesKeyGen, &template).doing(|| "making a transport key".to_owned())?;
+        let key = self
+            .session
+            .generate_key(&Mechanism::AesKeyGen, &template)
+            .doing(|| "making a transport key".to_owned())?;
         let public = [
             Attribute::Class(ObjectClass::PUBLIC_KEY),
             Attribute::KeyType(KeyType::RSA),

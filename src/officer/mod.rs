@@ -1,1 +1,46 @@
-//! What security officers do.
+//! What security officers do: key ceremonies on the token, enrolment of callers, the stores' creation, a look at the daemon.
+
+mod ceremony;
+mod enroll;
+mod files;
+mod hsm_file;
+mod status;
+
+pub use ceremony::{CeremonyPlan, CeremonyReport};
+pub use enroll::{Enrolment, enroll};
+pub use files::FileError;
+pub use hsm_file::HsmFile;
+pub use status::{StatusError, connect_and_ask, describe_status, status_json};
+
+use crate::certificate::CertificateError;
+use crate::config::Faults;
+use crate::hsm::HsmError;
+use crate::keys::KeyError;
+
+/// Why an officer's act stopped. What was done before it is said by the act itself.
+#[derive(Debug, thiserror::Error)]
+pub enum OfficerError {
+    /// A file is wrong.
+    #[error("{0}")]
+    Faults(#[from] Faults),
+    /// The token.
+    #[error(transparent)]
+    Hsm(#[from] HsmError),
+    /// A certificate could not be made.
+    #[error(transparent)]
+    Certificate(#[from] CertificateError),
+    /// A key could not be made.
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    /// A file could not be written, or is there already.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// Anything else, in words.
+    #[error("{0}")]
+    Other(String),
+}
+
+/// Seconds since the Unix epoch.
+fn now() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}

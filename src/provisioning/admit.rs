@@ -1,7 +1,7 @@
 //! Step 1 of the way: may the caller, does the order fit its profile, are chip and identity free.
 
 use super::{Order, Product, ProvisionError, Provisioner, now};
-use crate::certificate::{KeyPairSource, SealedDelivery};
+use crate::certificate::{KeyPairRule, Sealing};
 use crate::names::SessionId;
 use crate::store::{Abortable, Intent, Issued, Session, SessionState, TakenUp};
 
@@ -25,27 +25,28 @@ impl Provisioner {
         })?;
         self.stations.permit(&order.station, &order.profile, &order.identity)?;
         let profile = &product.profile;
-        if !profile.allows_identity(&order.identity) {
+        if !profile.allows(&order.identity) {
             let problem = format!("the profile {} does not take {} identities", order.profile, order.identity.kind());
             return Err(ProvisionError::invalid("identity", problem));
         }
         match (profile.key_pair(), &order.own_key) {
-            (KeyPairSource::Csr { .. }, None) => {
+            (KeyPairRule::Csr { .. }, None) => {
                 let problem = format!("the profile {} needs a PKCS#10 request by the device", order.profile);
                 return Err(ProvisionError::invalid("csr", problem));
             }
-            (KeyPairSource::Csr { accepted }, Some(key)) if !accepted.contains(&key.kind()) => {
+            (KeyPairRule::Csr { accepted }, Some(key)) if !accepted.contains(&key.kind()) => {
                 let problem = format!("the profile {} does not take {} keys", order.profile, key.kind());
                 return Err(ProvisionError::invalid("csr", problem));
             }
-            (KeyPairSource::Generate(_) | KeyPairSource::None, Some(_)) => {
+            (KeyPairRule::Generate { .. } | KeyPairRule::None, Some(_)) => {
                 let problem = format!("the profile {} does not take a request: the pair is made here", order.profile);
                 return Err(ProvisionError::invalid("csr", problem));
             }
             _ => {}
         }
-        if profile.sealed_delivery() == SealedDelivery::Required && order.transport_key.is_none() {
-            let problem = format!("the profile {} seals its packages: the chip's transport key is needed", order.profile);
+        if profile.sealing() == Sealing::Required && order.transport_key.is_none() {
+            let problem =
+                format!("the profile {} seals its packages: the chip's transport key is needed", order.profile);
             return Err(ProvisionError::invalid("transport_key", problem));
         }
         Ok(product)

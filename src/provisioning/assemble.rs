@@ -1,12 +1,12 @@
 //! The way of a device, first half: from the order to the data package.
 
+use crate::certificate::{CertificateRequest, CertificateSerial, KeyPairRule, prepare};
 use crate::hsm::{Derivation, DeviceKeyOrder};
 use crate::keys::PublicKey;
 use crate::names::{ChipId, DeviceIdentity, ProfileName, SessionId, StationName};
 use crate::package::TransportPublicKey;
 use crate::secret::SecretBytes;
 use crate::store::{CertificateToSign, MasterKeyUse, Session, SessionState};
-use crate::certificate::{CertificateRequest, CertificateSerial, KeyPairSource, prepare};
 
 use super::admit::Admitted;
 use super::deliver::PackageKeys;
@@ -89,17 +89,19 @@ impl Provisioner {
 
     async fn make_keys(&self, order: &Order, product: &Product) -> Result<MadeKeys, ProvisionError> {
         let pair = match product.profile.key_pair() {
-            KeyPairSource::Generate(kind) => Some(*kind),
-            KeyPairSource::Csr { .. } | KeyPairSource::None => None,
+            KeyPairRule::Generate { kind } => Some(*kind),
+            KeyPairRule::Csr { .. } | KeyPairRule::None => None,
         };
         let derivations = derivations(product, &order.identity);
         let made = self.hsm.device_keys(&DeviceKeyOrder { pair, derivations, random: RANDOM_LEN }).await?;
         let (private, kept) = made.pair.map(|pair| (pair.private, pair.kept)).unzip();
         let public_key = private.as_ref().map(|pair| pair.public().clone()).or_else(|| order.own_key.clone());
-        let (session, serial) = made.random.split_at(SessionId::LEN);
+        let short = || ProvisionError::Internal { doing: "drawing random octets", cause: "too few came".to_owned() };
+        let (session, serial) = made.random.split_first_chunk::<{ SessionId::LEN }>().ok_or_else(short)?;
+        let serial = serial.first_chunk::<{ CertificateSerial::LEN }>().ok_or_else(short)?;
         Ok(MadeKeys {
             session: SessionId::from_bytes(session).map_err(ProvisionError::internal("naming a session"))?,
-            serial: CertificateSerial::from_random(serial).map_err(ProvisionError::internal("numbering a certificate"))?,
+            serial: CertificateSerial::from_random(*serial),
             public_key,
             kept,
             package_keys: PackageKeys { pair: private, derived: made.derived },
@@ -121,7 +123,7 @@ impl Provisioner {
             .map_err(ProvisionError::internal("preparing a certificate"))?
             .lint()
             .map_err(ProvisionError::internal("linting a certificate"))?;
-        let certificate: CertificateToSign = linted.into_to_sign(product.issuer.key().clone());
+        let certificate: CertificateToSign = linted.into_to_sign();
         Ok(Session {
             id: made.session,
             chip: order.chip.clone(),
@@ -157,8 +159,8 @@ struct MadeKeys {
 
 /// The symmetric keys of a device, as the HSM derives them.
 pub(super) fn derivations(product: &Product, identity: &DeviceIdentity) -> Vec<Derivation> {
-    let derivation = |spec: &crate::certificate::SymmetricKeySpec| {
-        Derivation::device_key(spec.master_key.clone(), &spec.purpose, identity, spec.length)
+    let derivation = |spec: &crate::certificate::SymmetricKeyRule| {
+        Derivation::device_key(spec.master_key.clone(), &spec.purpose, identity, usize::from(spec.length))
     };
     product.profile.symmetric_keys().iter().map(derivation).collect()
 }

@@ -51,11 +51,10 @@ impl Provisioner {
         let session = issued.session();
         let package = package(issued, product, self.held_keys(session, product).await?)?;
         let octets = package.encode()?;
-        let rules = product.profile.backup_rules();
+        let rules = product.profile.backup();
         let backup = BackupPackage::accept(&completion.backup, &rules, &session.chip, &octets, &package.secrets())?;
-        if product.profile.requires_confirmation() || !completion.confirmation.is_empty() {
-            let claims =
-                ConfirmationClaims::about(session.id, session.chip.clone(), &octets, &completion.backup);
+        if product.profile.confirmation_required() || !completion.confirmation.is_empty() {
+            let claims = ConfirmationClaims::about(session.id, session.chip.clone(), &octets, &completion.backup);
             let device_key = session.public_key.as_deref().map(public_key).transpose()?;
             let key = match (&device_key, package.symmetric_keys.first()) {
                 (Some(pair), _) => ConfirmationKey::Pair(pair),
@@ -98,7 +97,11 @@ impl Provisioner {
     }
 
     /// The session's product, if the station may work on it.
-    pub(super) fn permitted_product(&self, station: &StationName, session: &Session) -> Result<&Product, ProvisionError> {
+    pub(super) fn permitted_product(
+        &self,
+        station: &StationName,
+        session: &Session,
+    ) -> Result<&Product, ProvisionError> {
         self.stations.permit(station, &session.profile, &session.identity)?;
         self.products.get(&session.profile).ok_or_else(|| {
             let problem = format!("the profile {} is no longer configured", session.profile);

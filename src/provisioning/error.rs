@@ -35,7 +35,9 @@ pub enum ProvisionError {
     #[error(transparent)]
     NotPermitted(#[from] NotPermitted),
     /// The chip has another order, or another identity.
-    #[error("the chip {chip} already has the identity {identity} (session {session}); abort that session first if it is wrong")]
+    #[error(
+        "the chip {chip} already has the identity {identity} (session {session}); abort that session first if it is wrong"
+    )]
     ChipTaken {
         /// The chip.
         chip: ChipId,
@@ -55,7 +57,9 @@ pub enum ProvisionError {
         session: SessionId,
     },
     /// The device went the whole way before; its key pair is no longer here.
-    #[error("the chip {chip} is complete (session {session}); its backup is in the public database: Recovery.GetRecord")]
+    #[error(
+        "the chip {chip} is complete (session {session}); its backup is in the public database: Recovery.GetRecord"
+    )]
     AlreadyComplete {
         /// The chip.
         chip: ChipId,
@@ -120,7 +124,6 @@ impl ProvisionError {
 fn list(violations: &[FieldViolation]) -> String {
     violations.iter().map(|v| format!("{}: {}", v.field, v.problem)).collect::<Vec<_>>().join("; ")
 }
-
 
 impl From<ReserveError> for ProvisionError {
     fn from(error: ReserveError) -> Self {

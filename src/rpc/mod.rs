@@ -1,1 +1,18 @@
-//! The only room with tonic.
+//! gRPC: the only room with tonic. Services, peers turned into callers, ONE table from errors to statuses, TLS, drain.
+//!
+//! Inner rooms never mention gRPC: a request is parsed here into values that are valid, a result is turned into a
+//! message here, and [`status`] is the one place that decides what a caller may learn of a failure.
+#![expect(clippy::disallowed_types, reason = "this is the room of gRPC")]
+
+mod callers;
+mod door;
+mod health;
+mod line;
+mod messages;
+mod officer;
+mod recovery;
+mod serve;
+mod status;
+
+pub use officer::NodeInfo;
+pub use serve::{Listening, ServeError};

@@ -149,6 +149,7 @@ class Package:
                 serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
             ),
             alg="ES256",
+            kid=chip.manufacturer.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value.digest,
         )
         octets = self.certificate
         if octets.startswith(b"\xd8\x3d"):  # the CWT tag 61, RFC 8392 §6

@@ -1,11 +1,14 @@
 """The foreign device against envelopes put together by hand from RFC 9052 and RFC 9053, without any COSE library."""
 
+import datetime
 import hashlib
 import secrets
 import unittest
 
 import cbor2
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
@@ -62,6 +65,37 @@ class ForeignDevice(unittest.TestCase):
         hash_of = lambda octets: hashlib.sha256(octets).digest()  # noqa: E731
         expected = {1: SESSION, 2: self.chip.chip_id, 3: hash_of(b"package"), 4: hash_of(b"backup")}
         self.assertEqual(cbor2.loads(tagged.value[2]), expected)
+
+    def test_a_cwt_is_for_its_chip_and_identity_only(self):
+        manufacturer_key, manufacturer = manufacturer_by_hand()
+        chip = device.Chip(manufacturer)
+        claims = cbor2.dumps({1: "Maker", 2: "serial:1", 6: 0, -70001: chip.chip_id})
+        cwt = sign_by_hand(claims, manufacturer_key, manufacturer)
+        device.Package(b"", "serial:1", cwt, True, None, []).verify(chip)
+        device.Package(b"", "serial:1", b"\xd8\x3d" + cwt, True, None, []).verify(chip)
+        with self.assertRaises(device.Refused):
+            device.Package(b"", "serial:2", cwt, True, None, []).verify(chip)
+        with self.assertRaises(device.Refused):
+            device.Package(b"", "serial:1", cwt, True, None, []).verify(device.Chip(manufacturer))
+        with self.assertRaises(Exception):
+            device.Package(b"", "serial:1", cwt, True, None, []).verify(device.Chip(manufacturer_by_hand()[1]))
+
+
+def manufacturer_by_hand():
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "Maker")])
+    builder = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + datetime.timedelta(days=1))
+    builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+    return key, builder.sign(key, SHA256())
+
+
+def sign_by_hand(claims: bytes, key, certificate) -> bytes:
+    """RFC 9052 §4.4."""
+    key_id = certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value.digest
+    protected = cbor2.dumps({1: -7, 4: key_id})
+    der = key.sign(cbor2.dumps(["Signature1", protected, b"", claims]), ec.ECDSA(SHA256()))
+    signature = b"".join(number.to_bytes(32) for number in decode_dss_signature(der))
+    return cbor2.dumps(cbor2.CBORTag(18, [protected, {}, claims, signature]))
 
 
 if __name__ == "__main__":

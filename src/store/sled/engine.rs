@@ -153,7 +153,7 @@ fn remove_half_written_snapshots(place: &Place) -> io::Result<()> {
 }
 
 /// Wakes a flush that waits for ever. When sled's log write fails in a thread of its pool after a batch that filled a segment,
-/// the error is noted but the waiting flush is not told; any other flush tells it.
+/// the error is noted but the waiting flush is not told (`exit_reservation` in sled's `logger.rs`); any other flush tells it.
 struct Waker {
     since: Arc<Mutex<Option<Instant>>>,
     stop: Option<Sender<()>>,

@@ -4,6 +4,7 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -71,6 +72,8 @@ pub(super) struct Place {
     pub(super) door: Arc<dyn Door>,
     kind: &'static Kind,
     room: Mutex<Option<(Instant, u64)>>,
+    /// Set when the file system cannot make a reserve, so that not every commit tries.
+    no_reserve: AtomicBool,
     _lock: File,
 }
 
@@ -90,7 +93,7 @@ impl Place {
                 dir.display()
             )));
         }
-        let made = DirBuilder::new().recursive(true).mode(0o700).create(dir).and_then(|()| lock_file(dir, true));
+        let made = make_dir(dir).and_then(|()| lock_file(dir, true));
         let lock = made.map_err(|e| place(format!("{}: cannot make {}: {e}", kind.name, dir.display())))?;
         let place = Self::new(kind, dir, options, door, lock);
         place.lock()?;
@@ -121,7 +124,7 @@ impl Place {
 
     fn new(kind: &'static Kind, dir: &Path, options: &SledOptions, door: Arc<dyn Door>, lock: File) -> Self {
         let (dir, options) = (dir.to_owned(), options.clone());
-        Self { dir, options, door, kind, room: Mutex::default(), _lock: lock }
+        Self { dir, options, door, kind, room: Mutex::default(), no_reserve: AtomicBool::new(false), _lock: lock }
     }
 
     /// Writes the marker, which makes the directory a store. All else is durable by then: a crash before leaves a
@@ -134,9 +137,7 @@ impl Place {
             let mut file = OpenOptions::new().write(true).open(self.dir.join(MARKER))?;
             file.write_all(text.as_bytes())?;
             file.sync_all()?;
-            sync_dir(&self.dir)?;
-            // Without this the directory itself may be gone after a power loss.
-            self.dir.canonicalize()?.parent().map_or(Ok(()), sync_dir)
+            sync_dir(&self.dir)
         };
         write().map_err(|e| self.failed("writing the marker", e))
     }
@@ -165,7 +166,11 @@ impl Place {
     /// Makes the reserve file if it is not there and leaves at least the floor. A store without one still works.
     pub(super) fn keep_reserve(&self) {
         let (path, octets) = (self.dir.join(RESERVE), self.options.reserve_bytes);
-        if octets == 0 || path.exists() || self.admit(self.options.floor_bytes.saturating_add(octets)).is_err() {
+        if octets == 0
+            || self.no_reserve.load(Relaxed)
+            || path.exists()
+            || self.admit(self.options.floor_bytes.saturating_add(octets)).is_err()
+        {
             return;
         }
         let made = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path).and_then(|file| {
@@ -174,7 +179,8 @@ impl Place {
         });
         if let Err(error) = made {
             tracing::warn!(store = self.kind.name, dir = %self.dir.display(), %error, "no reserve file could be made");
-            // A half-made one reserves nothing; if it cannot go either, the next opening tries again.
+            self.no_reserve.store(true, Relaxed);
+            // A half-made one reserves nothing. If it cannot go either, the warning above tells of it.
             let _ = fs::remove_file(&path);
         }
     }
@@ -240,6 +246,20 @@ impl Place {
         }
         Ok(())
     }
+}
+
+/// Makes a directory and those above it that are missing, each durable in the one above: without that the whole store may be
+/// gone after a power loss.
+fn make_dir(dir: &Path) -> io::Result<()> {
+    let parent = match dir.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    };
+    if !parent.exists() {
+        make_dir(parent)?;
+    }
+    DirBuilder::new().mode(0o700).create(dir)?;
+    sync_dir(parent)
 }
 
 /// Makes a directory's entries durable.

@@ -29,12 +29,14 @@ static KIND: Kind = Kind { name: "public database", marker: "public", found, che
 pub struct SledPublicDatabase(Committer);
 
 impl SledPublicDatabase {
-    /// Makes a new, empty database and opens it. Refuses a place where anything is already. For `sppctl init`.
+    /// Makes a new, empty database and opens it. [`StoreError::Place`] where anything is already. For
+    /// `sppctl init`.
     pub fn create(dir: &Path, options: &SledOptions) -> Result<Self, StoreError> {
         Committer::create(&KIND, dir, options, Arc::new(System)).map(Self)
     }
 
-    /// Opens an existing database. Never makes one. Waits some seconds for a killed predecessor's lock.
+    /// Opens an existing database; [`StoreError::Place`] if there is none, or one of another kind, or if another process has it (a
+    /// killed predecessor's lock is awaited for some seconds). Never makes one. Calls need a tokio runtime with a timer.
     pub fn open(dir: &Path, options: &SledOptions) -> Result<Self, StoreError> {
         Self::open_through(dir, options, Arc::new(System))
     }

@@ -1,10 +1,9 @@
 //! What only the fence around sled must do; what every engine must do is in `store/contract.rs`.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufRead, BufReader, Write};
+use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::time::{Duration, Instant};
@@ -13,8 +12,10 @@ use super::place::Door;
 use super::*;
 use crate::store::contract::{Factory, contract, erased, finish, id, issued, key, published, record, session};
 use crate::store::{
-    PublicDatabase, PublishError, ReserveError, SessionCounts, SessionState, StateName, StateStore, StoreError,
+    DeviceRecord, PublicDatabase, PublishError, ReserveError, Session, SessionCounts, StateName, StateStore, StoreError,
 };
+
+mod crash;
 
 struct Sled(tempfile::TempDir);
 
@@ -168,7 +169,7 @@ async fn a_publication_that_failed_is_in_once_after_repeating_it() {
         fault.store(false, SeqCst);
         let begun = Instant::now();
         let publication = loop {
-            match public.publish(&crate::store::DeviceRecord { published: 7777, ..record(1) }).await {
+            match public.publish(&DeviceRecord { published: 7777, ..record(1) }).await {
                 Ok(publication) => break publication,
                 Err(error) => assert!(begun.elapsed() < Duration::from_secs(20), "{error}"),
             }
@@ -201,8 +202,7 @@ async fn a_refused_transaction_does_not_disturb_the_others() {
     let store = sled.state();
     let calls = (0..200).map(|n| {
         let store = store.clone();
-        let of_one_chip =
-            if n % 2 == 0 { session(n) } else { crate::store::Session { chip: session(0).chip, ..session(n) } };
+        let of_one_chip = if n % 2 == 0 { session(n) } else { Session { chip: session(0).chip, ..session(n) } };
         tokio::spawn(async move { store.reserve(&of_one_chip, Some(&key(n))).await.is_ok() })
     });
     let mut kept = 0;
@@ -319,7 +319,7 @@ async fn no_value_makes_a_blob_file() {
     let sled = Sled::new();
     let public = sled.public();
     for n in 0..60 {
-        public.publish(&crate::store::DeviceRecord { backup: vec![5; 60_000], ..record(n) }).await.unwrap();
+        public.publish(&DeviceRecord { backup: vec![5; 60_000], ..record(n) }).await.unwrap();
     }
     assert_eq!(fs::read_dir(sled.0.path().join("public/blobs")).unwrap().count(), 0);
 }
@@ -334,98 +334,4 @@ async fn damage_is_reported_when_the_store_is_opened() {
     OpenOptions::new().write(true).open(&db).unwrap().write_all(&octets).unwrap();
     let error = SledStateStore::open(&sled.dir(), &options()).err().unwrap();
     assert!(matches!(error, StoreError::Damaged { .. } | StoreError::Failed { .. }), "{error}");
-}
-
-const CHILD: &str = "SPP_STORE_TEST_DIR";
-const CHILD_FIRST: &str = "SPP_STORE_TEST_FIRST";
-
-fn child(wrap: &str, dir: &Path, first: u64) -> Command {
-    let mut command = Command::new("sh");
-    command
-        .args(["-c", &format!("{wrap} exec \"$0\" \"$@\"")])
-        .arg(std::env::current_exe().unwrap())
-        .args(["--exact", "store::sled::tests::writes_until_it_is_stopped", "--ignored", "--nocapture", "-q"])
-        .envs([(CHILD, dir.as_os_str()), (CHILD_FIRST, first.to_string().as_ref())])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null());
-    command
-}
-
-/// The numbers that a child printed; the last line may be cut off and is dropped unless it is whole.
-fn acknowledged(out: impl io::Read, enough: usize, stop: &mut dyn FnMut()) -> Vec<u64> {
-    let mut numbers = Vec::new();
-    for line in BufReader::new(out).lines() {
-        let line = line.unwrap();
-        if let Some(n) = line.strip_prefix("acknowledged ").and_then(|rest| rest.strip_suffix('.')) {
-            numbers.push(n.parse().unwrap());
-        }
-        if numbers.len() == enough {
-            stop();
-        }
-    }
-    numbers
-}
-
-#[tokio::test]
-#[ignore = "the child of the tests below"]
-async fn writes_until_it_is_stopped() {
-    let store = Arc::new(SledStateStore::open(Path::new(&std::env::var(CHILD).unwrap()), &options()).unwrap());
-    let first: u64 = std::env::var(CHILD_FIRST).unwrap().parse().unwrap();
-    let writers = (0..16).map(|writer| {
-        let store = store.clone();
-        tokio::spawn(async move {
-            for n in (first + writer..).step_by(16) {
-                if store.reserve(&session(n), Some(&key(n))).await.is_err() {
-                    return;
-                }
-                println!("acknowledged {n}.");
-                if n % 3 == 0 && store.advance(&id(n), StateName::Reserved, issued(n)).await.is_err() {
-                    return;
-                }
-            }
-        })
-    });
-    for writer in writers.collect::<Vec<_>>() {
-        writer.await.unwrap();
-    }
-}
-
-#[tokio::test]
-async fn what_was_acknowledged_survives_kill_9() {
-    let sled = Sled::new();
-    let mut all = Vec::new();
-    for round in 0..5u64 {
-        let mut process = child("", &sled.dir(), round * 1_000_000).spawn().unwrap();
-        let out = process.stdout.take().unwrap();
-        let numbers = acknowledged(out, 150 + 40 * usize::try_from(round).unwrap(), &mut || process.kill().unwrap());
-        process.wait().unwrap();
-        assert!(numbers.len() >= 150, "only {} were acknowledged", numbers.len());
-        all.extend(numbers);
-        let store = sled.state();
-        for n in &all {
-            let found = store.session(&id(*n)).await.unwrap().unwrap();
-            assert!(found.state == SessionState::Reserved || found.state == issued(*n));
-            assert_eq!(store.wrapped_key(&id(*n)).await.unwrap(), Some(key(*n)));
-        }
-        let (counts, listed) = (store.counts().await.unwrap(), store.unfinished().await.unwrap().len());
-        assert_eq!(counts.reserved + counts.issued, listed as u64, "counts and list are from the same batches");
-    }
-}
-
-/// A limit on the file's size stands for a full disk: sled's writes fail, in whichever of its threads they happen.
-#[tokio::test]
-async fn a_disk_that_fills_up_loses_nothing() {
-    for kilobytes in [3000, 5000, 8192] {
-        let sled = Sled::new();
-        let wrap = format!("trap '' XFSZ; ulimit -f {};", 2 * kilobytes);
-        let mut process = child(&wrap, &sled.dir(), 0).spawn().unwrap();
-        let numbers = acknowledged(process.stdout.take().unwrap(), usize::MAX, &mut || ());
-        process.wait().unwrap();
-        assert!(numbers.len() > 100, "only {} were acknowledged", numbers.len());
-        let store = sled.state();
-        for n in &numbers {
-            assert!(store.session(&id(*n)).await.unwrap().is_some(), "{n} is lost");
-        }
-        store.reserve(&session(u64::from(u32::MAX)), None).await.unwrap();
-    }
 }

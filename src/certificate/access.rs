@@ -1,0 +1,253 @@
+//! Certificates by which stations, officers and servers know each other over TLS.
+
+use std::net::IpAddr;
+
+use der::Decode;
+use der::asn1::{Ia5String, ObjectIdentifier};
+use x509_cert::Certificate;
+use x509_cert::ext::pkix::name::GeneralName;
+use x509_cert::ext::pkix::{ExtendedKeyUsage, KeyUsage, KeyUsages, SubjectAltName};
+
+use super::authority::{UnsignedDocument, key_identifiers, ordered};
+use super::name::SubjectName;
+use super::prepare::CertificateSerial;
+use super::tbs::{self, TbsFields};
+use super::{CertificateError, IssuerCertificate};
+use crate::keys::PublicKey;
+use crate::names::{OfficerName, StationName};
+
+/// `id-kp-serverAuth`, RFC 5280 §4.2.1.12.
+const SERVER_AUTH: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.6.1.5.5.7.3.1");
+/// `id-kp-clientAuth`, RFC 5280 §4.2.1.12.
+const CLIENT_AUTH: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.6.1.5.5.7.3.2");
+/// What every caller's URI starts with.
+const SCHEME: &str = "spp://";
+
+/// For whom an access certificate is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AccessName {
+    /// A station: URI `spp://station/line-3/a`, clientAuth.
+    Station(StationName),
+    /// An officer: URI `spp://officer/o-17`, clientAuth.
+    Officer(OfficerName),
+    /// A server: DNS names and IP addresses, serverAuth.
+    Server {
+        /// DNS names, `spp.example` say.
+        dns: Vec<String>,
+        /// Addresses.
+        ips: Vec<IpAddr>,
+    },
+}
+
+/// An access certificate to be made.
+#[derive(Debug)]
+pub struct AccessCertificate<'a> {
+    /// For whom.
+    pub name: &'a AccessName,
+    /// Whose key.
+    pub public_key: &'a PublicKey,
+    /// The authority for access certificates.
+    pub issuer: &'a IssuerCertificate,
+    /// The certificate's number.
+    pub serial: CertificateSerial,
+    /// Seconds since the Unix epoch.
+    pub not_before: u64,
+    /// Seconds since the Unix epoch. Access always ends.
+    pub not_after: u64,
+}
+
+/// Puts an access certificate together: digitalSignature, one extended key usage, finite validity.
+pub fn access_certificate(wanted: &AccessCertificate<'_>) -> Result<UnsignedDocument, CertificateError> {
+    let not_after = ordered(wanted.not_before, wanted.not_after)?;
+    if not_after == tbs::NO_EXPIRY {
+        return Err(CertificateError::Request("an access certificate must expire; give a validity".into()));
+    }
+    let (common_name, names, usage) = match wanted.name {
+        AccessName::Station(name) => (name.as_str(), vec![tbs::uri(&format!("{SCHEME}station/{name}"))?], CLIENT_AUTH),
+        AccessName::Officer(name) => (name.as_str(), vec![tbs::uri(&format!("{SCHEME}officer/{name}"))?], CLIENT_AUTH),
+        AccessName::Server { dns, ips } => ("spp server", server_names(dns, ips)?, SERVER_AUTH),
+    };
+    let subject = SubjectName::with_common_name(common_name).map_err(|e| CertificateError::Request(e.to_string()))?;
+    let mut extensions = vec![
+        tbs::extension(true, &KeyUsage(KeyUsages::DigitalSignature.into()))?,
+        tbs::extension(false, &ExtendedKeyUsage(vec![usage]))?,
+        tbs::extension(false, &SubjectAltName(names))?,
+    ];
+    extensions.extend(key_identifiers(wanted.public_key, wanted.issuer.key_identifier())?);
+    let algorithm = wanted.issuer.algorithm();
+    let to_be_signed = tbs::encode(TbsFields {
+        serial: wanted.serial,
+        algorithm,
+        issuer: wanted.issuer.subject().clone(),
+        not_before: wanted.not_before,
+        not_after,
+        subject: subject.to_name(None)?,
+        public_key: wanted.public_key,
+        extensions,
+    })?;
+    Ok(UnsignedDocument::new("CERTIFICATE", to_be_signed, algorithm, wanted.issuer.public_key()))
+}
+
+fn server_names(dns: &[String], ips: &[IpAddr]) -> Result<Vec<GeneralName>, CertificateError> {
+    if dns.is_empty() && ips.is_empty() {
+        return Err(CertificateError::Request("a server certificate needs a DNS name or an IP address".into()));
+    }
+    let mut names = Vec::new();
+    for name in dns {
+        let label_ok = |label: &str| {
+            (1..=63).contains(&label.len())
+                && !label.starts_with('-')
+                && !label.ends_with('-')
+                && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+        };
+        if name.len() > 253 || !name.split('.').all(label_ok) {
+            return Err(CertificateError::Request(format!("{name:?} is not a DNS name (RFC 1034 §3.5)")));
+        }
+        let name = Ia5String::new(name).map_err(CertificateError::unwritable("DNS name"))?;
+        names.push(GeneralName::DnsName(name));
+    }
+    names.extend(ips.iter().copied().map(GeneralName::from));
+    Ok(names)
+}
+
+/// Who a client certificate is of.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Caller {
+    /// A station.
+    Station(StationName),
+    /// An officer.
+    Officer(OfficerName),
+}
+
+/// Reads who a client certificate is of, and until when (seconds since the Unix epoch). The certificate has been verified
+/// by TLS before; exactly one `spp://` URI must name the caller.
+pub fn caller_of(der: &[u8]) -> Result<(Caller, u64), CertificateError> {
+    let unreadable = || CertificateError::unreadable("client certificate");
+    let certificate = Certificate::from_der(der).map_err(unreadable())?;
+    let tbs = certificate.tbs_certificate();
+    let names = tbs.get_extension::<SubjectAltName>().map_err(unreadable())?;
+    let names = names.map(|(_, names)| names.0).unwrap_or_default();
+    let mut callers = names.iter().filter_map(|name| match name {
+        GeneralName::UniformResourceIdentifier(uri) => uri.as_str().strip_prefix(SCHEME),
+        _ => None,
+    });
+    let (Some(caller), None) = (callers.next(), callers.next()) else {
+        return Err(CertificateError::refused("it has not exactly one spp:// name; use one made by sppctl"));
+    };
+    let not_after = tbs.validity().not_after.to_unix_duration().as_secs();
+    Ok((parse_caller(caller)?, not_after))
+}
+
+fn parse_caller(path: &str) -> Result<Caller, CertificateError> {
+    let refused = |e: crate::names::NameError| CertificateError::refused(format!("spp://{path}: {e}"));
+    match path.split_once('/') {
+        Some(("station", name)) => name.parse().map(Caller::Station).map_err(refused),
+        Some(("officer", name)) => name.parse().map(Caller::Officer).map_err(refused),
+        _ => Err(CertificateError::refused(format!("spp://{path} names neither a station nor an officer"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::certificate::testing::{NOW, SignWith, authority_of, openssl, serial};
+
+    struct Access {
+        authority: SignWith,
+        issuer: IssuerCertificate,
+    }
+
+    impl Access {
+        fn new() -> Self {
+            let authority = SignWith::p256();
+            let issuer = IssuerCertificate::from_pem(&authority_of(&authority), authority.algorithm()).unwrap();
+            Self { authority, issuer }
+        }
+
+        fn unsigned(&self, name: &AccessName) -> Result<UnsignedDocument, CertificateError> {
+            let key = SignWith::p256();
+            access_certificate(&AccessCertificate {
+                name,
+                public_key: key.public(),
+                issuer: &self.issuer,
+                serial: serial(9),
+                not_before: NOW,
+                not_after: NOW + 86_400 * 365,
+            })
+        }
+
+        fn issue(&self, name: &AccessName) -> super::super::SignedDocument {
+            let unsigned = self.unsigned(name).unwrap();
+            let signature = self.authority.sign(unsigned.to_be_signed());
+            unsigned.assemble(&signature).unwrap()
+        }
+    }
+
+    #[test]
+    fn a_caller_is_read_back_from_its_certificate() {
+        let access = Access::new();
+        let (station, officer) = ("line-3/a".parse::<StationName>().unwrap(), "o-17".parse::<OfficerName>().unwrap());
+        let made = access.issue(&AccessName::Station(station.clone()));
+        assert_eq!(caller_of(made.as_der()).unwrap(), (Caller::Station(station), NOW + 86_400 * 365));
+        let made = access.issue(&AccessName::Officer(officer.clone()));
+        assert_eq!(caller_of(made.as_der()).unwrap().0, Caller::Officer(officer));
+    }
+
+    #[test]
+    fn openssl_accepts_a_station_as_client_and_a_server_as_server() {
+        let access = Access::new();
+        let ca = authority_of(&access.authority);
+        let check = |name: &AccessName, purpose: &str| {
+            let pem = access.issue(name).to_pem().unwrap();
+            let at = (NOW + 60).to_string();
+            let line = ["verify", "-x509_strict", "-attime", &at, "-purpose", purpose, "-CAfile", "ca.pem", "x.pem"];
+            openssl(&line, &[("ca.pem", &ca), ("x.pem", &pem)])
+        };
+        let station = AccessName::Station("line-3/a".parse().unwrap());
+        let server = AccessName::Server { dns: vec!["spp.example".into()], ips: vec![IpAddr::from([127, 0, 0, 1])] };
+        for (name, purpose, accepted) in [
+            (&station, "sslclient", true),
+            (&station, "sslserver", false),
+            (&server, "sslserver", true),
+            (&server, "sslclient", false),
+        ] {
+            let text = check(name, purpose);
+            assert_eq!(text.contains("x.pem: OK"), accepted, "{purpose}: {text}");
+        }
+        assert!(caller_of(access.issue(&server).as_der()).is_err(), "a server is no caller");
+    }
+
+    #[test]
+    fn two_callers_in_one_certificate_are_nobody() {
+        let access = Access::new();
+        let key = SignWith::p256();
+        let names = ["spp://station/a", "spp://officer/o-1"].map(|uri| tbs::uri(uri).unwrap());
+        let to_be_signed = tbs::encode(TbsFields {
+            serial: serial(1),
+            algorithm: access.authority.algorithm(),
+            issuer: access.issuer.subject().clone(),
+            not_before: NOW,
+            not_after: NOW + 1,
+            subject: SubjectName::with_common_name("a").unwrap().to_name(None).unwrap(),
+            public_key: key.public(),
+            extensions: vec![tbs::extension(false, &SubjectAltName(names.to_vec())).unwrap()],
+        })
+        .unwrap();
+        let signature = access.authority.sign(&to_be_signed);
+        let document =
+            UnsignedDocument::new("CERTIFICATE", to_be_signed, access.authority.algorithm(), access.authority.public());
+        assert!(caller_of(document.assemble(&signature).unwrap().as_der()).is_err());
+    }
+
+    #[test]
+    fn names_that_are_none_are_refused() {
+        for path in ["", "station", "station/", "station/A", "auditor/x", "officer/a//b", "station/../x"] {
+            assert!(parse_caller(path).is_err(), "{path}");
+        }
+        let access = Access::new();
+        for dns in ["", "a..b", "-a", "*.example", "a b"] {
+            assert!(access.unsigned(&AccessName::Server { dns: vec![dns.into()], ips: vec![] }).is_err(), "{dns}");
+        }
+        assert!(access.unsigned(&AccessName::Server { dns: vec![], ips: vec![] }).is_err());
+    }
+}

@@ -1,0 +1,130 @@
+//! Distinguished names, built from attributes. Never from RFC 4514 text: a comma in a name must not become an attribute.
+
+use der::asn1::{ObjectIdentifier, PrintableStringRef, SetOfVec, Utf8StringRef};
+use der::{Any, Tag};
+use serde::Deserialize;
+use x509_cert::attr::AttributeTypeAndValue;
+use x509_cert::name::{Name, RdnSequence, RelativeDistinguishedName};
+
+use super::CertificateError;
+use crate::config::Faults;
+
+/// `id-at-commonName`, RFC 5280 Appendix A.1.
+pub(super) const COMMON_NAME: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.4.3");
+/// `id-at-serialNumber`, RFC 5280 Appendix A.1.
+pub(super) const SERIAL_NUMBER: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.4.5");
+/// `id-at-countryName`, RFC 5280 Appendix A.1.
+pub(super) const COUNTRY: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.4.6");
+/// `id-at-organizationName`, RFC 5280 Appendix A.1.
+pub(super) const ORGANIZATION: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.4.10");
+/// `id-at-organizationalUnitName`, RFC 5280 Appendix A.1.
+pub(super) const ORGANIZATIONAL_UNIT: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.4.11");
+/// `ub-common-name`, `ub-organization-name`, `ub-organizational-unit-name`: 64 characters (RFC 5280 Appendix A.1).
+const MAX_TEXT: usize = 64;
+
+/// The attributes of a name as people write them.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SubjectFields {
+    /// Two letters of ISO 3166.
+    pub country: Option<String>,
+    /// 1 to 64 characters.
+    pub organization: Option<String>,
+    /// 1 to 64 characters.
+    pub organizational_unit: Option<String>,
+    /// 1 to 64 characters.
+    pub common_name: Option<String>,
+}
+
+/// The constant part of a distinguished name, validated; its order is country, organization, unit, common name.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SubjectName(SubjectFields);
+
+impl SubjectName {
+    /// Checks the attributes; a fault's place is `place` and the attribute's name.
+    pub fn from_fields(place: &str, fields: SubjectFields) -> Result<Self, Faults> {
+        let mut faults = Faults::default();
+        if let Some(country) = &fields.country
+            && !(country.len() == 2 && country.bytes().all(|b| b.is_ascii_uppercase()))
+        {
+            faults.add(format!("{place}.country"), "write two capital letters of ISO 3166, FI for example");
+        }
+        for (key, text) in [
+            ("organization", &fields.organization),
+            ("organizational_unit", &fields.organizational_unit),
+            ("common_name", &fields.common_name),
+        ] {
+            let fits = |t: &str| (1..=MAX_TEXT).contains(&t.chars().count()) && !t.chars().any(char::is_control);
+            if text.as_deref().is_some_and(|t| !fits(t)) {
+                faults.add(format!("{place}.{key}"), "write 1 to 64 characters without control characters");
+            }
+        }
+        faults.ok_or_all(Some(Self(fields)))
+    }
+
+    /// Only a common name.
+    pub fn with_common_name(common_name: &str) -> Result<Self, Faults> {
+        let fields = SubjectFields { common_name: Some(common_name.to_owned()), ..SubjectFields::default() };
+        Self::from_fields("subject", fields)
+    }
+
+    /// The attributes.
+    pub const fn fields(&self) -> &SubjectFields {
+        &self.0
+    }
+
+    /// The name, with a `serialNumber` as its last attribute if one is given.
+    pub(super) fn to_name(&self, serial_number: Option<&str>) -> Result<Name, CertificateError> {
+        let attributes = [
+            (COUNTRY, Tag::PrintableString, self.0.country.as_deref()),
+            (ORGANIZATION, Tag::Utf8String, self.0.organization.as_deref()),
+            (ORGANIZATIONAL_UNIT, Tag::Utf8String, self.0.organizational_unit.as_deref()),
+            (COMMON_NAME, Tag::Utf8String, self.0.common_name.as_deref()),
+            (SERIAL_NUMBER, Tag::PrintableString, serial_number),
+        ];
+        let mut rdns = RdnSequence::default();
+        for (oid, tag, value) in attributes {
+            if let Some(value) = value {
+                rdns.push(rdn(oid, tag, value).map_err(CertificateError::unwritable("subject name"))?);
+            }
+        }
+        Ok(Name::hazmat_from_rdn_sequence(rdns))
+    }
+}
+
+fn rdn(oid: ObjectIdentifier, tag: Tag, value: &str) -> der::Result<RelativeDistinguishedName> {
+    let value = match tag {
+        Tag::PrintableString => Any::encode_from(&PrintableStringRef::new(value)?)?,
+        _ => Any::encode_from(&Utf8StringRef::new(value)?)?,
+    };
+    let mut set = SetOfVec::new();
+    set.insert(AttributeTypeAndValue { oid, value })?;
+    Ok(RelativeDistinguishedName::from(set))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use der::Encode;
+
+    #[test]
+    fn a_comma_in_a_name_stays_in_its_attribute() {
+        let fields = SubjectFields { organization: Some("A, CN=evil".into()), ..SubjectFields::default() };
+        let name = SubjectName::from_fields("subject", fields).unwrap().to_name(Some("1")).unwrap();
+        assert_eq!(name.len(), 2);
+        assert!(name.to_der().unwrap().windows(10).any(|w| w == b"A, CN=evil"));
+    }
+
+    #[test]
+    fn wrong_attributes_are_all_reported_with_their_place() {
+        let fields = SubjectFields {
+            country: Some("fi".into()),
+            organization: Some(String::new()),
+            common_name: Some("a\nb".into()),
+            ..SubjectFields::default()
+        };
+        let faults = SubjectName::from_fields("p.toml: subject", fields).unwrap_err();
+        let places: Vec<_> = faults.iter().map(|f| f.place.as_str()).collect();
+        assert_eq!(places, ["p.toml: subject.country", "p.toml: subject.organization", "p.toml: subject.common_name"]);
+    }
+}

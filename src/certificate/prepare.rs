@@ -1,0 +1,185 @@
+//! A request becomes the octets of a certificate, X.509 or CWT, not yet to be trusted and not yet to be signed.
+
+use der::asn1::OctetString;
+use x509_cert::ext::pkix::crl::dp::DistributionPoint;
+use x509_cert::ext::pkix::name::{DistributionPointName, GeneralName, HardwareModuleName, OtherName};
+use x509_cert::ext::pkix::{
+    AccessDescription, AuthorityInfoAccessSyntax, AuthorityKeyIdentifier, CrlDistributionPoints, ExtendedKeyUsage,
+    KeyUsage, KeyUsages, SubjectAltName, SubjectKeyIdentifier,
+};
+use x509_cert::ext::{Extension, Extensions};
+
+use super::profile::Profile;
+use super::tbs::{self, TbsFields};
+use super::{CertificateError, IssuerCertificate, cwt};
+use crate::keys::{PublicKey, SignatureAlgorithm};
+use crate::names::{ChipId, DeviceIdentity};
+
+/// What a certificate is to say.
+#[derive(Debug, Clone, Copy)]
+pub struct CertificateRequest<'a> {
+    /// The rules.
+    pub profile: &'a Profile,
+    /// Who will sign: the certificate of the profile's issuer.
+    pub issuer: &'a IssuerCertificate,
+    /// The chip.
+    pub chip: &'a ChipId,
+    /// The identity bound to it.
+    pub identity: &'a DeviceIdentity,
+    /// The device's public key; none gives a CWT, and the profile must say so.
+    pub public_key: Option<&'a PublicKey>,
+    /// The certificate's number.
+    pub serial: CertificateSerial,
+    /// Seconds since the Unix epoch.
+    pub not_before: u64,
+}
+
+impl CertificateRequest<'_> {
+    /// How the certificate will be signed.
+    pub fn algorithm(&self) -> SignatureAlgorithm {
+        self.profile.signature().unwrap_or(self.issuer.algorithm())
+    }
+
+    /// Seconds since the Unix epoch; `None` for no expiry.
+    pub(super) fn not_after(&self) -> Option<u64> {
+        let days = self.profile.certificate().validity_days?;
+        Some(self.not_before.saturating_add(u64::from(days) * 86_400))
+    }
+}
+
+/// A certificate's serial number: 20 octets, positive (RFC 5280 §4.1.2.2), 158 bits of them random.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CertificateSerial([u8; Self::LEN]);
+
+impl CertificateSerial {
+    /// Octets: the most that RFC 5280 §4.1.2.2 allows.
+    pub const LEN: usize = 20;
+
+    /// From the HSM's random octets. The first two bits become `01`: positive, and never shorter than 20 octets.
+    pub const fn from_random(mut random: [u8; Self::LEN]) -> Self {
+        random[0] = random[0] & 0x7f | 0x40;
+        Self(random)
+    }
+
+    /// The octets, big-endian, as stored and as encoded.
+    pub const fn as_bytes(&self) -> &[u8; Self::LEN] {
+        &self.0
+    }
+}
+
+/// A certificate that is put together but not looked at yet. [`PreparedCertificate::lint`] is its only way on.
+#[derive(Debug)]
+pub struct PreparedCertificate<'a> {
+    pub(super) request: CertificateRequest<'a>,
+    pub(super) to_be_signed: Vec<u8>,
+}
+
+/// Puts a device certificate together: an IEEE 802.1AR IDevID in X.509, or a CWT where there is no public key.
+pub fn prepare<'a>(request: &CertificateRequest<'a>) -> Result<PreparedCertificate<'a>, CertificateError> {
+    must_fit(request)?;
+    let to_be_signed = match request.public_key {
+        Some(public_key) => idevid(request, public_key)?,
+        None => cwt::to_be_signed(request)?,
+    };
+    Ok(PreparedCertificate { request: *request, to_be_signed })
+}
+
+fn must_fit(request: &CertificateRequest<'_>) -> Result<(), CertificateError> {
+    let (profile, identity) = (request.profile, request.identity);
+    let refused = |why: String| Err(CertificateError::Request(format!("profile {}: {why}", profile.name())));
+    if !profile.allows(identity) {
+        return refused(format!("an identity of kind {} is not among its identities", identity.kind()));
+    }
+    match request.public_key {
+        Some(_) if profile.is_cwt() => return refused("it has no key pair, but there is a public key".into()),
+        Some(key) if !profile.key_pair().accepts(key.kind()) => {
+            return refused(format!("a key of kind {} is not what it accepts", key.kind()));
+        }
+        None if !profile.is_cwt() => return refused("the device's public key is missing".into()),
+        _ => {}
+    }
+    let (kind, algorithm) = (request.issuer.public_key().kind(), request.algorithm());
+    if algorithm.fits(kind) { Ok(()) } else { Err(CertificateError::AlgorithmMismatch { kind, algorithm }) }
+}
+
+fn idevid(request: &CertificateRequest<'_>, public_key: &PublicKey) -> Result<Vec<u8>, CertificateError> {
+    tbs::encode(TbsFields {
+        serial: request.serial,
+        algorithm: request.algorithm(),
+        issuer: request.issuer.subject().clone(),
+        not_before: request.not_before,
+        not_after: request.not_after().unwrap_or(tbs::NO_EXPIRY),
+        subject: request.profile.subject().to_name(Some(&request.identity.value()))?,
+        public_key,
+        extensions: extensions(request, public_key)?,
+    })
+}
+
+fn extensions(request: &CertificateRequest<'_>, public_key: &PublicKey) -> Result<Extensions, CertificateError> {
+    let template = request.profile.certificate();
+    let unwritable = || CertificateError::unwritable("key identifier");
+    let mut usage = KeyUsages::DigitalSignature.into();
+    if template.key_encipherment {
+        usage |= KeyUsages::KeyEncipherment;
+    }
+    let issuer = AuthorityKeyIdentifier {
+        key_identifier: Some(OctetString::new(request.issuer.key_identifier()).map_err(unwritable())?),
+        ..AuthorityKeyIdentifier::default()
+    };
+    let mut extensions = vec![
+        tbs::extension(false, &issuer)?,
+        tbs::extension(true, &KeyUsage(usage))?,
+        tbs::extension(false, &SubjectAltName(alternative_names(request)?))?,
+    ];
+    if template.subject_key_identifier {
+        let identifier = OctetString::new(tbs::key_identifier(public_key)).map_err(unwritable())?;
+        extensions.push(tbs::extension(false, &SubjectKeyIdentifier(identifier))?);
+    }
+    extensions.extend(optional_extensions(request.profile)?);
+    Ok(extensions)
+}
+
+/// The hardwareModuleName, and for an IMEI its URN.
+fn alternative_names(request: &CertificateRequest<'_>) -> Result<Vec<GeneralName>, CertificateError> {
+    let hardware = || -> der::Result<GeneralName> {
+        let name = HardwareModuleName {
+            hw_type: request.profile.hardware_type(),
+            hw_serial_num: OctetString::new(request.chip.as_bytes())?,
+        };
+        Ok(GeneralName::OtherName(OtherName::try_from(&name)?))
+    };
+    let mut names = vec![hardware().map_err(CertificateError::unwritable("hardwareModuleName"))?];
+    if let DeviceIdentity::Imei(imei) = request.identity {
+        // RFC 7254 §4.2.3: the last digit is the spare digit, always 0, not the check digit.
+        names.push(tbs::uri(&format!("urn:gsma:imei:{}-{}-0", imei.tac(), imei.snr()))?);
+    }
+    Ok(names)
+}
+
+/// What only a profile that asks for it gets.
+fn optional_extensions(profile: &Profile) -> Result<Vec<Extension>, CertificateError> {
+    let template = profile.certificate();
+    let mut extensions = Vec::new();
+    if !template.extended_key_usages.is_empty() {
+        extensions.push(tbs::extension(false, &ExtendedKeyUsage(template.extended_key_usages.clone()))?);
+    }
+    if !template.crl_distribution_points.is_empty() {
+        let point = |url: &String| {
+            let name = DistributionPointName::FullName(vec![tbs::uri(url)?]);
+            Ok(DistributionPoint { distribution_point: Some(name), reasons: None, crl_issuer: None })
+        };
+        let points: Result<Vec<_>, CertificateError> = template.crl_distribution_points.iter().map(point).collect();
+        extensions.push(tbs::extension(false, &CrlDistributionPoints(points?))?);
+    }
+    let access = &template.authority_info_access;
+    if !access.is_empty() {
+        let issuers = access.ca_issuers.iter().map(|url| (tbs::CA_ISSUERS, url));
+        let responders = access.ocsp.iter().map(|url| (tbs::OCSP, url));
+        let describe = |(access_method, url): (_, &String)| {
+            Ok(AccessDescription { access_method, access_location: tbs::uri(url)? })
+        };
+        let descriptions: Result<Vec<_>, CertificateError> = issuers.chain(responders).map(describe).collect();
+        extensions.push(tbs::extension(false, &AuthorityInfoAccessSyntax(descriptions?))?);
+    }
+    Ok(extensions)
+}

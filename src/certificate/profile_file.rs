@@ -1,0 +1,466 @@
+//! A profile as people write it in TOML, and its way to a valid one. Everything wrong is reported at once.
+
+use der::asn1::ObjectIdentifier;
+use serde::Deserialize;
+
+use super::name::{SubjectFields, SubjectName};
+use super::profile::{
+    AuthorityInfoAccess, CertificateTemplate, IdentityKind, KeyPairRule, Profile, Sealing, SymmetricKeyRule,
+};
+use crate::config::Faults;
+use crate::keys::{KeyKind, SignatureAlgorithm};
+use crate::names::{KeyName, ProfileName};
+use crate::package::{BackupFormat, BackupRules, MAX_BACKUP_LEN};
+
+/// A hundred years; who wants more wants no expiry.
+const MAX_VALIDITY_DAYS: u32 = 36_525;
+
+/// Reads and validates; see [`Profile::from_toml`].
+pub(super) fn read(name: ProfileName, place: &str, text: &str) -> Result<Profile, Faults> {
+    let mut faults = Faults::default();
+    let file = faults.note(place, toml::from_str::<ProfileFile>(text));
+    let profile = file.and_then(|file| Reader { place, faults: &mut faults }.profile(name, file));
+    faults.ok_or_all(profile)
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ProfileFile {
+    #[serde(default)]
+    description: String,
+    identities: Vec<String>,
+    hardware_type: String,
+    issuer: String,
+    signature: Option<String>,
+    #[serde(default)]
+    subject: SubjectFields,
+    #[serde(default)]
+    certificate: CertificateFields,
+    key_pair: KeyPairFields,
+    #[serde(default, rename = "symmetric_key")]
+    symmetric_keys: Vec<SymmetricKeyFields>,
+    #[serde(default)]
+    delivery: DeliveryFields,
+    #[serde(default)]
+    backup: BackupFields,
+    #[serde(default)]
+    confirmation: ConfirmationFields,
+}
+
+#[derive(Deserialize, Default, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+struct CertificateFields {
+    subject_key_identifier: bool,
+    validity_days: Option<u32>,
+    extended_key_usages: Vec<String>,
+    crl_distribution_points: Vec<String>,
+    authority_info_access: AccessFields,
+    key_encipherment: bool,
+}
+
+#[derive(Deserialize, Default, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+struct AccessFields {
+    ca_issuers: Vec<String>,
+    ocsp: Vec<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct KeyPairFields {
+    source: String,
+    kind: Option<String>,
+    accepted: Option<Vec<String>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SymmetricKeyFields {
+    purpose: String,
+    length: Option<u16>,
+    master_key: String,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+struct DeliveryFields {
+    sealed: Option<String>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+struct BackupFields {
+    format: Option<String>,
+    max_bytes: Option<usize>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+struct ConfirmationFields {
+    required: Option<bool>,
+}
+
+/// Turns texts into values; where one cannot be turned, notes why and goes on.
+struct Reader<'a> {
+    place: &'a str,
+    faults: &'a mut Faults,
+}
+
+impl Reader<'_> {
+    fn profile(&mut self, name: ProfileName, file: ProfileFile) -> Option<Profile> {
+        let identities = self.identities(&file.identities);
+        let hardware_type = self.oid("hardware_type", &file.hardware_type);
+        let issuer = self.key_name("issuer", &file.issuer);
+        let signature = file.signature.as_deref().and_then(|text| self.signature(text));
+        let subject = self.faults.keep(SubjectName::from_fields(&self.at("subject"), file.subject));
+        let key_pair = self.key_pair(&file.key_pair);
+        let symmetric_keys = self.symmetric_keys(&file.symmetric_keys);
+        if let Some(rule) = &key_pair {
+            self.certificate_fits(rule, &file.certificate);
+            if *rule == KeyPairRule::None && file.symmetric_keys.is_empty() {
+                self.add("key_pair.source", "none and no [[symmetric_key]]: the device would get no key; give it one");
+            }
+        }
+        let certificate = self.certificate(file.certificate);
+        let sealing = self.sealing(file.delivery.sealed.as_deref());
+        let backup = self.backup(&file.backup);
+        Some(Profile {
+            name,
+            description: file.description,
+            identities,
+            hardware_type: hardware_type?,
+            issuer: issuer?,
+            signature,
+            subject: subject?,
+            certificate,
+            key_pair: key_pair?,
+            symmetric_keys,
+            sealing,
+            backup,
+            confirmation_required: file.confirmation.required.unwrap_or(true),
+        })
+    }
+
+    fn at(&self, key: &str) -> String {
+        format!("{}: {key}", self.place)
+    }
+
+    fn add(&mut self, key: &str, problem: impl std::fmt::Display) {
+        self.faults.add(self.at(key), problem);
+    }
+
+    fn identities(&mut self, names: &[String]) -> Vec<IdentityKind> {
+        if names.is_empty() {
+            self.add("identities", "name at least one of imei, meid, eui48, eui64, serial");
+        }
+        let mut kinds = Vec::new();
+        for name in names {
+            match IdentityKind::from_name(name) {
+                None => self.add("identities", format!("{name:?} is not one of imei, meid, eui48, eui64, serial")),
+                Some(kind) if kinds.contains(&kind) => self.add("identities", format!("{name} is there twice")),
+                Some(kind) => kinds.push(kind),
+            }
+        }
+        kinds
+    }
+
+    fn oid(&mut self, key: &str, text: &str) -> Option<ObjectIdentifier> {
+        let parsed = ObjectIdentifier::new(text);
+        if parsed.is_err() {
+            self.add(key, format!("{text:?} is not an object identifier; write it as 1.3.6.1.4.1.32473.1.1"));
+        }
+        parsed.ok()
+    }
+
+    fn key_name(&mut self, key: &str, text: &str) -> Option<KeyName> {
+        let place = self.at(key);
+        self.faults.note(place, text.parse())
+    }
+
+    fn signature(&mut self, text: &str) -> Option<SignatureAlgorithm> {
+        let parsed = from_name(text);
+        if parsed.is_none() {
+            self.add(
+                "signature",
+                format!(
+                    "{text:?} is not one of ecdsa-p256-sha256, ecdsa-p384-sha384, rsa-pkcs1-sha256, rsa-pss-sha256, ed25519"
+                ),
+            );
+        }
+        parsed
+    }
+
+    fn key_kind(&mut self, key: &str, text: &str) -> Option<KeyKind> {
+        let parsed = from_name(text);
+        if parsed.is_none() {
+            self.add(key, format!("{text:?} is not one of p256, p384, ed25519, rsa-2048, rsa-3072, rsa-4096"));
+        }
+        parsed
+    }
+
+    fn key_pair(&mut self, fields: &KeyPairFields) -> Option<KeyPairRule> {
+        if fields.kind.is_some() && fields.source != "generate" {
+            self.add("key_pair.kind", "only source = \"generate\" has a kind; leave it out");
+        }
+        if fields.accepted.is_some() && fields.source != "csr" {
+            self.add("key_pair.accepted", "only source = \"csr\" has accepted kinds; leave it out");
+        }
+        match fields.source.as_str() {
+            "generate" => match &fields.kind {
+                Some(kind) => Some(KeyPairRule::Generate { kind: self.key_kind("key_pair.kind", kind)? }),
+                None => {
+                    self.add("key_pair.kind", "source = \"generate\" needs a kind, p256 for example");
+                    None
+                }
+            },
+            "csr" => self.accepted(fields.accepted.as_deref()).map(|accepted| KeyPairRule::Csr { accepted }),
+            "none" => Some(KeyPairRule::None),
+            other => {
+                self.add("key_pair.source", format!("{other:?} is not one of generate, csr, none"));
+                None
+            }
+        }
+    }
+
+    fn accepted(&mut self, names: Option<&[String]>) -> Option<Vec<KeyKind>> {
+        use KeyKind::{Ed25519, P256, P384, Rsa2048, Rsa3072, Rsa4096};
+        let Some(names) = names else { return Some(vec![P256, P384, Ed25519, Rsa2048, Rsa3072, Rsa4096]) };
+        if names.is_empty() {
+            self.add("key_pair.accepted", "no kind is accepted; name one, or leave the key out to accept all");
+        }
+        let kinds: Vec<_> = names.iter().map(|name| self.key_kind("key_pair.accepted", name)).collect();
+        kinds.into_iter().collect()
+    }
+
+    fn symmetric_keys(&mut self, all: &[SymmetricKeyFields]) -> Vec<SymmetricKeyRule> {
+        let mut rules: Vec<SymmetricKeyRule> = Vec::new();
+        for (index, fields) in all.iter().enumerate() {
+            let at = |key: &str| format!("symmetric_key[{index}].{key}");
+            let letters = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+            if !(1..=32).contains(&fields.purpose.len()) || !fields.purpose.bytes().all(letters) {
+                self.add(&at("purpose"), "write 1 to 32 characters: lower-case letters, digits and -");
+            }
+            if all[..index].iter().any(|earlier| earlier.purpose == fields.purpose) {
+                self.add(&at("purpose"), "another key has this purpose; they would be the same key");
+            }
+            let length = fields.length.unwrap_or(32);
+            if ![16, 24, 32].contains(&length) {
+                self.add(&at("length"), format!("{length} octets; 16, 24 and 32 are possible"));
+            }
+            if all[0].master_key != fields.master_key {
+                self.add(
+                    &at("master_key"),
+                    "all symmetric keys of a profile come from one master key: a record has one version",
+                );
+            }
+            if let Some(master_key) = self.key_name(&at("master_key"), &fields.master_key) {
+                rules.push(SymmetricKeyRule { purpose: fields.purpose.clone(), length, master_key });
+            }
+        }
+        rules
+    }
+
+    /// What makes sense for this key pair only.
+    fn certificate_fits(&mut self, rule: &KeyPairRule, fields: &CertificateFields) {
+        let only_validity = CertificateFields { validity_days: fields.validity_days, ..CertificateFields::default() };
+        if *rule == KeyPairRule::None && *fields != only_validity {
+            self.add("certificate", "without a key pair the certificate is a CWT: only validity_days can be given");
+            return;
+        }
+        let rsa_only = match rule {
+            KeyPairRule::Generate { kind } => kind.rsa_bits().is_some(),
+            KeyPairRule::Csr { accepted } => accepted.iter().all(|kind| kind.rsa_bits().is_some()),
+            KeyPairRule::None => false,
+        };
+        if fields.key_encipherment && !rsa_only {
+            self.add("certificate.key_encipherment", "only for profiles whose key pairs are all RSA (RFC 5480 §3)");
+        }
+    }
+
+    fn certificate(&mut self, fields: CertificateFields) -> CertificateTemplate {
+        if fields.validity_days.is_some_and(|days| !(1..=MAX_VALIDITY_DAYS).contains(&days)) {
+            self.add(
+                "certificate.validity_days",
+                format!("write 1 to {MAX_VALIDITY_DAYS} days, or leave it out for no expiry"),
+            );
+        }
+        let mut extended_key_usages = Vec::new();
+        for text in &fields.extended_key_usages {
+            match self.oid("certificate.extended_key_usages", text) {
+                Some(oid) if extended_key_usages.contains(&oid) => {
+                    self.add("certificate.extended_key_usages", format!("{oid} is there twice"));
+                }
+                Some(oid) => extended_key_usages.push(oid),
+                None => {}
+            }
+        }
+        self.urls("certificate.crl_distribution_points", &fields.crl_distribution_points);
+        self.urls("certificate.authority_info_access.ca_issuers", &fields.authority_info_access.ca_issuers);
+        self.urls("certificate.authority_info_access.ocsp", &fields.authority_info_access.ocsp);
+        CertificateTemplate {
+            subject_key_identifier: fields.subject_key_identifier,
+            validity_days: fields.validity_days,
+            extended_key_usages,
+            crl_distribution_points: fields.crl_distribution_points,
+            authority_info_access: AuthorityInfoAccess {
+                ca_issuers: fields.authority_info_access.ca_issuers,
+                ocsp: fields.authority_info_access.ocsp,
+            },
+            key_encipherment: fields.key_encipherment,
+        }
+    }
+
+    fn urls(&mut self, key: &str, urls: &[String]) {
+        for url in urls {
+            let rest = url.strip_prefix("http://").or_else(|| url.strip_prefix("https://")).unwrap_or("");
+            if rest.is_empty() || !url.bytes().all(|b| b.is_ascii_graphic()) {
+                self.add(key, format!("{url:?} is not a URL that starts with http:// or https://"));
+            }
+        }
+    }
+
+    fn sealing(&mut self, text: Option<&str>) -> Sealing {
+        match text {
+            None | Some("optional") => Sealing::Optional,
+            Some("required") => Sealing::Required,
+            Some(other) => {
+                self.add("delivery.sealed", format!("{other:?} is not one of optional, required"));
+                Sealing::Required
+            }
+        }
+    }
+
+    fn backup(&mut self, fields: &BackupFields) -> BackupRules {
+        let format = match fields.format.as_deref() {
+            None | Some("cose") => BackupFormat::Cose,
+            Some("opaque") => BackupFormat::Opaque,
+            Some(other) => {
+                self.add("backup.format", format!("{other:?} is not one of cose, opaque"));
+                BackupFormat::Cose
+            }
+        };
+        let max_bytes = fields.max_bytes.unwrap_or(MAX_BACKUP_LEN);
+        if !(1..=MAX_BACKUP_LEN).contains(&max_bytes) {
+            self.add("backup.max_bytes", format!("write 1 to {}", MAX_BACKUP_LEN));
+        }
+        BackupRules { format, max_bytes }
+    }
+}
+
+/// The value that serde knows under this name.
+fn from_name<T: serde::de::DeserializeOwned>(name: &str) -> Option<T> {
+    use serde::de::value::{Error, StrDeserializer};
+    T::deserialize(StrDeserializer::<Error>::new(name)).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::certificate::testing::{PHONE, profile};
+
+    fn faults(text: &str) -> Vec<String> {
+        let Err(faults) = read("p".parse().unwrap(), "p.toml", text) else { return Vec::new() };
+        faults.iter().map(|fault| fault.place.clone()).collect()
+    }
+
+    #[test]
+    fn a_short_profile_gets_the_safe_defaults() {
+        let phone = profile(PHONE);
+        assert_eq!(*phone.key_pair(), KeyPairRule::Generate { kind: KeyKind::P256 });
+        assert_eq!(*phone.certificate(), CertificateTemplate::default());
+        assert_eq!(phone.backup(), BackupRules { format: BackupFormat::Cose, max_bytes: 32_768 });
+        assert_eq!(phone.sealing(), Sealing::Optional);
+        assert!(phone.confirmation_required() && !phone.is_cwt());
+    }
+
+    #[test]
+    fn the_documented_example_is_valid() {
+        let source = include_str!("profile.rs");
+        let example = source.split("```toml").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+        let text: Vec<_> = example.lines().map(|line| line.trim().trim_start_matches("///")).collect();
+        assert_eq!(faults(&text.join("\n")), Vec::<String>::new());
+    }
+
+    #[test]
+    fn every_fault_is_reported_at_once_with_its_place() {
+        let text = r#"
+            identities = ["imei", "imsi", "imei"]
+            hardware_type = "phone"
+            issuer = "Upper Case"
+            signature = "md5"
+            [subject]
+            country = "finland"
+            [certificate]
+            validity_days = 0
+            extended_key_usages = ["x"]
+            crl_distribution_points = ["ftp://x"]
+            authority_info_access = { ocsp = ["http://"] }
+            [key_pair]
+            source = "generate"
+            kind = "rsa-1024"
+            accepted = ["p256"]
+            [[symmetric_key]]
+            purpose = "Channel"
+            length = 20
+            master_key = "m"
+            [[symmetric_key]]
+            purpose = "Channel"
+            master_key = "n"
+            [delivery]
+            sealed = "maybe"
+            [backup]
+            format = "zip"
+            max_bytes = 40000
+        "#;
+        let expected = [
+            "identities",
+            "identities",
+            "hardware_type",
+            "issuer",
+            "signature",
+            "subject.country",
+            "key_pair.accepted",
+            "key_pair.kind",
+            "symmetric_key[0].purpose",
+            "symmetric_key[0].length",
+            "symmetric_key[1].purpose",
+            "symmetric_key[1].purpose",
+            "symmetric_key[1].master_key",
+            "certificate.validity_days",
+            "certificate.extended_key_usages",
+            "certificate.crl_distribution_points",
+            "certificate.authority_info_access.ocsp",
+            "delivery.sealed",
+            "backup.format",
+            "backup.max_bytes",
+        ];
+        assert_eq!(faults(text), expected.map(|key| format!("p.toml: {key}")));
+    }
+
+    #[test]
+    fn unknown_keys_are_refused() {
+        assert_eq!(faults(&format!("{PHONE}\nkindd = 1")), ["p.toml"]);
+    }
+
+    #[test]
+    fn a_device_without_any_key_is_refused() {
+        let none = PHONE.replace("\"generate\"\nkey_pair.kind = \"p256\"", "\"none\"");
+        assert_eq!(faults(&none), ["p.toml: key_pair.source"]);
+        let symmetric = format!("{none}\n[[symmetric_key]]\npurpose = \"channel\"\nmaster_key = \"m\"");
+        assert!(profile(&symmetric).is_cwt());
+        assert_eq!(
+            faults(&format!("{symmetric}\n[certificate]\nsubject_key_identifier = true")),
+            ["p.toml: certificate"]
+        );
+    }
+
+    #[test]
+    fn a_csr_alone_is_enough_and_key_encipherment_needs_rsa() {
+        let csr = PHONE.replace("\"generate\"\nkey_pair.kind = \"p256\"", "\"csr\"");
+        assert!(profile(&csr).key_pair().accepts(KeyKind::Ed25519));
+        let encipher = format!("{csr}\n[certificate]\nkey_encipherment = true");
+        assert_eq!(faults(&encipher), ["p.toml: certificate.key_encipherment"]);
+        let rsa = encipher.replace("\"csr\"", "\"csr\"\nkey_pair.accepted = [\"rsa-2048\"]");
+        assert!(faults(&rsa).is_empty());
+    }
+}

@@ -1,0 +1,333 @@
+//! A key ceremony: one strict file says what is made on the token; what was made is read back and written down.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::files::{make_directory, must_be_new, replace, write_new};
+use super::{OfficerError, now};
+use crate::certificate::{
+    AuthorityCertificate, CertificateSerial, SubjectFields, SubjectName, UnsignedDocument, authority_certificate,
+    authority_request,
+};
+use crate::config::Faults;
+use crate::hsm::{Ceremony, CreatedKey, KeyRegister, MasterKey, Prf, SigningKey, SigningUse, WrappingKey};
+use crate::keys::{KeyKind, PublicKey, SignatureAlgorithm, sha256};
+use crate::names::KeyName;
+
+/// What a ceremony will make, validated.
+pub struct CeremonyPlan {
+    signing: Vec<PlannedSigning>,
+    master: Vec<PlannedMaster>,
+    wrapping: Vec<KeyName>,
+    /// SHA-256 of the file, for the transcript.
+    file_hash: [u8; 32],
+}
+
+struct PlannedSigning {
+    name: KeyName,
+    use_: SigningUse,
+    kind: KeyKind,
+    algorithm: SignatureAlgorithm,
+    subject: SubjectName,
+    certificate: CertificateRoute,
+}
+
+struct PlannedMaster {
+    name: KeyName,
+    version: u32,
+    prf: Prf,
+}
+
+/// How a signing key comes by its certificate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum CertificateRoute {
+    SelfSigned,
+    Csr,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Shape {
+    #[serde(default)]
+    signing_key: Vec<SigningShape>,
+    #[serde(default)]
+    master_key: Vec<MasterShape>,
+    #[serde(default)]
+    wrapping_key: Vec<WrappingShape>,
+    access_ca: Option<AccessShape>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SigningShape {
+    name: KeyName,
+    kind: KeyKind,
+    signature: Option<SignatureAlgorithm>,
+    certificate: CertificateRoute,
+    subject: SubjectFields,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MasterShape {
+    name: KeyName,
+    version: u32,
+    prf: Prf,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WrappingShape {
+    name: KeyName,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AccessShape {
+    name: KeyName,
+    #[serde(default = "default_access_kind")]
+    kind: KeyKind,
+    subject: SubjectFields,
+}
+
+const fn default_access_kind() -> KeyKind {
+    KeyKind::P256
+}
+
+impl CeremonyPlan {
+    /// Reads a ceremony file; unknown keys are refused, every fault is reported at once.
+    pub fn load(path: &Path) -> Result<Self, Faults> {
+        let place = path.display().to_string();
+        let mut faults = Faults::default();
+        let text = faults.note(&place, std::fs::read_to_string(path)).unwrap_or_default();
+        let shape: Option<Shape> = if faults.is_empty() { faults.note(&place, toml::from_str(&text)) } else { None };
+        let plan = shape.map(|shape| Self::check(shape, &text, &place, &mut faults));
+        faults.ok_or_all(plan)
+    }
+
+    fn check(shape: Shape, text: &str, place: &str, faults: &mut Faults) -> Self {
+        let mut signing = Vec::new();
+        for key in shape.signing_key {
+            let at = format!("{place}: signing_key {}", key.name);
+            let algorithm = key.signature.unwrap_or(SignatureAlgorithm::default_for(key.kind));
+            if !algorithm.fits(key.kind) {
+                faults.add(format!("{at}: signature"), format!("a {} key cannot sign with it", key.kind));
+            }
+            let (name, kind, certificate) = (key.name, key.kind, key.certificate);
+            if let Some(subject) = faults.keep(SubjectName::from_fields(&format!("{at}: subject"), key.subject)) {
+                let use_ = SigningUse::Device;
+                signing.push(PlannedSigning { name, use_, kind, algorithm, subject, certificate });
+            }
+        }
+        if let Some(key) = shape.access_ca {
+            let at = format!("{place}: access_ca: subject");
+            let (name, kind, use_) = (key.name, key.kind, SigningUse::Access);
+            let (algorithm, certificate) = (SignatureAlgorithm::default_for(kind), CertificateRoute::SelfSigned);
+            if let Some(subject) = faults.keep(SubjectName::from_fields(&at, key.subject)) {
+                signing.push(PlannedSigning { name, use_, kind, algorithm, subject, certificate });
+            }
+        }
+        let master: Vec<_> = shape
+            .master_key
+            .into_iter()
+            .map(|key| PlannedMaster { name: key.name, version: key.version, prf: key.prf })
+            .collect();
+        for key in master.iter().filter(|key| key.version == 0) {
+            faults.add(format!("{place}: master_key {}: version", key.name), "versions are counted from 1");
+        }
+        let wrapping: Vec<_> = shape.wrapping_key.into_iter().map(|key| key.name).collect();
+        let plan = Self { signing, master, wrapping, file_hash: sha256(text.as_bytes()) };
+        let mut seen = std::collections::BTreeSet::new();
+        for name in plan.names() {
+            if !seen.insert(name.clone()) {
+                faults.add(place, format!("the name {name} is there twice"));
+            }
+        }
+        if seen.is_empty() && faults.is_empty() {
+            faults.add(place, "makes no key; add a [[signing_key]], [[master_key]], [[wrapping_key]] or [access_ca]");
+        }
+        plan
+    }
+
+    fn names(&self) -> impl Iterator<Item = &KeyName> {
+        let signing = self.signing.iter().map(|key| &key.name);
+        signing.chain(self.master.iter().map(|key| &key.name)).chain(&self.wrapping)
+    }
+
+    /// Makes everything on the token and writes the register, certificates and the transcript into `out`.
+    ///
+    /// All names are looked at before anything is made. The register is replaced after each key, so that a ceremony that is
+    /// cut short leaves no key that is not written down.
+    pub fn run(&self, token: &Ceremony, out: &Path) -> Result<CeremonyReport, OfficerError> {
+        let register_path = out.join("keys.toml");
+        self.refuse_what_exists(token, out, &register_path)?;
+        make_directory(out)?;
+        let mut register =
+            KeyRegister { token: token.token().clone(), signing: Vec::new(), master: Vec::new(), wrapping: Vec::new() };
+        let mut report = CeremonyReport::begin(self, token);
+        for plan in &self.signing {
+            let key = token.create_signing_key(&plan.name, plan.kind)?;
+            let public =
+                key.public.clone().ok_or_else(|| OfficerError::Other(format!("{} has no public key", key.name)))?;
+            let certificate = plan.certificate_path();
+            register.signing.push(SigningKey {
+                name: key.name.clone(),
+                id: key.id.clone(),
+                use_: plan.use_,
+                public_key: public.clone(),
+                certificate,
+            });
+            write_register(&register, &register_path)?;
+            let written = plan.certify(token, &key, &public, out)?;
+            report.add(&key, Some(format!("sha256:{}", hex::encode(public.fingerprint()))), Some(written));
+        }
+        for plan in &self.master {
+            let key = token.create_master_key(&plan.name, plan.prf)?;
+            let check_value = token.check_value(&key, plan.prf)?;
+            report.add(&key, Some(format!("check value {}", hex::encode(&check_value))), None);
+            let (name, id) = (key.name, key.id);
+            register.master.push(MasterKey { name, id, version: plan.version, prf: plan.prf, check_value });
+            write_register(&register, &register_path)?;
+        }
+        for name in &self.wrapping {
+            let key = token.create_wrapping_key(name)?;
+            report.add(&key, None, None);
+            register.wrapping.push(WrappingKey { name: key.name, id: key.id });
+            write_register(&register, &register_path)?;
+        }
+        report.files.push(register_path);
+        report.write(&out.join("transcript.json"))?;
+        Ok(report)
+    }
+
+    fn refuse_what_exists(&self, token: &Ceremony, out: &Path, register: &Path) -> Result<(), OfficerError> {
+        let mut faults = Faults::default();
+        for name in self.names() {
+            if !token.is_free(name)? {
+                faults.add("token", format!("has an object named {name} already; nothing is ever overwritten"));
+            }
+        }
+        let files = self.signing.iter().map(|key| out.join(key.file_name()));
+        for path in files.chain([register.to_owned(), out.join("transcript.json")]) {
+            if let Err(e) = must_be_new(&path) {
+                faults.add("files", e);
+            }
+        }
+        faults.ok_or_all(Some(())).map_err(OfficerError::Faults)
+    }
+}
+
+impl PlannedSigning {
+    /// Where the certificate is, or will be once the offline root has answered.
+    fn certificate_path(&self) -> PathBuf {
+        PathBuf::from(format!("{}-ca.pem", self.name))
+    }
+
+    /// The file that the ceremony writes.
+    fn file_name(&self) -> PathBuf {
+        match self.certificate {
+            CertificateRoute::SelfSigned => self.certificate_path(),
+            CertificateRoute::Csr => PathBuf::from(format!("{}.csr.pem", self.name)),
+        }
+    }
+
+    fn certify(
+        &self,
+        token: &Ceremony,
+        key: &CreatedKey,
+        public: &PublicKey,
+        out: &Path,
+    ) -> Result<PathBuf, OfficerError> {
+        let document: UnsignedDocument = match self.certificate {
+            CertificateRoute::Csr => authority_request(&self.subject, public, self.algorithm)?,
+            CertificateRoute::SelfSigned => authority_certificate(&AuthorityCertificate {
+                subject: &self.subject,
+                public_key: public,
+                algorithm: self.algorithm,
+                serial: random_serial(token)?,
+                not_before: now(),
+                not_after: None,
+            })?,
+        };
+        let signature = token.sign(&key.name, &key.id, self.kind, self.algorithm, document.to_be_signed())?;
+        let path = out.join(self.file_name());
+        write_new(&path, document.assemble(&signature)?.to_pem()?.as_bytes())?;
+        Ok(path)
+    }
+}
+
+/// A certificate serial number from the HSM's random numbers.
+pub(super) fn random_serial(token: &Ceremony) -> Result<CertificateSerial, OfficerError> {
+    let random = token.random(20)?;
+    let random = random.try_into().map_err(|_| OfficerError::Other("the HSM gave too few random octets".to_owned()))?;
+    Ok(CertificateSerial::from_random(random))
+}
+
+fn write_register(register: &KeyRegister, path: &Path) -> Result<(), OfficerError> {
+    let text = register.to_toml().map_err(|e| OfficerError::Other(e.to_string()))?;
+    Ok(replace(path, text.as_bytes())?)
+}
+
+/// What a ceremony made, for people and for the transcript.
+#[derive(Debug, Serialize)]
+pub struct CeremonyReport {
+    /// This program's version.
+    pub tool: String,
+    /// SHA-256 of the ceremony file.
+    pub file_sha256: String,
+    /// The module's description of itself.
+    pub module: String,
+    /// The token's label.
+    pub token_label: String,
+    /// The token's serial number.
+    pub token_serial: String,
+    /// Seconds since the Unix epoch.
+    pub time: u64,
+    /// The keys in the order they were made.
+    pub keys: Vec<KeyReport>,
+    /// The files that were written.
+    pub files: Vec<PathBuf>,
+}
+
+/// One key that was made.
+#[derive(Debug, Serialize)]
+pub struct KeyReport {
+    /// Its name.
+    pub name: KeyName,
+    /// Its CKA_ID in hex.
+    pub id: String,
+    /// Its public key's hash, or its check value.
+    pub fingerprint: Option<String>,
+    /// Its attributes as the token showed them.
+    pub attributes: BTreeMap<String, String>,
+}
+
+impl CeremonyReport {
+    fn begin(plan: &CeremonyPlan, token: &Ceremony) -> Self {
+        Self {
+            tool: format!("sppctl {}", env!("CARGO_PKG_VERSION")),
+            file_sha256: hex::encode(plan.file_hash),
+            module: token.module().to_owned(),
+            token_label: token.token().label.clone(),
+            token_serial: token.token().serial.clone(),
+            time: now(),
+            keys: Vec::new(),
+            files: Vec::new(),
+        }
+    }
+
+    fn add(&mut self, key: &CreatedKey, fingerprint: Option<String>, file: Option<PathBuf>) {
+        let (name, id, attributes) = (key.name.clone(), hex::encode(&key.id), key.attributes.clone());
+        self.keys.push(KeyReport { name, id, fingerprint, attributes });
+        self.files.extend(file);
+    }
+
+    fn write(&mut self, path: &Path) -> Result<(), OfficerError> {
+        self.files.push(path.to_owned());
+        let text = serde_json::to_string_pretty(self).map_err(|e| OfficerError::Other(e.to_string()))?;
+        Ok(write_new(path, text.as_bytes())?)
+    }
+}

@@ -1,0 +1,168 @@
+//! A look at the running daemon, over gRPC with an officer's certificate.
+#![expect(clippy::disallowed_types, reason = "the officer's tool is a gRPC client: it reads statuses")]
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
+
+use crate::proto;
+use crate::proto::officer_client::OfficerClient;
+
+/// Why the daemon did not tell.
+#[derive(Debug, thiserror::Error)]
+pub enum StatusError {
+    /// A file of the officer's TLS directory.
+    #[error("{0}; enrol an officer with sppctl officer enroll")]
+    Tls(String),
+    /// The server's address.
+    #[error("{0} is not an address; write https://HOST:PORT of the officer listener")]
+    Address(String),
+    /// No connection.
+    #[error("no connection to {server}: {cause}; is sppd running, and is this its officer listener?")]
+    Connect {
+        /// Where to.
+        server: String,
+        /// Why not.
+        cause: String,
+    },
+    /// The daemon refused.
+    #[error("{server} refused: {message}")]
+    Refused {
+        /// Who.
+        server: String,
+        /// Its words.
+        message: String,
+    },
+    /// It answered, and does not serve the line.
+    #[error("the daemon answers but does not serve the line yet: {0}")]
+    NotReady(String),
+}
+
+/// Asks once, or until the line is served or the time is over.
+pub async fn connect_and_ask(
+    server: &str,
+    tls: &Path,
+    wait: Option<Duration>,
+) -> Result<proto::GetStatusResponse, StatusError> {
+    let endpoint = endpoint(server, tls)?;
+    let until = wait.map(|wait| Instant::now() + wait);
+    loop {
+        let answer = ask(&endpoint, server).await;
+        let answer = match (answer, until) {
+            (Ok(status), Some(_)) if !status.ready => {
+                Err(StatusError::NotReady(status.hsm.map(|hsm| hsm.trouble).unwrap_or_default()))
+            }
+            (answer, _) => answer,
+        };
+        let retry = matches!(answer, Err(StatusError::Connect { .. } | StatusError::NotReady(_)));
+        if !retry || until.is_none_or(|until| Instant::now() >= until) {
+            return answer;
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+fn endpoint(server: &str, tls: &Path) -> Result<Endpoint, StatusError> {
+    let read = |name: &str| {
+        let path = tls.join(name);
+        std::fs::read(&path).map_err(|e| StatusError::Tls(format!("{}: {e}", path.display())))
+    };
+    let config = ClientTlsConfig::new()
+        .ca_certificate(Certificate::from_pem(read("ca.pem")?))
+        .identity(Identity::from_pem(read("certificate.pem")?, read("key.pem")?));
+    let address = |_| StatusError::Address(server.to_owned());
+    let endpoint = Endpoint::from_shared(server.to_owned()).map_err(address)?;
+    let endpoint = endpoint.tls_config(config).map_err(|e| StatusError::Tls(e.to_string()))?;
+    Ok(endpoint.connect_timeout(Duration::from_secs(5)).timeout(Duration::from_secs(10)))
+}
+
+async fn ask(endpoint: &Endpoint, server: &str) -> Result<proto::GetStatusResponse, StatusError> {
+    let channel: Channel = endpoint.connect().await.map_err(|e| {
+        let cause = std::error::Error::source(&e).map_or_else(|| e.to_string(), ToString::to_string);
+        StatusError::Connect { server: server.to_owned(), cause }
+    })?;
+    let answer = OfficerClient::new(channel).get_status(proto::GetStatusRequest {}).await;
+    let answer = answer.map_err(|status| match status.code() {
+        tonic::Code::Unavailable | tonic::Code::Unknown => {
+            StatusError::Connect { server: server.to_owned(), cause: status.message().to_owned() }
+        }
+        _ => StatusError::Refused { server: server.to_owned(), message: status.message().to_owned() },
+    })?;
+    Ok(answer.into_inner())
+}
+
+/// The status as aligned lines.
+pub fn describe_status(status: &proto::GetStatusResponse) -> String {
+    let hsm = status.hsm.clone().unwrap_or_default();
+    let sessions = status.sessions.unwrap_or_default();
+    let line = if status.ready { "served" } else { "NOT served" };
+    let hsm_line = if hsm.ready {
+        format!("ready: {}, token {} ({})", hsm.module, hsm.token_label, hsm.token_serial)
+    } else {
+        format!("NOT ready: {}", hsm.trouble)
+    };
+    let rows = [
+        ("node", format!("{} (sppd {})", status.node, status.version)),
+        ("line", line.to_owned()),
+        ("HSM", hsm_line),
+        (
+            "HSM worker",
+            format!(
+                "{} starts, {} calls answered, {} in flight",
+                hsm.worker_starts, hsm.calls_answered, hsm.calls_in_flight
+            ),
+        ),
+        (
+            "sessions",
+            format!(
+                "{} reserved, {} issued, {} published, {} erased, {} aborted",
+                sessions.reserved, sessions.issued, sessions.published, sessions.erased, sessions.aborted
+            ),
+        ),
+        ("records", status.records.to_string()),
+        (
+            "disk",
+            format!(
+                "{} free, new devices need {}",
+                bytesize::ByteSize(status.free_bytes),
+                bytesize::ByteSize(status.free_bytes_floor)
+            ),
+        ),
+        ("profiles", status.profiles.join(", ")),
+    ];
+    rows.iter().map(|(name, value)| format!("{name:<11} {value}\n")).collect()
+}
+
+/// The status for programs.
+pub fn status_json(status: &proto::GetStatusResponse) -> serde_json::Value {
+    let hsm = status.hsm.clone().unwrap_or_default();
+    let sessions = status.sessions.unwrap_or_default();
+    serde_json::json!({
+        "version": status.version,
+        "node": status.node,
+        "started": status.started.map(|t| t.seconds),
+        "ready": status.ready,
+        "hsm": {
+            "ready": hsm.ready,
+            "trouble": hsm.trouble,
+            "module": hsm.module,
+            "token_label": hsm.token_label,
+            "token_serial": hsm.token_serial,
+            "worker_starts": hsm.worker_starts,
+            "calls_in_flight": hsm.calls_in_flight,
+            "calls_answered": hsm.calls_answered,
+        },
+        "sessions": {
+            "reserved": sessions.reserved,
+            "issued": sessions.issued,
+            "published": sessions.published,
+            "erased": sessions.erased,
+            "aborted": sessions.aborted,
+        },
+        "records": status.records,
+        "free_bytes": status.free_bytes,
+        "free_bytes_floor": status.free_bytes_floor,
+        "profiles": status.profiles,
+    })
+}

@@ -1,0 +1,58 @@
+//! The door of every call: a request identifier, a span, a log line, and a task of its own.
+
+use std::future::Future;
+use std::time::Instant;
+
+use tonic::metadata::MetadataValue;
+use tonic::{Code, Response, Status};
+use tracing::Instrument as _;
+
+use super::status::status_of;
+use crate::provisioning::ProvisionError;
+
+/// The header that names a request in logs and answers.
+const REQUEST_ID: &str = "x-request-id";
+
+/// Runs a call in a task of its own, so that a caller who hangs up does not stop a story between two steps, and tells how
+/// it ended.
+pub(super) async fn call<T, F>(method: &'static str, caller: String, work: F) -> Result<Response<T>, Status>
+where
+    T: Send + 'static,
+    F: Future<Output = Result<T, ProvisionError>> + Send + 'static,
+{
+    let id = request_id();
+    let span = tracing::info_span!("rpc", method, request_id = %id, %caller);
+    let began = Instant::now();
+    let task = tokio::spawn(work.instrument(span.clone()));
+    let result =
+        task.await.unwrap_or_else(|e| Err(ProvisionError::Internal { doing: "answering", cause: e.to_string() }));
+    let _in_span = span.enter();
+    let milliseconds = began.elapsed().as_millis();
+    let header = MetadataValue::try_from(&id).ok();
+    match result {
+        Ok(message) => {
+            tracing::debug!(milliseconds, "answered");
+            let mut response = Response::new(message);
+            header.map(|value| response.metadata_mut().insert(REQUEST_ID, value));
+            Ok(response)
+        }
+        Err(error) => {
+            let mut status = status_of(&error);
+            if status.code() == Code::Internal {
+                tracing::error!(milliseconds, %error, "failed");
+            } else {
+                tracing::info!(milliseconds, code = ?status.code(), %error, "refused");
+            }
+            header.map(|value| status.metadata_mut().insert(REQUEST_ID, value));
+            Err(status)
+        }
+    }
+}
+
+/// 8 random octets in hex: enough to find a request in a day's log.
+fn request_id() -> String {
+    let mut octets = [0; 8];
+    // A failure of the random source leaves zeros: the request is served, its name is not unique.
+    let _ = aws_lc_rs::rand::fill(&mut octets);
+    hex::encode(octets)
+}

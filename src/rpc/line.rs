@@ -1,0 +1,66 @@
+//! The service `Line`. Role: station.
+
+use std::sync::Arc;
+
+use tonic::{Request, Response, Status, async_trait};
+
+use super::{callers, door, messages};
+use crate::proto;
+use crate::proto::line_server::Line;
+use crate::provisioning::Provisioner;
+
+pub(super) struct LineService(pub(super) Arc<Provisioner>);
+
+#[async_trait]
+impl Line for LineService {
+    async fn assemble(
+        &self,
+        request: Request<proto::AssembleRequest>,
+    ) -> Result<Response<proto::AssembleResponse>, Status> {
+        let station = callers::station(&request)?;
+        let (provisioner, caller) = (Arc::clone(&self.0), station.to_string());
+        let work = async move {
+            let order = messages::order(station, request.get_ref())?;
+            provisioner.assemble(order).await.map(messages::assembled)
+        };
+        door::call("Line.Assemble", caller, work).await
+    }
+
+    async fn complete(
+        &self,
+        request: Request<proto::CompleteRequest>,
+    ) -> Result<Response<proto::CompleteResponse>, Status> {
+        let station = callers::station(&request)?;
+        let (provisioner, caller) = (Arc::clone(&self.0), station.to_string());
+        let work = async move {
+            let completion = messages::completion(station, request.into_inner())?;
+            let publication = provisioner.complete(completion).await?;
+            Ok(proto::CompleteResponse { receipt: Some(messages::receipt(&publication)) })
+        };
+        door::call("Line.Complete", caller, work).await
+    }
+
+    async fn abort(&self, request: Request<proto::AbortRequest>) -> Result<Response<proto::AbortResponse>, Status> {
+        let station = callers::station(&request)?;
+        let (provisioner, caller) = (Arc::clone(&self.0), station.to_string());
+        let work = async move {
+            let (session, reason) = messages::abort(request.get_ref())?;
+            provisioner.abort(&station, session, reason).await?;
+            Ok(proto::AbortResponse {})
+        };
+        door::call("Line.Abort", caller, work).await
+    }
+
+    async fn get_session(
+        &self,
+        request: Request<proto::GetSessionRequest>,
+    ) -> Result<Response<proto::GetSessionResponse>, Status> {
+        let station = callers::station(&request)?;
+        let (provisioner, caller) = (Arc::clone(&self.0), station.to_string());
+        let work = async move {
+            let which = messages::session_view(request.get_ref())?;
+            provisioner.view(&station, &which).await.map(|session| messages::session(&session))
+        };
+        door::call("Line.GetSession", caller, work).await
+    }
+}

@@ -1,0 +1,176 @@
+//! Between messages and values: fields are parsed with every violation told at once, results turned into messages.
+
+use prost_types::Timestamp;
+
+use crate::certificate::verify_csr;
+use crate::names::{ChipId, SessionId, StationName};
+use crate::package::{MAX_BACKUP_LEN, MAX_CONFIRMATION_LEN, TransportCurve, TransportPublicKey};
+use crate::proto;
+use crate::provisioning::{Assembled, Completion, Delivery, FieldViolation, Order, ProvisionError, SessionView};
+use crate::store::{DeviceRecord, Publication, Session, SessionState};
+
+/// Longest text of an identity in canonical form.
+const MAX_IDENTITY_LEN: usize = 96;
+/// Longest reason of an abort.
+const MAX_REASON_LEN: usize = 200;
+
+/// Collects violations and gives the value only if there are none.
+#[derive(Default)]
+struct Violations(Vec<FieldViolation>);
+
+impl Violations {
+    fn keep<T, E: std::fmt::Display>(&mut self, field: &'static str, parsed: Result<T, E>) -> Option<T> {
+        parsed.map_err(|problem| self.0.push(FieldViolation::new(field, problem))).ok()
+    }
+
+    fn check(&mut self, field: &'static str, holds: bool, problem: impl std::fmt::Display) {
+        if !holds {
+            self.0.push(FieldViolation::new(field, problem));
+        }
+    }
+
+    fn end<T>(self, value: Option<T>) -> Result<T, ProvisionError> {
+        match value {
+            Some(value) if self.0.is_empty() => Ok(value),
+            _ => Err(ProvisionError::Invalid(self.0)),
+        }
+    }
+}
+
+pub(super) fn order(station: StationName, request: &proto::AssembleRequest) -> Result<Order, ProvisionError> {
+    let mut violations = Violations::default();
+    let chip = violations.keep("chip_id", ChipId::from_bytes(&request.chip_id));
+    let short = request.identity.len() <= MAX_IDENTITY_LEN;
+    violations.check("identity", short, format!("at most {MAX_IDENTITY_LEN} characters are allowed"));
+    let identity = if short { violations.keep("identity", request.identity.parse()) } else { None };
+    let profile = violations.keep("profile", request.profile.parse());
+    let own_key = match request.csr.as_slice() {
+        [] => None,
+        der => violations.keep("csr", verify_csr(der)),
+    };
+    let transport_key = match &request.transport_key {
+        None => None,
+        Some(key) => violations.keep("transport_key", transport_key(key)),
+    };
+    let order = || Some(Order { station, chip: chip?, identity: identity?, profile: profile?, own_key, transport_key });
+    let order = order();
+    violations.end(order)
+}
+
+fn transport_key(key: &proto::TransportKey) -> Result<TransportPublicKey, String> {
+    let curve = match key.r#type() {
+        proto::TransportKeyType::P256 => TransportCurve::P256,
+        proto::TransportKeyType::X25519 => TransportCurve::X25519,
+        proto::TransportKeyType::Unspecified => {
+            return Err(format!("type {} is none of P256 (1) and X25519 (2)", key.r#type));
+        }
+    };
+    TransportPublicKey::new(curve, &key.public_key).map_err(|e| e.to_string())
+}
+
+pub(super) fn completion(station: StationName, request: proto::CompleteRequest) -> Result<Completion, ProvisionError> {
+    let mut violations = Violations::default();
+    let session = violations.keep("session_id", SessionId::from_bytes(&request.session_id));
+    let (backup, confirmation) = (request.backup_package, request.key_confirmation);
+    violations.check("backup_package", !backup.is_empty(), "must not be empty");
+    let (len, max) = (backup.len(), MAX_BACKUP_LEN);
+    violations.check("backup_package", len <= max, format!("has {len} octets, at most {max} are allowed"));
+    let (len, max) = (confirmation.len(), MAX_CONFIRMATION_LEN);
+    violations.check("key_confirmation", len <= max, format!("has {len} octets, at most {max} are allowed"));
+    violations.end(session.map(|session| Completion { station, session, backup, confirmation }))
+}
+
+pub(super) fn abort(request: &proto::AbortRequest) -> Result<(SessionId, String), ProvisionError> {
+    let mut violations = Violations::default();
+    let session = violations.keep("session_id", SessionId::from_bytes(&request.session_id));
+    let length = request.reason.chars().count();
+    violations.check("reason", length <= MAX_REASON_LEN, format!("at most {MAX_REASON_LEN} characters are allowed"));
+    violations.end(session.map(|session| (session, request.reason.clone())))
+}
+
+pub(super) fn session_view(request: &proto::GetSessionRequest) -> Result<SessionView, ProvisionError> {
+    use proto::get_session_request::Session as Which;
+    match &request.session {
+        Some(Which::SessionId(id)) => {
+            SessionId::from_bytes(id).map(SessionView::Id).map_err(|e| ProvisionError::invalid("session_id", e))
+        }
+        Some(Which::ChipId(chip)) => chip_id(chip).map(SessionView::Chip),
+        None => Err(ProvisionError::invalid("session", "give session_id or chip_id")),
+    }
+}
+
+pub(super) fn chip_id(octets: &[u8]) -> Result<ChipId, ProvisionError> {
+    ChipId::from_bytes(octets).map_err(|e| ProvisionError::invalid("chip_id", e))
+}
+
+pub(super) fn assembled(made: Assembled) -> proto::AssembleResponse {
+    use proto::assemble_response::Delivery as Message;
+    let delivery = match made.delivery {
+        // Exposed to leave through the mTLS channel to the station, which passes it to the device. The copy in the message
+        // is prost's and cannot be wiped; sealed delivery avoids it.
+        Delivery::Plain(package) => Message::DataPackage(package.expose().clone()),
+        Delivery::Sealed(sealed) => Message::SealedPackage(sealed),
+    };
+    proto::AssembleResponse {
+        session_id: made.session.as_bytes().to_vec(),
+        certificate: made.certificate,
+        certificate_format: certificate_format(made.certificate_is_cwt),
+        delivery: Some(delivery),
+        expires: Some(timestamp(made.expires)),
+    }
+}
+
+pub(super) fn receipt(publication: &Publication) -> proto::Receipt {
+    proto::Receipt {
+        record_index: publication.index,
+        record_hash: publication.record_hash.to_vec(),
+        published: Some(timestamp(publication.published)),
+    }
+}
+
+pub(super) fn session(session: &Session) -> proto::GetSessionResponse {
+    let (state, publication) = match &session.state {
+        SessionState::Reserved => (proto::SessionState::Reserved, None),
+        SessionState::Issued { .. } => (proto::SessionState::Issued, None),
+        SessionState::Published { publication } => (proto::SessionState::Published, Some(publication)),
+        SessionState::Erased { publication } => (proto::SessionState::Erased, Some(publication)),
+        SessionState::Aborted { .. } => (proto::SessionState::Aborted, None),
+    };
+    proto::GetSessionResponse {
+        session_id: session.id.as_bytes().to_vec(),
+        chip_id: session.chip.as_bytes().to_vec(),
+        identity: session.identity.to_string(),
+        profile: session.profile.to_string(),
+        station: session.station.to_string(),
+        state: state.into(),
+        created: Some(timestamp(session.created)),
+        expires: Some(timestamp(session.expires)),
+        receipt: publication.map(receipt),
+    }
+}
+
+pub(super) fn record(record: DeviceRecord, octets: Vec<u8>, publication: &Publication) -> proto::GetRecordResponse {
+    proto::GetRecordResponse {
+        receipt: Some(receipt(publication)),
+        record_bytes: octets,
+        record: Some(proto::DeviceRecord {
+            chip_id: record.chip.as_bytes().to_vec(),
+            identity: record.identity.to_string(),
+            profile: record.profile.to_string(),
+            certificate: record.certificate,
+            certificate_format: certificate_format(record.certificate_is_cwt),
+            backup_package: record.backup,
+            master_key_version: record.master_key_version,
+            session_id: record.session.as_bytes().to_vec(),
+            published: Some(timestamp(record.published)),
+        }),
+    }
+}
+
+fn certificate_format(is_cwt: bool) -> i32 {
+    if is_cwt { proto::CertificateFormat::Cwt.into() } else { proto::CertificateFormat::X509.into() }
+}
+
+pub(super) fn timestamp(seconds: u64) -> Timestamp {
+    Timestamp { seconds: i64::try_from(seconds).unwrap_or(i64::MAX), nanos: 0 }
+}

@@ -1,0 +1,70 @@
+//! The service `Officer`. Role: officer.
+
+use std::sync::Arc;
+
+use tonic::{Request, Response, Status, async_trait};
+
+use super::health::line_trouble;
+use super::{callers, door, messages};
+use crate::proto;
+use crate::proto::officer_server::Officer;
+use crate::provisioning::{ProvisionError, Provisioner};
+
+/// What the daemon is, for its status.
+#[derive(Debug, Clone)]
+pub struct NodeInfo {
+    /// The node's name.
+    pub name: String,
+    /// Seconds since the Unix epoch.
+    pub started: u64,
+}
+
+pub(super) struct OfficerService {
+    pub(super) provisioner: Arc<Provisioner>,
+    pub(super) node: NodeInfo,
+}
+
+#[async_trait]
+impl Officer for OfficerService {
+    async fn get_status(
+        &self,
+        request: Request<proto::GetStatusRequest>,
+    ) -> Result<Response<proto::GetStatusResponse>, Status> {
+        let caller = callers::officer(&request)?.to_string();
+        let (provisioner, node) = (Arc::clone(&self.provisioner), self.node.clone());
+        door::call("Officer.GetStatus", caller, async move { status(&provisioner, node).await }).await
+    }
+}
+
+async fn status(provisioner: &Provisioner, node: NodeInfo) -> Result<proto::GetStatusResponse, ProvisionError> {
+    let hsm = provisioner.hsm().status();
+    let counts = provisioner.journal().counts().await?;
+    let (free_bytes, free_bytes_floor) = provisioner.journal().room()?;
+    Ok(proto::GetStatusResponse {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        node: node.name,
+        started: Some(messages::timestamp(node.started)),
+        ready: line_trouble(provisioner).is_none(),
+        hsm: Some(proto::HsmStatus {
+            ready: hsm.ready,
+            trouble: hsm.trouble,
+            module: hsm.module,
+            token_label: hsm.token_label,
+            token_serial: hsm.token_serial,
+            worker_starts: hsm.worker_starts,
+            calls_in_flight: hsm.calls_in_flight,
+            calls_answered: hsm.calls_answered,
+        }),
+        sessions: Some(proto::SessionCounts {
+            reserved: counts.reserved,
+            issued: counts.issued,
+            published: counts.published,
+            erased: counts.erased,
+            aborted: counts.aborted,
+        }),
+        records: provisioner.registry().count().await?,
+        free_bytes,
+        free_bytes_floor,
+        profiles: provisioner.profiles().map(ToString::to_string).collect(),
+    })
+}

@@ -1,0 +1,95 @@
+//! The one table from errors to gRPC statuses: everything that a caller may learn of a failure is on this screen.
+
+use std::time::Duration;
+
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, FieldViolation, StatusExt as _};
+
+use crate::hsm::HsmError;
+use crate::provisioning::ProvisionError;
+use crate::store::StoreError;
+
+/// `google.rpc.ErrorInfo.domain` of every error.
+const DOMAIN: &str = "spp";
+/// When to try again where nothing better is known.
+const SOON: Duration = Duration::from_millis(500);
+
+/// What a caller is told.
+struct Told {
+    code: Code,
+    /// `google.rpc.ErrorInfo.reason`: stable, for programs.
+    reason: &'static str,
+    retry: Option<Duration>,
+}
+
+const fn told(code: Code, reason: &'static str) -> Told {
+    Told { code, reason, retry: None }
+}
+
+const fn again(code: Code, reason: &'static str, retry: Duration) -> Told {
+    Told { code, reason, retry: Some(retry) }
+}
+
+fn table(error: &ProvisionError) -> Told {
+    use ProvisionError as E;
+    match error {
+        E::Invalid(_) => told(Code::InvalidArgument, "INVALID"),
+        E::NotAccepted(_) => told(Code::FailedPrecondition, "NOT_ACCEPTED"),
+        E::NotPermitted(_) => told(Code::PermissionDenied, "NOT_PERMITTED"),
+        E::ChipTaken { .. } => told(Code::AlreadyExists, "CHIP_TAKEN"),
+        E::IdentityTaken { .. } => told(Code::AlreadyExists, "IDENTITY_TAKEN"),
+        E::AlreadyComplete { .. } => told(Code::AlreadyExists, "ALREADY_COMPLETE"),
+        E::NoSession(_) => told(Code::NotFound, "NO_SESSION"),
+        E::NoRecord(_) => told(Code::NotFound, "NO_RECORD"),
+        E::WrongState { .. } => told(Code::FailedPrecondition, "WRONG_STATE"),
+        E::RolledBack(_) => told(Code::FailedPrecondition, "STATE_STORE_ROLLED_BACK"),
+        E::ChipBusy(_) => again(Code::Aborted, "CHIP_BUSY", SOON),
+        E::Hsm(HsmError::Unavailable { retry_after, .. }) => again(Code::Unavailable, "HSM_AWAY", *retry_after),
+        E::Hsm(HsmError::Busy { .. }) => again(Code::ResourceExhausted, "HSM_BUSY", SOON),
+        E::Hsm(HsmError::Deadline(_)) => again(Code::Unavailable, "HSM_SLOW", SOON),
+        E::Hsm(HsmError::Stopped(_)) => again(Code::Unavailable, "HSM_NEEDS_OFFICER", Duration::from_secs(30)),
+        E::Hsm(HsmError::Refused(_) | HsmError::Wrong(_)) => told(Code::Internal, "HSM_FAULT"),
+        E::Store(StoreError::Full { .. }) => again(Code::ResourceExhausted, "DISK_FULL", Duration::from_secs(10)),
+        E::Store(StoreError::Failed { .. }) => again(Code::Unavailable, "STORE_AWAY", SOON),
+        E::Store(StoreError::OtherState { .. }) => again(Code::Aborted, "OVERTAKEN", SOON),
+        E::Store(StoreError::Damaged { .. } | StoreError::Place(_)) => told(Code::Internal, "STORE_FAULT"),
+        E::Internal { .. } => told(Code::Internal, "FAULT"),
+    }
+}
+
+/// The status of an error: message, reason, and the details that fit. What is not the caller's business is only logged.
+pub(super) fn status_of(error: &ProvisionError) -> Status {
+    let told = table(error);
+    let mut details = ErrorDetails::with_error_info(told.reason, DOMAIN, std::collections::HashMap::new());
+    if told.retry.is_some() {
+        details.set_retry_info(told.retry);
+    }
+    match error {
+        ProvisionError::Invalid(violations) | ProvisionError::NotAccepted(violations) => {
+            let violation = |v: &crate::provisioning::FieldViolation| FieldViolation::new(v.field, v.problem.as_str());
+            details.set_bad_request(violations.iter().map(violation).collect::<Vec<_>>());
+        }
+        ProvisionError::ChipTaken { chip, .. } | ProvisionError::AlreadyComplete { chip, .. } => {
+            details.set_resource_info("chip", chip.to_string(), "", error.to_string());
+        }
+        ProvisionError::IdentityTaken { identity, .. } => {
+            details.set_resource_info("identity", identity.to_string(), "", error.to_string());
+        }
+        _ => {}
+    }
+    let message = if told.code == Code::Internal {
+        "a fault of the processing point; its log has the cause under the x-request-id of this answer".to_owned()
+    } else {
+        error.to_string()
+    };
+    Status::with_error_details(told.code, message, details)
+}
+
+/// A refusal that has no error of an inner room: the caller has the wrong role, or none.
+pub(super) fn refusal(code: Code, reason: &'static str, message: String) -> Status {
+    Status::with_error_details(
+        code,
+        message,
+        ErrorDetails::with_error_info(reason, DOMAIN, std::collections::HashMap::new()),
+    )
+}

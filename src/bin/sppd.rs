@@ -39,7 +39,6 @@ fn main() -> ExitCode {
         return ended(worker::run());
     }
     let cli = Cli::parse();
-    spp::process::forbid_core_dumps();
     let config = match DaemonConfig::load(&cli.config) {
         Ok(config) => config,
         Err(faults) => {
@@ -48,6 +47,7 @@ fn main() -> ExitCode {
         }
     };
     start_logging(&config.log);
+    spp::process::forbid_core_dumps();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let result = runtime.map_err(|e| e.to_string()).and_then(|runtime| {
         let result = runtime.block_on(async { if cli.check { check(config).await } else { serve(config).await } });

@@ -3,7 +3,7 @@
 use crate::certificate::{CertificateRequest, CertificateSerial, KeyPairRule, prepare};
 use crate::hsm::{Derivation, DeviceKeyOrder};
 use crate::keys::PublicKey;
-use crate::names::{ChipId, DeviceIdentity, ProfileName, SessionId, StationName};
+use crate::names::{ChipId, DeviceIdentity, KeyName, ProfileName, SessionId, StationName};
 use crate::package::TransportPublicKey;
 use crate::secret::SecretBytes;
 use crate::store::{CertificateToSign, MasterKeyUse, Session, SessionState};
@@ -92,7 +92,7 @@ impl Provisioner {
             KeyPairRule::Generate { kind } => Some(*kind),
             KeyPairRule::Csr { .. } | KeyPairRule::None => None,
         };
-        let derivations = derivations(product, &order.identity);
+        let derivations = derivations(product, &order.identity, product.profile.master_key());
         let made = self.hsm.device_keys(&DeviceKeyOrder { pair, derivations, random: RANDOM_LEN }).await?;
         let (private, kept) = made.pair.map(|pair| (pair.private, pair.kept)).unzip();
         let public_key = private.as_ref().map(|pair| pair.public().clone()).or_else(|| order.own_key.clone());
@@ -140,9 +140,9 @@ impl Provisioner {
         })
     }
 
-    /// The master key of the first symmetric key; a profile's keys all come from one.
+    /// The profile's master key and its version; all symmetric keys of a profile come from one.
     fn master_key_use(&self, product: &Product) -> Option<MasterKeyUse> {
-        let key = &product.profile.symmetric_keys().first()?.master_key;
+        let key = product.profile.master_key()?;
         let version = self.hsm.keys().master_key(key)?.version;
         Some(MasterKeyUse { key: key.clone(), version })
     }
@@ -157,10 +157,12 @@ struct MadeKeys {
     package_keys: PackageKeys,
 }
 
-/// The symmetric keys of a device, as the HSM derives them.
-pub(super) fn derivations(product: &Product, identity: &DeviceIdentity) -> Vec<Derivation> {
-    let derivation = |spec: &crate::certificate::SymmetricKeyRule| {
-        Derivation::device_key(spec.master_key.clone(), &spec.purpose, identity, usize::from(spec.length))
-    };
-    product.profile.symmetric_keys().iter().map(derivation).collect()
+/// The symmetric keys of a device, as the HSM derives them: from the profile's master key, or from the one that the session
+/// began with.
+pub(super) fn derivations(product: &Product, identity: &DeviceIdentity, master: Option<&KeyName>) -> Vec<Derivation> {
+    let rules = product.profile.symmetric_keys().iter();
+    let pairs = rules.filter_map(|rule| Some((rule, master?)));
+    pairs
+        .map(|(rule, key)| Derivation::device_key(key.clone(), &rule.purpose, identity, usize::from(rule.length)))
+        .collect()
 }

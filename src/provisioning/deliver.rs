@@ -49,7 +49,8 @@ impl Provisioner {
             }
             _ => None,
         };
-        let derivations = derivations(product, &session.identity);
+        let master = session.master_key.as_ref().map(|master| &master.key);
+        let derivations = derivations(product, &session.identity, master);
         let held = self.hsm.held_keys(&HeldKeyOrder { pair, derivations }).await?;
         Ok(PackageKeys { pair: held.pair, derived: held.derived })
     }

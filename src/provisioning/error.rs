@@ -88,6 +88,9 @@ pub enum ProvisionError {
     /// Too many calls for the same chip wait already.
     #[error("the chip {0} is being worked on by another call")]
     ChipBusy(ChipId),
+    /// So many calls are being answered that this one is not begun.
+    #[error("{0} calls are being answered already")]
+    HouseFull(usize),
     /// The HSM.
     #[error(transparent)]
     Hsm(#[from] HsmError),

@@ -1,8 +1,10 @@
 //! The door of every call: a request identifier, a span, a log line, and a task of its own.
 
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Instant;
 
+use tokio::sync::Semaphore;
 use tonic::metadata::MetadataValue;
 use tonic::{Code, Response, Status};
 use tracing::Instrument as _;
@@ -13,9 +15,39 @@ use crate::provisioning::ProvisionError;
 /// The header that names a request in logs and answers.
 const REQUEST_ID: &str = "x-request-id";
 
+/// Calls that may be inside at once, over all services; more are told to come again. Each costs memory, and the rooms behind
+/// have queues of about this length.
+const PLACES: usize = 1024;
+
+/// The door, shared by all services.
+#[derive(Clone)]
+pub(super) struct Door(Arc<Semaphore>);
+
+impl Default for Door {
+    fn default() -> Self {
+        Self(Arc::new(Semaphore::new(PLACES)))
+    }
+}
+
+impl Door {
+    /// See [`call`]; refused at once when the house is full.
+    pub(super) async fn call<T, F>(&self, method: &'static str, caller: String, work: F) -> Result<Response<T>, Status>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, ProvisionError>> + Send + 'static,
+    {
+        let place = Arc::clone(&self.0).try_acquire_owned();
+        call(method, caller, async move {
+            let _place = place.map_err(|_| ProvisionError::HouseFull(PLACES))?;
+            work.await
+        })
+        .await
+    }
+}
+
 /// Runs a call in a task of its own, so that a caller who hangs up does not stop a story between two steps, and tells how
 /// it ended.
-pub(super) async fn call<T, F>(method: &'static str, caller: String, work: F) -> Result<Response<T>, Status>
+async fn call<T, F>(method: &'static str, caller: String, work: F) -> Result<Response<T>, Status>
 where
     T: Send + 'static,
     F: Future<Output = Result<T, ProvisionError>> + Send + 'static,

@@ -4,12 +4,16 @@ use std::sync::Arc;
 
 use tonic::{Request, Response, Status, async_trait};
 
-use super::{callers, door, messages};
+use super::door::Door;
+use super::{callers, messages};
 use crate::proto;
 use crate::proto::line_server::Line;
 use crate::provisioning::Provisioner;
 
-pub(super) struct LineService(pub(super) Arc<Provisioner>);
+pub(super) struct LineService {
+    pub(super) provisioner: Arc<Provisioner>,
+    pub(super) door: Door,
+}
 
 #[async_trait]
 impl Line for LineService {
@@ -18,12 +22,12 @@ impl Line for LineService {
         request: Request<proto::AssembleRequest>,
     ) -> Result<Response<proto::AssembleResponse>, Status> {
         let station = callers::station(&request)?;
-        let (provisioner, caller) = (Arc::clone(&self.0), station.to_string());
+        let (provisioner, caller) = (Arc::clone(&self.provisioner), station.to_string());
         let work = async move {
             let order = messages::order(station, request.get_ref())?;
             provisioner.assemble(order).await.map(messages::assembled)
         };
-        door::call("Line.Assemble", caller, work).await
+        self.door.call("Line.Assemble", caller, work).await
     }
 
     async fn complete(
@@ -31,24 +35,24 @@ impl Line for LineService {
         request: Request<proto::CompleteRequest>,
     ) -> Result<Response<proto::CompleteResponse>, Status> {
         let station = callers::station(&request)?;
-        let (provisioner, caller) = (Arc::clone(&self.0), station.to_string());
+        let (provisioner, caller) = (Arc::clone(&self.provisioner), station.to_string());
         let work = async move {
             let completion = messages::completion(station, request.into_inner())?;
             let publication = provisioner.complete(completion).await?;
             Ok(proto::CompleteResponse { receipt: Some(messages::receipt(&publication)) })
         };
-        door::call("Line.Complete", caller, work).await
+        self.door.call("Line.Complete", caller, work).await
     }
 
     async fn abort(&self, request: Request<proto::AbortRequest>) -> Result<Response<proto::AbortResponse>, Status> {
         let station = callers::station(&request)?;
-        let (provisioner, caller) = (Arc::clone(&self.0), station.to_string());
+        let (provisioner, caller) = (Arc::clone(&self.provisioner), station.to_string());
         let work = async move {
             let (session, reason) = messages::abort(request.get_ref())?;
             provisioner.abort(&station, session, reason).await?;
             Ok(proto::AbortResponse {})
         };
-        door::call("Line.Abort", caller, work).await
+        self.door.call("Line.Abort", caller, work).await
     }
 
     async fn get_session(
@@ -56,11 +60,11 @@ impl Line for LineService {
         request: Request<proto::GetSessionRequest>,
     ) -> Result<Response<proto::GetSessionResponse>, Status> {
         let station = callers::station(&request)?;
-        let (provisioner, caller) = (Arc::clone(&self.0), station.to_string());
+        let (provisioner, caller) = (Arc::clone(&self.provisioner), station.to_string());
         let work = async move {
             let which = messages::session_view(request.get_ref())?;
             provisioner.view(&station, &which).await.map(|session| messages::session(&session))
         };
-        door::call("Line.GetSession", caller, work).await
+        self.door.call("Line.GetSession", caller, work).await
     }
 }

@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use tonic::{Request, Response, Status, async_trait};
 
+use super::door::Door;
 use super::health::line_trouble;
-use super::{callers, door, messages};
+use super::{callers, messages};
 use crate::proto;
 use crate::proto::officer_server::Officer;
 use crate::provisioning::{ProvisionError, Provisioner};
@@ -22,6 +23,7 @@ pub struct NodeInfo {
 pub(super) struct OfficerService {
     pub(super) provisioner: Arc<Provisioner>,
     pub(super) node: NodeInfo,
+    pub(super) door: Door,
 }
 
 #[async_trait]
@@ -32,7 +34,7 @@ impl Officer for OfficerService {
     ) -> Result<Response<proto::GetStatusResponse>, Status> {
         let caller = callers::officer(&request)?.to_string();
         let (provisioner, node) = (Arc::clone(&self.provisioner), self.node.clone());
-        door::call("Officer.GetStatus", caller, async move { status(&provisioner, node).await }).await
+        self.door.call("Officer.GetStatus", caller, async move { status(&provisioner, node).await }).await
     }
 }
 

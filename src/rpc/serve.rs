@@ -10,6 +10,7 @@ use tokio::task::JoinSet;
 use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 
+use super::door::Door;
 use super::health;
 use super::line::LineService;
 use super::officer::{NodeInfo, OfficerService};
@@ -83,11 +84,13 @@ impl Listening {
     ) -> Result<(), ServeError> {
         let (reporter, health) = tonic_health::server::health_reporter();
         let reporting = tokio::spawn(health::report(reporter, Arc::clone(provisioner)));
-        let line = LineServer::new(LineService(Arc::clone(provisioner))).max_decoding_message_size(MAX_REQUEST);
-        let officer = OfficerService { provisioner: Arc::clone(provisioner), node };
+        let door = Door::default();
+        let line = LineServer::new(LineService { provisioner: Arc::clone(provisioner), door: door.clone() })
+            .max_decoding_message_size(MAX_REQUEST);
+        let officer = OfficerService { provisioner: Arc::clone(provisioner), node, door: door.clone() };
         let officer = OfficerServer::new(officer).max_decoding_message_size(MAX_REQUEST);
-        let recovery =
-            RecoveryServer::new(RecoveryService(Arc::clone(provisioner))).max_decoding_message_size(MAX_REQUEST);
+        let recovery = RecoveryServer::new(RecoveryService { provisioner: Arc::clone(provisioner), door })
+            .max_decoding_message_size(MAX_REQUEST);
 
         let mutual = server_tls(tls)?.client_ca_root(Certificate::from_pem(&tls.client_ca));
         let stations = builder("stations", mutual.clone())?.add_service(line);

@@ -44,6 +44,7 @@ fn table(error: &ProvisionError) -> Told {
         E::WrongState { .. } => told(Code::FailedPrecondition, "WRONG_STATE"),
         E::RolledBack(_) => told(Code::FailedPrecondition, "STATE_STORE_ROLLED_BACK"),
         E::ChipBusy(_) => again(Code::Aborted, "CHIP_BUSY", SOON),
+        E::HouseFull(_) => again(Code::ResourceExhausted, "HOUSE_FULL", SOON),
         E::Hsm(HsmError::Unavailable { retry_after, .. }) => again(Code::Unavailable, "HSM_AWAY", *retry_after),
         E::Hsm(HsmError::Busy { .. }) => again(Code::ResourceExhausted, "HSM_BUSY", SOON),
         E::Hsm(HsmError::Deadline(_)) => again(Code::Unavailable, "HSM_SLOW", SOON),

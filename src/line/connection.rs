@@ -145,7 +145,9 @@ mod tests {
     fn a_server_is_an_https_address() {
         assert!(parse_server("https://localhost:7443").is_ok());
         assert!(parse_server("https://[::1]:7443/").is_ok());
-        for wrong in ["localhost:7443", "http://localhost:7443", "https://", "https://h:1/path", "", "https://h:x", "https://h"] {
+        for wrong in
+            ["localhost:7443", "http://localhost:7443", "https://", "https://h:1/path", "", "https://h:x", "https://h"]
+        {
             let refused = parse_server(wrong).unwrap_err();
             assert!(refused.contains("https://localhost:7443"), "{wrong}: {refused}");
         }

@@ -40,7 +40,8 @@ impl Patience {
             let Some(advice) = advice(&status) else { return Err(CallFailure::of(name, &status, false)) };
             let pause = pause(tries, advice);
             if first_failure.get_or_insert_with(Instant::now).elapsed() + pause > self.retry_for {
-                return Err(CallFailure::of(name, &status, is_away(&status)));
+                // A busy chip is its own trouble; all else that should have healed meets every device.
+                return Err(CallFailure::of(name, &status, status.code() != Code::Aborted));
             }
             tries += 1;
             *retries += 1;
@@ -63,7 +64,7 @@ pub struct CallFailure {
     code: Code,
     message: String,
     violations: Vec<(String, String)>,
-    /// Whether nobody could have got an answer: the daemon or its HSM was away until patience ended.
+    /// Whether the next device would fare the same: the daemon or its HSM was away, full or busy until patience ended.
     pub(super) away: bool,
 }
 
@@ -139,10 +140,6 @@ fn advice(status: &Status) -> Option<Advice> {
 
 fn is_of_transport(status: &Status) -> bool {
     status.source().is_some()
-}
-
-fn is_away(status: &Status) -> bool {
-    status.code() == Code::Unavailable || is_of_transport(status)
 }
 
 fn is_refused_by_tls(status: &Status) -> bool {
@@ -278,7 +275,7 @@ mod tests {
         let long = asking(Code::ResourceExhausted, Duration::from_secs(3600));
         let call = BRIEF.call::<(), _>("Assemble", &mut retries, || std::future::ready(Err(long.clone())));
         let failure = call.await.unwrap_err();
-        assert!(!failure.away, "others may still be served");
+        assert!(failure.away, "nor is it for the next device");
         assert!(begun.elapsed() <= BRIEF.retry_for, "it is not waited for what is too long");
     }
 

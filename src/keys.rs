@@ -471,8 +471,8 @@ enum Signer {
 
 /// The first DER value of the bytes; what follows it must be fewer than 8 zero octets (RFC 5649 padding kept by the module).
 fn der_prefix(bytes: &[u8]) -> Option<&[u8]> {
-    let mut reader = der::SliceReader::new(bytes).ok()?;
-    let header = der::Header::peek(&mut reader).ok()?;
+    let reader = der::SliceReader::new(bytes).ok()?;
+    let header = der::Header::peek(&reader).ok()?;
     let total = usize::try_from((header.encoded_len().ok()? + header.length()).ok()?).ok()?;
     let (value, rest) = bytes.split_at_checked(total)?;
     (rest.len() < 8 && rest.iter().all(|b| *b == 0)).then_some(value)

@@ -1,4 +1,49 @@
 //! The secure processing point: gives every device on an assembly line its identity and its keys.
+//!
+//! # The way of one device
+//!
+//! ```text
+//!  station                        sppd                                              device
+//!     │ Line.Assemble(chip ID, identity, profile)                                      │
+//!     ├──────────────► admit → keys (HSM) → prepare + lint → intend ─► journal         │
+//!     │                → sign (HSM) → issue ─► journal → deliver                       │
+//!     │◄────────────── certificate, data package                                       │
+//!     ├───────────────────────────────────────────────────────────────────────────────►│ verify, store,
+//!     │◄───────────────────────────────────────────────────────────────────────────────┤ backup, confirm
+//!     │ Line.Complete(session, backup, confirmation)                                   │
+//!     ├──────────────► accept → publish ─► public database → erase ─► secret store     │
+//!     │◄────────────── receipt                                                         │
+//!                      Recovery.GetRecord(chip ID) ── ever after, by anybody ─────────►│ recover
+//! ```
+//!
+//! It is told by two functions: [`provisioning::Provisioner::assemble`] and [`provisioning::Provisioner::complete`].
+//!
+//! # The rooms
+//!
+//! | room | what is in it | what it may touch |
+//! |---|---|---|
+//! | [`names`], [`keys`], [`secret`] | the words that all rooms share | nothing |
+//! | [`config`] | files people write → validated values | the configuration's files |
+//! | [`provisioning`] ★ | the stories of a device, and what a crash left of them | every room below |
+//! | [`hsm`] | the worker process, the verbs, keys on a token | PKCS#11, alone |
+//! | [`certificate`] | profile → prepared → linted → issued; pure | nothing |
+//! | [`package`] | data package, sealing, backup, confirmation; pure | nothing |
+//! | [`store`] | state store and public database; hands out the proofs | sled, alone |
+//! | [`rpc`] | services, callers, the table from errors to statuses, TLS, drain | gRPC |
+//! | [`device`] | the personal device, the reference for firmware authors | its flash file |
+//! | [`line`] | what a station does | gRPC as a client, simulated devices |
+//! | [`officer`] | ceremonies, enrolment, status | the token (through [`hsm`]), gRPC as a client |
+//!
+//! # Who is trusted with what
+//!
+//! | part | whoever controls it can at most |
+//! |---|---|
+//! | HSM | do everything: it is the root |
+//! | the daemon's memory | use the HSM while it runs, see packages in flight |
+//! | state store | withhold or roll back sessions; read no key without the HSM |
+//! | public database | withhold records |
+//! | station | provision within its profiles and identity ranges; with sealed delivery it sees no secret |
+//! | network | nothing |
 
 /// The messages and services of `proto/spp/v1`.
 #[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic, reason = "generated from proto/")]

@@ -107,7 +107,7 @@ impl Thread {
             let id = request.id;
             let result = self.answer(&mut verbs, request, until);
             let fatal = matches!(&result, Err(f) if f.class == FailureClass::ModuleLost);
-            if write_frame(&mut *lock(&self.out), &Reply { id, result }).is_err() || fatal {
+            if write_frame(&mut lock(&self.out), &Reply { id, result }).is_err() || fatal {
                 leave();
             }
         }

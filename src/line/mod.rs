@@ -1,7 +1,7 @@
 //! What a station does: brings devices from bare chip to receipt, many at a time, and shows and recovers them later.
 //!
-//! The reference for authors of real stations, over simulated devices ([`crate::device::Fab`]). To read first: [`way`], one
-//! device's story. Around it: [`orders`] says who gets what, [`pipeline`] works on many at a time, [`retry`] says what is
+//! The reference for authors of real stations, over simulated devices ([`crate::device::Fab`]). To read first: `way`, one
+//! device's story. Around it: `orders` says who gets what, `pipeline` works on many at a time, `retry` says what is
 //! tried again, [`journal`] what need not be done again, [`book`] and [`report`] what came of it. [`connection`] is the way to the
 //! daemon; [`recover`], [`show`] and [`devices`] are the commands for one device; [`cli`] is what people type.
 //!

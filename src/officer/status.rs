@@ -1,5 +1,4 @@
 //! A look at the running daemon, over gRPC with an officer's certificate.
-#![expect(clippy::disallowed_types, reason = "the officer's tool is a gRPC client: it reads statuses")]
 
 use std::path::Path;
 use std::time::{Duration, Instant};

@@ -116,7 +116,7 @@ impl Provisioner {
             chip: &order.chip,
             identity: &order.identity,
             public_key: made.public_key.as_ref(),
-            serial: made.serial.clone(),
+            serial: made.serial,
             not_before: created,
         };
         let linted = prepare(&request)

@@ -79,7 +79,7 @@ impl Provisioner {
                     Ok(Found::Answered(publication))
                 }
                 None if issued.session().expires <= now() => Err(wrong_state(issued.session(), "; it has expired")),
-                None => Ok(Found::Issued(issued)),
+                None => Ok(Found::Issued(Box::new(issued))),
             },
             TakenUp::Published(published) => {
                 let chip = published.session().chip.clone();
@@ -116,7 +116,7 @@ impl Provisioner {
 }
 
 enum Found {
-    Issued(Issued),
+    Issued(Box<Issued>),
     Answered(Publication),
 }
 

@@ -24,6 +24,8 @@ mod recover;
 mod report;
 mod retry;
 mod show;
+#[cfg(test)]
+mod tests;
 mod way;
 
 pub use cli::{Arguments, run};

@@ -9,7 +9,7 @@ use x509_cert::Certificate;
 
 use super::LineError;
 use super::book::{Book, Ended};
-use super::connection::{Tls, connect};
+use super::connection::{Tls, connect, greet};
 use super::orders::{self, Numbering, Order};
 use super::pipeline;
 use super::report::ReportFile;
@@ -57,6 +57,9 @@ pub(super) async fn provision(asked: Provision) -> Result<Ended, LineError> {
     let parallel = asked.parallel.min(orders.len());
     let connections = asked.connections.unwrap_or_else(|| parallel.div_ceil(16).min(8)).min(parallel);
     let channels = connect(&endpoint, connections, &asked.patience).await?;
+    if let Some(channel) = channels.first() {
+        greet(&asked.server, channel, &asked.patience).await?;
+    }
     // 4. The devices.
     let Provision { sealed, own_pair, patience, .. } = asked;
     let station = Station { fab: Arc::new(fab), sealed, own_pair, patience };

@@ -85,6 +85,25 @@ impl CallFailure {
         Self { name, code: status.code(), message, violations, away }
     }
 
+    /// Whether it complains of this field of the request.
+    pub(super) fn is_about(&self, field: &str) -> bool {
+        self.violations.iter().any(|(found, _)| found == field)
+    }
+
+    pub(super) fn with_hint(mut self, hint: &str) -> Self {
+        self.message = format!("{}; {hint}", self.message);
+        self
+    }
+
+    /// What the daemon said, without the call's name.
+    pub(super) fn reason(&self) -> String {
+        let mut text = format!("{}: {}", wire_name(self.code), self.message);
+        for (field, problem) in self.violations.iter().filter(|(_, problem)| !self.message.contains(problem)) {
+            text.push_str(&format!("; {field}: {problem}"));
+        }
+        text
+    }
+
     pub(super) const fn code(&self) -> Code {
         self.code
     }
@@ -97,11 +116,7 @@ impl CallFailure {
 
 impl fmt::Display for CallFailure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}: {}", self.name, wire_name(self.code), self.message)?;
-        for (field, problem) in self.violations.iter().filter(|(_, problem)| !self.message.contains(problem)) {
-            write!(f, "; {field}: {problem}")?;
-        }
-        Ok(())
+        write!(f, "{}: {}", self.name, self.reason())
     }
 }
 
@@ -143,6 +158,15 @@ fn is_of_transport(status: &Status) -> bool {
 }
 
 fn is_refused_by_tls(status: &Status) -> bool {
+    // In TLS 1.3 the server's verdict on the client comes after the handshake; HTTP/2 hands it on as text.
+    let told = |error: &(dyn std::error::Error + 'static)| error.to_string().contains("received fatal alert");
+    let mut cause = status.source();
+    while let Some(error) = cause {
+        if told(error) {
+            return true;
+        }
+        cause = error.source();
+    }
     status.source().and_then(tls_fault).is_some()
 }
 

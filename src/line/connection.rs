@@ -78,6 +78,8 @@ pub(super) async fn connect(endpoint: &Endpoint, count: usize, patience: &Patien
 /// Makes sure that the other side is a daemon that serves this station, before a device is begun. Asks for a session that nobody
 /// has: in TLS 1.3 a server tells what it thinks of a client's certificate with the first answer only.
 pub(super) async fn greet(server: &Uri, channel: &Channel, patience: &Patience) -> Result<(), LineError> {
+    // A connection that is cut off in the middle of a refusal looks like any other; five seconds are enough to see the refusal.
+    let patience = Patience { retry_for: patience.retry_for.min(Duration::from_secs(5)), ..*patience };
     let nobody = GetSessionRequest { session: Some(Session::ChipId(vec![0; ChipId::MIN_LEN])) };
     let attempt = || {
         let (mut client, request) = (LineClient::new(channel.clone()), patience.request(nobody.clone()));

@@ -97,7 +97,10 @@ impl CallFailure {
 
     /// What the daemon said, without the call's name.
     pub(super) fn reason(&self) -> String {
-        let mut text = format!("{}: {}", wire_name(self.code), self.message);
+        let mut text = wire_name(self.code);
+        if !self.message.is_empty() {
+            text.push_str(&format!(": {}", self.message));
+        }
         for (field, problem) in self.violations.iter().filter(|(_, problem)| !self.message.contains(problem)) {
             text.push_str(&format!("; {field}: {problem}"));
         }

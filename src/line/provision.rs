@@ -44,7 +44,7 @@ pub(super) struct Provision {
     pub(super) patience: Patience,
 }
 
-/// Provisions; an error means that nothing was begun.
+/// Provisions. An error means that nothing was begun, or that journal or report could not be written on the way.
 pub(super) async fn provision(asked: Provision) -> Result<Ended, LineError> {
     // 1. Everything that can be wrong here is found before the first device is begun.
     let tls = Tls::mutual(&asked.tls)?;

@@ -120,10 +120,11 @@ struct ProvisionArguments {
 
 const PROVISION_HELP: &str = "\
 Examples:
-  spp-line provision --simulate 100 --profile phone --parallel 32 --server https://localhost:7443 \\
-      --tls tls/line-1-a --devices devices --manufacturer keys/manufacturer-ca.pem --report report.csv
-  spp-line provision --identities lot-17.csv --server https://localhost:7443 --tls tls/line-1-a \\
-      --devices devices --sealed x25519
+  spp-line provision --simulate 100 --profile phone --parallel 32 \\
+      --server https://localhost:7443 --tls tls/line-1-a \\
+      --devices devices --manufacturer keys/manufacturer-ca.pem --report report.csv
+  spp-line provision --identities lot-17.csv --sealed x25519 \\
+      --server https://localhost:7443 --tls tls/line-1-a --devices devices
 
 The same command again resumes: devices that are complete are skipped, those in the middle are taken up.
 Nothing is lost or doubled, wherever it was stopped or killed. Ctrl-C finishes what was begun.";

@@ -5,10 +5,15 @@ use std::time::Duration;
 
 use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use tonic::Code;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity, Uri};
 
 use super::LineError;
 use super::retry::{Patience, tls_fault};
+use crate::names::ChipId;
+use crate::proto::GetSessionRequest;
+use crate::proto::get_session_request::Session;
+use crate::proto::line_client::LineClient;
 use crate::secret::SecretBytes;
 
 /// Whom the station trusts, and who it is itself.
@@ -68,6 +73,31 @@ pub(super) async fn connect(endpoint: &Endpoint, count: usize, patience: &Patien
         }
     }
     Ok(channels)
+}
+
+/// Makes sure that the other side is a daemon that serves this station, before a device is begun. Asks for a session that nobody
+/// has: in TLS 1.3 a server tells what it thinks of a client's certificate with the first answer only.
+pub(super) async fn greet(server: &Uri, channel: &Channel, patience: &Patience) -> Result<(), LineError> {
+    // A connection that is cut off in the middle of a refusal looks like any other; five seconds are enough to see the refusal.
+    let patience = Patience { retry_for: patience.retry_for.min(Duration::from_secs(5)), ..*patience };
+    let nobody = GetSessionRequest { session: Some(Session::ChipId(vec![0; ChipId::MIN_LEN])) };
+    let attempt = || {
+        let (mut client, request) = (LineClient::new(channel.clone()), patience.request(nobody.clone()));
+        async move { client.get_session(request).await }
+    };
+    let refused = match patience.call("GetSession", &mut 0, attempt).await {
+        Ok(_) => return Ok(()),
+        Err(refused) if refused.code() == Code::NotFound => return Ok(()),
+        Err(refused) => refused,
+    };
+    let hint = match refused.code() {
+        Code::Unimplemented => "; is this the listener for stations?",
+        Code::Unavailable | Code::DeadlineExceeded | Code::ResourceExhausted => {
+            "; `sppctl status` tells what is missing"
+        }
+        _ => "; is the station's certificate valid and enrolled here?",
+    };
+    Err(LineError::Connection { server: server.to_string(), cause: format!("{}{hint}", refused.reason()) })
 }
 
 /// The address of a server, as an option is given.

@@ -27,6 +27,8 @@ pub(super) fn wipe(chip: &ChipId, devices: &Path) -> Result<String, LineError> {
 struct Known {
     identity: String,
     profile: String,
+    /// `ordered`: its flash is empty; `installed`: not known here to be complete; `complete`; `wiped` and `damaged`: to be
+    /// recovered.
     state: &'static str,
     session: String,
     record: String,
@@ -35,14 +37,17 @@ struct Known {
 /// The devices of the directory as a table.
 pub(super) fn table(devices: &Path) -> Result<String, LineError> {
     let known = known(devices)?;
+    let mut states: BTreeMap<&str, usize> = BTreeMap::new();
     let mut table = Table::new();
-    table.load_preset(presets::UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
+    table.load_preset(presets::NOTHING).set_content_arrangement(ContentArrangement::Dynamic);
     table.set_header(["chip", "identity", "profile", "state", "session", "record"]);
     for (chip, device) in &known {
         let Known { identity, profile, state, session, record } = device;
+        *states.entry(state).or_default() += 1;
         table.add_row([&chip.to_string(), identity, profile, *state, session, record]);
     }
-    Ok(format!("{table}\n{} devices\n", known.len()))
+    let states: Vec<_> = states.iter().map(|(state, count)| format!("{count} {state}")).collect();
+    Ok(format!("{table}\n{} devices: {}\n", known.len(), states.join(", ")))
 }
 
 fn known(devices: &Path) -> Result<BTreeMap<ChipId, Known>, LineError> {
@@ -59,7 +64,7 @@ fn known(devices: &Path) -> Result<BTreeMap<ChipId, Known>, LineError> {
             Known {
                 identity: entry.identity.to_string(),
                 profile: entry.profile.to_string(),
-                state: "wiped: recover it",
+                state: "wiped",
                 session: entry.receipt.session.to_string(),
                 record: entry.receipt.record_index.to_string(),
             },
@@ -75,7 +80,7 @@ fn known(devices: &Path) -> Result<BTreeMap<ChipId, Known>, LineError> {
                 device.session = installed.session.to_string();
                 device.state = if device.record.is_empty() { "installed" } else { "complete" };
             }
-            Err(_) => device.state = "damaged: recover it",
+            Err(_) => device.state = "damaged",
         }
     }
     Ok(known)

@@ -3,7 +3,7 @@
 //! The reference for authors of real stations, over simulated devices ([`crate::device::Fab`]). To read first: `way`, one
 //! device's story. Around it: `orders` says who gets what, `pipeline` works on many at a time, `retry` says what is
 //! tried again, `journal` what need not be done again, `book` and `report` what came of it. `connection` is the way to the
-//! daemon; `recover`, [`show`] and [`devices`] are the commands for one device; [`cli`] is what people type.
+//! daemon; `recover`, `show` and `devices` are the commands for one device; `cli` is what people type.
 //!
 //! Trust: a station sees the packages that pass through it unless they are sealed to the chip, and holds no other secret
 //! than its own TLS key. It decides nothing: the daemon admits, the device verifies.
@@ -24,6 +24,8 @@ mod recover;
 mod report;
 mod retry;
 mod show;
+#[cfg(test)]
+mod tests;
 mod way;
 
 pub use cli::{Arguments, run};

@@ -9,7 +9,7 @@ use x509_cert::Certificate;
 
 use super::LineError;
 use super::book::{Book, Ended};
-use super::connection::{Tls, connect};
+use super::connection::{Tls, connect, greet};
 use super::orders::{self, Numbering, Order};
 use super::pipeline;
 use super::report::ReportFile;
@@ -44,7 +44,7 @@ pub(super) struct Provision {
     pub(super) patience: Patience,
 }
 
-/// Provisions; an error means that nothing was begun.
+/// Provisions. An error means that nothing was begun, or that journal or report could not be written on the way.
 pub(super) async fn provision(asked: Provision) -> Result<Ended, LineError> {
     // 1. Everything that can be wrong here is found before the first device is begun.
     let tls = Tls::mutual(&asked.tls)?;
@@ -57,6 +57,9 @@ pub(super) async fn provision(asked: Provision) -> Result<Ended, LineError> {
     let parallel = asked.parallel.min(orders.len());
     let connections = asked.connections.unwrap_or_else(|| parallel.div_ceil(16).min(8)).min(parallel);
     let channels = connect(&endpoint, connections, &asked.patience).await?;
+    if let Some(channel) = channels.first() {
+        greet(&asked.server, channel, &asked.patience).await?;
+    }
     // 4. The devices.
     let Provision { sealed, own_pair, patience, .. } = asked;
     let station = Station { fab: Arc::new(fab), sealed, own_pair, patience };

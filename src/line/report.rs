@@ -251,14 +251,12 @@ impl Summary {
 
     /// For people.
     pub(super) fn text(&self) -> String {
-        let mut text = format!(
-            "{} of {} devices are complete: {} now in {:.1} s ({} devices/s)",
-            self.done + self.found + self.skipped,
-            self.devices,
-            self.done,
-            self.seconds,
-            self.devices_per_second
-        );
+        let complete = self.done + self.found + self.skipped;
+        let mut text = format!("{complete} of {} devices are complete", self.devices);
+        if self.done > 0 {
+            let _ =
+                write!(text, ": {} now in {:.1} s ({} devices/s)", self.done, self.seconds, self.devices_per_second);
+        }
         let before = self.found + self.skipped;
         for (count, what) in [(before, "were complete before"), (self.failed, "failed"), (self.not_begun, "not begun")]
         {

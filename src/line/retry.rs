@@ -40,7 +40,8 @@ impl Patience {
             let Some(advice) = advice(&status) else { return Err(CallFailure::of(name, &status, false)) };
             let pause = pause(tries, advice);
             if first_failure.get_or_insert_with(Instant::now).elapsed() + pause > self.retry_for {
-                return Err(CallFailure::of(name, &status, is_away(&status)));
+                // A busy chip is its own trouble; all else that should have healed meets every device.
+                return Err(CallFailure::of(name, &status, status.code() != Code::Aborted));
             }
             tries += 1;
             *retries += 1;
@@ -63,7 +64,7 @@ pub struct CallFailure {
     code: Code,
     message: String,
     violations: Vec<(String, String)>,
-    /// Whether nobody could have got an answer: the daemon or its HSM was away until patience ended.
+    /// Whether the next device would fare the same: the daemon or its HSM was away, full or busy until patience ended.
     pub(super) away: bool,
 }
 
@@ -84,6 +85,28 @@ impl CallFailure {
         Self { name, code: status.code(), message, violations, away }
     }
 
+    /// Whether it complains of this field of the request.
+    pub(super) fn is_about(&self, field: &str) -> bool {
+        self.violations.iter().any(|(found, _)| found == field)
+    }
+
+    pub(super) fn with_hint(mut self, hint: &str) -> Self {
+        self.message = format!("{}; {hint}", self.message);
+        self
+    }
+
+    /// What the daemon said, without the call's name.
+    pub(super) fn reason(&self) -> String {
+        let mut text = wire_name(self.code);
+        if !self.message.is_empty() {
+            text.push_str(&format!(": {}", self.message));
+        }
+        for (field, problem) in self.violations.iter().filter(|(_, problem)| !self.message.contains(problem)) {
+            text.push_str(&format!("; {field}: {problem}"));
+        }
+        text
+    }
+
     pub(super) const fn code(&self) -> Code {
         self.code
     }
@@ -96,11 +119,7 @@ impl CallFailure {
 
 impl fmt::Display for CallFailure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}: {}", self.name, wire_name(self.code), self.message)?;
-        for (field, problem) in self.violations.iter().filter(|(_, problem)| !self.message.contains(problem)) {
-            write!(f, "; {field}: {problem}")?;
-        }
-        Ok(())
+        write!(f, "{}: {}", self.name, self.reason())
     }
 }
 
@@ -141,11 +160,16 @@ fn is_of_transport(status: &Status) -> bool {
     status.source().is_some()
 }
 
-fn is_away(status: &Status) -> bool {
-    status.code() == Code::Unavailable || is_of_transport(status)
-}
-
 fn is_refused_by_tls(status: &Status) -> bool {
+    // In TLS 1.3 the server's verdict on the client comes after the handshake; HTTP/2 hands it on as text.
+    let told = |error: &(dyn std::error::Error + 'static)| error.to_string().contains("received fatal alert");
+    let mut cause = status.source();
+    while let Some(error) = cause {
+        if told(error) {
+            return true;
+        }
+        cause = error.source();
+    }
     status.source().and_then(tls_fault).is_some()
 }
 
@@ -278,7 +302,7 @@ mod tests {
         let long = asking(Code::ResourceExhausted, Duration::from_secs(3600));
         let call = BRIEF.call::<(), _>("Assemble", &mut retries, || std::future::ready(Err(long.clone())));
         let failure = call.await.unwrap_err();
-        assert!(!failure.away, "others may still be served");
+        assert!(failure.away, "nor is it for the next device");
         assert!(begun.elapsed() <= BRIEF.retry_for, "it is not waited for what is too long");
     }
 

@@ -119,9 +119,9 @@ impl Failure {
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Call(call) => call.fmt(f),
+            Self::Call(call) => f.write_str(&call.reason()),
             Self::Device(error) => error.fmt(f),
-            Self::Answer(call, problem) => write!(f, "{call}: the answer was not understood: {problem}"),
+            Self::Answer(_, problem) => write!(f, "the answer was not understood: {problem}"),
             Self::ToBeRecovered(text) | Self::Station(text) => f.write_str(text),
         }
     }
@@ -197,7 +197,10 @@ impl Station {
         // 3. The device must still hold what is public.
         let session = session_id("GetSession", &known.session_id)?;
         let held = on_the_device(times, move || held_answer(&device, &session)).await;
-        let answer = held.map_err(|lost| Failure::flash_lost(order, lost))?;
+        let answer = held.map_err(|lost| match lost {
+            Failure::Device(DeviceError::Empty) => Failure::flash_lost(order, "its flash is empty"),
+            other => Failure::flash_lost(order, other),
+        })?;
         // 4. Published but not erased: Complete once more lets the daemon finish.
         let receipt = match known.receipt {
             Some(receipt) if known.state == SessionState::Erased as i32 => receipt_of("GetSession", session, receipt)?,
@@ -241,7 +244,19 @@ impl Station {
         };
         let answer = self.patience.call("Assemble", &mut times.retries, attempt).await;
         times.assemble = Some(begun.elapsed());
-        answer
+        answer.map_err(|failure| self.with_hint(failure))
+    }
+
+    /// What the profile wants and this run did not give, in the words of the command line.
+    fn with_hint(&self, failure: CallFailure) -> CallFailure {
+        match (self.sealed, self.own_pair) {
+            (None, _) if failure.is_about("transport_key") => {
+                failure.with_hint("give --sealed x25519 or --sealed p256")
+            }
+            (_, false) if failure.is_about("csr") => failure.with_hint("give --csr"),
+            (_, true) if failure.is_about("csr") => failure.with_hint("leave --csr out"),
+            _ => failure,
+        }
     }
 
     async fn complete(

@@ -2,14 +2,12 @@
 
 use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit};
 
-/// No core dumps, no ptrace by the same user: memory holds keys. Where the system refuses, there is nothing better to do than
-/// to say so. Call it once logging is on.
-pub fn forbid_core_dumps() {
+/// No core dumps, no ptrace by the same user: memory holds keys. The first thing a process does; whether the system allowed it
+/// is for the log, once there is one.
+pub fn forbid_core_dumps() -> bool {
     let none = Rlimit { current: Some(0), maximum: Some(0) };
     // A hardened unit forbids changing limits, and has set this one already.
     let limited = getrlimit(Resource::Core).maximum == Some(0) || setrlimit(Resource::Core, none).is_ok();
     let undumpable = set_dumpable_behavior(DumpableBehavior::NotDumpable).is_ok();
-    if !(limited && undumpable) {
-        tracing::warn!("core dumps could not be switched off");
-    }
+    limited && undumpable
 }

@@ -39,6 +39,7 @@ fn main() -> ExitCode {
         return ended(worker::run());
     }
     let cli = Cli::parse();
+    let undumpable = spp::process::forbid_core_dumps();
     let config = match DaemonConfig::load(&cli.config) {
         Ok(config) => config,
         Err(faults) => {
@@ -47,7 +48,9 @@ fn main() -> ExitCode {
         }
     };
     start_logging(&config.log);
-    spp::process::forbid_core_dumps();
+    if !undumpable {
+        tracing::warn!("core dumps could not be switched off: set LimitCORE=0, or ulimit -c 0");
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let result = runtime.map_err(|e| e.to_string()).and_then(|runtime| {
         let result = runtime.block_on(async { if cli.check { check(config).await } else { serve(config).await } });

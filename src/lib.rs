@@ -31,7 +31,7 @@
 //! | [`store`] | state store and public database; hands out the proofs | sled, alone |
 //! | [`rpc`] | services, callers, the table from errors to statuses, TLS, drain | gRPC |
 //! | [`device`] | the personal device, the reference for firmware authors | its flash file |
-//! | [`line`] | what a station does | gRPC as a client, simulated devices |
+//! | [`mod@line`] | what a station does | gRPC as a client, simulated devices |
 //! | [`officer`] | ceremonies, enrolment, status | the token (through [`hsm`]), gRPC as a client |
 //!
 //! # Who is trusted with what

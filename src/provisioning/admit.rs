@@ -1,9 +1,9 @@
 //! Step 1 of the way: may the caller, does the order fit its profile, are chip and identity free.
 
+use super::restart::Step;
 use super::{Order, Product, ProvisionError, Provisioner, now};
 use crate::certificate::{KeyPairRule, Sealing};
-use crate::names::SessionId;
-use crate::store::{Abortable, Intent, Issued, Session, SessionState, TakenUp};
+use crate::store::{Intent, Issued, Session, SessionState, TakenUp};
 
 /// What the journal knows of an admitted order.
 pub(super) enum Admitted {
@@ -55,24 +55,11 @@ impl Provisioner {
     /// Looks for the chip and the identity in the journal and in the public database. The database is asked too, since the
     /// journal could be an old copy; the transaction that reserves checks the journal once more.
     pub(super) async fn admit_device(&self, order: &Order) -> Result<Admitted, ProvisionError> {
-        match self.journal.take_up_chip(&order.chip).await? {
-            Some(known) if !is_aborted(known.session()) => {
-                if !is_same_order(known.session(), order) {
-                    return Err(taken_by(known.session()));
-                }
-                return match known {
-                    TakenUp::Intent(intent) => Ok(Admitted::Intended(intent)),
-                    TakenUp::Issued(issued) if issued.session().expires > now() => Ok(Admitted::Known(issued)),
-                    TakenUp::Issued(expired) => {
-                        self.journal.abort(Abortable::Issued(expired), now(), "expired".to_owned()).await?;
-                        Ok(Admitted::New)
-                    }
-                    TakenUp::Published(_) | TakenUp::Final(_) => {
-                        Err(ProvisionError::AlreadyComplete { chip: order.chip.clone(), session: id_of(&known) })
-                    }
-                };
-            }
-            _ => {}
+        if let Some(known) = self.journal.take_up_chip(&order.chip).await?
+            && !is_aborted(known.session())
+            && let Some(admitted) = self.admit_again(order, known).await?
+        {
+            return Ok(admitted);
         }
         if let Some(other) = self.journal.session_of_identity(&order.identity).await? {
             let (chip, session) = (other.chip, other.id);
@@ -92,10 +79,26 @@ impl Provisioner {
         }
         Ok(Admitted::New)
     }
-}
 
-fn id_of(known: &TakenUp) -> SessionId {
-    known.session().id
+    /// An order for a chip that has a session; none if that session has just ended and the chip is free again.
+    async fn admit_again(&self, order: &Order, known: TakenUp) -> Result<Option<Admitted>, ProvisionError> {
+        if !is_same_order(known.session(), order) {
+            return Err(taken_by(known.session()));
+        }
+        let session = known.session().id;
+        let complete = || ProvisionError::AlreadyComplete { chip: order.chip.clone(), session };
+        match known {
+            TakenUp::Intent(intent) if !intent.session().has_expired(now()) => Ok(Some(Admitted::Intended(intent))),
+            TakenUp::Issued(issued) if !issued.session().has_expired(now()) => Ok(Some(Admitted::Known(issued))),
+            // Ended as the restart ends it: its record may be public though the journal does not know, and then its pair was
+            // delivered and confirmed; a second one for the chip must not be.
+            TakenUp::Intent(_) | TakenUp::Issued(_) => match self.take_further(&order.chip, session).await? {
+                Step::Erased => Err(complete()),
+                Step::Expired | Step::Signed | Step::Waits => Ok(None),
+            },
+            TakenUp::Published(_) | TakenUp::Final(_) => Err(complete()),
+        }
+    }
 }
 
 const fn is_aborted(session: &Session) -> bool {

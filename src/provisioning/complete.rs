@@ -78,7 +78,7 @@ impl Provisioner {
                     self.journal.erase(receipt).await?;
                     Ok(Found::Answered(publication))
                 }
-                None if issued.session().expires <= now() => Err(wrong_state(issued.session(), "; it has expired")),
+                None if issued.session().has_expired(now()) => Err(wrong_state(issued.session(), "; it has expired")),
                 None => Ok(Found::Issued(Box::new(issued))),
             },
             TakenUp::Published(published) => {

@@ -49,11 +49,16 @@ impl Provisioner {
 
     async fn tidy_one(&self, chip: &ChipId, id: SessionId) -> Result<Step, ProvisionError> {
         let _chip = self.chips.hold(chip).await?;
+        self.take_further(chip, id).await
+    }
+
+    /// Takes one session as far as it goes without its station. The caller holds the chip.
+    pub(super) async fn take_further(&self, chip: &ChipId, id: SessionId) -> Result<Step, ProvisionError> {
         let Some(taken_up) = self.journal.take_up(&id).await? else { return Ok(Step::Waits) };
         match taken_up {
             TakenUp::Final(_) => Ok(Step::Waits),
             TakenUp::Published(_) => self.finish_erasure(chip, id).await.map(|_| Step::Erased),
-            TakenUp::Intent(intent) if intent.session().expires <= now() => {
+            TakenUp::Intent(intent) if intent.session().has_expired(now()) => {
                 self.journal.abort(Abortable::Intent(intent), now(), "expired".to_owned()).await?;
                 Ok(Step::Expired)
             }
@@ -70,7 +75,7 @@ impl Provisioner {
                     Ok(Step::Erased)
                 }
                 // The pair may have been seen by the device or the floor: destroyed, never given to another chip.
-                None if issued.session().expires <= now() => {
+                None if issued.session().has_expired(now()) => {
                     self.journal.abort(Abortable::Issued(issued), now(), "expired".to_owned()).await?;
                     Ok(Step::Expired)
                 }
@@ -92,10 +97,15 @@ impl Provisioner {
     }
 }
 
-enum Step {
+/// How far a session was taken.
+pub(super) enum Step {
+    /// Its certificate is signed.
     Signed,
+    /// Its record was public: its pair is erased.
     Erased,
+    /// Its time was over: its pair is destroyed, its chip and identity are free.
     Expired,
+    /// It needs its station, or nothing.
     Waits,
 }
 

@@ -1,7 +1,7 @@
 //! gRPC: the only room with tonic. Services, peers turned into callers, ONE table from errors to statuses, TLS, drain.
 //!
 //! Inner rooms never mention gRPC: a request is parsed here into values that are valid, a result is turned into a
-//! message here, and [`status`] is the one place that decides what a caller may learn of a failure.
+//! message here, and `status` is the one place that decides what a caller may learn of a failure.
 #![expect(clippy::disallowed_types, reason = "this is the room of gRPC")]
 
 mod callers;

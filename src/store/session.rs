@@ -37,6 +37,13 @@ pub struct Session {
     pub state: SessionState,
 }
 
+impl Session {
+    /// Whether its time is over. `now` in seconds since the Unix epoch.
+    pub const fn has_expired(&self, now: u64) -> bool {
+        self.expires <= now
+    }
+}
+
 /// A master key and its version.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MasterKeyUse {

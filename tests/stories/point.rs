@@ -1,0 +1,203 @@
+//! A processing point in the test's process: the real rooms, wired as `sppd` wires them, with breakable stores.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use spp::config::DaemonConfig;
+use spp::device::Fab;
+use spp::hsm::Hsm;
+use spp::names::{ProfileName, StationName};
+use spp::provisioning::{Issuer, Product, Provisioner};
+use spp::store::{Journal, Registry, SledOptions, SledPublicDatabase, SledStateStore};
+
+use crate::breaking::{Breaking, Faults};
+use crate::site::{SPPD, Site};
+
+/// Stores of tests are small, and a full disk is not what is tested here.
+const SMALL: SledOptions = SledOptions { floor_bytes: 1 << 20, reserve_bytes: 0, cache_bytes: 1 << 20 };
+const LONG: Duration = Duration::from_secs(3600);
+
+/// A token with its keys and one worker, for many processing points one after the other; and a fab for their devices.
+pub struct House {
+    site: Site,
+    pub hsm: Hsm,
+    pub fab: Fab,
+    points: AtomicU32,
+}
+
+impl House {
+    pub async fn new() -> Self {
+        Self::with_call_timeout(Duration::from_secs(30)).await
+    }
+
+    pub async fn with_call_timeout(call_timeout: Duration) -> Self {
+        let site = Site::new();
+        let mut config = DaemonConfig::load(&site.path("sppd.toml")).unwrap().hsm;
+        config.call_timeout = call_timeout;
+        config.worker_program = worker_that_tells_its_pid(&site);
+        let manufacturer = config.keys.signing_key(&"manufacturer".parse().unwrap()).unwrap().public_key.clone();
+        let fab = Fab::create(site.path("fab"), manufacturer).unwrap();
+        let hsm = Hsm::start(config);
+        hsm.ready(Duration::from_secs(60)).await.unwrap();
+        Self { site, hsm, fab, points: AtomicU32::new(0) }
+    }
+
+    /// A processing point with empty stores.
+    pub fn point(&self) -> Point<'_> {
+        self.point_with_lifetime(LONG)
+    }
+
+    pub fn point_with_lifetime(&self, session_lifetime: Duration) -> Point<'_> {
+        let directory = self.site.path(&format!("point-{}", self.points.fetch_add(1, Ordering::Relaxed)));
+        std::fs::create_dir(&directory).unwrap();
+        let mut point = Point { house: self, directory, session_lifetime, faults: Arc::default(), running: None };
+        let state = SledStateStore::create(&point.state_directory(), &SMALL).unwrap();
+        let public = SledPublicDatabase::create(&point.public_directory(), &SMALL).unwrap();
+        point.run(state, public);
+        point
+    }
+
+    /// What `sppd.toml` and the profiles say, as `sppd` reads them.
+    fn config(&self) -> DaemonConfig {
+        DaemonConfig::load(&self.site.path("sppd.toml")).unwrap()
+    }
+
+    pub fn tokens(&self) -> PathBuf {
+        self.site.path("hsm/tokens")
+    }
+
+    pub fn worker_pid_file(&self) -> PathBuf {
+        self.site.path("worker.pid")
+    }
+}
+
+/// The worker that a test can find and kill.
+fn worker_that_tells_its_pid(site: &Site) -> PathBuf {
+    let (script, pid) = (site.path("worker.sh"), site.path("worker.pid"));
+    std::fs::write(&script, format!("#!/bin/sh\necho $$ > {}\nexec {SPPD} \"$@\"\n", pid.display())).unwrap();
+    std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o700)).unwrap();
+    script
+}
+
+/// A processing point, running or stopped. What it keeps is in two directories.
+pub struct Point<'a> {
+    pub house: &'a House,
+    directory: PathBuf,
+    session_lifetime: Duration,
+    pub faults: Arc<Faults>,
+    running: Option<Running>,
+}
+
+struct Running {
+    provisioner: Arc<Provisioner>,
+    state: Arc<SledStateStore>,
+    public: Arc<SledPublicDatabase>,
+}
+
+impl Point<'_> {
+    pub fn provisioner(&self) -> &Arc<Provisioner> {
+        &self.running().provisioner
+    }
+
+    /// The engine behind the door, to look at.
+    pub fn state(&self) -> &SledStateStore {
+        &self.running().state
+    }
+
+    /// The engine behind the door, to look at.
+    pub fn public(&self) -> &SledPublicDatabase {
+        &self.running().public
+    }
+
+    pub fn state_directory(&self) -> PathBuf {
+        self.directory.join("state")
+    }
+
+    pub fn public_directory(&self) -> PathBuf {
+        self.directory.join("public")
+    }
+
+    /// The end of a process: everything in memory is gone, the stores are closed.
+    pub fn stop(&mut self) {
+        let running = self.running.take().expect("it runs");
+        assert_eq!(Arc::strong_count(&running.provisioner), 1, "a call still runs");
+        self.faults.disarm();
+    }
+
+    /// The start of a process: the stores as they are found on the disk.
+    pub fn start(&mut self) {
+        let state = SledStateStore::open(&self.state_directory(), &SMALL).unwrap();
+        let public = SledPublicDatabase::open(&self.public_directory(), &SMALL).unwrap();
+        self.run(state, public);
+    }
+
+    /// A new process that takes up what the old one left, as `sppd` does when it starts.
+    pub async fn restart(&mut self) -> spp::provisioning::Tidied {
+        self.stop();
+        self.start();
+        self.provisioner().restart().await.unwrap()
+    }
+
+    /// A copy of a store's directory, taken while nothing runs.
+    pub fn copy(&self, of: &Path, name: &str) -> PathBuf {
+        assert!(self.running.is_none(), "stop it first");
+        let copy = self.directory.join(name);
+        copy_all(of, &copy);
+        copy
+    }
+
+    /// Somebody puts an old copy in the place of a store.
+    pub fn put_back(&self, copy: &Path, place: &Path) {
+        assert!(self.running.is_none(), "stop it first");
+        std::fs::remove_dir_all(place).unwrap();
+        copy_all(copy, place);
+    }
+
+    fn run(&mut self, state: SledStateStore, public: SledPublicDatabase) {
+        let (state, public) = (Arc::new(state), Arc::new(public));
+        let faults = &self.faults;
+        let journal = Journal::new(Arc::new(Breaking { engine: state.clone(), faults: faults.clone() }));
+        let registry = Registry::new(Arc::new(Breaking { engine: public.clone(), faults: faults.clone() }));
+        let config = self.house.config();
+        let products = products(config.profiles, config.issuers);
+        let hsm = self.house.hsm.clone();
+        let provisioner = Provisioner::new(hsm, journal, registry, products, config.stations, self.session_lifetime);
+        self.running = Some(Running { provisioner: Arc::new(provisioner), state, public });
+    }
+
+    fn running(&self) -> &Running {
+        self.running.as_ref().expect("it runs")
+    }
+}
+
+fn products(
+    profiles: BTreeMap<ProfileName, spp::certificate::Profile>,
+    mut issuers: BTreeMap<ProfileName, spp::certificate::IssuerCertificate>,
+) -> BTreeMap<ProfileName, Product> {
+    let product = |(name, profile): (ProfileName, spp::certificate::Profile)| {
+        let issuer = Issuer::new(profile.issuer().clone(), issuers.remove(&name).unwrap());
+        (name, Product { profile, issuer })
+    };
+    profiles.into_iter().map(product).collect()
+}
+
+fn copy_all(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let to = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy_all(&entry.path(), &to);
+        } else {
+            std::fs::copy(entry.path(), to).unwrap();
+        }
+    }
+}
+
+pub fn station() -> StationName {
+    "line-1/a".parse().unwrap()
+}

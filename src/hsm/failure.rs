@@ -83,12 +83,17 @@ fn classify(error: &Error) -> (FailureClass, &'static str) {
             (Permanent, "the user PIN is wrong; it is not tried again, since the token could lock")
         }
         RvError::PinLocked => (Permanent, "the user PIN is locked; the security officer must unlock it"),
+        RvError::PinInvalid | RvError::PinLenRange => {
+            (Permanent, "the user PIN cannot be one of this token; it is not tried again, since the token could lock")
+        }
         RvError::PinExpired => (Permanent, "the user PIN has expired; the security officer must set a new one"),
         RvError::UserPinNotInitialized => (Permanent, "the token has no user PIN; initialise it first"),
         RvError::SessionHandleInvalid
         | RvError::SessionClosed
         | RvError::ObjectHandleInvalid
         | RvError::KeyHandleInvalid
+        | RvError::WrappingKeyHandleInvalid
+        | RvError::UnwrappingKeyHandleInvalid
         | RvError::UserNotLoggedIn
         | RvError::OperationActive
         | RvError::OperationNotInitialized => (SessionLost, ""),
@@ -153,8 +158,12 @@ mod tests {
     #[test]
     fn a_wrong_pin_is_permanent_and_a_lost_session_is_not() {
         let class = |rv| classify(&Error::Pkcs11(rv, cryptoki::context::Function::Login)).0;
-        assert_eq!(class(RvError::PinIncorrect), FailureClass::Permanent);
-        assert_eq!(class(RvError::SessionHandleInvalid), FailureClass::SessionLost);
+        for rv in [RvError::PinIncorrect, RvError::PinInvalid, RvError::PinLenRange, RvError::PinLocked] {
+            assert_eq!(class(rv), FailureClass::Permanent, "{rv:?}");
+        }
+        for rv in [RvError::SessionHandleInvalid, RvError::KeyHandleInvalid, RvError::WrappingKeyHandleInvalid] {
+            assert_eq!(class(rv), FailureClass::SessionLost, "{rv:?}");
+        }
         assert_eq!(class(RvError::DeviceRemoved), FailureClass::ModuleLost);
         assert_eq!(class(RvError::GeneralError), FailureClass::Transient);
     }

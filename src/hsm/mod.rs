@@ -19,6 +19,8 @@ mod objects;
 mod pin;
 mod register;
 mod supervisor;
+#[cfg(test)]
+mod tests;
 mod token;
 mod transport;
 mod verbs;

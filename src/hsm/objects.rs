@@ -24,7 +24,7 @@ const ID_LEN: u32 = 16;
 
 /// A token opened for a ceremony, in the officer's own process: the daemon is not involved.
 pub struct Ceremony {
-    token: Token,
+    pub(super) token: Token,
     profile: ModuleProfile,
 }
 

@@ -48,14 +48,19 @@ impl Verbs {
         Self::new(session, self.shared, self.transport_key)
     }
 
-    /// Finds and audits every key of the register.
+    /// Finds and audits every key of the register; the transport key, if one was made, must be there too.
     pub(crate) fn check_keys(&mut self) -> Result<(), Failure> {
         let shared = Arc::clone(&self.shared);
         for (name, key) in &shared.keys {
             let object = self.key(name)?;
             audit(&self.session, object, name, key.role)?;
         }
-        Ok(())
+        let Some(transport) = self.transport_key else { return Ok(()) };
+        match self.session.get_attributes(transport, &[AttributeType::Class]) {
+            Ok(found) if !found.is_empty() => Ok(()),
+            // A session object dies with its session, and only a new worker makes another.
+            _ => Err(Failure::new(FailureClass::ModuleLost, "the transport key is gone")),
+        }
     }
 
     /// Does one operation.

@@ -1,0 +1,123 @@
+//! What ceremonies make works, is what they say it is, and is never overwritten.
+
+use super::{in_module, name, object_counts, register};
+use crate::hsm::wire::{Answer, Operation};
+use crate::hsm::{HsmError, KeyRole, Prf};
+use crate::keys::{KeyKind, SignatureAlgorithm};
+
+#[test]
+fn keys_of_every_algorithm_sign_what_their_public_half_verifies() {
+    in_module(|place| {
+        let ceremony = place.open();
+        for (kind, algorithms) in [
+            (KeyKind::P256, [SignatureAlgorithm::EcdsaP256Sha256].as_slice()),
+            (KeyKind::P384, &[SignatureAlgorithm::EcdsaP384Sha384]),
+            (KeyKind::Ed25519, &[SignatureAlgorithm::Ed25519]),
+            (KeyKind::Rsa2048, &[SignatureAlgorithm::RsaPkcs1Sha256, SignatureAlgorithm::RsaPssSha256]),
+        ] {
+            let key = ceremony.create_signing_key(&name(kind.name()), kind).unwrap();
+            let public = key.public.unwrap();
+            for algorithm in algorithms {
+                // Often enough that r or s of ECDSA has a leading zero octet now and then.
+                for message in (0..100u8).map(|i| vec![i; usize::from(i)]) {
+                    let signature = ceremony.sign(&key.name, &key.id, kind, *algorithm, &message).unwrap();
+                    assert_eq!(public.verify(*algorithm, &message, &signature), Ok(()), "{algorithm:?}");
+                    assert!(public.verify(*algorithm, b"something else", &signature).is_err());
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn a_taken_name_is_refused_and_nothing_is_made() {
+    in_module(|place| {
+        let ceremony = place.open();
+        let taken = name("taken");
+        assert!(ceremony.is_free(&taken).unwrap());
+        ceremony.create_wrapping_key(&taken).unwrap();
+        assert!(!ceremony.is_free(&taken).unwrap());
+        let session = ceremony.token.session().unwrap();
+        let before = object_counts(&session);
+        let attempts = [
+            ceremony.create_wrapping_key(&taken),
+            ceremony.create_master_key(&taken, Prf::AesCmac),
+            ceremony.create_signing_key(&taken, KeyKind::P256),
+        ];
+        for attempt in attempts {
+            let Err(HsmError::Refused(why)) = attempt else { panic!("{attempt:?}") };
+            assert!(why.contains("an object named taken already"), "{why}");
+        }
+        assert_eq!(object_counts(&session), before);
+    });
+}
+
+#[test]
+fn the_transcript_shows_the_attributes_of_the_token() {
+    in_module(|place| {
+        let ceremony = place.open();
+        let master = ceremony.create_master_key(&name("master"), Prf::HmacSha256).unwrap();
+        let wrap = ceremony.create_wrapping_key(&name("wrap")).unwrap();
+        let signing = ceremony.create_signing_key(&name("sign"), KeyKind::P256).unwrap();
+        assert!(master.public.is_none() && wrap.public.is_none());
+        assert_eq!(signing.public.as_ref().unwrap().kind(), KeyKind::P256);
+        for (key, uses) in [(&master, ["Sign"].as_slice()), (&wrap, &["Wrap", "Unwrap"]), (&signing, &["Sign"])] {
+            assert_eq!(key.id.len(), 16);
+            for (attribute, value) in [
+                ("Token", "true"),
+                ("Private", "true"),
+                ("Sensitive", "true"),
+                ("Extractable", "false"),
+                ("AlwaysSensitive", "true"),
+                ("NeverExtractable", "true"),
+                ("Local", "true"),
+                ("Modifiable", "false"),
+                ("Copyable", "false"),
+            ] {
+                assert_eq!(key.attributes.get(attribute).map(String::as_str), Some(value), "{} {attribute}", key.name);
+            }
+            let all = ["Sign", "Encrypt", "Decrypt", "Wrap", "Unwrap", "Derive"];
+            let may: Vec<_> = all.into_iter().filter(|a| key.attributes.get(*a).is_some_and(|v| v == "true")).collect();
+            assert_eq!(may, uses, "{}", key.name);
+        }
+        assert!(master.id != wrap.id && wrap.id != signing.id);
+    });
+}
+
+#[test]
+fn a_check_value_recognises_its_master_key() {
+    in_module(|place| {
+        let ceremony = place.open();
+        let mut values = std::collections::BTreeSet::new();
+        for (key, prf) in [("a", Prf::HmacSha256), ("b", Prf::HmacSha256), ("c", Prf::AesCmac)] {
+            let key = ceremony.create_master_key(&name(key), prf).unwrap();
+            let value = ceremony.check_value(&key, prf).unwrap();
+            assert_eq!(value.len(), 8);
+            assert_eq!(ceremony.check_value(&key, prf).unwrap(), value);
+            assert!(values.insert(value));
+        }
+    });
+}
+
+#[test]
+fn a_destroyed_key_is_gone_for_every_session() {
+    in_module(|place| {
+        let ceremony = place.open();
+        let doomed = ceremony.create_wrapping_key(&name("doomed")).unwrap();
+        let other = ceremony.create_wrapping_key(&name("other")).unwrap();
+        let keys = || register([(&doomed, KeyRole::Wrapping), (&other, KeyRole::Wrapping)]);
+        let (mut one, _) = place.verbs_with_transport(&ceremony, keys());
+        let (mut two, _) = place.verbs_with_transport(&ceremony, keys());
+        let pair = |key| Operation::GeneratePair { kind: KeyKind::P256, wrapping_key: name(key) };
+        two.perform(pair("doomed")).map(drop).unwrap();
+
+        assert!(matches!(one.perform(Operation::Destroy { key: name("doomed") }), Ok(Answer::Destroyed)));
+        assert!(ceremony.is_free(&name("doomed")).unwrap());
+        for verbs in [&mut one, &mut two] {
+            verbs.perform(pair("doomed")).map(drop).unwrap_err();
+            verbs.perform(pair("other")).map(drop).unwrap();
+        }
+        let again = one.perform(Operation::Destroy { key: name("doomed") }).map(drop).unwrap_err();
+        assert!(again.message.contains("is not on the token"), "{}", again.message);
+    });
+}

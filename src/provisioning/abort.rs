@@ -16,10 +16,10 @@ pub enum SessionView {
 impl Provisioner {
     /// Destroys the key pair of a session that was not published. Repeating it is no error.
     pub async fn abort(&self, station: &StationName, id: SessionId, reason: String) -> Result<(), ProvisionError> {
-        let known = self.session(&id).await?;
-        let _chip = self.chips.hold(&known.chip).await?;
+        let _chip = self.chips.hold(&self.chip_of(&id).await?).await?;
+        let taken_up = self.take_up(&id).await?;
+        let known = taken_up.session().clone();
         self.permitted_product(station, &known)?;
-        let taken_up = self.journal.take_up(&id).await?.ok_or_else(|| ProvisionError::NoSession(id.to_string()))?;
         let abortable = match taken_up {
             TakenUp::Intent(intent) => Abortable::Intent(intent),
             // Published before a crash, not yet journaled: it is too late.
@@ -32,6 +32,7 @@ impl Provisioner {
                 return Err(wrong_state(&known, ": a published device cannot be aborted"));
             }
         };
+        self.in_flight.take(&id);
         self.journal.abort(abortable, now(), reason).await?;
         Ok(())
     }
@@ -39,7 +40,7 @@ impl Provisioner {
     /// Where a session stands; a station sees what it may work on.
     pub async fn view(&self, station: &StationName, which: &SessionView) -> Result<Session, ProvisionError> {
         let session = match which {
-            SessionView::Id(id) => self.session(id).await?,
+            SessionView::Id(id) => self.take_up(id).await?.session().clone(),
             SessionView::Chip(chip) => {
                 let found = self.journal.take_up_chip(chip).await?;
                 let none = || ProvisionError::NoSession(format!("of the chip {chip}"));

@@ -55,17 +55,24 @@ impl Provisioner {
     /// Looks for the chip and the identity in the journal and in the public database. The database is asked too, since the
     /// journal could be an old copy; the transaction that reserves checks the journal once more.
     pub(super) async fn admit_device(&self, order: &Order) -> Result<Admitted, ProvisionError> {
-        if let Some(known) = self.journal.take_up_chip(&order.chip).await?
+        // All four at once: the stores answer them together.
+        let (known, identity_session, chip_record, identity_record) = tokio::try_join!(
+            self.journal.take_up_chip(&order.chip),
+            self.journal.session_of_identity(&order.identity),
+            self.registry.find_by_chip(&order.chip),
+            self.registry.find_by_identity(&order.identity),
+        )?;
+        if let Some(known) = known
             && !is_aborted(known.session())
-            && let Some(admitted) = self.admit_again(order, known).await?
         {
-            return Ok(admitted);
+            // None: the chip's own session has just ended, and with it what held the identity.
+            return Ok(self.admit_again(order, known).await?.unwrap_or(Admitted::New));
         }
-        if let Some(other) = self.journal.session_of_identity(&order.identity).await? {
+        if let Some(other) = identity_session {
             let (chip, session) = (other.chip, other.id);
             return Err(ProvisionError::IdentityTaken { identity: order.identity.clone(), chip, session });
         }
-        if let Some((record, ..)) = self.registry.find_by_chip(&order.chip).await? {
+        if let Some((record, ..)) = chip_record {
             let session = record.session;
             return Err(if record.identity == order.identity {
                 ProvisionError::AlreadyComplete { chip: record.chip, session }
@@ -73,7 +80,7 @@ impl Provisioner {
                 ProvisionError::ChipTaken { chip: record.chip, identity: record.identity, session }
             });
         }
-        if let Some((record, _)) = self.registry.find_by_identity(&order.identity).await? {
+        if let Some((record, _)) = identity_record {
             let (identity, chip, session) = (record.identity, record.chip, record.session);
             return Err(ProvisionError::IdentityTaken { identity, chip, session });
         }

@@ -9,7 +9,7 @@ use crate::secret::SecretBytes;
 use crate::store::{CertificateToSign, MasterKeyUse, Session, SessionState};
 
 use super::admit::Admitted;
-use super::deliver::PackageKeys;
+use super::deliver::{PackageKeys, package};
 use super::{Product, ProvisionError, Provisioner, now};
 
 /// What a station orders for a chip; every name is parsed, the CSR verified.
@@ -79,12 +79,12 @@ impl Provisioner {
                 (self.journal.issue(signed).await?, Some(made.package_keys))
             }
         };
-        // 7. Deliver: a repeat fetches its keys from the secret store and the HSM; the package comes out the same.
-        let keys = match keys {
-            Some(keys) => keys,
-            None => self.held_keys(issued.session(), product).await?,
+        // 7. Deliver: a repeat finds its keys in the secret store and the HSM; the package comes out the same.
+        let package = match keys {
+            Some(keys) => package(&issued, product, keys)?,
+            None => self.package_again(&issued, product).await?,
         };
-        self.deliver(&issued, product, keys, order.transport_key.as_ref())
+        self.deliver(&issued, package, order.transport_key.as_ref())
     }
 
     async fn make_keys(&self, order: &Order, product: &Product) -> Result<MadeKeys, ProvisionError> {

@@ -1,10 +1,13 @@
 //! The way of a device, second half: from the backup to the receipt.
 
-use super::deliver::{package, public_key};
+use super::deliver::public_key;
+use super::in_flight::PackageInHand;
 use super::{Product, ProvisionError, Provisioner, now};
-use crate::names::{SessionId, StationName};
+use crate::names::{ChipId, SessionId, StationName};
 use crate::package::{BackupPackage, ConfirmationClaims, ConfirmationKey, verify_confirmation};
-use crate::store::{DeviceRecord, Issued, Publication, Session, SessionState, TakenUp};
+use crate::store::{
+    DeviceRecord, Issued, Publication, PublicationReceipt, PublishError, Session, SessionState, TakenUp,
+};
 
 /// What the station brings back from the device.
 pub struct Completion {
@@ -22,17 +25,17 @@ impl Provisioner {
     /// Publishes a device and erases its key pair here. Repeating it gives the same receipt again.
     pub async fn complete(&self, completion: Completion) -> Result<Publication, ProvisionError> {
         // 1. Find the session; one that is finished has its answer already.
-        let known = self.session(&completion.session).await?;
-        let _chip = self.chips.hold(&known.chip).await?;
-        let product = self.permitted_product(&completion.station, &known)?;
-        let issued = match self.find_issued(&completion.session).await? {
+        let _chip = self.chips.hold(&self.chip_of(&completion.session).await?).await?;
+        let known = self.take_up(&completion.session).await?;
+        let product = self.permitted_product(&completion.station, known.session())?;
+        let issued = match self.find_issued(known).await? {
             Found::Issued(issued) => issued,
             Found::Answered(publication) => return Ok(publication),
         };
         // 2. Accept the backup and the confirmation. A wrong one changes nothing; the station may try again.
         let record = self.accept(&completion, &issued, product).await?;
         // 3. Publish: on the disk before it returns. A crash from here on is finished by a repeat or by the restart.
-        let receipt = self.registry.publish(&record).await?;
+        let receipt = self.publish(&record).await?;
         let publication = receipt.publication();
         self.journal.publish(&receipt).await?;
         // 4. Erase: uses the receipt up; no other value allows it.
@@ -48,42 +51,49 @@ impl Provisioner {
         issued: &Issued,
         product: &Product,
     ) -> Result<DeviceRecord, ProvisionError> {
-        let session = issued.session();
-        let package = package(issued, product, self.held_keys(session, product).await?)?;
-        let octets = package.encode()?;
-        let rules = product.profile.backup();
-        let backup = BackupPackage::accept(&completion.backup, &rules, &session.chip, &octets, &package.secrets())?;
-        if product.profile.confirmation_required() || !completion.confirmation.is_empty() {
-            let claims = ConfirmationClaims::about(session.id, session.chip.clone(), &octets, &completion.backup);
-            let device_key = session.public_key.as_deref().map(public_key).transpose()?;
-            let key = match (&device_key, package.symmetric_keys.first()) {
-                (Some(pair), _) => ConfirmationKey::Pair(pair),
-                (None, Some(symmetric)) => ConfirmationKey::Symmetric(symmetric.key()),
-                (None, None) => return Err(ProvisionError::not_accepted("key_confirmation", "the device has no key")),
-            };
-            verify_confirmation(&completion.confirmation, &claims, &key)?;
+        let package = self.package_again(issued, product).await?;
+        match check(completion, issued, product, &package) {
+            // From here on the package is needed no more: it is wiped.
+            Ok(backup) => Ok(record(issued, backup.into_bytes())),
+            Err(error) => {
+                self.in_flight.keep(issued.session().id, package);
+                Err(error)
+            }
         }
-        Ok(record(issued, backup.into_bytes()))
+    }
+
+    /// The first publication of a session stands: one that came before a crash, with another backup of the same device, is the
+    /// answer.
+    async fn publish(&self, record: &DeviceRecord) -> Result<PublicationReceipt, ProvisionError> {
+        let refused = match self.registry.publish(record).await {
+            Ok(receipt) => return Ok(receipt),
+            Err(refused) => refused,
+        };
+        match &refused {
+            PublishError::Taken(taken) if taken.session == record.session => {
+                self.registry.receipt_of(&record.chip, record.session).await?.ok_or_else(|| refused.into())
+            }
+            _ => Err(refused.into()),
+        }
     }
 
     /// The session if it may be completed, or its answer if it was.
-    async fn find_issued(&self, id: &SessionId) -> Result<Found, ProvisionError> {
-        let taken_up = self.journal.take_up(id).await?.ok_or_else(|| ProvisionError::NoSession(id.to_string()))?;
-        match taken_up {
-            TakenUp::Issued(issued) => match self.registry.receipt_of(&issued.session().chip, *id).await? {
+    async fn find_issued(&self, known: TakenUp) -> Result<Found, ProvisionError> {
+        match known {
+            TakenUp::Issued(issued) if !issued.session().has_expired(now()) => Ok(Found::Issued(Box::new(issued))),
+            TakenUp::Issued(expired) => {
+                let (chip, id) = (expired.session().chip.clone(), expired.session().id);
+                let receipt = self.registry.receipt_of(&chip, id).await?;
                 // Published before a crash, not yet journaled: finished as the restart would.
-                Some(receipt) => {
-                    let publication = receipt.publication();
-                    self.journal.publish(&receipt).await?;
-                    self.journal.erase(receipt).await?;
-                    Ok(Found::Answered(publication))
-                }
-                None if issued.session().has_expired(now()) => Err(wrong_state(issued.session(), "; it has expired")),
-                None => Ok(Found::Issued(Box::new(issued))),
-            },
+                let receipt = receipt.ok_or_else(|| wrong_state(expired.session(), "; it has expired"))?;
+                let publication = receipt.publication();
+                self.journal.publish(&receipt).await?;
+                self.journal.erase(receipt).await?;
+                Ok(Found::Answered(publication))
+            }
             TakenUp::Published(published) => {
-                let chip = published.session().chip.clone();
-                let publication = self.finish_erasure(&chip, *id).await?;
+                let (chip, id) = (published.session().chip.clone(), published.session().id);
+                let publication = self.finish_erasure(&chip, id).await?;
                 Ok(Found::Answered(publication))
             }
             TakenUp::Final(session) => match session.state {
@@ -109,10 +119,41 @@ impl Provisioner {
         })
     }
 
-    pub(super) async fn session(&self, id: &SessionId) -> Result<Session, ProvisionError> {
-        let taken_up = self.journal.take_up(id).await?;
-        taken_up.map(|known| known.session().clone()).ok_or_else(|| ProvisionError::NoSession(id.to_string()))
+    /// The chip of a session, to hold it; what the session is must be looked at again then.
+    pub(super) async fn chip_of(&self, id: &SessionId) -> Result<ChipId, ProvisionError> {
+        match self.in_flight.chip_of(id) {
+            Some(chip) => Ok(chip),
+            None => Ok(self.take_up(id).await?.session().chip.clone()),
+        }
     }
+
+    pub(super) async fn take_up(&self, id: &SessionId) -> Result<TakenUp, ProvisionError> {
+        self.journal.take_up(id).await?.ok_or_else(|| ProvisionError::NoSession(id.to_string()))
+    }
+}
+
+/// Step 2, without any I/O: the backup has the right form and chip and shows no secret, and the device holds its keys.
+fn check(
+    completion: &Completion,
+    issued: &Issued,
+    product: &Product,
+    in_hand: &PackageInHand,
+) -> Result<BackupPackage, ProvisionError> {
+    let session = issued.session();
+    let PackageInHand { package, octets } = in_hand;
+    let rules = product.profile.backup();
+    let backup = BackupPackage::accept(&completion.backup, &rules, &session.chip, octets, &package.secrets())?;
+    if product.profile.confirmation_required() || !completion.confirmation.is_empty() {
+        let claims = ConfirmationClaims::about(session.id, session.chip.clone(), octets, &completion.backup);
+        let device_key = session.public_key.as_deref().map(public_key).transpose()?;
+        let key = match (&device_key, package.symmetric_keys.first()) {
+            (Some(pair), _) => ConfirmationKey::Pair(pair),
+            (None, Some(symmetric)) => ConfirmationKey::Symmetric(symmetric.key()),
+            (None, None) => return Err(ProvisionError::not_accepted("key_confirmation", "the device has no key")),
+        };
+        verify_confirmation(&completion.confirmation, &claims, &key)?;
+    }
+    Ok(backup)
 }
 
 enum Found {

@@ -1,6 +1,7 @@
 //! The data package of a session: the same octets each time, from the journal, the secret store and the HSM.
 
 use super::assemble::{Assembled, Delivery, derivations};
+use super::in_flight::PackageInHand;
 use super::{Product, ProvisionError, Provisioner};
 use crate::hsm::HeldKeyOrder;
 use crate::keys::{DevicePrivateKey, PublicKey};
@@ -15,20 +16,20 @@ pub(super) struct PackageKeys {
 }
 
 impl Provisioner {
-    /// Step 7: assembles the package and seals it if the chip gave a transport key.
+    /// Step 7: seals the package if the chip gave a transport key, and keeps it at hand for the Complete that follows.
     pub(super) fn deliver(
         &self,
         issued: &Issued,
-        product: &Product,
-        keys: PackageKeys,
+        package: PackageInHand,
         transport_key: Option<&TransportPublicKey>,
     ) -> Result<Assembled, ProvisionError> {
         let session = issued.session();
-        let package = package(issued, product, keys)?.encode()?;
         let delivery = match transport_key {
-            Some(key) => Delivery::Sealed(seal(&package, key, &session.id, &session.chip)?),
-            None => Delivery::Plain(package),
+            Some(key) => Delivery::Sealed(seal(&package.octets, key, &session.id, &session.chip)?),
+            // Exposed to be copied for the way out; both copies are wiped.
+            None => Delivery::Plain(SecretBytes::copy_of(package.octets.expose())),
         };
+        self.in_flight.keep(session.id, package);
         Ok(Assembled {
             session: session.id,
             certificate: issued.certificate().to_vec(),
@@ -38,8 +39,20 @@ impl Provisioner {
         })
     }
 
+    /// The package of a session that was delivered before: still at hand, or made again from the secret store and the HSM.
+    pub(super) async fn package_again(
+        &self,
+        issued: &Issued,
+        product: &Product,
+    ) -> Result<PackageInHand, ProvisionError> {
+        match self.in_flight.take(&issued.session().id) {
+            Some(package) => Ok(package),
+            None => package(issued, product, self.held_keys(issued.session(), product).await?),
+        }
+    }
+
     /// The keys of a session that exists: the pair from the secret store, the symmetric keys derived again.
-    pub(super) async fn held_keys(&self, session: &Session, product: &Product) -> Result<PackageKeys, ProvisionError> {
+    async fn held_keys(&self, session: &Session, product: &Product) -> Result<PackageKeys, ProvisionError> {
         let wrapped = if session.own_key_pair { None } else { self.journal.wrapped_key(&session.id).await? };
         let pair = match (&session.public_key, wrapped) {
             (Some(spki), Some(wrapped)) => Some((public_key(spki)?, wrapped)),
@@ -60,8 +73,8 @@ pub(super) fn public_key(spki: &[u8]) -> Result<PublicKey, ProvisionError> {
     PublicKey::from_spki_der(spki).map_err(ProvisionError::internal("reading a journaled public key"))
 }
 
-/// The package as values.
-pub(super) fn package(issued: &Issued, product: &Product, keys: PackageKeys) -> Result<DataPackage, ProvisionError> {
+/// The package as values and as octets.
+pub(super) fn package(issued: &Issued, product: &Product, keys: PackageKeys) -> Result<PackageInHand, ProvisionError> {
     let session = issued.session();
     let certificate = if session.certificate.is_cwt {
         CertificateChain::Cwt(issued.certificate().to_vec())
@@ -71,7 +84,7 @@ pub(super) fn package(issued: &Issued, product: &Product, keys: PackageKeys) -> 
     };
     let specs = product.profile.symmetric_keys();
     let symmetric_keys = specs.iter().zip(keys.derived).map(|(spec, key)| SymmetricKey::new(&spec.purpose, key));
-    Ok(DataPackage {
+    let package = DataPackage {
         chip: session.chip.clone(),
         identity: session.identity.clone(),
         profile: session.profile.clone(),
@@ -80,5 +93,6 @@ pub(super) fn package(issued: &Issued, product: &Product, keys: PackageKeys) -> 
         key_pair: keys.pair,
         symmetric_keys: symmetric_keys.collect::<Result<_, _>>()?,
         master_key_version: session.master_key.as_ref().map_or(0, |master| master.version),
-    })
+    };
+    Ok(PackageInHand { octets: package.encode()?, package })
 }

@@ -11,6 +11,7 @@ mod assemble;
 mod complete;
 mod deliver;
 mod error;
+mod in_flight;
 mod issuer;
 mod locks;
 mod recover;
@@ -31,6 +32,7 @@ use crate::config::Stations;
 use crate::hsm::Hsm;
 use crate::names::ProfileName;
 use crate::store::{Journal, Registry};
+use in_flight::InFlight;
 use locks::ChipLocks;
 
 /// Everything a device's way needs, wired once at start.
@@ -42,6 +44,7 @@ pub struct Provisioner {
     stations: Stations,
     session_lifetime: Duration,
     chips: ChipLocks,
+    in_flight: InFlight,
 }
 
 /// A profile with the issuer that signs for it.
@@ -62,7 +65,16 @@ impl Provisioner {
         stations: Stations,
         session_lifetime: Duration,
     ) -> Self {
-        Self { hsm, journal, registry, products, stations, session_lifetime, chips: ChipLocks::default() }
+        Self {
+            hsm,
+            journal,
+            registry,
+            products,
+            stations,
+            session_lifetime,
+            chips: ChipLocks::default(),
+            in_flight: InFlight::default(),
+        }
     }
 
     /// The HSM, for status.

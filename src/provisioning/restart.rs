@@ -76,6 +76,7 @@ impl Provisioner {
                 }
                 // The pair may have been seen by the device or the floor: destroyed, never given to another chip.
                 None if issued.session().has_expired(now()) => {
+                    self.in_flight.take(&id);
                     self.journal.abort(Abortable::Issued(issued), now(), "expired".to_owned()).await?;
                     Ok(Step::Expired)
                 }
@@ -114,6 +115,7 @@ pub async fn keep_tidy(provisioner: &Arc<Provisioner>) {
     let weak = Arc::downgrade(provisioner);
     loop {
         let Some(provisioner) = weak.upgrade() else { return };
+        provisioner.in_flight.sweep();
         match provisioner.restart().await {
             Ok(tidied) if tidied.signed + tidied.erased + tidied.expired + tidied.failed > 0 => {
                 tracing::info!(?tidied, "unfinished sessions were taken further");

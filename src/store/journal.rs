@@ -12,10 +12,53 @@ use crate::names::{ChipId, DeviceIdentity, SessionId};
 pub struct Journal(Arc<dyn StateStore>);
 
 /// Proof that a certificate is about to be signed and that the journal knows it: the one thing that allows the signature.
+///
+/// It is used up by the signature:
+/// ```
+/// # use spp::store::{Intent, Signed};
+/// fn once(intent: Intent, certificate: Vec<u8>) -> Signed {
+///     intent.signed(certificate)
+/// }
+/// ```
+/// Using it twice does not compile, nor does keeping a copy for later:
+/// ```compile_fail,E0382
+/// # use spp::store::{Intent, Signed};
+/// fn twice(intent: Intent, certificate: Vec<u8>) -> [Signed; 2] {
+///     [intent.signed(certificate.clone()), intent.signed(certificate)]
+/// }
+/// ```
+/// ```compile_fail,E0599
+/// # use spp::store::Intent;
+/// fn kept(intent: Intent) -> (Intent, Intent) {
+///     (intent.clone(), intent)
+/// }
+/// ```
+/// Nothing makes one but the journal:
+/// ```compile_fail,E0423
+/// # use spp::store::{Intent, Session};
+/// fn made_up(session: Session) -> Intent {
+///     Intent(session)
+/// }
+/// ```
 #[derive(Debug)]
 pub struct Intent(Session);
 
 /// A signature made for an intent, not yet journaled. It goes to [`Journal::issue`] and nowhere else.
+///
+/// A signature without an intent cannot become one:
+/// ```compile_fail,E0451
+/// # use spp::store::{Session, Signed};
+/// fn without_intent(session: Session, certificate: Vec<u8>) -> Signed {
+///     Signed { session, certificate }
+/// }
+/// ```
+/// and outside this program's own rooms the HSM signs nothing at all:
+/// ```compile_fail,E0624
+/// # use spp::{hsm::Hsm, keys::SignatureAlgorithm, names::KeyName};
+/// async fn anything(hsm: &Hsm, key: &KeyName, octets: &[u8]) {
+///     let _ = hsm.sign(key, SignatureAlgorithm::EcdsaP256Sha256, octets).await;
+/// }
+/// ```
 #[derive(Debug)]
 pub struct Signed {
     session: Session,
@@ -101,6 +144,28 @@ impl Journal {
     }
 
     /// Removes the key pair from the secret store. Consumes the proof that the record is public.
+    ///
+    /// ```
+    /// # use spp::store::{Journal, PublicationReceipt, Session, StoreError};
+    /// async fn with_receipt(journal: &Journal, receipt: PublicationReceipt) -> Result<Session, StoreError> {
+    ///     journal.erase(receipt).await
+    /// }
+    /// ```
+    /// Only the public database gives that proof:
+    /// ```compile_fail,E0451
+    /// # use spp::names::SessionId;
+    /// # use spp::store::{Journal, Publication, PublicationReceipt, Session, StoreError};
+    /// async fn made_up(journal: &Journal, session: SessionId, publication: Publication) -> Result<Session, StoreError> {
+    ///     journal.erase(PublicationReceipt { session, publication }).await
+    /// }
+    /// ```
+    /// ```compile_fail,E0308
+    /// # use spp::names::SessionId;
+    /// # use spp::store::{Journal, Session, StoreError};
+    /// async fn without_receipt(journal: &Journal, session: SessionId) -> Result<Session, StoreError> {
+    ///     journal.erase(session).await
+    /// }
+    /// ```
     pub async fn erase(&self, receipt: PublicationReceipt) -> Result<Session, StoreError> {
         let to = SessionState::Erased { publication: receipt.publication() };
         self.0.advance(&receipt.session(), StateName::Published, to).await

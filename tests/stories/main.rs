@@ -3,6 +3,7 @@
 //!
 //! A processing point runs in the test's process, over real stores and a real token; only the stores' doors are ours.
 #![allow(missing_docs, unreachable_pub, reason = "tests are named by what must be true")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests, and what they share")]
 
 mod breaking;
 mod device;

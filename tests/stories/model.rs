@@ -1,1 +1,229 @@
-//! x
+//! Random sequences of calls, breaks and restarts, against a model that fits on a page: who holds what.
+
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestRunner};
+use spp::names::SessionId;
+use spp::provisioning::ProvisionError;
+use spp::store::{PublicDatabase as _, Publication, SessionCounts, StateName, StateStore as _};
+
+use crate::breaking::Break;
+use crate::device::{Kind, OnTheLine, identity_of};
+use crate::point::{House, Point};
+
+/// Sequences; each uses the real HSM and real stores.
+const CASES: u32 = 24;
+const CHIPS: usize = 3;
+const IDENTITIES: u32 = 3;
+
+#[derive(Debug, Clone)]
+enum Step {
+    Assemble { chip: usize, identity: u32 },
+    Complete { chip: usize },
+    Abort { chip: usize },
+    Restart,
+    Break { nth: usize, how: Break },
+}
+
+#[test]
+fn any_sequence_of_calls_breaks_and_restarts_agrees_with_the_model() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let house = runtime.block_on(House::new());
+    let config = Config { cases: CASES, max_shrink_iters: 200, failure_persistence: None, ..Config::default() };
+    let sequences = proptest::collection::vec(step(), 1..24);
+    let outcome = TestRunner::new(config).run(&sequences, |steps| {
+        // The model asserts; what it prints names the step.
+        runtime.block_on(async {
+            let mut run = Run::new(&house);
+            for step in &steps {
+                println!("{step:?}");
+                run.take(step).await;
+                run.check().await;
+            }
+        });
+        Ok(())
+    });
+    outcome.unwrap();
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let how = prop_oneof![Just(Break::Failed), Just(Break::FailedButPersisted)];
+    prop_oneof![
+        6 => (0..CHIPS, 0..IDENTITIES).prop_map(|(chip, identity)| Step::Assemble { chip, identity }),
+        5 => (0..CHIPS).prop_map(|chip| Step::Complete { chip }),
+        2 => (0..CHIPS).prop_map(|chip| Step::Abort { chip }),
+        2 => Just(Step::Restart),
+        3 => (0..3usize, how).prop_map(|(nth, how)| Step::Break { nth, how }),
+    ]
+}
+
+/// What a chip holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Holds {
+    Nothing,
+    /// A session that may be completed or aborted.
+    Open(u32, SessionId),
+    /// A record; the journal may still have to learn of it.
+    Public(u32, SessionId, Publication),
+}
+
+impl Holds {
+    const fn identity(self) -> Option<u32> {
+        match self {
+            Self::Nothing => None,
+            Self::Open(identity, _) | Self::Public(identity, ..) => Some(identity),
+        }
+    }
+
+    const fn session(self) -> Option<SessionId> {
+        match self {
+            Self::Nothing => None,
+            Self::Open(_, session) | Self::Public(_, session, _) => Some(session),
+        }
+    }
+}
+
+struct Run<'a> {
+    point: Point<'a>,
+    devices: Vec<OnTheLine>,
+    holds: [Holds; CHIPS],
+    /// Every pair that was ever delivered, and to which chip.
+    pairs: BTreeMap<Vec<u8>, usize>,
+}
+
+impl<'a> Run<'a> {
+    fn new(house: &'a House) -> Self {
+        let mut devices: Vec<_> = (0..3).map(|chip| OnTheLine::new(house, Kind::Phone, chip)).collect();
+        // The fab's flashes are files: what an earlier sequence left in them is another life of the chip.
+        devices.iter_mut().for_each(|device| device.device.wipe().unwrap());
+        Self { point: house.point(), devices, holds: [Holds::Nothing; CHIPS], pairs: BTreeMap::new() }
+    }
+
+    async fn take(&mut self, step: &Step) {
+        match *step {
+            Step::Assemble { chip, identity } => self.assemble(chip, identity).await,
+            Step::Complete { chip } if !self.devices[chip].delivered.is_empty() => self.complete(chip).await,
+            Step::Abort { chip } if !self.devices[chip].delivered.is_empty() => self.abort(chip).await,
+            Step::Complete { .. } | Step::Abort { .. } => {}
+            Step::Restart => assert_eq!(self.point.restart().await.failed, 0),
+            Step::Break { nth, how } => self.point.faults.break_nth(nth, how),
+        }
+    }
+
+    async fn assemble(&mut self, chip: usize, identity: u32) {
+        let before = self.holds[chip];
+        let elsewhere = (0..CHIPS).any(|other| other != chip && self.holds[other].identity() == Some(identity));
+        self.devices[chip].identity = identity_of(Kind::Phone, identity);
+        match (before, self.devices[chip].assemble(&self.point).await) {
+            (Holds::Nothing, Ok(installed)) => {
+                assert!(!elsewhere, "the identity is on another chip");
+                self.holds[chip] = Holds::Open(identity, installed.session);
+                self.note_pair(chip, installed.public_key.unwrap().spki_der());
+            }
+            (Holds::Nothing, Err(ProvisionError::IdentityTaken { .. })) => assert!(elsewhere),
+            // A repeat, also while the journal does not know that the record is public.
+            (Holds::Open(same, session) | Holds::Public(same, session, _), Ok(installed)) => {
+                assert_eq!((same, session), (identity, installed.session));
+                self.note_pair(chip, installed.public_key.unwrap().spki_der());
+            }
+            (Holds::Public(same, ..), Err(ProvisionError::AlreadyComplete { .. })) => assert_eq!(same, identity),
+            (Holds::Open(other, _) | Holds::Public(other, ..), Err(ProvisionError::ChipTaken { .. })) => {
+                assert_ne!(other, identity);
+            }
+            (_, Err(ProvisionError::Store(_))) => self.look(chip, identity).await,
+            (before, Err(error)) => panic!("{before:?}: {error}"),
+        }
+    }
+
+    async fn complete(&mut self, chip: usize) {
+        let device = &self.devices[chip];
+        let session = device.delivered.last().unwrap().0;
+        let held = self.holds[chip].session() == Some(session);
+        match (self.holds[chip], device.complete(&self.point).await) {
+            (Holds::Open(identity, _), Ok(publication)) => {
+                assert!(held);
+                self.holds[chip] = Holds::Public(identity, session, publication);
+            }
+            (Holds::Public(_, _, first), Ok(publication)) => assert_eq!((held, publication), (true, first)),
+            (_, Err(ProvisionError::WrongState { state: StateName::Aborted, .. })) => assert!(!held),
+            (before, Err(ProvisionError::Store(_))) => self.look(chip, before.identity().unwrap()).await,
+            (before, outcome) => panic!("{before:?}: {outcome:?}"),
+        }
+    }
+
+    async fn abort(&mut self, chip: usize) {
+        let device = &self.devices[chip];
+        let held = self.holds[chip].session() == Some(device.delivered.last().unwrap().0);
+        match (self.holds[chip], device.abort(&self.point).await) {
+            (Holds::Open(..), Ok(())) if held => self.holds[chip] = Holds::Nothing,
+            (_, Ok(())) => assert!(!held, "a repeat"),
+            (Holds::Public(..), Err(ProvisionError::WrongState { .. })) => assert!(held),
+            (before, Err(ProvisionError::Store(_))) => self.look(chip, before.identity().unwrap()).await,
+            (before, Err(error)) => panic!("{before:?}: {error}"),
+        }
+    }
+
+    /// After a broken call the chip holds what it held before, or what it would have held: which of them, the stores say.
+    async fn look(&mut self, chip: usize, identity: u32) {
+        let device = &self.devices[chip];
+        let record = self.point.public().find_by_chip(&device.chip).await.unwrap();
+        let session = device.session(&self.point).await.filter(|session| session.state.name() != StateName::Aborted);
+        let now = match (record, session) {
+            (Some((record, _, publication)), _) => Holds::Public(identity, record.session, publication),
+            (None, Some(session)) => Holds::Open(identity, session.id),
+            (None, None) => Holds::Nothing,
+        };
+        let before = self.holds[chip];
+        let possible = match (before, now) {
+            (Holds::Nothing, Holds::Public(..)) | (Holds::Public(..), _) => before == now,
+            (Holds::Open(_, held), _) => now.session().is_none_or(|session| session == held),
+            (Holds::Nothing, _) => true,
+        };
+        assert!(possible, "{before:?} became {now:?}");
+        self.holds[chip] = now;
+    }
+
+    fn note_pair(&mut self, chip: usize, public_key: &[u8]) {
+        let first = *self.pairs.entry(public_key.to_vec()).or_insert(chip);
+        assert_eq!(first, chip, "a pair was delivered to two chips");
+    }
+
+    /// The stores say what the model says, and nothing else.
+    async fn check(&self) {
+        let (mut records, mut open) = (0, 0);
+        for (device, holds) in self.devices.iter().zip(self.holds) {
+            let session = device.session(&self.point).await.filter(|s| s.state.name() != StateName::Aborted);
+            assert_eq!(session.as_ref().map(|session| session.id), holds.session());
+            let record = self.point.public().find_by_chip(&device.chip).await.unwrap();
+            let publication = record.as_ref().map(|(.., publication)| *publication);
+            assert_eq!(
+                publication,
+                if let Holds::Public(_, _, publication) = holds { Some(publication) } else { None }
+            );
+            records += u64::from(record.is_some());
+            if let Some(session) = session {
+                open += usize::from(!session.state.is_final());
+                let identity = identity_of(Kind::Phone, holds.identity().unwrap());
+                assert_eq!(session.identity, identity);
+                assert!(record.is_none_or(|(record, ..)| record.identity == identity && record.session == session.id));
+                device.assert_key_is_kept_until_the_end(&self.point).await;
+            }
+        }
+        assert_eq!(self.point.public().len().await.unwrap(), records);
+        assert_eq!(self.point.state().unfinished().await.unwrap().len(), open);
+        self.check_identities_and_counts().await;
+    }
+
+    async fn check_identities_and_counts(&self) {
+        for identity in 0..IDENTITIES {
+            let held = self.holds.iter().find(|holds| holds.identity() == Some(identity));
+            let session = self.point.state().session_of_identity(&identity_of(Kind::Phone, identity)).await.unwrap();
+            assert_eq!(session.map(|session| session.id), held.and_then(|holds| holds.session()));
+        }
+        let SessionCounts { reserved, issued, published, erased, aborted: _ } =
+            self.point.state().counts().await.unwrap();
+        let holding = self.holds.iter().filter(|holds| **holds != Holds::Nothing).count();
+        assert_eq!(reserved + issued + published + erased, holding as u64);
+    }
+}

@@ -1,7 +1,7 @@
 //! Giving a session up, and looking at one.
 
 use super::complete::wrong_state;
-use super::{ProvisionError, Provisioner, now};
+use super::{ProvisionError, Provisioner};
 use crate::names::{ChipId, SessionId, StationName};
 use crate::store::{Abortable, Session, SessionState, TakenUp};
 
@@ -33,7 +33,7 @@ impl Provisioner {
             }
         };
         self.in_flight.take(&id);
-        self.journal.abort(abortable, now(), reason).await?;
+        self.journal.abort(abortable, self.clock.now(), reason).await?;
         Ok(())
     }
 

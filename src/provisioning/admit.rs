@@ -1,7 +1,7 @@
 //! Step 1 of the way: may the caller, does the order fit its profile, are chip and identity free.
 
 use super::restart::Step;
-use super::{Order, Product, ProvisionError, Provisioner, now};
+use super::{Order, Product, ProvisionError, Provisioner};
 use crate::certificate::{KeyPairRule, Sealing};
 use crate::store::{Intent, Issued, Session, SessionState, TakenUp};
 
@@ -95,8 +95,12 @@ impl Provisioner {
         let session = known.session().id;
         let complete = || ProvisionError::AlreadyComplete { chip: order.chip.clone(), session };
         match known {
-            TakenUp::Intent(intent) if !intent.session().has_expired(now()) => Ok(Some(Admitted::Intended(intent))),
-            TakenUp::Issued(issued) if !issued.session().has_expired(now()) => Ok(Some(Admitted::Known(issued))),
+            TakenUp::Intent(intent) if !intent.session().has_expired(self.clock.now()) => {
+                Ok(Some(Admitted::Intended(intent)))
+            }
+            TakenUp::Issued(issued) if !issued.session().has_expired(self.clock.now()) => {
+                Ok(Some(Admitted::Known(issued)))
+            }
             // Ended as the restart ends it: its record may be public though the journal does not know, and then its pair was
             // delivered and confirmed; a second one for the chip must not be.
             TakenUp::Intent(_) | TakenUp::Issued(_) => match self.take_further(&order.chip, session).await? {

@@ -10,7 +10,7 @@ use crate::store::{CertificateToSign, MasterKeyUse, Session, SessionState};
 
 use super::admit::Admitted;
 use super::deliver::{PackageKeys, package};
-use super::{Product, ProvisionError, Provisioner, now};
+use super::{Product, ProvisionError, Provisioner};
 
 /// What a station orders for a chip; every name is parsed, the CSR verified.
 pub struct Order {
@@ -109,7 +109,7 @@ impl Provisioner {
     }
 
     fn prepare_session(&self, order: &Order, product: &Product, made: &MadeKeys) -> Result<Session, ProvisionError> {
-        let created = now();
+        let created = self.clock.now();
         let request = CertificateRequest {
             profile: &product.profile,
             issuer: product.issuer.certificate(),

@@ -2,7 +2,7 @@
 
 use super::deliver::public_key;
 use super::in_flight::PackageInHand;
-use super::{Product, ProvisionError, Provisioner, now};
+use super::{Product, ProvisionError, Provisioner};
 use crate::names::{ChipId, SessionId, StationName};
 use crate::package::{BackupPackage, ConfirmationClaims, ConfirmationKey, verify_confirmation};
 use crate::store::{
@@ -54,7 +54,7 @@ impl Provisioner {
         let package = self.package_again(issued, product).await?;
         match check(completion, issued, product, &package) {
             // From here on the package is needed no more: it is wiped.
-            Ok(backup) => Ok(record(issued, backup.into_bytes())),
+            Ok(backup) => Ok(record(issued, backup.into_bytes(), self.clock.now())),
             Err(error) => {
                 self.in_flight.keep(issued.session().id, package);
                 Err(error)
@@ -80,7 +80,9 @@ impl Provisioner {
     /// The session if it may be completed, or its answer if it was.
     async fn find_issued(&self, known: TakenUp) -> Result<Found, ProvisionError> {
         match known {
-            TakenUp::Issued(issued) if !issued.session().has_expired(now()) => Ok(Found::Issued(Box::new(issued))),
+            TakenUp::Issued(issued) if !issued.session().has_expired(self.clock.now()) => {
+                Ok(Found::Issued(Box::new(issued)))
+            }
             TakenUp::Issued(expired) => {
                 let (chip, id) = (expired.session().chip.clone(), expired.session().id);
                 let receipt = self.registry.receipt_of(&chip, id).await?;
@@ -165,7 +167,7 @@ pub(super) fn wrong_state(session: &Session, hint: &'static str) -> ProvisionErr
     ProvisionError::WrongState { session: session.id, state: session.state.name(), hint }
 }
 
-fn record(issued: &Issued, backup: Vec<u8>) -> DeviceRecord {
+fn record(issued: &Issued, backup: Vec<u8>, published: u64) -> DeviceRecord {
     let session = issued.session();
     DeviceRecord {
         chip: session.chip.clone(),
@@ -178,6 +180,6 @@ fn record(issued: &Issued, backup: Vec<u8>) -> DeviceRecord {
         backup,
         master_key_version: session.master_key.as_ref().map_or(0, |master| master.version),
         session: session.id,
-        published: now(),
+        published,
     }
 }

@@ -8,6 +8,7 @@
 mod abort;
 mod admit;
 mod assemble;
+mod clock;
 mod complete;
 mod deliver;
 mod error;
@@ -18,10 +19,11 @@ mod recover;
 mod restart;
 
 use std::collections::BTreeMap;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 pub use abort::SessionView;
 pub use assemble::{Assembled, Delivery, Order};
+pub use clock::Clock;
 pub use complete::Completion;
 pub use error::{FieldViolation, ProvisionError};
 pub use issuer::Issuer;
@@ -45,6 +47,7 @@ pub struct Provisioner {
     session_lifetime: Duration,
     chips: ChipLocks,
     in_flight: InFlight,
+    clock: Clock,
 }
 
 /// A profile with the issuer that signs for it.
@@ -74,7 +77,14 @@ impl Provisioner {
             session_lifetime,
             chips: ChipLocks::default(),
             in_flight: InFlight::default(),
+            clock: Clock::system(),
         }
+    }
+
+    /// The same with another clock.
+    #[must_use]
+    pub fn with_clock(self, clock: Clock) -> Self {
+        Self { clock, ..self }
     }
 
     /// The HSM, for status.
@@ -96,9 +106,4 @@ impl Provisioner {
     pub fn profiles(&self) -> impl Iterator<Item = &ProfileName> {
         self.products.keys()
     }
-}
-
-/// Seconds since the Unix epoch.
-fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{ProvisionError, Provisioner, now};
+use super::{ProvisionError, Provisioner};
 use crate::names::{ChipId, SessionId};
 use crate::store::{Abortable, Publication, TakenUp};
 
@@ -58,8 +58,8 @@ impl Provisioner {
         match taken_up {
             TakenUp::Final(_) => Ok(Step::Waits),
             TakenUp::Published(_) => self.finish_erasure(chip, id).await.map(|_| Step::Erased),
-            TakenUp::Intent(intent) if intent.session().has_expired(now()) => {
-                self.journal.abort(Abortable::Intent(intent), now(), "expired".to_owned()).await?;
+            TakenUp::Intent(intent) if intent.session().has_expired(self.clock.now()) => {
+                self.journal.abort(Abortable::Intent(intent), self.clock.now(), "expired".to_owned()).await?;
                 Ok(Step::Expired)
             }
             TakenUp::Intent(intent) => {
@@ -75,9 +75,9 @@ impl Provisioner {
                     Ok(Step::Erased)
                 }
                 // The pair may have been seen by the device or the floor: destroyed, never given to another chip.
-                None if issued.session().has_expired(now()) => {
+                None if issued.session().has_expired(self.clock.now()) => {
                     self.in_flight.take(&id);
-                    self.journal.abort(Abortable::Issued(issued), now(), "expired".to_owned()).await?;
+                    self.journal.abort(Abortable::Issued(issued), self.clock.now(), "expired".to_owned()).await?;
                     Ok(Step::Expired)
                 }
                 None => Ok(Step::Waits),

@@ -1,7 +1,5 @@
 //! What time ends: a session that was not completed gives its chip and identity back, and its pair to nobody.
 
-use std::time::Duration;
-
 use spp::provisioning::{ProvisionError, Tidied};
 use spp::store::{PublicDatabase as _, StateName, StateStore as _};
 
@@ -9,20 +7,16 @@ use crate::breaking::{Break, Write};
 use crate::device::{Kind, OnTheLine};
 use crate::point::{House, Point};
 
-/// Sessions last as long as this, in whole seconds.
-const LIFETIME: Duration = Duration::from_secs(1);
-const LONGER: Duration = Duration::from_millis(2100);
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_expired_pair_is_destroyed_and_its_chip_and_identity_are_free() {
     let house = House::new().await;
-    let point = house.point_with_lifetime(LIFETIME);
+    let point = house.point();
     let mut device = OnTheLine::new(&house, Kind::Phone, 1);
     let expired = device.assemble(&point).await.unwrap();
     let mut intended = OnTheLine::new(&house, Kind::Phone, 2);
     point.faults.break_nth(1, Break::Failed);
     intended.assemble(&point).await.unwrap_err();
-    tokio::time::sleep(LONGER).await;
+    point.let_sessions_expire();
 
     assert_eq!(point.provisioner().restart().await.unwrap(), Tidied { expired: 2, ..Tidied::default() });
     assert_eq!(device.state(&point).await, Some(StateName::Aborted));
@@ -45,10 +39,10 @@ async fn an_expired_pair_is_destroyed_and_its_chip_and_identity_are_free() {
 async fn an_expired_session_is_neither_completed_nor_delivered_again() {
     let house = House::new().await;
     for left in [StateName::Reserved, StateName::Issued] {
-        let point = house.point_with_lifetime(LIFETIME);
+        let point = house.point();
         let mut device = OnTheLine::new(&house, Kind::Phone, 1);
         let expired = leave_in(left, &point, &mut device).await;
-        tokio::time::sleep(LONGER).await;
+        point.let_sessions_expire();
         if left == StateName::Issued {
             let error = device.complete(&point).await.unwrap_err();
             assert!(matches!(error, ProvisionError::WrongState { state: StateName::Issued, .. }), "{error}");
@@ -69,13 +63,13 @@ async fn an_expired_session_is_neither_completed_nor_delivered_again() {
 async fn an_expired_session_whose_record_is_public_is_complete() {
     let house = House::new().await;
     for then in ["assemble", "complete", "restart"] {
-        let point = house.point_with_lifetime(LIFETIME);
+        let point = house.point();
         let mut device = OnTheLine::new(&house, Kind::Phone, 1);
         device.assemble(&point).await.unwrap();
         point.faults.break_nth(1, Break::Failed);
         device.complete(&point).await.unwrap_err();
         assert_eq!(point.faults.take_written().last(), Some(&Write::NotePublished));
-        tokio::time::sleep(LONGER).await;
+        point.let_sessions_expire();
         match then {
             "assemble" => {
                 let error = device.assemble(&point).await.unwrap_err();

@@ -4,14 +4,14 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use spp::config::DaemonConfig;
 use spp::device::Fab;
 use spp::hsm::Hsm;
 use spp::names::{ProfileName, StationName};
-use spp::provisioning::{Issuer, Product, Provisioner};
+use spp::provisioning::{Clock, Issuer, Product, Provisioner};
 use spp::store::{Journal, Registry, SledOptions, SledPublicDatabase, SledStateStore};
 
 use crate::breaking::{Breaking, Faults};
@@ -19,7 +19,7 @@ use crate::site::{SPPD, Site};
 
 /// Stores of tests are small, and a full disk is not what is tested here.
 const SMALL: SledOptions = SledOptions { floor_bytes: 1 << 20, reserve_bytes: 0, cache_bytes: 1 << 20 };
-const LONG: Duration = Duration::from_secs(3600);
+const LIFETIME: Duration = Duration::from_secs(3600);
 
 /// A token with its keys and one worker, for many processing points one after the other; and a fab for their devices.
 pub struct House {
@@ -48,13 +48,9 @@ impl House {
 
     /// A processing point with empty stores.
     pub fn point(&self) -> Point<'_> {
-        self.point_with_lifetime(LONG)
-    }
-
-    pub fn point_with_lifetime(&self, session_lifetime: Duration) -> Point<'_> {
         let directory = self.site.path(&format!("point-{}", self.points.fetch_add(1, Ordering::Relaxed)));
         std::fs::create_dir(&directory).unwrap();
-        let mut point = Point { house: self, directory, session_lifetime, faults: Arc::default(), running: None };
+        let mut point = Point { house: self, directory, time: Arc::default(), faults: Arc::default(), running: None };
         let state = SledStateStore::create(&point.state_directory(), &SMALL).unwrap();
         let public = SledPublicDatabase::create(&point.public_directory(), &SMALL).unwrap();
         point.run(state, public);
@@ -87,7 +83,8 @@ fn worker_that_tells_its_pid(site: &Site) -> PathBuf {
 pub struct Point<'a> {
     pub house: &'a House,
     directory: PathBuf,
-    session_lifetime: Duration,
+    /// Seconds by which its clock is ahead.
+    time: Arc<AtomicU64>,
     pub faults: Arc<Faults>,
     running: Option<Running>,
 }
@@ -119,6 +116,11 @@ impl Point<'_> {
 
     pub fn public_directory(&self) -> PathBuf {
         self.directory.join("public")
+    }
+
+    /// The clock goes on until every session that is open now is over.
+    pub fn let_sessions_expire(&self) {
+        self.time.fetch_add(LIFETIME.as_secs() + 1, Ordering::Relaxed);
     }
 
     /// The end of a process: everything in memory is gone, the stores are closed.
@@ -165,7 +167,10 @@ impl Point<'_> {
         let config = self.house.config();
         let products = products(config.profiles, config.issuers);
         let hsm = self.house.hsm.clone();
-        let provisioner = Provisioner::new(hsm, journal, registry, products, config.stations, self.session_lifetime);
+        let provisioner = Provisioner::new(hsm, journal, registry, products, config.stations, LIFETIME);
+        let ahead = Arc::clone(&self.time);
+        let clock = Clock::of(move || 1_800_000_000 + ahead.load(Ordering::Relaxed));
+        let provisioner = provisioner.with_clock(clock);
         self.running = Some(Running { provisioner: Arc::new(provisioner), state, public });
     }
 

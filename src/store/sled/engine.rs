@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::Advice;
 
-use super::place::{LAST_ROOM, Place, sync_dir};
+use super::place::{LAST_ROOM, LOCK_PATIENCE, Place, sync_dir};
 use super::view::{View, Writes};
 use crate::store::StoreError;
 
@@ -103,11 +103,7 @@ impl Engine {
             .cache_capacity(place.options.cache_bytes)
             .flush_every_ms(None)
             .use_compression(false);
-        // sled panics on some I/O errors while it opens.
-        let db = match catch_unwind(AssertUnwindSafe(|| config.open())) {
-            Ok(opened) => opened.map_err(|e| place.failed("opening the database", e))?,
-            Err(_) => return Err(place.failed("opening the database", "sled panicked")),
-        };
+        let db = open_sled(&config).map_err(|cause| place.failed("opening the database", cause))?;
         let prepare = || {
             // Recovery wrote (a snapshot, a cut-off tail). It must be durable before anything is built upon it, and what
             // is read from now on must be what the disk has.
@@ -118,6 +114,23 @@ impl Engine {
         };
         let (file, waker) = prepare().map_err(|e: io::Error| place.failed("syncing the opened database", e))?;
         Ok(Self { place, file, waker, db })
+    }
+}
+
+/// Our own lock on the place says that nobody else has the database: if sled's is still taken, it is by threads of an earlier
+/// handle of this process, or of one that was just killed, which are about to let go.
+fn open_sled(config: &sled::Config) -> Result<sled::Db, String> {
+    let until = Instant::now() + LOCK_PATIENCE;
+    loop {
+        // sled panics on some I/O errors while it opens.
+        let opened = catch_unwind(AssertUnwindSafe(|| config.open())).map_err(|_| "sled panicked".to_owned())?;
+        match opened {
+            Ok(db) => return Ok(db),
+            Err(error) if error.to_string().contains("could not acquire lock") && Instant::now() < until => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Err(error) => return Err(error.to_string()),
+        }
     }
 }
 

@@ -19,7 +19,7 @@ use crate::store::StoreError;
 pub(super) const LAST_ROOM: u64 = 8 << 20;
 
 /// How long the lock is awaited: after a kill -9 the kernel may hold it for a moment.
-const LOCK_PATIENCE: Duration = Duration::from_secs(5);
+pub(super) const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 const ROOM_IS_FRESH: Duration = Duration::from_secs(1);
 const MARKER: &str = "store.toml";
 const RESERVE: &str = "reserve";

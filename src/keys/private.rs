@@ -1,0 +1,196 @@
+//! A device's private key in memory.
+
+use aws_lc_rs::signature::{self, KeyPair as _};
+use der::asn1::UintRef;
+use der::{Decode as _, Encode as _};
+
+use super::{KeyError, KeyKind, PublicKey, SignatureAlgorithm};
+use crate::secret::{Secret, SecretBytes};
+
+/// The eight numbers of a two-prime RSA private key (RFC 8017 §3.2), big-endian; the public two are in the public key.
+pub struct RsaPrivateParts {
+    /// Private exponent.
+    pub d: SecretBytes,
+    /// First prime.
+    pub p: SecretBytes,
+    /// Second prime.
+    pub q: SecretBytes,
+    /// `d mod (p-1)`.
+    pub dp: SecretBytes,
+    /// `d mod (q-1)`.
+    pub dq: SecretBytes,
+    /// `q^-1 mod p`.
+    pub qinv: SecretBytes,
+}
+
+/// The private half as numbers, the way COSE_Key wants it.
+pub enum PrivateParts {
+    /// The scalar of an EC key, as long as the group order.
+    Ec(SecretBytes),
+    /// The 32-octet seed (RFC 8032 calls it the private key).
+    Ed25519(SecretBytes),
+    /// RSA.
+    Rsa(Box<RsaPrivateParts>),
+}
+
+/// A device's key pair with its private half in memory: on its way to the device, or inside it.
+pub struct DevicePrivateKey {
+    public: PublicKey,
+    parts: PrivateParts,
+}
+
+impl DevicePrivateKey {
+    /// From parts, checked: a private half that does not belong to the public one is refused.
+    pub fn from_parts(public: PublicKey, parts: PrivateParts) -> Result<Self, KeyError> {
+        let key = Self { public, parts };
+        key.signer()?;
+        Ok(key)
+    }
+
+    /// From what an HSM gives when a wrapped key is unwrapped: PKCS#8 (RFC 5958), or 32 raw octets for Ed25519.
+    /// Zero octets behind the DER are allowed, since some modules pad before they wrap.
+    pub fn from_unwrapped(public: PublicKey, plaintext: &SecretBytes) -> Result<Self, KeyError> {
+        let kind = public.kind();
+        let unreadable = || KeyError::UnreadablePrivateKey(kind);
+        // Exposed to be taken apart; every part becomes a Secret of its own.
+        let bytes = plaintext.expose().as_slice();
+        let parts = if kind == KeyKind::Ed25519 {
+            let seed = bytes.get(..32).ok_or_else(unreadable)?;
+            PrivateParts::Ed25519(SecretBytes::copy_of(seed))
+        } else {
+            let pkcs8 = pkcs8::PrivateKeyInfoRef::from_der(der_prefix(bytes).ok_or_else(unreadable)?)
+                .map_err(|_| unreadable())?;
+            let inner = pkcs8.private_key.as_bytes();
+            if kind.rsa_bits().is_some() {
+                let rsa = pkcs1::RsaPrivateKey::from_der(inner).map_err(|_| unreadable())?;
+                let secret = |number: UintRef<'_>| SecretBytes::copy_of(number.as_bytes());
+                PrivateParts::Rsa(Box::new(RsaPrivateParts {
+                    d: secret(rsa.private_exponent),
+                    p: secret(rsa.prime1),
+                    q: secret(rsa.prime2),
+                    dp: secret(rsa.exponent1),
+                    dq: secret(rsa.exponent2),
+                    qinv: secret(rsa.coefficient),
+                }))
+            } else {
+                let ec = sec1::EcPrivateKey::from_der(inner).map_err(|_| unreadable())?;
+                PrivateParts::Ec(SecretBytes::copy_of(ec.private_key))
+            }
+        };
+        Self::from_parts(public, parts)
+    }
+
+    /// The public half.
+    pub const fn public(&self) -> &PublicKey {
+        &self.public
+    }
+
+    /// The private half, for encoding it.
+    pub const fn parts(&self) -> &PrivateParts {
+        &self.parts
+    }
+
+    /// The secret numbers that must be in no message in clear.
+    pub fn secrets(&self) -> Vec<&SecretBytes> {
+        match &self.parts {
+            PrivateParts::Ec(d) => vec![d],
+            PrivateParts::Ed25519(seed) => vec![seed],
+            PrivateParts::Rsa(rsa) => vec![&rsa.d, &rsa.p, &rsa.q, &rsa.dp, &rsa.dq, &rsa.qinv],
+        }
+    }
+
+    /// Signs the message; ECDSA gives DER.
+    pub fn sign(&self, algorithm: SignatureAlgorithm, message: &[u8]) -> Result<Vec<u8>, KeyError> {
+        if !algorithm.fits(self.public.kind()) {
+            return Err(KeyError::WrongAlgorithm(algorithm, self.public.kind()));
+        }
+        let rng = aws_lc_rs::rand::SystemRandom::new();
+        let failed = |_| KeyError::UnreadablePrivateKey(self.public.kind());
+        match self.signer()? {
+            Signer::Ec(pair) => Ok(pair.sign(&rng, message).map_err(failed)?.as_ref().to_vec()),
+            Signer::Ed25519(pair) => Ok(pair.sign(message).as_ref().to_vec()),
+            Signer::Rsa(pair) => {
+                let encoding: &'static dyn signature::RsaEncoding = match algorithm {
+                    SignatureAlgorithm::RsaPssSha256 => &signature::RSA_PSS_SHA256,
+                    _ => &signature::RSA_PKCS1_SHA256,
+                };
+                let mut made = vec![0; pair.public_modulus_len()];
+                pair.sign(encoding, &rng, message, &mut made).map_err(failed)?;
+                Ok(made)
+            }
+        }
+    }
+
+    /// The provider's key; made only if the private half belongs to the public one.
+    fn signer(&self) -> Result<Signer, KeyError> {
+        let mismatch = |_| KeyError::Mismatch;
+        let public = self.public.key_bits();
+        // The exposures below hand the private half to the provider that signs.
+        match &self.parts {
+            PrivateParts::Ec(d) => {
+                let algorithm = match self.public.kind() {
+                    KeyKind::P384 => &signature::ECDSA_P384_SHA384_ASN1_SIGNING,
+                    _ => &signature::ECDSA_P256_SHA256_ASN1_SIGNING,
+                };
+                signature::EcdsaKeyPair::from_private_key_and_public_key(algorithm, d.expose(), public)
+                    .map(Signer::Ec)
+                    .map_err(mismatch)
+            }
+            PrivateParts::Ed25519(seed) => signature::Ed25519KeyPair::from_seed_and_public_key(seed.expose(), public)
+                .map(Signer::Ed25519)
+                .map_err(mismatch),
+            PrivateParts::Rsa(rsa) => {
+                let (n, e) = self.public.rsa_components().ok_or(KeyError::Mismatch)?;
+                let pair = aws_lc_rs::rsa::KeyPair::from_components(&aws_lc_rs::rsa::KeyPairComponents {
+                    public_key: aws_lc_rs::rsa::PublicKeyComponents { n: n.as_slice(), e: e.as_slice() },
+                    d: rsa.d.expose().as_slice(),
+                    p: rsa.p.expose().as_slice(),
+                    q: rsa.q.expose().as_slice(),
+                    dP: rsa.dp.expose().as_slice(),
+                    dQ: rsa.dq.expose().as_slice(),
+                    qInv: rsa.qinv.expose().as_slice(),
+                })
+                .map_err(mismatch)?;
+                Ok(Signer::Rsa(Box::new(pair)))
+            }
+        }
+    }
+}
+
+enum Signer {
+    Ec(signature::EcdsaKeyPair),
+    Ed25519(signature::Ed25519KeyPair),
+    Rsa(Box<aws_lc_rs::rsa::KeyPair>),
+}
+
+/// The first DER value of the bytes; what follows it must be fewer than 8 zero octets (RFC 5649 padding kept by the module).
+pub(super) fn der_prefix(bytes: &[u8]) -> Option<&[u8]> {
+    let reader = der::SliceReader::new(bytes).ok()?;
+    let header = der::Header::peek(&reader).ok()?;
+    let total = usize::try_from((header.encoded_len().ok()? + header.length()).ok()?).ok()?;
+    let (value, rest) = bytes.split_at_checked(total)?;
+    (rest.len() < 8 && rest.iter().all(|b| *b == 0)).then_some(value)
+}
+
+/// A P-256 key pair made in this process, as (public key, private scalar), for what never needs the HSM: TLS keys of
+/// stations and officers, and the simulated chip.
+pub fn generate_p256() -> Result<DevicePrivateKey, KeyError> {
+    use aws_lc_rs::encoding::{AsBigEndian, EcPrivateKeyBin};
+    let failed = |_| KeyError::UnreadablePrivateKey(KeyKind::P256);
+    let pair = signature::EcdsaKeyPair::generate(&signature::ECDSA_P256_SHA256_ASN1_SIGNING).map_err(failed)?;
+    let public = PublicKey::from_ec_point(KeyKind::P256, pair.public_key().as_ref())?;
+    let scalar: EcPrivateKeyBin<'_> = pair.private_key().as_be_bytes().map_err(failed)?;
+    let parts = PrivateParts::Ec(Secret::new(scalar.as_ref().to_vec()));
+    DevicePrivateKey::from_parts(public, parts)
+}
+
+/// A P-256 key pair for TLS, made in this process: the public key, and the private one as PKCS#8 in PEM (RFC 7468 §10).
+pub fn generate_p256_pkcs8() -> Result<(PublicKey, SecretBytes), KeyError> {
+    let failed = |_| KeyError::UnreadablePrivateKey(KeyKind::P256);
+    let pair = signature::EcdsaKeyPair::generate(&signature::ECDSA_P256_SHA256_ASN1_SIGNING).map_err(failed)?;
+    let public = PublicKey::from_ec_point(KeyKind::P256, pair.public_key().as_ref())?;
+    let der = pair.to_pkcs8v1().map_err(failed)?;
+    let pem = der::pem::encode_string("PRIVATE KEY", der::pem::LineEnding::LF, der.as_ref());
+    let pem = pem.map_err(|_| KeyError::UnreadablePrivateKey(KeyKind::P256))?;
+    Ok((public, Secret::new(pem.into_bytes())))
+}

@@ -1,0 +1,38 @@
+//! The two forms of an ECDSA signature.
+
+use der::asn1::UintRef;
+use der::{Decode as _, Encode as _, Sequence};
+
+use super::KeyKind;
+
+/// `Ecdsa-Sig-Value` of RFC 3279 §2.2.3.
+#[derive(Sequence)]
+struct EcdsaSigValue<'a> {
+    r: UintRef<'a>,
+    s: UintRef<'a>,
+}
+
+/// Turns the `r || s` of PKCS#11 and COSE into the DER of X.509; `None` if the length is odd or zero.
+pub fn ecdsa_der_from_fixed(fixed: &[u8]) -> Option<Vec<u8>> {
+    if fixed.is_empty() || !fixed.len().is_multiple_of(2) {
+        return None;
+    }
+    let (r, s) = fixed.split_at(fixed.len() / 2);
+    EcdsaSigValue { r: UintRef::new(r).ok()?, s: UintRef::new(s).ok()? }.to_der().ok()
+}
+
+/// Turns the DER of X.509 into `r || s` with each half as long as the group order.
+pub fn ecdsa_fixed_from_der(der: &[u8], kind: KeyKind) -> Option<Vec<u8>> {
+    let half = match kind {
+        KeyKind::P256 => 32,
+        KeyKind::P384 => 48,
+        _ => return None,
+    };
+    let value = EcdsaSigValue::from_der(der).ok()?;
+    let mut fixed = vec![0; 2 * half];
+    for (part, end) in [(value.r.as_bytes(), half), (value.s.as_bytes(), 2 * half)] {
+        let start = end.checked_sub(part.len()).filter(|start| start + half >= end)?;
+        fixed[start..end].copy_from_slice(part);
+    }
+    Some(fixed)
+}

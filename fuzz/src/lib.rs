@@ -1,0 +1,183 @@
+//! What is done to octets from outside, one function for each parser. None may panic, and what is accepted must hold.
+//!
+//! The same functions run under libFuzzer (`fuzz_targets/`) and, with damaged samples, in `cargo test --test parsers`. Each
+//! says whether it accepted the octets, so that a test can tell that its samples are good ones.
+
+pub mod samples;
+
+use spp::certificate::{IssuerCertificate, Profile, caller_of, verify_csr, verify_device_certificate};
+use spp::keys::{KeyKind, PublicKey, SignatureAlgorithm};
+use spp::names::{ChipId, DeviceIdentity, KeyName, OfficerName, ProfileName, SessionId, StationName};
+use spp::package::{
+    BackupFormat, BackupPackage, BackupRules, ConfirmationKey, DataPackage, MAX_BACKUP_LEN, TransportCurve,
+    TransportPublicKey, open, open_backup, verify_confirmation,
+};
+use spp::store::DeviceRecord;
+
+use samples::{CONTEXT, MAC_CONTEXT};
+
+/// A parser that is fuzzed.
+pub struct Target {
+    /// Its name, as of its file in `fuzz_targets/`.
+    pub name: &'static str,
+    /// Reads octets; whether it accepted them.
+    pub reads: fn(&[u8]) -> bool,
+    /// Octets that it accepts.
+    pub samples: fn() -> Vec<Vec<u8>>,
+}
+
+/// All of them.
+pub const TARGETS: &[Target] = &[
+    Target { name: "data_package", reads: data_package, samples: samples::data_packages },
+    Target { name: "sealed_package", reads: sealed_package, samples: samples::sealed_packages },
+    Target { name: "backup", reads: backup, samples: samples::backups },
+    Target { name: "confirmation", reads: confirmation, samples: samples::confirmations },
+    Target { name: "csr", reads: csr, samples: samples::csrs },
+    Target { name: "caller", reads: caller, samples: samples::callers },
+    Target { name: "x509", reads: x509, samples: samples::x509 },
+    Target { name: "cwt", reads: cwt, samples: samples::cwts },
+    Target { name: "record", reads: record, samples: samples::records },
+    Target { name: "names", reads: names, samples: samples::names },
+    Target { name: "profile", reads: profile, samples: samples::profiles },
+    Target { name: "issuer", reads: issuer, samples: samples::issuers },
+    Target { name: "keys", reads: keys, samples: samples::keys },
+];
+
+/// There is one encoding of a package: what was read is written the same.
+pub fn data_package(octets: &[u8]) -> bool {
+    let Ok(package) = DataPackage::decode(octets) else { return false };
+    let written = package.encode().expect("what was read fits");
+    assert!(written.expose() == octets, "the encoding must be deterministic");
+    true
+}
+
+/// What opens was sealed to this chip for this session, and is the package.
+pub fn sealed_package(octets: &[u8]) -> bool {
+    let Ok(opened) = open(octets, &CONTEXT.transport, &CONTEXT.package.session, &CONTEXT.package.chip) else {
+        return false;
+    };
+    assert!(opened.expose() == CONTEXT.octets.expose(), "only the package was ever sealed");
+    true
+}
+
+/// An accepted backup is published as it came, and has no secret in it.
+pub fn backup(octets: &[u8]) -> bool {
+    let package = &CONTEXT.package;
+    let certificate = package.certificate.device_certificate();
+    if let Ok(opened) = open_backup(octets, &CONTEXT.chip_key, &package.chip, certificate) {
+        assert!(opened.expose() == CONTEXT.octets.expose(), "only the package was ever encrypted");
+    }
+    let accept = |format| {
+        let rules = BackupRules { format, max_bytes: MAX_BACKUP_LEN };
+        BackupPackage::accept(octets, &rules, &package.chip, &CONTEXT.octets, &package.secrets())
+    };
+    let opaque = accept(BackupFormat::Opaque);
+    let Ok(accepted) = accept(BackupFormat::Cose) else { return false };
+    assert!(opaque.is_ok(), "the opaque rules ask for less");
+    assert!(accepted.as_bytes() == octets && octets.len() <= MAX_BACKUP_LEN);
+    true
+}
+
+/// What is verified confirms exactly what was delivered.
+pub fn confirmation(octets: &[u8]) -> bool {
+    let pair = CONTEXT.package.key_pair.as_ref().expect("the sample has a pair");
+    let symmetric = MAC_CONTEXT.package.symmetric_keys[0].key();
+    let by_pair = verify_confirmation(octets, &CONTEXT.claims, &ConfirmationKey::Pair(pair.public()));
+    let by_mac = verify_confirmation(octets, &MAC_CONTEXT.claims, &ConfirmationKey::Symmetric(symmetric));
+    match (by_pair, by_mac) {
+        (Ok(confirmed), Err(_)) => assert!(*confirmed.claims() == CONTEXT.claims),
+        (Err(_), Ok(confirmed)) => assert!(*confirmed.claims() == MAC_CONTEXT.claims),
+        (Err(_), Err(_)) => return false,
+        (Ok(_), Ok(_)) => panic!("one confirmation for two devices"),
+    }
+    true
+}
+
+/// The key of an accepted request can be stored and read back.
+pub fn csr(octets: &[u8]) -> bool {
+    let Ok(key) = verify_csr(octets) else { return false };
+    assert!(PublicKey::from_spki_der(key.spki_der()).as_ref() == Ok(&key));
+    true
+}
+
+/// Whose client certificate it is.
+pub fn caller(octets: &[u8]) -> bool {
+    caller_of(octets).is_ok()
+}
+
+/// An X.509 device certificate of the manufacturer.
+pub fn x509(octets: &[u8]) -> bool {
+    device_certificate(octets, false)
+}
+
+/// A CWT of the manufacturer.
+pub fn cwt(octets: &[u8]) -> bool {
+    device_certificate(octets, true)
+}
+
+fn device_certificate(octets: &[u8], is_cwt: bool) -> bool {
+    let package = &CONTEXT.package;
+    let verified = verify_device_certificate(octets, is_cwt, samples::manufacturer(), &package.chip);
+    let Ok(certificate) = verified else { return false };
+    assert!(certificate.is_for(&package.identity), "the manufacturer signed no other identity");
+    true
+}
+
+/// There is one encoding of a record: what was read is written the same.
+pub fn record(octets: &[u8]) -> bool {
+    let Ok(record) = DeviceRecord::from_bytes(octets) else { return false };
+    assert!(record.to_bytes().as_deref() == Ok(octets), "the encoding must be deterministic");
+    true
+}
+
+/// Every name has one text form.
+pub fn names(octets: &[u8]) -> bool {
+    fn stable<T: std::str::FromStr + ToString + PartialEq>(text: &str) -> bool {
+        let Ok(name) = text.parse::<T>() else { return false };
+        assert!(name.to_string().parse::<T>().is_ok_and(|again| again == name), "a name's own text must be its name");
+        true
+    }
+    let from_octets = ChipId::from_bytes(octets).is_ok() | SessionId::from_bytes(octets).is_ok();
+    let Ok(text) = std::str::from_utf8(octets) else { return from_octets };
+    let accepted = [
+        stable::<ChipId>(text),
+        stable::<DeviceIdentity>(text),
+        stable::<StationName>(text),
+        stable::<OfficerName>(text),
+        stable::<ProfileName>(text),
+        stable::<KeyName>(text),
+        stable::<SessionId>(text),
+    ];
+    accepted.contains(&true)
+}
+
+/// A profile, or all its faults.
+pub fn profile(octets: &[u8]) -> bool {
+    let Ok(text) = std::str::from_utf8(octets) else { return false };
+    let name: ProfileName = "fuzz".parse().expect("it is a name");
+    match Profile::from_toml(name, "fuzz.toml", text) {
+        Ok(_) => true,
+        Err(faults) => {
+            assert!(!faults.to_string().is_empty(), "a refusal says why");
+            false
+        }
+    }
+}
+
+/// A chain of issuers, as an offline root sends it.
+pub fn issuer(octets: &[u8]) -> bool {
+    let Ok(text) = std::str::from_utf8(octets) else { return false };
+    IssuerCertificate::from_pem(text, SignatureAlgorithm::EcdsaP256Sha256).is_ok()
+}
+
+/// Public keys, of devices and for sealing.
+pub fn keys(octets: &[u8]) -> bool {
+    let curves = [TransportCurve::P256, TransportCurve::X25519];
+    let transport = curves.into_iter().any(|curve| TransportPublicKey::new(curve, octets).is_ok());
+    let point = [KeyKind::P256, KeyKind::P384].into_iter().any(|kind| PublicKey::from_ec_point(kind, octets).is_ok());
+    let spki = PublicKey::from_spki_der(octets);
+    if let Ok(key) = &spki {
+        assert!(PublicKey::from_spki_der(key.spki_der()).as_ref() == Ok(key));
+    }
+    transport || point || spki.is_ok()
+}

@@ -1,0 +1,230 @@
+//! Octets that the parsers accept, to begin from: those of the test vectors, and certificates made with their key.
+
+use std::sync::LazyLock;
+
+use serde_json::Value;
+use spp::certificate::{
+    AccessCertificate, AccessName, AuthorityCertificate, CertificateRequest, CertificateSerial, IssuedCertificate,
+    IssuerCertificate, Profile, SignedDocument, SubjectName, UnsignedDocument, access_certificate,
+    authority_certificate, authority_request, prepare,
+};
+use spp::keys::{DevicePrivateKey, PublicKey, SignatureAlgorithm};
+use spp::package::{ConfirmationClaims, DataPackage, TransportCurve, TransportPrivateKey};
+use spp::secret::{Secret, SecretBytes};
+use spp::store::DeviceRecord;
+
+const P256: &str = include_str!("../../tests/vectors/p256.json");
+const ED25519: &str = include_str!("../../tests/vectors/ed25519.json");
+const RSA: &str = include_str!("../../tests/vectors/rsa-2048.json");
+const SYMMETRIC: &str = include_str!("../../tests/vectors/symmetric.json");
+const PHONE: &str = include_str!("../../deploy/demo/profiles/phone.toml");
+const SENSOR: &str = include_str!("../../deploy/demo/profiles/sensor.toml");
+const GATEWAY: &str = include_str!("../../deploy/demo/profiles/gateway.toml");
+
+/// 2026-01-01T00:00:00Z.
+const NOW: u64 = 1_767_225_600;
+const ALGORITHM: SignatureAlgorithm = SignatureAlgorithm::EcdsaP256Sha256;
+
+/// The device of a test vector, and what is known of it here.
+pub struct Context {
+    pub package: DataPackage,
+    pub octets: SecretBytes,
+    pub chip_key: Secret<[u8; 32]>,
+    pub transport: TransportPrivateKey,
+    pub claims: ConfirmationClaims,
+}
+
+/// A device with a pair.
+pub static CONTEXT: LazyLock<Context> = LazyLock::new(|| Context::of(P256));
+/// A device that confirms with a symmetric key.
+pub static MAC_CONTEXT: LazyLock<Context> = LazyLock::new(|| Context::of(SYMMETRIC));
+
+static ISSUER: LazyLock<IssuerCertificate> = LazyLock::new(|| {
+    let pem = authority().to_pem().expect("it is a certificate");
+    IssuerCertificate::from_pem(&pem, ALGORITHM).expect("an authority may issue")
+});
+
+impl Context {
+    fn of(vector: &str) -> Self {
+        let (octets, backup) = (output(vector, "package"), output(vector, "backup"));
+        let package = DataPackage::decode(&octets).expect("the vector's package is one");
+        let octets = SecretBytes::new(octets);
+        let claims = ConfirmationClaims::about(package.session, package.chip.clone(), &octets, &backup);
+        let curve = match input(vector, "transport_curve").as_str() {
+            "p256" => TransportCurve::P256,
+            _ => TransportCurve::X25519,
+        };
+        let transport = SecretBytes::new(bytes(&input(vector, "transport_private_key")));
+        Self {
+            package,
+            octets,
+            chip_key: Secret::new(bytes(&input(vector, "chip_key")).try_into().expect("32 octets")),
+            transport: TransportPrivateKey::from_octets(curve, &transport).expect("the vector's key is one"),
+            claims,
+        }
+    }
+
+    /// Its pair stands for all keys here, the manufacturer's too: a fixed one, so that findings can be repeated.
+    fn pair(&self) -> &DevicePrivateKey {
+        self.package.key_pair.as_ref().expect("the vector has a pair")
+    }
+}
+
+/// The key that signs the samples' certificates.
+pub fn manufacturer() -> &'static PublicKey {
+    CONTEXT.pair().public()
+}
+
+pub fn data_packages() -> Vec<Vec<u8>> {
+    [P256, ED25519, RSA, SYMMETRIC].map(|vector| output(vector, "package")).to_vec()
+}
+
+pub fn sealed_packages() -> Vec<Vec<u8>> {
+    vec![output(P256, "sealed")]
+}
+
+pub fn backups() -> Vec<Vec<u8>> {
+    vec![output(P256, "backup")]
+}
+
+pub fn confirmations() -> Vec<Vec<u8>> {
+    vec![output(P256, "confirmation"), output(SYMMETRIC, "confirmation")]
+}
+
+pub fn csrs() -> Vec<Vec<u8>> {
+    let request = authority_request(&subject(), manufacturer(), ALGORITHM).expect("it can be requested");
+    vec![signed(request).as_der().to_vec()]
+}
+
+pub fn callers() -> Vec<Vec<u8>> {
+    let station = AccessName::Station("line-1/a".parse().expect("a name"));
+    let officer = AccessName::Officer("o-1".parse().expect("a name"));
+    let certificate = |name: &AccessName| {
+        let wanted = AccessCertificate {
+            name,
+            public_key: manufacturer(),
+            issuer: &ISSUER,
+            serial: serial(),
+            not_before: NOW,
+            not_after: NOW + 86_400,
+        };
+        signed(access_certificate(&wanted).expect("it can be made")).as_der().to_vec()
+    };
+    vec![certificate(&station), certificate(&officer)]
+}
+
+pub fn x509() -> Vec<Vec<u8>> {
+    vec![device_certificate(PHONE, Some(manufacturer()))]
+}
+
+pub fn cwts() -> Vec<Vec<u8>> {
+    // The sensor of the demo takes no IMEI; the sample's device has one.
+    let any_identity = SENSOR.replace(r#"["eui48", "serial"]"#, r#"["imei"]"#);
+    vec![device_certificate(&any_identity, None)]
+}
+
+pub fn records() -> Vec<Vec<u8>> {
+    let package = &CONTEXT.package;
+    let record = DeviceRecord {
+        chip: package.chip.clone(),
+        identity: package.identity.clone(),
+        profile: package.profile.clone(),
+        certificate: package.certificate.device_certificate().to_vec(),
+        certificate_is_cwt: false,
+        serial: serial().as_bytes().to_vec(),
+        public_key: Some(manufacturer().spki_der().to_vec()),
+        backup: output(P256, "backup"),
+        master_key_version: 1,
+        session: package.session,
+        published: NOW,
+    };
+    let without_pair = DeviceRecord { certificate_is_cwt: true, public_key: None, ..record.clone() };
+    [record, without_pair].map(|record| record.to_bytes().expect("it fits")).to_vec()
+}
+
+pub fn names() -> Vec<Vec<u8>> {
+    let texts = [
+        "imei:490154203237518",
+        "meid:a0000000002329",
+        "eui48:0123456789ab",
+        "eui64:0123456789abcdef",
+        "serial:SN-0001",
+        "line-3/a",
+        "master-1",
+        "000102030405060708090a0b0c0d0e0f",
+    ];
+    texts.map(|text| text.as_bytes().to_vec()).to_vec()
+}
+
+pub fn profiles() -> Vec<Vec<u8>> {
+    [PHONE, SENSOR, GATEWAY].map(|text| text.as_bytes().to_vec()).to_vec()
+}
+
+pub fn issuers() -> Vec<Vec<u8>> {
+    vec![authority().to_pem().expect("it is a certificate").into_bytes()]
+}
+
+pub fn keys() -> Vec<Vec<u8>> {
+    let spki = |vector| bytes(&input(vector, "public_key"));
+    let transport = CONTEXT.transport.public().expect("it has a public half").as_bytes().to_vec();
+    vec![spki(P256), spki(ED25519), spki(RSA), transport]
+}
+
+fn device_certificate(profile: &str, public_key: Option<&PublicKey>) -> Vec<u8> {
+    let name = "sample".parse().expect("a name");
+    let profile = Profile::from_toml(name, "sample.toml", profile).expect("a profile of the demo");
+    let request = CertificateRequest {
+        profile: &profile,
+        issuer: &ISSUER,
+        chip: &CONTEXT.package.chip,
+        identity: &CONTEXT.package.identity,
+        public_key,
+        serial: serial(),
+        not_before: NOW,
+    };
+    let to_sign = prepare(&request).expect("it can be prepared").lint().expect("it keeps the rules").into_to_sign();
+    let signature = CONTEXT.pair().sign(ALGORITHM, &to_sign.to_be_signed).expect("the key signs");
+    IssuedCertificate::assemble(&to_sign, &ISSUER, &signature).expect("the signature fits").into_bytes()
+}
+
+fn authority() -> SignedDocument {
+    let wanted = AuthorityCertificate {
+        subject: &subject(),
+        public_key: manufacturer(),
+        algorithm: ALGORITHM,
+        serial: serial(),
+        not_before: NOW,
+        not_after: None,
+    };
+    signed(authority_certificate(&wanted).expect("it can be made"))
+}
+
+fn signed(document: UnsignedDocument) -> SignedDocument {
+    let signature = CONTEXT.pair().sign(ALGORITHM, document.to_be_signed()).expect("the key signs");
+    document.assemble(&signature).expect("the signature fits")
+}
+
+fn subject() -> SubjectName {
+    SubjectName::with_common_name("Sample").expect("a name")
+}
+
+fn serial() -> CertificateSerial {
+    CertificateSerial::from_random([7; CertificateSerial::LEN])
+}
+
+fn input(vector: &str, field: &str) -> String {
+    text(vector, "inputs", field)
+}
+
+fn output(vector: &str, field: &str) -> Vec<u8> {
+    bytes(&text(vector, "outputs", field))
+}
+
+fn text(vector: &str, part: &str, field: &str) -> String {
+    let vector: Value = serde_json::from_str(vector).expect("a vector is JSON");
+    vector[part][field].as_str().expect("the vector has the field").to_owned()
+}
+
+fn bytes(text: &str) -> Vec<u8> {
+    hex::decode(text).expect("vectors are in hex")
+}

@@ -1,0 +1,112 @@
+//! Everything that reads octets from outside, with damaged samples: the bodies of `fuzz/`, for a moment, with every test run.
+
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic, reason = "a test")]
+
+#[allow(unreachable_pub, reason = "a crate of its own elsewhere")]
+#[path = "../fuzz/src/lib.rs"]
+mod fuzz;
+
+use std::path::Path;
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+use proptest::sample::Index;
+use proptest::test_runner::{Config, TestRunner};
+
+/// Damaged samples for each parser. All together take about two seconds in a debug build.
+const CASES: u32 = 1500;
+
+#[test]
+fn every_sample_is_accepted() {
+    for target in fuzz::TARGETS {
+        for (n, sample) in (target.samples)().iter().enumerate() {
+            assert!((target.reads)(sample), "sample {n} of {}", target.name);
+        }
+    }
+}
+
+#[test]
+fn every_parser_has_a_target_of_libfuzzer() {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/fuzz_targets");
+    let files = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
+    let mut files: Vec<_> = files.map(|path| path.file_stem().unwrap().to_str().unwrap().to_owned()).collect();
+    let mut names: Vec<_> = fuzz::TARGETS.iter().map(|target| target.name.to_owned()).collect();
+    files.sort();
+    names.sort();
+    assert_eq!(files, names);
+}
+
+#[test]
+fn no_damage_makes_a_parser_panic_or_accept_what_does_not_hold() {
+    for target in fuzz::TARGETS {
+        let samples = (target.samples)();
+        let config = Config { cases: CASES, failure_persistence: None, ..Config::default() };
+        let damaged = (any::<Index>(), vec(damage(), 1..4));
+        let outcome = TestRunner::new(config).run(&damaged, |(sample, damages)| {
+            let mut octets = sample.get(&samples).clone();
+            damages.iter().for_each(|damage| damage.apply(&mut octets, &samples));
+            (target.reads)(&octets);
+            Ok(())
+        });
+        outcome.unwrap_or_else(|failure| panic!("{}: {failure}", target.name));
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Damage {
+    Flip(Index, u8),
+    Set(Index, u8),
+    /// Lengths and counts of CBOR and DER stand before what they count.
+    Length(Index, u32),
+    Cut(Index),
+    Remove(Index, Index),
+    Insert(Index, Vec<u8>),
+    Repeat(Index, Index),
+    /// The end of another sample.
+    Splice(Index, Index, Index),
+    Replace(Vec<u8>),
+}
+
+fn damage() -> impl Strategy<Value = Damage> {
+    let at = any::<Index>;
+    let telling =
+        prop_oneof![Just(0), Just(0x7f), Just(0x80), Just(0x9f), Just(0xbf), Just(0xf6), Just(0xff), any::<u8>()];
+    let length = prop_oneof![Just(0), Just(1), Just(u32::MAX), Just(1 << 31), Just(0xffff), any::<u32>()];
+    prop_oneof![
+        4 => (at(), 0..8u8).prop_map(|(at, bit)| Damage::Flip(at, 1 << bit)),
+        4 => (at(), telling).prop_map(|(at, octet)| Damage::Set(at, octet)),
+        2 => (at(), length).prop_map(|(at, length)| Damage::Length(at, length)),
+        1 => at().prop_map(Damage::Cut),
+        2 => (at(), at()).prop_map(|(from, to)| Damage::Remove(from, to)),
+        2 => (at(), vec(any::<u8>(), 1..9)).prop_map(|(at, octets)| Damage::Insert(at, octets)),
+        1 => (at(), at()).prop_map(|(from, to)| Damage::Repeat(from, to)),
+        1 => (at(), at(), at()).prop_map(|(at, other, from)| Damage::Splice(at, other, from)),
+        1 => vec(any::<u8>(), 0..64).prop_map(Damage::Replace),
+    ]
+}
+
+impl Damage {
+    fn apply(&self, octets: &mut Vec<u8>, samples: &[Vec<u8>]) {
+        let len = octets.len();
+        let place = |at: &Index| at.index(len + 1);
+        let range = |from: &Index, to: &Index| place(from).min(place(to))..place(from).max(place(to));
+        match self {
+            Self::Flip(at, mask) if len > 0 => octets[at.index(len)] ^= mask,
+            Self::Set(at, octet) if len > 0 => octets[at.index(len)] = *octet,
+            Self::Length(at, length) if len > 4 => {
+                octets[at.index(len - 4)..][..4].copy_from_slice(&length.to_be_bytes());
+            }
+            Self::Flip(..) | Self::Set(..) | Self::Length(..) => {}
+            Self::Cut(at) => octets.truncate(place(at)),
+            Self::Remove(from, to) => drop(octets.drain(range(from, to))),
+            Self::Insert(at, new) => drop(octets.splice(place(at)..place(at), new.iter().copied())),
+            Self::Repeat(from, to) => octets.extend_from_within(range(from, to)),
+            Self::Splice(at, other, from) => {
+                let other = other.get(samples);
+                octets.truncate(place(at));
+                octets.extend_from_slice(&other[from.index(other.len())..]);
+            }
+            Self::Replace(new) => octets.clone_from(new),
+        }
+    }
+}

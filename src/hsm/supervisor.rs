@@ -45,8 +45,8 @@ pub struct HsmConfig {
 
 /// How long a start may take: loading, login and the audit of the keys.
 const START_LIMIT: Duration = Duration::from_secs(30);
-/// The first wait before a lost worker is started again, and the longest.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(15));
+/// The first wait before a lost worker is started again, and the longest: how long an HSM that is back may go unnoticed.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(4));
 /// How often the supervisor looks for a hanging worker.
 const LOOK: Duration = Duration::from_millis(250);
 
@@ -80,17 +80,42 @@ pub(crate) struct Connection {
 
 type Waiter = oneshot::Sender<Result<Vec<Answer>, Failure>>;
 
-/// Calls that are with the worker.
-#[derive(Default)]
-struct Pending(Mutex<HashMap<u64, (Instant, Waiter)>>);
+/// Calls that are with the worker; none once its replies have ended, since nobody would answer them.
+struct Pending(Mutex<Option<HashMap<u64, (Instant, Waiter)>>>);
 
 impl Pending {
-    fn map(&self) -> std::sync::MutexGuard<'_, HashMap<u64, (Instant, Waiter)>> {
+    fn new() -> Self {
+        Self(Mutex::new(Some(HashMap::new())))
+    }
+
+    fn map(&self) -> std::sync::MutexGuard<'_, Option<HashMap<u64, (Instant, Waiter)>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The receiver of the answer; it ends at once if the worker has ended.
+    fn wait_for(&self, id: u64) -> oneshot::Receiver<Result<Vec<Answer>, Failure>> {
+        let (waiter, answer) = oneshot::channel();
+        if let Some(map) = self.map().as_mut() {
+            map.insert(id, (Instant::now(), waiter));
+        }
+        answer
+    }
+
+    fn take(&self, id: u64) -> Option<Waiter> {
+        self.map().as_mut()?.remove(&id).map(|(_, waiter)| waiter)
+    }
+
+    /// Tells everybody who waits, and who comes later, that the worker has ended.
+    fn close(&self) {
+        *self.map() = None;
+    }
+
+    fn len(&self) -> usize {
+        self.map().as_ref().map_or(0, HashMap::len)
+    }
+
     fn oldest(&self) -> Option<Instant> {
-        self.map().values().map(|(since, _)| *since).min()
+        self.map().as_ref()?.values().map(|(since, _)| *since).min()
     }
 }
 
@@ -163,14 +188,13 @@ async fn one_life(
         tokio::select! {
             why = &mut closed => {
                 let why = why.unwrap_or_else(|_| "its socket closed".to_owned());
-                connection.pending.map().clear();
                 return Ended::Lost(format!("{why}{}", exit_of(&mut child).await));
             }
             () = tokio::time::sleep(LOOK) => {}
         }
         if connection.pending.oldest().is_some_and(|since| since.elapsed() > config.module.hang_after) {
             let _ = child.kill().await;
-            connection.pending.map().clear();
+            connection.pending.close();
             return Ended::Lost(format!("it did not answer for {:?} and was killed", config.module.hang_after));
         }
         if limit > 0 && counters.answered.load(Ordering::Relaxed) - served_before >= limit {
@@ -271,7 +295,7 @@ fn connect(
 ) -> (Connection, oneshot::Receiver<String>) {
     let (outgoing, frames) = mpsc::channel(1024);
     let (closing, closed) = oneshot::channel();
-    let pending = Arc::new(Pending::default());
+    let pending = Arc::new(Pending::new());
     tokio::spawn(send_frames(write, frames));
     tokio::spawn(receive_replies(read, Arc::clone(&pending), counters, closing));
     let next_id = AtomicU64::new(1);
@@ -303,10 +327,11 @@ async fn receive_replies(
             Err(e) => break format!("it sent what cannot be read: {e}"),
         };
         counters.answered.fetch_add(1, Ordering::Relaxed);
-        if let Some((_, waiter)) = pending.map().remove(&reply.id) {
+        if let Some(waiter) = pending.take(reply.id) {
             let _ = waiter.send(reply.result);
         }
     };
+    pending.close();
     let _ = closing.send(why);
 }
 
@@ -324,17 +349,16 @@ impl Connection {
             Ok(frame) => frame,
             Err(e) => return Some(Err(Failure::new(FailureClass::Rejected, e))),
         };
-        let (waiter, answer) = oneshot::channel();
-        self.pending.map().insert(id, (Instant::now(), waiter));
+        let answer = self.pending.wait_for(id);
         if self.outgoing.send(frame).await.is_err() {
-            self.pending.map().remove(&id);
+            self.pending.take(id);
             return None;
         }
         answer.await.ok()
     }
 
     pub(crate) fn in_flight(&self) -> usize {
-        self.pending.map().len()
+        self.pending.len()
     }
 }
 
@@ -399,4 +423,34 @@ async fn read_frame(read: &mut BufReader<OwnedReadHalf>) -> Result<Option<Zeroiz
 
 async fn write_frame<T: serde::Serialize>(write: &mut OwnedWriteHalf, value: &T) -> Result<(), String> {
     write.write_all(&wire::frame(value)?).await.map_err(|e| e.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::secret::SecretBytes;
+
+    /// A call may reach a connection that has just ended, before the supervisor has told everybody.
+    #[tokio::test]
+    async fn a_call_on_an_ended_connection_is_told_at_once() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (read, write) = ours.into_split();
+        let token = TokenIdentity { label: String::new(), serial: String::new() };
+        let started = Started { module: String::new(), token, transport_key: Vec::new() };
+        let transport = TransportKey(SecretBytes::new(Vec::new()));
+        let counters = Arc::new(Counters::default());
+        let (connection, closed) = connect(BufReader::new(read), write, transport, started, counters);
+        let call = async || {
+            let call = connection.call(vec![Operation::Random { len: 1 }], Instant::now() + START_LIMIT);
+            tokio::time::timeout(Duration::from_secs(1), call).await
+        };
+
+        let (waiting, ()) = tokio::join!(call(), async { drop(theirs) });
+        assert!(matches!(waiting, Ok(None)), "it waits for an answer that nobody will give");
+        assert_eq!(closed.await.as_deref(), Ok("it ended"));
+        for _ in 0..3 {
+            assert!(matches!(call().await, Ok(None)), "a late call waits for an answer that nobody will give");
+        }
+        assert_eq!(connection.in_flight(), 0);
+    }
 }

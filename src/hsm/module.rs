@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use crate::config::Faults;
+use crate::config::{Faults, read_toml};
 use crate::keys::KeyKind;
 
 /// What is known of a PKCS#11 module, validated.
@@ -132,7 +132,7 @@ impl ModuleProfile {
         let place = path.display().to_string();
         let mut faults = Faults::default();
         let text = faults.note(&place, std::fs::read_to_string(path)).unwrap_or_default();
-        let shape: Option<Shape> = if faults.is_empty() { faults.note(&place, toml::from_str(&text)) } else { None };
+        let shape: Option<Shape> = if faults.is_empty() { read_toml(&place, &text, &mut faults) } else { None };
         let profile = shape.map(|shape| Self::check(shape, &place, directory, &mut faults));
         faults.ok_or_all(profile)
     }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::attributes::KeyRole;
 use super::kdf::Prf;
 use super::token::TokenIdentity;
-use crate::config::Faults;
+use crate::config::{Faults, read_toml};
 use crate::keys::PublicKey;
 use crate::names::KeyName;
 
@@ -128,7 +128,7 @@ impl KeyRegister {
         let hint = "run a ceremony first: sppctl ceremony run";
         let text = std::fs::read_to_string(path).map_err(|e| format!("{e}; {hint}"));
         let text = faults.note(&place, text).unwrap_or_default();
-        let shape: Option<Shape> = if faults.is_empty() { faults.note(&place, toml::from_str(&text)) } else { None };
+        let shape: Option<Shape> = if faults.is_empty() { read_toml(&place, &text, &mut faults) } else { None };
         let base = path.parent().unwrap_or(Path::new("."));
         let register = shape.map(|shape| Self::check(shape, &place, base, &mut faults));
         faults.ok_or_all(register)

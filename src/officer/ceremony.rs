@@ -11,7 +11,7 @@ use crate::certificate::{
     AuthorityCertificate, CertificateSerial, SubjectFields, SubjectName, UnsignedDocument, authority_certificate,
     authority_request,
 };
-use crate::config::Faults;
+use crate::config::{Faults, read_toml};
 use crate::hsm::{Ceremony, CreatedKey, KeyRegister, MasterKey, Prf, SigningKey, SigningUse, WrappingKey};
 use crate::keys::{KeyKind, PublicKey, SignatureAlgorithm, sha256};
 use crate::names::KeyName;
@@ -103,7 +103,7 @@ impl CeremonyPlan {
         let place = path.display().to_string();
         let mut faults = Faults::default();
         let text = faults.note(&place, std::fs::read_to_string(path)).unwrap_or_default();
-        let shape: Option<Shape> = if faults.is_empty() { faults.note(&place, toml::from_str(&text)) } else { None };
+        let shape: Option<Shape> = if faults.is_empty() { read_toml(&place, &text, &mut faults) } else { None };
         let plan = shape.map(|shape| Self::check(shape, &text, &place, &mut faults));
         faults.ok_or_all(plan)
     }

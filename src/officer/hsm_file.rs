@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use crate::config::Faults;
+use crate::config::{Faults, read_toml};
 use crate::hsm::{ModuleProfile, PinSource, TokenIdentity};
 
 /// A token to work on.
@@ -35,7 +35,7 @@ impl HsmFile {
         let place = path.display().to_string();
         let mut faults = Faults::default();
         let text = faults.note(&place, std::fs::read_to_string(path)).unwrap_or_default();
-        let shape: Option<Shape> = if faults.is_empty() { faults.note(&place, toml::from_str(&text)) } else { None };
+        let shape: Option<Shape> = if faults.is_empty() { read_toml(&place, &text, &mut faults) } else { None };
         let base = path.parent().unwrap_or(Path::new(""));
         let absolute = |relative: &Path| std::path::absolute(base.join(relative));
         let value = shape.and_then(|shape| {

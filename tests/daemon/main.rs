@@ -1,5 +1,15 @@
 //! The daemon as its users meet it: real processes, real sockets, a real HSM module, real files.
 #![allow(missing_docs, unreachable_pub, reason = "tests are named by what must be true")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test's helpers are part of the test")]
+#![expect(clippy::disallowed_types, reason = "tests are gRPC clients: they read statuses")]
 
+mod callers;
+mod configuration;
+mod crash;
+mod floor;
+mod outside;
+mod refusals;
+mod secrets;
 mod site;
 mod starts;
+mod way;

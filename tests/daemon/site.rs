@@ -2,9 +2,12 @@
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use spp::proto;
 use spp::proto::line_client::LineClient;
+use spp::proto::officer_client::OfficerClient;
 use spp::proto::recovery_client::RecoveryClient;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
@@ -59,7 +62,7 @@ impl Site {
                 .replace("127.0.0.1:7443", &format!("127.0.0.1:{}", self.line))
                 .replace("127.0.0.1:7444", &format!("127.0.0.1:{}", self.officer))
                 .replace("127.0.0.1:7445", &format!("127.0.0.1:{}", self.public))
-                .replace("256 MiB", "1 MiB");
+                .replace("\"256 MiB\"", "\"1 MiB\"\nreserve = \"1 MiB\"");
             std::fs::write(self.path(file), text).unwrap();
         }
         copy_directory(Path::new(PROFILES), &self.path("profiles"));
@@ -142,14 +145,18 @@ impl Site {
         self.daemon.as_ref().expect("the daemon runs").id()
     }
 
-    /// The HSM worker's process.
+    /// The HSM worker's process: the child of whichever thread of the daemon started it.
     pub fn worker_pid(&self) -> Option<u32> {
-        let children = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", self.pid())).ok();
-        let from_main = children.as_deref().and_then(|text| text.split_whitespace().next()?.parse().ok());
-        from_main.or_else(|| {
-            let output = Command::new("pgrep").args(["-P", &self.pid().to_string()]).output().ok()?;
-            String::from_utf8(output.stdout).ok()?.split_whitespace().next()?.parse().ok()
-        })
+        let threads = std::fs::read_dir(format!("/proc/{}/task", self.pid())).ok()?;
+        let children = |thread: std::fs::DirEntry| std::fs::read_to_string(thread.path().join("children")).ok();
+        threads.flatten().filter_map(children).find_map(|text| text.split_whitespace().next()?.parse().ok())
+    }
+
+    /// Another text in a file of the site; what is replaced must be there.
+    pub fn edit(&self, relative: &str, from: &str, to: &str) {
+        let text = std::fs::read_to_string(self.path(relative)).unwrap();
+        assert!(text.contains(from), "{relative} has no {from:?}");
+        std::fs::write(self.path(relative), text.replacen(from, to, 1)).unwrap();
     }
 
     pub fn log(&self) -> String {
@@ -182,6 +189,14 @@ impl Site {
         LineClient::new(self.connect(self.line, self.tls("tls/line-1-a")).await.unwrap())
     }
 
+    pub async fn officer(&self) -> OfficerClient<Channel> {
+        OfficerClient::new(self.connect(self.officer, self.tls("tls/officer")).await.unwrap())
+    }
+
+    pub async fn status(&self) -> proto::GetStatusResponse {
+        self.officer().await.get_status(proto::GetStatusRequest {}).await.unwrap().into_inner()
+    }
+
     pub async fn recovery(&self) -> RecoveryClient<Channel> {
         RecoveryClient::new(self.connect(self.public, self.public_tls()).await.unwrap())
     }
@@ -194,7 +209,10 @@ impl Drop for Site {
             let _ = daemon.wait();
         }
         if std::thread::panicking() {
-            eprintln!("the daemon's log:\n{}", self.log());
+            let log = self.log();
+            let lines: Vec<_> = log.lines().collect();
+            let last = &lines[lines.len().saturating_sub(60)..];
+            eprintln!("the end of the daemon's log:\n{}", last.join("\n"));
         }
     }
 }
@@ -213,8 +231,20 @@ fn copy_directory(from: &Path, to: &Path) {
     }
 }
 
-/// Three ports that were free a moment ago.
+/// Three ports for a daemon that is killed and started again: below those that the system gives to clients (from 32768 on),
+/// so that no connection of another test takes one of them meanwhile.
 fn free_ports() -> [u16; 3] {
-    let held: Vec<_> = (0..3).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
-    [0, 1, 2].map(|i| held[i].local_addr().unwrap().port())
+    const FIRST: u32 = 15_000;
+    const COUNT: u32 = 17_000;
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let begin = std::process::id().wrapping_mul(97);
+    let next = || loop {
+        let step = NEXT.fetch_add(1, Ordering::Relaxed);
+        assert!(step < COUNT, "no port is free");
+        let port = u16::try_from(FIRST + begin.wrapping_add(step) % COUNT).unwrap();
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    };
+    [next(), next(), next()]
 }

@@ -1,0 +1,268 @@
+//! Who may call what: a certificate of the right authority, in its time, with one name of the right role.
+
+use std::process::Command;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use aws_lc_rs::rand::SystemRandom;
+use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair};
+use spp::certificate::{
+    AccessCertificate, AccessName, AuthorityCertificate, CertificateSerial, IssuerCertificate, SubjectName,
+    UnsignedDocument, access_certificate, authority_certificate,
+};
+use spp::keys::{PublicKey, SignatureAlgorithm, generate_p256_pkcs8};
+use spp::proto::get_session_request::Session as Which;
+use spp::proto::officer_client::OfficerClient;
+use spp::proto::recovery_client::RecoveryClient;
+use spp::proto::{AbortRequest, AssembleRequest, GetRecordRequest, GetSessionRequest, GetStatusRequest};
+use tonic::transport::{ClientTlsConfig, Identity};
+use tonic::{Code, Status};
+use tonic_types::StatusExt as _;
+
+use crate::floor::{Floor, Line, Refusal, assemble, chip, complete, install, phone, sensor};
+use crate::site::{Site, write_private};
+
+const P256: SignatureAlgorithm = SignatureAlgorithm::EcdsaP256Sha256;
+
+/// An authority for access certificates whose key is in this process, so that it can sign what sppctl never would.
+struct Authority {
+    pem: String,
+    key_pem: String,
+    pair: EcdsaKeyPair,
+}
+
+impl Authority {
+    fn new(name: &str) -> Self {
+        let (public, pair, key_pem) = key_pair();
+        let unsigned = authority_certificate(&AuthorityCertificate {
+            subject: &SubjectName::with_common_name(name).unwrap(),
+            public_key: &public,
+            algorithm: P256,
+            serial: CertificateSerial::from_random([1; 20]),
+            not_before: now() - 3600,
+            not_after: Some(now() + 3600),
+        });
+        let pem = signed(unsigned.unwrap(), &pair);
+        Self { pem, key_pem, pair }
+    }
+
+    /// An identity for TLS with this name, from now minus an hour.
+    fn identity(&self, name: &AccessName, not_after: u64) -> Identity {
+        let (public, _, key_pem) = key_pair();
+        let issuer = IssuerCertificate::from_pem(&self.pem, P256).unwrap();
+        let unsigned = access_certificate(&AccessCertificate {
+            name,
+            public_key: &public,
+            issuer: &issuer,
+            serial: CertificateSerial::from_random([2; 20]),
+            not_before: now() - 3600,
+            not_after,
+        });
+        Identity::from_pem(signed(unsigned.unwrap(), &self.pair), key_pem)
+    }
+
+    /// An identity with any subjectAltName, made by openssl.
+    fn identity_with(&self, site: &Site, names: &str) -> Identity {
+        let path = |name: &str| site.path(name).display().to_string();
+        std::fs::write(site.path("ca.pem"), &self.pem).unwrap();
+        write_private(&site.path("ca.key"), &self.key_pem);
+        let extensions = format!("extendedKeyUsage=clientAuth\nkeyUsage=critical,digitalSignature\n{names}\n");
+        std::fs::write(site.path("ext.cnf"), extensions).unwrap();
+        let run = |words: &str| {
+            let output = Command::new("openssl").args(words.split_whitespace()).current_dir(site.path("")).output();
+            let output = output.expect("openssl must be installed: apt-get install openssl");
+            assert!(output.status.success(), "openssl {words}: {}", String::from_utf8_lossy(&output.stderr));
+        };
+        run("req -new -batch -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=x -keyout c.key -out c.csr");
+        run(&format!(
+            "x509 -req -in c.csr -CA {} -CAkey ca.key -set_serial 77 -days 1 -extfile ext.cnf -out c.pem",
+            path("ca.pem")
+        ));
+        Identity::from_pem(site.read("c.pem"), site.read("c.key"))
+    }
+}
+
+fn key_pair() -> (PublicKey, EcdsaKeyPair, String) {
+    let (public, pem) = generate_p256_pkcs8().unwrap();
+    let pem = String::from_utf8(pem.expose().clone()).unwrap();
+    let (_, der) = der::pem::decode_vec(pem.as_bytes()).unwrap();
+    (public, EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, &der).unwrap(), pem)
+}
+
+fn signed(unsigned: UnsignedDocument, pair: &EcdsaKeyPair) -> String {
+    let signature = pair.sign(&SystemRandom::new(), unsigned.to_be_signed()).unwrap();
+    unsigned.assemble(signature.as_ref()).unwrap().to_pem().unwrap()
+}
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs()
+}
+
+fn station(name: &str) -> AccessName {
+    AccessName::Station(name.parse().unwrap())
+}
+
+/// A site whose daemon trusts a second authority besides its own.
+fn site_that_trusts(authority: &Authority) -> Site {
+    let mut site = Site::new();
+    let both = [site.read("keys/access-ca.pem"), authority.pem.clone().into_bytes()].concat();
+    std::fs::write(site.path("tls/clients.pem"), both).unwrap();
+    site.edit("sppd.toml", "client_ca = \"keys/access-ca.pem\"", "client_ca = \"tls/clients.pem\"");
+    site.start();
+    site
+}
+
+/// One call on each of the two inner services with this TLS configuration.
+async fn call_both(site: &Site, tls: ClientTlsConfig) -> [Result<(), Status>; 2] {
+    let broken = |e: tonic::transport::Error| Status::unavailable(format!("{e:?}"));
+    let line = match site.connect(site.line, tls.clone()).await {
+        Ok(channel) => assemble(&mut Line::new(channel), &phone(1)).await.map(drop),
+        Err(e) => Err(broken(e)),
+    };
+    let officer = match site.connect(site.officer, tls).await {
+        Ok(channel) => OfficerClient::new(channel).get_status(GetStatusRequest {}).await.map(drop),
+        Err(e) => Err(broken(e)),
+    };
+    [line, officer]
+}
+
+/// TLS ended it: nothing of the daemon answered.
+fn refused_by_tls(answer: &Result<(), Status>) -> bool {
+    matches!(answer, Err(status) if status.get_error_details().error_info().is_none()
+        && matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Internal))
+}
+
+#[tokio::test]
+async fn a_caller_without_a_certificate_of_the_right_authority_does_not_get_through_tls() {
+    let trusted = Authority::new("Example Second Access CA");
+    let site = site_that_trusts(&trusted);
+    let foreign = Authority::new("Example Devices Access CA");
+    let server = AccessName::Server { dns: vec!["localhost".to_owned()], ips: Vec::new() };
+    let with = |identity| site.public_tls().identity(identity);
+    for (what, tls) in [
+        ("no certificate", site.public_tls()),
+        ("a foreign authority of the same name", with(foreign.identity(&station("line-1/a"), now() + 600))),
+        ("an expired certificate", with(trusted.identity(&station("line-1/a"), now() - 60))),
+        ("a server's certificate", with(trusted.identity(&server, now() + 600))),
+    ] {
+        for answer in call_both(&site, tls).await {
+            assert!(refused_by_tls(&answer), "{what}: {answer:?}");
+        }
+    }
+    let [line, _] = call_both(&site, with(trusted.identity(&station("line-1/a"), now() + 600))).await;
+    line.expect("the second authority's station is let in");
+    assert_eq!(site.status().await.sessions.unwrap().issued, 1);
+}
+
+#[tokio::test]
+async fn a_certificate_without_exactly_one_name_is_nobodys() {
+    let trusted = Authority::new("Example Second Access CA");
+    let site = site_that_trusts(&trusted);
+    for names in [
+        "",
+        "subjectAltName=DNS:line-1",
+        "subjectAltName=URI:spp://station/line-1/a,URI:spp://officer/o-1",
+        "subjectAltName=URI:spp://station/line-1/a,URI:spp://station/line-1/b",
+        "subjectAltName=URI:spp://auditor/x",
+        "subjectAltName=URI:spp://station/",
+        "subjectAltName=URI:https://station/line-1/a",
+    ] {
+        let tls = site.public_tls().identity(trusted.identity_with(&site, names));
+        for answer in call_both(&site, tls).await {
+            let refused = Refusal::of(&answer.unwrap_err());
+            assert!(refused.is(Code::Unauthenticated, "NO_CALLER"), "{names}: {refused:?}");
+        }
+    }
+    assert_eq!(site.status().await.sessions.unwrap().issued, 0);
+}
+
+#[tokio::test]
+async fn a_connection_does_not_outlive_its_certificate() {
+    let trusted = Authority::new("Example Second Access CA");
+    let site = site_that_trusts(&trusted);
+    let tls = site.public_tls().identity(trusted.identity(&station("line-1/a"), now() + 2));
+    let mut line = Line::new(site.connect(site.line, tls).await.unwrap());
+    assemble(&mut line, &phone(1)).await.expect("in its time it works");
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let refused = Refusal::of(&assemble(&mut line, &phone(1)).await.unwrap_err());
+    assert!(refused.is(Code::Unauthenticated, "NO_CALLER"), "{refused:?}");
+}
+
+#[tokio::test]
+async fn each_service_serves_its_role_alone() {
+    let site = Site::running();
+    let [line, officer] = call_both(&site, site.tls("tls/line-1-a")).await;
+    line.unwrap();
+    let refused = Refusal::of(&officer.unwrap_err());
+    assert!(refused.is(Code::PermissionDenied, "WRONG_ROLE"), "{refused:?}");
+
+    let mut line = Line::new(site.connect(site.line, site.tls("tls/officer")).await.unwrap());
+    let session = Some(Which::ChipId(chip(1).as_bytes().to_vec()));
+    let complete = spp::proto::CompleteRequest { session_id: vec![1; 16], ..Default::default() };
+    for refused in [
+        line.assemble(phone(1)).await.unwrap_err(),
+        line.complete(complete).await.unwrap_err(),
+        line.abort(AbortRequest { session_id: vec![1; 16], reason: String::new() }).await.unwrap_err(),
+        line.get_session(GetSessionRequest { session }).await.unwrap_err(),
+    ] {
+        assert!(Refusal::of(&refused).is(Code::PermissionDenied, "WRONG_ROLE"), "{refused:?}");
+    }
+}
+
+#[tokio::test]
+async fn each_listener_has_its_services_alone() {
+    let site = Site::running();
+    let public = site.connect(site.public, site.public_tls()).await.expect("the public needs no certificate");
+    let mut recovery = RecoveryClient::new(public.clone());
+    let record = GetRecordRequest { chip_id: chip(1).as_bytes().to_vec() };
+    assert_eq!(recovery.get_record(record).await.unwrap_err().code(), Code::NotFound);
+    let on_officer = site.connect(site.officer, site.tls("tls/line-1-a")).await.unwrap();
+    let on_line = site.connect(site.line, site.tls("tls/officer")).await.unwrap();
+    for refused in [
+        Line::new(public.clone()).assemble(phone(1)).await.unwrap_err(),
+        Line::new(on_officer).assemble(phone(1)).await.unwrap_err(),
+        OfficerClient::new(public).get_status(GetStatusRequest {}).await.unwrap_err(),
+        OfficerClient::new(on_line).get_status(GetStatusRequest {}).await.unwrap_err(),
+    ] {
+        assert_eq!(refused.code(), Code::Unimplemented, "{refused:?}");
+    }
+    assert_eq!(site.status().await.sessions.unwrap().issued, 0);
+}
+
+#[tokio::test]
+async fn a_station_works_on_its_profiles_and_identities_alone() {
+    let mut site = Site::new();
+    let second =
+        "[[station]]\nname = \"line-2/b\"\nprofiles = [\"sensor\", \"phone\"]\nidentities = [\"eui48:00\"]\n\n[log]";
+    site.edit("sppd.toml", "[log]", second);
+    for name in ["line-2/b", "line-9/z"] {
+        let out = name.replace('/', "-");
+        site.sppctl(&format!("station enroll {name} --config sppd.toml --out tls/{out}"));
+    }
+    site.start();
+    let (floor, mut first) = (Floor::new(&site), site.station().await);
+    let mut second = Line::new(site.connect(site.line, site.tls("tls/line-2-b")).await.unwrap());
+    let mut unknown = Line::new(site.connect(site.line, site.tls("tls/line-9-z")).await.unwrap());
+
+    let answer = assemble(&mut first, &phone(1)).await.unwrap();
+    let request = install(&mut floor.device(1), &answer);
+    let session = || Some(Which::SessionId(answer.session_id.clone()));
+    let abort = AbortRequest { session_id: answer.session_id.clone(), reason: String::new() };
+    let other_profile = AssembleRequest { profile: "gateway".to_owned(), ..phone(2) };
+    let gateway_order = crate::floor::gateway(2, &floor.device(2));
+    for station in [&mut second, &mut unknown] {
+        for refused in [
+            assemble(station, &phone(2)).await.unwrap_err(),
+            assemble(station, &phone(1)).await.unwrap_err(),
+            assemble(station, &other_profile).await.unwrap_err(),
+            assemble(station, &gateway_order).await.unwrap_err(),
+            complete(station, &request).await.unwrap_err(),
+            station.abort(abort.clone()).await.unwrap_err(),
+            station.get_session(GetSessionRequest { session: session() }).await.unwrap_err(),
+        ] {
+            assert!(Refusal::of(&refused).is(Code::PermissionDenied, "NOT_PERMITTED"), "{refused:?}");
+        }
+    }
+    let device = floor.sealing(3, spp::package::TransportCurve::P256);
+    assemble(&mut second, &sensor(3, &device)).await.expect("within its confinement it works");
+    complete(&mut first, &request).await.expect("nothing was changed by the others");
+}

@@ -1,0 +1,318 @@
+//! Nothing that was acknowledged is lost and nothing is given twice, whatever is killed when.
+
+use std::collections::{BTreeMap, HashSet};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use der::Decode as _;
+use spp::package::TransportCurve;
+use spp::proto::{AssembleRequest, AssembleResponse, CompleteRequest, GetRecordRequest, Receipt, SessionState};
+use tonic::Code;
+use tonic::transport::{Channel, Endpoint};
+use tonic_types::StatusExt as _;
+
+use crate::floor::{
+    Floor, Line, Refusal, assemble, chip, complete, install, may_be_repeated, package, phone, provision, sensor,
+    session_of, state_of,
+};
+use crate::site::Site;
+
+/// A client that connects again by itself.
+fn persistent(site: &Site) -> Channel {
+    let endpoint = Endpoint::from_shared(format!("https://127.0.0.1:{}", site.line)).unwrap();
+    let endpoint = endpoint.tls_config(site.tls("tls/line-1-a")).unwrap();
+    endpoint.connect_timeout(Duration::from_secs(5)).timeout(Duration::from_secs(30)).connect_lazy()
+}
+
+#[tokio::test]
+async fn every_answer_is_the_same_before_and_after_a_kill() {
+    let mut site = Site::running();
+    let floor = Floor::new(&site);
+    let before = assemble(&mut site.station().await, &phone(1)).await.unwrap();
+    site.kill();
+    site.start();
+    assert_eq!(assemble(&mut site.station().await, &phone(1)).await.unwrap(), before);
+    let request = install(&mut floor.device(1), &before);
+    site.kill();
+    site.start();
+    let receipt = complete(&mut site.station().await, &request).await.expect("a kill between the calls costs nothing");
+    site.kill();
+    site.start();
+    let mut line = site.station().await;
+    assert_eq!(complete(&mut line, &request).await.unwrap(), receipt);
+    assert_eq!(session_of(&mut line, &chip(1)).await.unwrap().receipt, Some(receipt));
+    let refused = Refusal::of(&assemble(&mut line, &phone(1)).await.unwrap_err());
+    assert!(refused.is(Code::AlreadyExists, "ALREADY_COMPLETE"), "{refused:?}");
+}
+
+/// What a station knows of a device that went the whole way.
+struct Done {
+    order: AssembleRequest,
+    answer: AssembleResponse,
+    receipt: Receipt,
+}
+
+/// Takes devices on until it is told to stop.
+struct Shift {
+    floor: Floor,
+    next: AtomicU64,
+    stop: AtomicBool,
+    done: Mutex<BTreeMap<u64, Done>>,
+    /// Calls that had to be repeated.
+    repeats: AtomicU64,
+}
+
+const AT_LEAST: u64 = 150;
+
+impl Shift {
+    fn new(site: &Site) -> Arc<Self> {
+        Arc::new(Self {
+            floor: Floor::new(site),
+            next: AtomicU64::new(1),
+            stop: AtomicBool::new(false),
+            done: Mutex::default(),
+            repeats: AtomicU64::new(0),
+        })
+    }
+
+    async fn work(self: Arc<Self>, mut line: Line) {
+        loop {
+            let n = self.next.fetch_add(1, Ordering::Relaxed);
+            if n > AT_LEAST && self.stop.load(Ordering::Relaxed) {
+                return;
+            }
+            let done = self.one_device(&mut line, n).await;
+            self.done.lock().unwrap().insert(n, done);
+        }
+    }
+
+    /// Each device gets its package at least twice, and its receipt twice.
+    async fn one_device(&self, line: &mut Line, n: u64) -> Done {
+        let (mut device, order) = if n.is_multiple_of(4) {
+            let device = self.floor.sealing(n, TransportCurve::P256);
+            let order = sensor(n, &device);
+            (device, order)
+        } else {
+            (self.floor.device(n), phone(n))
+        };
+        let answer = self.assembled(line, &order).await.unwrap();
+        let mut request = install(&mut device, &answer);
+        let installed = package(&device);
+        let mut completing = false;
+        loop {
+            let again = self.assembled(line, &order).await;
+            match again {
+                Ok(again) => {
+                    assert_eq!((&again.session_id, &again.certificate), (&answer.session_id, &answer.certificate));
+                    request = install(&mut device, &again);
+                    assert_eq!(package(&device), installed, "device {n} was given two packages");
+                }
+                Err(status) => {
+                    let refused = Refusal::of(&status);
+                    assert!(
+                        completing && refused.is(Code::AlreadyExists, "ALREADY_COMPLETE"),
+                        "device {n}: {status:?}"
+                    );
+                }
+            }
+            completing = true;
+            match complete(line, &request).await {
+                Ok(receipt) => {
+                    let again = self.completed(line, &request).await;
+                    assert_eq!(again, receipt);
+                    return Done { order, answer, receipt };
+                }
+                Err(status) => self.may_go_on(&status).await,
+            }
+        }
+    }
+
+    /// Repeats the call for ever while the refusal allows it.
+    async fn assembled(&self, line: &mut Line, order: &AssembleRequest) -> Result<AssembleResponse, tonic::Status> {
+        loop {
+            match assemble(line, order).await {
+                Err(status) if may_be_repeated(&status) => self.may_go_on(&status).await,
+                answer => return answer,
+            }
+        }
+    }
+
+    async fn completed(&self, line: &mut Line, request: &CompleteRequest) -> Receipt {
+        loop {
+            match complete(line, request).await {
+                Ok(receipt) => return receipt,
+                Err(status) => self.may_go_on(&status).await,
+            }
+        }
+    }
+
+    async fn may_go_on(&self, status: &tonic::Status) {
+        assert!(may_be_repeated(status), "failed for good: {status:?}");
+        self.repeats.fetch_add(1, Ordering::Relaxed);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+fn start_shift(shift: &Arc<Shift>, line: &Line, tasks: usize) -> Vec<tokio::task::JoinHandle<()>> {
+    (0..tasks).map(|_| tokio::spawn(Arc::clone(shift).work(line.clone()))).collect()
+}
+
+async fn end_shift(shift: &Shift, tasks: Vec<tokio::task::JoinHandle<()>>) {
+    shift.stop.store(true, Ordering::Relaxed);
+    for task in tasks {
+        task.await.unwrap();
+    }
+}
+
+/// Everything that every station was told is in the public database, once.
+async fn everything_is_public_once(site: &Site, line: &mut Line, done: &BTreeMap<u64, Done>) {
+    let mut recovery = site.recovery().await;
+    let (mut serials, mut keys, mut indexes) = (HashSet::new(), HashSet::new(), HashSet::new());
+    let (mut chips, mut identities) = (HashSet::new(), HashSet::new());
+    for (n, Done { order, answer, receipt }) in done {
+        let known =
+            recovery.get_record(GetRecordRequest { chip_id: order.chip_id.clone() }).await.unwrap().into_inner();
+        let record = known.record.unwrap();
+        assert_eq!(known.receipt.as_ref(), Some(receipt), "device {n}");
+        assert_eq!((&record.certificate, &record.identity), (&answer.certificate, &order.identity), "device {n}");
+        assert_eq!(state_of(line, &chip(*n)).await, SessionState::Erased, "device {n}");
+        if order.profile == "phone" {
+            let certificate = x509_cert::Certificate::from_der(&record.certificate).unwrap();
+            let tbs = certificate.tbs_certificate();
+            assert!(serials.insert(tbs.serial_number().as_bytes().to_vec()), "device {n}");
+            let key = tbs.subject_public_key_info().subject_public_key.raw_bytes().to_vec();
+            assert!(keys.insert(key), "device {n} has a key pair that another device has");
+        }
+        assert!(indexes.insert(receipt.record_index) && chips.insert(record.chip_id), "device {n}");
+        assert!(identities.insert(record.identity), "device {n}");
+    }
+    let status = site.status().await;
+    let sessions = status.sessions.unwrap();
+    let count = done.len() as u64;
+    assert_eq!((status.records, sessions.erased), (count, count));
+    assert_eq!((sessions.reserved, sessions.issued, sessions.published, sessions.aborted), (0, 0, 0, 0));
+}
+
+/// A pseudo-random number below `end` (xorshift64).
+fn random(state: &mut u64, end: u64) -> u64 {
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    *state ^= *state << 17;
+    *state % end
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn killed_again_and_again_inside_calls_it_loses_nothing_and_gives_nothing_twice() {
+    let seed = std::time::UNIX_EPOCH.elapsed().unwrap().subsec_nanos() | 1;
+    println!("the moments of the kills come from seed {seed}");
+    let mut moments = u64::from(seed);
+    let mut site = Site::running();
+    let shift = Shift::new(&site);
+    let mut line = Line::new(persistent(&site));
+    let tasks = start_shift(&shift, &line, 24);
+    for _ in 0..8 {
+        // From the moment of the start on, so that some kills come while it starts or tidies up.
+        tokio::time::sleep(Duration::from_millis(40 + random(&mut moments, 1200))).await;
+        site.kill();
+        site.spawn();
+    }
+    end_shift(&shift, tasks).await;
+    let done = std::mem::take(&mut *shift.done.lock().unwrap());
+    let repeats = shift.repeats.load(Ordering::Relaxed);
+    println!("{} devices, {repeats} calls repeated", done.len());
+    assert!(done.len() as u64 >= AT_LEAST && repeats > 0);
+    everything_is_public_once(&site, &mut line, &done).await;
+    site.kill();
+    site.start();
+    everything_is_public_once(&site, &mut line, &done).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_hsm_worker_is_replaced_and_no_call_fails_for_good() {
+    let site = Site::running();
+    let shift = Shift::new(&site);
+    let mut line = Line::new(persistent(&site));
+    let tasks = start_shift(&shift, &line, 12);
+    let mut workers = HashSet::new();
+    for _ in 0..3 {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        let worker = worker_other_than(&site, &workers).await;
+        site.signal(worker, "KILL");
+        workers.insert(worker);
+    }
+    worker_other_than(&site, &workers).await;
+    end_shift(&shift, tasks).await;
+    let status = site.status().await;
+    assert!(status.ready && status.hsm.unwrap().worker_starts >= 4);
+    let done = std::mem::take(&mut *shift.done.lock().unwrap());
+    everything_is_public_once(&site, &mut line, &done).await;
+}
+
+async fn worker_other_than(site: &Site, known: &HashSet<u32>) -> u32 {
+    let until = Instant::now() + Duration::from_secs(20);
+    loop {
+        match site.worker_pid() {
+            Some(worker) if !known.contains(&worker) => return worker,
+            _ => assert!(Instant::now() < until, "no new worker: {}", site.log()),
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_hanging_hsm_worker_costs_calls_their_deadline_and_is_replaced() {
+    let mut site = Site::new();
+    site.edit("sppd.toml", "[hsm]\n", "[hsm]\ncall_timeout = \"1s\"\n");
+    site.edit("hsm-config/softhsm2.toml", "[worker]\n", "[worker]\nhang_after = \"3s\"\n");
+    site.start();
+    let (floor, mut line) = (Floor::new(&site), site.station().await);
+    let answer = assemble(&mut line, &phone(1)).await.unwrap();
+    let request = install(&mut floor.device(1), &answer);
+    let (finished, receipt) = provision(&mut line, &mut floor.device(2), &phone(2)).await;
+    let worker = site.worker_pid().unwrap();
+    site.signal(worker, "STOP");
+
+    let began = Instant::now();
+    let (order, mut other) = (phone(3), line.clone());
+    let (new, half_way) = tokio::join!(assemble(&mut line, &order), complete(&mut other, &request));
+    let took = began.elapsed();
+    for status in [new.unwrap_err(), half_way.unwrap_err()] {
+        assert_eq!(Refusal::of(&status).code, Code::Unavailable, "{status:?}");
+        assert!(status.get_error_details().retry_info().is_some_and(|retry| retry.retry_delay.is_some()), "{status:?}");
+    }
+    assert!((Duration::from_millis(900)..Duration::from_millis(2500)).contains(&took), "{took:?}");
+    assert_eq!(complete(&mut line, &finished).await.unwrap(), receipt, "what needs no HSM is answered");
+    assert_eq!(state_of(&mut line, &chip(1)).await, SessionState::Issued);
+
+    let until = Instant::now() + Duration::from_secs(20);
+    let new = loop {
+        match assemble(&mut line, &phone(3)).await {
+            Ok(answer) => break answer,
+            Err(status) => assert!(may_be_repeated(&status) && Instant::now() < until, "{status:?}"),
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    };
+    install(&mut floor.device(3), &new);
+    complete(&mut line, &request).await.unwrap();
+    assert_eq!(site.status().await.hsm.unwrap().worker_starts, 2);
+    assert_ne!(site.worker_pid(), Some(worker));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sigterm_lets_calls_in_flight_end_and_closes_idle_connections() {
+    let mut site = Site::running();
+    let shift = Shift::new(&site);
+    let mut line = Line::new(persistent(&site));
+    let _idle = site.station().await;
+    let tasks = start_shift(&shift, &line, 8);
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let began = Instant::now();
+    let status = tokio::task::block_in_place(|| site.stop());
+    assert!(status.success() && site.log().contains("drained"), "{status}");
+    assert!(began.elapsed() < Duration::from_secs(10), "an idle connection held the drain up: {:?}", began.elapsed());
+    site.start();
+    end_shift(&shift, tasks).await;
+    let done = std::mem::take(&mut *shift.done.lock().unwrap());
+    everything_is_public_once(&site, &mut line, &done).await;
+}

@@ -1,0 +1,191 @@
+//! A floor for tests: simulated devices, their orders, and what a station does with an answer.
+
+use spp::certificate::IssuerCertificate;
+use spp::device::{Delivery, Device, Fab, PublicRecord};
+use spp::keys::{DevicePrivateKey, PublicKey, SignatureAlgorithm};
+use spp::names::{ChipId, Imei, SessionId};
+use spp::package::TransportCurve;
+use spp::proto::assemble_response::Delivery as Delivered;
+use spp::proto::get_session_request::Session as Which;
+use spp::proto::line_client::LineClient;
+use spp::proto::{
+    AssembleRequest, AssembleResponse, CertificateFormat, CompleteRequest, GetRecordResponse, GetSessionRequest,
+    GetSessionResponse, Receipt, SessionState, TransportKey, TransportKeyType,
+};
+use spp::secret::SecretBytes;
+use tonic::transport::Channel;
+use tonic::{Code, Status};
+use tonic_types::StatusExt as _;
+
+use crate::site::Site;
+
+pub type Line = LineClient<Channel>;
+
+/// Makes the chips of a site.
+pub struct Floor(Fab);
+
+impl Floor {
+    /// A fab whose chips have the site's manufacturer in their ROM.
+    pub fn new(site: &Site) -> Self {
+        Self(Fab::create(site.path("devices"), manufacturer(site)).unwrap())
+    }
+
+    /// Device number `n`, without a transport key.
+    pub fn device(&self, n: u64) -> Device {
+        self.0.device(&chip(n), None).unwrap()
+    }
+
+    /// Device number `n`, to which packages can be sealed.
+    pub fn sealing(&self, n: u64, curve: TransportCurve) -> Device {
+        self.0.device(&chip(n), Some(curve)).unwrap()
+    }
+}
+
+pub fn manufacturer(site: &Site) -> PublicKey {
+    let pem = String::from_utf8(site.read("keys/manufacturer-ca.pem")).unwrap();
+    IssuerCertificate::from_pem(&pem, SignatureAlgorithm::EcdsaP256Sha256).unwrap().public_key().clone()
+}
+
+pub fn chip(n: u64) -> ChipId {
+    ChipId::from_bytes(&[&[0xc4; 8][..], &n.to_be_bytes()].concat()).unwrap()
+}
+
+/// An IMEI of the range that line-1/a may use.
+pub fn imei(n: u64) -> String {
+    let digits = format!("4901542{n:07}");
+    format!("imei:{digits}{}", Imei::check_digit(&digits).unwrap())
+}
+
+/// The order for device `n` as a phone: a pair made in the HSM and a symmetric key.
+pub fn phone(n: u64) -> AssembleRequest {
+    let chip_id = chip(n).as_bytes().to_vec();
+    AssembleRequest { chip_id, identity: imei(n), profile: "phone".to_owned(), csr: Vec::new(), transport_key: None }
+}
+
+/// The order for device `n` as a sensor: symmetric keys alone, sealed.
+pub fn sensor(n: u64, device: &Device) -> AssembleRequest {
+    sealed(AssembleRequest { identity: format!("eui48:{n:012x}"), profile: "sensor".to_owned(), ..phone(n) }, device)
+}
+
+/// The order for device `n` as a gateway, which makes its own pair.
+pub fn gateway(n: u64, device: &Device) -> AssembleRequest {
+    let csr = csr(&device.own_key_pair().unwrap());
+    AssembleRequest { identity: format!("serial:GW-{n}"), profile: "gateway".to_owned(), csr, ..phone(n) }
+}
+
+/// The order with the device's transport key.
+pub fn sealed(order: AssembleRequest, device: &Device) -> AssembleRequest {
+    let key = device.transport_public_key().unwrap().unwrap();
+    let kind = match key.curve() {
+        TransportCurve::P256 => TransportKeyType::P256,
+        TransportCurve::X25519 => TransportKeyType::X25519,
+    };
+    let transport_key = TransportKey { r#type: kind.into(), public_key: key.as_bytes().to_vec() };
+    AssembleRequest { transport_key: Some(transport_key), ..order }
+}
+
+/// A PKCS#10 request for a P-256 pair, without a subject.
+pub fn csr(pair: &DevicePrivateKey) -> Vec<u8> {
+    use der::asn1::{BitString, ObjectIdentifier};
+    use der::{Decode as _, Encode as _};
+    use x509_cert::request::{CertReq, CertReqInfo, Version};
+    const ECDSA_WITH_SHA256: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.4.3.2");
+    let info = CertReqInfo {
+        version: Version::V1,
+        subject: Default::default(),
+        public_key: spki::SubjectPublicKeyInfoOwned::from_der(pair.public().spki_der()).unwrap(),
+        attributes: Default::default(),
+    };
+    let signature = pair.sign(SignatureAlgorithm::EcdsaP256Sha256, &info.to_der().unwrap()).unwrap();
+    let algorithm = spki::AlgorithmIdentifierOwned { oid: ECDSA_WITH_SHA256, parameters: None };
+    CertReq { info, algorithm, signature: BitString::from_bytes(&signature).unwrap() }.to_der().unwrap()
+}
+
+/// Installs the answer on the device and gives what Complete takes.
+pub fn install(device: &mut Device, answer: &AssembleResponse) -> CompleteRequest {
+    let session = SessionId::from_bytes(&answer.session_id).unwrap();
+    match answer.delivery.as_ref().unwrap() {
+        Delivered::DataPackage(octets) => {
+            device.install(&session, &Delivery::Clear(&SecretBytes::copy_of(octets))).unwrap();
+        }
+        Delivered::SealedPackage(octets) => {
+            device.install(&session, &Delivery::Sealed(octets)).unwrap();
+        }
+    }
+    CompleteRequest {
+        session_id: answer.session_id.clone(),
+        backup_package: device.backup().unwrap(),
+        key_confirmation: device.confirmation().unwrap(),
+    }
+}
+
+/// The octets of the data package that the device has installed.
+pub fn package(device: &Device) -> Vec<u8> {
+    device.package().unwrap().encode().unwrap().expose().clone()
+}
+
+/// Assembles, installs, completes.
+pub async fn provision(line: &mut Line, device: &mut Device, order: &AssembleRequest) -> (CompleteRequest, Receipt) {
+    let answer = assemble(line, order).await.unwrap();
+    let request = install(device, &answer);
+    let receipt = complete(line, &request).await.unwrap();
+    (request, receipt)
+}
+
+pub async fn assemble(line: &mut Line, order: &AssembleRequest) -> Result<AssembleResponse, Status> {
+    line.assemble(order.clone()).await.map(tonic::Response::into_inner)
+}
+
+pub async fn complete(line: &mut Line, request: &CompleteRequest) -> Result<Receipt, Status> {
+    line.complete(request.clone()).await.map(|answer| answer.into_inner().receipt.unwrap())
+}
+
+pub async fn session_of(line: &mut Line, chip: &ChipId) -> Result<GetSessionResponse, Status> {
+    let session = Some(Which::ChipId(chip.as_bytes().to_vec()));
+    line.get_session(GetSessionRequest { session }).await.map(tonic::Response::into_inner)
+}
+
+pub async fn state_of(line: &mut Line, chip: &ChipId) -> SessionState {
+    session_of(line, chip).await.unwrap().state()
+}
+
+/// Recovers a device with its public record.
+pub fn recover(device: &mut Device, answer: &GetRecordResponse) {
+    let record = answer.record.as_ref().unwrap();
+    let is_cwt = record.certificate_format() == CertificateFormat::Cwt;
+    let (certificate, backup) = (&record.certificate, &record.backup_package);
+    device.recover(&PublicRecord { certificate, is_cwt, backup }).unwrap();
+}
+
+/// A refusal of the daemon itself: not one of the transport, and with its reason.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Refusal {
+    pub code: Code,
+    pub reason: String,
+    /// The fields of `google.rpc.BadRequest`, in their order.
+    pub fields: Vec<String>,
+}
+
+impl Refusal {
+    /// Reads a status; every refusal names its domain and reason, and every violation says what is wrong.
+    pub fn of(status: &Status) -> Self {
+        let details = status.get_error_details();
+        let info = details.error_info().unwrap_or_else(|| panic!("no ErrorInfo in {status:?}"));
+        assert_eq!(info.domain, "spp", "{status:?}");
+        assert!(!info.reason.is_empty() && !status.message().is_empty(), "{status:?}");
+        let violations = details.bad_request().map(|bad| bad.field_violations.clone()).unwrap_or_default();
+        assert!(violations.iter().all(|v| !v.description.is_empty()), "{status:?}");
+        let fields = violations.into_iter().map(|v| v.field).collect();
+        Self { code: status.code(), reason: info.reason.clone(), fields }
+    }
+
+    pub fn is(&self, code: Code, reason: &str) -> bool {
+        self.code == code && self.reason == reason
+    }
+}
+
+/// Whether the call may be repeated: the daemon says when, or the connection broke.
+pub fn may_be_repeated(status: &Status) -> bool {
+    let details = status.get_error_details();
+    details.error_info().is_none() || details.retry_info().is_some()
+}

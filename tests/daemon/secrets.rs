@@ -1,0 +1,221 @@
+//! No secret is where it must not be: logs, command lines, environments, stores.
+
+use std::path::Path;
+
+use spp::device::Device;
+use spp::keys::PrivateParts;
+use spp::package::TransportCurve;
+use spp::proto::{AssembleRequest, CompleteRequest, SessionState};
+use tonic::Code;
+
+use crate::floor::{
+    Floor, Line, Refusal, assemble, chip, complete, install, phone, provision, sealed, sensor, state_of,
+};
+use crate::site::Site;
+
+/// A secret in every form in which it could be written somewhere.
+struct Wanted {
+    what: String,
+    forms: Vec<Vec<u8>>,
+}
+
+impl Wanted {
+    /// Looks for three pieces of the secret in each form: a part of a key is a leak too.
+    fn new(what: impl Into<String>, secret: &[u8]) -> Self {
+        const PIECE: usize = 12;
+        assert!(secret.len() >= PIECE);
+        let starts = [0, (secret.len() - PIECE) / 2, secret.len() - PIECE];
+        let forms = starts.iter().flat_map(|start| forms(&secret[*start..start + PIECE])).collect();
+        Self { what: what.into(), forms }
+    }
+
+    fn is_in(&self, octets: &[u8]) -> bool {
+        self.forms.iter().any(|form| memchr::memmem::find(octets, form).is_some())
+    }
+}
+
+fn forms(piece: &[u8]) -> Vec<Vec<u8>> {
+    let list = |separator: &str| piece.iter().map(ToString::to_string).collect::<Vec<_>>().join(separator);
+    let escaped = |octet: &u8| std::ascii::escape_default(*octet).collect::<Vec<_>>();
+    let mut forms = vec![
+        piece.to_vec(),
+        piece.iter().rev().copied().collect(),
+        hex::encode(piece).into_bytes(),
+        hex::encode_upper(piece).into_bytes(),
+        piece.iter().map(|octet| format!("{octet:02x}")).collect::<Vec<_>>().join(":").into_bytes(),
+        // Debug of a Vec, JSON, and Debug of the HTTP/2 library's buffers.
+        list(", ").into_bytes(),
+        list(",").into_bytes(),
+        piece.iter().flat_map(escaped).collect(),
+    ];
+    for skipped in 0..3 {
+        let inner = &piece[skipped..];
+        let pem = der::pem::encode_string("X", der::pem::LineEnding::LF, &inner[..inner.len() / 3 * 3]).unwrap();
+        let text: String = pem.lines().filter(|line| !line.starts_with('-')).collect();
+        forms.push(text.replace('+', "-").replace('/', "_").into_bytes());
+        forms.push(text.into_bytes());
+    }
+    forms
+}
+
+/// The private scalar and the symmetric keys that a device has installed.
+fn keys_of(device: &Device, name: &str) -> Vec<Wanted> {
+    let package = device.package().unwrap();
+    let mut wanted = Vec::new();
+    if let Some(PrivateParts::Ec(scalar)) = package.key_pair.as_ref().map(|pair| pair.parts()) {
+        wanted.push(Wanted::new(format!("the private key of {name}"), scalar.expose()));
+    }
+    for key in &package.symmetric_keys {
+        wanted.push(Wanted::new(format!("the key {} of {name}", key.purpose()), key.key().expose()));
+    }
+    wanted
+}
+
+fn pins(site: &Site) -> Vec<Wanted> {
+    ["user", "so"].map(|whose| Wanted::new(format!("the {whose} PIN"), &site.read(&format!("hsm/{whose}.pin")))).into()
+}
+
+fn in_none(place: &str, octets: &[u8], wanted: &[Wanted]) {
+    for secret in wanted {
+        assert!(!secret.is_in(octets), "{} is in {place}", secret.what);
+    }
+}
+
+fn in_no_file(directory: &Path, wanted: &[Wanted]) {
+    let mut files = 0;
+    let mut directories = vec![directory.to_path_buf()];
+    while let Some(directory) = directories.pop() {
+        for entry in std::fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                directories.push(path);
+            } else {
+                files += 1;
+                in_none(&path.display().to_string(), &std::fs::read(&path).unwrap(), wanted);
+            }
+        }
+    }
+    assert!(files > 0, "nothing was searched");
+}
+
+/// What the system shows of a process; what it refuses to show is not seen by others either.
+fn of_process(pid: u32, file: &str) -> Vec<u8> {
+    match std::fs::read(format!("/proc/{pid}/{file}")) {
+        Ok(octets) => octets,
+        Err(e) => {
+            assert_eq!(e.kind(), std::io::ErrorKind::PermissionDenied, "{file} of {pid}");
+            Vec::new()
+        }
+    }
+}
+
+#[test]
+fn the_search_finds_what_is_there() {
+    let secret: Vec<u8> = (0..32_u8).map(|n| n.wrapping_mul(37).wrapping_add(11)).collect();
+    let wanted = Wanted::new("a secret", &secret);
+    let pem = der::pem::encode_string("X", der::pem::LineEnding::LF, &[b"ab", &secret[..]].concat()).unwrap();
+    for leak in [
+        secret.clone(),
+        hex::encode(&secret).into_bytes(),
+        format!("{secret:?}").into_bytes(),
+        serde_json::to_vec(&secret).unwrap(),
+        secret.escape_ascii().to_string().into_bytes(),
+        pem.replace('\n', "").into_bytes(),
+    ] {
+        assert!(wanted.is_in(&[b"before", &leak[..], b"after"].concat()), "{}", String::from_utf8_lossy(&leak));
+    }
+    assert!(!wanted.is_in(&[7; 4096]));
+}
+
+/// A few devices of every delivery, one refused Complete with a key in clear, one repeated Assemble.
+async fn a_working_day(floor: &Floor, line: &mut Line) -> Vec<Wanted> {
+    let mut wanted = Vec::new();
+    let mut plain = floor.device(1);
+    let answer = assemble(line, &phone(1)).await.unwrap();
+    assemble(line, &phone(1)).await.unwrap();
+    let request = install(&mut plain, &answer);
+    let package = plain.package().unwrap().encode().unwrap();
+    let leaky = CompleteRequest { backup_package: package.expose().clone(), ..request.clone() };
+    assert_eq!(complete(line, &leaky).await.unwrap_err().code(), Code::FailedPrecondition);
+    complete(line, &request).await.unwrap();
+    wanted.extend(keys_of(&plain, "a phone"));
+    let mut device = floor.sealing(2, TransportCurve::P256);
+    let order = sealed(phone(2), &device);
+    provision(line, &mut device, &order).await;
+    wanted.extend(keys_of(&device, "a phone with sealed delivery"));
+    let mut device = floor.sealing(3, TransportCurve::X25519);
+    let order = sensor(3, &device);
+    provision(line, &mut device, &order).await;
+    wanted.extend(keys_of(&device, "a sensor"));
+    wanted
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_log_at_its_loudest_and_the_processes_show_no_secret() {
+    let mut site = Site::new();
+    site.edit("sppd.toml", "level = \"info\"", "level = \"trace\"");
+    site.start();
+    let wanted = a_working_day(&Floor::new(&site), &mut site.station().await).await;
+    let wanted: Vec<_> = wanted.into_iter().chain(pins(&site)).collect();
+    assert_eq!(wanted.len(), 2 + 2 + 2 + 2);
+    for (name, pid) in [("sppd", site.pid()), ("the worker", site.worker_pid().unwrap())] {
+        for file in ["cmdline", "environ"] {
+            in_none(&format!("{file} of {name}"), &of_process(pid, file), &wanted);
+        }
+        let limits = String::from_utf8(of_process(pid, "limits")).unwrap();
+        let cores = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
+        assert_eq!(cores.split_whitespace().nth(4), Some("0"), "{name} may leave a core dump: {cores}");
+    }
+    let loaded = String::from_utf8(of_process(site.pid(), "maps")).unwrap();
+    assert!(!loaded.contains("softhsm"), "the process that faces the network has loaded the module");
+    assert!(tokio::task::block_in_place(|| site.stop()).success());
+    let log = site.log();
+    assert!(log.contains("TRACE") && log.contains("Line.Assemble"), "the log is not at its loudest");
+    in_none("the log", log.as_bytes(), &wanted);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_stores_never_hold_a_key_in_clear() {
+    let mut site = Site::running();
+    let (floor, mut line) = (Floor::new(&site), site.station().await);
+    let mut wanted = pins(&site);
+    let mut half_way = Vec::new();
+    for n in 1..=8 {
+        let mut device = floor.device(n);
+        let answer = assemble(&mut line, &phone(n)).await.unwrap();
+        half_way.push(install(&mut device, &answer));
+        wanted.extend(keys_of(&device, &format!("phone {n}")));
+    }
+    let search = || {
+        in_no_file(&site.path("state"), &wanted);
+        in_no_file(&site.path("public"), &wanted);
+    };
+    search();
+    for request in &half_way {
+        complete(&mut line, request).await.unwrap();
+    }
+    search();
+    assert!(tokio::task::block_in_place(|| site.stop()).success());
+    in_no_file(&site.path("state"), &wanted);
+    in_no_file(&site.path("public"), &wanted);
+}
+
+#[tokio::test]
+async fn after_complete_the_store_answers_no_key_any_more() {
+    let mut site = Site::running();
+    let (floor, mut line) = (Floor::new(&site), site.station().await);
+    provision(&mut line, &mut floor.device(1), &phone(1)).await;
+    for _ in 0..2 {
+        assert_eq!(state_of(&mut line, &chip(1)).await, SessionState::Erased);
+        let with_profile = |profile: &str| AssembleRequest { profile: profile.to_owned(), ..phone(1) };
+        for order in [phone(1), with_profile("gateway")] {
+            let refused = assemble(&mut line, &order).await.unwrap_err();
+            assert_ne!(Refusal::of(&refused).code, Code::Ok);
+        }
+        let refused = Refusal::of(&assemble(&mut line, &phone(1)).await.unwrap_err());
+        assert!(refused.is(Code::AlreadyExists, "ALREADY_COMPLETE"), "{refused:?}");
+        site.kill();
+        site.start();
+        line = site.station().await;
+    }
+}

@@ -12,4 +12,5 @@ mod refusals;
 mod secrets;
 mod site;
 mod starts;
+mod station;
 mod way;

@@ -1,6 +1,7 @@
 //! The handle of the HSM with a real worker process: nothing that happens to the worker costs a call or needs a restart by
 //! hand.
 #![allow(missing_docs, unreachable_pub, reason = "tests are named by what must be true")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test may: that is how it fails")]
 
 #[allow(dead_code, reason = "a site can more than these tests need")]
 #[path = "daemon/site.rs"]

@@ -80,17 +80,38 @@ pub(crate) struct Connection {
 
 type Waiter = oneshot::Sender<Result<Vec<Answer>, Failure>>;
 
-/// Calls that are with the worker.
-#[derive(Default)]
-struct Pending(Mutex<HashMap<u64, (Instant, Waiter)>>);
+/// Calls that are with the worker; none once it is gone, so that nobody waits for an answer that cannot come.
+struct Pending(Mutex<Option<HashMap<u64, (Instant, Waiter)>>>);
 
 impl Pending {
-    fn map(&self) -> std::sync::MutexGuard<'_, HashMap<u64, (Instant, Waiter)>> {
+    fn new() -> Self {
+        Self(Mutex::new(Some(HashMap::new())))
+    }
+
+    fn calls(&self) -> std::sync::MutexGuard<'_, Option<HashMap<u64, (Instant, Waiter)>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// `false` if the worker is gone.
+    fn add(&self, id: u64, waiter: Waiter) -> bool {
+        self.calls().as_mut().map(|calls| calls.insert(id, (Instant::now(), waiter))).is_some()
+    }
+
+    fn remove(&self, id: u64) -> Option<Waiter> {
+        self.calls().as_mut()?.remove(&id).map(|(_, waiter)| waiter)
+    }
+
     fn oldest(&self) -> Option<Instant> {
-        self.map().values().map(|(since, _)| *since).min()
+        self.calls().as_ref()?.values().map(|(since, _)| *since).min()
+    }
+
+    fn len(&self) -> usize {
+        self.calls().as_ref().map_or(0, HashMap::len)
+    }
+
+    /// Ends every wait, now and later.
+    fn close(&self) {
+        self.calls().take();
     }
 }
 
@@ -163,14 +184,13 @@ async fn one_life(
         tokio::select! {
             why = &mut closed => {
                 let why = why.unwrap_or_else(|_| "its socket closed".to_owned());
-                connection.pending.map().clear();
                 return Ended::Lost(format!("{why}{}", exit_of(&mut child).await));
             }
             () = tokio::time::sleep(LOOK) => {}
         }
         if connection.pending.oldest().is_some_and(|since| since.elapsed() > config.module.hang_after) {
             let _ = child.kill().await;
-            connection.pending.map().clear();
+            connection.pending.close();
             return Ended::Lost(format!("it did not answer for {:?} and was killed", config.module.hang_after));
         }
         if limit > 0 && counters.answered.load(Ordering::Relaxed) - served_before >= limit {
@@ -271,7 +291,7 @@ fn connect(
 ) -> (Connection, oneshot::Receiver<String>) {
     let (outgoing, frames) = mpsc::channel(1024);
     let (closing, closed) = oneshot::channel();
-    let pending = Arc::new(Pending::default());
+    let pending = Arc::new(Pending::new());
     tokio::spawn(send_frames(write, frames));
     tokio::spawn(receive_replies(read, Arc::clone(&pending), counters, closing));
     let next_id = AtomicU64::new(1);
@@ -303,10 +323,12 @@ async fn receive_replies(
             Err(e) => break format!("it sent what cannot be read: {e}"),
         };
         counters.answered.fetch_add(1, Ordering::Relaxed);
-        if let Some((_, waiter)) = pending.map().remove(&reply.id) {
+        if let Some(waiter) = pending.remove(reply.id) {
             let _ = waiter.send(reply.result);
         }
     };
+    // Here and not by the supervisor, which may itself be waiting for an answer: it checks the keys before it serves.
+    pending.close();
     let _ = closing.send(why);
 }
 
@@ -325,16 +347,18 @@ impl Connection {
             Err(e) => return Some(Err(Failure::new(FailureClass::Rejected, e))),
         };
         let (waiter, answer) = oneshot::channel();
-        self.pending.map().insert(id, (Instant::now(), waiter));
+        if !self.pending.add(id, waiter) {
+            return None;
+        }
         if self.outgoing.send(frame).await.is_err() {
-            self.pending.map().remove(&id);
+            self.pending.remove(id);
             return None;
         }
         answer.await.ok()
     }
 
     pub(crate) fn in_flight(&self) -> usize {
-        self.pending.map().len()
+        self.pending.len()
     }
 }
 
@@ -399,4 +423,25 @@ async fn read_frame(read: &mut BufReader<OwnedReadHalf>) -> Result<Option<Zeroiz
 
 async fn write_frame<T: serde::Serialize>(write: &mut OwnedWriteHalf, value: &T) -> Result<(), String> {
     write.write_all(&wire::frame(value)?).await.map_err(|e| e.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn nobody_waits_for_a_worker_that_is_gone() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let pending = Arc::new(Pending::new());
+        let (waiter, answer) = oneshot::channel();
+        assert!(pending.add(1, waiter) && pending.oldest().is_some());
+        drop(theirs);
+        let (closing, closed) = oneshot::channel();
+        let read = BufReader::new(ours.into_split().0);
+        receive_replies(read, Arc::clone(&pending), Arc::default(), closing).await;
+        assert!(answer.await.is_err() && closed.await.is_ok());
+        let (late, answer) = oneshot::channel();
+        assert!(!pending.add(2, late), "who comes later does not begin to wait");
+        assert!(answer.await.is_err() && pending.oldest().is_none() && pending.len() == 0);
+    }
 }

@@ -249,6 +249,22 @@ async fn a_killed_hsm_worker_is_replaced_and_no_call_fails_for_good() {
     everything_is_public_once(&site, &mut line, &done).await;
 }
 
+#[tokio::test]
+async fn a_worker_that_is_killed_while_it_starts_is_replaced_soon() {
+    let site = Site::running();
+    let mut known = HashSet::new();
+    // Loading, login, look-ups and the check of the keys take some 100 ms together.
+    for moment in [0, 30, 60, 90, 120] {
+        let worker = worker_other_than(&site, &known).await;
+        tokio::time::sleep(Duration::from_millis(moment)).await;
+        site.signal(worker, "KILL");
+        known.insert(worker);
+    }
+    let began = Instant::now();
+    assemble(&mut site.station().await, &phone(1)).await.expect("the call waits for the next worker");
+    assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
+}
+
 async fn worker_other_than(site: &Site, known: &HashSet<u32>) -> u32 {
     let until = Instant::now() + Duration::from_secs(20);
     loop {
@@ -274,16 +290,17 @@ async fn a_hanging_hsm_worker_costs_calls_their_deadline_and_is_replaced() {
     site.signal(worker, "STOP");
 
     let began = Instant::now();
-    let (order, mut other) = (phone(3), line.clone());
-    let (new, half_way) = tokio::join!(assemble(&mut line, &order), complete(&mut other, &request));
+    let (one, two, mut other) = (phone(3), phone(4), line.clone());
+    let (new, at_the_same_time) = tokio::join!(assemble(&mut line, &one), assemble(&mut other, &two));
     let took = began.elapsed();
-    for status in [new.unwrap_err(), half_way.unwrap_err()] {
+    for status in [new.unwrap_err(), at_the_same_time.unwrap_err()] {
         assert_eq!(Refusal::of(&status).code, Code::Unavailable, "{status:?}");
         assert!(status.get_error_details().retry_info().is_some_and(|retry| retry.retry_delay.is_some()), "{status:?}");
     }
     assert!((Duration::from_millis(900)..Duration::from_millis(2500)).contains(&took), "{took:?}");
-    assert_eq!(complete(&mut line, &finished).await.unwrap(), receipt, "what needs no HSM is answered");
-    assert_eq!(state_of(&mut line, &chip(1)).await, SessionState::Issued);
+    assert_eq!(state_of(&mut line, &chip(1)).await, SessionState::Issued, "what needs no HSM is answered");
+    assert_eq!(complete(&mut line, &finished).await.unwrap(), receipt);
+    complete(&mut line, &request).await.expect("its package is still at hand");
 
     let until = Instant::now() + Duration::from_secs(20);
     let new = loop {
@@ -293,7 +310,7 @@ async fn a_hanging_hsm_worker_costs_calls_their_deadline_and_is_replaced() {
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     };
-    install(&mut floor.device(3), &new);
+    let request = install(&mut floor.device(3), &new);
     complete(&mut line, &request).await.unwrap();
     assert_eq!(site.status().await.hsm.unwrap().worker_starts, 2);
     assert_ne!(site.worker_pid(), Some(worker));

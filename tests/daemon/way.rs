@@ -240,3 +240,42 @@ async fn a_published_device_cannot_be_aborted() {
     assert!(refused.is(Code::FailedPrecondition, "WRONG_STATE"), "{refused:?}");
     assert_eq!(session_of(&mut line, &chip(1)).await.unwrap().receipt, Some(receipt));
 }
+
+#[test]
+fn the_reference_station_takes_devices_the_whole_way_and_back() {
+    let site = Site::running();
+    let run = |words: String| {
+        let output = site.spp_line(&words);
+        let text = [&output.stdout[..], &output.stderr[..]].map(String::from_utf8_lossy).concat();
+        (output.status.success(), text)
+    };
+    let provision = |server: u16| {
+        let server = format!("https://localhost:{server} --tls tls/line-1-a --devices floor");
+        run(format!(
+            "provision --simulate 20 --profile phone --parallel 8 --server {server} --manufacturer keys/manufacturer-ca.pem \
+             --report report.csv --retry-for 1s"
+        ))
+    };
+    let (ok, text) = provision(site.line);
+    assert!(ok, "{text}");
+    let report = String::from_utf8(site.read("report.csv")).unwrap();
+    assert_eq!(report.lines().count(), 1 + 20, "{report}");
+    let (ok, text) = provision(site.line);
+    assert!(ok, "the same again changes nothing: {text}");
+    let orders = String::from_utf8(site.read("floor/orders.csv")).unwrap();
+    let chip = orders.lines().nth(1).unwrap().split(',').next().unwrap().to_owned();
+    let flash = format!("floor/{chip}.flash");
+    let before = site.read(&flash);
+    let public = format!("--server https://localhost:{} --ca tls/server/ca.pem", site.public);
+    for words in [
+        format!("wipe --chip {chip} --devices floor"),
+        format!("recover --chip {chip} --devices floor {public}"),
+        format!("show --chip {chip} {public}"),
+    ] {
+        let (ok, text) = run(words.clone());
+        assert!(ok, "{words}: {text}");
+    }
+    assert_eq!(site.read(&flash), before);
+    let unknown = format!("recover --chip {} --devices floor {public}", "00".repeat(16));
+    assert!(!run(unknown.clone()).0, "{unknown}");
+}

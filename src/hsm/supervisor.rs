@@ -175,7 +175,7 @@ async fn one_life(
     let started = tokio::time::timeout(START_LIMIT, start(config, counters)).await;
     let (mut child, connection, mut closed) = match started {
         Ok(Ok(worker)) => worker,
-        Ok(Err(error)) => return error.into(),
+        Ok(Err(ended)) => return ended,
         Err(_) => return Ended::Lost(format!("the worker was not ready within {START_LIMIT:?}")),
     };
     let connection = Arc::new(connection);
@@ -225,8 +225,8 @@ async fn exit_of(child: &mut Child) -> String {
 async fn start(
     config: &HsmConfig,
     counters: &Arc<Counters>,
-) -> Result<(Child, Connection, oneshot::Receiver<String>), HsmError> {
-    let lost = |what: &str, e: &dyn std::fmt::Display| HsmError::Wrong(format!("{what}: {e}"));
+) -> Result<(Child, Connection, oneshot::Receiver<String>), Ended> {
+    let lost = |what: &str, e: &dyn std::fmt::Display| Ended::Lost(format!("{what}: {e}"));
     let receiver = tokio::task::spawn_blocking(TransportReceiver::generate)
         .await
         .map_err(|e| lost("making a transport pair", &e))??;
@@ -240,12 +240,12 @@ async fn start(
     write_frame(&mut write, &order).await.map_err(|e| lost("talking to the HSM worker", &e))?;
     let answer: Result<Started, Failure> = match read_frame(&mut read).await {
         Ok(Some(body)) => wire::parse(&body).map_err(|e| lost("reading the worker's answer", &e))?,
-        Ok(None) => return Err(HsmError::Wrong("the HSM worker ended while it loaded the module".to_owned())),
+        Ok(None) => return Err(Ended::Lost("the HSM worker ended while it loaded the module".to_owned())),
         Err(e) => return Err(lost("reading the worker's answer", &e)),
     };
     let started = answer.map_err(|failure| match failure.class {
-        FailureClass::Permanent => HsmError::Stopped(failure.message),
-        _ => HsmError::Wrong(failure.message),
+        FailureClass::Permanent => Ended::Permanent(failure.message),
+        _ => Ended::Lost(failure.message),
     })?;
     let transport = receiver.open(config.module.oaep_hash, &started.transport_key)?;
     let (connection, closed) = connect(read, write, transport, started, Arc::clone(counters));

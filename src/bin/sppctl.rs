@@ -151,7 +151,7 @@ enum ServerCommand {
 
 #[derive(Args)]
 struct EnrollArgs {
-    /// The daemon's configuration; its [hsm] says where the access key is.
+    /// The daemon's configuration; its hsm section says where the access key is.
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
     /// Where certificate.pem, key.pem and ca.pem go.

@@ -117,8 +117,8 @@ impl Engine {
     }
 }
 
-/// Our own lock on the place says that nobody else has the database: if sled's is still taken, it is by threads of an earlier
-/// handle of this process, or of one that was just killed, which are about to let go.
+/// sled tries its own lock once. Nobody else can be using it, the place is ours; but when another thread starts a process, that
+/// process has a copy of the last handle until it runs its program, and with it the lock.
 fn open_sled(config: &sled::Config) -> Result<sled::Db, String> {
     let until = Instant::now() + LOCK_PATIENCE;
     loop {

@@ -22,7 +22,7 @@ fn child(wrap: &str, test: &str, dir: &Path, first: u64) -> Command {
     command
         .args(["-c", &format!("{wrap} exec \"$0\" \"$@\"")])
         .arg(std::env::current_exe().unwrap())
-        .args(["--exact", &format!("store::sled::tests::crash::{test}"), "--ignored", "--nocapture", "-q"])
+        .args(["--exact", &format!("store::sled::tests::crash::{test}"), "--nocapture", "-q"])
         .envs([(CHILD, dir.as_os_str()), (CHILD_FIRST, first.to_string().as_ref())])
         .stdout(Stdio::piped())
         .stderr(Stdio::null());
@@ -44,30 +44,29 @@ fn acknowledged(out: impl Read, enough: usize, stop: &mut dyn FnMut()) -> Vec<u6
     numbers
 }
 
-#[tokio::test]
-#[ignore = "the child of a test below"]
-async fn writes_until_it_is_stopped() {
+/// What the child of the first test below does.
+async fn write_until_stopped(store: &Arc<SledStateStore>) {
     let first = std::env::var(CHILD_FIRST).unwrap().parse().unwrap();
-    write_until_it_fails(&open_as_child(), first).await;
+    write_until_it_fails(store, first).await;
 }
 
-#[tokio::test]
-#[ignore = "the child of a test below"]
-async fn writes_until_its_disk_is_full_and_then_heals() {
-    let store = open_as_child();
+/// What the child of the second test below does.
+async fn write_until_the_disk_is_full_and_then_heal(store: &Arc<SledStateStore>) {
     // Opening again may find a little room: it is filled up, too.
     for round in 0..4 {
-        write_until_it_fails(&store, round * 1_000_000).await;
+        write_until_it_fails(store, round * 1_000_000).await;
         tokio::time::sleep(Duration::from_millis(300)).await;
     }
     rustix::process::setrlimit(Resource::Fsize, Rlimit { current: None, maximum: None }).unwrap();
-    until_healed(&*store).await;
+    until_healed(&**store).await;
     store.reserve(&session(LATER), None).await.unwrap();
     println!("acknowledged {LATER}.");
 }
 
-fn open_as_child() -> Arc<SledStateStore> {
-    Arc::new(SledStateStore::open(Path::new(&std::env::var(CHILD).unwrap()), &options()).unwrap())
+/// The store, if this process is the child that a test started: the test's own program with the same test's name.
+fn as_child() -> Option<Arc<SledStateStore>> {
+    let dir = std::env::var(CHILD).ok()?;
+    Some(Arc::new(SledStateStore::open(Path::new(&dir), &options()).unwrap()))
 }
 
 async fn write_until_it_fails(store: &Arc<SledStateStore>, first: u64) {
@@ -92,10 +91,14 @@ async fn write_until_it_fails(store: &Arc<SledStateStore>, first: u64) {
 
 #[tokio::test]
 async fn what_was_acknowledged_survives_kill_9() {
+    if let Some(store) = as_child() {
+        return write_until_stopped(&store).await;
+    }
     let sled = Sled::new();
     let mut all = Vec::new();
     for round in 0..5u64 {
-        let mut process = child("", "writes_until_it_is_stopped", &sled.dir(), round * 1_000_000).spawn().unwrap();
+        let mut process =
+            child("", "what_was_acknowledged_survives_kill_9", &sled.dir(), round * 1_000_000).spawn().unwrap();
         let out = process.stdout.take().unwrap();
         let numbers = acknowledged(out, 150 + 40 * usize::try_from(round).unwrap(), &mut || process.kill().unwrap());
         process.wait().unwrap();
@@ -115,10 +118,13 @@ async fn what_was_acknowledged_survives_kill_9() {
 /// A limit on the file's size stands for a full disk: sled's writes fail, in whichever of its threads they happen.
 #[tokio::test]
 async fn a_disk_that_fills_up_loses_nothing_and_the_store_heals_when_there_is_room() {
+    if let Some(store) = as_child() {
+        return write_until_the_disk_is_full_and_then_heal(&store).await;
+    }
     for kilobytes in [3000, 5000, 8192] {
         let sled = Sled::new();
         let wrap = format!("trap '' XFSZ; ulimit -S -f {};", 2 * kilobytes);
-        let test = "writes_until_its_disk_is_full_and_then_heals";
+        let test = "a_disk_that_fills_up_loses_nothing_and_the_store_heals_when_there_is_room";
         let mut process = child(&wrap, test, &sled.dir(), 0).spawn().unwrap();
         let numbers = acknowledged(process.stdout.take().unwrap(), usize::MAX, &mut || ());
         assert!(process.wait().unwrap().success(), "it did not heal");

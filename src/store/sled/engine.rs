@@ -8,9 +8,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::fs::Advice;
+use rustix::fs::{Advice, FlockOperation};
 
-use super::place::{LAST_ROOM, Place, sync_dir};
+use super::place::{LAST_ROOM, Place, lock_patiently, sync_dir};
 use super::view::{View, Writes};
 use crate::store::StoreError;
 
@@ -94,6 +94,7 @@ impl Engine {
 
     fn open_db(place: Arc<Place>) -> Result<Self, StoreError> {
         let tidy = || -> io::Result<()> {
+            wait_for_the_lock_of_sled(&place)?;
             forget_cached_pages(&place)?;
             remove_half_written_snapshots(&place)
         };
@@ -127,6 +128,20 @@ fn sync_files(place: &Place) -> io::Result<()> {
         File::open(entry?.path())?.sync_all()?;
     }
     sync_dir(&place.dir)
+}
+
+/// sled tries its own lock once. Nobody else can be using it, the place is ours; but when another thread starts a process,
+/// that process has a copy of the last handle for a moment, and with it the lock.
+fn wait_for_the_lock_of_sled(place: &Place) -> io::Result<()> {
+    match File::open(place.dir.join("db")) {
+        Ok(file) => {
+            lock_patiently(&file)?;
+            // Not left to the end of the handle, which may be copied likewise.
+            Ok(rustix::fs::flock(&file, FlockOperation::Unlock)?)
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    }
 }
 
 /// After a failed fsync the cache may hold pages that never reached the disk and count as clean. Reading them back would

@@ -206,22 +206,13 @@ impl Place {
 
     /// One process per store. sled's own lock comes later, and what is tidied up before opening needs one already.
     fn lock(&self) -> Result<(), StoreError> {
-        let begun = Instant::now();
-        loop {
-            match rustix::fs::flock(&self._lock, FlockOperation::NonBlockingLockExclusive) {
-                Ok(()) => return Ok(()),
-                Err(rustix::io::Errno::WOULDBLOCK) if begun.elapsed() < LOCK_PATIENCE => {
-                    std::thread::sleep(Duration::from_millis(50));
-                }
-                Err(error) => {
-                    return Err(place(format!(
-                        "{}: {} is in use by another process ({error}); only one daemon may use it, stop the other one",
-                        self.kind.name,
-                        self.dir.display()
-                    )));
-                }
-            }
-        }
+        lock_patiently(&self._lock).map_err(|error| {
+            place(format!(
+                "{}: {} is in use by another process ({error}); only one daemon may use it, stop the other one",
+                self.kind.name,
+                self.dir.display()
+            ))
+        })
     }
 
     fn check_marker(&self) -> Result<(), StoreError> {
@@ -269,6 +260,19 @@ pub(super) fn sync_dir(dir: &Path) -> io::Result<()> {
 
 fn lock_file(dir: &Path, create: bool) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).create_new(create).mode(0o600).open(dir.join(MARKER))
+}
+
+/// Takes a file's lock as soon as whoever has it is gone.
+pub(super) fn lock_patiently(file: &File) -> io::Result<()> {
+    let begun = Instant::now();
+    loop {
+        match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
+            Err(rustix::io::Errno::WOULDBLOCK) if begun.elapsed() < LOCK_PATIENCE => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            locked => return Ok(locked?),
+        }
+    }
 }
 
 fn place(message: String) -> StoreError {

@@ -306,6 +306,22 @@ fn a_second_daemon_is_told_that_the_store_is_in_use() {
     sled.state();
 }
 
+#[test]
+fn a_copy_of_a_closed_handle_only_delays_the_opening() {
+    let sled = Sled::new();
+    drop(sled.state());
+    // What a process has until it runs its own program, when another thread starts it.
+    let copy = File::open(sled.dir().join("db")).unwrap();
+    rustix::fs::flock(&copy, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    let other = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(200));
+        drop(copy);
+    });
+    let opened = SledStateStore::open(&sled.dir(), &options());
+    assert!(opened.is_ok(), "{:?}", opened.err());
+    other.join().unwrap();
+}
+
 #[tokio::test]
 async fn a_half_written_snapshot_does_not_keep_a_store_closed() {
     let sled = Sled::new();

@@ -56,6 +56,15 @@ impl TransportPublicKey {
         self.curve
     }
 
+    /// SHA-256 of the curve and the octets: the key's name in the journal.
+    pub fn fingerprint(&self) -> [u8; 32] {
+        let curve: u8 = match self.curve {
+            TransportCurve::P256 => 1,
+            TransportCurve::X25519 => 2,
+        };
+        crate::keys::sha256(&[&[curve], self.octets.as_slice()].concat())
+    }
+
     /// The octets as the wire carries them.
     pub fn as_bytes(&self) -> &[u8] {
         &self.octets

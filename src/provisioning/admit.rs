@@ -65,6 +65,14 @@ impl Provisioner {
         if let Some(known) = known
             && !is_aborted(known.session())
         {
+            // The journal may be an old copy, and give out a pair again that was erased since.
+            if let Some((record, ..)) = &chip_record
+                && record.session == known.session().id
+                && is_same_order(known.session(), order)
+            {
+                let _ = self.take_further(&order.chip, record.session).await?;
+                return Err(ProvisionError::AlreadyComplete { chip: order.chip.clone(), session: record.session });
+            }
             // None: the chip's own session has just ended, and with it what held the identity.
             return Ok(self.admit_again(order, known).await?.unwrap_or(Admitted::New));
         }

@@ -134,6 +134,8 @@ impl Provisioner {
             expires: created.saturating_add(self.session_lifetime.as_secs()),
             public_key: made.public_key.as_ref().map(|key| key.spki_der().to_vec()),
             own_key_pair: order.own_key.is_some(),
+            sealed_to: order.transport_key.as_ref().map(TransportPublicKey::fingerprint),
+            recipe: product.recipe(),
             master_key: self.master_key_use(product),
             certificate,
             state: SessionState::Reserved,

@@ -32,6 +32,7 @@ pub use restart::{Tidied, keep_tidy};
 use crate::certificate::Profile;
 use crate::config::Stations;
 use crate::hsm::Hsm;
+use crate::keys::sha256;
 use crate::names::ProfileName;
 use crate::store::{Journal, Registry};
 use in_flight::InFlight;
@@ -56,6 +57,22 @@ pub struct Product {
     pub profile: Profile,
     /// Who signs.
     pub issuer: Issuer,
+}
+
+impl Product {
+    /// What decides a package's octets beside the session itself: see [`Session::recipe`](crate::store::Session).
+    fn recipe(&self) -> [u8; 32] {
+        let mut parts = Vec::new();
+        for rule in self.profile.symmetric_keys() {
+            parts.push(format!("{}/{}", rule.purpose, rule.length).into_bytes());
+        }
+        if !self.profile.is_cwt() {
+            parts.extend(self.issuer.certificate().chain().iter().cloned());
+        }
+        // Each part by its hash, so that none can run into the next.
+        let hashes: Vec<u8> = parts.iter().flat_map(|part| sha256(part)).collect();
+        sha256(&hashes)
+    }
 }
 
 impl Provisioner {

@@ -29,6 +29,11 @@ pub struct Session {
     pub public_key: Option<Vec<u8>>,
     /// Whether the device made its own pair (CSR), so that there is none in the secret store.
     pub own_key_pair: bool,
+    /// SHA-256 of the chip's transport public key, if the package is sealed to it: a repeat is sealed to the same key or refused.
+    pub sealed_to: Option<[u8; 32]>,
+    /// SHA-256 of what else decides the package's octets: the profile's symmetric keys and the issuer's chain. A repeat after
+    /// these were changed could not give the same package, so it is refused.
+    pub recipe: [u8; 32],
     /// From which master key the symmetric keys are derived.
     pub master_key: Option<MasterKeyUse>,
     /// The certificate that will be signed, exactly these octets.

@@ -2,7 +2,7 @@
 
 use super::restart::Step;
 use super::{Order, Product, ProvisionError, Provisioner};
-use crate::certificate::{KeyPairRule, Sealing};
+use crate::certificate::{KeyPairRule, Profile, Sealing};
 use crate::store::{Intent, Issued, Session, SessionState, TakenUp};
 
 /// What the journal knows of an admitted order.
@@ -24,32 +24,8 @@ impl Provisioner {
             ProvisionError::invalid("profile", problem)
         })?;
         self.stations.permit(&order.station, &order.profile, &order.identity)?;
-        let profile = &product.profile;
-        if !profile.allows(&order.identity) {
-            let problem = format!("the profile {} does not take {} identities", order.profile, order.identity.kind());
-            return Err(ProvisionError::invalid("identity", problem));
-        }
-        match (profile.key_pair(), &order.own_key) {
-            (KeyPairRule::Csr { .. }, None) => {
-                let problem = format!("the profile {} needs a PKCS#10 request by the device", order.profile);
-                return Err(ProvisionError::invalid("csr", problem));
-            }
-            (KeyPairRule::Csr { accepted }, Some(key)) if !accepted.contains(&key.kind()) => {
-                let problem = format!("the profile {} does not take {} keys", order.profile, key.kind());
-                return Err(ProvisionError::invalid("csr", problem));
-            }
-            (KeyPairRule::Generate { .. } | KeyPairRule::None, Some(_)) => {
-                let problem = format!("the profile {} does not take a request: the pair is made here", order.profile);
-                return Err(ProvisionError::invalid("csr", problem));
-            }
-            _ => {}
-        }
-        if profile.sealing() == Sealing::Required && order.transport_key.is_none() {
-            let problem =
-                format!("the profile {} seals its packages: the chip's transport key is needed", order.profile);
-            return Err(ProvisionError::invalid("transport_key", problem));
-        }
-        Ok(product)
+        let misfits = misfits(&product.profile, order);
+        if misfits.is_empty() { Ok(product) } else { Err(ProvisionError::Invalid(misfits)) }
     }
 
     /// Looks for the chip and the identity in the journal and in the public database. The database is asked too, since the
@@ -118,6 +94,32 @@ impl Provisioner {
             TakenUp::Published(_) | TakenUp::Final(_) => Err(complete()),
         }
     }
+}
+
+/// Everything in the order that does not fit its profile, told at once.
+fn misfits(profile: &Profile, order: &Order) -> Vec<FieldViolation> {
+    let name = &order.profile;
+    let mut misfits = Vec::new();
+    let mut misfit = |field, problem: String| misfits.push(FieldViolation::new(field, problem));
+    if !profile.allows(&order.identity) {
+        misfit("identity", format!("the profile {name} does not take {} identities", order.identity.kind()));
+    }
+    match (profile.key_pair(), &order.own_key) {
+        (KeyPairRule::Csr { .. }, None) => {
+            misfit("csr", format!("the profile {name} needs a PKCS#10 request by the device"));
+        }
+        (KeyPairRule::Csr { accepted }, Some(key)) if !accepted.contains(&key.kind()) => {
+            misfit("csr", format!("the profile {name} does not take {} keys", key.kind()));
+        }
+        (KeyPairRule::Generate { .. } | KeyPairRule::None, Some(_)) => {
+            misfit("csr", format!("the profile {name} does not take a request: the pair is made here"));
+        }
+        _ => {}
+    }
+    if profile.sealing() == Sealing::Required && order.transport_key.is_none() {
+        misfit("transport_key", format!("the profile {name} seals its packages: the chip's transport key is needed"));
+    }
+    misfits
 }
 
 const fn is_aborted(session: &Session) -> bool {

@@ -127,6 +127,11 @@ async fn a_bad_order_is_refused_by_its_field_and_changes_nothing() {
             invalid(&["transport_key"]),
         ),
         (
+            "an order that fits its profile in nothing",
+            AssembleRequest { profile: "sensor".to_owned(), csr: with_csr.csr.clone(), ..order.clone() },
+            invalid(&["identity", "csr", "transport_key"]),
+        ),
+        (
             "everything at once",
             AssembleRequest {
                 chip_id: vec![1],

@@ -138,7 +138,8 @@ impl Site {
     }
 
     pub fn signal(&self, pid: u32, signal: &str) {
-        assert!(Command::new("kill").args([&format!("-{signal}"), &pid.to_string()]).status().unwrap().success());
+        let sent = Command::new("kill").args([&format!("-{signal}"), &pid.to_string()]).status().unwrap();
+        assert!(sent.success(), "no process {pid} for SIG{signal}");
     }
 
     pub fn pid(&self) -> u32 {

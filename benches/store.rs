@@ -106,6 +106,8 @@ fn session(n: u64) -> Result<Session, Failure> {
         expires: n,
         public_key: Some(vec![4; 91]),
         own_key_pair: false,
+        sealed_to: None,
+        recipe: [0; 32],
         master_key: None,
         certificate: CertificateToSign {
             issuer: "issuer".parse()?,

@@ -42,7 +42,7 @@
 //! | the daemon's memory | use the HSM while it runs, see packages in flight |
 //! | state store | withhold or roll back sessions; read no key without the HSM |
 //! | public database | withhold records |
-//! | station | provision within its profiles and identity ranges; with sealed delivery it sees no secret |
+//! | station | provision within its profiles and identity ranges; with sealed delivery it sees no secret, unless it exchanges the chip's transport key |
 //! | network | nothing |
 
 /// The messages and services of `proto/spp/v1`.

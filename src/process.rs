@@ -11,3 +11,11 @@ pub fn forbid_core_dumps() -> bool {
     let undumpable = set_dumpable_behavior(DumpableBehavior::NotDumpable).is_ok();
     limited && undumpable
 }
+
+/// Keeps this process's pages out of swap, where the system lets it lock as many as it likes (root, or a unit with
+/// `LimitMEMLOCK=infinity`). With a limit it is left alone: an allocation that hits the limit would end the process.
+pub fn lock_memory() -> bool {
+    use rustix::mm::{MlockAllFlags, mlockall};
+    let unlimited = getrlimit(Resource::Memlock).current.is_none();
+    unlimited && mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT).is_ok()
+}

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use spp::certificate::AccessName;
-use spp::config::HsmAccess;
+use spp::config::{HsmAccess, StoreConfig};
 use spp::hsm::{Ceremony, KeyRegister, ModuleProfile, PinSource, initialise_token};
 use spp::names::{OfficerName, StationName};
 use spp::officer::{self, CeremonyPlan, Enrolment, HsmFile};
@@ -157,6 +157,9 @@ struct EnrollArgs {
     /// Where certificate.pem, key.pem and ca.pem go.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
+    /// File with the user PIN, instead of the daemon's own source of it.
+    #[arg(long, value_name = "FILE")]
+    pin_file: Option<PathBuf>,
     /// Days until the certificate ends.
     #[arg(long, default_value_t = 365, value_parser = clap::value_parser!(u32).range(1..=3650))]
     days: u32,
@@ -229,7 +232,7 @@ fn ceremony(file: &Path, hsm: &Path, out: &Path, json: bool) -> Result<(), Strin
 }
 
 fn init(config: &Path) -> Result<(), String> {
-    let store = HsmAccess::load(config).map_err(|e| e.to_string())?.store;
+    let store = StoreConfig::load(config).map_err(|e| e.to_string())?;
     SledStateStore::create(&store.state, &store.state_options).map_err(|e| e.to_string())?;
     println!("made the state store {}", store.state.display());
     SledPublicDatabase::create(&store.public, &store.public_options).map_err(|e| e.to_string())?;
@@ -238,7 +241,7 @@ fn init(config: &Path) -> Result<(), String> {
 }
 
 fn enroll(name: AccessName, args: EnrollArgs) -> Result<(), String> {
-    let access = HsmAccess::load(&args.config).map_err(|e| e.to_string())?;
+    let access = HsmAccess::load(&args.config, args.pin_file).map_err(|e| e.to_string())?;
     let register = KeyRegister::load(&access.keys).map_err(|e| e.to_string())?;
     access.module.enter_environment().map_err(|e| e.to_string())?;
     let enrolment = Enrolment { name, days: args.days, out: args.out };

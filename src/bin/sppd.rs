@@ -40,6 +40,7 @@ fn main() -> ExitCode {
     }
     let cli = Cli::parse();
     let undumpable = spp::process::forbid_core_dumps();
+    let locked = spp::process::lock_memory();
     let config = match DaemonConfig::load(&cli.config) {
         Ok(config) => config,
         Err(faults) => {
@@ -50,6 +51,9 @@ fn main() -> ExitCode {
     start_logging(&config.log);
     if !undumpable {
         tracing::warn!("core dumps could not be switched off: set LimitCORE=0, or ulimit -c 0");
+    }
+    if !locked {
+        tracing::debug!("memory is not locked: set LimitMEMLOCK=infinity where there is swap");
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let result = runtime.map_err(|e| e.to_string()).and_then(|runtime| {

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io::Read as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytesize::ByteSize;
@@ -201,10 +202,8 @@ impl DaemonConfig {
     pub fn load(path: &Path) -> Result<Self, Faults> {
         let place = path.display().to_string();
         let mut faults = Faults::default();
-        let text = faults.note(&place, std::fs::read_to_string(path)).unwrap_or_default();
-        let shape: Option<Shape> = if faults.is_empty() { read_toml(&place, &text, &mut faults) } else { None };
-        let base = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let config = shape.and_then(|shape| Self::check(shape, &place, base, &mut faults));
+        let shape = read_shape(path, &place, &mut faults);
+        let config = shape.and_then(|shape| Self::check(shape, &place, base_of(path), &mut faults));
         faults.ok_or_all(config)
     }
 
@@ -242,7 +241,17 @@ impl DaemonConfig {
     }
 }
 
-/// The part of the configuration that an officer's tool needs: how to reach the HSM, without the rest being valid yet.
+fn read_shape(path: &Path, place: &str, faults: &mut Faults) -> Option<Shape> {
+    let text = faults.note(place, std::fs::read_to_string(path))?;
+    read_toml(place, &text, faults)
+}
+
+/// Where relative paths of a file begin.
+fn base_of(path: &Path) -> &Path {
+    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// The part of the configuration that an officer's tool needs to reach the HSM, without the rest being valid yet.
 pub struct HsmAccess {
     /// The module.
     pub module: ModuleProfile,
@@ -250,24 +259,36 @@ pub struct HsmAccess {
     pub pin: PinSource,
     /// Where the register of keys is, or will be.
     pub keys: PathBuf,
-    /// Where the stores are, or will be.
-    pub store: StoreConfig,
 }
 
 impl HsmAccess {
-    /// Reads `[hsm]` and `[store]` of `sppd.toml`.
+    /// Reads `[hsm]` of `sppd.toml`. An officer's PIN file takes the place of the daemon's, which may be a credential that only
+    /// the daemon is shown.
+    pub fn load(path: &Path, pin_file: Option<PathBuf>) -> Result<Self, Faults> {
+        let place = path.display().to_string();
+        let mut faults = Faults::default();
+        let shape = read_shape(path, &place, &mut faults);
+        let base = base_of(path);
+        let access = shape.and_then(|mut shape| {
+            if let Some(file) = pin_file {
+                shape.hsm.pin_file = faults.note("--pin-file", std::path::absolute(file));
+                shape.hsm.pin_credential = None;
+            }
+            let (module, pin) = check_module(&shape.hsm, &place, base, &mut faults);
+            Some(Self { module: module?, pin: pin?, keys: base.join(&shape.hsm.keys) })
+        });
+        faults.ok_or_all(access)
+    }
+}
+
+impl StoreConfig {
+    /// Reads `[store]` of `sppd.toml`, for making the stores: neither the HSM nor the PIN is needed for that.
     pub fn load(path: &Path) -> Result<Self, Faults> {
         let place = path.display().to_string();
         let mut faults = Faults::default();
-        let text = faults.note(&place, std::fs::read_to_string(path)).unwrap_or_default();
-        let shape: Option<Shape> = if faults.is_empty() { read_toml(&place, &text, &mut faults) } else { None };
-        let base = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let access = shape.and_then(|shape| {
-            let store = check_store(&shape.store, &place, base, &mut faults);
-            let (module, pin) = check_module(&shape.hsm, &place, base, &mut faults);
-            Some(Self { module: module?, pin: pin?, keys: base.join(&shape.hsm.keys), store })
-        });
-        faults.ok_or_all(access)
+        let shape = read_shape(path, &place, &mut faults);
+        let store = shape.map(|shape| check_store(&shape.store, &place, base_of(path), &mut faults));
+        faults.ok_or_all(store)
     }
 }
 
@@ -298,7 +319,37 @@ fn check_tls(shape: &TlsShape, place: &str, base: &Path, faults: &mut Faults) ->
     let opened = open_private(&base.join(&shape.key)).map_err(|e| format!("{e}; {hint}"));
     let opened = faults.note(format!("{place}: tls.key"), opened)?;
     faults.note(format!("{place}: tls.key"), opened.take(8192).read_to_end(key.expose_mut()))?;
-    Some(TlsConfig { certificate: certificate?, key, client_ca: client_ca? })
+    let (certificate, client_ca) = (certificate?, client_ca?);
+    faults.note(format!("{place}: tls"), check_tls_fits(&certificate, &key, &client_ca));
+    Some(TlsConfig { certificate, key, client_ca })
+}
+
+/// The certificate and the key are a pair that TLS can use, and there is an authority for clients.
+fn check_tls_fits(certificate: &[u8], key: &SecretBytes, client_ca: &[u8]) -> Result<(), String> {
+    use rustls_pki_types::pem::PemObject as _;
+    use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+    let certificates = |what: &str, pem: &[u8]| {
+        let read: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
+        match read {
+            Ok(chain) if chain.is_empty() => Err(format!("{what} has no BEGIN CERTIFICATE block")),
+            read => read.map_err(|e| format!("{what} is no PEM: {e}")),
+        }
+    };
+    let chain = certificates("certificate", certificate)?;
+    let mut authorities = rustls::RootCertStore::empty();
+    for authority in certificates("client_ca", client_ca)? {
+        authorities.add(authority).map_err(|e| format!("client_ca: {e}"))?;
+    }
+    // Exposed to the TLS library, which looks whether it belongs to the certificate.
+    let key = PrivateKeyDer::from_pem_slice(key.expose()).map_err(|_| "key is no private key in PEM".to_owned())?;
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(|e| e.to_string())?
+        .with_no_client_auth()
+        .with_single_cert(chain, key)
+        .map_err(|e| format!("certificate and key: {e}; make both anew with sppctl server enroll"))?;
+    Ok(())
 }
 
 fn check_module(
@@ -342,6 +393,12 @@ fn check_hsm(
     let seconds = shape.call_timeout.as_secs();
     if !(1..=600).contains(&seconds) {
         faults.add(format!("{place}: hsm.call_timeout"), "must be from 1 second to 10 minutes");
+    }
+    if let Some(module) = &module
+        && module.hang_after <= shape.call_timeout
+    {
+        let problem = format!("must be shorter than hang_after of the module's file ({:?})", module.hang_after);
+        faults.add(format!("{place}: hsm.call_timeout"), problem);
     }
     Some(HsmConfig {
         module: module?,

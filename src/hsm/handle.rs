@@ -1,7 +1,7 @@
 //! The async handle: few verbs, each with a deadline, behind a queue with an end.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Semaphore, watch};
@@ -218,7 +218,10 @@ impl Hsm {
     pub async fn destroy(&self, key: &KeyName) -> Result<(), HsmError> {
         let (mut answers, _) = self.call(|| vec![Operation::Destroy { key: key.clone() }]).await?;
         match answers.next()? {
-            Answer::Destroyed => Ok(()),
+            Answer::Destroyed => {
+                self.counters.destroyed.lock().unwrap_or_else(PoisonError::into_inner).insert(key.clone());
+                Ok(())
+            }
             _ => Err(unexpected()),
         }
     }
@@ -258,12 +261,14 @@ impl Hsm {
     }
 
     /// Sends operations to the worker, waits for a new worker if this one is lost, and tries transient failures again, all
-    /// within the deadline. Every operation may be repeated: what a lost worker did is gone with its session objects.
+    /// within the deadline. Every operation may be repeated: what a lost worker did is gone with its session objects. Only
+    /// a destruction whose answer was lost cannot be told from a key that is missing; it stays an error, for an officer.
     async fn call(&self, operations: impl Fn() -> Vec<Operation>) -> Result<(Answers, Arc<Connection>), HsmError> {
         let limit = self.config.call_timeout;
         let until = Instant::now() + limit;
         let _place = self.queue.try_acquire().map_err(|_| HsmError::Busy { waiting: self.config.queue })?;
         let mut attempt = 0;
+        let mut why = String::new();
         loop {
             let connection = self.connection(until).await?;
             let answer = tokio::time::timeout_at(until.into(), connection.call(operations(), until)).await;
@@ -271,15 +276,20 @@ impl Hsm {
                 Err(_) => return Err(HsmError::Deadline(limit)),
                 Ok(Some(Ok(answers))) => return Ok((Answers(answers.into_iter()), connection)),
                 Ok(Some(Err(failure))) => match failure.class {
-                    FailureClass::Transient | FailureClass::SessionLost if attempt < 3 => {}
-                    FailureClass::ModuleLost => {}
+                    FailureClass::Transient | FailureClass::SessionLost | FailureClass::ModuleLost => {
+                        why = failure.message;
+                    }
                     FailureClass::Permanent => return Err(HsmError::Stopped(failure.message)),
-                    _ => return Err(HsmError::Refused(failure.message)),
+                    FailureClass::Rejected => return Err(HsmError::Refused(failure.message)),
                 },
-                Ok(None) => {}
+                Ok(None) => "the worker ended".clone_into(&mut why),
             }
             attempt += 1;
-            tokio::time::sleep(Duration::from_millis(10 << attempt.min(5))).await;
+            let pause = Duration::from_millis(10 << attempt.min(5));
+            if Instant::now() + pause >= until {
+                return Err(HsmError::Unavailable { why, retry_after: pause });
+            }
+            tokio::time::sleep(pause).await;
         }
     }
 

@@ -1,6 +1,6 @@
 //! The supervisor of the worker process: starts it, checks its keys, replaces it when it hangs, dies or has done its share.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::Stdio;
@@ -25,6 +25,7 @@ use super::transport::{TransportKey, TransportReceiver};
 use super::wire::{self, Answer, KeyOnToken, Operation, Reply, Request, Start, Started};
 use super::worker;
 use crate::keys::{SignatureAlgorithm, ecdsa_der_from_fixed};
+use crate::names::KeyName;
 
 /// What the HSM's side of the daemon needs.
 #[derive(Debug, Clone)]
@@ -61,9 +62,11 @@ pub(crate) enum State {
     Stopped { why: String },
 }
 
-/// Figures for status and metrics.
+/// What handle and supervisor share: figures for the status, and what was destroyed since the register was read.
 #[derive(Default)]
 pub(crate) struct Counters {
+    /// Keys of the register that no worker is to look for any more.
+    pub(crate) destroyed: Mutex<BTreeSet<KeyName>>,
     pub(crate) starts: AtomicU64,
     pub(crate) answered: AtomicU64,
 }
@@ -236,7 +239,7 @@ async fn start(
     let socket = UnixStream::from_std(ours).map_err(|e| lost("the worker's socket", &e))?;
     let (read, mut write) = socket.into_split();
     let mut read = BufReader::new(read);
-    let order = start_order(config, receiver.public_copy());
+    let order = start_order(config, counters, receiver.public_copy());
     write_frame(&mut write, &order).await.map_err(|e| lost("talking to the HSM worker", &e))?;
     let answer: Result<Started, Failure> = match read_frame(&mut read).await {
         Ok(Some(body)) => wire::parse(&body).map_err(|e| lost("reading the worker's answer", &e))?,
@@ -268,9 +271,11 @@ fn spawn(config: &HsmConfig, socket: std::os::unix::net::UnixStream) -> std::io:
         .spawn()
 }
 
-fn start_order(config: &HsmConfig, transport_rsa: wire::TransportRsa) -> Start {
+fn start_order(config: &HsmConfig, counters: &Counters, transport_rsa: wire::TransportRsa) -> Start {
+    let destroyed = counters.destroyed.lock().unwrap_or_else(PoisonError::into_inner);
+    let wanted = config.keys.all().filter(|(name, ..)| !destroyed.contains(*name));
     let keys: BTreeMap<_, _> =
-        config.keys.all().map(|(name, id, role)| (name.clone(), KeyOnToken { id: id.to_vec(), role })).collect();
+        wanted.map(|(name, id, role)| (name.clone(), KeyOnToken { id: id.to_vec(), role })).collect();
     Start {
         library: config.module.library.clone(),
         token: config.keys.token.clone(),
@@ -349,11 +354,10 @@ impl Connection {
             Ok(frame) => frame,
             Err(e) => return Some(Err(Failure::new(FailureClass::Rejected, e))),
         };
+        // Only what is on its way to the worker is waited for: a call that is given up before must not look like a hang.
+        let place = self.outgoing.reserve().await.ok()?;
         let answer = self.pending.wait_for(id);
-        if self.outgoing.send(frame).await.is_err() {
-            self.pending.take(id);
-            return None;
-        }
+        place.send(frame);
         answer.await.ok()
     }
 

@@ -27,6 +27,7 @@ const QUEUE: usize = 4096;
 /// Runs the worker on the socket that is its standard input; returns only if that is none.
 pub fn run() -> Result<(), String> {
     crate::process::forbid_core_dumps();
+    crate::process::lock_memory();
     // What `ps` shows; the program was started as /proc/self/exe. Only for people, so a failure does not matter.
     let _ = rustix::thread::set_name(c"spp-hsm-worker");
     let socket = std::io::stdin().as_fd().try_clone_to_owned().map_err(|e| e.to_string())?;

@@ -12,7 +12,9 @@ use crate::certificate::{
     authority_request,
 };
 use crate::config::{Faults, read_toml};
-use crate::hsm::{Ceremony, CreatedKey, KeyRegister, MasterKey, Prf, SigningKey, SigningUse, WrappingKey};
+use crate::hsm::{
+    Ceremony, CreatedKey, KeyRegister, MasterKey, Prf, SigningKey, SigningUse, TokenIdentity, WrappingKey,
+};
 use crate::keys::{KeyKind, PublicKey, SignatureAlgorithm, sha256};
 use crate::names::KeyName;
 
@@ -159,14 +161,14 @@ impl CeremonyPlan {
 
     /// Makes everything on the token and writes the register, certificates and the transcript into `out`.
     ///
-    /// All names are looked at before anything is made. The register is replaced after each key, so that a ceremony that is
-    /// cut short leaves no key that is not written down.
+    /// All names are looked at before anything is made. A register that is there already is added to, if it is of the same token.
+    /// It is replaced after each key: a ceremony that is cut short leaves at most the key that it was making unwritten, and the
+    /// next one says that its name is taken.
     pub fn run(&self, token: &Ceremony, out: &Path) -> Result<CeremonyReport, OfficerError> {
         let register_path = out.join("keys.toml");
-        self.refuse_what_exists(token, out, &register_path)?;
+        self.refuse_what_exists(token, out)?;
         make_directory(out)?;
-        let mut register =
-            KeyRegister { token: token.token().clone(), signing: Vec::new(), master: Vec::new(), wrapping: Vec::new() };
+        let mut register = register_to_add_to(&register_path, token.token())?;
         let mut report = CeremonyReport::begin(self, token);
         for plan in &self.signing {
             let key = token.create_signing_key(&plan.name, plan.kind)?;
@@ -199,11 +201,11 @@ impl CeremonyPlan {
             write_register(&register, &register_path)?;
         }
         report.files.push(register_path);
-        report.write(&out.join("transcript.json"))?;
+        report.write(&free_transcript_path(out))?;
         Ok(report)
     }
 
-    fn refuse_what_exists(&self, token: &Ceremony, out: &Path, register: &Path) -> Result<(), OfficerError> {
+    fn refuse_what_exists(&self, token: &Ceremony, out: &Path) -> Result<(), OfficerError> {
         let mut faults = Faults::default();
         for name in self.names() {
             if !token.is_free(name)? {
@@ -211,7 +213,7 @@ impl CeremonyPlan {
             }
         }
         let files = self.signing.iter().map(|key| out.join(key.file_name()));
-        for path in files.chain([register.to_owned(), out.join("transcript.json")]) {
+        for path in files {
             if let Err(e) = must_be_new(&path) {
                 faults.add("files", e);
             }
@@ -257,6 +259,28 @@ impl PlannedSigning {
         write_new(&path, document.assemble(&signature)?.to_pem()?.as_bytes())?;
         Ok(path)
     }
+}
+
+/// The register of an earlier ceremony on this token, or an empty one.
+fn register_to_add_to(path: &Path, token: &TokenIdentity) -> Result<KeyRegister, OfficerError> {
+    if !path.exists() {
+        let token = token.clone();
+        return Ok(KeyRegister { token, signing: Vec::new(), master: Vec::new(), wrapping: Vec::new() });
+    }
+    let register = KeyRegister::load(path)?;
+    if register.token != *token {
+        let (path, label, serial) = (path.display(), &register.token.label, &register.token.serial);
+        return Err(OfficerError::Other(format!("{path} is of the token {label} ({serial}); give another --out")));
+    }
+    Ok(register)
+}
+
+/// `transcript.json`, or the next number that is free.
+fn free_transcript_path(out: &Path) -> PathBuf {
+    let numbered = (2..).map(|n: u32| out.join(format!("transcript-{n}.json")));
+    let mut paths = std::iter::once(out.join("transcript.json")).chain(numbered);
+    // An endless sequence has a first free one.
+    paths.find(|path| !path.exists()).unwrap_or_else(|| out.join("transcript.json"))
 }
 
 /// A certificate serial number from the HSM's random numbers.

@@ -1,8 +1,9 @@
 //! Step 1 of the way: may the caller, does the order fit its profile, are chip and identity free.
 
 use super::restart::Step;
-use super::{Order, Product, ProvisionError, Provisioner};
+use super::{FieldViolation, Order, Product, ProvisionError, Provisioner};
 use crate::certificate::{KeyPairRule, Profile, Sealing};
+use crate::package::TransportPublicKey;
 use crate::store::{Intent, Issued, Session, SessionState, TakenUp};
 
 /// What the journal knows of an admitted order.
@@ -41,12 +42,14 @@ impl Provisioner {
         if let Some(known) = known
             && !is_aborted(known.session())
         {
-            // The journal may be an old copy, and give out a pair again that was erased since.
+            // A public record ends the way, whatever the journal says: it may be an old copy, or not have learned of it yet, and
+            // would give out a pair again that was erased since.
             if let Some((record, ..)) = &chip_record
-                && record.session == known.session().id
                 && is_same_order(known.session(), order)
             {
-                let _ = self.take_further(&order.chip, record.session).await?;
+                if record.session == known.session().id {
+                    self.take_further(&order.chip, record.session).await?;
+                }
                 return Err(ProvisionError::AlreadyComplete { chip: order.chip.clone(), session: record.session });
             }
             // None: the chip's own session has just ended, and with it what held the identity.
@@ -75,6 +78,9 @@ impl Provisioner {
     async fn admit_again(&self, order: &Order, known: TakenUp) -> Result<Option<Admitted>, ProvisionError> {
         if !is_same_order(known.session(), order) {
             return Err(taken_by(known.session()));
+        }
+        if !known.session().state.is_final() {
+            self.is_same_package(known.session(), order)?;
         }
         let session = known.session().id;
         let complete = || ProvisionError::AlreadyComplete { chip: order.chip.clone(), session };
@@ -120,6 +126,19 @@ fn misfits(profile: &Profile, order: &Order) -> Vec<FieldViolation> {
         misfit("transport_key", format!("the profile {name} seals its packages: the chip's transport key is needed"));
     }
     misfits
+}
+
+impl Provisioner {
+    /// The same order must come out as the same package: sealed to the same key, of the same parts. A station that could have a
+    /// sealed package opened, or sealed to a key of its own, by asking again would see its secrets.
+    fn is_same_package(&self, session: &Session, order: &Order) -> Result<(), ProvisionError> {
+        if session.sealed_to != order.transport_key.as_ref().map(TransportPublicKey::fingerprint) {
+            let problem = "the session's package goes to another transport key, or to none; repeat the order as it was, or abort \
+                the session";
+            return Err(ProvisionError::not_accepted("transport_key", problem));
+        }
+        Ok(())
+    }
 }
 
 const fn is_aborted(session: &Session) -> bool {

@@ -4,7 +4,7 @@ use super::deliver::public_key;
 use super::in_flight::PackageInHand;
 use super::{Product, ProvisionError, Provisioner};
 use crate::names::{ChipId, SessionId, StationName};
-use crate::package::{BackupPackage, ConfirmationClaims, ConfirmationKey, verify_confirmation};
+use crate::package::{BackupPackage, ConfirmationClaims, ConfirmationKey, KeyConfirmation, verify_confirmation};
 use crate::store::{
     DeviceRecord, Issued, Publication, PublicationReceipt, PublishError, Session, SessionState, TakenUp,
 };
@@ -54,7 +54,7 @@ impl Provisioner {
         let package = self.package_again(issued, product).await?;
         match check(completion, issued, product, &package) {
             // From here on the package is needed no more: it is wiped.
-            Ok(backup) => Ok(record(issued, backup.into_bytes(), self.clock.now())),
+            Ok(accepted) => Ok(record(issued, accepted, self.clock.now())),
             Err(error) => {
                 self.in_flight.keep(issued.session().id, package);
                 Err(error)
@@ -140,22 +140,37 @@ fn check(
     issued: &Issued,
     product: &Product,
     in_hand: &PackageInHand,
-) -> Result<BackupPackage, ProvisionError> {
+) -> Result<Accepted, ProvisionError> {
     let session = issued.session();
     let PackageInHand { package, octets } = in_hand;
     let rules = product.profile.backup();
     let backup = BackupPackage::accept(&completion.backup, &rules, &session.chip, octets, &package.secrets())?;
-    if product.profile.confirmation_required() || !completion.confirmation.is_empty() {
-        let claims = ConfirmationClaims::about(session.id, session.chip.clone(), octets, &completion.backup);
-        let device_key = session.public_key.as_deref().map(public_key).transpose()?;
-        let key = match (&device_key, package.symmetric_keys.first()) {
-            (Some(pair), _) => ConfirmationKey::Pair(pair),
-            (None, Some(symmetric)) => ConfirmationKey::Symmetric(symmetric.key()),
-            (None, None) => return Err(ProvisionError::not_accepted("key_confirmation", "the device has no key")),
-        };
-        verify_confirmation(&completion.confirmation, &claims, &key)?;
+    if !product.profile.confirmation_required() && completion.confirmation.is_empty() {
+        return Ok(Accepted { backup, _confirmed: Confirmed::Waived });
     }
-    Ok(backup)
+    let claims = ConfirmationClaims::about(session.id, session.chip.clone(), octets, &completion.backup);
+    let device_key = session.public_key.as_deref().map(public_key).transpose()?;
+    let key = match (&device_key, package.symmetric_keys.first()) {
+        (Some(pair), _) => ConfirmationKey::Pair(pair),
+        (None, Some(symmetric)) => ConfirmationKey::Symmetric(symmetric.key()),
+        (None, None) => return Err(ProvisionError::not_accepted("key_confirmation", "the device has no key")),
+    };
+    let confirmation = verify_confirmation(&completion.confirmation, &claims, &key)?;
+    Ok(Accepted { backup, _confirmed: Confirmed::By(confirmation) })
+}
+
+/// What step 2 lets through, and the only thing that becomes a record.
+struct Accepted {
+    backup: BackupPackage,
+    _confirmed: Confirmed,
+}
+
+/// Why the keys may be erased here.
+enum Confirmed {
+    /// The device proved that it holds them.
+    By(#[expect(dead_code, reason = "a proof: that it exists is all")] KeyConfirmation),
+    /// The profile asks for no proof.
+    Waived,
 }
 
 enum Found {
@@ -167,7 +182,7 @@ pub(super) fn wrong_state(session: &Session, hint: &'static str) -> ProvisionErr
     ProvisionError::WrongState { session: session.id, state: session.state.name(), hint }
 }
 
-fn record(issued: &Issued, backup: Vec<u8>, published: u64) -> DeviceRecord {
+fn record(issued: &Issued, accepted: Accepted, published: u64) -> DeviceRecord {
     let session = issued.session();
     DeviceRecord {
         chip: session.chip.clone(),
@@ -177,7 +192,7 @@ fn record(issued: &Issued, backup: Vec<u8>, published: u64) -> DeviceRecord {
         certificate_is_cwt: session.certificate.is_cwt,
         serial: session.certificate.serial.clone(),
         public_key: session.public_key.clone(),
-        backup,
+        backup: accepted.backup.into_bytes(),
         master_key_version: session.master_key.as_ref().map_or(0, |master| master.version),
         session: session.id,
         published,

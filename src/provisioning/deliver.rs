@@ -45,10 +45,15 @@ impl Provisioner {
         issued: &Issued,
         product: &Product,
     ) -> Result<PackageInHand, ProvisionError> {
-        match self.in_flight.take(&issued.session().id) {
-            Some(package) => Ok(package),
-            None => package(issued, product, self.held_keys(issued.session(), product).await?),
+        if let Some(package) = self.in_flight.take(&issued.session().id) {
+            return Ok(package);
         }
+        if issued.session().recipe != product.recipe() {
+            let problem = "the profile's symmetric keys or the issuer's chain were changed since this session began: the same \
+                package cannot be made again; abort the session and assemble the device anew";
+            return Err(ProvisionError::not_accepted("profile", problem));
+        }
+        package(issued, product, self.held_keys(issued.session(), product).await?)
     }
 
     /// The keys of a session that exists: the pair from the secret store, the symmetric keys derived again.

@@ -1,6 +1,6 @@
 //! What a crash left, and what time ends: the same steps as the stories, taken up where the journal says they stopped.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use super::{ProvisionError, Provisioner};
@@ -9,6 +9,8 @@ use crate::store::{Abortable, Publication, TakenUp};
 
 /// How often expired sessions are looked for, and unfinished steps tried again.
 const INTERVAL: Duration = Duration::from_secs(30);
+/// How often old packages are looked for.
+const SWEEP: Duration = Duration::from_secs(5);
 
 /// What one walk through the unfinished sessions did.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -62,6 +64,14 @@ impl Provisioner {
                 self.journal.abort(Abortable::Intent(intent), self.clock.now(), "expired".to_owned()).await?;
                 Ok(Step::Expired)
             }
+            // The journal is an old copy: the certificate was signed and published since, and must not be signed again.
+            TakenUp::Intent(intent) if self.registry.receipt_of(chip, id).await?.is_some() => {
+                let reason = "its record is public already: the state store was rolled back".to_owned();
+                self.journal.abort(Abortable::Intent(intent), self.clock.now(), reason).await?;
+                Ok(Step::Expired)
+            }
+            // Waiting for the HSM here would keep what needs none waiting, too.
+            TakenUp::Intent(_) if !self.hsm.status().ready => Ok(Step::Waits),
             TakenUp::Intent(intent) => {
                 let Some(product) = self.products.get(&intent.session().profile) else { return Ok(Step::Waits) };
                 let signed = product.issuer.sign(&self.hsm, intent).await?;
@@ -110,12 +120,22 @@ pub(super) enum Step {
     Waits,
 }
 
-/// Walks now and again until the provisioner is gone.
+/// Walks now and again, and wipes packages that nobody came back for, until the provisioner is gone.
 pub async fn keep_tidy(provisioner: &Arc<Provisioner>) {
-    let weak = Arc::downgrade(provisioner);
+    tokio::join!(keep_sessions_tidy(Arc::downgrade(provisioner)), keep_shelf_tidy(Arc::downgrade(provisioner)));
+}
+
+async fn keep_shelf_tidy(provisioner: Weak<Provisioner>) {
+    while let Some(provisioner) = provisioner.upgrade() {
+        provisioner.in_flight.sweep();
+        drop(provisioner);
+        tokio::time::sleep(SWEEP).await;
+    }
+}
+
+async fn keep_sessions_tidy(weak: Weak<Provisioner>) {
     loop {
         let Some(provisioner) = weak.upgrade() else { return };
-        provisioner.in_flight.sweep();
         match provisioner.restart().await {
             Ok(tidied) if tidied.signed + tidied.erased + tidied.expired + tidied.failed > 0 => {
                 tracing::info!(?tidied, "unfinished sessions were taken further");

@@ -25,13 +25,17 @@ pub(super) fn officer<T>(request: &Request<T>) -> Result<OfficerName, Status> {
 }
 
 fn wrong_role(who: &str, whom: &str) -> Status {
+    tracing::info!(caller = %who, serves = whom, "refused: wrong role");
     refusal(Code::PermissionDenied, "WRONG_ROLE", format!("{who} may not call this service; it serves {whom}"))
 }
 
 /// TLS has verified the chain when the connection was made; a connection may outlive its certificate, so the time is
 /// looked at with each call.
 fn caller<T>(request: &Request<T>) -> Result<Caller, Status> {
-    let unauthenticated = |message: String| refusal(Code::Unauthenticated, "NO_CALLER", message);
+    let unauthenticated = |message: String| {
+        tracing::info!(from = ?request.remote_addr(), why = %message, "refused: no caller");
+        refusal(Code::Unauthenticated, "NO_CALLER", message)
+    };
     let certificates = request.peer_certs();
     let certificate = certificates.as_ref().and_then(|chain| chain.first());
     let certificate =

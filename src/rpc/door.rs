@@ -15,17 +15,32 @@ use crate::provisioning::ProvisionError;
 /// The header that names a request in logs and answers.
 const REQUEST_ID: &str = "x-request-id";
 
-/// Calls that may be inside at once, over all services; more are told to come again. Each costs memory, and the rooms behind
-/// have queues of about this length.
-const PLACES: usize = 1024;
-
-/// The door, shared by all services.
+/// The door of one listener: so many calls may be inside at once, more are told to come again. Each costs memory, and the rooms
+/// behind have queues of about the line's length. The public has a door of its own, so that it cannot crowd out the line.
 #[derive(Clone)]
-pub(super) struct Door(Arc<Semaphore>);
+pub(super) struct Door {
+    places: usize,
+    free: Arc<Semaphore>,
+}
 
-impl Default for Door {
-    fn default() -> Self {
-        Self(Arc::new(Semaphore::new(PLACES)))
+impl Door {
+    /// For stations.
+    pub(super) fn line() -> Self {
+        Self::with_places(1024)
+    }
+
+    /// For officers.
+    pub(super) fn officer() -> Self {
+        Self::with_places(64)
+    }
+
+    /// For anybody.
+    pub(super) fn public() -> Self {
+        Self::with_places(128)
+    }
+
+    fn with_places(places: usize) -> Self {
+        Self { places, free: Arc::new(Semaphore::new(places)) }
     }
 }
 
@@ -36,9 +51,10 @@ impl Door {
         T: Send + 'static,
         F: Future<Output = Result<T, ProvisionError>> + Send + 'static,
     {
-        let place = Arc::clone(&self.0).try_acquire_owned();
+        let place = Arc::clone(&self.free).try_acquire_owned();
+        let places = self.places;
         call(method, caller, async move {
-            let _place = place.map_err(|_| ProvisionError::HouseFull(PLACES))?;
+            let _place = place.map_err(|_| ProvisionError::HouseFull(places))?;
             work.await
         })
         .await

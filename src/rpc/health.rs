@@ -1,5 +1,5 @@
-//! Health per service (`grpc.health.v1`): Line serves while the HSM does and there is room on the disk; Recovery and Officer
-//! serve as long as the daemon runs.
+//! Health per service (`grpc.health.v1`): Line serves while the HSM does, the stores are open and there is room on the disk;
+//! Recovery serves while the public database does; Officer, and the daemon as a whole, as long as it runs.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,21 +29,41 @@ pub(super) fn line_trouble(provisioner: &Provisioner) -> Option<String> {
 /// Keeps the health service told until the task is ended.
 pub(super) async fn report(reporter: HealthReporter, provisioner: Arc<Provisioner>) {
     let mut hsm = provisioner.hsm().clone();
-    for service in ["", "spp.v1.Recovery", "spp.v1.Officer"] {
+    for service in ["", "spp.v1.Officer"] {
         reporter.set_service_status(service, ServingStatus::Serving).await;
     }
-    let mut before = None;
+    let mut line = Told::new(LINE);
+    let mut recovery = Told::new("spp.v1.Recovery");
     loop {
-        let trouble = line_trouble(&provisioner);
-        if before.as_ref() != Some(&trouble) {
-            let status = if trouble.is_none() { ServingStatus::Serving } else { ServingStatus::NotServing };
-            reporter.set_service_status(LINE, status).await;
-            match &trouble {
-                None => tracing::info!("the line is served"),
-                Some(why) => tracing::warn!(%why, "the line is not served"),
-            }
-            before = Some(trouble);
-        }
+        let public_trouble = provisioner.registry().count().await.err().map(|error| error.to_string());
+        line.tell(&reporter, line_trouble(&provisioner).or_else(|| public_trouble.clone())).await;
+        recovery.tell(&reporter, public_trouble).await;
         let _ = tokio::time::timeout(LOOK, hsm.changed()).await;
+    }
+}
+
+/// A service and what was said of it last.
+struct Told {
+    service: &'static str,
+    last: Option<Option<String>>,
+}
+
+impl Told {
+    const fn new(service: &'static str) -> Self {
+        Self { service, last: None }
+    }
+
+    /// Says it if it is news.
+    async fn tell(&mut self, reporter: &HealthReporter, trouble: Option<String>) {
+        if self.last.as_ref() == Some(&trouble) {
+            return;
+        }
+        let status = if trouble.is_none() { ServingStatus::Serving } else { ServingStatus::NotServing };
+        reporter.set_service_status(self.service, status).await;
+        match &trouble {
+            None => tracing::info!(service = self.service, "served"),
+            Some(why) => tracing::warn!(service = self.service, %why, "not served"),
+        }
+        self.last = Some(trouble);
     }
 }

@@ -28,6 +28,8 @@ const MAX_REQUEST: usize = 64 * 1024;
 const MAX_STREAMS: u32 = 256;
 /// No call takes longer; the rooms inside have shorter limits of their own.
 const CALL_LIMIT: Duration = Duration::from_secs(60);
+/// How long a connection of the public may last.
+const PUBLIC_AGE: Duration = Duration::from_secs(120);
 /// How long a drain waits for calls in flight.
 const DRAIN: Duration = Duration::from_secs(30);
 
@@ -84,18 +86,19 @@ impl Listening {
     ) -> Result<(), ServeError> {
         let (reporter, health) = tonic_health::server::health_reporter();
         let reporting = tokio::spawn(health::report(reporter, Arc::clone(provisioner)));
-        let door = Door::default();
-        let line = LineServer::new(LineService { provisioner: Arc::clone(provisioner), door: door.clone() })
+        let line = LineServer::new(LineService { provisioner: Arc::clone(provisioner), door: Door::line() })
             .max_decoding_message_size(MAX_REQUEST);
-        let officer = OfficerService { provisioner: Arc::clone(provisioner), node, door: door.clone() };
+        let officer = OfficerService { provisioner: Arc::clone(provisioner), node, door: Door::officer() };
         let officer = OfficerServer::new(officer).max_decoding_message_size(MAX_REQUEST);
-        let recovery = RecoveryServer::new(RecoveryService { provisioner: Arc::clone(provisioner), door })
-            .max_decoding_message_size(MAX_REQUEST);
+        let recovery =
+            RecoveryServer::new(RecoveryService { provisioner: Arc::clone(provisioner), door: Door::public() })
+                .max_decoding_message_size(MAX_REQUEST);
 
         let mutual = server_tls(tls)?.client_ca_root(Certificate::from_pem(&tls.client_ca));
         let stations = builder("stations", mutual.clone())?.add_service(line);
         let officers = builder("officers", mutual)?.add_service(officer);
-        let public = builder("the public", server_tls(tls)?)?.add_service(recovery);
+        // A reader comes, reads and goes; whoever stays makes room for others.
+        let public = builder("the public", server_tls(tls)?)?.max_connection_age(PUBLIC_AGE).add_service(recovery);
 
         let mut serving = JoinSet::new();
         for (whom, router, listener) in [

@@ -78,12 +78,21 @@ pub(super) fn status_of(error: &ProvisionError) -> Status {
         }
         _ => {}
     }
-    let message = if told.code == Code::Internal {
-        "a fault of the processing point; its log has the cause under the x-request-id of this answer".to_owned()
-    } else {
-        error.to_string()
+    Status::with_error_details(told.code, message(error, told.code), details)
+}
+
+/// What went wrong inside is the log's and the officer's business: it names files, tokens and keys.
+fn message(error: &ProvisionError, code: Code) -> String {
+    let told = match error {
+        ProvisionError::Hsm(HsmError::Unavailable { .. }) => "the HSM is not available now; try again",
+        ProvisionError::Hsm(HsmError::Stopped(_)) => "the HSM needs an officer; sppctl status tells why",
+        ProvisionError::Store(StoreError::Failed { .. }) => "a store is not available now; try again",
+        _ if code == Code::Internal => {
+            "a fault of the processing point; its log has the cause under the x-request-id of this answer"
+        }
+        other => return other.to_string(),
     };
-    Status::with_error_details(told.code, message, details)
+    told.to_owned()
 }
 
 /// A refusal that has no error of an inner room: the caller has the wrong role, or none.

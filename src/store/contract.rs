@@ -75,6 +75,8 @@ pub(super) fn session(n: u64) -> Session {
         expires: 5000 + n,
         public_key: Some(vec![4; 91]),
         own_key_pair: false,
+        sealed_to: None,
+        recipe: [0; 32],
         master_key: Some(MasterKeyUse { key: "master".parse().unwrap(), version: 1 }),
         certificate: CertificateToSign {
             issuer: "issuer".parse().unwrap(),

@@ -129,10 +129,43 @@ async fn a_sealed_repeat_has_the_same_content() {
     let content = package(&device);
     assert_eq!(install(&mut device, &two).backup_package, request.backup_package, "the same package changes nothing");
     assert_eq!(package(&device), content);
-    let Some(Delivery::DataPackage(clear)) = assemble(&mut line, &phone(1)).await.unwrap().delivery else {
-        panic!("an order without a transport key is delivered in clear")
-    };
-    assert_eq!(clear, content);
+}
+
+/// Else a station could ask for the keys of a sealed device again, in clear or sealed to a key of its own.
+#[tokio::test]
+async fn a_sealed_session_is_delivered_to_its_first_transport_key_alone() {
+    let site = Site::running();
+    let (floor, mut line) = (Floor::new(&site), site.station().await);
+    let (device, other) = (floor.sealing(1, TransportCurve::P256), floor.sealing(2, TransportCurve::P256));
+    assemble(&mut line, &sealed(phone(1), &device)).await.unwrap();
+    for order in [phone(1), sealed(phone(1), &other)] {
+        let refused = Refusal::of(&assemble(&mut line, &order).await.unwrap_err());
+        assert_eq!((refused.code, refused.fields), (Code::FailedPrecondition, vec!["transport_key".to_owned()]));
+    }
+    assemble(&mut line, &phone(3)).await.unwrap();
+    let late = assemble(&mut line, &sealed(phone(3), &floor.sealing(3, TransportCurve::P256))).await.unwrap_err();
+    assert_eq!(late.code(), Code::FailedPrecondition, "a session in clear is not sealed afterwards");
+}
+
+/// The profile's keys are part of the package: once they are changed, a session of before cannot be delivered the same.
+#[tokio::test]
+async fn a_session_of_a_changed_profile_is_refused_instead_of_given_other_keys() {
+    let mut site = Site::running();
+    let (floor, mut line) = (Floor::new(&site), site.station().await);
+    let answer = assemble(&mut line, &phone(1)).await.unwrap();
+    let request = install(&mut floor.device(1), &answer);
+    site.stop();
+    site.edit("profiles/phone.toml", "length = 32", "length = 16");
+    site.start();
+    let mut line = site.station().await;
+    for refused in [assemble(&mut line, &phone(1)).await.err(), complete(&mut line, &request).await.err()] {
+        let refused = Refusal::of(&refused.unwrap());
+        assert_eq!((refused.code, refused.fields), (Code::FailedPrecondition, vec!["profile".to_owned()]));
+    }
+    site.stop();
+    site.edit("profiles/phone.toml", "length = 16", "length = 32");
+    site.start();
+    complete(&mut site.station().await, &request).await.unwrap();
 }
 
 #[tokio::test]

@@ -23,7 +23,7 @@ async fn an_hsm_lost_before_the_signature_signs_the_same_octets_when_it_is_back(
         assert!(device.has_wrapped_key(&point).await);
         // While it is away nothing else is tried, and nothing is lost by trying.
         assert!(matches!(device.assemble(&point).await.unwrap_err(), ProvisionError::Hsm(_)));
-        assert_eq!(point.provisioner().restart().await.unwrap(), Tidied { failed: 1, ..Tidied::default() });
+        assert_eq!(point.provisioner().restart().await.unwrap(), Tidied { waiting: 1, ..Tidied::default() });
         assert_eq!(device.session(&point).await.unwrap(), intended);
 
         bring_the_hsm_back(&house).await;

@@ -18,6 +18,11 @@ async fn a_state_store_of_before_completion_is_healed_by_the_public_database() {
     let answer = device.complete(&point).await.unwrap();
 
     put_state_back(&mut point, &old);
+    let error = device.assemble(&point).await.unwrap_err();
+    assert!(matches!(error, ProvisionError::AlreadyComplete { .. }), "the pair is not delivered again: {error}");
+    device.assert_complete(&point, answer).await;
+
+    put_state_back(&mut point, &old);
     assert!(device.has_wrapped_key(&point).await, "the old copy has the pair again");
     assert_eq!(device.complete(&point).await.unwrap(), answer);
     device.assert_complete(&point, answer).await;
@@ -62,6 +67,8 @@ async fn a_session_of_another_life_of_the_state_store_is_never_published() {
     assert_ne!(device.delivered[0], device.delivered[1]);
 
     put_state_back(&mut point, &one_life);
+    let error = device.assemble(&point).await.unwrap_err();
+    assert!(matches!(error, ProvisionError::AlreadyComplete { .. }), "{error}");
     let error = point.provisioner().complete(lost).await.unwrap_err();
     assert!(matches!(error, ProvisionError::RolledBack(_)), "{error}");
     assert_eq!(point.public().len().await.unwrap(), 1);

@@ -76,7 +76,8 @@ async fn one_write_breaks(mut point: Point<'_>, mut device: OnTheLine, broken: (
         device.assert_key_is_kept_until_the_end(&point).await;
     }
     // A station whose device is not complete may ask for the package again. It is the one that it had.
-    if in_assemble || device.state(&point).await == Some(StateName::Issued) {
+    let (state, public) = left_by(&point, &device).await;
+    if in_assemble || (state == Some(StateName::Issued) && !public) {
         device.assemble(&point).await.unwrap();
     }
     let answer = device.complete(&point).await.unwrap();

@@ -82,9 +82,7 @@ impl Committer {
         E: From<StoreError> + Send + 'static,
         F: FnOnce(&mut View<'_>) -> Result<T, E> + Send + 'static,
     {
-        if let Some(cause) = self.away.lock().unwrap_or_else(PoisonError::into_inner).clone() {
-            return Err(self.failed(doing, format!("the store is being opened again after: {cause}")));
-        }
+        self.must_be_open(doing)?;
         let (reply, answer) = oneshot::channel();
         let job = Transaction { kind: self.kind, doing, run: Some(transaction), result: None, reply };
         let answered = async {
@@ -101,7 +99,15 @@ impl Committer {
 
     /// Free octets (at most a second old) and the floor.
     pub(super) fn room(&self) -> Result<(u64, u64), StoreError> {
+        self.must_be_open("looking at the room on the disk")?;
         Ok((self.place.free()?, self.place.options.floor_bytes))
+    }
+
+    fn must_be_open(&self, doing: &'static str) -> Result<(), StoreError> {
+        match self.away.lock().unwrap_or_else(PoisonError::into_inner).clone() {
+            Some(cause) => Err(self.failed(doing, format!("the store is being opened again after: {cause}"))),
+            None => Ok(()),
+        }
     }
 
     fn failed<E: From<StoreError>>(&self, doing: &'static str, cause: impl ToString) -> E {

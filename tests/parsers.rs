@@ -1,4 +1,6 @@
 //! Everything that reads octets from outside, with damaged samples: the bodies of `fuzz/`, for a moment, with every test run.
+//!
+//! `SPP_WRITE_SEEDS=1 cargo test --test parsers` writes the samples to `fuzz/corpus/`, for libFuzzer to begin from.
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic, reason = "a test")]
 
@@ -19,8 +21,13 @@ const CASES: u32 = 1500;
 #[test]
 fn every_sample_is_accepted() {
     for target in fuzz::TARGETS {
+        let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target.name);
         for (n, sample) in (target.samples)().iter().enumerate() {
             assert!((target.reads)(sample), "sample {n} of {}", target.name);
+            if std::env::var_os("SPP_WRITE_SEEDS").is_some() {
+                std::fs::create_dir_all(&corpus).unwrap();
+                std::fs::write(corpus.join(format!("sample-{n}")), sample).unwrap();
+            }
         }
     }
 }

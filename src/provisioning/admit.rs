@@ -1,7 +1,7 @@
 //! Step 1 of the way: may the caller, does the order fit its profile, are chip and identity free.
 
 use super::restart::Step;
-use super::{Order, Product, ProvisionError, Provisioner};
+use super::{FieldViolation, Order, Product, ProvisionError, Provisioner};
 use crate::certificate::{KeyPairRule, Profile, Sealing};
 use crate::store::{Intent, Issued, Session, SessionState, TakenUp};
 

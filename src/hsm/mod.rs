@@ -12,6 +12,7 @@
 
 mod attributes;
 mod failure;
+mod guard;
 mod handle;
 mod kdf;
 mod module;
@@ -29,6 +30,7 @@ pub mod worker;
 
 pub use attributes::KeyRole;
 pub use failure::{FailureClass, HsmError};
+pub use guard::GuardedFile;
 pub use handle::{DeviceKeyOrder, DeviceKeys, HeldKeyOrder, HeldKeys, Hsm, HsmStatus, NewKeyPair};
 pub use kdf::{Derivation, Prf};
 pub use module::ModuleProfile;

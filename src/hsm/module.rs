@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use super::guard::GuardedFile;
 use crate::config::{Faults, read_toml};
 use crate::keys::KeyKind;
 
@@ -29,6 +30,8 @@ pub struct ModuleProfile {
     pub environment: BTreeMap<String, String>,
     /// A directory that must be synced after a token object was made, since the module does not.
     pub sync_directory: Option<PathBuf>,
+    /// A file that the module rewrites in place, at each login say, so that a kill in the middle would lose it.
+    pub guarded_file: Option<GuardedFile>,
     /// After so many requests the worker is replaced; 0 = never.
     pub recycle_after_operations: u64,
     /// A worker that has not answered a request for so long is killed.
@@ -110,6 +113,7 @@ struct WrapShape {
 struct ObjectsShape {
     exclusive_changes: bool,
     sync_directory: Option<String>,
+    guarded_file: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -135,6 +139,11 @@ impl ModuleProfile {
         let shape: Option<Shape> = if faults.is_empty() { read_toml(&place, &text, &mut faults) } else { None };
         let profile = shape.map(|shape| Self::check(shape, &place, directory, &mut faults));
         faults.ok_or_all(profile)
+    }
+
+    /// Looks after the files that the module rewrites in place; before it is loaded.
+    pub(super) fn look_after_files(&self) -> std::io::Result<()> {
+        self.guarded_file.as_ref().map_or(Ok(()), GuardedFile::look)
     }
 
     /// Makes sure that this process has the environment that the module needs, by starting its own program again with it if
@@ -173,6 +182,10 @@ impl ModuleProfile {
                 1
             }
         };
+        let guarded_file = shape.objects.guarded_file.map(expand).and_then(|pattern| {
+            let problem = "must be a directory, /*/ and a file name, for example {directory}/tokens/*/token.object";
+            faults.note(format!("{place}: objects.guarded_file"), GuardedFile::parse(&pattern).ok_or(problem))
+        });
         Self {
             name: shape.name,
             library: library.unwrap_or_default(),
@@ -182,6 +195,7 @@ impl ModuleProfile {
             unwrappable: shape.wrap.unwrappable,
             exclusive_changes: shape.objects.exclusive_changes,
             environment: shape.environment.into_iter().map(|(k, v)| (k, expand(v))).collect(),
+            guarded_file,
             sync_directory: shape.objects.sync_directory.map(|text| PathBuf::from(expand(text))),
             recycle_after_operations: shape.worker.recycle_after_operations,
             hang_after: shape.worker.hang_after,

@@ -44,6 +44,8 @@ pub struct CreatedKey {
 impl Ceremony {
     /// Loads the module and logs in. The process must have the module's environment ([`ModuleProfile::enter_environment`]).
     pub fn open(profile: &ModuleProfile, token: &TokenIdentity, pin: &PinSource) -> Result<Self, HsmError> {
+        let looked = profile.look_after_files();
+        looked.map_err(|e| HsmError::Wrong(format!("looking after the files of {}: {e}", profile.name)))?;
         let token = Token::open(&profile.library, token, pin).map_err(refused)?;
         Ok(Self { token, profile: profile.clone() })
     }

@@ -230,6 +230,10 @@ async fn start(
     counters: &Arc<Counters>,
 ) -> Result<(Child, Connection, oneshot::Receiver<String>), Ended> {
     let lost = |what: &str, e: &dyn std::fmt::Display| Ended::Lost(format!("{what}: {e}"));
+    let module = config.module.clone();
+    let looked = tokio::task::spawn_blocking(move || module.look_after_files()).await;
+    let looked = looked.map_err(|e| lost("looking after the module's files", &e))?;
+    looked.map_err(|e| lost("looking after the module's files", &e))?;
     let receiver = tokio::task::spawn_blocking(TransportReceiver::generate)
         .await
         .map_err(|e| lost("making a transport pair", &e))??;

@@ -263,6 +263,26 @@ async fn a_worker_that_is_killed_while_it_starts_is_replaced_soon() {
     assemble(&mut site.station().await, &phone(1)).await.expect("the call waits for the next worker");
 }
 
+/// SoftHSM rewrites a token's file in place at each login; a kill between truncation and writing leaves it empty.
+#[tokio::test]
+async fn a_login_that_was_cut_off_does_not_cost_the_token() {
+    let mut site = Site::running();
+    let before = assemble(&mut site.station().await, &phone(1)).await.unwrap();
+    let token = std::fs::read_dir(site.path("hsm/tokens")).unwrap().next().unwrap().unwrap().path();
+    let cut_off = || std::fs::write(token.join("token.object"), b"").unwrap();
+    let worker = site.worker_pid().unwrap();
+    cut_off();
+    site.signal(worker, "KILL");
+    worker_other_than(&site, &HashSet::from([worker])).await;
+    site.wait_ready();
+    site.kill();
+    cut_off();
+    site.sppctl("station enroll line-1/z --config sppd.toml --out tls/line-1-z");
+    cut_off();
+    site.start();
+    assert_eq!(assemble(&mut site.station().await, &phone(1)).await.unwrap(), before);
+}
+
 async fn worker_other_than(site: &Site, known: &HashSet<u32>) -> u32 {
     let until = Instant::now() + Duration::from_secs(20);
     loop {

@@ -22,10 +22,11 @@
 //!
 //! | room | what is in it | what it may touch |
 //! |---|---|---|
-//! | [`names`], [`keys`], [`secret`] | the words that all rooms share | nothing |
+//! | [`names`], [`keys`], [`secret`], [`clock`] | the words that all rooms share | nothing |
 //! | [`config`] | files people write → validated values | the configuration's files |
 //! | [`provisioning`] ★ | the stories of a device, and what a crash left of them | every room below |
 //! | [`hsm`] | the worker process, the verbs, keys on a token | PKCS#11, alone |
+//! | [`keypool`] | pairs made in advance: batches, filling, shredding | the HSM's verbs, the secret store |
 //! | [`certificate`] | profile → prepared → linted → issued; pure | nothing |
 //! | [`package`] | data package, sealing, backup, confirmation; pure | nothing |
 //! | [`store`] | state store and public database; hands out the proofs | sled, alone |
@@ -54,9 +55,11 @@ pub mod proto {
 }
 
 pub mod certificate;
+pub mod clock;
 pub mod config;
 pub mod device;
 pub mod hsm;
+pub mod keypool;
 pub mod keys;
 pub mod line;
 pub mod names;

@@ -168,9 +168,6 @@ async fn check(config: DaemonConfig) -> Result<(), String> {
     for key in &keys.master {
         println!("master key     {}: version {}, check value right", key.name, key.version);
     }
-    for key in &keys.wrapping {
-        println!("wrapping key   {}: attributes right", key.name);
-    }
     let (journal, registry) = open_stores(&config)?;
     let (free, floor) = journal.room().map_err(|e| e.to_string())?;
     let unfinished = journal.unfinished().await.map_err(|e| e.to_string())?.len();

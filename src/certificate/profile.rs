@@ -53,8 +53,9 @@ impl Profile {
     /// key_encipherment = false                  # RSA only
     ///
     /// [key_pair]
-    /// source = "generate"                       # generate (in the HSM), csr (the device's own), none
-    /// kind = "p256"                             # for generate: p256, p384, ed25519, rsa-2048, rsa-3072, rsa-4096
+    /// source = "generate"                       # generate (in the HSM), pool (made in advance; the station waits for one),
+    ///                                           # pool-or-generate, csr (the device's own), none
+    /// kind = "p256"                             # for generate and pool: p256, p384, ed25519, rsa-2048, rsa-3072, rsa-4096
     /// # accepted = ["p256", "p384"]             # for csr: default all kinds
     ///
     /// [[symmetric_key]]
@@ -242,6 +243,13 @@ pub enum KeyPairRule {
         /// Which kind.
         kind: KeyKind,
     },
+    /// Generated in advance, waiting in the secret store.
+    Pool {
+        /// Which kind.
+        kind: KeyKind,
+        /// Whether one is generated on the spot when none is ready.
+        or_generate: bool,
+    },
     /// The device makes its own and sends a PKCS#10 request.
     Csr {
         /// Which kinds are accepted; at least one.
@@ -255,7 +263,7 @@ impl KeyPairRule {
     /// Whether a certificate of this profile may hold a key of this kind.
     pub fn accepts(&self, kind: KeyKind) -> bool {
         match self {
-            Self::Generate { kind: generated } => *generated == kind,
+            Self::Generate { kind: made } | Self::Pool { kind: made, .. } => *made == kind,
             Self::Csr { accepted } => accepted.contains(&kind),
             Self::None => false,
         }

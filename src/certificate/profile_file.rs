@@ -199,24 +199,31 @@ impl Reader<'_> {
     }
 
     fn key_pair(&mut self, fields: &KeyPairFields) -> Option<KeyPairRule> {
-        if fields.kind.is_some() && fields.source != "generate" {
-            self.add("key_pair.kind", "only source = \"generate\" has a kind; leave it out");
+        let made_here = ["generate", "pool", "pool-or-generate"].contains(&fields.source.as_str());
+        if fields.kind.is_some() && !made_here {
+            self.add("key_pair.kind", "only a pair that is made here has a kind; leave it out");
         }
         if fields.accepted.is_some() && fields.source != "csr" {
             self.add("key_pair.accepted", "only source = \"csr\" has accepted kinds; leave it out");
         }
         match fields.source.as_str() {
-            "generate" => match &fields.kind {
-                Some(kind) => Some(KeyPairRule::Generate { kind: self.key_kind("key_pair.kind", kind)? }),
+            source if made_here => match &fields.kind {
+                Some(kind) => {
+                    let kind = self.key_kind("key_pair.kind", kind)?;
+                    Some(match source {
+                        "generate" => KeyPairRule::Generate { kind },
+                        _ => KeyPairRule::Pool { kind, or_generate: source == "pool-or-generate" },
+                    })
+                }
                 None => {
-                    self.add("key_pair.kind", "source = \"generate\" needs a kind, p256 for example");
+                    self.add("key_pair.kind", format!("source = {source:?} needs a kind, p256 for example"));
                     None
                 }
             },
             "csr" => self.accepted(fields.accepted.as_deref()).map(|accepted| KeyPairRule::Csr { accepted }),
             "none" => Some(KeyPairRule::None),
             other => {
-                self.add("key_pair.source", format!("{other:?} is not one of generate, csr, none"));
+                self.add("key_pair.source", format!("{other:?} is not one of generate, pool, pool-or-generate, csr, none"));
                 None
             }
         }
@@ -268,7 +275,7 @@ impl Reader<'_> {
             return;
         }
         let rsa_only = match rule {
-            KeyPairRule::Generate { kind } => kind.rsa_bits().is_some(),
+            KeyPairRule::Generate { kind } | KeyPairRule::Pool { kind, .. } => kind.rsa_bits().is_some(),
             KeyPairRule::Csr { accepted } => accepted.iter().all(|kind| kind.rsa_bits().is_some()),
             KeyPairRule::None => false,
         };

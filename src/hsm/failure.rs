@@ -18,6 +18,8 @@ pub enum FailureClass {
     Permanent,
     /// Nothing: the request itself is wrong for this module.
     Rejected,
+    /// Nothing: the key that the daemon made on the token is no longer there.
+    Absent,
 }
 
 /// A failure inside the worker, as it travels to the handle.
@@ -140,6 +142,9 @@ pub enum HsmError {
     /// The module cannot do what was asked.
     #[error("the HSM refused: {0}")]
     Refused(String),
+    /// A key that the daemon made on the token is not there: it was destroyed.
+    #[error("{0}")]
+    Absent(String),
     /// The register of keys and the token disagree, or what came back is not what was asked for.
     #[error("the HSM's answer is not right: {0}")]
     Wrong(String),

@@ -11,10 +11,14 @@ use super::kdf::Derivation;
 use super::objects::public_key;
 use super::register::KeyRegister;
 use super::supervisor::{Connection, Counters, HsmConfig, State, supervise, to_x509_form};
-use super::wire::{Answer, Operation};
-use crate::keys::{DevicePrivateKey, KeyError, KeyKind, PublicKey, SignatureAlgorithm, WrappedKey};
+use super::wire::{Answer, Lane, Operation};
+use crate::keys::{DevicePrivateKey, KeptKey, KeyError, KeyKind, PublicKey, SignatureAlgorithm, WrappedKey};
 use crate::names::KeyName;
 use crate::secret::SecretBytes;
+
+/// How long background work waits for a worker, and how often it tries again what failed, before it says so.
+const BACKGROUND_PATIENCE: Duration = Duration::from_secs(5);
+const BACKGROUND_ATTEMPTS: u32 = 5;
 
 /// The HSM. Clones share one worker; it ends when the last clone is dropped.
 #[derive(Clone)]
@@ -27,36 +31,44 @@ pub struct Hsm {
 
 /// What a new device needs from the HSM, in one request.
 pub struct DeviceKeyOrder {
-    /// The pair to make; none for profiles without, or whose device makes its own.
-    pub pair: Option<KeyKind>,
+    /// Where its pair comes from; none for profiles without, or whose device makes its own.
+    pub pair: Option<PairOrder>,
     /// The symmetric keys.
     pub derivations: Vec<Derivation>,
     /// Octets of public randomness: session identifier, certificate serial number.
     pub random: usize,
 }
 
+/// Where a new device's pair comes from.
+pub enum PairOrder {
+    /// It is made, and kept wrapped under this key.
+    Make(KeyKind, KeyName),
+    /// It was made in advance.
+    Kept(PublicKey, KeptKey),
+}
+
 /// What a new device gets from the HSM.
 pub struct DeviceKeys {
     /// The pair, if one was ordered.
-    pub pair: Option<NewKeyPair>,
+    pub pair: Option<DeliveredPair>,
     /// In the order of the derivations.
     pub derived: Vec<SecretBytes>,
     /// Public randomness.
     pub random: Vec<u8>,
 }
 
-/// A pair that was just made.
-pub struct NewKeyPair {
-    /// For delivery.
+/// A pair for delivery.
+pub struct DeliveredPair {
+    /// The pair in memory.
     pub private: DevicePrivateKey,
-    /// For keeping until the device has confirmed.
-    pub kept: WrappedKey,
+    /// How it is kept until the device has confirmed.
+    pub kept: KeptKey,
 }
 
 /// Keys that a session has already.
 pub struct HeldKeyOrder {
     /// The pair in the secret store.
-    pub pair: Option<(PublicKey, WrappedKey)>,
+    pub pair: Option<(PublicKey, KeptKey)>,
     /// The symmetric keys.
     pub derivations: Vec<Derivation>,
 }
@@ -169,21 +181,25 @@ impl Hsm {
     /// Generates, derives and draws what a new device needs, in one request.
     pub async fn device_keys(&self, order: &DeviceKeyOrder) -> Result<DeviceKeys, HsmError> {
         let derive = self.derive_operations(&order.derivations)?;
-        let wrapping = match order.pair {
-            Some(kind) => Some((kind, self.current_wrapping_key()?)),
-            None => None,
-        };
         let random = u32::try_from(order.random).map_err(|e| HsmError::Refused(e.to_string()))?;
         let operations = || {
-            let pair = wrapping.iter().map(|(kind, wrapping_key)| Operation::GeneratePair {
-                kind: *kind,
-                wrapping_key: wrapping_key.clone(),
+            let pair = order.pair.iter().map(|pair| match pair {
+                PairOrder::Make(kind, wrapping_key) => {
+                    Operation::GeneratePair { kind: *kind, wrapping_key: wrapping_key.clone() }
+                }
+                PairOrder::Kept(public, kept) => delivery(public, kept),
             });
             pair.chain(derive()).chain([Operation::Random { len: random }]).collect()
         };
         let (mut answers, connection) = self.call(operations).await?;
-        let pair = match &wrapping {
-            Some((kind, wrapping_key)) => Some(new_pair(*kind, wrapping_key, answers.next()?, &connection)?),
+        let pair = match &order.pair {
+            Some(PairOrder::Make(kind, wrapping_key)) => {
+                Some(new_pair(*kind, wrapping_key, answers.next()?, &connection)?)
+            }
+            Some(PairOrder::Kept(public, kept)) => {
+                let private = delivered(public, answers.next()?, &connection)?;
+                Some(DeliveredPair { private, kept: kept.clone() })
+            }
             None => None,
         };
         let derived = answers.derived(order.derivations.len())?;
@@ -195,20 +211,12 @@ impl Hsm {
     pub async fn held_keys(&self, order: &HeldKeyOrder) -> Result<HeldKeys, HsmError> {
         let derive = self.derive_operations(&order.derivations)?;
         let operations = || {
-            let pair = order.pair.iter().map(|(public, wrapped)| Operation::Rewrap {
-                kind: public.kind(),
-                wrapping_key: wrapped.wrapping_key.clone(),
-                blob: wrapped.blob.clone(),
-            });
+            let pair = order.pair.iter().map(|(public, kept)| delivery(public, kept));
             pair.chain(derive()).collect()
         };
         let (mut answers, connection) = self.call(operations).await?;
         let pair = match &order.pair {
-            Some((public, _)) => {
-                let Answer::Rewrapped(delivered) = answers.next()? else { return Err(unexpected()) };
-                let plain = connection.transport.unwrap(&delivered)?;
-                Some(DevicePrivateKey::from_unwrapped(public.clone(), &plain).map_err(wrong_key)?)
-            }
+            Some((public, _)) => Some(delivered(public, answers.next()?, &connection)?),
             None => None,
         };
         Ok(HeldKeys { pair, derived: answers.derived(order.derivations.len())? })
@@ -224,12 +232,6 @@ impl Hsm {
             }
             _ => Err(unexpected()),
         }
-    }
-
-    fn current_wrapping_key(&self) -> Result<KeyName, HsmError> {
-        let key = self.config.keys.current_wrapping_key();
-        let hint = "the register of keys has no wrapping key; make one with sppctl ceremony run";
-        key.map(|key| key.name.clone()).ok_or_else(|| HsmError::Refused(hint.to_owned()))
     }
 
     /// The derivations as operations; a closure, since a retry needs them again.
@@ -263,15 +265,29 @@ impl Hsm {
     /// Sends operations to the worker, waits for a new worker if this one is lost, and tries transient failures again, all
     /// within the deadline. Every operation may be repeated: what a lost worker did is gone with its session objects. Only
     /// a destruction whose answer was lost cannot be told from a key that is missing; it stays an error, for an officer.
-    async fn call(&self, operations: impl Fn() -> Vec<Operation>) -> Result<(Answers, Arc<Connection>), HsmError> {
-        let limit = self.config.call_timeout;
-        let until = Instant::now() + limit;
+    pub(super) async fn call(
+        &self,
+        operations: impl Fn() -> Vec<Operation>,
+    ) -> Result<(Answers, Arc<Connection>), HsmError> {
         let _place = self.queue.try_acquire().map_err(|_| HsmError::Busy { waiting: self.config.queue })?;
+        self.call_within(Lane::Line, self.config.call_timeout, operations).await
+    }
+
+    /// The same for either lane, without a place in the line's queue.
+    pub(super) async fn call_within(
+        &self,
+        lane: Lane,
+        limit: Duration,
+        operations: impl Fn() -> Vec<Operation>,
+    ) -> Result<(Answers, Arc<Connection>), HsmError> {
+        let until = Instant::now() + limit;
         let mut attempt = 0;
         let mut why = String::new();
         loop {
-            let connection = self.connection(until).await?;
-            let answer = tokio::time::timeout_at(until.into(), connection.call(operations(), until)).await;
+            // Whoever works in the background looks again later; the line has nothing better to do than to wait.
+            let patience = if lane == Lane::Line { until } else { until.min(Instant::now() + BACKGROUND_PATIENCE) };
+            let connection = self.connection(patience).await?;
+            let answer = tokio::time::timeout_at(until.into(), connection.call(lane, operations(), until)).await;
             match answer {
                 Err(_) => return Err(HsmError::Deadline(limit)),
                 Ok(Some(Ok(answers))) => return Ok((Answers(answers.into_iter()), connection)),
@@ -281,12 +297,13 @@ impl Hsm {
                     }
                     FailureClass::Permanent => return Err(HsmError::Stopped(failure.message)),
                     FailureClass::Rejected => return Err(HsmError::Refused(failure.message)),
+                    FailureClass::Absent => return Err(HsmError::Absent(failure.message)),
                 },
                 Ok(None) => "the worker ended".clone_into(&mut why),
             }
             attempt += 1;
             let pause = Duration::from_millis(10 << attempt.min(5));
-            if Instant::now() + pause >= until {
+            if Instant::now() + pause >= until || (lane == Lane::Background && attempt >= BACKGROUND_ATTEMPTS) {
                 return Err(HsmError::Unavailable { why, retry_after: pause });
             }
             tokio::time::sleep(pause).await;
@@ -312,10 +329,10 @@ impl Hsm {
 }
 
 /// The answers to one call, in order.
-struct Answers(std::vec::IntoIter<Answer>);
+pub(super) struct Answers(std::vec::IntoIter<Answer>);
 
 impl Answers {
-    fn next(&mut self) -> Result<Answer, HsmError> {
+    pub(super) fn next(&mut self) -> Result<Answer, HsmError> {
         self.0.next().ok_or_else(unexpected)
     }
 
@@ -328,23 +345,40 @@ impl Answers {
     }
 }
 
+fn delivery(public: &PublicKey, kept: &KeptKey) -> Operation {
+    let kind = public.kind();
+    match kept {
+        KeptKey::Wrapped(WrappedKey { wrapping_key, blob }) => {
+            Operation::Rewrap { kind, wrapping_key: wrapping_key.clone(), blob: blob.clone() }
+        }
+        KeptKey::OnToken(pair) => Operation::DeliverPair { kind, pair: pair.clone() },
+    }
+}
+
+fn delivered(public: &PublicKey, answer: Answer, connection: &Connection) -> Result<DevicePrivateKey, HsmError> {
+    let Answer::Rewrapped(delivered) = answer else { return Err(unexpected()) };
+    let plain = connection.transport.unwrap(&delivered)?;
+    DevicePrivateKey::from_unwrapped(public.clone(), &plain).map_err(wrong_key)
+}
+
 fn new_pair(
     kind: KeyKind,
     wrapping_key: &KeyName,
     answer: Answer,
     connection: &Connection,
-) -> Result<NewKeyPair, HsmError> {
+) -> Result<DeliveredPair, HsmError> {
     let Answer::Pair { public, kept, delivered } = answer else { return Err(unexpected()) };
     let public = public_key(kind, public)?;
     let plain = connection.transport.unwrap(&delivered)?;
     let private = DevicePrivateKey::from_unwrapped(public, &plain).map_err(wrong_key)?;
-    Ok(NewKeyPair { private, kept: WrappedKey { wrapping_key: wrapping_key.clone(), blob: kept } })
+    let kept = KeptKey::Wrapped(WrappedKey { wrapping_key: wrapping_key.clone(), blob: kept });
+    Ok(DeliveredPair { private, kept })
 }
 
 fn wrong_key(error: KeyError) -> HsmError {
     HsmError::Wrong(error.to_string())
 }
 
-fn unexpected() -> HsmError {
+pub(super) fn unexpected() -> HsmError {
     HsmError::Wrong("an answer of another kind than the question".to_owned())
 }

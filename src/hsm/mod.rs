@@ -11,12 +11,16 @@
 #![expect(clippy::disallowed_types, reason = "this is the room of PKCS#11")]
 
 mod attributes;
+mod background;
+mod batches;
+mod durable;
 mod failure;
 mod guard;
 mod handle;
 mod kdf;
 mod module;
 mod objects;
+mod pairs;
 mod pin;
 mod register;
 mod supervisor;
@@ -31,11 +35,12 @@ pub mod worker;
 pub use attributes::KeyRole;
 pub use failure::{FailureClass, HsmError};
 pub use guard::GuardedFile;
-pub use handle::{DeviceKeyOrder, DeviceKeys, HeldKeyOrder, HeldKeys, Hsm, HsmStatus, NewKeyPair};
+pub use background::{KeepIn, OwnObjects};
+pub use handle::{DeliveredPair, DeviceKeyOrder, DeviceKeys, HeldKeyOrder, HeldKeys, Hsm, HsmStatus, PairOrder};
 pub use kdf::{Derivation, Prf};
 pub use module::ModuleProfile;
 pub use objects::{Ceremony, CreatedKey};
 pub use pin::PinSource;
-pub use register::{KeyRegister, MasterKey, SigningKey, SigningUse, WrappingKey};
+pub use register::{KeyRegister, MasterKey, SigningKey, SigningUse};
 pub use supervisor::HsmConfig;
 pub use token::{TokenIdentity, initialise_token};

@@ -18,6 +18,8 @@ pub struct ModuleProfile {
     pub library: PathBuf,
     /// Threads, each with a session of its own.
     pub threads: usize,
+    /// Threads beside those, for what the line does not wait for: filling pools, moving batches.
+    pub background_threads: usize,
     /// How private keys are wrapped.
     pub wrap: WrapMechanism,
     /// The hash of RSA-OAEP when the transport key leaves the HSM.
@@ -30,6 +32,8 @@ pub struct ModuleProfile {
     pub environment: BTreeMap<String, String>,
     /// A directory that must be synced after a token object was made, since the module does not.
     pub sync_directory: Option<PathBuf>,
+    /// Most key pairs that may be kept as objects of the token; 0 if none should.
+    pub token_pairs: u64,
     /// A file that the module rewrites in place, at each login say, so that a kill in the middle would lose it.
     pub guarded_file: Option<GuardedFile>,
     /// After so many requests the worker is replaced; 0 = never.
@@ -77,6 +81,12 @@ struct Shape {
 #[serde(deny_unknown_fields)]
 struct SessionsShape {
     threads: ThreadsShape,
+    #[serde(default = "one_thread")]
+    background_threads: ThreadsShape,
+}
+
+const fn one_thread() -> ThreadsShape {
+    ThreadsShape::Number(1)
 }
 
 #[derive(Deserialize)]
@@ -113,6 +123,7 @@ struct WrapShape {
 struct ObjectsShape {
     exclusive_changes: bool,
     sync_directory: Option<String>,
+    token_pairs: u64,
     guarded_file: Option<String>,
 }
 
@@ -174,14 +185,18 @@ impl ModuleProfile {
                 ),
             );
         }
-        let threads = match shape.sessions.threads {
+        let mut threads = |name: &str, shape: ThreadsShape| match shape {
             ThreadsShape::Number(n) if (1..=256).contains(&n) => n,
             ThreadsShape::Word(word) if word == "cores" => std::thread::available_parallelism().map_or(1, usize::from),
             _ => {
-                faults.add(format!("{place}: sessions.threads"), "must be \"cores\" or a number from 1 to 256");
+                faults.add(format!("{place}: sessions.{name}"), "must be \"cores\" or a number from 1 to 256");
                 1
             }
         };
+        let (background_threads, threads) = (
+            threads("background_threads", shape.sessions.background_threads),
+            threads("threads", shape.sessions.threads),
+        );
         let guarded_file = shape.objects.guarded_file.map(expand).and_then(|pattern| {
             let problem = "must be a directory, /*/ and a file name, for example {directory}/tokens/*/token.object";
             faults.note(format!("{place}: objects.guarded_file"), GuardedFile::parse(&pattern).ok_or(problem))
@@ -190,6 +205,7 @@ impl ModuleProfile {
             name: shape.name,
             library: library.unwrap_or_default(),
             threads,
+            background_threads,
             wrap: shape.wrap.mechanism,
             oaep_hash: shape.wrap.oaep_hash,
             unwrappable: shape.wrap.unwrappable,
@@ -197,6 +213,7 @@ impl ModuleProfile {
             environment: shape.environment.into_iter().map(|(k, v)| (k, expand(v))).collect(),
             guarded_file,
             sync_directory: shape.objects.sync_directory.map(|text| PathBuf::from(expand(text))),
+            token_pairs: shape.objects.token_pairs,
             recycle_after_operations: shape.worker.recycle_after_operations,
             hang_after: shape.worker.hang_after,
         }

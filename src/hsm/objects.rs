@@ -1,8 +1,8 @@
 //! Making token objects in a ceremony: names must be free, attributes are read back, the check values computed.
 
 use std::collections::BTreeMap;
-use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::time::SystemTime;
 
 use cryptoki::mechanism::Mechanism;
 use cryptoki::object::{Attribute, AttributeType, ObjectHandle};
@@ -96,12 +96,12 @@ impl Ceremony {
         self.create_secret(name, KeyRole::Master(prf), &mechanism)
     }
 
-    /// Makes an AES-256 key that can do nothing but wrap and unwrap.
-    pub fn create_wrapping_key(&self, name: &KeyName) -> Result<CreatedKey, HsmError> {
-        self.create_secret(name, KeyRole::Wrapping, &Mechanism::AesKeyGen)
-    }
-
-    fn create_secret(&self, name: &KeyName, role: KeyRole, mechanism: &Mechanism<'_>) -> Result<CreatedKey, HsmError> {
+    pub(super) fn create_secret(
+        &self,
+        name: &KeyName,
+        role: KeyRole,
+        mechanism: &Mechanism<'_>,
+    ) -> Result<CreatedKey, HsmError> {
         self.create(name, role, |verbs, id| {
             let mut template = role.template(name, id);
             template.push(Attribute::ValueLen(32.into()));
@@ -121,15 +121,14 @@ impl Ceremony {
             let message = format!("the token has an object named {name} already; nothing is ever overwritten");
             return Err(HsmError::Refused(message));
         }
+        let begun = SystemTime::now();
         let verbs = self.verbs(BTreeMap::new())?;
         let id = verbs.random(ID_LEN).map_err(refused)?;
         let public = make(&verbs, &id).map_err(refused)?;
         let object = find_one(verbs.session(), role.class(), name, &id).map_err(refused)?;
         audit(verbs.session(), object, name, role).map_err(refused)?;
         let attributes = shown_attributes(&verbs, object).map_err(refused)?;
-        if let Some(directory) = &self.profile.sync_directory {
-            sync_tree(directory).map_err(|e| HsmError::Refused(format!("syncing {}: {e}", directory.display())))?;
-        }
+        verbs.sync_objects(begun).map_err(refused)?;
         let public = match (public, role) {
             (Some(public), KeyRole::Signing(kind)) => Some(public_key(kind, public)?),
             _ => None,
@@ -168,8 +167,14 @@ impl Ceremony {
     }
 
     fn verbs(&self, keys: BTreeMap<KeyName, KeyOnToken>) -> Result<Verbs, HsmError> {
-        let shared =
-            Shared { keys, wrap: self.profile.wrap, unwrappable: self.profile.unwrappable.clone(), objects: None };
+        let shared = Shared {
+            keys,
+            wrap: self.profile.wrap,
+            unwrappable: self.profile.unwrappable.clone(),
+            objects: None,
+            sync_directory: self.profile.sync_directory.clone(),
+            pairs: Mutex::default(),
+        };
         Ok(Verbs::new(self.token.session().map_err(refused)?, Arc::new(shared), None))
     }
 }
@@ -210,19 +215,6 @@ pub(crate) fn public_key(kind: KeyKind, public: WirePublicKey) -> Result<PublicK
         WirePublicKey::Rsa { modulus, exponent } => PublicKey::from_rsa(&modulus, &exponent),
     }
     .map_err(|e| HsmError::Wrong(e.to_string()))
-}
-
-/// Every file and directory below: the module wrote them and did not sync them.
-fn sync_tree(directory: &Path) -> std::io::Result<()> {
-    for entry in std::fs::read_dir(directory)? {
-        let path = entry?.path();
-        if path.is_dir() {
-            sync_tree(&path)?;
-        } else {
-            std::fs::File::open(path)?.sync_all()?;
-        }
-    }
-    std::fs::File::open(directory)?.sync_all()
 }
 
 fn refused(failure: Failure) -> HsmError {

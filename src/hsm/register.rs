@@ -20,8 +20,6 @@ pub struct KeyRegister {
     pub signing: Vec<SigningKey>,
     /// Keys from which device keys are derived.
     pub master: Vec<MasterKey>,
-    /// Keys under which key pairs are wrapped.
-    pub wrapping: Vec<WrappingKey>,
 }
 
 /// A key pair that signs certificates.
@@ -64,15 +62,6 @@ pub struct MasterKey {
     pub check_value: Vec<u8>,
 }
 
-/// A key that wraps key pairs.
-#[derive(Debug, Clone)]
-pub struct WrappingKey {
-    /// `CKA_LABEL`.
-    pub name: KeyName,
-    /// `CKA_ID`.
-    pub id: Vec<u8>,
-}
-
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Shape {
@@ -81,8 +70,6 @@ struct Shape {
     signing_key: Vec<SigningShape>,
     #[serde(default)]
     master_key: Vec<MasterShape>,
-    #[serde(default)]
-    wrapping_key: Vec<WrappingShape>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -111,13 +98,6 @@ struct MasterShape {
     version: u32,
     prf: Prf,
     check_value: String,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct WrappingShape {
-    name: KeyName,
-    id: String,
 }
 
 impl KeyRegister {
@@ -160,13 +140,8 @@ impl KeyRegister {
             let id = id(&key.id, format!("{at}: id"), faults);
             master.push(MasterKey { name: key.name, id, version: key.version, prf: key.prf, check_value });
         }
-        let mut wrapping = Vec::new();
-        for key in shape.wrapping_key {
-            let id = id(&key.id, format!("{place}: wrapping_key {}: id", key.name), faults);
-            wrapping.push(WrappingKey { name: key.name, id });
-        }
         let token = TokenIdentity { label: shape.token.label, serial: shape.token.serial };
-        let register = Self { token, signing, master, wrapping };
+        let register = Self { token, signing, master };
         register.check_unique(place, faults);
         register
     }
@@ -187,8 +162,7 @@ impl KeyRegister {
     pub(crate) fn all(&self) -> impl Iterator<Item = (&KeyName, &[u8], KeyRole)> {
         let signing = self.signing.iter().map(|k| (&k.name, k.id.as_slice(), KeyRole::Signing(k.public_key.kind())));
         let master = self.master.iter().map(|k| (&k.name, k.id.as_slice(), KeyRole::Master(k.prf)));
-        let wrapping = self.wrapping.iter().map(|k| (&k.name, k.id.as_slice(), KeyRole::Wrapping));
-        signing.chain(master).chain(wrapping)
+        signing.chain(master)
     }
 
     /// A signing key by name.
@@ -199,11 +173,6 @@ impl KeyRegister {
     /// A master key by name.
     pub fn master_key(&self, name: &KeyName) -> Option<&MasterKey> {
         self.master.iter().find(|key| key.name == *name)
-    }
-
-    /// The wrapping key that new key pairs are wrapped under: the last one in the register.
-    pub fn current_wrapping_key(&self) -> Option<&WrappingKey> {
-        self.wrapping.last()
     }
 
     /// The file's text.
@@ -232,11 +201,6 @@ impl KeyRegister {
                     prf: k.prf,
                     check_value: hex::encode(&k.check_value),
                 })
-                .collect(),
-            wrapping_key: self
-                .wrapping
-                .iter()
-                .map(|k| WrappingShape { name: k.name.clone(), id: hex::encode(&k.id) })
                 .collect(),
         };
         let head =

@@ -15,6 +15,7 @@ use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, oneshot, watch};
 use zeroize::Zeroizing;
 
+use super::background::BACKGROUND_LIMIT;
 use super::failure::{Failure, FailureClass, HsmError};
 use super::kdf::Derivation;
 use super::module::ModuleProfile;
@@ -22,7 +23,7 @@ use super::pin::PinSource;
 use super::register::KeyRegister;
 use super::token::TokenIdentity;
 use super::transport::{TransportKey, TransportReceiver};
-use super::wire::{self, Answer, KeyOnToken, Operation, Reply, Request, Start, Started};
+use super::wire::{self, Answer, KeyOnToken, Lane, Operation, Reply, Request, Start, Started};
 use super::worker;
 use crate::keys::{SignatureAlgorithm, ecdsa_der_from_fixed};
 use crate::names::KeyName;
@@ -51,6 +52,9 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::fro
 /// How often the supervisor looks for a hanging worker.
 const LOOK: Duration = Duration::from_millis(250);
 
+/// How long a worker that is replaced may go on with background work.
+const BACKGROUND_DRAIN: Duration = Duration::from_millis(200);
+
 /// What callers see of the worker.
 #[derive(Clone)]
 pub(crate) enum State {
@@ -68,7 +72,10 @@ pub(crate) struct Counters {
     /// Keys of the register that no worker is to look for any more.
     pub(crate) destroyed: Mutex<BTreeSet<KeyName>>,
     pub(crate) starts: AtomicU64,
+    /// Calls of the line that were answered.
     pub(crate) answered: AtomicU64,
+    /// What was done by workers, each pair of a batch counted, to replace those that leak.
+    pub(crate) operations: AtomicU64,
 }
 
 /// A worker that serves.
@@ -81,31 +88,36 @@ pub(crate) struct Connection {
     pub(crate) token: TokenIdentity,
 }
 
-type Waiter = oneshot::Sender<Result<Vec<Answer>, Failure>>;
+/// A call that is with the worker.
+struct Waiting {
+    lane: Lane,
+    since: Instant,
+    waiter: oneshot::Sender<Result<Vec<Answer>, Failure>>,
+}
 
 /// Calls that are with the worker; none once its replies have ended, since nobody would answer them.
-struct Pending(Mutex<Option<HashMap<u64, (Instant, Waiter)>>>);
+struct Pending(Mutex<Option<HashMap<u64, Waiting>>>);
 
 impl Pending {
     fn new() -> Self {
         Self(Mutex::new(Some(HashMap::new())))
     }
 
-    fn map(&self) -> std::sync::MutexGuard<'_, Option<HashMap<u64, (Instant, Waiter)>>> {
+    fn map(&self) -> std::sync::MutexGuard<'_, Option<HashMap<u64, Waiting>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The receiver of the answer; it ends at once if the worker has ended.
-    fn wait_for(&self, id: u64) -> oneshot::Receiver<Result<Vec<Answer>, Failure>> {
+    fn wait_for(&self, id: u64, lane: Lane) -> oneshot::Receiver<Result<Vec<Answer>, Failure>> {
         let (waiter, answer) = oneshot::channel();
         if let Some(map) = self.map().as_mut() {
-            map.insert(id, (Instant::now(), waiter));
+            map.insert(id, Waiting { lane, since: Instant::now(), waiter });
         }
         answer
     }
 
-    fn take(&self, id: u64) -> Option<Waiter> {
-        self.map().as_mut()?.remove(&id).map(|(_, waiter)| waiter)
+    fn take(&self, id: u64) -> Option<Waiting> {
+        self.map().as_mut()?.remove(&id)
     }
 
     /// Tells everybody who waits, and who comes later, that the worker has ended.
@@ -113,12 +125,14 @@ impl Pending {
         *self.map() = None;
     }
 
-    fn len(&self) -> usize {
-        self.map().as_ref().map_or(0, HashMap::len)
+    fn count(&self, lane: Lane) -> usize {
+        self.map().as_ref().map_or(0, |map| map.values().filter(|call| call.lane == lane).count())
     }
 
-    fn oldest(&self) -> Option<Instant> {
-        self.map().as_ref()?.values().map(|(since, _)| *since).min()
+    /// Whether a call waits longer than any should.
+    fn has_one_that_hangs(&self, hang_after: Duration) -> bool {
+        let limit = |lane| if lane == Lane::Line { hang_after } else { BACKGROUND_LIMIT.max(hang_after) };
+        self.map().as_ref().is_some_and(|map| map.values().any(|call| call.since.elapsed() > limit(call.lane)))
     }
 }
 
@@ -185,7 +199,7 @@ async fn one_life(
     tracing::info!(module = %connection.module, token = %connection.token.label, "the HSM is ready");
     let _ = state.send(State::Ready(Arc::clone(&connection)));
     *wait = BACKOFF.0;
-    let served_before = counters.answered.load(Ordering::Relaxed);
+    let done_before = counters.operations.load(Ordering::Relaxed);
     let limit = config.module.recycle_after_operations;
     loop {
         tokio::select! {
@@ -195,12 +209,12 @@ async fn one_life(
             }
             () = tokio::time::sleep(LOOK) => {}
         }
-        if connection.pending.oldest().is_some_and(|since| since.elapsed() > config.module.hang_after) {
+        if connection.pending.has_one_that_hangs(config.module.hang_after) {
             let _ = child.kill().await;
             connection.pending.close();
             return Ended::Lost(format!("it did not answer for {:?} and was killed", config.module.hang_after));
         }
-        if limit > 0 && counters.answered.load(Ordering::Relaxed) - served_before >= limit {
+        if limit > 0 && counters.operations.load(Ordering::Relaxed) - done_before >= limit {
             let retry_after = BACKOFF.0;
             let _ = state.send(State::Away { why: "the worker is being replaced".to_owned(), retry_after });
             drain(&connection, config.module.hang_after).await;
@@ -210,10 +224,12 @@ async fn one_life(
     }
 }
 
-/// Waits for the calls that are with the worker; new ones wait for the next worker already.
+/// Waits for the line's calls that are with the worker; new ones wait for the next worker already, and so background calls are
+/// waited for only a moment: what they had done is done again.
 async fn drain(connection: &Connection, limit: Duration) {
-    let until = Instant::now() + limit;
-    while connection.pending.oldest().is_some() && Instant::now() < until {
+    let begun = Instant::now();
+    let busy = |lane, limit| connection.pending.count(lane) > 0 && begun.elapsed() < limit;
+    while busy(Lane::Line, limit) || busy(Lane::Background, BACKGROUND_DRAIN.min(limit)) {
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
 }
@@ -285,10 +301,12 @@ fn start_order(config: &HsmConfig, counters: &Counters, transport_rsa: wire::Tra
         token: config.keys.token.clone(),
         pin: config.pin.clone(),
         threads: config.module.threads,
+        background_threads: config.module.background_threads,
         wrap: config.module.wrap,
         oaep_hash: config.module.oaep_hash,
         unwrappable: config.module.unwrappable.clone(),
         exclusive_changes: config.module.exclusive_changes,
+        sync_directory: config.module.sync_directory.clone(),
         keys,
         transport_rsa,
     }
@@ -335,38 +353,52 @@ async fn receive_replies(
             Ok(reply) => reply,
             Err(e) => break format!("it sent what cannot be read: {e}"),
         };
-        counters.answered.fetch_add(1, Ordering::Relaxed);
-        if let Some(waiter) = pending.take(reply.id) {
-            let _ = waiter.send(reply.result);
+        counters.operations.fetch_add(reply.result.as_ref().map_or(1, |answers| weight(answers)), Ordering::Relaxed);
+        if let Some(call) = pending.take(reply.id) {
+            if call.lane == Lane::Line {
+                counters.answered.fetch_add(1, Ordering::Relaxed);
+            }
+            let _ = call.waiter.send(reply.result);
         }
     };
     pending.close();
     let _ = closing.send(why);
 }
 
+/// What a request counts for in a worker's life.
+fn weight(answers: &[Answer]) -> u64 {
+    let one = |answer: &Answer| match answer {
+        Answer::Made(pairs) => pairs.len(),
+        Answer::Moved(blobs) => blobs.len(),
+        _ => 0,
+    };
+    answers.iter().map(one).sum::<usize>().max(1) as u64
+}
+
 impl Connection {
     /// Sends operations and waits; `None` if the worker was lost meanwhile.
     pub(crate) async fn call(
         &self,
+        lane: Lane,
         operations: Vec<Operation>,
         until: Instant,
     ) -> Option<Result<Vec<Answer>, Failure>> {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let budget_ms = u32::try_from(until.saturating_duration_since(Instant::now()).as_millis()).unwrap_or(u32::MAX);
-        let frame = wire::frame(&Request { id, budget_ms, operations });
+        let frame = wire::frame(&Request { id, lane, budget_ms, operations });
         let frame = match frame {
             Ok(frame) => frame,
             Err(e) => return Some(Err(Failure::new(FailureClass::Rejected, e))),
         };
         // Only what is on its way to the worker is waited for: a call that is given up before must not look like a hang.
         let place = self.outgoing.reserve().await.ok()?;
-        let answer = self.pending.wait_for(id);
+        let answer = self.pending.wait_for(id, lane);
         place.send(frame);
         answer.await.ok()
     }
 
     pub(crate) fn in_flight(&self) -> usize {
-        self.pending.len()
+        self.pending.count(Lane::Line)
     }
 }
 
@@ -374,7 +406,7 @@ impl Connection {
 /// their check values. Not certificates are signed here, but a text that no certificate can be.
 async fn check_keys(config: &HsmConfig, connection: &Connection) -> Result<(), HsmError> {
     let until = Instant::now() + START_LIMIT;
-    let one = async |operation| match connection.call(vec![operation], until).await {
+    let one = async |operation| match connection.call(Lane::Line, vec![operation], until).await {
         Some(Ok(answers)) => answers.into_iter().next().ok_or_else(|| HsmError::Wrong("an empty answer".to_owned())),
         Some(Err(failure)) => Err(HsmError::Wrong(failure.message)),
         None => Err(HsmError::Wrong("the worker ended while its keys were checked".to_owned())),
@@ -449,7 +481,7 @@ mod tests {
         let counters = Arc::new(Counters::default());
         let (connection, closed) = connect(BufReader::new(read), write, transport, started, counters);
         let call = async || {
-            let call = connection.call(vec![Operation::Random { len: 1 }], Instant::now() + START_LIMIT);
+            let call = connection.call(Lane::Line, vec![Operation::Random { len: 1 }], Instant::now() + START_LIMIT);
             tokio::time::timeout(Duration::from_secs(1), call).await
         };
 

@@ -14,7 +14,7 @@ use super::kdf::Prf;
 use super::module::{OaepHash, WrapMechanism};
 use super::pin::PinSource;
 use super::token::TokenIdentity;
-use crate::keys::{KeyKind, SignatureAlgorithm};
+use crate::keys::{KeyKind, SignatureAlgorithm, TokenPair};
 use crate::names::KeyName;
 use crate::secret::SecretBytes;
 
@@ -48,10 +48,12 @@ pub(crate) struct Start {
     pub(crate) token: TokenIdentity,
     pub(crate) pin: PinSource,
     pub(crate) threads: usize,
+    pub(crate) background_threads: usize,
     pub(crate) wrap: WrapMechanism,
     pub(crate) oaep_hash: OaepHash,
     pub(crate) unwrappable: Vec<KeyKind>,
     pub(crate) exclusive_changes: bool,
+    pub(crate) sync_directory: Option<PathBuf>,
     pub(crate) keys: BTreeMap<KeyName, KeyOnToken>,
     /// RSA public key (SubjectPublicKeyInfo) under which the transport key leaves the HSM, this once.
     pub(crate) transport_rsa: TransportRsa,
@@ -78,10 +80,21 @@ pub(crate) struct Started {
     pub(crate) transport_key: Vec<u8>,
 }
 
+/// Who waits for a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Lane {
+    /// A device on the line, or an officer.
+    Line,
+    /// Nobody: pools are filled, batches moved. Done by threads of its own, which the system runs when the line needs no
+    /// processor.
+    Background,
+}
+
 /// A call: what belongs together travels together and is done in order by one thread.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Request {
     pub(crate) id: u64,
+    pub(crate) lane: Lane,
     /// Milliseconds until nobody waits for the answer.
     pub(crate) budget_ms: u32,
     pub(crate) operations: Vec<Operation>,
@@ -115,6 +128,39 @@ pub(crate) enum Operation {
         wrapping_key: KeyName,
         blob: Vec<u8>,
     },
+    /// From the token to delivery.
+    DeliverPair {
+        kind: KeyKind,
+        pair: TokenPair,
+    },
+    /// Pairs for later: one, then as many as the time allows.
+    MakePairs {
+        kind: KeyKind,
+        keep: Keep,
+        at_most: u32,
+        within_ms: u32,
+    },
+    /// Wrapped keys from one wrapping key to another, inside the HSM.
+    Move {
+        from: KeyName,
+        to: KeyName,
+        blobs: Vec<(KeyKind, Vec<u8>)>,
+    },
+    /// A batch key, durable; nothing if it is there already.
+    CreateBatchKey {
+        key: KeyName,
+    },
+    /// Removes a batch key for good; nothing if it is gone already.
+    DestroyBatchKey {
+        key: KeyName,
+    },
+    /// Removes a pair for good; nothing if it is gone already.
+    DestroyPair {
+        kind: KeyKind,
+        pair: TokenPair,
+    },
+    /// The batch keys and pairs that the daemon made on the token.
+    ListOwn,
     /// Removes a key from the token for good.
     Destroy {
         key: KeyName,
@@ -136,7 +182,39 @@ pub(crate) enum Answer {
     },
     /// Under the transport key.
     Rewrapped(Vec<u8>),
+    Made(Vec<MadePair>),
+    /// In the order of the blobs.
+    Moved(Vec<Vec<u8>>),
+    Created,
     Destroyed,
+    Own {
+        keys: Vec<KeyName>,
+        pairs: Vec<TokenPair>,
+    },
+}
+
+/// How new pairs are kept.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) enum Keep {
+    /// Wrapped under this key.
+    Wrapped(KeyName),
+    /// On the token, with this label.
+    OnToken(KeyName),
+}
+
+/// A pair that was made for later.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct MadePair {
+    pub(crate) public: WirePublicKey,
+    pub(crate) kept: Kept,
+}
+
+#[derive(Serialize, Deserialize)]
+pub(crate) enum Kept {
+    /// Wrapped octets.
+    Blob(Vec<u8>),
+    /// CKA_ID.
+    Id(Vec<u8>),
 }
 
 #[derive(Serialize, Deserialize)]
@@ -190,7 +268,7 @@ mod tests {
 
     #[test]
     fn a_frame_is_read_back() {
-        let request = Request { id: 7, budget_ms: 9, operations: vec![Operation::Random { len: 3 }] };
+        let request = Request { id: 7, lane: Lane::Line, budget_ms: 9, operations: vec![Operation::Random { len: 3 }] };
         let bytes = frame(&request).unwrap();
         let len = frame_len(bytes[..4].try_into().unwrap()).unwrap();
         assert_eq!(len, bytes.len() - 4);

@@ -16,13 +16,16 @@ use zeroize::Zeroizing;
 use super::failure::{Failure, FailureClass};
 use super::token::Token;
 use super::verbs::{Shared, Verbs};
-use super::wire::{self, Answer, Reply, Request, Start, Started};
+use super::wire::{self, Answer, Lane, Reply, Request, Start, Started};
 
 /// The hidden first argument with which `sppd` starts itself again as a worker.
 pub const ARGUMENT: &str = "hsm-worker";
 
 /// Requests that may wait inside the worker; the handle bounds what it sends, so this is never the limit.
 const QUEUE: usize = 4096;
+
+/// The nice value of background threads: the lowest.
+const NICE: i32 = 19;
 
 /// Runs the worker on the socket that is its standard input; returns only if that is none.
 pub fn run() -> Result<(), String> {
@@ -47,6 +50,7 @@ struct Opened {
     shared: Arc<Shared>,
     transport_key: ObjectHandle,
     threads: usize,
+    background_threads: usize,
     started: Started,
 }
 
@@ -57,6 +61,8 @@ fn open(start: Start) -> Result<Opened, Failure> {
         wrap: start.wrap,
         unwrappable: start.unwrappable,
         objects: start.exclusive_changes.then(|| RwLock::new(())),
+        sync_directory: start.sync_directory,
+        pairs: Mutex::default(),
     });
     Verbs::new(token.session()?, Arc::clone(&shared), None).check_keys()?;
     // The transport key dies with the session that made it, so the anchor's twin that never closes makes it.
@@ -65,44 +71,68 @@ fn open(start: Start) -> Result<Opened, Failure> {
     std::mem::forget(maker);
     let started =
         Started { module: token.description().to_owned(), token: token.identity().clone(), transport_key: wrapped };
-    Ok(Opened { token, shared, transport_key, threads: start.threads, started })
+    let (threads, background_threads) = (start.threads, start.background_threads);
+    Ok(Opened { token, shared, transport_key, threads, background_threads, started })
 }
 
 /// Reads requests until the parent closes the socket.
 fn serve(opened: Opened, socket: &UnixStream) -> Result<(), String> {
-    let (queue, waiting) = sync_channel::<(Request, Instant)>(QUEUE);
-    let waiting = Arc::new(Mutex::new(waiting));
     let out = Arc::new(Mutex::new(socket.try_clone().map_err(|e| e.to_string())?));
-    let renew = Arc::new(Mutex::new(opened.token));
-    for _ in 0..opened.threads {
-        let session = lock(&renew).session().map_err(|f| f.message)?;
-        let verbs = Verbs::new(session, Arc::clone(&opened.shared), Some(opened.transport_key));
-        let thread = Thread { waiting: Arc::clone(&waiting), out: Arc::clone(&out), token: Arc::clone(&renew) };
-        std::thread::Builder::new()
-            .name("hsm-session".to_owned())
-            .spawn(move || thread.work(verbs))
-            .map_err(|e| e.to_string())?;
-    }
-    read_requests(&mut BufReader::new(socket), &queue)
+    let token = Arc::new(Mutex::new(opened.token));
+    let start = |lane, count| -> Result<Queue, String> {
+        let (queue, waiting) = sync_channel(QUEUE);
+        let waiting = Arc::new(Mutex::new(waiting));
+        for _ in 0..count {
+            let session = lock(&token).session().map_err(|f| f.message)?;
+            let verbs = Verbs::new(session, Arc::clone(&opened.shared), Some(opened.transport_key));
+            let (waiting, out, token) = (Arc::clone(&waiting), Arc::clone(&out), Arc::clone(&token));
+            Thread { lane, waiting, out, token }.start(verbs)?;
+        }
+        Ok(queue)
+    };
+    let line = start(Lane::Line, opened.threads)?;
+    let background = start(Lane::Background, opened.background_threads)?;
+    read_requests(&mut BufReader::new(socket), &line, &background)
 }
 
-fn read_requests(socket: &mut impl Read, queue: &SyncSender<(Request, Instant)>) -> Result<(), String> {
+type Queue = SyncSender<(Request, Instant)>;
+
+fn read_requests(socket: &mut impl Read, line: &Queue, background: &Queue) -> Result<(), String> {
     while let Some(body) = read_frame(socket)? {
         let request: Request = wire::parse(&body)?;
         let until = Instant::now() + Duration::from_millis(u64::from(request.budget_ms));
+        let queue = match request.lane {
+            Lane::Line => line,
+            Lane::Background => background,
+        };
         queue.send((request, until)).map_err(|e| e.to_string())?;
     }
     Ok(())
 }
 
 struct Thread {
+    lane: Lane,
     waiting: Arc<Mutex<Receiver<(Request, Instant)>>>,
     out: Arc<Mutex<UnixStream>>,
     token: Arc<Mutex<Token>>,
 }
 
 impl Thread {
+    fn start(self, verbs: Verbs) -> Result<(), String> {
+        let name = match self.lane {
+            Lane::Line => "hsm-session",
+            Lane::Background => "hsm-background",
+        };
+        let thread = std::thread::Builder::new().name(name.to_owned());
+        thread.spawn(move || self.work(verbs)).map_err(|e| e.to_string())?;
+        Ok(())
+    }
+
     fn work(self, verbs: Verbs) {
+        if self.lane == Lane::Background {
+            // On Linux a thread has a nice value of its own (sched(7)). Where it is refused the fill costs the line more.
+            let _ = rustix::process::setpriority_process(Some(rustix::thread::gettid()), NICE);
+        }
         let mut verbs = Some(verbs);
         loop {
             let next = lock(&self.waiting).recv();

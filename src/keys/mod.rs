@@ -1,22 +1,23 @@
 //! Keys as every room means them: kinds, public keys, signatures, and a device's private key.
 
+mod kept;
 mod private;
 mod public;
 mod signature;
 
 use std::fmt;
+use std::str::FromStr;
 
 use aws_lc_rs::signature::{self as provider, VerificationAlgorithm};
 use serde::{Deserialize, Serialize};
 
+pub use kept::{BatchName, KeptKey, StoreId, TokenPair, WrappedKey, batch_key_id};
 pub use private::{DevicePrivateKey, PrivateParts, RsaPrivateParts, generate_p256, generate_p256_pkcs8};
 pub use public::PublicKey;
 pub use signature::{ecdsa_der_from_fixed, ecdsa_fixed_from_der};
 
-use crate::names::KeyName;
-
 /// What kind of key pair a device gets, or the manufacturer signs with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum KeyKind {
     /// NIST P-256.
@@ -37,6 +38,9 @@ pub enum KeyKind {
 }
 
 impl KeyKind {
+    /// Every kind.
+    pub const ALL: [Self; 6] = [Self::P256, Self::P384, Self::Ed25519, Self::Rsa2048, Self::Rsa3072, Self::Rsa4096];
+
     /// The name in configuration files, reports and messages.
     pub const fn name(self) -> &'static str {
         match self {
@@ -63,6 +67,14 @@ impl KeyKind {
 impl fmt::Display for KeyKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
+    }
+}
+
+impl FromStr for KeyKind {
+    type Err = KeyError;
+    fn from_str(text: &str) -> Result<Self, KeyError> {
+        let known = Self::ALL.into_iter().find(|kind| kind.name() == text);
+        known.ok_or_else(|| KeyError::UnknownKind(text.to_owned()))
     }
 }
 
@@ -114,15 +126,6 @@ impl SignatureAlgorithm {
     }
 }
 
-/// A private key that only the HSM can open.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct WrappedKey {
-    /// The key in the HSM under which it is wrapped (AES-KWP, RFC 5649).
-    pub wrapping_key: KeyName,
-    /// The wrapped octets.
-    pub blob: Vec<u8>,
-}
-
 /// What is wrong with a key or a signature. Never says what the key is.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum KeyError {
@@ -138,6 +141,9 @@ pub enum KeyError {
     /// The signature is not one of this key over this message.
     #[error("the signature does not verify")]
     BadSignature,
+    /// There is no kind of key pair with this name.
+    #[error("{0:?} is not one of p256, p384, ed25519, rsa-2048, rsa-3072, rsa-4096")]
+    UnknownKind(String),
     /// The key cannot sign with this algorithm.
     #[error("a {1} key cannot sign with {0:?}")]
     WrongAlgorithm(SignatureAlgorithm, KeyKind),

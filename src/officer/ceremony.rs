@@ -12,9 +12,7 @@ use crate::certificate::{
     authority_request,
 };
 use crate::config::{Faults, read_toml};
-use crate::hsm::{
-    Ceremony, CreatedKey, KeyRegister, MasterKey, Prf, SigningKey, SigningUse, TokenIdentity, WrappingKey,
-};
+use crate::hsm::{Ceremony, CreatedKey, KeyRegister, MasterKey, Prf, SigningKey, SigningUse, TokenIdentity};
 use crate::keys::{KeyKind, PublicKey, SignatureAlgorithm, sha256};
 use crate::names::KeyName;
 
@@ -22,7 +20,6 @@ use crate::names::KeyName;
 pub struct CeremonyPlan {
     signing: Vec<PlannedSigning>,
     master: Vec<PlannedMaster>,
-    wrapping: Vec<KeyName>,
     /// SHA-256 of the file, for the transcript.
     file_hash: [u8; 32],
 }
@@ -57,8 +54,6 @@ struct Shape {
     signing_key: Vec<SigningShape>,
     #[serde(default)]
     master_key: Vec<MasterShape>,
-    #[serde(default)]
-    wrapping_key: Vec<WrappingShape>,
     access_ca: Option<AccessShape>,
 }
 
@@ -78,12 +73,6 @@ struct MasterShape {
     name: KeyName,
     version: u32,
     prf: Prf,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct WrappingShape {
-    name: KeyName,
 }
 
 #[derive(Deserialize)]
@@ -140,8 +129,7 @@ impl CeremonyPlan {
         for key in master.iter().filter(|key| key.version == 0) {
             faults.add(format!("{place}: master_key {}: version", key.name), "versions are counted from 1");
         }
-        let wrapping: Vec<_> = shape.wrapping_key.into_iter().map(|key| key.name).collect();
-        let plan = Self { signing, master, wrapping, file_hash: sha256(text.as_bytes()) };
+        let plan = Self { signing, master, file_hash: sha256(text.as_bytes()) };
         let mut seen = std::collections::BTreeSet::new();
         for name in plan.names() {
             if !seen.insert(name.clone()) {
@@ -149,14 +137,14 @@ impl CeremonyPlan {
             }
         }
         if seen.is_empty() && faults.is_empty() {
-            faults.add(place, "makes no key; add a [[signing_key]], [[master_key]], [[wrapping_key]] or [access_ca]");
+            faults.add(place, "makes no key; add a [[signing_key]], [[master_key]] or [access_ca]");
         }
         plan
     }
 
     fn names(&self) -> impl Iterator<Item = &KeyName> {
         let signing = self.signing.iter().map(|key| &key.name);
-        signing.chain(self.master.iter().map(|key| &key.name)).chain(&self.wrapping)
+        signing.chain(self.master.iter().map(|key| &key.name))
     }
 
     /// Makes everything on the token and writes the register, certificates and the transcript into `out`.
@@ -192,12 +180,6 @@ impl CeremonyPlan {
             report.add(&key, Some(format!("check value {}", hex::encode(&check_value))), None);
             let (name, id) = (key.name, key.id);
             register.master.push(MasterKey { name, id, version: plan.version, prf: plan.prf, check_value });
-            write_register(&register, &register_path)?;
-        }
-        for name in &self.wrapping {
-            let key = token.create_wrapping_key(name)?;
-            report.add(&key, None, None);
-            register.wrapping.push(WrappingKey { name: key.name, id: key.id });
             write_register(&register, &register_path)?;
         }
         report.files.push(register_path);
@@ -265,7 +247,7 @@ impl PlannedSigning {
 fn register_to_add_to(path: &Path, token: &TokenIdentity) -> Result<KeyRegister, OfficerError> {
     if !path.exists() {
         let token = token.clone();
-        return Ok(KeyRegister { token, signing: Vec::new(), master: Vec::new(), wrapping: Vec::new() });
+        return Ok(KeyRegister { token, signing: Vec::new(), master: Vec::new() });
     }
     let register = KeyRegister::load(path)?;
     if register.token != *token {

@@ -35,6 +35,7 @@ impl Provisioner {
         self.in_flight.take(&id);
         tracing::info!(session = %id, chip = %known.chip, %reason, "the session is given up");
         self.journal.abort(abortable, self.clock.now(), reason).await?;
+        self.pool.erased();
         Ok(())
     }
 

@@ -117,7 +117,7 @@ fn misfits(profile: &Profile, order: &Order) -> Vec<FieldViolation> {
         (KeyPairRule::Csr { accepted }, Some(key)) if !accepted.contains(&key.kind()) => {
             misfit("csr", format!("the profile {name} does not take {} keys", key.kind()));
         }
-        (KeyPairRule::Generate { .. } | KeyPairRule::None, Some(_)) => {
+        (KeyPairRule::Generate { .. } | KeyPairRule::Pool { .. } | KeyPairRule::None, Some(_)) => {
             misfit("csr", format!("the profile {name} does not take a request: the pair is made here"));
         }
         _ => {}

@@ -1,6 +1,6 @@
 //! The way of a device, first half: from the order to the data package.
 
-use crate::certificate::{CertificateRequest, CertificateSerial, KeyPairRule, prepare};
+use crate::certificate::{CertificateRequest, CertificateSerial, prepare};
 use crate::hsm::{Derivation, DeviceKeyOrder};
 use crate::keys::PublicKey;
 use crate::names::{ChipId, DeviceIdentity, KeyName, ProfileName, SessionId, StationName};
@@ -10,6 +10,7 @@ use crate::store::{CertificateToSign, MasterKeyUse, Session, SessionState};
 
 use super::admit::Admitted;
 use super::deliver::{PackageKeys, package};
+use super::pair::{PairInHand, PairSource};
 use super::{Product, ProvisionError, Provisioner};
 
 /// What a station orders for a chip; every name is parsed, the CSR verified.
@@ -67,12 +68,13 @@ impl Provisioner {
                 (self.journal.issue(signed).await?, None)
             }
             Admitted::New => {
-                // 2. Keys: made in the HSM. Nothing is written yet; a crash leaves nothing.
+                // 2. Keys: made in the HSM, or a pair of the pool. Nothing is written yet; a crash leaves nothing.
                 let made = self.make_keys(&order, product).await?;
                 // 3. Prepare the certificate, linted: no unlinted octets can be signed.
                 let session = self.prepare_session(&order, product, &made)?;
-                // 4. Intend. From here a crash finds the session, its wrapped pair and the octets to be signed.
-                let intent = self.journal.intend(session, made.kept).await?;
+                // 4. Intend. From here a crash finds the session, its pair and the octets to be signed; a pair of the pool is
+                //    this session's in the same transaction.
+                let intent = self.intend(session, made.pair).await?;
                 // 5. Sign: uses the intent up and verifies the signature.
                 let signed = product.issuer.sign(&self.hsm, intent).await?;
                 // 6. Issue: the certificate is on the disk before it leaves, so every repeat gives this one.
@@ -88,13 +90,13 @@ impl Provisioner {
     }
 
     async fn make_keys(&self, order: &Order, product: &Product) -> Result<MadeKeys, ProvisionError> {
-        let pair = match product.profile.key_pair() {
-            KeyPairRule::Generate { kind } => Some(*kind),
-            KeyPairRule::Csr { .. } | KeyPairRule::None => None,
-        };
+        let source = self.source_of_pair(product).await?;
+        let pair = source.as_ref().map(PairSource::order);
         let derivations = derivations(product, &order.identity, product.profile.master_key());
-        let made = self.hsm.device_keys(&DeviceKeyOrder { pair, derivations, random: RANDOM_LEN }).await?;
+        let keys = DeviceKeyOrder { pair, derivations, random: RANDOM_LEN };
+        let made = self.keys_of_new_device(&keys, source.as_ref()).await?;
         let (private, kept) = made.pair.map(|pair| (pair.private, pair.kept)).unzip();
+        let pair = source.zip(kept).map(|(source, kept)| source.take(&kept)).transpose()?;
         let public_key = private.as_ref().map(|pair| pair.public().clone()).or_else(|| order.own_key.clone());
         let short = || ProvisionError::Internal { doing: "drawing random octets", cause: "too few came".to_owned() };
         let (session, serial) = made.random.split_first_chunk::<{ SessionId::LEN }>().ok_or_else(short)?;
@@ -103,7 +105,7 @@ impl Provisioner {
             session: SessionId::from_bytes(session).map_err(ProvisionError::internal("naming a session"))?,
             serial: CertificateSerial::from_random(*serial),
             public_key,
-            kept,
+            pair,
             package_keys: PackageKeys { pair: private, derived: made.derived },
         })
     }
@@ -155,7 +157,7 @@ struct MadeKeys {
     session: SessionId,
     serial: CertificateSerial,
     public_key: Option<PublicKey>,
-    kept: Option<crate::keys::WrappedKey>,
+    pair: Option<PairInHand>,
     package_keys: PackageKeys,
 }
 

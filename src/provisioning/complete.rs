@@ -40,6 +40,7 @@ impl Provisioner {
         self.journal.publish(&receipt).await?;
         // 4. Erase: uses the receipt up; no other value allows it.
         self.journal.erase(receipt).await?;
+        self.pool.erased();
         // 5. The receipt goes back.
         Ok(publication)
     }

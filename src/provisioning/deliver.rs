@@ -58,9 +58,11 @@ impl Provisioner {
 
     /// The keys of a session that exists: the pair from the secret store, the symmetric keys derived again.
     async fn held_keys(&self, session: &Session, product: &Product) -> Result<PackageKeys, ProvisionError> {
-        let wrapped = if session.own_key_pair { None } else { self.journal.wrapped_key(&session.id).await? };
-        let pair = match (&session.public_key, wrapped) {
-            (Some(spki), Some(wrapped)) => Some((public_key(spki)?, wrapped)),
+        // Between reading the pair and opening it, its batch's key must not be destroyed.
+        let _held = self.pool.hold().await;
+        let kept = if session.own_key_pair { None } else { self.journal.kept_key(&session.id).await? };
+        let pair = match (&session.public_key, kept) {
+            (Some(spki), Some(kept)) => Some((public_key(spki)?, kept)),
             (Some(_), None) if !session.own_key_pair => {
                 let cause = format!("the key pair of session {} is not in the secret store", session.id);
                 return Err(ProvisionError::Internal { doing: "fetching a key pair", cause });

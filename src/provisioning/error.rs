@@ -2,6 +2,7 @@
 
 use crate::config::NotPermitted;
 use crate::hsm::HsmError;
+use crate::keypool::PoolError;
 use crate::names::{ChipId, DeviceIdentity, SessionId};
 use crate::package::{BackupRefused, ConfirmationRefused, PackageError};
 use crate::store::{PublishError, ReserveError, StateName, StoreError, Taken};
@@ -82,6 +83,12 @@ pub enum ProvisionError {
     /// The public database has what the state store does not know: the state store is an old copy.
     #[error("the {} is already in record {} of session {}: the state store was rolled back", .0.what, .0.index, .0.session)]
     RolledBack(Taken),
+    /// No pair of the pool.
+    #[error(transparent)]
+    Pool(PoolError),
+    /// The pair that was chosen was taken meanwhile.
+    #[error("the key pair that was chosen for this device is no longer there; repeat the call")]
+    PairGone,
     /// There is no record of the chip.
     #[error("there is no record of the chip {0}")]
     NoRecord(ChipId),
@@ -133,7 +140,18 @@ impl From<ReserveError> for ProvisionError {
         match error {
             ReserveError::ChipTaken(s) => Self::ChipTaken { chip: s.chip, identity: s.identity, session: s.id },
             ReserveError::IdentityTaken(s) => Self::IdentityTaken { identity: s.identity, chip: s.chip, session: s.id },
+            ReserveError::PairGone => Self::PairGone,
             ReserveError::Store(error) => Self::Store(error),
+        }
+    }
+}
+
+impl From<PoolError> for ProvisionError {
+    fn from(error: PoolError) -> Self {
+        match error {
+            PoolError::Hsm(error) => Self::Hsm(error),
+            PoolError::Store(error) => Self::Store(error),
+            other => Self::Pool(other),
         }
     }
 }

@@ -8,22 +8,23 @@
 mod abort;
 mod admit;
 mod assemble;
-mod clock;
 mod complete;
 mod deliver;
 mod error;
 mod in_flight;
 mod issuer;
 mod locks;
+mod pair;
 mod recover;
 mod restart;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 pub use abort::SessionView;
 pub use assemble::{Assembled, Delivery, Order};
-pub use clock::Clock;
+pub use crate::clock::Clock;
 pub use complete::Completion;
 pub use error::{FieldViolation, ProvisionError};
 pub use issuer::Issuer;
@@ -32,6 +33,7 @@ pub use restart::{Tidied, keep_tidy};
 use crate::certificate::Profile;
 use crate::config::Stations;
 use crate::hsm::Hsm;
+use crate::keypool::KeyPool;
 use crate::keys::sha256;
 use crate::names::ProfileName;
 use crate::store::{Journal, Registry};
@@ -43,6 +45,7 @@ pub struct Provisioner {
     hsm: Hsm,
     journal: Journal,
     registry: Registry,
+    pool: Arc<KeyPool>,
     products: BTreeMap<ProfileName, Product>,
     stations: Stations,
     session_lifetime: Duration,
@@ -81,6 +84,7 @@ impl Provisioner {
         hsm: Hsm,
         journal: Journal,
         registry: Registry,
+        pool: Arc<KeyPool>,
         products: BTreeMap<ProfileName, Product>,
         stations: Stations,
         session_lifetime: Duration,
@@ -89,6 +93,7 @@ impl Provisioner {
             hsm,
             journal,
             registry,
+            pool,
             products,
             stations,
             session_lifetime,
@@ -117,6 +122,11 @@ impl Provisioner {
     /// The public database, for status.
     pub const fn registry(&self) -> &Registry {
         &self.registry
+    }
+
+    /// The pools of key pairs.
+    pub const fn pool(&self) -> &Arc<KeyPool> {
+        &self.pool
     }
 
     /// The profiles' names.

@@ -1,11 +1,14 @@
 //! The one table from errors to gRPC statuses: everything that a caller may learn of a failure is on this screen.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt as _};
 
 use crate::hsm::HsmError;
+use crate::keypool::PoolError;
+use crate::keys::KeyKind;
 use crate::provisioning::ProvisionError;
 use crate::store::StoreError;
 
@@ -43,16 +46,22 @@ fn table(error: &ProvisionError) -> Told {
         E::NoRecord(_) => told(Code::NotFound, "NO_RECORD"),
         E::WrongState { .. } => told(Code::FailedPrecondition, "WRONG_STATE"),
         E::RolledBack(_) => told(Code::FailedPrecondition, "STATE_STORE_ROLLED_BACK"),
+        E::Pool(PoolError::Empty { retry_after, .. }) => again(Code::ResourceExhausted, "POOL_EMPTY", *retry_after),
+        E::Pool(PoolError::NoRoom { .. }) => again(Code::ResourceExhausted, "DISK_FULL", Duration::from_secs(10)),
+        E::Pool(PoolError::NoPool(_)) => told(Code::FailedPrecondition, "NO_POOL"),
+        E::Pool(PoolError::RolledBack(_)) => told(Code::FailedPrecondition, "STATE_STORE_ROLLED_BACK"),
+        E::Pool(PoolError::Hsm(_) | PoolError::Store(_)) => again(Code::Unavailable, "POOL_AWAY", SOON),
+        E::PairGone => again(Code::Aborted, "OVERTAKEN", SOON),
         E::ChipBusy(_) => again(Code::Aborted, "CHIP_BUSY", SOON),
         E::HouseFull(_) => again(Code::ResourceExhausted, "HOUSE_FULL", SOON),
         E::Hsm(HsmError::Unavailable { retry_after, .. }) => again(Code::Unavailable, "HSM_AWAY", *retry_after),
         E::Hsm(HsmError::Busy { .. }) => again(Code::ResourceExhausted, "HSM_BUSY", SOON),
         E::Hsm(HsmError::Deadline(_)) => again(Code::Unavailable, "HSM_SLOW", SOON),
         E::Hsm(HsmError::Stopped(_)) => again(Code::Unavailable, "HSM_NEEDS_OFFICER", Duration::from_secs(30)),
-        E::Hsm(HsmError::Refused(_) | HsmError::Wrong(_)) => told(Code::Internal, "HSM_FAULT"),
+        E::Hsm(HsmError::Refused(_) | HsmError::Wrong(_) | HsmError::Absent(_)) => told(Code::Internal, "HSM_FAULT"),
         E::Store(StoreError::Full { .. }) => again(Code::ResourceExhausted, "DISK_FULL", Duration::from_secs(10)),
         E::Store(StoreError::Failed { .. }) => again(Code::Unavailable, "STORE_AWAY", SOON),
-        E::Store(StoreError::OtherState { .. }) => again(Code::Aborted, "OVERTAKEN", SOON),
+        E::Store(StoreError::OtherState { .. } | StoreError::WrongBatch { .. }) => again(Code::Aborted, "OVERTAKEN", SOON),
         E::Store(StoreError::Damaged { .. } | StoreError::Place(_)) => told(Code::Internal, "STORE_FAULT"),
         E::Internal { .. } => told(Code::Internal, "FAULT"),
     }
@@ -61,7 +70,7 @@ fn table(error: &ProvisionError) -> Told {
 /// The status of an error: message, reason, and the details that fit. What is not the caller's business is only logged.
 pub(super) fn status_of(error: &ProvisionError) -> Status {
     let told = table(error);
-    let mut details = ErrorDetails::with_error_info(told.reason, DOMAIN, std::collections::HashMap::new());
+    let mut details = ErrorDetails::with_error_info(told.reason, DOMAIN, HashMap::new());
     if told.retry.is_some() {
         details.set_retry_info(told.retry);
     }
@@ -73,12 +82,21 @@ pub(super) fn status_of(error: &ProvisionError) -> Status {
         ProvisionError::ChipTaken { chip, .. } | ProvisionError::AlreadyComplete { chip, .. } => {
             details.set_resource_info("chip", chip.to_string(), "", error.to_string());
         }
+        ProvisionError::Pool(PoolError::Empty { kind, fill_rate, .. }) => {
+            details.set_error_info(told.reason, DOMAIN, pool_metadata(*kind, *fill_rate));
+        }
         ProvisionError::IdentityTaken { identity, .. } => {
             details.set_resource_info("identity", identity.to_string(), "", error.to_string());
         }
         _ => {}
     }
     Status::with_error_details(told.code, message(error, told.code), details)
+}
+
+/// For programs: what is missing, and how fast it comes.
+fn pool_metadata(kind: KeyKind, fill_rate: f64) -> HashMap<String, String> {
+    let rate = format!("{fill_rate:.2}");
+    [("key_kind", kind.to_string()), ("fill_rate_per_second", rate)].map(|(k, v)| (k.to_owned(), v)).into()
 }
 
 /// What went wrong inside is the log's and the officer's business: it names files, tokens and keys.
@@ -100,6 +118,6 @@ pub(super) fn refusal(code: Code, reason: &'static str, message: String) -> Stat
     Status::with_error_details(
         code,
         message,
-        ErrorDetails::with_error_info(reason, DOMAIN, std::collections::HashMap::new()),
+        ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new()),
     )
 }

@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use super::session::{ReserveError, Session, SessionCounts, SessionState, StateName, StateStore};
+use super::secret::PairToReserve;
 use super::{PublicationReceipt, StoreError};
-use crate::keys::WrappedKey;
+use crate::keys::KeptKey;
 use crate::names::{ChipId, DeviceIdentity, SessionId};
 
 /// The state store as the stories see it.
@@ -123,9 +124,9 @@ impl Journal {
     }
 
     /// Step 4, intend. Once this returns, a crash finds the session with its keys and the octets to be signed.
-    pub async fn intend(&self, session: Session, key: Option<WrappedKey>) -> Result<Intent, ReserveError> {
+    pub async fn intend(&self, session: Session, pair: Option<&PairToReserve>) -> Result<Intent, ReserveError> {
         debug_assert_eq!(session.state, SessionState::Reserved);
-        self.0.reserve(&session, key.as_ref()).await?;
+        self.0.reserve(&session, pair).await?;
         Ok(Intent(session))
     }
 
@@ -195,9 +196,14 @@ impl Journal {
         self.0.session_of_identity(identity).await
     }
 
-    /// The wrapped key pair of a session.
-    pub async fn wrapped_key(&self, session: &SessionId) -> Result<Option<WrappedKey>, StoreError> {
-        self.0.wrapped_key(session).await
+    /// The key pair of a session, while it is in the secret store.
+    pub async fn kept_key(&self, session: &SessionId) -> Result<Option<KeptKey>, StoreError> {
+        self.0.kept_key(session).await
+    }
+
+    /// Whether the journal knows the session at all.
+    pub async fn knows(&self, session: &SessionId) -> Result<bool, StoreError> {
+        Ok(self.0.session(session).await?.is_some())
     }
 
     /// All sessions that are not final, oldest first.

@@ -9,6 +9,7 @@ mod contract;
 mod journal;
 mod public;
 mod record;
+mod secret;
 mod session;
 mod sled;
 
@@ -16,6 +17,10 @@ pub use self::sled::{SledOptions, SledPublicDatabase, SledStateStore};
 pub use journal::{Abortable, Intent, Issued, Journal, Published, Signed, TakenUp};
 pub use public::{PublicDatabase, Publication, PublicationReceipt, PublishError, Registry, Taken};
 pub use record::{DeviceRecord, RecordError};
+pub use secret::{
+    Batch, BatchState, BatchStep, CondemnedPair, HeldPair, Holder, Keeping, MovedPair, PairCounts, PairId, PairToReserve,
+    PooledPair, Purpose, SecretStore,
+};
 pub use session::{
     CertificateToSign, MasterKeyUse, ReserveError, Session, SessionCounts, SessionState, StateName, StateStore,
 };
@@ -56,6 +61,14 @@ pub enum StoreError {
     /// The store is not there (the daemon never creates one), or it already is (`sppctl init` never overwrites one).
     #[error("{0}")]
     Place(String),
+    /// The batch is not in a state that allows the step: a concurrent one was faster.
+    #[error("batch {batch} {problem}")]
+    WrongBatch {
+        /// The batch.
+        batch: u64,
+        /// What it is.
+        problem: String,
+    },
     /// The session is in another state than the step needs: a concurrent call was faster.
     #[error("session {session} is {found:?}, this step needs {needed:?}")]
     OtherState {

@@ -66,6 +66,12 @@ pub trait PublicDatabase: Send + Sync {
         identity: &DeviceIdentity,
     ) -> Result<Option<(DeviceRecord, Publication)>, StoreError>;
 
+    /// The record of a public key (SubjectPublicKeyInfo in DER), and where it stands.
+    async fn find_by_public_key(&self, spki: &[u8]) -> Result<Option<(DeviceRecord, Publication)>, StoreError>;
+
+    /// The newest record, and where it stands.
+    async fn newest(&self) -> Result<Option<(DeviceRecord, Publication)>, StoreError>;
+
     /// How many records there are.
     async fn len(&self) -> Result<u64, StoreError>;
 }
@@ -131,6 +137,22 @@ impl Registry {
         identity: &DeviceIdentity,
     ) -> Result<Option<(DeviceRecord, Publication)>, StoreError> {
         self.0.find_by_identity(identity).await
+    }
+
+    /// Who has a public key already, if anybody has.
+    pub async fn taker_of_public_key(&self, spki: &[u8]) -> Result<Option<Taken>, StoreError> {
+        let found = self.0.find_by_public_key(spki).await?;
+        let taken = |(record, publication): (DeviceRecord, Publication)| Taken {
+            what: "public key",
+            index: publication.index,
+            session: record.session,
+        };
+        Ok(found.map(taken))
+    }
+
+    /// The session of the newest record.
+    pub async fn newest_session(&self) -> Result<Option<SessionId>, StoreError> {
+        Ok(self.0.newest().await?.map(|(record, _)| record.session))
     }
 
     /// How many records there are.

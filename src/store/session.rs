@@ -5,7 +5,8 @@ use serde::{Deserialize, Serialize};
 
 use super::StoreError;
 use super::public::Publication;
-use crate::keys::{SignatureAlgorithm, WrappedKey};
+use super::secret::PairToReserve;
+use crate::keys::{KeptKey, SignatureAlgorithm};
 use crate::names::{ChipId, DeviceIdentity, KeyName, ProfileName, SessionId, StationName};
 
 /// One device's way, as journaled. Contains no secret: key pairs are in the secret store, wrapped.
@@ -165,6 +166,9 @@ pub enum ReserveError {
     /// The identity is on another chip.
     #[error("the identity is on chip {}", .0.chip)]
     IdentityTaken(Box<Session>),
+    /// The pair is not offered any more, or the batch that it was made for is at its end: another one is needed.
+    #[error("the pair that was chosen is no longer there")]
+    PairGone,
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -204,13 +208,15 @@ impl SessionCounts {
 /// Every write is on the disk, power loss included, before the call returns.
 #[async_trait]
 pub trait StateStore: Send + Sync {
-    /// Journals a new session in state Reserved together with its wrapped key pair: both or neither. The chip and the
-    /// identity must have no session but aborted ones. The very same reservation again is answered as the first one was;
-    /// `OtherState` if the session's name is in use otherwise. Refused with `Full` below the disk's floor.
-    async fn reserve(&self, session: &Session, key: Option<&WrappedKey>) -> Result<(), ReserveError>;
+    /// Journals a new session in state Reserved together with its key pair: both or neither. The chip and the identity must
+    /// have no session but aborted ones; a pooled pair must be ready, and is the session's alone from then on. The very same
+    /// reservation again is answered as the first one was; `OtherState` if the session's name is in use otherwise. Refused
+    /// with `Full` below the disk's floor.
+    async fn reserve(&self, session: &Session, pair: Option<&PairToReserve>) -> Result<(), ReserveError>;
 
     /// Moves a session from one state to another; `OtherState` if it is not in `from`, or if no step leads from there to `to`
-    /// ([`StateName::leads_to`]). Moving to `Erased` or `Aborted` removes the wrapped key in the same transaction. Aborting
+    /// ([`StateName::leads_to`]). Moving to `Erased` or `Aborted` removes the key pair in the same transaction, for good: it never
+    /// becomes ready again. Aborting
     /// frees chip and identity. A session that is in the very state `to` already, content included, is answered as it is.
     /// A session that is not in the store is `Damaged`: callers only know names that the store gave them.
     async fn advance(&self, session: &SessionId, from: StateName, to: SessionState) -> Result<Session, StoreError>;
@@ -224,8 +230,8 @@ pub trait StateStore: Send + Sync {
     /// The session that holds an identity (aborted ones do not).
     async fn session_of_identity(&self, identity: &DeviceIdentity) -> Result<Option<Session>, StoreError>;
 
-    /// The wrapped key pair of a session, while it is in the secret store.
-    async fn wrapped_key(&self, session: &SessionId) -> Result<Option<WrappedKey>, StoreError>;
+    /// The key pair of a session, while it is in the secret store.
+    async fn kept_key(&self, session: &SessionId) -> Result<Option<KeptKey>, StoreError>;
 
     /// All sessions that are not final, oldest first. Costs as much as there are unfinished ones.
     async fn unfinished(&self) -> Result<Vec<Session>, StoreError>;

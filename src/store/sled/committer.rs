@@ -228,12 +228,12 @@ impl Worker {
                 return Err(cause);
             }
         }
-        let writes = view.into_writes();
-        if writes.is_empty() {
+        let changes = view.into_changes();
+        if changes.is_empty() {
             // All that could be read was synced before: every earlier batch was, or its handle was given up.
             return Ok(());
         }
-        engine.commit(writes)?;
+        engine.commit(changes)?;
         self.place.keep_reserve();
         Ok(())
     }

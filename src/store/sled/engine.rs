@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::Advice;
 
+use super::blobs::Blobs;
 use super::place::{LAST_ROOM, LOCK_PATIENCE, Place, sync_dir};
-use super::view::{View, Writes};
+use super::view::{Changes, View};
 use crate::store::StoreError;
 
 /// Which of the two stores a database is, and what must be in it.
@@ -20,6 +21,8 @@ pub(super) struct Kind {
     pub(super) name: &'static str,
     /// How its marker calls it.
     pub(super) marker: &'static str,
+    /// The form of what is in it; another one is refused.
+    pub(super) format: u32,
     /// Puts in what an empty store contains.
     pub(super) found: fn(&mut View<'_>) -> Result<(), StoreError>,
     /// Reads what every store must contain.
@@ -32,6 +35,7 @@ pub(super) struct Engine {
     /// An own handle of sled's file, for the fsync that sled does not do.
     file: File,
     waker: Waker,
+    blobs: Blobs,
     db: sled::Db,
 }
 
@@ -42,8 +46,8 @@ impl Engine {
         let mut view = engine.view(kind.name);
         (kind.found)(&mut view)?;
         view.keep();
-        let writes = view.into_writes();
-        engine.commit(writes).map_err(|cause| engine.place.failed("making the database", cause))?;
+        let changes = view.into_changes();
+        engine.commit(changes).map_err(|cause| engine.place.failed("making the database", cause))?;
         let place = engine.place.clone();
         drop(engine);
         sync_files(&place).map_err(|e| place.failed("syncing the new database", e))
@@ -66,15 +70,20 @@ impl Engine {
 
     /// What a batch starts from.
     pub(super) fn view(&self, store: &'static str) -> View<'_> {
-        View::new(&self.db, &self.place, store)
+        View::new(&self.db, &self.place, &self.blobs, store)
     }
 
     /// Makes a batch durable: all of it or, after an error, nobody knows (all or nothing).
-    pub(super) fn commit(&self, writes: Writes) -> Result<(), String> {
+    pub(super) fn commit(&self, changes: Changes) -> Result<(), String> {
         let _watched = self.waker.watch();
         self.place.door.before_apply().map_err(|e| e.to_string())?;
+        // Wrapped keys first: the database must never name one that a power loss could take.
+        self.blobs.write(changes.blobs).map_err(|e| format!("writing a batch's file: {e}"))?;
+        if changes.writes.is_empty() {
+            return Ok(());
+        }
         let mut batch = sled::Batch::default();
-        for (key, value) in writes {
+        for (key, value) in changes.writes {
             match value {
                 Some(value) => batch.insert(key, value),
                 None => batch.remove(key),
@@ -113,7 +122,8 @@ impl Engine {
             Ok((file, waker))
         };
         let (file, waker) = prepare().map_err(|e: io::Error| place.failed("syncing the opened database", e))?;
-        Ok(Self { place, file, waker, db })
+        let blobs = Blobs::new(&place);
+        Ok(Self { place, file, waker, blobs, db })
     }
 }
 

@@ -10,6 +10,7 @@
 //! | a half-written snapshot left by a kill is taken for the newest one: the database does not open | `engine`: removed before opening |
 //! | a write error may leave `flush` waiting for ever | `engine`: a second thread calls it once more, which wakes it |
 //! | after an error the handle is dead | `committer`: dropped and opened again, with backoff |
+//! | deleted values stay in its file for long | `blobs`: wrapped keys are in files of their own, overwritten and removed with their batch |
 //! | it cannot be opened on a full disk | `place`: a reserve file is given up |
 //!
 //! (`Mode` is not set: 0.34.7 stores it and never reads it.) Nobody but the committer's thread reads or writes the tree, and
@@ -17,8 +18,11 @@
 
 #![expect(clippy::disallowed_types, reason = "the one place where sled lives, fenced as described above")]
 
+mod batches;
+mod blobs;
 mod committer;
 mod engine;
+mod pairs;
 mod place;
 mod public;
 mod state;

@@ -61,10 +61,6 @@ struct Marker {
     created: u64,
 }
 
-impl Marker {
-    const FORMAT: u32 = 1;
-}
-
 /// A store's directory, locked for this process as long as the value lives.
 pub(super) struct Place {
     pub(super) dir: PathBuf,
@@ -131,7 +127,7 @@ impl Place {
     /// directory without (or with an empty) marker, which no daemon opens.
     pub(super) fn finish(&self) -> Result<(), StoreError> {
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs());
-        let marker = Marker { kind: self.kind.marker.into(), format: Marker::FORMAT, created };
+        let marker = Marker { kind: self.kind.marker.into(), format: self.kind.format, created };
         let text = toml::to_string(&marker).map_err(|e| self.failed("writing the marker", e))?;
         let write = || {
             let mut file = OpenOptions::new().write(true).open(self.dir.join(MARKER))?;
@@ -238,8 +234,8 @@ impl Place {
             let (dir, found, wanted) = (self.dir.display(), marker.kind, self.kind.marker);
             return Err(place(format!("{dir} is a store of kind {found:?}, {wanted:?} is needed here")));
         }
-        if marker.format != Marker::FORMAT {
-            let (dir, found, known) = (self.dir.display(), marker.format, Marker::FORMAT);
+        if marker.format != self.kind.format {
+            let (dir, found, known) = (self.dir.display(), marker.format, self.kind.format);
             return Err(place(format!(
                 "{dir} has format {found}, this version reads {known}; use the matching version"
             )));

@@ -21,7 +21,7 @@ use crate::keys::sha256;
 use crate::names::{ChipId, DeviceIdentity};
 use crate::store::{DeviceRecord, PublicDatabase, Publication, PublishError, StoreError, Taken};
 
-static KIND: Kind = Kind { name: "public database", marker: "public", found, check };
+static KIND: Kind = Kind { name: "public database", marker: "public", format: 1, found, check };
 
 /// The permanent public database, embedded.
 ///
@@ -79,6 +79,18 @@ impl PublicDatabase for SledPublicDatabase {
         Ok(found.map(|(record, _, publication)| (record, publication)))
     }
 
+    async fn find_by_public_key(&self, spki: &[u8]) -> Result<Option<(DeviceRecord, Publication)>, StoreError> {
+        let key = public_key_key(spki);
+        let found = self.0.run("reading a public key's record", move |view| find(view, &key)).await?;
+        Ok(found.map(|(record, _, publication)| (record, publication)))
+    }
+
+    async fn newest(&self) -> Result<Option<(DeviceRecord, Publication)>, StoreError> {
+        let newest = |view: &mut View<'_>| len(view)?.checked_sub(1).map(|last| record(view, last)).transpose();
+        let found = self.0.run("reading the newest record", newest).await?;
+        Ok(found.map(|(record, _, publication)| (record, publication)))
+    }
+
     async fn len(&self) -> Result<u64, StoreError> {
         self.0.run("counting records", |view| len(view)).await
     }
@@ -114,7 +126,7 @@ fn uniques(record: &DeviceRecord) -> Vec<(&'static str, Vec<u8>)> {
         ("session", [b"e", record.session.as_bytes().as_slice()].concat()),
     ];
     if let Some(key) = &record.public_key {
-        uniques.push(("public key", [b"k", sha256(key).as_slice()].concat()));
+        uniques.push(("public key", public_key_key(key)));
     }
     uniques
 }
@@ -158,4 +170,8 @@ fn chip_key(chip: &ChipId) -> Vec<u8> {
 
 fn identity_key(identity: &DeviceIdentity) -> Vec<u8> {
     [b"i", identity.to_string().as_bytes()].concat()
+}
+
+fn public_key_key(spki: &[u8]) -> Vec<u8> {
+    [b"k", sha256(spki).as_slice()].concat()
 }

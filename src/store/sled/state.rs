@@ -3,11 +3,13 @@
 //! | key | value |
 //! |---|---|
 //! | `s` + session ID | session |
-//! | `w` + session ID | wrapped key pair, while it is there |
+//! | `w` + session ID | where its key pair is kept, while it is |
 //! | `c` + chip ID | ID of its newest session |
 //! | `i` + identity | ID of the session that holds it |
 //! | `u` + created, 8 octets + session ID | nothing: the session is not final |
 //! | `n` | sessions per state |
+//!
+//! The secret store is in the same database: see [`batches`](super::batches) and [`pairs`](super::pairs).
 
 use std::path::Path;
 use std::sync::Arc;
@@ -15,20 +17,24 @@ use std::sync::Arc;
 use async_trait::async_trait;
 
 use super::SledOptions;
+use super::batches;
 use super::committer::Committer;
 use super::engine::Kind;
+use super::pairs;
 use super::place::{Door, System};
 use super::view::View;
-use crate::keys::WrappedKey;
+use crate::keys::{KeptKey, StoreId};
 use crate::names::{ChipId, DeviceIdentity, SessionId};
-use crate::store::{ReserveError, Session, SessionCounts, SessionState, StateName, StateStore, StoreError};
+use crate::store::{
+    PairToReserve, ReserveError, Session, SessionCounts, SessionState, StateName, StateStore, StoreError,
+};
 
-static KIND: Kind = Kind { name: "state store", marker: "state", found, check };
+static KIND: Kind = Kind { name: "state store", marker: "state", format: 2, found, check };
 
 /// The private store, embedded.
 ///
 /// Trust: whoever controls its directory can withhold or roll back sessions, and read no key without the HSM.
-pub struct SledStateStore(Committer);
+pub struct SledStateStore(pub(super) Committer);
 
 impl SledStateStore {
     /// Makes a new, empty store and opens it. [`StoreError::Place`] where anything is already. For
@@ -49,11 +55,16 @@ impl SledStateStore {
 }
 
 fn found(view: &mut View<'_>) -> Result<(), StoreError> {
-    view.put(COUNTS, &SessionCounts::default())
+    view.put(COUNTS, &SessionCounts::default())?;
+    let mut octets = [0; 8];
+    let random = aws_lc_rs::rand::fill(&mut octets);
+    random.map_err(|e| view.damaged("the system's random numbers".into(), e))?;
+    batches::found(view, StoreId::from_random(octets))
 }
 
 fn check(view: &View<'_>) -> Result<(), StoreError> {
     counts(view)?;
+    batches::check(view)?;
     // The unfinished sessions are what a restart takes up; the oldest one stands for the others.
     match view.keys(b"u")?.first() {
         Some(key) => listed_session(view, key).map(drop),
@@ -63,9 +74,9 @@ fn check(view: &View<'_>) -> Result<(), StoreError> {
 
 #[async_trait]
 impl StateStore for SledStateStore {
-    async fn reserve(&self, session: &Session, key: Option<&WrappedKey>) -> Result<(), ReserveError> {
-        let (session, key) = (session.clone(), key.cloned());
-        self.0.run("reserving", move |view| reserve(view, &session, key.as_ref())).await
+    async fn reserve(&self, session: &Session, pair: Option<&PairToReserve>) -> Result<(), ReserveError> {
+        let (session, pair) = (session.clone(), pair.cloned());
+        self.0.run("reserving", move |view| reserve(view, &session, pair.as_ref())).await
     }
 
     async fn advance(&self, session: &SessionId, from: StateName, to: SessionState) -> Result<Session, StoreError> {
@@ -88,9 +99,9 @@ impl StateStore for SledStateStore {
         self.0.run("reading an identity's session", move |view| named_session(view, &key)).await
     }
 
-    async fn wrapped_key(&self, session: &SessionId) -> Result<Option<WrappedKey>, StoreError> {
+    async fn kept_key(&self, session: &SessionId) -> Result<Option<KeptKey>, StoreError> {
         let id = *session;
-        self.0.run("reading a wrapped key", move |view| wrapped_key(view, &id)).await
+        self.0.run("reading a session's key pair", move |view| pairs::of_session(view, &id)).await
     }
 
     async fn unfinished(&self) -> Result<Vec<Session>, StoreError> {
@@ -107,10 +118,10 @@ impl StateStore for SledStateStore {
     }
 }
 
-fn reserve(view: &mut View<'_>, new: &Session, key: Option<&WrappedKey>) -> Result<(), ReserveError> {
+fn reserve(view: &mut View<'_>, new: &Session, pair: Option<&PairToReserve>) -> Result<(), ReserveError> {
     if let Some(known) = session(view, &new.id)? {
         // The same reservation again: its first answer was lost, and it stands.
-        if known == *new && wrapped_key(view, &new.id)?.as_ref() == key {
+        if known == *new && pairs::is_reserved_as(view, &new.id, pair)? {
             return Ok(());
         }
         return Err(other_state(&known, StateName::Reserved).into());
@@ -128,8 +139,8 @@ fn reserve(view: &mut View<'_>, new: &Session, key: Option<&WrappedKey>) -> Resu
     }
     view.admit_new_device()?;
     view.put(&session_key(&new.id), new)?;
-    if let Some(key) = key {
-        view.put(&wrapped_key_key(&new.id), key)?;
+    if let Some(pair) = pair {
+        pairs::reserve(view, new, pair)?;
     }
     view.put_octets(&chip_key(&new.chip), new.id.as_bytes())?;
     view.put_octets(&identity_key(&new.identity), new.id.as_bytes())?;
@@ -158,7 +169,12 @@ fn advance(view: &mut View<'_>, id: SessionId, from: StateName, to: SessionState
     session.state = to;
     if session.state.is_final() {
         // In one batch with the new state: no crash leaves a final session with a key, or takes the key of one that is not.
-        view.remove(&wrapped_key_key(&id))?;
+        let at = match &session.state {
+            SessionState::Aborted { at, .. } => *at,
+            SessionState::Erased { publication } => publication.published,
+            _ => session.created,
+        };
+        pairs::erase(view, &id, at)?;
         view.remove(&unfinished_key(&session))?;
     }
     if target == StateName::Aborted {
@@ -174,7 +190,7 @@ fn advance(view: &mut View<'_>, id: SessionId, from: StateName, to: SessionState
     Ok(session)
 }
 
-fn session(view: &View<'_>, id: &SessionId) -> Result<Option<Session>, StoreError> {
+pub(super) fn session(view: &View<'_>, id: &SessionId) -> Result<Option<Session>, StoreError> {
     view.get(&session_key(id), || format!("session {id}"))
 }
 
@@ -193,10 +209,6 @@ fn session_that_must_be(view: &View<'_>, id: &[u8]) -> Result<Session, StoreErro
     session(view, &id)?.ok_or_else(|| view.damaged(format!("session {id}"), "it is named but not there"))
 }
 
-fn wrapped_key(view: &View<'_>, id: &SessionId) -> Result<Option<WrappedKey>, StoreError> {
-    view.get(&wrapped_key_key(id), || format!("the wrapped key of session {id}"))
-}
-
 fn counts(view: &View<'_>) -> Result<SessionCounts, StoreError> {
     view.get(COUNTS, || "the counts".into())?.ok_or_else(|| view.damaged("the counts".into(), "they are not there"))
 }
@@ -209,10 +221,6 @@ const COUNTS: &[u8] = b"n";
 
 fn session_key(id: &SessionId) -> Vec<u8> {
     [b"s", id.as_bytes().as_slice()].concat()
-}
-
-fn wrapped_key_key(id: &SessionId) -> Vec<u8> {
-    [b"w", id.as_bytes().as_slice()].concat()
 }
 
 fn chip_key(chip: &ChipId) -> Vec<u8> {

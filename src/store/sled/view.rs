@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::blobs::{Appends, BlobPlace, Blobs};
 use super::place::{LAST_ROOM, Place};
 use crate::store::StoreError;
 
@@ -18,6 +19,20 @@ const PIECE: usize = 4096;
 /// A format of stored values, the first octet of each.
 const VERSION: u8 = 1;
 
+/// What a batch of transactions changes.
+#[derive(Default)]
+pub(super) struct Changes {
+    pub(super) writes: Writes,
+    pub(super) blobs: Appends,
+}
+
+impl Changes {
+    /// Whether there is nothing to make durable.
+    pub(super) fn is_empty(&self) -> bool {
+        self.writes.is_empty() && self.blobs.is_empty()
+    }
+}
+
 /// The database as one transaction sees it.
 ///
 /// The committer runs transactions one after the other, each over the results of those before it, and nobody else writes:
@@ -25,16 +40,18 @@ const VERSION: u8 = 1;
 pub(super) struct View<'a> {
     db: &'a sled::Db,
     place: &'a Place,
+    blobs: &'a Blobs,
     store: &'static str,
     batch: Writes,
     transaction: Writes,
+    appends: Appends,
     broken: std::cell::RefCell<Option<String>>,
 }
 
 impl<'a> View<'a> {
-    pub(super) fn new(db: &'a sled::Db, place: &'a Place, store: &'static str) -> Self {
-        let broken = std::cell::RefCell::default();
-        Self { db, place, store, batch: Writes::new(), transaction: Writes::new(), broken }
+    pub(super) fn new(db: &'a sled::Db, place: &'a Place, blobs: &'a Blobs, store: &'static str) -> Self {
+        let (broken, appends) = (std::cell::RefCell::default(), Appends::default());
+        Self { db, place, blobs, store, batch: Writes::new(), transaction: Writes::new(), appends, broken }
     }
 
     /// Refuses a new device when the disk has less free room than the floor.
@@ -131,14 +148,59 @@ impl<'a> View<'a> {
         Ok(whole.collect())
     }
 
+    /// The first keys that begin with a prefix, after one of them; from the first one on after the prefix itself.
+    pub(super) fn keys_after(&self, prefix: &[u8], after: &[u8], limit: usize) -> Result<Vec<Vec<u8>>, StoreError> {
+        // Every key here has one piece: what is listed is small.
+        let begin = if after == prefix { prefix.to_vec() } else { piece_key(after, u16::MAX) };
+        let overlay = [&self.batch, &self.transaction].into_iter().flat_map(|writes| writes.range(begin.clone()..));
+        let written: BTreeMap<_, _> = overlay.filter(|(key, _)| key.starts_with(prefix)).collect();
+        let mut keys: BTreeSet<Vec<u8>> =
+            written.iter().filter(|(_, value)| value.is_some()).map(|(key, _)| key.to_vec()).collect();
+        let mut found = 0;
+        for entry in self.db.range(begin..).keys() {
+            let key = entry.map_err(|e| self.read_failed(prefix, e))?;
+            if found == limit || !key.starts_with(prefix) {
+                break;
+            }
+            if !written.contains_key(&key.to_vec()) {
+                keys.insert(key.to_vec());
+                found += 1;
+            }
+        }
+        Ok(keys.into_iter().filter_map(|key| key.strip_suffix(&[0, 0]).map(<[u8]>::to_vec)).take(limit).collect())
+    }
+
+    /// Adds a blob to a batch's file.
+    pub(super) fn put_blob(&mut self, batch: u64, blob: &[u8]) -> Result<BlobPlace, StoreError> {
+        self.place.admit(LAST_ROOM)?;
+        self.blobs.append(&mut self.appends, batch, blob).map_err(|e| self.blob_failed("opening a batch's file", &e))
+    }
+
+    /// A blob of a batch's file.
+    pub(super) fn get_blob(&self, batch: u64, place: BlobPlace) -> Result<Vec<u8>, StoreError> {
+        let read = self.blobs.read(&self.appends, batch, place);
+        read.map_err(|e| self.damaged(format!("a wrapped key of batch {batch}"), e))
+    }
+
+    /// Overwrites and removes a batch's file, at once: the batch must be known to be empty by what is durable already.
+    pub(super) fn remove_blobs(&self, batch: u64) -> Result<(), StoreError> {
+        self.blobs.remove(batch).map_err(|e| self.blob_failed("removing a batch's file", &e))
+    }
+
+    fn blob_failed(&self, doing: &'static str, error: &std::io::Error) -> StoreError {
+        StoreError::Failed { store: self.store, doing, cause: error.to_string() }
+    }
+
     /// The transaction is accepted: those after it see what it wrote.
     pub(super) fn keep(&mut self) {
         self.batch.append(&mut self.transaction);
+        self.appends.keep();
     }
 
     /// The transaction is refused: nothing of it remains, and the others are not disturbed.
     pub(super) fn forget(&mut self) {
         self.transaction.clear();
+        self.appends.forget();
     }
 
     /// Why the database must be opened again, if reading it failed.
@@ -147,8 +209,8 @@ impl<'a> View<'a> {
     }
 
     /// All that the kept transactions wrote.
-    pub(super) fn into_writes(self) -> Writes {
-        self.batch
+    pub(super) fn into_changes(self) -> Changes {
+        Changes { writes: self.batch, blobs: self.appends }
     }
 
     /// An error about a stored value.

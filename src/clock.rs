@@ -1,4 +1,4 @@
-//! Where the stories take the time from.
+//! Where everything that waits for a time takes it from.
 
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -18,7 +18,8 @@ impl Clock {
         Self(Arc::new(seconds_since_epoch))
     }
 
-    pub(super) fn now(&self) -> u64 {
+    /// Seconds since the Unix epoch.
+    pub(crate) fn now(&self) -> u64 {
         (self.0)()
     }
 }

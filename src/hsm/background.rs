@@ -1,0 +1,117 @@
+//! The handle's verbs that no device waits for: pairs made in advance, batches of them begun, moved and ended. They are done by
+//! threads of their own in the worker, of the lowest priority.
+
+use std::time::Duration;
+
+use super::failure::HsmError;
+use super::handle::{Hsm, unexpected};
+use super::objects::public_key;
+use super::wire::{Answer, Keep, Kept, Lane, Operation};
+use crate::keys::{BatchName, KeptKey, KeyKind, PublicKey, TokenPair, WrappedKey};
+
+/// How long a call may take, waiting for a processor that the line needs included: one RSA-4096 pair takes seconds of it.
+pub(super) const BACKGROUND_LIMIT: Duration = Duration::from_secs(15 * 60);
+
+/// Where new pairs are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeepIn {
+    /// Wrapped under the batch's key.
+    Wrapped(BatchName),
+    /// As objects of the token.
+    OnToken(BatchName),
+}
+
+/// What daemons made on the token.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct OwnObjects {
+    /// Batch keys.
+    pub keys: Vec<BatchName>,
+    /// Pairs, by their batch.
+    pub pairs: Vec<(BatchName, TokenPair)>,
+}
+
+impl Hsm {
+    /// Makes pairs for later: one, then as many as are made within the time, at most so many.
+    pub async fn make_pairs(
+        &self,
+        kind: KeyKind,
+        keep: KeepIn,
+        at_most: u32,
+        within: Duration,
+    ) -> Result<Vec<(PublicKey, KeptKey)>, HsmError> {
+        let within_ms = u32::try_from(within.as_millis()).unwrap_or(u32::MAX);
+        let order = match keep {
+            KeepIn::Wrapped(batch) => Keep::Wrapped(batch.key()),
+            KeepIn::OnToken(batch) => Keep::OnToken(batch.pairs()),
+        };
+        let operation = || Operation::MakePairs { kind, keep: order.clone(), at_most, within_ms };
+        let Answer::Made(made) = self.in_background(operation).await? else { return Err(unexpected()) };
+        let pair = |pair: super::wire::MadePair| {
+            let kept = match (pair.kept, &order) {
+                (Kept::Blob(blob), Keep::Wrapped(key)) => {
+                    KeptKey::Wrapped(WrappedKey { wrapping_key: key.clone(), blob })
+                }
+                (Kept::Id(id), Keep::OnToken(label)) => KeptKey::OnToken(TokenPair { label: label.clone(), id }),
+                _ => return Err(unexpected()),
+            };
+            Ok((public_key(kind, pair.public)?, kept))
+        };
+        made.into_iter().map(pair).collect()
+    }
+
+    /// Wraps what is wrapped under one batch's key under another's; the keys are in clear inside the HSM alone.
+    pub async fn move_keys(
+        &self,
+        from: BatchName,
+        to: BatchName,
+        blobs: Vec<(KeyKind, Vec<u8>)>,
+    ) -> Result<Vec<Vec<u8>>, HsmError> {
+        let count = blobs.len();
+        let operation = || Operation::Move { from: from.key(), to: to.key(), blobs: blobs.clone() };
+        match self.in_background(operation).await? {
+            Answer::Moved(moved) if moved.len() == count => Ok(moved),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// Makes a batch's key on the token; it is durable when this returns. One that is there already stays.
+    pub async fn create_batch_key(&self, batch: BatchName) -> Result<(), HsmError> {
+        let operation = || Operation::CreateBatchKey { key: batch.key() };
+        match self.in_background(operation).await? {
+            Answer::Created => Ok(()),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// Destroys a batch's key (C_DestroyObject); when this returns it was looked for and not found.
+    pub async fn destroy_batch_key(&self, batch: BatchName) -> Result<(), HsmError> {
+        self.destroyed(|| Operation::DestroyBatchKey { key: batch.key() }).await
+    }
+
+    /// Destroys a pair on the token; when this returns it was looked for and not found.
+    pub async fn destroy_pair(&self, kind: KeyKind, pair: &TokenPair) -> Result<(), HsmError> {
+        self.destroyed(|| Operation::DestroyPair { kind, pair: pair.clone() }).await
+    }
+
+    /// What daemons made on the token, whichever their store.
+    pub async fn own_objects(&self) -> Result<OwnObjects, HsmError> {
+        let Answer::Own { keys, pairs } = self.in_background(|| Operation::ListOwn).await? else {
+            return Err(unexpected());
+        };
+        let keys = keys.iter().filter_map(BatchName::of_key).collect();
+        let pairs = pairs.into_iter().filter_map(|pair| Some((BatchName::of_pairs(&pair.label)?, pair))).collect();
+        Ok(OwnObjects { keys, pairs })
+    }
+
+    async fn destroyed(&self, operation: impl Fn() -> Operation) -> Result<(), HsmError> {
+        match self.in_background(operation).await? {
+            Answer::Destroyed => Ok(()),
+            _ => Err(unexpected()),
+        }
+    }
+
+    async fn in_background(&self, operation: impl Fn() -> Operation) -> Result<Answer, HsmError> {
+        let (mut answers, _) = self.call_within(Lane::Background, BACKGROUND_LIMIT, || vec![operation()]).await?;
+        answers.next()
+    }
+}

@@ -1,0 +1,212 @@
+//! Pairs of devices, in PKCS#11: made, wrapped for keeping and for delivery, moved from one batch to the next, forgotten.
+
+use std::time::{Duration, Instant};
+
+use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle};
+use zeroize::Zeroizing;
+
+use super::attributes::pair_generation;
+use super::failure::{Doing as _, Failure, FailureClass};
+use super::verbs::Verbs;
+use super::wire::{Answer, Keep, Kept, MadePair, WirePublicKey};
+use crate::keys::KeyKind;
+use crate::names::KeyName;
+
+impl Verbs {
+    pub(super) fn generate_pair(&mut self, kind: KeyKind, wrapping_key: &KeyName) -> Result<Answer, Failure> {
+        self.with_session_pair(kind, |verbs, public, private| {
+            let keeping = verbs.key(wrapping_key)?;
+            let kept = verbs.wrap_under(keeping, private)?;
+            let delivered = verbs.wrap_under(verbs.transport()?, private)?;
+            Ok(Answer::Pair { public, kept, delivered })
+        })
+    }
+
+    /// One, then as many as the time allows. Wrapped ones are session objects in between; those on the token are synced before
+    /// anybody hears of them.
+    pub(super) fn make_pairs(
+        &mut self,
+        kind: KeyKind,
+        keep: &Keep,
+        at_most: u32,
+        within: Duration,
+    ) -> Result<Vec<MadePair>, Failure> {
+        let begun = (Instant::now(), std::time::SystemTime::now());
+        let mut made = Vec::new();
+        while made.is_empty() || (made.len() < at_most as usize && begun.0.elapsed() < within) {
+            made.push(match keep {
+                Keep::Wrapped(key) => self.with_session_pair(kind, |verbs, public, private| {
+                    let keeping = verbs.key(key)?;
+                    let blob = verbs.wrap_under(keeping, private)?;
+                    Ok(MadePair { public, kept: Kept::Blob(blob) })
+                })?,
+                Keep::OnToken(label) => self.make_token_pair(kind, label)?,
+            });
+        }
+        if matches!(keep, Keep::OnToken(_)) {
+            self.sync_objects(begun.1)?;
+        }
+        Ok(made)
+    }
+
+    /// Makes a session pair, does something with it, and forgets it whatever came of that.
+    pub(super) fn with_session_pair<T>(
+        &mut self,
+        kind: KeyKind,
+        work: impl FnOnce(&mut Self, WirePublicKey, ObjectHandle) -> Result<T, Failure>,
+    ) -> Result<T, Failure> {
+        if self.shared.unwrappable.contains(&kind) {
+            let (public, seed) = self.seed_outside(kind)?;
+            let object = self.import_seed(&seed, secret_template(KeyType::GENERIC_SECRET))?;
+            let done = work(self, public, object);
+            self.forget(object)?;
+            return done;
+        }
+        let (mechanism, mut public_template) = pair_generation(kind);
+        public_template.extend([Attribute::Token(false), Attribute::Verify(true)]);
+        let private_template = [
+            Attribute::Token(false),
+            Attribute::Private(true),
+            Attribute::Sensitive(true),
+            Attribute::Extractable(true),
+            Attribute::Sign(true),
+        ];
+        let (public, private) = self
+            .session
+            .generate_key_pair(&mechanism, &public_template, &private_template)
+            .doing(|| format!("generating a {kind} pair"))?;
+        let done = self.public_key(kind, public).and_then(|shown| work(self, shown, private));
+        self.forget(private)?;
+        self.forget(public)?;
+        done
+    }
+
+    /// For kinds that the module cannot wrap: the seed is drawn in the HSM, the pair is made here, and the seed goes back in
+    /// as a generic secret, to be wrapped.
+    fn seed_outside(&self, kind: KeyKind) -> Result<(WirePublicKey, Zeroizing<Vec<u8>>), Failure> {
+        if kind != KeyKind::Ed25519 {
+            let message = format!("the module cannot wrap {kind} keys, and only ed25519 can be made outside it");
+            return Err(Failure::new(FailureClass::Rejected, message));
+        }
+        let seed = Zeroizing::new(self.random(32)?);
+        let pair = aws_lc_rs::signature::Ed25519KeyPair::from_seed_unchecked(&seed)
+            .map_err(|e| Failure::new(FailureClass::Transient, format!("making an ed25519 pair: {e}")))?;
+        let public = aws_lc_rs::signature::KeyPair::public_key(&pair).as_ref().to_vec();
+        Ok((WirePublicKey::Ed25519(public), seed))
+    }
+
+    fn import_seed(&self, seed: &[u8], mut template: Vec<Attribute>) -> Result<ObjectHandle, Failure> {
+        // cryptoki's attribute is not wiped: a copy of this seed stays in the worker's heap until it is reused.
+        template.push(Attribute::Value(seed.to_vec()));
+        self.session.create_object(&template).doing(|| "importing an ed25519 seed".to_owned())
+    }
+
+    pub(super) fn wrap_under(&self, wrapping: ObjectHandle, object: ObjectHandle) -> Result<Vec<u8>, Failure> {
+        self.session.wrap_key(&self.wrap_mechanism(), wrapping, object).doing(|| "wrapping a key".to_owned())
+    }
+
+    pub(super) fn rewrap(&mut self, kind: KeyKind, wrapping_key: &KeyName, blob: &[u8]) -> Result<Vec<u8>, Failure> {
+        let transport = self.transport()?;
+        self.rewrap_under(kind, wrapping_key, transport, blob)
+    }
+
+    /// From one key to another; the keys are in clear inside the HSM alone.
+    pub(super) fn move_keys(
+        &mut self,
+        from: &KeyName,
+        to: &KeyName,
+        blobs: &[(KeyKind, Vec<u8>)],
+    ) -> Result<Vec<Vec<u8>>, Failure> {
+        let target = self.key(to)?;
+        blobs.iter().map(|(kind, blob)| self.rewrap_under(*kind, from, target, blob)).collect()
+    }
+
+    fn rewrap_under(
+        &mut self,
+        kind: KeyKind,
+        from: &KeyName,
+        to: ObjectHandle,
+        blob: &[u8],
+    ) -> Result<Vec<u8>, Failure> {
+        let keeping = self.key(from)?;
+        let template = if self.shared.unwrappable.contains(&kind) {
+            secret_template(KeyType::GENERIC_SECRET)
+        } else {
+            let key_type = match kind {
+                KeyKind::P256 | KeyKind::P384 => KeyType::EC,
+                KeyKind::Ed25519 => KeyType::EC_EDWARDS,
+                KeyKind::Rsa2048 | KeyKind::Rsa3072 | KeyKind::Rsa4096 => KeyType::RSA,
+            };
+            let mut template = secret_template(key_type);
+            template[0] = Attribute::Class(ObjectClass::PRIVATE_KEY);
+            template
+        };
+        let object = self
+            .session
+            .unwrap_key(&self.wrap_mechanism(), keeping, blob, &template)
+            .doing(|| format!("unwrapping a {kind} key under {from}"))?;
+        let rewrapped = self.wrap_under(to, object);
+        self.forget(object)?;
+        rewrapped
+    }
+
+    fn public_key(&self, kind: KeyKind, object: ObjectHandle) -> Result<WirePublicKey, Failure> {
+        let doing = || "reading a new public key".to_owned();
+        let missing = || Failure::new(FailureClass::Rejected, "the module does not show a new public key");
+        if kind.rsa_bits().is_some() {
+            let wanted = [AttributeType::Modulus, AttributeType::PublicExponent];
+            let found = self.session.get_attributes(object, &wanted).doing(doing)?;
+            let (mut modulus, mut exponent) = (None, None);
+            for attribute in found {
+                match attribute {
+                    Attribute::Modulus(bytes) => modulus = Some(bytes),
+                    Attribute::PublicExponent(bytes) => exponent = Some(bytes),
+                    _ => {}
+                }
+            }
+            let (modulus, exponent) = modulus.zip(exponent).ok_or_else(missing)?;
+            return Ok(WirePublicKey::Rsa { modulus, exponent });
+        }
+        let found = self.session.get_attributes(object, &[AttributeType::EcPoint]).doing(doing)?;
+        let Some(Attribute::EcPoint(point)) = found.into_iter().next() else { return Err(missing()) };
+        let point = raw_point(point);
+        Ok(if kind == KeyKind::Ed25519 { WirePublicKey::Ed25519(point) } else { WirePublicKey::Ec(point) })
+    }
+
+    /// Makes a token object with a template; the caller has checked that its names are free.
+    pub(crate) fn create_token_pair(
+        &self,
+        kind: KeyKind,
+        public_template: &[Attribute],
+        private_template: &[Attribute],
+    ) -> Result<WirePublicKey, Failure> {
+        let (mechanism, mut public) = pair_generation(kind);
+        public.extend_from_slice(public_template);
+        let (object, _) = self
+            .session
+            .generate_key_pair(&mechanism, &public, private_template)
+            .doing(|| format!("generating a {kind} pair on the token"))?;
+        self.public_key(kind, object)
+    }
+}
+
+/// A session object's template for a secret that is only passing through.
+fn secret_template(key_type: KeyType) -> Vec<Attribute> {
+    vec![
+        Attribute::Class(ObjectClass::SECRET_KEY),
+        Attribute::KeyType(key_type),
+        Attribute::Token(false),
+        Attribute::Private(true),
+        Attribute::Sensitive(true),
+        Attribute::Extractable(true),
+    ]
+}
+
+/// CKA_EC_POINT is a DER OCTET STRING (PKCS#11 v2.40 §2.3.3); some modules give the point itself.
+fn raw_point(point: Vec<u8>) -> Vec<u8> {
+    use der::Decode as _;
+    match <&der::asn1::OctetStringRef>::from_der(&point) {
+        Ok(inner) => inner.as_bytes().to_vec(),
+        Err(_) => point,
+    }
+}

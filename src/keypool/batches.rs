@@ -1,0 +1,77 @@
+//! Batches that take pairs: begun with a key of their own in the HSM.
+
+use super::{KeyPool, PoolError, SessionBatch};
+use crate::keys::BatchName;
+use crate::store::{Batch, BatchState, BatchStep, Keeping, Purpose};
+
+impl KeyPool {
+    /// The batch of a purpose that takes pairs; a new one if there is none.
+    pub(super) async fn open_batch(&self, purpose: Purpose) -> Result<Batch, PoolError> {
+        let _alone = self.planning.lock().await;
+        match self.find_open(purpose, None).await? {
+            Some(batch) => Ok(batch),
+            None => self.begin_batch(purpose).await,
+        }
+    }
+
+    /// A batch of the purpose that takes pairs and is another one than this.
+    pub(super) async fn open_batch_beside(&self, batch: &Batch) -> Result<Batch, PoolError> {
+        let _alone = self.planning.lock().await;
+        match self.find_open(batch.purpose, Some(batch.number)).await? {
+            Some(other) => Ok(other),
+            None => self.begin_batch(batch.purpose).await,
+        }
+    }
+
+    async fn find_open(&self, purpose: Purpose, except: Option<u64>) -> Result<Option<Batch>, PoolError> {
+        let keeping = self.keeping_of(purpose);
+        let closing = self.closing().clone();
+        let fits = |batch: &Batch| {
+            let takes = batch.state == BatchState::Open && batch.quarantined.is_none() && batch.keeping == keeping;
+            takes && batch.purpose == purpose && Some(batch.number) != except && !closing.contains(&batch.number)
+        };
+        // The newest: pairs are offered in the order of the batches.
+        Ok(self.store.batches().await?.into_iter().rev().find(fits))
+    }
+
+    async fn begin_batch(&self, purpose: Purpose) -> Result<Batch, PoolError> {
+        let above = self.notes().highest_on_token;
+        let planned = self.store.plan_batch(purpose, self.keeping_of(purpose), self.clock.now(), above).await?;
+        // A crash from here on finds the plan, and a key of that name or none: nothing can be wrapped under it before the
+        // batch is open, so the next start destroys the one and forgets the other.
+        if planned.keeping == Keeping::Wrapped {
+            self.hsm.create_batch_key(self.name(planned.number).await?).await?;
+        }
+        let batch = self.store.step_batch(planned.number, BatchStep::Open).await?;
+        tracing::info!(batch = batch.number, purpose = ?batch.purpose, "a batch of key pairs is begun");
+        Ok(batch)
+    }
+
+    /// New sessions find a batch for their pairs.
+    pub(super) async fn keep_a_batch_for_sessions(&self) -> Result<(), PoolError> {
+        if self.for_sessions.borrow().is_none() {
+            let batch = self.open_batch(Purpose::Sessions).await?;
+            self.use_for_sessions(&batch).await?;
+        }
+        Ok(())
+    }
+
+    pub(super) async fn use_for_sessions(&self, batch: &Batch) -> Result<(), PoolError> {
+        let name = self.name(batch.number).await?;
+        self.for_sessions.send_replace(Some(SessionBatch { name }));
+        Ok(())
+    }
+
+    /// The names of a batch on the token.
+    pub(super) async fn name(&self, number: u64) -> Result<BatchName, PoolError> {
+        Ok(BatchName { store: self.store.origin().await?.0, number })
+    }
+
+    /// Pairs of sessions are always kept wrapped: they come and go with the line.
+    const fn keeping_of(&self, purpose: Purpose) -> Keeping {
+        match purpose {
+            Purpose::Sessions => Keeping::Wrapped,
+            Purpose::Pool(_) => self.rules.keeping,
+        }
+    }
+}

@@ -1,0 +1,236 @@
+//! Taking a pair: each is in one hand at a time, and only the journal's transaction makes it a session's.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::OwnedRwLockReadGuard;
+
+use super::{KeyPool, PoolError, SessionBatch};
+use crate::hsm::HsmError;
+use crate::keys::{KeptKey, KeyKind, PublicKey, WrappedKey};
+use crate::names::KeyName;
+use crate::store::{PairId, PairToReserve, PooledPair, StoreError};
+
+/// Pairs that are read from the store at once; they wait on the shelf, wrapped.
+const SHELF: usize = 128;
+/// How long a session waits for a batch that takes its pair: the HSM may just be starting.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// The longest and the shortest time after which a station is asked to come again.
+const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(30));
+
+/// Ready pairs of one kind, the next ones to be given out; the others stay in the store.
+pub(super) struct Shelf {
+    kind: KeyKind,
+    content: Arc<Mutex<Content>>,
+    /// One caller fetches more at a time.
+    fetching: tokio::sync::Mutex<()>,
+}
+
+#[derive(Default)]
+struct Content {
+    waiting: VecDeque<(PairId, PooledPair)>,
+    in_hand: BTreeSet<PairId>,
+    /// The last pair that was fetched: those after it are in the store alone.
+    fetched: Option<PairId>,
+    /// Callers who found nothing since the last pair came.
+    turned_away: u32,
+}
+
+/// A pair in the hand of one call. Dropped, it goes back; [`Claim::spent`] when it is a session's.
+pub struct Claim {
+    id: PairId,
+    public: PublicKey,
+    kept: KeptKey,
+    pair: Option<PooledPair>,
+    content: Arc<Mutex<Content>>,
+    _user: OwnedRwLockReadGuard<()>,
+}
+
+/// Leave to wrap a session's pair under the key of the batch for sessions, until it is journaled.
+pub struct SessionLease {
+    batch: SessionBatch,
+    _user: OwnedRwLockReadGuard<()>,
+}
+
+impl SessionLease {
+    /// The key to wrap under.
+    pub fn key(&self) -> KeyName {
+        self.batch.name.key()
+    }
+
+    /// What the journal is told.
+    pub fn reserve(&self, kept: &KeptKey) -> Option<PairToReserve> {
+        match kept {
+            KeptKey::Wrapped(WrappedKey { wrapping_key, blob }) if *wrapping_key == self.key() => {
+                Some(PairToReserve::Made { batch: self.batch.name.number, blob: blob.clone() })
+            }
+            _ => None,
+        }
+    }
+}
+
+impl Claim {
+    /// The public half.
+    pub const fn public(&self) -> &PublicKey {
+        &self.public
+    }
+
+    /// How its private half is kept.
+    pub const fn kept(&self) -> &KeptKey {
+        &self.kept
+    }
+
+    /// What the journal is told.
+    pub const fn reserve(&self) -> PairToReserve {
+        PairToReserve::Pooled(self.id)
+    }
+
+    /// It is a session's, or it may be: the store's answer was lost. It does not go back. If it is still ready it is found
+    /// again when the shelf is filled from the beginning.
+    pub fn spent(mut self) {
+        self.pair = None;
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let mut content = self.content.lock().unwrap_or_else(PoisonError::into_inner);
+        content.in_hand.remove(&self.id);
+        if let Some(pair) = self.pair.take() {
+            content.waiting.push_front((self.id, pair));
+        }
+    }
+}
+
+impl Shelf {
+    pub(super) fn new(kind: KeyKind) -> Self {
+        Self { kind, content: Arc::default(), fetching: tokio::sync::Mutex::default() }
+    }
+
+    /// Forgets what is there of a batch; the store knows what became of it.
+    pub(super) fn clear(&self, batch: u64) {
+        self.content().waiting.retain(|(id, _)| id.batch != batch);
+    }
+
+    /// Begins again with the oldest pair of the store.
+    pub(super) fn begin_again(&self) {
+        let mut content = self.content();
+        content.waiting.clear();
+        content.fetched = None;
+    }
+
+    /// Pairs have come: those who were turned away may come again.
+    pub(super) fn more_came(&self) {
+        self.content().turned_away = 0;
+    }
+
+    fn take(&self) -> Option<(PairId, PooledPair)> {
+        let mut content = self.content();
+        let next = content.waiting.pop_front()?;
+        content.in_hand.insert(next.0);
+        Some(next)
+    }
+
+    fn content(&self) -> std::sync::MutexGuard<'_, Content> {
+        self.content.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl KeyPool {
+    /// A ready pair, the oldest batch's first. It is nobody else's until it is dropped.
+    pub async fn claim(&self, kind: KeyKind) -> Result<Claim, PoolError> {
+        let pool = self.pools.get(&kind).ok_or(PoolError::NoPool(kind))?;
+        if !*self.reconciled.borrow() {
+            return Err(self.not_begun());
+        }
+        let user = self.hold().await;
+        let taken = match pool.shelf.take() {
+            Some(taken) => Some(taken),
+            None => {
+                let _alone = pool.shelf.fetching.lock().await;
+                match pool.shelf.take() {
+                    Some(taken) => Some(taken),
+                    None => {
+                        self.fetch(&pool.shelf).await?;
+                        pool.shelf.take()
+                    }
+                }
+            }
+        };
+        pool.wake.notify_one();
+        let Some((id, pair)) = taken else { return Err(self.empty(kind)) };
+        let content = Arc::clone(&pool.shelf.content);
+        let public = PublicKey::from_spki_der(&pair.public_key);
+        let mut claim = match public {
+            Ok(public) => {
+                Claim { id, public, kept: pair.kept.clone(), pair: None, content, _user: user }
+            }
+            Err(e) => {
+                pool.shelf.content().in_hand.remove(&id);
+                let what = format!("pair {} of batch {}", id.number, id.batch);
+                return Err(StoreError::Damaged { store: "secret store", what, cause: e.to_string() }.into());
+            }
+        };
+        claim.pair = Some(pair);
+        Ok(claim)
+    }
+
+    /// Leave to make a pair for a session.
+    pub async fn lease_for_session(&self) -> Result<SessionLease, PoolError> {
+        let until = Instant::now() + PATIENCE;
+        let mut current = self.for_sessions.subscribe();
+        loop {
+            let wait = tokio::time::timeout_at(until.into(), current.wait_for(Option::is_some)).await;
+            let batch = wait.ok().and_then(|found| found.ok().and_then(|batch| *batch));
+            let batch = batch.ok_or_else(|| self.not_begun())?;
+            let user = self.hold().await;
+            // Whoever takes this batch's place has changed the value before waiting for us: looked at again, it holds.
+            if *self.for_sessions.borrow() == Some(batch) {
+                return Ok(SessionLease { batch, _user: user });
+            }
+        }
+    }
+
+    /// Puts the next pairs on the shelf.
+    async fn fetch(&self, shelf: &Shelf) -> Result<(), PoolError> {
+        let after = shelf.content().fetched;
+        let found = self.store.ready_pairs(shelf.kind, after, SHELF).await?;
+        let closing = self.closing().clone();
+        let mut content = shelf.content();
+        match found.last() {
+            Some((last, _)) => content.fetched = Some(*last),
+            // Whatever was left behind (a claim whose outcome nobody knew) is found by beginning again.
+            None => content.fetched = None,
+        }
+        // One that has just come back from a hand is here already.
+        let here: BTreeSet<_> = content.waiting.iter().map(|(id, _)| *id).collect();
+        let taken = |id: &PairId| content.in_hand.contains(id) || here.contains(id) || closing.contains(&id.batch);
+        let found: Vec<_> = found.into_iter().filter(|(id, _)| !taken(id)).collect();
+        content.waiting.extend(found);
+        Ok(())
+    }
+
+    fn empty(&self, kind: KeyKind) -> PoolError {
+        let Some(pool) = self.pools.get(&kind) else { return PoolError::NoPool(kind) };
+        let turned_away = {
+            let mut content = pool.shelf.content();
+            content.turned_away = content.turned_away.saturating_add(1);
+            content.turned_away
+        };
+        let filling = pool.filling();
+        let fill_rate = filling.rate.per_second();
+        // Each of those who wait needs one: the last of them comes when that many were made.
+        let retry_after = if fill_rate > 0.0 {
+            Duration::try_from_secs_f64(f64::from(turned_away) / fill_rate).unwrap_or(RETRY.1)
+        } else {
+            Duration::from_secs(1)
+        };
+        PoolError::Empty { kind, fill_rate, retry_after: retry_after.clamp(RETRY.0, RETRY.1), paused: filling.paused.clone() }
+    }
+
+    fn not_begun(&self) -> PoolError {
+        let why = self.notes().trouble.clone().unwrap_or_else(|| "the batches of key pairs are being looked at".to_owned());
+        PoolError::Hsm(HsmError::Unavailable { why, retry_after: Duration::from_secs(1) })
+    }
+}

@@ -1,0 +1,170 @@
+//! Filling a pool between its marks, in the background.
+
+use std::sync::{Arc, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::task::JoinSet;
+
+use super::rate::FillRate;
+use super::{KeyPool, LOOK, Pool, PoolError};
+use crate::hsm::{HsmError, KeepIn};
+use crate::keys::{KeptKey, KeyKind, PublicKey};
+use crate::store::{Batch, BatchStep, Keeping, PooledPair, Purpose, StoreError};
+
+/// Calls to the HSM at once for one kind, so that its threads have work while pairs are being stored.
+const AT_ONCE: usize = 4;
+/// Pairs of one call, and how long a call that makes more than one may take.
+const PER_CALL: u64 = 32;
+const CALL: Duration = Duration::from_millis(200);
+/// After a failure, before the next attempt.
+const PAUSE: Duration = Duration::from_secs(2);
+
+/// How the filling of one pool stands.
+#[derive(Default)]
+pub(super) struct Filling {
+    pub(super) running: bool,
+    pub(super) rate: FillRate,
+    /// Why it is not going on though it should.
+    pub(super) paused: Option<String>,
+    /// What an officer ordered.
+    ordered: Option<u64>,
+}
+
+impl Pool {
+    pub(super) fn filling(&self) -> MutexGuard<'_, Filling> {
+        self.filling.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Up to how many pairs it is to be filled now, if it is.
+    fn target(&self, ready: u64) -> Option<u64> {
+        let mut filling = self.filling();
+        let ordered = filling.ordered.filter(|ordered| ready < *ordered);
+        filling.ordered = ordered;
+        let begun = filling.running && ready < self.marks.high;
+        let due = ready < self.marks.low || begun;
+        let marked = due.then_some(self.marks.high);
+        let target = marked.into_iter().chain(ordered).max();
+        filling.running = target.is_some();
+        target
+    }
+}
+
+impl KeyPool {
+    /// Orders a filling: up to so many pairs, or up to the high mark. Answers up to how many.
+    pub fn order_fill(&self, kind: KeyKind, to: Option<u64>) -> Result<u64, PoolError> {
+        let pool = self.pools.get(&kind).ok_or(PoolError::NoPool(kind))?;
+        let to = to.unwrap_or(pool.marks.high);
+        pool.filling().ordered = Some(to);
+        pool.wake.notify_one();
+        Ok(to)
+    }
+
+    pub(super) async fn keep_filled(self: Arc<Self>, kind: KeyKind) {
+        let Some(pool) = self.pools.get(&kind) else { return };
+        // The sender lives as long as this value.
+        let _ = self.reconciled.subscribe().wait_for(|done| *done).await;
+        loop {
+            let filled = self.fill(kind, pool).await;
+            let paused = filled.err().map(|error| error.to_string());
+            let news = {
+                let mut filling = pool.filling();
+                let news = filling.paused != paused;
+                filling.paused.clone_from(&paused);
+                news
+            };
+            if let Some(why) = paused.as_ref().filter(|_| news) {
+                tracing::warn!(%kind, %why, "the filling of a pool is paused; it goes on by itself");
+            }
+            let rest = if paused.is_some() { PAUSE } else { LOOK };
+            tokio::select! {
+                () = pool.wake.notified(), if paused.is_none() => {}
+                () = tokio::time::sleep(rest) => {}
+            }
+        }
+    }
+
+    /// Fills the pool if it is below its low mark or ordered to be filled; returns when nothing is left to do.
+    async fn fill(&self, kind: KeyKind, pool: &Pool) -> Result<(), PoolError> {
+        loop {
+            let ready = self.offered(kind).await?;
+            let Some(target) = pool.target(ready) else { return Ok(()) };
+            self.admit()?;
+            pool.filling().rate.begin(Instant::now());
+            let batch = self.open_batch(Purpose::Pool(kind)).await?;
+            let batch = self.fill_batch(kind, pool, batch, target.saturating_sub(ready)).await?;
+            if batch.taken_in >= self.rules.batch_size {
+                self.store.step_batch(batch.number, BatchStep::Seal).await?;
+            }
+        }
+    }
+
+    /// Puts so many pairs into a batch, or as many as it takes.
+    async fn fill_batch(&self, kind: KeyKind, pool: &Pool, mut batch: Batch, wanted: u64) -> Result<Batch, PoolError> {
+        let name = self.name(batch.number).await?;
+        let keep = match batch.keeping {
+            Keeping::Wrapped => KeepIn::Wrapped(name),
+            Keeping::Hsm => KeepIn::OnToken(name),
+        };
+        let mut left = wanted.min(self.rules.batch_size.saturating_sub(batch.taken_in)).max(1);
+        let mut calls = JoinSet::new();
+        let mut failed = None;
+        loop {
+            while calls.len() < AT_ONCE && left > 0 && failed.is_none() {
+                let (hsm, count) = (self.hsm.clone(), left.min(PER_CALL));
+                left -= count;
+                let at_most = u32::try_from(count).unwrap_or(u32::MAX);
+                calls.spawn(async move { (count, hsm.make_pairs(kind, keep, at_most, CALL).await) });
+            }
+            let Some(done) = calls.join_next().await else { break };
+            let (count, made) = done.map_err(|e| HsmError::Wrong(e.to_string()))?;
+            let added = match made {
+                // Where a call's time was over before all were made, the rest is asked for again.
+                Ok(made) => {
+                    left += count.saturating_sub(made.len() as u64);
+                    self.take_in(&batch, made).await
+                }
+                Err(error) => Err(error.into()),
+            };
+            match added {
+                Ok((grown, added)) => {
+                    batch = grown;
+                    pool.filling().rate.note(Instant::now(), added);
+                    pool.shelf.more_came();
+                }
+                // The other calls are waited for: what they made is not thrown away.
+                Err(error) => {
+                    failed.get_or_insert(error);
+                }
+            }
+        }
+        failed.map_or(Ok(batch), Err)
+    }
+
+    async fn take_in(&self, batch: &Batch, made: Vec<(PublicKey, KeptKey)>) -> Result<(Batch, u64), PoolError> {
+        let pair = |(public, kept): (PublicKey, KeptKey)| PooledPair { public_key: public.spki_der().to_vec(), kept };
+        let pairs: Vec<_> = made.into_iter().map(pair).collect();
+        let count = pairs.len() as u64;
+        match self.store.add_pairs(batch.number, pairs).await {
+            Ok(batch) => Ok((batch, count)),
+            Err(error) => {
+                // Wrapped ones are nothing without their row. Those on the token would stay there, unknown to anybody.
+                if batch.keeping == Keeping::Hsm && !matches!(error, StoreError::Failed { .. }) {
+                    self.destroy_strays(batch.number).await?;
+                }
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Ready pairs of a kind that may be offered.
+    pub(super) async fn offered(&self, kind: KeyKind) -> Result<u64, PoolError> {
+        let batches = self.store.batches().await?;
+        Ok(batches.iter().filter(|batch| batch.purpose == Purpose::Pool(kind)).map(Batch::offered).sum())
+    }
+
+    /// No pair is made that could not be stored.
+    fn admit(&self) -> Result<(), PoolError> {
+        let (free, floor) = self.journal.room()?;
+        if free < floor { Err(PoolError::NoRoom { free, floor }) } else { Ok(()) }
+    }
+}

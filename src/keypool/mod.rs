@@ -1,0 +1,229 @@
+//! Key pairs that are made in advance, and their end. RSA takes an HSM long; a line cannot wait.
+//!
+//! A **batch** is what shares a key in the HSM: the batch key, which wraps the private halves and does nothing else. Pairs made
+//! on the spot for a session are in batches as well, since they must be erased, too. A pair is in one place at any time:
+//!
+//! ```text
+//!             filled                claimed and journaled               Complete, abort, expiry
+//!  HSM ──────────────► ready pair ───────────────────────► of a session ──────────────────────► erased
+//!                          │                                    │                                 │
+//!                          └──────────── rewrapped ─────────────┘                                 ▼
+//!                                inside the HSM, to the next batch              the old batch's key destroyed, its file
+//!                                                                               overwritten: no copy of it can be opened
+//! ```
+//!
+//! One task looks after everything: [`KeyPool::run`]. What a crash left is put right by the same steps ([`reconcile`]).
+
+mod batches;
+mod claim;
+mod error;
+mod fill;
+mod rate;
+mod reconcile;
+mod shred;
+mod status;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Notify, OwnedRwLockReadGuard, RwLock, watch};
+use tokio::task::JoinSet;
+
+pub use claim::{Claim, SessionLease};
+pub use error::PoolError;
+pub use shred::{ShredOrder, Shredded};
+pub use status::{KindStatus, PoolStatus};
+
+use crate::clock::Clock;
+use crate::hsm::Hsm;
+use crate::keys::{BatchName, KeyKind};
+use crate::store::{Journal, Keeping, Registry, SecretStore};
+use claim::Shelf;
+use fill::Filling;
+
+/// How often the pool is looked after when nothing wakes it.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// What is kept in advance, and for how long what was erased may still be readable with an old copy of the disk.
+#[derive(Debug, Clone)]
+pub struct PoolRules {
+    /// How pairs are kept.
+    pub keeping: Keeping,
+    /// The longest time from an erasure to the end of the key that could open the pair.
+    pub shred_after: Duration,
+    /// Pairs of a batch.
+    pub batch_size: u64,
+    /// The pools, by kind.
+    pub pools: BTreeMap<KeyKind, Marks>,
+}
+
+/// Between which marks a pool is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Marks {
+    /// Below this many ready pairs it is filled …
+    pub low: u64,
+    /// … up to this many.
+    pub high: u64,
+}
+
+impl Default for PoolRules {
+    fn default() -> Self {
+        Self {
+            keeping: Keeping::Wrapped,
+            shred_after: Duration::from_secs(3600),
+            batch_size: 1000,
+            pools: BTreeMap::new(),
+        }
+    }
+}
+
+/// The pools and their batches.
+pub struct KeyPool {
+    hsm: Hsm,
+    store: Arc<dyn SecretStore>,
+    journal: Journal,
+    registry: Registry,
+    rules: PoolRules,
+    clock: Clock,
+    pools: BTreeMap<KeyKind, Pool>,
+    /// Held shared by whoever uses a batch's key or has a pair in hand; see [`Self::let_users_finish`].
+    users: Arc<RwLock<()>>,
+    /// The batch that takes the pairs of new sessions. None while there is none.
+    for_sessions: watch::Sender<Option<SessionBatch>>,
+    /// Whether what the store and the token say of each other has been looked at.
+    reconciled: watch::Sender<bool>,
+    /// Batches from which nothing is claimed, since they are being emptied.
+    closing: Mutex<BTreeSet<u64>>,
+    /// One batch is planned at a time.
+    planning: tokio::sync::Mutex<()>,
+    /// One batch is shredded at a time.
+    shredding: tokio::sync::Mutex<()>,
+    notes: Mutex<Notes>,
+    wake: Notify,
+}
+
+/// The batch for new sessions' pairs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct SessionBatch {
+    name: BatchName,
+}
+
+/// One kind's pool.
+struct Pool {
+    marks: Marks,
+    shelf: Shelf,
+    filling: Mutex<Filling>,
+    wake: Notify,
+}
+
+/// What is told in the status.
+#[derive(Default)]
+struct Notes {
+    /// Why the store counts as an old copy.
+    rolled_back: Option<String>,
+    /// What could not be done at the last look.
+    trouble: Option<String>,
+    /// The highest number of a batch that the token knows.
+    highest_on_token: u64,
+}
+
+impl KeyPool {
+    /// A pool; nothing happens before [`Self::run`].
+    pub fn new(
+        hsm: Hsm,
+        store: Arc<dyn SecretStore>,
+        journal: Journal,
+        registry: Registry,
+        rules: PoolRules,
+        clock: Clock,
+    ) -> Arc<Self> {
+        let pool = |(kind, marks): (&KeyKind, &Marks)| {
+            let (shelf, filling, wake) = (Shelf::new(*kind), Mutex::default(), Notify::new());
+            (*kind, Pool { marks: *marks, shelf, filling, wake })
+        };
+        let pools = rules.pools.iter().map(pool).collect();
+        Arc::new(Self {
+            hsm,
+            store,
+            journal,
+            registry,
+            rules,
+            clock,
+            pools,
+            users: Arc::default(),
+            for_sessions: watch::channel(None).0,
+            reconciled: watch::channel(false).0,
+            closing: Mutex::default(),
+            planning: tokio::sync::Mutex::default(),
+            shredding: tokio::sync::Mutex::default(),
+            notes: Mutex::default(),
+            wake: Notify::new(),
+        })
+    }
+
+    /// Reconciles, fills, shreds, destroys, for as long as this future lives. Dropping it at any point is a crash like any
+    /// other: the next start takes up what it left.
+    pub async fn run(self: Arc<Self>) {
+        let mut tasks = JoinSet::new();
+        for kind in self.pools.keys().copied() {
+            tasks.spawn(Arc::clone(&self).keep_filled(kind));
+        }
+        tasks.spawn(self.look_after());
+        while tasks.join_next().await.is_some() {}
+    }
+
+    async fn look_after(self: Arc<Self>) {
+        loop {
+            let looked = self.look().await;
+            let trouble = looked.err().map(|error| error.to_string());
+            let news = {
+                let mut notes = self.notes();
+                let news = notes.trouble != trouble;
+                notes.trouble.clone_from(&trouble);
+                news
+            };
+            if let Some(trouble) = trouble.filter(|_| news) {
+                tracing::warn!(%trouble, "the batches of key pairs could not be looked after; it is tried again");
+            }
+            tokio::select! {
+                () = self.wake.notified() => {}
+                () = tokio::time::sleep(LOOK) => {}
+            }
+        }
+    }
+
+    async fn look(&self) -> Result<(), PoolError> {
+        if !*self.reconciled.borrow() {
+            self.reconcile().await?;
+        }
+        self.keep_a_batch_for_sessions().await?;
+        self.destroy_condemned().await?;
+        self.shred_what_is_due().await
+    }
+
+    /// A pair was erased: something may be due.
+    pub fn erased(&self) {
+        self.wake.notify_one();
+    }
+
+    /// Whoever reads a pair from the store and opens it in the HSM holds this in between, so that its batch's key is not
+    /// destroyed meanwhile.
+    pub async fn hold(&self) -> OwnedRwLockReadGuard<()> {
+        Arc::clone(&self.users).read_owned().await
+    }
+
+    /// Waits until everybody who is in the middle of something now has finished it. Who comes later sees what was changed
+    /// before. Each holds it for a call to the HSM and one to the store, so the wait has the deadlines of these.
+    async fn let_users_finish(&self) {
+        drop(self.users.write().await);
+    }
+
+    fn notes(&self) -> std::sync::MutexGuard<'_, Notes> {
+        self.notes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn closing(&self) -> std::sync::MutexGuard<'_, BTreeSet<u64>> {
+        self.closing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

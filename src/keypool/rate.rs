@@ -1,0 +1,69 @@
+//! How fast a pool is being filled.
+
+use std::time::{Duration, Instant};
+
+/// A pause that ends a measurement.
+const GAP: Duration = Duration::from_secs(10);
+/// What is older counts half.
+const WINDOW: Duration = Duration::from_secs(60);
+
+/// Pairs per second of the current filling, or of the last one.
+#[derive(Debug, Default)]
+pub(super) struct FillRate(Option<Run>);
+
+#[derive(Debug)]
+struct Run {
+    begun: Instant,
+    last: Instant,
+    made: f64,
+}
+
+impl FillRate {
+    /// A filling begins.
+    pub(super) fn begin(&mut self, now: Instant) {
+        if self.0.as_ref().is_none_or(|run| now.duration_since(run.last) > GAP) {
+            self.0 = Some(Run { begun: now, last: now, made: 0.0 });
+        }
+    }
+
+    /// So many pairs more are ready.
+    pub(super) fn note(&mut self, now: Instant, pairs: u64) {
+        self.begin(now);
+        let Some(run) = &mut self.0 else { return };
+        run.made += pairs as f64;
+        run.last = now;
+        let elapsed = now.duration_since(run.begun);
+        if elapsed > WINDOW {
+            run.begun += elapsed / 2;
+            run.made /= 2.0;
+        }
+    }
+
+    /// 0 before anything was made.
+    pub(super) fn per_second(&self) -> f64 {
+        self.0.as_ref().map_or(0.0, |run| {
+            let elapsed = run.last.duration_since(run.begun).as_secs_f64();
+            if elapsed > 0.0 { run.made / elapsed } else { 0.0 }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_is_what_was_made_by_the_time_it_took() {
+        let (mut rate, begun) = (FillRate::default(), Instant::now());
+        assert_eq!(rate.per_second(), 0.0);
+        rate.begin(begun);
+        for second in 1..=300 {
+            rate.note(begun + Duration::from_secs(second), 10);
+        }
+        assert!((rate.per_second() - 10.0).abs() < 0.5, "{}", rate.per_second());
+        let later = begun + Duration::from_secs(1000);
+        rate.begin(later);
+        rate.note(later + Duration::from_secs(1), 3);
+        assert!((rate.per_second() - 3.0).abs() < 0.01, "a pause is no slow filling: {}", rate.per_second());
+    }
+}

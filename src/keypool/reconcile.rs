@@ -1,0 +1,131 @@
+//! What the store and the token say of each other, once at the start, both ways. A crash leaves a plan without its key, a key
+//! without its batch, or a pair on the token that no row names; an old copy of the store that was put back leaves more.
+
+use std::collections::BTreeSet;
+
+use super::{KeyPool, PoolError};
+use crate::hsm::OwnObjects;
+use crate::keys::{BatchName, KeptKey, StoreId};
+use crate::store::{Batch, BatchState, BatchStep, Keeping, Purpose};
+
+/// Pairs on the token that are compared at once: more than any module is good for.
+const ALL: usize = 1_000_000;
+
+impl KeyPool {
+    pub(super) async fn reconcile(&self) -> Result<(), PoolError> {
+        let (store, highest) = self.store.origin().await?;
+        let own = of_store(self.hsm.own_objects().await?, store);
+        let on_token = own.keys.iter().map(|key| key.number).chain(own.pairs.iter().map(|(batch, _)| batch.number));
+        self.notes().highest_on_token = on_token.max().unwrap_or(0);
+        let batches = self.store.batches().await?;
+        match self.evidence_of_an_old_copy(&own, &batches, highest).await? {
+            // Nothing is destroyed then: it may belong to the store that should be here.
+            Some(why) => self.quarantine_all(why).await?,
+            None => self.tidy_up(store, &own, &batches).await?,
+        }
+        self.reconciled.send_replace(true);
+        Ok(())
+    }
+
+    /// Why this store must be an old copy, if so.
+    async fn evidence_of_an_old_copy(
+        &self,
+        own: &OwnObjects,
+        batches: &[Batch],
+        highest: u64,
+    ) -> Result<Option<String>, PoolError> {
+        let keys: BTreeSet<_> = own.keys.iter().map(|key| key.number).collect();
+        let later = self.notes().highest_on_token;
+        if later > highest {
+            return Ok(Some(format!("the token has batch {later} of this store, which knows {highest} batches only")));
+        }
+        let lost = |batch: &&Batch| {
+            let lives = matches!(batch.state, BatchState::Open | BatchState::Sealed);
+            lives && batch.keeping == Keeping::Wrapped && batch.quarantined.is_none() && !keys.contains(&batch.number)
+        };
+        if let Some(batch) = batches.iter().find(lost) {
+            return Ok(Some(format!("the key of batch {} is not on the token: it was shredded", batch.number)));
+        }
+        if let Some(session) = self.registry.newest_session().await?
+            && !self.journal.knows(&session).await?
+        {
+            return Ok(Some(format!("the public database has a record of session {session}, of which nothing is known here")));
+        }
+        Ok(None)
+    }
+
+    /// The state store is an old copy: any pair that it calls ready may be on a device. None of them is offered any more.
+    pub async fn quarantine_all(&self, why: String) -> Result<(), PoolError> {
+        let why = format!("the state store was rolled back: {why}");
+        tracing::error!(%why, "no pair that was ready is offered any more; see sppctl pool status");
+        for batch in self.store.batches().await? {
+            let lives = matches!(batch.state, BatchState::Open | BatchState::Sealed);
+            if lives && batch.quarantined.is_none() && (batch.ready > 0 || batch.purpose == Purpose::Sessions) {
+                self.store.step_batch(batch.number, BatchStep::Quarantine(why.clone())).await?;
+            }
+        }
+        self.for_sessions.send_replace(None);
+        for pool in self.pools.values() {
+            pool.shelf.begin_again();
+            pool.wake.notify_one();
+        }
+        self.notes().rolled_back.get_or_insert(why);
+        self.wake.notify_one();
+        Ok(())
+    }
+
+    /// What a crash left.
+    async fn tidy_up(&self, store: StoreId, own: &OwnObjects, batches: &[Batch]) -> Result<(), PoolError> {
+        for batch in batches.iter().filter(|batch| batch.state == BatchState::Planned) {
+            // Nothing was ever wrapped under a key whose batch was not open.
+            self.hsm.destroy_batch_key(BatchName { store, number: batch.number }).await?;
+            self.store.forget_batch(batch.number).await?;
+        }
+        let known: BTreeSet<_> = batches.iter().map(|batch| batch.number).collect();
+        for key in own.keys.iter().filter(|key| !known.contains(&key.number)) {
+            // A batch is forgotten after its key is gone; one that came back was not destroyed durably.
+            tracing::warn!(batch = key.number, "a key of a batch that is over is still on the token; it is destroyed");
+            self.hsm.destroy_batch_key(*key).await?;
+        }
+        let with_pairs: BTreeSet<_> = own.pairs.iter().map(|(batch, _)| batch.number).collect();
+        for number in with_pairs {
+            self.destroy_strays(number).await?;
+        }
+        Ok(())
+    }
+
+    /// Destroys the pairs of a batch that are on the token and in no row: their making was cut off before anybody knew of them.
+    /// Nobody makes pairs for the batch meanwhile.
+    pub(super) async fn destroy_strays(&self, number: u64) -> Result<(), PoolError> {
+        let (store, _) = self.store.origin().await?;
+        let own = of_store(self.hsm.own_objects().await?, store);
+        let held = self.store.pairs_of_batch(number, ALL).await?;
+        let condemned = self.store.condemned(ALL).await?;
+        let kept = held.into_iter().filter_map(|held| match held.kept {
+            KeptKey::OnToken(pair) => Some(pair),
+            KeptKey::Wrapped(_) => None,
+        });
+        let named: BTreeSet<_> = kept.chain(condemned.into_iter().map(|condemned| condemned.pair)).collect();
+        let purpose = self.store.batches().await?.into_iter().find(|batch| batch.number == number);
+        for (_, pair) in own.pairs.iter().filter(|(batch, pair)| batch.number == number && !named.contains(pair)) {
+            tracing::warn!(batch = number, "a pair on the token that nothing names is destroyed");
+            match purpose.as_ref().map(|batch| batch.purpose) {
+                Some(Purpose::Pool(kind)) => self.hsm.destroy_pair(kind, pair).await?,
+                // Whose kind is not known any more is found as whatever it is.
+                _ => {
+                    for kind in [crate::keys::KeyKind::P256, crate::keys::KeyKind::Ed25519] {
+                        self.hsm.destroy_pair(kind, pair).await?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn of_store(own: OwnObjects, store: StoreId) -> OwnObjects {
+    OwnObjects {
+        keys: own.keys.into_iter().filter(|key| key.store == store).collect(),
+        pairs: own.pairs.into_iter().filter(|(batch, _)| batch.store == store).collect(),
+    }
+}

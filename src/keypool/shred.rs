@@ -1,0 +1,209 @@
+//! The end of a batch: what is left is rewrapped under the next batch's key, then the old key is destroyed in the HSM. From
+//! then on no copy of the disk can yield what was erased, not even with the HSM.
+
+use super::{KeyPool, PoolError};
+use crate::hsm::HsmError;
+use crate::keys::{BatchName, KeptKey, KeyKind, PublicKey};
+use crate::store::{Batch, BatchState, BatchStep, HeldPair, Keeping, MovedPair, Purpose, StoreError};
+
+/// Pairs that are moved in one call and one transaction.
+const CHUNK: usize = 32;
+/// Pairs on the token that are destroyed at one look.
+const CONDEMNED: usize = 256;
+
+/// Which batches an officer wants shredded now.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ShredOrder {
+    /// Of this kind alone; all if none.
+    pub kind: Option<KeyKind>,
+    /// Quarantined batches, too: their ready pairs are given up.
+    pub quarantined: bool,
+}
+
+/// What a shredding did.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Shredded {
+    /// Batches whose keys are destroyed.
+    pub batches: u64,
+    /// Pairs that live on under another key.
+    pub moved: u64,
+    /// Pairs that were given up.
+    pub discarded: u64,
+}
+
+impl KeyPool {
+    /// Shreds now what was erased since the last time. `progress` is told after each batch: done, of how many.
+    pub async fn shred(
+        &self,
+        order: &ShredOrder,
+        mut progress: impl FnMut(usize, usize),
+    ) -> Result<Shredded, PoolError> {
+        if !*self.reconciled.borrow() {
+            return Err(PoolError::Hsm(HsmError::Unavailable {
+                why: "the batches of key pairs have not been looked at yet".to_owned(),
+                retry_after: std::time::Duration::from_secs(1),
+            }));
+        }
+        let meant = |batch: &Batch| {
+            let kind = order.kind.is_none_or(|kind| batch.purpose == Purpose::Pool(kind));
+            let erased = batch.erased_since.is_some() && batch.quarantined.is_none();
+            kind && (erased || is_over(batch) || (order.quarantined && batch.quarantined.is_some()))
+        };
+        let batches: Vec<_> = self.store.batches().await?.into_iter().filter(meant).collect();
+        let mut shredded = Shredded::default();
+        progress(0, batches.len());
+        for (n, batch) in batches.iter().enumerate() {
+            self.shred_batch(batch.number, &mut shredded).await?;
+            progress(n + 1, batches.len());
+        }
+        Ok(shredded)
+    }
+
+    /// Shreds the batches that are used up, and those whose first erasure was so long ago.
+    pub(super) async fn shred_what_is_due(&self) -> Result<(), PoolError> {
+        let now = self.clock.now();
+        let mut failed = None;
+        for batch in self.store.batches().await? {
+            if is_over(&batch) || self.shred_at(&batch).is_some_and(|at| at <= now) {
+                // One batch that cannot be shredded must not keep the others.
+                if let Err(error) = self.shred_batch(batch.number, &mut Shredded::default()).await {
+                    failed.get_or_insert(error);
+                }
+            }
+        }
+        failed.map_or(Ok(()), Err)
+    }
+
+    /// When a batch is shredded at the latest; seconds since the Unix epoch.
+    pub(super) fn shred_at(&self, batch: &Batch) -> Option<u64> {
+        batch.erased_since.map(|since| since.saturating_add(self.rules.shred_after.as_secs()))
+    }
+
+    /// Each step is durable before the next one, and each may be the last: the next start, or the next look, goes on with
+    /// whatever is left of the batch.
+    async fn shred_batch(&self, number: u64, shredded: &mut Shredded) -> Result<(), PoolError> {
+        let _alone = self.shredding.lock().await;
+        let Some(batch) = self.store.batches().await?.into_iter().find(|batch| batch.number == number) else {
+            return Ok(());
+        };
+        self.closing().insert(number);
+        let done = self.shred_steps(&batch, shredded).await;
+        // A batch that could not be shredded offers its pairs again.
+        self.closing().remove(&number);
+        if done.is_err() && let Purpose::Pool(kind) = batch.purpose && let Some(pool) = self.pools.get(&kind) {
+            pool.shelf.begin_again();
+        }
+        done
+    }
+
+    async fn shred_steps(&self, batch: &Batch, shredded: &mut Shredded) -> Result<(), PoolError> {
+        let name = self.name(batch.number).await?;
+        if batch.state != BatchState::Emptied {
+            // 1. Another batch takes its place: from now on nothing new comes in, nothing is claimed from it.
+            let next = self.next_batch(batch).await?;
+            self.clear_shelves(batch);
+            // 2. Whoever was in the middle of something with it has finished; a shelf that was being filled meanwhile is
+            //    cleared once more.
+            self.let_users_finish().await;
+            self.clear_shelves(batch);
+            if batch.state == BatchState::Open {
+                self.store.step_batch(batch.number, BatchStep::Seal).await?;
+            }
+            // 3. What is left is moved, or given up if nobody may have it. A crash leaves some in one batch and some in the
+            //    other, each under the key of the one it is in.
+            if batch.quarantined.is_some() {
+                self.store.step_batch(batch.number, BatchStep::Discard).await?;
+                shredded.discarded += batch.ready;
+            }
+            if let Some(next) = next {
+                shredded.moved += self.move_what_is_left(batch, name, next.number).await?;
+            }
+            self.destroy_condemned().await?;
+            // 4. Whoever read a pair before it was moved has opened it.
+            self.let_users_finish().await;
+            // 5. Durably empty: a crash from here on only has the key left to destroy.
+            self.store.step_batch(batch.number, BatchStep::Empty).await?;
+        }
+        // 6. C_DestroyObject; the key is looked for and not found, and stays away after a power loss.
+        if batch.keeping == Keeping::Wrapped {
+            self.hsm.destroy_batch_key(name).await?;
+        }
+        // 7. The file is overwritten, then the batch is forgotten.
+        self.store.forget_batch(batch.number).await?;
+        shredded.batches += 1;
+        tracing::info!(batch = batch.number, purpose = ?batch.purpose, "a batch of key pairs is shredded: its key is gone");
+        Ok(())
+    }
+
+    /// Where the rest goes; none if there is no rest.
+    async fn next_batch(&self, batch: &Batch) -> Result<Option<Batch>, PoolError> {
+        let current = self.for_sessions.borrow().is_some_and(|current| current.name.number == batch.number);
+        if !current && batch.is_used_up() && batch.state == BatchState::Sealed {
+            return Ok(None);
+        }
+        if batch.keeping == Keeping::Hsm {
+            return Ok(None);
+        }
+        let next = self.open_batch_beside(batch).await?;
+        if current {
+            self.use_for_sessions(&next).await?;
+        }
+        Ok(Some(next))
+    }
+
+    async fn move_what_is_left(&self, batch: &Batch, name: BatchName, to: u64) -> Result<u64, PoolError> {
+        let target = BatchName { number: to, ..name };
+        let mut all = 0;
+        loop {
+            let held = self.store.pairs_of_batch(batch.number, CHUNK).await?;
+            if held.is_empty() {
+                return Ok(all);
+            }
+            let blobs = held.iter().map(blob_of).collect::<Result<Vec<_>, _>>()?;
+            let moved = self.hsm.move_keys(name, target, blobs).await?;
+            let pair = |(held, blob): (&HeldPair, Vec<u8>)| MovedPair { holder: held.holder, blob };
+            let pairs = held.iter().zip(moved).map(pair).collect();
+            // Those whose session has ended since are erased by now and not moved: the next look does not find them.
+            all += self.store.move_pairs(batch.number, to, pairs).await?;
+        }
+    }
+
+    /// Pairs on the token that are erased here.
+    pub(super) async fn destroy_condemned(&self) -> Result<(), PoolError> {
+        for condemned in self.store.condemned(CONDEMNED).await? {
+            self.hsm.destroy_pair(condemned.kind, &condemned.pair).await?;
+            // A crash before this finds it condemned still, and not on the token: that is no error.
+            self.store.destroyed(&condemned.pair).await?;
+        }
+        Ok(())
+    }
+
+    fn clear_shelves(&self, batch: &Batch) {
+        if let Purpose::Pool(kind) = batch.purpose
+            && let Some(pool) = self.pools.get(&kind)
+        {
+            pool.shelf.clear(batch.number);
+        }
+    }
+}
+
+/// Whether nothing is left of a batch but its key.
+fn is_over(batch: &Batch) -> bool {
+    match batch.state {
+        BatchState::Emptied => true,
+        BatchState::Sealed => batch.is_used_up(),
+        BatchState::Planned | BatchState::Open => false,
+    }
+}
+
+fn blob_of(held: &HeldPair) -> Result<(KeyKind, Vec<u8>), PoolError> {
+    let damaged = |cause: String| {
+        let what = format!("the pair of {:?}", held.holder);
+        PoolError::Store(StoreError::Damaged { store: "secret store", what, cause })
+    };
+    let public = PublicKey::from_spki_der(&held.public_key).map_err(|e| damaged(e.to_string()))?;
+    match &held.kept {
+        KeptKey::Wrapped(wrapped) => Ok((public.kind(), wrapped.blob.clone())),
+        KeptKey::OnToken(_) => Err(damaged("it is on the token and cannot be moved".to_owned())),
+    }
+}

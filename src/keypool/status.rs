@@ -1,0 +1,109 @@
+//! How the pools stand.
+
+use super::{KeyPool, PoolError};
+use crate::keys::KeyKind;
+use crate::store::{Batch, Keeping, PairCounts, Purpose};
+
+/// The pools at this moment.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PoolStatus {
+    /// How pairs are kept.
+    pub keeping: Keeping,
+    /// Whether store and token have been compared, and pairs are given out.
+    pub serving: bool,
+    /// One for each kind that has a pool.
+    pub kinds: Vec<KindStatus>,
+    /// Batches of pairs that are made on the spot.
+    pub session_batches: u64,
+    /// Pairs of unfinished sessions in them.
+    pub session_pairs: u64,
+    /// When the next of them is shredded at the latest; seconds since the Unix epoch.
+    pub session_next_shred: Option<u64>,
+    /// Pairs on the token that still have to be destroyed.
+    pub condemned: u64,
+    /// Why the store counts as an old copy, if so.
+    pub rolled_back: Option<String>,
+    /// What could not be done at the last look, and is tried again.
+    pub trouble: Option<String>,
+}
+
+/// One kind's pool.
+#[derive(Debug, Clone, PartialEq)]
+pub struct KindStatus {
+    /// The kind.
+    pub kind: KeyKind,
+    /// Below this many ready pairs it is filled.
+    pub low: u64,
+    /// Up to this many.
+    pub high: u64,
+    /// Pairs that wait for a device.
+    pub ready: u64,
+    /// Pairs of sessions that are not final.
+    pub reserved: u64,
+    /// Pairs that are not offered, since the store was an old copy.
+    pub quarantined: u64,
+    /// Pairs that were ever put in, reserved, given up.
+    pub counts: PairCounts,
+    /// Whether it is being filled.
+    pub filling: bool,
+    /// Pairs per second of this filling or the last one.
+    pub fill_rate: f64,
+    /// Why it is not filled though it should be, if so.
+    pub paused: Option<String>,
+    /// When the oldest batch with ready pairs was begun; seconds since the Unix epoch.
+    pub oldest: Option<u64>,
+    /// Batches, and with them keys on the token.
+    pub batches: u64,
+    /// When the next of them is shredded at the latest; seconds since the Unix epoch.
+    pub next_shred: Option<u64>,
+}
+
+/// Condemned pairs that are counted; more are as bad.
+const COUNTED: usize = 10_000;
+
+impl KeyPool {
+    /// How the pools stand.
+    pub async fn status(&self) -> Result<PoolStatus, PoolError> {
+        let batches = self.store.batches().await?;
+        let mut kinds = Vec::new();
+        for kind in self.pools.keys() {
+            kinds.extend(self.kind_status(*kind, &batches).await?);
+        }
+        let of_sessions = || batches.iter().filter(|batch| batch.purpose == Purpose::Sessions);
+        let condemned = self.store.condemned(COUNTED).await?.len() as u64;
+        let notes = self.notes();
+        Ok(PoolStatus {
+            keeping: self.rules.keeping,
+            serving: *self.reconciled.borrow(),
+            kinds,
+            session_batches: of_sessions().count() as u64,
+            session_pairs: of_sessions().map(|batch| batch.reserved).sum(),
+            session_next_shred: of_sessions().filter_map(|batch| self.shred_at(batch)).min(),
+            condemned,
+            rolled_back: notes.rolled_back.clone(),
+            trouble: notes.trouble.clone(),
+        })
+    }
+
+    async fn kind_status(&self, kind: KeyKind, all: &[Batch]) -> Result<Option<KindStatus>, PoolError> {
+        let Some(pool) = self.pools.get(&kind) else { return Ok(None) };
+        let counts = self.store.pair_counts(kind).await?;
+        let batches = || all.iter().filter(|batch| batch.purpose == Purpose::Pool(kind));
+        let filling = pool.filling();
+        Ok(Some(KindStatus {
+            kind,
+            low: pool.marks.low,
+            high: pool.marks.high,
+            ready: batches().map(Batch::offered).sum(),
+            reserved: batches().map(|batch| batch.reserved).sum(),
+            quarantined: batches().filter(|batch| batch.quarantined.is_some()).map(|batch| batch.ready).sum(),
+            counts,
+            filling: filling.running,
+            fill_rate: filling.rate.per_second(),
+            paused: filling.paused.clone(),
+            oldest: batches().filter(|batch| batch.offered() > 0).map(|batch| batch.created).min(),
+            batches: batches().count() as u64,
+            next_shred: batches().filter_map(|batch| self.shred_at(batch)).min(),
+        }))
+    }
+}

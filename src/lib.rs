@@ -29,6 +29,7 @@
 //! | [`certificate`] | profile → prepared → linted → issued; pure | nothing |
 //! | [`package`] | data package, sealing, backup, confirmation; pure | nothing |
 //! | [`store`] | state store and public database; hands out the proofs | sled, alone |
+//! | [`audit`] | what officers did, in a chain that only grows | its file |
 //! | [`rpc`] | services, callers, the table from errors to statuses, TLS, drain | gRPC |
 //! | [`device`] | the personal device, the reference for firmware authors | its flash file |
 //! | [`mod@line`] | what a station does | gRPC as a client, simulated devices |
@@ -53,6 +54,7 @@ pub mod proto {
     pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/spp_descriptor.bin"));
 }
 
+pub mod audit;
 pub mod certificate;
 pub mod config;
 pub mod device;

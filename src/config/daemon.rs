@@ -10,11 +10,12 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use serde::Deserialize;
 
+use super::audit::{AuditConfig, AuditShape};
 use super::stations::{StationShape, Stations};
 use super::{Faults, open_private, read_toml};
 use crate::certificate::{IssuerCertificate, Profile};
 use crate::hsm::{HsmConfig, KeyRegister, ModuleProfile, PinSource, SigningUse};
-use crate::keys::SignatureAlgorithm;
+use crate::keys::{SignatureAlgorithm, sha256};
 use crate::names::ProfileName;
 use crate::secret::SecretBytes;
 use crate::store::SledOptions;
@@ -41,6 +42,10 @@ pub struct DaemonConfig {
     pub stations: Stations,
     /// How it logs.
     pub log: LogConfig,
+    /// Where it records what officers do.
+    pub audit: AuditConfig,
+    /// SHA-256 of the file, which tells in the audit log what was in force.
+    pub fingerprint: [u8; 32],
 }
 
 /// The three listeners.
@@ -120,6 +125,11 @@ struct Shape {
     station: Vec<StationShape>,
     #[serde(default)]
     log: LogConfig,
+    #[serde(default)]
+    audit: AuditShape,
+    /// Of the text that this was read from.
+    #[serde(skip)]
+    fingerprint: [u8; 32],
 }
 
 #[derive(Deserialize)]
@@ -237,13 +247,16 @@ impl DaemonConfig {
             issuers,
             stations,
             log: shape.log,
+            audit: shape.audit.under(base),
+            fingerprint: shape.fingerprint,
         })
     }
 }
 
 fn read_shape(path: &Path, place: &str, faults: &mut Faults) -> Option<Shape> {
     let text = faults.note(place, std::fs::read_to_string(path))?;
-    read_toml(place, &text, faults)
+    let shape: Shape = read_toml(place, &text, faults)?;
+    Some(Shape { fingerprint: sha256(text.as_bytes()), ..shape })
 }
 
 /// Where relative paths of a file begin.
@@ -289,6 +302,15 @@ impl StoreConfig {
         let shape = read_shape(path, &place, &mut faults);
         let store = shape.map(|shape| check_store(&shape.store, &place, base_of(path), &mut faults));
         faults.ok_or_all(store)
+    }
+}
+
+impl AuditConfig {
+    /// Reads `[audit]` of `sppd.toml`, for making and verifying the log.
+    pub fn load(path: &Path) -> Result<Self, Faults> {
+        let mut faults = Faults::default();
+        let shape = read_shape(path, &path.display().to_string(), &mut faults);
+        faults.ok_or_all(shape.map(|shape| shape.audit.under(base_of(path))))
     }
 }
 

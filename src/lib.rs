@@ -31,6 +31,7 @@
 //! | [`store`] | state store and public database; hands out the proofs | sled, alone |
 //! | [`audit`] | what officers did, in a chain that only grows | its file |
 //! | [`rpc`] | services, callers, the table from errors to statuses, TLS, drain | gRPC |
+//! | [`web`] | metrics | HTTP |
 //! | [`device`] | the personal device, the reference for firmware authors | its flash file |
 //! | [`mod@line`] | what a station does | gRPC as a client, simulated devices |
 //! | [`officer`] | ceremonies, enrolment, status | the token (through [`hsm`]), gRPC as a client |
@@ -69,3 +70,4 @@ pub mod provisioning;
 pub mod rpc;
 pub mod secret;
 pub mod store;
+pub mod web;

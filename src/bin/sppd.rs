@@ -14,6 +14,7 @@ use spp::hsm::{Hsm, worker};
 use spp::provisioning::{Issuer, Product, Provisioner, keep_tidy};
 use spp::rpc::{Listening, NodeInfo};
 use spp::store::{Journal, Registry, SledPublicDatabase, SledStateStore};
+use spp::web::Metrics;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
@@ -90,6 +91,10 @@ async fn serve(config: DaemonConfig) -> Result<(), String> {
     let (journal, registry) = open_stores(&config)?;
     let audit = Arc::new(AuditLog::open(&config.audit.directory, &config.node).map_err(|e| e.to_string())?);
     let listening = Listening::bind(&config.listen).await.map_err(|e| e.to_string())?;
+    let metrics = match config.listen.metrics {
+        Some(address) => Some(Metrics::bind(address).await.map_err(|e| e.to_string())?),
+        None => None,
+    };
     record_start(&audit, &config.fingerprint).await?;
     let hsm = Hsm::start(config.hsm.clone());
     let (tls, listen, node) = (config.tls, config.listen, config.node);
@@ -104,9 +109,17 @@ async fn serve(config: DaemonConfig) -> Result<(), String> {
     let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     tracing::info!(line = %listen.line, officer = %listen.officer, public = %listen.public, %node, "listening");
     notify(&[NotifyState::Ready]);
+    let scraping = metrics.map(|metrics| tokio::spawn(metrics.serve(Arc::clone(&provisioner), stop.clone())));
     let node = NodeInfo { name: node, started };
-    let served = listening.serve(&tls, &provisioner, &audit, node, stop).await.map_err(|e| e.to_string());
+    let served = listening.serve(&tls, &provisioner, &audit, node, stop.clone()).await.map_err(|e| e.to_string());
     tidying.abort();
+    if let Some(scraping) = scraping {
+        // A listener that ended without a stop ends everything.
+        if !*stop.borrow() {
+            scraping.abort();
+        }
+        let _ = scraping.await;
+    }
     record_stop(&audit, &served).await;
     tracing::info!("drained; goodbye");
     served

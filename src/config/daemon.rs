@@ -48,7 +48,7 @@ pub struct DaemonConfig {
     pub fingerprint: [u8; 32],
 }
 
-/// The three listeners.
+/// The listeners.
 #[derive(Debug, Clone, Copy, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Listen {
@@ -58,6 +58,8 @@ pub struct Listen {
     pub officer: SocketAddr,
     /// Anybody, TLS.
     pub public: SocketAddr,
+    /// Metrics, plain HTTP, on this machine alone; none if absent.
+    pub metrics: Option<SocketAddr>,
 }
 
 /// PEM files, read.
@@ -229,6 +231,11 @@ impl DaemonConfig {
         }
         if let Err(e) = shape.log.level.parse::<tracing_subscriber::EnvFilter>() {
             faults.add(format!("{place}: log.level"), format!("{e}; write for example info or spp=debug,info"));
+        }
+        if shape.listen.metrics.is_some_and(|address| !address.ip().is_loopback()) {
+            let problem = "must be an address of this machine alone, 127.0.0.1:7446 or [::1]:7446: it is plain HTTP; for others, \
+                           put a proxy with TLS before it";
+            faults.add(format!("{place}: listen.metrics"), problem);
         }
         let seconds = shape.sessions.lifetime.as_secs();
         if !(60..=365 * 24 * 60 * 60).contains(&seconds) {

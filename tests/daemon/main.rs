@@ -8,6 +8,7 @@ mod callers;
 mod configuration;
 mod crash;
 mod floor;
+mod metrics;
 mod outside;
 mod refusals;
 mod secrets;

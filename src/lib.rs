@@ -30,7 +30,9 @@
 //! | [`certificate`] | profile → prepared → linted → issued; pure | nothing |
 //! | [`package`] | data package, sealing, backup, confirmation; pure | nothing |
 //! | [`store`] | state store and public database; hands out the proofs | sled, alone |
+//! | [`audit`] | what officers did, in a chain that only grows | its file |
 //! | [`rpc`] | services, callers, the table from errors to statuses, TLS, drain | gRPC |
+//! | [`web`] | metrics | HTTP |
 //! | [`device`] | the personal device, the reference for firmware authors | its flash file |
 //! | [`mod@line`] | what a station does | gRPC as a client, simulated devices |
 //! | [`officer`] | ceremonies, enrolment, status | the token (through [`hsm`]), gRPC as a client |
@@ -54,6 +56,7 @@ pub mod proto {
     pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/spp_descriptor.bin"));
 }
 
+pub mod audit;
 pub mod certificate;
 pub mod clock;
 pub mod config;
@@ -70,3 +73,4 @@ pub mod provisioning;
 pub mod rpc;
 pub mod secret;
 pub mod store;
+pub mod web;

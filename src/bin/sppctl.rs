@@ -6,8 +6,9 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use spp::audit::{self, AuditLog};
 use spp::certificate::AccessName;
-use spp::config::{HsmAccess, StoreConfig};
+use spp::config::{AuditConfig, HsmAccess, StoreConfig};
 use spp::hsm::{Ceremony, KeyRegister, ModuleProfile, PinSource, initialise_token};
 use spp::names::{OfficerName, StationName};
 use spp::officer::{self, CeremonyPlan, Enrolment, HsmFile};
@@ -40,12 +41,15 @@ enum Command {
     /// Key ceremonies: keys made inside the HSM.
     #[command(subcommand)]
     Ceremony(CeremonyCommand),
-    /// Make the state store and the public database. The daemon never does, so that a wrong path cannot start a second truth.
+    /// Make the state store, the public database and the audit log. The daemon never does, so that a wrong path cannot start a second truth.
     Init {
         /// The daemon's configuration.
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
     },
+    /// The audit log of officers' acts.
+    #[command(subcommand)]
+    Audit(AuditCommand),
     /// Assembly-line stations.
     #[command(subcommand)]
     Station(StationCommand),
@@ -107,6 +111,25 @@ enum CeremonyCommand {
         #[arg(long, value_name = "DIR")]
         out: PathBuf,
         /// Tell the transcript as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Subcommand)]
+enum AuditCommand {
+    /// Make the audit log alone, for a site whose stores exist already. `sppctl init` makes it together with them.
+    Init {
+        /// The daemon's configuration.
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+    },
+    /// Read the whole log and tell whether its chain is whole, or where it breaks. The daemon may run meanwhile.
+    Verify {
+        /// The daemon's configuration.
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+        /// Tell it as JSON.
         #[arg(long)]
         json: bool,
     },
@@ -184,6 +207,8 @@ fn run(command: Command) -> Result<(), String> {
         }
         Command::Ceremony(CeremonyCommand::Run { file, hsm, out, json }) => ceremony(&file, &hsm, &out, json),
         Command::Init { config } => init(&config),
+        Command::Audit(AuditCommand::Init { config }) => audit_init(&config),
+        Command::Audit(AuditCommand::Verify { config, json }) => audit_verify(&config, json),
         Command::Station(StationCommand::Enroll { name, common }) => enroll(AccessName::Station(name), common),
         Command::Officer(OfficerCommand::Enroll { name, common }) => enroll(AccessName::Officer(name), common),
         Command::Server(ServerCommand::Enroll { dns, ip, common }) => {
@@ -237,6 +262,26 @@ fn init(config: &Path) -> Result<(), String> {
     println!("made the state store {}", store.state.display());
     SledPublicDatabase::create(&store.public, &store.public_options).map_err(|e| e.to_string())?;
     println!("made the public database {}", store.public.display());
+    audit_init(config)
+}
+
+fn audit_init(config: &Path) -> Result<(), String> {
+    let audit = AuditConfig::load(config).map_err(|e| e.to_string())?;
+    AuditLog::create(&audit.directory).map_err(|e| e.to_string())?;
+    println!("made the audit log {}", audit.directory.display());
+    Ok(())
+}
+
+fn audit_verify(config: &Path, json: bool) -> Result<(), String> {
+    let audit = AuditConfig::load(config).map_err(|e| e.to_string())?;
+    let found = audit::verify(&audit.directory);
+    if json {
+        println!("{:#}", audit::verified_json(&found));
+    }
+    let verified = found.map_err(|e| e.to_string())?;
+    if !json {
+        println!("{verified}");
+    }
     Ok(())
 }
 

@@ -8,11 +8,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::Parser;
 use sd_notify::NotifyState;
+use spp::audit::{self, AuditLog, Entry, Outcome};
 use spp::config::{DaemonConfig, LogConfig, LogFormat};
 use spp::hsm::{Hsm, worker};
 use spp::provisioning::{Issuer, Product, Provisioner, keep_tidy};
 use spp::rpc::{Listening, NodeInfo};
 use spp::store::{Journal, Registry, SledPublicDatabase, SledStateStore};
+use spp::web::Metrics;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
@@ -84,10 +86,16 @@ fn start_logging(log: &LogConfig) {
     }
 }
 
-/// Opens the stores, starts the HSM's worker, takes up what a crash left, serves, drains.
+/// Opens stores and audit log, starts the HSM's worker, takes up what a crash left, serves, drains.
 async fn serve(config: DaemonConfig) -> Result<(), String> {
     let (journal, registry) = open_stores(&config)?;
+    let audit = Arc::new(AuditLog::open(&config.audit.directory, &config.node).map_err(|e| e.to_string())?);
     let listening = Listening::bind(&config.listen).await.map_err(|e| e.to_string())?;
+    let metrics = match config.listen.metrics {
+        Some(address) => Some(Metrics::bind(address).await.map_err(|e| e.to_string())?),
+        None => None,
+    };
+    record_start(&audit, &config.fingerprint).await?;
     let hsm = Hsm::start(config.hsm.clone());
     let (tls, listen, node) = (config.tls, config.listen, config.node);
     let products = products(config.profiles, config.issuers);
@@ -101,11 +109,35 @@ async fn serve(config: DaemonConfig) -> Result<(), String> {
     let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     tracing::info!(line = %listen.line, officer = %listen.officer, public = %listen.public, %node, "listening");
     notify(&[NotifyState::Ready]);
+    let scraping = metrics.map(|metrics| tokio::spawn(metrics.serve(Arc::clone(&provisioner), stop.clone())));
     let node = NodeInfo { name: node, started };
-    let served = listening.serve(&tls, &provisioner, node, stop).await.map_err(|e| e.to_string());
+    let served = listening.serve(&tls, &provisioner, &audit, node, stop.clone()).await.map_err(|e| e.to_string());
     tidying.abort();
+    if let Some(scraping) = scraping {
+        // A listener that ended without a stop ends everything.
+        if !*stop.borrow() {
+            scraping.abort();
+        }
+        let _ = scraping.await;
+    }
+    record_stop(&audit, &served).await;
     tracing::info!("drained; goodbye");
     served
+}
+
+/// A daemon whose start cannot be recorded does not start: nothing that it does could be.
+async fn record_start(audit: &AuditLog, configuration: &[u8; 32]) -> Result<(), String> {
+    let entry = Entry::new("sppd", "start", Outcome::Done)
+        .with("version", env!("CARGO_PKG_VERSION"))
+        .with("configuration", hex::encode(configuration));
+    audit.record(entry).await.map(drop).map_err(|e| e.to_string())
+}
+
+async fn record_stop(audit: &AuditLog, served: &Result<(), String>) {
+    let outcome = served.clone().map_or_else(Outcome::Failed, |()| Outcome::Done);
+    if let Err(error) = audit.record(Entry::new("sppd", "stop", outcome)).await {
+        tracing::error!(%error, "the stop is not in the audit log");
+    }
 }
 
 fn open_stores(config: &DaemonConfig) -> Result<(Journal, Registry), String> {
@@ -174,6 +206,8 @@ async fn check(config: DaemonConfig) -> Result<(), String> {
     let records = registry.count().await.map_err(|e| e.to_string())?;
     println!("state store    {}: {unfinished} unfinished sessions", config.store.state.display());
     println!("public         {}: {records} records", config.store.public.display());
+    let verified = audit::verify(&config.audit.directory).map_err(|e| e.to_string())?;
+    println!("audit log      {}: {verified}", config.audit.directory.display());
     println!("disk           {free} octets free, new devices need {floor}");
     if free < floor {
         return Err("the disk has less room than the floor: no new device would be accepted".to_owned());

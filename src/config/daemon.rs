@@ -10,11 +10,12 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use serde::Deserialize;
 
+use super::audit::{AuditConfig, AuditShape};
 use super::stations::{StationShape, Stations};
 use super::{Faults, open_private, read_toml};
 use crate::certificate::{IssuerCertificate, Profile};
 use crate::hsm::{HsmConfig, KeyRegister, ModuleProfile, PinSource, SigningUse};
-use crate::keys::SignatureAlgorithm;
+use crate::keys::{SignatureAlgorithm, sha256};
 use crate::names::ProfileName;
 use crate::secret::SecretBytes;
 use crate::store::SledOptions;
@@ -41,9 +42,13 @@ pub struct DaemonConfig {
     pub stations: Stations,
     /// How it logs.
     pub log: LogConfig,
+    /// Where it records what officers do.
+    pub audit: AuditConfig,
+    /// SHA-256 of the file, which tells in the audit log what was in force.
+    pub fingerprint: [u8; 32],
 }
 
-/// The three listeners.
+/// The listeners.
 #[derive(Debug, Clone, Copy, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Listen {
@@ -53,6 +58,8 @@ pub struct Listen {
     pub officer: SocketAddr,
     /// Anybody, TLS.
     pub public: SocketAddr,
+    /// Metrics, plain HTTP, on this machine alone; none if absent.
+    pub metrics: Option<SocketAddr>,
 }
 
 /// PEM files, read.
@@ -120,6 +127,11 @@ struct Shape {
     station: Vec<StationShape>,
     #[serde(default)]
     log: LogConfig,
+    #[serde(default)]
+    audit: AuditShape,
+    /// Of the text that this was read from.
+    #[serde(skip)]
+    fingerprint: [u8; 32],
 }
 
 #[derive(Deserialize)]
@@ -220,6 +232,11 @@ impl DaemonConfig {
         if let Err(e) = shape.log.level.parse::<tracing_subscriber::EnvFilter>() {
             faults.add(format!("{place}: log.level"), format!("{e}; write for example info or spp=debug,info"));
         }
+        if shape.listen.metrics.is_some_and(|address| !address.ip().is_loopback()) {
+            let problem = "must be an address of this machine alone, 127.0.0.1:7446 or [::1]:7446: it is plain HTTP; for others, \
+                           put a proxy with TLS before it";
+            faults.add(format!("{place}: listen.metrics"), problem);
+        }
         let seconds = shape.sessions.lifetime.as_secs();
         if !(60..=365 * 24 * 60 * 60).contains(&seconds) {
             faults.add(format!("{place}: sessions.lifetime"), "must be from 1 minute to 1 year, for example \"24h\"");
@@ -237,13 +254,16 @@ impl DaemonConfig {
             issuers,
             stations,
             log: shape.log,
+            audit: shape.audit.under(base),
+            fingerprint: shape.fingerprint,
         })
     }
 }
 
 fn read_shape(path: &Path, place: &str, faults: &mut Faults) -> Option<Shape> {
     let text = faults.note(place, std::fs::read_to_string(path))?;
-    read_toml(place, &text, faults)
+    let shape: Shape = read_toml(place, &text, faults)?;
+    Some(Shape { fingerprint: sha256(text.as_bytes()), ..shape })
 }
 
 /// Where relative paths of a file begin.
@@ -289,6 +309,15 @@ impl StoreConfig {
         let shape = read_shape(path, &place, &mut faults);
         let store = shape.map(|shape| check_store(&shape.store, &place, base_of(path), &mut faults));
         faults.ok_or_all(store)
+    }
+}
+
+impl AuditConfig {
+    /// Reads `[audit]` of `sppd.toml`, for making and verifying the log.
+    pub fn load(path: &Path) -> Result<Self, Faults> {
+        let mut faults = Faults::default();
+        let shape = read_shape(path, &path.display().to_string(), &mut faults);
+        faults.ok_or_all(shape.map(|shape| shape.audit.under(base_of(path))))
     }
 }
 

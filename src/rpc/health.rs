@@ -14,7 +14,7 @@ const LOOK: Duration = Duration::from_secs(2);
 const LINE: &str = "spp.v1.Line";
 
 /// Why no new device is taken now, if so.
-pub(super) fn line_trouble(provisioner: &Provisioner) -> Option<String> {
+pub(crate) fn line_trouble(provisioner: &Provisioner) -> Option<String> {
     let hsm = provisioner.hsm().status();
     if !hsm.ready {
         return Some(format!("the HSM is not ready: {}", hsm.trouble));

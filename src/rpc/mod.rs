@@ -14,5 +14,6 @@ mod recovery;
 mod serve;
 mod status;
 
+pub(crate) use health::line_trouble;
 pub use officer::NodeInfo;
 pub use serve::{Listening, ServeError};

@@ -7,6 +7,7 @@ use tonic::{Request, Response, Status, async_trait};
 use super::door::Door;
 use super::health::line_trouble;
 use super::{callers, messages};
+use crate::audit::AuditLog;
 use crate::proto;
 use crate::proto::officer_server::Officer;
 use crate::provisioning::{ProvisionError, Provisioner};
@@ -24,6 +25,9 @@ pub(super) struct OfficerService {
     pub(super) provisioner: Arc<Provisioner>,
     pub(super) node: NodeInfo,
     pub(super) door: Door,
+    /// Where acts are recorded before they are done. To tell the status is none.
+    #[expect(dead_code, reason = "no call of this service changes anything yet")]
+    pub(super) audit: Arc<AuditLog>,
 }
 
 #[async_trait]

@@ -15,6 +15,7 @@ use super::health;
 use super::line::LineService;
 use super::officer::{NodeInfo, OfficerService};
 use super::recovery::RecoveryService;
+use crate::audit::AuditLog;
 use crate::config::{Listen, TlsConfig};
 use crate::proto::DESCRIPTORS;
 use crate::proto::line_server::LineServer;
@@ -81,6 +82,7 @@ impl Listening {
         self,
         tls: &TlsConfig,
         provisioner: &Arc<Provisioner>,
+        audit: &Arc<AuditLog>,
         node: NodeInfo,
         stop: watch::Receiver<bool>,
     ) -> Result<(), ServeError> {
@@ -88,7 +90,8 @@ impl Listening {
         let reporting = tokio::spawn(health::report(reporter, Arc::clone(provisioner)));
         let line = LineServer::new(LineService { provisioner: Arc::clone(provisioner), door: Door::line() })
             .max_decoding_message_size(MAX_REQUEST);
-        let officer = OfficerService { provisioner: Arc::clone(provisioner), node, door: Door::officer() };
+        let (for_officers, audit) = (Arc::clone(provisioner), Arc::clone(audit));
+        let officer = OfficerService { provisioner: for_officers, node, door: Door::officer(), audit };
         let officer = OfficerServer::new(officer).max_decoding_message_size(MAX_REQUEST);
         let recovery =
             RecoveryServer::new(RecoveryService { provisioner: Arc::clone(provisioner), door: Door::public() })

@@ -3,10 +3,12 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test's helpers are part of the test")]
 #![expect(clippy::disallowed_types, reason = "tests are gRPC clients: they read statuses")]
 
+mod audit;
 mod callers;
 mod configuration;
 mod crash;
 mod floor;
+mod metrics;
 mod outside;
 mod refusals;
 mod secrets;

@@ -232,20 +232,23 @@ fn copy_directory(from: &Path, to: &Path) {
     }
 }
 
-/// Three ports for a daemon that is killed and started again: below those that the system gives to clients (from 32768 on),
-/// so that no connection of another test takes one of them meanwhile.
 fn free_ports() -> [u16; 3] {
+    std::array::from_fn(|_| free_port())
+}
+
+/// A port for a daemon that is killed and started again: below those that the system gives to clients (from 32768 on),
+/// so that no connection of another test takes it meanwhile.
+pub fn free_port() -> u16 {
     const FIRST: u32 = 15_000;
     const COUNT: u32 = 17_000;
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let begin = std::process::id().wrapping_mul(97);
-    let next = || loop {
+    loop {
         let step = NEXT.fetch_add(1, Ordering::Relaxed);
         assert!(step < COUNT, "no port is free");
         let port = u16::try_from(FIRST + begin.wrapping_add(step) % COUNT).unwrap();
         if TcpListener::bind(("127.0.0.1", port)).is_ok() {
             return port;
         }
-    };
-    [next(), next(), next()]
+    }
 }

@@ -7,11 +7,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use spp::keys::{SignatureAlgorithm, WrappedKey};
+use spp::keys::SignatureAlgorithm;
 use spp::names::{ChipId, SessionId};
 use spp::store::{
-    CertificateToSign, DeviceRecord, PublicDatabase, Publication, Session, SessionState, SledOptions,
-    SledPublicDatabase, SledStateStore, StateName, StateStore,
+    BatchStep, CertificateToSign, DeviceRecord, Keeping, PairToReserve, PublicDatabase, Publication, Purpose,
+    SecretStore, Session, SessionState, SledOptions, SledPublicDatabase, SledStateStore, StateName, StateStore,
 };
 
 const RUN: Duration = Duration::from_secs(5);
@@ -26,6 +26,8 @@ async fn main() -> Result<(), Failure> {
     for callers in [1, 8, 64] {
         let dir = base.path().join(format!("state-{callers}"));
         let store = Arc::new(SledStateStore::create(&dir, &SledOptions::default())?);
+        store.plan_batch(Purpose::Sessions, Keeping::Wrapped, 0, 0).await?;
+        store.step_batch(1, BatchStep::Open).await?;
         let devices = measure(callers, move |n| {
             let store = store.clone();
             async move { way_of_one_device(&*store, n).await }
@@ -81,9 +83,9 @@ fn report(what: &str, callers: u64, commits: u32, times: Vec<Duration>) {
 
 async fn way_of_one_device(store: &dyn StateStore, n: u64) -> Result<(), Failure> {
     let session = session(n)?;
-    let key = WrappedKey { wrapping_key: "batch-1".parse()?, blob: vec![5; 80] };
+    let pair = PairToReserve::Made { batch: 1, blob: vec![5; 80] };
     let publication = Publication { index: n, record_hash: [9; 32], published: n };
-    store.reserve(&session, Some(&key)).await?;
+    store.reserve(&session, Some(&pair)).await?;
     let steps = [
         (StateName::Reserved, SessionState::Issued { certificate: vec![6; 700] }),
         (StateName::Issued, SessionState::Published { publication }),

@@ -13,9 +13,10 @@ use std::time::{Duration, Instant};
 
 use site::{SPPD, Site, write_private};
 use spp::hsm::{
-    Derivation, DeviceKeyOrder, HeldKeyOrder, Hsm, HsmConfig, HsmError, KeyRegister, ModuleProfile, PinSource,
+    Derivation, DeviceKeyOrder, HeldKeyOrder, Hsm, HsmConfig, HsmError, KeyRegister, ModuleProfile, PairOrder,
+    PinSource,
 };
-use spp::keys::{KeyKind, SignatureAlgorithm};
+use spp::keys::{BatchName, KeyKind, SignatureAlgorithm, StoreId};
 
 /// What the daemon would start the HSM with, at this site.
 fn config(site: &Site) -> HsmConfig {
@@ -33,8 +34,12 @@ fn config(site: &Site) -> HsmConfig {
 async fn serving(config: HsmConfig) -> Hsm {
     let hsm = Hsm::start(config);
     hsm.ready(Duration::from_secs(20)).await.unwrap();
+    hsm.create_batch_key(BATCH).await.unwrap();
     hsm
 }
+
+/// Under whose key pairs are wrapped here.
+const BATCH: BatchName = BatchName { store: StoreId::from_random([7; 8]), number: 1 };
 
 fn derivation(number: usize) -> Derivation {
     let identity = format!("serial:{number}").parse().unwrap();
@@ -68,8 +73,9 @@ async fn mixed(hsm: &Hsm, number: usize) -> Result<(), HsmError> {
 }
 
 /// A new pair whose private half works.
-async fn pair(hsm: &Hsm, kind: KeyKind, number: usize) -> Result<spp::hsm::NewKeyPair, HsmError> {
-    let order = DeviceKeyOrder { pair: Some(kind), derivations: vec![derivation(number)], random: 16 };
+async fn pair(hsm: &Hsm, kind: KeyKind, number: usize) -> Result<spp::hsm::DeliveredPair, HsmError> {
+    let wrapped = Some(PairOrder::Make(kind, BATCH.key()));
+    let order = DeviceKeyOrder { pair: wrapped, derivations: vec![derivation(number)], random: 16 };
     let keys = hsm.device_keys(&order).await?;
     assert_eq!((keys.derived[0].expose().len(), keys.random.len()), (32, 16));
     let pair = keys.pair.unwrap();
@@ -347,7 +353,7 @@ async fn a_destroyed_key_is_gone_and_the_others_serve_on() {
     pair(&hsm, KeyKind::P256, 0).await.unwrap();
     let unknown = hsm.destroy(&"unheard-of".parse().unwrap()).await;
     assert!(matches!(unknown, Err(HsmError::Refused(why)) if why.contains("not in the register")));
-    hsm.destroy(&"wrap-1".parse().unwrap()).await.unwrap();
+    hsm.destroy(&"access".parse().unwrap()).await.unwrap();
     for number in 0..50 {
         hsm.derive(vec![derivation(number)]).await.unwrap();
     }
@@ -355,5 +361,5 @@ async fn a_destroyed_key_is_gone_and_the_others_serve_on() {
     drop(hsm);
     let hsm = Hsm::start(config(&site));
     let why = hsm.ready(Duration::from_secs(2)).await.unwrap_err().to_string();
-    assert!(why.contains("the key wrap-1") && why.contains("is not on the token"), "{why}");
+    assert!(why.contains("the key access") && why.contains("is not on the token"), "{why}");
 }

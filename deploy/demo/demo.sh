@@ -123,7 +123,7 @@ make_token() {
 }
 
 run_ceremony() {
-    step 'The key ceremony: manufacturer key, master key, wrapping key, access CA, all inside the token'
+    step 'The key ceremony: manufacturer key, master key, access CA, all inside the token'
     run "$bin/sppctl" ceremony run "$dir/ceremony.toml" --hsm "$dir/hsm.toml" --out "$dir/keys"
     run "$bin/sppctl" init --config "$dir/sppd.toml"
 }

@@ -11,7 +11,7 @@ use spp::certificate::AccessName;
 use spp::config::{AuditConfig, HsmAccess, StoreConfig};
 use spp::hsm::{Ceremony, KeyRegister, ModuleProfile, PinSource, initialise_token};
 use spp::names::{OfficerName, StationName};
-use spp::officer::{self, CeremonyPlan, Enrolment, HsmFile};
+use spp::officer::{self, CeremonyPlan, Enrolment, HsmFile, PoolCommand};
 use spp::store::{SledPublicDatabase, SledStateStore};
 
 /// The security officer's tool: tokens, key ceremonies, stores, enrolment, status.
@@ -59,6 +59,9 @@ enum Command {
     /// The daemon's own TLS certificate.
     #[command(subcommand)]
     Server(ServerCommand),
+    /// Key pairs that are made in advance.
+    #[command(subcommand)]
+    Pool(PoolCommand),
     /// Tell how the running daemon is.
     Status {
         /// The officer listener, https://HOST:PORT.
@@ -217,6 +220,7 @@ fn run(command: Command) -> Result<(), String> {
             }
             enroll(AccessName::Server { dns, ips: ip }, common)
         }
+        Command::Pool(command) => pool(command),
         Command::Status { server, tls, wait, json } => status(&server, &tls, wait, json),
     }
 }
@@ -294,6 +298,11 @@ fn enroll(name: AccessName, args: EnrollArgs) -> Result<(), String> {
         println!("wrote {}", path.display());
     }
     Ok(())
+}
+
+fn pool(command: PoolCommand) -> Result<(), String> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| e.to_string())?;
+    runtime.block_on(command.run()).map_err(|e| e.to_string())
 }
 
 fn status(server: &str, tls: &Path, wait: Option<Duration>, json: bool) -> Result<(), String> {

@@ -10,10 +10,12 @@ use clap::Parser;
 use sd_notify::NotifyState;
 use spp::audit::{self, AuditLog, Entry, Outcome};
 use spp::config::{DaemonConfig, LogConfig, LogFormat};
+use spp::clock::Clock;
 use spp::hsm::{Hsm, worker};
+use spp::keypool::KeyPool;
 use spp::provisioning::{Issuer, Product, Provisioner, keep_tidy};
 use spp::rpc::{Listening, NodeInfo};
-use spp::store::{Journal, Registry, SledPublicDatabase, SledStateStore};
+use spp::store::{Batch, Journal, Purpose, Registry, SecretStore, SledPublicDatabase, SledStateStore};
 use spp::web::Metrics;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -88,7 +90,7 @@ fn start_logging(log: &LogConfig) {
 
 /// Opens stores and audit log, starts the HSM's worker, takes up what a crash left, serves, drains.
 async fn serve(config: DaemonConfig) -> Result<(), String> {
-    let (journal, registry) = open_stores(&config)?;
+    let Stores { journal, secrets, registry } = open_stores(&config)?;
     let audit = Arc::new(AuditLog::open(&config.audit.directory, &config.node).map_err(|e| e.to_string())?);
     let listening = Listening::bind(&config.listen).await.map_err(|e| e.to_string())?;
     let metrics = match config.listen.metrics {
@@ -99,8 +101,11 @@ async fn serve(config: DaemonConfig) -> Result<(), String> {
     let hsm = Hsm::start(config.hsm.clone());
     let (tls, listen, node) = (config.tls, config.listen, config.node);
     let products = products(config.profiles, config.issuers);
-    let provisioner =
-        Arc::new(Provisioner::new(hsm, journal, registry, products, config.stations, config.session_lifetime));
+    let (rules, clock) = (config.key_pool, Clock::system());
+    let pool = KeyPool::new(hsm.clone(), secrets, journal.clone(), registry.clone(), rules, clock);
+    let keeping = tokio::spawn(Arc::clone(&pool).run());
+    let (stations, lifetime) = (config.stations, config.session_lifetime);
+    let provisioner = Arc::new(Provisioner::new(hsm, journal, registry, pool, products, stations, lifetime));
     let tidying = tokio::spawn({
         let provisioner = Arc::clone(&provisioner);
         async move { keep_tidy(&provisioner).await }
@@ -113,6 +118,7 @@ async fn serve(config: DaemonConfig) -> Result<(), String> {
     let node = NodeInfo { name: node, started };
     let served = listening.serve(&tls, &provisioner, &audit, node, stop.clone()).await.map_err(|e| e.to_string());
     tidying.abort();
+    keeping.abort();
     if let Some(scraping) = scraping {
         // A listener that ended without a stop ends everything.
         if !*stop.borrow() {
@@ -140,11 +146,18 @@ async fn record_stop(audit: &AuditLog, served: &Result<(), String>) {
     }
 }
 
-fn open_stores(config: &DaemonConfig) -> Result<(Journal, Registry), String> {
+struct Stores {
+    journal: Journal,
+    secrets: Arc<dyn SecretStore>,
+    registry: Registry,
+}
+
+fn open_stores(config: &DaemonConfig) -> Result<Stores, String> {
     let store = &config.store;
-    let state = SledStateStore::open(&store.state, &store.state_options).map_err(|e| e.to_string())?;
+    let state = Arc::new(SledStateStore::open(&store.state, &store.state_options).map_err(|e| e.to_string())?);
     let public = SledPublicDatabase::open(&store.public, &store.public_options).map_err(|e| e.to_string())?;
-    Ok((Journal::new(Arc::new(state)), Registry::new(Arc::new(public))))
+    let (journal, registry) = (Journal::new(state.clone()), Registry::new(Arc::new(public)));
+    Ok(Stores { journal, secrets: state, registry })
 }
 
 fn products(
@@ -200,7 +213,7 @@ async fn check(config: DaemonConfig) -> Result<(), String> {
     for key in &keys.master {
         println!("master key     {}: version {}, check value right", key.name, key.version);
     }
-    let (journal, registry) = open_stores(&config)?;
+    let Stores { journal, secrets, registry } = open_stores(&config)?;
     let (free, floor) = journal.room().map_err(|e| e.to_string())?;
     let unfinished = journal.unfinished().await.map_err(|e| e.to_string())?.len();
     let records = registry.count().await.map_err(|e| e.to_string())?;
@@ -208,6 +221,12 @@ async fn check(config: DaemonConfig) -> Result<(), String> {
     println!("public         {}: {records} records", config.store.public.display());
     let verified = audit::verify(&config.audit.directory).map_err(|e| e.to_string())?;
     println!("audit log      {}: {verified}", config.audit.directory.display());
+    let batches = secrets.batches().await.map_err(|e| e.to_string())?;
+    for (kind, marks) in &config.key_pool.pools {
+        let of_kind = batches.iter().filter(|batch| batch.purpose == Purpose::Pool(*kind));
+        let ready: u64 = of_kind.map(Batch::offered).sum();
+        println!("pool           {kind}: {ready} pairs ready, kept between {} and {}", marks.low, marks.high);
+    }
     println!("disk           {free} octets free, new devices need {floor}");
     if free < floor {
         return Err("the disk has less room than the floor: no new device would be accepted".to_owned());

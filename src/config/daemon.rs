@@ -11,10 +11,12 @@ use bytesize::ByteSize;
 use serde::Deserialize;
 
 use super::audit::{AuditConfig, AuditShape};
+use super::key_pool::{self, KeyPoolShape};
 use super::stations::{StationShape, Stations};
 use super::{Faults, open_private, read_toml};
 use crate::certificate::{IssuerCertificate, Profile};
 use crate::hsm::{HsmConfig, KeyRegister, ModuleProfile, PinSource, SigningUse};
+use crate::keypool::PoolRules;
 use crate::keys::{SignatureAlgorithm, sha256};
 use crate::names::ProfileName;
 use crate::secret::SecretBytes;
@@ -32,6 +34,8 @@ pub struct DaemonConfig {
     pub hsm: HsmConfig,
     /// The stores.
     pub store: StoreConfig,
+    /// Which key pairs are made in advance.
+    pub key_pool: PoolRules,
     /// After so long an unfinished session's key pair is destroyed.
     pub session_lifetime: Duration,
     /// What products get.
@@ -123,6 +127,8 @@ struct Shape {
     store: StoreShape,
     #[serde(default)]
     sessions: SessionsShape,
+    #[serde(default)]
+    keypool: KeyPoolShape,
     #[serde(default)]
     station: Vec<StationShape>,
     #[serde(default)]
@@ -243,12 +249,15 @@ impl DaemonConfig {
         }
         let issuers = keys.as_ref().map(|keys| load_issuers(&profiles, keys, faults)).unwrap_or_default();
         let hsm = check_hsm(&shape.hsm, place, base, keys, faults);
+        let module = hsm.as_ref().map(|hsm| &hsm.module);
+        let key_pool = key_pool::check(shape.keypool, place, module, &profiles, faults);
         Some(Self {
             node: shape.node.name,
             listen: shape.listen,
             tls: tls?,
             hsm: hsm?,
             store,
+            key_pool,
             session_lifetime: shape.sessions.lifetime,
             profiles,
             issuers,

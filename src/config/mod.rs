@@ -4,6 +4,7 @@ mod audit;
 mod daemon;
 mod faults;
 mod files;
+mod key_pool;
 mod stations;
 mod toml_file;
 

@@ -120,6 +120,11 @@ impl Hsm {
         self.connection(Instant::now() + within).await.map(drop)
     }
 
+    /// Within which every call of the line is answered.
+    pub fn call_timeout(&self) -> Duration {
+        self.config.call_timeout
+    }
+
     /// The register that the token was checked against.
     pub fn keys(&self) -> &KeyRegister {
         &self.config.keys

@@ -14,8 +14,6 @@ use crate::store::{PairId, PairToReserve, PooledPair, StoreError};
 
 /// Pairs that are read from the store at once; they wait on the shelf, wrapped.
 const SHELF: usize = 128;
-/// How long a session waits for a batch that takes its pair: the HSM may just be starting.
-const PATIENCE: Duration = Duration::from_secs(10);
 /// The longest and the shortest time after which a station is asked to come again.
 const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(30));
 
@@ -142,7 +140,7 @@ impl KeyPool {
     pub async fn claim(&self, kind: KeyKind) -> Result<Claim, PoolError> {
         let pool = self.pools.get(&kind).ok_or(PoolError::NoPool(kind))?;
         if !*self.reconciled.borrow() {
-            return Err(self.not_begun());
+            return Err(self.not_begun().await);
         }
         let user = self.hold().await;
         let taken = match pool.shelf.take() {
@@ -178,12 +176,18 @@ impl KeyPool {
 
     /// Leave to make a pair for a session.
     pub async fn lease_for_session(&self) -> Result<SessionLease, PoolError> {
-        let until = Instant::now() + PATIENCE;
+        let limit = self.hsm.call_timeout();
+        let until = Instant::now() + limit;
         let mut current = self.for_sessions.subscribe();
         loop {
+            if current.borrow_and_update().is_none() {
+                // The HSM's own trouble says it best, and at once if only an officer helps.
+                self.hsm.ready(limit).await?;
+            }
             let wait = tokio::time::timeout_at(until.into(), current.wait_for(Option::is_some)).await;
-            let batch = wait.ok().and_then(|found| found.ok().and_then(|batch| *batch));
-            let batch = batch.ok_or_else(|| self.not_begun())?;
+            let Some(batch) = wait.ok().and_then(|found| found.ok().and_then(|batch| *batch)) else {
+                return Err(self.not_begun().await);
+            };
             let user = self.hold().await;
             // Whoever takes this batch's place has changed the value before waiting for us: looked at again, it holds.
             if *self.for_sessions.borrow() == Some(batch) {
@@ -229,8 +233,13 @@ impl KeyPool {
         PoolError::Empty { kind, fill_rate, retry_after: retry_after.clamp(RETRY.0, RETRY.1), paused: filling.paused.clone() }
     }
 
-    fn not_begun(&self) -> PoolError {
-        let why = self.notes().trouble.clone().unwrap_or_else(|| "the batches of key pairs are being looked at".to_owned());
+    /// Why nothing is given out yet.
+    pub(super) async fn not_begun(&self) -> PoolError {
+        if let Err(error) = self.hsm.ready(Duration::ZERO).await {
+            return error.into();
+        }
+        let why = self.notes().trouble.clone();
+        let why = why.unwrap_or_else(|| "the batches of key pairs are still being looked at".to_owned());
         PoolError::Hsm(HsmError::Unavailable { why, retry_after: Duration::from_secs(1) })
     }
 }

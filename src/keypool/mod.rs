@@ -202,6 +202,11 @@ impl KeyPool {
         self.shred_what_is_due().await
     }
 
+    /// The kinds that have a pool.
+    pub fn kinds(&self) -> impl Iterator<Item = KeyKind> {
+        self.pools.keys().copied()
+    }
+
     /// A pair was erased: something may be due.
     pub fn erased(&self) {
         self.wake.notify_one();

@@ -2,7 +2,6 @@
 //! then on no copy of the disk can yield what was erased, not even with the HSM.
 
 use super::{KeyPool, PoolError};
-use crate::hsm::HsmError;
 use crate::keys::{BatchName, KeptKey, KeyKind, PublicKey};
 use crate::store::{Batch, BatchState, BatchStep, HeldPair, Keeping, MovedPair, Purpose, StoreError};
 
@@ -39,10 +38,7 @@ impl KeyPool {
         mut progress: impl FnMut(usize, usize),
     ) -> Result<Shredded, PoolError> {
         if !*self.reconciled.borrow() {
-            return Err(PoolError::Hsm(HsmError::Unavailable {
-                why: "the batches of key pairs have not been looked at yet".to_owned(),
-                retry_after: std::time::Duration::from_secs(1),
-            }));
+            return Err(self.not_begun().await);
         }
         let meant = |batch: &Batch| {
             let kind = order.kind.is_none_or(|kind| batch.purpose == Purpose::Pool(kind));

@@ -4,12 +4,15 @@ mod ceremony;
 mod enroll;
 mod files;
 mod hsm_file;
+mod pool;
+mod pool_cli;
 mod status;
 
 pub use ceremony::{CeremonyPlan, CeremonyReport};
 pub use enroll::{Enrolment, enroll};
 pub use files::FileError;
 pub use hsm_file::HsmFile;
+pub use pool_cli::{DaemonArgs, PoolCommand};
 pub use status::{StatusError, connect_and_ask, describe_status, status_json};
 
 use crate::certificate::CertificateError;

@@ -73,22 +73,41 @@ fn endpoint(server: &str, tls: &Path) -> Result<Endpoint, StatusError> {
     let address = |_| StatusError::Address(server.to_owned());
     let endpoint = Endpoint::from_shared(server.to_owned()).map_err(address)?;
     let endpoint = endpoint.tls_config(config).map_err(|e| StatusError::Tls(e.to_string()))?;
-    Ok(endpoint.connect_timeout(Duration::from_secs(5)).timeout(Duration::from_secs(10)))
+    Ok(endpoint.connect_timeout(Duration::from_secs(5)))
 }
 
-async fn ask(endpoint: &Endpoint, server: &str) -> Result<proto::GetStatusResponse, StatusError> {
-    let channel: Channel = endpoint.connect().await.map_err(|e| {
+/// A client of the officer service.
+pub(super) async fn connect(server: &str, tls: &Path) -> Result<OfficerClient<Channel>, StatusError> {
+    connect_to(&endpoint(server, tls)?, server).await
+}
+
+async fn connect_to(endpoint: &Endpoint, server: &str) -> Result<OfficerClient<Channel>, StatusError> {
+    let channel = endpoint.connect().await.map_err(|e| {
         let cause = std::error::Error::source(&e).map_or_else(|| e.to_string(), ToString::to_string);
         StatusError::Connect { server: server.to_owned(), cause }
     })?;
-    let answer = OfficerClient::new(channel).get_status(proto::GetStatusRequest {}).await;
-    let answer = answer.map_err(|status| match status.code() {
-        tonic::Code::Unavailable | tonic::Code::Unknown => {
-            StatusError::Connect { server: server.to_owned(), cause: status.message().to_owned() }
-        }
-        _ => StatusError::Refused { server: server.to_owned(), message: status.message().to_owned() },
-    })?;
-    Ok(answer.into_inner())
+    Ok(OfficerClient::new(channel))
+}
+
+/// A request that is answered soon or not at all.
+pub(super) fn with_deadline<T>(message: T) -> tonic::Request<T> {
+    let mut request = tonic::Request::new(message);
+    request.set_timeout(Duration::from_secs(10));
+    request
+}
+
+/// What the daemon said instead of an answer.
+pub(super) fn refused(server: &str, status: &tonic::Status) -> StatusError {
+    let (server, message) = (server.to_owned(), status.message().to_owned());
+    match status.code() {
+        tonic::Code::Unavailable | tonic::Code::Unknown => StatusError::Connect { server, cause: message },
+        _ => StatusError::Refused { server, message },
+    }
+}
+
+async fn ask(endpoint: &Endpoint, server: &str) -> Result<proto::GetStatusResponse, StatusError> {
+    let answer = connect_to(endpoint, server).await?.get_status(with_deadline(proto::GetStatusRequest {})).await;
+    Ok(answer.map_err(|status| refused(server, &status))?.into_inner())
 }
 
 /// The status as aligned lines.

@@ -1,5 +1,6 @@
 //! Why a device's way did not go on. Says which field or which other device is in the way, and never a secret.
 
+use crate::audit::AuditError;
 use crate::config::NotPermitted;
 use crate::hsm::HsmError;
 use crate::keypool::PoolError;
@@ -98,6 +99,9 @@ pub enum ProvisionError {
     /// So many calls are being answered that this one is not begun.
     #[error("{0} calls are being answered already")]
     HouseFull(usize),
+    /// The audit log: what cannot be recorded is not done.
+    #[error(transparent)]
+    Audit(#[from] AuditError),
     /// The HSM.
     #[error(transparent)]
     Hsm(#[from] HsmError),

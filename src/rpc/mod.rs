@@ -10,6 +10,7 @@ mod health;
 mod line;
 mod messages;
 mod officer;
+mod pool;
 mod recovery;
 mod serve;
 mod status;

@@ -6,7 +6,7 @@ use tonic::{Request, Response, Status, async_trait};
 
 use super::door::Door;
 use super::health::line_trouble;
-use super::{callers, messages};
+use super::{callers, messages, pool};
 use crate::audit::AuditLog;
 use crate::proto;
 use crate::proto::officer_server::Officer;
@@ -25,8 +25,7 @@ pub(super) struct OfficerService {
     pub(super) provisioner: Arc<Provisioner>,
     pub(super) node: NodeInfo,
     pub(super) door: Door,
-    /// Where acts are recorded before they are done. To tell the status is none.
-    #[expect(dead_code, reason = "no call of this service changes anything yet")]
+    /// Where acts are recorded before they are done. To tell a status is none.
     pub(super) audit: Arc<AuditLog>,
 }
 
@@ -39,6 +38,41 @@ impl Officer for OfficerService {
         let caller = callers::officer(&request)?.to_string();
         let (provisioner, node) = (Arc::clone(&self.provisioner), self.node.clone());
         self.door.call("Officer.GetStatus", caller, async move { status(&provisioner, node).await }).await
+    }
+
+    async fn get_pool_status(
+        &self,
+        request: Request<proto::GetPoolStatusRequest>,
+    ) -> Result<Response<proto::GetPoolStatusResponse>, Status> {
+        let caller = callers::officer(&request)?.to_string();
+        let keys = Arc::clone(self.provisioner.pool());
+        self.door.call("Officer.GetPoolStatus", caller, async move { Ok(pool::status(keys.status().await?)) }).await
+    }
+
+    type FillPoolStream = pool::Told<proto::FillPoolResponse>;
+
+    async fn fill_pool(
+        &self,
+        request: Request<proto::FillPoolRequest>,
+    ) -> Result<Response<Self::FillPoolStream>, Status> {
+        let officer = callers::officer(&request)?;
+        let (keys, audit) = (Arc::clone(self.provisioner.pool()), Arc::clone(&self.audit));
+        let caller = officer.to_string();
+        let work = pool::fill(keys, audit, officer, request.into_inner());
+        self.door.call("Officer.FillPool", caller, work).await
+    }
+
+    type ShredPoolStream = pool::Told<proto::ShredPoolResponse>;
+
+    async fn shred_pool(
+        &self,
+        request: Request<proto::ShredPoolRequest>,
+    ) -> Result<Response<Self::ShredPoolStream>, Status> {
+        let officer = callers::officer(&request)?;
+        let (keys, audit) = (Arc::clone(self.provisioner.pool()), Arc::clone(&self.audit));
+        let caller = officer.to_string();
+        let work = pool::shred(keys, audit, officer, request.into_inner());
+        self.door.call("Officer.ShredPool", caller, work).await
     }
 }
 

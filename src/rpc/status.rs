@@ -48,7 +48,7 @@ fn table(error: &ProvisionError) -> Told {
         E::RolledBack(_) => told(Code::FailedPrecondition, "STATE_STORE_ROLLED_BACK"),
         E::Pool(PoolError::Empty { retry_after, .. }) => again(Code::ResourceExhausted, "POOL_EMPTY", *retry_after),
         E::Pool(PoolError::NoRoom { .. }) => again(Code::ResourceExhausted, "DISK_FULL", Duration::from_secs(10)),
-        E::Pool(PoolError::NoPool(_)) => told(Code::FailedPrecondition, "NO_POOL"),
+        E::Pool(PoolError::NoPool(_)) => told(Code::NotFound, "NO_POOL"),
         E::Pool(PoolError::RolledBack(_)) => told(Code::FailedPrecondition, "STATE_STORE_ROLLED_BACK"),
         E::Pool(PoolError::Hsm(_) | PoolError::Store(_)) => again(Code::Unavailable, "POOL_AWAY", SOON),
         E::PairGone => again(Code::Aborted, "OVERTAKEN", SOON),
@@ -63,6 +63,7 @@ fn table(error: &ProvisionError) -> Told {
         E::Store(StoreError::Failed { .. }) => again(Code::Unavailable, "STORE_AWAY", SOON),
         E::Store(StoreError::OtherState { .. } | StoreError::WrongBatch { .. }) => again(Code::Aborted, "OVERTAKEN", SOON),
         E::Store(StoreError::Damaged { .. } | StoreError::Place(_)) => told(Code::Internal, "STORE_FAULT"),
+        E::Audit(_) => again(Code::Unavailable, "AUDIT_AWAY", SOON),
         E::Internal { .. } => told(Code::Internal, "FAULT"),
     }
 }

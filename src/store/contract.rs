@@ -7,13 +7,18 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 
 use super::*;
-use crate::keys::{SignatureAlgorithm, WrappedKey, sha256};
+use crate::keys::{KeptKey, SignatureAlgorithm, sha256};
 use crate::names::{ChipId, DeviceIdentity, SessionId};
 
-/// One state store and one public database, empty at first. Each call opens it anew; the handle before must be dropped.
+/// The two halves of the state store.
+pub(super) trait PrivateStore: StateStore + SecretStore {}
+impl<S: StateStore + SecretStore> PrivateStore for S {}
+
+/// One state store and one public database, empty at first but for batch 1, which takes pairs of sessions. Each call opens it anew;
+/// the handle before must be dropped.
 pub(super) trait Factory: Send + Sync {
     fn new() -> Self;
-    fn state(&self) -> Arc<dyn StateStore>;
+    fn state(&self) -> Arc<dyn PrivateStore>;
     fn public(&self) -> Arc<dyn PublicDatabase>;
 }
 
@@ -89,8 +94,32 @@ pub(super) fn session(n: u64) -> Session {
     }
 }
 
-pub(super) fn key(n: u64) -> WrappedKey {
-    WrappedKey { wrapping_key: "batch-1".parse().unwrap(), blob: n.to_be_bytes().repeat(9) }
+/// A pair made for a session.
+pub(super) fn key(n: u64) -> PairToReserve {
+    PairToReserve::Made { batch: 1, blob: blob(n) }
+}
+
+pub(super) fn blob(n: u64) -> Vec<u8> {
+    n.to_be_bytes().repeat(9)
+}
+
+/// The wrapped octets that are kept for a session.
+pub(super) async fn kept(store: &dyn StateStore, session: &SessionId) -> Option<Vec<u8>> {
+    store.kept_key(session).await.unwrap().map(|kept| match kept {
+        KeptKey::Wrapped(wrapped) => wrapped.blob,
+        KeptKey::OnToken(_) => panic!("it is wrapped"),
+    })
+}
+
+/// Begins batch 1. Its runtime is its own: a factory is not async.
+pub(super) fn begin_a_batch_for_sessions(store: impl SecretStore + 'static) {
+    let begin = async move {
+        let batch = store.plan_batch(Purpose::Sessions, Keeping::Wrapped, 1000, 0).await.unwrap();
+        assert_eq!(batch.number, 1);
+        store.step_batch(1, BatchStep::Open).await.unwrap();
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    std::thread::spawn(move || runtime.block_on(begin)).join().unwrap();
 }
 
 pub(super) fn issued(n: u64) -> SessionState {
@@ -137,8 +166,8 @@ pub(super) async fn a_reservation_is_there_with_its_key(engine: &impl Factory) {
     assert_eq!(store.session(&id(1)).await.unwrap(), Some(session(1)));
     assert_eq!(store.session_of_chip(&chip(1)).await.unwrap(), Some(session(1)));
     assert_eq!(store.session_of_identity(&identity(1)).await.unwrap(), Some(session(1)));
-    assert_eq!(store.wrapped_key(&id(1)).await.unwrap(), Some(key(1)));
-    assert_eq!(store.wrapped_key(&id(2)).await.unwrap(), None);
+    assert_eq!(kept(&*store, &id(1)).await, Some(blob(1)));
+    assert_eq!(kept(&*store, &id(2)).await, None);
 }
 
 pub(super) async fn a_chip_and_an_identity_are_taken_until_aborted(engine: &impl Factory) {
@@ -153,12 +182,12 @@ pub(super) async fn a_chip_and_an_identity_are_taken_until_aborted(engine: &impl
             other => panic!("{other}"),
         }
         assert_eq!(store.session(&rival.id).await.unwrap(), None);
-        assert_eq!(store.wrapped_key(&rival.id).await.unwrap(), None);
+        assert_eq!(kept(&*store, &rival.id).await, None);
     }
     let given_up = store.advance(&id(1), StateName::Reserved, aborted()).await.unwrap();
     assert_eq!(store.session_of_chip(&chip(1)).await.unwrap(), Some(given_up));
     assert_eq!(store.session_of_identity(&identity(1)).await.unwrap(), None);
-    assert_eq!(store.wrapped_key(&id(1)).await.unwrap(), None);
+    assert_eq!(kept(&*store, &id(1)).await, None);
     store.reserve(&same_chip, None).await.unwrap();
     store.reserve(&same_identity, None).await.unwrap();
     assert_eq!(store.session_of_chip(&chip(1)).await.unwrap(), Some(same_chip));
@@ -203,16 +232,16 @@ pub(super) async fn a_repeated_step_is_answered_and_a_different_one_refused(engi
 pub(super) async fn an_erased_session_has_no_key(engine: &impl Factory) {
     let store = engine.state();
     finish(&*store, 1).await;
-    assert_eq!(store.wrapped_key(&id(1)).await.unwrap(), None);
+    assert_eq!(kept(&*store, &id(1)).await, None);
     drop(store);
-    assert_eq!(engine.state().wrapped_key(&id(1)).await.unwrap(), None);
+    assert_eq!(kept(&*engine.state(), &id(1)).await, None);
 }
 
 pub(super) async fn finish(store: &dyn StateStore, n: u64) {
     store.reserve(&session(n), Some(&key(n))).await.unwrap();
     store.advance(&id(n), StateName::Reserved, issued(n)).await.unwrap();
     store.advance(&id(n), StateName::Issued, published(n)).await.unwrap();
-    assert_eq!(store.wrapped_key(&id(n)).await.unwrap(), Some(key(n)), "the key stays until it is erased");
+    assert_eq!(kept(&*store, &id(n)).await, Some(blob(n)), "the key stays until it is erased");
     store.advance(&id(n), StateName::Published, erased(n)).await.unwrap();
 }
 
@@ -269,7 +298,7 @@ pub(super) async fn what_was_acknowledged_is_there_after_reopening(engine: &impl
     let (store, public) = (engine.state(), engine.public());
     for n in 0..50 {
         assert_eq!(store.session(&id(n)).await.unwrap(), Some(session(n)));
-        assert_eq!(store.wrapped_key(&id(n)).await.unwrap(), Some(key(n)));
+        assert_eq!(kept(&*store, &id(n)).await, Some(blob(n)));
         assert_eq!(public.find_by_chip(&chip(n)).await.unwrap().unwrap().0, record(n));
     }
     assert_eq!(store.counts().await.unwrap(), SessionCounts { reserved: 50, ..SessionCounts::default() });
@@ -424,8 +453,8 @@ impl Model {
                 identities.insert(session.identity.clone(), session);
             }
             assert_eq!(store.session(&session.id).await.unwrap().as_ref(), Some(session));
-            let kept = (!session.state.is_final()).then(|| key(*n));
-            assert_eq!(store.wrapped_key(&session.id).await.unwrap(), kept);
+            let held = (!session.state.is_final()).then(|| blob(*n));
+            assert_eq!(kept(&*store, &session.id).await, held);
         }
         assert_eq!(store.counts().await.unwrap(), counts);
         for n in 0..5 {

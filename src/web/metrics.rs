@@ -3,6 +3,8 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use axum::extract::State;
@@ -18,6 +20,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 use super::serve::serve;
+use crate::keypool::{KindStatus, PoolError};
 use crate::provisioning::Provisioner;
 use crate::rpc::line_trouble;
 use crate::store::StoreError;
@@ -79,7 +82,48 @@ async fn families(provisioner: &Provisioner) -> Registry {
             tracing::warn!(%error, "metrics are missing from a scrape");
         }
     }
+    if let Err(error) = pools(told, provisioner).await {
+        tracing::warn!(%error, "the pools' metrics are missing from a scrape");
+    }
     registry
+}
+
+/// The numbers of `sppctl pool status`.
+async fn pools(told: &mut Registry, provisioner: &Provisioner) -> Result<(), PoolError> {
+    let status = provisioner.pool().status().await?;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    gauge(told, "pool_serving", "Whether pairs of the pools are given out", status.serving.into());
+    let rolled_back = u64::from(status.rolled_back.is_some());
+    gauge(told, "pool_state_store_rolled_back", "Whether the state store was found to be an old copy", rolled_back);
+    gauge(told, "pool_condemned_pairs", "Erased pairs that are still on the token", status.condemned);
+    gauge(told, "pool_session_batches", "Batches of pairs made on the spot", status.session_batches);
+    gauge(told, "pool_session_pairs", "Pairs of unfinished sessions in them", status.session_pairs);
+    let mut family = |name: &str, help: &str, value: &dyn Fn(&KindStatus) -> u64| {
+        labelled(told, name, help, "kind", status.kinds.iter().map(|kind| (kind.kind.name(), value(kind))));
+    };
+    family("pool_ready_pairs", "Pairs that wait for a device", &|kind| kind.ready);
+    family("pool_reserved_pairs", "Pairs of unfinished sessions", &|kind| kind.reserved);
+    family("pool_quarantined_pairs", "Pairs that are not offered any more", &|kind| kind.quarantined);
+    family("pool_low_mark", "Ready pairs below which the pool is filled", &|kind| kind.low);
+    family("pool_high_mark", "Ready pairs up to which the pool is filled", &|kind| kind.high);
+    family("pool_batches", "Batches, and with them keys on the token", &|kind| kind.batches);
+    family("pool_filling", "Whether the pool is being filled", &|kind| kind.filling.into());
+    family("pool_paused", "Whether the filling is held up", &|kind| kind.paused.is_some().into());
+    family("pool_oldest_batch_age_seconds", "Age of the oldest batch with ready pairs", &|kind| {
+        kind.oldest.map_or(0, |oldest| now.saturating_sub(oldest))
+    });
+    family("pool_next_shred_seconds", "Time until the next batch is shredded; 0 if nothing was erased", &|kind| {
+        kind.next_shred.map_or(0, |at| at.saturating_sub(now))
+    });
+    family("pool_made_pairs", "Pairs ever put into the pool", &|kind| kind.counts.made);
+    family("pool_taken_pairs", "Pairs ever reserved for a session", &|kind| kind.counts.reserved);
+    family("pool_discarded_pairs", "Pairs ever given up unused", &|kind| kind.counts.discarded);
+    let rates = Family::<[(&'static str, &'static str); 1], Gauge<f64, AtomicU64>>::default();
+    for kind in &status.kinds {
+        rates.get_or_create(&[("kind", kind.kind.name())]).set(kind.fill_rate);
+    }
+    told.register("pool_fill_rate_per_second", "Pairs per second of this filling, or of the last one", rates);
+    Ok(())
 }
 
 fn hsm(told: &mut Registry, provisioner: &Provisioner) {

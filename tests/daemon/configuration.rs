@@ -101,7 +101,7 @@ fn check_tells_what_a_healthy_site_has() {
     let text = said(&output);
     assert!(output.status.success(), "{text}");
     for found in
-        ["manufacturer", "access", "master-1", "wrap-1", "spp-demo", "phone", "0 records", "everything is right"]
+        ["manufacturer", "access", "master-1", "spp-demo", "phone", "rsa-2048", "0 records", "everything is right"]
     {
         assert!(text.contains(found), "{found} is missing in: {text}");
     }

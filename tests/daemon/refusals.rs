@@ -33,7 +33,7 @@ fn site() -> Site {
         std::fs::copy(site.path("profiles/phone.toml"), site.path(&file)).unwrap();
         edits.iter().for_each(|(from, to)| site.edit(&file, from, to));
     }
-    site.edit("sppd.toml", "\"gateway\"]", "\"gateway\", \"opaque\", \"waived\"]");
+    site.edit("sppd.toml", "\"router\"]", "\"router\", \"opaque\", \"waived\"]");
     site.start();
     site
 }

@@ -62,6 +62,7 @@ impl Site {
                 .replace("127.0.0.1:7443", &format!("127.0.0.1:{}", self.line))
                 .replace("127.0.0.1:7444", &format!("127.0.0.1:{}", self.officer))
                 .replace("127.0.0.1:7445", &format!("127.0.0.1:{}", self.public))
+                .replace("low = 10\nhigh = 20", "low = 1\nhigh = 2")
                 .replace("\"256 MiB\"", "\"1 MiB\"\nreserve = \"1 MiB\"");
             std::fs::write(self.path(file), text).unwrap();
         }

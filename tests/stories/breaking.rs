@@ -4,11 +4,12 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
-use spp::keys::WrappedKey;
+use spp::keys::{KeptKey, KeyKind, StoreId, TokenPair};
 use spp::names::{ChipId, DeviceIdentity, SessionId};
 use spp::store::{
-    DeviceRecord, PublicDatabase, Publication, PublishError, ReserveError, Session, SessionCounts, SessionState,
-    StateName, StateStore, StoreError,
+    Batch, BatchStep, CondemnedPair, DeviceRecord, HeldPair, Keeping, MovedPair, PairCounts, PairId, PairToReserve,
+    PooledPair, PublicDatabase, Publication, PublishError, Purpose, ReserveError, SecretStore, Session, SessionCounts,
+    SessionState, StateName, StateStore, StoreError,
 };
 
 /// A write of either store, by what it does for the story.
@@ -94,8 +95,8 @@ pub struct Breaking<S> {
 
 #[async_trait]
 impl<S: StateStore> StateStore for Breaking<S> {
-    async fn reserve(&self, session: &Session, key: Option<&WrappedKey>) -> Result<(), ReserveError> {
-        self.faults.write(Write::Reserve, self.engine.reserve(session, key)).await
+    async fn reserve(&self, session: &Session, pair: Option<&PairToReserve>) -> Result<(), ReserveError> {
+        self.faults.write(Write::Reserve, self.engine.reserve(session, pair)).await
     }
 
     async fn advance(&self, session: &SessionId, from: StateName, to: SessionState) -> Result<Session, StoreError> {
@@ -121,8 +122,8 @@ impl<S: StateStore> StateStore for Breaking<S> {
         self.engine.session_of_identity(identity).await
     }
 
-    async fn wrapped_key(&self, session: &SessionId) -> Result<Option<WrappedKey>, StoreError> {
-        self.engine.wrapped_key(session).await
+    async fn kept_key(&self, session: &SessionId) -> Result<Option<KeptKey>, StoreError> {
+        self.engine.kept_key(session).await
     }
 
     async fn unfinished(&self) -> Result<Vec<Session>, StoreError> {
@@ -155,7 +156,129 @@ impl<S: PublicDatabase> PublicDatabase for Breaking<S> {
         self.engine.find_by_identity(identity).await
     }
 
+    async fn find_by_public_key(&self, spki: &[u8]) -> Result<Option<(DeviceRecord, Publication)>, StoreError> {
+        self.engine.find_by_public_key(spki).await
+    }
+
+    async fn newest(&self) -> Result<Option<(DeviceRecord, Publication)>, StoreError> {
+        self.engine.newest().await
+    }
+
     async fn len(&self) -> Result<u64, StoreError> {
         self.engine.len().await
+    }
+}
+
+/// The pool's own writes break by a plan of their own: they come whenever the pool finds something to do.
+pub struct BreakingPool<S> {
+    pub engine: Arc<S>,
+    pub faults: Arc<PoolFaults>,
+}
+
+/// A write of the secret store that the pool asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PoolWrite {
+    Plan,
+    Open,
+    Seal,
+    Empty,
+    Quarantine,
+    Discard,
+    Forget,
+    Add,
+    Move,
+    Destroyed,
+}
+
+/// Which of the pool's writes breaks next.
+#[derive(Default)]
+pub struct PoolFaults(Mutex<Option<(PoolWrite, Break)>>);
+
+impl PoolFaults {
+    /// The next write of that name breaks, once.
+    pub fn break_next(&self, write: PoolWrite, how: Break) {
+        *self.0.lock().unwrap() = Some((write, how));
+    }
+
+    /// Whether it broke.
+    pub fn have_struck(&self) -> bool {
+        self.0.lock().unwrap().is_none()
+    }
+
+    async fn write<T>(
+        &self,
+        write: PoolWrite,
+        engine: impl Future<Output = Result<T, StoreError>>,
+    ) -> Result<T, StoreError> {
+        let broken = self.0.lock().unwrap().take_if(|(wanted, _)| *wanted == write).map(|(_, how)| how);
+        let failed = || StoreError::Failed { store: "test", doing: "writing", cause: format!("{write:?} {broken:?}") };
+        if broken == Some(Break::Failed) {
+            return Err(failed());
+        }
+        let done = engine.await?;
+        if broken.is_some() { Err(failed()) } else { Ok(done) }
+    }
+}
+
+#[async_trait]
+impl<S: SecretStore> SecretStore for BreakingPool<S> {
+    async fn origin(&self) -> Result<(StoreId, u64), StoreError> {
+        self.engine.origin().await
+    }
+
+    async fn batches(&self) -> Result<Vec<Batch>, StoreError> {
+        self.engine.batches().await
+    }
+
+    async fn plan_batch(&self, purpose: Purpose, keeping: Keeping, at: u64, above: u64) -> Result<Batch, StoreError> {
+        self.faults.write(PoolWrite::Plan, self.engine.plan_batch(purpose, keeping, at, above)).await
+    }
+
+    async fn step_batch(&self, number: u64, step: BatchStep) -> Result<Batch, StoreError> {
+        let write = match &step {
+            BatchStep::Open => PoolWrite::Open,
+            BatchStep::Seal => PoolWrite::Seal,
+            BatchStep::Empty => PoolWrite::Empty,
+            BatchStep::Quarantine(_) => PoolWrite::Quarantine,
+            BatchStep::Discard => PoolWrite::Discard,
+        };
+        self.faults.write(write, self.engine.step_batch(number, step)).await
+    }
+
+    async fn forget_batch(&self, number: u64) -> Result<(), StoreError> {
+        self.faults.write(PoolWrite::Forget, self.engine.forget_batch(number)).await
+    }
+
+    async fn add_pairs(&self, batch: u64, pairs: Vec<PooledPair>) -> Result<Batch, StoreError> {
+        self.faults.write(PoolWrite::Add, self.engine.add_pairs(batch, pairs)).await
+    }
+
+    async fn ready_pairs(
+        &self,
+        kind: KeyKind,
+        after: Option<PairId>,
+        limit: usize,
+    ) -> Result<Vec<(PairId, PooledPair)>, StoreError> {
+        self.engine.ready_pairs(kind, after, limit).await
+    }
+
+    async fn pairs_of_batch(&self, batch: u64, limit: usize) -> Result<Vec<HeldPair>, StoreError> {
+        self.engine.pairs_of_batch(batch, limit).await
+    }
+
+    async fn move_pairs(&self, from: u64, to: u64, pairs: Vec<MovedPair>) -> Result<u64, StoreError> {
+        self.faults.write(PoolWrite::Move, self.engine.move_pairs(from, to, pairs)).await
+    }
+
+    async fn condemned(&self, limit: usize) -> Result<Vec<CondemnedPair>, StoreError> {
+        self.engine.condemned(limit).await
+    }
+
+    async fn destroyed(&self, pair: &TokenPair) -> Result<(), StoreError> {
+        self.faults.write(PoolWrite::Destroyed, self.engine.destroyed(pair)).await
+    }
+
+    async fn pair_counts(&self, kind: KeyKind) -> Result<PairCounts, StoreError> {
+        self.engine.pair_counts(kind).await
     }
 }

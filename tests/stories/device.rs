@@ -110,7 +110,7 @@ impl OnTheLine {
     /// Whether the wrapped pair of the chip's newest session is in the secret store.
     pub async fn has_wrapped_key(&self, point: &Point<'_>) -> bool {
         let session = self.session(point).await.expect("the chip has a session");
-        point.state().wrapped_key(&session.id).await.unwrap().is_some()
+        point.state().kept_key(&session.id).await.unwrap().is_some()
     }
 
     /// The secret store holds the pair that was made here for as long as the way is not over, and no longer.
@@ -150,7 +150,7 @@ impl OnTheLine {
         assert_eq!(point.state().session_of_identity(&self.identity).await.unwrap().as_ref(), Some(session));
         assert_eq!(point.state().counts().await.unwrap(), SessionCounts { erased: 1, ..SessionCounts::default() });
         assert_eq!(point.state().unfinished().await.unwrap(), []);
-        assert!(point.state().wrapped_key(&session.id).await.unwrap().is_none(), "the pair must be erased");
+        assert!(point.state().kept_key(&session.id).await.unwrap().is_none(), "the pair must be erased");
     }
 
     /// However often it was delivered, it was one certificate, over the octets that were intended.

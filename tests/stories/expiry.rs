@@ -21,7 +21,7 @@ async fn an_expired_pair_is_destroyed_and_its_chip_and_identity_are_free() {
     assert_eq!(point.provisioner().restart().await.unwrap(), Tidied { expired: 2, ..Tidied::default() });
     assert_eq!(device.state(&point).await, Some(StateName::Aborted));
     assert_eq!(intended.state(&point).await, Some(StateName::Aborted));
-    assert!(point.state().wrapped_key(&expired.session).await.unwrap().is_none());
+    assert!(point.state().kept_key(&expired.session).await.unwrap().is_none());
     let error = device.complete(&point).await.unwrap_err();
     assert!(matches!(error, ProvisionError::WrongState { state: StateName::Aborted, .. }), "{error}");
     assert!(!device.is_public(&point).await);
@@ -53,7 +53,7 @@ async fn an_expired_session_is_neither_completed_nor_delivered_again() {
         assert_ne!(fresh.public_key.map(|key| key.spki_der().to_vec()), expired.public_key);
         let aborted = point.state().session(&expired.id).await.unwrap().unwrap();
         assert_eq!(aborted.state.name(), StateName::Aborted);
-        assert!(point.state().wrapped_key(&expired.id).await.unwrap().is_none());
+        assert!(point.state().kept_key(&expired.id).await.unwrap().is_none());
         device.complete(&point).await.unwrap();
     }
 }

@@ -10,11 +10,12 @@ use std::time::Duration;
 use spp::config::DaemonConfig;
 use spp::device::Fab;
 use spp::hsm::Hsm;
+use spp::keypool::{KeyPool, PoolRules};
 use spp::names::{ProfileName, StationName};
 use spp::provisioning::{Clock, Issuer, Product, Provisioner};
 use spp::store::{Journal, Registry, SledOptions, SledPublicDatabase, SledStateStore};
 
-use crate::breaking::{Breaking, Faults};
+use crate::breaking::{Breaking, BreakingPool, Faults, PoolFaults};
 use crate::site::{SPPD, Site};
 
 /// Stores of tests are small, and a full disk is not what is tested here.
@@ -48,9 +49,15 @@ impl House {
 
     /// A processing point with empty stores.
     pub fn point(&self) -> Point<'_> {
+        self.point_with(PoolRules::default())
+    }
+
+    /// The same with pools.
+    pub fn point_with(&self, rules: PoolRules) -> Point<'_> {
         let directory = self.site.path(&format!("point-{}", self.points.fetch_add(1, Ordering::Relaxed)));
         std::fs::create_dir(&directory).unwrap();
-        let mut point = Point { house: self, directory, time: Arc::default(), faults: Arc::default(), running: None };
+        let (time, faults, pool_faults) = (Arc::default(), Arc::default(), Arc::default());
+        let mut point = Point { house: self, directory, time, faults, pool_faults, rules, running: None };
         let state = SledStateStore::create(&point.state_directory(), &SMALL).unwrap();
         let public = SledPublicDatabase::create(&point.public_directory(), &SMALL).unwrap();
         point.run(state, public);
@@ -86,10 +93,14 @@ pub struct Point<'a> {
     /// Seconds by which its clock is ahead.
     time: Arc<AtomicU64>,
     pub faults: Arc<Faults>,
+    pub pool_faults: Arc<PoolFaults>,
+    pub rules: PoolRules,
     running: Option<Running>,
 }
 
 struct Running {
+    /// The pool's tasks; dropping them is a kill.
+    pool: tokio::task::JoinHandle<()>,
     provisioner: Arc<Provisioner>,
     state: Arc<SledStateStore>,
     public: Arc<SledPublicDatabase>,
@@ -120,13 +131,23 @@ impl Point<'_> {
 
     /// The clock goes on until every session that is open now is over.
     pub fn let_sessions_expire(&self) {
-        self.time.fetch_add(LIFETIME.as_secs() + 1, Ordering::Relaxed);
+        self.let_pass(LIFETIME + Duration::from_secs(1));
+    }
+
+    /// The clock goes on.
+    pub fn let_pass(&self, time: Duration) {
+        self.time.fetch_add(time.as_secs(), Ordering::Relaxed);
+    }
+
+    pub fn pool(&self) -> &Arc<KeyPool> {
+        self.provisioner().pool()
     }
 
     /// The end of a process: everything in memory is gone, the stores are closed.
     pub fn stop(&mut self) {
         let running = self.running.take().expect("it runs");
         assert_eq!(Arc::strong_count(&running.provisioner), 1, "a call still runs");
+        running.pool.abort();
         self.faults.disarm();
     }
 
@@ -167,11 +188,15 @@ impl Point<'_> {
         let config = self.house.config();
         let products = products(config.profiles, config.issuers);
         let hsm = self.house.hsm.clone();
-        let provisioner = Provisioner::new(hsm, journal, registry, products, config.stations, LIFETIME);
         let ahead = Arc::clone(&self.time);
         let clock = Clock::of(move || 1_800_000_000 + ahead.load(Ordering::Relaxed));
-        let provisioner = provisioner.with_clock(clock);
-        self.running = Some(Running { provisioner: Arc::new(provisioner), state, public });
+        let secrets = Arc::new(BreakingPool { engine: state.clone(), faults: self.pool_faults.clone() });
+        let (journal_too, registry_too) = (Journal::new(state.clone()), registry.clone());
+        let pool = KeyPool::new(hsm.clone(), secrets, journal_too, registry_too, self.rules.clone(), clock.clone());
+        let running = tokio::spawn(Arc::clone(&pool).run());
+        let provisioner = Provisioner::new(hsm, journal, registry, pool, products, config.stations, LIFETIME);
+        let provisioner = Arc::new(provisioner.with_clock(clock));
+        self.running = Some(Running { pool: running, provisioner, state, public });
     }
 
     fn running(&self) -> &Running {

@@ -4,7 +4,7 @@ use cryptoki::mechanism::Mechanism;
 use cryptoki::object::{Attribute, KeyType, ObjectClass};
 use cryptoki::session::Session;
 
-use super::{Place, in_module, name, register};
+use super::{Place, create_wrapping_key, in_module, name, register};
 use crate::hsm::attributes::pair_generation;
 use crate::hsm::failure::{Failure, FailureClass};
 use crate::hsm::wire::KeyOnToken;
@@ -143,7 +143,7 @@ fn what_a_ceremony_makes_passes() {
             let key = ceremony.create_master_key(&name(&format!("{prf:?}").to_lowercase()), prf).unwrap();
             made.push((key, KeyRole::Master(prf)));
         }
-        made.push((ceremony.create_wrapping_key(&name("wrap")).unwrap(), KeyRole::Wrapping));
+        made.push((create_wrapping_key(&ceremony, &name("wrap")).unwrap(), KeyRole::Wrapping));
         let keys = register(made.iter().map(|(key, role)| (key, *role)));
         assert_eq!(keys.len(), 7);
         place.verbs(&ceremony, keys, None).check_keys().unwrap();

@@ -13,15 +13,16 @@ mod wrapping;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
+use cryptoki::mechanism::Mechanism;
 use cryptoki::object::{Attribute, ObjectHandle};
 use cryptoki::session::Session;
 
 use super::transport::{TransportKey, TransportReceiver};
 use super::verbs::{Shared, Verbs};
 use super::wire::KeyOnToken;
-use super::{Ceremony, CreatedKey, KeyRole, ModuleProfile, PinSource, TokenIdentity, initialise_token};
+use super::{Ceremony, CreatedKey, HsmError, KeyRole, ModuleProfile, PinSource, TokenIdentity, initialise_token};
 use crate::names::KeyName;
 
 const USER_PIN: &str = "482910375566";
@@ -114,8 +115,14 @@ impl Place {
 
     /// A worker thread's session with these keys in its register.
     fn verbs(&self, ceremony: &Ceremony, keys: Register, transport_key: Option<ObjectHandle>) -> Verbs {
-        let shared =
-            Shared { keys, wrap: self.profile.wrap, unwrappable: self.profile.unwrappable.clone(), objects: None };
+        let shared = Shared {
+            keys,
+            wrap: self.profile.wrap,
+            unwrappable: self.profile.unwrappable.clone(),
+            objects: None,
+            sync_directory: self.profile.sync_directory.clone(),
+            pairs: Mutex::default(),
+        };
         Verbs::new(ceremony.token.session().unwrap(), Arc::new(shared), transport_key)
     }
 
@@ -126,6 +133,11 @@ impl Place {
         let (_, wrapped) = verbs.make_transport_key(&receiver.public_copy(), self.profile.oaep_hash).unwrap();
         (verbs, receiver.open(self.profile.oaep_hash, &wrapped).unwrap())
     }
+}
+
+/// A wrapping key with a name of the test's own.
+fn create_wrapping_key(ceremony: &Ceremony, name: &KeyName) -> Result<CreatedKey, HsmError> {
+    ceremony.create_secret(name, KeyRole::Wrapping, &Mechanism::AesKeyGen)
 }
 
 type Register = BTreeMap<KeyName, KeyOnToken>;

@@ -2,7 +2,7 @@
 
 use cryptoki::object::Attribute;
 
-use super::{Place, in_module, name, object_counts, register};
+use super::{Place, create_wrapping_key, in_module, name, object_counts, register};
 use crate::hsm::failure::FailureClass;
 use crate::hsm::objects::public_key;
 use crate::hsm::transport::TransportKey;
@@ -20,7 +20,7 @@ struct Workshop {
 /// The register has the wrapping key `wrap`, and `lost` that is not on the token.
 fn workshop(place: &Place) -> Workshop {
     let ceremony = place.open();
-    let wrap = ceremony.create_wrapping_key(&name("wrap")).unwrap();
+    let wrap = create_wrapping_key(&ceremony, &name("wrap")).unwrap();
     let mut keys = register([(&wrap, KeyRole::Wrapping)]);
     keys.insert(name("lost"), KeyOnToken { id: vec![7; 16], role: KeyRole::Wrapping });
     let (verbs, transport) = place.verbs_with_transport(&ceremony, keys);
@@ -144,7 +144,7 @@ fn a_damaged_or_mistaken_blob_is_refused_without_a_trace_and_without_costing_the
 fn a_session_whose_transport_key_is_gone_does_not_pass_the_check() {
     in_module(|place| {
         let ceremony = place.open();
-        let wrap = ceremony.create_wrapping_key(&name("wrap")).unwrap();
+        let wrap = create_wrapping_key(&ceremony, &name("wrap")).unwrap();
         let (mut verbs, _) = place.verbs_with_transport(&ceremony, register([(&wrap, KeyRole::Wrapping)]));
         verbs.check_keys().unwrap();
         let session = ceremony.token.session().unwrap();

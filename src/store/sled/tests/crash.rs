@@ -9,7 +9,7 @@ use std::time::Duration;
 use rustix::process::{Resource, Rlimit};
 
 use super::{Sled, options, until_healed};
-use crate::store::contract::{Factory, id, issued, key, session};
+use crate::store::contract::{Factory, blob, id, issued, kept, key, session};
 use crate::store::{SessionState, SledStateStore, StateName, StateStore};
 
 const CHILD: &str = "SPP_STORE_TEST_DIR";
@@ -108,7 +108,7 @@ async fn what_was_acknowledged_survives_kill_9() {
         for n in &all {
             let found = store.session(&id(*n)).await.unwrap().unwrap();
             assert!(found.state == SessionState::Reserved || found.state == issued(*n));
-            assert_eq!(store.wrapped_key(&id(*n)).await.unwrap(), Some(key(*n)));
+            assert_eq!(kept(&*store, &id(*n)).await, Some(blob(*n)));
         }
         let (counts, listed) = (store.counts().await.unwrap(), store.unfinished().await.unwrap().len());
         assert_eq!(counts.reserved + counts.issued, listed as u64, "counts and list are from the same batches");

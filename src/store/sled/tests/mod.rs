@@ -10,7 +10,10 @@ use std::time::{Duration, Instant};
 
 use super::place::Door;
 use super::*;
-use crate::store::contract::{Factory, contract, erased, finish, id, issued, key, published, record, session};
+use crate::store::contract::{
+    Factory, PrivateStore, begin_a_batch_for_sessions, blob, contract, erased, finish, id, issued, kept, key, published, record,
+    session,
+};
 use crate::store::{
     DeviceRecord, PublicDatabase, PublishError, ReserveError, Session, SessionCounts, StateName, StateStore, StoreError,
 };
@@ -22,12 +25,12 @@ struct Sled(tempfile::TempDir);
 impl Factory for Sled {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        SledStateStore::create(&dir.path().join("state"), &options()).unwrap();
+        begin_a_batch_for_sessions(SledStateStore::create(&dir.path().join("state"), &options()).unwrap());
         SledPublicDatabase::create(&dir.path().join("public"), &options()).unwrap();
         Self(dir)
     }
 
-    fn state(&self) -> Arc<dyn StateStore> {
+    fn state(&self) -> Arc<dyn PrivateStore> {
         Arc::new(SledStateStore::open(&self.dir(), &options()).unwrap())
     }
 
@@ -53,6 +56,8 @@ fn options() -> SledOptions {
 struct Faults {
     before_apply: AtomicBool,
     in_sync: AtomicBool,
+    /// Syncs that go well before one fails.
+    syncs_before: AtomicU64,
     free: AtomicU64,
     syncs: AtomicU64,
 }
@@ -65,7 +70,10 @@ impl Door for Faults {
     fn sync(&self, file: &File) -> io::Result<()> {
         self.syncs.fetch_add(1, SeqCst);
         file.sync_data()?;
-        fail_if(&self.in_sync)
+        match self.syncs_before.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1)) {
+            Ok(_) => Ok(()),
+            Err(_) => fail_if(&self.in_sync),
+        }
     }
 
     fn free(&self, _: &Path) -> io::Result<u64> {
@@ -123,6 +131,8 @@ async fn a_step_that_failed_is_not_acknowledged_and_can_be_repeated() {
         let mut expected = SessionCounts { erased: 1, ..SessionCounts::default() };
         finish(&store, 0).await;
 
+        // The pair is written and synced before the session.
+        faults.syncs_before.store(u64::from(persisted), SeqCst);
         fault.store(true, SeqCst);
         let error = store.reserve(&session(1), Some(&key(1))).await.unwrap_err();
         assert!(matches!(&error, ReserveError::Store(error) if is_away(error)), "{error}");
@@ -130,8 +140,8 @@ async fn a_step_that_failed_is_not_acknowledged_and_can_be_repeated() {
         expected.reserved += u64::from(persisted);
         assert_eq!(until_healed(&store).await, expected);
         assert_eq!(
-            store.wrapped_key(&id(1)).await.unwrap(),
-            persisted.then(|| key(1)),
+            kept(&store, &id(1)).await,
+            persisted.then(|| blob(1)),
             "session and key: both or neither"
         );
         store.reserve(&session(1), Some(&key(1))).await.unwrap();
@@ -147,12 +157,12 @@ async fn a_step_that_failed_is_not_acknowledged_and_can_be_repeated() {
             until_healed(&store).await;
             let found = store.session(&id(1)).await.unwrap().unwrap().state;
             assert_eq!(found == to, persisted);
-            assert_eq!(store.wrapped_key(&id(1)).await.unwrap().is_none(), found.is_final());
+            assert_eq!(kept(&store, &id(1)).await.is_none(), found.is_final());
             assert_eq!(store.advance(&id(1), from, to.clone()).await.unwrap().state, to);
         }
         assert_eq!(store.counts().await.unwrap(), SessionCounts { erased: 2, ..SessionCounts::default() });
         assert_eq!(store.unfinished().await.unwrap(), []);
-        assert_eq!(store.wrapped_key(&id(1)).await.unwrap(), None);
+        assert_eq!(kept(&store, &id(1)).await, None);
     }
 }
 

@@ -1,0 +1,180 @@
+//! The pools as officers see them: what they are asked, and the streams that tell how far it is.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Status;
+
+use super::messages::timestamp;
+use super::status::status_of;
+use crate::audit::{AuditLog, Entry, Outcome};
+use crate::keypool::{KeyPool, KindStatus, PoolStatus, ShredOrder, Shredded};
+use crate::keys::KeyKind;
+use crate::names::OfficerName;
+use crate::proto;
+use crate::provisioning::ProvisionError;
+use crate::store::Keeping;
+
+/// How often a stream tells how far a filling is.
+const TELL: Duration = Duration::from_millis(250);
+/// Messages that may wait for a slow reader; then the newest are left out, but the last one never is.
+const WAITING: usize = 16;
+
+pub(super) type Told<T> = ReceiverStream<Result<T, Status>>;
+
+/// The kind that a request names, if it names one.
+pub(super) fn kind(text: &str) -> Result<Option<KeyKind>, ProvisionError> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    text.parse().map(Some).map_err(|e| ProvisionError::invalid("kind", e))
+}
+
+/// Orders the filling, on record, and tells how far it is until it is done or nobody listens. It goes on without a listener.
+pub(super) async fn fill(
+    pool: Arc<KeyPool>,
+    audit: Arc<AuditLog>,
+    officer: OfficerName,
+    request: proto::FillPoolRequest,
+) -> Result<Told<proto::FillPoolResponse>, ProvisionError> {
+    let kinds = match kind(&request.kind)? {
+        Some(kind) => vec![kind],
+        None => pool.kinds().collect(),
+    };
+    let to = (request.to > 0).then_some(request.to);
+    let names = kinds.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+    let entry = Entry::new(format!("officer {officer}"), "pool.fill", Outcome::Begun).with("kinds", names);
+    let entry = entry.with("to", to.map_or_else(|| "high mark".to_owned(), |to| to.to_string()));
+    audit.record(entry.clone()).await?;
+    let ordered = kinds.iter().map(|kind| Ok((*kind, pool.order_fill(*kind, to)?))).collect::<Result<Vec<_>, _>>();
+    audit.record(entry.ended(outcome(&ordered))).await?;
+    let ordered = ordered?;
+    let (sender, stream) = mpsc::channel(WAITING);
+    tokio::spawn(async move { tell_filling(&pool, ordered, sender).await });
+    Ok(ReceiverStream::new(stream))
+}
+
+async fn tell_filling(
+    pool: &KeyPool,
+    mut ordered: Vec<(KeyKind, u64)>,
+    sender: mpsc::Sender<Result<proto::FillPoolResponse, Status>>,
+) {
+    if ordered.is_empty() {
+        let _ = sender.send(Ok(proto::FillPoolResponse { done: true, ..Default::default() })).await;
+    }
+    while !ordered.is_empty() {
+        let status = match pool.status().await {
+            Ok(status) => status,
+            Err(error) => {
+                let _ = sender.send(Err(status_of(&error.into()))).await;
+                return;
+            }
+        };
+        for kind in status.kinds {
+            let Some(target) = ordered.iter().find(|(wanted, _)| *wanted == kind.kind).map(|(_, to)| *to) else {
+                continue;
+            };
+            if kind.ready >= target {
+                ordered.retain(|(wanted, _)| *wanted != kind.kind);
+            }
+            let message = proto::FillPoolResponse {
+                kind: kind.kind.to_string(),
+                ready: kind.ready,
+                target,
+                fill_rate_per_second: kind.fill_rate,
+                paused: kind.paused.unwrap_or_default(),
+                done: ordered.is_empty(),
+            };
+            if sender.send(Ok(message)).await.is_err() {
+                return;
+            }
+        }
+        tokio::time::sleep(TELL).await;
+    }
+}
+
+/// Shreds, on record, and tells how far it is. It goes on without a listener.
+pub(super) async fn shred(
+    pool: Arc<KeyPool>,
+    audit: Arc<AuditLog>,
+    officer: OfficerName,
+    request: proto::ShredPoolRequest,
+) -> Result<Told<proto::ShredPoolResponse>, ProvisionError> {
+    let order = ShredOrder { kind: kind(&request.kind)?, quarantined: request.quarantined };
+    let entry = Entry::new(format!("officer {officer}"), "pool.shred", Outcome::Begun)
+        .with("kind", order.kind.map_or("all", KeyKind::name))
+        .with("quarantined", order.quarantined);
+    audit.record(entry.clone()).await?;
+    let (sender, stream) = mpsc::channel(WAITING);
+    tokio::spawn(async move {
+        let told = sender.clone();
+        let progress = move |done: usize, all: usize| {
+            let message = message(Shredded::default(), done as u64, all as u64, false);
+            // A reader who is too slow misses some of them.
+            let _ = told.try_send(Ok(message));
+        };
+        let shredded = pool.shred(&order, progress).await.map_err(ProvisionError::from);
+        let mut ended = entry.ended(outcome(&shredded));
+        if let Ok(shredded) = &shredded {
+            ended = ended.with("batches", shredded.batches).with("moved", shredded.moved);
+            ended = ended.with("discarded", shredded.discarded);
+        }
+        let recorded = audit.record(ended).await.map_err(ProvisionError::from);
+        let last = shredded.and_then(|shredded| recorded.map(|_| shredded));
+        let last = last.map(|shredded| message(shredded, shredded.batches, shredded.batches, true));
+        let _ = sender.send(last.map_err(|error| status_of(&error))).await;
+    });
+    Ok(ReceiverStream::new(stream))
+}
+
+const fn message(shredded: Shredded, batches_done: u64, batches: u64, done: bool) -> proto::ShredPoolResponse {
+    let Shredded { moved, discarded, .. } = shredded;
+    proto::ShredPoolResponse { batches_done, batches, moved, discarded, done }
+}
+
+fn outcome<T>(result: &Result<T, ProvisionError>) -> Outcome {
+    match result {
+        Ok(_) => Outcome::Done,
+        Err(error) => Outcome::Failed(error.to_string()),
+    }
+}
+
+pub(super) fn status(status: PoolStatus) -> proto::GetPoolStatusResponse {
+    proto::GetPoolStatusResponse {
+        store: match status.keeping {
+            Keeping::Wrapped => "wrapped",
+            Keeping::Hsm => "hsm",
+        }
+        .to_owned(),
+        serving: status.serving,
+        kinds: status.kinds.into_iter().map(kind_status).collect(),
+        session_batches: status.session_batches,
+        session_pairs: status.session_pairs,
+        session_next_shred: status.session_next_shred.map(timestamp),
+        condemned: status.condemned,
+        rolled_back: status.rolled_back.unwrap_or_default(),
+        trouble: status.trouble.unwrap_or_default(),
+    }
+}
+
+fn kind_status(status: KindStatus) -> proto::PoolKind {
+    proto::PoolKind {
+        kind: status.kind.to_string(),
+        low: status.low,
+        high: status.high,
+        ready: status.ready,
+        reserved: status.reserved,
+        quarantined: status.quarantined,
+        filling: status.filling,
+        fill_rate_per_second: status.fill_rate,
+        paused: status.paused.unwrap_or_default(),
+        oldest: status.oldest.map(timestamp),
+        batches: status.batches,
+        next_shred: status.next_shred.map(timestamp),
+        made_total: status.counts.made,
+        reserved_total: status.counts.reserved,
+        discarded_total: status.counts.discarded,
+    }
+}

@@ -52,16 +52,11 @@ impl Verbs {
     /// session object and copied to the token, since the change of the token alone excludes look-ups, not the generation.
     pub(super) fn make_token_pair(&mut self, kind: KeyKind, label: &KeyName) -> Result<MadePair, Failure> {
         let id = self.random(ID_LEN)?;
-        let mut template = vec![
+        let template = [
             Attribute::Token(true),
-            Attribute::Modifiable(false),
-            Attribute::Copyable(false),
             Attribute::Label(label.as_str().as_bytes().to_vec()),
             Attribute::Id(id.clone()),
         ];
-        if self.class_of(kind) == ObjectClass::PRIVATE_KEY {
-            template.push(Attribute::Sign(false));
-        }
         let pair = TokenPair { label: label.clone(), id: id.clone() };
         self.with_session_pair(kind, |verbs, public, private| {
             let shared = Arc::clone(&verbs.shared);

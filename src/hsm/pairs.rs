@@ -69,7 +69,8 @@ impl Verbs {
             Attribute::Private(true),
             Attribute::Sensitive(true),
             Attribute::Extractable(true),
-            Attribute::Sign(true),
+            // Only its device signs with it.
+            Attribute::Sign(false),
         ];
         let (public, private) = self
             .session

@@ -37,14 +37,23 @@ impl KeyPool {
     async fn begin_batch(&self, purpose: Purpose) -> Result<Batch, PoolError> {
         let above = self.notes().highest_on_token;
         let planned = self.store.plan_batch(purpose, self.keeping_of(purpose), self.clock.now(), above).await?;
-        // A crash from here on finds the plan, and a key of that name or none: nothing can be wrapped under it before the
-        // batch is open, so the next start destroys the one and forgets the other.
+        // A crash or a failure from here on leaves the plan, and a key of that name or none: see `forget_plans`.
         if planned.keeping == Keeping::Wrapped {
             self.hsm.create_batch_key(self.name(planned.number).await?).await?;
         }
         let batch = self.store.step_batch(planned.number, BatchStep::Open).await?;
         tracing::info!(batch = batch.number, purpose = ?batch.purpose, "a batch of key pairs is begun");
         Ok(batch)
+    }
+
+    /// Plans that came to nothing: nothing was ever wrapped under a key whose batch was not open.
+    pub(super) async fn forget_plans(&self) -> Result<(), PoolError> {
+        let _alone = self.planning.lock().await;
+        for batch in self.store.batches().await?.into_iter().filter(|batch| batch.state == BatchState::Planned) {
+            self.hsm.destroy_batch_key(self.name(batch.number).await?).await?;
+            self.store.forget_batch(batch.number).await?;
+        }
+        Ok(())
     }
 
     /// New sessions find a batch for their pairs.

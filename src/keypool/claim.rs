@@ -101,14 +101,37 @@ impl Drop for Claim {
     }
 }
 
+/// Pairs in the hand of the shredder.
+pub(super) struct BeingMoved {
+    ids: BTreeSet<PairId>,
+    content: Arc<Mutex<Content>>,
+}
+
+impl BeingMoved {
+    pub(super) fn has(&self, id: &PairId) -> bool {
+        self.ids.contains(id)
+    }
+}
+
+impl Drop for BeingMoved {
+    /// Those that could not be moved are still in the store, and found when the shelf is filled from the beginning.
+    fn drop(&mut self) {
+        let mut content = self.content.lock().unwrap_or_else(PoisonError::into_inner);
+        content.in_hand.retain(|id| !self.ids.contains(id));
+    }
+}
+
 impl Shelf {
     pub(super) fn new(kind: KeyKind) -> Self {
         Self { kind, content: Arc::default(), fetching: tokio::sync::Mutex::default() }
     }
 
-    /// Forgets what is there of a batch; the store knows what became of it.
-    pub(super) fn clear(&self, batch: u64) {
-        self.content().waiting.retain(|(id, _)| id.batch != batch);
+    /// Takes those of the pairs that are in nobody's hand, until they are moved: their places are others then.
+    pub(super) fn take_to_move(&self, pairs: impl Iterator<Item = PairId>) -> BeingMoved {
+        let mut content = self.content();
+        let ids: BTreeSet<_> = pairs.filter(|id| content.in_hand.insert(*id)).collect();
+        content.waiting.retain(|(id, _)| !ids.contains(id));
+        BeingMoved { ids, content: Arc::clone(&self.content) }
     }
 
     /// Begins again with the oldest pair of the store.
@@ -139,9 +162,7 @@ impl KeyPool {
     /// A ready pair, the oldest batch's first. It is nobody else's until it is dropped.
     pub async fn claim(&self, kind: KeyKind) -> Result<Claim, PoolError> {
         let pool = self.pools.get(&kind).ok_or(PoolError::NoPool(kind))?;
-        if !*self.reconciled.borrow() {
-            return Err(self.not_begun().await);
-        }
+        self.begun().await?;
         let user = self.hold().await;
         let taken = match pool.shelf.take() {
             Some(taken) => Some(taken),
@@ -199,17 +220,16 @@ impl KeyPool {
     /// Puts the next pairs on the shelf.
     async fn fetch(&self, shelf: &Shelf) -> Result<(), PoolError> {
         let after = shelf.content().fetched;
-        let found = self.store.ready_pairs(shelf.kind, after, SHELF).await?;
-        let closing = self.closing().clone();
-        let mut content = shelf.content();
-        match found.last() {
-            Some((last, _)) => content.fetched = Some(*last),
-            // Whatever was left behind (a claim whose outcome nobody knew) is found by beginning again.
-            None => content.fetched = None,
+        let mut found = self.store.ready_pairs(shelf.kind, after, SHELF).await?;
+        if found.is_empty() && after.is_some() {
+            // What was left behind, a pair whose reservation nobody knew the outcome of, is found by beginning again.
+            found = self.store.ready_pairs(shelf.kind, None, SHELF).await?;
         }
+        let mut content = shelf.content();
+        content.fetched = found.last().map(|(last, _)| *last);
         // One that has just come back from a hand is here already.
         let here: BTreeSet<_> = content.waiting.iter().map(|(id, _)| *id).collect();
-        let taken = |id: &PairId| content.in_hand.contains(id) || here.contains(id) || closing.contains(&id.batch);
+        let taken = |id: &PairId| content.in_hand.contains(id) || here.contains(id);
         let found: Vec<_> = found.into_iter().filter(|(id, _)| !taken(id)).collect();
         content.waiting.extend(found);
         Ok(())
@@ -233,8 +253,20 @@ impl KeyPool {
         PoolError::Empty { kind, fill_rate, retry_after: retry_after.clamp(RETRY.0, RETRY.1), paused: filling.paused.clone() }
     }
 
+    /// Waits until store and token have been compared, as long as a call may take.
+    pub(super) async fn begun(&self) -> Result<(), PoolError> {
+        if *self.reconciled.borrow() {
+            return Ok(());
+        }
+        let limit = self.hsm.call_timeout();
+        self.hsm.ready(limit).await?;
+        let mut reconciled = self.reconciled.subscribe();
+        let done = tokio::time::timeout(limit, reconciled.wait_for(|done| *done)).await.is_ok_and(|done| done.is_ok());
+        if done { Ok(()) } else { Err(self.not_begun().await) }
+    }
+
     /// Why nothing is given out yet.
-    pub(super) async fn not_begun(&self) -> PoolError {
+    async fn not_begun(&self) -> PoolError {
         if let Err(error) = self.hsm.ready(Duration::ZERO).await {
             return error.into();
         }

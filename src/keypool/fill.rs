@@ -9,7 +9,7 @@ use super::rate::FillRate;
 use super::{KeyPool, LOOK, Pool, PoolError};
 use crate::hsm::{HsmError, KeepIn};
 use crate::keys::{KeptKey, KeyKind, PublicKey};
-use crate::store::{Batch, BatchStep, Keeping, PooledPair, Purpose, StoreError};
+use crate::store::{Batch, BatchStep, Keeping, PooledPair, Purpose};
 
 /// Calls to the HSM at once for one kind, so that its threads have work while pairs are being stored.
 const AT_ONCE: usize = 4;
@@ -28,6 +28,8 @@ pub(super) struct Filling {
     pub(super) paused: Option<String>,
     /// What an officer ordered.
     ordered: Option<u64>,
+    /// A batch on the token that may have pairs there of which the store does not know.
+    suspect: Option<u64>,
 }
 
 impl Pool {
@@ -86,11 +88,17 @@ impl KeyPool {
     /// Fills the pool if it is below its low mark or ordered to be filled; returns when nothing is left to do.
     async fn fill(&self, kind: KeyKind, pool: &Pool) -> Result<(), PoolError> {
         loop {
+            let suspect = pool.filling().suspect;
+            if let Some(batch) = suspect {
+                // Nobody but this task makes pairs for it.
+                self.destroy_strays(batch).await?;
+                pool.filling().suspect = None;
+            }
             let ready = self.offered(kind).await?;
             let Some(target) = pool.target(ready) else { return Ok(()) };
             self.admit()?;
-            pool.filling().rate.begin(Instant::now());
             let batch = self.open_batch(Purpose::Pool(kind)).await?;
+            pool.filling().rate.begin(Instant::now());
             let batch = self.fill_batch(kind, pool, batch, target.saturating_sub(ready)).await?;
             if batch.taken_in >= self.rules.batch_size {
                 self.store.step_batch(batch.number, BatchStep::Seal).await?;
@@ -121,7 +129,7 @@ impl KeyPool {
                 // Where a call's time was over before all were made, the rest is asked for again.
                 Ok(made) => {
                     left += count.saturating_sub(made.len() as u64);
-                    self.take_in(&batch, made).await
+                    self.take_in(pool, &batch, made).await
                 }
                 Err(error) => Err(error.into()),
             };
@@ -140,20 +148,21 @@ impl KeyPool {
         failed.map_or(Ok(batch), Err)
     }
 
-    async fn take_in(&self, batch: &Batch, made: Vec<(PublicKey, KeptKey)>) -> Result<(Batch, u64), PoolError> {
+    async fn take_in(
+        &self,
+        pool: &Pool,
+        batch: &Batch,
+        made: Vec<(PublicKey, KeptKey)>,
+    ) -> Result<(Batch, u64), PoolError> {
         let pair = |(public, kept): (PublicKey, KeptKey)| PooledPair { public_key: public.spki_der().to_vec(), kept };
         let pairs: Vec<_> = made.into_iter().map(pair).collect();
         let count = pairs.len() as u64;
-        match self.store.add_pairs(batch.number, pairs).await {
-            Ok(batch) => Ok((batch, count)),
-            Err(error) => {
-                // Wrapped ones are nothing without their row. Those on the token would stay there, unknown to anybody.
-                if batch.keeping == Keeping::Hsm && !matches!(error, StoreError::Failed { .. }) {
-                    self.destroy_strays(batch.number).await?;
-                }
-                Err(error.into())
-            }
+        let added = self.store.add_pairs(batch.number, pairs).await;
+        if added.is_err() && batch.keeping == Keeping::Hsm {
+            // Wrapped ones are nothing without their row. Those on the token would stay there, unknown to anybody.
+            pool.filling().suspect = Some(batch.number);
         }
+        Ok((added?, count))
     }
 
     /// Ready pairs of a kind that may be offered.

@@ -93,7 +93,7 @@ pub struct KeyPool {
     for_sessions: watch::Sender<Option<SessionBatch>>,
     /// Whether what the store and the token say of each other has been looked at.
     reconciled: watch::Sender<bool>,
-    /// Batches from which nothing is claimed, since they are being emptied.
+    /// Batches that take nothing more, since they are being emptied.
     closing: Mutex<BTreeSet<u64>>,
     /// One batch is planned at a time.
     planning: tokio::sync::Mutex<()>,
@@ -197,6 +197,7 @@ impl KeyPool {
         if !*self.reconciled.borrow() {
             self.reconcile().await?;
         }
+        self.forget_plans().await?;
         self.keep_a_batch_for_sessions().await?;
         self.destroy_condemned().await?;
         self.shred_what_is_due().await

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 
 use super::{KeyPool, PoolError};
 use crate::hsm::OwnObjects;
-use crate::keys::{BatchName, KeptKey, StoreId};
+use crate::keys::{KeptKey, StoreId};
 use crate::store::{Batch, BatchState, BatchStep, Keeping, Purpose};
 
 /// Pairs on the token that are compared at once: more than any module is good for.
@@ -21,7 +21,7 @@ impl KeyPool {
         match self.evidence_of_an_old_copy(&own, &batches, highest).await? {
             // Nothing is destroyed then: it may belong to the store that should be here.
             Some(why) => self.quarantine_all(why).await?,
-            None => self.tidy_up(store, &own, &batches).await?,
+            None => self.tidy_up(&own, &batches).await?,
         }
         self.reconciled.send_replace(true);
         Ok(())
@@ -75,12 +75,7 @@ impl KeyPool {
     }
 
     /// What a crash left.
-    async fn tidy_up(&self, store: StoreId, own: &OwnObjects, batches: &[Batch]) -> Result<(), PoolError> {
-        for batch in batches.iter().filter(|batch| batch.state == BatchState::Planned) {
-            // Nothing was ever wrapped under a key whose batch was not open.
-            self.hsm.destroy_batch_key(BatchName { store, number: batch.number }).await?;
-            self.store.forget_batch(batch.number).await?;
-        }
+    async fn tidy_up(&self, own: &OwnObjects, batches: &[Batch]) -> Result<(), PoolError> {
         let known: BTreeSet<_> = batches.iter().map(|batch| batch.number).collect();
         for key in own.keys.iter().filter(|key| !known.contains(&key.number)) {
             // A batch is forgotten after its key is gone; one that came back was not destroyed durably.

@@ -3,7 +3,7 @@
 
 use super::{KeyPool, PoolError};
 use crate::keys::{BatchName, KeptKey, KeyKind, PublicKey};
-use crate::store::{Batch, BatchState, BatchStep, HeldPair, Keeping, MovedPair, Purpose, StoreError};
+use crate::store::{Batch, BatchState, BatchStep, HeldPair, Holder, Keeping, MovedPair, PairId, Purpose, StoreError};
 
 /// Pairs that are moved in one call and one transaction.
 const CHUNK: usize = 32;
@@ -37,9 +37,7 @@ impl KeyPool {
         order: &ShredOrder,
         mut progress: impl FnMut(usize, usize),
     ) -> Result<Shredded, PoolError> {
-        if !*self.reconciled.borrow() {
-            return Err(self.not_begun().await);
-        }
+        self.begun().await?;
         let meant = |batch: &Batch| {
             let kind = order.kind.is_none_or(|kind| batch.purpose == Purpose::Pool(kind));
             let erased = batch.erased_since.is_some() && batch.quarantined.is_none();
@@ -84,29 +82,22 @@ impl KeyPool {
         };
         self.closing().insert(number);
         let done = self.shred_steps(&batch, shredded).await;
-        // A batch that could not be shredded offers its pairs again.
         self.closing().remove(&number);
-        if done.is_err() && let Purpose::Pool(kind) = batch.purpose && let Some(pool) = self.pools.get(&kind) {
-            pool.shelf.begin_again();
-        }
         done
     }
 
     async fn shred_steps(&self, batch: &Batch, shredded: &mut Shredded) -> Result<(), PoolError> {
         let name = self.name(batch.number).await?;
         if batch.state != BatchState::Emptied {
-            // 1. Another batch takes its place: from now on nothing new comes in, nothing is claimed from it.
+            // 1. Another batch takes its place: from now on nothing new comes in.
             let next = self.next_batch(batch).await?;
-            self.clear_shelves(batch);
-            // 2. Whoever was in the middle of something with it has finished; a shelf that was being filled meanwhile is
-            //    cleared once more.
+            // 2. Sessions that have leave to put a pair into it have done so.
             self.let_users_finish().await;
-            self.clear_shelves(batch);
             if batch.state == BatchState::Open {
                 self.store.step_batch(batch.number, BatchStep::Seal).await?;
             }
-            // 3. What is left is moved, or given up if nobody may have it. A crash leaves some in one batch and some in the
-            //    other, each under the key of the one it is in.
+            // 3. What is left is moved, or given up if nobody may have it; meanwhile its pairs may still be claimed. A crash
+            //    leaves some in one batch and some in the other, each under the key of the one it is in.
             if batch.quarantined.is_some() {
                 self.store.step_batch(batch.number, BatchStep::Discard).await?;
                 shredded.discarded += batch.ready;
@@ -149,11 +140,26 @@ impl KeyPool {
 
     async fn move_what_is_left(&self, batch: &Batch, name: BatchName, to: u64) -> Result<u64, PoolError> {
         let target = BatchName { number: to, ..name };
+        let shelf = match batch.purpose {
+            Purpose::Pool(kind) => self.pools.get(&kind).map(|pool| &pool.shelf),
+            Purpose::Sessions => None,
+        };
         let mut all = 0;
         loop {
             let held = self.store.pairs_of_batch(batch.number, CHUNK).await?;
             if held.is_empty() {
                 return Ok(all);
+            }
+            // What is in nobody's hand is in ours until it is moved; what a device is about to get is moved as its session's.
+            let in_hand = shelf.map(|shelf| shelf.take_to_move(held.iter().filter_map(ready_id)));
+            let mine = |held: &HeldPair| match (ready_id(held), &in_hand) {
+                (Some(id), Some(in_hand)) => in_hand.has(&id),
+                _ => true,
+            };
+            let held: Vec<_> = held.into_iter().filter(mine).collect();
+            if held.is_empty() {
+                self.let_users_finish().await;
+                continue;
             }
             let blobs = held.iter().map(blob_of).collect::<Result<Vec<_>, _>>()?;
             let moved = self.hsm.move_keys(name, target, blobs).await?;
@@ -173,14 +179,6 @@ impl KeyPool {
         }
         Ok(())
     }
-
-    fn clear_shelves(&self, batch: &Batch) {
-        if let Purpose::Pool(kind) = batch.purpose
-            && let Some(pool) = self.pools.get(&kind)
-        {
-            pool.shelf.clear(batch.number);
-        }
-    }
 }
 
 /// Whether nothing is left of a batch but its key.
@@ -189,6 +187,13 @@ fn is_over(batch: &Batch) -> bool {
         BatchState::Emptied => true,
         BatchState::Sealed => batch.is_used_up(),
         BatchState::Planned | BatchState::Open => false,
+    }
+}
+
+const fn ready_id(held: &HeldPair) -> Option<PairId> {
+    match held.holder {
+        Holder::Ready(id) => Some(id),
+        Holder::Session(_) => None,
     }
 }
 

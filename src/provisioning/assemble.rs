@@ -90,11 +90,11 @@ impl Provisioner {
     }
 
     async fn make_keys(&self, order: &Order, product: &Product) -> Result<MadeKeys, ProvisionError> {
-        let source = self.source_of_pair(product).await?;
+        let mut source = self.source_of_pair(product).await?;
         let pair = source.as_ref().map(PairSource::order);
         let derivations = derivations(product, &order.identity, product.profile.master_key());
         let keys = DeviceKeyOrder { pair, derivations, random: RANDOM_LEN };
-        let made = self.keys_of_new_device(&keys, source.as_ref()).await?;
+        let made = self.keys_of_new_device(&keys, &mut source).await?;
         let (private, kept) = made.pair.map(|pair| (pair.private, pair.kept)).unzip();
         let pair = source.zip(kept).map(|(source, kept)| source.take(&kept)).transpose()?;
         let public_key = private.as_ref().map(|pair| pair.public().clone()).or_else(|| order.own_key.clone());

@@ -61,25 +61,28 @@ impl Provisioner {
     pub(super) async fn keys_of_new_device(
         &self,
         order: &DeviceKeyOrder,
-        source: Option<&PairSource>,
+        source: &mut Option<PairSource>,
     ) -> Result<DeviceKeys, ProvisionError> {
         let Some(PairSource::Pooled(claim)) = source else { return Ok(self.hsm.device_keys(order).await?) };
         let (taken, made) = tokio::join!(
             self.registry.taker_of_public_key(claim.public().spki_der()),
             self.hsm.device_keys(order),
         );
-        if let Some(taken) = taken? {
-            let error = ProvisionError::RolledBack(taken);
-            self.pool.quarantine_all(error.to_string()).await?;
-            return Err(error);
-        }
-        match made {
-            Err(HsmError::Absent(why)) => {
-                self.pool.quarantine_all(why.clone()).await?;
-                Err(PoolError::RolledBack(format!("{why}: the state store was rolled back")).into())
+        let (error, why) = match (taken?, made) {
+            (Some(taken), _) => {
+                let why = format!("a ready pair's public key is in record {} of session {}", taken.index, taken.session);
+                (ProvisionError::RolledBack(taken), why)
             }
-            made => Ok(made?),
+            (None, Err(HsmError::Absent(why))) => {
+                (PoolError::RolledBack(format!("{why}: the state store was rolled back")).into(), why)
+            }
+            (None, made) => return Ok(made?),
+        };
+        if let Some(PairSource::Pooled(claim)) = source.take() {
+            claim.spent();
         }
+        self.pool.quarantine_all(why).await?;
+        Err(error)
     }
 
     /// Journals the session with its pair. Whatever else happens, a pair whose fate is not known goes to nobody else.

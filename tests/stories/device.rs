@@ -18,6 +18,10 @@ pub enum Kind {
     Sensor,
     /// A pair of its own, X.509.
     Gateway,
+    /// A pair that was made in advance, X.509.
+    Pooled,
+    /// The same, or one made in the HSM when none is ready.
+    PooledOrMade,
 }
 
 /// A device with the station's notes about it.
@@ -45,11 +49,11 @@ impl OnTheLine {
     pub fn order(&self) -> Order {
         let own_key = match self.kind {
             Kind::Gateway => Some(self.device.own_key_pair().unwrap().public().clone()),
-            Kind::Phone | Kind::Sensor => None,
+            _ => None,
         };
         let transport_key = match self.kind {
             Kind::Sensor => self.device.transport_public_key().unwrap(),
-            Kind::Phone | Kind::Gateway => None,
+            _ => None,
         };
         let (chip, identity, profile) = (self.chip.clone(), self.identity.clone(), profile(self.kind));
         Order { station: station(), chip, identity, profile, own_key, transport_key }
@@ -116,7 +120,8 @@ impl OnTheLine {
     /// The secret store holds the pair that was made here for as long as the way is not over, and no longer.
     pub async fn assert_key_is_kept_until_the_end(&self, point: &Point<'_>) {
         let Some(session) = self.session(point).await else { return };
-        let expected = self.kind == Kind::Phone && !session.state.is_final();
+        let made_here = matches!(self.kind, Kind::Phone | Kind::Pooled | Kind::PooledOrMade);
+        let expected = made_here && !session.state.is_final();
         assert_eq!(self.has_wrapped_key(point).await, expected, "{:?}", session.state.name());
     }
 
@@ -179,6 +184,8 @@ pub fn profile(kind: Kind) -> ProfileName {
         Kind::Phone => "phone",
         Kind::Sensor => "sensor",
         Kind::Gateway => "gateway",
+        Kind::Pooled => "pooled",
+        Kind::PooledOrMade => "pooled-or-made",
     }
     .parse()
     .unwrap()
@@ -193,6 +200,7 @@ pub fn identity_of(kind: Kind, n: u32) -> DeviceIdentity {
         }
         Kind::Sensor => format!("eui48:{n:012x}"),
         Kind::Gateway => format!("serial:GW-{n}"),
+        Kind::Pooled | Kind::PooledOrMade => format!("serial:PL-{n}"),
     };
     text.parse().unwrap()
 }

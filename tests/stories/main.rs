@@ -11,6 +11,9 @@ mod expiry;
 mod hsm;
 mod model;
 mod point;
+mod pool;
+mod pool_breaks;
+mod remanence;
 mod rollback;
 mod rules;
 #[allow(dead_code, reason = "shared with the tests of the daemon, which use the rest")]

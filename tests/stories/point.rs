@@ -10,7 +10,8 @@ use std::time::Duration;
 use spp::config::DaemonConfig;
 use spp::device::Fab;
 use spp::hsm::Hsm;
-use spp::keypool::{KeyPool, PoolRules};
+use spp::keypool::{KeyPool, KindStatus, Marks, PoolRules};
+use spp::keys::KeyKind;
 use spp::names::{ProfileName, StationName};
 use spp::provisioning::{Clock, Issuer, Product, Provisioner};
 use spp::store::{Journal, Registry, SledOptions, SledPublicDatabase, SledStateStore};
@@ -19,7 +20,7 @@ use crate::breaking::{Breaking, BreakingPool, Faults, PoolFaults};
 use crate::site::{SPPD, Site};
 
 /// Stores of tests are small, and a full disk is not what is tested here.
-const SMALL: SledOptions = SledOptions { floor_bytes: 1 << 20, reserve_bytes: 0, cache_bytes: 1 << 20 };
+pub const SMALL: SledOptions = SledOptions { floor_bytes: 1 << 20, reserve_bytes: 0, cache_bytes: 1 << 20 };
 const LIFETIME: Duration = Duration::from_secs(3600);
 
 /// A token with its keys and one worker, for many processing points one after the other; and a fab for their devices.
@@ -37,6 +38,7 @@ impl House {
 
     pub async fn with_call_timeout(call_timeout: Duration) -> Self {
         let site = Site::new();
+        add_pooled_profiles(&site);
         let mut config = DaemonConfig::load(&site.path("sppd.toml")).unwrap().hsm;
         config.call_timeout = call_timeout;
         config.worker_program = worker_that_tells_its_pid(&site);
@@ -49,10 +51,11 @@ impl House {
 
     /// A processing point with empty stores.
     pub fn point(&self) -> Point<'_> {
-        self.point_with(PoolRules::default())
+        let pools = [(KeyKind::P256, Marks { low: 4, high: 8 })].into();
+        self.point_with(PoolRules { pools, ..PoolRules::default() })
     }
 
-    /// The same with pools.
+    /// The same with other pools.
     pub fn point_with(&self, rules: PoolRules) -> Point<'_> {
         let directory = self.site.path(&format!("point-{}", self.points.fetch_add(1, Ordering::Relaxed)));
         std::fs::create_dir(&directory).unwrap();
@@ -76,6 +79,16 @@ impl House {
     pub fn worker_pid_file(&self) -> PathBuf {
         self.site.path("worker.pid")
     }
+}
+
+/// Profiles that take a P-256 pair from the pool.
+fn add_pooled_profiles(site: &Site) {
+    let router = std::fs::read_to_string(site.path("profiles/router.toml")).unwrap().replace("rsa-2048", "p256");
+    std::fs::write(site.path("profiles/pooled.toml"), &router).unwrap();
+    let either = router.replace("source = \"pool\"", "source = \"pool-or-generate\"");
+    std::fs::write(site.path("profiles/pooled-or-made.toml"), either).unwrap();
+    site.edit("sppd.toml", "\"router\"]", "\"router\", \"pooled\", \"pooled-or-made\"]");
+    site.edit("sppd.toml", "[[keypool.pool]]\n", "[[keypool.pool]]\nkind = \"p256\"\nlow = 1\nhigh = 1\n[[keypool.pool]]\n");
 }
 
 /// The worker that a test can find and kill.
@@ -141,6 +154,32 @@ impl Point<'_> {
 
     pub fn pool(&self) -> &Arc<KeyPool> {
         self.provisioner().pool()
+    }
+
+    /// How the pool of P-256 pairs stands.
+    pub async fn p256(&self) -> KindStatus {
+        let status = self.pool().status().await.unwrap();
+        status.kinds.into_iter().find(|kind| kind.kind == KeyKind::P256).unwrap()
+    }
+
+    /// Waits until so many pairs are ready and no more are being made.
+    pub async fn filled(&self, ready: u64) {
+        self.until("the pool is filled", async || {
+            let status = self.p256().await;
+            let sessions = self.pool().status().await.unwrap().session_batches;
+            status.ready >= ready && !status.filling && sessions > 0
+        })
+        .await;
+    }
+
+    /// Waits for what the pool's tasks do by themselves.
+    pub async fn until(&self, what: &str, mut done: impl AsyncFnMut() -> bool) {
+        let begun = std::time::Instant::now();
+        while !done().await {
+            let status = self.pool().status().await;
+            assert!(begun.elapsed() < Duration::from_secs(30), "{what}: {status:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
     }
 
     /// The end of a process: everything in memory is gone, the stores are closed.

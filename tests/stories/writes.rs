@@ -25,6 +25,11 @@ async fn a_gateway_is_whole_whichever_write_breaks() {
     whichever_write_breaks(Kind::Gateway).await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_device_with_a_pooled_pair_is_whole_whichever_write_breaks() {
+    whichever_write_breaks(Kind::Pooled).await;
+}
+
 async fn whichever_write_breaks(kind: Kind) {
     let house = House::new().await;
     let mut n = 0;
@@ -32,15 +37,21 @@ async fn whichever_write_breaks(kind: Kind) {
         n += 1;
         OnTheLine::new(&house, kind, n)
     };
-    undisturbed(&house.point(), next()).await;
+    undisturbed(&ready_point(&house).await, next()).await;
     for (nth, write) in WAY.into_iter().enumerate() {
         for how in [Break::Failed, Break::FailedButPersisted] {
             for then in [Then::Repeat, Then::Restart] {
                 println!("{kind:?}: {write:?} {how:?}, then {then:?}");
-                one_write_breaks(house.point(), next(), (nth, write, how), then).await;
+                one_write_breaks(ready_point(&house).await, next(), (nth, write, how), then).await;
             }
         }
     }
+}
+
+async fn ready_point(house: &House) -> Point<'_> {
+    let point = house.point();
+    point.filled(4).await;
+    point
 }
 
 /// What comes after the call that failed.

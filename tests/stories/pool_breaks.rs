@@ -1,0 +1,178 @@
+//! Every write of the pool breaks once, in both ways, while a batch is filled, shredded or given up; then it goes on, in the
+//! same process or in a new one. No unused pair is lost, no key of a batch is left on the token.
+
+use std::collections::BTreeSet;
+
+use spp::hsm::{HeldKeyOrder, KeepIn};
+use spp::keypool::{Marks, PoolRules, ShredOrder};
+use spp::keys::{BatchName, KeptKey, KeyKind, PublicKey};
+use spp::store::{BatchState, Holder, Keeping, Purpose, SecretStore as _};
+
+use crate::breaking::{Break, PoolWrite};
+use crate::device::{Kind, OnTheLine};
+use crate::point::{House, Point};
+
+const BOTH: [Break; 2] = [Break::Failed, Break::FailedButPersisted];
+
+fn rules(keeping: Keeping, high: u64) -> PoolRules {
+    let pools = [(KeyKind::P256, Marks { low: 1, high })].into();
+    PoolRules { keeping, batch_size: 8, pools, ..PoolRules::default() }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shredding_is_whole_whichever_write_breaks() {
+    let house = House::new().await;
+    let writes =
+        [PoolWrite::Plan, PoolWrite::Open, PoolWrite::Seal, PoolWrite::Move, PoolWrite::Empty, PoolWrite::Forget];
+    for write in writes {
+        for how in BOTH {
+            for restarts in [false, true] {
+                println!("{write:?} {how:?}, restarts: {restarts}");
+                let mut point = house.point_with(rules(Keeping::Wrapped, 6));
+                point.filled(6).await;
+                let mut devices: Vec<_> = (0..3).map(|n| OnTheLine::new(&house, Kind::Pooled, n)).collect();
+                devices[0].walk(&point).await;
+                devices[1].assemble(&point).await.unwrap();
+                point.pool_faults.break_next(write, how);
+                point.pool().shred(&ShredOrder::default(), |_, _| ()).await.unwrap_err();
+                assert!(point.pool_faults.have_struck());
+                if restarts {
+                    point.restart().await;
+                    point.filled(4).await;
+                }
+                point.until("it is shredded", async || {
+                    point.pool().shred(&ShredOrder::default(), |_, _| ()).await.is_ok()
+                        && point.p256().await.next_shred.is_none()
+                })
+                .await;
+                assert_pool_is_whole(&point, &[&devices[0], &devices[1]]).await;
+                assert_eq!(point.p256().await.ready, 4, "none is lost, none is made twice");
+                devices[1].complete(&point).await.unwrap();
+                devices[2].walk(&point).await;
+                assert_pool_is_whole(&point, &devices.iter().collect::<Vec<_>>()).await;
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_filling_is_whole_whichever_write_breaks() {
+    let house = House::new().await;
+    for keeping in [Keeping::Wrapped, Keeping::Hsm] {
+        for write in [PoolWrite::Plan, PoolWrite::Open, PoolWrite::Add, PoolWrite::Seal] {
+            for how in BOTH {
+                for restarts in [false, true] {
+                    println!("{keeping:?}: {write:?} {how:?}, restarts: {restarts}");
+                    let mut point = house.point_with(rules(keeping, 10));
+                    point.pool_faults.break_next(write, how);
+                    point.until("it breaks", async || point.pool_faults.have_struck()).await;
+                    if restarts {
+                        point.restart().await;
+                        // Above its low mark nothing is filled without an order.
+                        point.pool().order_fill(KeyKind::P256, None).unwrap();
+                    }
+                    point.filled(10).await;
+                    assert_pool_is_whole(&point, &[]).await;
+                }
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pair_on_the_token_is_destroyed_whichever_write_breaks() {
+    let house = House::new().await;
+    for write in [PoolWrite::Destroyed, PoolWrite::Empty, PoolWrite::Forget] {
+        for how in BOTH {
+            for restarts in [false, true] {
+                println!("{write:?} {how:?}, restarts: {restarts}");
+                let mut point = house.point_with(PoolRules { batch_size: 2, ..rules(Keeping::Hsm, 4) });
+                point.filled(4).await;
+                point.pool_faults.break_next(write, how);
+                let mut devices: Vec<_> = (0..2).map(|n| OnTheLine::new(&house, Kind::Pooled, n)).collect();
+                for device in &mut devices {
+                    device.walk(&point).await;
+                }
+                point.until("it breaks", async || point.pool_faults.have_struck()).await;
+                if restarts {
+                    point.restart().await;
+                    point.filled(2).await;
+                }
+                point.until("the batch is over", async || {
+                    point.pool().status().await.unwrap().condemned == 0 && point.p256().await.batches == 1
+                })
+                .await;
+                assert_pool_is_whole(&point, &devices.iter().collect::<Vec<_>>()).await;
+            }
+        }
+    }
+}
+
+/// What a module that loses its power in the middle leaves: a key whose batch is over, a pair that no row names.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_left_on_the_token_is_destroyed_at_the_next_start() {
+    let house = House::new().await;
+    let mut point = house.point_with(rules(Keeping::Hsm, 4));
+    point.filled(4).await;
+    let (store, _) = point.state().origin().await.unwrap();
+    let pools: Vec<_> = point.state().batches().await.unwrap();
+    let number = pools.iter().find(|batch| batch.purpose != Purpose::Sessions).unwrap().number;
+    let over = point.state().plan_batch(Purpose::Sessions, Keeping::Wrapped, 0, 0).await.unwrap();
+    point.state().forget_batch(over.number).await.unwrap();
+    point.stop();
+    house.hsm.create_batch_key(BatchName { store, number: over.number }).await.unwrap();
+    let stray = KeepIn::OnToken(BatchName { store, number });
+    house.hsm.make_pairs(KeyKind::P256, stray, 2, std::time::Duration::from_secs(1)).await.unwrap();
+    point.start();
+    point.filled(4).await;
+    assert_pool_is_whole(&point, &[]).await;
+}
+
+/// Everything that must be true of a pool at rest: store and token name the same, every pair can be opened and belongs to its
+/// public half, none is in two places, none was ever made that is not accounted for.
+pub async fn assert_pool_is_whole(point: &Point<'_>, delivered: &[&OnTheLine]) {
+    let hsm = &point.house.hsm;
+    let (store, _) = point.state().origin().await.unwrap();
+    // The pool's own task may be in the middle of ending a batch.
+    point
+        .until("store and token agree", async || {
+            let own = hsm.own_objects().await.unwrap();
+            let batches = point.state().batches().await.unwrap();
+            let on_token: BTreeSet<_> =
+                own.keys.iter().filter(|key| key.store == store).map(|key| key.number).collect();
+            let wrapped = batches.iter().filter(|batch| batch.keeping == Keeping::Wrapped);
+            let settled = batches.iter().all(|b| matches!(b.state, BatchState::Open | BatchState::Sealed));
+            settled && on_token == wrapped.map(|batch| batch.number).collect::<BTreeSet<_>>()
+        })
+        .await;
+    let own = hsm.own_objects().await.unwrap();
+    let mut pairs_on_token: BTreeSet<_> =
+        own.pairs.into_iter().filter(|(batch, _)| batch.store == store).map(|(_, pair)| pair).collect();
+    let mut public_keys = BTreeSet::new();
+    let mut ready = BTreeSet::new();
+    for batch in point.state().batches().await.unwrap() {
+        let held = point.state().pairs_of_batch(batch.number, 10_000).await.unwrap();
+        assert_eq!(held.len() as u64, batch.ready + batch.reserved);
+        for pair in held {
+            let public = PublicKey::from_spki_der(&pair.public_key).unwrap();
+            assert!(public_keys.insert(pair.public_key.clone()), "a pair is in two places");
+            if matches!(pair.holder, Holder::Ready(_)) {
+                ready.insert(pair.public_key);
+            }
+            if let KeptKey::OnToken(on_token) = &pair.kept {
+                assert!(pairs_on_token.remove(on_token), "it is not on the token");
+            }
+            let order = HeldKeyOrder { pair: Some((public.clone(), pair.kept)), derivations: Vec::new() };
+            let opened = hsm.held_keys(&order).await.unwrap().pair.unwrap();
+            assert_eq!(opened.public(), &public);
+        }
+    }
+    assert!(pairs_on_token.is_empty(), "pairs on the token that nothing names: {pairs_on_token:?}");
+    for device in delivered {
+        let session = device.session(point).await.unwrap();
+        assert!(!ready.contains(&session.public_key.unwrap()), "a delivered pair is offered again");
+    }
+    let status = point.p256().await;
+    let counts = status.counts;
+    assert_eq!(counts.made, status.ready + status.quarantined + counts.reserved + counts.discarded);
+}

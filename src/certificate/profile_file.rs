@@ -223,7 +223,10 @@ impl Reader<'_> {
             "csr" => self.accepted(fields.accepted.as_deref()).map(|accepted| KeyPairRule::Csr { accepted }),
             "none" => Some(KeyPairRule::None),
             other => {
-                self.add("key_pair.source", format!("{other:?} is not one of generate, pool, pool-or-generate, csr, none"));
+                self.add(
+                    "key_pair.source",
+                    format!("{other:?} is not one of generate, pool, pool-or-generate, csr, none"),
+                );
                 None
             }
         }

@@ -95,7 +95,8 @@ pub(super) fn check(
         if let KeyPairRule::Pool { kind, .. } = profile.key_pair()
             && !pools.contains_key(kind)
         {
-            let problem = format!("takes {kind} pairs from a pool; add [[keypool.pool]] with kind = \"{kind}\" to {place}");
+            let problem =
+                format!("takes {kind} pairs from a pool; add [[keypool.pool]] with kind = \"{kind}\" to {place}");
             faults.add(format!("profile {name}: key_pair"), problem);
         }
     }

@@ -52,11 +52,8 @@ impl Verbs {
     /// session object and copied to the token, since the change of the token alone excludes look-ups, not the generation.
     pub(super) fn make_token_pair(&mut self, kind: KeyKind, label: &KeyName) -> Result<MadePair, Failure> {
         let id = self.random(ID_LEN)?;
-        let template = [
-            Attribute::Token(true),
-            Attribute::Label(label.as_str().as_bytes().to_vec()),
-            Attribute::Id(id.clone()),
-        ];
+        let template =
+            [Attribute::Token(true), Attribute::Label(label.as_str().as_bytes().to_vec()), Attribute::Id(id.clone())];
         let pair = TokenPair { label: label.clone(), id: id.clone() };
         self.with_session_pair(kind, |verbs, public, private| {
             let shared = Arc::clone(&verbs.shared);
@@ -91,7 +88,8 @@ impl Verbs {
             }
         }
         self.shared.pairs().get(wanted).copied().ok_or_else(|| {
-            let message = format!("the pair {} of {label} is not on the token: it was destroyed", hex::encode(&wanted.id));
+            let message =
+                format!("the pair {} of {label} is not on the token: it was destroyed", hex::encode(&wanted.id));
             Failure::new(FailureClass::Absent, message)
         })
     }
@@ -109,7 +107,8 @@ impl Verbs {
             let template = [Attribute::Class(class), Attribute::Token(true)];
             for object in self.session.find_objects(&template).doing(|| "listing the token's keys".to_owned())? {
                 let wanted = [AttributeType::Label, AttributeType::Id];
-                let shown = self.session.get_attributes(object, &wanted).doing(|| "reading a key's names".to_owned())?;
+                let shown =
+                    self.session.get_attributes(object, &wanted).doing(|| "reading a key's names".to_owned())?;
                 let (mut label, mut id) = (None, Vec::new());
                 for attribute in shown {
                     match attribute {

@@ -33,9 +33,9 @@ mod wire;
 pub mod worker;
 
 pub use attributes::KeyRole;
+pub use background::{KeepIn, OwnObjects};
 pub use failure::{FailureClass, HsmError};
 pub use guard::GuardedFile;
-pub use background::{KeepIn, OwnObjects};
 pub use handle::{DeliveredPair, DeviceKeyOrder, DeviceKeys, HeldKeyOrder, HeldKeys, Hsm, HsmStatus, PairOrder};
 pub use kdf::{Derivation, Prf};
 pub use module::ModuleProfile;

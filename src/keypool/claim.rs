@@ -182,9 +182,7 @@ impl KeyPool {
         let content = Arc::clone(&pool.shelf.content);
         let public = PublicKey::from_spki_der(&pair.public_key);
         let mut claim = match public {
-            Ok(public) => {
-                Claim { id, public, kept: pair.kept.clone(), pair: None, content, _user: user }
-            }
+            Ok(public) => Claim { id, public, kept: pair.kept.clone(), pair: None, content, _user: user },
             Err(e) => {
                 pool.shelf.content().in_hand.remove(&id);
                 let what = format!("pair {} of batch {}", id.number, id.batch);
@@ -250,7 +248,12 @@ impl KeyPool {
         } else {
             Duration::from_secs(1)
         };
-        PoolError::Empty { kind, fill_rate, retry_after: retry_after.clamp(RETRY.0, RETRY.1), paused: filling.paused.clone() }
+        PoolError::Empty {
+            kind,
+            fill_rate,
+            retry_after: retry_after.clamp(RETRY.0, RETRY.1),
+            paused: filling.paused.clone(),
+        }
     }
 
     /// Waits until store and token have been compared, as long as a call may take.

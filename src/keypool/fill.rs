@@ -14,7 +14,7 @@ use crate::store::{Batch, BatchStep, Keeping, PooledPair, Purpose};
 /// Calls to the HSM at once for one kind, so that its threads have work while pairs are being stored.
 const AT_ONCE: usize = 4;
 /// Pairs of one call, and how long a call that makes more than one may take.
-const PER_CALL: u64 = 32;
+const PER_CALL: u64 = 256;
 const CALL: Duration = Duration::from_millis(200);
 /// After a failure, before the next attempt.
 const PAUSE: Duration = Duration::from_secs(2);

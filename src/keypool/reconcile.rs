@@ -49,7 +49,9 @@ impl KeyPool {
         if let Some(session) = self.registry.newest_session().await?
             && !self.journal.knows(&session).await?
         {
-            return Ok(Some(format!("the public database has a record of session {session}, of which nothing is known here")));
+            return Ok(Some(format!(
+                "the public database has a record of session {session}, of which nothing is known here"
+            )));
         }
         Ok(None)
     }

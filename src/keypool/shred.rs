@@ -125,10 +125,8 @@ impl KeyPool {
     /// Where the rest goes; none if there is no rest.
     async fn next_batch(&self, batch: &Batch) -> Result<Option<Batch>, PoolError> {
         let current = self.for_sessions.borrow().is_some_and(|current| current.name.number == batch.number);
-        if !current && batch.is_used_up() && batch.state == BatchState::Sealed {
-            return Ok(None);
-        }
-        if batch.keeping == Keeping::Hsm {
+        // What comes into a batch that was used up a moment ago is found when it cannot be emptied, and moved at the next look.
+        if (!current && batch.is_used_up()) || batch.keeping == Keeping::Hsm {
             return Ok(None);
         }
         let next = self.open_batch_beside(batch).await?;
@@ -186,7 +184,8 @@ fn is_over(batch: &Batch) -> bool {
     match batch.state {
         BatchState::Emptied => true,
         BatchState::Sealed => batch.is_used_up(),
-        BatchState::Planned | BatchState::Open => false,
+        BatchState::Open => batch.quarantined.is_some() && batch.is_used_up(),
+        BatchState::Planned => false,
     }
 }
 

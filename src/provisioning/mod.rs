@@ -22,9 +22,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use crate::clock::Clock;
 pub use abort::SessionView;
 pub use assemble::{Assembled, Delivery, Order};
-pub use crate::clock::Clock;
 pub use complete::Completion;
 pub use error::{FieldViolation, ProvisionError};
 pub use issuer::Issuer;

@@ -36,7 +36,8 @@ impl PairSource {
             Self::Pooled(claim) => Some(claim.reserve()),
         };
         let cause = || "it is wrapped under another key than was ordered".to_owned();
-        let reserve = reserve.ok_or_else(|| ProvisionError::Internal { doing: "keeping a new pair", cause: cause() })?;
+        let reserve =
+            reserve.ok_or_else(|| ProvisionError::Internal { doing: "keeping a new pair", cause: cause() })?;
         Ok(PairInHand { source: self, reserve })
     }
 }
@@ -64,13 +65,12 @@ impl Provisioner {
         source: &mut Option<PairSource>,
     ) -> Result<DeviceKeys, ProvisionError> {
         let Some(PairSource::Pooled(claim)) = source else { return Ok(self.hsm.device_keys(order).await?) };
-        let (taken, made) = tokio::join!(
-            self.registry.taker_of_public_key(claim.public().spki_der()),
-            self.hsm.device_keys(order),
-        );
+        let (taken, made) =
+            tokio::join!(self.registry.taker_of_public_key(claim.public().spki_der()), self.hsm.device_keys(order),);
         let (error, why) = match (taken?, made) {
             (Some(taken), _) => {
-                let why = format!("a ready pair's public key is in record {} of session {}", taken.index, taken.session);
+                let why =
+                    format!("a ready pair's public key is in record {} of session {}", taken.index, taken.session);
                 (ProvisionError::RolledBack(taken), why)
             }
             (None, Err(HsmError::Absent(why))) => {

@@ -61,7 +61,9 @@ fn table(error: &ProvisionError) -> Told {
         E::Hsm(HsmError::Refused(_) | HsmError::Wrong(_) | HsmError::Absent(_)) => told(Code::Internal, "HSM_FAULT"),
         E::Store(StoreError::Full { .. }) => again(Code::ResourceExhausted, "DISK_FULL", Duration::from_secs(10)),
         E::Store(StoreError::Failed { .. }) => again(Code::Unavailable, "STORE_AWAY", SOON),
-        E::Store(StoreError::OtherState { .. } | StoreError::WrongBatch { .. }) => again(Code::Aborted, "OVERTAKEN", SOON),
+        E::Store(StoreError::OtherState { .. } | StoreError::WrongBatch { .. }) => {
+            again(Code::Aborted, "OVERTAKEN", SOON)
+        }
         E::Store(StoreError::Damaged { .. } | StoreError::Place(_)) => told(Code::Internal, "STORE_FAULT"),
         E::Audit(_) => again(Code::Unavailable, "AUDIT_AWAY", SOON),
         E::Internal { .. } => told(Code::Internal, "FAULT"),
@@ -116,9 +118,5 @@ fn message(error: &ProvisionError, code: Code) -> String {
 
 /// A refusal that has no error of an inner room: the caller has the wrong role, or none.
 pub(super) fn refusal(code: Code, reason: &'static str, message: String) -> Status {
-    Status::with_error_details(
-        code,
-        message,
-        ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new()),
-    )
+    Status::with_error_details(code, message, ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new()))
 }

@@ -88,7 +88,11 @@ fn add_pooled_profiles(site: &Site) {
     let either = router.replace("source = \"pool\"", "source = \"pool-or-generate\"");
     std::fs::write(site.path("profiles/pooled-or-made.toml"), either).unwrap();
     site.edit("sppd.toml", "\"router\"]", "\"router\", \"pooled\", \"pooled-or-made\"]");
-    site.edit("sppd.toml", "[[keypool.pool]]\n", "[[keypool.pool]]\nkind = \"p256\"\nlow = 1\nhigh = 1\n[[keypool.pool]]\n");
+    site.edit(
+        "sppd.toml",
+        "[[keypool.pool]]\n",
+        "[[keypool.pool]]\nkind = \"p256\"\nlow = 1\nhigh = 1\n[[keypool.pool]]\n",
+    );
 }
 
 /// The worker that a test can find and kill.

@@ -29,7 +29,11 @@ async fn a_pooled_pair_goes_the_whole_way_and_is_destroyed() {
         let status = point.p256().await;
         assert_eq!((status.ready, status.reserved), (5, 1));
         device.assert_key_is_kept_until_the_end(&point).await;
-        assert_eq!(device.assemble(&point).await.unwrap().public_key, installed.public_key, "a repeat gives the same pair");
+        assert_eq!(
+            device.assemble(&point).await.unwrap().public_key,
+            installed.public_key,
+            "a repeat gives the same pair"
+        );
         let answer = device.complete(&point).await.unwrap();
         device.assert_complete(&point, answer).await;
         point.until("the pair is destroyed", async || point.pool().status().await.unwrap().condemned == 0).await;

@@ -40,11 +40,12 @@ async fn a_shredding_is_whole_whichever_write_breaks() {
                     point.restart().await;
                     point.filled(4).await;
                 }
-                point.until("it is shredded", async || {
-                    point.pool().shred(&ShredOrder::default(), |_, _| ()).await.is_ok()
-                        && point.p256().await.next_shred.is_none()
-                })
-                .await;
+                point
+                    .until("it is shredded", async || {
+                        point.pool().shred(&ShredOrder::default(), |_, _| ()).await.is_ok()
+                            && point.p256().await.next_shred.is_none()
+                    })
+                    .await;
                 assert_pool_is_whole(&point, &[&devices[0], &devices[1]]).await;
                 assert_eq!(point.p256().await.ready, 4, "none is lost, none is made twice");
                 devices[1].complete(&point).await.unwrap();
@@ -98,10 +99,11 @@ async fn a_pair_on_the_token_is_destroyed_whichever_write_breaks() {
                     point.restart().await;
                     point.filled(2).await;
                 }
-                point.until("the batch is over", async || {
-                    point.pool().status().await.unwrap().condemned == 0 && point.p256().await.batches == 1
-                })
-                .await;
+                point
+                    .until("the batch is over", async || {
+                        point.pool().status().await.unwrap().condemned == 0 && point.p256().await.batches == 1
+                    })
+                    .await;
                 assert_pool_is_whole(&point, &devices.iter().collect::<Vec<_>>()).await;
             }
         }

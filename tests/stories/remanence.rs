@@ -33,7 +33,9 @@ async fn gone_after_shredding(kind: Kind, keeping: Keeping) {
         point.stop();
         let old = point.copy(&point.state_directory(), "old");
         point.start();
-        let Some(KeptKey::Wrapped(kept)) = point.state().kept_key(&session).await.unwrap() else { panic!("not wrapped") };
+        let Some(KeptKey::Wrapped(kept)) = point.state().kept_key(&session).await.unwrap() else {
+            panic!("not wrapped")
+        };
         let package = device.device.package().unwrap();
         let private = package.key_pair.as_ref().unwrap();
         device.complete(&point).await.unwrap();

@@ -4,6 +4,7 @@
 //! test's own program again for this one test, first to make the token, then to do the work.
 
 mod audit;
+mod batches;
 mod ceremonies;
 mod derivation;
 mod login;

@@ -36,6 +36,8 @@ pub struct Faults(Mutex<Plan>);
 
 #[derive(Default)]
 struct Plan {
+    /// The disk has no room for new devices and new pairs.
+    full: bool,
     written: Vec<Write>,
     /// For each write to come: how it breaks, if it does. What is beyond the end goes well.
     next: VecDeque<Option<Break>>,
@@ -52,6 +54,11 @@ impl Faults {
     /// Nothing breaks any more; whether something was still to break.
     pub fn disarm(&self) -> bool {
         std::mem::take(&mut self.0.lock().unwrap().next).iter().any(Option::is_some)
+    }
+
+    /// There is room on the disk, or none for anything new.
+    pub fn set_full(&self, full: bool) {
+        self.0.lock().unwrap().full = full;
     }
 
     /// Something is done right after the next such write, before its caller goes on.
@@ -135,7 +142,8 @@ impl<S: StateStore> StateStore for Breaking<S> {
     }
 
     fn room(&self) -> Result<(u64, u64), StoreError> {
-        self.engine.room()
+        let (free, floor) = self.engine.room()?;
+        Ok(if self.faults.0.lock().unwrap().full { (floor - 1, floor) } else { (free, floor) })
     }
 }
 

@@ -234,8 +234,8 @@ impl Point<'_> {
         let ahead = Arc::clone(&self.time);
         let clock = Clock::of(move || 1_800_000_000 + ahead.load(Ordering::Relaxed));
         let secrets = Arc::new(BreakingPool { engine: state.clone(), faults: self.pool_faults.clone() });
-        let (journal_too, registry_too) = (Journal::new(state.clone()), registry.clone());
-        let pool = KeyPool::new(hsm.clone(), secrets, journal_too, registry_too, self.rules.clone(), clock.clone());
+        let (rules, also) = (self.rules.clone(), (journal.clone(), registry.clone()));
+        let pool = KeyPool::new(hsm.clone(), secrets, also.0, also.1, rules, clock.clone());
         let running = tokio::spawn(Arc::clone(&pool).run());
         let provisioner = Provisioner::new(hsm, journal, registry, pool, products, config.stations, LIFETIME);
         let provisioner = Arc::new(provisioner.with_clock(clock));

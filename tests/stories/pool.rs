@@ -139,31 +139,49 @@ async fn a_reservation_whose_answer_was_lost_gives_its_pair_to_one_chip() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_empty_pool_says_so_and_a_profile_may_do_without_it() {
+async fn an_empty_pool_says_so_until_it_is_filled_and_a_profile_may_do_without_it() {
     let house = House::new().await;
     let point = house.point_with(rules(Keeping::Wrapped, 1, 2));
     point.filled(2).await;
-    // Nothing new is made while the disk has no room; nothing else on the way needs the floor here.
-    let kinds = [Kind::Pooled, Kind::Pooled];
-    for (n, kind) in (0..).zip(kinds) {
-        OnTheLine::new(&house, kind, n).assemble(&point).await.unwrap();
+    // Nothing is made while the disk has no room for it.
+    point.faults.set_full(true);
+    for n in 0..2 {
+        OnTheLine::new(&house, Kind::Pooled, n).assemble(&point).await.unwrap();
     }
-    // The second one emptied it. Until the background has filled it again, who insists on it is told.
-    let mut refused = None;
-    let mut n = 10;
-    while refused.is_none() && n < 200 {
-        refused = OnTheLine::new(&house, Kind::Pooled, n).assemble(&point).await.err();
-        n += 1;
-    }
-    match refused.expect("190 devices at once are more than the filling of two at a time") {
-        ProvisionError::Pool(PoolError::Empty { kind: KeyKind::P256, fill_rate, retry_after, .. }) => {
+    point.until("the filling is paused", async || point.p256().await.paused.is_some()).await;
+    let mut waiting = OnTheLine::new(&house, Kind::Pooled, 10);
+    match waiting.assemble(&point).await.unwrap_err() {
+        ProvisionError::Pool(PoolError::Empty { kind: KeyKind::P256, fill_rate, retry_after, paused: Some(why) }) => {
             assert!(fill_rate > 0.0 && !retry_after.is_zero(), "{fill_rate} {retry_after:?}");
+            assert!(why.contains("the disk"), "{why}");
         }
         error => panic!("{error}"),
     }
-    for n in 1000..1020 {
-        OnTheLine::new(&house, Kind::PooledOrMade, n).assemble(&point).await.unwrap();
+    let mut other = OnTheLine::new(&house, Kind::PooledOrMade, 11);
+    other.walk(&point).await;
+    // Nobody has to do anything when there is room again.
+    point.faults.set_full(false);
+    point.filled(2).await;
+    waiting.walk(&point).await;
+    assert_pool_is_whole(&point, &[&waiting, &other]).await;
+}
+
+/// What the background does not do by itself, an officer may order; the marks are kept without one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pool_is_filled_below_its_low_mark_and_on_an_order() {
+    let house = House::new().await;
+    let point = house.point_with(rules(Keeping::Wrapped, 2, 5));
+    point.filled(5).await;
+    for n in 0..3 {
+        OnTheLine::new(&house, Kind::Pooled, n).assemble(&point).await.unwrap();
     }
+    tokio::time::sleep(std::time::Duration::from_millis(1500)).await;
+    assert_eq!(point.p256().await.ready, 2, "the low mark is not undercut yet");
+    OnTheLine::new(&house, Kind::Pooled, 3).assemble(&point).await.unwrap();
+    point.filled(5).await;
+    assert_eq!(point.pool().order_fill(KeyKind::P256, Some(40)).unwrap(), 40);
+    point.filled(40).await;
+    assert!(matches!(point.pool().order_fill(KeyKind::Rsa4096, None), Err(PoolError::NoPool(KeyKind::Rsa4096))));
 }
 
 fn copy_state(point: &mut Point<'_>, name: &str) -> std::path::PathBuf {

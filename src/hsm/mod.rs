@@ -13,6 +13,7 @@
 mod attributes;
 mod background;
 mod batches;
+mod connection;
 mod durable;
 mod failure;
 mod guard;

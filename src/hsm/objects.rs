@@ -1,7 +1,6 @@
 //! Making token objects in a ceremony: names must be free, attributes are read back, the check values computed.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
 use cryptoki::mechanism::Mechanism;
@@ -167,15 +166,8 @@ impl Ceremony {
     }
 
     fn verbs(&self, keys: BTreeMap<KeyName, KeyOnToken>) -> Result<Verbs, HsmError> {
-        let shared = Shared {
-            keys,
-            wrap: self.profile.wrap,
-            unwrappable: self.profile.unwrappable.clone(),
-            objects: None,
-            sync_directory: self.profile.sync_directory.clone(),
-            pairs: Mutex::default(),
-        };
-        Ok(Verbs::new(self.token.session().map_err(refused)?, Arc::new(shared), None))
+        let shared = Shared::alone(&self.profile, keys);
+        Ok(Verbs::new(self.token.session().map_err(refused)?, shared, None))
     }
 }
 

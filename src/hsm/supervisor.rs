@@ -1,6 +1,6 @@
 //! The supervisor of the worker process: starts it, checks its keys, replaces it when it hangs, dies or has done its share.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::Stdio;
@@ -8,22 +8,19 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::io::BufReader;
 use tokio::net::UnixStream;
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::process::{Child, Command};
-use tokio::sync::{mpsc, oneshot, watch};
-use zeroize::Zeroizing;
+use tokio::sync::{oneshot, watch};
 
-use super::background::BACKGROUND_LIMIT;
+use super::connection::{Connection, connect, read_frame, write_frame};
 use super::failure::{Failure, FailureClass, HsmError};
 use super::kdf::Derivation;
 use super::module::ModuleProfile;
 use super::pin::PinSource;
 use super::register::KeyRegister;
-use super::token::TokenIdentity;
-use super::transport::{TransportKey, TransportReceiver};
-use super::wire::{self, Answer, KeyOnToken, Lane, Operation, Reply, Request, Start, Started};
+use super::transport::TransportReceiver;
+use super::wire::{self, Answer, KeyOnToken, Lane, Operation, Start, Started};
 use super::worker;
 use crate::keys::{SignatureAlgorithm, ecdsa_der_from_fixed};
 use crate::names::KeyName;
@@ -76,64 +73,6 @@ pub(crate) struct Counters {
     pub(crate) answered: AtomicU64,
     /// What was done by workers, each pair of a batch counted, to replace those that leak.
     pub(crate) operations: AtomicU64,
-}
-
-/// A worker that serves.
-pub(crate) struct Connection {
-    outgoing: mpsc::Sender<Zeroizing<Vec<u8>>>,
-    pending: Arc<Pending>,
-    next_id: AtomicU64,
-    pub(crate) transport: TransportKey,
-    pub(crate) module: String,
-    pub(crate) token: TokenIdentity,
-}
-
-/// A call that is with the worker.
-struct Waiting {
-    lane: Lane,
-    since: Instant,
-    waiter: oneshot::Sender<Result<Vec<Answer>, Failure>>,
-}
-
-/// Calls that are with the worker; none once its replies have ended, since nobody would answer them.
-struct Pending(Mutex<Option<HashMap<u64, Waiting>>>);
-
-impl Pending {
-    fn new() -> Self {
-        Self(Mutex::new(Some(HashMap::new())))
-    }
-
-    fn map(&self) -> std::sync::MutexGuard<'_, Option<HashMap<u64, Waiting>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The receiver of the answer; it ends at once if the worker has ended.
-    fn wait_for(&self, id: u64, lane: Lane) -> oneshot::Receiver<Result<Vec<Answer>, Failure>> {
-        let (waiter, answer) = oneshot::channel();
-        if let Some(map) = self.map().as_mut() {
-            map.insert(id, Waiting { lane, since: Instant::now(), waiter });
-        }
-        answer
-    }
-
-    fn take(&self, id: u64) -> Option<Waiting> {
-        self.map().as_mut()?.remove(&id)
-    }
-
-    /// Tells everybody who waits, and who comes later, that the worker has ended.
-    fn close(&self) {
-        *self.map() = None;
-    }
-
-    fn count(&self, lane: Lane) -> usize {
-        self.map().as_ref().map_or(0, |map| map.values().filter(|call| call.lane == lane).count())
-    }
-
-    /// Whether a call waits longer than any should.
-    fn has_one_that_hangs(&self, hang_after: Duration) -> bool {
-        let limit = |lane| if lane == Lane::Line { hang_after } else { BACKGROUND_LIMIT.max(hang_after) };
-        self.map().as_ref().is_some_and(|map| map.values().any(|call| call.since.elapsed() > limit(call.lane)))
-    }
 }
 
 /// Runs until nobody holds the handle any more.
@@ -312,96 +251,6 @@ fn start_order(config: &HsmConfig, counters: &Counters, transport_rsa: wire::Tra
     }
 }
 
-/// Starts the two tasks that carry frames.
-fn connect(
-    read: BufReader<OwnedReadHalf>,
-    write: OwnedWriteHalf,
-    transport: TransportKey,
-    started: Started,
-    counters: Arc<Counters>,
-) -> (Connection, oneshot::Receiver<String>) {
-    let (outgoing, frames) = mpsc::channel(1024);
-    let (closing, closed) = oneshot::channel();
-    let pending = Arc::new(Pending::new());
-    tokio::spawn(send_frames(write, frames));
-    tokio::spawn(receive_replies(read, Arc::clone(&pending), counters, closing));
-    let next_id = AtomicU64::new(1);
-    (Connection { outgoing, pending, next_id, transport, module: started.module, token: started.token }, closed)
-}
-
-async fn send_frames(mut write: OwnedWriteHalf, mut frames: mpsc::Receiver<Zeroizing<Vec<u8>>>) {
-    while let Some(frame) = frames.recv().await {
-        if write.write_all(&frame).await.is_err() {
-            return;
-        }
-    }
-}
-
-async fn receive_replies(
-    mut read: BufReader<OwnedReadHalf>,
-    pending: Arc<Pending>,
-    counters: Arc<Counters>,
-    closing: oneshot::Sender<String>,
-) {
-    let why = loop {
-        let body = match read_frame(&mut read).await {
-            Ok(Some(body)) => body,
-            Ok(None) => break "it ended".to_owned(),
-            Err(e) => break e,
-        };
-        let reply: Reply = match wire::parse(&body) {
-            Ok(reply) => reply,
-            Err(e) => break format!("it sent what cannot be read: {e}"),
-        };
-        counters.operations.fetch_add(reply.result.as_ref().map_or(1, |answers| weight(answers)), Ordering::Relaxed);
-        if let Some(call) = pending.take(reply.id) {
-            if call.lane == Lane::Line {
-                counters.answered.fetch_add(1, Ordering::Relaxed);
-            }
-            let _ = call.waiter.send(reply.result);
-        }
-    };
-    pending.close();
-    let _ = closing.send(why);
-}
-
-/// What a request counts for in a worker's life.
-fn weight(answers: &[Answer]) -> u64 {
-    let one = |answer: &Answer| match answer {
-        Answer::Made(pairs) => pairs.len(),
-        Answer::Moved(blobs) => blobs.len(),
-        _ => 0,
-    };
-    answers.iter().map(one).sum::<usize>().max(1) as u64
-}
-
-impl Connection {
-    /// Sends operations and waits; `None` if the worker was lost meanwhile.
-    pub(crate) async fn call(
-        &self,
-        lane: Lane,
-        operations: Vec<Operation>,
-        until: Instant,
-    ) -> Option<Result<Vec<Answer>, Failure>> {
-        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        let budget_ms = u32::try_from(until.saturating_duration_since(Instant::now()).as_millis()).unwrap_or(u32::MAX);
-        let frame = wire::frame(&Request { id, lane, budget_ms, operations });
-        let frame = match frame {
-            Ok(frame) => frame,
-            Err(e) => return Some(Err(Failure::new(FailureClass::Rejected, e))),
-        };
-        // Only what is on its way to the worker is waited for: a call that is given up before must not look like a hang.
-        let place = self.outgoing.reserve().await.ok()?;
-        let answer = self.pending.wait_for(id, lane);
-        place.send(frame);
-        answer.await.ok()
-    }
-
-    pub(crate) fn in_flight(&self) -> usize {
-        self.pending.count(Lane::Line)
-    }
-}
-
 /// The keys are the ones of the register, and they work: signing keys against their public halves, master keys against
 /// their check values. Not certificates are signed here, but a text that no certificate can be.
 async fn check_keys(config: &HsmConfig, connection: &Connection) -> Result<(), HsmError> {
@@ -446,51 +295,5 @@ pub(crate) fn to_x509_form(algorithm: SignatureAlgorithm, raw: Vec<u8>) -> Resul
         SignatureAlgorithm::EcdsaP256Sha256 | SignatureAlgorithm::EcdsaP384Sha384 => ecdsa_der_from_fixed(&raw)
             .ok_or_else(|| HsmError::Wrong(format!("an ECDSA signature of {} octets", raw.len()))),
         _ => Ok(raw),
-    }
-}
-
-async fn read_frame(read: &mut BufReader<OwnedReadHalf>) -> Result<Option<Zeroizing<Vec<u8>>>, String> {
-    let mut prefix = [0; 4];
-    match read.read_exact(&mut prefix).await {
-        Ok(_) => {}
-        Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => return Ok(None),
-        Err(e) => return Err(e.to_string()),
-    }
-    let mut body = Zeroizing::new(vec![0; wire::frame_len(prefix)?]);
-    read.read_exact(&mut body).await.map_err(|e| e.to_string())?;
-    Ok(Some(body))
-}
-
-async fn write_frame<T: serde::Serialize>(write: &mut OwnedWriteHalf, value: &T) -> Result<(), String> {
-    write.write_all(&wire::frame(value)?).await.map_err(|e| e.to_string())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::secret::SecretBytes;
-
-    /// A call may reach a connection that has just ended, before the supervisor has told everybody.
-    #[tokio::test]
-    async fn a_call_on_an_ended_connection_is_told_at_once() {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        let (read, write) = ours.into_split();
-        let token = TokenIdentity { label: String::new(), serial: String::new() };
-        let started = Started { module: String::new(), token, transport_key: Vec::new() };
-        let transport = TransportKey(SecretBytes::new(Vec::new()));
-        let counters = Arc::new(Counters::default());
-        let (connection, closed) = connect(BufReader::new(read), write, transport, started, counters);
-        let call = async || {
-            let call = connection.call(Lane::Line, vec![Operation::Random { len: 1 }], Instant::now() + START_LIMIT);
-            tokio::time::timeout(Duration::from_secs(1), call).await
-        };
-
-        let (waiting, ()) = tokio::join!(call(), async { drop(theirs) });
-        assert!(matches!(waiting, Ok(None)), "it waits for an answer that nobody will give");
-        assert_eq!(closed.await.as_deref(), Ok("it ended"));
-        for _ in 0..3 {
-            assert!(matches!(call().await, Ok(None)), "a late call waits for an answer that nobody will give");
-        }
-        assert_eq!(connection.in_flight(), 0);
     }
 }

@@ -15,7 +15,7 @@ use zeroize::Zeroizing;
 use super::attributes::audit;
 use super::failure::{Doing as _, Failure, FailureClass};
 use super::kdf::{Prf, prf_inputs};
-use super::module::{OaepHash, WrapMechanism};
+use super::module::{ModuleProfile, OaepHash, WrapMechanism};
 use super::token::find_one;
 use super::wire::{Answer, KeyOnToken, Operation, TransportRsa, WireSecret};
 use crate::keys::{BatchName, KeyKind, SignatureAlgorithm, TokenPair};
@@ -36,6 +36,18 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
+    /// For a process that has the token for itself and works with one session at a time.
+    pub(super) fn alone(profile: &ModuleProfile, keys: BTreeMap<KeyName, KeyOnToken>) -> Arc<Self> {
+        Arc::new(Self {
+            keys,
+            wrap: profile.wrap,
+            unwrappable: profile.unwrappable.clone(),
+            objects: None,
+            sync_directory: profile.sync_directory.clone(),
+            pairs: Mutex::default(),
+        })
+    }
+
     /// Held while token objects are made or destroyed.
     pub(super) fn changing(&self) -> Option<RwLockWriteGuard<'_, ()>> {
         self.objects.as_ref().map(|lock| lock.write().unwrap_or_else(PoisonError::into_inner))

@@ -223,6 +223,21 @@ impl Point<'_> {
         copy_all(copy, place);
     }
 
+    /// A copy of the state store as it is now; it goes on.
+    pub fn copy_of_state(&mut self, name: &str) -> PathBuf {
+        self.stop();
+        let copy = self.copy(&self.state_directory(), name);
+        self.start();
+        copy
+    }
+
+    /// Somebody puts the copy back and starts the processing point.
+    pub fn put_state_back(&mut self, copy: &Path) {
+        self.stop();
+        self.put_back(copy, &self.state_directory());
+        self.start();
+    }
+
     fn run(&mut self, state: SledStateStore, public: SledPublicDatabase) {
         let (state, public) = (Arc::new(state), Arc::new(public));
         let faults = &self.faults;

@@ -9,7 +9,7 @@ use spp::store::{Keeping, StateName};
 
 use crate::breaking::{Break, Write};
 use crate::device::{Kind, OnTheLine};
-use crate::point::{House, Point};
+use crate::point::House;
 use crate::pool_breaks::assert_pool_is_whole;
 
 fn rules(keeping: Keeping, low: u64, high: u64) -> PoolRules {
@@ -184,19 +184,6 @@ async fn a_pool_is_filled_below_its_low_mark_and_on_an_order() {
     assert!(matches!(point.pool().order_fill(KeyKind::Rsa4096, None), Err(PoolError::NoPool(KeyKind::Rsa4096))));
 }
 
-fn copy_state(point: &mut Point<'_>, name: &str) -> std::path::PathBuf {
-    point.stop();
-    let copy = point.copy(&point.state_directory(), name);
-    point.start();
-    copy
-}
-
-fn put_state_back(point: &mut Point<'_>, copy: &std::path::Path) {
-    point.stop();
-    point.put_back(copy, &point.state_directory());
-    point.start();
-}
-
 /// The old copy knows the newest record's session, and its batch was not shredded: only the public database knows the pair.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_used_pair_of_an_old_copy_is_refused_by_the_public_database_and_its_batch_quarantined() {
@@ -206,7 +193,7 @@ async fn a_used_pair_of_an_old_copy_is_refused_by_the_public_database_and_its_ba
         point.filled(4).await;
         let (mut known, mut used) = (OnTheLine::new(&house, Kind::Phone, 1), OnTheLine::new(&house, Kind::Pooled, 2));
         known.assemble(&point).await.unwrap();
-        let old = copy_state(&mut point, "old");
+        let old = point.copy_of_state("old");
         let installed = used.assemble(&point).await.unwrap();
         used.complete(&point).await.unwrap();
         known.complete(&point).await.unwrap();
@@ -214,7 +201,7 @@ async fn a_used_pair_of_an_old_copy_is_refused_by_the_public_database_and_its_ba
             point.until("it is destroyed", async || point.pool().status().await.unwrap().condemned == 0).await;
         }
 
-        put_state_back(&mut point, &old);
+        point.put_state_back(&old);
         point.filled(4).await;
         assert_eq!(point.pool().status().await.unwrap().rolled_back, None, "nothing shows it yet");
         let mut third = OnTheLine::new(&house, Kind::Pooled, 3);
@@ -240,14 +227,14 @@ async fn an_old_copy_is_known_by_the_newest_record_and_by_the_token() {
     for shredded in [false, true] {
         let mut point = house.point_with(rules(Keeping::Wrapped, 1, 4));
         point.filled(4).await;
-        let old = copy_state(&mut point, "old");
+        let old = point.copy_of_state("old");
         let mut used = OnTheLine::new(&house, Kind::Pooled, 1);
         let installed = used.assemble(&point).await.unwrap();
         used.complete(&point).await.unwrap();
         if shredded {
             point.pool().shred(&ShredOrder::default(), |_, _| ()).await.unwrap();
         }
-        put_state_back(&mut point, &old);
+        point.put_state_back(&old);
         point.until("it is found out", async || point.pool().status().await.unwrap().rolled_back.is_some()).await;
         let why = point.pool().status().await.unwrap().rolled_back.unwrap();
         let evidence = if shredded { "the token has batch" } else { "the public database has a record" };

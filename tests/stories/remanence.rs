@@ -30,9 +30,7 @@ async fn gone_after_shredding(kind: Kind, keeping: Keeping) {
         let mut device = OnTheLine::new(&house, kind, 1);
         let session = device.assemble(&point).await.unwrap().session;
         // The disk as a thief or a backup has it: while the device was on the line.
-        point.stop();
-        let old = point.copy(&point.state_directory(), "old");
-        point.start();
+        let old = point.copy_of_state("old");
         let Some(KeptKey::Wrapped(kept)) = point.state().kept_key(&session).await.unwrap() else {
             panic!("not wrapped")
         };

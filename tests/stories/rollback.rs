@@ -6,7 +6,7 @@ use spp::store::{PublicDatabase as _, StateName};
 
 use crate::breaking::Break;
 use crate::device::{Kind, OnTheLine};
-use crate::point::{House, Point};
+use crate::point::House;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_state_store_of_before_completion_is_healed_by_the_public_database() {
@@ -14,20 +14,20 @@ async fn a_state_store_of_before_completion_is_healed_by_the_public_database() {
     let mut point = house.point();
     let mut device = OnTheLine::new(&house, Kind::Phone, 1);
     device.assemble(&point).await.unwrap();
-    let old = copy_of_state(&mut point, "issued");
+    let old = point.copy_of_state("issued");
     let answer = device.complete(&point).await.unwrap();
 
-    put_state_back(&mut point, &old);
+    point.put_state_back(&old);
     let error = device.assemble(&point).await.unwrap_err();
     assert!(matches!(error, ProvisionError::AlreadyComplete { .. }), "the pair is not delivered again: {error}");
     device.assert_complete(&point, answer).await;
 
-    put_state_back(&mut point, &old);
+    point.put_state_back(&old);
     assert!(device.has_wrapped_key(&point).await, "the old copy has the pair again");
     assert_eq!(device.complete(&point).await.unwrap(), answer);
     device.assert_complete(&point, answer).await;
 
-    put_state_back(&mut point, &old);
+    point.put_state_back(&old);
     assert_eq!(point.provisioner().restart().await.unwrap(), Tidied { erased: 1, ..Tidied::default() });
     device.assert_complete(&point, answer).await;
 }
@@ -36,11 +36,11 @@ async fn a_state_store_of_before_completion_is_healed_by_the_public_database() {
 async fn a_state_store_that_forgot_a_device_gives_its_chip_and_identity_to_nobody() {
     let house = House::new().await;
     let mut point = house.point();
-    let empty = copy_of_state(&mut point, "empty");
+    let empty = point.copy_of_state("empty");
     let mut device = OnTheLine::new(&house, Kind::Phone, 1);
     device.walk(&point).await;
 
-    put_state_back(&mut point, &empty);
+    point.put_state_back(&empty);
     let error = device.assemble(&point).await.unwrap_err();
     assert!(matches!(error, ProvisionError::AlreadyComplete { .. }), "{error}");
     let error = OnTheLine::with_identity(&house, Kind::Phone, 1, 2).assemble(&point).await.unwrap_err();
@@ -56,17 +56,17 @@ async fn a_state_store_that_forgot_a_device_gives_its_chip_and_identity_to_nobod
 async fn a_session_of_another_life_of_the_state_store_is_never_published() {
     let house = House::new().await;
     let mut point = house.point();
-    let empty = copy_of_state(&mut point, "empty");
+    let empty = point.copy_of_state("empty");
     let mut device = OnTheLine::new(&house, Kind::Phone, 1);
     device.assemble(&point).await.unwrap();
-    let one_life = copy_of_state(&mut point, "one-life");
+    let one_life = point.copy_of_state("one-life");
     let lost = device.completion(device.delivered[0].0);
 
-    put_state_back(&mut point, &empty);
+    point.put_state_back(&empty);
     let answer = device.walk(&point).await;
     assert_ne!(device.delivered[0], device.delivered[1]);
 
-    put_state_back(&mut point, &one_life);
+    point.put_state_back(&one_life);
     let error = device.assemble(&point).await.unwrap_err();
     assert!(matches!(error, ProvisionError::AlreadyComplete { .. }), "{error}");
     let error = point.provisioner().complete(lost).await.unwrap_err();
@@ -98,17 +98,4 @@ async fn a_pair_is_kept_when_the_public_database_lost_its_record() {
     assert_eq!(point.provisioner().restart().await.unwrap(), Tidied { failed: 1, ..Tidied::default() });
     assert_eq!(device.state(&point).await, Some(StateName::Published));
     assert!(device.has_wrapped_key(&point).await);
-}
-
-fn copy_of_state(point: &mut Point<'_>, name: &str) -> std::path::PathBuf {
-    point.stop();
-    let copy = point.copy(&point.state_directory(), name);
-    point.start();
-    copy
-}
-
-fn put_state_back(point: &mut Point<'_>, copy: &std::path::Path) {
-    point.stop();
-    point.put_back(copy, &point.state_directory());
-    point.start();
 }

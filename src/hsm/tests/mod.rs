@@ -14,7 +14,6 @@ mod wrapping;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Arc, Mutex};
 
 use cryptoki::mechanism::Mechanism;
 use cryptoki::object::{Attribute, ObjectHandle};
@@ -116,15 +115,8 @@ impl Place {
 
     /// A worker thread's session with these keys in its register.
     fn verbs(&self, ceremony: &Ceremony, keys: Register, transport_key: Option<ObjectHandle>) -> Verbs {
-        let shared = Shared {
-            keys,
-            wrap: self.profile.wrap,
-            unwrappable: self.profile.unwrappable.clone(),
-            objects: None,
-            sync_directory: self.profile.sync_directory.clone(),
-            pairs: Mutex::default(),
-        };
-        Verbs::new(ceremony.token.session().unwrap(), Arc::new(shared), transport_key)
+        let shared = Shared::alone(&self.profile, keys);
+        Verbs::new(ceremony.token.session().unwrap(), shared, transport_key)
     }
 
     /// The same with a transport key, as the worker and the handle make it together.

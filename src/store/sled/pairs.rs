@@ -183,7 +183,10 @@ pub(super) fn of_batch(view: &View<'_>, number: u64, limit: usize) -> Result<Vec
 
 pub(super) fn move_all(view: &mut View<'_>, from: u64, to: u64, pairs: Vec<MovedPair>) -> Result<u64, StoreError> {
     let (mut source, mut target) = (existing(view, from)?, existing(view, to)?);
-    if target.state != BatchState::Open || target.purpose != source.purpose || target.quarantined.is_some() {
+    let takes = target.state == BatchState::Open && target.purpose == source.purpose && target.quarantined.is_none();
+    // A pair on the token cannot be wrapped again; its row would be lost, and with it the only name of the object.
+    let wrapped = source.keeping == Keeping::Wrapped && target.keeping == Keeping::Wrapped;
+    if !takes || !wrapped || from == to {
         return Err(wrong(&target, format!("takes no pairs of batch {from}")));
     }
     let mut moved = 0;

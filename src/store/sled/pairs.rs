@@ -131,11 +131,12 @@ pub(super) fn is_reserved_as(
     let row = session_row(view, id)?;
     Ok(match (row, pair) {
         (None, None) => true,
-        (Some(row), Some(PairToReserve::Made { batch, blob })) => {
-            row.batch == *batch && matches!(row.kept, Kept::Blob(place) if view.get_blob(*batch, place)? == *blob)
+        // The session's public key, which the caller compares, says which pair it is. Its octets can be compared, too, unless
+        // it was moved since.
+        (Some(SessionRow { batch, kept: Kept::Blob(place) }), Some(PairToReserve::Made { batch: first, blob })) => {
+            batch != *first || view.get_blob(batch, place)? == *blob
         }
-        // The session's public key, which the caller compares, says which pair of the batch it is.
-        (Some(row), Some(PairToReserve::Pooled(pair))) => row.batch == pair.batch,
+        (Some(_), Some(PairToReserve::Pooled(_))) => true,
         _ => false,
     })
 }

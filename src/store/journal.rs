@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use super::session::{ReserveError, Session, SessionCounts, SessionState, StateName, StateStore};
 use super::secret::PairToReserve;
+use super::session::{ReserveError, Session, SessionCounts, SessionState, StateName, StateStore};
 use super::{PublicationReceipt, StoreError};
 use crate::keys::KeptKey;
 use crate::names::{ChipId, DeviceIdentity, SessionId};

@@ -6,6 +6,8 @@
 
 #[cfg(test)]
 mod contract;
+#[cfg(test)]
+mod contract_pairs;
 mod journal;
 mod public;
 mod record;
@@ -18,8 +20,8 @@ pub use journal::{Abortable, Intent, Issued, Journal, Published, Signed, TakenUp
 pub use public::{PublicDatabase, Publication, PublicationReceipt, PublishError, Registry, Taken};
 pub use record::{DeviceRecord, RecordError};
 pub use secret::{
-    Batch, BatchState, BatchStep, CondemnedPair, HeldPair, Holder, Keeping, MovedPair, PairCounts, PairId, PairToReserve,
-    PooledPair, Purpose, SecretStore,
+    Batch, BatchState, BatchStep, CondemnedPair, HeldPair, Holder, Keeping, MovedPair, PairCounts, PairId,
+    PairToReserve, PooledPair, Purpose, SecretStore,
 };
 pub use session::{
     CertificateToSign, MasterKeyUse, ReserveError, Session, SessionCounts, SessionState, StateName, StateStore,

@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 use super::place::Door;
 use super::*;
 use crate::store::contract::{
-    Factory, PrivateStore, begin_a_batch_for_sessions, blob, contract, erased, finish, id, issued, kept, key, published, record,
-    session,
+    Factory, PrivateStore, begin_a_batch_for_sessions, blob, contract, erased, finish, id, issued, kept, key,
+    published, record, session,
 };
+use crate::store::contract_pairs::contract_of_pairs;
 use crate::store::{
     DeviceRecord, PublicDatabase, PublishError, ReserveError, Session, SessionCounts, StateName, StateStore, StoreError,
 };
@@ -46,6 +47,7 @@ impl Sled {
 }
 
 contract!(keeps_the_contract, Sled);
+contract_of_pairs!(keeps_the_contract_of_pairs, Sled);
 
 fn options() -> SledOptions {
     SledOptions { floor_bytes: 16 << 20, reserve_bytes: 1 << 20, ..SledOptions::default() }
@@ -139,11 +141,7 @@ async fn a_step_that_failed_is_not_acknowledged_and_can_be_repeated() {
         fault.store(false, SeqCst);
         expected.reserved += u64::from(persisted);
         assert_eq!(until_healed(&store).await, expected);
-        assert_eq!(
-            kept(&store, &id(1)).await,
-            persisted.then(|| blob(1)),
-            "session and key: both or neither"
-        );
+        assert_eq!(kept(&store, &id(1)).await, persisted.then(|| blob(1)), "session and key: both or neither");
         store.reserve(&session(1), Some(&key(1))).await.unwrap();
         expected.reserved = 1;
         assert_eq!(store.counts().await.unwrap(), expected);

@@ -19,6 +19,7 @@ use crate::store::{
     DeviceRecord, PublicDatabase, PublishError, ReserveError, Session, SessionCounts, StateName, StateStore, StoreError,
 };
 
+mod blobs;
 mod crash;
 
 struct Sled(tempfile::TempDir);
@@ -62,6 +63,8 @@ struct Faults {
     syncs_before: AtomicU64,
     free: AtomicU64,
     syncs: AtomicU64,
+    /// Milliseconds that a sync takes longer: calls made meanwhile share the next one.
+    slow: AtomicU64,
 }
 
 impl Door for Faults {
@@ -71,6 +74,7 @@ impl Door for Faults {
 
     fn sync(&self, file: &File) -> io::Result<()> {
         self.syncs.fetch_add(1, SeqCst);
+        std::thread::sleep(Duration::from_millis(self.slow.load(SeqCst)));
         file.sync_data()?;
         match self.syncs_before.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1)) {
             Ok(_) => Ok(()),

@@ -241,7 +241,7 @@ pub(super) async fn finish(store: &dyn StateStore, n: u64) {
     store.reserve(&session(n), Some(&key(n))).await.unwrap();
     store.advance(&id(n), StateName::Reserved, issued(n)).await.unwrap();
     store.advance(&id(n), StateName::Issued, published(n)).await.unwrap();
-    assert_eq!(kept(&*store, &id(n)).await, Some(blob(n)), "the key stays until it is erased");
+    assert_eq!(kept(store, &id(n)).await, Some(blob(n)), "the key stays until it is erased");
     store.advance(&id(n), StateName::Published, erased(n)).await.unwrap();
 }
 
@@ -454,7 +454,7 @@ impl Model {
             }
             assert_eq!(store.session(&session.id).await.unwrap().as_ref(), Some(session));
             let held = (!session.state.is_final()).then(|| blob(*n));
-            assert_eq!(kept(&*store, &session.id).await, held);
+            assert_eq!(kept(store, &session.id).await, held);
         }
         assert_eq!(store.counts().await.unwrap(), counts);
         for n in 0..5 {

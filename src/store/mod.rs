@@ -6,6 +6,8 @@
 
 #[cfg(test)]
 mod contract;
+#[cfg(test)]
+mod contract_pairs;
 mod journal;
 mod public;
 mod record;

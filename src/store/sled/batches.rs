@@ -131,8 +131,11 @@ fn forget(view: &mut View<'_>, number: u64) -> Result<(), StoreError> {
     if !matches!(batch.state, BatchState::Planned | BatchState::Emptied) {
         return Err(wrong(&batch, format!("is {:?} and cannot be forgotten", batch.state)));
     }
-    // Its state was durable before this call began: nothing needs an octet of the file any more. A crash before the row is
-    // gone finds it and comes here again.
+    if view.is_pending(&batch_key(number)) {
+        return Err(wrong(&batch, "is only now being emptied; once that is answered it can be forgotten".into()));
+    }
+    // Its state is durable: nothing needs an octet of the file any more. A crash before the row is gone finds it and comes
+    // here again.
     view.remove_blobs(number)?;
     view.remove(&batch_key(number))
 }

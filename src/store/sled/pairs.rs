@@ -131,11 +131,12 @@ pub(super) fn is_reserved_as(
     let row = session_row(view, id)?;
     Ok(match (row, pair) {
         (None, None) => true,
-        (Some(row), Some(PairToReserve::Made { batch, blob })) => {
-            row.batch == *batch && matches!(row.kept, Kept::Blob(place) if view.get_blob(*batch, place)? == *blob)
+        // The session's public key, which the caller compares, says which pair it is. Its octets can be compared, too, unless
+        // it was moved since.
+        (Some(SessionRow { batch, kept: Kept::Blob(place) }), Some(PairToReserve::Made { batch: first, blob })) => {
+            batch != *first || view.get_blob(batch, place)? == *blob
         }
-        // The session's public key, which the caller compares, says which pair of the batch it is.
-        (Some(row), Some(PairToReserve::Pooled(pair))) => row.batch == pair.batch,
+        (Some(_), Some(PairToReserve::Pooled(_))) => true,
         _ => false,
     })
 }
@@ -183,7 +184,10 @@ pub(super) fn of_batch(view: &View<'_>, number: u64, limit: usize) -> Result<Vec
 
 pub(super) fn move_all(view: &mut View<'_>, from: u64, to: u64, pairs: Vec<MovedPair>) -> Result<u64, StoreError> {
     let (mut source, mut target) = (existing(view, from)?, existing(view, to)?);
-    if target.state != BatchState::Open || target.purpose != source.purpose || target.quarantined.is_some() {
+    let takes = target.state == BatchState::Open && target.purpose == source.purpose && target.quarantined.is_none();
+    // A pair on the token cannot be wrapped again; its row would be lost, and with it the only name of the object.
+    let wrapped = source.keeping == Keeping::Wrapped && target.keeping == Keeping::Wrapped;
+    if !takes || !wrapped || from == to {
         return Err(wrong(&target, format!("takes no pairs of batch {from}")));
     }
     let mut moved = 0;

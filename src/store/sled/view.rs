@@ -78,6 +78,12 @@ impl<'a> View<'a> {
         }
     }
 
+    /// Whether a key's value is not durable yet.
+    pub(super) fn is_pending(&self, key: &[u8]) -> bool {
+        let first = piece_key(key, 0);
+        [&self.batch, &self.transaction].iter().any(|writes| writes.contains_key(&first))
+    }
+
     /// Sets the value of a key.
     pub(super) fn put<T: Serialize>(&mut self, key: &[u8], value: &T) -> Result<(), StoreError> {
         let octets = postcard::to_extend(value, vec![VERSION]).map_err(|e| StoreError::Failed {

@@ -1,16 +1,23 @@
 //! A process that is killed, or whose disk fills up, while it commits: what it acknowledged must be there afterwards.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::time::Duration;
 
 use rustix::process::{Resource, Rlimit};
 
 use super::{Sled, options, until_healed};
-use crate::store::contract::{Factory, blob, id, issued, kept, key, session};
-use crate::store::{SessionState, SledStateStore, StateName, StateStore};
+use crate::keys::{BatchName, KeptKey, KeyKind};
+use crate::store::contract::{Factory, PrivateStore, blob, id, issued, kept, key, session};
+use crate::store::contract_pairs::{ALL, given_up, name, open_pool, public_key, session_with, wrapped};
+use crate::store::{
+    BatchState, BatchStep, Holder, MovedPair, PairToReserve, PooledPair, Purpose, ReserveError, SecretStore,
+    SessionState, SledStateStore, StateName, StateStore, StoreError,
+};
 
 const CHILD: &str = "SPP_STORE_TEST_DIR";
 /// Numbers from here on come after the disk was full.
@@ -78,7 +85,7 @@ async fn write_until_it_fails(store: &Arc<SledStateStore>, first: u64) {
                     return;
                 }
                 println!("acknowledged {n}.");
-                if n % 3 == 0 && store.advance(&id(n), StateName::Reserved, issued(n)).await.is_err() {
+                if n.is_multiple_of(3) && store.advance(&id(n), StateName::Reserved, issued(n)).await.is_err() {
                     return;
                 }
             }
@@ -135,4 +142,159 @@ async fn a_disk_that_fills_up_loses_nothing_and_the_store_heals_when_there_is_ro
             assert!(store.session(&id(*n)).await.unwrap().is_some(), "{n} is lost");
         }
     }
+}
+
+/// What a child of the last test tells, as one number each.
+const TOLD: u64 = 4;
+const ADDED: u64 = 0;
+const RESERVED: u64 = 1;
+const ABORTED: u64 = 2;
+const FORGOTTEN: u64 = 3;
+
+fn tell(what: u64, n: u64) {
+    println!("acknowledged {}.", n * TOLD + what);
+}
+
+/// The private half of pair `n` in a batch: it tells what it is and under which key.
+fn half(batch: BatchName, n: u64) -> KeptKey {
+    wrapped(batch, [n, batch.number].map(u64::to_be_bytes).concat().repeat(3))
+}
+
+/// Which pair a public key belongs to.
+fn number_of(public: &[u8]) -> u64 {
+    u64::from_be_bytes(public[public.len() - 8..].try_into().unwrap())
+}
+
+/// What the child of the last test does: pairs are made, given to sessions and moved from batch to batch, all at once.
+async fn pool_until_stopped(store: &Arc<SledStateStore>) {
+    let first: u64 = std::env::var(CHILD_FIRST).unwrap().parse().unwrap();
+    let current = Arc::new(AtomicU64::new(open_pool(&**store).await));
+    let mut tasks = tokio::task::JoinSet::new();
+    for lane in 0..4 {
+        tasks.spawn(add_for_ever(store.clone(), current.clone(), first + lane));
+        tasks.spawn(reserve_for_ever(store.clone(), lane));
+    }
+    tasks.spawn(shred_for_ever(store.clone(), current));
+    // None of them ends but by a fault.
+    tasks.join_next().await.unwrap().unwrap();
+}
+
+async fn add_for_ever(store: Arc<SledStateStore>, current: Arc<AtomicU64>, first: u64) {
+    for begin in (first..).step_by(16) {
+        let pairs = [begin, begin + 4, begin + 8, begin + 12];
+        loop {
+            let batch = name(&*store, current.load(SeqCst)).await;
+            let pair = |n| PooledPair { public_key: public_key(n), kept: half(batch, n) };
+            match store.add_pairs(batch.number, pairs.map(pair).into()).await {
+                Ok(_) => break,
+                Err(error) => assert!(matches!(error, StoreError::WrongBatch { .. }), "{error}"),
+            }
+        }
+        pairs.into_iter().for_each(|n| tell(ADDED, n));
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+async fn reserve_for_ever(store: Arc<SledStateStore>, lane: u64) {
+    loop {
+        for (place, pair) in store.ready_pairs(KeyKind::P256, None, 64).await.unwrap() {
+            let n = number_of(&pair.public_key);
+            if n % 4 != lane {
+                continue;
+            }
+            match store.reserve(&session_with(n, n), Some(&PairToReserve::Pooled(place))).await {
+                Ok(()) => tell(RESERVED, n),
+                Err(error) => assert!(matches!(error, ReserveError::PairGone), "{error}"),
+            }
+            if n.is_multiple_of(3) && store.advance(&id(n), StateName::Reserved, given_up(3000)).await.is_ok() {
+                tell(ABORTED, n);
+            }
+        }
+    }
+}
+
+async fn shred_for_ever(store: Arc<SledStateStore>, current: Arc<AtomicU64>) {
+    loop {
+        let next = open_pool(&*store).await;
+        current.store(next, SeqCst);
+        for batch in store.batches().await.unwrap() {
+            if batch.number < next && batch.purpose != Purpose::Sessions {
+                shred(&store, batch.number, batch.state, next).await;
+            }
+        }
+    }
+}
+
+async fn shred(store: &SledStateStore, from: u64, state: BatchState, to: u64) {
+    if !matches!(state, BatchState::Planned | BatchState::Emptied) {
+        store.step_batch(from, BatchStep::Seal).await.unwrap();
+        let target = name(store, to).await;
+        loop {
+            let held = store.pairs_of_batch(from, 16).await.unwrap();
+            if held.is_empty() {
+                break;
+            }
+            let moved = held.into_iter().map(|held| match half(target, number_of(&held.public_key)) {
+                KeptKey::Wrapped(wrapped) => MovedPair { holder: held.holder, blob: wrapped.blob },
+                KeptKey::OnToken(_) => panic!("it is wrapped"),
+            });
+            store.move_pairs(from, to, moved.collect()).await.unwrap();
+        }
+        store.step_batch(from, BatchStep::Empty).await.unwrap();
+    }
+    store.forget_batch(from).await.unwrap();
+    tell(FORGOTTEN, from);
+}
+
+/// Everybody who has a pair; each pair is in one place, with its own octets under its batch's key.
+async fn holders(store: &dyn PrivateStore) -> BTreeMap<u64, Holder> {
+    let mut holders = BTreeMap::new();
+    for batch in store.batches().await.unwrap() {
+        let (held, name) = (store.pairs_of_batch(batch.number, ALL).await.unwrap(), name(store, batch.number).await);
+        assert_eq!(batch.ready + batch.reserved, held.len() as u64, "batch {}", batch.number);
+        for held in held {
+            let n = number_of(&held.public_key);
+            assert_eq!(held.kept, half(name, n));
+            assert_eq!(holders.insert(n, held.holder), None, "pair {n} is in one place");
+        }
+    }
+    holders
+}
+
+#[tokio::test]
+async fn pairs_and_their_blobs_survive_kill_9_amid_adding_reserving_and_moving() {
+    if let Some(store) = as_child() {
+        return pool_until_stopped(&store).await;
+    }
+    let sled = Sled::new();
+    let mut all = BTreeSet::new();
+    for round in 0..5u64 {
+        let test = "pairs_and_their_blobs_survive_kill_9_amid_adding_reserving_and_moving";
+        let mut process = child("", test, &sled.dir(), round * 1_000_000).spawn().unwrap();
+        let out = process.stdout.take().unwrap();
+        let told = acknowledged(out, 400 + 70 * usize::try_from(round).unwrap(), &mut || process.kill().unwrap());
+        process.wait().unwrap();
+        assert!(told.len() >= 400, "only {} were acknowledged", told.len());
+        all.extend(told);
+        let store = sled.state();
+        let holders = holders(&*store).await;
+        for told in &all {
+            let n = told / TOLD;
+            let (holder, session) = (holders.get(&n), store.session(&id(n)).await.unwrap());
+            let over = session.as_ref().is_some_and(|session| session.state.is_final());
+            match told % TOLD {
+                ADDED if over => assert_eq!(holder, None, "pair {n} is erased"),
+                ADDED => assert!(holder.is_some(), "pair {n} is lost"),
+                RESERVED if over => assert_eq!(n % 3, 0),
+                RESERVED => assert_eq!(holder, Some(&Holder::Session(id(n)))),
+                ABORTED => assert!(over),
+                _ => assert!(!sled.dir().join("pairs").join(n.to_string()).exists(), "batch {n} is forgotten"),
+            }
+        }
+        let counts = store.pair_counts(KeyKind::P256).await.unwrap();
+        let ready = holders.values().filter(|holder| matches!(holder, Holder::Ready(_))).count() as u64;
+        assert_eq!(counts.made, ready + counts.reserved);
+    }
+    let told = |what| all.iter().filter(|told| *told % TOLD == what).count();
+    assert!([ADDED, RESERVED, ABORTED, FORGOTTEN].into_iter().all(|what| told(what) > 5), "it did all of it");
 }

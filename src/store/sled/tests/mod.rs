@@ -14,10 +14,12 @@ use crate::store::contract::{
     Factory, PrivateStore, begin_a_batch_for_sessions, blob, contract, erased, finish, id, issued, kept, key,
     published, record, session,
 };
+use crate::store::contract_pairs::contract_of_pairs;
 use crate::store::{
     DeviceRecord, PublicDatabase, PublishError, ReserveError, Session, SessionCounts, StateName, StateStore, StoreError,
 };
 
+mod blobs;
 mod crash;
 
 struct Sled(tempfile::TempDir);
@@ -46,6 +48,7 @@ impl Sled {
 }
 
 contract!(keeps_the_contract, Sled);
+contract_of_pairs!(keeps_the_contract_of_pairs, Sled);
 
 fn options() -> SledOptions {
     SledOptions { floor_bytes: 16 << 20, reserve_bytes: 1 << 20, ..SledOptions::default() }
@@ -60,6 +63,8 @@ struct Faults {
     syncs_before: AtomicU64,
     free: AtomicU64,
     syncs: AtomicU64,
+    /// Milliseconds that a sync takes longer: calls made meanwhile share the next one.
+    slow: AtomicU64,
 }
 
 impl Door for Faults {
@@ -69,6 +74,7 @@ impl Door for Faults {
 
     fn sync(&self, file: &File) -> io::Result<()> {
         self.syncs.fetch_add(1, SeqCst);
+        std::thread::sleep(Duration::from_millis(self.slow.load(SeqCst)));
         file.sync_data()?;
         match self.syncs_before.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1)) {
             Ok(_) => Ok(()),

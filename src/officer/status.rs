@@ -97,6 +97,7 @@ pub(super) fn with_deadline<T>(message: T) -> tonic::Request<T> {
 }
 
 /// What the daemon said instead of an answer.
+#[expect(clippy::disallowed_types, reason = "an officer's tool is a client: it is told a status and makes none")]
 pub(super) fn refused(server: &str, status: &tonic::Status) -> StatusError {
     let (server, message) = (server.to_owned(), status.message().to_owned());
     match status.code() {

@@ -99,6 +99,9 @@ pub(super) fn reserve(view: &mut View<'_>, session: &Session, pair: &PairToReser
             if batch.state != BatchState::Open || batch.purpose != Purpose::Sessions {
                 return Err(ReserveError::PairGone);
             }
+            if session.public_key.is_none() {
+                return Err(wrong(&batch, "has pairs, and the session has no public key".into()).into());
+            }
             let blob = view.put_blob(batch.number, blob)?;
             (Batch { taken_in: batch.taken_in + 1, ..batch }, Kept::Blob(blob))
         }

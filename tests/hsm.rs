@@ -11,24 +11,9 @@ use std::collections::BTreeSet;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use site::{SPPD, Site, write_private};
-use spp::hsm::{
-    Derivation, DeviceKeyOrder, HeldKeyOrder, Hsm, HsmConfig, HsmError, KeyRegister, ModuleProfile, PairOrder,
-    PinSource,
-};
+use site::{Site, write_private};
+use spp::hsm::{Derivation, DeviceKeyOrder, HeldKeyOrder, Hsm, HsmConfig, HsmError, PairOrder, PinSource};
 use spp::keys::{BatchName, KeyKind, SignatureAlgorithm, StoreId};
-
-/// What the daemon would start the HSM with, at this site.
-fn config(site: &Site) -> HsmConfig {
-    HsmConfig {
-        module: ModuleProfile::load(&site.path("hsm-config/softhsm2.toml"), &site.path("hsm")).unwrap(),
-        pin: PinSource::File(site.path("hsm/user.pin")),
-        keys: KeyRegister::load(&site.path("keys/keys.toml")).unwrap(),
-        call_timeout: Duration::from_secs(10),
-        queue: 256,
-        worker_program: SPPD.into(),
-    }
-}
 
 /// A handle that serves.
 async fn serving(config: HsmConfig) -> Hsm {
@@ -154,7 +139,7 @@ async fn until(what: &str, within: Duration, so: impl Fn() -> bool) {
 #[tokio::test(flavor = "multi_thread")]
 async fn sixty_four_tasks_share_the_worker() {
     let site = Site::new();
-    let hsm = serving(config(&site)).await;
+    let hsm = serving(site.hsm_config()).await;
     let tasks = (0..64).map(|number| {
         let hsm = hsm.clone();
         tokio::spawn(async move {
@@ -178,7 +163,7 @@ async fn sixty_four_tasks_share_the_worker() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_worker_costs_no_call() {
     let site = Site::new();
-    let hsm = serving(config(&site)).await;
+    let hsm = serving(site.hsm_config()).await;
     let load = Load::start(&hsm, 16);
     for kills in 1..=5 {
         tokio::time::sleep(Duration::from_millis(300)).await;
@@ -195,7 +180,7 @@ async fn a_killed_worker_costs_no_call() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_that_has_done_its_share_is_replaced_without_a_failed_call() {
     let site = Site::new();
-    let mut config = config(&site);
+    let mut config = site.hsm_config();
     config.module.recycle_after_operations = 100;
     let hsm = serving(config).await;
     let load = Load::start(&hsm, 16);
@@ -207,7 +192,7 @@ async fn a_worker_that_has_done_its_share_is_replaced_without_a_failed_call() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_queue_refuses_at_once_and_serves_again() {
     let site = Site::new();
-    let mut config = config(&site);
+    let mut config = site.hsm_config();
     config.queue = 4;
     let hsm = serving(config).await;
     signal(worker(&site), "STOP");
@@ -233,7 +218,7 @@ async fn a_full_queue_refuses_at_once_and_serves_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hanging_worker_costs_a_deadline_and_is_replaced() {
     let site = Site::new();
-    let mut config = config(&site);
+    let mut config = site.hsm_config();
     config.call_timeout = Duration::from_millis(700);
     config.module.hang_after = Duration::from_millis(1500);
     let hsm = serving(config).await;
@@ -255,7 +240,7 @@ async fn a_hanging_worker_costs_a_deadline_and_is_replaced() {
 #[tokio::test(flavor = "multi_thread")]
 async fn dropping_the_last_handle_ends_the_worker() {
     let site = Site::new();
-    let hsm = serving(config(&site)).await;
+    let hsm = serving(site.hsm_config()).await;
     let clone = hsm.clone();
     let pid = worker(&site);
     drop(hsm);
@@ -269,7 +254,7 @@ async fn dropping_the_last_handle_ends_the_worker() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_wrong_check_value_keeps_the_hsm_from_serving_and_says_so() {
     let site = Site::new();
-    let mut config = config(&site);
+    let mut config = site.hsm_config();
     config.keys.master[0].check_value[0] ^= 1;
     config.call_timeout = Duration::from_millis(300);
     let hsm = Hsm::start(config);
@@ -284,7 +269,7 @@ async fn a_wrong_check_value_keeps_the_hsm_from_serving_and_says_so() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_signing_key_of_another_pair_keeps_the_hsm_from_serving_and_says_so() {
     let site = Site::new();
-    let mut config = config(&site);
+    let mut config = site.hsm_config();
     assert_eq!(config.keys.signing.len(), 2);
     config.keys.signing[0].public_key = config.keys.signing[1].public_key.clone();
     let name = config.keys.signing[0].name.clone();
@@ -297,7 +282,7 @@ async fn a_signing_key_of_another_pair_keeps_the_hsm_from_serving_and_says_so() 
 async fn a_wrong_pin_is_tried_once_and_stops_the_hsm() {
     let site = Site::new();
     write_private(&site.path("hsm/wrong.pin"), "000000");
-    let mut config = config(&site);
+    let mut config = site.hsm_config();
     config.pin = PinSource::File(site.path("hsm/wrong.pin"));
     let hsm = Hsm::start(config);
     let Err(HsmError::Stopped(why)) = hsm.ready(Duration::from_secs(5)).await else { panic!("not stopped") };
@@ -311,7 +296,7 @@ async fn a_wrong_pin_is_tried_once_and_stops_the_hsm() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_token_that_went_away_and_came_back_serves_again() {
     let site = Site::new();
-    let mut config = config(&site);
+    let mut config = site.hsm_config();
     config.call_timeout = Duration::from_millis(1500);
     let hsm = serving(config).await;
     let (there, away) = (site.path("hsm/tokens"), site.path("hsm/tokens-away"));
@@ -333,7 +318,7 @@ async fn a_token_that_went_away_and_came_back_serves_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_token_that_vanishes_under_a_serving_worker_heals_itself() {
     let site = Site::new();
-    let mut config = config(&site);
+    let mut config = site.hsm_config();
     config.call_timeout = Duration::from_secs(8);
     let hsm = serving(config).await;
     let (there, away) = (site.path("hsm/tokens"), site.path("hsm/tokens-away"));
@@ -349,7 +334,7 @@ async fn a_token_that_vanishes_under_a_serving_worker_heals_itself() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_destroyed_key_is_gone_and_the_others_serve_on() {
     let site = Site::new();
-    let hsm = serving(config(&site)).await;
+    let hsm = serving(site.hsm_config()).await;
     pair(&hsm, KeyKind::P256, 0).await.unwrap();
     let unknown = hsm.destroy(&"unheard-of".parse().unwrap()).await;
     assert!(matches!(unknown, Err(HsmError::Refused(why)) if why.contains("not in the register")));
@@ -359,7 +344,7 @@ async fn a_destroyed_key_is_gone_and_the_others_serve_on() {
     }
     assert_eq!(hsm.status().worker_starts, 1);
     drop(hsm);
-    let hsm = Hsm::start(config(&site));
+    let hsm = Hsm::start(site.hsm_config());
     let why = hsm.ready(Duration::from_secs(2)).await.unwrap_err().to_string();
     assert!(why.contains("the key access") && why.contains("is not on the token"), "{why}");
 }

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use der::Decode as _;
+use spp::device::Device;
 use spp::package::TransportCurve;
 use spp::proto::{AssembleRequest, AssembleResponse, CompleteRequest, GetRecordRequest, Receipt, SessionState};
 use tonic::Code;
@@ -19,7 +20,7 @@ use crate::floor::{
 use crate::site::Site;
 
 /// A client that connects again by itself.
-fn persistent(site: &Site) -> Channel {
+pub fn persistent(site: &Site) -> Channel {
     let endpoint = Endpoint::from_shared(format!("https://127.0.0.1:{}", site.line)).unwrap();
     let endpoint = endpoint.tls_config(site.tls("tls/line-1-a")).unwrap();
     endpoint.connect_timeout(Duration::from_secs(5)).timeout(Duration::from_secs(30)).connect_lazy()
@@ -47,33 +48,53 @@ async fn every_answer_is_the_same_before_and_after_a_kill() {
 }
 
 /// What a station knows of a device that went the whole way.
-struct Done {
-    order: AssembleRequest,
-    answer: AssembleResponse,
-    receipt: Receipt,
+pub struct Done {
+    pub order: AssembleRequest,
+    pub answer: AssembleResponse,
+    pub receipt: Receipt,
 }
 
 /// Takes devices on until it is told to stop.
-struct Shift {
-    floor: Floor,
+pub struct Shift {
+    pub floor: Floor,
+    /// What device `n` is and orders.
+    orders: fn(&Floor, u64) -> (Device, AssembleRequest),
     next: AtomicU64,
     stop: AtomicBool,
     done: Mutex<BTreeMap<u64, Done>>,
     /// Calls that had to be repeated.
-    repeats: AtomicU64,
+    pub repeats: AtomicU64,
 }
 
-const AT_LEAST: u64 = 150;
+pub const AT_LEAST: u64 = 150;
 
 impl Shift {
+    /// A shift of phones and sensors.
     fn new(site: &Site) -> Arc<Self> {
+        Self::of(site, |floor, n| {
+            if !n.is_multiple_of(4) {
+                return (floor.device(n), phone(n));
+            }
+            let device = floor.sealing(n, TransportCurve::P256);
+            let order = sensor(n, &device);
+            (device, order)
+        })
+    }
+
+    pub fn of(site: &Site, orders: fn(&Floor, u64) -> (Device, AssembleRequest)) -> Arc<Self> {
         Arc::new(Self {
             floor: Floor::new(site),
+            orders,
             next: AtomicU64::new(1),
             stop: AtomicBool::new(false),
             done: Mutex::default(),
             repeats: AtomicU64::new(0),
         })
+    }
+
+    /// The devices that went the whole way.
+    pub fn done(&self) -> BTreeMap<u64, Done> {
+        std::mem::take(&mut *self.done.lock().unwrap())
     }
 
     async fn work(self: Arc<Self>, mut line: Line) {
@@ -89,13 +110,7 @@ impl Shift {
 
     /// Each device gets its package at least twice, and its receipt twice.
     async fn one_device(&self, line: &mut Line, n: u64) -> Done {
-        let (mut device, order) = if n.is_multiple_of(4) {
-            let device = self.floor.sealing(n, TransportCurve::P256);
-            let order = sensor(n, &device);
-            (device, order)
-        } else {
-            (self.floor.device(n), phone(n))
-        };
+        let (mut device, order) = (self.orders)(&self.floor, n);
         let answer = self.assembled(line, &order).await.unwrap();
         let mut request = install(&mut device, &answer);
         let installed = package(&device);
@@ -129,7 +144,7 @@ impl Shift {
     }
 
     /// Repeats the call for ever while the refusal allows it.
-    async fn assembled(&self, line: &mut Line, order: &AssembleRequest) -> Result<AssembleResponse, tonic::Status> {
+    pub async fn assembled(&self, line: &mut Line, order: &AssembleRequest) -> Result<AssembleResponse, tonic::Status> {
         loop {
             match assemble(line, order).await {
                 Err(status) if may_be_repeated(&status) => self.may_go_on(&status).await,
@@ -138,7 +153,7 @@ impl Shift {
         }
     }
 
-    async fn completed(&self, line: &mut Line, request: &CompleteRequest) -> Receipt {
+    pub async fn completed(&self, line: &mut Line, request: &CompleteRequest) -> Receipt {
         loop {
             match complete(line, request).await {
                 Ok(receipt) => return receipt,
@@ -154,11 +169,11 @@ impl Shift {
     }
 }
 
-fn start_shift(shift: &Arc<Shift>, line: &Line, tasks: usize) -> Vec<tokio::task::JoinHandle<()>> {
+pub fn start_shift(shift: &Arc<Shift>, line: &Line, tasks: usize) -> Vec<tokio::task::JoinHandle<()>> {
     (0..tasks).map(|_| tokio::spawn(Arc::clone(shift).work(line.clone()))).collect()
 }
 
-async fn end_shift(shift: &Shift, tasks: Vec<tokio::task::JoinHandle<()>>) {
+pub async fn end_shift(shift: &Shift, tasks: Vec<tokio::task::JoinHandle<()>>) {
     shift.stop.store(true, Ordering::Relaxed);
     for task in tasks {
         task.await.unwrap();
@@ -166,7 +181,7 @@ async fn end_shift(shift: &Shift, tasks: Vec<tokio::task::JoinHandle<()>>) {
 }
 
 /// Everything that every station was told is in the public database, once.
-async fn everything_is_public_once(site: &Site, line: &mut Line, done: &BTreeMap<u64, Done>) {
+pub async fn everything_is_public_once(site: &Site, line: &mut Line, done: &BTreeMap<u64, Done>) {
     let mut recovery = site.recovery().await;
     let (mut serials, mut keys, mut indexes) = (HashSet::new(), HashSet::new(), HashSet::new());
     let (mut chips, mut identities) = (HashSet::new(), HashSet::new());
@@ -177,7 +192,7 @@ async fn everything_is_public_once(site: &Site, line: &mut Line, done: &BTreeMap
         assert_eq!(known.receipt.as_ref(), Some(receipt), "device {n}");
         assert_eq!((&record.certificate, &record.identity), (&answer.certificate, &order.identity), "device {n}");
         assert_eq!(state_of(line, &chip(*n)).await, SessionState::Erased, "device {n}");
-        if order.profile == "phone" {
+        if order.profile != "sensor" {
             let certificate = x509_cert::Certificate::from_der(&record.certificate).unwrap();
             let tbs = certificate.tbs_certificate();
             assert!(serials.insert(tbs.serial_number().as_bytes().to_vec()), "device {n}");
@@ -195,7 +210,7 @@ async fn everything_is_public_once(site: &Site, line: &mut Line, done: &BTreeMap
 }
 
 /// A pseudo-random number below `end` (xorshift64).
-fn random(state: &mut u64, end: u64) -> u64 {
+pub fn random(state: &mut u64, end: u64) -> u64 {
     *state ^= *state << 13;
     *state ^= *state >> 7;
     *state ^= *state << 17;
@@ -218,7 +233,7 @@ async fn killed_again_and_again_inside_calls_it_loses_nothing_and_gives_nothing_
         site.spawn();
     }
     end_shift(&shift, tasks).await;
-    let done = std::mem::take(&mut *shift.done.lock().unwrap());
+    let done = shift.done();
     let repeats = shift.repeats.load(Ordering::Relaxed);
     println!("{} devices, {repeats} calls repeated", done.len());
     assert!(done.len() as u64 >= AT_LEAST && repeats > 0);
@@ -245,7 +260,7 @@ async fn a_killed_hsm_worker_is_replaced_and_no_call_fails_for_good() {
     end_shift(&shift, tasks).await;
     let status = site.status().await;
     assert!(status.ready && status.hsm.unwrap().worker_starts >= 4);
-    let done = std::mem::take(&mut *shift.done.lock().unwrap());
+    let done = shift.done();
     everything_is_public_once(&site, &mut line, &done).await;
 }
 
@@ -348,6 +363,6 @@ async fn sigterm_lets_calls_in_flight_end_and_closes_idle_connections() {
     assert!(began.elapsed() < Duration::from_secs(25), "an idle connection held the drain up: {:?}", began.elapsed());
     site.start();
     end_shift(&shift, tasks).await;
-    let done = std::mem::take(&mut *shift.done.lock().unwrap());
+    let done = shift.done();
     everything_is_public_once(&site, &mut line, &done).await;
 }

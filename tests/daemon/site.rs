@@ -5,6 +5,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use spp::hsm::{HsmConfig, KeyRegister, ModuleProfile, PinSource};
 use spp::proto;
 use spp::proto::line_client::LineClient;
 use spp::proto::officer_client::OfficerClient;
@@ -159,6 +160,18 @@ impl Site {
         let text = std::fs::read_to_string(self.path(relative)).unwrap();
         assert!(text.contains(from), "{relative} has no {from:?}");
         std::fs::write(self.path(relative), text.replacen(from, to, 1)).unwrap();
+    }
+
+    /// What the daemon would start the HSM with.
+    pub fn hsm_config(&self) -> HsmConfig {
+        HsmConfig {
+            module: ModuleProfile::load(&self.path("hsm-config/softhsm2.toml"), &self.path("hsm")).unwrap(),
+            pin: PinSource::File(self.path("hsm/user.pin")),
+            keys: KeyRegister::load(&self.path("keys/keys.toml")).unwrap(),
+            call_timeout: Duration::from_secs(10),
+            queue: 256,
+            worker_program: SPPD.into(),
+        }
     }
 
     pub fn log(&self) -> String {

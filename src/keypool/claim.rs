@@ -29,6 +29,8 @@ pub(super) struct Shelf {
 struct Content {
     waiting: VecDeque<(PairId, PooledPair)>,
     in_hand: BTreeSet<PairId>,
+    /// While the store is being read: pairs that left a hand since. What was read of them may be from before they were taken.
+    left_meanwhile: Option<BTreeSet<PairId>>,
     /// The last pair that was fetched: those after it are in the store alone.
     fetched: Option<PairId>,
     /// Callers who found nothing since the last pair came.
@@ -94,9 +96,18 @@ impl Claim {
 impl Drop for Claim {
     fn drop(&mut self) {
         let mut content = self.content.lock().unwrap_or_else(PoisonError::into_inner);
-        content.in_hand.remove(&self.id);
+        content.leave_hand(&self.id);
         if let Some(pair) = self.pair.take() {
             content.waiting.push_front((self.id, pair));
+        }
+    }
+}
+
+impl Content {
+    fn leave_hand(&mut self, id: &PairId) {
+        self.in_hand.remove(id);
+        if let Some(left) = &mut self.left_meanwhile {
+            left.insert(*id);
         }
     }
 }
@@ -117,7 +128,7 @@ impl Drop for BeingMoved {
     /// Those that could not be moved are still in the store, and found when the shelf is filled from the beginning.
     fn drop(&mut self) {
         let mut content = self.content.lock().unwrap_or_else(PoisonError::into_inner);
-        content.in_hand.retain(|id| !self.ids.contains(id));
+        self.ids.iter().for_each(|id| content.leave_hand(id));
     }
 }
 
@@ -184,7 +195,7 @@ impl KeyPool {
         let mut claim = match public {
             Ok(public) => Claim { id, public, kept: pair.kept.clone(), pair: None, content, _user: user },
             Err(e) => {
-                pool.shelf.content().in_hand.remove(&id);
+                pool.shelf.content().leave_hand(&id);
                 let what = format!("pair {} of batch {}", id.number, id.batch);
                 return Err(StoreError::Damaged { store: "secret store", what, cause: e.to_string() }.into());
             }
@@ -217,7 +228,11 @@ impl KeyPool {
 
     /// Puts the next pairs on the shelf.
     async fn fetch(&self, shelf: &Shelf) -> Result<(), PoolError> {
-        let after = shelf.content().fetched;
+        let after = {
+            let mut content = shelf.content();
+            content.left_meanwhile = Some(BTreeSet::new());
+            content.fetched
+        };
         let mut found = self.store.ready_pairs(shelf.kind, after, SHELF).await?;
         if found.is_empty() && after.is_some() {
             // What was left behind, a pair whose reservation nobody knew the outcome of, is found by beginning again.
@@ -225,9 +240,10 @@ impl KeyPool {
         }
         let mut content = shelf.content();
         content.fetched = found.last().map(|(last, _)| *last);
+        let left = content.left_meanwhile.take().unwrap_or_default();
         // One that has just come back from a hand is here already.
         let here: BTreeSet<_> = content.waiting.iter().map(|(id, _)| *id).collect();
-        let taken = |id: &PairId| content.in_hand.contains(id) || here.contains(id);
+        let taken = |id: &PairId| content.in_hand.contains(id) || left.contains(id) || here.contains(id);
         let found: Vec<_> = found.into_iter().filter(|(id, _)| !taken(id)).collect();
         content.waiting.extend(found);
         Ok(())

@@ -56,9 +56,18 @@ impl KeyPool {
     pub fn order_fill(&self, kind: KeyKind, to: Option<u64>) -> Result<u64, PoolError> {
         let pool = self.pools.get(&kind).ok_or(PoolError::NoPool(kind))?;
         let to = to.unwrap_or(pool.marks.high);
-        pool.filling().ordered = Some(to);
+        {
+            // Whoever ordered more before still waits for it.
+            let mut filling = pool.filling();
+            filling.ordered = filling.ordered.max(Some(to));
+        }
         pool.wake.notify_one();
         Ok(to)
+    }
+
+    /// Whether an order is still to be carried out. The number of ready pairs does not tell: devices take some at once.
+    pub fn is_ordered(&self, kind: KeyKind) -> bool {
+        self.pools.get(&kind).is_some_and(|pool| pool.filling().ordered.is_some())
     }
 
     pub(super) async fn keep_filled(self: Arc<Self>, kind: KeyKind) {

@@ -65,6 +65,8 @@ async fn tell_filling(
         let _ = sender.send(Ok(proto::FillPoolResponse { done: true, ..Default::default() })).await;
     }
     while !ordered.is_empty() {
+        // Asked before the numbers are read, so that the last ones told are those of after the filling.
+        let outstanding: Vec<_> = pool.kinds().filter(|kind| pool.is_ordered(*kind)).collect();
         let status = match pool.status().await {
             Ok(status) => status,
             Err(error) => {
@@ -76,7 +78,7 @@ async fn tell_filling(
             let Some(target) = ordered.iter().find(|(wanted, _)| *wanted == kind.kind).map(|(_, to)| *to) else {
                 continue;
             };
-            if kind.ready >= target {
+            if !outstanding.contains(&kind.kind) {
                 ordered.retain(|(wanted, _)| *wanted != kind.kind);
             }
             let message = proto::FillPoolResponse {

@@ -10,6 +10,7 @@ mod crash;
 mod floor;
 mod metrics;
 mod outside;
+mod pool;
 mod refusals;
 mod secrets;
 mod site;

@@ -1,0 +1,363 @@
+//! Pairs that were made in advance: an empty pool is waited for, what was erased never comes back, and a filling that is held
+//! up goes on by itself.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use der::{Decode as _, Encode as _};
+use serde_json::Value;
+use spp::config::StoreConfig;
+use spp::proto::{
+    AbortRequest, AssembleRequest, AssembleResponse, GetPoolStatusRequest, GetPoolStatusResponse, SessionState,
+};
+use spp::store::{HeldPair, Holder, SecretStore as _, SledStateStore, StateStore as _};
+use tonic::{Code, Status};
+use tonic_types::StatusExt as _;
+
+use crate::floor::{Line, Refusal, assemble, chip, may_be_repeated, phone, state_of};
+use crate::site::{SPPD, Site};
+
+/// Where `sppctl` finds the officer listener.
+pub fn officer(site: &Site) -> String {
+    format!("--server https://127.0.0.1:{} --tls tls/officer", site.officer)
+}
+
+/// A site with a profile `pooled` besides those of the demo: a phone whose P-256 pair comes from a pool between these marks.
+pub fn pooled_site(low: u64, high: u64) -> Site {
+    let site = Site::new();
+    add_profile(&site, "pooled", "phone", &[("source = \"generate\"", "source = \"pool\"")]);
+    add_pool(&site, "p256", low, high);
+    site
+}
+
+/// A profile that is like another one but for these words; line-1/a may use it.
+pub fn add_profile(site: &Site, name: &str, like: &str, edits: &[(&str, &str)]) {
+    let file = format!("profiles/{name}.toml");
+    std::fs::copy(site.path(&format!("profiles/{like}.toml")), site.path(&file)).unwrap();
+    edits.iter().for_each(|(from, to)| site.edit(&file, from, to));
+    site.edit("sppd.toml", "\"router\"", &format!("\"router\", \"{name}\""));
+}
+
+pub fn add_pool(site: &Site, kind: &str, low: u64, high: u64) {
+    let pool = format!("[[keypool.pool]]\nkind = \"{kind}\"\nlow = {low}\nhigh = {high}\n\n[[station]]");
+    site.edit("sppd.toml", "[[station]]", &pool);
+}
+
+/// The order for device `n` with a pair of the pool.
+pub fn pooled(n: u64) -> AssembleRequest {
+    AssembleRequest { profile: "pooled".to_owned(), ..phone(n) }
+}
+
+/// The order for device `n` as a router: an RSA pair of the pool.
+fn router(n: u64) -> AssembleRequest {
+    AssembleRequest { identity: format!("serial:R-{n}"), profile: "router".to_owned(), ..phone(n) }
+}
+
+/// Asks as long as it may, as often as it is told.
+pub async fn answered(line: &mut Line, order: &AssembleRequest) -> AssembleResponse {
+    loop {
+        match assemble(line, order).await {
+            Ok(answer) => return answer,
+            Err(status) => {
+                assert!(may_be_repeated(&status), "failed for good: {status:?}");
+                tokio::time::sleep(retry_delay(&status).unwrap_or(Duration::from_millis(50))).await;
+            }
+        }
+    }
+}
+
+fn retry_delay(status: &Status) -> Option<Duration> {
+    status.get_error_details().retry_info().and_then(|retry| retry.retry_delay)
+}
+
+/// The public key of an X.509 certificate, SubjectPublicKeyInfo in DER.
+pub fn public_key(certificate: &[u8]) -> Vec<u8> {
+    let certificate = x509_cert::Certificate::from_der(certificate).unwrap();
+    certificate.tbs_certificate().subject_public_key_info().to_der().unwrap()
+}
+
+/// Waits until the pools are as they should be.
+pub async fn until_pools(
+    site: &Site,
+    what: &str,
+    so: impl Fn(&GetPoolStatusResponse) -> bool,
+) -> GetPoolStatusResponse {
+    let until = Instant::now() + Duration::from_secs(60);
+    loop {
+        let status = site.officer().await.get_pool_status(GetPoolStatusRequest {}).await.unwrap().into_inner();
+        if so(&status) {
+            return status;
+        }
+        assert!(Instant::now() < until, "waiting until {what}: {status:?}\n{}", site.log());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// Every pool has what it needs and nobody fills it.
+pub fn is_full(status: &GetPoolStatusResponse) -> bool {
+    status.serving && status.kinds.iter().all(|kind| !kind.filling && kind.ready >= kind.low)
+}
+
+/// Nothing is left to fill, to shred or to destroy.
+pub fn is_quiet(status: &GetPoolStatusResponse) -> bool {
+    let kinds = status.kinds.iter().all(|kind| kind.next_shred.is_none());
+    let sessions = status.session_next_shred.is_none() && status.condemned == 0;
+    is_full(status) && kinds && sessions && status.trouble.is_empty()
+}
+
+/// The state store of a daemon that is stopped.
+pub fn open_store(site: &Site) -> SledStateStore {
+    let store = StoreConfig::load(&site.path("sppd.toml")).unwrap();
+    SledStateStore::open(&store.state, &store.state_options).unwrap()
+}
+
+/// Every pair of a store, and who has it.
+pub async fn all_pairs(store: &SledStateStore) -> Vec<HeldPair> {
+    let mut all = Vec::new();
+    for batch in store.batches().await.unwrap() {
+        let held = store.pairs_of_batch(batch.number, 1_000_000).await.unwrap();
+        let ready = held.iter().filter(|pair| matches!(pair.holder, Holder::Ready(_))).count() as u64;
+        assert_eq!((batch.ready, batch.reserved), (ready, held.len() as u64 - ready), "{batch:?}");
+        all.extend(held);
+    }
+    let keys: HashSet<_> = all.iter().map(|pair| &pair.public_key).collect();
+    assert_eq!(keys.len(), all.len(), "a pair is in the store twice");
+    all
+}
+
+/// The public keys of ready pairs.
+pub fn ready_keys(pairs: &[HeldPair]) -> BTreeSet<Vec<u8>> {
+    let ready = pairs.iter().filter(|pair| matches!(pair.holder, Holder::Ready(_)));
+    ready.map(|pair| pair.public_key.clone()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_empty_pool_says_when_to_come_again_and_then_everybody_is_served() {
+    let mut site = Site::new();
+    site.start();
+    until_pools(&site, "two routers' pairs are ready", is_full).await;
+    let line = site.station().await;
+    let orders = || (1..=12).map(|n| (line.clone(), router(n)));
+    let at_once = orders().map(|(mut line, order)| tokio::spawn(async move { assemble(&mut line, &order).await }));
+    let mut empty = 0;
+    for answer in at_once.collect::<Vec<_>>() {
+        let Err(status) = answer.await.unwrap() else { continue };
+        let refused = Refusal::of(&status);
+        assert!(refused.is(Code::ResourceExhausted, "POOL_EMPTY"), "{status:?}");
+        assert!(status.message().contains("no rsa-2048 pair is ready"), "{status:?}");
+        let delay = retry_delay(&status).expect("it says when to come again");
+        assert!((Duration::from_millis(200)..=Duration::from_secs(30)).contains(&delay), "{delay:?}");
+        let metadata = status.get_error_details().error_info().unwrap().metadata.clone();
+        assert_eq!(metadata["key_kind"], "rsa-2048");
+        let rate: f64 = metadata["fill_rate_per_second"].parse().unwrap();
+        assert!(rate > 0.0, "two pairs were made: {metadata:?}");
+        empty += 1;
+    }
+    assert!(empty >= 4, "only {empty} of 12 came to an empty pool of 2");
+    let mut keys = HashSet::new();
+    for (mut line, order) in orders() {
+        assert!(keys.insert(public_key(&answered(&mut line, &order).await.certificate)), "{}", order.identity);
+    }
+    let status = until_pools(&site, "it is full again", is_full).await;
+    assert_eq!((status.kinds[0].reserved, status.kinds[0].reserved_total, status.session_pairs), (12, 12, 0));
+}
+
+/// The store would notice that a pair is taken, and then the order would have to be repeated for nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn however_many_want_the_same_few_pairs_none_is_offered_twice() {
+    let mut site = pooled_site(2, 4);
+    site.start();
+    until_pools(&site, "all pools are full", is_full).await;
+    let line = site.station().await;
+    let taker = |task: u64| {
+        let mut line = line.clone();
+        tokio::spawn(async move {
+            for n in (1..=10).map(|n| 100 * task + n) {
+                while let Err(status) = assemble(&mut line, &pooled(n)).await {
+                    assert!(Refusal::of(&status).is(Code::ResourceExhausted, "POOL_EMPTY"), "{status:?}");
+                    // Sooner than it is told: all come to an empty pool.
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+            }
+        })
+    };
+    for task in (0..32).map(taker).collect::<Vec<_>>() {
+        task.await.unwrap();
+    }
+}
+
+#[test]
+fn a_station_waits_for_an_empty_pool_and_completes_every_device() {
+    let site = Site::running();
+    let (line, devices) = (site.line, 10);
+    let output = site.spp_line(&format!(
+        "provision --server https://127.0.0.1:{line} --tls tls/line-1-a --devices devices --simulate {devices} \
+         --profile router --identity-prefix serial:R --manufacturer keys/manufacturer-ca.pem --report report.csv"
+    ));
+    let text = [&output.stdout[..], &output.stderr[..]].map(String::from_utf8_lossy).concat();
+    assert_eq!(output.status.code(), Some(0), "{text}");
+    assert!(text.contains(&format!("{devices} of {devices} devices are complete")), "{text}");
+    let report = String::from_utf8(site.read("report.csv")).unwrap();
+    let rows: Vec<Vec<_>> = report.lines().map(|line| line.split(',').collect()).collect();
+    let column = rows[0].iter().position(|name| *name == "retries").unwrap();
+    let retries: u32 = rows[1..].iter().map(|row| row[column].parse::<u32>().unwrap()).sum();
+    assert!(retries > 0, "{devices} devices of a pool with two pairs never waited: {report}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pool_or_generate_does_not_wait_for_an_empty_pool() {
+    let mut site = Site::new();
+    add_profile(&site, "hurried", "router", &[("source = \"pool\"", "source = \"pool-or-generate\"")]);
+    site.start();
+    until_pools(&site, "two routers' pairs are ready", is_full).await;
+    let line = site.station().await;
+    let hurried = |n| AssembleRequest { profile: "hurried".to_owned(), ..router(n) };
+    let at_once = (1..=8).map(|n| {
+        let (mut line, order) = (line.clone(), hurried(n));
+        tokio::spawn(async move { assemble(&mut line, &order).await })
+    });
+    let mut keys = HashSet::new();
+    for answer in at_once.collect::<Vec<_>>() {
+        assert!(keys.insert(public_key(&answer.await.unwrap().expect("nobody is sent away").certificate)));
+    }
+    let status = until_pools(&site, "it is full again", is_full).await;
+    let (pooled, made) = (status.kinds[0].reserved, status.session_pairs);
+    assert!(pooled >= 2 && made >= 1, "{status:?}");
+    assert_eq!(pooled + made, 8, "{status:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_pair_of_an_aborted_session_is_destroyed_and_never_offered_again() {
+    let mut site = pooled_site(8, 16);
+    site.edit("sppd.toml", "shred_after = \"1h\"", "shred_after = \"1s\"");
+    site.edit("sppd.toml", "batch_size = 1000", "batch_size = 10");
+    site.start();
+    let mut given = BTreeMap::new();
+    let mut sessions = Vec::new();
+    for round in 1..=3 {
+        let line = site.station().await;
+        let tasks: Vec<_> = (1..=12).map(|n| tokio::spawn(taken_and_aborted(line.clone(), n))).collect();
+        for (n, task) in (1..).zip(tasks) {
+            for answer in task.await.unwrap() {
+                let key = public_key(&answer.certificate);
+                assert_eq!(given.insert(key, n), None, "in round {round} a key came back to device {n}");
+                sessions.push(answer.session_id);
+            }
+        }
+        site.kill();
+        site.start();
+    }
+    let status = until_pools(&site, "all is shredded", is_quiet).await;
+    let p256 = status.kinds.iter().find(|kind| kind.kind == "p256").unwrap();
+    assert_eq!((p256.reserved, p256.reserved_total), (0, given.len() as u64));
+    assert_eq!(p256.made_total, p256.ready + p256.reserved_total, "what is neither ready nor was taken is lost");
+    assert!(tokio::task::block_in_place(|| site.stop()).success());
+    let store = open_store(&site);
+    let ready = ready_keys(&all_pairs(&store).await);
+    assert!(given.keys().all(|key| !ready.contains(key)), "the key of an aborted session is ready again");
+    for session in sessions {
+        let session = spp::names::SessionId::from_bytes(&session).unwrap();
+        assert_eq!(store.kept_key(&session).await.unwrap(), None);
+    }
+}
+
+/// The same device again and again, each time given up.
+async fn taken_and_aborted(mut line: Line, n: u64) -> Vec<AssembleResponse> {
+    let mut answers = Vec::new();
+    for _ in 0..4 {
+        let answer = answered(&mut line, &pooled(n)).await;
+        let abort = AbortRequest { session_id: answer.session_id.clone(), reason: "a test".to_owned() };
+        line.abort(abort.clone()).await.unwrap();
+        line.abort(abort).await.expect("it may be repeated");
+        assert_eq!(state_of(&mut line, &chip(n)).await, SessionState::Aborted);
+        answers.push(answer);
+    }
+    answers
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn filling_pauses_below_the_floor_of_the_disk_and_resumes() {
+    let mut site = pooled_site(10, 20);
+    site.start();
+    until_pools(&site, "all pools are full", is_full).await;
+    assert!(tokio::task::block_in_place(|| site.stop()).success());
+    // More than any disk has free.
+    site.edit("sppd.toml", "free_space_floor = \"1 MiB\"", "free_space_floor = \"4000 TiB\"");
+    site.edit("sppd.toml", "low = 10\nhigh = 20", "low = 30\nhigh = 40");
+    site.spawn();
+    until_it_answers(&site).await;
+    let kind = |status: &GetPoolStatusResponse| status.kinds.iter().find(|kind| kind.kind == "p256").unwrap().clone();
+    let status = until_pools(&site, "it is paused", |status| !kind(status).paused.is_empty()).await;
+    let paused = kind(&status);
+    assert!(paused.paused.contains("the disk has only") && paused.paused.contains("goes on by itself"), "{paused:?}");
+    let told: Value = serde_json::from_str(&site.sppctl(&format!("pool status --json {}", officer(&site)))).unwrap();
+    let told = told["kinds"].as_array().unwrap().iter().find(|kind| kind["kind"] == "p256").unwrap().clone();
+    assert!(told["paused"].as_str().unwrap().contains("the disk has only"), "{told}");
+    assert!(site.sppctl(&format!("pool status {}", officer(&site))).contains("paused: the disk has only"));
+    assert_eq!(paused.made_total, 20, "{paused:?}");
+    let mut line = site.station().await;
+    let refused = Refusal::of(&assemble(&mut line, &pooled(2)).await.unwrap_err());
+    assert!(refused.is(Code::ResourceExhausted, "DISK_FULL"), "{refused:?}");
+    assert_eq!(kind(&until_pools(&site, "it answers", |_| true).await).ready, 20, "a refused order takes no pair");
+
+    assert!(tokio::task::block_in_place(|| site.stop()).success());
+    site.edit("sppd.toml", "free_space_floor = \"4000 TiB\"", "free_space_floor = \"1 MiB\"");
+    site.start();
+    let full = kind(&until_pools(&site, "it is full", is_full).await);
+    assert_eq!((full.ready, &*full.paused), (40, ""));
+    answered(&mut site.station().await, &pooled(2)).await;
+}
+
+/// A daemon that does not serve the line is not ready, and answers officers all the same.
+async fn until_it_answers(site: &Site) {
+    let until = Instant::now() + Duration::from_secs(20);
+    while site.connect(site.officer, site.tls("tls/officer")).await.is_err() {
+        assert!(Instant::now() < until, "{}", site.log());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[test]
+fn what_is_wrong_with_the_pools_of_a_configuration_is_told_with_its_place() {
+    let site = pooled_site(10, 20);
+    let twice = "kind = \"p256\"\nlow = 10\nhigh = 20";
+    let router = "kind = \"rsa-2048\"\nlow = 1\nhigh = 2";
+    for (from, to, faults) in [
+        (
+            twice,
+            "kind = \"ed25519\"\nlow = 10\nhigh = 20",
+            &["profile pooled: key_pair: takes p256 pairs", "[[keypool.pool]]"][..],
+        ),
+        (twice, "kind = \"p256\"\nlow = 20\nhigh = 10", &["keypool.pool p256: low must be at least 1"]),
+        (twice, "kind = \"p256\"\nlow = 0\nhigh = 10", &["keypool.pool p256: low must be at least 1"]),
+        (router, twice, &["keypool.pool p256: is there twice", "profile router: key_pair: takes rsa-2048 pairs"]),
+        (twice, "kind = \"p521\"\nlow = 10\nhigh = 20", &["p521"]),
+        (twice, "kind = \"p256\"\nlow = 10\nhigh = 20\nmiddle = 15", &["unknown field `middle`"]),
+        ("shred_after = \"1h\"", "shred_after = \"0s\"", &["keypool.shred_after: must be from 1 second"]),
+        ("batch_size = 1000", "batch_size = 0", &["keypool.batch_size: must be from 1"]),
+        ("store = \"wrapped\"", "store = \"paper\"", &["unknown variant `paper`"]),
+    ] {
+        site.edit("sppd.toml", from, to);
+        is_told(&site, faults);
+        site.edit("sppd.toml", to, from);
+    }
+    site.edit("sppd.toml", "store = \"wrapped\"", "store = \"hsm\"");
+    site.edit("sppd.toml", "low = 10\nhigh = 20", "low = 10\nhigh = 999");
+    is_told(&site, &["keypool.store: the pools may have 1001 pairs together", "SoftHSM 2 is good for 1000"]);
+    site.edit("sppd.toml", "high = 999", "high = 998");
+    let output =
+        Command::new(SPPD).args(["--config", "sppd.toml", "--check"]).current_dir(site.path("")).output().unwrap();
+    assert!(output.status.success(), "as many as it is good for: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+fn is_told(site: &Site, faults: &[&str]) {
+    let output =
+        Command::new(SPPD).args(["--config", "sppd.toml", "--check"]).current_dir(site.path("")).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(78), "{faults:?}: {text}");
+    assert!(text.contains("sppd.toml"), "{text}");
+    for fault in faults {
+        assert!(text.contains(fault), "{fault} is missing in: {text}");
+    }
+}

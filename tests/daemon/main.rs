@@ -11,6 +11,7 @@ mod floor;
 mod metrics;
 mod outside;
 mod pool;
+mod pool_crash;
 mod refusals;
 mod secrets;
 mod site;

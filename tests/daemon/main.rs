@@ -12,6 +12,7 @@ mod metrics;
 mod outside;
 mod pool;
 mod pool_crash;
+mod pool_officer;
 mod refusals;
 mod secrets;
 mod site;

@@ -1,5 +1,7 @@
 //! A device's private key in memory.
 
+use std::sync::OnceLock;
+
 use aws_lc_rs::signature::{self, KeyPair as _};
 use der::asn1::UintRef;
 use der::{Decode as _, Encode as _};
@@ -37,18 +39,28 @@ pub enum PrivateParts {
 pub struct DevicePrivateKey {
     public: PublicKey,
     parts: PrivateParts,
+    /// The provider's form of it, which the provider wipes; made when it is first needed.
+    signer: OnceLock<Signer>,
 }
 
 impl DevicePrivateKey {
     /// From parts, checked: a private half that does not belong to the public one is refused.
     pub fn from_parts(public: PublicKey, parts: PrivateParts) -> Result<Self, KeyError> {
-        let key = Self { public, parts };
+        let key = Self::unchecked(public, parts);
         key.signer()?;
         Ok(key)
     }
 
+    const fn unchecked(public: PublicKey, parts: PrivateParts) -> Self {
+        Self { public, parts, signer: OnceLock::new() }
+    }
+
     /// From what an HSM gives when a wrapped key is unwrapped: PKCS#8 (RFC 5958), or 32 raw octets for Ed25519.
     /// Zero octets behind the DER are allowed, since some modules pad before they wrap.
+    ///
+    /// An RSA key brings its modulus with it, which is compared; that its numbers fit together is the HSM's word, kept by the
+    /// integrity check of the wrapping (RFC 5649 §3), and the device looks at them again. To compute it here costs as much as
+    /// everything else that is done for the device.
     pub fn from_unwrapped(public: PublicKey, plaintext: &SecretBytes) -> Result<Self, KeyError> {
         let kind = public.kind();
         let unreadable = || KeyError::UnreadablePrivateKey(kind);
@@ -62,22 +74,30 @@ impl DevicePrivateKey {
                 .map_err(|_| unreadable())?;
             let inner = pkcs8.private_key.as_bytes();
             if kind.rsa_bits().is_some() {
-                let rsa = pkcs1::RsaPrivateKey::from_der(inner).map_err(|_| unreadable())?;
+                let rsa = pkcs1::RsaPrivateKeyRef::from_der(inner).map_err(|_| unreadable())?;
+                let (n, e) = public.rsa_components().ok_or(KeyError::Mismatch)?;
+                if (rsa.modulus.as_bytes(), rsa.public_exponent.as_bytes()) != (n.as_slice(), e.as_slice()) {
+                    return Err(KeyError::Mismatch);
+                }
                 let secret = |number: UintRef<'_>| SecretBytes::copy_of(number.as_bytes());
-                PrivateParts::Rsa(Box::new(RsaPrivateParts {
+                let parts = PrivateParts::Rsa(Box::new(RsaPrivateParts {
                     d: secret(rsa.private_exponent),
                     p: secret(rsa.prime1),
                     q: secret(rsa.prime2),
                     dp: secret(rsa.exponent1),
                     dq: secret(rsa.exponent2),
                     qinv: secret(rsa.coefficient),
-                }))
+                }));
+                return Ok(Self::unchecked(public, parts));
             } else {
                 let ec = sec1::EcPrivateKey::from_der(inner).map_err(|_| unreadable())?;
                 PrivateParts::Ec(SecretBytes::copy_of(ec.private_key))
             }
         };
-        Self::from_parts(public, parts)
+        // Checked, and not kept ready to sign: it is on its way to its device.
+        let key = Self::unchecked(public, parts);
+        key.make_signer()?;
+        Ok(key)
     }
 
     /// The public half.
@@ -121,8 +141,15 @@ impl DevicePrivateKey {
         }
     }
 
+    fn signer(&self) -> Result<&Signer, KeyError> {
+        match self.signer.get() {
+            Some(signer) => Ok(signer),
+            None => self.make_signer().map(|signer| self.signer.get_or_init(|| signer)),
+        }
+    }
+
     /// The provider's key; made only if the private half belongs to the public one.
-    fn signer(&self) -> Result<Signer, KeyError> {
+    fn make_signer(&self) -> Result<Signer, KeyError> {
         let mismatch = |_| KeyError::Mismatch;
         let public = self.public.key_bits();
         // The exposures below hand the private half to the provider that signs.

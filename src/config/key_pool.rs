@@ -8,13 +8,10 @@ use serde::Deserialize;
 use super::Faults;
 use crate::certificate::{KeyPairRule, Profile};
 use crate::hsm::ModuleProfile;
-use crate::keypool::{Marks, PoolRules};
+use crate::keypool::{MOST_PAIRS, Marks, PoolRules};
 use crate::keys::KeyKind;
 use crate::names::ProfileName;
 use crate::store::Keeping;
-
-/// More pairs than any line uses before it is filled again.
-const MOST: u64 = 10_000_000;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -68,8 +65,8 @@ pub(super) fn check(
     let mut pools = BTreeMap::new();
     for pool in &shape.pool {
         let at = at(&format!("pool {}", pool.kind));
-        if pool.low == 0 || pool.low > pool.high || pool.high > MOST {
-            faults.add(&at, format!("low must be at least 1 and at most high, and high at most {MOST}"));
+        if pool.low == 0 || pool.low > pool.high || pool.high > MOST_PAIRS {
+            faults.add(&at, format!("low must be at least 1 and at most high, and high at most {MOST_PAIRS}"));
         }
         if pools.insert(pool.kind, Marks { low: pool.low, high: pool.high }).is_some() {
             faults.add(at, "is there twice");
@@ -79,7 +76,7 @@ pub(super) fn check(
         KeepingShape::Wrapped => Keeping::Wrapped,
         KeepingShape::Hsm => Keeping::Hsm,
     };
-    let all: u64 = shape.pool.iter().map(|pool| pool.high.min(MOST)).sum();
+    let all: u64 = shape.pool.iter().map(|pool| pool.high.min(MOST_PAIRS)).sum();
     if let Some(module) = module
         && keeping == Keeping::Hsm
         && all > module.token_pairs

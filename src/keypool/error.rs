@@ -27,6 +27,14 @@ pub enum PoolError {
     /// The configuration has no pool of the kind.
     #[error("there is no pool of {0} pairs; add a [[keypool.pool]] for it to sppd.toml")]
     NoPool(KeyKind),
+    /// More pairs are ordered than the pool may have.
+    #[error("the pool of {kind} pairs may have {most} pairs at most")]
+    TooMany {
+        /// The kind.
+        kind: KeyKind,
+        /// Its limit: with pairs on the token the high mark.
+        most: u64,
+    },
     /// There is less room on the disk than new pairs need.
     #[error("the disk has only {free} octets free and new pairs need {floor}; it goes on by itself when there is room")]
     NoRoom {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 
 use super::rate::FillRate;
-use super::{KeyPool, LOOK, Pool, PoolError};
+use super::{KeyPool, LOOK, MOST_PAIRS, Pool, PoolError};
 use crate::hsm::{HsmError, KeepIn};
 use crate::keys::{KeptKey, KeyKind, PublicKey};
 use crate::store::{Batch, BatchStep, Keeping, PooledPair, Purpose};
@@ -23,6 +23,8 @@ const PAUSE: Duration = Duration::from_secs(2);
 #[derive(Default)]
 pub(super) struct Filling {
     pub(super) running: bool,
+    /// Whether it was below its low mark and is not yet at its high one.
+    refilling: bool,
     pub(super) rate: FillRate,
     /// Why it is not going on though it should.
     pub(super) paused: Option<String>,
@@ -42,9 +44,9 @@ impl Pool {
         let mut filling = self.filling();
         let ordered = filling.ordered.filter(|ordered| ready < *ordered);
         filling.ordered = ordered;
-        let begun = filling.running && ready < self.marks.high;
-        let due = ready < self.marks.low || begun;
-        let marked = due.then_some(self.marks.high);
+        // What was begun below the low mark goes on up to the high one; an order goes as far as it says.
+        filling.refilling = ready < self.marks.low || (filling.refilling && ready < self.marks.high);
+        let marked = filling.refilling.then_some(self.marks.high);
         let target = marked.into_iter().chain(ordered).max();
         filling.running = target.is_some();
         target
@@ -56,6 +58,11 @@ impl KeyPool {
     pub fn order_fill(&self, kind: KeyKind, to: Option<u64>) -> Result<u64, PoolError> {
         let pool = self.pools.get(&kind).ok_or(PoolError::NoPool(kind))?;
         let to = to.unwrap_or(pool.marks.high);
+        // A token is good for what the marks were checked against.
+        let most = if self.rules.keeping == Keeping::Hsm { pool.marks.high } else { MOST_PAIRS };
+        if to > most {
+            return Err(PoolError::TooMany { kind, most });
+        }
         {
             // Whoever ordered more before still waits for it.
             let mut filling = pool.filling();

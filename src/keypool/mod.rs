@@ -45,6 +45,9 @@ use fill::Filling;
 /// How often the pool is looked after when nothing wakes it.
 const LOOK: Duration = Duration::from_secs(1);
 
+/// More pairs than any line uses before its pool is filled again; no pool may have more.
+pub const MOST_PAIRS: u64 = 10_000_000;
+
 /// What is kept in advance, and for how long what was erased may still be readable with an old copy of the disk.
 #[derive(Debug, Clone)]
 pub struct PoolRules {

@@ -6,7 +6,7 @@ use crate::keys::{BatchName, KeptKey, KeyKind, PublicKey};
 use crate::store::{Batch, BatchState, BatchStep, HeldPair, Holder, Keeping, MovedPair, PairId, Purpose, StoreError};
 
 /// Pairs that are moved in one call and one transaction.
-const CHUNK: usize = 32;
+const CHUNK: usize = 128;
 /// Pairs on the token that are destroyed at one look.
 const CONDEMNED: usize = 256;
 
@@ -43,7 +43,14 @@ impl KeyPool {
             let erased = batch.erased_since.is_some() && batch.quarantined.is_none();
             kind && (erased || is_over(batch) || (order.quarantined && batch.quarantined.is_some()))
         };
-        let batches: Vec<_> = self.store.batches().await?.into_iter().filter(meant).collect();
+        let all = self.store.batches().await?;
+        if let Some(kind) = order.kind
+            && !self.pools.contains_key(&kind)
+            && all.iter().all(|batch| batch.purpose != Purpose::Pool(kind))
+        {
+            return Err(PoolError::NoPool(kind));
+        }
+        let batches: Vec<_> = all.into_iter().filter(meant).collect();
         let mut shredded = Shredded::default();
         progress(0, batches.len());
         for (n, batch) in batches.iter().enumerate() {

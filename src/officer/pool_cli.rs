@@ -9,6 +9,7 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use super::pool::{describe_pool, fill_pool, pool_json, pool_status, shred_pool, shredded_json};
 use super::status::StatusError;
+use crate::keypool::MOST_PAIRS;
 use crate::keys::KeyKind;
 use crate::proto;
 
@@ -26,7 +27,7 @@ pub enum PoolCommand {
         /// p256, p384, ed25519, rsa-2048, rsa-3072 or rsa-4096; every pool if left out.
         kind: Option<KeyKind>,
         /// Up to so many pairs, instead of the high mark.
-        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=MOST_PAIRS))]
         to: Option<u64>,
         /// Which daemon.
         #[command(flatten)]

@@ -155,6 +155,7 @@ impl From<PoolError> for ProvisionError {
         match error {
             PoolError::Hsm(error) => Self::Hsm(error),
             PoolError::Store(error) => Self::Store(error),
+            PoolError::TooMany { .. } => Self::invalid("to", error),
             other => Self::Pool(other),
         }
     }

@@ -48,6 +48,7 @@ fn table(error: &ProvisionError) -> Told {
         E::RolledBack(_) => told(Code::FailedPrecondition, "STATE_STORE_ROLLED_BACK"),
         E::Pool(PoolError::Empty { retry_after, .. }) => again(Code::ResourceExhausted, "POOL_EMPTY", *retry_after),
         E::Pool(PoolError::NoRoom { .. }) => again(Code::ResourceExhausted, "DISK_FULL", Duration::from_secs(10)),
+        E::Pool(PoolError::TooMany { .. }) => told(Code::InvalidArgument, "INVALID"),
         E::Pool(PoolError::NoPool(_)) => told(Code::NotFound, "NO_POOL"),
         E::Pool(PoolError::RolledBack(_)) => told(Code::FailedPrecondition, "STATE_STORE_ROLLED_BACK"),
         E::Pool(PoolError::Hsm(_) | PoolError::Store(_)) => again(Code::Unavailable, "POOL_AWAY", SOON),

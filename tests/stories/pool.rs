@@ -177,11 +177,17 @@ async fn a_pool_is_filled_below_its_low_mark_and_on_an_order() {
     }
     tokio::time::sleep(std::time::Duration::from_millis(1500)).await;
     assert_eq!(point.p256().await.ready, 2, "the low mark is not undercut yet");
+    assert_eq!(point.pool().order_fill(KeyKind::P256, Some(3)).unwrap(), 3);
+    point.filled(3).await;
+    tokio::time::sleep(std::time::Duration::from_millis(1500)).await;
+    assert_eq!(point.p256().await.ready, 3, "an order goes no further than it says");
+    OnTheLine::new(&house, Kind::Pooled, 4).assemble(&point).await.unwrap();
     OnTheLine::new(&house, Kind::Pooled, 3).assemble(&point).await.unwrap();
     point.filled(5).await;
     assert_eq!(point.pool().order_fill(KeyKind::P256, Some(40)).unwrap(), 40);
     point.filled(40).await;
     assert!(matches!(point.pool().order_fill(KeyKind::Rsa4096, None), Err(PoolError::NoPool(KeyKind::Rsa4096))));
+    assert!(matches!(point.pool().order_fill(KeyKind::P256, Some(u64::MAX)), Err(PoolError::TooMany { .. })));
 }
 
 /// The old copy knows the newest record's session, and its batch was not shredded: only the public database knows the pair.

@@ -13,6 +13,9 @@ use crate::keys::KeyKind;
 use crate::names::ProfileName;
 use crate::store::Keeping;
 
+/// Batch keys are token objects, and all batches are looked through now and again: they must stay few.
+const MOST_BATCHES: u64 = 500;
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct KeyPoolShape {
@@ -71,6 +74,12 @@ pub(super) fn check(
         if pools.insert(pool.kind, Marks { low: pool.low, high: pool.high }).is_some() {
             faults.add(at, "is there twice");
         }
+    }
+    let batches: u64 = shape.pool.iter().map(|pool| pool.high / shape.batch_size.max(1)).sum();
+    if batches > MOST_BATCHES {
+        let problem =
+            format!("the pools would have {batches} batches, each with a key on the token; {MOST_BATCHES} are enough");
+        faults.add(at("batch_size"), problem);
     }
     let keeping = match shape.store {
         KeepingShape::Wrapped => Keeping::Wrapped,

@@ -12,6 +12,9 @@ use crate::keys::{BatchName, KeptKey, KeyKind, PublicKey, TokenPair, WrappedKey}
 /// How long a call may take, waiting for a processor that the line needs included: one RSA-4096 pair takes seconds of it.
 pub(super) const BACKGROUND_LIMIT: Duration = Duration::from_secs(15 * 60);
 
+/// How often what failed is tried again before it is said.
+const ATTEMPTS: u32 = 5;
+
 /// Where new pairs are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KeepIn {
@@ -45,7 +48,9 @@ impl Hsm {
             KeepIn::OnToken(batch) => Keep::OnToken(batch.pairs()),
         };
         let operation = || Operation::MakePairs { kind, keep: order.clone(), at_most, within_ms };
-        let Answer::Made(made) = self.in_background(operation).await? else { return Err(unexpected()) };
+        // What a lost call had put on the token stays there; the caller must know of it, to have it destroyed.
+        let attempts = if matches!(order, Keep::OnToken(_)) { 1 } else { ATTEMPTS };
+        let Answer::Made(made) = self.attempt(attempts, operation).await? else { return Err(unexpected()) };
         let pair = |pair: super::wire::MadePair| {
             let kept = match (pair.kept, &order) {
                 (Kept::Blob(blob), Keep::Wrapped(key)) => {
@@ -111,7 +116,12 @@ impl Hsm {
     }
 
     async fn in_background(&self, operation: impl Fn() -> Operation) -> Result<Answer, HsmError> {
-        let (mut answers, _) = self.call_within(Lane::Background, BACKGROUND_LIMIT, || vec![operation()]).await?;
+        self.attempt(ATTEMPTS, operation).await
+    }
+
+    async fn attempt(&self, attempts: u32, operation: impl Fn() -> Operation) -> Result<Answer, HsmError> {
+        let operations = || vec![operation()];
+        let (mut answers, _) = self.call_within(Lane::Background, BACKGROUND_LIMIT, attempts, operations).await?;
         answers.next()
     }
 }

@@ -6,6 +6,7 @@ use std::time::SystemTime;
 
 use cryptoki::mechanism::Mechanism;
 use cryptoki::object::{Attribute, AttributeType, ObjectClass, ObjectHandle};
+use cryptoki::session::SessionState;
 
 use super::attributes::{KeyRole, audit};
 use super::durable::sync_changed;
@@ -87,6 +88,7 @@ impl Verbs {
                 self.shared.pairs().insert(TokenPair { label: label.clone(), id }, object);
             }
         }
+        self.must_be_logged_in()?;
         self.shared.pairs().get(wanted).copied().ok_or_else(|| {
             let message =
                 format!("the pair {} of {label} is not on the token: it was destroyed", hex::encode(&wanted.id));
@@ -101,6 +103,7 @@ impl Verbs {
 
     /// Every batch key and every pair that a daemon made on this token, whichever its store.
     pub(super) fn list_own(&mut self) -> Result<Answer, Failure> {
+        self.must_be_logged_in()?;
         let _shared = self.shared.looking();
         let (mut keys, mut pairs) = (Vec::new(), Vec::new());
         for class in [ObjectClass::SECRET_KEY, ObjectClass::PRIVATE_KEY] {
@@ -155,6 +158,16 @@ impl Verbs {
         self.sync_objects(begun)
     }
 
+    /// A session that lost its login finds no private object, and no error either (PKCS#11 v2.40 §5.6): nothing is absent only
+    /// because it cannot be seen.
+    fn must_be_logged_in(&self) -> Result<(), Failure> {
+        let info = self.session.get_session_info().doing(|| "looking whether the session is logged in".to_owned())?;
+        match info.session_state() {
+            SessionState::RwUser | SessionState::RoUser => Ok(()),
+            state => Err(Failure::new(FailureClass::SessionLost, format!("the session is not logged in: {state:?}"))),
+        }
+    }
+
     /// The one object of a class with this label and this CKA_ID, if there is one.
     fn find(&self, class: ObjectClass, label: &KeyName, id: &[u8]) -> Result<Option<ObjectHandle>, Failure> {
         let template =
@@ -162,7 +175,7 @@ impl Verbs {
         let _shared = self.shared.looking();
         let found = self.session.find_objects(&template).doing(|| format!("looking for {label}"))?;
         match found.as_slice() {
-            [] => Ok(None),
+            [] => self.must_be_logged_in().map(|()| None),
             [object] => Ok(Some(*object)),
             more => {
                 let message = format!("{} objects are named {label}; exactly one must be", more.len());

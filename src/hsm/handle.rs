@@ -17,9 +17,8 @@ use crate::keys::{DevicePrivateKey, KeptKey, KeyError, KeyKind, PublicKey, Signa
 use crate::names::KeyName;
 use crate::secret::SecretBytes;
 
-/// How long background work waits for a worker, and how often it tries again what failed, before it says so.
+/// How long background work waits for a worker before it says so.
 const BACKGROUND_PATIENCE: Duration = Duration::from_secs(5);
-const BACKGROUND_ATTEMPTS: u32 = 5;
 
 /// The HSM. Clones share one worker; it ends when the last clone is dropped.
 #[derive(Clone)]
@@ -124,6 +123,11 @@ impl Hsm {
     /// Within which every call of the line is answered.
     pub fn call_timeout(&self) -> Duration {
         self.config.call_timeout
+    }
+
+    /// The worker's threads for what nobody waits for.
+    pub fn background_threads(&self) -> usize {
+        self.config.module.background_threads
     }
 
     /// The register that the token was checked against.
@@ -276,14 +280,15 @@ impl Hsm {
         operations: impl Fn() -> Vec<Operation>,
     ) -> Result<(Answers, Arc<Connection>), HsmError> {
         let _place = self.queue.try_acquire().map_err(|_| HsmError::Busy { waiting: self.config.queue })?;
-        self.call_within(Lane::Line, self.config.call_timeout, operations).await
+        self.call_within(Lane::Line, self.config.call_timeout, u32::MAX, operations).await
     }
 
-    /// The same for either lane, without a place in the line's queue.
+    /// The same for either lane, without a place in the line's queue, tried at most so often.
     pub(super) async fn call_within(
         &self,
         lane: Lane,
         limit: Duration,
+        attempts: u32,
         operations: impl Fn() -> Vec<Operation>,
     ) -> Result<(Answers, Arc<Connection>), HsmError> {
         let until = Instant::now() + limit;
@@ -309,7 +314,7 @@ impl Hsm {
             }
             attempt += 1;
             let pause = Duration::from_millis(10 << attempt.min(5));
-            if Instant::now() + pause >= until || (lane == Lane::Background && attempt >= BACKGROUND_ATTEMPTS) {
+            if Instant::now() + pause >= until || attempt >= attempts {
                 return Err(HsmError::Unavailable { why, retry_after: pause });
             }
             tokio::time::sleep(pause).await;

@@ -7,38 +7,33 @@ use crate::store::{Batch, BatchState, BatchStep, Keeping, Purpose};
 impl KeyPool {
     /// The batch of a purpose that takes pairs; a new one if there is none.
     pub(super) async fn open_batch(&self, purpose: Purpose) -> Result<Batch, PoolError> {
-        let _alone = self.planning.lock().await;
-        match self.find_open(purpose, None).await? {
-            Some(batch) => Ok(batch),
-            None => self.begin_batch(purpose).await,
-        }
+        self.find_or_begin(purpose, self.keeping_of(purpose), None).await
     }
 
-    /// A batch of the purpose that takes pairs and is another one than this.
+    /// A batch that takes the pairs of this one: of the same purpose, and kept alike, whatever the configuration says by now.
     pub(super) async fn open_batch_beside(&self, batch: &Batch) -> Result<Batch, PoolError> {
-        let _alone = self.planning.lock().await;
-        match self.find_open(batch.purpose, Some(batch.number)).await? {
-            Some(other) => Ok(other),
-            None => self.begin_batch(batch.purpose).await,
-        }
+        self.find_or_begin(batch.purpose, batch.keeping, Some(batch.number)).await
     }
 
-    async fn find_open(&self, purpose: Purpose, except: Option<u64>) -> Result<Option<Batch>, PoolError> {
-        let keeping = self.keeping_of(purpose);
+    async fn find_or_begin(&self, purpose: Purpose, keeping: Keeping, except: Option<u64>) -> Result<Batch, PoolError> {
+        let _alone = self.planning.lock().await;
         let closing = self.closing().clone();
         let fits = |batch: &Batch| {
             let takes = batch.state == BatchState::Open && batch.quarantined.is_none() && batch.keeping == keeping;
             takes && batch.purpose == purpose && Some(batch.number) != except && !closing.contains(&batch.number)
         };
         // The newest: pairs are offered in the order of the batches.
-        Ok(self.store.batches().await?.into_iter().rev().find(fits))
+        match self.store.batches().await?.into_iter().rev().find(fits) {
+            Some(batch) => Ok(batch),
+            None => self.begin_batch(purpose, keeping).await,
+        }
     }
 
-    async fn begin_batch(&self, purpose: Purpose) -> Result<Batch, PoolError> {
+    async fn begin_batch(&self, purpose: Purpose, keeping: Keeping) -> Result<Batch, PoolError> {
         let above = self.notes().highest_on_token;
-        let planned = self.store.plan_batch(purpose, self.keeping_of(purpose), self.clock.now(), above).await?;
+        let planned = self.store.plan_batch(purpose, keeping, self.clock.now(), above).await?;
         // A crash or a failure from here on leaves the plan, and a key of that name or none: see `forget_plans`.
-        if planned.keeping == Keeping::Wrapped {
+        if keeping == Keeping::Wrapped {
             self.hsm.create_batch_key(self.name(planned.number).await?).await?;
         }
         let batch = self.store.step_batch(planned.number, BatchStep::Open).await?;
@@ -58,7 +53,14 @@ impl KeyPool {
 
     /// New sessions find a batch for their pairs.
     pub(super) async fn keep_a_batch_for_sessions(&self) -> Result<(), PoolError> {
-        if self.for_sessions.borrow().is_none() {
+        let current = *self.for_sessions.borrow();
+        let takes = |batch: &Batch| {
+            let current = current.is_some_and(|current| current.name.number == batch.number);
+            current && batch.state == BatchState::Open && batch.quarantined.is_none()
+        };
+        if !self.store.batches().await?.iter().any(takes) {
+            // Nobody may end the batch between its being found and its being known as the one for sessions.
+            let _alone = self.shredding.lock().await;
             let batch = self.open_batch(Purpose::Sessions).await?;
             self.use_for_sessions(&batch).await?;
         }

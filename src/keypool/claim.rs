@@ -4,8 +4,7 @@ use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::sync::OwnedRwLockReadGuard;
-
+use super::users::User;
 use super::{KeyPool, PoolError, SessionBatch};
 use crate::hsm::HsmError;
 use crate::keys::{KeptKey, KeyKind, PublicKey, WrappedKey};
@@ -43,14 +42,16 @@ pub struct Claim {
     public: PublicKey,
     kept: KeptKey,
     pair: Option<PooledPair>,
+    /// Whether it goes behind the others.
+    last: bool,
     content: Arc<Mutex<Content>>,
-    _user: OwnedRwLockReadGuard<()>,
+    _user: User,
 }
 
 /// Leave to wrap a session's pair under the key of the batch for sessions, until it is journaled.
 pub struct SessionLease {
     batch: SessionBatch,
-    _user: OwnedRwLockReadGuard<()>,
+    _user: User,
 }
 
 impl SessionLease {
@@ -91,14 +92,21 @@ impl Claim {
     pub fn spent(mut self) {
         self.pair = None;
     }
+
+    /// It could not be opened: the next device gets another one.
+    pub fn set_aside(mut self) {
+        self.last = true;
+    }
 }
 
 impl Drop for Claim {
     fn drop(&mut self) {
         let mut content = self.content.lock().unwrap_or_else(PoisonError::into_inner);
         content.leave_hand(&self.id);
-        if let Some(pair) = self.pair.take() {
-            content.waiting.push_front((self.id, pair));
+        match self.pair.take() {
+            Some(pair) if self.last => content.waiting.push_back((self.id, pair)),
+            Some(pair) => content.waiting.push_front((self.id, pair)),
+            None => {}
         }
     }
 }
@@ -174,7 +182,7 @@ impl KeyPool {
     pub async fn claim(&self, kind: KeyKind) -> Result<Claim, PoolError> {
         let pool = self.pools.get(&kind).ok_or(PoolError::NoPool(kind))?;
         self.begun().await?;
-        let user = self.hold().await;
+        let user = self.hold();
         let taken = match pool.shelf.take() {
             Some(taken) => Some(taken),
             None => {
@@ -193,7 +201,7 @@ impl KeyPool {
         let content = Arc::clone(&pool.shelf.content);
         let public = PublicKey::from_spki_der(&pair.public_key);
         let mut claim = match public {
-            Ok(public) => Claim { id, public, kept: pair.kept.clone(), pair: None, content, _user: user },
+            Ok(public) => Claim { id, public, kept: pair.kept.clone(), pair: None, last: false, content, _user: user },
             Err(e) => {
                 pool.shelf.content().leave_hand(&id);
                 let what = format!("pair {} of batch {}", id.number, id.batch);
@@ -218,7 +226,7 @@ impl KeyPool {
             let Some(batch) = wait.ok().and_then(|found| found.ok().and_then(|batch| *batch)) else {
                 return Err(self.not_begun().await);
             };
-            let user = self.hold().await;
+            let user = self.hold();
             // Whoever takes this batch's place has changed the value before waiting for us: looked at again, it holds.
             if *self.for_sessions.borrow() == Some(batch) {
                 return Ok(SessionLease { batch, _user: user });
@@ -268,7 +276,7 @@ impl KeyPool {
             kind,
             fill_rate,
             retry_after: retry_after.clamp(RETRY.0, RETRY.1),
-            paused: filling.paused.clone(),
+            paused: filling.paused.is_some(),
         }
     }
 

@@ -12,7 +12,7 @@ pub enum PoolError {
     /// No pair of the kind is ready.
     #[error(
         "no {kind} pair is ready: the pool is empty and is being filled with {fill_rate:.1} pairs per second{}",
-        .paused.as_ref().map(|why| format!(" (paused: {why})")).unwrap_or_default()
+        if *.paused { " (the filling is held up; sppctl pool status tells why)" } else { "" }
     )]
     Empty {
         /// The kind.
@@ -21,8 +21,8 @@ pub enum PoolError {
         fill_rate: f64,
         /// When a pair should be ready for this caller.
         retry_after: Duration,
-        /// Why it is not filled now, if so.
-        paused: Option<String>,
+        /// Whether it is not filled now. Why is the officers' business.
+        paused: bool,
     },
     /// The configuration has no pool of the kind.
     #[error("there is no pool of {0} pairs; add a [[keypool.pool]] for it to sppd.toml")]

@@ -39,6 +39,14 @@ impl Pool {
         self.filling.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Pairs were made for the batch that nobody may know of. Wrapped ones are nothing without their row; those on the token
+    /// would stay there.
+    fn suspect(&self, batch: &Batch) {
+        if batch.keeping == Keeping::Hsm {
+            self.filling().suspect = Some(batch.number);
+        }
+    }
+
     /// Up to how many pairs it is to be filled now, if it is.
     fn target(&self, ready: u64) -> Option<u64> {
         let mut filling = self.filling();
@@ -103,6 +111,7 @@ impl KeyPool {
 
     /// Fills the pool if it is below its low mark or ordered to be filled; returns when nothing is left to do.
     async fn fill(&self, kind: KeyKind, pool: &Pool) -> Result<(), PoolError> {
+        let mut begun = false;
         loop {
             let suspect = pool.filling().suspect;
             if let Some(batch) = suspect {
@@ -114,7 +123,9 @@ impl KeyPool {
             let Some(target) = pool.target(ready) else { return Ok(()) };
             self.admit()?;
             let batch = self.open_batch(Purpose::Pool(kind)).await?;
-            pool.filling().rate.begin(Instant::now());
+            if !std::mem::replace(&mut begun, true) {
+                pool.filling().rate.begin(Instant::now());
+            }
             let batch = self.fill_batch(kind, pool, batch, target.saturating_sub(ready)).await?;
             if batch.taken_in >= self.rules.batch_size {
                 self.store.step_batch(batch.number, BatchStep::Seal).await?;
@@ -137,7 +148,12 @@ impl KeyPool {
                 let (hsm, count) = (self.hsm.clone(), left.min(PER_CALL));
                 left -= count;
                 let at_most = u32::try_from(count).unwrap_or(u32::MAX);
-                calls.spawn(async move { (count, hsm.make_pairs(kind, keep, at_most, CALL).await) });
+                let making = Arc::clone(&self.making);
+                calls.spawn(async move {
+                    // It is never closed.
+                    let _place = making.acquire_owned().await;
+                    (count, hsm.make_pairs(kind, keep, at_most, CALL).await)
+                });
             }
             let Some(done) = calls.join_next().await else { break };
             let (count, made) = done.map_err(|e| HsmError::Wrong(e.to_string()))?;
@@ -147,7 +163,10 @@ impl KeyPool {
                     left += count.saturating_sub(made.len() as u64);
                     self.take_in(pool, &batch, made).await
                 }
-                Err(error) => Err(error.into()),
+                Err(error) => {
+                    pool.suspect(&batch);
+                    Err(error.into())
+                }
             };
             match added {
                 Ok((grown, added)) => {
@@ -174,9 +193,8 @@ impl KeyPool {
         let pairs: Vec<_> = made.into_iter().map(pair).collect();
         let count = pairs.len() as u64;
         let added = self.store.add_pairs(batch.number, pairs).await;
-        if added.is_err() && batch.keeping == Keeping::Hsm {
-            // Wrapped ones are nothing without their row. Those on the token would stay there, unknown to anybody.
-            pool.filling().suspect = Some(batch.number);
+        if added.is_err() {
+            pool.suspect(batch);
         }
         Ok((added?, count))
     }

@@ -22,12 +22,13 @@ mod rate;
 mod reconcile;
 mod shred;
 mod status;
+mod users;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{Notify, OwnedRwLockReadGuard, RwLock, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 
 pub use claim::{Claim, SessionLease};
@@ -41,6 +42,7 @@ use crate::keys::{BatchName, KeyKind};
 use crate::store::{Journal, Keeping, Registry, SecretStore};
 use claim::Shelf;
 use fill::Filling;
+use users::{User, Users};
 
 /// How often the pool is looked after when nothing wakes it.
 const LOOK: Duration = Duration::from_secs(1);
@@ -90,8 +92,11 @@ pub struct KeyPool {
     rules: PoolRules,
     clock: Clock,
     pools: BTreeMap<KeyKind, Pool>,
-    /// Held shared by whoever uses a batch's key or has a pair in hand; see [`Self::let_users_finish`].
-    users: Arc<RwLock<()>>,
+    /// Who uses a batch's key or has a pair in hand.
+    users: Users,
+    /// So many calls that make pairs may be with the HSM at once, of all kinds together: what else is done in the background
+    /// waits behind them.
+    making: Arc<Semaphore>,
     /// The batch that takes the pairs of new sessions. None while there is none.
     for_sessions: watch::Sender<Option<SessionBatch>>,
     /// Whether what the store and the token say of each other has been looked at.
@@ -146,6 +151,8 @@ impl KeyPool {
             (*kind, Pool { marks: *marks, shelf, filling, wake })
         };
         let pools = rules.pools.iter().map(pool).collect();
+        // Two for each thread, so that one has work while another's pairs are being stored.
+        let making = Arc::new(Semaphore::new(2 * hsm.background_threads()));
         Arc::new(Self {
             hsm,
             store,
@@ -154,7 +161,8 @@ impl KeyPool {
             rules,
             clock,
             pools,
-            users: Arc::default(),
+            users: Users::default(),
+            making,
             for_sessions: watch::channel(None).0,
             reconciled: watch::channel(false).0,
             closing: Mutex::default(),
@@ -196,14 +204,16 @@ impl KeyPool {
         }
     }
 
+    /// Everything that may be due; what fails does not keep the rest from being done.
     async fn look(&self) -> Result<(), PoolError> {
         if !*self.reconciled.borrow() {
             self.reconcile().await?;
         }
-        self.forget_plans().await?;
-        self.keep_a_batch_for_sessions().await?;
-        self.destroy_condemned().await?;
-        self.shred_what_is_due().await
+        let planned = self.forget_plans().await;
+        let sessions = self.keep_a_batch_for_sessions().await;
+        let condemned = self.destroy_condemned().await;
+        let due = self.shred_what_is_due().await;
+        planned.and(sessions).and(condemned).and(due)
     }
 
     /// The kinds that have a pool.
@@ -218,14 +228,8 @@ impl KeyPool {
 
     /// Whoever reads a pair from the store and opens it in the HSM holds this in between, so that its batch's key is not
     /// destroyed meanwhile.
-    pub async fn hold(&self) -> OwnedRwLockReadGuard<()> {
-        Arc::clone(&self.users).read_owned().await
-    }
-
-    /// Waits until everybody who is in the middle of something now has finished it. Who comes later sees what was changed
-    /// before. Each holds it for a call to the HSM and one to the store, so the wait has the deadlines of these.
-    async fn let_users_finish(&self) {
-        drop(self.users.write().await);
+    pub fn hold(&self) -> User {
+        self.users.join()
     }
 
     fn notes(&self) -> std::sync::MutexGuard<'_, Notes> {

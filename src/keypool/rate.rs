@@ -28,8 +28,7 @@ impl FillRate {
 
     /// So many pairs more are ready.
     pub(super) fn note(&mut self, now: Instant, pairs: u64) {
-        self.begin(now);
-        let Some(run) = &mut self.0 else { return };
+        let run = self.0.get_or_insert(Run { begun: now, last: now, made: 0.0 });
         run.made += pairs as f64;
         run.last = now;
         let elapsed = now.duration_since(run.begun);
@@ -61,7 +60,11 @@ mod tests {
             rate.note(begun + Duration::from_secs(second), 10);
         }
         assert!((rate.per_second() - 10.0).abs() < 0.5, "{}", rate.per_second());
-        let later = begun + Duration::from_secs(1000);
+        for minute in 1..=20 {
+            rate.note(begun + Duration::from_secs(300 + 60 * minute), 1);
+        }
+        assert!((0.01..0.05).contains(&rate.per_second()), "slow is not nothing: {}", rate.per_second());
+        let later = begun + Duration::from_secs(10_000);
         rate.begin(later);
         rate.note(later + Duration::from_secs(1), 3);
         assert!((rate.per_second() - 3.0).abs() < 0.01, "a pause is no slow filling: {}", rate.per_second());

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use super::{KeyPool, PoolError};
 use crate::hsm::OwnObjects;
 use crate::keys::{KeptKey, StoreId};
-use crate::store::{Batch, BatchState, BatchStep, Keeping, Purpose};
+use crate::store::{Batch, BatchState, BatchStep, Keeping, Purpose, StoreError};
 
 /// Pairs on the token that are compared at once: more than any module is good for.
 const ALL: usize = 1_000_000;
@@ -18,10 +18,14 @@ impl KeyPool {
         let on_token = own.keys.iter().map(|key| key.number).chain(own.pairs.iter().map(|(batch, _)| batch.number));
         self.notes().highest_on_token = on_token.max().unwrap_or(0);
         let batches = self.store.batches().await?;
-        match self.evidence_of_an_old_copy(&own, &batches, highest).await? {
-            // Nothing is destroyed then: it may belong to the store that should be here.
-            Some(why) => self.quarantine_all(why).await?,
-            None => self.tidy_up(&own, &batches).await?,
+        // While it is not decided which store counts nothing is destroyed: it may belong to the one that should be here.
+        if let Some(known) = batches.iter().find_map(|batch| batch.quarantined.clone()) {
+            tracing::error!(why = %known, "an officer must decide which state store counts; see sppctl pool status");
+            self.notes().rolled_back.get_or_insert(known);
+        } else if let Some(why) = self.evidence_of_an_old_copy(&own, &batches, highest).await? {
+            self.quarantine_all(why).await?;
+        } else {
+            self.tidy_up(&own, &batches).await?;
         }
         self.reconciled.send_replace(true);
         Ok(())
@@ -44,7 +48,10 @@ impl KeyPool {
             lives && batch.keeping == Keeping::Wrapped && batch.quarantined.is_none() && !keys.contains(&batch.number)
         };
         if let Some(batch) = batches.iter().find(lost) {
-            return Ok(Some(format!("the key of batch {} is not on the token: it was shredded", batch.number)));
+            let number = batch.number;
+            return Ok(Some(format!(
+                "the key of batch {number} is not on the token: it was shredded since, or this is another token or an old copy of it"
+            )));
         }
         if let Some(session) = self.registry.newest_session().await?
             && !self.journal.knows(&session).await?
@@ -59,11 +66,16 @@ impl KeyPool {
     /// The state store is an old copy: any pair that it calls ready may be on a device. None of them is offered any more.
     pub async fn quarantine_all(&self, why: String) -> Result<(), PoolError> {
         let why = format!("the state store was rolled back: {why}");
+        self.notes().rolled_back.get_or_insert_with(|| why.clone());
         tracing::error!(%why, "no pair that was ready is offered any more; see sppctl pool status");
         for batch in self.store.batches().await? {
             let lives = matches!(batch.state, BatchState::Open | BatchState::Sealed);
             if lives && batch.quarantined.is_none() && (batch.ready > 0 || batch.purpose == Purpose::Sessions) {
-                self.store.step_batch(batch.number, BatchStep::Quarantine(why.clone())).await?;
+                match self.store.step_batch(batch.number, BatchStep::Quarantine(why.clone())).await {
+                    // It has just ended by itself.
+                    Ok(_) | Err(StoreError::WrongBatch { .. }) => {}
+                    Err(error) => return Err(error.into()),
+                }
             }
         }
         self.for_sessions.send_replace(None);
@@ -71,7 +83,6 @@ impl KeyPool {
             pool.shelf.begin_again();
             pool.wake.notify_one();
         }
-        self.notes().rolled_back.get_or_insert(why);
         self.wake.notify_one();
         Ok(())
     }

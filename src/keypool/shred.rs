@@ -41,7 +41,7 @@ impl KeyPool {
         let meant = |batch: &Batch| {
             let kind = order.kind.is_none_or(|kind| batch.purpose == Purpose::Pool(kind));
             let erased = batch.erased_since.is_some() && batch.quarantined.is_none();
-            kind && (erased || is_over(batch) || (order.quarantined && batch.quarantined.is_some()))
+            kind && (erased || self.is_over(batch) || (order.quarantined && batch.quarantined.is_some()))
         };
         let all = self.store.batches().await?;
         if let Some(kind) = order.kind
@@ -57,15 +57,19 @@ impl KeyPool {
             self.shred_batch(batch.number, &mut shredded).await?;
             progress(n + 1, batches.len());
         }
+        if order.quarantined && self.store.batches().await?.iter().all(|batch| batch.quarantined.is_none()) {
+            // The officer has decided: this is the store that counts.
+            self.notes().rolled_back = None;
+        }
         Ok(shredded)
     }
 
-    /// Shreds the batches that are used up, and those whose first erasure was so long ago.
+    /// Shreds the full batches that are used up, and those whose first erasure was so long ago. What is in quarantine waits for
+    /// an officer: the right store, should it be put back, needs the same keys.
     pub(super) async fn shred_what_is_due(&self) -> Result<(), PoolError> {
-        let now = self.clock.now();
         let mut failed = None;
-        for batch in self.store.batches().await? {
-            if is_over(&batch) || self.shred_at(&batch).is_some_and(|at| at <= now) {
+        for batch in self.store.batches().await?.into_iter().filter(|batch| batch.quarantined.is_none()) {
+            if self.is_over(&batch) || self.is_due(&batch) {
                 // One batch that cannot be shredded must not keep the others.
                 if let Err(error) = self.shred_batch(batch.number, &mut Shredded::default()).await {
                     failed.get_or_insert(error);
@@ -73,6 +77,26 @@ impl KeyPool {
             }
         }
         failed.map_or(Ok(()), Err)
+    }
+
+    /// Whether a batch's time is over; an erasure in the future is one of a clock that was wrong.
+    fn is_due(&self, batch: &Batch) -> bool {
+        let now = self.clock.now();
+        batch.erased_since.is_some_and(|since| since > now) || self.shred_at(batch).is_some_and(|at| at <= now)
+    }
+
+    /// Whether nothing is left of a batch but its key, and nothing will come.
+    fn is_over(&self, batch: &Batch) -> bool {
+        let takes_more = match batch.purpose {
+            Purpose::Sessions => true,
+            Purpose::Pool(kind) => self.pools.contains_key(&kind) && batch.keeping == self.rules.keeping,
+        };
+        match batch.state {
+            BatchState::Emptied => true,
+            BatchState::Sealed => batch.is_used_up() && batch.quarantined.is_none(),
+            BatchState::Open => batch.is_used_up() && batch.quarantined.is_none() && !takes_more,
+            BatchState::Planned => false,
+        }
     }
 
     /// When a batch is shredded at the latest; seconds since the Unix epoch.
@@ -99,7 +123,7 @@ impl KeyPool {
             // 1. Another batch takes its place: from now on nothing new comes in.
             let next = self.next_batch(batch).await?;
             // 2. Sessions that have leave to put a pair into it have done so.
-            self.let_users_finish().await;
+            self.users.let_finish().await;
             if batch.state == BatchState::Open {
                 self.store.step_batch(batch.number, BatchStep::Seal).await?;
             }
@@ -112,9 +136,11 @@ impl KeyPool {
             if let Some(next) = next {
                 shredded.moved += self.move_what_is_left(batch, name, next.number).await?;
             }
-            self.destroy_condemned().await?;
+            if batch.keeping == Keeping::Hsm {
+                self.destroy_condemned().await?;
+            }
             // 4. Whoever read a pair before it was moved has opened it.
-            self.let_users_finish().await;
+            self.users.let_finish().await;
             // 5. Durably empty: a crash from here on only has the key left to destroy.
             self.store.step_batch(batch.number, BatchStep::Empty).await?;
         }
@@ -163,7 +189,7 @@ impl KeyPool {
             };
             let held: Vec<_> = held.into_iter().filter(mine).collect();
             if held.is_empty() {
-                self.let_users_finish().await;
+                self.users.let_finish().await;
                 continue;
             }
             let blobs = held.iter().map(blob_of).collect::<Result<Vec<_>, _>>()?;
@@ -177,22 +203,20 @@ impl KeyPool {
 
     /// Pairs on the token that are erased here.
     pub(super) async fn destroy_condemned(&self) -> Result<(), PoolError> {
+        let mut failed = None;
         for condemned in self.store.condemned(CONDEMNED).await? {
-            self.hsm.destroy_pair(condemned.kind, &condemned.pair).await?;
+            let destroyed = self.hsm.destroy_pair(condemned.kind, &condemned.pair).await.map_err(PoolError::from);
             // A crash before this finds it condemned still, and not on the token: that is no error.
-            self.store.destroyed(&condemned.pair).await?;
+            let noted = match destroyed {
+                Ok(()) => self.store.destroyed(&condemned.pair).await.map_err(PoolError::from),
+                Err(error) => Err(error),
+            };
+            // One that cannot be destroyed must not keep the others.
+            if let Err(error) = noted {
+                failed.get_or_insert(error);
+            }
         }
-        Ok(())
-    }
-}
-
-/// Whether nothing is left of a batch but its key.
-fn is_over(batch: &Batch) -> bool {
-    match batch.state {
-        BatchState::Emptied => true,
-        BatchState::Sealed => batch.is_used_up(),
-        BatchState::Open => batch.quarantined.is_some() && batch.is_used_up(),
-        BatchState::Planned => false,
+        failed.map_or(Ok(()), Err)
     }
 }
 

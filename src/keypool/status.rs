@@ -1,5 +1,7 @@
 //! How the pools stand.
 
+use std::collections::BTreeSet;
+
 use super::{KeyPool, PoolError};
 use crate::keys::KeyKind;
 use crate::store::{Batch, Keeping, PairCounts, Purpose};
@@ -11,7 +13,7 @@ pub struct PoolStatus {
     pub keeping: Keeping,
     /// Whether store and token have been compared, and pairs are given out.
     pub serving: bool,
-    /// One for each kind that has a pool.
+    /// One for each kind that has a pool, or had one and still has pairs.
     pub kinds: Vec<KindStatus>,
     /// Batches of pairs that are made on the spot.
     pub session_batches: u64,
@@ -65,9 +67,15 @@ impl KeyPool {
     /// How the pools stand.
     pub async fn status(&self) -> Result<PoolStatus, PoolError> {
         let batches = self.store.batches().await?;
+        // A kind whose pool was taken out of the configuration is told as long as it has pairs.
+        let left = batches.iter().filter_map(|batch| match batch.purpose {
+            Purpose::Pool(kind) => Some(kind),
+            Purpose::Sessions => None,
+        });
+        let all: BTreeSet<_> = self.pools.keys().copied().chain(left).collect();
         let mut kinds = Vec::new();
-        for kind in self.pools.keys() {
-            kinds.extend(self.kind_status(*kind, &batches).await?);
+        for kind in all {
+            kinds.push(self.kind_status(kind, &batches).await?);
         }
         let of_sessions = || batches.iter().filter(|batch| batch.purpose == Purpose::Sessions);
         let condemned = self.store.condemned(COUNTED).await?.len() as u64;
@@ -85,25 +93,29 @@ impl KeyPool {
         })
     }
 
-    async fn kind_status(&self, kind: KeyKind, all: &[Batch]) -> Result<Option<KindStatus>, PoolError> {
-        let Some(pool) = self.pools.get(&kind) else { return Ok(None) };
+    async fn kind_status(&self, kind: KeyKind, all: &[Batch]) -> Result<KindStatus, PoolError> {
         let counts = self.store.pair_counts(kind).await?;
         let batches = || all.iter().filter(|batch| batch.purpose == Purpose::Pool(kind));
-        let filling = pool.filling();
-        Ok(Some(KindStatus {
+        let marks = self.pools.get(&kind).map(|pool| pool.marks);
+        let filling = self.pools.get(&kind).map(|pool| {
+            let filling = pool.filling();
+            (filling.running, filling.rate.per_second(), filling.paused.clone())
+        });
+        let (filling, fill_rate, paused) = filling.unwrap_or_default();
+        Ok(KindStatus {
             kind,
-            low: pool.marks.low,
-            high: pool.marks.high,
+            low: marks.map_or(0, |marks| marks.low),
+            high: marks.map_or(0, |marks| marks.high),
             ready: batches().map(Batch::offered).sum(),
             reserved: batches().map(|batch| batch.reserved).sum(),
             quarantined: batches().filter(|batch| batch.quarantined.is_some()).map(|batch| batch.ready).sum(),
             counts,
-            filling: filling.running,
-            fill_rate: filling.rate.per_second(),
-            paused: filling.paused.clone(),
+            filling,
+            fill_rate,
+            paused,
             oldest: batches().filter(|batch| batch.offered() > 0).map(|batch| batch.created).min(),
             batches: batches().count() as u64,
             next_shred: batches().filter_map(|batch| self.shred_at(batch)).min(),
-        }))
+        })
     }
 }

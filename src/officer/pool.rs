@@ -107,7 +107,10 @@ pub(super) fn describe_pool(status: &proto::GetPoolStatusResponse) -> String {
         say(format!("ROLLED BACK: {}", status.rolled_back));
     }
     if quarantined > 0 {
-        say(format!("{quarantined} pairs are in quarantine; give them up with sppctl pool shred --quarantined"));
+        say(format!(
+            "{quarantined} pairs are in quarantine: put the right state store back, or give them up with sppctl pool shred \
+             --quarantined"
+        ));
     }
     if status.condemned > 0 {
         say(format!("{} erased pairs are still on the token and are being destroyed", status.condemned));

@@ -74,6 +74,11 @@ impl Provisioner {
             PublishError::Taken(taken) if taken.session == record.session => {
                 self.registry.receipt_of(&record.chip, record.session).await?.ok_or_else(|| refused.into())
             }
+            PublishError::Taken(taken) if taken.what == "public key" => {
+                let why = format!("the public key of session {} is in record {} already", record.session, taken.index);
+                self.pool.quarantine_all(why).await?;
+                Err(refused.into())
+            }
             _ => Err(refused.into()),
         }
     }

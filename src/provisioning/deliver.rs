@@ -59,7 +59,7 @@ impl Provisioner {
     /// The keys of a session that exists: the pair from the secret store, the symmetric keys derived again.
     async fn held_keys(&self, session: &Session, product: &Product) -> Result<PackageKeys, ProvisionError> {
         // Between reading the pair and opening it, its batch's key must not be destroyed.
-        let _held = self.pool.hold().await;
+        let _held = self.pool.hold();
         let kept = if session.own_key_pair { None } else { self.journal.kept_key(&session.id).await? };
         let pair = match (&session.public_key, kept) {
             (Some(spki), Some(kept)) => Some((public_key(spki)?, kept)),

@@ -76,7 +76,13 @@ impl Provisioner {
             (None, Err(HsmError::Absent(why))) => {
                 (PoolError::RolledBack(format!("{why}: the state store was rolled back")).into(), why)
             }
-            (None, made) => return Ok(made?),
+            (None, Err(error)) => {
+                if let Some(PairSource::Pooled(claim)) = source.take() {
+                    claim.set_aside();
+                }
+                return Err(error.into());
+            }
+            (None, Ok(made)) => return Ok(made),
         };
         if let Some(PairSource::Pooled(claim)) = source.take() {
             claim.spent();

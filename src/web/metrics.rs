@@ -97,6 +97,12 @@ async fn pools(told: &mut Registry, provisioner: &Provisioner) -> Result<(), Poo
     gauge(told, "pool_state_store_rolled_back", "Whether the state store was found to be an old copy", rolled_back);
     gauge(told, "pool_condemned_pairs", "Erased pairs that are still on the token", status.condemned);
     gauge(told, "pool_session_batches", "Batches of pairs made on the spot", status.session_batches);
+    gauge(told, "pool_trouble", "Whether the batches could not be looked after", status.trouble.is_some().into());
+    let sessions = status.session_next_shred.map(|at| ("on-the-spot", at));
+    let kinds = status.kinds.iter().filter_map(|kind| Some((kind.kind.name(), kind.next_shred?)));
+    let help =
+        "When the next batch is shredded at the latest, seconds since the Unix epoch; absent if nothing was erased";
+    labelled(told, "pool_next_shred_timestamp_seconds", help, "kind", kinds.chain(sessions));
     gauge(told, "pool_session_pairs", "Pairs of unfinished sessions in them", status.session_pairs);
     let mut family = |name: &str, help: &str, value: &dyn Fn(&KindStatus) -> u64| {
         labelled(told, name, help, "kind", status.kinds.iter().map(|kind| (kind.kind.name(), value(kind))));
@@ -111,9 +117,6 @@ async fn pools(told: &mut Registry, provisioner: &Provisioner) -> Result<(), Poo
     family("pool_paused", "Whether the filling is held up", &|kind| kind.paused.is_some().into());
     family("pool_oldest_batch_age_seconds", "Age of the oldest batch with ready pairs", &|kind| {
         kind.oldest.map_or(0, |oldest| now.saturating_sub(oldest))
-    });
-    family("pool_next_shred_seconds", "Time until the next batch is shredded; 0 if nothing was erased", &|kind| {
-        kind.next_shred.map_or(0, |at| at.saturating_sub(now))
     });
     family("pool_made_pairs", "Pairs ever put into the pool", &|kind| kind.counts.made);
     family("pool_taken_pairs", "Pairs ever reserved for a session", &|kind| kind.counts.reserved);

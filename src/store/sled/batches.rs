@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `o` | the store's name on tokens, and the highest number of a batch |
 //! | `b` + number, 8 octets | batch |
+//! | `e` + number | the end of the batch's file, as far as it counts |
 //! | `k` + kind | pairs of the kind since the store was made |
 
 use async_trait::async_trait;
@@ -83,7 +84,8 @@ pub(super) fn found(view: &mut View<'_>, id: StoreId) -> Result<(), StoreError> 
 /// What every store must contain.
 pub(super) fn check(view: &View<'_>) -> Result<(), StoreError> {
     origin(view)?;
-    all(view).map(drop)
+    all(view)?;
+    view.trim_blobs()
 }
 
 fn plan(view: &mut View<'_>, purpose: Purpose, keeping: Keeping, at: u64, above: u64) -> Result<Batch, StoreError> {

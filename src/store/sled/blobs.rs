@@ -23,6 +23,13 @@ pub(super) struct BlobPlace {
     len: u32,
 }
 
+impl BlobPlace {
+    /// The octet behind it.
+    pub(super) const fn end(self) -> u64 {
+        self.at + self.len as u64
+    }
+}
+
 /// The files of the batches. Only the committer's thread uses them.
 pub(super) struct Blobs {
     place: Arc<Place>,
@@ -98,6 +105,30 @@ impl Blobs {
         Ok(())
     }
 
+    /// Overwrites and cuts off what a crash left behind the octets that count: pairs that were being moved to another batch's
+    /// key, say, and were erased where they came from. `ends` has the end of every file that counts.
+    pub(super) fn trim(&self, ends: &BTreeMap<u64, u64>) -> io::Result<()> {
+        let entries = match fs::read_dir(&self.directory) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            entries => entries?,
+        };
+        for entry in entries {
+            let entry = entry?;
+            let Some(batch) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+            match ends.get(&batch) {
+                None => self.remove(batch)?,
+                Some(end) if entry.metadata()?.len() > *end => {
+                    let file = OpenOptions::new().write(true).open(entry.path())?;
+                    overwrite(&file, *end)?;
+                    file.set_len(*end)?;
+                    file.sync_all()?;
+                }
+                Some(_) => {}
+            }
+        }
+        Ok(())
+    }
+
     /// Overwrites a batch's file and removes it. Nothing in it is needed any more, so a crash in between is made good by doing it
     /// again.
     pub(super) fn remove(&self, batch: u64) -> io::Result<()> {
@@ -107,13 +138,7 @@ impl Blobs {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
             file => file?,
         };
-        let zeros = [0; 64 << 10];
-        let (mut at, len) = (0, file.metadata()?.len());
-        while at < len {
-            let piece = usize::try_from(len - at).unwrap_or(zeros.len()).min(zeros.len());
-            file.write_all_at(&zeros[..piece], at)?;
-            at += piece as u64;
-        }
+        overwrite(&file, 0)?;
         file.sync_all()?;
         fs::remove_file(&path)?;
         sync_dir(&self.directory)
@@ -152,6 +177,18 @@ impl Blobs {
     fn path(&self, batch: u64) -> PathBuf {
         self.directory.join(batch.to_string())
     }
+}
+
+/// Zeros from there to the end, on the disk when this returns.
+fn overwrite(file: &File, from: u64) -> io::Result<()> {
+    let zeros = [0; 64 << 10];
+    let (mut at, len) = (from, file.metadata()?.len());
+    while at < len {
+        let piece = usize::try_from(len - at).unwrap_or(zeros.len()).min(zeros.len());
+        file.write_all_at(&zeros[..piece], at)?;
+        at += piece as u64;
+    }
+    file.sync_all()
 }
 
 impl Appends {

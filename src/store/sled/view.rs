@@ -179,7 +179,23 @@ impl<'a> View<'a> {
     /// Adds a blob to a batch's file.
     pub(super) fn put_blob(&mut self, batch: u64, blob: &[u8]) -> Result<BlobPlace, StoreError> {
         self.place.admit(LAST_ROOM)?;
-        self.blobs.append(&mut self.appends, batch, blob).map_err(|e| self.blob_failed("opening a batch's file", &e))
+        let place = self.blobs.append(&mut self.appends, batch, blob);
+        let place = place.map_err(|e| self.blob_failed("opening a batch's file", &e))?;
+        // What is behind it in the file does not count: see `trim_blobs`.
+        self.put(&blob_end_key(batch), &place.end())?;
+        Ok(place)
+    }
+
+    /// Ends every batch's file where the octets that count do. When the database is opened.
+    pub(super) fn trim_blobs(&self) -> Result<(), StoreError> {
+        let mut ends = BTreeMap::new();
+        for key in self.keys(BLOB_END)? {
+            let number = key.get(BLOB_END.len()..).and_then(|octets| octets.try_into().ok());
+            let number = number.ok_or_else(|| self.damaged(name(&key), "it has not 8 octets"))?;
+            let end = self.get(&key, || name(&key))?.ok_or_else(|| self.damaged(name(&key), "it is not there"))?;
+            ends.insert(u64::from_be_bytes(number), end);
+        }
+        self.blobs.trim(&ends).map_err(|e| self.blob_failed("cutting off what a crash left in a batch's file", &e))
     }
 
     /// A blob of a batch's file.
@@ -189,8 +205,9 @@ impl<'a> View<'a> {
     }
 
     /// Overwrites and removes a batch's file, at once: the batch must be known to be empty by what is durable already.
-    pub(super) fn remove_blobs(&self, batch: u64) -> Result<(), StoreError> {
-        self.blobs.remove(batch).map_err(|e| self.blob_failed("removing a batch's file", &e))
+    pub(super) fn remove_blobs(&mut self, batch: u64) -> Result<(), StoreError> {
+        self.blobs.remove(batch).map_err(|e| self.blob_failed("removing a batch's file", &e))?;
+        self.remove(&blob_end_key(batch))
     }
 
     fn blob_failed(&self, doing: &'static str, error: &std::io::Error) -> StoreError {
@@ -246,6 +263,13 @@ impl<'a> View<'a> {
         *self.broken.borrow_mut() = Some(format!("reading: {error}"));
         StoreError::Failed { store: self.store, doing: "reading", cause: error.to_string() }
     }
+}
+
+/// `e` + batch: the end of its file.
+const BLOB_END: &[u8] = b"e";
+
+fn blob_end_key(batch: u64) -> Vec<u8> {
+    [BLOB_END, batch.to_be_bytes().as_slice()].concat()
 }
 
 /// The suffix has a fixed length, so that no two keys share a piece.

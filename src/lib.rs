@@ -26,7 +26,7 @@
 //! | [`config`] | files people write → validated values | the configuration's files |
 //! | [`provisioning`] ★ | the stories of a device, and what a crash left of them | every room below |
 //! | [`hsm`] | the worker process, the verbs, keys on a token | PKCS#11, alone |
-//! | [`keypool`] | pairs made in advance: batches, filling, shredding | the HSM's verbs, the secret store |
+//! | [`keypool`] | pairs made in advance: batches, filling, shredding | the HSM's verbs, the stores |
 //! | [`certificate`] | profile → prepared → linted → issued; pure | nothing |
 //! | [`package`] | data package, sealing, backup, confirmation; pure | nothing |
 //! | [`store`] | state store and public database; hands out the proofs | sled, alone |
@@ -35,7 +35,7 @@
 //! | [`web`] | metrics | HTTP |
 //! | [`device`] | the personal device, the reference for firmware authors | its flash file |
 //! | [`mod@line`] | what a station does | gRPC as a client, simulated devices |
-//! | [`officer`] | ceremonies, enrolment, status | the token (through [`hsm`]), gRPC as a client |
+//! | [`officer`] | ceremonies, enrolment, pools, status | the token (through [`hsm`]), gRPC as a client |
 //!
 //! # Who is trusted with what
 //!

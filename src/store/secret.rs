@@ -171,7 +171,7 @@ pub struct PairCounts {
     pub made: u64,
     /// Reserved for a session.
     pub reserved: u64,
-    /// Given up by an officer, unused.
+    /// Given up by an officer, unused: those of quarantined batches.
     pub discarded: u64,
 }
 

@@ -13,6 +13,7 @@ mod model;
 mod point;
 mod pool;
 mod pool_breaks;
+mod pool_life;
 mod remanence;
 mod rollback;
 mod rules;

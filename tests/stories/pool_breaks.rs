@@ -143,7 +143,8 @@ pub async fn assert_pool_is_whole(point: &Point<'_>, delivered: &[&OnTheLine]) {
             let on_token: BTreeSet<_> =
                 own.keys.iter().filter(|key| key.store == store).map(|key| key.number).collect();
             let wrapped = batches.iter().filter(|batch| batch.keeping == Keeping::Wrapped);
-            let settled = batches.iter().all(|b| matches!(b.state, BatchState::Open | BatchState::Sealed));
+            let destroyed = point.state().condemned(1).await.unwrap().is_empty();
+            let settled = destroyed && batches.iter().all(|b| matches!(b.state, BatchState::Open | BatchState::Sealed));
             settled && on_token == wrapped.map(|batch| batch.number).collect::<BTreeSet<_>>()
         })
         .await;

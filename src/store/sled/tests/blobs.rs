@@ -337,3 +337,24 @@ async fn below_the_floor_no_pair_comes_in_or_goes_out_and_what_exists_goes_on() 
     set_free(0).await;
     store.reserve(&session_with(1, 1), Some(&pooled(to, 1))).await.unwrap();
 }
+
+/// It could be a pair that was being moved when the process was killed, and that is erased since.
+#[tokio::test]
+async fn what_a_crash_left_behind_the_octets_that_count_is_gone_when_the_store_is_opened() {
+    let sled = Sled::new();
+    sled.state().reserve(&session(1), Some(&key(1))).await.unwrap();
+    let pairs = sled.dir().join("pairs");
+    let (known, unknown) = (pairs.join("1"), pairs.join("77"));
+    let counted = fs::metadata(&known).unwrap().len();
+    let left: Vec<u8> = (0..100).map(|n: u8| n.wrapping_mul(41) ^ 0x5a).collect();
+    for path in [&known, &unknown] {
+        OpenOptions::new().create(true).append(true).open(path).unwrap().write_all(&left).unwrap();
+    }
+    let other_name = sled.0.path().join("same-octets");
+    fs::hard_link(&known, &other_name).unwrap();
+    let store = sled.state();
+    assert_eq!(fs::metadata(&known).unwrap().len(), counted);
+    assert!(!unknown.exists());
+    assert!(!fs::read(&other_name).unwrap().windows(8).any(|octets| octets == &left[..8]));
+    assert_eq!(kept(&*store, &id(1)).await, Some(blob(1)));
+}

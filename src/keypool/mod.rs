@@ -12,7 +12,7 @@
 //!                                                                               overwritten: no copy of it can be opened
 //! ```
 //!
-//! One task looks after everything: [`KeyPool::run`]. What a crash left is put right by the same steps ([`reconcile`]).
+//! One task looks after everything: [`KeyPool::run`]. What a crash left is put right by the same steps.
 
 mod batches;
 mod claim;

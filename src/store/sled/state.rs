@@ -9,7 +9,7 @@
 //! | `u` + created, 8 octets + session ID | nothing: the session is not final |
 //! | `n` | sessions per state |
 //!
-//! The secret store is in the same database: see [`batches`](super::batches) and [`pairs`](super::pairs).
+//! The secret store is in the same database: see `batches.rs` and `pairs.rs`.
 
 use std::path::Path;
 use std::sync::Arc;

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 pub struct NameError(String);
 
 impl NameError {
-    pub(crate) fn new(message: impl Into<String>) -> Self {
+    fn new(message: impl Into<String>) -> Self {
         Self(message.into())
     }
 }

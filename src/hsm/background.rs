@@ -3,14 +3,12 @@
 
 use std::time::Duration;
 
+use super::connection::BACKGROUND_LIMIT;
 use super::failure::HsmError;
 use super::handle::{Hsm, unexpected};
 use super::objects::public_key;
 use super::wire::{Answer, Keep, Kept, Lane, Operation};
 use crate::keys::{BatchName, KeptKey, KeyKind, PublicKey, TokenPair, WrappedKey};
-
-/// How long a call may take, waiting for a processor that the line needs included: one RSA-4096 pair takes seconds of it.
-pub(super) const BACKGROUND_LIMIT: Duration = Duration::from_secs(15 * 60);
 
 /// How often what failed is tried again before it is said.
 const ATTEMPTS: u32 = 5;

@@ -1,6 +1,6 @@
 //! The connection to a worker that serves: calls go out, answers find who waits for them.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -10,12 +10,26 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{mpsc, oneshot};
 use zeroize::Zeroizing;
 
-use super::background::BACKGROUND_LIMIT;
 use super::failure::{Failure, FailureClass};
-use super::supervisor::Counters;
 use super::token::TokenIdentity;
 use super::transport::TransportKey;
 use super::wire::{self, Answer, Lane, Operation, Reply, Request, Started};
+use crate::names::KeyName;
+
+/// How long a call may take, waiting for a processor that the line needs included: one RSA-4096 pair takes seconds of it.
+pub(super) const BACKGROUND_LIMIT: Duration = Duration::from_secs(15 * 60);
+
+/// What handle and supervisor share: figures for the status, and what was destroyed since the register was read.
+#[derive(Default)]
+pub(crate) struct Counters {
+    /// Keys of the register that no worker is to look for any more.
+    pub(crate) destroyed: Mutex<BTreeSet<KeyName>>,
+    pub(crate) starts: AtomicU64,
+    /// Calls of the line that were answered.
+    pub(crate) answered: AtomicU64,
+    /// What was done by workers, each pair of a batch counted, to replace those that leak.
+    pub(crate) operations: AtomicU64,
+}
 
 /// A worker that serves.
 pub(crate) struct Connection {

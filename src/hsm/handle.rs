@@ -6,12 +6,12 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{Semaphore, watch};
 
-use super::connection::Connection;
+use super::connection::{Connection, Counters};
 use super::failure::{FailureClass, HsmError};
 use super::kdf::Derivation;
-use super::objects::public_key;
+use super::objects::{public_key, to_x509_form};
 use super::register::KeyRegister;
-use super::supervisor::{Counters, HsmConfig, State, supervise, to_x509_form};
+use super::supervisor::{HsmConfig, State, supervise};
 use super::wire::{Answer, Lane, Operation};
 use crate::keys::{DevicePrivateKey, KeptKey, KeyError, KeyKind, PublicKey, SignatureAlgorithm, WrappedKey};
 use crate::names::KeyName;

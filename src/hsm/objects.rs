@@ -11,11 +11,10 @@ use super::failure::{Doing as _, Failure, FailureClass, HsmError};
 use super::kdf::{Derivation, Prf};
 use super::module::ModuleProfile;
 use super::pin::PinSource;
-use super::supervisor::to_x509_form;
 use super::token::{Token, TokenIdentity, find_one};
 use super::verbs::{Shared, Verbs};
 use super::wire::{KeyOnToken, WirePublicKey};
-use crate::keys::{KeyKind, PublicKey, SignatureAlgorithm};
+use crate::keys::{KeyKind, PublicKey, SignatureAlgorithm, ecdsa_der_from_fixed};
 use crate::names::KeyName;
 
 /// Octets of a CKA_ID.
@@ -207,6 +206,15 @@ pub(crate) fn public_key(kind: KeyKind, public: WirePublicKey) -> Result<PublicK
         WirePublicKey::Rsa { modulus, exponent } => PublicKey::from_rsa(&modulus, &exponent),
     }
     .map_err(|e| HsmError::Wrong(e.to_string()))
+}
+
+/// ECDSA leaves the HSM as `r || s` and this room as DER.
+pub(crate) fn to_x509_form(algorithm: SignatureAlgorithm, raw: Vec<u8>) -> Result<Vec<u8>, HsmError> {
+    match algorithm {
+        SignatureAlgorithm::EcdsaP256Sha256 | SignatureAlgorithm::EcdsaP384Sha384 => ecdsa_der_from_fixed(&raw)
+            .ok_or_else(|| HsmError::Wrong(format!("an ECDSA signature of {} octets", raw.len()))),
+        _ => Ok(raw),
+    }
 }
 
 fn refused(failure: Failure) -> HsmError {

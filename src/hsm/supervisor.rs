@@ -1,11 +1,11 @@
 //! The supervisor of the worker process: starts it, checks its keys, replaces it when it hangs, dies or has done its share.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::Stdio;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::io::BufReader;
@@ -13,17 +13,17 @@ use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
 use tokio::sync::{oneshot, watch};
 
-use super::connection::{Connection, connect, read_frame, write_frame};
+use super::connection::{Connection, Counters, connect, read_frame, write_frame};
 use super::failure::{Failure, FailureClass, HsmError};
 use super::kdf::Derivation;
 use super::module::ModuleProfile;
+use super::objects::to_x509_form;
 use super::pin::PinSource;
 use super::register::KeyRegister;
 use super::transport::TransportReceiver;
 use super::wire::{self, Answer, KeyOnToken, Lane, Operation, Start, Started};
 use super::worker;
-use crate::keys::{SignatureAlgorithm, ecdsa_der_from_fixed};
-use crate::names::KeyName;
+use crate::keys::SignatureAlgorithm;
 
 /// What the HSM's side of the daemon needs.
 #[derive(Debug, Clone)]
@@ -61,18 +61,6 @@ pub(crate) enum State {
     Ready(Arc<Connection>),
     /// Only an officer helps.
     Stopped { why: String },
-}
-
-/// What handle and supervisor share: figures for the status, and what was destroyed since the register was read.
-#[derive(Default)]
-pub(crate) struct Counters {
-    /// Keys of the register that no worker is to look for any more.
-    pub(crate) destroyed: Mutex<BTreeSet<KeyName>>,
-    pub(crate) starts: AtomicU64,
-    /// Calls of the line that were answered.
-    pub(crate) answered: AtomicU64,
-    /// What was done by workers, each pair of a batch counted, to replace those that leak.
-    pub(crate) operations: AtomicU64,
 }
 
 /// Runs until nobody holds the handle any more.
@@ -287,13 +275,4 @@ async fn check_keys(config: &HsmConfig, connection: &Connection) -> Result<(), H
         }
     }
     Ok(())
-}
-
-/// ECDSA leaves the HSM as `r || s` and this room as DER.
-pub(crate) fn to_x509_form(algorithm: SignatureAlgorithm, raw: Vec<u8>) -> Result<Vec<u8>, HsmError> {
-    match algorithm {
-        SignatureAlgorithm::EcdsaP256Sha256 | SignatureAlgorithm::EcdsaP384Sha384 => ecdsa_der_from_fixed(&raw)
-            .ok_or_else(|| HsmError::Wrong(format!("an ECDSA signature of {} octets", raw.len()))),
-        _ => Ok(raw),
-    }
 }

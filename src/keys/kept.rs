@@ -6,7 +6,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use super::sha256;
-use crate::names::{KeyName, NameError};
+use crate::names::KeyName;
 
 /// A private key that only the HSM can open.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -110,14 +110,6 @@ pub fn batch_key_id(name: &KeyName) -> Vec<u8> {
 
 const BATCH: &str = "batch";
 const PAIR: &str = "pair";
-
-impl FromStr for StoreId {
-    type Err = NameError;
-    fn from_str(text: &str) -> Result<Self, NameError> {
-        let octets = hex::decode(text).ok().and_then(|octets| octets.try_into().ok());
-        octets.map(Self).ok_or_else(|| NameError::new("a store identifier has 16 hex digits"))
-    }
-}
 
 #[cfg(test)]
 mod tests {

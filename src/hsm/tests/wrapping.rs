@@ -7,7 +7,7 @@ use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHan
 use cryptoki::session::Session;
 
 use super::in_module;
-use crate::hsm::supervisor::to_x509_form;
+use crate::hsm::objects::to_x509_form;
 use crate::keys::{KeyKind, PublicKey, SignatureAlgorithm, sha256};
 
 const KEK: [u8; 32] = *b"a key that both sides know by te";

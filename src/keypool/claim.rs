@@ -4,6 +4,8 @@ use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use tokio::sync::Notify;
+
 use super::users::User;
 use super::{KeyPool, PoolError, SessionBatch};
 use crate::hsm::HsmError;
@@ -22,6 +24,8 @@ pub(super) struct Shelf {
     content: Arc<Mutex<Content>>,
     /// One caller fetches more at a time.
     fetching: tokio::sync::Mutex<()>,
+    /// Pairs that were being moved are so no more.
+    moved: Arc<Notify>,
 }
 
 #[derive(Default)]
@@ -34,6 +38,8 @@ struct Content {
     fetched: Option<PairId>,
     /// Callers who found nothing since the last pair came.
     turned_away: u32,
+    /// Pairs in the hand of the shredder.
+    being_moved: usize,
 }
 
 /// A pair in the hand of one call. Dropped, it goes back; [`Claim::spent`] when it is a session's.
@@ -124,6 +130,7 @@ impl Content {
 pub(super) struct BeingMoved {
     ids: BTreeSet<PairId>,
     content: Arc<Mutex<Content>>,
+    moved: Arc<Notify>,
 }
 
 impl BeingMoved {
@@ -137,12 +144,15 @@ impl Drop for BeingMoved {
     fn drop(&mut self) {
         let mut content = self.content.lock().unwrap_or_else(PoisonError::into_inner);
         self.ids.iter().for_each(|id| content.leave_hand(id));
+        content.being_moved -= self.ids.len();
+        drop(content);
+        self.moved.notify_waiters();
     }
 }
 
 impl Shelf {
     pub(super) fn new(kind: KeyKind) -> Self {
-        Self { kind, content: Arc::default(), fetching: tokio::sync::Mutex::default() }
+        Self { kind, content: Arc::default(), fetching: tokio::sync::Mutex::default(), moved: Arc::default() }
     }
 
     /// Takes those of the pairs that are in nobody's hand, until they are moved: their places are others then.
@@ -150,7 +160,8 @@ impl Shelf {
         let mut content = self.content();
         let ids: BTreeSet<_> = pairs.filter(|id| content.in_hand.insert(*id)).collect();
         content.waiting.retain(|(id, _)| !ids.contains(id));
-        BeingMoved { ids, content: Arc::clone(&self.content) }
+        content.being_moved += ids.len();
+        BeingMoved { ids, content: Arc::clone(&self.content), moved: Arc::clone(&self.moved) }
     }
 
     /// Begins again with the oldest pair of the store.
@@ -163,6 +174,10 @@ impl Shelf {
     /// Pairs have come: those who were turned away may come again.
     pub(super) fn more_came(&self) {
         self.content().turned_away = 0;
+    }
+
+    fn is_being_moved(&self) -> bool {
+        self.content().being_moved > 0
     }
 
     fn take(&self) -> Option<(PairId, PooledPair)> {
@@ -182,18 +197,19 @@ impl KeyPool {
     pub async fn claim(&self, kind: KeyKind) -> Result<Claim, PoolError> {
         let pool = self.pools.get(&kind).ok_or(PoolError::NoPool(kind))?;
         self.begun().await?;
-        let user = self.hold();
-        let taken = match pool.shelf.take() {
-            Some(taken) => Some(taken),
-            None => {
-                let _alone = pool.shelf.fetching.lock().await;
-                match pool.shelf.take() {
-                    Some(taken) => Some(taken),
-                    None => {
-                        self.fetch(&pool.shelf).await?;
-                        pool.shelf.take()
-                    }
-                }
+        let until = Instant::now() + self.hsm.call_timeout();
+        let (user, taken) = loop {
+            let moved = pool.shelf.moved.notified();
+            let user = self.hold();
+            let before = pool.shelf.is_being_moved();
+            let taken = self.take(&pool.shelf).await?;
+            if taken.is_some() || !(before || pool.shelf.is_being_moved()) {
+                break (user, taken);
+            }
+            // They are there, but in the hand of the shredder for the moment of one call.
+            drop(user);
+            if tokio::time::timeout_at(until.into(), moved).await.is_err() {
+                break (self.hold(), None);
             }
         };
         pool.wake.notify_one();
@@ -210,6 +226,19 @@ impl KeyPool {
         };
         claim.pair = Some(pair);
         Ok(claim)
+    }
+
+    /// The next pair of the shelf, which is filled if it has none.
+    async fn take(&self, shelf: &Shelf) -> Result<Option<(PairId, PooledPair)>, PoolError> {
+        if let Some(taken) = shelf.take() {
+            return Ok(Some(taken));
+        }
+        let _alone = shelf.fetching.lock().await;
+        if let Some(taken) = shelf.take() {
+            return Ok(Some(taken));
+        }
+        self.fetch(shelf).await?;
+        Ok(shelf.take())
     }
 
     /// Leave to make a pair for a session.

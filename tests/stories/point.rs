@@ -14,7 +14,9 @@ use spp::keypool::{KeyPool, KindStatus, Marks, PoolRules};
 use spp::keys::KeyKind;
 use spp::names::{ProfileName, StationName};
 use spp::provisioning::{Clock, Issuer, Product, Provisioner};
-use spp::store::{Journal, Registry, SledOptions, SledPublicDatabase, SledStateStore};
+use spp::store::{
+    Batch, BatchState, Journal, Purpose, Registry, SecretStore as _, SledOptions, SledPublicDatabase, SledStateStore,
+};
 
 use crate::breaking::{Breaking, BreakingPool, Faults, PoolFaults};
 use crate::site::{SPPD, Site};
@@ -170,8 +172,18 @@ impl Point<'_> {
     pub async fn filled(&self, ready: u64) {
         self.until("the pool is filled", async || {
             let status = self.p256().await;
-            let sessions = self.pool().status().await.unwrap().session_batches;
-            status.ready >= ready && !status.filling && sessions > 0
+            let batches = self.state().batches().await.unwrap();
+            let for_sessions = |b: &Batch| b.purpose == Purpose::Sessions && b.state == BatchState::Open;
+            status.ready >= ready && !status.filling && batches.iter().any(for_sessions)
+        })
+        .await;
+    }
+
+    /// Waits until the pool has noticed that the store is an old copy, and has done what it does then.
+    pub async fn found_out(&self) {
+        self.until("it is found out", async || {
+            let status = self.pool().status().await.unwrap();
+            status.serving && status.rolled_back.is_some()
         })
         .await;
     }

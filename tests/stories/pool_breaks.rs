@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use spp::hsm::{HeldKeyOrder, KeepIn};
 use spp::keypool::{Marks, PoolRules, ShredOrder};
 use spp::keys::{BatchName, KeptKey, KeyKind, PublicKey};
-use spp::store::{BatchState, Holder, Keeping, Purpose, SecretStore as _};
+use spp::store::{Batch, BatchState, HeldPair, Holder, Keeping, Purpose, SecretStore as _};
 
 use crate::breaking::{Break, PoolWrite};
 use crate::device::{Kind, OnTheLine};
@@ -153,8 +153,7 @@ pub async fn assert_pool_is_whole(point: &Point<'_>, delivered: &[&OnTheLine]) {
         own.pairs.into_iter().filter(|(batch, _)| batch.store == store).map(|(_, pair)| pair).collect();
     let mut public_keys = BTreeSet::new();
     let mut ready = BTreeSet::new();
-    for batch in point.state().batches().await.unwrap() {
-        let held = point.state().pairs_of_batch(batch.number, 10_000).await.unwrap();
+    for (batch, held) in at_one_moment(point).await {
         assert_eq!(held.len() as u64, batch.ready + batch.reserved);
         for pair in held {
             let public = PublicKey::from_spki_der(&pair.public_key).unwrap();
@@ -178,4 +177,18 @@ pub async fn assert_pool_is_whole(point: &Point<'_>, delivered: &[&OnTheLine]) {
     let status = point.p256().await;
     let counts = status.counts;
     assert_eq!(counts.made, status.ready + status.quarantined + counts.reserved + counts.discarded);
+}
+
+/// All batches with their pairs, looked at while nothing was changed: the pool's tasks may be moving some.
+async fn at_one_moment(point: &Point<'_>) -> Vec<(Batch, Vec<HeldPair>)> {
+    loop {
+        let before = point.state().batches().await.unwrap();
+        let mut held = Vec::new();
+        for batch in &before {
+            held.push((batch.clone(), point.state().pairs_of_batch(batch.number, 10_000).await.unwrap()));
+        }
+        if point.state().batches().await.unwrap() == before {
+            return held;
+        }
+    }
 }

@@ -70,9 +70,7 @@ async fn the_right_store_can_be_put_back_after_an_old_copy_ran_for_a_while() {
 
     point.put_state_back(&old);
     for n in 10..13 {
-        point
-            .until("it is told after each restart", async || point.pool().status().await.unwrap().rolled_back.is_some())
-            .await;
+        point.found_out().await;
         point.filled(1).await;
         OnTheLine::new(&house, Kind::Pooled, n).walk(&point).await;
         point.let_pass(10 * soon);

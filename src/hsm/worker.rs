@@ -130,8 +130,13 @@ impl Thread {
 
     fn work(self, verbs: Verbs) {
         if self.lane == Lane::Background {
-            // On Linux a thread has a nice value of its own (sched(7)). Where it is refused the fill costs the line more.
-            let _ = rustix::process::setpriority_process(Some(rustix::thread::gettid()), NICE);
+            // On Linux a thread has a nice value of its own (sched(7)).
+            if let Err(e) = rustix::process::setpriority_process(Some(rustix::thread::gettid()), NICE) {
+                eprintln!(
+                    "sppd: a background thread of the HSM worker cannot lower its priority ({e}): filling pools will slow the line; \
+                     allow setpriority(2)"
+                );
+            }
         }
         let mut verbs = Some(verbs);
         loop {

@@ -361,3 +361,24 @@ fn is_told(site: &Site, faults: &[&str]) {
         assert!(text.contains(fault), "{fault} is missing in: {text}");
     }
 }
+
+/// What the line does not wait for is done by threads that run when nothing else wants the processor.
+#[test]
+fn background_threads_of_the_worker_have_the_lowest_priority_and_the_others_the_usual_one() {
+    let site = Site::running();
+    let mut seen = [0, 0];
+    for thread in std::fs::read_dir(format!("/proc/{}/task", site.worker_pid().unwrap())).unwrap() {
+        let stat = std::fs::read_to_string(thread.unwrap().path().join("stat")).unwrap();
+        // proc(5): the name is in parentheses; nice is the 17th field behind it.
+        let (before, fields) = stat.rsplit_once(") ").unwrap();
+        let nice: i32 = fields.split(' ').nth(16).unwrap().parse().unwrap();
+        if before.ends_with("hsm-background") {
+            assert_eq!(nice, 19);
+            seen[0] += 1;
+        } else if before.ends_with("hsm-session") {
+            assert_eq!(nice, 0);
+            seen[1] += 1;
+        }
+    }
+    assert!(seen[0] > 0 && seen[1] > 0, "{seen:?}");
+}

@@ -1,6 +1,6 @@
 //! Batches that take pairs: begun with a key of their own in the HSM.
 
-use super::{KeyPool, PoolError, SessionBatch};
+use super::{KeyPool, PoolError};
 use crate::keys::BatchName;
 use crate::store::{Batch, BatchState, BatchStep, Keeping, Purpose};
 
@@ -55,7 +55,7 @@ impl KeyPool {
     pub(super) async fn keep_a_batch_for_sessions(&self) -> Result<(), PoolError> {
         let current = *self.for_sessions.borrow();
         let takes = |batch: &Batch| {
-            let current = current.is_some_and(|current| current.name.number == batch.number);
+            let current = current.is_some_and(|current| current.number == batch.number);
             current && batch.state == BatchState::Open && batch.quarantined.is_none()
         };
         if !self.store.batches().await?.iter().any(takes) {
@@ -69,7 +69,7 @@ impl KeyPool {
 
     pub(super) async fn use_for_sessions(&self, batch: &Batch) -> Result<(), PoolError> {
         let name = self.name(batch.number).await?;
-        self.for_sessions.send_replace(Some(SessionBatch { name }));
+        self.for_sessions.send_replace(Some(name));
         Ok(())
     }
 

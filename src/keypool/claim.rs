@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
 use super::users::User;
-use super::{KeyPool, PoolError, SessionBatch};
+use super::{KeyPool, PoolError};
 use crate::hsm::HsmError;
-use crate::keys::{KeptKey, KeyKind, PublicKey, WrappedKey};
+use crate::keys::{BatchName, KeptKey, KeyKind, PublicKey, WrappedKey};
 use crate::names::KeyName;
 use crate::store::{PairId, PairToReserve, PooledPair, StoreError};
 
@@ -56,21 +56,21 @@ pub struct Claim {
 
 /// Leave to wrap a session's pair under the key of the batch for sessions, until it is journaled.
 pub struct SessionLease {
-    batch: SessionBatch,
+    batch: BatchName,
     _user: User,
 }
 
 impl SessionLease {
     /// The key to wrap under.
     pub fn key(&self) -> KeyName {
-        self.batch.name.key()
+        self.batch.key()
     }
 
     /// What the journal is told.
     pub fn reserve(&self, kept: &KeptKey) -> Option<PairToReserve> {
         match kept {
             KeptKey::Wrapped(WrappedKey { wrapping_key, blob }) if *wrapping_key == self.key() => {
-                Some(PairToReserve::Made { batch: self.batch.name.number, blob: blob.clone() })
+                Some(PairToReserve::Made { batch: self.batch.number, blob: blob.clone() })
             }
             _ => None,
         }

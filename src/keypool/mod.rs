@@ -98,7 +98,7 @@ pub struct KeyPool {
     /// waits behind them.
     making: Arc<Semaphore>,
     /// The batch that takes the pairs of new sessions. None while there is none.
-    for_sessions: watch::Sender<Option<SessionBatch>>,
+    for_sessions: watch::Sender<Option<BatchName>>,
     /// Whether what the store and the token say of each other has been looked at.
     reconciled: watch::Sender<bool>,
     /// Batches that take nothing more, since they are being emptied.
@@ -109,12 +109,6 @@ pub struct KeyPool {
     shredding: tokio::sync::Mutex<()>,
     notes: Mutex<Notes>,
     wake: Notify,
-}
-
-/// The batch for new sessions' pairs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct SessionBatch {
-    name: BatchName,
 }
 
 /// One kind's pool.

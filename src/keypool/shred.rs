@@ -157,7 +157,7 @@ impl KeyPool {
 
     /// Where the rest goes; none if there is no rest.
     async fn next_batch(&self, batch: &Batch) -> Result<Option<Batch>, PoolError> {
-        let current = self.for_sessions.borrow().is_some_and(|current| current.name.number == batch.number);
+        let current = self.for_sessions.borrow().is_some_and(|current| current.number == batch.number);
         // What comes into a batch that was used up a moment ago is found when it cannot be emptied, and moved at the next look.
         if (!current && batch.is_used_up()) || batch.keeping == Keeping::Hsm {
             return Ok(None);

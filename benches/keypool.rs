@@ -24,9 +24,10 @@ use spp::hsm::Hsm;
 use spp::keypool::{KeyPool, Marks, PoolRules};
 use spp::keys::{BatchName, KeptKey, KeyKind, SignatureAlgorithm, WrappedKey};
 use spp::names::{ChipId, SessionId};
+use spp::registry::{HsmSigner, TransparencyLog};
 use spp::store::{
     BatchStep, CertificateToSign, Journal, Keeping, PairToReserve, PooledPair, Purpose, Registry, SecretStore, Session,
-    SessionState, SledOptions, SledPublicDatabase, SledStateStore, StateStore,
+    SessionState, SledStateStore, StateStore, StoreOptions,
 };
 
 /// Set for the child that measures the module alone.
@@ -60,13 +61,13 @@ async fn store() -> Result<(), Failure> {
     for (kind, spki, blob) in [(KeyKind::P256, 91, 80), (KeyKind::Rsa2048, 294, 1232)] {
         for pairs in [100, 100_000] {
             let dir = base.path().join(format!("{kind}-{pairs}"));
-            let store = SledStateStore::create(&dir, &SledOptions::default())?;
+            let store = SledStateStore::create(&dir, &StoreOptions::default())?;
             let begun = Instant::now();
             make_pool(&store, kind, pairs, (spki, blob)).await?;
             let filled = begun.elapsed();
             drop(store);
             let begun = Instant::now();
-            let store = Arc::new(SledStateStore::open(&dir, &SledOptions::default())?);
+            let store = Arc::new(SledStateStore::open(&dir, &StoreOptions::default())?);
             let first = store.ready_pairs(kind, None, 1).await?.len();
             let opened = begun.elapsed();
             let disk = size_of(&dir)?;
@@ -205,7 +206,10 @@ async fn fill(kind: KeyKind) -> Result<(), Failure> {
     let hsm = Hsm::start(hsm);
     hsm.ready(Duration::from_secs(30)).await?;
     let state = Arc::new(SledStateStore::open(&site.path("state"), &config.store.state_options)?);
-    let public = SledPublicDatabase::open(&site.path("public"), &config.store.public_options)?;
+    let signer = HsmSigner::new(hsm.clone(), config.registry.key.name.clone(), config.registry.key.key.clone());
+    let settings = config.registry.settings.clone();
+    let options = &config.store.public_options;
+    let public = TransparencyLog::open(&site.path("public"), options, Arc::new(signer), settings).await?;
     let marks = Marks { low: 10_000_000, high: 10_000_000 };
     let rules = PoolRules { pools: [(kind, marks)].into(), ..PoolRules::default() };
     let (journal, registry) = (Journal::new(state.clone()), Registry::new(Arc::new(public)));

@@ -7,12 +7,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use spp::keys::SignatureAlgorithm;
+use async_trait::async_trait;
+use aws_lc_rs::signature::{Ed25519KeyPair, KeyPair as _};
+use spp::keys::{PublicKey, SignatureAlgorithm};
 use spp::names::{ChipId, SessionId};
+use spp::registry::{CheckpointSigner, LogSettings, TransparencyLog};
 use spp::store::{
     BatchStep, CertificateToSign, DeviceRecord, Keeping, PairToReserve, PublicDatabase, Publication, Purpose,
-    SecretStore, Session, SessionState, SledOptions, SledPublicDatabase, SledStateStore, StateName, StateStore,
+    SecretStore, Session, SessionState, SledStateStore, StateName, StateStore, StoreOptions,
 };
+use spp::tlog::{LogKey, UnsignedCheckpoint};
 
 const RUN: Duration = Duration::from_secs(5);
 
@@ -25,7 +29,7 @@ async fn main() -> Result<(), Failure> {
     let base = dir.map_or_else(tempfile::tempdir, |dir| tempfile::Builder::new().tempdir_in(dir))?;
     for callers in [1, 8, 64] {
         let dir = base.path().join(format!("state-{callers}"));
-        let store = Arc::new(SledStateStore::create(&dir, &SledOptions::default())?);
+        let store = Arc::new(SledStateStore::create(&dir, &StoreOptions::default())?);
         store.plan_batch(Purpose::Sessions, Keeping::Wrapped, 0, 0).await?;
         store.step_batch(1, BatchStep::Open).await?;
         let devices = measure(callers, move |n| {
@@ -34,7 +38,7 @@ async fn main() -> Result<(), Failure> {
         });
         report("way of one device (4 commits)", callers, 4, devices.await?);
 
-        let public: Arc<dyn PublicDatabase> = Arc::new(create_public(base.path(), callers)?);
+        let public: Arc<dyn PublicDatabase> = Arc::new(open_public(base.path(), callers).await?);
         let records = measure(callers, move |n| {
             let public = public.clone();
             async move { Ok(public.publish(&record(n)?).await.map(drop)?) }
@@ -122,8 +126,35 @@ fn session(n: u64) -> Result<Session, Failure> {
     })
 }
 
-fn create_public(base: &Path, callers: u64) -> Result<SledPublicDatabase, Failure> {
-    Ok(SledPublicDatabase::create(&base.join(format!("public-{callers}")), &SledOptions::default())?)
+async fn open_public(base: &Path, callers: u64) -> Result<TransparencyLog, Failure> {
+    let (dir, options) = (base.join(format!("public-{callers}")), StoreOptions::default());
+    TransparencyLog::create(&dir, &options)?;
+    Ok(TransparencyLog::open(&dir, &options, Arc::new(Signer::new()?), LogSettings::default()).await?)
+}
+
+/// A log key in memory: what is measured here is the disk's part.
+struct Signer {
+    pair: Ed25519KeyPair,
+    key: LogKey,
+}
+
+impl Signer {
+    fn new() -> Result<Self, Failure> {
+        let pair = Ed25519KeyPair::generate()?;
+        let public = PublicKey::from_ed25519(pair.public_key().as_ref())?;
+        Ok(Self { key: LogKey::new("log.example/bench".parse()?, public)?, pair })
+    }
+}
+
+#[async_trait]
+impl CheckpointSigner for Signer {
+    fn key(&self) -> &LogKey {
+        &self.key
+    }
+
+    async fn sign(&self, checkpoint: &UnsignedCheckpoint) -> Result<Vec<u8>, String> {
+        Ok(self.pair.sign(checkpoint.to_be_signed()).as_ref().to_vec())
+    }
 }
 
 fn record(n: u64) -> Result<DeviceRecord, Failure> {

@@ -12,7 +12,8 @@ use spp::config::{AuditConfig, HsmAccess, StoreConfig};
 use spp::hsm::{Ceremony, KeyRegister, ModuleProfile, PinSource, initialise_token};
 use spp::names::{OfficerName, StationName};
 use spp::officer::{self, CeremonyPlan, Enrolment, HsmFile, PoolCommand};
-use spp::store::{SledPublicDatabase, SledStateStore};
+use spp::registry::TransparencyLog;
+use spp::store::SledStateStore;
 
 /// The security officer's tool: tokens, key ceremonies, stores, enrolment, status.
 #[derive(Parser)]
@@ -264,7 +265,7 @@ fn init(config: &Path) -> Result<(), String> {
     let store = StoreConfig::load(config).map_err(|e| e.to_string())?;
     SledStateStore::create(&store.state, &store.state_options).map_err(|e| e.to_string())?;
     println!("made the state store {}", store.state.display());
-    SledPublicDatabase::create(&store.public, &store.public_options).map_err(|e| e.to_string())?;
+    TransparencyLog::create(&store.public, &store.public_options).map_err(|e| e.to_string())?;
     println!("made the public database {}", store.public.display());
     audit_init(config)
 }

@@ -14,8 +14,9 @@ use spp::config::{DaemonConfig, LogConfig, LogFormat};
 use spp::hsm::{Hsm, worker};
 use spp::keypool::KeyPool;
 use spp::provisioning::{Issuer, Product, Provisioner, keep_tidy};
+use spp::registry::{HsmSigner, TransparencyLog};
 use spp::rpc::{Listening, NodeInfo};
-use spp::store::{Batch, Journal, Purpose, Registry, SecretStore, SledPublicDatabase, SledStateStore};
+use spp::store::{Batch, Journal, Purpose, Registry, SecretStore, SledStateStore};
 use spp::web::Metrics;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -88,9 +89,9 @@ fn start_logging(log: &LogConfig) {
     }
 }
 
-/// Opens stores and audit log, starts the HSM's worker, takes up what a crash left, serves, drains.
+/// Opens the audit log and the listeners, serves, and records both ends of it.
 async fn serve(config: DaemonConfig) -> Result<(), String> {
-    let Stores { journal, secrets, registry } = open_stores(&config)?;
+    let state = open_state(&config)?;
     let audit = Arc::new(AuditLog::open(&config.audit.directory, &config.node).map_err(|e| e.to_string())?);
     let listening = Listening::bind(&config.listen).await.map_err(|e| e.to_string())?;
     let metrics = match config.listen.metrics {
@@ -98,11 +99,27 @@ async fn serve(config: DaemonConfig) -> Result<(), String> {
         None => None,
     };
     record_start(&audit, &config.fingerprint).await?;
+    let served = run(config, state, &audit, listening, metrics).await;
+    record_stop(&audit, &served).await;
+    tracing::info!("drained; goodbye");
+    served
+}
+
+/// Starts the HSM's worker, opens the public database, takes up what a crash left, serves, drains.
+async fn run(
+    config: DaemonConfig,
+    state: Arc<SledStateStore>,
+    audit: &Arc<AuditLog>,
+    listening: Listening,
+    metrics: Option<Metrics>,
+) -> Result<(), String> {
     let hsm = Hsm::start(config.hsm.clone());
-    let (tls, listen, node) = (config.tls, config.listen, config.node);
+    let registry = open_registry(&config, &hsm).await?;
+    let journal = Journal::new(state.clone());
+    let (tls, listen, public, node) = (config.tls, config.listen, config.public, config.node);
     let products = products(config.profiles, config.issuers);
     let (rules, clock) = (config.key_pool, Clock::system());
-    let pool = KeyPool::new(hsm.clone(), secrets, journal.clone(), registry.clone(), rules, clock);
+    let pool = KeyPool::new(hsm.clone(), state, journal.clone(), registry.clone(), rules, clock);
     let keeping = tokio::spawn(Arc::clone(&pool).run());
     let (stations, lifetime) = (config.stations, config.session_lifetime);
     let provisioner = Arc::new(Provisioner::new(hsm, journal, registry, pool, products, stations, lifetime));
@@ -116,7 +133,7 @@ async fn serve(config: DaemonConfig) -> Result<(), String> {
     notify(&[NotifyState::Ready]);
     let scraping = metrics.map(|metrics| tokio::spawn(metrics.serve(Arc::clone(&provisioner), stop.clone())));
     let node = NodeInfo { name: node, started };
-    let served = listening.serve(&tls, &provisioner, &audit, node, stop.clone()).await.map_err(|e| e.to_string());
+    let served = listening.serve(&tls, &public, config.registry.key.key, &provisioner, audit, node, stop.clone()).await;
     tidying.abort();
     keeping.abort();
     if let Some(scraping) = scraping {
@@ -126,9 +143,7 @@ async fn serve(config: DaemonConfig) -> Result<(), String> {
         }
         let _ = scraping.await;
     }
-    record_stop(&audit, &served).await;
-    tracing::info!("drained; goodbye");
-    served
+    served.map_err(|e| e.to_string())
 }
 
 /// A daemon whose start cannot be recorded does not start: nothing that it does could be.
@@ -146,18 +161,17 @@ async fn record_stop(audit: &AuditLog, served: &Result<(), String>) {
     }
 }
 
-struct Stores {
-    journal: Journal,
-    secrets: Arc<dyn SecretStore>,
-    registry: Registry,
+fn open_state(config: &DaemonConfig) -> Result<Arc<SledStateStore>, String> {
+    let store = &config.store;
+    SledStateStore::open(&store.state, &store.state_options).map(Arc::new).map_err(|e| e.to_string())
 }
 
-fn open_stores(config: &DaemonConfig) -> Result<Stores, String> {
-    let store = &config.store;
-    let state = Arc::new(SledStateStore::open(&store.state, &store.state_options).map_err(|e| e.to_string())?);
-    let public = SledPublicDatabase::open(&store.public, &store.public_options).map_err(|e| e.to_string())?;
-    let (journal, registry) = (Journal::new(state.clone()), Registry::new(Arc::new(public)));
-    Ok(Stores { journal, secrets: state, registry })
+async fn open_registry(config: &DaemonConfig, hsm: &Hsm) -> Result<Registry, String> {
+    let (store, registry) = (&config.store, &config.registry);
+    let signer = HsmSigner::new(hsm.clone(), registry.key.name.clone(), registry.key.key.clone());
+    let settings = registry.settings.clone();
+    let log = TransparencyLog::open(&store.public, &store.public_options, Arc::new(signer), settings).await;
+    Ok(Registry::new(Arc::new(log.map_err(|e| e.to_string())?)))
 }
 
 fn products(
@@ -210,10 +224,14 @@ async fn check(config: DaemonConfig) -> Result<(), String> {
     for key in &keys.signing {
         println!("signing key    {}: {}, signs and fits its certificate", key.name, key.public_key.kind());
     }
+    for key in &keys.log {
+        println!("log key        {}: signs the checkpoints of {}", key.name, key.key.origin());
+    }
     for key in &keys.master {
         println!("master key     {}: version {}, check value right", key.name, key.version);
     }
-    let Stores { journal, secrets, registry } = open_stores(&config)?;
+    let secrets = open_state(&config)?;
+    let (journal, registry) = (Journal::new(secrets.clone()), open_registry(&config, &hsm).await?);
     let (free, floor) = journal.room().map_err(|e| e.to_string())?;
     let unfinished = journal.unfinished().await.map_err(|e| e.to_string())?.len();
     let records = registry.count().await.map_err(|e| e.to_string())?;

@@ -10,7 +10,7 @@ use x509_cert::name::Name;
 
 use super::name::COMMON_NAME;
 use super::{CertificateError, signed};
-use crate::keys::{PublicKey, SignatureAlgorithm};
+use crate::keys::{KeyKind, PublicKey, SignatureAlgorithm};
 
 /// A certificate that may issue, with what stands above it as far as it is given.
 #[derive(Debug, Clone)]
@@ -56,6 +56,19 @@ impl IssuerCertificate {
         }
         let subject = certificate.tbs_certificate().subject().clone();
         Ok(Self { public_key, algorithm, subject, key_identifier, chain })
+    }
+
+    /// Reads a PEM chain of which nothing else is known: the algorithm is the usual one of its key.
+    pub fn from_pem_alone(pem: &str) -> Result<Self, CertificateError> {
+        let kinds = KeyKind::ALL.into_iter().map(SignatureAlgorithm::default_for);
+        let mut refused = CertificateError::refused("its key is of no kind that signs here");
+        for algorithm in kinds {
+            match Self::from_pem(pem, algorithm) {
+                Err(error @ CertificateError::AlgorithmMismatch { .. }) => refused = error,
+                read => return read,
+            }
+        }
+        Err(refused)
     }
 
     /// The public half of the signing key.

@@ -21,6 +21,7 @@ mod name;
 mod prepare;
 mod profile;
 mod profile_file;
+mod published;
 mod signed;
 mod tbs;
 #[cfg(test)]
@@ -40,6 +41,7 @@ pub use prepare::{CertificateRequest, CertificateSerial, PreparedCertificate, pr
 pub use profile::{
     AuthorityInfoAccess, CertificateTemplate, IdentityKind, KeyPairRule, Profile, Sealing, SymmetricKeyRule,
 };
+pub use published::{PublishedClaims, lint_published};
 pub use verify::{VerifiedCertificate, verify_device_certificate};
 
 use crate::keys::{KeyError, KeyKind, SignatureAlgorithm};

@@ -1,26 +1,25 @@
 //! The daemon's configuration, `sppd.toml`, with everything it names: profiles, key register, certificates, PIN file.
 
 use std::collections::BTreeMap;
-use std::io::Read as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
-use bytesize::ByteSize;
 use serde::Deserialize;
 
 use super::audit::{AuditConfig, AuditShape};
 use super::key_pool::{self, KeyPoolShape};
+use super::public::PublicConfig;
+use super::registry::{self, RegistryConfig, RegistryShape};
 use super::stations::{StationShape, Stations};
-use super::{Faults, open_private, read_toml};
+use super::store::{self, StoreConfig, StoreShape};
+use super::tls::{self, TlsConfig, TlsShape};
+use super::{Faults, read_toml};
 use crate::certificate::{IssuerCertificate, Profile};
 use crate::hsm::{HsmConfig, KeyRegister, ModuleProfile, PinSource, SigningUse};
 use crate::keypool::PoolRules;
 use crate::keys::{SignatureAlgorithm, sha256};
 use crate::names::ProfileName;
-use crate::secret::SecretBytes;
-use crate::store::SledOptions;
 
 /// Everything the daemon needs to start, valid by construction.
 pub struct DaemonConfig {
@@ -34,6 +33,10 @@ pub struct DaemonConfig {
     pub hsm: HsmConfig,
     /// The stores.
     pub store: StoreConfig,
+    /// The log of the public database.
+    pub registry: RegistryConfig,
+    /// How the public is served.
+    pub public: PublicConfig,
     /// Which key pairs are made in advance.
     pub key_pool: PoolRules,
     /// After so long an unfinished session's key pair is destroyed.
@@ -66,30 +69,6 @@ pub struct Listen {
     pub metrics: Option<SocketAddr>,
 }
 
-/// PEM files, read.
-pub struct TlsConfig {
-    /// The daemon's certificate chain.
-    pub certificate: Vec<u8>,
-    /// Its private key.
-    pub key: SecretBytes,
-    /// The authority of stations' and officers' certificates.
-    pub client_ca: Vec<u8>,
-}
-
-/// Where the stores are.
-#[derive(Debug, Clone)]
-pub struct StoreConfig {
-    /// The state store's directory.
-    pub state: PathBuf,
-    /// The public database's directory.
-    pub public: PathBuf,
-    /// Options of the state store.
-    pub state_options: SledOptions,
-    /// Options of the public database. Its floor is half as high, so that what is reserved can still be published when
-    /// nothing new is admitted.
-    pub public_options: SledOptions,
-}
-
 /// How the daemon logs.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -118,13 +97,16 @@ impl Default for LogConfig {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Shape {
+pub(super) struct Shape {
     profiles: PathBuf,
     node: NodeShape,
     listen: Listen,
     tls: TlsShape,
-    hsm: HsmShape,
-    store: StoreShape,
+    pub(super) hsm: HsmShape,
+    pub(super) store: StoreShape,
+    pub(super) registry: RegistryShape,
+    #[serde(default)]
+    public: PublicConfig,
     #[serde(default)]
     sessions: SessionsShape,
     #[serde(default)]
@@ -148,21 +130,13 @@ struct NodeShape {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct TlsShape {
-    certificate: PathBuf,
-    key: PathBuf,
-    client_ca: PathBuf,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct HsmShape {
+pub(super) struct HsmShape {
     module: PathBuf,
     #[serde(default)]
     directory: PathBuf,
     pin_file: Option<PathBuf>,
     pin_credential: Option<String>,
-    keys: PathBuf,
+    pub(super) keys: PathBuf,
     #[serde(default = "default_call_timeout", with = "humantime_serde")]
     call_timeout: Duration,
     #[serde(default = "default_queue")]
@@ -175,31 +149,6 @@ const fn default_call_timeout() -> Duration {
 
 const fn default_queue() -> usize {
     1024
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct StoreShape {
-    state: PathBuf,
-    public: PathBuf,
-    #[serde(default = "default_floor")]
-    free_space_floor: ByteSize,
-    #[serde(default = "default_reserve")]
-    reserve: ByteSize,
-    #[serde(default = "default_cache")]
-    cache: ByteSize,
-}
-
-const fn default_floor() -> ByteSize {
-    ByteSize::mib(256)
-}
-
-const fn default_reserve() -> ByteSize {
-    ByteSize::mib(64)
-}
-
-const fn default_cache() -> ByteSize {
-    ByteSize::mib(16)
 }
 
 #[derive(Deserialize)]
@@ -227,8 +176,8 @@ impl DaemonConfig {
 
     /// Everything is looked at before anything is given up, so that one run tells all faults.
     fn check(shape: Shape, place: &str, base: &Path, faults: &mut Faults) -> Option<Self> {
-        let store = check_store(&shape.store, place, base, faults);
-        let tls = check_tls(&shape.tls, place, base, faults);
+        let store = store::check(&shape.store, place, base, faults);
+        let tls = tls::check(&shape.tls, place, base, faults);
         let keys = faults.keep(KeyRegister::load(&base.join(&shape.hsm.keys)));
         let (names, profiles) = load_profiles(&base.join(&shape.profiles), faults);
         let stations = Stations::check(shape.station, place, &names, faults);
@@ -248,6 +197,8 @@ impl DaemonConfig {
             faults.add(format!("{place}: sessions.lifetime"), "must be from 1 minute to 1 year, for example \"24h\"");
         }
         let issuers = keys.as_ref().map(|keys| load_issuers(&profiles, keys, faults)).unwrap_or_default();
+        let registry = keys.as_ref().and_then(|keys| registry::check(shape.registry, place, base, keys, faults));
+        shape.public.check(place, faults);
         let hsm = check_hsm(&shape.hsm, place, base, keys, faults);
         let module = hsm.as_ref().map(|hsm| &hsm.module);
         let key_pool = key_pool::check(shape.keypool, place, module, &profiles, faults);
@@ -257,6 +208,8 @@ impl DaemonConfig {
             tls: tls?,
             hsm: hsm?,
             store,
+            registry: registry?,
+            public: shape.public,
             key_pool,
             session_lifetime: shape.sessions.lifetime,
             profiles,
@@ -269,14 +222,14 @@ impl DaemonConfig {
     }
 }
 
-fn read_shape(path: &Path, place: &str, faults: &mut Faults) -> Option<Shape> {
+pub(super) fn read_shape(path: &Path, place: &str, faults: &mut Faults) -> Option<Shape> {
     let text = faults.note(place, std::fs::read_to_string(path))?;
     let shape: Shape = read_toml(place, &text, faults)?;
     Some(Shape { fingerprint: sha256(text.as_bytes()), ..shape })
 }
 
 /// Where relative paths of a file begin.
-fn base_of(path: &Path) -> &Path {
+pub(super) fn base_of(path: &Path) -> &Path {
     path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
@@ -310,17 +263,6 @@ impl HsmAccess {
     }
 }
 
-impl StoreConfig {
-    /// Reads `[store]` of `sppd.toml`, for making the stores: neither the HSM nor the PIN is needed for that.
-    pub fn load(path: &Path) -> Result<Self, Faults> {
-        let place = path.display().to_string();
-        let mut faults = Faults::default();
-        let shape = read_shape(path, &place, &mut faults);
-        let store = shape.map(|shape| check_store(&shape.store, &place, base_of(path), &mut faults));
-        faults.ok_or_all(store)
-    }
-}
-
 impl AuditConfig {
     /// Reads `[audit]` of `sppd.toml`, for making and verifying the log.
     pub fn load(path: &Path) -> Result<Self, Faults> {
@@ -328,66 +270,6 @@ impl AuditConfig {
         let shape = read_shape(path, &path.display().to_string(), &mut faults);
         faults.ok_or_all(shape.map(|shape| shape.audit.under(base_of(path))))
     }
-}
-
-fn check_store(shape: &StoreShape, place: &str, base: &Path, faults: &mut Faults) -> StoreConfig {
-    let (state, public) = (base.join(&shape.state), base.join(&shape.public));
-    if state == public {
-        faults.add(format!("{place}: store"), "state and public must be two directories");
-    }
-    let options = |floor_bytes| SledOptions {
-        floor_bytes,
-        reserve_bytes: shape.reserve.as_u64(),
-        cache_bytes: shape.cache.as_u64(),
-    };
-    let floor = shape.free_space_floor.as_u64();
-    StoreConfig { state, public, state_options: options(floor), public_options: options(floor / 2) }
-}
-
-fn check_tls(shape: &TlsShape, place: &str, base: &Path, faults: &mut Faults) -> Option<TlsConfig> {
-    let hint = "make it with sppctl server enroll";
-    let read = |name: &str, path: &Path, faults: &mut Faults| {
-        let at = format!("{place}: tls.{name}");
-        let path = base.join(path);
-        faults.note(at, std::fs::read(&path).map_err(|e| format!("{}: {e}; {hint}", path.display())))
-    };
-    let certificate = read("certificate", &shape.certificate, faults);
-    let client_ca = read("client_ca", &shape.client_ca, faults);
-    let mut key = SecretBytes::new(Vec::with_capacity(8192));
-    let opened = open_private(&base.join(&shape.key)).map_err(|e| format!("{e}; {hint}"));
-    let opened = faults.note(format!("{place}: tls.key"), opened)?;
-    faults.note(format!("{place}: tls.key"), opened.take(8192).read_to_end(key.expose_mut()))?;
-    let (certificate, client_ca) = (certificate?, client_ca?);
-    faults.note(format!("{place}: tls"), check_tls_fits(&certificate, &key, &client_ca));
-    Some(TlsConfig { certificate, key, client_ca })
-}
-
-/// The certificate and the key are a pair that TLS can use, and there is an authority for clients.
-fn check_tls_fits(certificate: &[u8], key: &SecretBytes, client_ca: &[u8]) -> Result<(), String> {
-    use rustls_pki_types::pem::PemObject as _;
-    use rustls_pki_types::{CertificateDer, PrivateKeyDer};
-    let certificates = |what: &str, pem: &[u8]| {
-        let read: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
-        match read {
-            Ok(chain) if chain.is_empty() => Err(format!("{what} has no BEGIN CERTIFICATE block")),
-            read => read.map_err(|e| format!("{what} is no PEM: {e}")),
-        }
-    };
-    let chain = certificates("certificate", certificate)?;
-    let mut authorities = rustls::RootCertStore::empty();
-    for authority in certificates("client_ca", client_ca)? {
-        authorities.add(authority).map_err(|e| format!("client_ca: {e}"))?;
-    }
-    // Exposed to the TLS library, which looks whether it belongs to the certificate.
-    let key = PrivateKeyDer::from_pem_slice(key.expose()).map_err(|_| "key is no private key in PEM".to_owned())?;
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    rustls::ServerConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|e| e.to_string())?
-        .with_no_client_auth()
-        .with_single_cert(chain, key)
-        .map_err(|e| format!("certificate and key: {e}; make both anew with sppctl server enroll"))?;
-    Ok(())
 }
 
 fn check_module(

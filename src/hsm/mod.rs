@@ -42,6 +42,6 @@ pub use kdf::{Derivation, Prf};
 pub use module::ModuleProfile;
 pub use objects::{Ceremony, CreatedKey};
 pub use pin::PinSource;
-pub use register::{KeyRegister, MasterKey, SigningKey, SigningUse};
+pub use register::{CheckpointKey, KeyRegister, MasterKey, SigningKey, SigningUse};
 pub use supervisor::HsmConfig;
 pub use token::{TokenIdentity, initialise_token};

@@ -10,6 +10,7 @@ use super::token::TokenIdentity;
 use crate::config::{Faults, read_toml};
 use crate::keys::PublicKey;
 use crate::names::KeyName;
+use crate::tlog::{LogKey, Origin};
 
 /// What the token must hold, validated: names and CKA_IDs are unique, public keys parse.
 #[derive(Debug, Clone)]
@@ -18,6 +19,8 @@ pub struct KeyRegister {
     pub token: TokenIdentity,
     /// Keys that sign certificates.
     pub signing: Vec<SigningKey>,
+    /// Keys that sign the checkpoints of the public database.
+    pub log: Vec<CheckpointKey>,
     /// Keys from which device keys are derived.
     pub master: Vec<MasterKey>,
 }
@@ -35,6 +38,19 @@ pub struct SigningKey {
     pub public_key: PublicKey,
     /// The certificate chain, PEM, issuer first. For a key with a CSR it appears once the offline root has answered.
     pub certificate: PathBuf,
+}
+
+/// An Ed25519 key pair that signs the checkpoints of a log, and nothing else.
+#[derive(Debug, Clone)]
+pub struct CheckpointKey {
+    /// `CKA_LABEL` of both halves.
+    pub name: KeyName,
+    /// `CKA_ID` of both halves.
+    pub id: Vec<u8>,
+    /// The log's name and the public half, against which the token is checked.
+    pub key: LogKey,
+    /// The public half once more.
+    pub public_key: PublicKey,
 }
 
 /// What a signing key is for.
@@ -69,7 +85,18 @@ struct Shape {
     #[serde(default)]
     signing_key: Vec<SigningShape>,
     #[serde(default)]
+    log_key: Vec<CheckpointKeyShape>,
+    #[serde(default)]
     master_key: Vec<MasterShape>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CheckpointKeyShape {
+    name: KeyName,
+    id: String,
+    origin: Origin,
+    public_key: String,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -133,6 +160,16 @@ impl KeyRegister {
             let certificate = base.join(key.certificate);
             signing.push(SigningKey { name: key.name, id, use_: key.use_, public_key, certificate });
         }
+        let mut log = Vec::new();
+        for key in shape.log_key {
+            let at = format!("{place}: log_key {}", key.name);
+            let der = faults.note(format!("{at}: public_key"), hex::decode(&key.public_key)).unwrap_or_default();
+            let public_key = faults.note(format!("{at}: public_key"), PublicKey::from_spki_der(&der));
+            let id = id(&key.id, format!("{at}: id"), faults);
+            let Some(public_key) = public_key else { continue };
+            let checked = faults.note(format!("{at}: public_key"), LogKey::new(key.origin, public_key.clone()));
+            log.extend(checked.map(|checked| CheckpointKey { name: key.name, id, key: checked, public_key }));
+        }
         let mut master = Vec::new();
         for key in shape.master_key {
             let at = format!("{place}: master_key {}", key.name);
@@ -141,7 +178,7 @@ impl KeyRegister {
             master.push(MasterKey { name: key.name, id, version: key.version, prf: key.prf, check_value });
         }
         let token = TokenIdentity { label: shape.token.label, serial: shape.token.serial };
-        let register = Self { token, signing, master };
+        let register = Self { token, signing, log, master };
         register.check_unique(place, faults);
         register
     }
@@ -161,8 +198,20 @@ impl KeyRegister {
     /// Every key: name, CKA_ID, role.
     pub(crate) fn all(&self) -> impl Iterator<Item = (&KeyName, &[u8], KeyRole)> {
         let signing = self.signing.iter().map(|k| (&k.name, k.id.as_slice(), KeyRole::Signing(k.public_key.kind())));
+        let log = self.log.iter().map(|k| (&k.name, k.id.as_slice(), KeyRole::Signing(k.public_key.kind())));
         let master = self.master.iter().map(|k| (&k.name, k.id.as_slice(), KeyRole::Master(k.prf)));
-        signing.chain(master)
+        signing.chain(log).chain(master)
+    }
+
+    /// Every key that signs, with its public half.
+    pub fn signers(&self) -> impl Iterator<Item = (&KeyName, &PublicKey)> {
+        let signing = self.signing.iter().map(|k| (&k.name, &k.public_key));
+        signing.chain(self.log.iter().map(|k| (&k.name, &k.public_key)))
+    }
+
+    /// A log's key by name.
+    pub fn log_key(&self, name: &KeyName) -> Option<&CheckpointKey> {
+        self.log.iter().find(|key| key.name == *name)
     }
 
     /// A signing key by name.
@@ -189,6 +238,16 @@ impl KeyRegister {
                     use_: k.use_,
                     public_key: hex::encode(k.public_key.spki_der()),
                     certificate: relative(&k.certificate),
+                })
+                .collect(),
+            log_key: self
+                .log
+                .iter()
+                .map(|k| CheckpointKeyShape {
+                    name: k.name.clone(),
+                    id: hex::encode(&k.id),
+                    origin: k.key.origin().clone(),
+                    public_key: hex::encode(k.public_key.spki_der()),
                 })
                 .collect(),
             master_key: self

@@ -240,7 +240,7 @@ fn start_order(config: &HsmConfig, counters: &Counters, transport_rsa: wire::Tra
 }
 
 /// The keys are the ones of the register, and they work: signing keys against their public halves, master keys against
-/// their check values. Not certificates are signed here, but a text that no certificate can be.
+/// their check values. Not certificates or checkpoints are signed here, but a text that neither can be.
 async fn check_keys(config: &HsmConfig, connection: &Connection) -> Result<(), HsmError> {
     let until = Instant::now() + START_LIMIT;
     let one = async |operation| match connection.call(Lane::Line, vec![operation], until).await {
@@ -248,15 +248,15 @@ async fn check_keys(config: &HsmConfig, connection: &Connection) -> Result<(), H
         Some(Err(failure)) => Err(HsmError::Wrong(failure.message)),
         None => Err(HsmError::Wrong("the worker ended while its keys were checked".to_owned())),
     };
-    for key in &config.keys.signing {
-        let algorithm = SignatureAlgorithm::default_for(key.public_key.kind());
-        let message = [b"spp/v1/key-check".as_slice(), key.name.as_str().as_bytes()].concat();
-        let answer = one(Operation::Sign { key: key.name.clone(), algorithm, message: message.clone() }).await?;
+    for (key, public) in config.keys.signers() {
+        let algorithm = SignatureAlgorithm::default_for(public.kind());
+        let message = [b"spp/v1/key-check".as_slice(), key.as_str().as_bytes()].concat();
+        let answer = one(Operation::Sign { key: key.clone(), algorithm, message: message.clone() }).await?;
         let Answer::Signature(raw) = answer else { return Err(HsmError::Wrong("no signature".to_owned())) };
         let signature = to_x509_form(algorithm, raw)?;
-        key.public_key
+        public
             .verify(algorithm, &message, &signature)
-            .map_err(|_| HsmError::Wrong(format!("the key {} is not the one of the register", key.name)))?;
+            .map_err(|_| HsmError::Wrong(format!("the key {key} is not the one of the register")))?;
     }
     for key in &config.keys.master {
         let check = Derivation::check_value(key.name.clone());

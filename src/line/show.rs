@@ -1,7 +1,6 @@
 //! A record for people, and for scripts.
 
 use std::path::Path;
-use std::time::{Duration, SystemTime};
 
 use der::pem::LineEnding;
 use der::{Decode as _, EncodePem as _};
@@ -29,7 +28,10 @@ pub(super) async fn show(asked: &Show<'_>) -> Result<String, LineError> {
         std::fs::write(path, certificate.file_content(&found))
             .map_err(LineError::file("writing the certificate to", path))?;
     }
-    Ok(if asked.json { json(&found, &certificate) } else { text(&found, &certificate) })
+    Ok(match asked.json {
+        true => format!("{:#}\n", found.record.to_json(found.index, &found.hash)),
+        false => text(&found, &certificate),
+    })
 }
 
 /// Names and values, the values in one column.
@@ -78,7 +80,7 @@ fn text(found: &Found, certificate: &DeviceCertificate) -> String {
         ("chip", record.chip.to_string()),
         ("identity", record.identity.to_string()),
         ("profile", record.profile.to_string()),
-        ("published", published(record.published)),
+        ("published", record.published_text()),
         ("record", format!("{} sha256:{}", found.index, hex::encode(found.hash))),
         ("session", record.session.to_string()),
         ("certificate", format!("{} serial {}", format_name(certificate), hex::encode(&record.serial))),
@@ -100,31 +102,6 @@ fn text(found: &Found, certificate: &DeviceCertificate) -> String {
     lines(&rows)
 }
 
-fn json(found: &Found, certificate: &DeviceCertificate) -> String {
-    let record = &found.record;
-    let pem = match certificate {
-        DeviceCertificate::X509 { pem, .. } => Some(pem),
-        DeviceCertificate::Cwt => None,
-    };
-    let value = serde_json::json!({
-        "chip_id": record.chip,
-        "identity": record.identity,
-        "profile": record.profile,
-        "published": published(record.published),
-        "record_index": found.index,
-        "record_hash": hex::encode(found.hash),
-        "session": record.session,
-        "certificate_format": format_name(certificate),
-        "certificate": hex::encode(&record.certificate),
-        "certificate_pem": pem,
-        "certificate_serial": hex::encode(&record.serial),
-        "public_key": record.public_key.as_ref().map(hex::encode),
-        "master_key_version": record.master_key_version,
-        "backup_package": hex::encode(&record.backup),
-    });
-    format!("{value:#}\n")
-}
-
 const fn format_name(certificate: &DeviceCertificate) -> &'static str {
     match certificate {
         DeviceCertificate::X509 { .. } => "X.509",
@@ -136,11 +113,4 @@ fn public_key(found: &Found) -> Option<String> {
     let spki = found.record.public_key.as_ref()?;
     let kind = PublicKey::from_spki_der(spki).map_or_else(|e| e.to_string(), |key| key.kind().to_string());
     Some(format!("{kind} sha256:{}", hex::encode(sha256(spki))))
-}
-
-fn published(seconds: u64) -> String {
-    let time = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds));
-    // Beyond the year 9999 there is no RFC 3339 form.
-    time.filter(|_| seconds < 253_402_300_800)
-        .map_or_else(|| format!("{seconds} s after 1970"), |time| humantime::format_rfc3339_seconds(time).to_string())
 }

@@ -342,7 +342,7 @@ fn session_id(call: &'static str, octets: &[u8]) -> Result<SessionId, Failure> {
 }
 
 fn receipt_of(call: &'static str, session: SessionId, receipt: proto::Receipt) -> Result<Receipt, Failure> {
-    let proto::Receipt { record_index, record_hash, published } = receipt;
+    let proto::Receipt { record_index, record_hash, published, .. } = receipt;
     let published = published.and_then(|time| SystemTime::try_from(time).ok());
     match (record_hash.len(), published) {
         (32, Some(published)) => Ok(Receipt {

@@ -12,13 +12,17 @@ use crate::certificate::{
     authority_request,
 };
 use crate::config::{Faults, read_toml};
-use crate::hsm::{Ceremony, CreatedKey, KeyRegister, MasterKey, Prf, SigningKey, SigningUse, TokenIdentity};
+use crate::hsm::{
+    Ceremony, CheckpointKey, CreatedKey, KeyRegister, MasterKey, Prf, SigningKey, SigningUse, TokenIdentity,
+};
 use crate::keys::{KeyKind, PublicKey, SignatureAlgorithm, sha256};
 use crate::names::KeyName;
+use crate::tlog::{LogKey, Origin};
 
 /// What a ceremony will make, validated.
 pub struct CeremonyPlan {
     signing: Vec<PlannedSigning>,
+    log: Vec<PlannedLog>,
     master: Vec<PlannedMaster>,
     /// SHA-256 of the file, for the transcript.
     file_hash: [u8; 32],
@@ -31,6 +35,11 @@ struct PlannedSigning {
     algorithm: SignatureAlgorithm,
     subject: SubjectName,
     certificate: CertificateRoute,
+}
+
+struct PlannedLog {
+    name: KeyName,
+    origin: Origin,
 }
 
 struct PlannedMaster {
@@ -53,6 +62,8 @@ struct Shape {
     #[serde(default)]
     signing_key: Vec<SigningShape>,
     #[serde(default)]
+    log_key: Vec<LogShape>,
+    #[serde(default)]
     master_key: Vec<MasterShape>,
     access_ca: Option<AccessShape>,
 }
@@ -65,6 +76,13 @@ struct SigningShape {
     signature: Option<SignatureAlgorithm>,
     certificate: CertificateRoute,
     subject: SubjectFields,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LogShape {
+    name: KeyName,
+    origin: Origin,
 }
 
 #[derive(Deserialize)]
@@ -121,6 +139,7 @@ impl CeremonyPlan {
                 signing.push(PlannedSigning { name, use_, kind, algorithm, subject, certificate });
             }
         }
+        let log = shape.log_key.into_iter().map(|key| PlannedLog { name: key.name, origin: key.origin }).collect();
         let master: Vec<_> = shape
             .master_key
             .into_iter()
@@ -129,7 +148,7 @@ impl CeremonyPlan {
         for key in master.iter().filter(|key| key.version == 0) {
             faults.add(format!("{place}: master_key {}: version", key.name), "versions are counted from 1");
         }
-        let plan = Self { signing, master, file_hash: sha256(text.as_bytes()) };
+        let plan = Self { signing, log, master, file_hash: sha256(text.as_bytes()) };
         let mut seen = std::collections::BTreeSet::new();
         for name in plan.names() {
             if !seen.insert(name.clone()) {
@@ -137,14 +156,15 @@ impl CeremonyPlan {
             }
         }
         if seen.is_empty() && faults.is_empty() {
-            faults.add(place, "makes no key; add a [[signing_key]], [[master_key]] or [access_ca]");
+            faults.add(place, "makes no key; add a [[signing_key]], [[log_key]], [[master_key]] or [access_ca]");
         }
         plan
     }
 
     fn names(&self) -> impl Iterator<Item = &KeyName> {
         let signing = self.signing.iter().map(|key| &key.name);
-        signing.chain(self.master.iter().map(|key| &key.name))
+        let log = self.log.iter().map(|key| &key.name);
+        signing.chain(log).chain(self.master.iter().map(|key| &key.name))
     }
 
     /// Makes everything on the token and writes the register, certificates and the transcript into `out`.
@@ -174,6 +194,20 @@ impl CeremonyPlan {
             let written = plan.certify(token, &key, &public, out)?;
             report.add(&key, Some(format!("sha256:{}", hex::encode(public.fingerprint()))), Some(written));
         }
+        for plan in &self.log {
+            let key = token.create_signing_key(&plan.name, KeyKind::Ed25519)?;
+            let public =
+                key.public.clone().ok_or_else(|| OfficerError::Other(format!("{} has no public key", key.name)))?;
+            let checked = LogKey::new(plan.origin.clone(), public.clone());
+            let log_key = checked.map_err(|e| OfficerError::Other(e.to_string()))?;
+            let (name, id) = (key.name.clone(), key.id.clone());
+            register.log.push(CheckpointKey { name, id, key: log_key.clone(), public_key: public });
+            write_register(&register, &register_path)?;
+            // What everybody verifies receipts and mirrors with.
+            let path = out.join(plan.file_name());
+            write_new(&path, format!("{log_key}\n").as_bytes())?;
+            report.add(&key, Some(log_key.to_string()), Some(path));
+        }
         for plan in &self.master {
             let key = token.create_master_key(&plan.name, plan.prf)?;
             let check_value = token.check_value(&key, plan.prf)?;
@@ -194,13 +228,21 @@ impl CeremonyPlan {
                 faults.add("token", format!("has an object named {name} already; nothing is ever overwritten"));
             }
         }
-        let files = self.signing.iter().map(|key| out.join(key.file_name()));
+        let signing = self.signing.iter().map(|key| out.join(key.file_name()));
+        let files = signing.chain(self.log.iter().map(|key| out.join(key.file_name())));
         for path in files {
             if let Err(e) = must_be_new(&path) {
                 faults.add("files", e);
             }
         }
         faults.ok_or_all(Some(())).map_err(OfficerError::Faults)
+    }
+}
+
+impl PlannedLog {
+    /// The file with the public half, a vkey.
+    fn file_name(&self) -> PathBuf {
+        PathBuf::from(format!("{}.vkey", self.name))
     }
 }
 
@@ -247,7 +289,7 @@ impl PlannedSigning {
 fn register_to_add_to(path: &Path, token: &TokenIdentity) -> Result<KeyRegister, OfficerError> {
     if !path.exists() {
         let token = token.clone();
-        return Ok(KeyRegister { token, signing: Vec::new(), master: Vec::new() });
+        return Ok(KeyRegister { token, signing: Vec::new(), log: Vec::new(), master: Vec::new() });
     }
     let register = KeyRegister::load(path)?;
     if register.token != *token {

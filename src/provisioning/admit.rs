@@ -4,7 +4,7 @@ use super::restart::Step;
 use super::{FieldViolation, Order, Product, ProvisionError, Provisioner};
 use crate::certificate::{KeyPairRule, Profile, Sealing};
 use crate::package::TransportPublicKey;
-use crate::store::{Intent, Issued, Session, SessionState, TakenUp};
+use crate::store::{Intent, Issued, PublishedRecord, Session, SessionState, TakenUp};
 
 /// What the journal knows of an admitted order.
 pub(super) enum Admitted {
@@ -44,7 +44,7 @@ impl Provisioner {
         {
             // A public record ends the way, whatever the journal says: it may be an old copy, or not have learned of it yet, and
             // would give out a pair again that was erased since.
-            if let Some((record, ..)) = &chip_record
+            if let Some(PublishedRecord { record, .. }) = &chip_record
                 && is_same_order(known.session(), order)
             {
                 if record.session == known.session().id {
@@ -59,7 +59,7 @@ impl Provisioner {
             let (chip, session) = (other.chip, other.id);
             return Err(ProvisionError::IdentityTaken { identity: order.identity.clone(), chip, session });
         }
-        if let Some((record, ..)) = chip_record {
+        if let Some(PublishedRecord { record, .. }) = chip_record {
             let session = record.session;
             return Err(if record.identity == order.identity {
                 ProvisionError::AlreadyComplete { chip: record.chip, session }
@@ -67,7 +67,7 @@ impl Provisioner {
                 ProvisionError::ChipTaken { chip: record.chip, identity: record.identity, session }
             });
         }
-        if let Some((record, _)) = identity_record {
+        if let Some(PublishedRecord { record, .. }) = identity_record {
             let (identity, chip, session) = (record.identity, record.chip, record.session);
             return Err(ProvisionError::IdentityTaken { identity, chip, session });
         }

@@ -6,8 +6,9 @@ use super::{Product, ProvisionError, Provisioner};
 use crate::names::{ChipId, SessionId, StationName};
 use crate::package::{BackupPackage, ConfirmationClaims, ConfirmationKey, KeyConfirmation, verify_confirmation};
 use crate::store::{
-    DeviceRecord, Issued, Publication, PublicationReceipt, PublishError, Session, SessionState, TakenUp,
+    Announced, DeviceRecord, Issued, Publication, PublicationReceipt, PublishError, Session, SessionState, TakenUp,
 };
+use crate::tlog::LogProof;
 
 /// What the station brings back from the device.
 pub struct Completion {
@@ -23,26 +24,34 @@ pub struct Completion {
 
 impl Provisioner {
     /// Publishes a device and erases its key pair here. Repeating it gives the same receipt again.
-    pub async fn complete(&self, completion: Completion) -> Result<Publication, ProvisionError> {
+    pub async fn complete(&self, completion: Completion) -> Result<Receipt, ProvisionError> {
         // 1. Find the session; one that is finished has its answer already.
         let _chip = self.chips.hold(&self.chip_of(&completion.session).await?).await?;
         let known = self.take_up(&completion.session).await?;
         let product = self.permitted_product(&completion.station, known.session())?;
         let issued = match self.find_issued(known).await? {
             Found::Issued(issued) => issued,
-            Found::Answered(publication) => return Ok(publication),
+            Found::Answered(publication) => return self.receipt(publication).await,
         };
         // 2. Accept the backup and the confirmation. A wrong one changes nothing; the station may try again.
+        let on_the_way = self.registry.announce();
         let record = self.accept(&completion, &issued, product).await?;
-        // 3. Publish: on the disk before it returns. A crash from here on is finished by a repeat or by the restart.
-        let receipt = self.publish(&record).await?;
-        let publication = receipt.publication();
-        self.journal.publish(&receipt).await?;
-        // 4. Erase: uses the receipt up; no other value allows it.
-        self.journal.erase(receipt).await?;
+        // 3. Publish: on the disk and under a signed checkpoint before it returns. A crash from here on is finished by a repeat or by
+        //    the restart.
+        let proof_of_publication = self.publish(&record, on_the_way).await?;
+        let publication = proof_of_publication.publication();
+        self.journal.publish(&proof_of_publication).await?;
+        // 4. Erase: uses the proof up; no other value allows it.
+        self.journal.erase(proof_of_publication).await?;
         self.pool.erased();
-        // 5. The receipt goes back.
-        Ok(publication)
+        // 5. The receipt goes back, which anybody can verify who knows the log's key.
+        self.receipt(publication).await
+    }
+
+    /// Where the record stands, and the proof of it against the newest checkpoint.
+    async fn receipt(&self, publication: Publication) -> Result<Receipt, ProvisionError> {
+        let proof = self.prove(publication.index).await?;
+        Ok(Receipt { publication, proof })
     }
 
     /// The accepted record: there is no other way from a backup to the public database.
@@ -65,8 +74,14 @@ impl Provisioner {
 
     /// The first publication of a session stands: one that came before a crash, with another backup of the same device, is the
     /// answer.
-    async fn publish(&self, record: &DeviceRecord) -> Result<PublicationReceipt, ProvisionError> {
-        let refused = match self.registry.publish(record).await {
+    async fn publish(
+        &self,
+        record: &DeviceRecord,
+        on_the_way: Announced,
+    ) -> Result<PublicationReceipt, ProvisionError> {
+        let published = self.registry.publish(record).await;
+        drop(on_the_way);
+        let refused = match published {
             Ok(receipt) => return Ok(receipt),
             Err(refused) => refused,
         };
@@ -163,6 +178,15 @@ fn check(
     };
     let confirmation = verify_confirmation(&completion.confirmation, &claims, &key)?;
     Ok(Accepted { backup, _confirmed: Confirmed::By(confirmation) })
+}
+
+/// What a device is told in the end: it is public, and here is the proof.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Receipt {
+    /// Where its record stands.
+    pub publication: Publication,
+    /// The proof that it is in the log.
+    pub proof: LogProof,
 }
 
 /// What step 2 lets through, and the only thing that becomes a record.

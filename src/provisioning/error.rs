@@ -91,9 +91,12 @@ pub enum ProvisionError {
     /// The pair that was chosen was taken meanwhile.
     #[error("the key pair that was chosen for this device is no longer there; repeat the call")]
     PairGone,
-    /// There is no record of the chip.
-    #[error("there is no record of the chip {0}")]
-    NoRecord(ChipId),
+    /// There is no such record. It says the same, in the same time, of whatever was asked for.
+    #[error("there is no such record")]
+    NoRecord,
+    /// The log has no checkpoint with the record yet, since none could be signed.
+    #[error("the log's checkpoint could not be signed: {0}")]
+    Unsigned(String),
     /// Too many calls for the same chip wait already.
     #[error("the chip {0} is being worked on by another call")]
     ChipBusy(ChipId),
@@ -167,6 +170,7 @@ impl From<PublishError> for ProvisionError {
         match error {
             PublishError::Taken(taken) => Self::RolledBack(taken),
             PublishError::Record(error) => Self::not_accepted("backup_package", error),
+            PublishError::Unsigned(why) => Self::Unsigned(why),
             PublishError::Store(error) => Self::Store(error),
         }
     }

@@ -25,7 +25,7 @@ use std::time::Duration;
 pub use crate::clock::Clock;
 pub use abort::SessionView;
 pub use assemble::{Assembled, Delivery, Order};
-pub use complete::Completion;
+pub use complete::{Completion, Receipt};
 pub use error::{FieldViolation, ProvisionError};
 pub use issuer::Issuer;
 pub use restart::{Tidied, keep_tidy};

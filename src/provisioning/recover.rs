@@ -1,13 +1,18 @@
-//! What anybody may ask for ever after: the record of a chip.
+//! What anybody may ask for ever after: the record of a chip, and the proof that it is in the log.
 
 use super::{ProvisionError, Provisioner};
 use crate::names::ChipId;
-use crate::store::{DeviceRecord, Publication};
+use crate::store::PublishedRecord;
+use crate::tlog::LogProof;
 
 impl Provisioner {
-    /// The newest record of a chip, its octets as stored, and where it stands.
-    pub async fn recover(&self, chip: &ChipId) -> Result<(DeviceRecord, Vec<u8>, Publication), ProvisionError> {
-        let found = self.registry.find_by_chip(chip).await?;
-        found.ok_or_else(|| ProvisionError::NoRecord(chip.clone()))
+    /// The newest record of a chip.
+    pub async fn recover(&self, chip: &ChipId) -> Result<PublishedRecord, ProvisionError> {
+        self.registry.find_by_chip(chip).await?.ok_or(ProvisionError::NoRecord)
+    }
+
+    /// The proof that the record at that place is in the tree of the newest checkpoint.
+    pub async fn prove(&self, index: u64) -> Result<LogProof, ProvisionError> {
+        self.registry.prove(index).await?.ok_or(ProvisionError::NoRecord)
     }
 }

@@ -1,5 +1,5 @@
 //! Health per service (`grpc.health.v1`): Line serves while the HSM does, the stores are open and there is room on the disk;
-//! Recovery serves while the public database does; Officer, and the daemon as a whole, as long as it runs.
+//! Recovery serves while records can be looked up; Officer, and the daemon as a whole, as long as it runs.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,7 +21,7 @@ pub(crate) fn line_trouble(provisioner: &Provisioner) -> Option<String> {
     }
     match provisioner.journal().room() {
         Ok((free, floor)) if free < floor => Some(format!("{free} octets are free on the disk, {floor} are needed")),
-        Ok(_) => None,
+        Ok(_) => provisioner.registry().trouble().publishing,
         Err(error) => Some(error.to_string()),
     }
 }
@@ -35,9 +35,8 @@ pub(super) async fn report(reporter: HealthReporter, provisioner: Arc<Provisione
     let mut line = Told::new(LINE);
     let mut recovery = Told::new("spp.v1.Recovery");
     loop {
-        let public_trouble = provisioner.registry().count().await.err().map(|error| error.to_string());
-        line.tell(&reporter, line_trouble(&provisioner).or_else(|| public_trouble.clone())).await;
-        recovery.tell(&reporter, public_trouble).await;
+        line.tell(&reporter, line_trouble(&provisioner)).await;
+        recovery.tell(&reporter, provisioner.registry().trouble().reading).await;
         let _ = tokio::time::timeout(LOOK, hsm.changed()).await;
     }
 }

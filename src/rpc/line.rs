@@ -38,8 +38,8 @@ impl Line for LineService {
         let (provisioner, caller) = (Arc::clone(&self.provisioner), station.to_string());
         let work = async move {
             let completion = messages::completion(station, request.into_inner())?;
-            let publication = provisioner.complete(completion).await?;
-            Ok(proto::CompleteResponse { receipt: Some(messages::receipt(&publication)) })
+            let receipt = provisioner.complete(completion).await?;
+            Ok(proto::CompleteResponse { receipt: Some(messages::proven_receipt(&receipt)) })
         };
         self.door.call("Line.Complete", caller, work).await
     }

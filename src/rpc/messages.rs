@@ -6,8 +6,11 @@ use crate::certificate::verify_csr;
 use crate::names::{ChipId, SessionId, StationName};
 use crate::package::{MAX_BACKUP_LEN, MAX_CONFIRMATION_LEN, TransportCurve, TransportPublicKey};
 use crate::proto;
-use crate::provisioning::{Assembled, Completion, Delivery, FieldViolation, Order, ProvisionError, SessionView};
-use crate::store::{DeviceRecord, Publication, Session, SessionState};
+use crate::provisioning::{
+    Assembled, Completion, Delivery, FieldViolation, Order, ProvisionError, Receipt, SessionView,
+};
+use crate::store::{Publication, PublishedRecord, Session, SessionState};
+use crate::tlog::SignedCheckpoint;
 
 /// Longest text of an identity in canonical form.
 const MAX_IDENTITY_LEN: usize = 96;
@@ -120,11 +123,41 @@ pub(super) fn assembled(made: Assembled) -> proto::AssembleResponse {
     }
 }
 
-pub(super) fn receipt(publication: &Publication) -> proto::Receipt {
+fn receipt(publication: &Publication) -> proto::Receipt {
     proto::Receipt {
         record_index: publication.index,
         record_hash: publication.record_hash.to_vec(),
         published: Some(timestamp(publication.published)),
+        tlog_proof: Vec::new(),
+    }
+}
+
+pub(super) fn proven_receipt(proven: &Receipt) -> proto::Receipt {
+    proto::Receipt { tlog_proof: proven.proof.to_bytes(), ..receipt(&proven.publication) }
+}
+
+/// Which record is to be proven.
+pub(super) enum ProofOf {
+    /// The newest of that chip.
+    Chip(ChipId),
+    /// The one at that place.
+    Index(u64),
+}
+
+pub(super) fn proof_request(request: &proto::GetProofRequest) -> Result<ProofOf, ProvisionError> {
+    use proto::get_proof_request::Record;
+    match &request.record {
+        Some(Record::ChipId(chip)) => chip_id(chip).map(ProofOf::Chip),
+        Some(Record::RecordIndex(index)) => Ok(ProofOf::Index(*index)),
+        None => Err(ProvisionError::invalid("record", "give chip_id or record_index")),
+    }
+}
+
+pub(super) fn checkpoint(checkpoint: &SignedCheckpoint) -> proto::GetCheckpointResponse {
+    proto::GetCheckpointResponse {
+        checkpoint: checkpoint.note().to_vec(),
+        size: checkpoint.size(),
+        root_hash: checkpoint.root().to_vec(),
     }
 }
 
@@ -149,9 +182,10 @@ pub(super) fn session(session: &Session) -> proto::GetSessionResponse {
     }
 }
 
-pub(super) fn record(record: DeviceRecord, octets: Vec<u8>, publication: &Publication) -> proto::GetRecordResponse {
+pub(super) fn record(published: PublishedRecord) -> proto::GetRecordResponse {
+    let PublishedRecord { record, octets, publication } = published;
     proto::GetRecordResponse {
-        receipt: Some(receipt(publication)),
+        receipt: Some(receipt(&publication)),
         record_bytes: octets,
         record: Some(proto::DeviceRecord {
             chip_id: record.chip.as_bytes().to_vec(),

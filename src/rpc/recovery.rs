@@ -5,10 +5,10 @@ use std::sync::Arc;
 use tonic::{Request, Response, Status, async_trait};
 
 use super::door::Door;
-use super::messages;
+use super::messages::{self, ProofOf};
 use crate::proto;
 use crate::proto::recovery_server::Recovery;
-use crate::provisioning::Provisioner;
+use crate::provisioning::{ProvisionError, Provisioner};
 
 pub(super) struct RecoveryService {
     pub(super) provisioner: Arc<Provisioner>,
@@ -21,13 +21,48 @@ impl Recovery for RecoveryService {
         &self,
         request: Request<proto::GetRecordRequest>,
     ) -> Result<Response<proto::GetRecordResponse>, Status> {
-        let provisioner = Arc::clone(&self.provisioner);
-        let caller = request.remote_addr().map_or_else(String::new, |address| address.ip().to_string());
+        let (provisioner, caller) = self.asked(&request);
         let work = async move {
             let chip = messages::chip_id(&request.get_ref().chip_id)?;
-            let (record, octets, publication) = provisioner.recover(&chip).await?;
-            Ok(messages::record(record, octets, &publication))
+            provisioner.recover(&chip).await.map(messages::record)
         };
         self.door.call("Recovery.GetRecord", caller, work).await
+    }
+
+    async fn get_proof(
+        &self,
+        request: Request<proto::GetProofRequest>,
+    ) -> Result<Response<proto::GetProofResponse>, Status> {
+        let (provisioner, caller) = self.asked(&request);
+        let work = async move {
+            let index = match messages::proof_request(request.get_ref())? {
+                ProofOf::Chip(chip) => provisioner.recover(&chip).await?.publication.index,
+                ProofOf::Index(index) => index,
+            };
+            let tlog_proof = provisioner.prove(index).await?.to_bytes();
+            Ok(proto::GetProofResponse { record_index: index, tlog_proof })
+        };
+        self.door.call("Recovery.GetProof", caller, work).await
+    }
+
+    async fn get_checkpoint(
+        &self,
+        request: Request<proto::GetCheckpointRequest>,
+    ) -> Result<Response<proto::GetCheckpointResponse>, Status> {
+        let (provisioner, caller) = self.asked(&request);
+        let work = async move {
+            let checkpoint = provisioner.registry().checkpoint().await?;
+            let checkpoint = checkpoint.ok_or_else(|| ProvisionError::Unsigned("there is none yet".to_owned()))?;
+            Ok(messages::checkpoint(&checkpoint))
+        };
+        self.door.call("Recovery.GetCheckpoint", caller, work).await
+    }
+}
+
+impl RecoveryService {
+    /// What a call needs: the stories, and the caller's address for the log.
+    fn asked<T>(&self, request: &Request<T>) -> (Arc<Provisioner>, String) {
+        let caller = request.remote_addr().map_or_else(String::new, |address| address.ip().to_string());
+        (Arc::clone(&self.provisioner), caller)
     }
 }

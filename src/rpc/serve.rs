@@ -1,4 +1,5 @@
-//! The three listeners: stations and officers with mutual TLS, the public one without a client certificate; and the drain.
+//! The three listeners: stations and officers with mutual TLS, the public one without a client certificate, which speaks HTTP,
+//! too (`web`); and the drain.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -7,6 +8,7 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tonic::service::Routes;
 use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 
@@ -16,12 +18,14 @@ use super::line::LineService;
 use super::officer::{NodeInfo, OfficerService};
 use super::recovery::RecoveryService;
 use crate::audit::AuditLog;
-use crate::config::{Listen, TlsConfig};
+use crate::config::{Listen, PublicConfig, TlsConfig};
 use crate::proto::DESCRIPTORS;
 use crate::proto::line_server::LineServer;
 use crate::proto::officer_server::OfficerServer;
 use crate::proto::recovery_server::RecoveryServer;
 use crate::provisioning::Provisioner;
+use crate::tlog::LogKey;
+use crate::web::Public;
 
 /// Most octets of a request: a backup, a confirmation, and what is around them.
 const MAX_REQUEST: usize = 64 * 1024;
@@ -29,8 +33,6 @@ const MAX_REQUEST: usize = 64 * 1024;
 const MAX_STREAMS: u32 = 256;
 /// No call takes longer; the rooms inside have shorter limits of their own.
 const CALL_LIMIT: Duration = Duration::from_secs(60);
-/// How long a connection of the public may last.
-const PUBLIC_AGE: Duration = Duration::from_secs(120);
 /// How long a drain waits for calls in flight.
 const DRAIN: Duration = Duration::from_secs(30);
 
@@ -81,6 +83,8 @@ impl Listening {
     pub async fn serve(
         self,
         tls: &TlsConfig,
+        public: &PublicConfig,
+        log_key: LogKey,
         provisioner: &Arc<Provisioner>,
         audit: &Arc<AuditLog>,
         node: NodeInfo,
@@ -100,15 +104,19 @@ impl Listening {
         let mutual = server_tls(tls)?.client_ca_root(Certificate::from_pem(&tls.client_ca));
         let stations = builder("stations", mutual.clone())?.add_service(line);
         let officers = builder("officers", mutual)?.add_service(officer);
-        // A reader comes, reads and goes; whoever stays makes room for others.
-        let public = builder("the public", server_tls(tls)?)?.max_connection_age(PUBLIC_AGE).add_service(recovery);
+        // gRPC beside HTTP: the public listener speaks both.
+        let grpc = Routes::new(recovery).add_service(health.clone()).add_service(reflection("the public")?);
+        let public = Public::new(Arc::clone(provisioner), public, log_key);
+        let public_tls = tls.server_config(&[b"h2", b"http/1.1"]);
+        let public_tls = public_tls.map_err(|cause| ServeError::Transport { whom: "the public", cause })?;
+        let (stopped, grpc) = (stop.clone(), grpc.prepare().into_axum_router());
 
         let mut serving = JoinSet::new();
-        for (whom, router, listener) in [
-            ("stations", stations, self.line),
-            ("officers", officers, self.officer),
-            ("the public", public, self.public),
-        ] {
+        serving.spawn(async move {
+            public.serve(self.public, public_tls, grpc, stopped).await;
+            Ok(())
+        });
+        for (whom, router, listener) in [("stations", stations, self.line), ("officers", officers, self.officer)] {
             let reflection = reflection(whom)?;
             let router = router.add_service(health.clone()).add_service(reflection);
             let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));

@@ -43,7 +43,7 @@ fn table(error: &ProvisionError) -> Told {
         E::IdentityTaken { .. } => told(Code::AlreadyExists, "IDENTITY_TAKEN"),
         E::AlreadyComplete { .. } => told(Code::AlreadyExists, "ALREADY_COMPLETE"),
         E::NoSession(_) => told(Code::NotFound, "NO_SESSION"),
-        E::NoRecord(_) => told(Code::NotFound, "NO_RECORD"),
+        E::NoRecord => told(Code::NotFound, "NO_RECORD"),
         E::WrongState { .. } => told(Code::FailedPrecondition, "WRONG_STATE"),
         E::RolledBack(_) => told(Code::FailedPrecondition, "STATE_STORE_ROLLED_BACK"),
         E::Pool(PoolError::Empty { retry_after, .. }) => again(Code::ResourceExhausted, "POOL_EMPTY", *retry_after),
@@ -66,6 +66,7 @@ fn table(error: &ProvisionError) -> Told {
             again(Code::Aborted, "OVERTAKEN", SOON)
         }
         E::Store(StoreError::Damaged { .. } | StoreError::Place(_)) => told(Code::Internal, "STORE_FAULT"),
+        E::Unsigned(_) => again(Code::Unavailable, "CHECKPOINT_UNSIGNED", SOON),
         E::Audit(_) => again(Code::Unavailable, "AUDIT_AWAY", SOON),
         E::Internal { .. } => told(Code::Internal, "FAULT"),
     }
@@ -108,6 +109,7 @@ fn message(error: &ProvisionError, code: Code) -> String {
     let told = match error {
         ProvisionError::Hsm(HsmError::Unavailable { .. }) => "the HSM is not available now; try again",
         ProvisionError::Hsm(HsmError::Stopped(_)) => "the HSM needs an officer; sppctl status tells why",
+        ProvisionError::Unsigned(_) => "the HSM did not sign the log's checkpoint; nothing has changed, try again",
         ProvisionError::Store(StoreError::Failed { .. }) => "a store is not available now; try again",
         _ if code == Code::Internal => {
             "a fault of the processing point; its log has the cause under the x-request-id of this answer"
@@ -115,6 +117,14 @@ fn message(error: &ProvisionError, code: Code) -> String {
         other => return other.to_string(),
     };
     told.to_owned()
+}
+
+/// An address asks too often.
+pub(crate) fn too_fast(after: Duration) -> Status {
+    let mut details = ErrorDetails::with_error_info("TOO_FAST", DOMAIN, HashMap::new());
+    details.set_retry_info(Some(after));
+    let message = "this address asks too often; try again later";
+    Status::with_error_details(Code::ResourceExhausted, message, details)
 }
 
 /// A refusal that has no error of an inner room: the caller has the wrong role, or none.

@@ -7,19 +7,18 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 
 use super::*;
-use crate::keys::{KeptKey, SignatureAlgorithm, sha256};
+use crate::keys::{KeptKey, SignatureAlgorithm};
 use crate::names::{ChipId, DeviceIdentity, SessionId};
 
 /// The two halves of the state store.
 pub(super) trait PrivateStore: StateStore + SecretStore {}
 impl<S: StateStore + SecretStore> PrivateStore for S {}
 
-/// One state store and one public database, empty at first but for batch 1, which takes pairs of sessions. Each call opens it anew;
-/// the handle before must be dropped.
+/// A state store, empty at first but for batch 1, which takes pairs of sessions. Each call opens it anew; the handle before must be
+/// dropped.
 pub(super) trait Factory: Send + Sync {
     fn new() -> Self;
     fn state(&self) -> Arc<dyn PrivateStore>;
-    fn public(&self) -> Arc<dyn PublicDatabase>;
 }
 
 macro_rules! contract {
@@ -35,12 +34,7 @@ macro_rules! contract {
                 unfinished_sessions_come_oldest_first,
                 of_many_racing_for_a_chip_one_wins,
                 a_large_session_is_kept_whole,
-                what_was_acknowledged_is_there_after_reopening,
-                a_record_is_found_as_it_was_published,
-                each_unique_value_is_published_once,
-                a_repeated_publication_gives_the_first_answer,
-                of_many_racing_to_publish_a_chip_one_wins,
-                the_largest_record_fits);
+                what_was_acknowledged_is_there_after_reopening);
 
             #[test]
             fn any_sequence_of_steps_agrees_with_the_model() {
@@ -57,15 +51,15 @@ macro_rules! contract {
 }
 pub(super) use contract;
 
-pub(super) fn chip(n: u64) -> ChipId {
+pub(crate) fn chip(n: u64) -> ChipId {
     ChipId::from_bytes(&[&[0xC4; 8], n.to_be_bytes().as_slice()].concat()).unwrap()
 }
 
-pub(super) fn identity(n: u64) -> DeviceIdentity {
+pub(crate) fn identity(n: u64) -> DeviceIdentity {
     format!("serial:SN-{n:08}").parse().unwrap()
 }
 
-pub(super) fn id(n: u64) -> SessionId {
+pub(crate) fn id(n: u64) -> SessionId {
     SessionId::from_bytes(&[[0; 8], n.to_be_bytes()].concat()).unwrap()
 }
 
@@ -140,22 +134,6 @@ pub(super) fn erased(n: u64) -> SessionState {
 
 fn aborted() -> SessionState {
     SessionState::Aborted { at: 3000, reason: "expired".into() }
-}
-
-pub(super) fn record(n: u64) -> DeviceRecord {
-    DeviceRecord {
-        chip: chip(n),
-        identity: identity(n),
-        profile: "phone".parse().unwrap(),
-        certificate: n.to_be_bytes().repeat(80),
-        certificate_is_cwt: false,
-        serial: [[1; 8], n.to_be_bytes()].concat(),
-        public_key: Some([&[4; 83], n.to_be_bytes().as_slice()].concat()),
-        backup: vec![3; 900],
-        master_key_version: 1,
-        session: id(n),
-        published: 2000 + n,
-    }
 }
 
 pub(super) async fn a_reservation_is_there_with_its_key(engine: &impl Factory) {
@@ -289,100 +267,17 @@ pub(super) async fn a_large_session_is_kept_whole(engine: &impl Factory) {
 }
 
 pub(super) async fn what_was_acknowledged_is_there_after_reopening(engine: &impl Factory) {
-    let (store, public) = (engine.state(), engine.public());
+    let store = engine.state();
     for n in 0..50 {
         store.reserve(&session(n), Some(&key(n))).await.unwrap();
-        public.publish(&record(n)).await.unwrap();
     }
-    drop((store, public));
-    let (store, public) = (engine.state(), engine.public());
+    drop(store);
+    let store = engine.state();
     for n in 0..50 {
         assert_eq!(store.session(&id(n)).await.unwrap(), Some(session(n)));
         assert_eq!(kept(&*store, &id(n)).await, Some(blob(n)));
-        assert_eq!(public.find_by_chip(&chip(n)).await.unwrap().unwrap().0, record(n));
     }
     assert_eq!(store.counts().await.unwrap(), SessionCounts { reserved: 50, ..SessionCounts::default() });
-    assert_eq!(public.len().await.unwrap(), 50);
-}
-
-pub(super) async fn a_record_is_found_as_it_was_published(engine: &impl Factory) {
-    let public = engine.public();
-    assert_eq!(public.find_by_chip(&chip(0)).await.unwrap(), None);
-    for n in 0..3 {
-        let octets = record(n).to_bytes().unwrap();
-        let place = Publication { index: n, record_hash: sha256(&octets), published: 2000 + n };
-        assert_eq!(public.publish(&record(n)).await.unwrap(), place);
-        assert_eq!(public.find_by_chip(&chip(n)).await.unwrap(), Some((record(n), octets, place)));
-        assert_eq!(public.find_by_identity(&identity(n)).await.unwrap(), Some((record(n), place)));
-    }
-    assert_eq!(public.find_by_identity(&identity(7)).await.unwrap(), None);
-    assert_eq!(public.len().await.unwrap(), 3);
-}
-
-pub(super) async fn each_unique_value_is_published_once(engine: &impl Factory) {
-    let public = engine.public();
-    public.publish(&record(1)).await.unwrap();
-    let rivals = [
-        ("chip ID", DeviceRecord { chip: chip(1), ..record(2) }),
-        ("identity", DeviceRecord { identity: identity(1), ..record(2) }),
-        ("certificate serial", DeviceRecord { serial: record(1).serial, ..record(2) }),
-        ("public key", DeviceRecord { public_key: record(1).public_key, ..record(2) }),
-        ("session", DeviceRecord { session: id(1), ..record(2) }),
-        ("chip ID", DeviceRecord { backup: vec![8; 900], ..record(1) }),
-    ];
-    for (what, rival) in rivals {
-        match public.publish(&rival).await.unwrap_err() {
-            PublishError::Taken(taken) => assert_eq!(taken, Taken { what, index: 0, session: id(1) }),
-            other => panic!("{what}: {other}"),
-        }
-    }
-    assert_eq!(public.len().await.unwrap(), 1);
-    let keyless = |n| DeviceRecord { public_key: None, ..record(n) };
-    public.publish(&keyless(2)).await.unwrap();
-    public.publish(&keyless(3)).await.unwrap();
-}
-
-pub(super) async fn a_repeated_publication_gives_the_first_answer(engine: &impl Factory) {
-    let public = engine.public();
-    let first = public.publish(&record(1)).await.unwrap();
-    let later = DeviceRecord { published: 9_999, ..record(1) };
-    assert_eq!(public.publish(&later).await.unwrap(), first);
-    drop(public);
-    let public = engine.public();
-    assert_eq!(public.publish(&later).await.unwrap(), first);
-    assert_eq!(public.len().await.unwrap(), 1);
-}
-
-pub(super) async fn of_many_racing_to_publish_a_chip_one_wins(engine: &impl Factory) {
-    let public = engine.public();
-    let rivals: Vec<_> = (0..64)
-        .map(|n| {
-            let public = public.clone();
-            tokio::spawn(async move { public.publish(&DeviceRecord { chip: chip(1), ..record(n) }).await })
-        })
-        .collect();
-    let mut won = 0;
-    for rival in rivals {
-        match rival.await.unwrap() {
-            Ok(_) => won += 1,
-            Err(error) => assert!(matches!(error, PublishError::Taken(_)), "{error}"),
-        }
-    }
-    assert_eq!((won, public.len().await.unwrap()), (1, 1));
-}
-
-pub(super) async fn the_largest_record_fits(engine: &impl Factory) {
-    let public = engine.public();
-    for n in 0..40 {
-        let mut large = record(n);
-        let more = DeviceRecord::MAX_LEN - large.to_bytes().unwrap().len();
-        large.backup.resize(large.backup.len() + more, 5);
-        assert_eq!(large.to_bytes().unwrap().len(), DeviceRecord::MAX_LEN);
-        public.publish(&large).await.unwrap();
-        assert_eq!(public.find_by_chip(&chip(n)).await.unwrap().unwrap().0, large);
-        large.backup.push(5);
-        assert!(matches!(public.publish(&large).await, Err(PublishError::Record(_))));
-    }
 }
 
 /// A step that somebody might take; chips, identities and sessions are few, so that they meet.

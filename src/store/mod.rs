@@ -8,16 +8,26 @@
 mod contract;
 #[cfg(test)]
 mod contract_pairs;
+#[cfg(test)]
+pub(crate) mod contract_public;
 mod journal;
+pub(crate) mod place;
 mod public;
 mod record;
 mod secret;
 mod session;
 mod sled;
+#[cfg(test)]
+pub(crate) mod testing;
 
-pub use self::sled::{SledOptions, SledPublicDatabase, SledStateStore};
+pub use self::sled::SledStateStore;
+pub(crate) use self::sled::{IndexEntry, IndexMark, Location, SledIndex};
 pub use journal::{Abortable, Intent, Issued, Journal, Published, Signed, TakenUp};
-pub use public::{PublicDatabase, Publication, PublicationReceipt, PublishError, Registry, Taken};
+pub use place::StoreOptions;
+pub use public::{
+    Announced, Announcements, PublicDatabase, Publication, PublicationReceipt, PublishError, PublishedRecord, Registry,
+    RegistryTrouble, Taken, UniqueKey,
+};
 pub use record::{DeviceRecord, RecordError};
 pub use secret::{
     Batch, BatchState, BatchStep, CondemnedPair, HeldPair, Holder, Keeping, MovedPair, PairCounts, PairId,

@@ -1,13 +1,17 @@
 //! The public database's trait, and the receipt that proves a publication.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
+use tokio::sync::Notify;
 
 use super::record::RecordError;
 use super::{DeviceRecord, StoreError};
+use crate::keys::sha256;
 use crate::names::{ChipId, DeviceIdentity, SessionId};
+use crate::tlog::{LogProof, SignedCheckpoint, TileId};
 
 /// Where a record stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,6 +22,26 @@ pub struct Publication {
     pub record_hash: [u8; 32],
     /// Seconds since the Unix epoch.
     pub published: u64,
+}
+
+/// A record as it is in the public database.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PublishedRecord {
+    /// What it says.
+    pub record: DeviceRecord,
+    /// Its octets, as they are stored and hashed.
+    pub octets: Vec<u8>,
+    /// Where it stands.
+    pub publication: Publication,
+}
+
+impl PublishedRecord {
+    /// The record in these octets, at that place.
+    pub fn from_octets(index: u64, octets: Vec<u8>) -> Result<Self, RecordError> {
+        let record = DeviceRecord::from_bytes(&octets)?;
+        let publication = Publication { index, record_hash: sha256(&octets), published: record.published };
+        Ok(Self { record, octets, publication })
+    }
 }
 
 /// Which of the unique values of a record is taken, by which record.
@@ -40,14 +64,121 @@ pub enum PublishError {
     /// The record cannot be encoded or is too large.
     #[error(transparent)]
     Record(#[from] RecordError),
+    /// The checkpoint could not be signed; nothing was written.
+    #[error("the log's checkpoint could not be signed: {0}")]
+    Unsigned(String),
     /// The store failed; whether the record is in is not known, and publishing it again is safe.
     #[error(transparent)]
     Store(#[from] StoreError),
 }
 
-/// The permanent public database: append-only, there is no update and no delete.
+/// A value of which no two records have the same: what it is, and the SHA-256 of it, so that all take the same room and none can
+/// be found by its beginning.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct UniqueKey([u8; 33]);
+
+impl UniqueKey {
+    fn of(kind: Unique, value: &[u8]) -> Self {
+        let mut key = [kind as u8; 33];
+        key[1..].copy_from_slice(&sha256(value));
+        Self(key)
+    }
+
+    /// The key of a chip's record.
+    pub fn of_chip(chip: &ChipId) -> Self {
+        Self::of(Unique::Chip, chip.as_bytes())
+    }
+
+    /// The key of an identity's record.
+    pub fn of_identity(identity: &DeviceIdentity) -> Self {
+        Self::of(Unique::Identity, identity.to_string().as_bytes())
+    }
+
+    /// The key of the record of a public key, SubjectPublicKeyInfo in DER.
+    pub fn of_public_key(spki: &[u8]) -> Self {
+        Self::of(Unique::PublicKey, spki)
+    }
+
+    /// All keys of a record.
+    pub fn of_record(record: &DeviceRecord) -> Vec<Self> {
+        let mut keys = vec![
+            Self::of_chip(&record.chip),
+            Self::of_identity(&record.identity),
+            Self::of(Unique::Serial, &record.serial),
+            Self::of(Unique::Session, record.session.as_bytes()),
+        ];
+        keys.extend(record.public_key.as_deref().map(Self::of_public_key));
+        keys
+    }
+
+    /// What of a record it is.
+    pub const fn what(&self) -> &'static str {
+        match self.0[0] {
+            b'c' => "chip ID",
+            b'i' => "identity",
+            b't' => "certificate serial",
+            b'e' => "session",
+            _ => "public key",
+        }
+    }
+
+    /// Its octets.
+    pub const fn as_bytes(&self) -> &[u8; 33] {
+        &self.0
+    }
+}
+
+#[derive(Clone, Copy)]
+#[repr(u8)]
+enum Unique {
+    Chip = b'c',
+    Identity = b'i',
+    Serial = b't',
+    Session = b'e',
+    PublicKey = b'k',
+}
+
+/// Somebody is about to publish. Records share a checkpoint, so a log waits a moment for those that are on the way, and for nobody
+/// else.
+#[derive(Debug, Default)]
+pub struct Announcements {
+    count: AtomicUsize,
+    fewer: Notify,
+}
+
+impl Announcements {
+    /// One more is on the way, until the value is dropped.
+    pub fn announce(self: &Arc<Self>) -> Announced {
+        self.count.fetch_add(1, Ordering::SeqCst);
+        Announced(Arc::clone(self))
+    }
+
+    /// How many are on the way.
+    pub fn count(&self) -> usize {
+        self.count.load(Ordering::SeqCst)
+    }
+
+    /// Resolves when there are fewer than before.
+    pub async fn fewer(&self) {
+        self.fewer.notified().await;
+    }
+}
+
+/// A place among those on the way.
+#[derive(Debug)]
+pub struct Announced(Arc<Announcements>);
+
+impl Drop for Announced {
+    fn drop(&mut self) {
+        self.0.count.fetch_sub(1, Ordering::SeqCst);
+        self.0.fewer.notify_one();
+    }
+}
+
+/// The permanent public database: append-only, there is no update and no delete. It is a transparency log, so that nobody need
+/// believe it: each record is an entry, and a signed checkpoint covers it before its publication is acknowledged.
 ///
-/// Trust: whoever controls it can withhold records.
+/// Trust: whoever controls it can withhold records; not alter, remove or reorder one unnoticed.
 /// Every append is on the disk, power loss included, before the call returns.
 #[async_trait]
 #[expect(clippy::len_without_is_empty, reason = "a database is asked how many records it has, not whether it is empty")]
@@ -57,23 +188,39 @@ pub trait PublicDatabase: Send + Sync {
     /// difference it is `Taken`: a session has one record. A new record is refused with `Full` below the disk's floor.
     async fn publish(&self, record: &DeviceRecord) -> Result<Publication, PublishError>;
 
-    /// The newest record of a chip, its octets as stored, and where it stands.
-    async fn find_by_chip(&self, chip: &ChipId) -> Result<Option<(DeviceRecord, Vec<u8>, Publication)>, StoreError>;
+    /// Tells that a record is on the way; for as long as the value lives.
+    fn announce(&self) -> Announced;
 
-    /// The newest record of an identity, and where it stands.
-    async fn find_by_identity(
-        &self,
-        identity: &DeviceIdentity,
-    ) -> Result<Option<(DeviceRecord, Publication)>, StoreError>;
+    /// The newest record with that value.
+    async fn find(&self, key: &UniqueKey) -> Result<Option<PublishedRecord>, StoreError>;
 
-    /// The record of a public key (SubjectPublicKeyInfo in DER), and where it stands.
-    async fn find_by_public_key(&self, spki: &[u8]) -> Result<Option<(DeviceRecord, Publication)>, StoreError>;
-
-    /// The newest record, and where it stands.
-    async fn newest(&self) -> Result<Option<(DeviceRecord, Publication)>, StoreError>;
+    /// The record at that place.
+    async fn record(&self, index: u64) -> Result<Option<PublishedRecord>, StoreError>;
 
     /// How many records there are.
     async fn len(&self) -> Result<u64, StoreError>;
+
+    /// What does not work now.
+    fn trouble(&self) -> RegistryTrouble;
+
+    /// The newest checkpoint, which covers every acknowledged record; with cosignatures, if witnesses are asked. `None` before
+    /// the first one could be signed.
+    async fn checkpoint(&self) -> Result<Option<SignedCheckpoint>, StoreError>;
+
+    /// The proof that the record at that place is in the tree of the newest checkpoint; `None` if there is no such record.
+    async fn prove(&self, index: u64) -> Result<Option<LogProof>, StoreError>;
+
+    /// A tile or an entry bundle of the log; `None` if there are not so many hashes or entries.
+    async fn tile(&self, tile: TileId) -> Result<Option<Vec<u8>>, StoreError>;
+}
+
+/// What does not work now, and why.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RegistryTrouble {
+    /// Why nothing can be published.
+    pub publishing: Option<String>,
+    /// Why no record can be looked up.
+    pub reading: Option<String>,
 }
 
 /// The public database as the stories see it.
@@ -117,46 +264,68 @@ impl Registry {
         chip: &ChipId,
         session: SessionId,
     ) -> Result<Option<PublicationReceipt>, StoreError> {
-        let found = self.0.find_by_chip(chip).await?;
-        Ok(found
-            .filter(|(record, ..)| record.session == session)
-            .map(|(.., publication)| PublicationReceipt { session, publication }))
+        let found = self.find_by_chip(chip).await?.filter(|found| found.record.session == session);
+        Ok(found.map(|found| PublicationReceipt { session, publication: found.publication }))
     }
 
-    /// See [`PublicDatabase::find_by_chip`].
-    pub async fn find_by_chip(
-        &self,
-        chip: &ChipId,
-    ) -> Result<Option<(DeviceRecord, Vec<u8>, Publication)>, StoreError> {
-        self.0.find_by_chip(chip).await
+    /// See [`PublicDatabase::announce`].
+    pub fn announce(&self) -> Announced {
+        self.0.announce()
     }
 
-    /// See [`PublicDatabase::find_by_identity`].
-    pub async fn find_by_identity(
-        &self,
-        identity: &DeviceIdentity,
-    ) -> Result<Option<(DeviceRecord, Publication)>, StoreError> {
-        self.0.find_by_identity(identity).await
+    /// The newest record of a chip.
+    pub async fn find_by_chip(&self, chip: &ChipId) -> Result<Option<PublishedRecord>, StoreError> {
+        self.0.find(&UniqueKey::of_chip(chip)).await
+    }
+
+    /// The newest record of an identity.
+    pub async fn find_by_identity(&self, identity: &DeviceIdentity) -> Result<Option<PublishedRecord>, StoreError> {
+        self.0.find(&UniqueKey::of_identity(identity)).await
     }
 
     /// Who has a public key already, if anybody has.
     pub async fn taker_of_public_key(&self, spki: &[u8]) -> Result<Option<Taken>, StoreError> {
-        let found = self.0.find_by_public_key(spki).await?;
-        let taken = |(record, publication): (DeviceRecord, Publication)| Taken {
+        let found = self.0.find(&UniqueKey::of_public_key(spki)).await?;
+        Ok(found.map(|PublishedRecord { record, publication, .. }| Taken {
             what: "public key",
             index: publication.index,
             session: record.session,
-        };
-        Ok(found.map(taken))
+        }))
     }
 
     /// The session of the newest record.
     pub async fn newest_session(&self) -> Result<Option<SessionId>, StoreError> {
-        Ok(self.0.newest().await?.map(|(record, _)| record.session))
+        let Some(last) = self.count().await?.checked_sub(1) else { return Ok(None) };
+        Ok(self.0.record(last).await?.map(|found| found.record.session))
     }
 
     /// How many records there are.
     pub async fn count(&self) -> Result<u64, StoreError> {
         self.0.len().await
+    }
+
+    /// See [`PublicDatabase::trouble`].
+    pub fn trouble(&self) -> RegistryTrouble {
+        self.0.trouble()
+    }
+
+    /// See [`PublicDatabase::record`].
+    pub async fn record(&self, index: u64) -> Result<Option<PublishedRecord>, StoreError> {
+        self.0.record(index).await
+    }
+
+    /// See [`PublicDatabase::checkpoint`].
+    pub async fn checkpoint(&self) -> Result<Option<SignedCheckpoint>, StoreError> {
+        self.0.checkpoint().await
+    }
+
+    /// See [`PublicDatabase::prove`].
+    pub async fn prove(&self, index: u64) -> Result<Option<LogProof>, StoreError> {
+        self.0.prove(index).await
+    }
+
+    /// See [`PublicDatabase::tile`].
+    pub async fn tile(&self, tile: TileId) -> Result<Option<Vec<u8>>, StoreError> {
+        self.0.tile(tile).await
     }
 }

@@ -1,5 +1,7 @@
 //! The record of one device: what the world may know of it, for ever.
 
+use std::time::{Duration, SystemTime};
+
 use ciborium::Value;
 
 use crate::names::{ChipId, DeviceIdentity, ProfileName, SessionId};
@@ -41,6 +43,11 @@ impl DeviceRecord {
     pub const MAX_LEN: usize = 65_535;
     const VERSION: u64 = 1;
 
+    /// Whether it says the same of the same device; a repeated publication may have another time.
+    pub fn is_same_but_for_its_time(&self, other: &Self) -> bool {
+        *self == Self { published: self.published, ..other.clone() }
+    }
+
     /// The record as deterministic CBOR (RFC 8949 §4.2.1): the octets that are stored, hashed and served.
     pub fn to_bytes(&self) -> Result<Vec<u8>, RecordError> {
         let mut fields = vec![
@@ -64,6 +71,45 @@ impl DeviceRecord {
             return Err(RecordError(format!("{} octets, at most {} are allowed", bytes.len(), Self::MAX_LEN)));
         }
         Ok(bytes)
+    }
+
+    /// The record as JSON, for programs: octets in hex, times in RFC 3339.
+    pub fn to_json(&self, index: u64, hash: &[u8; 32]) -> serde_json::Value {
+        serde_json::json!({
+            "chip_id": self.chip,
+            "identity": self.identity,
+            "profile": self.profile,
+            "published": self.published_text(),
+            "record_index": index,
+            "record_hash": hex::encode(hash),
+            "session": self.session,
+            "certificate_format": if self.certificate_is_cwt { "CWT" } else { "X.509" },
+            "certificate": hex::encode(&self.certificate),
+            "certificate_pem": self.certificate_pem(),
+            "certificate_serial": hex::encode(&self.serial),
+            "public_key": self.public_key.as_ref().map(hex::encode),
+            "master_key_version": self.master_key_version,
+            "backup_package": hex::encode(&self.backup),
+        })
+    }
+
+    /// The certificate in PEM; a CWT has no such form.
+    pub fn certificate_pem(&self) -> Option<String> {
+        if self.certificate_is_cwt {
+            return None;
+        }
+        der::pem::encode_string("CERTIFICATE", der::pem::LineEnding::LF, &self.certificate).ok()
+    }
+
+    /// When it was published, RFC 3339.
+    pub fn published_text(&self) -> String {
+        let time = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(self.published));
+        // Beyond the year 9999 there is no RFC 3339 form.
+        let time = time.filter(|_| self.published < 253_402_300_800);
+        time.map_or_else(
+            || format!("{} s after 1970", self.published),
+            |time| humantime::format_rfc3339_seconds(time).to_string(),
+        )
     }
 
     /// Reads what [`Self::to_bytes`] wrote; anything else is refused, other encodings of the same values included.

@@ -4,7 +4,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use axum::extract::State;
@@ -19,12 +19,14 @@ use prometheus_client::registry::{Registry, Unit};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
-use super::serve::serve;
+use super::serve::{Limits, serve};
 use crate::keypool::{KindStatus, PoolError};
 use crate::provisioning::Provisioner;
 use crate::rpc::line_trouble;
 use crate::store::StoreError;
 
+/// A scrape is short.
+const LIMITS: Limits = Limits { places: 16, age: Duration::from_secs(10), grace: Duration::from_secs(1) };
 const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// Why HTTP cannot be served.
@@ -54,7 +56,7 @@ impl Metrics {
     /// Answers `GET /metrics`, and anything else with 404 or 405, until `stop` is true; then drains.
     pub async fn serve(self, provisioner: Arc<Provisioner>, stop: watch::Receiver<bool>) {
         let router = Router::new().route("/metrics", get(scrape)).with_state(provisioner);
-        serve(self.0, router, stop).await;
+        serve(self.0, None, router, LIMITS, stop).await;
     }
 }
 

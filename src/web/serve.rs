@@ -1,51 +1,90 @@
-//! HTTP/1.1 within limits: so many connections, one request on each, none of them for long; and the drain.
+//! HTTP within limits: so many connections, none of them for long; and the drain.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use hyper::server::conn::http1;
-use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::service::TowerToHyperService;
+use axum::body::Body;
+use axum::extract::Request;
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto::Builder;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio_rustls::TlsAcceptor;
+use tower::ServiceExt as _;
 
-/// Connections at once; more wait with the system until one ends.
-const PLACES: u32 = 16;
-/// No connection takes longer, whatever its other end does.
-const LIMIT: Duration = Duration::from_secs(10);
-/// How long the head of a request may take.
-const HEAD_LIMIT: Duration = Duration::from_secs(3);
+/// How long TLS and the head of a request may take.
+const HEAD_LIMIT: Duration = Duration::from_secs(5);
 /// Most octets of a request's head.
 const HEAD_SIZE: usize = 16 * 1024;
+/// Requests at once on one connection of HTTP/2.
+const STREAMS: u32 = 256;
+/// How often a silent HTTP/2 connection is asked whether it is still there.
+const ALIVE: Duration = Duration::from_secs(30);
 /// How long it waits after the system gave no connection, as when the process has no file descriptor left.
 const PAUSE: Duration = Duration::from_secs(1);
 
+/// What a listener grants.
+#[derive(Clone, Copy)]
+pub(super) struct Limits {
+    /// Connections at once; more wait with the system until one ends.
+    pub(super) places: u32,
+    /// After so long a connection is asked to end: whoever stays makes room for others.
+    pub(super) age: Duration,
+    /// How long what was begun by then may take.
+    pub(super) grace: Duration,
+}
+
+/// Who is at the other end of the connection.
+#[derive(Clone, Copy)]
+pub(super) struct Peer(pub(super) SocketAddr);
+
 /// Serves until `stop` is true, then lets the requests in flight be answered.
-pub(super) async fn serve(listener: TcpListener, router: Router, stop: watch::Receiver<bool>) {
-    let places = Arc::new(Semaphore::new(PLACES as usize));
+pub(super) async fn serve(
+    listener: TcpListener,
+    tls: Option<TlsAcceptor>,
+    router: Router,
+    limits: Limits,
+    stop: watch::Receiver<bool>,
+) {
+    let places = Arc::new(Semaphore::new(limits.places as usize));
     loop {
-        let (place, stream) = tokio::select! {
+        let (place, stream, peer) = tokio::select! {
             () = wait_for(stop.clone()) => break,
             next = next(&listener, &places) => next,
         };
-        let (router, stop) = (router.clone(), stop.clone());
+        let (router, stop, tls) = (router.clone(), stop.clone(), tls.clone());
         tokio::spawn(async move {
-            answer(stream, router, stop).await;
+            let _ = stream.set_nodelay(true);
+            match tls {
+                None => answer(stream, peer, router, limits, stop).await,
+                Some(tls) => match tokio::time::timeout(HEAD_LIMIT, tls.accept(stream)).await {
+                    Ok(Ok(stream)) => answer(stream, peer, router, limits, stop).await,
+                    Ok(Err(error)) => tracing::debug!(%error, %peer, "no TLS"),
+                    Err(_) => tracing::debug!(%peer, "TLS took too long"),
+                },
+            }
             drop(place);
         });
     }
     drop(listener);
     // All places are free once every connection has ended, which none can put off beyond its limit.
-    let _ = places.acquire_many(PLACES).await;
+    let _ = places.acquire_many(limits.places).await;
 }
 
-async fn next(listener: &TcpListener, places: &Arc<Semaphore>) -> (Option<OwnedSemaphorePermit>, TcpStream) {
+async fn next(
+    listener: &TcpListener,
+    places: &Arc<Semaphore>,
+) -> (Option<OwnedSemaphorePermit>, TcpStream, SocketAddr) {
     // It is never closed, so there always is a place in the end.
     let place = Arc::clone(places).acquire_owned().await.ok();
     loop {
         match listener.accept().await {
-            Ok((stream, _)) => return (place, stream),
+            Ok((stream, peer)) => return (place, stream, peer),
             Err(error) => {
                 tracing::warn!(%error, "a connection could not be accepted");
                 tokio::time::sleep(PAUSE).await;
@@ -54,26 +93,43 @@ async fn next(listener: &TcpListener, places: &Arc<Semaphore>) -> (Option<OwnedS
     }
 }
 
-async fn answer(stream: TcpStream, router: Router, stop: watch::Receiver<bool>) {
-    let connection = http1::Builder::new()
+async fn answer(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    peer: SocketAddr,
+    router: Router,
+    limits: Limits,
+    stop: watch::Receiver<bool>,
+) {
+    let mut builder = Builder::new(TokioExecutor::new());
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_LIMIT).max_buf_size(HEAD_SIZE);
+    builder
+        .http2()
         .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_LIMIT)
-        .max_buf_size(HEAD_SIZE)
-        .keep_alive(false)
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
-    let whole = async {
-        let mut connection = std::pin::pin!(connection);
-        tokio::select! {
-            ended = connection.as_mut() => return ended,
-            () = wait_for(stop) => {}
-        }
-        connection.as_mut().graceful_shutdown();
-        connection.await
-    };
-    match tokio::time::timeout(LIMIT, whole).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::debug!(%error, "a connection ended early"),
-        Err(_) => tracing::debug!(after = ?LIMIT, "a connection took too long"),
+        .max_concurrent_streams(STREAMS)
+        .max_header_list_size(HEAD_SIZE as u32)
+        .keep_alive_interval(ALIVE);
+    let service = service_fn(move |request: Request<Incoming>| {
+        let mut request = request.map(Body::new);
+        request.extensions_mut().insert(Peer(peer));
+        router.clone().oneshot(request)
+    });
+    let connection = builder.serve_connection(TokioIo::new(stream), service);
+    let mut connection = std::pin::pin!(connection);
+    tokio::select! {
+        ended = connection.as_mut() => return tell(ended, peer),
+        () = wait_for(stop) => {}
+        () = tokio::time::sleep(limits.age) => {}
+    }
+    connection.as_mut().graceful_shutdown();
+    match tokio::time::timeout(limits.grace, connection).await {
+        Ok(ended) => tell(ended, peer),
+        Err(_) => tracing::debug!(%peer, "a connection took too long"),
+    }
+}
+
+fn tell(ended: Result<(), Box<dyn std::error::Error + Send + Sync>>, peer: SocketAddr) {
+    if let Err(error) = ended {
+        tracing::debug!(%error, %peer, "a connection ended early");
     }
 }
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Brings one device from bare chip to recovered, with nothing of ours but the .proto files.
 
-Shows that nothing is private to our own client: gRPC by grpcio, COSE by cwt, X.509 by cryptography.
+Shows that nothing is private to our own client: gRPC by grpcio, COSE by cwt, X.509 by cryptography, receipts by receipt.py.
 Exit status 0 if everything was as it must be; then each thing that was verified is printed.
 """
 
@@ -18,6 +18,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from device import Chip, Package, Refused, require
+from receipt import Checkpoint, LogKey, Proof, ReceiptError
 
 PROTO = Path(__file__).resolve().parents[2] / "proto"
 TRANSPORT_P256 = 1  # TransportKeyType.TRANSPORT_KEY_TYPE_P256
@@ -28,7 +29,7 @@ def main() -> int:
     arguments = parse_arguments()
     try:
         Tour(arguments).run()
-    except Refused as error:
+    except (Refused, ReceiptError) as error:
         print(f"NOT as it must be: {error}", file=sys.stderr)
         return 1
     except grpc.RpcError as error:
@@ -43,6 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--public", required=True, metavar="HOST:PORT", help="the public listener")
     parser.add_argument("--tls", required=True, type=Path, help="folder with certificate.pem, key.pem and ca.pem")
     parser.add_argument("--manufacturer", required=True, type=Path, help="the manufacturer's CA certificate (PEM)")
+    parser.add_argument("--log-key", required=True, type=Path, help="the public database's key (vkey)")
     parser.add_argument("--profile", default="phone")
     parser.add_argument("--identity", help="default: a random IMEI of TAC 49015423 for phone, else a random serial")
     parser.add_argument("--sealed", action="store_true", help="ask for delivery sealed to the chip's P-256 key")
@@ -57,6 +59,7 @@ class Tour:
         self.profile = arguments.profile
         self.identity = arguments.identity or random_identity(self.profile)
         self.chip = Chip(x509.load_pem_x509_certificate(arguments.manufacturer.read_bytes()))
+        self.log_key = LogKey.read(arguments.log_key.read_bytes())
         self.spp, self.spp_recovery, line_service, recovery_service = generated_code()
         self.line = line_service.LineStub(station_channel(arguments.line, arguments.tls))
         self.public = recovery_service.RecoveryStub(public_channel(arguments.public, arguments.tls))
@@ -67,8 +70,9 @@ class Tour:
         order, package, session = self.assemble()
         backup = self.chip.back_up(package.octets, package.certificate)
         self.refuses_a_wrong_confirmation(package, session, backup)
-        self.complete(order, package, session, backup)
-        self.recover(package, session, backup)
+        receipts = self.complete(order, package, session, backup)
+        found = self.recover(package, session, backup)
+        self.verify_receipts(receipts, found)
         self.write_certificate(package)
 
     def order(self) -> dict:
@@ -129,13 +133,14 @@ class Tour:
         self.expect_state(session, ISSUED)
         say("a wrong confirmation is refused as FAILED_PRECONDITION, and changes nothing")
 
-    def complete(self, order, package: Package, session: bytes, backup: bytes) -> None:
+    def complete(self, order, package: Package, session: bytes, backup: bytes) -> list:
         confirmation = self.chip.confirm(package, session, backup)
         request = self.spp.CompleteRequest(session_id=session, backup_package=backup, key_confirmation=confirmation)
         receipt = self.line.Complete(request, timeout=30).receipt
         say(f"backup and confirmation are accepted: record {receipt.record_index}")
-        require(self.line.Complete(request, timeout=30).receipt == receipt, "Complete again got another receipt")
-        say("the same Complete again gets the same receipt again")
+        again = self.line.Complete(request, timeout=30).receipt
+        require(place(again) == place(receipt), "Complete again got another receipt")
+        say("the same Complete again gets the same place again")
         self.expect_state(session, ERASED)
         refused(
             lambda: self.line.Assemble(order, timeout=30),
@@ -143,12 +148,13 @@ class Tour:
             "the order of a completed device",
         )
         say("the key pair is erased, and no second package is given out")
+        return [receipt, again]
 
     def expect_state(self, session: bytes, state: int) -> None:
         found = self.line.GetSession(self.spp.GetSessionRequest(session_id=session), timeout=10).state
         require(found == state, f"the session is in state {found}, not {state}")
 
-    def recover(self, package: Package, session: bytes, backup: bytes) -> None:
+    def recover(self, package: Package, session: bytes, backup: bytes):
         found = self.public.GetRecord(self.spp_recovery.GetRecordRequest(chip_id=self.chip.chip_id), timeout=10)
         record = found.record
         for name, value in {
@@ -165,6 +171,41 @@ class Tour:
         restored = self.chip.restore(record.backup_package, record.certificate)
         require(restored == package.octets, "the backup does not hold the package")
         say("the backup from the public database restores the package, octet for octet")
+        return found
+
+    def verify_receipts(self, receipts: list, found) -> None:
+        """What anybody can who has the record and the log's key."""
+        for receipt in receipts:
+            require(place(receipt) == place(found.receipt), "Complete and GetRecord tell different places of the record")
+        seen = [self.verify_proof(receipt.tlog_proof, found) for receipt in receipts]
+        index = found.receipt.record_index
+        say(f"the receipt proves record {index} in the log {self.log_key.name} of {seen[0].size} by the log's key alone")
+
+        for which in ({"chip_id": self.chip.chip_id}, {"record_index": index}):
+            answer = self.public.GetProof(self.spp_recovery.GetProofRequest(**which), timeout=10)
+            require(answer.record_index == index, f"GetProof answers for record {answer.record_index}, not {index}")
+            seen.append(self.verify_proof(answer.tlog_proof, found))
+        say("GetProof proves the same, by chip and by index")
+
+        newest = self.newest_checkpoint()
+        require(newest.size >= max(checkpoint.size for checkpoint in seen), "the newest checkpoint is older than a proof's")
+        # Without a consistency proof this is all that can be told of two trees: of one size there is but one.
+        roots = {(checkpoint.size, checkpoint.root) for checkpoint in [*seen, newest]}
+        require(len(roots) == len(dict(roots)), "the log has signed two trees of the same size")
+        say(f"the newest checkpoint verifies and covers them all: {newest.size} records")
+
+    def verify_proof(self, octets: bytes, found) -> Checkpoint:
+        proof = Proof.read(octets)
+        index = found.receipt.record_index
+        require(proof.index == index, f"the proof is for record {proof.index}, not {index}")
+        return proof.verify(found.record_bytes, self.log_key)
+
+    def newest_checkpoint(self) -> Checkpoint:
+        answer = self.public.GetCheckpoint(self.spp_recovery.GetCheckpointRequest(), timeout=10)
+        checkpoint = Checkpoint.verify(answer.checkpoint, self.log_key)
+        told = Checkpoint(answer.size, answer.root_hash)
+        require(told == checkpoint, "GetCheckpoint tells another size or root than its checkpoint")
+        return checkpoint
 
     def write_certificate(self, package: Package) -> None:
         if self.arguments.certificate_out is None:
@@ -173,6 +214,11 @@ class Tour:
         if not package.is_cwt:
             octets = x509.load_der_x509_certificate(octets).public_bytes(Encoding.PEM)
         self.arguments.certificate_out.write_bytes(octets)
+
+
+def place(receipt) -> tuple:
+    """A receipt without its proof, which may be against a newer checkpoint each time."""
+    return receipt.record_index, receipt.record_hash, receipt.published
 
 
 def refused(call, expected: grpc.StatusCode, what: str) -> None:

@@ -6,12 +6,12 @@ here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 certificates=$SPP_DIRECTORY/certificates
 mkdir -p -- "$certificates"
 
-PYTHONPATH=$here python3 -m unittest test_device
+PYTHONPATH=$here python3 -m unittest test_device test_receipt
 
 provision() {
     echo "-- provision.py $*"
     python3 "$here/provision.py" --line "$SPP_LINE" --public "$SPP_PUBLIC" --tls "$SPP_DIRECTORY/tls/line-1-a" \
-        --manufacturer "$SPP_DIRECTORY/keys/manufacturer-ca.pem" "$@"
+        --manufacturer "$SPP_DIRECTORY/keys/manufacturer-ca.pem" --log-key "$SPP_DIRECTORY/keys/log-1.vkey" "$@"
 }
 provision --profile phone --certificate-out "$certificates/phone.pem"
 provision --profile phone --sealed --certificate-out "$certificates/phone-sealed.pem"

@@ -7,10 +7,11 @@ use async_trait::async_trait;
 use spp::keys::{KeptKey, KeyKind, StoreId, TokenPair};
 use spp::names::{ChipId, DeviceIdentity, SessionId};
 use spp::store::{
-    Batch, BatchStep, CondemnedPair, DeviceRecord, HeldPair, Keeping, MovedPair, PairCounts, PairId, PairToReserve,
-    PooledPair, PublicDatabase, Publication, PublishError, Purpose, ReserveError, SecretStore, Session, SessionCounts,
-    SessionState, StateName, StateStore, StoreError,
+    Announced, Batch, BatchStep, CondemnedPair, DeviceRecord, HeldPair, Keeping, MovedPair, PairCounts, PairId,
+    PairToReserve, PooledPair, PublicDatabase, Publication, PublishError, PublishedRecord, Purpose, RegistryTrouble,
+    ReserveError, SecretStore, Session, SessionCounts, SessionState, StateName, StateStore, StoreError, UniqueKey,
 };
+use spp::tlog::{LogProof, SignedCheckpoint, TileId};
 
 /// A write of either store, by what it does for the story.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -153,27 +154,36 @@ impl<S: PublicDatabase> PublicDatabase for Breaking<S> {
         self.faults.write(Write::Publish, self.engine.publish(record)).await
     }
 
-    async fn find_by_chip(&self, chip: &ChipId) -> Result<Option<(DeviceRecord, Vec<u8>, Publication)>, StoreError> {
-        self.engine.find_by_chip(chip).await
+    fn announce(&self) -> Announced {
+        self.engine.announce()
     }
 
-    async fn find_by_identity(
-        &self,
-        identity: &DeviceIdentity,
-    ) -> Result<Option<(DeviceRecord, Publication)>, StoreError> {
-        self.engine.find_by_identity(identity).await
+    async fn find(&self, key: &UniqueKey) -> Result<Option<PublishedRecord>, StoreError> {
+        self.engine.find(key).await
     }
 
-    async fn find_by_public_key(&self, spki: &[u8]) -> Result<Option<(DeviceRecord, Publication)>, StoreError> {
-        self.engine.find_by_public_key(spki).await
-    }
-
-    async fn newest(&self) -> Result<Option<(DeviceRecord, Publication)>, StoreError> {
-        self.engine.newest().await
+    async fn record(&self, index: u64) -> Result<Option<PublishedRecord>, StoreError> {
+        self.engine.record(index).await
     }
 
     async fn len(&self) -> Result<u64, StoreError> {
         self.engine.len().await
+    }
+
+    fn trouble(&self) -> RegistryTrouble {
+        self.engine.trouble()
+    }
+
+    async fn checkpoint(&self) -> Result<Option<SignedCheckpoint>, StoreError> {
+        self.engine.checkpoint().await
+    }
+
+    async fn prove(&self, index: u64) -> Result<Option<LogProof>, StoreError> {
+        self.engine.prove(index).await
+    }
+
+    async fn tile(&self, tile: TileId) -> Result<Option<Vec<u8>>, StoreError> {
+        self.engine.tile(tile).await
     }
 }
 

@@ -5,7 +5,10 @@ use spp::keys::sha256;
 use spp::names::{ChipId, DeviceIdentity, Imei, ProfileName, SessionId};
 use spp::package::TransportCurve;
 use spp::provisioning::{Completion, Delivery, Order, ProvisionError};
-use spp::store::{PublicDatabase as _, Publication, Session, SessionCounts, SessionState, StateName, StateStore as _};
+use spp::store::{
+    PublicDatabase as _, Publication, PublishedRecord, Session, SessionCounts, SessionState, StateName,
+    StateStore as _, UniqueKey,
+};
 
 use crate::point::{House, Point, station};
 
@@ -79,7 +82,12 @@ impl OnTheLine {
 
     /// Brings back what the device has, for that session.
     pub async fn complete_session(&self, point: &Point<'_>, session: SessionId) -> Result<Publication, ProvisionError> {
-        point.provisioner().complete(self.completion(session)).await
+        let receipt = point.provisioner().complete(self.completion(session)).await?;
+        // Whoever has the record and the log's key need believe nobody.
+        let found = point.record_of(&self.chip).await.expect("what was acknowledged is public");
+        let proven = receipt.proof.verify(&found.octets, &point.log_key()).unwrap();
+        assert_eq!((proven.index, found.publication), (receipt.publication.index, receipt.publication));
+        Ok(receipt.publication)
     }
 
     pub fn completion(&self, session: SessionId) -> Completion {
@@ -108,7 +116,7 @@ impl OnTheLine {
     }
 
     pub async fn is_public(&self, point: &Point<'_>) -> bool {
-        point.public().find_by_chip(&self.chip).await.unwrap().is_some()
+        point.record_of(&self.chip).await.is_some()
     }
 
     /// Whether the wrapped pair of the chip's newest session is in the secret store.
@@ -130,11 +138,12 @@ impl OnTheLine {
         let session = self.session(point).await.unwrap();
         self.assert_the_journal_has_one_session(point, &session, answer).await;
         self.assert_one_certificate(&session);
-        let (record, octets, publication) = point.public().find_by_chip(&self.chip).await.unwrap().unwrap();
+        let found = point.record_of(&self.chip).await.unwrap();
+        let PublishedRecord { record, octets, publication } = found.clone();
         assert_eq!(point.public().len().await.unwrap(), 1);
         assert_eq!((publication, publication.record_hash), (answer, sha256(&octets)));
-        let (of_identity, _) = point.public().find_by_identity(&self.identity).await.unwrap().unwrap();
-        assert_eq!(of_identity, record);
+        let of_identity = point.public().find(&UniqueKey::of_identity(&self.identity)).await.unwrap();
+        assert_eq!(of_identity, Some(found));
         assert_eq!((&record.chip, &record.identity, record.session), (&self.chip, &self.identity, session.id));
         assert_eq!((&record.serial, &record.public_key), (&session.certificate.serial, &session.public_key));
         assert_eq!(record.certificate, self.delivered[0].1);

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use spp::names::SessionId;
 use spp::provisioning::ProvisionError;
-use spp::store::{PublicDatabase as _, Publication, SessionCounts, StateName, StateStore as _};
+use spp::store::{PublicDatabase as _, Publication, PublishedRecord, SessionCounts, StateName, StateStore as _};
 
 use crate::breaking::Break;
 use crate::device::{Kind, OnTheLine, identity_of};
@@ -167,10 +167,10 @@ impl<'a> Run<'a> {
     /// After a broken call the chip holds what it held before, or what it would have held: which of them, the stores say.
     async fn look(&mut self, chip: usize, identity: u32) {
         let device = &self.devices[chip];
-        let record = self.point.public().find_by_chip(&device.chip).await.unwrap();
+        let record = self.point.record_of(&device.chip).await;
         let session = device.session(&self.point).await.filter(|session| session.state.name() != StateName::Aborted);
         let now = match (record, session) {
-            (Some((record, _, publication)), _) => Holds::Public(identity, record.session, publication),
+            (Some(found), _) => Holds::Public(identity, found.record.session, found.publication),
             (None, Some(session)) => Holds::Open(identity, session.id),
             (None, None) => Holds::Nothing,
         };
@@ -195,8 +195,8 @@ impl<'a> Run<'a> {
         for (device, holds) in self.devices.iter().zip(self.holds) {
             let session = device.session(&self.point).await.filter(|s| s.state.name() != StateName::Aborted);
             assert_eq!(session.as_ref().map(|session| session.id), holds.session());
-            let record = self.point.public().find_by_chip(&device.chip).await.unwrap();
-            let publication = record.as_ref().map(|(.., publication)| *publication);
+            let record = self.point.record_of(&device.chip).await;
+            let publication = record.as_ref().map(|found| found.publication);
             assert_eq!(
                 publication,
                 if let Holds::Public(_, _, publication) = holds { Some(publication) } else { None }
@@ -206,7 +206,9 @@ impl<'a> Run<'a> {
                 open += usize::from(!session.state.is_final());
                 let identity = identity_of(Kind::Phone, holds.identity().unwrap());
                 assert_eq!(session.identity, identity);
-                assert!(record.is_none_or(|(record, ..)| record.identity == identity && record.session == session.id));
+                let fits =
+                    |found: PublishedRecord| found.record.identity == identity && found.record.session == session.id;
+                assert!(record.is_none_or(fits));
                 device.assert_key_is_kept_until_the_end(&self.point).await;
             }
         }

@@ -12,17 +12,20 @@ use spp::device::Fab;
 use spp::hsm::Hsm;
 use spp::keypool::{KeyPool, KindStatus, Marks, PoolRules};
 use spp::keys::KeyKind;
-use spp::names::{ProfileName, StationName};
+use spp::names::{ChipId, ProfileName, StationName};
 use spp::provisioning::{Clock, Issuer, Product, Provisioner};
+use spp::registry::{HsmSigner, TransparencyLog};
 use spp::store::{
-    Batch, BatchState, Journal, Purpose, Registry, SecretStore as _, SledOptions, SledPublicDatabase, SledStateStore,
+    Batch, BatchState, Journal, PublicDatabase as _, PublishedRecord, Purpose, Registry, SecretStore as _,
+    SledStateStore, StoreOptions, UniqueKey,
 };
+use spp::tlog::LogKey;
 
 use crate::breaking::{Breaking, BreakingPool, Faults, PoolFaults};
 use crate::site::{SPPD, Site};
 
 /// Stores of tests are small, and a full disk is not what is tested here.
-pub const SMALL: SledOptions = SledOptions { floor_bytes: 1 << 20, reserve_bytes: 0, cache_bytes: 1 << 20 };
+pub const SMALL: StoreOptions = StoreOptions { floor_bytes: 1 << 20, reserve_bytes: 0, cache_bytes: 1 << 20 };
 const LIFETIME: Duration = Duration::from_secs(3600);
 
 /// A token with its keys and one worker, for many processing points one after the other; and a fab for their devices.
@@ -64,7 +67,8 @@ impl House {
         let (time, faults, pool_faults) = (Arc::default(), Arc::default(), Arc::default());
         let mut point = Point { house: self, directory, time, faults, pool_faults, rules, running: None };
         let state = SledStateStore::create(&point.state_directory(), &SMALL).unwrap();
-        let public = SledPublicDatabase::create(&point.public_directory(), &SMALL).unwrap();
+        TransparencyLog::create(&point.public_directory(), &SMALL).unwrap();
+        let public = point.open_log();
         point.run(state, public);
         point
     }
@@ -122,7 +126,7 @@ struct Running {
     pool: tokio::task::JoinHandle<()>,
     provisioner: Arc<Provisioner>,
     state: Arc<SledStateStore>,
-    public: Arc<SledPublicDatabase>,
+    public: Arc<TransparencyLog>,
 }
 
 impl Point<'_> {
@@ -136,7 +140,7 @@ impl Point<'_> {
     }
 
     /// The engine behind the door, to look at.
-    pub fn public(&self) -> &SledPublicDatabase {
+    pub fn public(&self) -> &TransparencyLog {
         &self.running().public
     }
 
@@ -209,7 +213,7 @@ impl Point<'_> {
     /// The start of a process: the stores as they are found on the disk.
     pub fn start(&mut self) {
         let state = SledStateStore::open(&self.state_directory(), &SMALL).unwrap();
-        let public = SledPublicDatabase::open(&self.public_directory(), &SMALL).unwrap();
+        let public = self.open_log();
         self.run(state, public);
     }
 
@@ -250,7 +254,28 @@ impl Point<'_> {
         self.start();
     }
 
-    fn run(&mut self, state: SledStateStore, public: SledPublicDatabase) {
+    /// The log, whose checkpoints the house's HSM signs.
+    fn open_log(&self) -> TransparencyLog {
+        let (directory, hsm) = (self.public_directory(), self.house.hsm.clone());
+        let registry = self.house.config().registry;
+        let signer = Arc::new(HsmSigner::new(hsm, registry.key.name, registry.key.key));
+        tokio::task::block_in_place(|| {
+            let opened = TransparencyLog::open(&directory, &SMALL, signer, registry.settings);
+            tokio::runtime::Handle::current().block_on(opened).unwrap()
+        })
+    }
+
+    /// What receipts are verified with.
+    pub fn log_key(&self) -> LogKey {
+        self.house.config().registry.key.key
+    }
+
+    /// The newest record of a chip.
+    pub async fn record_of(&self, chip: &ChipId) -> Option<PublishedRecord> {
+        self.public().find(&UniqueKey::of_chip(chip)).await.unwrap()
+    }
+
+    fn run(&mut self, state: SledStateStore, public: TransparencyLog) {
         let (state, public) = (Arc::new(state), Arc::new(public));
         let faults = &self.faults;
         let journal = Journal::new(Arc::new(Breaking { engine: state.clone(), faults: faults.clone() }));

@@ -72,8 +72,8 @@ async fn a_session_of_another_life_of_the_state_store_is_never_published() {
     let error = point.provisioner().complete(lost).await.unwrap_err();
     assert!(matches!(error, ProvisionError::RolledBack(_)), "{error}");
     assert_eq!(point.public().len().await.unwrap(), 1);
-    let (record, _, publication) = point.public().find_by_chip(&device.chip).await.unwrap().unwrap();
-    assert_eq!((record.session, publication), (device.delivered[1].0, answer));
+    let found = point.record_of(&device.chip).await.unwrap();
+    assert_eq!((found.record.session, found.publication), (device.delivered[1].0, answer));
     assert!(device.has_wrapped_key(&point).await, "what is not public is not erased");
 }
 

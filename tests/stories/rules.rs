@@ -107,7 +107,7 @@ async fn chip_identity_serial_and_public_key_are_each_published_once() {
     }
     let (mut serials, mut keys) = (BTreeSet::new(), BTreeSet::new());
     for device in &devices {
-        let (record, ..) = point.public().find_by_chip(&device.chip).await.unwrap().unwrap();
+        let record = point.record_of(&device.chip).await.unwrap().record;
         serials.insert(record.serial);
         keys.insert(record.public_key.unwrap());
     }
@@ -167,7 +167,7 @@ async fn assemble(provisioner: Arc<Provisioner>, order: Order) -> Result<Assembl
 }
 
 async fn complete(provisioner: Arc<Provisioner>, completion: Completion) -> Result<Publication, ProvisionError> {
-    provisioner.complete(completion).await
+    provisioner.complete(completion).await.map(|receipt| receipt.publication)
 }
 
 fn octets(assembled: Assembled) -> (Vec<u8>, Vec<u8>) {

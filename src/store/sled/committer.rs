@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::SledOptions;
+use super::StoreOptions;
 use super::engine::{Engine, Kind};
 use super::place::{Door, Place};
 use super::view::View;
@@ -42,10 +42,10 @@ impl Committer {
     pub(super) fn create(
         kind: &'static Kind,
         dir: &Path,
-        options: &SledOptions,
+        options: &StoreOptions,
         door: Arc<dyn Door>,
     ) -> Result<Self, StoreError> {
-        let place = Arc::new(Place::make(kind, dir, options, door)?);
+        let place = Arc::new(Place::make(&kind.store, dir, options, door)?);
         Engine::found(place.clone(), kind)?;
         place.finish()?;
         Self::start(kind, place)
@@ -55,10 +55,10 @@ impl Committer {
     pub(super) fn open(
         kind: &'static Kind,
         dir: &Path,
-        options: &SledOptions,
+        options: &StoreOptions,
         door: Arc<dyn Door>,
     ) -> Result<Self, StoreError> {
-        Self::start(kind, Arc::new(Place::take(kind, dir, options, door)?))
+        Self::start(kind, Arc::new(Place::take(&kind.store, dir, options, door)?))
     }
 
     fn start(kind: &'static Kind, place: Arc<Place>) -> Result<Self, StoreError> {
@@ -68,7 +68,7 @@ impl Committer {
         let away = Away::default();
         let worker = Worker { kind, place: place.clone(), jobs, away: away.clone(), _closes: closes };
         std::thread::Builder::new()
-            .name(format!("commit-{}", kind.marker))
+            .name(format!("commit-{}", kind.store.marker))
             .spawn(move || worker.run(engine))
             .map_err(|e| place.failed("starting the committer", e))?;
         Ok(Self { place, kind, queue: Some(queue), away, closed: Mutex::new(closed) })
@@ -153,7 +153,7 @@ where
     /// A refusal, too, may rest on what an earlier transaction of the batch wrote: if the batch failed, nothing is known.
     fn answer(self: Box<Self>, batch: &Result<(), String>) {
         let failed = |cause: &str| {
-            let (store, doing) = (self.kind.name, self.doing);
+            let (store, doing) = (self.kind.store.name, self.doing);
             Err(StoreError::Failed { store, doing, cause: cause.to_owned() }.into())
         };
         let answer = match (batch, self.result) {
@@ -184,7 +184,7 @@ impl Worker {
             close(engine);
             if let Err(cause) = served {
                 tracing::error!(
-                    store = self.kind.name, dir = %self.place.dir.display(), cause,
+                    store = self.kind.store.name, dir = %self.place.dir.display(), cause,
                     "the database failed; it is opened again"
                 );
                 open = self.reopen();
@@ -217,7 +217,7 @@ impl Worker {
 
     /// Runs a batch's transactions in order, each over what the ones before it wrote, and makes all of it durable.
     fn commit(&self, engine: &Engine, batch: &mut [Box<dyn Job>]) -> Result<(), String> {
-        let mut view = engine.view(self.kind.name);
+        let mut view = engine.view(self.kind.store.name);
         for job in batch {
             if job.run(&mut view) {
                 view.keep();
@@ -251,12 +251,12 @@ impl Worker {
             }
             match Engine::open(&self.place, self.kind) {
                 Ok(engine) => {
-                    tracing::info!(store = self.kind.name, dir = %self.place.dir.display(), "the database is open again");
+                    tracing::info!(store = self.kind.store.name, dir = %self.place.dir.display(), "the database is open again");
                     self.set_away(None);
                     return Some(engine);
                 }
                 Err(error) => {
-                    tracing::warn!(store = self.kind.name, %error, "the database cannot be opened yet");
+                    tracing::warn!(store = self.kind.store.name, %error, "the database cannot be opened yet");
                     self.set_away(Some(error.to_string()));
                 }
             }

@@ -11,18 +11,14 @@ use std::time::{Duration, Instant};
 use rustix::fs::Advice;
 
 use super::blobs::Blobs;
-use super::place::{LAST_ROOM, LOCK_PATIENCE, Place, sync_dir};
+use super::place::{LAST_ROOM, LOCK_PATIENCE, Place, StoreKind, sync_dir};
 use super::view::{Changes, View};
 use crate::store::StoreError;
 
-/// Which of the two stores a database is, and what must be in it.
+/// Which store a database is, and what must be in it.
 pub(super) struct Kind {
-    /// How errors call it.
-    pub(super) name: &'static str,
-    /// How its marker calls it.
-    pub(super) marker: &'static str,
-    /// The form of what is in it; another one is refused.
-    pub(super) format: u32,
+    /// Its name and format.
+    pub(super) store: StoreKind,
     /// Puts in what an empty store contains.
     pub(super) found: fn(&mut View<'_>) -> Result<(), StoreError>,
     /// Reads what every store must contain.
@@ -43,7 +39,7 @@ impl Engine {
     /// Makes the database of a new store, durable with its directory entries when this returns.
     pub(super) fn found(place: Arc<Place>, kind: &Kind) -> Result<(), StoreError> {
         let engine = Self::open_db(place)?;
-        let mut view = engine.view(kind.name);
+        let mut view = engine.view(kind.store.name);
         (kind.found)(&mut view)?;
         view.keep();
         let changes = view.into_changes();
@@ -58,12 +54,12 @@ impl Engine {
         let engine = match Self::open_db(place.clone()) {
             // sled cannot open without room for a segment and a snapshot. The reserve was kept for this moment.
             Err(error) if place.admit(LAST_ROOM).is_err() && place.give_up_reserve() => {
-                tracing::warn!(store = kind.name, %error, "opening again after the reserve was given up");
+                tracing::warn!(store = kind.store.name, %error, "opening again after the reserve was given up");
                 Self::open_db(place.clone())?
             }
             opened => opened?,
         };
-        (kind.check)(&engine.view(kind.name))?;
+        (kind.check)(&engine.view(kind.store.name))?;
         place.keep_reserve();
         Ok(engine)
     }

@@ -22,31 +22,14 @@ mod batches;
 mod blobs;
 mod committer;
 mod engine;
+mod index;
 mod pairs;
-mod place;
-mod public;
 mod state;
 #[cfg(test)]
 mod tests;
 mod view;
 
-pub use public::SledPublicDatabase;
+pub(crate) use index::{IndexEntry, IndexMark, Location, SledIndex};
 pub use state::SledStateStore;
 
-/// How an embedded store uses its disk and memory.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SledOptions {
-    /// Free octets below which new devices are refused. Give the public database less than the state store if both are on one
-    /// disk: then what was reserved can still be published when nothing new is admitted.
-    pub floor_bytes: u64,
-    /// Octets of the file that is given up when the disk is so full that sled cannot open; 0 for none.
-    pub reserve_bytes: u64,
-    /// Octets of sled's page cache.
-    pub cache_bytes: u64,
-}
-
-impl Default for SledOptions {
-    fn default() -> Self {
-        Self { floor_bytes: 256 << 20, reserve_bytes: 64 << 20, cache_bytes: 16 << 20 }
-    }
-}
+use super::{StoreOptions, place};

@@ -16,12 +16,12 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
-use super::SledOptions;
+use super::StoreOptions;
 use super::batches;
 use super::committer::Committer;
 use super::engine::Kind;
 use super::pairs;
-use super::place::{Door, System};
+use super::place::{Door, StoreKind, System};
 use super::view::View;
 use crate::keys::{KeptKey, StoreId};
 use crate::names::{ChipId, DeviceIdentity, SessionId};
@@ -29,7 +29,7 @@ use crate::store::{
     PairToReserve, ReserveError, Session, SessionCounts, SessionState, StateName, StateStore, StoreError,
 };
 
-static KIND: Kind = Kind { name: "state store", marker: "state", format: 2, found, check };
+static KIND: Kind = Kind { store: StoreKind { name: "state store", marker: "state", format: 2 }, found, check };
 
 /// The private store, embedded.
 ///
@@ -39,17 +39,17 @@ pub struct SledStateStore(pub(super) Committer);
 impl SledStateStore {
     /// Makes a new, empty store and opens it. [`StoreError::Place`] where anything is already. For
     /// `sppctl init`.
-    pub fn create(dir: &Path, options: &SledOptions) -> Result<Self, StoreError> {
+    pub fn create(dir: &Path, options: &StoreOptions) -> Result<Self, StoreError> {
         Committer::create(&KIND, dir, options, Arc::new(System)).map(Self)
     }
 
     /// Opens an existing store; [`StoreError::Place`] if there is none, or one of another kind, or if another process has it (a
     /// killed predecessor's lock is awaited for some seconds). Never makes one. Calls need a tokio runtime with a timer.
-    pub fn open(dir: &Path, options: &SledOptions) -> Result<Self, StoreError> {
+    pub fn open(dir: &Path, options: &StoreOptions) -> Result<Self, StoreError> {
         Self::open_through(dir, options, Arc::new(System))
     }
 
-    pub(super) fn open_through(dir: &Path, options: &SledOptions, door: Arc<dyn Door>) -> Result<Self, StoreError> {
+    pub(super) fn open_through(dir: &Path, options: &StoreOptions, door: Arc<dyn Door>) -> Result<Self, StoreError> {
         Committer::open(&KIND, dir, options, door).map(Self)
     }
 }

@@ -1,23 +1,20 @@
 //! What only the fence around sled must do; what every engine must do is in `store/contract.rs`.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::io::Write as _;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
-use super::place::Door;
 use super::*;
 use crate::store::contract::{
     Factory, PrivateStore, begin_a_batch_for_sessions, blob, contract, erased, finish, id, issued, kept, key,
-    published, record, session,
+    published, session,
 };
 use crate::store::contract_pairs::contract_of_pairs;
-use crate::store::{
-    DeviceRecord, PublicDatabase, PublishError, ReserveError, Session, SessionCounts, StateName, StateStore, StoreError,
-};
+use crate::store::testing::Faults;
+use crate::store::{ReserveError, Session, SessionCounts, StateName, StateStore, StoreError};
 
 mod blobs;
 mod crash;
@@ -28,16 +25,11 @@ impl Factory for Sled {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         begin_a_batch_for_sessions(SledStateStore::create(&dir.path().join("state"), &options()).unwrap());
-        SledPublicDatabase::create(&dir.path().join("public"), &options()).unwrap();
         Self(dir)
     }
 
     fn state(&self) -> Arc<dyn PrivateStore> {
         Arc::new(SledStateStore::open(&self.dir(), &options()).unwrap())
-    }
-
-    fn public(&self) -> Arc<dyn PublicDatabase> {
-        Arc::new(SledPublicDatabase::open(&self.0.path().join("public"), &options()).unwrap())
     }
 }
 
@@ -50,48 +42,8 @@ impl Sled {
 contract!(keeps_the_contract, Sled);
 contract_of_pairs!(keeps_the_contract_of_pairs, Sled);
 
-fn options() -> SledOptions {
-    SledOptions { floor_bytes: 16 << 20, reserve_bytes: 1 << 20, ..SledOptions::default() }
-}
-
-/// What goes wrong, as long as it is told to.
-#[derive(Default)]
-struct Faults {
-    before_apply: AtomicBool,
-    in_sync: AtomicBool,
-    /// Syncs that go well before one fails.
-    syncs_before: AtomicU64,
-    free: AtomicU64,
-    syncs: AtomicU64,
-    /// Milliseconds that a sync takes longer: calls made meanwhile share the next one.
-    slow: AtomicU64,
-}
-
-impl Door for Faults {
-    fn before_apply(&self) -> io::Result<()> {
-        fail_if(&self.before_apply)
-    }
-
-    fn sync(&self, file: &File) -> io::Result<()> {
-        self.syncs.fetch_add(1, SeqCst);
-        std::thread::sleep(Duration::from_millis(self.slow.load(SeqCst)));
-        file.sync_data()?;
-        match self.syncs_before.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1)) {
-            Ok(_) => Ok(()),
-            Err(_) => fail_if(&self.in_sync),
-        }
-    }
-
-    fn free(&self, _: &Path) -> io::Result<u64> {
-        match self.free.load(SeqCst) {
-            0 => Ok(1 << 40),
-            octets => Ok(octets),
-        }
-    }
-}
-
-fn fail_if(fails: &AtomicBool) -> io::Result<()> {
-    if fails.load(SeqCst) { Err(io::Error::other("broken on purpose")) } else { Ok(()) }
+fn options() -> StoreOptions {
+    StoreOptions { floor_bytes: 16 << 20, reserve_bytes: 1 << 20, ..StoreOptions::default() }
 }
 
 fn is_away(error: &StoreError) -> bool {
@@ -169,31 +121,6 @@ async fn a_step_that_failed_is_not_acknowledged_and_can_be_repeated() {
 }
 
 #[tokio::test]
-async fn a_publication_that_failed_is_in_once_after_repeating_it() {
-    for persisted in [false, true] {
-        let (sled, faults) = (Sled::new(), Arc::new(Faults::default()));
-        let dir = sled.0.path().join("public");
-        let public = SledPublicDatabase::open_through(&dir, &options(), faults.clone()).unwrap();
-        public.publish(&record(0)).await.unwrap();
-        let fault = if persisted { &faults.in_sync } else { &faults.before_apply };
-        fault.store(true, SeqCst);
-        assert!(matches!(public.publish(&record(1)).await, Err(PublishError::Store(error)) if is_away(&error)));
-        fault.store(false, SeqCst);
-        let begun = Instant::now();
-        let publication = loop {
-            match public.publish(&DeviceRecord { published: 7777, ..record(1) }).await {
-                Ok(publication) => break publication,
-                Err(error) => assert!(begun.elapsed() < Duration::from_secs(20), "{error}"),
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        };
-        assert_eq!(publication.index, 1);
-        assert_eq!(publication.published, if persisted { record(1).published } else { 7777 });
-        assert_eq!(public.len().await.unwrap(), 2);
-    }
-}
-
-#[tokio::test]
 async fn while_the_disk_is_broken_calls_fail_fast_and_then_it_heals() {
     let (sled, faults) = (Sled::new(), Arc::new(Faults::default()));
     let store = SledStateStore::open_through(&sled.dir(), &options(), faults.clone()).unwrap();
@@ -251,19 +178,6 @@ async fn below_the_floor_only_what_exists_goes_on() {
     store.reserve(&session(2), None).await.unwrap();
 }
 
-#[tokio::test]
-async fn a_new_record_is_refused_below_the_floor_and_a_repeat_answered() {
-    let (sled, faults) = (Sled::new(), Arc::new(Faults::default()));
-    let dir = sled.0.path().join("public");
-    let public = SledPublicDatabase::open_through(&dir, &options(), faults.clone()).unwrap();
-    let first = public.publish(&record(1)).await.unwrap();
-    faults.free.store(12 << 20, SeqCst);
-    tokio::time::sleep(Duration::from_millis(1100)).await;
-    assert_eq!(public.publish(&record(1)).await.unwrap(), first);
-    let refused = public.publish(&record(2)).await;
-    assert!(matches!(refused, Err(PublishError::Store(StoreError::Full { .. }))), "{refused:?}");
-}
-
 #[test]
 fn the_reserve_is_given_up_and_made_again() {
     let sled = Sled::new();
@@ -296,7 +210,8 @@ fn a_store_is_made_once_and_opened_only_where_it_is() {
     refused(SledStateStore::create(&sled.dir(), &options()), "never overwritten");
     refused(SledStateStore::create(sled.0.path(), &options()), "never overwritten");
     refused(SledStateStore::open(&sled.0.path().join("nowhere"), &options()), "sppctl init");
-    refused(SledStateStore::open(&sled.0.path().join("public"), &options()), "\"state\" is needed");
+    SledIndex::create(&sled.0.path().join("index"), &options()).unwrap();
+    refused(SledStateStore::open(&sled.0.path().join("index"), &options()), "\"state\" is needed");
     assert!(!sled.0.path().join("nowhere").exists());
 }
 
@@ -345,11 +260,13 @@ async fn a_half_written_snapshot_does_not_keep_a_store_closed() {
 #[tokio::test]
 async fn no_value_makes_a_blob_file() {
     let sled = Sled::new();
-    let public = sled.public();
+    let store = sled.state();
     for n in 0..60 {
-        public.publish(&DeviceRecord { backup: vec![5; 60_000], ..record(n) }).await.unwrap();
+        let mut large = session(n);
+        large.certificate.to_be_signed = vec![5; 60_000];
+        store.reserve(&large, None).await.unwrap();
     }
-    assert_eq!(fs::read_dir(sled.0.path().join("public/blobs")).unwrap().count(), 0);
+    assert_eq!(fs::read_dir(sled.dir().join("blobs")).unwrap().count(), 0);
 }
 
 #[tokio::test]

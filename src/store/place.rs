@@ -11,21 +11,19 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use rustix::fs::{FallocateFlags, FlockOperation};
 use serde::{Deserialize, Serialize};
 
-use super::SledOptions;
-use super::engine::Kind;
-use crate::store::StoreError;
+use super::StoreError;
 
 /// Free octets that are never used up: sled needs about this much to open again (a segment, a snapshot).
-pub(super) const LAST_ROOM: u64 = 8 << 20;
+pub(crate) const LAST_ROOM: u64 = 8 << 20;
 
 /// How long the lock is awaited: after a kill -9 the kernel may hold it for a moment.
-pub(super) const LOCK_PATIENCE: Duration = Duration::from_secs(5);
+pub(crate) const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 const ROOM_IS_FRESH: Duration = Duration::from_secs(1);
 const MARKER: &str = "store.toml";
 const RESERVE: &str = "reserve";
 
 /// The calls to the operating system that decide about durability; tests put their own there.
-pub(super) trait Door: Send + Sync {
+pub(crate) trait Door: Send + Sync {
     /// Called before a batch is given to sled.
     fn before_apply(&self) -> io::Result<()>;
     /// Makes the data of a file durable.
@@ -35,7 +33,7 @@ pub(super) trait Door: Send + Sync {
 }
 
 /// The real calls.
-pub(super) struct System;
+pub(crate) struct System;
 
 impl Door for System {
     fn before_apply(&self) -> io::Result<()> {
@@ -52,6 +50,34 @@ impl Door for System {
     }
 }
 
+/// How an embedded store uses its disk and memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoreOptions {
+    /// Free octets below which new devices are refused. Give the public database less than the state store if both are on one
+    /// disk: then what was reserved can still be published when nothing new is admitted.
+    pub floor_bytes: u64,
+    /// Octets of the file that is given up when the disk is so full that sled cannot open; 0 for none.
+    pub reserve_bytes: u64,
+    /// Octets of sled's page cache.
+    pub cache_bytes: u64,
+}
+
+impl Default for StoreOptions {
+    fn default() -> Self {
+        Self { floor_bytes: 256 << 20, reserve_bytes: 64 << 20, cache_bytes: 16 << 20 }
+    }
+}
+
+/// Which store a directory is.
+pub(crate) struct StoreKind {
+    /// How errors call it.
+    pub(crate) name: &'static str,
+    /// How its marker calls it.
+    pub(crate) marker: &'static str,
+    /// The form of what is in it; another one is refused.
+    pub(crate) format: u32,
+}
+
 /// What `store.toml` says.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -62,11 +88,11 @@ struct Marker {
 }
 
 /// A store's directory, locked for this process as long as the value lives.
-pub(super) struct Place {
-    pub(super) dir: PathBuf,
-    pub(super) options: SledOptions,
-    pub(super) door: Arc<dyn Door>,
-    kind: &'static Kind,
+pub(crate) struct Place {
+    pub(crate) dir: PathBuf,
+    pub(crate) options: StoreOptions,
+    pub(crate) door: Arc<dyn Door>,
+    kind: &'static StoreKind,
     room: Mutex<Option<(Instant, u64)>>,
     /// Set when the file system cannot make a reserve, so that not every commit tries.
     no_reserve: AtomicBool,
@@ -75,10 +101,10 @@ pub(super) struct Place {
 
 impl Place {
     /// Makes the directory. The store in it does not count before [`Self::finish`].
-    pub(super) fn make(
-        kind: &'static Kind,
+    pub(crate) fn make(
+        kind: &'static StoreKind,
         dir: &Path,
-        options: &SledOptions,
+        options: &StoreOptions,
         door: Arc<dyn Door>,
     ) -> Result<Self, StoreError> {
         if fs::symlink_metadata(dir).is_ok() {
@@ -98,10 +124,10 @@ impl Place {
 
     /// Takes over an existing store. Never makes one: a store that is not where it should be is a lost disk or a wrong path,
     /// and an empty one in its stead would hand out taken identities again.
-    pub(super) fn take(
-        kind: &'static Kind,
+    pub(crate) fn take(
+        kind: &'static StoreKind,
         dir: &Path,
-        options: &SledOptions,
+        options: &StoreOptions,
         door: Arc<dyn Door>,
     ) -> Result<Self, StoreError> {
         let lock = lock_file(dir, false).map_err(|e| {
@@ -118,14 +144,14 @@ impl Place {
         Ok(place)
     }
 
-    fn new(kind: &'static Kind, dir: &Path, options: &SledOptions, door: Arc<dyn Door>, lock: File) -> Self {
+    fn new(kind: &'static StoreKind, dir: &Path, options: &StoreOptions, door: Arc<dyn Door>, lock: File) -> Self {
         let (dir, options) = (dir.to_owned(), options.clone());
         Self { dir, options, door, kind, room: Mutex::default(), no_reserve: AtomicBool::new(false), _lock: lock }
     }
 
     /// Writes the marker, which makes the directory a store. All else is durable by then: a crash before leaves a
     /// directory without (or with an empty) marker, which no daemon opens.
-    pub(super) fn finish(&self) -> Result<(), StoreError> {
+    pub(crate) fn finish(&self) -> Result<(), StoreError> {
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs());
         let marker = Marker { kind: self.kind.marker.into(), format: self.kind.format, created };
         let text = toml::to_string(&marker).map_err(|e| self.failed("writing the marker", e))?;
@@ -139,7 +165,7 @@ impl Place {
     }
 
     /// Free octets, at most a second old.
-    pub(super) fn free(&self) -> Result<u64, StoreError> {
+    pub(crate) fn free(&self) -> Result<u64, StoreError> {
         let mut room = self.room.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((when, free)) = *room
             && when.elapsed() < ROOM_IS_FRESH
@@ -152,7 +178,7 @@ impl Place {
     }
 
     /// Whether room for a write that needs `floor` free octets is there.
-    pub(super) fn admit(&self, floor: u64) -> Result<(), StoreError> {
+    pub(crate) fn admit(&self, floor: u64) -> Result<(), StoreError> {
         match self.free()? {
             free if free < floor => Err(StoreError::Full { store: self.kind.name, free, floor }),
             _ => Ok(()),
@@ -160,7 +186,7 @@ impl Place {
     }
 
     /// Makes the reserve file if it is not there and leaves at least the floor. A store without one still works.
-    pub(super) fn keep_reserve(&self) {
+    pub(crate) fn keep_reserve(&self) {
         let (path, octets) = (self.dir.join(RESERVE), self.options.reserve_bytes);
         if octets == 0
             || self.no_reserve.load(Relaxed)
@@ -182,7 +208,7 @@ impl Place {
     }
 
     /// Gives the reserve up; whether there was one.
-    pub(super) fn give_up_reserve(&self) -> bool {
+    pub(crate) fn give_up_reserve(&self) -> bool {
         let given = fs::remove_file(self.dir.join(RESERVE)).is_ok();
         if given {
             tracing::warn!(
@@ -196,7 +222,7 @@ impl Place {
     }
 
     /// An error that names this store.
-    pub(super) fn failed(&self, doing: &'static str, cause: impl ToString) -> StoreError {
+    pub(crate) fn failed(&self, doing: &'static str, cause: impl ToString) -> StoreError {
         StoreError::Failed { store: self.kind.name, doing, cause: cause.to_string() }
     }
 
@@ -259,7 +285,7 @@ fn make_dir(dir: &Path) -> io::Result<()> {
 }
 
 /// Makes a directory's entries durable.
-pub(super) fn sync_dir(dir: &Path) -> io::Result<()> {
+pub(crate) fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
 

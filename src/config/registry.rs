@@ -1,0 +1,110 @@
+//! `[registry]` of `sppd.toml`: the log of the public database.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use super::daemon::{base_of, read_shape};
+use super::{Faults, store};
+use crate::hsm::{CheckpointKey, KeyRegister, SigningUse};
+use crate::names::KeyName;
+use crate::registry::{LogSettings, Witness};
+use crate::store::StoreOptions;
+use crate::tlog::{LogKey, WitnessKey};
+
+/// The log of the public database.
+#[derive(Debug, Clone)]
+pub struct RegistryConfig {
+    /// Who signs its checkpoints.
+    pub key: CheckpointKey,
+    /// Its batches and witnesses.
+    pub settings: LogSettings,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RegistryShape {
+    key: KeyName,
+    #[serde(default = "default_batch_size")]
+    batch_size: usize,
+    #[serde(default = "default_batch_period", with = "humantime_serde")]
+    batch_period: Duration,
+    #[serde(default)]
+    witness: Vec<WitnessShape>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WitnessShape {
+    url: String,
+    key: WitnessKey,
+    ca: Option<PathBuf>,
+}
+
+fn default_batch_size() -> usize {
+    LogSettings::default().batch_size
+}
+
+fn default_batch_period() -> Duration {
+    LogSettings::default().batch_period
+}
+
+pub(super) fn check(
+    shape: RegistryShape,
+    place: &str,
+    base: &Path,
+    keys: &KeyRegister,
+    faults: &mut Faults,
+) -> Option<RegistryConfig> {
+    let at = |field: &str| format!("{place}: registry.{field}");
+    if !(1..=256).contains(&shape.batch_size) {
+        faults.add(at("batch_size"), "must be from 1 to 256");
+    }
+    if shape.batch_period > Duration::from_secs(5) {
+        faults.add(at("batch_period"), "must be 5 seconds at most, for example \"50ms\"");
+    }
+    let mut witnesses = Vec::new();
+    for WitnessShape { url, key, ca } in shape.witness {
+        if !url.starts_with("https://") && !url.starts_with("http://") {
+            faults.add(at("witness.url"), "write the witness's submission prefix, https://witness.example/w1");
+        }
+        witnesses.push(Witness { url, key, authority: ca.map(|ca| base.join(ca)) });
+    }
+    let found = keys.log_key(&shape.key).cloned().ok_or_else(|| {
+        format!("the log key {} is not in the register of keys; make one with [[log_key]] in a ceremony", shape.key)
+    });
+    let key = faults.note(at("key"), found)?;
+    let (batch_size, batch_period) = (shape.batch_size, shape.batch_period);
+    Some(RegistryConfig { key, settings: LogSettings { batch_size, batch_period, witnesses } })
+}
+
+/// What a tool needs to work on the public database: where it is and who signs it; neither the HSM nor the PIN.
+pub struct RegistryAccess {
+    /// Its directory.
+    pub directory: PathBuf,
+    /// How it uses its disk.
+    pub options: StoreOptions,
+    /// The key of its checkpoints.
+    pub key: LogKey,
+    /// The certificates of the keys that sign device certificates, PEM files.
+    pub issuers: Vec<PathBuf>,
+}
+
+impl RegistryAccess {
+    /// Reads what it needs of `sppd.toml`.
+    pub fn load(path: &Path) -> Result<Self, Faults> {
+        let place = path.display().to_string();
+        let mut faults = Faults::default();
+        let access = read_shape(path, &place, &mut faults).and_then(|shape| {
+            let base = base_of(path);
+            let store = store::check(&shape.store, &place, base, &mut faults);
+            let keys = faults.keep(KeyRegister::load(&base.join(&shape.hsm.keys)))?;
+            let key = check(shape.registry, &place, base, &keys, &mut faults)?.key.key;
+            let of_devices = keys.signing.into_iter().filter(|key| key.use_ == SigningUse::Device);
+            let issuers = of_devices.map(|key| key.certificate).collect();
+            Some(Self { directory: store.public, options: store.public_options, key, issuers })
+        });
+        faults.ok_or_all(access)
+    }
+}

@@ -1,0 +1,74 @@
+//! `[store]` of `sppd.toml`.
+
+use std::path::{Path, PathBuf};
+
+use bytesize::ByteSize;
+use serde::Deserialize;
+
+use super::Faults;
+use super::daemon::{base_of, read_shape};
+use crate::store::StoreOptions;
+
+/// Where the stores are.
+#[derive(Debug, Clone)]
+pub struct StoreConfig {
+    /// The state store's directory.
+    pub state: PathBuf,
+    /// The public database's directory.
+    pub public: PathBuf,
+    /// Options of the state store.
+    pub state_options: StoreOptions,
+    /// Options of the public database. Its floor is half as high, so that what is reserved can still be published when
+    /// nothing new is admitted.
+    pub public_options: StoreOptions,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct StoreShape {
+    state: PathBuf,
+    public: PathBuf,
+    #[serde(default = "default_floor")]
+    free_space_floor: ByteSize,
+    #[serde(default = "default_reserve")]
+    reserve: ByteSize,
+    #[serde(default = "default_cache")]
+    cache: ByteSize,
+}
+
+const fn default_floor() -> ByteSize {
+    ByteSize::mib(256)
+}
+
+const fn default_reserve() -> ByteSize {
+    ByteSize::mib(64)
+}
+
+const fn default_cache() -> ByteSize {
+    ByteSize::mib(16)
+}
+
+impl StoreConfig {
+    /// Reads `[store]` of `sppd.toml`, for making the stores: neither the HSM nor the PIN is needed for that.
+    pub fn load(path: &Path) -> Result<Self, Faults> {
+        let place = path.display().to_string();
+        let mut faults = Faults::default();
+        let shape = read_shape(path, &place, &mut faults);
+        let store = shape.map(|shape| check(&shape.store, &place, base_of(path), &mut faults));
+        faults.ok_or_all(store)
+    }
+}
+
+pub(super) fn check(shape: &StoreShape, place: &str, base: &Path, faults: &mut Faults) -> StoreConfig {
+    let (state, public) = (base.join(&shape.state), base.join(&shape.public));
+    if state == public {
+        faults.add(format!("{place}: store"), "state and public must be two directories");
+    }
+    let options = |floor_bytes| StoreOptions {
+        floor_bytes,
+        reserve_bytes: shape.reserve.as_u64(),
+        cache_bytes: shape.cache.as_u64(),
+    };
+    let floor = shape.free_space_floor.as_u64();
+    StoreConfig { state, public, state_options: options(floor), public_options: options(floor / 2) }
+}

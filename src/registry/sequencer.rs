@@ -1,0 +1,411 @@
+//! ★ The sequencer: takes what waits to be published, makes it durable and public with one sync and one signature, then answers.
+
+use std::collections::HashMap;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, oneshot};
+
+use super::edge::Batch;
+use super::files::{AppendError, BUNDLE, EdgeFile};
+use super::index::{Builder, make_anew};
+use super::log::{Away, Entry, Found, Head, Shared};
+use super::signer::CheckpointSigner;
+use crate::keys::sha256;
+use crate::store::{Announcements, DeviceRecord, Publication, PublishError, SledIndex, StoreError, Taken, UniqueKey};
+use crate::tlog::{SignedCheckpoint, UnsignedCheckpoint, bundle, leaf_hash};
+
+/// How long to wait before something that failed is tried again.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// How long the index may fail before it is made anew.
+const INDEX_PATIENCE: Duration = Duration::from_secs(10);
+/// How often the first checkpoint is tried while nothing is published.
+const FIRST_CHECKPOINT: Duration = Duration::from_secs(1);
+/// How often long work says how far it is.
+const PROGRESS: Duration = Duration::from_secs(5);
+
+type Answer = oneshot::Sender<Result<Publication, PublishError>>;
+
+/// A record that waits to be published.
+pub(super) struct Waiting {
+    pub(super) record: DeviceRecord,
+    pub(super) octets: Vec<u8>,
+    pub(super) answer: Answer,
+}
+
+/// A record that is new to the log, and everybody who waits for it.
+struct New {
+    record: DeviceRecord,
+    entry: Arc<Entry>,
+    answers: Vec<Answer>,
+}
+
+/// The only one who writes.
+pub(super) struct Sequencer {
+    pub(super) shared: Arc<Shared>,
+    pub(super) signer: Arc<dyn CheckpointSigner>,
+    pub(super) batch_size: usize,
+    pub(super) batch_period: Duration,
+    pub(super) announcements: Arc<Announcements>,
+    /// Away while it is not known what the disk holds.
+    pub(super) edge: Option<EdgeFile>,
+}
+
+impl Sequencer {
+    /// Serves until nobody can ask any more.
+    pub(super) async fn run(mut self, mut queue: mpsc::Receiver<Waiting>, index: Result<(SledIndex, u64), String>) {
+        self.level(index, &mut queue).await;
+        while let Some(batch) = self.collect(&mut queue).await {
+            if let Err(why) = self.sequence(batch).await {
+                self.heal(why, &mut queue).await;
+            }
+        }
+    }
+
+    /// A batch: full, or everybody who is on the way is in it, or its first has waited long enough.
+    async fn collect(&mut self, queue: &mut mpsc::Receiver<Waiting>) -> Option<Vec<Waiting>> {
+        let first = loop {
+            if self.shared.head().checkpoint.is_some() {
+                break queue.recv().await?;
+            }
+            if let Ok(first) = tokio::time::timeout(FIRST_CHECKPOINT, queue.recv()).await {
+                break first?;
+            }
+            // Readers want a checkpoint of an empty log, too. Without the HSM there is none, and nobody waits for it.
+            if let Err(why) = self.sequence(Vec::new()).await {
+                self.heal(why, queue).await;
+            }
+        };
+        let deadline = tokio::time::Instant::now() + self.batch_period;
+        let mut batch = vec![first];
+        loop {
+            while batch.len() < self.batch_size
+                && let Ok(next) = queue.try_recv()
+            {
+                batch.push(next);
+            }
+            if batch.len() >= self.batch_size || self.announcements.count() <= batch.len() {
+                return Some(batch);
+            }
+            tokio::select! {
+                next = queue.recv() => match next {
+                    Some(next) => batch.push(next),
+                    None => return Some(batch),
+                },
+                () = self.announcements.fewer() => {}
+                () = tokio::time::sleep_until(deadline) => return Some(batch),
+            }
+        }
+    }
+
+    /// Publishes a batch. An error means that it is not known what the disk holds: everybody was told, and it must be looked at.
+    async fn sequence(&mut self, waiting: Vec<Waiting>) -> Result<(), Away> {
+        // 1. What is public already has its answer, what is taken is refused; nothing is signed for either.
+        let new = self.weed(waiting).await;
+        let head = self.shared.head();
+        if new.is_empty() && head.checkpoint.is_some() {
+            return Ok(());
+        }
+        // 2. The tree with the new entries, in memory.
+        let mut grown = Head::clone(&head);
+        for new in &new {
+            grown.filled.extend(grown.tree.push(leaf_hash(&new.entry.octets)));
+            grown.recent.push(Arc::clone(&new.entry));
+        }
+        // 3. One signature of the HSM for all of them. It leaves this process with the answers, never before.
+        let checkpoint = match self.sign(&grown).await {
+            Ok(checkpoint) => checkpoint,
+            Err(why) => {
+                answer(new, |_, _| Err(PublishError::Unsigned(why.clone())));
+                return Ok(());
+            }
+        };
+        // 4. The commit: entries and checkpoint are on the disk, or nothing is. From here on a power cut finds the batch.
+        if let Err(why) = self.append(&head, &checkpoint, &new).await {
+            answer(new, |_, _| Err(PublishError::Store(self.shared.error(&why))));
+            return Err(why);
+        }
+        // 5. Readers see the new tree.
+        grown.checkpoint = Some(checkpoint);
+        self.shared.show(grown.clone());
+        // 6. Those who waited are told.
+        let first = head.tree.size();
+        answer(new, |at, new| Ok(publication(first + at as u64, &new.record, &new.entry.octets)));
+        // 7. The index can be made from the files again, so it comes after the answers; look-ups know the newest entries without.
+        self.index(&mut grown).await;
+        // 8. Bundles that are full become files of their own.
+        self.turn_over(grown).await
+    }
+
+    /// The new ones among those that wait; everybody else is answered.
+    async fn weed(&self, waiting: Vec<Waiting>) -> Vec<New> {
+        let keys: Vec<_> = waiting.iter().map(|waiting| UniqueKey::of_record(&waiting.record)).collect();
+        let known = match self.shared.find(keys.concat()).await {
+            Ok(known) => known,
+            Err(error) => {
+                let why = Away::of(&error);
+                waiting.into_iter().for_each(|one| drop(one.answer.send(Err(self.shared.error(&why).into()))));
+                return Vec::new();
+            }
+        };
+        let mut known = known.into_iter();
+        let mut new: Vec<New> = Vec::new();
+        let mut in_batch: HashMap<UniqueKey, usize> = HashMap::new();
+        for (Waiting { record, octets, answer }, keys) in waiting.into_iter().zip(keys) {
+            let known: Vec<_> = known.by_ref().take(keys.len()).collect();
+            let taken = keys.iter().zip(known).find_map(|(key, found)| Some((key, found?)));
+            if let Some((key, found)) = taken {
+                let _ = answer.send(self.known(key, &found, &record));
+                continue;
+            }
+            if let Some((key, at)) = keys.iter().find_map(|key| Some((key, *in_batch.get(key)?))) {
+                match new.get_mut(at) {
+                    Some(same) if same.record.is_same_but_for_its_time(&record) => same.answers.push(answer),
+                    Some(other) => {
+                        let index = self.shared.head().tree.size() + at as u64;
+                        let taken = Taken { what: key.what(), index, session: other.record.session };
+                        let _ = answer.send(Err(PublishError::Taken(taken)));
+                    }
+                    None => {}
+                }
+                continue;
+            }
+            if let Err(full) = self.shared.files.place().admit(self.shared.options.floor_bytes) {
+                let _ = answer.send(Err(full.into()));
+                continue;
+            }
+            in_batch.extend(keys.iter().map(|key| (*key, new.len())));
+            new.push(New { record, entry: Arc::new(Entry { octets, keys }), answers: vec![answer] });
+        }
+        new
+    }
+
+    /// The answer to a record of which a unique value is in the log.
+    fn known(&self, key: &UniqueKey, found: &Found, record: &DeviceRecord) -> Result<Publication, PublishError> {
+        let known = self.shared.record(found)?;
+        match known.record.is_same_but_for_its_time(record) {
+            true => Ok(known.publication),
+            false => Err(PublishError::Taken(Taken {
+                what: key.what(),
+                index: known.publication.index,
+                session: known.record.session,
+            })),
+        }
+    }
+
+    async fn sign(&self, grown: &Head) -> Result<SignedCheckpoint, String> {
+        let key = self.signer.key();
+        let unsigned = UnsignedCheckpoint::new(key.origin(), grown.tree.size(), grown.tree.root());
+        let unsigned = unsigned.map_err(|e| e.to_string())?;
+        let signature = self.signer.sign(&unsigned).await?;
+        unsigned.signed(key, &signature).map_err(|e| e.to_string())
+    }
+
+    async fn append(&mut self, head: &Head, checkpoint: &SignedCheckpoint, new: &[New]) -> Result<(), Away> {
+        let entries = new.iter().map(|new| new.entry.octets.clone()).collect();
+        let batch = Batch { first: head.tree.size(), note: checkpoint.note().to_vec(), entries };
+        let Some(mut edge) = self.edge.take() else { return Err(Away::Failed("the edge is not open".into())) };
+        let appended = self.on_the_disk(move |shared| shared.files.append(&mut edge, &batch).map(|()| edge)).await?;
+        match appended {
+            Ok(edge) => {
+                self.edge = Some(edge);
+                Ok(())
+            }
+            Err(AppendError::Full(error)) => Err(Away::Full(error.to_string())),
+            Err(AppendError::Failed(error)) => Err(Away::Failed(error.to_string())),
+        }
+    }
+
+    async fn turn_over(&mut self, mut head: Head) -> Result<(), Away> {
+        if head.recent.len() < BUNDLE as usize {
+            return Ok(());
+        }
+        let Some(mut edge) = self.edge.take() else { return Err(Away::Failed("the edge is not open".into())) };
+        let mut entries: Vec<_> = head.recent.iter().map(|entry| entry.octets.clone()).collect();
+        let checkpoint = head.checkpoint.clone();
+        let turned = self.on_the_disk(move |shared| {
+            let turned = shared.files.turn_over(checkpoint.as_ref(), &mut entries, &mut edge);
+            turned.map(|()| edge).map_err(|e| Away::of(&shared.files.failed("writing full tiles", &e)))
+        });
+        let edge = turned.await??;
+        let gone = usize::try_from(edge.base() - head.base).unwrap_or(head.recent.len());
+        head.recent.drain(..gone);
+        head.base = edge.base();
+        head.filled.clear();
+        self.edge = Some(edge);
+        self.shared.show(head);
+        Ok(())
+    }
+
+    /// Brings the index up to the head, however long it takes: what it does not know could be published twice.
+    async fn index(&self, head: &mut Head) {
+        let begun = Instant::now();
+        let mut backoff = BACKOFF.0;
+        loop {
+            let index = self.shared.index.borrow().as_ref().ok().cloned();
+            let added = match &index {
+                Some(index) => add_recent(index, head).await.map_err(|e| e.to_string()),
+                None => Err("there is none".to_owned()),
+            };
+            let Err(why) = added else {
+                head.indexed = head.tree.size();
+                self.shared.show(head.clone());
+                self.shared.set_away(None);
+                return;
+            };
+            tracing::warn!(why, "the index of the public database could not be written");
+            self.shared.set_away(Some(Away::Failed(format!("the index cannot be written: {why}"))));
+            if begun.elapsed() < INDEX_PATIENCE && index.is_some() {
+                tokio::time::sleep(backoff).await;
+            } else {
+                tokio::time::sleep(backoff).await;
+                drop(index);
+                self.make_index(head, &why).await;
+            }
+            backoff = BACKOFF.1.min(backoff * 2);
+        }
+    }
+
+    /// The index as it was found, brought level with the files, or a new one.
+    async fn level(&mut self, found: Result<(SledIndex, u64), String>, queue: &mut mpsc::Receiver<Waiting>) {
+        let mut head = Head::clone(&self.shared.head());
+        let levelled = match found {
+            Ok((index, from)) => self.fill(&index, from, &head).await.map(|()| index).map_err(|e| e.to_string()),
+            Err(why) => Err(why),
+        };
+        match levelled {
+            Ok(index) => self.shared.index.send_replace(Ok(Arc::new(index))).map_or((), drop),
+            Err(why) => self.make_index(&head, &why).await,
+        }
+        self.index(&mut head).await;
+        // Bundles that were full when the process ended were written when the files were read.
+        debug_assert!(head.recent.len() < BUNDLE as usize, "recovery turns full bundles over");
+        let _ = queue;
+    }
+
+    /// A new index in the place of one that is missing or damaged, with all that is in full bundles. Failing that, the caller comes again.
+    async fn make_index(&self, head: &Head, why: &str) {
+        tracing::warn!(why, entries = head.tree.size(), "the index of the public database is made anew from its files");
+        let old = self.shared.index.send_replace(Err(format!("it is being made anew, since {why}")));
+        if let Ok(mut old) = old {
+            // Readers that still have it are done in a moment. It must be closed before another one is in its place.
+            while let Err(shared) = Arc::try_unwrap(old) {
+                old = shared;
+                tokio::time::sleep(BACKOFF.0).await;
+            }
+        }
+        let made = self.on_the_disk(|shared| make_anew(&shared.files, &shared.options).map_err(|e| Away::of(&e))).await;
+        let index = match made.and_then(|made| made) {
+            Ok(index) => index,
+            Err(why) => return tracing::error!(?why, "no new index can be made yet"),
+        };
+        match self.fill(&index, 0, head).await {
+            Ok(()) => drop(self.shared.index.send_replace(Ok(Arc::new(index)))),
+            Err(error) => tracing::error!(%error, "the new index could not be filled"),
+        }
+    }
+
+    /// Puts in what is in full bundles and not yet in the index.
+    async fn fill(&self, index: &SledIndex, from: u64, head: &Head) -> Result<(), StoreError> {
+        let bundles = from / BUNDLE..head.base / BUNDLE;
+        if bundles.is_empty() {
+            return Ok(());
+        }
+        let mut builder = Builder::new(index, bundles.start * BUNDLE, 0);
+        let mut told = Instant::now();
+        for number in bundles {
+            builder.add_bundle(&self.shared.files, number).await?;
+            if told.elapsed() > PROGRESS {
+                told = Instant::now();
+                let (done, of) = (builder.next, head.base);
+                tracing::info!(done, of, "the index of the public database is being made");
+                self.shared.set_away(Some(Away::Failed(format!("the index is being made: {done} of {of} entries"))));
+            }
+        }
+        builder.finish().await
+    }
+
+    /// Reads the files again, however long it takes, since it is not known what they hold. Whoever waits is told meanwhile.
+    async fn heal(&mut self, why: Away, queue: &mut mpsc::Receiver<Waiting>) {
+        tracing::error!(?why, "the public database failed; its files are read again");
+        self.shared.set_away(Some(why.clone()));
+        let mut backoff = BACKOFF.0;
+        let mut why = why;
+        loop {
+            while let Ok(waiting) = queue.try_recv() {
+                let _ = waiting.answer.send(Err(self.shared.error(&why).into()));
+            }
+            if queue.is_closed() {
+                return;
+            }
+            tokio::time::sleep(backoff).await;
+            backoff = BACKOFF.1.min(backoff * 2);
+            let (key, head) = (self.signer.key().clone(), self.shared.head());
+            self.edge = None;
+            let size = head.tree.size();
+            let found =
+                self.on_the_disk(move |shared| shared.files.recover(&key, size).map_err(|e| Away::of(&e))).await;
+            let taken = found.and_then(|found| found).and_then(|found| {
+                let (head, edge) = found.into_head().map_err(|e| Away::of(&e))?;
+                self.edge = Some(edge);
+                Ok(head)
+            });
+            match taken {
+                Ok(mut found) => {
+                    found.indexed = head.indexed;
+                    self.shared.show(found.clone());
+                    self.index(&mut found).await;
+                    tracing::info!(entries = found.tree.size(), "the public database is open again");
+                    return;
+                }
+                Err(still) => {
+                    tracing::warn!(?still, "the public database cannot be opened yet");
+                    self.shared.set_away(Some(still.clone()));
+                    why = still;
+                }
+            }
+        }
+    }
+
+    /// Work that waits for the disk, beside the threads that wait for the network.
+    async fn on_the_disk<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Shared) -> T + Send + 'static,
+    ) -> Result<T, Away> {
+        let shared = Arc::clone(&self.shared);
+        tokio::task::spawn_blocking(move || work(&shared)).await.map_err(|e| Away::Failed(e.to_string()))
+    }
+}
+
+async fn add_recent(index: &SledIndex, head: &Head) -> Result<(), StoreError> {
+    let from = head.indexed.max(head.base);
+    let before = usize::try_from(from - head.base).unwrap_or(0);
+    let begin = before / BUNDLE as usize * BUNDLE as usize;
+    let in_bundle = head.recent.get(begin..before).unwrap_or_default();
+    let offset = in_bundle.iter().map(|entry| entry.octets.len() + bundle::HEAD).sum::<usize>();
+    let mut builder = Builder::new(index, from, u32::try_from(offset).unwrap_or(u32::MAX));
+    for entry in head.recent.get(before..).unwrap_or_default() {
+        builder.push(&entry.keys, &entry.octets);
+    }
+    builder.finish().await
+}
+
+fn publication(index: u64, record: &DeviceRecord, octets: &[u8]) -> Publication {
+    Publication { index, record_hash: sha256(octets), published: record.published }
+}
+
+fn answer(new: Vec<New>, answer: impl Fn(usize, &New) -> Result<Publication, PublishError>) {
+    for (at, mut new) in new.into_iter().enumerate() {
+        for waiting in std::mem::take(&mut new.answers) {
+            // Whoever has gone will ask again.
+            let _ = waiting.send(answer(at, &new));
+        }
+    }
+}
+
+impl Shared {
+    /// Why nothing can be published, or that it can.
+    fn set_away(&self, why: Option<Away>) {
+        *self.away.write().unwrap_or_else(PoisonError::into_inner) = why;
+    }
+}

@@ -1,0 +1,255 @@
+//! Where a log can be read: the daemon's own directory, a mirror's directory, or a web server with either.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::edge;
+use super::fetch::Fetcher;
+use super::files::{BUNDLE, FullTiles, newest_edge};
+use crate::tlog::{HashSource, LogKey, TileId, TileKind, Tree, bundle, leaf_hash};
+
+/// Most octets of an entry bundle: 256 entries of the largest kind.
+const MAX_BUNDLE: u64 = 256 * 65_537;
+/// Most octets of a checkpoint.
+const MAX_CHECKPOINT: u64 = 64 * 1024;
+
+/// A part of a log could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// It is not there.
+    #[error("{0} is not there")]
+    Missing(String),
+    /// It cannot be read.
+    #[error("{what}: {cause}")]
+    Failed {
+        /// What was read.
+        what: String,
+        /// Why it could not be.
+        cause: String,
+    },
+}
+
+impl SourceError {
+    fn of(what: &str, error: &io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::NotFound => Self::Missing(what.to_owned()),
+            _ => Self::Failed { what: what.to_owned(), cause: error.to_string() },
+        }
+    }
+}
+
+/// A log that is read from outside. Nothing that it gives is believed.
+pub trait LogSource: Send {
+    /// How messages call it.
+    fn name(&self) -> String;
+    /// The newest checkpoint, a signed note.
+    fn checkpoint(&mut self) -> Result<Vec<u8>, SourceError>;
+    /// A tile or an entry bundle.
+    fn tile(&self, tile: TileId) -> Result<Vec<u8>, SourceError>;
+    /// Another file of a mirror, by its path; at most so many octets.
+    fn file(&self, path: &str, most: u64) -> Result<Vec<u8>, SourceError>;
+}
+
+/// Opens a directory, the daemon's or a mirror's, or a web address. `authority` is the CA of a web server that the system does not know.
+pub fn open_source(place: &str, key: &LogKey, authority: Option<&Path>) -> Result<Box<dyn LogSource>, SourceError> {
+    if place.contains("://") {
+        return Ok(Box::new(Website::new(place, authority)?));
+    }
+    let dir = Path::new(place);
+    if dir.join("store.toml").exists() {
+        return Ok(Box::new(StoreDirectory::new(dir, key)));
+    }
+    Ok(Box::new(Mirror::new(dir)))
+}
+
+/// A directory with the files that C2SP tlog-tiles names.
+pub struct Mirror(PathBuf);
+
+impl Mirror {
+    /// The mirror in that directory.
+    pub fn new(dir: &Path) -> Self {
+        Self(dir.to_owned())
+    }
+}
+
+impl LogSource for Mirror {
+    fn name(&self) -> String {
+        self.0.display().to_string()
+    }
+
+    fn checkpoint(&mut self) -> Result<Vec<u8>, SourceError> {
+        self.file("checkpoint", MAX_CHECKPOINT)
+    }
+
+    fn tile(&self, tile: TileId) -> Result<Vec<u8>, SourceError> {
+        match self.file(&tile.to_string(), MAX_BUNDLE) {
+            Err(SourceError::Missing(_)) if !tile.is_full() => {
+                beginning_of(tile, self.file(&tile.as_full().to_string(), MAX_BUNDLE)?)
+            }
+            found => found,
+        }
+    }
+
+    fn file(&self, path: &str, most: u64) -> Result<Vec<u8>, SourceError> {
+        let length = fs::metadata(self.0.join(path)).map_err(|e| SourceError::of(path, &e))?.len();
+        if length > most {
+            let cause = format!("it has {length} octets, at most {most} are read");
+            return Err(SourceError::Failed { what: path.to_owned(), cause });
+        }
+        fs::read(self.0.join(path)).map_err(|e| SourceError::of(path, &e))
+    }
+}
+
+/// A web server with such files: another daemon's public listener, or a mirror.
+pub struct Website {
+    prefix: String,
+    fetcher: Fetcher,
+}
+
+impl Website {
+    /// The log below that address.
+    pub fn new(prefix: &str, authority: Option<&Path>) -> Result<Self, SourceError> {
+        let prefix = prefix.trim_end_matches('/').to_owned();
+        let fetcher = Fetcher::new(authority, None);
+        let fetcher = fetcher.map_err(|cause| SourceError::Failed { what: prefix.clone(), cause })?;
+        Ok(Self { prefix, fetcher })
+    }
+}
+
+impl LogSource for Website {
+    fn name(&self) -> String {
+        self.prefix.clone()
+    }
+
+    fn checkpoint(&mut self) -> Result<Vec<u8>, SourceError> {
+        self.file("checkpoint", MAX_CHECKPOINT)
+    }
+
+    fn tile(&self, tile: TileId) -> Result<Vec<u8>, SourceError> {
+        match self.file(&tile.to_string(), MAX_BUNDLE) {
+            // A mirror may remove a partial tile once the full one is there.
+            Err(SourceError::Missing(_)) if !tile.is_full() => {
+                beginning_of(tile, self.file(&tile.as_full().to_string(), MAX_BUNDLE)?)
+            }
+            found => found,
+        }
+    }
+
+    fn file(&self, path: &str, most: u64) -> Result<Vec<u8>, SourceError> {
+        let what = format!("{}/{path}", self.prefix);
+        match self.fetcher.get(&what, most) {
+            Ok(answer) if answer.status == 200 => Ok(answer.body),
+            Ok(answer) if answer.status == 404 => Err(SourceError::Missing(what)),
+            Ok(answer) => Err(SourceError::Failed { what, cause: format!("the server answers {}", answer.status) }),
+            Err(cause) => Err(SourceError::Failed { what, cause }),
+        }
+    }
+}
+
+/// The directory of a daemon, which may be running meanwhile.
+pub struct StoreDirectory {
+    dir: PathBuf,
+    key: LogKey,
+    edge: Option<ReadEdge>,
+}
+
+/// The edge as it was when the checkpoint was read.
+struct ReadEdge {
+    base: u64,
+    entries: Vec<Vec<u8>>,
+    tree: Tree,
+}
+
+impl StoreDirectory {
+    /// The log in that directory; its batches are told from what a crash left by the key.
+    pub fn new(dir: &Path, key: &LogKey) -> Self {
+        Self { dir: dir.to_owned(), key: key.clone(), edge: None }
+    }
+
+    fn read_edge(&self) -> Result<(ReadEdge, Option<Vec<u8>>), SourceError> {
+        let (base, path) = newest_edge(&self.dir).map_err(|e| SourceError::of("edge", &e))?;
+        let what = format!("edge/{base:020}");
+        let octets = fs::read(&path).map_err(|e| SourceError::of(&what, &e))?;
+        let damaged = |cause: String| SourceError::Failed { what: what.clone(), cause };
+        let mut tree = Tree::read(base, &FullTiles(&self.dir)).map_err(|e| damaged(e.to_string()))?;
+        let edge = edge::read(&octets, &tree, &self.key).map_err(damaged)?;
+        let (mut entries, mut note) = (Vec::new(), None);
+        for (batch, checkpoint) in edge.batches {
+            batch.entries.iter().for_each(|entry| drop(tree.push(leaf_hash(entry))));
+            entries.extend(batch.entries);
+            note = Some(checkpoint.note().to_vec());
+        }
+        Ok((ReadEdge { base, entries, tree }, note))
+    }
+}
+
+impl LogSource for StoreDirectory {
+    fn name(&self) -> String {
+        self.dir.display().to_string()
+    }
+
+    fn checkpoint(&mut self) -> Result<Vec<u8>, SourceError> {
+        // The daemon may put a new edge in the place of the one that was just found: then it is looked for again.
+        let mut tries = 3;
+        let (edge, note) = loop {
+            tries -= 1;
+            match self.read_edge() {
+                Err(SourceError::Missing(_)) if tries > 0 => {}
+                read => break read?,
+            }
+        };
+        self.edge = Some(edge);
+        note.ok_or_else(|| SourceError::Missing("a checkpoint".to_owned()))
+    }
+
+    fn tile(&self, tile: TileId) -> Result<Vec<u8>, SourceError> {
+        let what = tile.to_string();
+        if let Some(edge) = &self.edge {
+            let first = tile.index() * BUNDLE;
+            if tile.kind() == TileKind::Entries && first >= edge.base {
+                let from = usize::try_from(first - edge.base).unwrap_or(usize::MAX);
+                let mut octets = Vec::new();
+                for entry in edge.entries.iter().skip(from).take(tile.width().into()) {
+                    let cause =
+                        |e: crate::tlog::TlogError| SourceError::Failed { what: what.clone(), cause: e.to_string() };
+                    bundle::push(&mut octets, entry).map_err(cause)?;
+                }
+                return Ok(octets);
+            }
+            if let Some(hashes) = edge.tree.partial(tile).filter(|_| !tile.is_full()) {
+                return Ok(hashes.get(..usize::from(tile.width()) * 32).unwrap_or(hashes).to_vec());
+            }
+        }
+        let full = FullTiles(&self.dir).read(tile).map_err(|e| SourceError::of(&tile.as_full().to_string(), &e))?;
+        beginning_of(tile, full)
+    }
+
+    fn file(&self, path: &str, _: u64) -> Result<Vec<u8>, SourceError> {
+        Err(SourceError::Missing(path.to_owned()))
+    }
+}
+
+/// A partial tile, which is the beginning of the full one.
+fn beginning_of(tile: TileId, full: Vec<u8>) -> Result<Vec<u8>, SourceError> {
+    let length = match tile.kind() {
+        TileKind::Hashes(_) => usize::from(tile.width()) * 32,
+        TileKind::Entries => {
+            let entries = bundle::entries(&full).take(tile.width().into());
+            let length = entries.map(|entry| entry.map(|entry| entry.len() + bundle::HEAD)).sum::<Result<usize, _>>();
+            length.map_err(|e| SourceError::Failed { what: tile.to_string(), cause: e.to_string() })?
+        }
+    };
+    let mut octets = full;
+    octets.truncate(length);
+    Ok(octets)
+}
+
+/// The hashes of a source's tiles, for proofs.
+pub(super) struct SourceTiles<'a>(pub(super) &'a dyn LogSource);
+
+impl HashSource for SourceTiles<'_> {
+    fn tile(&self, tile: TileId) -> Result<Vec<u8>, String> {
+        self.0.tile(tile).map_err(|e| e.to_string())
+    }
+}

@@ -1,0 +1,49 @@
+//! A door that fails when it is told to, for the tests of every store with files.
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::time::Duration;
+
+use super::place::Door;
+
+/// What goes wrong, as long as it is told to.
+#[derive(Default)]
+pub(crate) struct Faults {
+    pub(crate) before_apply: AtomicBool,
+    pub(crate) in_sync: AtomicBool,
+    /// Syncs that go well before one fails.
+    pub(crate) syncs_before: AtomicU64,
+    pub(crate) free: AtomicU64,
+    pub(crate) syncs: AtomicU64,
+    /// Milliseconds that a sync takes longer: calls made meanwhile share the next one.
+    pub(crate) slow: AtomicU64,
+}
+
+impl Door for Faults {
+    fn before_apply(&self) -> io::Result<()> {
+        fail_if(&self.before_apply)
+    }
+
+    fn sync(&self, file: &File) -> io::Result<()> {
+        self.syncs.fetch_add(1, SeqCst);
+        std::thread::sleep(Duration::from_millis(self.slow.load(SeqCst)));
+        file.sync_data()?;
+        match self.syncs_before.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1)) {
+            Ok(_) => Ok(()),
+            Err(_) => fail_if(&self.in_sync),
+        }
+    }
+
+    fn free(&self, _: &Path) -> io::Result<u64> {
+        match self.free.load(SeqCst) {
+            0 => Ok(1 << 40),
+            octets => Ok(octets),
+        }
+    }
+}
+
+fn fail_if(fails: &AtomicBool) -> io::Result<()> {
+    if fails.load(SeqCst) { Err(io::Error::other("broken on purpose")) } else { Ok(()) }
+}

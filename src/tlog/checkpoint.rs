@@ -1,0 +1,119 @@
+//! The tree at one moment, signed: a checkpoint (C2SP tlog-checkpoint) in a signed note.
+
+use signed_note::{Note, NoteError, Signature, Verifier as _, VerifierList};
+use tlog_tiles::checkpoint::Checkpoint;
+use tlog_tiles::tlog::Hash;
+
+use super::{LogKey, Origin, TlogError, TreeHash, WitnessKey};
+
+/// Most octets of a signed checkpoint that is accepted.
+const MAX_NOTE: usize = 64 * 1024;
+
+/// What a log is about to sign.
+#[derive(Debug)]
+pub struct UnsignedCheckpoint {
+    text: Vec<u8>,
+}
+
+impl UnsignedCheckpoint {
+    /// The tree of that size with that root.
+    pub fn new(origin: &Origin, size: u64, root: TreeHash) -> Result<Self, TlogError> {
+        let checkpoint = Checkpoint::new(origin.as_str(), size, Hash(root), "");
+        Ok(Self { text: checkpoint.map_err(|e| TlogError::malformed("checkpoint", e))?.to_bytes() })
+    }
+
+    /// The octets to be signed: the note's text with its final newline.
+    pub fn to_be_signed(&self) -> &[u8] {
+        &self.text
+    }
+
+    /// Puts the signature to it; a wrong one is refused.
+    pub fn signed(self, key: &LogKey, signature: &[u8]) -> Result<SignedCheckpoint, TlogError> {
+        let broken = |e: NoteError| TlogError::malformed("checkpoint", e);
+        let line = Signature::new(key.origin().to_string(), key.verifier().key_id(), signature.to_vec());
+        let note = Note::new(&self.text, &[line.map_err(broken)?]).map_err(broken)?;
+        SignedCheckpoint::verify(&note.to_bytes(), key)
+    }
+}
+
+/// A tree's size and root with the verified signature of its log, and perhaps cosignatures. There is none without.
+#[derive(Clone, PartialEq, Eq)]
+pub struct SignedCheckpoint {
+    note: Vec<u8>,
+    size: u64,
+    root: TreeHash,
+}
+
+impl SignedCheckpoint {
+    /// Reads a signed note and verifies that it is a checkpoint of that log. Signatures of unknown keys are left alone.
+    pub fn verify(note: &[u8], key: &LogKey) -> Result<Self, TlogError> {
+        if note.len() > MAX_NOTE {
+            let problem = format!("it has {} octets, at most {MAX_NOTE} are read", note.len());
+            return Err(TlogError::malformed("checkpoint", problem));
+        }
+        let parsed = Note::from_bytes(note).map_err(|e| TlogError::malformed("checkpoint", e))?;
+        let checkpoint = Checkpoint::from_bytes(parsed.text()).map_err(|e| TlogError::malformed("checkpoint", e))?;
+        if checkpoint.origin() != key.origin().as_str() {
+            let (found, expected) = (checkpoint.origin().to_owned(), key.origin().to_string());
+            return Err(TlogError::OtherLog { found, expected });
+        }
+        let known = VerifierList::new(vec![Box::new(key.verifier().clone())]);
+        parsed.verify(&known).map_err(|e| match e {
+            NoteError::InvalidSignature { .. } => TlogError::BadSignature(key.origin().to_string()),
+            NoteError::UnverifiedNote => TlogError::NotSigned(key.origin().to_string()),
+            other => TlogError::malformed("checkpoint", other),
+        })?;
+        Ok(Self { note: note.to_vec(), size: checkpoint.size(), root: checkpoint.hash().0 })
+    }
+
+    /// The signed note, as it is published.
+    pub fn note(&self) -> &[u8] {
+        &self.note
+    }
+
+    /// Entries of the tree.
+    pub const fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// The tree's root.
+    pub const fn root(&self) -> TreeHash {
+        self.root
+    }
+
+    /// Whether the other has the same tree.
+    pub fn is_same_tree(&self, other: &Self) -> bool {
+        (self.size, self.root) == (other.size, other.root)
+    }
+
+    /// The same with those of the cosignature lines that are of these witnesses and right. What else is there is left out: the
+    /// lines come from outside.
+    #[must_use]
+    pub fn cosigned(&self, lines: &[u8], witnesses: &[&WitnessKey]) -> Self {
+        let mut cosigned = self.clone();
+        let lines = lines.split_inclusive(|octet| *octet == b'\n').take(witnesses.len() * 4);
+        for line in lines.filter(|line| line.ends_with(b"\n")) {
+            let with = Self { note: [&cosigned.note, line].concat(), ..*self };
+            if with.cosigners(witnesses).len() > cosigned.cosigners(witnesses).len() {
+                cosigned = with;
+            }
+        }
+        cosigned
+    }
+
+    /// The names of those of the witnesses whose cosignature is on it and right.
+    pub fn cosigners<'a>(&self, witnesses: &[&'a WitnessKey]) -> Vec<&'a str> {
+        let Ok(note) = Note::from_bytes(&self.note) else { return Vec::new() };
+        let has_signed = |witness: &&&WitnessKey| {
+            let known = VerifierList::new(vec![Box::new(witness.verifier().clone())]);
+            note.verify(&known).is_ok()
+        };
+        witnesses.iter().filter(has_signed).map(|witness| witness.name()).collect()
+    }
+}
+
+impl std::fmt::Debug for SignedCheckpoint {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "SignedCheckpoint({}, {})", self.size, hex::encode(self.root))
+    }
+}

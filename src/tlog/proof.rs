@@ -1,0 +1,126 @@
+//! The proof that an entry is in the log, which needs nobody to be asked (C2SP tlog-proof). It is the receipt of a device.
+
+use base64::prelude::{BASE64_STANDARD, Engine as _};
+use tlog_tiles::tlog::{Hash, check_record, node_hash};
+
+use super::{LogKey, SignedCheckpoint, TlogError, TreeHash, leaf_hash};
+
+/// The first line.
+const HEADER: &str = "c2sp.org/tlog-proof@v1";
+/// Most octets of a proof that is read: 64 hashes and a checkpoint.
+const MAX_LEN: usize = 128 * 1024;
+/// A tree of 2^64 entries has no longer proofs.
+const MAX_HASHES: usize = 64;
+
+/// An entry's place, the hashes that lead from it to the root, and the checkpoint with that root. Nothing of it is believed
+/// before [`LogProof::verify`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogProof {
+    index: u64,
+    hashes: Vec<TreeHash>,
+    /// The signed note, as it is.
+    checkpoint: Vec<u8>,
+}
+
+/// A proof that held.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VerifiedProof {
+    /// The entry's place, from 0.
+    pub index: u64,
+    /// SHA-256(0x00 ‖ entry).
+    pub leaf: TreeHash,
+    /// From the leaf to the root.
+    pub steps: Vec<ProofStep>,
+    /// The checkpoint whose tree has the entry.
+    pub checkpoint: SignedCheckpoint,
+}
+
+/// One step: SHA-256(0x01 ‖ left ‖ right).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProofStep {
+    /// The other hash.
+    pub sibling: TreeHash,
+    /// Whether the other one is to the left.
+    pub sibling_is_left: bool,
+    /// What comes out.
+    pub hash: TreeHash,
+}
+
+impl LogProof {
+    /// Puts a proof together.
+    pub fn new(index: u64, hashes: Vec<TreeHash>, checkpoint: &SignedCheckpoint) -> Self {
+        Self { index, hashes, checkpoint: checkpoint.note().to_vec() }
+    }
+
+    /// The entry's place, as the proof says.
+    pub const fn index(&self) -> u64 {
+        self.index
+    }
+
+    /// The text form; the file's ending is `.tlog-proof`.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut text = format!("{HEADER}\nindex {}\n", self.index);
+        for hash in &self.hashes {
+            text.push_str(&BASE64_STANDARD.encode(hash));
+            text.push('\n');
+        }
+        text.push('\n');
+        [text.as_bytes(), &self.checkpoint].concat()
+    }
+
+    /// Reads the text form. Extra data is passed over: nothing vouches for it.
+    pub fn from_bytes(octets: &[u8]) -> Result<Self, TlogError> {
+        let wrong = |problem: &str| TlogError::malformed("log proof", problem);
+        if octets.len() > MAX_LEN {
+            return Err(wrong("it is too long"));
+        }
+        let text = std::str::from_utf8(octets).map_err(|_| wrong("it is not UTF-8"))?;
+        let (head, checkpoint) = text.split_once("\n\n").ok_or_else(|| wrong("no empty line ends the hashes"))?;
+        let mut lines = head.split('\n').peekable();
+        if lines.next() != Some(HEADER) {
+            return Err(wrong(&format!("the first line is not {HEADER}")));
+        }
+        lines.next_if(|line| line.starts_with("extra "));
+        let index = lines.next().and_then(|line| line.strip_prefix("index "));
+        let index = index.and_then(|digits| digits.parse::<u64>().ok().filter(|index| index.to_string() == *digits));
+        let index = index.ok_or_else(|| wrong("the index is missing or no number"))?;
+        let hash = |line: &str| {
+            let octets = BASE64_STANDARD.decode(line).ok().and_then(|octets| octets.try_into().ok());
+            octets.ok_or_else(|| wrong("a line is not the base64 of 32 octets"))
+        };
+        let hashes = lines.map(hash).collect::<Result<Vec<_>, _>>()?;
+        if hashes.len() > MAX_HASHES {
+            return Err(wrong("it has more hashes than any tree needs"));
+        }
+        Ok(Self { index, hashes, checkpoint: checkpoint.as_bytes().to_vec() })
+    }
+
+    /// Verifies that the entry is in a tree that the log has signed.
+    pub fn verify(&self, entry: &[u8], key: &LogKey) -> Result<VerifiedProof, TlogError> {
+        let checkpoint = SignedCheckpoint::verify(&self.checkpoint, key)?;
+        let leaf = leaf_hash(entry);
+        let hashes = self.hashes.iter().map(|hash| Hash(*hash)).collect();
+        check_record(&hashes, checkpoint.size(), Hash(checkpoint.root()), self.index, Hash(leaf))
+            .map_err(|_| TlogError::WrongProof { what: "the entry" })?;
+        let steps = self.steps(leaf, checkpoint.size());
+        Ok(VerifiedProof { index: self.index, leaf, steps, checkpoint })
+    }
+
+    /// The way to the root, for people; the proof has been checked.
+    fn steps(&self, leaf: TreeHash, size: u64) -> Vec<ProofStep> {
+        let (mut hash, mut at, mut last) = (leaf, self.index, size.saturating_sub(1));
+        let mut steps = Vec::with_capacity(self.hashes.len());
+        for sibling in &self.hashes {
+            // The last node of a level without a right neighbour is passed up as it is.
+            while at == last && at.is_multiple_of(2) && last > 0 {
+                (at, last) = (at / 2, last / 2);
+            }
+            let sibling_is_left = !at.is_multiple_of(2);
+            let (left, right) = if sibling_is_left { (*sibling, hash) } else { (hash, *sibling) };
+            hash = node_hash(Hash(left), Hash(right)).0;
+            steps.push(ProofStep { sibling: *sibling, sibling_is_left, hash });
+            (at, last) = (at / 2, last / 2);
+        }
+        steps
+    }
+}

@@ -1,0 +1,245 @@
+use std::collections::HashMap;
+
+use ct_merkle::mem_backed_tree::MemoryBackedTree;
+use proptest::prelude::*;
+use sha2::Sha256;
+
+use super::testing::LocalSigner;
+use super::*;
+use crate::registry::CheckpointSigner as _;
+
+/// The full tiles of a tree, and the tree.
+struct Grown {
+    tree: Tree,
+    full: HashMap<TileId, Vec<u8>>,
+}
+
+impl HashSource for Grown {
+    fn tile(&self, tile: TileId) -> Result<Vec<u8>, String> {
+        let partial = || self.tree.partial(tile).map(<[u8]>::to_vec);
+        self.full.get(&tile.as_full()).cloned().or_else(partial).ok_or_else(|| format!("{tile} is not there"))
+    }
+}
+
+fn entry(n: u64) -> Vec<u8> {
+    format!("entry {n}").into_bytes()
+}
+
+fn grown(size: u64) -> Grown {
+    let mut grown = Grown { tree: Tree::default(), full: HashMap::new() };
+    for n in 0..size {
+        grown.full.extend(grown.tree.push(leaf_hash(&entry(n))).into_iter().map(|full| (full.id, full.hashes)));
+    }
+    grown
+}
+
+/// The same tree by somebody else's arithmetic.
+fn oracle(size: u64) -> MemoryBackedTree<Sha256, Vec<u8>> {
+    let mut tree = MemoryBackedTree::new();
+    (0..size).for_each(|n| tree.push(entry(n)));
+    tree
+}
+
+#[test]
+fn the_root_is_the_one_of_rfc_6962() {
+    let mut tree = Tree::default();
+    let mut other = MemoryBackedTree::<Sha256, Vec<u8>>::new();
+    for n in 0..1100 {
+        assert_eq!(tree.root().as_slice(), other.root().as_bytes().as_slice(), "of {n}");
+        tree.push(leaf_hash(&entry(n)));
+        other.push(entry(n));
+    }
+}
+
+#[test]
+fn tiles_are_those_of_the_specification() {
+    // 70,000 entries: 273 full tiles and one of 112, one full and one of 17, one of 1.
+    let grown = grown(70_000);
+    let full = |level| grown.full.keys().filter(|tile| tile.kind() == TileKind::Hashes(level)).count();
+    assert_eq!((full(0), full(1), full(2)), (273, 1, 0));
+    assert!(grown.full.values().all(|hashes| hashes.len() == 8192));
+    let width = |level, index| TileId::in_tree(TileKind::Hashes(level), index, 70_000).map(|tile| tile.width());
+    assert_eq!((width(0, 273), width(1, 1), width(2, 0)), (Some(112), Some(17), Some(1)));
+    assert_eq!((width(0, 274), width(1, 2), width(3, 0)), (None, None, None));
+    assert_eq!(TileId::in_tree(TileKind::Hashes(1), 0, 256).unwrap().width(), 1);
+    for (level, index, width) in [(0, 273, 112), (1, 1, 17), (2, 0, 1)] {
+        let tile = TileId::in_tree(TileKind::Hashes(level), index, 70_000).unwrap();
+        assert_eq!(grown.tree.partial(tile).unwrap().len(), width * 32);
+    }
+}
+
+#[test]
+fn a_tile_has_one_path() {
+    for path in
+        ["tile/0/000", "tile/0/x001/x234/067.p/8", "tile/63/255", "tile/entries/x001/000", "tile/entries/000.p/255"]
+    {
+        assert_eq!(path.parse::<TileId>().unwrap().to_string(), path);
+    }
+    for wrong in [
+        "",
+        "tile",
+        "tile/0",
+        "tile/64/000",
+        "tile/256/000",
+        "tile/0/0",
+        "tile/0/000.p/0",
+        "tile/0/000.p/00",
+        "tile/0/000.p/256",
+        "tile/0/000.p/08",
+        "tile/0/001/000",
+        "tile/0/x000/001",
+        "tile/00/001",
+        "tile/0/1000",
+        "tile/data/000",
+        "tile/8/0/000",
+        "/tile/0/000",
+        "tile/0/000/",
+        "tile/0/../000",
+        "tile/-1/000",
+        "tile/0/+01",
+        "tile/0/x999/x999/x999/x999/x999/x999/x999/x999/x999/x999/999",
+    ] {
+        assert!(wrong.parse::<TileId>().is_err(), "{wrong}");
+    }
+}
+
+#[test]
+fn a_tree_is_read_back_from_its_tiles() {
+    for size in [0, 1, 255, 256, 257, 511, 512, 65_535, 65_536, 65_537] {
+        let grown = grown(size);
+        assert_eq!(Tree::read(size, &grown).unwrap(), grown.tree, "of {size}");
+    }
+}
+
+#[test]
+fn every_entry_is_proven_in_every_tree() {
+    let signer = LocalSigner::new("log.example/test");
+    for size in [1, 2, 3, 7, 8, 9, 255, 256, 257, 600] {
+        let grown = grown(size);
+        let checkpoint = signer.checkpoint(&grown.tree);
+        for index in [0, 1, size / 2, size.saturating_sub(2), size - 1].into_iter().filter(|index| *index < size) {
+            let proof = LogProof::new(index, prove_inclusion(&grown.tree, index, &grown).unwrap(), &checkpoint);
+            let read = LogProof::from_bytes(&proof.to_bytes()).unwrap();
+            assert_eq!(read, proof);
+            let verified = read.verify(&entry(index), signer.key()).unwrap();
+            let last = verified.steps.last().map_or(verified.leaf, |step| step.hash);
+            assert_eq!(last, checkpoint.root(), "the steps of {index} in {size} end in the root");
+            assert!(read.verify(&entry(index + 1), signer.key()).is_err());
+        }
+    }
+}
+
+#[test]
+fn a_proof_of_an_older_tree_is_made_from_the_newer_ones_tiles() {
+    let (newer, old) = (grown(700), grown(300));
+    let tree = Tree::read(300, &newer).unwrap();
+    assert_eq!(tree, old.tree);
+    let hashes = prove_inclusion(&tree, 17, &newer).unwrap();
+    let other = oracle(300).prove_inclusion(17);
+    assert_eq!(hashes.concat(), other.as_bytes());
+}
+
+#[test]
+fn a_forged_checkpoint_or_proof_is_told_apart() {
+    let (signer, other) = (LocalSigner::new("log.example/test"), LocalSigner::new("log.example/test"));
+    let elsewhere = LocalSigner::new("log.example/other");
+    let grown = grown(10);
+    let note = signer.checkpoint(&grown.tree).note().to_vec();
+    assert!(SignedCheckpoint::verify(&note, signer.key()).is_ok());
+    assert!(matches!(SignedCheckpoint::verify(&note, other.key()), Err(TlogError::NotSigned(_))));
+    assert!(matches!(SignedCheckpoint::verify(&note, elsewhere.key()), Err(TlogError::OtherLog { .. })));
+    let text = String::from_utf8(note.clone()).unwrap();
+    let enlarged = text.replacen("\n10\n", "\n11\n", 1);
+    assert!(matches!(SignedCheckpoint::verify(enlarged.as_bytes(), signer.key()), Err(TlogError::BadSignature(_))));
+    for at in 0..note.len() {
+        let mut flipped = note.clone();
+        flipped[at] ^= 1;
+        assert!(SignedCheckpoint::verify(&flipped, signer.key()).is_err(), "octet {at}");
+    }
+}
+
+#[test]
+fn vkeys_are_read_and_written_and_checked() {
+    // The example of C2SP signed-note.
+    let vkey = "example.com/foo+530d903a+Ac2sNGQ1vL8Q6qn1Vn6C/hrOLhRZXt7pj/lJHnVDl6V6";
+    let signer = LocalSigner::new("log.example/test");
+    let own = signer.key().to_string();
+    assert_eq!(own.parse::<LogKey>().unwrap(), *signer.key());
+    for wrong in [
+        "",
+        "a+b",
+        vkey,
+        &own.replace("log.example", "log.example2"),
+        &own.replacen('+', "+0", 1),
+        &own[..own.len() - 4],
+    ] {
+        assert!(wrong.parse::<LogKey>().is_err(), "{wrong}");
+    }
+    assert!(own.parse::<WitnessKey>().is_err(), "a log's key is no witness's");
+    for wrong in ["", "https://log.example", "log.example/", "log example", "log+example"] {
+        assert!(wrong.parse::<Origin>().is_err(), "{wrong}");
+    }
+}
+
+#[test]
+fn a_bundle_holds_its_entries_exactly() {
+    let mut octets = Vec::new();
+    for entry in [b"".as_slice(), b"one", &[7; bundle::MAX_ENTRY]] {
+        bundle::push(&mut octets, entry).unwrap();
+    }
+    assert!(bundle::push(&mut octets, &vec![0; bundle::MAX_ENTRY + 1]).is_err());
+    assert_eq!(bundle::exactly(&octets, 3).unwrap()[1], b"one");
+    assert!(bundle::exactly(&octets, 2).is_err());
+    assert!(bundle::exactly(&octets[..octets.len() - 1], 3).is_err());
+}
+
+#[test]
+fn a_proof_that_is_not_one_is_refused() {
+    let signer = LocalSigner::new("log.example/test");
+    let grown = grown(5);
+    let checkpoint = signer.checkpoint(&grown.tree);
+    let proof = LogProof::new(2, prove_inclusion(&grown.tree, 2, &grown).unwrap(), &checkpoint);
+    let text = String::from_utf8(proof.to_bytes()).unwrap();
+    assert!(text.starts_with("c2sp.org/tlog-proof@v1\nindex 2\n"));
+    let with_extra = text.replacen("\nindex", "\nextra AAAA\nindex", 1);
+    assert!(LogProof::from_bytes(with_extra.as_bytes()).unwrap().verify(&entry(2), signer.key()).is_ok());
+    for (from, to) in [("@v1", "@v2"), ("index 2", "index 02"), ("index 2", "index -2"), ("\n\n", "\n"), ("=", "")] {
+        assert!(LogProof::from_bytes(text.replacen(from, to, 1).as_bytes()).is_err(), "{from} -> {to}");
+    }
+    let other_place = text.replacen("index 2", "index 3", 1);
+    let refused = LogProof::from_bytes(other_place.as_bytes()).unwrap().verify(&entry(2), signer.key());
+    assert!(matches!(refused, Err(TlogError::WrongProof { .. })));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn proofs_are_those_of_somebody_elses_arithmetic(size in 1u64..900, at in 0.0f64..1.0, old in 0.0f64..1.0) {
+        let (grown, other) = (grown(size), oracle(size));
+        let index = ((size as f64) * at) as u64;
+        let inclusion = prove_inclusion(&grown.tree, index, &grown).unwrap();
+        let expected = other.prove_inclusion(index as usize);
+        prop_assert_eq!(inclusion.concat(), expected.as_bytes());
+
+        let old = (((size as f64) * old) as u64).max(1);
+        let proof = prove_consistency(&grown.tree, old, &grown).unwrap();
+        let before = Tree::read(old, &grown).unwrap();
+        let (now, then) = ((size, grown.tree.root()), (old, before.root()));
+        prop_assert!(check_consistency(&proof, now, then).is_ok());
+        prop_assert!(check_consistency(&proof, now, (old, [7; 32])).is_err());
+        prop_assert!(check_consistency(&proof, (size, [7; 32]), then).is_err());
+        if let Some(first) = proof.first() {
+            let mut forged = proof.clone();
+            forged[0] = first.map(|octet| octet ^ 1);
+            prop_assert!(check_consistency(&forged, now, then).is_err());
+        }
+    }
+
+    #[test]
+    fn no_octets_are_a_proof_that_verifies(octets in proptest::collection::vec(any::<u8>(), 0..300)) {
+        prop_assert!(LogProof::from_bytes(&octets).is_err());
+        let _ = bundle::entries(&octets).count();
+        let _ = String::from_utf8_lossy(&octets).parse::<TileId>();
+    }
+}

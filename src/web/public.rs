@@ -1,0 +1,353 @@
+//! What anybody may ask over HTTP: records, proofs, the log's tiles, and pages for people.
+//!
+//! | path | is |
+//! |---|---|
+//! | `/` , `/devices?chip=…`, `/devices/{chip}`… | pages, without JavaScript |
+//! | `/v1/devices/{chip}` | the record: JSON, CBOR or PEM, as `Accept` says |
+//! | `/v1/devices/{chip}/proof` | C2SP tlog-proof |
+//! | `/checkpoint`, `/tile/…` | the log, as C2SP tlog-tiles says |
+//! | `/chip/{shard}/{file}`, `/log.vkey` | what a mirror has besides, in the same places |
+//!
+//! There is no list of chips and no search by a beginning: whoever asks must know the whole chip ID. (The entries are public, too:
+//! who wants all of them reads the log.)
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{Path, Request, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, watch};
+use tokio_rustls::TlsAcceptor;
+use tonic::transport::server::TcpConnectInfo;
+use tower_http::compression::CompressionLayer;
+
+use super::pages;
+use super::rate::Rate;
+use super::serve::{Limits, Peer, serve};
+use crate::config::PublicConfig;
+use crate::names::ChipId;
+use crate::provisioning::{ProvisionError, Provisioner};
+use crate::registry::shard;
+use crate::rpc;
+use crate::store::PublishedRecord;
+use crate::tlog::{LogKey, TileId};
+
+/// A reader comes, reads and goes.
+const LIMITS: Limits = Limits { places: 512, age: Duration::from_secs(120), grace: Duration::from_secs(30) };
+/// Requests that are answered at once; the rest is told to come again.
+const INSIDE: usize = 256;
+/// No request takes longer.
+const CALL_LIMIT: Duration = Duration::from_secs(30);
+
+/// What never changes under its name (C2SP tlog-tiles: long-lived).
+const IMMUTABLE: &str = "public, max-age=31536000, immutable";
+/// What changes with each batch (C2SP tlog-tiles: a few seconds).
+const MOMENT: &str = "public, max-age=2";
+/// A record stays as it is until it is superseded; then the chip's new one should be seen soon.
+const MINUTE: &str = "public, max-age=60";
+
+/// What the handlers share.
+pub(super) struct Site {
+    pub(super) provisioner: Arc<Provisioner>,
+    pub(super) title: String,
+    pub(super) key: LogKey,
+    rate: Rate,
+    inside: Semaphore,
+}
+
+/// The public listener's side of HTTP.
+pub(crate) struct Public(Arc<Site>);
+
+impl Public {
+    /// The pages and resources of that log.
+    pub(crate) fn new(provisioner: Arc<Provisioner>, config: &PublicConfig, key: LogKey) -> Self {
+        let (title, rate, inside) = (config.title.clone(), Rate::new(config), Semaphore::new(INSIDE));
+        Self(Arc::new(Site { provisioner, title, key, rate, inside }))
+    }
+
+    /// Serves HTTP and, beside it on the same listener, gRPC until `stop` is true; then drains.
+    pub(crate) async fn serve(
+        self,
+        listener: TcpListener,
+        tls: rustls::ServerConfig,
+        grpc: Router,
+        stop: watch::Receiver<bool>,
+    ) {
+        let router = router(&self.0, grpc);
+        serve(listener, Some(TlsAcceptor::from(Arc::new(tls))), router, LIMITS, stop).await;
+    }
+}
+
+fn router(site: &Arc<Site>, grpc: Router) -> Router {
+    let compressed = Router::new()
+        .route("/v1/devices/{chip}", get(record))
+        .route("/v1/devices/{chip}/proof", get(proof))
+        .route("/checkpoint", get(checkpoint))
+        .route("/tile/entries/{*path}", get(entries))
+        .route("/log.vkey", get(vkey))
+        .merge(pages::routes())
+        .layer(CompressionLayer::new());
+    // Hashes do not get smaller, and files of a mirror are as they are on its disk.
+    let plain = Router::new()
+        .route("/tile/{level}/{*path}", get(hashes))
+        .route("/chip/{shard}/{file}", get(chip_file))
+        .fallback(pages::nothing_here);
+    compressed
+        .merge(plain)
+        .layer(middleware::map_response(harden))
+        .with_state(Arc::clone(site))
+        .merge(grpc)
+        .layer(middleware::from_fn_with_state(Arc::clone(site), admit))
+}
+
+/// At the door: not too fast, not too many, not for too long.
+async fn admit(State(site): State<Arc<Site>>, mut request: Request, next: Next) -> Response {
+    let is_grpc = request
+        .headers()
+        .get(header::CONTENT_TYPE)
+        .is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"));
+    let peer = request.extensions().get::<Peer>().map(|peer| peer.0);
+    if let Some(peer) = peer {
+        request.extensions_mut().insert(TcpConnectInfo { local_addr: None, remote_addr: Some(peer) });
+        if let Err(after) = site.rate.admit(peer.ip()) {
+            return too_fast(is_grpc, after);
+        }
+    }
+    let Ok(_place) = site.inside.try_acquire() else { return too_fast(is_grpc, Duration::from_secs(1)) };
+    match tokio::time::timeout(CALL_LIMIT, next.run(request)).await {
+        Ok(response) => response,
+        Err(_) => problem(StatusCode::SERVICE_UNAVAILABLE, "there was no answer in time; try again"),
+    }
+}
+
+fn too_fast(is_grpc: bool, after: Duration) -> Response {
+    if is_grpc {
+        return rpc::too_fast(after).into_http();
+    }
+    let mut refused = problem(StatusCode::TOO_MANY_REQUESTS, "this address asks too often; try again later");
+    let seconds = after.as_secs().saturating_add(1);
+    refused.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+    refused
+}
+
+/// What a browser must not do with any of this.
+async fn harden(mut response: Response) -> Response {
+    const HEADERS: [(HeaderName, &str); 3] = [
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::REFERRER_POLICY, "no-referrer"),
+        (
+            header::CONTENT_SECURITY_POLICY,
+            "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+        ),
+    ];
+    for (name, value) in HEADERS {
+        response.headers_mut().insert(name, HeaderValue::from_static(value));
+    }
+    response
+}
+
+/// An answer for programs that something is wrong. It says nothing of what was asked for, so that all are of one size.
+pub(super) fn problem(status: StatusCode, detail: &'static str) -> Response {
+    let title = status.canonical_reason().unwrap_or("error");
+    let body = serde_json::json!({ "title": title, "status": status.as_u16(), "detail": detail });
+    let head = [(header::CONTENT_TYPE, "application/problem+json"), (header::CACHE_CONTROL, "no-store")];
+    (status, head, body.to_string()).into_response()
+}
+
+/// The one table from errors to HTTP, as `rpc` has one for gRPC.
+pub(super) fn refused(error: &ProvisionError) -> Response {
+    match error {
+        ProvisionError::NoRecord => problem(StatusCode::NOT_FOUND, "there is no such record"),
+        ProvisionError::Invalid(_) => {
+            problem(StatusCode::BAD_REQUEST, "a chip ID is written in hex, 16 to 128 digits for its 8 to 64 octets")
+        }
+        other => {
+            tracing::warn!(error = %other, "a public request could not be answered");
+            let mut away =
+                problem(StatusCode::SERVICE_UNAVAILABLE, "the public database is not available now; try again");
+            away.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("2"));
+            away
+        }
+    }
+}
+
+impl Site {
+    /// The newest record of the chip that is named in the path.
+    pub(super) async fn find(&self, chip: &str) -> Result<PublishedRecord, ProvisionError> {
+        let chip: ChipId = chip.parse().map_err(|e| ProvisionError::invalid("chip_id", e))?;
+        self.provisioner.recover(&chip).await
+    }
+}
+
+/// The forms of a record.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Form {
+    Json,
+    Cbor,
+    Pem,
+}
+
+impl Form {
+    const ALL: [(Self, &'static str); 3] =
+        [(Self::Json, "application/json"), (Self::Cbor, "application/cbor"), (Self::Pem, "application/x-pem-file")];
+
+    /// The best of those that are accepted (RFC 9110 §12.5.1); JSON where it is all the same.
+    fn accepted(headers: &HeaderMap) -> Option<Self> {
+        let mut best = None;
+        let values = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
+        let mut asked = values.flat_map(|value| value.split(',')).peekable();
+        if asked.peek().is_none() {
+            return Some(Self::Json);
+        }
+        for range in asked.take(32) {
+            let mut parts = range.split(';').map(str::trim);
+            let media = parts.next().unwrap_or_default().to_ascii_lowercase();
+            let weight =
+                parts.find_map(|part| part.strip_prefix("q=")).and_then(|q| q.parse::<f32>().ok()).unwrap_or(1.0);
+            let form = match media.as_str() {
+                "*/*" | "application/*" => Some(Self::Json),
+                "text/plain" | "text/*" | "application/pem-certificate-chain" => Some(Self::Pem),
+                media => Self::ALL.iter().find(|(_, name)| *name == media).map(|(form, _)| *form),
+            };
+            if let Some(form) = form.filter(|_| weight > 0.0)
+                && best.is_none_or(|(known, _)| weight > known)
+            {
+                best = Some((weight, form));
+            }
+        }
+        best.map(|(_, form)| form)
+    }
+}
+
+async fn record(State(site): State<Arc<Site>>, Path(chip): Path<String>, headers: HeaderMap) -> Response {
+    let Some(form) = Form::accepted(&headers) else {
+        return problem(
+            StatusCode::NOT_ACCEPTABLE,
+            "a record is to be had as application/json, application/cbor or application/x-pem-file",
+        );
+    };
+    let found = match site.find(&chip).await {
+        Ok(found) => found,
+        Err(error) => return refused(&error),
+    };
+    let hash = hex::encode(found.publication.record_hash);
+    let (kind, tag, body) = match form {
+        Form::Json => {
+            let json = found.record.to_json(found.publication.index, &found.publication.record_hash);
+            ("application/json", "json", format!("{json:#}\n").into_bytes())
+        }
+        Form::Cbor => ("application/cbor", "cbor", found.octets),
+        Form::Pem => match found.record.certificate_pem() {
+            Some(pem) => ("application/x-pem-file", "pem", pem.into_bytes()),
+            None => {
+                return problem(
+                    StatusCode::NOT_ACCEPTABLE,
+                    "this device's certificate is a CWT, which has no PEM form",
+                );
+            }
+        },
+    };
+    tagged(&headers, &format!("W/\"{hash}-{tag}\""), MINUTE, kind, body)
+}
+
+/// A body with an entity tag; or that the asker has it already (RFC 9110 §13.1.2).
+pub(super) fn tagged(asked: &HeaderMap, tag: &str, cache: &'static str, kind: &'static str, body: Vec<u8>) -> Response {
+    let known = asked.get_all(header::IF_NONE_MATCH).iter().filter_map(|value| value.to_str().ok());
+    let is_known = known.flat_map(|value| value.split(',')).any(|known| {
+        let bare = |tag: &str| tag.trim().trim_start_matches("W/").to_owned();
+        known.trim() == "*" || bare(known) == bare(tag)
+    });
+    let mut response = match is_known {
+        true => StatusCode::NOT_MODIFIED.into_response(),
+        false => ([(header::CONTENT_TYPE, kind)], body).into_response(),
+    };
+    let headers = response.headers_mut();
+    if let Ok(tag) = HeaderValue::from_str(tag) {
+        headers.insert(header::ETAG, tag);
+    }
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static(cache));
+    headers.append(header::VARY, HeaderValue::from_static("accept"));
+    response
+}
+
+async fn proof(State(site): State<Arc<Site>>, Path(chip): Path<String>) -> Response {
+    let proven = async {
+        let found = site.find(&chip).await?;
+        site.provisioner.prove(found.publication.index).await
+    };
+    match proven.await {
+        Ok(proof) => text(MOMENT, proof.to_bytes()),
+        Err(error) => refused(&error),
+    }
+}
+
+async fn checkpoint(State(site): State<Arc<Site>>) -> Response {
+    match site.provisioner.registry().checkpoint().await {
+        Ok(Some(checkpoint)) => text(MOMENT, checkpoint.note().to_vec()),
+        Ok(None) => refused(&ProvisionError::Unsigned("there is none yet".to_owned())),
+        Err(error) => refused(&error.into()),
+    }
+}
+
+async fn vkey(State(site): State<Arc<Site>>) -> Response {
+    text(MINUTE, format!("{}\n", site.key).into_bytes())
+}
+
+fn text(cache: &'static str, body: Vec<u8>) -> Response {
+    ([(header::CONTENT_TYPE, "text/plain; charset=utf-8"), (header::CACHE_CONTROL, cache)], body).into_response()
+}
+
+async fn hashes(State(site): State<Arc<Site>>, Path((level, path)): Path<(String, String)>) -> Response {
+    tile(&site, &format!("tile/{level}/{path}")).await
+}
+
+async fn entries(State(site): State<Arc<Site>>, Path(path): Path<String>) -> Response {
+    tile(&site, &format!("tile/entries/{path}")).await
+}
+
+async fn tile(site: &Site, path: &str) -> Response {
+    let Ok(tile) = path.parse::<TileId>() else {
+        return problem(StatusCode::NOT_FOUND, "there is no such tile");
+    };
+    match site.provisioner.registry().tile(tile).await {
+        Ok(Some(octets)) => {
+            let head = [(header::CONTENT_TYPE, "application/octet-stream"), (header::CACHE_CONTROL, IMMUTABLE)];
+            (head, Body::from(octets)).into_response()
+        }
+        Ok(None) => problem(StatusCode::NOT_FOUND, "there is no such tile"),
+        Err(error) => refused(&error.into()),
+    }
+}
+
+/// The two files that a mirror has for each chip.
+async fn chip_file(
+    State(site): State<Arc<Site>>,
+    Path((of, file)): Path<(String, String)>,
+    headers: HeaderMap,
+) -> Response {
+    let (chip, is_proof) = match (file.strip_suffix(".cbor"), file.strip_suffix(".tlog-proof")) {
+        (Some(chip), _) => (chip, false),
+        (_, Some(chip)) => (chip, true),
+        _ => return problem(StatusCode::NOT_FOUND, "there is no such file"),
+    };
+    let in_its_place = chip.parse::<ChipId>().is_ok_and(|id| shard(&id) == of && id.to_string() == chip);
+    if !in_its_place {
+        return refused(&ProvisionError::NoRecord);
+    }
+    if is_proof {
+        return proof(State(site), Path(chip.to_owned())).await;
+    }
+    match site.find(chip).await {
+        Ok(found) => {
+            let tag = format!("\"{}\"", hex::encode(found.publication.record_hash));
+            tagged(&headers, &tag, MINUTE, "application/cbor", found.octets)
+        }
+        Err(error) => refused(&error),
+    }
+}

@@ -1,0 +1,73 @@
+//! How much one address may ask.
+
+use std::net::{IpAddr, Ipv6Addr};
+use std::num::NonZeroU32;
+use std::time::Duration;
+
+use governor::clock::{Clock as _, DefaultClock};
+use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
+
+use crate::config::PublicConfig;
+
+/// Addresses that are remembered; those that are at rest are forgotten first.
+const MOST: usize = 100_000;
+
+/// Counts the requests of each address.
+pub(super) struct Rate {
+    limiter: DefaultKeyedRateLimiter<IpAddr>,
+    clock: DefaultClock,
+}
+
+impl Rate {
+    pub(super) fn new(config: &PublicConfig) -> Self {
+        // The configuration has no zero.
+        let number = |value: u32| NonZeroU32::new(value).unwrap_or(NonZeroU32::MIN);
+        let quota = Quota::per_second(number(config.requests_per_second)).allow_burst(number(config.burst));
+        Self { limiter: RateLimiter::keyed(quota), clock: DefaultClock::default() }
+    }
+
+    /// Counts a request; or tells after how long it may come again.
+    pub(super) fn admit(&self, address: IpAddr) -> Result<(), Duration> {
+        if self.limiter.len() >= MOST {
+            self.limiter.retain_recent();
+            if self.limiter.len() >= MOST {
+                return Err(Duration::from_secs(1));
+            }
+        }
+        self.limiter.check_key(&holder(address)).map_err(|not_until| not_until.wait_time_from(self.clock.now()))
+    }
+}
+
+/// Whoever has an IPv6 address has all of its /64.
+fn holder(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(v6) => IpAddr::V6(Ipv6Addr::from_bits(v6.to_bits() >> 64 << 64)),
+        v4 => v4,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_gets_its_burst_and_then_a_pause_and_others_do_not_suffer() {
+        let config = PublicConfig { requests_per_second: 1, burst: 3, ..PublicConfig::default() };
+        let rate = Rate::new(&config);
+        let greedy: IpAddr = "192.0.2.1".parse().unwrap();
+        for _ in 0..3 {
+            assert!(rate.admit(greedy).is_ok());
+        }
+        let pause = rate.admit(greedy).unwrap_err();
+        assert!(pause > Duration::ZERO && pause <= Duration::from_secs(1), "{pause:?}");
+        assert!(rate.admit("192.0.2.2".parse().unwrap()).is_ok());
+    }
+
+    #[test]
+    fn an_ipv6_network_counts_as_one() {
+        let holder = |text: &str| holder(text.parse().unwrap());
+        assert_eq!(holder("2001:db8::1"), holder("2001:db8::ffff:1"));
+        assert_ne!(holder("2001:db8::1"), holder("2001:db8:0:1::1"));
+        assert_eq!(holder("::ffff:192.0.2.1"), holder("192.0.2.1"));
+    }
+}

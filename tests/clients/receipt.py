@@ -1,0 +1,216 @@
+"""Receipts of the public database, verified with nothing but SHA-256 and Ed25519.
+
+C2SP signed-note, tlog-checkpoint and tlog-proof, each in its one form: whoever reads leniently takes two texts for one.
+"""
+
+import base64
+import hashlib
+from dataclasses import dataclass
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+HEADER = "c2sp.org/tlog-proof@v1"
+ED25519 = b"\x01"  # the signature type, C2SP signed-note
+MAX_OCTETS = 128 * 1024  # 64 hashes and a checkpoint with all the cosignatures that anybody needs
+MAX_NUMBER = 2**64 - 1
+
+
+class ReceiptError(Exception):
+    """Nothing is proven."""
+
+
+class Malformed(ReceiptError):
+    """It is not in the form that C2SP specifies."""
+
+
+class NotSigned(ReceiptError):
+    """No signature is by the log's key."""
+
+
+class BadSignature(ReceiptError):
+    """A signature says that it is by the log's key, and is not."""
+
+
+class OtherLog(ReceiptError):
+    """The checkpoint is of another log."""
+
+
+class NotInTree(ReceiptError):
+    """The hashes do not lead from the record to the root."""
+
+
+@dataclass(frozen=True)
+class LogKey:
+    """Who signs checkpoints: the log's name, and its key."""
+
+    name: str
+    public: bytes
+
+    @classmethod
+    def read(cls, vkey: bytes) -> "LogKey":
+        """NAME+ID+KEY, as the file has it: with or without a newline at its end."""
+        parts = text_of(vkey, "vkey").removesuffix("\n").split("+", 2)
+        well_formed(len(parts) == 3, "the vkey is not NAME+ID+KEY")
+        name, key_id, key = parts
+        well_formed(is_key_name(name), "the vkey's name is not one")
+        octets = base64_of(key, "the vkey's key")
+        well_formed(octets[:1] == ED25519 and len(octets) == 33, "the vkey's key is not an Ed25519 key of 32 octets")
+        found = cls(name, octets[1:])
+        well_formed(found.key_id.hex() == key_id, "the vkey's ID does not belong to its name and key")
+        return found
+
+    @property
+    def key_id(self) -> bytes:
+        return hashlib.sha256(self.name.encode() + b"\n" + ED25519 + self.public).digest()[:4]
+
+    def verify(self, text: bytes, signature: bytes) -> None:
+        try:
+            Ed25519PublicKey.from_public_bytes(self.public).verify(signature, text)
+        except InvalidSignature:
+            raise BadSignature(f"a signature in the name of {self.name} is not by its key") from None
+
+
+def open_note(note: bytes, key: LogKey) -> str:
+    """The text of a signed note, once the key's signature on it is verified."""
+    text, empty_line, signatures = text_of(note, "note").rpartition("\n\n")
+    well_formed(empty_line != "", "no empty line ends the note's text")
+    well_formed(signatures.endswith("\n"), "the note's last line does not end")
+    text += "\n"
+    signed = False
+    # All lines are read and every one of this key must hold; those of other keys, such as cosignatures, say nothing to us.
+    for line in signatures.removesuffix("\n").split("\n"):
+        name, key_id, signature = signature_line(line)
+        if (name, key_id) == (key.name, key.key_id):
+            key.verify(text.encode(), signature)
+            signed = True
+    if not signed:
+        raise NotSigned(f"the note has no signature by {key.name} with the key ID {key.key_id.hex()}")
+    return text
+
+
+def signature_line(line: str) -> tuple[str, bytes, bytes]:
+    """Name, key ID and signature."""
+    parts = line.split(" ")
+    well_formed(len(parts) == 3 and parts[0] == "\N{EM DASH}" and is_key_name(parts[1]), "a signature line is not one")
+    octets = base64_of(parts[2], "a signature")
+    well_formed(len(octets) > 4, "a signature has no octets after its key ID")
+    return parts[1], octets[:4], octets[4:]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A tree's size and root, signed by its log."""
+
+    size: int
+    root: bytes
+
+    @classmethod
+    def verify(cls, note: bytes, key: LogKey) -> "Checkpoint":
+        lines = open_note(note, key).removesuffix("\n").split("\n")
+        # C2SP lets extension lines follow. This log writes none, and nobody audits what would be in them.
+        well_formed(len(lines) == 3, "the checkpoint is not of three lines: origin, size, root")
+        origin, size, root = lines
+        if origin != key.name:
+            raise OtherLog(f"the checkpoint is of the log {origin!r}, not of {key.name!r}")
+        return cls(number(size, "the tree's size"), hash_of_base64(root, "the root"))
+
+
+@dataclass(frozen=True)
+class Proof:
+    """An entry's place and the hashes from it to the root. Nothing of it is to be believed before it is verified."""
+
+    index: int
+    hashes: list[bytes]
+    checkpoint: bytes
+
+    @classmethod
+    def read(cls, octets: bytes) -> "Proof":
+        head, empty_line, checkpoint = text_of(octets, "proof").partition("\n\n")
+        well_formed(empty_line != "", "no empty line ends the proof's hashes")
+        header, *lines = head.split("\n")
+        well_formed(header == HEADER, f"the proof's first line is not {HEADER}")
+        if lines and lines[0].startswith("extra "):
+            # Must be well formed like all the rest, but is not kept: no signature covers it.
+            base64_of(lines.pop(0).removeprefix("extra "), "the extra data")
+        well_formed(lines != [] and lines[0].startswith("index "), "the proof has no index where it should be")
+        index = number(lines[0].removeprefix("index "), "the index")
+        return cls(index, [hash_of_base64(line, "a line of the proof") for line in lines[1:]], checkpoint.encode())
+
+    def verify(self, record: bytes, key: LogKey) -> Checkpoint:
+        """The checkpoint, if its log has signed it and its tree has the record at the index."""
+        checkpoint = Checkpoint.verify(self.checkpoint, key)
+        check_inclusion(leaf_hash(record), self.index, self.hashes, checkpoint)
+        return checkpoint
+
+
+def check_inclusion(leaf: bytes, index: int, hashes: list[bytes], checkpoint: Checkpoint) -> None:
+    """RFC 9162 §2.1.3.2, with its names."""
+    if index >= checkpoint.size:
+        raise NotInTree(f"there is no entry {index} in a tree of {checkpoint.size}")
+    fn, sn, r = index, checkpoint.size - 1, leaf
+    for p in hashes:
+        if sn == 0:
+            raise NotInTree("the proof has more hashes than there are levels")
+        if fn & 1 or fn == sn:
+            r = node_hash(p, r)
+            # The last node of a level without a right neighbour is passed up as it is.
+            while not fn & 1 and fn != 0:
+                fn, sn = fn >> 1, sn >> 1
+        else:
+            r = node_hash(r, p)
+        fn, sn = fn >> 1, sn >> 1
+    if sn != 0:
+        raise NotInTree("the proof has fewer hashes than it needs")
+    if r != checkpoint.root:
+        raise NotInTree("the proof leads to another root than the signed one")
+
+
+def leaf_hash(record: bytes) -> bytes:
+    return hashlib.sha256(b"\x00" + record).digest()
+
+
+def node_hash(left: bytes, right: bytes) -> bytes:
+    return hashlib.sha256(b"\x01" + left + right).digest()
+
+
+def well_formed(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise Malformed(otherwise)
+
+
+def text_of(octets: bytes, what: str) -> str:
+    well_formed(len(octets) <= MAX_OCTETS, f"the {what} has more than {MAX_OCTETS} octets")
+    try:
+        text = octets.decode("utf-8")
+    except UnicodeDecodeError:
+        raise Malformed(f"the {what} is not UTF-8") from None
+    well_formed(all(character >= " " or character == "\n" for character in text), f"the {what} has control characters")
+    return text
+
+
+def is_key_name(name: str) -> bool:
+    return name != "" and not any(character.isspace() or character == "+" for character in name)
+
+
+def number(digits: str, what: str) -> int:
+    # The length comes first: int() takes its time for long ones, and refuses the longest in its own way.
+    is_number = len(digits) <= 20 and digits.isascii() and digits.isdigit()
+    well_formed(is_number and str(int(digits)) == digits and int(digits) <= MAX_NUMBER, f"{what} is not a number")
+    return int(digits)
+
+
+def base64_of(text: str, what: str) -> bytes:
+    try:
+        octets = base64.b64decode(text, validate=True)
+    except ValueError:
+        raise Malformed(f"{what} is not base64") from None
+    # b64decode overlooks bits that are left over, so that several texts would be one value.
+    well_formed(base64.b64encode(octets).decode() == text, f"{what} is not in the one form of base64")
+    return octets
+
+
+def hash_of_base64(text: str, what: str) -> bytes:
+    octets = base64_of(text, what)
+    well_formed(len(octets) == 32, f"{what} is not a hash of 32 octets")
+    return octets

@@ -37,6 +37,7 @@ main() {
     provision
     wipe_and_recover
     verify_certificate
+    mirror
     summary
     if [ "$keep_running" = yes ]; then
         stay
@@ -161,7 +162,8 @@ provision() {
     step "$devices phones, 32 in flight"
     run "$bin/spp-line" provision --simulate "$devices" --parallel 32 --profile phone \
         --server "https://$line" --tls "$dir/tls/line-1-a" \
-        --devices "$dir/devices" --manufacturer "$dir/keys/manufacturer-ca.pem" --report "$dir/report.csv" |
+        --devices "$dir/devices" --manufacturer "$dir/keys/manufacturer-ca.pem" --log "$dir/keys/log-1.vkey" \
+        --report "$dir/report.csv" |
         tee "$dir/provision.txt"
 }
 
@@ -187,6 +189,16 @@ verify_certificate() {
     run openssl verify -x509_strict -CAfile "$dir/keys/manufacturer-ca.pem" "$dir/one.pem"
 }
 
+mirror() {
+    step 'The whole database, as anybody can check and copy it'
+    run "$bin/sppctl" registry verify "https://$public" --ca "$dir/tls/server/ca.pem" \
+        --log "$dir/keys/log-1.vkey" --issuer "$dir/keys/manufacturer-ca.pem" --seen "$dir/seen.checkpoint"
+    run "$bin/sppctl" registry export "$dir/mirror" --config "$dir/sppd.toml"
+    run "$bin/spp-line" wipe --chip "$chip" --devices "$dir/devices"
+    run "$bin/spp-line" recover --chip "$chip" --devices "$dir/devices" --from "$dir/mirror" >"$dir/from-mirror.txt"
+    printf '   %s\n' 'wiped once more, and recovered from the mirror alone'
+}
+
 summary() {
     local here=${dir#"$PWD/"}
     step 'Summary'
@@ -199,6 +211,7 @@ summary() {
    $here/keys/                  what the ceremony made: certificates, key names, transcript
    $here/sppd.toml, profiles/   the configuration
    $here/state/, public/        the stores
+   $here/mirror/                a copy of the public database for any web server
    $here/hsm/                   the SoftHSM token and its PINs
    $here/sppd.log               what the daemon said
 END
@@ -212,10 +225,12 @@ stay() {
 
    $tool/spp-line provision --simulate 1000 --parallel 32 --profile phone --server https://$line \\
        --tls $here/tls/line-1-a --devices $here/devices --manufacturer $here/keys/manufacturer-ca.pem \\
-       --report $here/more.csv
+       --log $here/keys/log-1.vkey --report $here/more.csv
    $tool/spp-line show --chip $chip --server https://$public --ca $here/tls/server/ca.pem
    $tool/sppctl status --server https://$officer --tls $here/tls/officer
    openssl x509 -in $here/one.pem -noout -text
+   curl --cacert $here/tls/server/ca.pem https://$public/v1/devices/$chip
+   a browser at https://$public/
    tail -f $here/sppd.log
 END
     trap 'exit 0' INT TERM

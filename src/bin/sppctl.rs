@@ -11,7 +11,7 @@ use spp::certificate::AccessName;
 use spp::config::{AuditConfig, HsmAccess, StoreConfig};
 use spp::hsm::{Ceremony, KeyRegister, ModuleProfile, PinSource, initialise_token};
 use spp::names::{OfficerName, StationName};
-use spp::officer::{self, CeremonyPlan, Enrolment, HsmFile, PoolCommand};
+use spp::officer::{self, CeremonyPlan, Enrolment, HsmFile, PoolCommand, RegistryCommand};
 use spp::registry::TransparencyLog;
 use spp::store::SledStateStore;
 
@@ -63,6 +63,9 @@ enum Command {
     /// Key pairs that are made in advance.
     #[command(subcommand)]
     Pool(PoolCommand),
+    /// The public database: its index, mirrors of it, and looking at it as a stranger would.
+    #[command(subcommand)]
+    Registry(RegistryCommand),
     /// Tell how the running daemon is.
     Status {
         /// The officer listener, https://HOST:PORT.
@@ -222,6 +225,7 @@ fn run(command: Command) -> Result<(), String> {
             enroll(AccessName::Server { dns, ips: ip }, common)
         }
         Command::Pool(command) => pool(command),
+        Command::Registry(command) => command.run(),
         Command::Status { server, tls, wait, json } => status(&server, &tls, wait, json),
     }
 }

@@ -8,6 +8,7 @@ use crate::keys::{DevicePrivateKey, KeyKind, PrivateParts, PublicKey};
 use crate::names::ChipId;
 use crate::package::{self, BackupIv, TransportPrivateKey, cbor::Writer};
 use crate::secret::{Secret, SecretBytes};
+use crate::tlog::LogKey;
 
 /// What is in the chip's ROM. Not secret, and not changeable.
 #[derive(Debug, Clone)]
@@ -16,6 +17,8 @@ pub struct Rom {
     pub chip: ChipId,
     /// The manufacturer's public signature key: the root of all trust of the device.
     pub manufacturer: PublicKey,
+    /// The key of the log that is to have the device's record; a chip without it keeps receipts unverified.
+    pub log: Option<LogKey>,
 }
 
 /// The unique secret chip key. It encrypts and decrypts within this type and there is no way to read it.

@@ -14,15 +14,17 @@ use crate::names::ChipId;
 use crate::package::cbor::{CborError, Reader, Writer};
 use crate::package::{TransportCurve, TransportPrivateKey};
 use crate::secret::{Secret, SecretBytes};
+use crate::tlog::LogKey;
 
 const FILE: &str = "fab.cbor";
 const MAX_FILE_LEN: usize = 2048;
 
-/// A fab: a silicon seed, and the manufacturer's public key for the ROMs.
+/// A fab: a silicon seed, and what goes into the ROMs: the manufacturer's public key, and the log's.
 pub struct Fab {
     directory: PathBuf,
     seed: Secret<[u8; 32]>,
     manufacturer: PublicKey,
+    log: Option<LogKey>,
 }
 
 impl Fab {
@@ -30,13 +32,17 @@ impl Fab {
     ///
     /// # Errors
     /// If there is a fab already (its devices could not be recovered any more), or the file cannot be written.
-    pub fn create(directory: impl Into<PathBuf>, manufacturer: PublicKey) -> Result<Self, DeviceError> {
+    pub fn create(
+        directory: impl Into<PathBuf>,
+        manufacturer: PublicKey,
+        log: Option<LogKey>,
+    ) -> Result<Self, DeviceError> {
         let directory = directory.into();
         let path = directory.join(FILE);
         let mut seed = Secret::new([0; 32]);
         aws_lc_rs::rand::fill(seed.expose_mut())
             .map_err(|_| DeviceError::Derivation("the provider has no random numbers".into()))?;
-        let fab = Self { directory, seed, manufacturer };
+        let fab = Self { directory, seed, manufacturer, log };
         let octets = fab.encoded().ok_or_else(|| trouble(&path, "the manufacturer's key is too large"))?;
         std::fs::create_dir_all(&fab.directory).map_err(file_error("creating the directory of", &path))?;
         let mut file = match OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path) {
@@ -70,9 +76,10 @@ impl Fab {
         let mut octets = SecretBytes::new(Vec::with_capacity(MAX_FILE_LEN + 1));
         // Exposed to be filled; within its capacity, so it is never moved.
         file.take(MAX_FILE_LEN as u64).read_to_end(octets.expose_mut()).map_err(file_error("reading", &path))?;
-        let (seed, spki) = decoded(octets.expose()).map_err(|e| trouble(&path, &format!("damaged: {e}")))?;
+        let (seed, spki, vkey) = decoded(octets.expose()).map_err(|e| trouble(&path, &format!("damaged: {e}")))?;
         let manufacturer = PublicKey::from_spki_der(spki).map_err(|e| trouble(&path, &format!("damaged: {e}")))?;
-        Ok(Self { directory, seed, manufacturer })
+        let log = vkey.map(str::parse).transpose().map_err(|e| trouble(&path, &format!("damaged: {e}")))?;
+        Ok(Self { directory, seed, manufacturer, log })
     }
 
     /// The chip with this ID; always the same one. `curve` is the one of its transport key, if it has any.
@@ -82,7 +89,7 @@ impl Fab {
     pub fn chip(&self, chip: &ChipId, curve: Option<TransportCurve>) -> Result<Chip, DeviceError> {
         let key = ChipKey::burn_in(derive(&self.seed, "chip key", chip, 0)?);
         let transport = curve.map(|curve| self.transport_key(chip, curve)).transpose()?;
-        let rom = Rom { chip: chip.clone(), manufacturer: self.manufacturer.clone() };
+        let rom = Rom { chip: chip.clone(), manufacturer: self.manufacturer.clone(), log: self.log.clone() };
         Ok(Chip::new(rom, key, transport))
     }
 
@@ -106,16 +113,33 @@ impl Fab {
         Ok(TransportPrivateKey::from_octets(curve, &octets)?)
     }
 
-    /// `{1: seed, 2: SubjectPublicKeyInfo}`.
+    /// What its chips have in ROM.
+    pub const fn rom_keys(&self) -> (&PublicKey, Option<&LogKey>) {
+        (&self.manufacturer, self.log.as_ref())
+    }
+
+    /// Where a chip's receipt is kept, beside its flash.
+    pub fn receipt_file(&self, chip: &ChipId) -> PathBuf {
+        self.directory.join(format!("{chip}.tlog-proof"))
+    }
+
+    /// `{1: seed, 2: SubjectPublicKeyInfo, ? 3: vkey of the log}`.
     fn encoded(&self) -> Option<SecretBytes> {
         let mut out = Writer::with_limit(MAX_FILE_LEN);
         // Exposed to be written into a buffer that is wiped.
-        out.map(2).int(1).bytes(self.seed.expose()).int(2).bytes(self.manufacturer.spki_der());
+        let vkey = self.log.as_ref().map(ToString::to_string);
+        out.map(if vkey.is_some() { 3 } else { 2 });
+        out.int(1).bytes(self.seed.expose()).int(2).bytes(self.manufacturer.spki_der());
+        if let Some(vkey) = &vkey {
+            out.int(3).text(vkey);
+        }
         out.finish()
     }
 }
 
-fn decoded(octets: &[u8]) -> Result<(Secret<[u8; 32]>, &[u8]), CborError> {
+type Decoded<'a> = (Secret<[u8; 32]>, &'a [u8], Option<&'a str>);
+
+fn decoded(octets: &[u8]) -> Result<Decoded<'_>, CborError> {
     let mut reader = Reader::new(octets);
     let mut map = reader.map()?;
     let found = if map.key(1)? { map.reader.bytes()? } else { return Err(CborError::MissingKey(1)) };
@@ -125,9 +149,10 @@ fn decoded(octets: &[u8]) -> Result<(Secret<[u8; 32]>, &[u8]), CborError> {
     }
     seed.expose_mut().copy_from_slice(found);
     let spki = if map.key(2)? { map.reader.bytes()? } else { return Err(CborError::MissingKey(2)) };
+    let vkey = if map.key(3)? { Some(map.reader.text()?) } else { None };
     map.end()?;
     reader.end()?;
-    Ok((seed, spki))
+    Ok((seed, spki, vkey))
 }
 
 fn trouble(path: &Path, problem: &str) -> DeviceError {

@@ -33,6 +33,8 @@ use crate::package::{
     TransportPublicKey,
 };
 use crate::secret::SecretBytes;
+use crate::store::DeviceRecord;
+use crate::tlog::{LogProof, TlogError, VerifiedProof};
 
 /// Why a device did not do what it was asked. Its flash is as it was before.
 #[derive(Debug, thiserror::Error)]
@@ -64,6 +66,9 @@ pub enum DeviceError {
     /// The chip has no transport key, so nothing can be sealed to it.
     #[error("this chip has no transport key; ask for a delivery that is not sealed")]
     NoTransportKey,
+    /// The receipt does not prove that this device, as it is, is in the log.
+    #[error("the receipt was refused: {0}; ask for it again, and if that does not help, the log is not what it says")]
+    Receipt(#[from] TlogError),
     /// The confirmation could not be made.
     #[error(transparent)]
     Confirmation(#[from] ConfirmationRefused),
@@ -239,6 +244,40 @@ impl Device {
     /// If nothing is installed, or the flash is damaged.
     pub fn package(&self) -> Result<DataPackage, DeviceError> {
         Ok(DataPackage::decode(self.decrypted()?.expose())?)
+    }
+
+    /// Verifies a receipt: this very device, with the certificate and the backup that are in its flash, is in a tree that the log
+    /// has signed. `published` is the time that the receipt names; it is part of the record. A chip that knows no log says `None`.
+    ///
+    /// # Errors
+    /// If the flash cannot be read, or the receipt proves something else.
+    pub fn verify_receipt(&self, published: u64, proof: &[u8]) -> Result<Option<VerifiedProof>, DeviceError> {
+        let Some(log) = &self.chip.rom.log else { return Ok(None) };
+        let record = self.record(published)?.to_bytes();
+        let record = record.map_err(|e| DeviceError::Damaged(e.to_string()))?;
+        Ok(Some(LogProof::from_bytes(proof)?.verify(&record, log)?))
+    }
+
+    /// The record of this device as it must be in the public database, put together from what the device holds.
+    fn record(&self, published: u64) -> Result<DeviceRecord, DeviceError> {
+        let stored = self.stored()?;
+        let package = self.package()?;
+        let is_cwt = package.certificate.is_cwt();
+        let certificate =
+            certificate::verify_certificate(&stored.certificate, is_cwt, &self.chip.rom.manufacturer, self.chip_id())?;
+        Ok(DeviceRecord {
+            chip: self.chip_id().clone(),
+            identity: package.identity.clone(),
+            profile: package.profile.clone(),
+            certificate: stored.certificate,
+            certificate_is_cwt: is_cwt,
+            serial: certificate.serial().to_vec(),
+            public_key: certificate.public_key().map(|key| key.spki_der().to_vec()),
+            backup: stored.backup,
+            master_key_version: package.master_key_version,
+            session: package.session,
+            published,
+        })
     }
 
     /// Empties the flash. ROM and chip key stay.

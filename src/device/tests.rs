@@ -27,7 +27,7 @@ impl Factory {
     fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let manufacturer = generate_p256().unwrap();
-        let fab = Fab::create(directory.path(), manufacturer.public().clone()).unwrap();
+        let fab = Fab::create(directory.path(), manufacturer.public().clone(), None).unwrap();
         Self { manufacturer, fab, _directory: directory }
     }
 
@@ -232,7 +232,7 @@ fn a_fab_is_made_once_and_kept_private() {
     let factory = Factory::new();
     let directory = factory._directory.path();
     let manufacturer = factory.manufacturer.public().clone();
-    let again = Fab::create(directory, manufacturer).map(|_| ()).unwrap_err().to_string();
+    let again = Fab::create(directory, manufacturer, None).map(|_| ()).unwrap_err().to_string();
     assert!(again.contains("there already"), "{again}");
     let file = directory.join("fab.cbor");
     assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);

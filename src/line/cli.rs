@@ -1,6 +1,6 @@
 //! What people type.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -12,11 +12,12 @@ use super::book::Ended;
 use super::connection::parse_server;
 use super::devices;
 use super::orders::Numbering;
-use super::provision::{Provision, Source, provision};
-use super::recover::{Public, recover};
+use super::provision::{Provision, Source, log_key, provision};
+use super::recover::{Place, Public, recover};
 use super::report::ReportFile;
 use super::retry::Patience;
 use super::show::{Show, show};
+use crate::device::Fab;
 use crate::names::{ChipId, ProfileName};
 use crate::package::TransportCurve;
 
@@ -37,12 +38,14 @@ Examples:
   A hundred simulated phones, 32 at a time:
     spp-line provision --simulate 100 --profile phone --parallel 32 \\
         --server https://localhost:7443 --tls tls/line-1-a \\
-        --devices devices --manufacturer keys/manufacturer-ca.pem --report report.csv
+        --devices devices --manufacturer keys/manufacturer-ca.pem --log keys/log-1.vkey --report report.csv
   What became of them:
     spp-line devices --devices devices
   One loses its flash, and gets everything back from the public database:
     spp-line wipe --chip CHIP --devices devices
     spp-line recover --chip CHIP --devices devices --server https://localhost:7445 --ca tls/server/ca.pem
+  The same from a mirror, with the daemon down:
+    spp-line recover --chip CHIP --devices devices --from mirror
   Its certificate, as a file for openssl:
     spp-line show --chip CHIP --server https://localhost:7445 --ca tls/server/ca.pem --certificate-out one.pem
 
@@ -92,6 +95,10 @@ struct ProvisionArguments {
     /// The manufacturer's CA certificate, whose public key goes into the chips' ROM; needed the first time
     #[arg(long, value_name = "FILE.pem")]
     manufacturer: Option<PathBuf>,
+    /// The log's public key, log-1.vkey of the ceremony: it goes into the chips' ROM, too, and every device verifies with it that it
+    /// is in the public database. Without it receipts are kept unverified
+    #[arg(long, value_name = "FILE.vkey")]
+    log: Option<PathBuf>,
     /// Devices that are worked on at the same time
     #[arg(long, value_name = "P", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=4096))]
     parallel: u16,
@@ -122,7 +129,7 @@ const PROVISION_HELP: &str = "\
 Examples:
   spp-line provision --simulate 100 --profile phone --parallel 32 \\
       --server https://localhost:7443 --tls tls/line-1-a \\
-      --devices devices --manufacturer keys/manufacturer-ca.pem --report report.csv
+      --devices devices --manufacturer keys/manufacturer-ca.pem --log keys/log-1.vkey --report report.csv
   spp-line provision --identities lot-17.csv --sealed x25519 \\
       --server https://localhost:7443 --tls tls/line-1-a --devices devices
 
@@ -174,18 +181,40 @@ struct DevicesArguments {
 }
 
 #[derive(Args)]
+#[command(group(ArgGroup::new("where").required(true).args(["server", "from"])))]
 struct PublicArguments {
     /// The daemon's public listener; no client certificate is needed
-    #[arg(long, value_name = "https://HOST:PORT", value_parser = parse_server)]
-    server: Uri,
-    /// The CA certificate of the server's certificate
+    #[arg(long, value_name = "https://HOST:PORT", value_parser = parse_server, requires = "ca")]
+    server: Option<Uri>,
+    /// A mirror instead, which needs no daemon: a directory, or the address of any web server that has its files
+    #[arg(long, value_name = "URL|DIR")]
+    from: Option<String>,
+    /// The CA certificate of the server's certificate; for a mirror, if the system does not know it
     #[arg(long, value_name = "FILE.pem")]
-    ca: PathBuf,
+    ca: Option<PathBuf>,
+    /// The log's public key: the record must be proven to be in that log [default: the one in the chips' ROM]
+    #[arg(long, value_name = "FILE.vkey")]
+    log: Option<PathBuf>,
 }
 
 impl PublicArguments {
-    fn public(&self) -> Public<'_> {
-        Public { server: &self.server, authority: &self.ca }
+    fn public(&self, devices: Option<&Path>) -> Result<Public, LineError> {
+        let key = match (&self.log, devices) {
+            (Some(path), _) => Some(log_key(path)?),
+            (None, Some(devices)) => Fab::open(devices)?.rom_keys().1.cloned(),
+            (None, None) => None,
+        };
+        let authority = self.ca.clone();
+        let place = match (&self.server, &self.from, authority) {
+            // The parser demands one of the two, and the CA with --server.
+            (Some(server), _, Some(authority)) => Place::Daemon { server: server.clone(), authority },
+            (_, from, authority) => Place::Mirror { place: from.clone().unwrap_or_default(), authority },
+        };
+        if matches!(place, Place::Mirror { .. }) && key.is_none() {
+            let hint = "a mirror is not believed: give the log's public key with --log FILE.vkey";
+            return Err(LineError::Usage(hint.to_owned()));
+        }
+        Ok(Public { place, key })
     }
 }
 
@@ -211,12 +240,12 @@ async fn dispatch(command: Command) -> Result<ExitCode, LineError> {
             return Ok(ended(&provision((*arguments).into()).await?, json));
         }
         Command::Recover(RecoverArguments { chip, devices, public }) => {
-            recover(&chip, &devices, &public.public()).await?
+            recover(&chip, &devices, &public.public(Some(&devices))?).await?
         }
         Command::Wipe(WipeArguments { chip, devices }) => devices::wipe(&chip, &devices)?,
         Command::Show(ShowArguments { chip, public, certificate_out, json }) => {
             let certificate_out = certificate_out.as_deref();
-            show(&Show { chip: &chip, public: public.public(), certificate_out, json }).await?
+            show(&Show { chip: &chip, public: public.public(None)?, certificate_out, json }).await?
         }
         Command::Devices(DevicesArguments { devices }) => devices::table(&devices)?,
     };
@@ -239,6 +268,7 @@ impl From<ProvisionArguments> for Provision {
             tls: typed.tls,
             devices: typed.devices,
             manufacturer: typed.manufacturer,
+            log: typed.log,
             parallel: typed.parallel.into(),
             connections: typed.connections.map(usize::from),
             sealed: typed.sealed.map(|curve| match curve {

@@ -50,6 +50,9 @@ pub enum LineError {
     /// A call was answered with an error.
     #[error(transparent)]
     Call(#[from] CallFailure),
+    /// A mirror cannot be read.
+    #[error("{0}; is it a mirror, made by sppctl registry export, and does it have this chip?")]
+    Mirror(String),
     /// An answer of the daemon contradicts itself.
     #[error("the record of chip {chip} was not believed: {problem}")]
     Record {
@@ -67,7 +70,7 @@ impl LineError {
     /// The exit code of the process: 1 if a device or the daemon refused, 2 if the usage or the set-up is wrong.
     pub const fn exit_code(&self) -> u8 {
         match self {
-            Self::Call(_) | Self::Record { .. } | Self::Device(_) => 1,
+            Self::Call(_) | Self::Record { .. } | Self::Mirror(_) | Self::Device(_) => 1,
             _ => 2,
         }
     }

@@ -17,8 +17,9 @@ use super::retry::Patience;
 use super::way::Station;
 use crate::device::Fab;
 use crate::keys::PublicKey;
-use crate::names::{ChipId, ProfileName};
+use crate::names::ProfileName;
 use crate::package::TransportCurve;
+use crate::tlog::LogKey;
 
 /// Which devices.
 pub(super) enum Source {
@@ -35,6 +36,7 @@ pub(super) struct Provision {
     pub(super) tls: PathBuf,
     pub(super) devices: PathBuf,
     pub(super) manufacturer: Option<PathBuf>,
+    pub(super) log: Option<PathBuf>,
     pub(super) parallel: usize,
     /// `None`: as many as fit the devices in flight.
     pub(super) connections: Option<usize>,
@@ -49,7 +51,7 @@ pub(super) async fn provision(asked: Provision) -> Result<Ended, LineError> {
     // 1. Everything that can be wrong here is found before the first device is begun.
     let tls = Tls::mutual(&asked.tls)?;
     let endpoint = tls.endpoint(&asked.server)?;
-    let fab = open_fab(&asked.devices, asked.manufacturer.as_deref())?;
+    let fab = open_fab(&asked.devices, asked.manufacturer.as_deref(), asked.log.as_deref())?;
     let book = Book::open(&asked.devices, asked.report.as_ref())?;
     // 2. The orders, on the disk before a chip of them is known to anybody else.
     let orders = orders(&asked.devices, &asked.source)?;
@@ -74,30 +76,41 @@ fn orders(devices: &Path, source: &Source) -> Result<Vec<Order>, LineError> {
 }
 
 /// The directory's fab, made when there is none. One fab for a run: its devices are a function of it.
-fn open_fab(devices: &Path, manufacturer: Option<&Path>) -> Result<Fab, LineError> {
-    let given = manufacturer.map(manufacturer_key).transpose()?;
+fn open_fab(devices: &Path, manufacturer: Option<&Path>, log: Option<&Path>) -> Result<Fab, LineError> {
+    let manufacturer = manufacturer.map(manufacturer_key).transpose()?;
+    let log = log.map(log_key).transpose()?;
     if !devices.join("fab.cbor").exists() {
-        let key = given.ok_or_else(|| {
+        let key = manufacturer.ok_or_else(|| {
             LineError::Usage(format!(
                 "{} has no simulated chips yet, and they need the manufacturer's public key in their ROM; give the CA \
-                 certificate of the manufacturer with --manufacturer FILE.pem",
+                 certificate of the manufacturer with --manufacturer FILE.pem, and the log's key with --log FILE.vkey",
                 devices.display()
             ))
         })?;
-        return Ok(Fab::create(devices, key)?);
+        return Ok(Fab::create(devices, key, log)?);
     }
     let fab = Fab::open(devices)?;
-    if let Some(given) = given {
-        let any = ChipId::from_bytes(&[0; ChipId::MIN_LEN]).map_err(|e| LineError::Usage(e.to_string()))?;
-        if fab.chip(&any, None)?.rom.manufacturer != given {
-            return Err(LineError::Usage(format!(
-                "the chips in {} trust another manufacturer than the one given, and a ROM cannot be changed; leave --manufacturer \
-                 out, or choose another directory with --devices",
-                devices.display()
-            )));
-        }
+    let (known, known_log) = fab.rom_keys();
+    let other = |what: &str, option: &str| {
+        LineError::Usage(format!(
+            "the chips in {} trust another {what} than the one given, and a ROM cannot be changed; leave {option} out, or choose \
+             another directory with --devices",
+            devices.display()
+        ))
+    };
+    if manufacturer.is_some_and(|given| given != *known) {
+        return Err(other("manufacturer", "--manufacturer"));
+    }
+    if log.is_some_and(|given| Some(&given) != known_log) {
+        return Err(other("log, or none,", "--log"));
     }
     Ok(fab)
+}
+
+/// The public key of a log, as the ceremony wrote it.
+pub(super) fn log_key(path: &Path) -> Result<LogKey, LineError> {
+    let text = std::fs::read_to_string(path).map_err(LineError::file("reading the log's key", path))?;
+    text.parse().map_err(|e| LineError::content(path, e))
 }
 
 fn manufacturer_key(path: &Path) -> Result<PublicKey, LineError> {

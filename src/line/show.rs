@@ -14,7 +14,7 @@ use crate::names::ChipId;
 /// How a record is shown.
 pub(super) struct Show<'a> {
     pub(super) chip: &'a ChipId,
-    pub(super) public: Public<'a>,
+    pub(super) public: Public,
     /// Where the certificate goes, too.
     pub(super) certificate_out: Option<&'a Path>,
     pub(super) json: bool,
@@ -98,6 +98,7 @@ fn text(found: &Found, certificate: &DeviceCertificate) -> String {
     };
     rows.push(("master key", master));
     let backup = &record.backup;
+    rows.push(("log", found.proven_text()));
     rows.push(("backup", format!("{} octets, sha256:{}", backup.len(), hex::encode(sha256(backup)))));
     lines(&rows)
 }

@@ -146,7 +146,7 @@ impl Site {
     async fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let spp = Arc::new(Spp::new());
-        Fab::create(directory.path(), spp.manufacturer.public().clone()).unwrap();
+        Fab::create(directory.path(), spp.manufacturer.public().clone(), None).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());
         let service = LineServer::new(Arc::clone(&spp));

@@ -168,9 +168,9 @@ impl Station {
         //    then on the key pair exists there alone.
         let answer = on_the_device(times, move || install(device, &session, assembled)).await?;
         // 4. Complete: the record is public, the key pair erased at the daemon.
-        let receipt = self.complete(client, session, answer, times).await?;
-        // 5. The receipt is for the journal.
-        Ok(Outcome::Done(receipt))
+        let proven = self.complete(client, session, answer, times).await?;
+        // 5. The device verifies that it is in the log; the receipt is kept with it, and where it stands in the journal.
+        self.keep(order, proven).await.map(Outcome::Done)
     }
 
     /// The daemon has the chip or the identity already. If it is this very device and it is complete, an earlier run's journal
@@ -201,12 +201,9 @@ impl Station {
             Failure::Device(DeviceError::Empty) => Failure::flash_lost(order, "its flash is empty"),
             other => Failure::flash_lost(order, other),
         })?;
-        // 4. Published but not erased: Complete once more lets the daemon finish.
-        let receipt = match known.receipt {
-            Some(receipt) if known.state == SessionState::Erased as i32 => receipt_of("GetSession", session, receipt)?,
-            _ => self.complete(client, session, answer, times).await?,
-        };
-        Ok(Outcome::Found(receipt))
+        // 4. Complete once more lets a daemon finish that was stopped before the erasure, and gives the proof again.
+        let proven = self.complete(client, session, answer, times).await?;
+        self.keep(order, proven).await.map(Outcome::Found)
     }
 
     fn order_for(&self, device: &Device, order: &Order) -> Result<AssembleRequest, Failure> {
@@ -265,7 +262,7 @@ impl Station {
         session: SessionId,
         answer: Answer,
         times: &mut Times,
-    ) -> Result<Receipt, Failure> {
+    ) -> Result<Proven, Failure> {
         let begun = Instant::now();
         let request = CompleteRequest {
             session_id: session.as_bytes().to_vec(),
@@ -279,7 +276,21 @@ impl Station {
         let response = self.patience.call("Complete", &mut times.retries, attempt).await;
         times.complete = Some(begun.elapsed());
         let missing = || Failure::Answer("Complete", "it has no receipt".to_owned());
-        receipt_of("Complete", session, response?.receipt.ok_or_else(missing)?)
+        proven_of("Complete", session, response?.receipt.ok_or_else(missing)?)
+    }
+
+    /// The device verifies the receipt; then it is a file beside its flash.
+    async fn keep(&self, order: &Order, proven: Proven) -> Result<Receipt, Failure> {
+        let (fab, chip) = (Arc::clone(&self.fab), order.chip.clone());
+        let kept = tokio::task::spawn_blocking(move || {
+            fab.device(&chip, None)?.verify_receipt(proven.published, &proven.proof)?;
+            // Not synced: should a crash take it, anybody can have it again.
+            let path = fab.receipt_file(&chip);
+            std::fs::write(&path, &proven.proof)
+                .map_err(|e| Failure::Station(format!("writing {}: {e}", path.display())))?;
+            Ok(proven.receipt)
+        });
+        kept.await.map_err(|e| Failure::Station(format!("the simulated device stopped: {e}")))?
     }
 
     async fn session_of(
@@ -341,15 +352,29 @@ fn session_id(call: &'static str, octets: &[u8]) -> Result<SessionId, Failure> {
     SessionId::from_bytes(octets).map_err(|e| Failure::Answer(call, e.to_string()))
 }
 
-fn receipt_of(call: &'static str, session: SessionId, receipt: proto::Receipt) -> Result<Receipt, Failure> {
-    let proto::Receipt { record_index, record_hash, published, .. } = receipt;
-    let published = published.and_then(|time| SystemTime::try_from(time).ok());
-    match (record_hash.len(), published) {
-        (32, Some(published)) => Ok(Receipt {
-            session,
-            record_index,
-            record_hash: hex::encode(record_hash),
-            published: humantime::format_rfc3339_seconds(published).to_string(),
+/// A receipt as the daemon gave it; nobody has verified it yet.
+struct Proven {
+    receipt: Receipt,
+    /// Seconds since the Unix epoch.
+    published: u64,
+    /// C2SP tlog-proof.
+    proof: Vec<u8>,
+}
+
+fn proven_of(call: &'static str, session: SessionId, receipt: proto::Receipt) -> Result<Proven, Failure> {
+    let proto::Receipt { record_index, record_hash, published, tlog_proof } = receipt;
+    let time = published.and_then(|time| SystemTime::try_from(time).ok());
+    let seconds = time.and_then(|time| time.duration_since(SystemTime::UNIX_EPOCH).ok());
+    match (record_hash.len(), time, seconds) {
+        (32, Some(published), Some(seconds)) => Ok(Proven {
+            receipt: Receipt {
+                session,
+                record_index,
+                record_hash: hex::encode(record_hash),
+                published: humantime::format_rfc3339_seconds(published).to_string(),
+            },
+            published: seconds.as_secs(),
+            proof: tlog_proof,
         }),
         _ => Err(Failure::Answer(call, "the receipt has no hash of 32 octets, or no time".to_owned())),
     }

@@ -6,6 +6,7 @@ mod files;
 mod hsm_file;
 mod pool;
 mod pool_cli;
+mod registry_cli;
 mod status;
 
 pub use ceremony::{CeremonyPlan, CeremonyReport};
@@ -13,6 +14,7 @@ pub use enroll::{Enrolment, enroll};
 pub use files::FileError;
 pub use hsm_file::HsmFile;
 pub use pool_cli::{DaemonArgs, PoolCommand};
+pub use registry_cli::RegistryCommand;
 pub use status::{StatusError, connect_and_ask, describe_status, status_json};
 
 use crate::certificate::CertificateError;

@@ -44,6 +44,6 @@ pub use export::{ExportError, Exported, export, shard};
 pub use index::{Reindexed, reindex};
 pub use log::{LogSettings, TransparencyLog};
 pub use signer::{CheckpointSigner, HsmSigner};
-pub use source::{LogSource, Mirror, SourceError, StoreDirectory, Website, open_source};
+pub use source::{LogSource, Mirror, SourceError, StoreDirectory, Website, open_source, read_chip};
 pub use verify::{Finding, Verification, VerifyOptions, verify};
 pub use witness::{Witness, WitnessStatus};

@@ -5,14 +5,16 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::edge;
+use super::export::chip_files;
 use super::fetch::Fetcher;
 use super::files::{BUNDLE, FullTiles, newest_edge};
-use crate::tlog::{HashSource, LogKey, TileId, TileKind, Tree, bundle, leaf_hash};
+use crate::names::ChipId;
+use crate::tlog::{LogKey, TileId, TileKind, Tree, bundle, leaf_hash};
 
 /// Most octets of an entry bundle: 256 entries of the largest kind.
 const MAX_BUNDLE: u64 = 256 * 65_537;
-/// Most octets of a checkpoint.
-const MAX_CHECKPOINT: u64 = 64 * 1024;
+/// Most octets of a checkpoint, a record or a proof.
+const MAX_FILE: u64 = 128 * 1024;
 
 /// A part of a log could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -79,7 +81,7 @@ impl LogSource for Mirror {
     }
 
     fn checkpoint(&mut self) -> Result<Vec<u8>, SourceError> {
-        self.file("checkpoint", MAX_CHECKPOINT)
+        self.file("checkpoint", MAX_FILE)
     }
 
     fn tile(&self, tile: TileId) -> Result<Vec<u8>, SourceError> {
@@ -123,7 +125,7 @@ impl LogSource for Website {
     }
 
     fn checkpoint(&mut self) -> Result<Vec<u8>, SourceError> {
-        self.file("checkpoint", MAX_CHECKPOINT)
+        self.file("checkpoint", MAX_FILE)
     }
 
     fn tile(&self, tile: TileId) -> Result<Vec<u8>, SourceError> {
@@ -245,11 +247,12 @@ fn beginning_of(tile: TileId, full: Vec<u8>) -> Result<Vec<u8>, SourceError> {
     Ok(octets)
 }
 
-/// The hashes of a source's tiles, for proofs.
-pub(super) struct SourceTiles<'a>(pub(super) &'a dyn LogSource);
-
-impl HashSource for SourceTiles<'_> {
-    fn tile(&self, tile: TileId) -> Result<Vec<u8>, String> {
-        self.0.tile(tile).map_err(|e| e.to_string())
-    }
+/// A chip's record and its proof from a mirror: a directory or a web address. Neither is believed.
+pub fn read_chip(place: &str, chip: &ChipId, authority: Option<&Path>) -> Result<(Vec<u8>, Vec<u8>), SourceError> {
+    let source: Box<dyn LogSource> = match place.contains("://") {
+        true => Box::new(Website::new(place, authority)?),
+        false => Box::new(Mirror::new(Path::new(place))),
+    };
+    let (record, proof) = chip_files(chip);
+    Ok((source.file(&record, MAX_FILE)?, source.file(&proof, MAX_FILE)?))
 }

@@ -1,6 +1,5 @@
 //! What only this engine must do; what every public database must do is in `store/contract_public.rs`.
 
-use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
@@ -11,7 +10,7 @@ use async_trait::async_trait;
 use super::*;
 use crate::store::contract_public::{PublicFactory, contract_of_publication, record};
 use crate::store::testing::Faults;
-use crate::store::{DeviceRecord, PublicDatabase, PublishError, StoreError, StoreOptions, UniqueKey};
+use crate::store::{DeviceRecord, PublicDatabase, PublishError, StoreError, StoreOptions};
 use crate::tlog::testing::LocalSigner;
 
 struct Log {

@@ -25,6 +25,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tokio_rustls::TlsAcceptor;
 use tonic::transport::server::TcpConnectInfo;
+use tower::ServiceExt as _;
 use tower_http::compression::CompressionLayer;
 
 use super::pages;
@@ -98,12 +99,16 @@ fn router(site: &Arc<Site>, grpc: Router) -> Router {
         .route("/tile/{level}/{*path}", get(hashes))
         .route("/chip/{shard}/{file}", get(chip_file))
         .fallback(pages::nothing_here);
-    compressed
-        .merge(plain)
-        .layer(middleware::map_response(harden))
-        .with_state(Arc::clone(site))
-        .merge(grpc)
-        .layer(middleware::from_fn_with_state(Arc::clone(site), admit))
+    let http = compressed.merge(plain).layer(middleware::map_response(harden)).with_state(Arc::clone(site));
+    let either = tower::service_fn(move |request: Request| {
+        let router = if is_grpc(request.headers()) { grpc.clone() } else { http.clone() };
+        router.oneshot(request)
+    });
+    Router::new().fallback_service(either).layer(middleware::from_fn_with_state(Arc::clone(site), admit))
+}
+
+fn is_grpc(headers: &HeaderMap) -> bool {
+    headers.get(header::CONTENT_TYPE).is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
 }
 
 /// At the door: not too fast, not too many, not for too long.

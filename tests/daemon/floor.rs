@@ -27,7 +27,7 @@ pub struct Floor(Fab);
 impl Floor {
     /// A fab whose chips have the site's manufacturer in their ROM.
     pub fn new(site: &Site) -> Self {
-        Self(Fab::create(site.path("devices"), manufacturer(site)).unwrap())
+        Self(Fab::create(site.path("devices"), manufacturer(site), None).unwrap())
     }
 
     /// Device number `n`, without a transport key.

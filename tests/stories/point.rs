@@ -48,7 +48,7 @@ impl House {
         config.call_timeout = call_timeout;
         config.worker_program = worker_that_tells_its_pid(&site);
         let manufacturer = config.keys.signing_key(&"manufacturer".parse().unwrap()).unwrap().public_key.clone();
-        let fab = Fab::create(site.path("fab"), manufacturer).unwrap();
+        let fab = Fab::create(site.path("fab"), manufacturer, None).unwrap();
         let hsm = Hsm::start(config);
         hsm.ready(Duration::from_secs(60)).await.unwrap();
         Self { site, hsm, fab, points: AtomicU32::new(0) }

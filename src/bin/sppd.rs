@@ -17,7 +17,7 @@ use spp::provisioning::{Issuer, Product, Provisioner, keep_tidy};
 use spp::registry::{HsmSigner, TransparencyLog};
 use spp::rpc::{Listening, NodeInfo};
 use spp::store::{Batch, Journal, Purpose, Registry, SecretStore, SledStateStore};
-use spp::web::Metrics;
+use spp::web::{Metrics, Public};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
@@ -133,7 +133,8 @@ async fn run(
     notify(&[NotifyState::Ready]);
     let scraping = metrics.map(|metrics| tokio::spawn(metrics.serve(Arc::clone(&provisioner), stop.clone())));
     let node = NodeInfo { name: node, started };
-    let served = listening.serve(&tls, &public, config.registry.key.key, &provisioner, audit, node, stop.clone()).await;
+    let public = Public::new(Arc::clone(&provisioner), &public, &config.registry);
+    let served = listening.serve(&tls, public, &provisioner, audit, node, stop.clone()).await;
     tidying.abort();
     keeping.abort();
     if let Some(scraping) = scraping {

@@ -9,6 +9,7 @@ mod algorithm;
 mod authority;
 mod csr;
 mod cwt;
+mod describe;
 #[cfg(test)]
 mod device_tests;
 mod issued;
@@ -33,6 +34,7 @@ pub use authority::{
     AuthorityCertificate, SignedDocument, UnsignedDocument, authority_certificate, authority_request, certificate_pem,
 };
 pub use csr::{CsrError, MAX_CSR_LEN, verify_csr};
+pub use describe::{Statement, describe};
 pub use issued::IssuedCertificate;
 pub use issuer::IssuerCertificate;
 pub use lint::{LintFinding, LintFindings, LintedCertificate};

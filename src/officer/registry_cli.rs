@@ -31,6 +31,7 @@ pub enum RegistryCommand {
         /// The log that is mirrored: a directory or a web address; without it the one of --config.
         #[arg(long, value_name = "URL|DIR")]
         from: Option<String>,
+        /// What is believed.
         #[command(flatten)]
         trust: Trust,
         /// Tell it as JSON.
@@ -43,6 +44,7 @@ pub enum RegistryCommand {
         /// Where the log is: the daemon's directory, a mirror's, or a web address; without it the one of --config.
         #[arg(value_name = "DIR|URL")]
         place: Option<String>,
+        /// What is believed.
         #[command(flatten)]
         trust: Trust,
         /// A manufacturer's CA certificate, PEM; may be given more than once. Without it those of --config.

@@ -46,7 +46,7 @@ pub(super) fn make_anew(files: &LogFiles, options: &StoreOptions) -> Result<Sled
     let dir = files.index_dir();
     match fs::remove_dir_all(&dir) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            return Err(files.failed("removing the old index", &error));
+            Err(files.failed("removing the old index", &error))
         }
         _ => SledIndex::create(&dir, options),
     }

@@ -68,7 +68,7 @@ pub(super) struct Shared {
 #[derive(Debug, Clone)]
 pub(super) enum Away {
     /// The disk is full.
-    Full(String),
+    Full,
     /// Anything else.
     Failed(String),
 }
@@ -76,7 +76,7 @@ pub(super) enum Away {
 impl Away {
     pub(super) fn of(error: &StoreError) -> Self {
         match error {
-            StoreError::Full { .. } => Self::Full(error.to_string()),
+            StoreError::Full { .. } => Self::Full,
             other => Self::Failed(other.to_string()),
         }
     }
@@ -232,7 +232,7 @@ impl Shared {
     /// An error that tells why nothing can be published.
     pub(super) fn error(&self, why: &Away) -> StoreError {
         match why {
-            Away::Full(_) => self.files.full_disk(),
+            Away::Full => self.files.full_disk(),
             Away::Failed(cause) => self.files.place().failed("publishing", cause),
         }
     }

@@ -211,7 +211,10 @@ impl Sequencer {
                 self.edge = Some(edge);
                 Ok(())
             }
-            Err(AppendError::Full(error)) => Err(Away::Full(error.to_string())),
+            Err(AppendError::Full(error)) => {
+                tracing::warn!(%error, "there is no room for a batch");
+                Err(Away::Full)
+            }
             Err(AppendError::Failed(error)) => Err(Away::Failed(error.to_string())),
         }
     }

@@ -18,13 +18,12 @@ use super::line::LineService;
 use super::officer::{NodeInfo, OfficerService};
 use super::recovery::RecoveryService;
 use crate::audit::AuditLog;
-use crate::config::{Listen, PublicConfig, TlsConfig};
+use crate::config::{Listen, TlsConfig};
 use crate::proto::DESCRIPTORS;
 use crate::proto::line_server::LineServer;
 use crate::proto::officer_server::OfficerServer;
 use crate::proto::recovery_server::RecoveryServer;
 use crate::provisioning::Provisioner;
-use crate::tlog::LogKey;
 use crate::web::Public;
 
 /// Most octets of a request: a backup, a confirmation, and what is around them.
@@ -83,8 +82,7 @@ impl Listening {
     pub async fn serve(
         self,
         tls: &TlsConfig,
-        public: &PublicConfig,
-        log_key: LogKey,
+        public: Public,
         provisioner: &Arc<Provisioner>,
         audit: &Arc<AuditLog>,
         node: NodeInfo,
@@ -106,7 +104,6 @@ impl Listening {
         let officers = builder("officers", mutual)?.add_service(officer);
         // gRPC beside HTTP: the public listener speaks both.
         let grpc = Routes::new(recovery).add_service(health.clone()).add_service(reflection("the public")?);
-        let public = Public::new(Arc::clone(provisioner), public, log_key);
         let public_tls = tls.server_config(&[b"h2", b"http/1.1"]);
         let public_tls = public_tls.map_err(|cause| ServeError::Transport { whom: "the public", cause })?;
         let (stopped, grpc) = (stop.clone(), grpc.prepare().into_axum_router());

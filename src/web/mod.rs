@@ -8,4 +8,4 @@ mod rate;
 mod serve;
 
 pub use metrics::{Metrics, WebError};
-pub(crate) use public::Public;
+pub use public::Public;

@@ -31,13 +31,13 @@ use tower_http::compression::CompressionLayer;
 use super::pages;
 use super::rate::Rate;
 use super::serve::{Limits, Peer, serve};
-use crate::config::PublicConfig;
+use crate::config::{PublicConfig, RegistryConfig};
 use crate::names::ChipId;
 use crate::provisioning::{ProvisionError, Provisioner};
 use crate::registry::shard;
 use crate::rpc;
 use crate::store::PublishedRecord;
-use crate::tlog::{LogKey, TileId};
+use crate::tlog::{LogKey, TileId, WitnessKey};
 
 /// A reader comes, reads and goes.
 const LIMITS: Limits = Limits { places: 512, age: Duration::from_secs(120), grace: Duration::from_secs(30) };
@@ -58,18 +58,22 @@ pub(super) struct Site {
     pub(super) provisioner: Arc<Provisioner>,
     pub(super) title: String,
     pub(super) key: LogKey,
+    /// Whose cosignatures are told.
+    pub(super) witnesses: Vec<WitnessKey>,
     rate: Rate,
     inside: Semaphore,
 }
 
 /// The public listener's side of HTTP.
-pub(crate) struct Public(Arc<Site>);
+pub struct Public(Arc<Site>);
 
 impl Public {
     /// The pages and resources of that log.
-    pub(crate) fn new(provisioner: Arc<Provisioner>, config: &PublicConfig, key: LogKey) -> Self {
+    pub fn new(provisioner: Arc<Provisioner>, config: &PublicConfig, registry: &RegistryConfig) -> Self {
         let (title, rate, inside) = (config.title.clone(), Rate::new(config), Semaphore::new(INSIDE));
-        Self(Arc::new(Site { provisioner, title, key, rate, inside }))
+        let witnesses = registry.settings.witnesses.iter().map(|witness| witness.key.clone()).collect();
+        let key = registry.key.key.clone();
+        Self(Arc::new(Site { provisioner, title, key, witnesses, rate, inside }))
     }
 
     /// Serves HTTP and, beside it on the same listener, gRPC until `stop` is true; then drains.

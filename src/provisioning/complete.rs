@@ -48,9 +48,13 @@ impl Provisioner {
         self.receipt(publication).await
     }
 
-    /// Where the record stands, and the proof of it against the newest checkpoint.
+    /// Where the record stands, and the proof of it; the same whenever it is asked for.
     async fn receipt(&self, publication: Publication) -> Result<Receipt, ProvisionError> {
-        let proof = self.prove(publication.index).await?;
+        let proof = self.registry.receipt(publication.index).await?;
+        let proof = proof.ok_or_else(|| ProvisionError::Internal {
+            doing: "making a receipt",
+            cause: format!("the public database has no record {}: it was rolled back", publication.index),
+        })?;
         Ok(Receipt { publication, proof })
     }
 

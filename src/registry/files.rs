@@ -20,6 +20,7 @@ pub(super) static KIND: StoreKind = StoreKind { name: "public database", marker:
 const EDGE: &str = "edge";
 const TILE: &str = "tile";
 const INDEX: &str = "index";
+const SIGNED: &str = "signed";
 /// Entries of a full bundle.
 pub(super) const BUNDLE: u64 = FULL_WIDTH as u64;
 
@@ -45,8 +46,43 @@ pub(super) struct Found {
     pub(super) checkpoint: Option<SignedCheckpoint>,
     /// The entries that are not in full bundles.
     pub(super) entries: Vec<Vec<u8>>,
+    /// The checkpoints that covered them first.
+    pub(super) signed: Vec<SignedSize>,
     /// Where the next batch goes.
     pub(super) edge: EdgeFile,
+}
+
+/// A checkpoint, as much of it as cannot be computed again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct SignedSize {
+    pub(super) size: u64,
+    pub(super) signature: [u8; 64],
+}
+
+impl SignedSize {
+    const LEN: usize = 8 + 64;
+
+    pub(super) fn of(checkpoint: &SignedCheckpoint, key: &LogKey) -> Option<Self> {
+        Some(Self { size: checkpoint.size(), signature: checkpoint.signature(key)? })
+    }
+
+    fn to_bytes(self) -> [u8; Self::LEN] {
+        let mut octets = [0; Self::LEN];
+        octets[..8].copy_from_slice(&self.size.to_be_bytes());
+        octets[8..].copy_from_slice(&self.signature);
+        octets
+    }
+
+    fn from_bytes(octets: &[u8; Self::LEN]) -> Option<Self> {
+        let (size, signature) = octets.split_first_chunk::<8>()?;
+        Some(Self { size: u64::from_be_bytes(*size), signature: signature.try_into().ok()? })
+    }
+}
+
+/// Of checkpoints in their order those that are the first to cover an entry from `from` to `to`.
+fn first_to_cover(signed: &[SignedSize], from: u64, to: u64) -> impl Iterator<Item = &SignedSize> {
+    let last = signed.iter().position(|signed| signed.size >= to).unwrap_or(signed.len());
+    signed.iter().take(last + 1).filter(move |signed| signed.size > from)
 }
 
 /// Why a batch was not written.
@@ -104,8 +140,9 @@ impl LogFiles {
     /// So many entries were acknowledged: with fewer nothing is touched.
     pub(super) fn recover(&self, key: &LogKey, acknowledged: u64) -> Result<Found, StoreError> {
         let mut found = self.find(key, acknowledged)?;
-        self.turn_over(found.checkpoint.as_ref(), &mut found.entries, &mut found.edge)
+        self.turn_over(found.checkpoint.as_ref(), &mut found.entries, &found.signed, &mut found.edge)
             .map_err(|e| self.failed("finishing what was begun", &e))?;
+        found.signed.retain(|signed| signed.size > found.edge.base);
         self.place.keep_reserve();
         Ok(found)
     }
@@ -130,11 +167,12 @@ impl LogFiles {
                     .into(),
             ));
         }
-        let (mut entries, mut checkpoint) = (Vec::new(), None);
-        for (batch, signed) in edge.batches {
+        let (mut entries, mut signed, mut checkpoint) = (Vec::new(), Vec::new(), None);
+        for (batch, of_batch) in edge.batches {
             batch.entries.iter().for_each(|entry| drop(tree.push(leaf_hash(entry))));
             entries.extend(batch.entries);
-            checkpoint = Some(signed);
+            signed.extend(SignedSize::of(&of_batch, key));
+            checkpoint = Some(of_batch);
         }
         if tree.size() < acknowledged {
             return Err(damaged(format!(
@@ -152,7 +190,7 @@ impl LogFiles {
             file.set_len(length).and_then(|()| file.sync_all()).map_err(failed)?;
         }
         remove_older_edges(dir, base).map_err(failed)?;
-        Ok(Found { tree, checkpoint, entries, edge: EdgeFile { file, length, base } })
+        Ok(Found { tree, checkpoint, entries, signed, edge: EdgeFile { file, length, base } })
     }
 
     /// Appends a batch and makes it durable: the commit of its entries and its checkpoint, both or neither.
@@ -174,6 +212,7 @@ impl LogFiles {
         &self,
         checkpoint: Option<&SignedCheckpoint>,
         entries: &mut Vec<Vec<u8>>,
+        signed: &[SignedSize],
         edge: &mut EdgeFile,
     ) -> io::Result<()> {
         let dir = &self.place.dir;
@@ -188,6 +227,8 @@ impl LogFiles {
                 continue;
             }
             let index = growing.size() / BUNDLE - 1;
+            let of_bundle = first_to_cover(signed, index * BUNDLE, growing.size());
+            write_once(&signed_path(dir, index), &of_bundle.flat_map(|signed| signed.to_bytes()).collect::<Vec<_>>())?;
             write_once(&dir.join(TileId::full(TileKind::Entries, index).to_string()), &octets)?;
             for FullTile { id, hashes } in tiles {
                 write_once(&dir.join(id.to_string()), &hashes)?;
@@ -212,6 +253,17 @@ impl LogFiles {
     /// A full tile or bundle.
     pub(super) fn full(&self, tile: TileId) -> io::Result<Vec<u8>> {
         FullTiles(&self.place.dir).read(tile)
+    }
+
+    /// The checkpoint that was the first to cover an entry of a full bundle, if it was kept: a log that was put together from a mirror
+    /// has none.
+    pub(super) fn first_signed(&self, index: u64) -> io::Result<Option<SignedSize>> {
+        let octets = match fs::read(signed_path(&self.place.dir, index / BUNDLE)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            read => read?,
+        };
+        let mut all = octets.as_chunks::<{ SignedSize::LEN }>().0.iter().filter_map(SignedSize::from_bytes);
+        Ok(all.find(|signed| signed.size > index))
     }
 
     /// Some octets of a full bundle.
@@ -283,6 +335,11 @@ fn remove_older_edges(dir: &Path, newest: u64) -> io::Result<()> {
         }
     }
     sync_dir(&dir.join(EDGE))
+}
+
+fn signed_path(dir: &Path, bundle: u64) -> PathBuf {
+    let place = TileId::full(TileKind::Entries, bundle).to_string();
+    dir.join(SIGNED).join(place.trim_start_matches("tile/entries/"))
 }
 
 fn edge_path(dir: &Path, base: u64) -> PathBuf {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::files::{BUNDLE, EdgeFile, KIND, LogFiles};
+use super::files::{BUNDLE, EdgeFile, KIND, LogFiles, SignedSize};
 use super::index::is_of_this_log;
 use super::sequencer::{Sequencer, Waiting};
 use super::signer::CheckpointSigner;
@@ -17,7 +17,10 @@ use crate::store::{
     Announced, Announcements, DeviceRecord, Location, PublicDatabase, Publication, PublishError, PublishedRecord,
     RegistryTrouble, SledIndex, StoreError, StoreOptions, UniqueKey,
 };
-use crate::tlog::{FullTile, HashSource, LogProof, SignedCheckpoint, TileId, TileKind, Tree, bundle, prove_inclusion};
+use crate::tlog::{
+    FullTile, HashSource, LogKey, LogProof, SignedCheckpoint, TileId, TileKind, TlogError, Tree, UnsignedCheckpoint,
+    bundle, prove_inclusion,
+};
 
 /// Records that may wait for the sequencer before more of them have to.
 const QUEUE: usize = 1024;
@@ -51,6 +54,7 @@ pub struct TransparencyLog {
     queue: mpsc::Sender<Waiting>,
     announcements: Arc<Announcements>,
     cosigned: Cosigned,
+    key: LogKey,
 }
 
 /// What readers and the sequencer share.
@@ -90,6 +94,8 @@ pub(super) struct Head {
     /// The index of the first of `recent`; everything below is in full bundles.
     pub(super) base: u64,
     pub(super) recent: Vec<Arc<Entry>>,
+    /// The checkpoints that were the first to cover them.
+    pub(super) signed: Vec<SignedSize>,
     /// Tiles that are full and may not be files yet.
     pub(super) filled: Vec<FullTile>,
     /// So many entries are in the index.
@@ -184,9 +190,9 @@ impl TransparencyLog {
         };
         tokio::spawn(sequencer.run(waiting, index));
         if !settings.witnesses.is_empty() {
-            tokio::spawn(witness::ask(Arc::downgrade(&shared), settings.witnesses, key, cosigned.clone()));
+            tokio::spawn(witness::ask(Arc::downgrade(&shared), settings.witnesses, key.clone(), cosigned.clone()));
         }
-        Ok(Self { shared, queue, announcements, cosigned })
+        Ok(Self { shared, queue, announcements, cosigned, key })
     }
 
     /// How the witnesses are.
@@ -223,8 +229,8 @@ impl super::files::Found {
         let base = self.edge.base();
         let recent = (base..).zip(self.entries).map(|(index, octets)| Entry::read(octets, index));
         let recent = recent.collect::<Result<Vec<_>, _>>()?;
-        let (tree, checkpoint, filled) = (self.tree, self.checkpoint, Vec::new());
-        Ok((Head { tree, checkpoint, base, recent, filled, indexed: 0 }, self.edge))
+        let (tree, checkpoint, signed, filled) = (self.tree, self.checkpoint, self.signed, Vec::new());
+        Ok((Head { tree, checkpoint, base, recent, signed, filled, indexed: 0 }, self.edge))
     }
 }
 
@@ -300,6 +306,31 @@ impl Shared {
     pub(super) fn record(&self, found: &Found) -> Result<PublishedRecord, StoreError> {
         let octets = self.octets(found)?;
         PublishedRecord::from_octets(found.index(), octets).map_err(|e| damaged(found.index(), e))
+    }
+
+    /// The proof that the tree of the first checkpoint with the entry has it; against the newest one if that was not kept.
+    fn receipt(&self, head: &Head, index: u64, key: &LogKey) -> Result<Option<LogProof>, StoreError> {
+        let Some(newest) = head.checkpoint.as_ref().filter(|newest| index < newest.size()) else { return Ok(None) };
+        let kept = match index >= head.base {
+            true => head.signed.iter().find(|signed| signed.size > index).copied(),
+            false => self.files.first_signed(index).map_err(|e| self.files.failed("reading a checkpoint", &e))?,
+        };
+        let failed = |e: TlogError| self.files.place().failed("proving an entry", e);
+        let Some(kept) = kept.filter(|kept| kept.size <= head.tree.size()) else {
+            return self.prove(head, index, newest).map(Some);
+        };
+        let tiles = Tiles(self, head);
+        let tree = Tree::read(kept.size, &tiles).map_err(failed)?;
+        let unsigned = UnsignedCheckpoint::new(key.origin(), kept.size, tree.root()).map_err(failed)?;
+        let first = match unsigned.signed(key, &kept.signature) {
+            Ok(first) => first,
+            Err(error) => {
+                tracing::error!(index, %error, "the checkpoint that first covered an entry is damaged; the newest one takes its place");
+                return self.prove(head, index, newest).map(Some);
+            }
+        };
+        let hashes = prove_inclusion(&tree, index, &tiles).map_err(failed)?;
+        Ok(Some(LogProof::new(index, hashes, &first)))
     }
 
     /// The proof that the tree of that checkpoint, which is the picture's or an older one, has the entry.
@@ -454,6 +485,11 @@ impl PublicDatabase for TransparencyLog {
         let covering = published.filter(|checkpoint| index < checkpoint.size()).or_else(|| head.checkpoint.clone());
         let Some(checkpoint) = covering.filter(|checkpoint| index < checkpoint.size()) else { return Ok(None) };
         self.off_the_network(move |shared| shared.prove(&head, index, &checkpoint).map(Some)).await
+    }
+
+    async fn receipt(&self, index: u64) -> Result<Option<LogProof>, StoreError> {
+        let (head, key) = (self.shared.head(), self.key.clone());
+        self.off_the_network(move |shared| shared.receipt(&head, index, &key)).await
     }
 
     async fn tile(&self, tile: TileId) -> Result<Option<Vec<u8>>, StoreError> {

@@ -16,6 +16,7 @@
 //! |---|---|
 //! | `tile/<L>/<N>`, `tile/entries/<N>` | the full tiles and entry bundles, as C2SP tlog-tiles names them; written once, never again |
 //! | `edge/<N>` | what does not fill a bundle yet: batches of entries, each with its signed checkpoint, appended with one sync |
+//! | `signed/<N>` | the checkpoints that were the first to cover each entry of a full bundle, so that a receipt stays the same for ever |
 //! | `index/` | the sled index by chip and the other unique values; made anew from the files when it is missing or damaged |
 //! | `store.toml`, `reserve` | the store's marker and lock, and the room that is given up on a full disk |
 //!

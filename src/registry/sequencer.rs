@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 
 use super::edge::Batch;
-use super::files::{AppendError, BUNDLE, EdgeFile};
+use super::files::{AppendError, BUNDLE, EdgeFile, SignedSize};
 use super::index::{Builder, make_anew};
 use super::log::{Away, Entry, Found, Head, Shared};
 use super::signer::CheckpointSigner;
@@ -126,6 +126,7 @@ impl Sequencer {
             return Err(why);
         }
         // 5. Readers see the new tree.
+        grown.signed.extend(SignedSize::of(&checkpoint, self.signer.key()));
         grown.checkpoint = Some(checkpoint);
         self.shared.show(grown.clone());
         // 6. Those who waited are told.
@@ -225,9 +226,9 @@ impl Sequencer {
         }
         let Some(mut edge) = self.edge.take() else { return Err(Away::Failed("the edge is not open".into())) };
         let mut entries: Vec<_> = head.recent.iter().map(|entry| entry.octets.clone()).collect();
-        let checkpoint = head.checkpoint.clone();
+        let (checkpoint, signed) = (head.checkpoint.clone(), head.signed.clone());
         let turned = self.on_the_disk(move |shared| {
-            let turned = shared.files.turn_over(checkpoint.as_ref(), &mut entries, &mut edge);
+            let turned = shared.files.turn_over(checkpoint.as_ref(), &mut entries, &signed, &mut edge);
             turned.map(|()| edge).map_err(|e| Away::of(&shared.files.failed("writing full tiles", &e)))
         });
         let edge = turned.await??;
@@ -235,6 +236,7 @@ impl Sequencer {
         head.recent.drain(..gone);
         head.base = edge.base();
         head.filled.clear();
+        head.signed.retain(|signed| signed.size > edge.base());
         self.edge = Some(edge);
         self.shared.show(head);
         Ok(())

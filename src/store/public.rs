@@ -210,6 +210,10 @@ pub trait PublicDatabase: Send + Sync {
     /// The proof that the record at that place is in the tree of the newest checkpoint; `None` if there is no such record.
     async fn prove(&self, index: u64) -> Result<Option<LogProof>, StoreError>;
 
+    /// The proof that the record at that place is in the tree of the first checkpoint that covered it: the same whenever it is asked
+    /// for. `None` if there is no such record.
+    async fn receipt(&self, index: u64) -> Result<Option<LogProof>, StoreError>;
+
     /// A tile or an entry bundle of the log; `None` if there are not so many hashes or entries.
     async fn tile(&self, tile: TileId) -> Result<Option<Vec<u8>>, StoreError>;
 }
@@ -322,6 +326,11 @@ impl Registry {
     /// See [`PublicDatabase::prove`].
     pub async fn prove(&self, index: u64) -> Result<Option<LogProof>, StoreError> {
         self.0.prove(index).await
+    }
+
+    /// See [`PublicDatabase::receipt`].
+    pub async fn receipt(&self, index: u64) -> Result<Option<LogProof>, StoreError> {
+        self.0.receipt(index).await
     }
 
     /// See [`PublicDatabase::tile`].

@@ -81,6 +81,13 @@ impl SignedCheckpoint {
         self.root
     }
 
+    /// The log's own signature on it.
+    pub fn signature(&self, key: &LogKey) -> Option<[u8; 64]> {
+        let known = VerifierList::new(vec![Box::new(key.verifier().clone())]);
+        let (own, _) = Note::from_bytes(&self.note).ok()?.verify(&known).ok()?;
+        own.first()?.signature().try_into().ok()
+    }
+
     /// Whether the other has the same tree.
     pub fn is_same_tree(&self, other: &Self) -> bool {
         (self.size, self.root) == (other.size, other.root)

@@ -111,6 +111,23 @@ fn a_tree_is_read_back_from_its_tiles() {
     }
 }
 
+/// What a log's directory has: full tiles alone.
+struct FullOnes(Grown);
+
+impl HashSource for FullOnes {
+    fn tile(&self, tile: TileId) -> Result<Vec<u8>, String> {
+        self.0.full.get(&tile.as_full()).cloned().ok_or_else(|| format!("{tile} is not there"))
+    }
+}
+
+#[test]
+fn a_tree_of_full_bundles_is_read_back_from_full_tiles_alone() {
+    for size in [256, 512, 65_536 - 256, 65_536, 65_536 + 512] {
+        let full = FullOnes(grown(size));
+        assert_eq!(Tree::read(size, &full).unwrap(), full.0.tree, "of {size}");
+    }
+}
+
 #[test]
 fn every_entry_is_proven_in_every_tree() {
     let signer = LocalSigner::new("log.example/test");

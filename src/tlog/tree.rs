@@ -34,7 +34,8 @@ pub trait HashSource {
 }
 
 impl Tree {
-    /// The tree of that size, its right edge read from the tiles.
+    /// The tree of that size, its right edge read from the tiles: from partial ones where the source has them, else from the full ones
+    /// below.
     pub fn read(size: u64, tiles: &impl HashSource) -> Result<Self, TlogError> {
         let mut tree = Self { size, edge: Vec::new() };
         for level in 0.. {
@@ -45,7 +46,11 @@ impl Tree {
             let width = usize::try_from(of_level % u64::from(FULL_WIDTH)).unwrap_or(0);
             let mut hashes = Vec::new();
             if let Some(tile) = TileId::in_tree(TileKind::Hashes(level), of_level / u64::from(FULL_WIDTH), size) {
-                hashes = tiles.tile(tile).map_err(TlogError::Unreadable)?;
+                hashes = match tiles.tile(tile) {
+                    Err(_) if level > 0 => hashes_of_full(level - 1, tile, tiles),
+                    read => read,
+                }
+                .map_err(TlogError::Unreadable)?;
                 if hashes.len() < width * HASH_SIZE {
                     return Err(TlogError::Unreadable(format!("{tile} has only {} octets", hashes.len())));
                 }
@@ -102,6 +107,13 @@ impl Tree {
         let hashes = self.edge.get(usize::from(level))?;
         (tile.index() == of_level / u64::from(FULL_WIDTH)).then_some(hashes)
     }
+}
+
+/// The hashes of a tile, each that of a full tile of the level below.
+fn hashes_of_full(below: u8, tile: TileId, tiles: &impl HashSource) -> Result<Vec<u8>, String> {
+    let first = tile.index() * u64::from(FULL_WIDTH);
+    let hash = |index| tiles.tile(TileId::full(TileKind::Hashes(below), index)).map(|full| Tile::subtree_hash(&full).0);
+    (first..first + u64::from(tile.width())).map(hash).collect::<Result<Vec<_>, _>>().map(|hashes| hashes.concat())
 }
 
 /// The proof that the tree has the entry: from its sibling up to the root's child (RFC 6962 §2.1.1).

@@ -14,8 +14,8 @@ use tonic::transport::{Channel, Endpoint};
 use tonic_types::StatusExt as _;
 
 use crate::floor::{
-    Floor, Line, Refusal, assemble, chip, complete, install, may_be_repeated, package, phone, provision, sensor,
-    session_of, state_of,
+    Floor, Line, Refusal, assemble, assert_proven, chip, complete, install, may_be_repeated, package, phone, provision,
+    sensor, session_of, state_of, unproven,
 };
 use crate::site::Site;
 
@@ -42,7 +42,7 @@ async fn every_answer_is_the_same_before_and_after_a_kill() {
     site.start();
     let mut line = site.station().await;
     assert_eq!(complete(&mut line, &request).await.unwrap(), receipt);
-    assert_eq!(session_of(&mut line, &chip(1)).await.unwrap().receipt, Some(receipt));
+    assert_eq!(session_of(&mut line, &chip(1)).await.unwrap().receipt, unproven(&receipt));
     let refused = Refusal::of(&assemble(&mut line, &phone(1)).await.unwrap_err());
     assert!(refused.is(Code::AlreadyExists, "ALREADY_COMPLETE"), "{refused:?}");
 }
@@ -189,7 +189,7 @@ pub async fn everything_is_public_once(site: &Site, line: &mut Line, done: &BTre
         let known =
             recovery.get_record(GetRecordRequest { chip_id: order.chip_id.clone() }).await.unwrap().into_inner();
         let record = known.record.unwrap();
-        assert_eq!(known.receipt.as_ref(), Some(receipt), "device {n}");
+        assert_eq!(known.receipt, unproven(receipt), "device {n}");
         assert_eq!((&record.certificate, &record.identity), (&answer.certificate, &order.identity), "device {n}");
         assert_eq!(state_of(line, &chip(*n)).await, SessionState::Erased, "device {n}");
         if order.profile != "sensor" {

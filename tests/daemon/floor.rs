@@ -2,7 +2,7 @@
 
 use spp::certificate::IssuerCertificate;
 use spp::device::{Delivery, Device, Fab, PublicRecord};
-use spp::keys::{DevicePrivateKey, PublicKey, SignatureAlgorithm};
+use spp::keys::{DevicePrivateKey, PublicKey, SignatureAlgorithm, sha256};
 use spp::names::{ChipId, Imei, SessionId};
 use spp::package::TransportCurve;
 use spp::proto::assemble_response::Delivery as Delivered;
@@ -13,6 +13,7 @@ use spp::proto::{
     GetSessionResponse, Receipt, SessionState, TransportKey, TransportKeyType,
 };
 use spp::secret::SecretBytes;
+use spp::tlog::{LogKey, LogProof};
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
@@ -138,6 +139,18 @@ pub async fn assemble(line: &mut Line, order: &AssembleRequest) -> Result<Assemb
 
 pub async fn complete(line: &mut Line, request: &CompleteRequest) -> Result<Receipt, Status> {
     line.complete(request.clone()).await.map(|answer| answer.into_inner().receipt.unwrap())
+}
+
+/// Where the record stands, as it is told without the proof.
+pub fn unproven(receipt: &Receipt) -> Option<Receipt> {
+    Some(Receipt { tlog_proof: Vec::new(), ..receipt.clone() })
+}
+
+/// The receipt proves that these octets are in the site's log.
+pub fn assert_proven(site: &Site, receipt: &Receipt, record: &[u8]) {
+    let key: LogKey = String::from_utf8(site.read("keys/log-1.vkey")).unwrap().parse().unwrap();
+    let proven = LogProof::from_bytes(&receipt.tlog_proof).unwrap().verify(record, &key).unwrap();
+    assert_eq!((proven.index, &receipt.record_hash), (receipt.record_index, &sha256(record).to_vec()));
 }
 
 pub async fn session_of(line: &mut Line, chip: &ChipId) -> Result<GetSessionResponse, Status> {

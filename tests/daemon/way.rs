@@ -1,7 +1,6 @@
 //! The way of one device, from a bare chip to a recovered device, and every repeat on it.
 
 use spp::device::Device;
-use spp::keys::sha256;
 use spp::package::TransportCurve;
 use spp::proto::assemble_response::Delivery;
 use spp::proto::get_session_request::Session as Which;
@@ -10,8 +9,8 @@ use tonic::Code;
 use tonic_types::StatusExt as _;
 
 use crate::floor::{
-    Floor, Line, Refusal, assemble, chip, complete, gateway, imei, install, package, phone, provision, recover, sealed,
-    sensor, session_of, state_of,
+    Floor, Line, Refusal, assemble, assert_proven, chip, complete, gateway, imei, install, package, phone, provision,
+    recover, sealed, sensor, session_of, state_of, unproven,
 };
 use crate::site::Site;
 
@@ -31,11 +30,11 @@ async fn the_whole_way(site: &Site, mut device: Device, order: AssembleRequest) 
     let receipt = complete(&mut line, &request).await.unwrap();
     let by_id = GetSessionRequest { session: Some(Which::SessionId(answer.session_id.clone())) };
     let known = line.get_session(by_id).await.unwrap().into_inner();
-    assert_eq!((known.state(), known.receipt.as_ref()), (SessionState::Erased, Some(&receipt)));
+    assert_eq!((known.state(), known.receipt), (SessionState::Erased, unproven(&receipt)));
 
     let public = site.recovery().await.get_record(of(&order)).await.unwrap().into_inner();
-    assert_eq!(public.receipt.as_ref(), Some(&receipt));
-    assert_eq!(receipt.record_hash, sha256(&public.record_bytes));
+    assert_eq!(public.receipt, unproven(&receipt));
+    assert_proven(site, &receipt, &public.record_bytes);
     let record = public.record.as_ref().unwrap();
     assert_eq!((&record.chip_id, &record.identity, &record.profile), (&order.chip_id, &order.identity, &order.profile));
     assert_eq!((&record.certificate, record.certificate_format), (&answer.certificate, answer.certificate_format));
@@ -271,7 +270,7 @@ async fn a_published_device_cannot_be_aborted() {
     let abort = AbortRequest { session_id: request.session_id.clone(), reason: "too late".to_owned() };
     let refused = Refusal::of(&line.abort(abort).await.unwrap_err());
     assert!(refused.is(Code::FailedPrecondition, "WRONG_STATE"), "{refused:?}");
-    assert_eq!(session_of(&mut line, &chip(1)).await.unwrap().receipt, Some(receipt));
+    assert_eq!(session_of(&mut line, &chip(1)).await.unwrap().receipt, unproven(&receipt));
 }
 
 #[test]

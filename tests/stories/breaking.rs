@@ -182,6 +182,10 @@ impl<S: PublicDatabase> PublicDatabase for Breaking<S> {
         self.engine.prove(index).await
     }
 
+    async fn receipt(&self, index: u64) -> Result<Option<LogProof>, StoreError> {
+        self.engine.receipt(index).await
+    }
+
     async fn tile(&self, tile: TileId) -> Result<Option<Vec<u8>>, StoreError> {
         self.engine.tile(tile).await
     }

@@ -40,7 +40,8 @@ use crate::store::PublishedRecord;
 use crate::tlog::{LogKey, TileId, WitnessKey};
 
 /// A reader comes, reads and goes.
-const LIMITS: Limits = Limits { places: 512, age: Duration::from_secs(120), grace: Duration::from_secs(30) };
+const LIMITS: Limits =
+    Limits { places: 512, age: Duration::from_secs(120), grace: Duration::from_secs(30), keep_alive: true };
 /// Requests that are answered at once; the rest is told to come again.
 const INSIDE: usize = 256;
 /// No request takes longer.

@@ -37,6 +37,8 @@ pub(super) struct Limits {
     pub(super) age: Duration,
     /// How long what was begun by then may take.
     pub(super) grace: Duration,
+    /// Whether a connection of HTTP/1.1 takes more than one request.
+    pub(super) keep_alive: bool,
 }
 
 /// Who is at the other end of the connection.
@@ -101,7 +103,12 @@ async fn answer(
     stop: watch::Receiver<bool>,
 ) {
     let mut builder = Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_LIMIT).max_buf_size(HEAD_SIZE);
+    builder
+        .http1()
+        .keep_alive(limits.keep_alive)
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_LIMIT)
+        .max_buf_size(HEAD_SIZE);
     builder
         .http2()
         .timer(TokioTimer::new())

@@ -190,6 +190,7 @@ pub async fn everything_is_public_once(site: &Site, line: &mut Line, done: &BTre
             recovery.get_record(GetRecordRequest { chip_id: order.chip_id.clone() }).await.unwrap().into_inner();
         let record = known.record.unwrap();
         assert_eq!(known.receipt, unproven(receipt), "device {n}");
+        assert_proven(site, receipt, &known.record_bytes);
         assert_eq!((&record.certificate, &record.identity), (&answer.certificate, &order.identity), "device {n}");
         assert_eq!(state_of(line, &chip(*n)).await, SessionState::Erased, "device {n}");
         if order.profile != "sensor" {
@@ -333,7 +334,12 @@ async fn a_hanging_hsm_worker_costs_calls_their_deadline_and_is_replaced() {
     assert!((Duration::from_millis(900)..Duration::from_secs(10)).contains(&took), "{took:?}");
     assert_eq!(state_of(&mut line, &chip(1)).await, SessionState::Issued, "what needs no HSM is answered");
     assert_eq!(complete(&mut line, &finished).await.unwrap(), receipt);
-    complete(&mut line, &request).await.expect("its package is still at hand");
+    let unsigned = Refusal::of(&complete(&mut line, &request).await.unwrap_err());
+    assert_eq!(
+        (unsigned.code, &*unsigned.reason),
+        (Code::Unavailable, "CHECKPOINT_UNSIGNED"),
+        "the HSM signs the log, too"
+    );
 
     let until = Instant::now() + Duration::from_secs(20);
     let new = loop {
@@ -343,6 +349,7 @@ async fn a_hanging_hsm_worker_costs_calls_their_deadline_and_is_replaced() {
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     };
+    complete(&mut line, &request).await.expect("a refused Complete can be repeated");
     let request = install(&mut floor.device(3), &new);
     complete(&mut line, &request).await.unwrap();
     assert_eq!(site.status().await.hsm.unwrap().worker_starts, 2);

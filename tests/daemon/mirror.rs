@@ -1,0 +1,208 @@
+//! Mirrors: made, verified, and a device restored from one with the daemon down; and the index that is made from the files.
+
+use std::path::PathBuf;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use spp::proto::GetRecordRequest;
+
+use crate::floor::{Floor, chip, phone, provision};
+use crate::site::{Site, free_port};
+
+const VERIFY: &str = "registry verify --config sppd.toml --seen seen";
+
+/// Provisions simulated devices with the reference station, whose chips know the log's key.
+fn provision_simulated(site: &Site, count: u32) {
+    let words = format!(
+        "provision --simulate {count} --profile phone --parallel 8 --server https://127.0.0.1:{} --tls tls/line-1-a --devices \
+         simulated --manufacturer keys/manufacturer-ca.pem --log keys/log-1.vkey --report report.csv",
+        site.line
+    );
+    fine(&site.spp_line(&words));
+}
+
+/// The chips that were provisioned.
+fn chips(site: &Site) -> Vec<String> {
+    let report = String::from_utf8(site.read("report.csv")).unwrap();
+    let mut lines = report.lines();
+    let column = lines.next().unwrap().split(',').position(|name| name == "chip_id").unwrap();
+    lines.map(|line| line.split(',').nth(column).unwrap().trim_matches('"').to_owned()).collect()
+}
+
+fn fine(output: &Output) -> String {
+    let said = [&output.stdout[..], &output.stderr[..]].map(String::from_utf8_lossy).concat();
+    assert!(output.status.success(), "{said}");
+    said
+}
+
+fn refused(output: &Output) -> String {
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success(), "it was accepted");
+    said
+}
+
+/// Any web server, which knows nothing of what it carries.
+struct WebServer(Child, String);
+
+impl WebServer {
+    fn of(site: &Site, directory: &str) -> Self {
+        let port = free_port();
+        let server = Command::new("python3")
+            .args(["-m", "http.server", &port.to_string(), "--bind", "127.0.0.1", "--directory"])
+            .arg(site.path(directory))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn();
+        let server = Self(server.unwrap(), format!("http://127.0.0.1:{port}"));
+        let until = Instant::now() + Duration::from_secs(20);
+        while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
+            assert!(Instant::now() < until, "the web server does not start");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        server
+    }
+}
+
+impl Drop for WebServer {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_wiped_device_is_restored_from_a_mirror_with_the_daemon_down() {
+    let mut site = Site::running();
+    provision_simulated(&site, 5);
+    let chips = chips(&site);
+    for chip in &chips {
+        assert!(site.path(&format!("simulated/{chip}.tlog-proof")).exists(), "the receipt is kept with the device");
+    }
+    site.sppctl("registry export mirror --config sppd.toml");
+    site.stop();
+
+    let server = WebServer::of(&site, "mirror");
+    for (chip, from) in [(&chips[0], "mirror"), (&chips[1], &*server.1)] {
+        fine(&site.spp_line(&format!("wipe --chip {chip} --devices simulated")));
+        let said = fine(&site.spp_line(&format!("recover --chip {chip} --devices simulated --from {from}")));
+        assert!(said.contains("of 5 signed ones"), "{said}");
+        let shown = fine(&site.spp_line(&format!("show --chip {chip} --from {from} --log keys/log-1.vkey")));
+        assert!(shown.contains(chip), "{shown}");
+    }
+
+    // A mirror is believed in nothing: another record in this one's place, a changed one, a proof of another, another log's key.
+    let shard = |chip: &str| site.path("mirror").join("chip").join(spp::registry::shard(&chip.parse().unwrap()));
+    let file = |chip: &str, ending: &str| shard(chip).join(format!("{chip}.{ending}"));
+    let recover = || site.spp_line(&format!("recover --chip {} --devices simulated --from mirror", chips[2]));
+    fine(&site.spp_line(&format!("wipe --chip {} --devices simulated", chips[2])));
+    let (record, proof) = (file(&chips[2], "cbor"), file(&chips[2], "tlog-proof"));
+    let (own_record, own_proof) = (std::fs::read(&record).unwrap(), std::fs::read(&proof).unwrap());
+    std::fs::copy(file(&chips[3], "cbor"), &record).unwrap();
+    std::fs::copy(file(&chips[3], "tlog-proof"), &proof).unwrap();
+    assert!(refused(&recover()).contains("it is of chip"));
+    std::fs::write(&record, &own_record).unwrap();
+    assert!(refused(&recover()).contains("does not lead from the entry to the root"));
+    std::fs::write(&proof, &own_proof).unwrap();
+    let mut flipped = own_record.clone();
+    *flipped.last_mut().unwrap() ^= 1;
+    std::fs::write(&record, flipped).unwrap();
+    assert!(refused(&recover()).contains("was not believed"));
+    std::fs::write(&record, &own_record).unwrap();
+    let other_key = "spp.example/demo+11dd8a14+Adpymac5tkoPvEKVpMEmhyk0j31mSfs57uC6xRf4uKwA";
+    std::fs::write(site.path("other.vkey"), other_key).unwrap();
+    let by_other = format!("recover --chip {} --devices simulated --from mirror --log other.vkey", chips[2]);
+    refused(&site.spp_line(&by_other));
+    fine(&recover());
+    let unknown = site.spp_line("show --chip 0011223344556677 --from mirror --log keys/log-1.vkey");
+    assert!(refused(&unknown).contains("is not there"));
+    let without_key = site.spp_line("show --chip 0011223344556677 --from mirror");
+    assert!(refused(&without_key).contains("--log FILE.vkey"));
+}
+
+#[test]
+fn a_mirror_is_brought_up_to_date_while_the_daemon_runs_and_everybody_can_verify_it() {
+    let site = Site::running();
+    let export = "registry export mirror --config sppd.toml --json";
+    let told = |text: String| serde_json::from_str::<serde_json::Value>(&text).unwrap();
+    let mut count = 0;
+    for more in [3, 4, 300] {
+        count += more;
+        provision_simulated(&site, count);
+        let exported = told(site.sppctl(export));
+        assert_eq!((&exported["entries"], &exported["new"]), (&count.into(), &more.into()));
+        for place in ["", "mirror"] {
+            let verified = told(site.sppctl(&format!("{VERIFY}-{place} {place} --json")));
+            assert_eq!((&verified["entries"], &verified["findings"]), (&count.into(), &serde_json::json!([])));
+        }
+        let served = format!("{VERIFY} https://localhost:{} --ca keys/access-ca.pem", site.public);
+        let said = site.sppctl(&served);
+        assert!(said.contains(&format!("{count} entries, all of them right")), "{said}");
+        assert_eq!(said.contains("continues what was seen before"), count > 3, "{said}");
+    }
+    let nothing_new = told(site.sppctl(export));
+    assert_eq!(nothing_new["new"], 0);
+    let of_mirror = "registry export second --from mirror --log keys/log-1.vkey";
+    assert!(site.sppctl(of_mirror).contains("307 entries, 307 of them new"));
+
+    // Somebody changes one octet of one entry in the mirror.
+    let bundle = site.path("mirror/tile/entries/000");
+    let mut octets = std::fs::read(&bundle).unwrap();
+    octets[5000] ^= 1;
+    std::fs::write(&bundle, octets).unwrap();
+    let found = site.try_sppctl(&format!("{VERIFY}-mirror mirror"));
+    let said = String::from_utf8_lossy(&found.stdout).into_owned();
+    assert!(said.contains("its hash is not the one in tile/0/000"), "{said}");
+    assert!(refused(&found).contains("is not the log that it should be"));
+    let of_damaged = site.try_sppctl("registry export third --from mirror --log keys/log-1.vkey");
+    assert!(refused(&of_damaged).contains("damaged"));
+    assert!(!site.path("third/checkpoint").exists());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_index_that_is_lost_is_made_anew_and_nobody_is_asked() {
+    let mut site = Site::running();
+    let floor = Floor::new(&site);
+    for n in 1..=3 {
+        provision(&mut site.station().await, &mut floor.device(n), &phone(n)).await;
+    }
+    site.stop();
+    std::fs::remove_dir_all(site.path("public/index")).unwrap();
+    site.start();
+    for n in 1..=3 {
+        let asked = GetRecordRequest { chip_id: chip(n).as_bytes().to_vec() };
+        let found = site.recovery().await.get_record(asked).await.unwrap().into_inner();
+        assert_eq!(found.record.unwrap().identity, phone(n).identity);
+    }
+    let in_use = site.try_sppctl("registry reindex --config sppd.toml");
+    assert!(refused(&in_use).contains("in use by another process"));
+    site.stop();
+    assert!(site.sppctl("registry reindex --config sppd.toml").contains("index of 3 entries"));
+    site.start();
+    provision(&mut site.station().await, &mut floor.device(4), &phone(4)).await;
+    assert_eq!(site.status().await.records, 4);
+}
+
+#[test]
+fn an_old_copy_of_the_log_is_not_gone_on_with() {
+    let mut site = Site::running();
+    provision_simulated(&site, 3);
+    site.stop();
+    let (edge, old) = (site.path("public/edge"), site.path("old-edge"));
+    let copy = |from: &PathBuf, to: &PathBuf| {
+        assert!(Command::new("cp").arg("-a").args([from, to]).status().unwrap().success());
+    };
+    copy(&edge, &old);
+    site.start();
+    provision_simulated(&site, 5);
+    site.stop();
+    std::fs::remove_dir_all(&edge).unwrap();
+    copy(&old, &edge);
+    site.spawn();
+    let until = Instant::now() + Duration::from_secs(20);
+    while !site.log().contains("the files are damaged or an old copy") {
+        assert!(Instant::now() < until, "{}", site.log());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let forked = site.try_sppctl(&format!("{VERIFY} public"));
+    assert!(forked.status.success(), "by itself the old copy is a log");
+}

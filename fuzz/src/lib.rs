@@ -13,6 +13,7 @@ use spp::package::{
     TransportPublicKey, open, open_backup, verify_confirmation,
 };
 use spp::store::DeviceRecord;
+use spp::tlog::{self, LogKey, LogProof, Origin, SignedCheckpoint, TileId, WitnessKey};
 
 use samples::{CONTEXT, MAC_CONTEXT};
 
@@ -41,6 +42,11 @@ pub const TARGETS: &[Target] = &[
     Target { name: "profile", reads: profile, samples: samples::profiles },
     Target { name: "issuer", reads: issuer, samples: samples::issuers },
     Target { name: "keys", reads: keys, samples: samples::keys },
+    Target { name: "log_proof", reads: log_proof, samples: samples::log_proofs },
+    Target { name: "checkpoint", reads: checkpoint, samples: samples::checkpoints },
+    Target { name: "tile", reads: tile, samples: samples::tiles },
+    Target { name: "bundle", reads: bundle, samples: samples::bundles },
+    Target { name: "vkey", reads: vkey, samples: samples::vkeys },
 ];
 
 /// There is one encoding of a package: what was read is written the same.
@@ -180,4 +186,59 @@ pub fn keys(octets: &[u8]) -> bool {
         assert!(PublicKey::from_spki_der(key.spki_der()).as_ref() == Ok(key));
     }
     transport || point || spki.is_ok()
+}
+
+/// A proof is written as it was read, but for extra data; and it proves the one record of the samples or nothing.
+pub fn log_proof(octets: &[u8]) -> bool {
+    let Ok(proof) = LogProof::from_bytes(octets) else { return false };
+    let written = proof.to_bytes();
+    assert!(LogProof::from_bytes(&written).as_ref() == Ok(&proof), "what was written is read back");
+    if let Ok(proven) = proof.verify(samples::LOG_RECORD, &samples::log_key()) {
+        assert!(proven.index == proof.index() && proven.index < proven.checkpoint.size(), "it is in the tree");
+    }
+    assert!(proof.verify(b"another record", &samples::log_key()).is_err(), "nothing else is proven");
+    true
+}
+
+/// Nobody but the log signs its checkpoints: only the tree of the samples is accepted.
+pub fn checkpoint(octets: &[u8]) -> bool {
+    let Ok(checkpoint) = SignedCheckpoint::verify(octets, &samples::log_key()) else { return false };
+    let [sample] = samples::checkpoints().try_into().expect("there is one");
+    let sample = SignedCheckpoint::verify(&sample, &samples::log_key()).expect("it is right");
+    assert!(checkpoint.is_same_tree(&sample), "only that tree was ever signed");
+    true
+}
+
+/// A tile has one path.
+pub fn tile(octets: &[u8]) -> bool {
+    let Some(tile) = std::str::from_utf8(octets).ok().and_then(|path| path.parse::<TileId>().ok()) else {
+        return false;
+    };
+    assert!(tile.to_string().as_bytes() == octets, "there is one form");
+    assert!((1..=256).contains(&tile.width()), "it has hashes or entries");
+    true
+}
+
+/// The entries of a bundle, put together again, are the bundle.
+pub fn bundle(octets: &[u8]) -> bool {
+    let Ok(entries) = tlog::bundle::entries(octets).collect::<Result<Vec<_>, _>>() else { return false };
+    let mut written = Vec::new();
+    for entry in &entries {
+        tlog::bundle::push(&mut written, entry).expect("it was an entry");
+    }
+    assert!(written == octets && tlog::bundle::exactly(octets, entries.len()).is_ok(), "nothing is lost");
+    true
+}
+
+/// Public keys of logs and witnesses, and the names of logs.
+pub fn vkey(octets: &[u8]) -> bool {
+    let Ok(text) = std::str::from_utf8(octets) else { return false };
+    let log = text.parse::<LogKey>().map(|key| key.to_string());
+    let witness = text.parse::<WitnessKey>().map(|key| key.to_string());
+    let origin = text.parse::<Origin>().map(|origin| origin.to_string());
+    for written in [&log, &witness].into_iter().flatten() {
+        assert!(written == text.trim_end(), "there is one form");
+    }
+    assert!(log.is_err() || witness.is_err(), "a key signs one kind of thing");
+    log.is_ok() || witness.is_ok() || origin.is_ok()
 }

@@ -12,6 +12,7 @@ use spp::keys::{DevicePrivateKey, PublicKey, SignatureAlgorithm};
 use spp::package::{ConfirmationClaims, DataPackage, TransportCurve, TransportPrivateKey};
 use spp::secret::{Secret, SecretBytes};
 use spp::store::DeviceRecord;
+use spp::tlog::LogKey;
 
 const P256: &str = include_str!("../../tests/vectors/p256.json");
 const ED25519: &str = include_str!("../../tests/vectors/ed25519.json");
@@ -227,4 +228,37 @@ fn text(vector: &str, part: &str, field: &str) -> String {
 
 fn bytes(text: &str) -> Vec<u8> {
     hex::decode(text).expect("vectors are in hex")
+}
+
+/// A record of a log that was made once, with its proof and the log's key.
+pub const LOG_RECORD: &[u8] = include_bytes!("log/record.cbor");
+const LOG_PROOF: &[u8] = include_bytes!("log/record.tlog-proof");
+const LOG_KEY: &str = include_str!("log/log.vkey");
+
+pub fn log_key() -> LogKey {
+    LOG_KEY.parse().expect("it is one")
+}
+
+pub fn log_proofs() -> Vec<Vec<u8>> {
+    let text = std::str::from_utf8(LOG_PROOF).expect("it is text");
+    vec![LOG_PROOF.to_vec(), text.replacen("index", "extra AAAA\nindex", 1).into_bytes()]
+}
+
+pub fn checkpoints() -> Vec<Vec<u8>> {
+    let text = std::str::from_utf8(LOG_PROOF).expect("it is text");
+    vec![text.split_once("\n\n").expect("the checkpoint follows").1.as_bytes().to_vec()]
+}
+
+pub fn tiles() -> Vec<Vec<u8>> {
+    ["tile/0/000", "tile/1/x001/x234/067.p/8", "tile/entries/x001/000.p/255"]
+        .map(|path| path.as_bytes().to_vec())
+        .to_vec()
+}
+
+pub fn bundles() -> Vec<Vec<u8>> {
+    vec![[&[0, 3][..], b"one", &[0, 0], &[0, 2], b"do"].concat()]
+}
+
+pub fn vkeys() -> Vec<Vec<u8>> {
+    vec![LOG_KEY.as_bytes().to_vec(), b"log.example/devices".to_vec()]
 }

@@ -121,7 +121,8 @@ pub fn describe_status(status: &proto::GetStatusResponse) -> String {
     } else {
         format!("NOT ready: {}", hsm.trouble)
     };
-    let rows = [
+    let log = status.log.clone().unwrap_or_default();
+    let mut rows = vec![
         ("node", format!("{} (sppd {})", status.node, status.version)),
         ("line", line.to_owned()),
         ("HSM", hsm_line),
@@ -139,7 +140,7 @@ pub fn describe_status(status: &proto::GetStatusResponse) -> String {
                 sessions.reserved, sessions.issued, sessions.published, sessions.erased, sessions.aborted
             ),
         ),
-        ("records", status.records.to_string()),
+        ("records", format!("{}, {} checkpoints signed since the start", status.records, log.batches)),
         (
             "disk",
             format!(
@@ -150,6 +151,17 @@ pub fn describe_status(status: &proto::GetStatusResponse) -> String {
         ),
         ("profiles", status.profiles.join(", ")),
     ];
+    let troubles = [("publishing", &log.publishing_trouble), ("look-ups", &log.reading_trouble)];
+    for (what, trouble) in troubles.into_iter().filter(|(_, trouble)| !trouble.is_empty()) {
+        rows.push((what, format!("NOT possible: {trouble}")));
+    }
+    for witness in &log.witnesses {
+        let how = match witness.trouble.as_str() {
+            "" => format!("cosigned {} records", witness.size),
+            trouble => format!("did NOT cosign: {trouble}"),
+        };
+        rows.push(("witness", format!("{}: {how}", witness.name)));
+    }
     rows.iter().map(|(name, value)| format!("{name:<11} {value}\n")).collect()
 }
 
@@ -157,6 +169,9 @@ pub fn describe_status(status: &proto::GetStatusResponse) -> String {
 pub fn status_json(status: &proto::GetStatusResponse) -> serde_json::Value {
     let hsm = status.hsm.clone().unwrap_or_default();
     let sessions = status.sessions.unwrap_or_default();
+    let log = status.log.clone().unwrap_or_default();
+    let witness = |witness: &proto::WitnessStatus| serde_json::json!({ "name": witness.name, "size": witness.size, "trouble": witness.trouble });
+    let witnesses: Vec<_> = log.witnesses.iter().map(witness).collect();
     serde_json::json!({
         "version": status.version,
         "node": status.node,
@@ -180,6 +195,12 @@ pub fn status_json(status: &proto::GetStatusResponse) -> serde_json::Value {
             "aborted": sessions.aborted,
         },
         "records": status.records,
+        "log": {
+            "publishing_trouble": log.publishing_trouble,
+            "reading_trouble": log.reading_trouble,
+            "batches": log.batches,
+            "witnesses": witnesses,
+        },
         "free_bytes": status.free_bytes,
         "free_bytes_floor": status.free_bytes_floor,
         "profiles": status.profiles,

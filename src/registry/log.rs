@@ -1,6 +1,7 @@
 //! The log as the rest of the house uses it: publishing goes to the sequencer, reading to a picture of the tree that never changes.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -11,11 +12,11 @@ use super::files::{BUNDLE, EdgeFile, KIND, LogFiles, SignedSize};
 use super::index::is_of_this_log;
 use super::sequencer::{Sequencer, Waiting};
 use super::signer::CheckpointSigner;
-use super::witness::{self, Cosigned, Witness, WitnessStatus};
+use super::witness::{self, Cosigned, Witness};
 use crate::store::place::{Door, System};
 use crate::store::{
     Announced, Announcements, DeviceRecord, Location, PublicDatabase, Publication, PublishError, PublishedRecord,
-    RegistryTrouble, SledIndex, StoreError, StoreOptions, UniqueKey,
+    RegistryStatus, SledIndex, StoreError, StoreOptions, UniqueKey,
 };
 use crate::tlog::{
     FullTile, HashSource, LogKey, LogProof, SignedCheckpoint, TileId, TileKind, TlogError, Tree, UnsignedCheckpoint,
@@ -66,6 +67,8 @@ pub(super) struct Shared {
     pub(super) index: watch::Sender<Result<Arc<SledIndex>, String>>,
     /// Why nothing can be published, while that is so.
     pub(super) away: RwLock<Option<Away>>,
+    /// Batches that were committed.
+    pub(super) batches: AtomicU64,
 }
 
 /// Why nothing can be published.
@@ -175,6 +178,7 @@ impl TransparencyLog {
             head: RwLock::new(Arc::new(head)),
             index: watch::Sender::new(Err("it is being read".into())),
             away: RwLock::default(),
+            batches: AtomicU64::new(0),
         });
         let (queue, waiting) = mpsc::channel(QUEUE);
         let announcements = Arc::new(Announcements::default());
@@ -193,11 +197,6 @@ impl TransparencyLog {
             tokio::spawn(witness::ask(Arc::downgrade(&shared), settings.witnesses, key.clone(), cosigned.clone()));
         }
         Ok(Self { shared, queue, announcements, cosigned, key })
-    }
-
-    /// How the witnesses are.
-    pub fn witnesses(&self) -> Vec<WitnessStatus> {
-        self.cosigned.status()
     }
 
     /// Work that waits for the disk, beside the threads that wait for the network.
@@ -468,10 +467,12 @@ impl PublicDatabase for TransparencyLog {
         Ok(self.shared.head().tree.size())
     }
 
-    fn trouble(&self) -> RegistryTrouble {
-        RegistryTrouble {
-            publishing: self.must_be_open().err().map(|e| e.to_string()),
-            reading: self.shared.index.borrow().as_ref().err().cloned(),
+    fn status(&self) -> RegistryStatus {
+        RegistryStatus {
+            publishing_trouble: self.must_be_open().err().map(|e| e.to_string()),
+            reading_trouble: self.shared.index.borrow().as_ref().err().cloned(),
+            batches: self.shared.batches.load(Ordering::Relaxed),
+            witnesses: self.cosigned.status(),
         }
     }
 

@@ -47,4 +47,4 @@ pub use log::{LogSettings, TransparencyLog};
 pub use signer::{CheckpointSigner, HsmSigner};
 pub use source::{LogSource, Mirror, SourceError, StoreDirectory, Website, open_source, read_chip};
 pub use verify::{Finding, Verification, VerifyOptions, verify};
-pub use witness::{Witness, WitnessStatus};
+pub use witness::Witness;

@@ -1,6 +1,7 @@
 //! ★ The sequencer: takes what waits to be published, makes it durable and public with one sync and one signature, then answers.
 
 use std::collections::HashMap;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -125,6 +126,7 @@ impl Sequencer {
             answer(new, |_, _| Err(PublishError::Store(self.shared.error(&why))));
             return Err(why);
         }
+        self.shared.batches.fetch_add(1, Ordering::Relaxed);
         // 5. Readers see the new tree.
         grown.signed.extend(SignedSize::of(&checkpoint, self.signer.key()));
         grown.checkpoint = Some(checkpoint);

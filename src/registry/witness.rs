@@ -8,6 +8,7 @@ use base64::prelude::{BASE64_STANDARD, Engine as _};
 
 use super::fetch::Fetcher;
 use super::log::{Head, Shared, Tiles};
+use crate::store::WitnessStatus;
 use crate::tlog::{LogKey, SignedCheckpoint, WitnessKey, prove_consistency};
 
 /// How often a new checkpoint is looked for.
@@ -28,17 +29,6 @@ pub struct Witness {
     pub key: WitnessKey,
     /// The CA of its certificate; that of the system if there is none.
     pub authority: Option<std::path::PathBuf>,
-}
-
-/// How a witness is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct WitnessStatus {
-    /// Its name.
-    pub name: String,
-    /// The size of the largest tree that it has cosigned.
-    pub size: u64,
-    /// Why it did not cosign the last one.
-    pub trouble: Option<String>,
 }
 
 /// The newest checkpoint that the witnesses were asked about, with the cosignatures that they gave.

@@ -21,7 +21,7 @@ pub(crate) fn line_trouble(provisioner: &Provisioner) -> Option<String> {
     }
     match provisioner.journal().room() {
         Ok((free, floor)) if free < floor => Some(format!("{free} octets are free on the disk, {floor} are needed")),
-        Ok(_) => provisioner.registry().trouble().publishing,
+        Ok(_) => provisioner.registry().status().publishing_trouble,
         Err(error) => Some(error.to_string()),
     }
 }
@@ -36,7 +36,7 @@ pub(super) async fn report(reporter: HealthReporter, provisioner: Arc<Provisione
     let mut recovery = Told::new("spp.v1.Recovery");
     loop {
         line.tell(&reporter, line_trouble(&provisioner)).await;
-        recovery.tell(&reporter, provisioner.registry().trouble().reading).await;
+        recovery.tell(&reporter, provisioner.registry().status().reading_trouble).await;
         let _ = tokio::time::timeout(LOOK, hsm.changed()).await;
     }
 }

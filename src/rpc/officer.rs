@@ -11,6 +11,7 @@ use crate::audit::AuditLog;
 use crate::proto;
 use crate::proto::officer_server::Officer;
 use crate::provisioning::{ProvisionError, Provisioner};
+use crate::store::{RegistryStatus, WitnessStatus};
 
 /// What the daemon is, for its status.
 #[derive(Debug, Clone)]
@@ -103,8 +104,23 @@ async fn status(provisioner: &Provisioner, node: NodeInfo) -> Result<proto::GetS
             aborted: counts.aborted,
         }),
         records: provisioner.registry().count().await?,
+        log: Some(log_status(provisioner.registry().status())),
         free_bytes,
         free_bytes_floor,
         profiles: provisioner.profiles().map(ToString::to_string).collect(),
     })
+}
+
+fn log_status(status: RegistryStatus) -> proto::LogStatus {
+    let witness = |witness: WitnessStatus| proto::WitnessStatus {
+        name: witness.name,
+        size: witness.size,
+        trouble: witness.trouble.unwrap_or_default(),
+    };
+    proto::LogStatus {
+        publishing_trouble: status.publishing_trouble.unwrap_or_default(),
+        reading_trouble: status.reading_trouble.unwrap_or_default(),
+        batches: status.batches,
+        witnesses: status.witnesses.into_iter().map(witness).collect(),
+    }
 }

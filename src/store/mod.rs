@@ -26,7 +26,7 @@ pub use journal::{Abortable, Intent, Issued, Journal, Published, Signed, TakenUp
 pub use place::StoreOptions;
 pub use public::{
     Announced, Announcements, PublicDatabase, Publication, PublicationReceipt, PublishError, PublishedRecord, Registry,
-    RegistryTrouble, Taken, UniqueKey,
+    RegistryStatus, Taken, UniqueKey, WitnessStatus,
 };
 pub use record::{DeviceRecord, RecordError};
 pub use secret::{

@@ -200,8 +200,8 @@ pub trait PublicDatabase: Send + Sync {
     /// How many records there are.
     async fn len(&self) -> Result<u64, StoreError>;
 
-    /// What does not work now.
-    fn trouble(&self) -> RegistryTrouble;
+    /// How it is.
+    fn status(&self) -> RegistryStatus;
 
     /// The newest checkpoint, which covers every acknowledged record; with cosignatures, if witnesses are asked. `None` before
     /// the first one could be signed.
@@ -218,13 +218,28 @@ pub trait PublicDatabase: Send + Sync {
     async fn tile(&self, tile: TileId) -> Result<Option<Vec<u8>>, StoreError>;
 }
 
-/// What does not work now, and why.
+/// How the public database is.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct RegistryTrouble {
-    /// Why nothing can be published.
-    pub publishing: Option<String>,
-    /// Why no record can be looked up.
-    pub reading: Option<String>,
+pub struct RegistryStatus {
+    /// Why nothing can be published, if so.
+    pub publishing_trouble: Option<String>,
+    /// Why no record can be looked up, if so.
+    pub reading_trouble: Option<String>,
+    /// Checkpoints that were signed since the start; records that came together share one.
+    pub batches: u64,
+    /// The witnesses that are asked to cosign.
+    pub witnesses: Vec<WitnessStatus>,
+}
+
+/// How a witness is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WitnessStatus {
+    /// Its name.
+    pub name: String,
+    /// The size of the largest tree that it has cosigned.
+    pub size: u64,
+    /// Why it did not cosign the last one, if so.
+    pub trouble: Option<String>,
 }
 
 /// The public database as the stories see it.
@@ -308,9 +323,9 @@ impl Registry {
         self.0.len().await
     }
 
-    /// See [`PublicDatabase::trouble`].
-    pub fn trouble(&self) -> RegistryTrouble {
-        self.0.trouble()
+    /// See [`PublicDatabase::status`].
+    pub fn status(&self) -> RegistryStatus {
+        self.0.status()
     }
 
     /// See [`PublicDatabase::record`].

@@ -161,6 +161,23 @@ async fn sessions(told: &mut Registry, provisioner: &Provisioner) -> Result<(), 
 }
 
 async fn records(told: &mut Registry, provisioner: &Provisioner) -> Result<(), StoreError> {
+    let log = provisioner.registry().status();
+    counter(
+        told,
+        "log_checkpoints",
+        "Checkpoints signed since the start; records that come together share one",
+        log.batches,
+    );
+    gauge(told, "log_publishing", "Whether records can be published", log.publishing_trouble.is_none().into());
+    gauge(told, "log_reading", "Whether records can be looked up", log.reading_trouble.is_none().into());
+    let witnesses = Family::<[(&'static str, String); 1], Gauge>::default();
+    let troubled = Family::<[(&'static str, String); 1], Gauge>::default();
+    for witness in log.witnesses {
+        witnesses.get_or_create(&[("witness", witness.name.clone())]).set(witness.size.try_into().unwrap_or(i64::MAX));
+        troubled.get_or_create(&[("witness", witness.name)]).set(witness.trouble.is_some().into());
+    }
+    told.register("log_witness_size", "Records of the largest tree that the witness has cosigned", witnesses);
+    told.register("log_witness_trouble", "Whether the witness did not cosign the last checkpoint", troubled);
     counter(told, "records", "Records in the public database", provisioner.registry().count().await?);
     Ok(())
 }

@@ -8,7 +8,7 @@ use spp::keys::{KeptKey, KeyKind, StoreId, TokenPair};
 use spp::names::{ChipId, DeviceIdentity, SessionId};
 use spp::store::{
     Announced, Batch, BatchStep, CondemnedPair, DeviceRecord, HeldPair, Keeping, MovedPair, PairCounts, PairId,
-    PairToReserve, PooledPair, PublicDatabase, Publication, PublishError, PublishedRecord, Purpose, RegistryTrouble,
+    PairToReserve, PooledPair, PublicDatabase, Publication, PublishError, PublishedRecord, Purpose, RegistryStatus,
     ReserveError, SecretStore, Session, SessionCounts, SessionState, StateName, StateStore, StoreError, UniqueKey,
 };
 use spp::tlog::{LogProof, SignedCheckpoint, TileId};
@@ -170,8 +170,8 @@ impl<S: PublicDatabase> PublicDatabase for Breaking<S> {
         self.engine.len().await
     }
 
-    fn trouble(&self) -> RegistryTrouble {
-        self.engine.trouble()
+    fn status(&self) -> RegistryStatus {
+        self.engine.status()
     }
 
     async fn checkpoint(&self) -> Result<Option<SignedCheckpoint>, StoreError> {

@@ -1,0 +1,322 @@
+//! What the log costs: `cargo bench --bench registry [-- log N | reads]`.
+//!
+//! `log N`: a log of N real records (100,000 unless N says otherwise), its key in memory: publishing, proofs, the index made anew,
+//! the whole log verified, a mirror of it. No HSM.
+//! `reads`: records, proofs and unknown chips asked of a running daemon over gRPC, on a SoftHSM of its own.
+
+#[allow(dead_code, unreachable_pub, missing_docs, clippy::unwrap_used, clippy::panic, reason = "shared with the tests")]
+#[path = "../tests/daemon/site.rs"]
+mod site;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use aws_lc_rs::signature::{Ed25519KeyPair, KeyPair as _};
+use spp::certificate::{
+    AuthorityCertificate, CertificateRequest, CertificateSerial, IssuedCertificate, IssuerCertificate, Profile,
+    SubjectName, authority_certificate, prepare,
+};
+use spp::keys::{DevicePrivateKey, PublicKey, SignatureAlgorithm, generate_p256, sha256};
+use spp::names::{ChipId, SessionId};
+use spp::proto::get_proof_request::Record;
+use spp::proto::recovery_client::RecoveryClient;
+use spp::proto::{GetProofRequest, GetRecordRequest};
+use spp::registry::{
+    CheckpointSigner, LogSettings, StoreDirectory, TransparencyLog, VerifyOptions, export, reindex, verify,
+};
+use spp::store::{DeviceRecord, PublicDatabase, StoreOptions, UniqueKey};
+use spp::tlog::{LogKey, UnsignedCheckpoint};
+use tonic::transport::Channel;
+
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+const P256: SignatureAlgorithm = SignatureAlgorithm::EcdsaP256Sha256;
+const PROFILE: &str = r#"
+identities = ["serial"]
+hardware_type = "1.3.6.1.4.1.32473.1.7"
+issuer = "manufacturer"
+key_pair.source = "generate"
+key_pair.kind = "p256"
+"#;
+const RUN: Duration = Duration::from_secs(10);
+/// Devices in the daemon's database.
+const DEVICES: u32 = 1000;
+
+fn main() -> Result<(), Failure> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    // cargo passes `--bench` itself.
+    let mut words = std::env::args().skip(1).filter(|argument| !argument.starts_with('-'));
+    let which = words.next();
+    if which.as_deref() != Some("reads") {
+        let count = words.next().map_or(Ok(100_000), |count| count.parse())?;
+        runtime.block_on(log(count))?;
+    }
+    if which.as_deref() != Some("log") {
+        runtime.block_on(reads())?;
+    }
+    Ok(())
+}
+
+async fn log(count: u64) -> Result<(), Failure> {
+    let base = tempfile::tempdir()?;
+    let (dir, options) = (base.path().join("public"), StoreOptions::default());
+    TransparencyLog::create(&dir, &options)?;
+    let signer = Arc::new(Signer::new()?);
+    let log = TransparencyLog::open(&dir, &options, signer.clone(), LogSettings::default()).await?;
+    let log = Arc::new(log);
+    let maker = Arc::new(Maker::new()?);
+    let begun = Instant::now();
+    fill(&log, &maker, count).await?;
+    println!("published {count} records in {:.0?}, certificates made meanwhile", begun.elapsed());
+    proofs(&*log, count).await?;
+    drop(log);
+
+    let begun = Instant::now();
+    let made = reindex(&dir, &options, signer.key(), |_, _| {}).await?;
+    println!("index made anew, {} entries: {:.1?}", made.entries, begun.elapsed());
+    let begun = Instant::now();
+    drop(TransparencyLog::open(&dir, &options, signer.clone(), LogSettings::default()).await?);
+    println!("opened in {:.1?}", begun.elapsed());
+    tokio::time::sleep(Duration::from_secs(1)).await;
+
+    let issuers = [maker.issuer.clone()];
+    let verify_options = VerifyOptions { key: signer.key(), issuers: &issuers, seen: None };
+    let begun = Instant::now();
+    let found = verify(&mut StoreDirectory::new(&dir, signer.key()), &verify_options, &mut |_, _| {});
+    println!(
+        "verified {} entries on one core: {:.1?}, {} findings",
+        found.entries,
+        begun.elapsed(),
+        found.findings.len()
+    );
+    let begun = Instant::now();
+    let mirror = base.path().join("mirror");
+    let exported = export(&mut StoreDirectory::new(&dir, signer.key()), signer.key(), &mirror, &mut |_, _| {})?;
+    println!("mirrored {} entries: {:.1?}", exported.now, begun.elapsed());
+    println!("disk: {} MB, of them the index {} MB", size_of(&dir)? >> 20, size_of(&dir.join("index"))? >> 20);
+    Ok(())
+}
+
+/// Many at a time, as a line does, so that batches are full.
+async fn fill(log: &Arc<TransparencyLog>, maker: &Arc<Maker>, count: u64) -> Result<(), Failure> {
+    let next = Arc::new(AtomicU64::new(0));
+    let tasks = (0..512).map(|_| {
+        let (log, maker, next) = (Arc::clone(log), Arc::clone(maker), Arc::clone(&next));
+        tokio::spawn(async move {
+            loop {
+                let n = next.fetch_add(1, Relaxed);
+                if n >= count {
+                    return Ok::<_, Failure>(());
+                }
+                let record = maker.record(n)?;
+                let announced = log.announce();
+                log.publish(&record).await?;
+                drop(announced);
+            }
+        })
+    });
+    for task in tasks.collect::<Vec<_>>() {
+        task.await??;
+    }
+    Ok(())
+}
+
+async fn proofs(log: &dyn PublicDatabase, count: u64) -> Result<(), Failure> {
+    let (mut proofs, mut receipts, mut finds) = (Vec::new(), Vec::new(), Vec::new());
+    for n in 0..2000u64 {
+        let index = n.wrapping_mul(0x9E37_79B9_7F4A_7C15) % count;
+        for (times, prove) in [(&mut proofs, false), (&mut receipts, true)] {
+            let begun = Instant::now();
+            let proof = if prove { log.receipt(index).await? } else { log.prove(index).await? };
+            proof.ok_or("no proof")?;
+            times.push(begun.elapsed());
+        }
+        let begun = Instant::now();
+        let found = log.find(&UniqueKey::of_chip(&Maker::chip(index)?)).await?;
+        found.ok_or("not found")?;
+        finds.push(begun.elapsed());
+    }
+    for (what, mut times) in [("proof", proofs), ("receipt", receipts), ("record by chip", finds)] {
+        times.sort_unstable();
+        let at = |percent: usize| times.get(times.len() * percent / 100).copied().unwrap_or_default();
+        println!("{what:15} p50 {:.0?}, p99 {:.0?}", at(50), at(99));
+    }
+    Ok(())
+}
+
+/// Makes records whose certificates are real.
+struct Maker {
+    manufacturer: DevicePrivateKey,
+    issuer: IssuerCertificate,
+    profile: Profile,
+}
+
+impl Maker {
+    fn new() -> Result<Self, Failure> {
+        let manufacturer = generate_p256()?;
+        let unsigned = authority_certificate(&AuthorityCertificate {
+            subject: &SubjectName::with_common_name("Manufacturer")?,
+            public_key: manufacturer.public(),
+            algorithm: P256,
+            serial: CertificateSerial::from_random([7; 20]),
+            not_before: 1_700_000_000,
+            not_after: None,
+        })?;
+        let signature = manufacturer.sign(P256, unsigned.to_be_signed())?;
+        let issuer = IssuerCertificate::from_pem(&unsigned.assemble(&signature)?.to_pem()?, P256)?;
+        let profile = Profile::from_toml("bench".parse()?, "profile.toml", PROFILE).map_err(|e| e.to_string())?;
+        Ok(Self { manufacturer, issuer, profile })
+    }
+
+    fn chip(n: u64) -> Result<ChipId, Failure> {
+        Ok(ChipId::from_bytes(sha256(&n.to_be_bytes()).get(..16).unwrap_or_default())?)
+    }
+
+    fn record(&self, n: u64) -> Result<DeviceRecord, Failure> {
+        let (chip, identity) = (Self::chip(n)?, format!("serial:SN-{n:012}").parse()?);
+        let pair = generate_p256()?;
+        let mut random = [0; 20];
+        random.copy_from_slice(sha256(chip.as_bytes()).get(..20).unwrap_or_default());
+        let serial = CertificateSerial::from_random(random);
+        let request = CertificateRequest {
+            profile: &self.profile,
+            issuer: &self.issuer,
+            chip: &chip,
+            identity: &identity,
+            public_key: Some(pair.public()),
+            serial,
+            not_before: 1_700_000_000,
+        };
+        let to_sign = prepare(&request)?.lint().map_err(|e| e.to_string())?.into_to_sign();
+        let signature = self.manufacturer.sign(P256, &to_sign.to_be_signed)?;
+        let certificate = IssuedCertificate::assemble(&to_sign, &self.issuer, &signature)?.as_bytes().to_vec();
+        let session = SessionId::from_bytes(chip.as_bytes())?;
+        Ok(DeviceRecord {
+            chip,
+            identity,
+            profile: "bench".parse()?,
+            certificate,
+            certificate_is_cwt: false,
+            serial: to_sign.serial,
+            public_key: Some(pair.public().spki_der().to_vec()),
+            backup: vec![3; 1400],
+            master_key_version: 1,
+            session,
+            published: 1_700_000_000 + n,
+        })
+    }
+}
+
+/// A log key in memory.
+struct Signer {
+    pair: Ed25519KeyPair,
+    key: LogKey,
+}
+
+impl Signer {
+    fn new() -> Result<Self, Failure> {
+        let pair = Ed25519KeyPair::generate()?;
+        let public = PublicKey::from_ed25519(pair.public_key().as_ref())?;
+        Ok(Self { key: LogKey::new("log.example/bench".parse()?, public)?, pair })
+    }
+}
+
+#[async_trait]
+impl CheckpointSigner for Signer {
+    fn key(&self) -> &LogKey {
+        &self.key
+    }
+
+    async fn sign(&self, checkpoint: &UnsignedCheckpoint) -> Result<Vec<u8>, String> {
+        Ok(self.pair.sign(checkpoint.to_be_signed()).as_ref().to_vec())
+    }
+}
+
+async fn reads() -> Result<(), Failure> {
+    let mut site = site::Site::new();
+    // What is measured is the daemon, not the limit for one address.
+    site.edit("sppd.toml", "requests_per_second = 100\nburst = 400", "requests_per_second = 1000000\nburst = 1000000");
+    site.start();
+    let words = format!(
+        "provision --simulate {DEVICES} --profile phone --parallel 64 --server https://127.0.0.1:{} --tls tls/line-1-a --devices \
+         simulated --manufacturer keys/manufacturer-ca.pem --log keys/log-1.vkey --report report.csv",
+        site.line
+    );
+    let provisioned = site.spp_line(&words);
+    if !provisioned.status.success() {
+        return Err(String::from_utf8_lossy(&provisioned.stderr).into_owned().into());
+    }
+    let report = String::from_utf8(site.read("report.csv"))?;
+    let column = report.lines().next().and_then(|head| head.split(',').position(|name| name == "chip_id"));
+    let column = column.ok_or("the report has no chip_id")?;
+    let chips =
+        report.lines().skip(1).filter_map(|line| hex::decode(line.split(',').nth(column)?.trim_matches('"')).ok());
+    let chips: Arc<Vec<Vec<u8>>> = Arc::new(chips.collect());
+    let mut channels = Vec::new();
+    for _ in 0..8 {
+        channels.push(site.connect(site.public, site.public_tls()).await?);
+    }
+    println!("one machine for daemon, SoftHSM and reader; {} devices, 8 connections, 64 in flight", chips.len());
+    let of = Arc::clone(&chips);
+    read("GetRecord", &channels, move |client, n| {
+        let chip_id = of[n % of.len()].clone();
+        Box::pin(async move { client.get_record(GetRecordRequest { chip_id }).await.is_ok() })
+    })
+    .await?;
+    read("GetProof", &channels, move |client, n| {
+        let record = Some(Record::RecordIndex((n % DEVICES as usize) as u64));
+        Box::pin(async move { client.get_proof(GetProofRequest { record }).await.is_ok() })
+    })
+    .await?;
+    read("unknown chip", &channels, |client, n| {
+        let chip_id = [&[9; 8][..], &n.to_be_bytes()].concat();
+        Box::pin(async move { client.get_record(GetRecordRequest { chip_id }).await.is_err() })
+    })
+    .await
+}
+
+type Call<'a> = std::pin::Pin<Box<dyn Future<Output = bool> + Send + 'a>>;
+
+async fn read<F>(what: &str, channels: &[Channel], call: F) -> Result<(), Failure>
+where
+    F: for<'a> Fn(&'a mut RecoveryClient<Channel>, usize) -> Call<'a> + Clone + Send + Sync + 'static,
+{
+    let end = Instant::now() + RUN;
+    let next = Arc::new(AtomicU64::new(0));
+    let tasks = (0..64).map(|task: usize| {
+        let mut client = RecoveryClient::new(channels[task % channels.len()].clone());
+        let (call, next) = (call.clone(), Arc::clone(&next));
+        tokio::spawn(async move {
+            let mut times = Vec::new();
+            while Instant::now() < end {
+                let n = usize::try_from(next.fetch_add(1, Relaxed))?;
+                let begun = Instant::now();
+                if !call(&mut client, n).await {
+                    return Err("a call had another answer".into());
+                }
+                times.push(begun.elapsed());
+            }
+            Ok::<_, Failure>(times)
+        })
+    });
+    let mut all = Vec::new();
+    for task in tasks.collect::<Vec<_>>() {
+        all.extend(task.await??);
+    }
+    all.sort_unstable();
+    let at = |percent: usize| all.get(all.len() * percent / 100).copied().unwrap_or_default();
+    println!("{what:15} {:6.0}/s, p50 {:.1?}, p99 {:.1?}", all.len() as f64 / RUN.as_secs_f64(), at(50), at(99));
+    Ok(())
+}
+
+fn size_of(dir: &Path) -> Result<u64, Failure> {
+    let mut size = 0;
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        size += if entry.file_type()?.is_dir() { size_of(&entry.path())? } else { entry.metadata()?.len() };
+    }
+    Ok(size)
+}

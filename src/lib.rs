@@ -11,8 +11,8 @@
 //!     ├───────────────────────────────────────────────────────────────────────────────►│ verify, store,
 //!     │◄───────────────────────────────────────────────────────────────────────────────┤ backup, confirm
 //!     │ Line.Complete(session, backup, confirmation)                                   │
-//!     ├──────────────► accept → publish ─► public database → erase ─► secret store     │
-//!     │◄────────────── receipt                                                         │
+//!     ├──────────────► accept → publish ─► public log → erase ─► secret store          │
+//!     │◄────────────── receipt: a proof that anybody can verify                        │
 //!                      Recovery.GetRecord(chip ID) ── ever after, by anybody ─────────►│ recover
 //! ```
 //!
@@ -29,10 +29,12 @@
 //! | [`keypool`] | pairs made in advance: batches, filling, shredding | the HSM's verbs, the stores |
 //! | [`certificate`] | profile → prepared → linted → issued; pure | nothing |
 //! | [`package`] | data package, sealing, backup, confirmation; pure | nothing |
-//! | [`store`] | state store and public database; hands out the proofs | sled, alone |
+//! | [`store`] | state store, the traits of both stores, the public database's index; hands out the proofs | sled, alone |
+//! | [`tlog`] | notes, checkpoints, tiles, inclusion proofs; pure | nothing |
+//! | [`registry`] | the public database as a transparency log: files, sequencer, mirrors, witnesses, verification | its directory, the log key, HTTP as a client |
 //! | [`audit`] | what officers did, in a chain that only grows | its file |
 //! | [`rpc`] | services, callers, the table from errors to statuses, TLS, drain | gRPC |
-//! | [`web`] | metrics | HTTP |
+//! | [`web`] | records, the log and pages for anybody; metrics | HTTP |
 //! | [`device`] | the personal device, the reference for firmware authors | its flash file |
 //! | [`mod@line`] | what a station does | gRPC as a client, simulated devices |
 //! | [`officer`] | ceremonies, enrolment, pools, status | the token (through [`hsm`]), gRPC as a client |
@@ -44,7 +46,7 @@
 //! | HSM | do everything: it is the root |
 //! | the daemon's memory | use the HSM while it runs, see packages in flight |
 //! | state store | withhold or roll back sessions; read no key without the HSM |
-//! | public database | withhold records |
+//! | public database | withhold records; not alter, remove or reorder one unnoticed |
 //! | station | provision within its profiles and identity ranges; with sealed delivery it sees no secret, unless it exchanges the chip's transport key |
 //! | network | nothing |
 

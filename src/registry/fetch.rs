@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ureq::tls::{PemItem, RootCerts, TlsConfig, parse_pem};
+use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
 use ureq::{Agent, Body, http};
 
 /// No request takes longer.
@@ -28,7 +28,10 @@ impl Fetcher {
     /// A client that trusts the CA certificates in that PEM file, or else those that the system trusts.
     pub(super) fn new(authority: Option<&Path>, limit: Option<Duration>) -> Result<Self, String> {
         let roots = match authority {
-            None => RootCerts::PlatformVerifier,
+            None => {
+                let known = rustls_native_certs::load_native_certs().certs;
+                RootCerts::Specific(Arc::new(known.iter().map(|known| Certificate::from_der(known).to_owned()).collect()))
+            }
             Some(path) => {
                 let pem = std::fs::read(path).map_err(|e| format!("{}: {e}", path.display()))?;
                 let certificates = parse_pem(&pem).filter_map(|item| match item {

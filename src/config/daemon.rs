@@ -177,7 +177,7 @@ impl DaemonConfig {
     /// Everything is looked at before anything is given up, so that one run tells all faults.
     fn check(shape: Shape, place: &str, base: &Path, faults: &mut Faults) -> Option<Self> {
         let store = store::check(&shape.store, place, base, faults);
-        let tls = tls::check(&shape.tls, place, base, faults);
+        let tls = tls::check(&shape.tls, shape.public.own_identity(), place, base, faults);
         let keys = faults.keep(KeyRegister::load(&base.join(&shape.hsm.keys)));
         let (names, profiles) = load_profiles(&base.join(&shape.profiles), faults);
         let stations = Stations::check(shape.station, place, &names, faults);

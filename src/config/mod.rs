@@ -20,5 +20,5 @@ pub use public::PublicConfig;
 pub use registry::{RegistryAccess, RegistryConfig};
 pub use stations::{NotPermitted, Stations};
 pub use store::StoreConfig;
-pub use tls::TlsConfig;
+pub use tls::{ServerIdentity, TlsConfig};
 pub(crate) use toml_file::read_toml;

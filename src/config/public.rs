@@ -1,5 +1,7 @@
 //! `[public]` of `sppd.toml`: how anybody is served.
 
+use std::path::PathBuf;
+
 use serde::Deserialize;
 
 use super::Faults;
@@ -14,18 +16,29 @@ pub struct PublicConfig {
     pub requests_per_second: u32,
     /// Requests that it may make at once.
     pub burst: u32,
+    /// A certificate that browsers know, with its key; that of `[tls]` if there is none.
+    certificate: Option<PathBuf>,
+    key: Option<PathBuf>,
 }
 
 impl Default for PublicConfig {
     fn default() -> Self {
-        Self { title: "Device records".to_owned(), requests_per_second: 100, burst: 400 }
+        Self { title: "Device records".to_owned(), requests_per_second: 100, burst: 400, certificate: None, key: None }
     }
 }
 
 impl PublicConfig {
+    /// Where a certificate of its own is, and its key.
+    pub(super) fn own_identity(&self) -> Option<(&PathBuf, &PathBuf)> {
+        self.certificate.as_ref().zip(self.key.as_ref())
+    }
+
     pub(super) fn check(&self, place: &str, faults: &mut Faults) {
         if !(1..=80).contains(&self.title.chars().count()) {
             faults.add(format!("{place}: public.title"), "must have 1 to 80 characters");
+        }
+        if self.certificate.is_some() != self.key.is_some() {
+            faults.add(format!("{place}: public.certificate"), "give certificate and key, or neither");
         }
         for (name, value) in [("requests_per_second", self.requests_per_second), ("burst", self.burst)] {
             if !(1..=1_000_000).contains(&value) {

@@ -12,6 +12,9 @@ use crate::package::{
     BackupFormat, BackupPackage, BackupRules, CertificateChain, ConfirmationKey, TransportCurve, seal,
     verify_confirmation,
 };
+use crate::registry::CheckpointSigner as _;
+use crate::tlog::testing::LocalSigner;
+use crate::tlog::{HashSource, LogProof, TileId, Tree, leaf_hash, prove_inclusion};
 
 const IDENTITY: &str = "serial:SN-0001";
 const X25519: Option<TransportCurve> = Some(TransportCurve::X25519);
@@ -324,4 +327,52 @@ fn cwt(manufacturer: &DevicePrivateKey, chip: &ChipId, identity: &str) -> Vec<u8
         .build()
         .to_tagged_vec()
         .unwrap()
+}
+
+#[test]
+fn a_device_believes_the_receipt_of_its_own_record_and_no_other() {
+    let directory = tempfile::tempdir().unwrap();
+    let (manufacturer, log) = (generate_p256().unwrap(), LocalSigner::new("log.example/test"));
+    let fab = Fab::create(directory.path(), manufacturer.public().clone(), Some(log.key().clone())).unwrap();
+    drop(fab);
+    // The log's key is in the ROM, which outlives the process.
+    let fab = Fab::open(directory.path()).unwrap();
+    let factory = Factory { manufacturer, fab, _directory: directory };
+    let mut device = factory.device(1);
+    let package = factory.package(1, KeyKind::P256);
+    device.install(&session(1), &Delivery::Clear(&package.encode().unwrap())).unwrap();
+
+    let own = device.record(77).unwrap().to_bytes().unwrap();
+    let entries = [b"another entry".to_vec(), own.clone(), b"one more".to_vec()];
+    let mut tree = Tree::default();
+    entries.iter().for_each(|entry| drop(tree.push(leaf_hash(entry))));
+    let checkpoint = log.checkpoint(&tree);
+    let no_tiles = NoTiles;
+    let proof = |index| LogProof::new(index, prove_inclusion(&tree, index, &no_tiles).unwrap(), &checkpoint).to_bytes();
+    let proven = device.verify_receipt(77, &proof(1)).unwrap().unwrap();
+    assert_eq!((proven.index, proven.checkpoint.size()), (1, 3));
+
+    let refused = |published, proof: &[u8]| {
+        let error = device.verify_receipt(published, proof).unwrap_err();
+        assert!(matches!(error, DeviceError::Receipt(_)), "{error}");
+    };
+    refused(78, &proof(1));
+    refused(77, &proof(0));
+    refused(77, b"");
+    let other = LocalSigner::new("log.example/test").checkpoint(&tree);
+    refused(77, &LogProof::new(1, prove_inclusion(&tree, 1, &no_tiles).unwrap(), &other).to_bytes());
+    // Another backup of the same package is another record.
+    device.wipe().unwrap();
+    device.install(&session(1), &Delivery::Clear(&package.encode().unwrap())).unwrap();
+    let error = device.verify_receipt(77, &proof(1)).unwrap_err();
+    assert!(matches!(error, DeviceError::Receipt(_)), "{error}");
+}
+
+/// Three entries fill no tile: all hashes are on the tree's edge.
+struct NoTiles;
+
+impl HashSource for NoTiles {
+    fn tile(&self, tile: TileId) -> Result<Vec<u8>, String> {
+        Err(format!("{tile} is not there"))
+    }
 }

@@ -30,7 +30,9 @@ impl Fetcher {
         let roots = match authority {
             None => {
                 let known = rustls_native_certs::load_native_certs().certs;
-                RootCerts::Specific(Arc::new(known.iter().map(|known| Certificate::from_der(known).to_owned()).collect()))
+                RootCerts::Specific(Arc::new(
+                    known.iter().map(|known| Certificate::from_der(known).to_owned()).collect(),
+                ))
             }
             Some(path) => {
                 let pem = std::fs::read(path).map_err(|e| format!("{}: {e}", path.display()))?;

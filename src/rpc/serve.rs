@@ -104,7 +104,7 @@ impl Listening {
         let officers = builder("officers", mutual)?.add_service(officer);
         // gRPC beside HTTP: the public listener speaks both.
         let grpc = Routes::new(recovery).add_service(health.clone()).add_service(reflection("the public")?);
-        let public_tls = tls.server_config(&[b"h2", b"http/1.1"]);
+        let public_tls = tls.public_config(&[b"h2", b"http/1.1"]);
         let public_tls = public_tls.map_err(|cause| ServeError::Transport { whom: "the public", cause })?;
         let (stopped, grpc) = (stop.clone(), grpc.prepare().into_axum_router());
 
@@ -142,7 +142,7 @@ fn builder(whom: &'static str, tls: ServerTlsConfig) -> Result<Server, ServeErro
 
 fn server_tls(tls: &TlsConfig) -> Result<ServerTlsConfig, ServeError> {
     // Exposed to the TLS library, which keeps its own form of it.
-    let identity = Identity::from_pem(&tls.certificate, tls.key.expose());
+    let identity = Identity::from_pem(&tls.identity.certificate, tls.identity.key.expose());
     Ok(ServerTlsConfig::new().identity(identity).timeout(Duration::from_secs(10)))
 }
 

@@ -52,7 +52,8 @@ mod tests {
 
     #[test]
     fn an_address_gets_its_burst_and_then_a_pause_and_others_do_not_suffer() {
-        let config = PublicConfig { requests_per_second: 1, burst: 3, ..PublicConfig::default() };
+        let mut config = PublicConfig::default();
+        (config.requests_per_second, config.burst) = (1, 3);
         let rate = Rate::new(&config);
         let greedy: IpAddr = "192.0.2.1".parse().unwrap();
         for _ in 0..3 {

@@ -8,28 +8,30 @@
 #[path = "../tests/daemon/site.rs"]
 mod site;
 
+#[path = "common/signer.rs"]
+mod signer;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use async_trait::async_trait;
-use aws_lc_rs::signature::{Ed25519KeyPair, KeyPair as _};
 use spp::certificate::{
     AuthorityCertificate, CertificateRequest, CertificateSerial, IssuedCertificate, IssuerCertificate, Profile,
     SubjectName, authority_certificate, prepare,
 };
-use spp::keys::{DevicePrivateKey, PublicKey, SignatureAlgorithm, generate_p256, sha256};
+use spp::keys::{DevicePrivateKey, SignatureAlgorithm, generate_p256, sha256};
 use spp::names::{ChipId, SessionId};
 use spp::proto::get_proof_request::Record;
 use spp::proto::recovery_client::RecoveryClient;
 use spp::proto::{GetProofRequest, GetRecordRequest};
 use spp::registry::{
-    CheckpointSigner, LogSettings, StoreDirectory, TransparencyLog, VerifyOptions, export, reindex, verify,
+    CheckpointSigner as _, LogSettings, StoreDirectory, TransparencyLog, VerifyOptions, export, reindex, verify,
 };
 use spp::store::{DeviceRecord, PublicDatabase, StoreOptions, UniqueKey};
-use spp::tlog::{LogKey, UnsignedCheckpoint};
 use tonic::transport::Channel;
+
+use signer::Signer;
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
@@ -207,31 +209,6 @@ impl Maker {
             session,
             published: 1_700_000_000 + n,
         })
-    }
-}
-
-/// A log key in memory.
-struct Signer {
-    pair: Ed25519KeyPair,
-    key: LogKey,
-}
-
-impl Signer {
-    fn new() -> Result<Self, Failure> {
-        let pair = Ed25519KeyPair::generate()?;
-        let public = PublicKey::from_ed25519(pair.public_key().as_ref())?;
-        Ok(Self { key: LogKey::new("log.example/bench".parse()?, public)?, pair })
-    }
-}
-
-#[async_trait]
-impl CheckpointSigner for Signer {
-    fn key(&self) -> &LogKey {
-        &self.key
-    }
-
-    async fn sign(&self, checkpoint: &UnsignedCheckpoint) -> Result<Vec<u8>, String> {
-        Ok(self.pair.sign(checkpoint.to_be_signed()).as_ref().to_vec())
     }
 }
 

@@ -2,21 +2,23 @@
 //!
 //! DIR should be on the disk that the daemon will use: nearly all of the time is the disk's sync.
 
+#[path = "common/signer.rs"]
+mod signer;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use async_trait::async_trait;
-use aws_lc_rs::signature::{Ed25519KeyPair, KeyPair as _};
-use spp::keys::{PublicKey, SignatureAlgorithm};
+use spp::keys::SignatureAlgorithm;
 use spp::names::{ChipId, SessionId};
-use spp::registry::{CheckpointSigner, LogSettings, TransparencyLog};
+use spp::registry::{LogSettings, TransparencyLog};
 use spp::store::{
     BatchStep, CertificateToSign, DeviceRecord, Keeping, PairToReserve, PublicDatabase, Publication, Purpose,
     SecretStore, Session, SessionState, SledStateStore, StateName, StateStore, StoreOptions,
 };
-use spp::tlog::{LogKey, UnsignedCheckpoint};
+
+use signer::Signer;
 
 const RUN: Duration = Duration::from_secs(5);
 
@@ -130,31 +132,6 @@ async fn open_public(base: &Path, callers: u64) -> Result<TransparencyLog, Failu
     let (dir, options) = (base.join(format!("public-{callers}")), StoreOptions::default());
     TransparencyLog::create(&dir, &options)?;
     Ok(TransparencyLog::open(&dir, &options, Arc::new(Signer::new()?), LogSettings::default()).await?)
-}
-
-/// A log key in memory: what is measured here is the disk's part.
-struct Signer {
-    pair: Ed25519KeyPair,
-    key: LogKey,
-}
-
-impl Signer {
-    fn new() -> Result<Self, Failure> {
-        let pair = Ed25519KeyPair::generate()?;
-        let public = PublicKey::from_ed25519(pair.public_key().as_ref())?;
-        Ok(Self { key: LogKey::new("log.example/bench".parse()?, public)?, pair })
-    }
-}
-
-#[async_trait]
-impl CheckpointSigner for Signer {
-    fn key(&self) -> &LogKey {
-        &self.key
-    }
-
-    async fn sign(&self, checkpoint: &UnsignedCheckpoint) -> Result<Vec<u8>, String> {
-        Ok(self.pair.sign(checkpoint.to_be_signed()).as_ref().to_vec())
-    }
 }
 
 fn record(n: u64) -> Result<DeviceRecord, Failure> {

@@ -316,6 +316,8 @@ macro_rules! text_form {
         }
     )+};
 }
+pub(crate) use text_form;
+
 text_form!(ChipId, DeviceIdentity, StationName, OfficerName, ProfileName, KeyName, SessionId);
 
 #[cfg(test)]

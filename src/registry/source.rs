@@ -45,12 +45,21 @@ impl SourceError {
 pub trait LogSource: Send {
     /// How messages call it.
     fn name(&self) -> String;
-    /// The newest checkpoint, a signed note.
-    fn checkpoint(&mut self) -> Result<Vec<u8>, SourceError>;
-    /// A tile or an entry bundle.
-    fn tile(&self, tile: TileId) -> Result<Vec<u8>, SourceError>;
-    /// Another file of a mirror, by its path; at most so many octets.
+    /// A file of a mirror, by its path; at most so many octets.
     fn file(&self, path: &str, most: u64) -> Result<Vec<u8>, SourceError>;
+    /// The newest checkpoint, a signed note.
+    fn checkpoint(&mut self) -> Result<Vec<u8>, SourceError> {
+        self.file("checkpoint", MAX_FILE)
+    }
+    /// A tile or an entry bundle. A mirror may have removed a partial one once the full one is there.
+    fn tile(&self, tile: TileId) -> Result<Vec<u8>, SourceError> {
+        match self.file(&tile.to_string(), MAX_BUNDLE) {
+            Err(SourceError::Missing(_)) if !tile.is_full() => {
+                beginning_of(tile, self.file(&tile.as_full().to_string(), MAX_BUNDLE)?)
+            }
+            found => found,
+        }
+    }
 }
 
 /// Opens a directory, the daemon's or a mirror's, or a web address. `authority` is the CA of a web server that the system does not know.
@@ -78,19 +87,6 @@ impl Mirror {
 impl LogSource for Mirror {
     fn name(&self) -> String {
         self.0.display().to_string()
-    }
-
-    fn checkpoint(&mut self) -> Result<Vec<u8>, SourceError> {
-        self.file("checkpoint", MAX_FILE)
-    }
-
-    fn tile(&self, tile: TileId) -> Result<Vec<u8>, SourceError> {
-        match self.file(&tile.to_string(), MAX_BUNDLE) {
-            Err(SourceError::Missing(_)) if !tile.is_full() => {
-                beginning_of(tile, self.file(&tile.as_full().to_string(), MAX_BUNDLE)?)
-            }
-            found => found,
-        }
     }
 
     fn file(&self, path: &str, most: u64) -> Result<Vec<u8>, SourceError> {
@@ -122,20 +118,6 @@ impl Website {
 impl LogSource for Website {
     fn name(&self) -> String {
         self.prefix.clone()
-    }
-
-    fn checkpoint(&mut self) -> Result<Vec<u8>, SourceError> {
-        self.file("checkpoint", MAX_FILE)
-    }
-
-    fn tile(&self, tile: TileId) -> Result<Vec<u8>, SourceError> {
-        match self.file(&tile.to_string(), MAX_BUNDLE) {
-            // A mirror may remove a partial tile once the full one is there.
-            Err(SourceError::Missing(_)) if !tile.is_full() => {
-                beginning_of(tile, self.file(&tile.as_full().to_string(), MAX_BUNDLE)?)
-            }
-            found => found,
-        }
     }
 
     fn file(&self, path: &str, most: u64) -> Result<Vec<u8>, SourceError> {

@@ -9,6 +9,7 @@ use signed_note::Verifier;
 
 use super::TlogError;
 use crate::keys::{KeyKind, PublicKey, SignatureAlgorithm};
+use crate::names::text_form;
 
 /// Signature type of an Ed25519 signature over the note's text.
 const ED25519: u8 = 0x01;
@@ -43,12 +44,6 @@ impl FromStr for Origin {
 }
 
 impl fmt::Display for Origin {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl fmt::Debug for Origin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
@@ -182,36 +177,16 @@ impl<const TYPE: u8> Verifier for NoteKey<TYPE> {
     }
 }
 
-/// Keys are shown and stored as vkeys.
-macro_rules! vkey_form {
-    ($($name:ty, $key:tt);+) => {$(
-        impl fmt::Display for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                fmt::Display::fmt(&self.$key, f)
-            }
-        }
-        impl fmt::Debug for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                fmt::Display::fmt(&self.$key, f)
-            }
-        }
-    )+};
+impl fmt::Display for LogKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.key.fmt(f)
+    }
 }
-vkey_form!(LogKey, key; WitnessKey, 0);
 
-/// Names and keys are written as their text in files.
-macro_rules! text_form {
-    ($($name:ty),+) => {$(
-        impl Serialize for $name {
-            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-                serializer.collect_str(self)
-            }
-        }
-        impl<'de> Deserialize<'de> for $name {
-            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
-            }
-        }
-    )+};
+impl fmt::Display for WitnessKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
 }
+
 text_form!(Origin, LogKey, WitnessKey);

@@ -64,12 +64,22 @@ pub(super) fn check(
     if shape.batch_period > Duration::from_secs(5) {
         faults.add(at("batch_period"), "must be 5 seconds at most, for example \"50ms\"");
     }
-    let mut witnesses = Vec::new();
-    for WitnessShape { url, key, ca } in shape.witness {
-        if !url.starts_with("https://") && !url.starts_with("http://") {
-            faults.add(at("witness.url"), "write the witness's submission prefix, https://witness.example/w1");
+    let mut witnesses: Vec<Witness> = Vec::new();
+    for (number, WitnessShape { url, key, ca }) in shape.witness.into_iter().enumerate() {
+        let at = |field: &str| at(&format!("witness[{number}].{field}"));
+        let host =
+            url.split_once("://").filter(|(scheme, rest)| ["http", "https"].contains(scheme) && !rest.is_empty());
+        if host.is_none() {
+            faults.add(at("url"), "write the witness's submission prefix, https://witness.example/w1");
         }
-        witnesses.push(Witness { url, key, authority: ca.map(|ca| base.join(ca)) });
+        if witnesses.iter().any(|witness| witness.key.name() == key.name()) {
+            faults.add(at("key"), format!("the witness {} is there twice", key.name()));
+        }
+        let authority = ca.map(|ca| base.join(ca));
+        if let Some(path) = &authority {
+            faults.note(at("ca"), std::fs::read(path).map_err(|e| format!("{}: {e}", path.display())));
+        }
+        witnesses.push(Witness { url, key, authority });
     }
     let found = keys.log_key(&shape.key).cloned().ok_or_else(|| {
         format!("the log key {} is not in the register of keys; make one with [[log_key]] in a ceremony", shape.key)

@@ -253,9 +253,15 @@ impl Device {
     /// If the flash cannot be read, or the receipt proves something else.
     pub fn verify_receipt(&self, published: u64, proof: &[u8]) -> Result<Option<VerifiedProof>, DeviceError> {
         let Some(log) = &self.chip.rom.log else { return Ok(None) };
-        let record = self.record(published)?.to_bytes();
-        let record = record.map_err(|e| DeviceError::Damaged(e.to_string()))?;
-        Ok(Some(LogProof::from_bytes(proof)?.verify(&record, log)?))
+        Ok(Some(LogProof::from_bytes(proof)?.verify(&self.record_octets(published)?, log)?))
+    }
+
+    /// The octets of the record that this device must have in the public database, if it was published then.
+    ///
+    /// # Errors
+    /// If the flash cannot be read.
+    pub fn record_octets(&self, published: u64) -> Result<Vec<u8>, DeviceError> {
+        self.record(published)?.to_bytes().map_err(|e| DeviceError::Damaged(e.to_string()))
     }
 
     /// The record of this device as it must be in the public database, put together from what the device holds.

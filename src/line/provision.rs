@@ -52,6 +52,11 @@ pub(super) async fn provision(asked: Provision) -> Result<Ended, LineError> {
     let tls = Tls::mutual(&asked.tls)?;
     let endpoint = tls.endpoint(&asked.server)?;
     let fab = open_fab(&asked.devices, asked.manufacturer.as_deref(), asked.log.as_deref())?;
+    if fab.rom_keys().1.is_none() {
+        eprintln!(
+            "spp-line: the chips know no log, so receipts are kept unverified; give --log FILE.vkey with new chips"
+        );
+    }
     let book = Book::open(&asked.devices, asked.report.as_ref())?;
     // 2. The orders, on the disk before a chip of them is known to anybody else.
     let orders = orders(&asked.devices, &asked.source)?;

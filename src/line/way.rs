@@ -12,6 +12,7 @@ use super::journal::Receipt;
 use super::orders::Order;
 use super::retry::{CallFailure, Patience};
 use crate::device::{Delivery, Device, DeviceError, Fab};
+use crate::keys::sha256;
 use crate::names::SessionId;
 use crate::package::TransportCurve;
 use crate::proto::assemble_response::Delivery as Delivered;
@@ -283,7 +284,15 @@ impl Station {
     async fn keep(&self, order: &Order, proven: Proven) -> Result<Receipt, Failure> {
         let (fab, chip) = (Arc::clone(&self.fab), order.chip.clone());
         let kept = tokio::task::spawn_blocking(move || {
-            fab.device(&chip, None)?.verify_receipt(proven.published, &proven.proof)?;
+            let device = fab.device(&chip, None)?;
+            if let Some(verified) = device.verify_receipt(proven.published, &proven.proof)? {
+                // What the daemon says beside the proof must be what the proof proves.
+                let hash = hex::encode(sha256(&device.record_octets(proven.published)?));
+                if (verified.index, &hash) != (proven.receipt.record_index, &proven.receipt.record_hash) {
+                    let problem = "the receipt says another place or hash than its proof".to_owned();
+                    return Err(Failure::Answer("Complete", problem));
+                }
+            }
             // Not synced: should a crash take it, anybody can have it again.
             let path = fab.receipt_file(&chip);
             std::fs::write(&path, &proven.proof)

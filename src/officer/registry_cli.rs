@@ -51,7 +51,7 @@ pub enum RegistryCommand {
         #[arg(long, value_name = "FILE")]
         issuer: Vec<PathBuf>,
         /// Where the checkpoint is that was seen last, and where this one is put if all is well [default: a file of this user's for each
-        /// log].
+        /// log and place].
         #[arg(long, value_name = "FILE")]
         seen: Option<PathBuf>,
         /// Tell it as JSON.
@@ -138,8 +138,8 @@ fn look(
     let issuers = issuers.iter().map(|path| issuer(path)).collect::<Result<Vec<_>, _>>()?;
     let place = place.or_else(|| access.map(|access| access.directory.display().to_string()));
     let place = place.ok_or("say which log: DIR or URL, or --config FILE")?;
-    let seen = seen.or_else(|| usual_place(&key));
-    let known = seen.as_deref().and_then(|path| std::fs::read(path).ok());
+    let seen = seen.or_else(|| usual_place(&key, &place));
+    let known = seen.as_deref().map(seen_before).transpose()?.flatten();
     let mut source = open_source(&place, &key, trust.ca.as_deref()).map_err(|e| e.to_string())?;
     let bar = progress();
     let options = VerifyOptions { key: &key, issuers: &issuers, seen: known.as_deref() };
@@ -185,11 +185,22 @@ fn remember(path: &Path, checkpoint: &SignedCheckpoint) -> Result<(), String> {
     replace(path, checkpoint.note()).map_err(|e| e.to_string())
 }
 
-/// Where this user's last look at a log is remembered (XDG base directories).
-fn usual_place(key: &LogKey) -> Option<PathBuf> {
+/// The checkpoint of the last look, if there was one. One that cannot be read is not taken for none.
+fn seen_before(path: &Path) -> Result<Option<Vec<u8>>, String> {
+    match std::fs::read(path) {
+        Ok(note) => Ok(Some(note)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(format!("{}: {error}", path.display())),
+    }
+}
+
+/// Where this user's last look at a log in that place is remembered (XDG base directories). A mirror may be behind the log itself, so
+/// each place has a memory of its own.
+fn usual_place(key: &LogKey, place: &str) -> Option<PathBuf> {
     let of_user = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let state = of_user("XDG_STATE_HOME").or_else(|| Some(of_user("HOME")?.join(".local/state")))?;
-    let name = hex::encode(sha256(key.to_string().as_bytes()).get(..16)?);
+    let place = std::fs::canonicalize(place).map_or_else(|_| place.to_owned(), |path| path.display().to_string());
+    let name = hex::encode(sha256(format!("{key}\n{place}").as_bytes()).get(..16)?);
     Some(state.join("spp/seen").join(name))
 }
 

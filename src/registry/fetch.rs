@@ -25,8 +25,18 @@ pub(super) struct Answer {
 }
 
 impl Fetcher {
+    /// A client for mirrors: it follows redirections, and waits as long as a large file may take.
+    pub(super) fn of_mirrors(authority: Option<&Path>) -> Result<Self, String> {
+        Self::new(authority, LIMIT, 5)
+    }
+
+    /// A client for somebody who is asked again and again and must not lead anywhere else.
+    pub(super) fn of_witnesses(authority: Option<&Path>, limit: Duration) -> Result<Self, String> {
+        Self::new(authority, limit, 0)
+    }
+
     /// A client that trusts the CA certificates in that PEM file, or else those that the system trusts.
-    pub(super) fn new(authority: Option<&Path>, limit: Option<Duration>) -> Result<Self, String> {
+    fn new(authority: Option<&Path>, limit: Duration, redirects: u32) -> Result<Self, String> {
         let roots = match authority {
             None => {
                 let known = rustls_native_certs::load_native_certs().certs;
@@ -52,7 +62,8 @@ impl Fetcher {
             .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
             .build();
         let config = Agent::config_builder()
-            .timeout_global(Some(limit.unwrap_or(LIMIT)))
+            .timeout_global(Some(limit))
+            .max_redirects(redirects)
             .tls_config(tls)
             .http_status_as_error(false)
             .user_agent(concat!("spp/", env!("CARGO_PKG_VERSION")))

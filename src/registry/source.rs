@@ -109,7 +109,7 @@ impl Website {
     /// The log below that address.
     pub fn new(prefix: &str, authority: Option<&Path>) -> Result<Self, SourceError> {
         let prefix = prefix.trim_end_matches('/').to_owned();
-        let fetcher = Fetcher::new(authority, None);
+        let fetcher = Fetcher::of_mirrors(authority);
         let fetcher = fetcher.map_err(|cause| SourceError::Failed { what: prefix.clone(), cause })?;
         Ok(Self { prefix, fetcher })
     }

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use base64::prelude::{BASE64_STANDARD, Engine as _};
 
+use tokio::task::JoinSet;
+
 use super::fetch::Fetcher;
 use super::log::{Head, Shared, Tiles};
 use crate::store::WitnessStatus;
@@ -15,8 +17,10 @@ use crate::tlog::{LogKey, SignedCheckpoint, WitnessKey, prove_consistency};
 const INTERVAL: Duration = Duration::from_secs(1);
 /// How often witnesses that did not cosign are asked again about the same checkpoint.
 const AGAIN: Duration = Duration::from_secs(15);
-/// How long a witness may take.
+/// How long a witness may take to answer a request.
 const LIMIT: Duration = Duration::from_secs(5);
+/// How long a checkpoint waits for cosignatures before it is published; those that come later are added to it.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// Most octets of an answer.
 const MAX_ANSWER: u64 = 16 * 1024;
 
@@ -46,6 +50,10 @@ impl Cosigned {
         self.state().newest.clone()
     }
 
+    fn publish(&self, checkpoint: &SignedCheckpoint) {
+        self.state().newest = Some(checkpoint.clone());
+    }
+
     pub(super) fn status(&self) -> Vec<WitnessStatus> {
         self.state().witnesses.clone()
     }
@@ -67,7 +75,7 @@ struct Asked {
 /// cosignatures that came in time; a witness that is away holds nothing up.
 pub(super) async fn ask(shared: Weak<Shared>, witnesses: Vec<Witness>, key: LogKey, cosigned: Cosigned) {
     let ask = |witness: Witness| {
-        let fetcher = Fetcher::new(witness.authority.as_deref(), Some(LIMIT));
+        let fetcher = Fetcher::of_witnesses(witness.authority.as_deref(), LIMIT);
         Asked { witness, fetcher, size: 0 }
     };
     let mut asked: Vec<_> = witnesses.into_iter().map(ask).collect();
@@ -86,19 +94,31 @@ pub(super) async fn ask(shared: Weak<Shared>, witnesses: Vec<Witness>, key: LogK
             continue;
         }
         since_asked = Duration::ZERO;
-        let calls = asked.drain(..).map(|mut asked| {
+        let mut calls = JoinSet::new();
+        for mut asked in asked.drain(..) {
             let (shared, head, checkpoint) = (Arc::clone(&shared), Arc::clone(&head), checkpoint.clone());
-            let skip = !lacking(&asked);
-            tokio::task::spawn_blocking(move || {
+            let skip = newest.as_ref().is_some_and(|newest| !newest.cosigners(&[&asked.witness.key]).is_empty());
+            calls.spawn_blocking(move || {
                 let answer = if skip { Ok(Vec::new()) } else { asked.cosign(&shared, &head, &checkpoint) };
                 (asked, answer)
-            })
-        });
-        let calls: Vec<_> = calls.collect();
+            });
+        }
+        drop((shared, head));
         let mut published = newest.unwrap_or(checkpoint);
+        let until = tokio::time::Instant::now() + PATIENCE;
         let mut status = Vec::new();
-        for call in calls {
-            let Ok((one, answer)) = call.await else { continue };
+        loop {
+            // Whoever is fast is not held up by whoever is slow.
+            let in_time = tokio::time::timeout_at(until, calls.join_next()).await;
+            let next = match in_time {
+                Ok(next) => next,
+                Err(_) => {
+                    cosigned.publish(&published);
+                    calls.join_next().await
+                }
+            };
+            let Some(ended) = next else { break };
+            let Ok((one, answer)) = ended else { continue };
             let mut trouble = answer.as_ref().err().cloned();
             if let Ok(lines) = &answer {
                 published = published.cosigned(lines, &[&one.witness.key]);
@@ -114,7 +134,9 @@ pub(super) async fn ask(shared: Weak<Shared>, witnesses: Vec<Witness>, key: LogK
             asked.push(one);
         }
         debug_assert!(SignedCheckpoint::verify(published.note(), &key).is_ok(), "cosignatures leave the note whole");
-        *cosigned.state() = State { newest: Some(published), witnesses: status };
+        cosigned.publish(&published);
+        status.sort_by(|a, b| a.name.cmp(&b.name));
+        cosigned.state().witnesses = status;
     }
 }
 

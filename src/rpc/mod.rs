@@ -18,4 +18,4 @@ mod status;
 pub(crate) use health::line_trouble;
 pub use officer::NodeInfo;
 pub use serve::{Listening, ServeError};
-pub(crate) use status::too_fast;
+pub(crate) use status::{busy, too_fast};

@@ -127,6 +127,11 @@ pub(crate) fn too_fast(after: Duration) -> Status {
     Status::with_error_details(Code::ResourceExhausted, message, details)
 }
 
+/// So many requests of the public are being answered.
+pub(crate) fn busy(places: usize) -> Status {
+    status_of(&ProvisionError::HouseFull(places))
+}
+
 /// A refusal that has no error of an inner room: the caller has the wrong role, or none.
 pub(super) fn refusal(code: Code, reason: &'static str, message: String) -> Status {
     Status::with_error_details(code, message, ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new()))

@@ -26,8 +26,13 @@ use crate::rpc::line_trouble;
 use crate::store::StoreError;
 
 /// A scrape is short.
-const LIMITS: Limits =
-    Limits { places: 16, age: Duration::from_secs(10), grace: Duration::from_secs(1), keep_alive: false };
+const LIMITS: Limits = Limits {
+    places: 16,
+    of_one_address: 16,
+    age: Duration::from_secs(10),
+    grace: Duration::from_secs(1),
+    keep_alive: false,
+};
 const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// Why HTTP cannot be served.

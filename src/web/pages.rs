@@ -15,6 +15,7 @@ use time::macros::format_description;
 
 use super::public::{Site, problem, tagged};
 use crate::certificate::{Statement, describe};
+use crate::keys::sha256;
 use crate::names::{ChipId, DeviceIdentity};
 use crate::provisioning::ProvisionError;
 use crate::store::{DeviceRecord, PublishedRecord};
@@ -121,13 +122,8 @@ pub(super) fn routes() -> Router<Arc<Site>> {
 }
 
 async fn style(headers: HeaderMap) -> Response {
-    tagged(
-        &headers,
-        concat!("\"", env!("CARGO_PKG_VERSION"), "\""),
-        "public, max-age=300",
-        "text/css; charset=utf-8",
-        STYLE.into(),
-    )
+    let tag = format!("W/\"{}\"", hex::encode(sha256(STYLE.as_bytes())));
+    tagged(&headers, &tag, "public, max-age=300", "text/css; charset=utf-8", STYLE.into())
 }
 
 async fn front(State(site): State<Arc<Site>>) -> Response {

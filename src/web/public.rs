@@ -11,18 +11,19 @@
 //! There is no list of chips and no search by a beginning: whoever asks must know the whole chip ID. (The entries are public, too:
 //! who wants all of them reads the log.)
 
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::Body;
-use axum::extract::{Path, Request, State};
+use axum::body::{Body, Bytes};
+use axum::extract::{Extension, Path, Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio_rustls::TlsAcceptor;
 use tonic::transport::server::TcpConnectInfo;
 use tower::ServiceExt as _;
@@ -40,8 +41,16 @@ use crate::store::PublishedRecord;
 use crate::tlog::{LogKey, TileId, WitnessKey};
 
 /// A reader comes, reads and goes.
-const LIMITS: Limits =
-    Limits { places: 512, age: Duration::from_secs(120), grace: Duration::from_secs(30), keep_alive: true };
+const LIMITS: Limits = Limits {
+    places: 1024,
+    of_one_address: 64,
+    age: Duration::from_secs(120),
+    grace: Duration::from_secs(30),
+    keep_alive: true,
+};
+/// KiB of entry bundles that are on their way to slow readers at once, and of how many a request is counted as one more.
+const BUNDLES_ON_THE_WAY: usize = 128 * 1024;
+const KIB_OF_A_REQUEST: usize = 128;
 /// Requests that are answered at once; the rest is told to come again.
 const INSIDE: usize = 256;
 /// No request takes longer.
@@ -63,6 +72,7 @@ pub(super) struct Site {
     pub(super) witnesses: Vec<WitnessKey>,
     rate: Rate,
     inside: Semaphore,
+    bundles: Arc<Semaphore>,
 }
 
 /// The public listener's side of HTTP.
@@ -74,7 +84,8 @@ impl Public {
         let (title, rate, inside) = (config.title.clone(), Rate::new(config), Semaphore::new(INSIDE));
         let witnesses = registry.settings.witnesses.iter().map(|witness| witness.key.clone()).collect();
         let key = registry.key.key.clone();
-        Self(Arc::new(Site { provisioner, title, key, witnesses, rate, inside }))
+        let bundles = Arc::new(Semaphore::new(BUNDLES_ON_THE_WAY));
+        Self(Arc::new(Site { provisioner, title, key, witnesses, rate, inside, bundles }))
     }
 
     /// Serves HTTP and, beside it on the same listener, gRPC until `stop` is true; then drains.
@@ -129,11 +140,17 @@ async fn admit(State(site): State<Arc<Site>>, mut request: Request, next: Next) 
             return too_fast(is_grpc, after);
         }
     }
-    let Ok(_place) = site.inside.try_acquire() else { return too_fast(is_grpc, Duration::from_secs(1)) };
-    match tokio::time::timeout(CALL_LIMIT, next.run(request)).await {
-        Ok(response) => response,
-        Err(_) => problem(StatusCode::SERVICE_UNAVAILABLE, "there was no answer in time; try again"),
+    let Ok(_place) = site.inside.try_acquire() else { return busy(is_grpc) };
+    tokio::time::timeout(CALL_LIMIT, next.run(request)).await.unwrap_or_else(|_| busy(is_grpc))
+}
+
+fn busy(is_grpc: bool) -> Response {
+    if is_grpc {
+        return rpc::busy(INSIDE).into_http();
     }
+    let mut refused = problem(StatusCode::SERVICE_UNAVAILABLE, "the server has too much to do; try again");
+    refused.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+    refused
 }
 
 fn too_fast(is_grpc: bool, after: Duration) -> Response {
@@ -193,6 +210,14 @@ impl Site {
         let chip: ChipId = chip.parse().map_err(|e| ProvisionError::invalid("chip_id", e))?;
         self.provisioner.recover(&chip).await
     }
+
+    /// A tile or a bundle by its path.
+    async fn tile(&self, path: &str) -> Result<Vec<u8>, Response> {
+        let nothing = || problem(StatusCode::NOT_FOUND, "there is no such tile");
+        let tile = path.parse::<TileId>().map_err(|_| nothing())?;
+        let found = self.provisioner.registry().tile(tile).await.map_err(|error| refused(&error.into()))?;
+        found.ok_or_else(nothing)
+    }
 }
 
 /// The forms of a record.
@@ -204,28 +229,26 @@ enum Form {
 }
 
 impl Form {
-    const ALL: [(Self, &'static str); 3] =
-        [(Self::Json, "application/json"), (Self::Cbor, "application/cbor"), (Self::Pem, "application/x-pem-file")];
+    /// Each with the media ranges that it fits, the most specific first.
+    const ALL: [(Self, &'static [&'static str]); 3] = [
+        (Self::Json, &["application/json", "application/*", "*/*"]),
+        (Self::Cbor, &["application/cbor", "application/*", "*/*"]),
+        (Self::Pem, &["application/x-pem-file", "application/pem-certificate-chain", "text/plain", "text/*", "*/*"]),
+    ];
 
     /// The best of those that are accepted (RFC 9110 §12.5.1); JSON where it is all the same.
     fn accepted(headers: &HeaderMap) -> Option<Self> {
-        let mut best = None;
         let values = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
-        let mut asked = values.flat_map(|value| value.split(',')).peekable();
-        if asked.peek().is_none() {
+        let ranges: Vec<_> = values.flat_map(|value| value.split(',')).take(32).map(media_range).collect();
+        if ranges.is_empty() {
             return Some(Self::Json);
         }
-        for range in asked.take(32) {
-            let mut parts = range.split(';').map(str::trim);
-            let media = parts.next().unwrap_or_default().to_ascii_lowercase();
+        let mut best: Option<(f32, Self)> = None;
+        for (form, names) in Self::ALL {
+            // The most specific range that fits says how much it is wanted.
             let weight =
-                parts.find_map(|part| part.strip_prefix("q=")).and_then(|q| q.parse::<f32>().ok()).unwrap_or(1.0);
-            let form = match media.as_str() {
-                "*/*" | "application/*" => Some(Self::Json),
-                "text/plain" | "text/*" | "application/pem-certificate-chain" => Some(Self::Pem),
-                media => Self::ALL.iter().find(|(_, name)| *name == media).map(|(form, _)| *form),
-            };
-            if let Some(form) = form.filter(|_| weight > 0.0)
+                names.iter().find_map(|name| ranges.iter().find(|(range, _)| range == name).map(|(_, weight)| *weight));
+            if let Some(weight) = weight.filter(|weight| *weight > 0.0)
                 && best.is_none_or(|(known, _)| weight > known)
             {
                 best = Some((weight, form));
@@ -233,6 +256,14 @@ impl Form {
         }
         best.map(|(_, form)| form)
     }
+}
+
+/// A media range and its weight.
+fn media_range(text: &str) -> (String, f32) {
+    let mut parts = text.split(';').map(|part| part.trim().to_ascii_lowercase());
+    let range = parts.next().unwrap_or_default();
+    let weight = parts.find_map(|part| part.strip_prefix("q=").map(|q| q.parse().unwrap_or(0.0)));
+    (range, weight.unwrap_or(1.0))
 }
 
 async fn record(State(site): State<Arc<Site>>, Path(chip): Path<String>, headers: HeaderMap) -> Response {
@@ -282,7 +313,7 @@ pub(super) fn tagged(asked: &HeaderMap, tag: &str, cache: &'static str, kind: &'
         headers.insert(header::ETAG, tag);
     }
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static(cache));
-    headers.append(header::VARY, HeaderValue::from_static("accept"));
+    headers.insert(header::VARY, HeaderValue::from_static("accept, accept-encoding"));
     response
 }
 
@@ -314,25 +345,47 @@ fn text(cache: &'static str, body: Vec<u8>) -> Response {
 }
 
 async fn hashes(State(site): State<Arc<Site>>, Path((level, path)): Path<(String, String)>) -> Response {
-    tile(&site, &format!("tile/{level}/{path}")).await
-}
-
-async fn entries(State(site): State<Arc<Site>>, Path(path): Path<String>) -> Response {
-    tile(&site, &format!("tile/entries/{path}")).await
-}
-
-async fn tile(site: &Site, path: &str) -> Response {
-    let Ok(tile) = path.parse::<TileId>() else {
-        return problem(StatusCode::NOT_FOUND, "there is no such tile");
-    };
-    match site.provisioner.registry().tile(tile).await {
-        Ok(Some(octets)) => {
-            let head = [(header::CONTENT_TYPE, "application/octet-stream"), (header::CACHE_CONTROL, IMMUTABLE)];
-            (head, Body::from(octets)).into_response()
-        }
-        Ok(None) => problem(StatusCode::NOT_FOUND, "there is no such tile"),
-        Err(error) => refused(&error.into()),
+    match site.tile(&format!("tile/{level}/{path}")).await {
+        Ok(octets) => immutable(Body::from(octets)),
+        Err(refused) => refused,
     }
+}
+
+async fn entries(
+    State(site): State<Arc<Site>>,
+    Extension(peer): Extension<Peer>,
+    Path(path): Path<String>,
+) -> Response {
+    let octets = match site.tile(&format!("tile/entries/{path}")).await {
+        Ok(octets) => octets,
+        Err(refused) => return refused,
+    };
+    // A bundle is large: it is counted as more than one request, and takes room until its reader has all of it.
+    let kib = octets.len() / 1024;
+    let more = u32::try_from(kib / KIB_OF_A_REQUEST).ok().and_then(NonZeroU32::new);
+    if let Some(Err(after)) = more.map(|more| site.rate.charge(peer.0.ip(), more)) {
+        return too_fast(false, after);
+    }
+    let room = Arc::clone(&site.bundles).try_acquire_many_owned(u32::try_from(kib).unwrap_or(u32::MAX));
+    let Ok(room) = room else { return busy(false) };
+    immutable(Body::from(Bytes::from_owner(OnTheWay { octets, _room: room })))
+}
+
+/// A bundle that somebody is reading.
+struct OnTheWay {
+    octets: Vec<u8>,
+    _room: OwnedSemaphorePermit,
+}
+
+impl AsRef<[u8]> for OnTheWay {
+    fn as_ref(&self) -> &[u8] {
+        &self.octets
+    }
+}
+
+fn immutable(body: Body) -> Response {
+    let head = [(header::CONTENT_TYPE, "application/octet-stream"), (header::CACHE_CONTROL, IMMUTABLE)];
+    (head, body).into_response()
 }
 
 /// The two files that a mirror has for each chip.

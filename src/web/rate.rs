@@ -1,12 +1,13 @@
 //! How much one address may ask.
 
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 use std::num::NonZeroU32;
 use std::time::Duration;
 
 use governor::clock::{Clock as _, DefaultClock};
 use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
 
+use super::serve::holder;
 use crate::config::PublicConfig;
 
 /// Addresses that are remembered; those that are at rest are forgotten first.
@@ -28,21 +29,22 @@ impl Rate {
 
     /// Counts a request; or tells after how long it may come again.
     pub(super) fn admit(&self, address: IpAddr) -> Result<(), Duration> {
+        self.charge(address, NonZeroU32::MIN)
+    }
+
+    /// Counts a request as several, since it costs as much.
+    pub(super) fn charge(&self, address: IpAddr, requests: NonZeroU32) -> Result<(), Duration> {
         if self.limiter.len() >= MOST {
             self.limiter.retain_recent();
             if self.limiter.len() >= MOST {
                 return Err(Duration::from_secs(1));
             }
         }
-        self.limiter.check_key(&holder(address)).map_err(|not_until| not_until.wait_time_from(self.clock.now()))
-    }
-}
-
-/// Whoever has an IPv6 address has all of its /64.
-fn holder(address: IpAddr) -> IpAddr {
-    match address.to_canonical() {
-        IpAddr::V6(v6) => IpAddr::V6(Ipv6Addr::from_bits(v6.to_bits() >> 64 << 64)),
-        v4 => v4,
+        match self.limiter.check_key_n(&holder(address), requests) {
+            // More at once than the burst would never be let in: it counts as the burst.
+            Err(_) => self.limiter.check_key(&holder(address)).map_err(|e| e.wait_time_from(self.clock.now())),
+            Ok(counted) => counted.map_err(|not_until| not_until.wait_time_from(self.clock.now())),
+        }
     }
 }
 

@@ -1,7 +1,9 @@
 //! HTTP within limits: so many connections, none of them for long; and the drain.
 
-use std::net::SocketAddr;
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::collections::hash_map::Entry as Slot;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use axum::Router;
@@ -11,7 +13,7 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncBufReadExt as _, AsyncRead, AsyncWrite, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio_rustls::TlsAcceptor;
@@ -22,7 +24,7 @@ const HEAD_LIMIT: Duration = Duration::from_secs(5);
 /// Most octets of a request's head.
 const HEAD_SIZE: usize = 16 * 1024;
 /// Requests at once on one connection of HTTP/2.
-const STREAMS: u32 = 256;
+const STREAMS: u32 = 100;
 /// How often a silent HTTP/2 connection is asked whether it is still there.
 const ALIVE: Duration = Duration::from_secs(30);
 /// How long it waits after the system gave no connection, as when the process has no file descriptor left.
@@ -33,6 +35,8 @@ const PAUSE: Duration = Duration::from_secs(1);
 pub(super) struct Limits {
     /// Connections at once; more wait with the system until one ends.
     pub(super) places: u32,
+    /// Connections of one address at once; more are closed.
+    pub(super) of_one_address: u32,
     /// After so long a connection is asked to end: whoever stays makes room for others.
     pub(super) age: Duration,
     /// How long what was begun by then may take.
@@ -54,13 +58,19 @@ pub(super) async fn serve(
     stop: watch::Receiver<bool>,
 ) {
     let places = Arc::new(Semaphore::new(limits.places as usize));
+    let addresses = Arc::new(Addresses::default());
     loop {
         let (place, stream, peer) = tokio::select! {
             () = wait_for(stop.clone()) => break,
             next = next(&listener, &places) => next,
         };
+        let Some(of_address) = addresses.enter(holder(peer.ip()), limits.of_one_address) else {
+            tracing::debug!(%peer, "an address has too many connections");
+            continue;
+        };
         let (router, stop, tls) = (router.clone(), stop.clone(), tls.clone());
         tokio::spawn(async move {
+            let _of_address = of_address;
             let _ = stream.set_nodelay(true);
             match tls {
                 None => answer(stream, peer, router, limits, stop).await,
@@ -120,6 +130,15 @@ async fn answer(
         request.extensions_mut().insert(Peer(peer));
         router.clone().oneshot(request)
     });
+    // The library waits for the first octet as long as it takes: which version of HTTP it is to be is not known before.
+    let mut stream = BufReader::new(stream);
+    let first = tokio::select! {
+        first = tokio::time::timeout(HEAD_LIMIT, stream.fill_buf()) => first,
+        () = wait_for(stop.clone()) => return,
+    };
+    if !first.is_ok_and(|first| first.is_ok_and(|octets| !octets.is_empty())) {
+        return tracing::debug!(%peer, "nothing was asked");
+    }
     let connection = builder.serve_connection(TokioIo::new(stream), service);
     let mut connection = std::pin::pin!(connection);
     tokio::select! {
@@ -131,6 +150,45 @@ async fn answer(
     match tokio::time::timeout(limits.grace, connection).await {
         Ok(ended) => tell(ended, peer),
         Err(_) => tracing::debug!(%peer, "a connection took too long"),
+    }
+}
+
+/// The connections of each address.
+#[derive(Default)]
+struct Addresses(Mutex<HashMap<IpAddr, u32>>);
+
+impl Addresses {
+    /// One more connection, as long as the value lives; none if there are so many.
+    fn enter(self: &Arc<Self>, address: IpAddr, most: u32) -> Option<impl Drop + Send + use<>> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = all.entry(address).or_default();
+        if *count >= most {
+            return None;
+        }
+        *count += 1;
+        Some(OfAddress(Arc::clone(self), address))
+    }
+}
+
+struct OfAddress(Arc<Addresses>, IpAddr);
+
+impl Drop for OfAddress {
+    fn drop(&mut self) {
+        let mut all = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Slot::Occupied(mut count) = all.entry(self.1) {
+            *count.get_mut() -= 1;
+            if *count.get() == 0 {
+                count.remove();
+            }
+        }
+    }
+}
+
+/// Whoever has an IPv6 address has all of its /64.
+pub(super) fn holder(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(v6) => IpAddr::V6(Ipv6Addr::from_bits(v6.to_bits() >> 64 << 64)),
+        v4 => v4,
     }
 }
 

@@ -75,6 +75,9 @@ pub enum ExportError {
         /// What is wrong.
         problem: String,
     },
+    /// The tiles of the mirror are not those of its checkpoint.
+    #[error("tiles of the mirror in {} are damaged, and the log is not; make it anew in an empty directory", .0.display())]
+    Mirror(PathBuf),
     /// The mirror's directory.
     #[error("{doing} {}: {cause}", .path.display())]
     File {
@@ -128,6 +131,7 @@ pub fn export(
     // 5. All of it is on the disk before the checkpoint says that it is there.
     write_new(&dir.join(VKEY), format!("{key}\n").as_bytes()).map_err(file("writing", &dir.join(VKEY)))?;
     rustix::fs::syncfs(&lock).map_err(|e| file("syncing", dir)(e.into()))?;
+    remove_outgrown(dir, base, new.size());
     let path = dir.join(CHECKPOINT);
     write_new(&path, new.note()).map_err(file("writing", &path))?;
     Ok(Exported { before, now: new.size() })
@@ -168,34 +172,56 @@ impl Leaves {
     ) -> Result<Self, ExportError> {
         let mut tree = read_tree(dir, base)?;
         let mut leaves = Self { first: base / BUNDLE, full: Vec::new(), last: Vec::new() };
-        let continues = |tree: &Tree| match old {
-            Some(old) if old.size() == tree.size() && old.root() != tree.root() => Err(ExportError::Forked(format!(
-                "its first {} entries are not those that the mirror has; somebody rewrote them, or there are two logs of one name",
-                old.size()
-            ))),
-            _ => Ok(()),
-        };
-        continues(&tree)?;
+        let differs = |tree: &Tree| old.is_some_and(|old| old.size() == tree.size() && old.root() != tree.root());
+        let mut continues = !differs(&tree);
         for number in leaves.first..new.size().div_ceil(BUNDLE) {
             let hashes = leaf_tile(source, number, new.size())?;
             for leaf in hashes.as_chunks::<32>().0 {
                 let full = tree.push(*leaf);
                 leaves.full.extend(full.first().map(|tile| sha256(&tile.hashes)));
-                continues(&tree)?;
+                continues &= !differs(&tree);
             }
             leaves.last = hashes;
         }
-        if tree.root() == new.root() {
-            return Ok(leaves);
+        match continues && tree.root() == new.root() {
+            true => Ok(leaves),
+            false => Err(why_not(source, dir, old, new)?),
         }
-        let problem = "its hashes do not lead to the root of the checkpoint".to_owned();
-        Err(ExportError::Damaged { what: format!("the tree of {} entries", new.size()), problem })
     }
 
     fn are(&self, number: u64, hashes: &[u8]) -> bool {
         let at = usize::try_from(number - self.first).unwrap_or(usize::MAX);
         self.full.get(at).map_or(hashes == self.last, |known| sha256(hashes) == *known)
     }
+}
+
+/// Whose fault it is that the log's hashes do not lead from the mirror's tree to the signed root: the whole log tells.
+fn why_not(
+    source: &dyn LogSource,
+    dir: &Path,
+    old: Option<&SignedCheckpoint>,
+    new: &SignedCheckpoint,
+) -> Result<ExportError, ExportError> {
+    let (mut tree, mut before) = (Tree::default(), Tree::default().root());
+    for number in 0..new.size().div_ceil(BUNDLE) {
+        for leaf in leaf_tile(source, number, new.size())?.as_chunks::<32>().0 {
+            tree.push(*leaf);
+            if old.is_some_and(|old| old.size() == tree.size()) {
+                before = tree.root();
+            }
+        }
+    }
+    if tree.root() != new.root() {
+        let problem = "its hashes do not lead to the root of the checkpoint".to_owned();
+        return Ok(ExportError::Damaged { what: format!("the tree of {} entries", new.size()), problem });
+    }
+    Ok(match old.filter(|old| old.root() != before) {
+        Some(old) => ExportError::Forked(format!(
+            "its first {} entries are not those that the mirror has; somebody rewrote them, or there are two logs of one name",
+            old.size()
+        )),
+        None => ExportError::Mirror(dir.to_owned()),
+    })
 }
 
 fn leaf_tile(source: &dyn LogSource, number: u64, size: u64) -> Result<Vec<u8>, ExportError> {
@@ -237,13 +263,17 @@ fn copy_bundle(
         }
     }
     let path = dir.join(id.to_string());
-    write_unsynced(&path, &octets).map_err(file("writing", &path))?;
-    if id.is_full() {
-        // Partial ones of earlier checkpoints: whoever still wants one reads the full one instead.
-        let partial = PathBuf::from(format!("{}.p", path.display()));
-        let _ = fs::remove_dir_all(partial);
+    write_unsynced(&path, &octets).map_err(file("writing", &path))
+}
+
+/// Removes partial ones of earlier checkpoints whose full one is on the disk: whoever still wants one reads the full one instead.
+fn remove_outgrown(dir: &Path, base: u64, size: u64) {
+    let levels = (0..8).map(|level| (TileKind::Hashes(level), 8 * (u32::from(level) + 1)));
+    for (kind, shift) in levels.chain([(TileKind::Entries, 8)]) {
+        for number in base.checked_shr(shift).unwrap_or(0)..size.checked_shr(shift).unwrap_or(0) {
+            let _ = fs::remove_dir_all(dir.join(format!("{}.p", TileId::full(kind, number))));
+        }
     }
-    Ok(())
 }
 
 /// The tiles of the right edge, as the specification wants them.

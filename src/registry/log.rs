@@ -267,9 +267,10 @@ impl Shared {
 
     /// Where the newest entries with these values are.
     pub(super) async fn find(&self, keys: Vec<UniqueKey>) -> Result<Vec<Option<Found>>, StoreError> {
-        // The picture first: what is not in it as recent is in the index that is asked after it.
-        let head = self.head();
+        // The picture before the index is asked: what is not in it as recent is in the index. The index before the picture is
+        // taken: a new one may know less than the one before it, and the picture tells.
         let index = self.index().await?;
+        let head = self.head();
         let recent: Vec<_> = keys.iter().map(|key| head.find_recent(key)).collect();
         let indexed = match recent.iter().all(Option::is_some) {
             true => Vec::new(),

@@ -39,6 +39,8 @@ struct New {
     record: DeviceRecord,
     entry: Arc<Entry>,
     answers: Vec<Answer>,
+    /// Those that came later with another record of the same chip, say, and what of it is taken: if this one gets in, not before.
+    rivals: Vec<(Answer, &'static str)>,
 }
 
 /// The only one who writes.
@@ -164,11 +166,7 @@ impl Sequencer {
             if let Some((key, at)) = keys.iter().find_map(|key| Some((key, *in_batch.get(key)?))) {
                 match new.get_mut(at) {
                     Some(same) if same.record.is_same_but_for_its_time(&record) => same.answers.push(answer),
-                    Some(other) => {
-                        let index = self.shared.head().tree.size() + at as u64;
-                        let taken = Taken { what: key.what(), index, session: other.record.session };
-                        let _ = answer.send(Err(PublishError::Taken(taken)));
-                    }
+                    Some(other) => other.rivals.push((answer, key.what())),
                     None => {}
                 }
                 continue;
@@ -178,7 +176,12 @@ impl Sequencer {
                 continue;
             }
             in_batch.extend(keys.iter().map(|key| (*key, new.len())));
-            new.push(New { record, entry: Arc::new(Entry { octets, keys }), answers: vec![answer] });
+            new.push(New {
+                record,
+                entry: Arc::new(Entry { octets, keys }),
+                answers: vec![answer],
+                rivals: Vec::new(),
+            });
         }
         new
     }
@@ -251,7 +254,7 @@ impl Sequencer {
         loop {
             let index = self.shared.index.borrow().as_ref().ok().cloned();
             let added = match &index {
-                Some(index) => add_recent(index, head).await.map_err(|e| e.to_string()),
+                Some(index) => self.catch_up(index, head).await.map_err(|e| e.to_string()),
                 None => Err("there is none".to_owned()),
             };
             let Err(why) = added else {
@@ -281,8 +284,11 @@ impl Sequencer {
             Err(why) => Err(why),
         };
         match levelled {
-            Ok(index) => self.shared.index.send_replace(Ok(Arc::new(index))).map_or((), drop),
-            Err(why) => self.make_index(&head, &why).await,
+            Ok(index) => {
+                head.indexed = head.indexed.max(head.base);
+                drop(self.shared.index.send_replace(Ok(Arc::new(index))));
+            }
+            Err(why) => self.make_index(&mut head, &why).await,
         }
         self.index(&mut head).await;
         // Bundles that were full when the process ended were written when the files were read.
@@ -291,7 +297,7 @@ impl Sequencer {
     }
 
     /// A new index in the place of one that is missing or damaged, with all that is in full bundles. Failing that, the caller comes again.
-    async fn make_index(&self, head: &Head, why: &str) {
+    async fn make_index(&self, head: &mut Head, why: &str) {
         tracing::warn!(why, entries = head.tree.size(), "the index of the public database is made anew from its files");
         let old = self.shared.index.send_replace(Err(format!("it is being made anew, since {why}")));
         if let Ok(mut old) = old {
@@ -307,9 +313,20 @@ impl Sequencer {
             Err(why) => return tracing::error!(?why, "no new index can be made yet"),
         };
         match self.fill(&index, 0, head).await {
-            Ok(()) => drop(self.shared.index.send_replace(Ok(Arc::new(index)))),
+            Ok(()) => {
+                // What is not in full bundles the old one knew and this one does not: readers learn it before they get it.
+                head.indexed = head.base;
+                self.shared.show(head.clone());
+                drop(self.shared.index.send_replace(Ok(Arc::new(index))));
+            }
             Err(error) => tracing::error!(%error, "the new index could not be filled"),
         }
+    }
+
+    /// Puts in what is not yet in the index. What became full bundles while it could not be written comes from them.
+    async fn catch_up(&self, index: &SledIndex, head: &Head) -> Result<(), StoreError> {
+        self.fill(index, head.indexed, head).await?;
+        add_recent(index, head).await
     }
 
     /// Puts in what is in full bundles and not yet in the index.
@@ -406,6 +423,12 @@ fn answer(new: Vec<New>, answer: impl Fn(usize, &New) -> Result<Publication, Pub
         for waiting in std::mem::take(&mut new.answers) {
             // Whoever has gone will ask again.
             let _ = waiting.send(answer(at, &new));
+        }
+        for (rival, what) in std::mem::take(&mut new.rivals) {
+            let told = answer(at, &new).and_then(|Publication { index, .. }| {
+                Err(PublishError::Taken(Taken { what, index, session: new.record.session }))
+            });
+            let _ = rival.send(told);
         }
     }
 }

@@ -9,7 +9,7 @@ use super::export::chip_files;
 use super::fetch::Fetcher;
 use super::files::{BUNDLE, FullTiles, newest_edge};
 use crate::names::ChipId;
-use crate::tlog::{LogKey, TileId, TileKind, Tree, bundle, leaf_hash};
+use crate::tlog::{FullTile, LogKey, TileId, TileKind, Tree, bundle, leaf_hash};
 
 /// Most octets of an entry bundle: 256 entries of the largest kind.
 const MAX_BUNDLE: u64 = 256 * 65_537;
@@ -143,6 +143,8 @@ struct ReadEdge {
     base: u64,
     entries: Vec<Vec<u8>>,
     tree: Tree,
+    /// Tiles that its entries fill: between a commit and the turn-over after it they are no files.
+    filled: Vec<FullTile>,
 }
 
 impl StoreDirectory {
@@ -158,13 +160,13 @@ impl StoreDirectory {
         let damaged = |cause: String| SourceError::Failed { what: what.clone(), cause };
         let mut tree = Tree::read(base, &FullTiles(&self.dir)).map_err(|e| damaged(e.to_string()))?;
         let edge = edge::read(&octets, &tree, &self.key).map_err(damaged)?;
-        let (mut entries, mut note) = (Vec::new(), None);
+        let (mut entries, mut filled, mut note) = (Vec::new(), Vec::new(), None);
         for (batch, checkpoint) in edge.batches {
-            batch.entries.iter().for_each(|entry| drop(tree.push(leaf_hash(entry))));
+            filled.extend(batch.entries.iter().flat_map(|entry| tree.push(leaf_hash(entry))));
             entries.extend(batch.entries);
             note = Some(checkpoint.note().to_vec());
         }
-        Ok((ReadEdge { base, entries, tree }, note))
+        Ok((ReadEdge { base, entries, tree, filled }, note))
     }
 }
 
@@ -203,6 +205,9 @@ impl LogSource for StoreDirectory {
             }
             if let Some(hashes) = edge.tree.partial(tile).filter(|_| !tile.is_full()) {
                 return Ok(hashes.get(..usize::from(tile.width()) * 32).unwrap_or(hashes).to_vec());
+            }
+            if let Some(filled) = edge.filled.iter().find(|filled| filled.id == tile.as_full()) {
+                return beginning_of(tile, filled.hashes.clone());
             }
         }
         let full = FullTiles(&self.dir).read(tile).map_err(|e| SourceError::of(&tile.as_full().to_string(), &e))?;

@@ -55,10 +55,15 @@ impl Verification {
 
     fn add(&mut self, at: impl std::fmt::Display, problem: impl std::fmt::Display) {
         if self.findings.len() < MOST {
-            self.findings.push(Finding { at: at.to_string(), problem: problem.to_string() });
+            self.tell(at, problem);
         } else {
             self.more_findings += 1;
         }
+    }
+
+    /// However many there are already: it is about all of the log.
+    fn tell(&mut self, at: impl std::fmt::Display, problem: impl std::fmt::Display) {
+        self.findings.push(Finding { at: at.to_string(), problem: problem.to_string() });
     }
 }
 
@@ -116,7 +121,7 @@ pub fn verify(
             "its root is not that of the {} entries: an entry was changed, removed, added or moved, or this is another log's",
             checkpoint.size()
         );
-        found.add("checkpoint", problem);
+        found.tell("checkpoint", problem);
     }
     found.checkpoint = Some(checkpoint);
     found
@@ -143,6 +148,10 @@ impl Walk<'_> {
         }
         let octets = self.source.tile(entries_id).map_err(|e| found.add(entries_id, e)).unwrap_or_default();
         let entries: Vec<&[u8]> = bundle::entries(&octets).map_while(Result::ok).collect();
+        let taken = entries.iter().map(|entry| entry.len() + bundle::HEAD).sum::<usize>();
+        if entries.len() == width && taken < octets.len() {
+            found.add(entries_id, format!("{} octets that are no entry follow its last one", octets.len() - taken));
+        }
         if entries.len() != width {
             let problem = format!(
                 "it has {} whole entries and should have {width}: entries are missing or cut off",
@@ -225,7 +234,7 @@ impl Walk<'_> {
                 "it does not continue the checkpoint of {} entries that was seen before: the log was rewritten, or it has two faces",
                 seen.size()
             );
-            found.add("checkpoint", problem);
+            found.tell("checkpoint", problem);
         }
     }
 

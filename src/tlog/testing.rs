@@ -15,7 +15,15 @@ pub(crate) struct LocalSigner {
 
 impl LocalSigner {
     pub(crate) fn new(origin: &str) -> Self {
-        let pair = Ed25519KeyPair::generate().unwrap();
+        Self::of_pair(origin, Ed25519KeyPair::generate().unwrap())
+    }
+
+    /// The same key in each process that has the same seed.
+    pub(crate) fn from_seed(origin: &str, seed: &[u8; 32]) -> Self {
+        Self::of_pair(origin, Ed25519KeyPair::from_seed_unchecked(seed).unwrap())
+    }
+
+    fn of_pair(origin: &str, pair: Ed25519KeyPair) -> Self {
         let public = PublicKey::from_ed25519(pair.public_key().as_ref()).unwrap();
         Self { key: LogKey::new(origin.parse().unwrap(), public).unwrap(), pair }
     }

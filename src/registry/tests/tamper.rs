@@ -1,0 +1,518 @@
+//! Whatever somebody does to a log that he has in his hands is found by whoever walks it, and named.
+
+use std::sync::LazyLock;
+
+use proptest::prelude::*;
+use tempfile::TempDir;
+
+use super::*;
+use crate::certificate::{
+    AuthorityCertificate, CertificateRequest, CertificateSerial, IssuedCertificate, IssuerCertificate, Profile,
+    SubjectName, authority_certificate, prepare,
+};
+use crate::keys::{DevicePrivateKey, SignatureAlgorithm, generate_p256, sha256};
+
+const P256: SignatureAlgorithm = SignatureAlgorithm::EcdsaP256Sha256;
+const NOW: u64 = 1_767_225_600;
+/// Two full bundles and a part of a third.
+const ENTRIES: u64 = 600;
+const PROFILE: &str = r#"
+identities = ["serial"]
+hardware_type = "1.3.6.1.4.1.32473.1.7"
+issuer = "manufacturer"
+key_pair.source = "generate"
+key_pair.kind = "p256"
+"#;
+
+/// Who makes the devices.
+struct Manufacturer {
+    key: DevicePrivateKey,
+    issuer: IssuerCertificate,
+    profile: Profile,
+}
+
+impl Manufacturer {
+    fn new() -> Self {
+        let key = generate_p256().unwrap();
+        let unsigned = authority_certificate(&AuthorityCertificate {
+            subject: &SubjectName::with_common_name("Manufacturer").unwrap(),
+            public_key: key.public(),
+            algorithm: P256,
+            serial: CertificateSerial::from_random([7; 20]),
+            not_before: NOW,
+            not_after: None,
+        })
+        .unwrap();
+        let signature = key.sign(P256, unsigned.to_be_signed()).unwrap();
+        let pem = unsigned.assemble(&signature).unwrap().to_pem().unwrap();
+        let issuer = IssuerCertificate::from_pem(&pem, P256).unwrap();
+        Self { key, issuer, profile: Profile::from_toml("phone".parse().unwrap(), "phone.toml", PROFILE).unwrap() }
+    }
+
+    /// The record of device `n` with a certificate of its own.
+    fn record(&self, n: u64) -> DeviceRecord {
+        let (blank, device) = (record(n), generate_p256().unwrap());
+        let serial = CertificateSerial::from_random(sha256(&n.to_be_bytes())[..20].try_into().unwrap());
+        let request = CertificateRequest {
+            profile: &self.profile,
+            issuer: &self.issuer,
+            chip: &blank.chip,
+            identity: &blank.identity,
+            public_key: Some(device.public()),
+            serial,
+            not_before: NOW,
+        };
+        let to_sign = prepare(&request).unwrap().lint().unwrap().into_to_sign();
+        let signature = self.key.sign(P256, &to_sign.to_be_signed).unwrap();
+        let issued = IssuedCertificate::assemble(&to_sign, &self.issuer, &signature).unwrap();
+        DeviceRecord {
+            certificate: issued.as_bytes().to_vec(),
+            serial: serial.as_bytes().to_vec(),
+            public_key: Some(device.public().spki_der().to_vec()),
+            ..blank
+        }
+    }
+}
+
+/// A log of real devices as the daemon made it, and a mirror of it. Made once; tests work on copies.
+struct Real {
+    manufacturer: Manufacturer,
+    log: Log,
+    entries: Vec<Vec<u8>>,
+    mirror: PathBuf,
+}
+
+static REAL: LazyLock<Real> = LazyLock::new(|| {
+    let (manufacturer, log) = (Manufacturer::new(), Log::new());
+    let records: Vec<_> = (0..ENTRIES).map(|n| manufacturer.record(n)).collect();
+    // Of one thread, so that the entries are in the order of their numbers.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let public = log.open().await;
+        // In batches of their own sizes, as they come to a daemon.
+        for records in [&records[..90], &records[90..91], &records[91..300], &records[300..590], &records[590..]] {
+            let on_the_way: Vec<_> = records.iter().map(|_| public.announce()).collect();
+            let mut tasks = JoinSet::new();
+            for record in records {
+                let (public, record) = (public.clone(), record.clone());
+                tasks.spawn(async move { public.publish(&record).await.unwrap() });
+            }
+            tasks.join_all().await;
+            drop(on_the_way);
+        }
+    });
+    drop(runtime);
+    let (mirror, key) = (log.dir.path().join("mirror"), log.signer.key());
+    super::super::export(&mut StoreDirectory::new(&log.dir(), key), key, &mirror, &mut |_, _| ()).unwrap();
+    let bundles = ["000", "001", "002.p/88"].map(|name| fs::read(mirror.join("tile/entries").join(name)).unwrap());
+    let entries: Vec<_> = bundles.iter().flat_map(|bundle| entries_of(bundle)).collect();
+    assert!(entries.iter().zip(&records).all(|(entry, record)| *entry == record.to_bytes().unwrap()));
+    Real { manufacturer, log, entries, mirror }
+});
+
+fn entries_of(bundle: &[u8]) -> Vec<Vec<u8>> {
+    let (mut entries, mut rest) = (Vec::new(), bundle);
+    while let Some((length, after)) = rest.split_first_chunk::<2>() {
+        let (entry, after) = after.split_at(usize::from(u16::from_be_bytes(*length)));
+        entries.push(entry.to_vec());
+        rest = after;
+    }
+    entries
+}
+
+fn bundle_of(entries: &[Vec<u8>]) -> Vec<u8> {
+    entries.iter().flat_map(|entry| [&(entry.len() as u16).to_be_bytes(), entry.as_slice()].concat()).collect()
+}
+
+/// What somebody shows.
+struct Shown(TempDir);
+
+impl Shown {
+    /// The mirror as it was made.
+    fn mirror() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        copy_directory(&REAL.mirror.join("tile"), &dir.path().join("tile"));
+        fs::copy(REAL.mirror.join("checkpoint"), dir.path().join("checkpoint")).unwrap();
+        Self(dir)
+    }
+
+    /// A log that somebody made with these entries, with a checkpoint.
+    fn made_of(entries: &[Vec<u8>], checkpoint: &[u8]) -> Self {
+        let shown = Self(tempfile::tempdir().unwrap());
+        shown.show(entries);
+        fs::write(shown.path("checkpoint"), checkpoint).unwrap();
+        shown
+    }
+
+    /// A log that the log's key has signed.
+    fn signed(entries: &[Vec<u8>]) -> Self {
+        Self::made_of(entries, checkpoint_of(entries, &REAL.log.signer).note())
+    }
+
+    /// Other tiles.
+    fn show(&self, entries: &[Vec<u8>]) {
+        for (name, octets) in tiles_of(entries) {
+            fs::create_dir_all(self.path(&name).parent().unwrap()).unwrap();
+            fs::write(self.path(&name), octets).unwrap();
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn change(self, name: &str, change: impl FnOnce(&mut Vec<u8>)) -> Self {
+        let mut octets = fs::read(self.path(name)).unwrap();
+        change(&mut octets);
+        fs::write(self.path(name), octets).unwrap();
+        self
+    }
+
+    fn change_entries(self, name: &str, change: impl FnOnce(&mut Vec<Vec<u8>>)) -> Self {
+        self.change(name, |octets| {
+            let mut entries = entries_of(octets);
+            change(&mut entries);
+            *octets = bundle_of(&entries);
+        })
+    }
+
+    fn without(self, name: &str) -> Self {
+        fs::remove_file(self.path(name)).unwrap();
+        self
+    }
+
+    fn found(&self) -> Found {
+        found(&mut Mirror::new(self.0.path()), None)
+    }
+
+    fn found_after(&self, seen: &[u8]) -> Found {
+        found(&mut Mirror::new(self.0.path()), Some(seen))
+    }
+}
+
+/// What was found, to be taken off one by one.
+#[derive(Debug)]
+struct Found(Vec<Finding>);
+
+impl Found {
+    /// That was found there, in these words.
+    fn has(mut self, at: &str, words: &str) -> Self {
+        let fits = |finding: &Finding| finding.at == at && finding.problem.contains(words);
+        let place = self.0.iter().position(fits).unwrap_or_else(|| panic!("{at}: {words}: not among {:#?}", self.0));
+        self.0.remove(place);
+        self
+    }
+
+    fn and_nothing_else(self) {
+        assert_eq!(self.0, []);
+    }
+}
+
+fn found(source: &mut dyn LogSource, seen: Option<&[u8]>) -> Found {
+    let issuers = [REAL.manufacturer.issuer.clone()];
+    let options = VerifyOptions { key: REAL.log.signer.key(), issuers: &issuers, seen };
+    let verification = verify(source, &options, &mut |_, _| ());
+    assert_eq!(verification.is_good(), verification.findings.is_empty());
+    Found(verification.findings)
+}
+
+fn flip(octets: &mut [u8], at: usize) {
+    octets[at] ^= 1 << (at % 8);
+}
+
+/// The checkpoint of the first entries.
+fn earlier(size: usize) -> Vec<u8> {
+    checkpoint_of(&REAL.entries[..size], &REAL.log.signer).note().to_vec()
+}
+
+/// The entries with one device's record changed.
+fn with(at: usize, change: impl FnOnce(&mut DeviceRecord)) -> Vec<Vec<u8>> {
+    let mut entries = REAL.entries.clone();
+    let mut record = DeviceRecord::from_bytes(&entries[at]).unwrap();
+    change(&mut record);
+    entries[at] = record.to_bytes().unwrap();
+    entries
+}
+
+const ROOT: &str = "its root is not that of the 600 entries";
+
+#[test]
+fn an_honest_log_has_no_findings_in_a_mirror_and_in_the_daemons_own_directory() {
+    assert_eq!(Shown::mirror().0.path().join("tile/1/000.p/2").metadata().unwrap().len(), 64);
+    Shown::mirror().found().and_nothing_else();
+    Shown::signed(&REAL.entries).found().and_nothing_else();
+    let key = REAL.log.signer.key();
+    found(&mut StoreDirectory::new(&REAL.log.dir(), key), None).and_nothing_else();
+    for size in [0, 1, 255, 256, 257, 599, 600] {
+        Shown::mirror().found_after(&earlier(size)).and_nothing_else();
+        found(&mut StoreDirectory::new(&REAL.log.dir(), key), Some(&earlier(size))).and_nothing_else();
+        Shown::signed(&REAL.entries[..size]).found().and_nothing_else();
+    }
+}
+
+#[test]
+fn a_flipped_bit_in_an_entry_is_named() {
+    for (name, tile, first, at) in [
+        ("tile/entries/000", "tile/0/000", 0, 0),
+        ("tile/entries/001", "tile/0/001", 256, 255),
+        ("tile/entries/002.p/88", "tile/0/002.p/88", 512, 40),
+    ] {
+        let shown = Shown::mirror().change_entries(name, |entries| {
+            let middle = entries[at].len() / 2;
+            flip(&mut entries[at], middle);
+        });
+        let entry = format!("entry {}", first + at);
+        let words = format!("its hash is not the one in {tile}: one of them was changed");
+        let mut found = shown.found().has(&entry, &words).has("checkpoint", ROOT);
+        if at != 40 {
+            found = found.has("tile/1/000.p/2", "its hashes are not those of the tiles below it");
+        }
+        assert!(found.0.iter().all(|finding| finding.at == entry), "{found:?}");
+    }
+}
+
+#[test]
+fn a_flipped_bit_in_a_tile_of_leaves_is_named() {
+    for (tile, first, at) in [("tile/0/000", 0, 0), ("tile/0/001", 256, 100), ("tile/0/002.p/88", 512, 87)] {
+        let shown = Shown::mirror().change(tile, |octets| flip(octets, at * 32 + 5));
+        let words = format!("its hash is not the one in {tile}: one of them was changed");
+        shown.found().has(&format!("entry {}", first + at), &words).and_nothing_else();
+    }
+}
+
+#[test]
+fn a_flipped_bit_in_an_upper_tile_is_named() {
+    let shown = Shown::mirror().change("tile/1/000.p/2", |octets| flip(octets, 37));
+    shown.found().has("tile/1/000.p/2", "its hashes are not those of the tiles below it").and_nothing_else();
+}
+
+#[test]
+fn any_flipped_bit_in_the_checkpoint_is_named() {
+    let note = fs::read(REAL.mirror.join("checkpoint")).unwrap();
+    let text = note.windows(2).position(|two| two == b"\n\n").unwrap();
+    for bit in 0..note.len() * 8 {
+        let shown = Shown::mirror_checkpoint_only(|octets| octets[bit / 8] ^= 1 << (bit % 8));
+        let findings = shown.found().0;
+        assert_eq!(findings.len(), 1, "bit {bit}: {findings:?}");
+        assert_eq!(findings[0].at, "checkpoint", "bit {bit}");
+    }
+    let shown = Shown::mirror().change("checkpoint", |octets| octets[text - 46] ^= 1);
+    let words = "the signature of log.example/test on the checkpoint does not verify";
+    shown.found().has("checkpoint", words).and_nothing_else();
+    let signature = note.len() - 20;
+    let shown = Shown::mirror().change("checkpoint", |octets| {
+        octets[signature] = if octets[signature] == b'A' { b'B' } else { b'A' };
+    });
+    shown.found().has("checkpoint", words).and_nothing_else();
+}
+
+impl Shown {
+    /// Only the checkpoint: with a good one, everything else would be missed.
+    fn mirror_checkpoint_only(change: impl FnOnce(&mut Vec<u8>)) -> Self {
+        let shown = Self(tempfile::tempdir().unwrap());
+        fs::copy(REAL.mirror.join("checkpoint"), shown.path("checkpoint")).unwrap();
+        shown.change("checkpoint", change)
+    }
+}
+
+#[test]
+fn a_removed_entry_is_named() {
+    for (name, at, left) in [("tile/entries/001", 17, 255), ("tile/entries/002.p/88", 87, 87)] {
+        let shown = Shown::mirror().change_entries(name, |entries| drop(entries.remove(at)));
+        let words = format!("it has {left} whole entries and should have {}", left + 1);
+        shown.found().has(name, &words).has("checkpoint", ROOT);
+    }
+}
+
+#[test]
+fn swapped_entries_are_named() {
+    for (name, tile, first) in
+        [("tile/entries/001", "tile/0/001", 256), ("tile/entries/002.p/88", "tile/0/002.p/88", 512)]
+    {
+        let shown = Shown::mirror().change_entries(name, |entries| entries.swap(3, 60));
+        let words = format!("the entries {}, {} are in another order than their hashes", first + 3, first + 60);
+        shown.found().has(tile, &words).has("checkpoint", ROOT);
+        // With their hashes, too, only the root tells.
+        let mut entries = REAL.entries.clone();
+        entries.swap(first + 3, first + 60);
+        let shown = Shown::mirror();
+        shown.show(&entries);
+        shown.found().has("checkpoint", ROOT).and_nothing_else();
+    }
+}
+
+#[test]
+fn an_entry_that_was_rewritten_with_all_its_hashes_is_told_by_the_root() {
+    for at in [0, 300, 599] {
+        let shown = Shown::mirror();
+        shown.show(&with(at, |record| record.backup[0] ^= 1));
+        shown.found().has("checkpoint", ROOT).and_nothing_else();
+    }
+}
+
+#[test]
+fn a_missing_file_is_named() {
+    for name in
+        ["tile/entries/001", "tile/entries/002.p/88", "tile/0/000", "tile/0/002.p/88", "tile/1/000.p/2", "checkpoint"]
+    {
+        Shown::mirror().without(name).found().has(name, "is not there");
+    }
+}
+
+#[test]
+fn octets_that_are_no_entry_are_named() {
+    for name in ["tile/entries/000", "tile/entries/002.p/88"] {
+        for more in [&[0u8][..], &[0, 9, 1], &[0, 0]] {
+            let shown = Shown::mirror().change(name, |octets| octets.extend(more));
+            let found = shown.found();
+            assert!(found.0.iter().any(|finding| finding.at == name), "{more:?}: {found:?}");
+        }
+        let shown = Shown::mirror().change(name, |octets| octets.truncate(octets.len() - 1));
+        shown.found().has(name, "entries are missing or cut off");
+    }
+    let mut entries = REAL.entries[..3].to_vec();
+    entries[1] = b"no record".to_vec();
+    Shown::signed(&entries).found().has("entry 1", "not a device record").and_nothing_else();
+}
+
+#[test]
+fn a_log_with_two_faces_is_told_by_whoever_has_seen_the_other_one() {
+    let other = with(20, |record| record.backup[0] ^= 1);
+    let more = (ENTRIES..ENTRIES + 100).map(|n| REAL.manufacturer.record(n).to_bytes().unwrap());
+    let longer: Vec<_> = other.iter().cloned().chain(more).collect();
+    for (entries, seen) in [(&other, 600), (&longer, 600), (&longer, 256), (&longer, 21)] {
+        let shown = Shown::signed(entries);
+        shown.found().and_nothing_else();
+        let words = format!("it does not continue the checkpoint of {seen} entries that was seen before");
+        shown.found_after(&earlier(seen)).has("checkpoint", &words).and_nothing_else();
+        shown.found_after(&earlier(20)).and_nothing_else();
+    }
+    // The other face's checkpoint on this one's tiles.
+    let forked = checkpoint_of(&other, &REAL.log.signer);
+    Shown::made_of(&REAL.entries, forked.note()).found().has("checkpoint", ROOT).and_nothing_else();
+}
+
+#[test]
+fn an_old_copy_is_told_by_whoever_has_seen_more() {
+    let shown = Shown::signed(&REAL.entries[..599]);
+    shown.found().and_nothing_else();
+    let words = "it has 599 entries, and 600 were seen before: entries were removed, or an old copy is shown";
+    shown.found_after(&earlier(600)).has("checkpoint", words).and_nothing_else();
+}
+
+#[test]
+fn a_checkpoint_of_another_key_or_another_log_is_told() {
+    let same_name = LocalSigner::new(ORIGIN);
+    let shown = Shown::made_of(&REAL.entries, checkpoint_of(&REAL.entries, &same_name).note());
+    let words = "the checkpoint is not signed by the log key of log.example/test";
+    shown.found().has("checkpoint", words).and_nothing_else();
+    let foreign = LocalSigner::new("log.example/other");
+    let note = checkpoint_of(&REAL.entries, &foreign).note().to_vec();
+    let words = "the checkpoint is of the log log.example/other, not of log.example/test";
+    Shown::made_of(&REAL.entries, &note).found().has("checkpoint", words).and_nothing_else();
+    Shown::mirror().found_after(&note).has("the checkpoint that was seen before", words).and_nothing_else();
+}
+
+#[test]
+fn a_certificate_that_the_manufacturer_did_not_sign_is_named() {
+    let flipped = with(7, |record| {
+        let last = record.certificate.len() - 1;
+        record.certificate[last] ^= 1;
+    });
+    Shown::signed(&flipped).found().has("entry 7", "certificate, signature:").and_nothing_else();
+    let forger = Manufacturer::new();
+    let of_the_forger = with(8, |record| *record = forger.record(8));
+    Shown::signed(&of_the_forger).found().has("entry 8", "certificate, signature:").and_nothing_else();
+}
+
+#[test]
+fn a_record_that_says_something_else_than_its_certificate_is_named() {
+    let stranger = REAL.manufacturer.record(9_000);
+    let (at, others) = ("entry 299", &stranger);
+    for (entries, words) in [
+        (with(299, |record| record.chip = others.chip.clone()), "certificate, signature:"),
+        (
+            with(299, |record| record.identity = others.identity.clone()),
+            "certificate, identity: it is not the record's",
+        ),
+        (
+            with(299, |record| record.serial = others.serial.clone()),
+            "certificate, serial-number: it is not the record's",
+        ),
+        (
+            with(299, |record| record.public_key = others.public_key.clone()),
+            "certificate, public-key: it is not the record's",
+        ),
+        (with(299, |record| record.public_key = None), "certificate, public-key: it is not the record's"),
+        (with(299, |record| record.certificate_is_cwt = true), "certificate, signature:"),
+    ] {
+        Shown::signed(&entries).found().has(at, words).and_nothing_else();
+    }
+}
+
+#[test]
+fn what_is_there_twice_is_named_with_both_places() {
+    let first = DeviceRecord::from_bytes(&REAL.entries[3]).unwrap();
+    for what in ["chip ID", "identity", "certificate serial", "public key", "session"] {
+        let entries = with(520, |record| match what {
+            "chip ID" => record.chip = first.chip.clone(),
+            "identity" => record.identity = first.identity.clone(),
+            "certificate serial" => record.serial = first.serial.clone(),
+            "public key" => record.public_key = first.public_key.clone(),
+            _ => record.session = first.session,
+        });
+        let found = Shown::signed(&entries).found().has("entry 520", &format!("its {what} is that of entry 3 already"));
+        assert_eq!(found.0.len(), usize::from(what != "session"), "its certificate says something else, too");
+    }
+    let twice = with(521, |record| *record = first.clone());
+    let found = Shown::signed(&twice).found();
+    assert_eq!(found.0.len(), 5);
+    assert!(found.0.iter().all(|finding| finding.at == "entry 521"));
+}
+
+#[test]
+fn damage_in_the_daemons_own_directory_is_named() {
+    let key = REAL.log.signer.key();
+    let damaged = |name: &str, change: fn(&mut Vec<u8>)| {
+        let dir = tempfile::tempdir().unwrap();
+        copy_directory(&REAL.log.dir().join("tile"), &dir.path().join("tile"));
+        copy_directory(&REAL.log.dir().join("edge"), &dir.path().join("edge"));
+        let shown = Shown(dir).change(name, change);
+        (found(&mut StoreDirectory::new(shown.0.path(), key), None), shown)
+    };
+    let (found, _) = damaged("tile/entries/001", |octets| flip(octets, 1000));
+    found.has("checkpoint", ROOT);
+    let (found, _) = damaged("tile/0/001", |octets| flip(octets, 40));
+    assert!(!found.0.is_empty());
+    let edge = "edge/00000000000000000512";
+    let (found, _) = damaged(edge, |octets| flip(octets, 2000));
+    found.has("checkpoint", "the batch at octet 0 is damaged, and others follow it").and_nothing_else();
+    // The last batch is like one that a crash cut off: only whoever has seen more can tell.
+    let (found_without, shown) = damaged(edge, |octets| {
+        let last = octets.len() - 9;
+        flip(octets, last);
+    });
+    found_without.and_nothing_else();
+    let found_with = super::tamper::found(&mut StoreDirectory::new(shown.0.path(), key), Some(&earlier(600)));
+    found_with.has("checkpoint", "and 600 were seen before").and_nothing_else();
+}
+
+/// A smaller log, so that many cases are walked in little time.
+static SMALL: LazyLock<Shown> = LazyLock::new(|| Shown::signed(&REAL.entries[..260]));
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    #[test]
+    fn no_single_bit_can_be_flipped_unnoticed(file in 0usize..6, place in 0.0f64..1.0, bit in 0u8..8) {
+        let names = ["tile/entries/000", "tile/entries/001.p/4", "tile/0/000", "tile/0/001.p/4", "tile/1/000.p/1", "checkpoint"];
+        let copy = tempfile::tempdir().unwrap();
+        copy_directory(SMALL.0.path(), copy.path());
+        prop_assert_eq!(files_of(copy.path()).len(), names.len());
+        let shown = Shown(copy).change(names[file], |octets| {
+            let at = (octets.len() as f64 * place) as usize;
+            octets[at] ^= 1 << bit;
+        });
+        prop_assert!(!shown.found().0.is_empty());
+    }
+}

@@ -77,7 +77,7 @@ async fn log(count: u64) -> Result<(), Failure> {
     drop(log);
 
     let begun = Instant::now();
-    let made = reindex(&dir, &options, signer.key(), |_, _| {}).await?;
+    let made = reindex(&dir, &options, signer.key(), false, |_, _| {}).await?;
     println!("index made anew, {} entries: {:.1?}", made.entries, begun.elapsed());
     let begun = Instant::now();
     drop(TransparencyLog::open(&dir, &options, signer.clone(), LogSettings::default()).await?);

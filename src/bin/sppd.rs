@@ -114,8 +114,8 @@ async fn run(
     metrics: Option<Metrics>,
 ) -> Result<(), String> {
     let hsm = Hsm::start(config.hsm.clone());
-    let registry = open_registry(&config, &hsm).await?;
     let journal = Journal::new(state.clone());
+    let registry = open_registry(&config, &hsm, &journal).await?;
     let (tls, listen, public, node) = (config.tls, config.listen, config.public, config.node);
     let products = products(config.profiles, config.issuers);
     let (rules, clock) = (config.key_pool, Clock::system());
@@ -167,12 +167,25 @@ fn open_state(config: &DaemonConfig) -> Result<Arc<SledStateStore>, String> {
     SledStateStore::open(&store.state, &store.state_options).map(Arc::new).map_err(|e| e.to_string())
 }
 
-async fn open_registry(config: &DaemonConfig, hsm: &Hsm) -> Result<Registry, String> {
+/// Opens the public database. One with fewer records than the state store knows to be published is an old copy as a whole, with an
+/// index that fits it: nothing is put on top of it.
+async fn open_registry(config: &DaemonConfig, hsm: &Hsm, journal: &Journal) -> Result<Registry, String> {
     let (store, registry) = (&config.store, &config.registry);
     let signer = HsmSigner::new(hsm.clone(), registry.key.name.clone(), registry.key.key.clone());
     let settings = registry.settings.clone();
     let log = TransparencyLog::open(&store.public, &store.public_options, Arc::new(signer), settings).await;
-    Ok(Registry::new(Arc::new(log.map_err(|e| e.to_string())?)))
+    let registry = Registry::new(Arc::new(log.map_err(|e| e.to_string())?));
+    let records = registry.count().await.map_err(|e| e.to_string())?;
+    let sessions = journal.counts().await.map_err(|e| e.to_string())?;
+    let published = sessions.published + sessions.erased;
+    match published.saturating_sub(records) {
+        lost if lost > config.registry.accepted_loss => Err(format!(
+            "the public database in {} has {records} records, and {published} devices were published: it is an old copy; put the \
+             newest one in its place, or accept the loss with accepted_loss = {lost} in [registry]",
+            store.public.display()
+        )),
+        _ => Ok(registry),
+    }
 }
 
 fn products(
@@ -232,7 +245,8 @@ async fn check(config: DaemonConfig) -> Result<(), String> {
         println!("master key     {}: version {}, check value right", key.name, key.version);
     }
     let secrets = open_state(&config)?;
-    let (journal, registry) = (Journal::new(secrets.clone()), open_registry(&config, &hsm).await?);
+    let journal = Journal::new(secrets.clone());
+    let registry = open_registry(&config, &hsm, &journal).await?;
     let (free, floor) = journal.room().map_err(|e| e.to_string())?;
     let unfinished = journal.unfinished().await.map_err(|e| e.to_string())?.len();
     let records = registry.count().await.map_err(|e| e.to_string())?;

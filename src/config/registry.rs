@@ -20,6 +20,8 @@ pub struct RegistryConfig {
     pub key: CheckpointKey,
     /// Its batches and witnesses.
     pub settings: LogSettings,
+    /// So many devices may be published by this state store's account and have no record.
+    pub accepted_loss: u64,
 }
 
 #[derive(Deserialize)]
@@ -30,6 +32,8 @@ pub(super) struct RegistryShape {
     batch_size: usize,
     #[serde(default = "default_batch_period", with = "humantime_serde")]
     batch_period: Duration,
+    #[serde(default)]
+    accepted_loss: u64,
     #[serde(default)]
     witness: Vec<WitnessShape>,
 }
@@ -86,7 +90,8 @@ pub(super) fn check(
     });
     let key = faults.note(at("key"), found)?;
     let (batch_size, batch_period) = (shape.batch_size, shape.batch_period);
-    Some(RegistryConfig { key, settings: LogSettings { batch_size, batch_period, witnesses } })
+    let settings = LogSettings { batch_size, batch_period, witnesses };
+    Some(RegistryConfig { key, settings, accepted_loss: shape.accepted_loss })
 }
 
 /// What a tool needs to work on the public database: where it is and who signs it; neither the HSM nor the PIN.

@@ -23,6 +23,9 @@ pub enum RegistryCommand {
         /// The daemon's configuration.
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
+        /// Go on although entries are gone that the old index knows. Their devices can be restored from a mirror alone.
+        #[arg(long)]
+        accept_loss: bool,
     },
     /// Make a mirror, or bring it up to date: files that any web server or object store can carry. The daemon may run meanwhile.
     Export {
@@ -78,18 +81,18 @@ impl RegistryCommand {
     /// Does it.
     pub fn run(self) -> Result<(), String> {
         match self {
-            Self::Reindex { config } => make_index(&config),
+            Self::Reindex { config, accept_loss } => make_index(&config, accept_loss),
             Self::Export { dir, from, trust, json } => mirror(&dir, from, &trust, json),
             Self::Verify { place, trust, issuer, seen, json } => look(place, &trust, &issuer, seen, json),
         }
     }
 }
 
-fn make_index(config: &Path) -> Result<(), String> {
+fn make_index(config: &Path, accept_loss: bool) -> Result<(), String> {
     let access = RegistryAccess::load(config).map_err(|e| e.to_string())?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| e.to_string())?;
     let bar = progress();
-    let made = reindex(&access.directory, &access.options, &access.key, |done, of| {
+    let made = reindex(&access.directory, &access.options, &access.key, accept_loss, |done, of| {
         bar.set_length(of);
         bar.set_position(done);
     });
@@ -97,6 +100,9 @@ fn make_index(config: &Path) -> Result<(), String> {
     bar.finish_and_clear();
     let made = made.map_err(|e| e.to_string())?;
     println!("made the index of {} entries of {}", HumanCount(made.entries), access.directory.display());
+    if made.lost > 0 {
+        println!("{} entries that the old index knew are gone", HumanCount(made.lost));
+    }
     Ok(())
 }
 
@@ -152,6 +158,9 @@ fn look(
         println!("{:#}", serde_json::to_value(&found).map_err(|e| e.to_string())?);
     } else {
         tell(&found, &key, known.is_some());
+    }
+    if let Some(why) = &found.unreachable {
+        return Err(format!("{why}; the log was not read to its end, which says nothing against it: try again"));
     }
     if !found.is_good() {
         let count = found.findings.len() as u64 + found.more_findings;

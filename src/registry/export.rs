@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::FlockOperation;
 
-use super::files::{BUNDLE, FullTiles, write_new};
+use super::files::{BUNDLE, EDGE, FullTiles, write_new};
 use super::source::{LogSource, SourceError};
 use crate::keys::sha256;
 use crate::names::ChipId;
@@ -75,6 +75,9 @@ pub enum ExportError {
         /// What is wrong.
         problem: String,
     },
+    /// A daemon's directory.
+    #[error("{} is a daemon's public database; make the mirror in a directory of its own", .0.display())]
+    Store(PathBuf),
     /// The tiles of the mirror are not those of its checkpoint.
     #[error("tiles of the mirror in {} are damaged, and the log is not; make it anew in an empty directory", .0.display())]
     Mirror(PathBuf),
@@ -102,6 +105,9 @@ pub fn export(
     dir: &Path,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Exported, ExportError> {
+    if dir.join(EDGE).exists() {
+        return Err(ExportError::Store(dir.to_owned()));
+    }
     // 1. What there is, and what will be.
     let note = source.checkpoint()?;
     let new = SignedCheckpoint::verify(&note, key)

@@ -17,7 +17,8 @@ use crate::tlog::{
 
 pub(super) static KIND: StoreKind = StoreKind { name: "public database", marker: "public", format: 2 };
 
-const EDGE: &str = "edge";
+/// Where what does not fill a bundle is.
+pub(super) const EDGE: &str = "edge";
 const TILE: &str = "tile";
 const INDEX: &str = "index";
 const SIGNED: &str = "signed";
@@ -96,11 +97,12 @@ pub(super) enum AppendError {
 
 impl AppendError {
     fn of(error: io::Error) -> Self {
-        match error.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::Full(error),
-            _ => Self::Failed(error),
-        }
+        if is_full(&error) { Self::Full(error) } else { Self::Failed(error) }
     }
+}
+
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 impl LogFiles {
@@ -140,8 +142,17 @@ impl LogFiles {
     /// So many entries were acknowledged: with fewer nothing is touched.
     pub(super) fn recover(&self, key: &LogKey, acknowledged: u64) -> Result<Found, StoreError> {
         let mut found = self.find(key, acknowledged)?;
-        self.turn_over(found.checkpoint.as_ref(), &mut found.entries, &found.signed, &mut found.edge)
-            .map_err(|e| self.failed("finishing what was begun", &e))?;
+        let mut finish =
+            || self.turn_over(found.checkpoint.as_ref(), &mut found.entries, &found.signed, &mut found.edge);
+        let finished = match finish() {
+            Err(error) if is_full(&error) && self.place.give_up_reserve() => finish(),
+            finished => finished,
+        };
+        match finished {
+            // The edge has all of it. It is tried again with each batch, and no new ones come while there is no room.
+            Err(error) if is_full(&error) => tracing::warn!(%error, "there is no room for full bundles"),
+            finished => finished.map_err(|e| self.failed("finishing what was begun", &e))?,
+        }
         found.signed.retain(|signed| signed.size > found.edge.base);
         self.place.keep_reserve();
         Ok(found)
@@ -152,8 +163,9 @@ impl LogFiles {
         let failed = |e: io::Error| self.failed("reading the log", &e);
         let (base, path) = newest_edge(dir).map_err(failed)?;
         let file = OpenOptions::new().read(true).write(true).open(&path).map_err(failed)?;
-        // After a failed sync the cache may hold what never reached the disk and counts as clean; what is read from now on is what
-        // the disk has.
+        // A batch that was written and not synced when a process died is in the cache alone: what is believed below is on the disk by
+        // then. After a failed sync the cache may hold what never reached it and counts as clean: it is read anew.
+        file.sync_all().and_then(|()| sync_dir(&dir.join(EDGE))).map_err(failed)?;
         rustix::fs::fadvise(&file, 0, None, Advice::DontNeed).map_err(|e| failed(e.into()))?;
         let mut octets = Vec::new();
         (&file).read_to_end(&mut octets).map_err(failed)?;
@@ -177,7 +189,7 @@ impl LogFiles {
         if tree.size() < acknowledged {
             return Err(damaged(format!(
                 "it ends with entry {}, and {acknowledged} are known: the files are damaged or an old copy; put the newest copy \
-                 of {} in its place, or accept the loss with sppctl registry reindex",
+                 of {} in its place, or accept the loss with sppctl registry reindex --accept-loss",
                 tree.size(),
                 dir.display()
             )));
@@ -276,10 +288,7 @@ impl LogFiles {
 
     /// An error that names the log; a full disk is told as that.
     pub(super) fn failed(&self, doing: &'static str, error: &io::Error) -> StoreError {
-        match error.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => self.full_disk(),
-            _ => self.place.failed(doing, error),
-        }
+        if is_full(error) { self.full_disk() } else { self.place.failed(doing, error) }
     }
 
     pub(super) fn full_disk(&self) -> StoreError {
@@ -349,7 +358,11 @@ fn edge_path(dir: &Path, base: u64) -> PathBuf {
 /// Writes a file that is never changed again. The same once more, after a crash, is no change.
 pub(super) fn write_once(path: &Path, octets: &[u8]) -> io::Result<()> {
     match fs::read(path) {
-        Ok(found) if found == octets => Ok(()),
+        // Whoever wrote it may have been killed before it was synced.
+        Ok(found) if found == octets => {
+            File::open(path)?.sync_all()?;
+            sync_dir(path.parent().unwrap_or(Path::new(".")))
+        }
         Ok(_) => {
             let problem = format!("{} is there already and is different; it is never changed", path.display());
             Err(io::Error::new(io::ErrorKind::AlreadyExists, problem))

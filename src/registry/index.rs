@@ -17,17 +17,27 @@ const CHUNK: usize = 50_000;
 pub struct Reindexed {
     /// Entries that are in it.
     pub entries: u64,
+    /// Entries that the old index knew and that are gone.
+    pub lost: u64,
 }
 
 /// Makes the index of a log anew from its files, with nobody else using it. Tells now and again how many entries of how many are in.
+///
+/// The old index, if it can be read, knows how many entries there must be: [`StoreError::Damaged`] if there are fewer, unless the loss
+/// is accepted.
 pub async fn reindex(
     dir: &Path,
     options: &StoreOptions,
     key: &LogKey,
+    accept_loss: bool,
     mut progress: impl FnMut(u64, u64),
 ) -> Result<Reindexed, StoreError> {
     let files = LogFiles::take(dir, options, Arc::new(System))?;
-    let found = files.recover(key, 0)?;
+    let known = match SledIndex::open(&files.index_dir(), options) {
+        Ok(index) => index.mark().await.map_or(0, |mark| mark.size),
+        Err(_) => 0,
+    };
+    let found = files.recover(key, if accept_loss { 0 } else { known })?;
     let index = make_anew(&files, options)?;
     let (entries, base) = (found.tree.size(), found.edge.base());
     let mut builder = Builder::new(&index, 0, 0);
@@ -38,7 +48,7 @@ pub async fn reindex(
     builder.add_all(&found.entries).await?;
     builder.finish().await?;
     progress(entries, entries);
-    Ok(Reindexed { entries })
+    Ok(Reindexed { entries, lost: known.saturating_sub(entries) })
 }
 
 /// An empty index in the place of whatever is there.

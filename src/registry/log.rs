@@ -1,8 +1,9 @@
 //! The log as the rest of the house uses it: publishing goes to the sequencer, reading to a picture of the tree that never changes.
 
+use std::collections::HashSet;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -27,8 +28,8 @@ use crate::tlog::{
 const QUEUE: usize = 1024;
 /// When a caller is told that there is no answer. What it asked for may still happen.
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
-/// How long a look-up waits for an index that is being caught up.
-const INDEX_WITHIN: Duration = Duration::from_secs(5);
+/// How long a look-up waits for an index that is being caught up, or for what becomes of a batch.
+const FOUND_WITHIN: Duration = Duration::from_secs(1);
 
 /// How a log makes its batches, and who watches it.
 #[derive(Debug, Clone)]
@@ -55,6 +56,8 @@ pub struct TransparencyLog {
     queue: mpsc::Sender<Waiting>,
     announcements: Arc<Announcements>,
     cosigned: Cosigned,
+    /// The newest checkpoint that was shown to anybody: none is shown that is older.
+    shown: Mutex<Option<SignedCheckpoint>>,
     key: LogKey,
 }
 
@@ -69,6 +72,8 @@ pub(super) struct Shared {
     pub(super) away: RwLock<Option<Away>>,
     /// Batches that were committed.
     pub(super) batches: AtomicU64,
+    /// The unique values of a batch of which it is not known yet whether it gets in.
+    doubted: watch::Sender<HashSet<UniqueKey>>,
 }
 
 /// Why nothing can be published.
@@ -179,6 +184,7 @@ impl TransparencyLog {
             index: watch::Sender::new(Err("it is being read".into())),
             away: RwLock::default(),
             batches: AtomicU64::new(0),
+            doubted: watch::Sender::default(),
         });
         let (queue, waiting) = mpsc::channel(QUEUE);
         let announcements = Arc::new(Announcements::default());
@@ -192,11 +198,18 @@ impl TransparencyLog {
             announcements: Arc::clone(&announcements),
             edge: Some(edge),
         };
-        tokio::spawn(sequencer.run(waiting, index));
+        let run = tokio::spawn(sequencer.run(waiting, index));
+        let watched = Arc::clone(&shared);
+        tokio::spawn(async move {
+            if let Err(error) = run.await {
+                tracing::error!(%error, "the sequencer of the public database has ended; restart the daemon");
+                watched.set_away(Some(Away::Failed("its sequencer has ended; restart the daemon".into())));
+            }
+        });
         if !settings.witnesses.is_empty() {
             tokio::spawn(witness::ask(Arc::downgrade(&shared), settings.witnesses, key.clone(), cosigned.clone()));
         }
-        Ok(Self { shared, queue, announcements, cosigned, key })
+        Ok(Self { shared, queue, announcements, cosigned, shown: Mutex::default(), key })
     }
 
     /// Work that waits for the disk, beside the threads that wait for the network.
@@ -216,9 +229,15 @@ impl TransparencyLog {
 
     /// What the newest published checkpoint covers, and the tree it is of: with cosignatures if there are witnesses.
     fn published(&self) -> (Arc<Head>, Option<SignedCheckpoint>) {
+        let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+        let cosigned = self.cosigned.newest();
         let head = self.shared.head();
-        let checkpoint = self.cosigned.newest().or_else(|| head.checkpoint.clone());
-        (head, checkpoint)
+        let size = |checkpoint: &Option<SignedCheckpoint>| checkpoint.as_ref().map(SignedCheckpoint::size);
+        let checkpoint = cosigned.or_else(|| head.checkpoint.clone());
+        if size(&checkpoint) >= size(&shown) {
+            *shown = checkpoint;
+        }
+        (head, shown.clone())
     }
 }
 
@@ -255,7 +274,7 @@ impl Shared {
     /// The index, once it is level.
     pub(super) async fn index(&self) -> Result<Arc<SledIndex>, StoreError> {
         let mut index = self.index.subscribe();
-        let level = tokio::time::timeout(INDEX_WITHIN, index.wait_for(Result::is_ok)).await;
+        let level = tokio::time::timeout(FOUND_WITHIN, index.wait_for(Result::is_ok)).await;
         if let Ok(Ok(level)) = level
             && let Ok(index) = &*level
         {
@@ -265,8 +284,36 @@ impl Shared {
         Err(self.files.place().failed("looking up a record", format!("the index cannot be used yet: {why}")))
     }
 
-    /// Where the newest entries with these values are.
-    pub(super) async fn find(&self, keys: Vec<UniqueKey>) -> Result<Vec<Option<Found>>, StoreError> {
+    /// Why nothing can be published, or that it can.
+    pub(super) fn set_away(&self, why: Option<Away>) {
+        *self.away.write().unwrap_or_else(PoisonError::into_inner) = why;
+    }
+
+    /// From now on nobody is told that these values are not there.
+    pub(super) fn doubt(&self, keys: impl IntoIterator<Item = UniqueKey>) {
+        let keys = keys.into_iter().collect();
+        self.doubted.send_replace(keys);
+    }
+
+    /// What became of the batch is seen.
+    pub(super) fn settle(&self) {
+        self.doubted.send_if_modified(|doubted| !std::mem::take(doubted).is_empty());
+    }
+
+    /// Where the newest entries with these values are. What is just being published, or failed in a way that may have left it on the
+    /// disk, is waited for: whoever gives a device up must not be told that it is not public.
+    async fn find(&self, keys: Vec<UniqueKey>) -> Result<Vec<Option<Found>>, StoreError> {
+        let mut doubted = self.doubted.subscribe();
+        let settled = doubted.wait_for(|doubted| keys.iter().all(|key| !doubted.contains(key)));
+        if tokio::time::timeout(FOUND_WITHIN, settled).await.is_err() {
+            let why = "it is not known yet whether it was published";
+            return Err(self.files.place().failed("looking up a record", why));
+        }
+        self.look_up(keys).await
+    }
+
+    /// The same for the sequencer, which nobody publishes beside.
+    pub(super) async fn look_up(&self, keys: Vec<UniqueKey>) -> Result<Vec<Option<Found>>, StoreError> {
         // The picture before the index is asked: what is not in it as recent is in the index. The index before the picture is
         // taken: a new one may know less than the one before it, and the picture tells.
         let index = self.index().await?;
@@ -319,6 +366,9 @@ impl Shared {
         let Some(kept) = kept.filter(|kept| kept.size <= head.tree.size()) else {
             return self.prove(head, index, newest).map(Some);
         };
+        if kept.size == newest.size() {
+            return self.prove(head, index, newest).map(Some);
+        }
         let tiles = Tiles(self, head);
         let tree = Tree::read(kept.size, &tiles).map_err(failed)?;
         let unsigned = UnsignedCheckpoint::new(key.origin(), kept.size, tree.root()).map_err(failed)?;

@@ -1,8 +1,8 @@
 //! ★ The sequencer: takes what waits to be published, makes it durable and public with one sync and one signature, then answers.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
@@ -13,6 +13,7 @@ use super::index::{Builder, make_anew};
 use super::log::{Away, Entry, Found, Head, Shared};
 use super::signer::CheckpointSigner;
 use crate::keys::sha256;
+use crate::store::place::LAST_ROOM;
 use crate::store::{Announcements, DeviceRecord, Publication, PublishError, SledIndex, StoreError, Taken, UniqueKey};
 use crate::tlog::{SignedCheckpoint, UnsignedCheckpoint, bundle, leaf_hash};
 
@@ -57,11 +58,12 @@ pub(super) struct Sequencer {
 impl Sequencer {
     /// Serves until nobody can ask any more.
     pub(super) async fn run(mut self, mut queue: mpsc::Receiver<Waiting>, index: Result<(SledIndex, u64), String>) {
-        self.level(index, &mut queue).await;
+        self.level(index).await;
         while let Some(batch) = self.collect(&mut queue).await {
             if let Err(why) = self.sequence(batch).await {
                 self.heal(why, &mut queue).await;
             }
+            self.shared.settle();
         }
     }
 
@@ -133,6 +135,7 @@ impl Sequencer {
         grown.signed.extend(SignedSize::of(&checkpoint, self.signer.key()));
         grown.checkpoint = Some(checkpoint);
         self.shared.show(grown.clone());
+        self.shared.settle();
         // 6. Those who waited are told.
         let first = head.tree.size();
         answer(new, |at, new| Ok(publication(first + at as u64, &new.record, &new.entry.octets)));
@@ -143,9 +146,13 @@ impl Sequencer {
     }
 
     /// The new ones among those that wait; everybody else is answered.
-    async fn weed(&self, waiting: Vec<Waiting>) -> Vec<New> {
+    async fn weed(&self, mut waiting: Vec<Waiting>) -> Vec<New> {
+        // Whoever stopped waiting may have been told that nothing was published: doubted before it is seen that they went, so that
+        // nobody is told so afterwards.
+        self.shared.doubt(waiting.iter().flat_map(|waiting| UniqueKey::of_record(&waiting.record)));
+        waiting.retain(|waiting| !waiting.answer.is_closed());
         let keys: Vec<_> = waiting.iter().map(|waiting| UniqueKey::of_record(&waiting.record)).collect();
-        let known = match self.shared.find(keys.concat()).await {
+        let known = match self.shared.look_up(keys.concat()).await {
             Ok(known) => known,
             Err(error) => {
                 let why = Away::of(&error);
@@ -254,21 +261,29 @@ impl Sequencer {
         loop {
             let index = self.shared.index.borrow().as_ref().ok().cloned();
             let added = match &index {
-                Some(index) => self.catch_up(index, head).await.map_err(|e| e.to_string()),
-                None => Err("there is none".to_owned()),
+                Some(index) => self.catch_up(index, head).await,
+                None => Err(self.shared.files.place().failed("adding to the index", "there is none")),
             };
-            let Err(why) = added else {
+            let Err(error) = added else {
                 head.indexed = head.tree.size();
                 self.shared.show(head.clone());
                 self.shared.set_away(None);
                 return;
             };
-            tracing::warn!(why, "the index of the public database could not be written");
-            self.shared.set_away(Some(Away::Failed(format!("the index cannot be written: {why}"))));
-            if begun.elapsed() < INDEX_PATIENCE && index.is_some() {
-                tokio::time::sleep(backoff).await;
-            } else {
-                tokio::time::sleep(backoff).await;
+            tracing::warn!(%error, "the index of the public database could not be written");
+            // No room is no reason for a new one, which would need more of it.
+            let place = self.shared.files.place();
+            let full = matches!(error, StoreError::Full { .. }) || place.admit(LAST_ROOM).is_err();
+            if full && place.give_up_reserve() {
+                continue;
+            }
+            let why = error.to_string();
+            self.shared.set_away(Some(match full {
+                true => Away::Full,
+                false => Away::Failed(format!("the index cannot be written: {why}")),
+            }));
+            tokio::time::sleep(backoff).await;
+            if !full && (index.is_none() || begun.elapsed() >= INDEX_PATIENCE) {
                 drop(index);
                 self.make_index(head, &why).await;
             }
@@ -277,7 +292,7 @@ impl Sequencer {
     }
 
     /// The index as it was found, brought level with the files, or a new one.
-    async fn level(&mut self, found: Result<(SledIndex, u64), String>, queue: &mut mpsc::Receiver<Waiting>) {
+    async fn level(&mut self, found: Result<(SledIndex, u64), String>) {
         let mut head = Head::clone(&self.shared.head());
         let levelled = match found {
             Ok((index, from)) => self.fill(&index, from, &head).await.map(|()| index).map_err(|e| e.to_string()),
@@ -291,9 +306,6 @@ impl Sequencer {
             Err(why) => self.make_index(&mut head, &why).await,
         }
         self.index(&mut head).await;
-        // Bundles that were full when the process ended were written when the files were read.
-        debug_assert!(head.recent.len() < BUNDLE as usize, "recovery turns full bundles over");
-        let _ = queue;
     }
 
     /// A new index in the place of one that is missing or damaged, with all that is in full bundles. Failing that, the caller comes again.
@@ -378,6 +390,7 @@ impl Sequencer {
                 Ok(mut found) => {
                     found.indexed = head.indexed;
                     self.shared.show(found.clone());
+                    self.shared.settle();
                     self.index(&mut found).await;
                     tracing::info!(entries = found.tree.size(), "the public database is open again");
                     return;
@@ -430,12 +443,5 @@ fn answer(new: Vec<New>, answer: impl Fn(usize, &New) -> Result<Publication, Pub
             });
             let _ = rival.send(told);
         }
-    }
-}
-
-impl Shared {
-    /// Why nothing can be published, or that it can.
-    fn set_away(&self, why: Option<Away>) {
-        *self.away.write().unwrap_or_else(PoisonError::into_inner) = why;
     }
 }

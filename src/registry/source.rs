@@ -1,7 +1,7 @@
 //! Where a log can be read: the daemon's own directory, a mirror's directory, or a web server with either.
 
 use std::fs;
-use std::io;
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
 use super::edge;
@@ -26,6 +26,14 @@ pub enum SourceError {
     #[error("{what}: {cause}")]
     Failed {
         /// What was read.
+        what: String,
+        /// Why it could not be.
+        cause: String,
+    },
+    /// Whoever has it cannot be asked now, which says nothing about it.
+    #[error("{what} cannot be reached: {cause}")]
+    Unreachable {
+        /// What was asked for.
         what: String,
         /// Why it could not be.
         cause: String,
@@ -125,8 +133,10 @@ impl LogSource for Website {
         match self.fetcher.get(&what, most) {
             Ok(answer) if answer.status == 200 => Ok(answer.body),
             Ok(answer) if answer.status == 404 => Err(SourceError::Missing(what)),
-            Ok(answer) => Err(SourceError::Failed { what, cause: format!("the server answers {}", answer.status) }),
-            Err(cause) => Err(SourceError::Failed { what, cause }),
+            Ok(answer) => {
+                Err(SourceError::Unreachable { what, cause: format!("the server answers {}", answer.status) })
+            }
+            Err(cause) => Err(SourceError::Unreachable { what, cause }),
         }
     }
 }
@@ -156,7 +166,13 @@ impl StoreDirectory {
     fn read_edge(&self) -> Result<(ReadEdge, Option<Vec<u8>>), SourceError> {
         let (base, path) = newest_edge(&self.dir).map_err(|e| SourceError::of("edge", &e))?;
         let what = format!("edge/{base:020}");
-        let octets = fs::read(&path).map_err(|e| SourceError::of(&what, &e))?;
+        // A batch that the daemon has written and not synced yet is nobody's to show: a power cut could take it back.
+        let read = fs::File::open(&path).and_then(|file| {
+            let mut octets = Vec::new();
+            (&file).read_to_end(&mut octets)?;
+            file.sync_data().map(|()| octets)
+        });
+        let octets = read.map_err(|e| SourceError::of(&what, &e))?;
         let damaged = |cause: String| SourceError::Failed { what: what.clone(), cause };
         let mut tree = Tree::read(base, &FullTiles(&self.dir)).map_err(|e| damaged(e.to_string()))?;
         let edge = edge::read(&octets, &tree, &self.key).map_err(damaged)?;

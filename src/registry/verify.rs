@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry as Slot;
 
 use super::files::BUNDLE;
-use super::source::LogSource;
+use super::source::{LogSource, SourceError};
 use crate::certificate::{IssuerCertificate, PublishedClaims, lint_published};
 use crate::store::{DeviceRecord, UniqueKey};
 use crate::tlog::{FullTile, LogKey, SignedCheckpoint, TileId, TileKind, Tree, TreeHash, bundle, leaf_hash};
@@ -42,15 +42,24 @@ pub struct Verification {
     pub findings: Vec<Finding>,
     /// Findings beyond those that are told.
     pub more_findings: u64,
+    /// Why the walk ended early: whoever has the log could not be asked, which says nothing about the log.
+    pub unreachable: Option<String>,
     /// The checkpoint, to be remembered for the next time if nothing is wrong.
     #[serde(skip)]
     pub checkpoint: Option<SignedCheckpoint>,
 }
 
 impl Verification {
-    /// Whether nothing is wrong.
+    /// Whether all of it was read, and nothing is wrong.
     pub fn is_good(&self) -> bool {
-        self.findings.is_empty()
+        self.findings.is_empty() && self.unreachable.is_none()
+    }
+
+    fn unread(&mut self, at: impl std::fmt::Display, error: &SourceError) {
+        match error {
+            SourceError::Unreachable { .. } => self.unreachable = Some(error.to_string()),
+            error => self.add(at, error),
+        }
     }
 
     fn add(&mut self, at: impl std::fmt::Display, problem: impl std::fmt::Display) {
@@ -74,12 +83,23 @@ pub fn verify(
     options: &VerifyOptions<'_>,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Verification {
-    let mut found =
-        Verification { entries: 0, root: String::new(), findings: Vec::new(), more_findings: 0, checkpoint: None };
+    let mut found = Verification {
+        entries: 0,
+        root: String::new(),
+        findings: Vec::new(),
+        more_findings: 0,
+        unreachable: None,
+        checkpoint: None,
+    };
     // 1. The signed tree, and the one that was seen before.
-    let read = source.checkpoint().map_err(|e| e.to_string());
-    let signed = read.and_then(|note| SignedCheckpoint::verify(&note, options.key).map_err(|e| e.to_string()));
-    let checkpoint = match signed {
+    let note = match source.checkpoint() {
+        Ok(note) => note,
+        Err(error) => {
+            found.unread("checkpoint", &error);
+            return found;
+        }
+    };
+    let checkpoint = match SignedCheckpoint::verify(&note, options.key) {
         Ok(checkpoint) => checkpoint,
         Err(why) => {
             found.add("checkpoint", why);
@@ -112,9 +132,15 @@ pub fn verify(
     walk.continues(seen.as_ref(), &mut found);
     for number in 0..checkpoint.size().div_ceil(BUNDLE) {
         walk.bundle(number, seen.as_ref(), &mut found);
+        if found.unreachable.is_some() {
+            return found;
+        }
         progress(walk.tree.size(), checkpoint.size());
     }
     walk.edge(&mut found);
+    if found.unreachable.is_some() {
+        return found;
+    }
     // 3. They are the entries that were signed.
     if walk.tree.root() != checkpoint.root() {
         let problem = format!(
@@ -142,11 +168,11 @@ impl Walk<'_> {
         let id = |kind| TileId::in_tree(kind, number, self.size).unwrap_or(TileId::full(kind, number));
         let (entries_id, leaves_id) = (id(TileKind::Entries), id(TileKind::Hashes(0)));
         let width = usize::from(entries_id.width());
-        let told = self.source.tile(leaves_id).map_err(|e| found.add(leaves_id, e)).unwrap_or_default();
+        let told = self.source.tile(leaves_id).map_err(|e| found.unread(leaves_id, &e)).unwrap_or_default();
         if told.len() != width * 32 {
             found.add(leaves_id, format!("it has {} octets and should have {}", told.len(), width * 32));
         }
-        let octets = self.source.tile(entries_id).map_err(|e| found.add(entries_id, e)).unwrap_or_default();
+        let octets = self.source.tile(entries_id).map_err(|e| found.unread(entries_id, &e)).unwrap_or_default();
         let entries: Vec<&[u8]> = bundle::entries(&octets).map_while(Result::ok).collect();
         let taken = entries.iter().map(|entry| entry.len() + bundle::HEAD).sum::<usize>();
         if entries.len() == width && taken < octets.len() {
@@ -207,7 +233,7 @@ impl Walk<'_> {
         match self.source.tile(id) {
             Ok(told) if told == computed => {}
             Ok(_) => found.add(id, "its hashes are not those of the tiles below it"),
-            Err(error) => found.add(id, error),
+            Err(error) => found.unread(id, &error),
         }
     }
 

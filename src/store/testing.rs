@@ -13,6 +13,8 @@ use super::place::Door;
 pub(crate) struct Faults {
     pub(crate) before_apply: AtomicBool,
     pub(crate) in_sync: AtomicBool,
+    /// The disk has no room for a batch.
+    pub(crate) full: AtomicBool,
     /// Syncs that go well before one fails.
     pub(crate) syncs_before: AtomicU64,
     pub(crate) free: AtomicU64,
@@ -23,6 +25,9 @@ pub(crate) struct Faults {
 
 impl Door for Faults {
     fn before_apply(&self) -> io::Result<()> {
+        if self.full.load(SeqCst) {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
         fail_if(&self.before_apply)
     }
 

@@ -1,6 +1,6 @@
 //! Mirrors: made, verified, and a device restored from one with the daemon down; and the index that is made from the files.
 
-use std::path::PathBuf;
+use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -183,26 +183,52 @@ async fn an_index_that_is_lost_is_made_anew_and_nobody_is_asked() {
 }
 
 #[test]
-fn an_old_copy_of_the_log_is_not_gone_on_with() {
+fn an_old_copy_is_not_gone_on_with_unless_its_loss_is_accepted() {
     let mut site = Site::running();
     provision_simulated(&site, 3);
     site.stop();
-    let (edge, old) = (site.path("public/edge"), site.path("old-edge"));
-    let copy = |from: &PathBuf, to: &PathBuf| {
-        assert!(Command::new("cp").arg("-a").args([from, to]).status().unwrap().success());
-    };
-    copy(&edge, &old);
+    let (public, edge) = (site.path("public"), site.path("public/edge"));
+    let (old, newest) = (site.path("old"), site.path("newest"));
+    copy(&public, &old);
     site.start();
     provision_simulated(&site, 5);
     site.stop();
+    copy(&public, &newest);
+
+    // Of the files alone: the index knows more.
     std::fs::remove_dir_all(&edge).unwrap();
-    copy(&old, &edge);
+    copy(&old.join("edge"), &edge);
     site.spawn();
+    wait_for(&site, "it ends with entry 3, and 5 are known");
+    assert!(site.sppctl(&format!("{VERIFY} public")).contains("3 entries"), "by itself the old copy is a log");
+    let few = site.try_sppctl("registry reindex --config sppd.toml");
+    assert!(refused(&few).contains("sppctl registry reindex --accept-loss"));
+
+    // Of all of it: the state store knows more.
+    std::fs::remove_dir_all(&public).unwrap();
+    copy(&old, &public);
+    site.spawn();
+    wait_for(&site, "has 3 records, and 5 devices were published: it is an old copy");
+    site.edit("sppd.toml", "[registry]\n", "[registry]\naccepted_loss = 2\n");
+    site.start();
+    site.stop();
+
+    // With the newest one nothing was lost.
+    std::fs::remove_dir_all(&public).unwrap();
+    copy(&newest, &public);
+    site.edit("sppd.toml", "accepted_loss = 2\n", "");
+    site.start();
+    assert!(site.sppctl(&format!("{VERIFY}-newest")).contains("5 entries, all of them right"));
+}
+
+fn copy(from: &Path, to: &Path) {
+    fine(&Command::new("cp").arg("-a").args([from, to]).output().unwrap());
+}
+
+fn wait_for(site: &Site, words: &str) {
     let until = Instant::now() + Duration::from_secs(20);
-    while !site.log().contains("the files are damaged or an old copy") {
+    while !site.log().contains(words) {
         assert!(Instant::now() < until, "{}", site.log());
         std::thread::sleep(Duration::from_millis(50));
     }
-    let forked = site.try_sppctl(&format!("{VERIFY} public"));
-    assert!(forked.status.success(), "by itself the old copy is a log");
 }

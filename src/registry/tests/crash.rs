@@ -179,7 +179,7 @@ async fn an_index_that_can_be_written_no_more_is_made_anew_and_knows_everything(
         // It fails for ten seconds before it is given up.
         until("a new index", || public.status().reading_trouble.is_some_and(|why| why.contains("made anew"))).await;
         rustix::process::setrlimit(Resource::Fsize, Rlimit { current: None, maximum: None }).unwrap();
-        until("the end of its trouble", || untroubled(&*public)).await;
+        until("the end of its trouble", || untroubled(&public)).await;
         let publication = until_published(&public, &record(LATER)).await;
         tell(LATER, &publication);
         for index in 0..public.len().await.unwrap() {
@@ -191,7 +191,7 @@ async fn an_index_that_can_be_written_no_more_is_made_anew_and_knows_everything(
     }
     let log = log();
     let test = "an_index_that_can_be_written_no_more_is_made_anew_and_knows_everything";
-    let mut process = child("trap '' XFSZ; ulimit -S -f 4000;", test, &log.dir(), 0).spawn().unwrap();
+    let mut process = child("trap '' XFSZ; ulimit -S -f 3000;", test, &log.dir(), 0).spawn().unwrap();
     let told = acknowledged(process.stdout.take().unwrap(), usize::MAX, &mut || ());
     assert!(process.wait().unwrap().success(), "it did not heal");
     assert!(told.contains_key(&LATER) && told.len() > 100, "only {} were acknowledged", told.len());

@@ -13,6 +13,7 @@ use tokio::task::JoinSet;
 
 use super::*;
 use crate::store::contract_public::{PublicFactory, contract_of_publication, record};
+use crate::store::place::System;
 use crate::store::testing::Faults;
 use crate::store::{
     DeviceRecord, PublicDatabase, Publication, PublishError, StoreError, StoreOptions, UniqueKey, WitnessStatus,
@@ -23,6 +24,8 @@ use crate::tlog::{SignedCheckpoint, Tree, leaf_hash};
 mod crash;
 mod export;
 mod faults;
+mod load;
+mod recovery;
 mod tamper;
 mod witness;
 
@@ -74,6 +77,23 @@ contract_of_publication!(keeps_the_contract, Log);
 
 fn options() -> StoreOptions {
     StoreOptions { floor_bytes: 16 << 20, reserve_bytes: 1 << 20, ..StoreOptions::default() }
+}
+
+fn later(n: u64) -> DeviceRecord {
+    DeviceRecord { published: 7777, ..record(n) }
+}
+
+/// Which file holds what does not fill a bundle.
+fn edge_file(dir: &Path, base: u64) -> PathBuf {
+    dir.join("edge").join(format!("{base:020}"))
+}
+
+/// Directories can only be looked at when the sequencer has let go of them.
+async fn closed(public: Arc<TransparencyLog>, log: &Log) {
+    drop(Arc::into_inner(public).expect("nobody else has it"));
+    let dir = log.dir();
+    let take = move || files::LogFiles::take(&dir, &options(), Arc::new(System)).map(drop);
+    tokio::task::spawn_blocking(take).await.unwrap().unwrap();
 }
 
 fn untroubled(public: &TransparencyLog) -> bool {

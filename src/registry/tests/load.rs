@@ -1,0 +1,177 @@
+//! Many who publish and read at once, and what they are served.
+
+use super::*;
+use crate::tlog::{TileId, TileKind};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn many_publish_and_read_at_once_and_everything_acknowledged_is_proven() {
+    const EACH: u64 = 32;
+    let log = Log::new();
+    let public = log.open().await;
+    let mut writers = JoinSet::new();
+    for task in 0..64 {
+        let (public, key) = (public.clone(), log.signer.key().clone());
+        writers.spawn(async move {
+            let mut told = Told::new();
+            for n in task * EACH..task * EACH + EACH {
+                let announced = public.announce();
+                let publication = public.publish(&record(n)).await.unwrap();
+                drop(announced);
+                // Its own record at once, as every caller asks for it.
+                let proof = public.prove(publication.index).await.unwrap().unwrap();
+                proof.verify(&record(n).to_bytes().unwrap(), &key).unwrap();
+                let found = public.find(&UniqueKey::of_chip(&record(n).chip)).await.unwrap().unwrap();
+                assert_eq!(found.publication, publication);
+                if n % 8 == 0 {
+                    assert_eq!(public.publish(&later(n)).await.unwrap(), publication);
+                }
+                told.insert(n, publication);
+            }
+            told
+        });
+    }
+    let reader = tokio::spawn({
+        let (public, key) = (public.clone(), log.signer.key().clone());
+        async move {
+            let (mut reads, mut seen) = (0u64, Vec::new());
+            loop {
+                let size = public.len().await.unwrap();
+                for index in [0, size / 2, size.saturating_sub(1)] {
+                    let Some(found) = public.record(index).await.unwrap() else { continue };
+                    let proof = public.prove(index).await.unwrap().unwrap();
+                    proof.verify(&found.octets, &key).unwrap();
+                    reads += 1;
+                }
+                let checkpoint = public.checkpoint().await.unwrap();
+                if checkpoint.as_ref().is_some_and(|checkpoint| checkpoint.size() == 64 * EACH) {
+                    return (reads, seen);
+                }
+                seen.extend(checkpoint);
+            }
+        }
+    });
+    let told: Told = writers.join_all().await.into_iter().flatten().collect();
+    let mut indexes: Vec<_> = told.values().map(|publication| publication.index).collect();
+    indexes.sort_unstable();
+    assert_eq!(indexes, (0..64 * EACH).collect::<Vec<_>>(), "one entry each");
+    let (reads, seen) = reader.await.unwrap();
+    assert!(reads > 20 && seen.is_sorted_by_key(SignedCheckpoint::size), "{reads}");
+    // Each checkpoint that was shown is of the first entries of the log as it is now.
+    let entries: BTreeMap<_, _> =
+        told.iter().map(|(n, publication)| (publication.index, record(*n).to_bytes().unwrap())).collect();
+    let (mut tree, mut seen) = (Tree::default(), seen.into_iter().peekable());
+    for size in 0..=64 * EACH {
+        while let Some(checkpoint) = seen.next_if(|checkpoint| checkpoint.size() == size) {
+            assert_eq!(checkpoint.root(), tree.root());
+        }
+        if let Some(entry) = entries.get(&size) {
+            tree.push(leaf_hash(entry));
+        }
+    }
+    assert!(seen.next().is_none());
+    closed(public, &log).await;
+    let public = log.open().await;
+    for (n, publication) in &told {
+        must_be_proven(&log, &public, *n, publication).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn those_who_are_on_the_way_share_a_batch_and_nobody_waits_for_nobody() {
+    let (log, faults) = (Log::new(), Arc::new(Faults::default()));
+    let settings = LogSettings { batch_period: Duration::from_secs(3), ..LogSettings::default() };
+    let opened =
+        TransparencyLog::open_through(&log.dir(), &options(), log.signer.clone(), settings, faults.clone()).await;
+    let public = Arc::new(opened.unwrap());
+    let begun = Instant::now();
+    public.publish(&record(0)).await.unwrap();
+    let announced = public.announce();
+    public.publish(&record(1)).await.unwrap();
+    drop(announced);
+    assert!(begun.elapsed() < Duration::from_secs(2), "alone it waits for nobody");
+    let alone = faults.syncs.load(SeqCst);
+    let begun = Instant::now();
+    grow(&public, 2..1000).await;
+    let shared = faults.syncs.load(SeqCst) - alone;
+    assert_eq!(shared, 4, "998 publications in batches of up to 256");
+    assert!(begun.elapsed() < Duration::from_secs(20));
+
+    // Those who come one after the other share one, too: each of them was announced.
+    let before = faults.syncs.load(SeqCst);
+    let mut tasks = JoinSet::new();
+    for (n, announced) in (1000..1020).map(|n| (n, public.announce())).collect::<Vec<_>>() {
+        let public = public.clone();
+        tasks.spawn(async move {
+            tokio::time::sleep(Duration::from_millis((n - 1000) * 10)).await;
+            public.publish(&record(n)).await.unwrap();
+            drop(announced);
+        });
+    }
+    tasks.join_all().await;
+    assert_eq!(faults.syncs.load(SeqCst) - before, 1);
+
+    // Somebody who said that he comes and does not is waited for as long as the period, and no longer once he has left.
+    let announced = (public.announce(), public.announce());
+    let begun = Instant::now();
+    let late = record(1020);
+    let left = tokio::join!(public.publish(&late), async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        drop(announced.0);
+    });
+    left.0.unwrap();
+    let waited = begun.elapsed();
+    assert!((300..2500).contains(&waited.as_millis()), "{waited:?}");
+    drop(announced.1);
+}
+
+async fn proofs_of_all(log: &Log, public: &TransparencyLog, size: u64) {
+    for index in 0..size {
+        let octets = public.record(index).await.unwrap().unwrap().octets;
+        let proof = public.prove(index).await.unwrap().unwrap();
+        let verified = proof.verify(&octets, log.signer.key()).unwrap();
+        assert_eq!((verified.index, verified.checkpoint.size()), (index, size));
+    }
+    assert_eq!(public.prove(size).await.unwrap(), None);
+    assert_eq!(public.record(size).await.unwrap(), None);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_entry_is_proven_around_the_ends_of_bundles() {
+    let log = Log::new();
+    let mut public = log.open().await;
+    let mut size = 0;
+    for next in [1, 2, 255, 256, 257, 258, 511, 512, 513] {
+        grow(&public, size..next).await;
+        size = next;
+        proofs_of_all(&log, &public, size).await;
+        closed(public, &log).await;
+        public = log.open().await;
+        proofs_of_all(&log, &public, size).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_tile_of_every_earlier_checkpoint_is_served() {
+    let log = Log::new();
+    let public = log.open().await;
+    let mut told = Told::new();
+    for (from, to) in [(0, 200), (200, 256), (256, 257), (257, 520)] {
+        told.extend(grow(&public, from..to).await);
+        let by_index: BTreeMap<_, _> = told.iter().map(|(n, told)| (told.index, *n)).collect();
+        let entries: Vec<_> = by_index.values().map(|n| record(*n).to_bytes().unwrap()).collect();
+        for size in (1..=to).rev().step_by(if to < 500 { 7 } else { 1 }) {
+            // Most tiles of a size are those of all others; the last ones are its own.
+            let all = tiles_of(&entries[..size as usize]);
+            for (name, octets) in all.into_iter().filter(|(name, _)| size == to || name.contains(".p/")) {
+                let tile: TileId = name.parse().unwrap();
+                assert_eq!(public.tile(tile).await.unwrap(), Some(octets), "{name} of {size} at {to}");
+            }
+        }
+        for kind in [TileKind::Entries, TileKind::Hashes(0), TileKind::Hashes(1), TileKind::Hashes(2)] {
+            let wide = TileId::in_tree(kind, 0, u64::MAX).unwrap();
+            let there = matches!(kind, TileKind::Entries | TileKind::Hashes(0)) && to >= 256;
+            assert_eq!(public.tile(wide).await.unwrap().is_some(), there, "{wide} at {to}");
+            assert_eq!(public.tile(TileId::full(kind, 7)).await.unwrap(), None);
+        }
+    }
+}

@@ -15,8 +15,8 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::FlockOperation;
 
-use super::files::{BUNDLE, EDGE, FullTiles, write_new};
-use super::source::{LogSource, SourceError};
+use super::files::{BUNDLE, FullTiles, write_new};
+use super::source::{LogSource, SourceError, is_store};
 use crate::keys::sha256;
 use crate::names::ChipId;
 use crate::store::DeviceRecord;
@@ -35,10 +35,13 @@ pub fn shard(chip: &ChipId) -> String {
     shard
 }
 
+/// Where a mirror has the files of each chip.
+pub(super) const CHIPS: &str = "chip";
+
 /// Where a chip's record is in a mirror, and its proof.
 pub(super) fn chip_files(chip: &ChipId) -> (String, String) {
     let of = shard(chip);
-    (format!("chip/{of}/{chip}.cbor"), format!("chip/{of}/{chip}.tlog-proof"))
+    (format!("{CHIPS}/{of}/{chip}.cbor"), format!("{CHIPS}/{of}/{chip}.tlog-proof"))
 }
 
 /// What an export did.
@@ -105,7 +108,7 @@ pub fn export(
     dir: &Path,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Exported, ExportError> {
-    if dir.join(EDGE).exists() {
+    if is_store(dir) {
         return Err(ExportError::Store(dir.to_owned()));
     }
     // 1. What there is, and what will be.

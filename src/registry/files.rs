@@ -17,8 +17,7 @@ use crate::tlog::{
 
 pub(super) static KIND: StoreKind = StoreKind { name: "public database", marker: "public", format: 2 };
 
-/// Where what does not fill a bundle is.
-pub(super) const EDGE: &str = "edge";
+const EDGE: &str = "edge";
 const TILE: &str = "tile";
 const INDEX: &str = "index";
 const SIGNED: &str = "signed";

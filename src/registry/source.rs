@@ -5,7 +5,7 @@ use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
 use super::edge;
-use super::export::chip_files;
+use super::export::{CHIPS, chip_files};
 use super::fetch::Fetcher;
 use super::files::{BUNDLE, FullTiles, newest_edge};
 use crate::names::ChipId;
@@ -55,6 +55,10 @@ pub trait LogSource: Send {
     fn name(&self) -> String;
     /// A file of a mirror, by its path; at most so many octets.
     fn file(&self, path: &str, most: u64) -> Result<Vec<u8>, SourceError>;
+    /// Whether it is at hand and has a record and a proof for each chip, which are read with the log then.
+    fn has_chips(&self) -> bool {
+        false
+    }
     /// The newest checkpoint, a signed note.
     fn checkpoint(&mut self) -> Result<Vec<u8>, SourceError> {
         self.file("checkpoint", MAX_FILE)
@@ -76,10 +80,15 @@ pub fn open_source(place: &str, key: &LogKey, authority: Option<&Path>) -> Resul
         return Ok(Box::new(Website::new(place, authority)?));
     }
     let dir = Path::new(place);
-    if dir.join("store.toml").exists() {
+    if is_store(dir) {
         return Ok(Box::new(StoreDirectory::new(dir, key)));
     }
     Ok(Box::new(Mirror::new(dir)))
+}
+
+/// Whether a daemon made that directory.
+pub(super) fn is_store(dir: &Path) -> bool {
+    dir.join("store.toml").exists()
 }
 
 /// A directory with the files that C2SP tlog-tiles names.
@@ -95,6 +104,10 @@ impl Mirror {
 impl LogSource for Mirror {
     fn name(&self) -> String {
         self.0.display().to_string()
+    }
+
+    fn has_chips(&self) -> bool {
+        self.0.join(CHIPS).is_dir()
     }
 
     fn file(&self, path: &str, most: u64) -> Result<Vec<u8>, SourceError> {
@@ -254,8 +267,17 @@ fn beginning_of(tile: TileId, full: Vec<u8>) -> Result<Vec<u8>, SourceError> {
 pub fn read_chip(place: &str, chip: &ChipId, authority: Option<&Path>) -> Result<(Vec<u8>, Vec<u8>), SourceError> {
     let source: Box<dyn LogSource> = match place.contains("://") {
         true => Box::new(Website::new(place, authority)?),
+        false if is_store(Path::new(place)) => {
+            let cause = "it is a daemon's public database; make a mirror of it with sppctl registry export".to_owned();
+            return Err(SourceError::Failed { what: place.to_owned(), cause });
+        }
         false => Box::new(Mirror::new(Path::new(place))),
     };
+    chip_of(&*source, chip)
+}
+
+/// The same of a log that is open.
+pub(super) fn chip_of(source: &dyn LogSource, chip: &ChipId) -> Result<(Vec<u8>, Vec<u8>), SourceError> {
     let (record, proof) = chip_files(chip);
     Ok((source.file(&record, MAX_FILE)?, source.file(&proof, MAX_FILE)?))
 }

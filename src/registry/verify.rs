@@ -4,10 +4,11 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry as Slot;
 
 use super::files::BUNDLE;
-use super::source::{LogSource, SourceError};
+use super::source::{LogSource, SourceError, chip_of};
 use crate::certificate::{IssuerCertificate, PublishedClaims, lint_published};
+use crate::names::ChipId;
 use crate::store::{DeviceRecord, UniqueKey};
-use crate::tlog::{FullTile, LogKey, SignedCheckpoint, TileId, TileKind, Tree, TreeHash, bundle, leaf_hash};
+use crate::tlog::{FullTile, LogKey, LogProof, SignedCheckpoint, TileId, TileKind, Tree, TreeHash, bundle, leaf_hash};
 
 /// Findings that are told; of a ruined log there would be millions.
 const MOST: usize = 200;
@@ -127,8 +128,14 @@ pub fn verify(
         None => None,
     };
     // 2. Every entry, and with them the tree.
-    let mut walk =
-        Walk { source: &*source, options, size: checkpoint.size(), tree: Tree::default(), known: HashMap::new() };
+    let mut walk = Walk {
+        chips: source.has_chips(),
+        source: &*source,
+        options,
+        size: checkpoint.size(),
+        tree: Tree::default(),
+        known: HashMap::new(),
+    };
     walk.continues(seen.as_ref(), &mut found);
     for number in 0..checkpoint.size().div_ceil(BUNDLE) {
         walk.bundle(number, seen.as_ref(), &mut found);
@@ -157,6 +164,8 @@ struct Walk<'a> {
     source: &'a dyn LogSource,
     options: &'a VerifyOptions<'a>,
     size: u64,
+    /// Whether the files of each chip are read, too.
+    chips: bool,
     /// Of the entries as they are.
     tree: Tree,
     /// Half of each unique value's key, and the entry that has it. Halves of SHA-256 do not meet by accident.
@@ -291,6 +300,27 @@ impl Walk<'_> {
         let findings = lint_published(&record.certificate, record.certificate_is_cwt, &claims, self.options.issuers);
         for finding in findings.iter() {
             found.add(&at, format!("certificate, {}: {}", finding.rule, finding.problem));
+        }
+        if self.chips {
+            self.chip(index, entry, &record.chip, found);
+        }
+    }
+
+    /// What a mirror gives to whoever asks for the chip.
+    fn chip(&self, index: u64, entry: &[u8], chip: &ChipId, found: &mut Verification) {
+        let at = format!("the files of chip {chip}");
+        let (record, proof) = match chip_of(self.source, chip) {
+            Ok(files) => files,
+            Err(error) => return found.add(at, error),
+        };
+        if record != entry {
+            found.add(&at, format!("the record is not entry {index}"));
+        }
+        let proven = LogProof::from_bytes(&proof).and_then(|proof| proof.verify(entry, self.options.key));
+        match proven {
+            Ok(proven) if proven.index == index => {}
+            Ok(proven) => found.add(at, format!("the proof is of entry {}, not {index}", proven.index)),
+            Err(error) => found.add(at, error),
         }
     }
 }

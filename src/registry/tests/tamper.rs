@@ -5,6 +5,7 @@ use std::sync::LazyLock;
 use proptest::prelude::*;
 use tempfile::TempDir;
 
+use super::super::export::chip_files;
 use super::*;
 use crate::certificate::{
     AuthorityCertificate, CertificateRequest, CertificateSerial, IssuedCertificate, IssuerCertificate, Profile,
@@ -515,4 +516,21 @@ proptest! {
         });
         prop_assert!(!shown.found().0.is_empty());
     }
+}
+
+#[test]
+fn files_of_a_chip_that_are_missing_or_changed_or_anothers_are_named() {
+    let shown = Shown::mirror();
+    copy_directory(&REAL.mirror.join("chip"), &shown.path("chip"));
+    shown.found().and_nothing_else();
+    let chip = |n: usize| DeviceRecord::from_bytes(&REAL.entries[n]).unwrap().chip;
+    let (record, proof) = (|n| chip_files(&chip(n)).0, |n| chip_files(&chip(n)).1);
+    let at = |n| format!("the files of chip {}", chip(n));
+    let shown = shown.without(&record(3)).change(&record(500), |octets| flip(octets, 100)).without(&proof(9));
+    fs::copy(shown.path(&proof(7)), shown.path(&proof(9))).unwrap();
+    fs::copy(shown.path(&proof(7)), shown.path(&proof(11))).unwrap();
+    fs::copy(shown.path(&record(7)), shown.path(&record(11))).unwrap();
+    let moved = "does not lead from the entry to the root";
+    let found = shown.found().has(&at(3), "is not there").has(&at(500), "the record is not entry 500");
+    found.has(&at(9), moved).has(&at(11), "the record is not entry 11").has(&at(11), moved).and_nothing_else();
 }

@@ -11,8 +11,9 @@ use cryptoki::session::SessionState;
 use super::attributes::{KeyRole, audit};
 use super::durable::sync_changed;
 use super::failure::{Doing as _, Failure, FailureClass};
+use super::token::find_one;
 use super::verbs::Verbs;
-use super::wire::{Answer, Kept, MadePair};
+use super::wire::{Answer, Kept, KeyOnToken, MadePair};
 use crate::keys::{BatchName, KeyKind, TokenPair, batch_key_id};
 use crate::names::KeyName;
 
@@ -88,7 +89,7 @@ impl Verbs {
                 self.shared.pairs().insert(TokenPair { label: label.clone(), id }, object);
             }
         }
-        self.must_be_logged_in()?;
+        self.must_be_there()?;
         self.shared.pairs().get(wanted).copied().ok_or_else(|| {
             let message =
                 format!("the pair {} of {label} is not on the token: it was destroyed", hex::encode(&wanted.id));
@@ -103,7 +104,6 @@ impl Verbs {
 
     /// Every batch key and every pair that a daemon made on this token, whichever its store.
     pub(super) fn list_own(&mut self) -> Result<Answer, Failure> {
-        self.must_be_logged_in()?;
         let _shared = self.shared.looking();
         let (mut keys, mut pairs) = (Vec::new(), Vec::new());
         for class in [ObjectClass::SECRET_KEY, ObjectClass::PRIVATE_KEY] {
@@ -128,6 +128,7 @@ impl Verbs {
                 }
             }
         }
+        self.must_be_there()?;
         Ok(Answer::Own { keys, pairs })
     }
 
@@ -168,14 +169,31 @@ impl Verbs {
         }
     }
 
+    /// A token that is taken away looks empty for a while, and no error says so. One that shows a key of the register is there.
+    fn must_be_there(&self) -> Result<(), Failure> {
+        self.must_be_logged_in()?;
+        let keys = &self.shared.keys;
+        let shows = |(name, key): (_, &KeyOnToken)| find_one(&self.session, key.role.class(), name, &key.id).is_ok();
+        match keys.is_empty() || keys.iter().any(shows) {
+            true => Ok(()),
+            false => Err(Failure::new(FailureClass::ModuleLost, "the token shows no key: it may have been taken away")),
+        }
+    }
+
     /// The one object of a class with this label and this CKA_ID, if there is one.
     fn find(&self, class: ObjectClass, label: &KeyName, id: &[u8]) -> Result<Option<ObjectHandle>, Failure> {
         let template =
             [Attribute::Class(class), Attribute::Label(label.as_str().as_bytes().to_vec()), Attribute::Id(id.to_vec())];
         let _shared = self.shared.looking();
-        let found = self.session.find_objects(&template).doing(|| format!("looking for {label}"))?;
+        let look = || self.session.find_objects(&template).doing(|| format!("looking for {label}"));
+        let mut found = look()?;
+        if found.is_empty() {
+            // It may have come back in between: then the second look finds what the first did not.
+            self.must_be_there()?;
+            found = look()?;
+        }
         match found.as_slice() {
-            [] => self.must_be_logged_in().map(|()| None),
+            [] => Ok(None),
             [object] => Ok(Some(*object)),
             more => {
                 let message = format!("{} objects are named {label}; exactly one must be", more.len());

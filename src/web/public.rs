@@ -129,10 +129,7 @@ fn is_grpc(headers: &HeaderMap) -> bool {
 
 /// At the door: not too fast, not too many, not for too long.
 async fn admit(State(site): State<Arc<Site>>, mut request: Request, next: Next) -> Response {
-    let is_grpc = request
-        .headers()
-        .get(header::CONTENT_TYPE)
-        .is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"));
+    let is_grpc = is_grpc(request.headers());
     let peer = request.extensions().get::<Peer>().map(|peer| peer.0);
     if let Some(peer) = peer {
         request.extensions_mut().insert(TcpConnectInfo { local_addr: None, remote_addr: Some(peer) });

@@ -208,3 +208,36 @@ fn a_call_makes_one_pair_at_least_and_ends_when_its_time_is_over() {
         assert!(made > 1 && begun.elapsed() < Duration::from_secs(5), "{made} in {:?}", begun.elapsed());
     });
 }
+
+#[test]
+fn nothing_is_told_as_destroyed_while_the_token_is_away() {
+    in_module(|place| {
+        let ceremony = place.open();
+        let wrap = super::create_wrapping_key(&ceremony, &super::name("wrap")).unwrap();
+        let register = || super::register([(&wrap, KeyRole::Wrapping)]);
+        let (verbs, transport) = place.verbs_with_transport(&ceremony, register());
+        let mut workshop = Workshop { ceremony, verbs, transport };
+        workshop.create(&batch(1).key());
+        let kept = workshop.make(KeyKind::P256, &Keep::Wrapped(batch(1).key()), 1, 0).pop().unwrap().kept;
+        let Kept::Blob(blob) = kept else { panic!("it is not on the token") };
+        let label = batch(3).pairs();
+        let kept = workshop.make(KeyKind::P256, &Keep::OnToken(label.clone()), 1, 0).pop().unwrap().kept;
+        let Kept::Id(id) = kept else { panic!("it is on the token") };
+        let orders = || {
+            let pair = TokenPair { label: label.clone(), id: id.clone() };
+            let (kind, wrapping_key) = (KeyKind::P256, batch(1).key());
+            [Operation::Rewrap { kind, wrapping_key, blob: blob.clone() }, Operation::DeliverPair { kind, pair }]
+        };
+        // Sessions that have looked nothing up.
+        let fresh = || place.verbs_with_transport(&workshop.ceremony, register()).0;
+        let mut looking: Vec<_> = orders().into_iter().map(|order| (fresh(), order)).collect();
+        looking.push((fresh(), Operation::ListOwn));
+        let (there, away) = (place.directory.join("tokens"), place.directory.join("tokens-away"));
+        std::fs::rename(&there, &away).unwrap();
+        for (mut verbs, order) in looking {
+            let Err(failure) = verbs.perform(order) else { panic!("it is away") };
+            assert_eq!(failure.class, FailureClass::ModuleLost, "{}", failure.message);
+        }
+        std::fs::rename(&away, &there).unwrap();
+    });
+}

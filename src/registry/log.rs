@@ -9,27 +9,26 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::files::{BUNDLE, EdgeFile, KIND, LogFiles, SignedSize};
+use super::files::{BUNDLE, LogFiles};
+use super::head::Head;
 use super::index::is_of_this_log;
+use super::read::Found;
 use super::sequencer::{Sequencer, Waiting};
 use super::signer::CheckpointSigner;
 use super::witness::{self, Cosigned, Witness};
 use crate::store::place::{Door, System};
 use crate::store::{
-    Announced, Announcements, DeviceRecord, Location, PublicDatabase, Publication, PublishError, PublishedRecord,
-    RegistryStatus, SledIndex, StoreError, StoreOptions, UniqueKey,
+    Announced, Announcements, DeviceRecord, PublicDatabase, Publication, PublishError, PublishedRecord, RegistryStatus,
+    SledIndex, StoreError, StoreOptions, UniqueKey,
 };
-use crate::tlog::{
-    FullTile, HashSource, LogKey, LogProof, SignedCheckpoint, TileId, TileKind, TlogError, Tree, UnsignedCheckpoint,
-    bundle, prove_inclusion,
-};
+use crate::tlog::{LogKey, LogProof, SignedCheckpoint, TileId};
 
 /// Records that may wait for the sequencer before more of them have to.
 const QUEUE: usize = 1024;
 /// When a caller is told that there is no answer. What it asked for may still happen.
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 /// How long a look-up waits for an index that is being caught up, or for what becomes of a batch.
-const FOUND_WITHIN: Duration = Duration::from_secs(1);
+pub(super) const FOUND_WITHIN: Duration = Duration::from_secs(1);
 
 /// How a log makes its batches, and who watches it.
 #[derive(Debug, Clone)]
@@ -73,7 +72,7 @@ pub(super) struct Shared {
     /// Batches that were committed.
     pub(super) batches: AtomicU64,
     /// The unique values of a batch of which it is not known yet whether it gets in.
-    doubted: watch::Sender<HashSet<UniqueKey>>,
+    pub(super) doubted: watch::Sender<HashSet<UniqueKey>>,
 }
 
 /// Why nothing can be published.
@@ -91,49 +90,6 @@ impl Away {
             StoreError::Full { .. } => Self::Full,
             other => Self::Failed(other.to_string()),
         }
-    }
-}
-
-/// The log at one moment: a tree, the checkpoint of it, and the entries that are not in full bundles.
-#[derive(Clone)]
-pub(super) struct Head {
-    pub(super) tree: Tree,
-    pub(super) checkpoint: Option<SignedCheckpoint>,
-    /// The index of the first of `recent`; everything below is in full bundles.
-    pub(super) base: u64,
-    pub(super) recent: Vec<Arc<Entry>>,
-    /// The checkpoints that were the first to cover them.
-    pub(super) signed: Vec<SignedSize>,
-    /// Tiles that are full and may not be files yet.
-    pub(super) filled: Vec<FullTile>,
-    /// So many entries are in the index.
-    pub(super) indexed: u64,
-}
-
-/// An entry in memory.
-pub(super) struct Entry {
-    pub(super) octets: Vec<u8>,
-    pub(super) keys: Vec<UniqueKey>,
-}
-
-impl Entry {
-    pub(super) fn read(octets: Vec<u8>, index: u64) -> Result<Arc<Self>, StoreError> {
-        let record = DeviceRecord::from_bytes(&octets).map_err(|e| damaged(index, e))?;
-        Ok(Arc::new(Self { keys: UniqueKey::of_record(&record), octets }))
-    }
-}
-
-impl Head {
-    fn recent(&self, index: u64) -> Option<&Arc<Entry>> {
-        self.recent.get(usize::try_from(index.checked_sub(self.base)?).ok()?)
-    }
-
-    /// The newest entry with that value among those that the index may not have yet.
-    pub(super) fn find_recent(&self, key: &UniqueKey) -> Option<u64> {
-        let from = usize::try_from(self.indexed.saturating_sub(self.base)).unwrap_or(usize::MAX);
-        let unindexed = self.recent.iter().enumerate().skip(from);
-        let found = unindexed.rev().find(|(_, entry)| entry.keys.contains(key));
-        found.map(|(at, _)| self.base + at as u64)
     }
 }
 
@@ -241,17 +197,6 @@ impl TransparencyLog {
     }
 }
 
-impl super::files::Found {
-    /// The picture that readers get, with nothing in the index yet, and where the next batch goes.
-    pub(super) fn into_head(self) -> Result<(Head, EdgeFile), StoreError> {
-        let base = self.edge.base();
-        let recent = (base..).zip(self.entries).map(|(index, octets)| Entry::read(octets, index));
-        let recent = recent.collect::<Result<Vec<_>, _>>()?;
-        let (tree, checkpoint, signed, filled) = (self.tree, self.checkpoint, self.signed, Vec::new());
-        Ok((Head { tree, checkpoint, base, recent, signed, filled, indexed: 0 }, self.edge))
-    }
-}
-
 impl Shared {
     /// An error that tells why nothing can be published.
     pub(super) fn error(&self, why: &Away) -> StoreError {
@@ -299,182 +244,6 @@ impl Shared {
     pub(super) fn settle(&self) {
         self.doubted.send_if_modified(|doubted| !std::mem::take(doubted).is_empty());
     }
-
-    /// Where the newest entries with these values are. What is just being published, or failed in a way that may have left it on the
-    /// disk, is waited for: whoever gives a device up must not be told that it is not public.
-    async fn find(&self, keys: Vec<UniqueKey>) -> Result<Vec<Option<Found>>, StoreError> {
-        let mut doubted = self.doubted.subscribe();
-        let settled = doubted.wait_for(|doubted| keys.iter().all(|key| !doubted.contains(key)));
-        if tokio::time::timeout(FOUND_WITHIN, settled).await.is_err() {
-            let why = "it is not known yet whether it was published";
-            return Err(self.files.place().failed("looking up a record", why));
-        }
-        self.look_up(keys).await
-    }
-
-    /// The same for the sequencer, which nobody publishes beside.
-    pub(super) async fn look_up(&self, keys: Vec<UniqueKey>) -> Result<Vec<Option<Found>>, StoreError> {
-        // The picture before the index is asked: what is not in it as recent is in the index. The index before the picture is
-        // taken: a new one may know less than the one before it, and the picture tells.
-        let index = self.index().await?;
-        let head = self.head();
-        let recent: Vec<_> = keys.iter().map(|key| head.find_recent(key)).collect();
-        let indexed = match recent.iter().all(Option::is_some) {
-            true => Vec::new(),
-            false => index.find(keys).await?,
-        };
-        let indexed = indexed.into_iter().chain(std::iter::repeat(None));
-        let newest = recent.into_iter().zip(indexed).map(|(recent, indexed)| match recent {
-            Some(index) => Some(Found::Recent(index)),
-            None => indexed.map(Found::Indexed),
-        });
-        Ok(newest.collect())
-    }
-
-    /// The octets of an entry that was found.
-    pub(super) fn octets(&self, found: &Found) -> Result<Vec<u8>, StoreError> {
-        let head = self.head();
-        if let Some(entry) = head.recent(found.index()) {
-            return Ok(entry.octets.clone());
-        }
-        let failed = |e: std::io::Error| self.files.failed("reading an entry", &e);
-        let number = found.index() / BUNDLE;
-        match found {
-            Found::Indexed(at) => self.files.part(number, at.offset, at.length).map_err(failed),
-            Found::Recent(index) => {
-                let octets = self.files.full(TileId::full(TileKind::Entries, number)).map_err(failed)?;
-                let at = usize::try_from(index % BUNDLE).unwrap_or(0);
-                let entry = bundle::entries(&octets).nth(at).transpose().map_err(|e| damaged(*index, e))?;
-                entry.map(<[u8]>::to_vec).ok_or_else(|| damaged(*index, "its bundle ends before it"))
-            }
-        }
-    }
-
-    pub(super) fn record(&self, found: &Found) -> Result<PublishedRecord, StoreError> {
-        let octets = self.octets(found)?;
-        PublishedRecord::from_octets(found.index(), octets).map_err(|e| damaged(found.index(), e))
-    }
-
-    /// The proof that the tree of the first checkpoint with the entry has it; against the newest one if that was not kept.
-    fn receipt(&self, head: &Head, index: u64, key: &LogKey) -> Result<Option<LogProof>, StoreError> {
-        let Some(newest) = head.checkpoint.as_ref().filter(|newest| index < newest.size()) else { return Ok(None) };
-        let kept = match index >= head.base {
-            true => head.signed.iter().find(|signed| signed.size > index).copied(),
-            false => self.files.first_signed(index).map_err(|e| self.files.failed("reading a checkpoint", &e))?,
-        };
-        let failed = |e: TlogError| self.files.place().failed("proving an entry", e);
-        let Some(kept) = kept.filter(|kept| kept.size <= head.tree.size()) else {
-            return self.prove(head, index, newest).map(Some);
-        };
-        if kept.size == newest.size() {
-            return self.prove(head, index, newest).map(Some);
-        }
-        let tiles = Tiles(self, head);
-        let tree = Tree::read(kept.size, &tiles).map_err(failed)?;
-        let unsigned = UnsignedCheckpoint::new(key.origin(), kept.size, tree.root()).map_err(failed)?;
-        let first = match unsigned.signed(key, &kept.signature) {
-            Ok(first) => first,
-            Err(error) => {
-                tracing::error!(index, %error, "the checkpoint that first covered an entry is damaged; the newest one takes its place");
-                return self.prove(head, index, newest).map(Some);
-            }
-        };
-        let hashes = prove_inclusion(&tree, index, &tiles).map_err(failed)?;
-        Ok(Some(LogProof::new(index, hashes, &first)))
-    }
-
-    /// The proof that the tree of that checkpoint, which is the picture's or an older one, has the entry.
-    fn prove(&self, head: &Head, index: u64, checkpoint: &SignedCheckpoint) -> Result<LogProof, StoreError> {
-        let tiles = Tiles(self, head);
-        let older = |size| Tree::read(size, &tiles);
-        let proven = match checkpoint.size() {
-            size if size == head.tree.size() => prove_inclusion(&head.tree, index, &tiles),
-            size => older(size).and_then(|tree| prove_inclusion(&tree, index, &tiles)),
-        };
-        let hashes = proven.map_err(|e| self.files.place().failed("proving an entry", e))?;
-        Ok(LogProof::new(index, hashes, checkpoint))
-    }
-
-    /// A tile as the tree of that picture has it.
-    pub(super) fn tile(&self, head: &Head, tile: TileId) -> Result<Option<Vec<u8>>, StoreError> {
-        let widest = TileId::in_tree(tile.kind(), tile.index(), head.tree.size());
-        if widest.is_none_or(|widest| widest.width() < tile.width()) {
-            return Ok(None);
-        }
-        let failed = |e: std::io::Error| self.files.failed("reading a tile", &e);
-        let width = usize::from(tile.width());
-        match tile.kind() {
-            TileKind::Hashes(_) => {
-                let mut hashes = match head.tree.partial(tile) {
-                    Some(hashes) => hashes.to_vec(),
-                    None => self.hashes(head, tile).map_err(failed)?,
-                };
-                hashes.truncate(width * 32);
-                Ok(Some(hashes))
-            }
-            TileKind::Entries => {
-                let first = tile.index() * BUNDLE;
-                if first >= head.base {
-                    return Ok(Some(recent_bundle(head, first, width)));
-                }
-                let octets = self.files.full(tile).map_err(failed)?;
-                let damaged = |e| damaged(first, e);
-                let length = bundle::entries(&octets).take(width).map(|entry| entry.map(|e| e.len() + bundle::HEAD));
-                let length = length.sum::<Result<usize, _>>().map_err(damaged)?;
-                Ok(octets.get(..length).map(<[u8]>::to_vec))
-            }
-        }
-    }
-
-    /// A full tile of hashes. One that was filled a moment ago may not be a file yet.
-    fn hashes(&self, head: &Head, tile: TileId) -> std::io::Result<Vec<u8>> {
-        match head.filled.iter().find(|filled| filled.id == tile.as_full()) {
-            Some(filled) => Ok(filled.hashes.clone()),
-            None => self.files.full(tile),
-        }
-    }
-}
-
-fn recent_bundle(head: &Head, first: u64, width: usize) -> Vec<u8> {
-    let mut octets = Vec::new();
-    for entry in (first..).take(width).filter_map(|index| head.recent(index)) {
-        // An entry over the limit never becomes one.
-        let _ = bundle::push(&mut octets, &entry.octets);
-    }
-    octets
-}
-
-/// An entry that was found, and how.
-#[derive(Clone, Copy)]
-pub(super) enum Found {
-    Recent(u64),
-    Indexed(Location),
-}
-
-impl Found {
-    pub(super) const fn index(&self) -> u64 {
-        match self {
-            Self::Recent(index) => *index,
-            Self::Indexed(location) => location.index,
-        }
-    }
-}
-
-/// The tiles of a picture.
-pub(super) struct Tiles<'a>(pub(super) &'a Shared, pub(super) &'a Head);
-
-impl HashSource for Tiles<'_> {
-    fn tile(&self, tile: TileId) -> Result<Vec<u8>, String> {
-        match self.0.tile(self.1, tile) {
-            Ok(Some(hashes)) => Ok(hashes),
-            Ok(None) => Err(format!("{tile} is not there")),
-            Err(error) => Err(error.to_string()),
-        }
-    }
-}
-
-pub(super) fn damaged(index: u64, cause: impl ToString) -> StoreError {
-    StoreError::Damaged { store: KIND.name, what: format!("entry {index}"), cause: cause.to_string() }
 }
 
 #[async_trait]

@@ -9,7 +9,9 @@ use base64::prelude::{BASE64_STANDARD, Engine as _};
 use tokio::task::JoinSet;
 
 use super::fetch::Fetcher;
-use super::log::{Head, Shared, Tiles};
+use super::head::Head;
+use super::log::Shared;
+use super::read::Tiles;
 use crate::store::WitnessStatus;
 use crate::tlog::{LogKey, SignedCheckpoint, WitnessKey, prove_consistency};
 

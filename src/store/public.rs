@@ -203,8 +203,8 @@ pub trait PublicDatabase: Send + Sync {
     /// How it is.
     fn status(&self) -> RegistryStatus;
 
-    /// The newest checkpoint, which covers every acknowledged record; with cosignatures, if witnesses are asked. `None` before
-    /// the first one could be signed.
+    /// The newest checkpoint that is published: it covers every acknowledged record, unless witnesses are asked, whose cosignatures it
+    /// waits for a moment. Never an older one than before. `None` before the first one could be signed.
     async fn checkpoint(&self) -> Result<Option<SignedCheckpoint>, StoreError>;
 
     /// The proof that the record at that place is in the tree of the newest checkpoint; `None` if there is no such record.

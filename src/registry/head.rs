@@ -1,0 +1,66 @@
+//! A picture of the log that never changes: what readers get, and what the sequencer puts the next one beside.
+
+use std::sync::Arc;
+
+use super::files::{EdgeFile, KIND, SignedSize};
+use crate::store::{DeviceRecord, StoreError, UniqueKey};
+use crate::tlog::{FullTile, SignedCheckpoint, Tree};
+
+/// The log at one moment: a tree, the checkpoint of it, and the entries that are not in full bundles.
+#[derive(Clone)]
+pub(super) struct Head {
+    pub(super) tree: Tree,
+    pub(super) checkpoint: Option<SignedCheckpoint>,
+    /// The index of the first of `recent`; everything below is in full bundles.
+    pub(super) base: u64,
+    pub(super) recent: Vec<Arc<Entry>>,
+    /// The checkpoints that were the first to cover them.
+    pub(super) signed: Vec<SignedSize>,
+    /// Tiles that are full and may not be files yet.
+    pub(super) filled: Vec<FullTile>,
+    /// So many entries are in the index.
+    pub(super) indexed: u64,
+}
+
+/// An entry in memory.
+pub(super) struct Entry {
+    pub(super) octets: Vec<u8>,
+    pub(super) keys: Vec<UniqueKey>,
+}
+
+impl Entry {
+    pub(super) fn read(octets: Vec<u8>, index: u64) -> Result<Arc<Self>, StoreError> {
+        let record = DeviceRecord::from_bytes(&octets).map_err(|e| damaged(index, e))?;
+        Ok(Arc::new(Self { keys: UniqueKey::of_record(&record), octets }))
+    }
+}
+
+impl Head {
+    pub(super) fn recent(&self, index: u64) -> Option<&Arc<Entry>> {
+        self.recent.get(usize::try_from(index.checked_sub(self.base)?).ok()?)
+    }
+
+    /// The newest entry with that value among those that the index may not have yet.
+    pub(super) fn find_recent(&self, key: &UniqueKey) -> Option<u64> {
+        let from = usize::try_from(self.indexed.saturating_sub(self.base)).unwrap_or(usize::MAX);
+        let unindexed = self.recent.iter().enumerate().skip(from);
+        let found = unindexed.rev().find(|(_, entry)| entry.keys.contains(key));
+        found.map(|(at, _)| self.base + at as u64)
+    }
+}
+
+impl super::files::Found {
+    /// The picture that readers get, with nothing in the index yet, and where the next batch goes.
+    pub(super) fn into_head(self) -> Result<(Head, EdgeFile), StoreError> {
+        let base = self.edge.base();
+        let recent = (base..).zip(self.entries).map(|(index, octets)| Entry::read(octets, index));
+        let recent = recent.collect::<Result<Vec<_>, _>>()?;
+        let (tree, checkpoint, signed, filled) = (self.tree, self.checkpoint, self.signed, Vec::new());
+        Ok((Head { tree, checkpoint, base, recent, signed, filled, indexed: 0 }, self.edge))
+    }
+}
+
+/// An entry that is not what was written.
+pub(super) fn damaged(index: u64, cause: impl ToString) -> StoreError {
+    StoreError::Damaged { store: KIND.name, what: format!("entry {index}"), cause: cause.to_string() }
+}

@@ -1,0 +1,184 @@
+//! Reading the log while it grows: entries by what is unique of them, proofs, tiles.
+
+use super::files::BUNDLE;
+use super::head::{Head, damaged};
+use super::log::{FOUND_WITHIN, Shared};
+use crate::store::{Location, PublishedRecord, StoreError, UniqueKey};
+use crate::tlog::{
+    HashSource, LogKey, LogProof, SignedCheckpoint, TileId, TileKind, TlogError, Tree, UnsignedCheckpoint, bundle,
+    prove_inclusion,
+};
+
+impl Shared {
+    /// Where the newest entries with these values are. What is just being published, or failed in a way that may have left it on the
+    /// disk, is waited for: whoever gives a device up must not be told that it is not public.
+    pub(super) async fn find(&self, keys: Vec<UniqueKey>) -> Result<Vec<Option<Found>>, StoreError> {
+        let mut doubted = self.doubted.subscribe();
+        let settled = doubted.wait_for(|doubted| keys.iter().all(|key| !doubted.contains(key)));
+        if tokio::time::timeout(FOUND_WITHIN, settled).await.is_err() {
+            let why = "it is not known yet whether it was published";
+            return Err(self.files.place().failed("looking up a record", why));
+        }
+        self.look_up(keys).await
+    }
+
+    /// The same for the sequencer, which nobody publishes beside.
+    pub(super) async fn look_up(&self, keys: Vec<UniqueKey>) -> Result<Vec<Option<Found>>, StoreError> {
+        // The picture before the index is asked: what is not in it as recent is in the index. The index before the picture is
+        // taken: a new one may know less than the one before it, and the picture tells.
+        let index = self.index().await?;
+        let head = self.head();
+        let recent: Vec<_> = keys.iter().map(|key| head.find_recent(key)).collect();
+        let indexed = match recent.iter().all(Option::is_some) {
+            true => Vec::new(),
+            false => index.find(keys).await?,
+        };
+        let indexed = indexed.into_iter().chain(std::iter::repeat(None));
+        let newest = recent.into_iter().zip(indexed).map(|(recent, indexed)| match recent {
+            Some(index) => Some(Found::Recent(index)),
+            None => indexed.map(Found::Indexed),
+        });
+        Ok(newest.collect())
+    }
+
+    /// The octets of an entry that was found.
+    pub(super) fn octets(&self, found: &Found) -> Result<Vec<u8>, StoreError> {
+        let head = self.head();
+        if let Some(entry) = head.recent(found.index()) {
+            return Ok(entry.octets.clone());
+        }
+        let failed = |e: std::io::Error| self.files.failed("reading an entry", &e);
+        let number = found.index() / BUNDLE;
+        match found {
+            Found::Indexed(at) => self.files.part(number, at.offset, at.length).map_err(failed),
+            Found::Recent(index) => {
+                let octets = self.files.full(TileId::full(TileKind::Entries, number)).map_err(failed)?;
+                let at = usize::try_from(index % BUNDLE).unwrap_or(0);
+                let entry = bundle::entries(&octets).nth(at).transpose().map_err(|e| damaged(*index, e))?;
+                entry.map(<[u8]>::to_vec).ok_or_else(|| damaged(*index, "its bundle ends before it"))
+            }
+        }
+    }
+
+    pub(super) fn record(&self, found: &Found) -> Result<PublishedRecord, StoreError> {
+        let octets = self.octets(found)?;
+        PublishedRecord::from_octets(found.index(), octets).map_err(|e| damaged(found.index(), e))
+    }
+
+    /// The proof that the tree of the first checkpoint with the entry has it; against the newest one if that was not kept.
+    pub(super) fn receipt(&self, head: &Head, index: u64, key: &LogKey) -> Result<Option<LogProof>, StoreError> {
+        let Some(newest) = head.checkpoint.as_ref().filter(|newest| index < newest.size()) else { return Ok(None) };
+        let kept = match index >= head.base {
+            true => head.signed.iter().find(|signed| signed.size > index).copied(),
+            false => self.files.first_signed(index).map_err(|e| self.files.failed("reading a checkpoint", &e))?,
+        };
+        let failed = |e: TlogError| self.files.place().failed("proving an entry", e);
+        let Some(kept) = kept.filter(|kept| kept.size <= head.tree.size()) else {
+            return self.prove(head, index, newest).map(Some);
+        };
+        if kept.size == newest.size() {
+            return self.prove(head, index, newest).map(Some);
+        }
+        let tiles = Tiles(self, head);
+        let tree = Tree::read(kept.size, &tiles).map_err(failed)?;
+        let unsigned = UnsignedCheckpoint::new(key.origin(), kept.size, tree.root()).map_err(failed)?;
+        let first = match unsigned.signed(key, &kept.signature) {
+            Ok(first) => first,
+            Err(error) => {
+                tracing::error!(index, %error, "the checkpoint that first covered an entry is damaged; the newest one takes its place");
+                return self.prove(head, index, newest).map(Some);
+            }
+        };
+        let hashes = prove_inclusion(&tree, index, &tiles).map_err(failed)?;
+        Ok(Some(LogProof::new(index, hashes, &first)))
+    }
+
+    /// The proof that the tree of that checkpoint, which is the picture's or an older one, has the entry.
+    pub(super) fn prove(&self, head: &Head, index: u64, checkpoint: &SignedCheckpoint) -> Result<LogProof, StoreError> {
+        let tiles = Tiles(self, head);
+        let older = |size| Tree::read(size, &tiles);
+        let proven = match checkpoint.size() {
+            size if size == head.tree.size() => prove_inclusion(&head.tree, index, &tiles),
+            size => older(size).and_then(|tree| prove_inclusion(&tree, index, &tiles)),
+        };
+        let hashes = proven.map_err(|e| self.files.place().failed("proving an entry", e))?;
+        Ok(LogProof::new(index, hashes, checkpoint))
+    }
+
+    /// A tile as the tree of that picture has it.
+    pub(super) fn tile(&self, head: &Head, tile: TileId) -> Result<Option<Vec<u8>>, StoreError> {
+        let widest = TileId::in_tree(tile.kind(), tile.index(), head.tree.size());
+        if widest.is_none_or(|widest| widest.width() < tile.width()) {
+            return Ok(None);
+        }
+        let failed = |e: std::io::Error| self.files.failed("reading a tile", &e);
+        let width = usize::from(tile.width());
+        match tile.kind() {
+            TileKind::Hashes(_) => {
+                let mut hashes = match head.tree.partial(tile) {
+                    Some(hashes) => hashes.to_vec(),
+                    None => self.hashes(head, tile).map_err(failed)?,
+                };
+                hashes.truncate(width * 32);
+                Ok(Some(hashes))
+            }
+            TileKind::Entries => {
+                let first = tile.index() * BUNDLE;
+                if first >= head.base {
+                    return Ok(Some(recent_bundle(head, first, width)));
+                }
+                let octets = self.files.full(tile).map_err(failed)?;
+                let damaged = |e| damaged(first, e);
+                let length = bundle::entries(&octets).take(width).map(|entry| entry.map(|e| e.len() + bundle::HEAD));
+                let length = length.sum::<Result<usize, _>>().map_err(damaged)?;
+                Ok(octets.get(..length).map(<[u8]>::to_vec))
+            }
+        }
+    }
+
+    /// A full tile of hashes. One that was filled a moment ago may not be a file yet.
+    fn hashes(&self, head: &Head, tile: TileId) -> std::io::Result<Vec<u8>> {
+        match head.filled.iter().find(|filled| filled.id == tile.as_full()) {
+            Some(filled) => Ok(filled.hashes.clone()),
+            None => self.files.full(tile),
+        }
+    }
+}
+
+fn recent_bundle(head: &Head, first: u64, width: usize) -> Vec<u8> {
+    let mut octets = Vec::new();
+    for entry in (first..).take(width).filter_map(|index| head.recent(index)) {
+        // An entry over the limit never becomes one.
+        let _ = bundle::push(&mut octets, &entry.octets);
+    }
+    octets
+}
+
+/// An entry that was found, and how.
+#[derive(Clone, Copy)]
+pub(super) enum Found {
+    Recent(u64),
+    Indexed(Location),
+}
+
+impl Found {
+    pub(super) const fn index(&self) -> u64 {
+        match self {
+            Self::Recent(index) => *index,
+            Self::Indexed(location) => location.index,
+        }
+    }
+}
+
+/// The tiles of a picture.
+pub(super) struct Tiles<'a>(pub(super) &'a Shared, pub(super) &'a Head);
+
+impl HashSource for Tiles<'_> {
+    fn tile(&self, tile: TileId) -> Result<Vec<u8>, String> {
+        match self.0.tile(self.1, tile) {
+            Ok(Some(hashes)) => Ok(hashes),
+            Ok(None) => Err(format!("{tile} is not there")),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+}

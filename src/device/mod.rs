@@ -25,7 +25,7 @@ pub use flash::Flash;
 
 use std::path::PathBuf;
 
-use crate::keys::{DevicePrivateKey, PublicKey};
+use crate::keys::{DevicePrivateKey, PublicKey, sha256};
 use crate::names::{ChipId, DeviceIdentity, ProfileName, SessionId};
 use crate::package::cbor::{CborError, Reader, Writer};
 use crate::package::{
@@ -141,6 +141,15 @@ pub struct Installed {
     pub master_key_version: u32,
 }
 
+/// A receipt that proves its own device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VerifiedReceipt {
+    /// Where the record is, and in which tree.
+    pub proof: VerifiedProof,
+    /// The SHA-256 of the record.
+    pub record_hash: [u8; 32],
+}
+
 /// A chip with its flash.
 pub struct Device {
     chip: Chip,
@@ -251,17 +260,11 @@ impl Device {
     ///
     /// # Errors
     /// If the flash cannot be read, or the receipt proves something else.
-    pub fn verify_receipt(&self, published: u64, proof: &[u8]) -> Result<Option<VerifiedProof>, DeviceError> {
+    pub fn verify_receipt(&self, published: u64, proof: &[u8]) -> Result<Option<VerifiedReceipt>, DeviceError> {
         let Some(log) = &self.chip.rom.log else { return Ok(None) };
-        Ok(Some(LogProof::from_bytes(proof)?.verify(&self.record_octets(published)?, log)?))
-    }
-
-    /// The octets of the record that this device must have in the public database, if it was published then.
-    ///
-    /// # Errors
-    /// If the flash cannot be read.
-    pub fn record_octets(&self, published: u64) -> Result<Vec<u8>, DeviceError> {
-        self.record(published)?.to_bytes().map_err(|e| DeviceError::Damaged(e.to_string()))
+        let record = self.record(published)?.to_bytes().map_err(|e| DeviceError::Damaged(e.to_string()))?;
+        let proof = LogProof::from_bytes(proof)?.verify(&record, log)?;
+        Ok(Some(VerifiedReceipt { proof, record_hash: sha256(&record) }))
     }
 
     /// The record of this device as it must be in the public database, put together from what the device holds.

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 
 use super::*;
-use crate::keys::{KeyKind, PublicKey, SignatureAlgorithm, ecdsa_fixed_from_der, generate_p256};
+use crate::keys::{KeyKind, PublicKey, SignatureAlgorithm, ecdsa_fixed_from_der, generate_p256, sha256};
 use crate::package::samples::{chip, pair, session, symmetric_key};
 use crate::package::{
     BackupFormat, BackupPackage, BackupRules, CertificateChain, ConfirmationKey, TransportCurve, seal,
@@ -349,7 +349,9 @@ fn a_device_believes_the_receipt_of_its_own_record_and_no_other() {
     let checkpoint = log.checkpoint(&tree);
     let no_tiles = NoTiles;
     let proof = |index| LogProof::new(index, prove_inclusion(&tree, index, &no_tiles).unwrap(), &checkpoint).to_bytes();
-    let proven = device.verify_receipt(77, &proof(1)).unwrap().unwrap();
+    let receipt = device.verify_receipt(77, &proof(1)).unwrap().unwrap();
+    assert_eq!(receipt.record_hash, sha256(&own));
+    let proven = receipt.proof;
     assert_eq!((proven.index, proven.checkpoint.size()), (1, 3));
 
     let refused = |published, proof: &[u8]| {

@@ -12,7 +12,6 @@ use super::journal::Receipt;
 use super::orders::Order;
 use super::retry::{CallFailure, Patience};
 use crate::device::{Delivery, Device, DeviceError, Fab};
-use crate::keys::sha256;
 use crate::names::SessionId;
 use crate::package::TransportCurve;
 use crate::proto::assemble_response::Delivery as Delivered;
@@ -287,8 +286,8 @@ impl Station {
             let device = fab.device(&chip, None)?;
             if let Some(verified) = device.verify_receipt(proven.published, &proven.proof)? {
                 // What the daemon says beside the proof must be what the proof proves.
-                let hash = hex::encode(sha256(&device.record_octets(proven.published)?));
-                if (verified.index, &hash) != (proven.receipt.record_index, &proven.receipt.record_hash) {
+                let hash = hex::encode(verified.record_hash);
+                if (verified.proof.index, &hash) != (proven.receipt.record_index, &proven.receipt.record_hash) {
                     let problem = "the receipt says another place or hash than its proof".to_owned();
                     return Err(Failure::Answer("Complete", problem));
                 }

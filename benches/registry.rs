@@ -8,6 +8,8 @@
 #[path = "../tests/daemon/site.rs"]
 mod site;
 
+#[path = "common/load.rs"]
+mod load;
 #[path = "common/signer.rs"]
 mod signer;
 
@@ -29,8 +31,8 @@ use spp::registry::{
     CheckpointSigner as _, LogSettings, StoreDirectory, TransparencyLog, VerifyOptions, export, reindex, verify,
 };
 use spp::store::{DeviceRecord, PublicDatabase, StoreOptions, UniqueKey};
-use tonic::transport::Channel;
 
+use load::{measure, percentile};
 use signer::Signer;
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
@@ -143,8 +145,7 @@ async fn proofs(log: &dyn PublicDatabase, count: u64) -> Result<(), Failure> {
     }
     for (what, mut times) in [("proof", proofs), ("receipt", receipts), ("record by chip", finds)] {
         times.sort_unstable();
-        let at = |percent: usize| times.get(times.len() * percent / 100).copied().unwrap_or_default();
-        println!("{what:15} p50 {:.0?}, p99 {:.0?}", at(50), at(99));
+        println!("{what:15} p50 {:.0?}, p99 {:.0?}", percentile(&times, 50), percentile(&times, 99));
     }
     Ok(())
 }
@@ -232,60 +233,44 @@ async fn reads() -> Result<(), Failure> {
     let chips =
         report.lines().skip(1).filter_map(|line| hex::decode(line.split(',').nth(column)?.trim_matches('"')).ok());
     let chips: Arc<Vec<Vec<u8>>> = Arc::new(chips.collect());
-    let mut channels = Vec::new();
+    let mut clients = Vec::new();
     for _ in 0..8 {
-        channels.push(site.connect(site.public, site.public_tls()).await?);
+        clients.push(RecoveryClient::new(site.connect(site.public, site.public_tls()).await?));
     }
     println!("one machine for daemon, SoftHSM and reader; {} devices, 8 connections, 64 in flight", chips.len());
-    let of = Arc::clone(&chips);
-    read("GetRecord", &channels, move |client, n| {
-        let chip_id = of[n % of.len()].clone();
-        Box::pin(async move { client.get_record(GetRecordRequest { chip_id }).await.is_ok() })
+    let client = move |n: u64| clients[n as usize % clients.len()].clone();
+    let (client_of, of) = (client.clone(), Arc::clone(&chips));
+    read("GetRecord", move |n| {
+        let (mut client, chip_id) = (client_of(n), of[n as usize % of.len()].clone());
+        async move { Ok(client.get_record(GetRecordRequest { chip_id }).await.map(drop)?) }
     })
     .await?;
-    read("GetProof", &channels, move |client, n| {
-        let record = Some(Record::RecordIndex((n % DEVICES as usize) as u64));
-        Box::pin(async move { client.get_proof(GetProofRequest { record }).await.is_ok() })
+    let client_of = client.clone();
+    read("GetProof", move |n| {
+        let (mut client, record) = (client_of(n), Some(Record::RecordIndex(n % u64::from(DEVICES))));
+        async move { Ok(client.get_proof(GetProofRequest { record }).await.map(drop)?) }
     })
     .await?;
-    read("unknown chip", &channels, |client, n| {
-        let chip_id = [&[9; 8][..], &n.to_be_bytes()].concat();
-        Box::pin(async move { client.get_record(GetRecordRequest { chip_id }).await.is_err() })
+    read("unknown chip", move |n| {
+        let (mut client, chip_id) = (client(n), [&[9; 8][..], &n.to_be_bytes()].concat());
+        async move {
+            match client.get_record(GetRecordRequest { chip_id }).await {
+                Err(status) if status.code() == tonic::Code::NotFound => Ok(()),
+                other => Err(format!("it is unknown, and yet: {other:?}").into()),
+            }
+        }
     })
     .await
 }
 
-type Call<'a> = std::pin::Pin<Box<dyn Future<Output = bool> + Send + 'a>>;
-
-async fn read<F>(what: &str, channels: &[Channel], call: F) -> Result<(), Failure>
+async fn read<F, O>(what: &str, call: F) -> Result<(), Failure>
 where
-    F: for<'a> Fn(&'a mut RecoveryClient<Channel>, usize) -> Call<'a> + Clone + Send + Sync + 'static,
+    F: Fn(u64) -> O + Clone + Send + 'static,
+    O: Future<Output = Result<(), Failure>> + Send,
 {
-    let end = Instant::now() + RUN;
-    let next = Arc::new(AtomicU64::new(0));
-    let tasks = (0..64).map(|task: usize| {
-        let mut client = RecoveryClient::new(channels[task % channels.len()].clone());
-        let (call, next) = (call.clone(), Arc::clone(&next));
-        tokio::spawn(async move {
-            let mut times = Vec::new();
-            while Instant::now() < end {
-                let n = usize::try_from(next.fetch_add(1, Relaxed))?;
-                let begun = Instant::now();
-                if !call(&mut client, n).await {
-                    return Err("a call had another answer".into());
-                }
-                times.push(begun.elapsed());
-            }
-            Ok::<_, Failure>(times)
-        })
-    });
-    let mut all = Vec::new();
-    for task in tasks.collect::<Vec<_>>() {
-        all.extend(task.await??);
-    }
-    all.sort_unstable();
-    let at = |percent: usize| all.get(all.len() * percent / 100).copied().unwrap_or_default();
-    println!("{what:15} {:6.0}/s, p50 {:.1?}, p99 {:.1?}", all.len() as f64 / RUN.as_secs_f64(), at(50), at(99));
+    let times = measure(64, RUN, call).await?;
+    let (per_second, at) = (times.len() as f64 / RUN.as_secs_f64(), |percent| percentile(&times, percent));
+    println!("{what:15} {per_second:6.0}/s, p50 {:.1?}, p99 {:.1?}", at(50), at(99));
     Ok(())
 }
 

@@ -2,13 +2,14 @@
 //!
 //! DIR should be on the disk that the daemon will use: nearly all of the time is the disk's sync.
 
+#[path = "common/load.rs"]
+mod load;
 #[path = "common/signer.rs"]
 mod signer;
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use spp::keys::SignatureAlgorithm;
 use spp::names::{ChipId, SessionId};
@@ -18,6 +19,7 @@ use spp::store::{
     SecretStore, Session, SessionState, SledStateStore, StateName, StateStore, StoreOptions,
 };
 
+use load::{measure, percentile};
 use signer::Signer;
 
 const RUN: Duration = Duration::from_secs(5);
@@ -34,14 +36,14 @@ async fn main() -> Result<(), Failure> {
         let store = Arc::new(SledStateStore::create(&dir, &StoreOptions::default())?);
         store.plan_batch(Purpose::Sessions, Keeping::Wrapped, 0, 0).await?;
         store.step_batch(1, BatchStep::Open).await?;
-        let devices = measure(callers, move |n| {
+        let devices = measure(callers, RUN, move |n| {
             let store = store.clone();
             async move { way_of_one_device(&*store, n).await }
         });
         report("way of one device (4 commits)", callers, 4, devices.await?);
 
         let public: Arc<dyn PublicDatabase> = Arc::new(open_public(base.path(), callers).await?);
-        let records = measure(callers, move |n| {
+        let records = measure(callers, RUN, move |n| {
             let public = public.clone();
             async move { Ok(public.publish(&record(n)?).await.map(drop)?) }
         });
@@ -50,35 +52,9 @@ async fn main() -> Result<(), Failure> {
     Ok(())
 }
 
-async fn measure<F, O>(callers: u64, work: F) -> Result<Vec<Duration>, Failure>
-where
-    F: Fn(u64) -> O + Clone + Send + 'static,
-    O: Future<Output = Result<(), Failure>> + Send,
-{
-    let (next, end) = (Arc::new(AtomicU64::new(0)), Instant::now() + RUN);
-    let tasks = (0..callers).map(|_| {
-        let (work, next) = (work.clone(), next.clone());
-        tokio::spawn(async move {
-            let mut times = Vec::new();
-            while Instant::now() < end {
-                let begun = Instant::now();
-                work(next.fetch_add(1, Relaxed)).await?;
-                times.push(begun.elapsed());
-            }
-            Ok::<_, Failure>(times)
-        })
-    });
-    let mut all = Vec::new();
-    for task in tasks.collect::<Vec<_>>() {
-        all.extend(task.await??);
-    }
-    all.sort_unstable();
-    Ok(all)
-}
-
 fn report(what: &str, callers: u64, commits: u32, times: Vec<Duration>) {
     let per_second = f64::from(u32::try_from(times.len()).unwrap_or(u32::MAX)) / RUN.as_secs_f64();
-    let at = |percent: usize| times.get(times.len() * percent / 100).copied().unwrap_or_default();
+    let at = |percent| percentile(&times, percent);
     println!(
         "{what:32} {callers:3} callers: {per_second:8.0}/s, {:8.0} commits/s, p50 {:.2?}, p99 {:.2?}",
         per_second * f64::from(commits),

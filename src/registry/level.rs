@@ -1,4 +1,5 @@
-//! The sequencer keeps the index level with the files: behind each batch, at the start, and anew where it is missing or damaged.
+//! The sequencer keeps the index level with the files: when nobody waits or a bundle is full, at the start, and anew where it is missing
+//! or damaged. It can be made from the files again and look-ups know the newest entries without it, so no device waits for it.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -65,6 +65,10 @@ impl Sequencer {
 
     /// A batch: full, or everybody who is on the way is in it, or its first has waited long enough.
     async fn collect(&mut self, queue: &mut mpsc::Receiver<Waiting>) -> Option<Vec<Waiting>> {
+        let head = self.shared.head();
+        if queue.is_empty() && head.indexed < head.tree.size() {
+            self.index(&mut Head::clone(&head)).await;
+        }
         let first = loop {
             if self.shared.head().checkpoint.is_some() {
                 break queue.recv().await?;
@@ -135,10 +139,11 @@ impl Sequencer {
         // 6. Those who waited are told.
         let first = head.tree.size();
         answer(new, |at, new| Ok(publication(first + at as u64, &new.record, &new.entry.octets)));
-        // 7. The index can be made from the files again, so it comes after the answers; look-ups know the newest entries without.
-        self.index(&mut grown).await;
-        // 8. Bundles that are full become files of their own.
-        self.turn_over(grown).await
+        // 7. Bundles that are full become files of their own.
+        match grown.recent.len() < BUNDLE as usize {
+            true => Ok(()),
+            false => self.turn_over(grown).await,
+        }
     }
 
     /// The new ones among those that wait; everybody else is answered.
@@ -229,9 +234,8 @@ impl Sequencer {
     }
 
     async fn turn_over(&mut self, mut head: Head) -> Result<(), Away> {
-        if head.recent.len() < BUNDLE as usize {
-            return Ok(());
-        }
+        // What leaves the picture is found by the index alone.
+        self.index(&mut head).await;
         let Some(mut edge) = self.edge.take() else { return Err(Away::Failed("the edge is not open".into())) };
         let mut entries: Vec<_> = head.recent.iter().map(|entry| entry.octets.clone()).collect();
         let (checkpoint, signed) = (head.checkpoint.clone(), head.signed.clone());

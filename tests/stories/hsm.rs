@@ -59,12 +59,10 @@ async fn nothing_is_signed_without_a_journaled_intent() {
 
 /// kill -9, and no token to start on.
 fn lose_the_hsm_after(point: &Point<'_>, write: Write) {
-    let (tokens, pid) = (point.house.tokens(), point.house.worker_pid_file());
+    let (tokens, worker) = (point.house.tokens(), point.house.worker());
     point.faults.after(write, move || {
         std::fs::rename(&tokens, tokens.with_extension("away")).unwrap();
-        let pid = std::fs::read_to_string(pid).unwrap();
-        let killed = std::process::Command::new("kill").args(["-9", pid.trim()]).status().unwrap();
-        assert!(killed.success());
+        worker.kill();
     });
 }
 

@@ -82,8 +82,21 @@ impl House {
         self.site.path("hsm/tokens")
     }
 
-    pub fn worker_pid_file(&self) -> PathBuf {
-        self.site.path("worker.pid")
+    pub fn worker(&self) -> Worker {
+        Worker { pid_file: self.site.path("worker.pid") }
+    }
+}
+
+/// The HSM's worker process, whichever it is by then.
+pub struct Worker {
+    pid_file: PathBuf,
+}
+
+impl Worker {
+    /// kill -9. One that noticed that its token is gone may have ended by itself.
+    pub fn kill(&self) {
+        let pid = std::fs::read_to_string(&self.pid_file).unwrap();
+        let _ = std::process::Command::new("kill").args(["-9", pid.trim()]).status();
     }
 }
 

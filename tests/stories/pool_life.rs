@@ -21,7 +21,7 @@ async fn a_worker_that_dies_while_it_makes_pairs_on_the_token_leaves_none_behind
     let point = house.point_with(rules(Keeping::Hsm, 120));
     for milliseconds in [150, 250, 350] {
         tokio::time::sleep(Duration::from_millis(milliseconds)).await;
-        kill_worker(&house);
+        house.worker().kill();
         house.hsm.ready(Duration::from_secs(30)).await.unwrap();
     }
     point.filled(120).await;
@@ -102,11 +102,6 @@ async fn a_pair_that_rotted_on_the_disk_costs_one_call() {
     device.assemble(&point).await.unwrap_err();
     device.walk(&point).await;
     OnTheLine::new(&house, Kind::Pooled, 2).walk(&point).await;
-}
-
-fn kill_worker(house: &House) {
-    let pid = std::fs::read_to_string(house.worker_pid_file()).unwrap();
-    let _ = std::process::Command::new("kill").args(["-9", pid.trim()]).status();
 }
 
 /// What is not configured any more is still told, and ends when it is used up.

@@ -119,7 +119,7 @@ impl Hsm {
 
     async fn attempt(&self, attempts: u32, operation: impl Fn() -> Operation) -> Result<Answer, HsmError> {
         let operations = || vec![operation()];
-        let (mut answers, _) = self.call_within(Lane::Background, BACKGROUND_LIMIT, attempts, operations).await?;
-        answers.next()
+        self.call_within(Lane::Background, BACKGROUND_LIMIT, attempts, operations, |mut answers, _| answers.next())
+            .await
     }
 }

@@ -134,14 +134,14 @@ impl Verbs {
 
     /// A new or destroyed token object must be so after a power loss, too.
     pub(super) fn sync_objects(&self, since: SystemTime) -> Result<(), Failure> {
-        let Some(directory) = &self.shared.sync_directory else { return Ok(()) };
+        let Some(directory) = &self.shared.module.sync_directory else { return Ok(()) };
         sync_changed(directory, since)
             .map_err(|e| Failure::new(FailureClass::Transient, format!("syncing {}: {e}", directory.display())))
     }
 
     /// How a private key of this kind is kept on the token.
     fn class_of(&self, kind: KeyKind) -> ObjectClass {
-        if self.shared.unwrappable.contains(&kind) { ObjectClass::SECRET_KEY } else { ObjectClass::PRIVATE_KEY }
+        if self.shared.module.unwrappable.contains(&kind) { ObjectClass::SECRET_KEY } else { ObjectClass::PRIVATE_KEY }
     }
 
     /// Destroys an object if it is there, and looks again: it must be gone.

@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use zeroize::Zeroizing;
 
 use super::failure::{Failure, FailureClass};
+use super::statistics::CallStatistics;
 use super::token::TokenIdentity;
 use super::transport::TransportKey;
 use super::wire::{self, Answer, Lane, Operation, Reply, Request, Started};
@@ -25,6 +26,8 @@ pub(crate) struct Counters {
     /// Keys of the register that no worker is to look for any more.
     pub(crate) destroyed: Mutex<BTreeSet<KeyName>>,
     pub(crate) starts: AtomicU64,
+    /// What was asked of workers, by verb, and what came of it.
+    pub(crate) calls: CallStatistics,
     /// Calls of the line that were answered.
     pub(crate) answered: AtomicU64,
     /// What was done by workers, each pair of a batch counted, to replace those that leak.
@@ -39,11 +42,14 @@ pub(crate) struct Connection {
     pub(crate) transport: TransportKey,
     pub(crate) module: String,
     pub(crate) token: TokenIdentity,
+    /// Why the worker must be replaced, once somebody says so.
+    condemned: watch::Sender<Option<String>>,
 }
 
 /// A call that is with the worker.
 struct Waiting {
     lane: Lane,
+    verbs: Vec<&'static str>,
     since: Instant,
     waiter: oneshot::Sender<Result<Vec<Answer>, Failure>>,
 }
@@ -61,10 +67,15 @@ impl Pending {
     }
 
     /// The receiver of the answer; it ends at once if the worker has ended.
-    fn wait_for(&self, id: u64, lane: Lane) -> oneshot::Receiver<Result<Vec<Answer>, Failure>> {
+    fn wait_for(
+        &self,
+        id: u64,
+        lane: Lane,
+        verbs: Vec<&'static str>,
+    ) -> oneshot::Receiver<Result<Vec<Answer>, Failure>> {
         let (waiter, answer) = oneshot::channel();
         if let Some(map) = self.map().as_mut() {
-            map.insert(id, Waiting { lane, since: Instant::now(), waiter });
+            map.insert(id, Waiting { lane, verbs, since: Instant::now(), waiter });
         }
         answer
     }
@@ -101,9 +112,10 @@ pub(super) fn connect(
     let (closing, closed) = oneshot::channel();
     let pending = Arc::new(Pending::new());
     tokio::spawn(send_frames(write, frames));
-    tokio::spawn(receive_replies(read, Arc::clone(&pending), counters, closing));
-    let next_id = AtomicU64::new(1);
-    (Connection { outgoing, pending, next_id, transport, module: started.module, token: started.token }, closed)
+    let (condemned, _) = watch::channel(None);
+    tokio::spawn(receive_replies(read, Arc::clone(&pending), counters, condemned.clone(), closing));
+    let (next_id, Started { module, token, .. }) = (AtomicU64::new(1), started);
+    (Connection { outgoing, pending, next_id, transport, module, token, condemned }, closed)
 }
 
 async fn send_frames(mut write: OwnedWriteHalf, mut frames: mpsc::Receiver<Zeroizing<Vec<u8>>>) {
@@ -118,8 +130,10 @@ async fn receive_replies(
     mut read: BufReader<OwnedReadHalf>,
     pending: Arc<Pending>,
     counters: Arc<Counters>,
+    condemned: watch::Sender<Option<String>>,
     closing: oneshot::Sender<String>,
 ) {
+    let mut failures = Failures::default();
     let why = loop {
         let body = match read_frame(&mut read).await {
             Ok(Some(body)) => body,
@@ -131,7 +145,11 @@ async fn receive_replies(
             Err(e) => break format!("it sent what cannot be read: {e}"),
         };
         counters.operations.fetch_add(reply.result.as_ref().map_or(1, |answers| weight(answers)), Ordering::Relaxed);
+        if let Some(why) = failures.count(reply.result.as_ref().err()) {
+            condemned.send_if_modified(|condemned| condemned.replace(why).is_none());
+        }
         if let Some(call) = pending.take(reply.id) {
+            counters.calls.count(&call.verbs, &reply);
             if call.lane == Lane::Line {
                 counters.answered.fetch_add(1, Ordering::Relaxed);
             }
@@ -140,6 +158,31 @@ async fn receive_replies(
     };
     pending.close();
     let _ = closing.send(why);
+}
+
+/// Calls that failed with none in between that did not. A module that only fails is helped by a new worker, whatever it says.
+#[derive(Default)]
+struct Failures {
+    count: u32,
+    first: Option<Instant>,
+}
+
+impl Failures {
+    /// So many in a row, over so long.
+    const LIMIT: (u32, Duration) = (8, Duration::from_secs(1));
+
+    /// Why the worker must be replaced, if it must.
+    fn count(&mut self, failure: Option<&Failure>) -> Option<String> {
+        let Some(failure) = failure else {
+            *self = Self::default();
+            return None;
+        };
+        self.count += 1;
+        let since = self.first.get_or_insert_with(Instant::now).elapsed();
+        let (count, long) = Self::LIMIT;
+        (self.count >= count && since >= long)
+            .then(|| format!("{} calls failed one after the other; the last: {}", self.count, failure.message))
+    }
 }
 
 /// What a request counts for in a worker's life.
@@ -162,6 +205,7 @@ impl Connection {
     ) -> Option<Result<Vec<Answer>, Failure>> {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let budget_ms = u32::try_from(until.saturating_duration_since(Instant::now()).as_millis()).unwrap_or(u32::MAX);
+        let verbs = operations.iter().map(Operation::verb).collect();
         let frame = wire::frame(&Request { id, lane, budget_ms, operations });
         let frame = match frame {
             Ok(frame) => frame,
@@ -169,9 +213,21 @@ impl Connection {
         };
         // Only what is on its way to the worker is waited for: a call that is given up before must not look like a hang.
         let place = self.outgoing.reserve().await.ok()?;
-        let answer = self.pending.wait_for(id, lane);
+        let answer = self.pending.wait_for(id, lane, verbs);
         place.send(frame);
         answer.await.ok()
+    }
+
+    /// Has the worker replaced: what it answers is not right.
+    pub(crate) fn condemn(&self, why: &str) {
+        self.condemned.send_if_modified(|condemned| condemned.replace(why.to_owned()).is_none());
+    }
+
+    /// Resolves once the worker must be replaced, and says why.
+    pub(crate) async fn condemned(&self) -> String {
+        let mut condemned = self.condemned.subscribe();
+        let why = condemned.wait_for(Option::is_some).await;
+        why.ok().and_then(|why| why.clone()).unwrap_or_default()
     }
 
     pub(crate) fn in_flight(&self) -> usize {

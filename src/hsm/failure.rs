@@ -1,12 +1,17 @@
-//! What can go wrong with an HSM, in classes that say what helps, and the one table from CKR codes to them.
+//! What can go wrong with an HSM, in classes that say what helps.
 
+use std::collections::BTreeMap;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use cryptoki::error::{Error, RvError};
 use serde::{Deserialize, Serialize};
 
+use super::ckr::meaning;
+
 /// What helps against a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum FailureClass {
     /// Trying again.
     Transient,
@@ -35,16 +40,35 @@ impl Failure {
         Self { class, message: message.into() }
     }
 
-    /// What cryptoki says, with what was being done.
+    /// What cryptoki says, with what was being done, what happened and what to do.
     pub(crate) fn of(doing: &str, error: &Error) -> Self {
-        let (class, hint) = classify(error);
-        let name = match error {
-            Error::Pkcs11(rv, function) => format!("{} in {function:?}", ckr_name(*rv)),
-            other => other.to_string(),
+        let (rv, function) = match error {
+            Error::Pkcs11(rv, function) => (*rv, function),
+            Error::LibraryLoading(cause) => {
+                let message = format!("{doing}: {cause}; check the library path in the module's profile");
+                return Self { class: FailureClass::ModuleLost, message };
+            }
+            other => return Self { class: FailureClass::Rejected, message: format!("{doing}: {other}") },
         };
-        let hint = if hint.is_empty() { String::new() } else { format!("; {hint}") };
-        Self { class, message: format!("{doing}: {name}{hint}") }
+        let name = ckr_name(rv);
+        let known = meaning(&name);
+        let class = known.map_or(FailureClass::Rejected, |meaning| meaning.class);
+        let class = OF_MODULE.get().and_then(|of_module| of_module.get(&name)).copied().unwrap_or(class);
+        let mut message = format!("{doing}: {name} in C_{function:?}");
+        for words in known.iter().flat_map(|meaning| [meaning.happened, meaning.advice]).filter(|w| !w.is_empty()) {
+            message.push_str("; ");
+            message.push_str(words);
+        }
+        Self { class, message }
     }
+}
+
+/// The classes of return values that this process's module means otherwise.
+static OF_MODULE: OnceLock<BTreeMap<String, FailureClass>> = OnceLock::new();
+
+/// From the module's profile, before the module is loaded: a process has one module.
+pub(super) fn learn(of_module: BTreeMap<String, FailureClass>) {
+    let _ = OF_MODULE.set(of_module);
 }
 
 /// Adds what was being done to a result of cryptoki.
@@ -58,62 +82,19 @@ impl<T> Doing<T> for cryptoki::error::Result<T> {
     }
 }
 
-/// `PinIncorrect` → `CKR_PIN_INCORRECT`.
+/// `PinIncorrect` → `CKR_PIN_INCORRECT`; a vendor's value is its number.
 fn ckr_name(rv: RvError) -> String {
-    let camel = format!("{rv:?}");
+    if let RvError::VendorDefined(value) | RvError::UnknownErrorCode(value) = rv {
+        return format!("CKR_{value:#X}");
+    }
     let mut name = String::from("CKR");
-    for c in camel.chars() {
+    for c in format!("{rv:?}").chars() {
         if c.is_ascii_uppercase() {
             name.push('_');
         }
         name.push(c.to_ascii_uppercase());
     }
     name
-}
-
-/// The one table. `GENERAL_ERROR` is what SoftHSM says to a damaged wrapped key too, so it must not cost the worker.
-fn classify(error: &Error) -> (FailureClass, &'static str) {
-    use FailureClass::{ModuleLost, Permanent, Rejected, SessionLost, Transient};
-    let Error::Pkcs11(rv, _) = error else {
-        return match error {
-            Error::LibraryLoading(_) => (ModuleLost, "check the library path in the module's profile"),
-            _ => (Rejected, ""),
-        };
-    };
-    match rv {
-        RvError::PinIncorrect => {
-            (Permanent, "the user PIN is wrong; it is not tried again, since the token could lock")
-        }
-        RvError::PinLocked => (Permanent, "the user PIN is locked; the security officer must unlock it"),
-        RvError::PinInvalid | RvError::PinLenRange => {
-            (Permanent, "the user PIN cannot be one of this token; it is not tried again, since the token could lock")
-        }
-        RvError::PinExpired => (Permanent, "the user PIN has expired; the security officer must set a new one"),
-        RvError::UserPinNotInitialized => (Permanent, "the token has no user PIN; initialise it first"),
-        RvError::SessionHandleInvalid
-        | RvError::SessionClosed
-        | RvError::ObjectHandleInvalid
-        | RvError::KeyHandleInvalid
-        | RvError::WrappingKeyHandleInvalid
-        | RvError::UnwrappingKeyHandleInvalid
-        | RvError::UserNotLoggedIn
-        | RvError::OperationActive
-        | RvError::OperationNotInitialized => (SessionLost, ""),
-        RvError::CryptokiNotInitialized
-        | RvError::DeviceError
-        | RvError::DeviceRemoved
-        | RvError::TokenNotPresent
-        | RvError::TokenNotRecognized
-        | RvError::SlotIdInvalid => (ModuleLost, "the HSM or its token is away"),
-        RvError::GeneralError
-        | RvError::FunctionFailed
-        | RvError::HostMemory
-        | RvError::DeviceMemory
-        | RvError::SessionCount
-        | RvError::FunctionCanceled => (Transient, ""),
-        RvError::MechanismInvalid => (Rejected, "the module does not have this mechanism"),
-        _ => (Rejected, ""),
-    }
 }
 
 /// What a caller of [`super::Hsm`] gets when a verb did not work.
@@ -162,14 +143,37 @@ mod tests {
 
     #[test]
     fn a_wrong_pin_is_permanent_and_a_lost_session_is_not() {
-        let class = |rv| classify(&Error::Pkcs11(rv, cryptoki::context::Function::Login)).0;
+        let of = |rv| Failure::of("logging in", &Error::Pkcs11(rv, cryptoki::context::Function::Login));
         for rv in [RvError::PinIncorrect, RvError::PinInvalid, RvError::PinLenRange, RvError::PinLocked] {
-            assert_eq!(class(rv), FailureClass::Permanent, "{rv:?}");
+            assert_eq!(of(rv).class, FailureClass::Permanent, "{rv:?}");
         }
         for rv in [RvError::SessionHandleInvalid, RvError::KeyHandleInvalid, RvError::WrappingKeyHandleInvalid] {
-            assert_eq!(class(rv), FailureClass::SessionLost, "{rv:?}");
+            assert_eq!(of(rv).class, FailureClass::SessionLost, "{rv:?}");
         }
-        assert_eq!(class(RvError::DeviceRemoved), FailureClass::ModuleLost);
-        assert_eq!(class(RvError::GeneralError), FailureClass::Transient);
+        assert_eq!(of(RvError::DeviceRemoved).class, FailureClass::ModuleLost);
+        assert_eq!(of(RvError::GeneralError).class, FailureClass::Transient);
+        assert_eq!(of(RvError::VendorDefined(0x8000_0001)).class, FailureClass::Rejected);
+        let told = of(RvError::PinIncorrect).message;
+        assert_eq!(
+            told,
+            "logging in: CKR_PIN_INCORRECT in C_Login; the user PIN is wrong; it is not tried again, since the token could \
+             lock: put the right PIN into its file, then `sppctl hsm retry-pin`"
+        );
+    }
+
+    /// cryptoki's names lead to the table.
+    #[test]
+    fn what_the_line_meets_most_has_a_meaning() {
+        for rv in [
+            RvError::FipsSelfTestFailed,
+            RvError::RandomNoRng,
+            RvError::CryptokiNotInitialized,
+            RvError::UnwrappingKeyHandleInvalid,
+            RvError::UserPinNotInitialized,
+            RvError::SlotIdInvalid,
+        ] {
+            assert!(meaning(&ckr_name(rv)).is_some(), "{rv:?}");
+        }
+        assert_eq!(ckr_name(RvError::VendorDefined(0x8000_0001)), "CKR_0x80000001");
     }
 }

@@ -11,6 +11,7 @@ use super::failure::{FailureClass, HsmError};
 use super::kdf::Derivation;
 use super::objects::{public_key, to_x509_form};
 use super::register::KeyRegister;
+use super::statistics::CallStatistic;
 use super::supervisor::{HsmConfig, State, supervise};
 use super::wire::{Answer, Lane, Operation};
 use crate::keys::{DevicePrivateKey, KeptKey, KeyError, KeyKind, PublicKey, SignatureAlgorithm, WrappedKey};
@@ -100,6 +101,8 @@ pub struct HsmStatus {
     pub calls_in_flight: u64,
     /// Calls answered.
     pub calls_answered: u64,
+    /// What was asked of its workers, and what came of it.
+    pub calls: Vec<CallStatistic>,
 }
 
 impl Hsm {
@@ -140,6 +143,7 @@ impl Hsm {
         let mut status = HsmStatus {
             worker_starts: self.counters.starts.load(Ordering::Relaxed),
             calls_answered: self.counters.answered.load(Ordering::Relaxed),
+            calls: self.counters.calls.all(),
             calls_in_flight: self.config.queue.saturating_sub(self.queue.available_permits()) as u64,
             ..HsmStatus::default()
         };
@@ -169,12 +173,21 @@ impl Hsm {
         algorithm: SignatureAlgorithm,
         message: &[u8],
     ) -> Result<Vec<u8>, HsmError> {
-        let (mut answers, _) =
-            self.call(|| vec![Operation::Sign { key: key.clone(), algorithm, message: message.to_vec() }]).await?;
-        match answers.next()? {
-            Answer::Signature(raw) => to_x509_form(algorithm, raw),
-            _ => Err(unexpected()),
-        }
+        let operations = || vec![Operation::Sign { key: key.clone(), algorithm, message: message.to_vec() }];
+        let (_, public) = self
+            .config
+            .keys
+            .signers()
+            .find(|(name, _)| *name == key)
+            .ok_or_else(|| HsmError::Refused(format!("the key {key} is not one of the register that sign")))?;
+        self.call(operations, |mut answers, _| {
+            let Answer::Signature(raw) = answers.next()? else { return Err(unexpected()) };
+            let signature = to_x509_form(algorithm, raw)?;
+            let verified = public.verify(algorithm, message, &signature);
+            verified.map_err(|_| HsmError::Wrong(format!("a signature with {key} that does not verify")))?;
+            Ok(signature)
+        })
+        .await
     }
 
     /// Public randomness of the HSM.
@@ -201,20 +214,22 @@ impl Hsm {
             });
             pair.chain(derive()).chain([Operation::Random { len: random }]).collect()
         };
-        let (mut answers, connection) = self.call(operations).await?;
-        let pair = match &order.pair {
-            Some(PairOrder::Make(kind, wrapping_key)) => {
-                Some(new_pair(*kind, wrapping_key, answers.next()?, &connection)?)
-            }
-            Some(PairOrder::Kept(public, kept)) => {
-                let private = delivered(public, answers.next()?, &connection)?;
-                Some(DeliveredPair { private, kept: kept.clone() })
-            }
-            None => None,
-        };
-        let derived = answers.derived(order.derivations.len())?;
-        let Answer::Random(random) = answers.next()? else { return Err(unexpected()) };
-        Ok(DeviceKeys { pair, derived, random: random.into_secret().expose().clone() })
+        self.call(operations, |mut answers, connection| {
+            let pair = match &order.pair {
+                Some(PairOrder::Make(kind, wrapping_key)) => {
+                    Some(new_pair(*kind, wrapping_key, answers.next()?, connection)?)
+                }
+                Some(PairOrder::Kept(public, kept)) => {
+                    let private = delivered(public, answers.next()?, connection)?;
+                    Some(DeliveredPair { private, kept: kept.clone() })
+                }
+                None => None,
+            };
+            let derived = answers.derived(order.derivations.len())?;
+            let Answer::Random(random) = answers.next()? else { return Err(unexpected()) };
+            Ok(DeviceKeys { pair, derived, random: random.into_secret().expose().clone() })
+        })
+        .await
     }
 
     /// Unwraps and derives what a session has already, in one request.
@@ -224,24 +239,26 @@ impl Hsm {
             let pair = order.pair.iter().map(|(public, kept)| delivery(public, kept));
             pair.chain(derive()).collect()
         };
-        let (mut answers, connection) = self.call(operations).await?;
-        let pair = match &order.pair {
-            Some((public, _)) => Some(delivered(public, answers.next()?, &connection)?),
-            None => None,
-        };
-        Ok(HeldKeys { pair, derived: answers.derived(order.derivations.len())? })
+        self.call(operations, |mut answers, connection| {
+            let pair = match &order.pair {
+                Some((public, _)) => Some(delivered(public, answers.next()?, connection)?),
+                None => None,
+            };
+            Ok(HeldKeys { pair, derived: answers.derived(order.derivations.len())? })
+        })
+        .await
     }
 
     /// Destroys a key on the token; it is gone when this returns.
     pub async fn destroy(&self, key: &KeyName) -> Result<(), HsmError> {
-        let (mut answers, _) = self.call(|| vec![Operation::Destroy { key: key.clone() }]).await?;
-        match answers.next()? {
-            Answer::Destroyed => {
-                self.counters.destroyed.lock().unwrap_or_else(PoisonError::into_inner).insert(key.clone());
-                Ok(())
-            }
+        let operations = || vec![Operation::Destroy { key: key.clone() }];
+        self.call(operations, |mut answers, _| match answers.next()? {
+            Answer::Destroyed => Ok(()),
             _ => Err(unexpected()),
-        }
+        })
+        .await?;
+        self.counters.destroyed.lock().unwrap_or_else(PoisonError::into_inner).insert(key.clone());
+        Ok(())
     }
 
     /// The derivations as operations; a closure, since a retry needs them again.
@@ -273,24 +290,26 @@ impl Hsm {
     }
 
     /// Sends operations to the worker, waits for a new worker if this one is lost, and tries transient failures again, all
-    /// within the deadline. Every operation may be repeated: what a lost worker did is gone with its session objects. Only
+    /// within the deadline. An answer that is not right costs the worker, and the question is asked again. Every operation may be repeated: what a lost worker did is gone with its session objects. Only
     /// a destruction whose answer was lost cannot be told from a key that is missing; it stays an error, for an officer.
-    pub(super) async fn call(
+    pub(super) async fn call<T>(
         &self,
         operations: impl Fn() -> Vec<Operation>,
-    ) -> Result<(Answers, Arc<Connection>), HsmError> {
+        read: impl Fn(Answers, &Connection) -> Result<T, HsmError>,
+    ) -> Result<T, HsmError> {
         let _place = self.queue.try_acquire().map_err(|_| HsmError::Busy { waiting: self.config.queue })?;
-        self.call_within(Lane::Line, self.config.call_timeout, u32::MAX, operations).await
+        self.call_within(Lane::Line, self.config.call_timeout, u32::MAX, operations, read).await
     }
 
     /// The same for either lane, without a place in the line's queue, tried at most so often.
-    pub(super) async fn call_within(
+    pub(super) async fn call_within<T>(
         &self,
         lane: Lane,
         limit: Duration,
         attempts: u32,
         operations: impl Fn() -> Vec<Operation>,
-    ) -> Result<(Answers, Arc<Connection>), HsmError> {
+        read: impl Fn(Answers, &Connection) -> Result<T, HsmError>,
+    ) -> Result<T, HsmError> {
         let until = Instant::now() + limit;
         let mut attempt = 0;
         let mut why = String::new();
@@ -301,7 +320,14 @@ impl Hsm {
             let answer = tokio::time::timeout_at(until.into(), connection.call(lane, operations(), until)).await;
             match answer {
                 Err(_) => return Err(HsmError::Deadline(limit)),
-                Ok(Some(Ok(answers))) => return Ok((Answers(answers.into_iter()), connection)),
+                Ok(Some(Ok(answers))) => match read(Answers(answers.into_iter()), &connection) {
+                    Err(HsmError::Wrong(wrong)) => {
+                        tracing::error!(%wrong, "the HSM gave an answer that is not right; its worker is replaced");
+                        connection.condemn(&wrong);
+                        why = wrong;
+                    }
+                    answer => return answer,
+                },
                 Ok(Some(Err(failure))) => match failure.class {
                     FailureClass::Transient | FailureClass::SessionLost | FailureClass::ModuleLost => {
                         why = failure.message;

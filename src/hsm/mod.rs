@@ -13,6 +13,7 @@
 mod attributes;
 mod background;
 mod batches;
+mod ckr;
 mod connection;
 mod durable;
 mod failure;
@@ -24,6 +25,7 @@ mod objects;
 mod pairs;
 mod pin;
 mod register;
+mod statistics;
 mod supervisor;
 #[cfg(test)]
 mod tests;
@@ -43,5 +45,6 @@ pub use module::ModuleProfile;
 pub use objects::{Ceremony, CreatedKey};
 pub use pin::PinSource;
 pub use register::{CheckpointKey, KeyRegister, MasterKey, SigningKey, SigningUse};
+pub use statistics::{CallStatistic, LATENCY_BOUNDS_US};
 pub use supervisor::HsmConfig;
 pub use token::{TokenIdentity, initialise_token};

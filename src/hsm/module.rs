@@ -3,14 +3,15 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
+use super::failure::FailureClass;
 use super::guard::GuardedFile;
 use crate::config::{Faults, read_toml};
 use crate::keys::KeyKind;
 
 /// What is known of a PKCS#11 module, validated.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ModuleProfile {
     /// The module's name for people.
     pub name: String,
@@ -36,6 +37,10 @@ pub struct ModuleProfile {
     pub token_pairs: u64,
     /// A file that the module rewrites in place, at each login say, so that a kill in the middle would lose it.
     pub guarded_file: Option<GuardedFile>,
+    /// Return values that this module means otherwise than the standard, by name.
+    pub failures: BTreeMap<String, FailureClass>,
+    /// A session that had nothing to do for so long is used once, so that neither it nor the login is ended.
+    pub keep_alive: std::time::Duration,
     /// After so many requests the worker is replaced; 0 = never.
     pub recycle_after_operations: u64,
     /// A worker that has not answered a request for so long is killed.
@@ -43,7 +48,7 @@ pub struct ModuleProfile {
 }
 
 /// The mechanism that is RFC 5649 in this module.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, serde::Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum WrapMechanism {
     /// CKM_AES_KEY_WRAP_PAD (0x210A), where the module means RFC 5649 by it.
@@ -51,7 +56,7 @@ pub enum WrapMechanism {
 }
 
 /// The hash of RSA-OAEP, its MGF1 the same.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, serde::Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum OaepHash {
     /// SHA-1: collisions do not matter in OAEP (RFC 8017 §7.1), and some modules have nothing else.
     #[serde(rename = "sha-1")]
@@ -74,6 +79,8 @@ struct Shape {
     #[serde(default)]
     environment: BTreeMap<String, String>,
     #[serde(default)]
+    failures: BTreeMap<String, FailureClass>,
+    #[serde(default)]
     worker: WorkerShape,
 }
 
@@ -83,6 +90,12 @@ struct SessionsShape {
     threads: ThreadsShape,
     #[serde(default = "one_thread")]
     background_threads: ThreadsShape,
+    #[serde(default = "quarter_of_a_minute", with = "humantime_serde")]
+    keep_alive: std::time::Duration,
+}
+
+const fn quarter_of_a_minute() -> std::time::Duration {
+    std::time::Duration::from_secs(15)
 }
 
 const fn one_thread() -> ThreadsShape {
@@ -197,6 +210,10 @@ impl ModuleProfile {
             threads("background_threads", shape.sessions.background_threads),
             threads("threads", shape.sessions.threads),
         );
+        for name in shape.failures.keys().filter(|name| !name.starts_with("CKR_")) {
+            let problem = "must be CKR_ and the name of the standard, or a vendor's number as CKR_0x80000001";
+            faults.add(format!("{place}: failures.{name}"), problem);
+        }
         let guarded_file = shape.objects.guarded_file.map(expand).and_then(|pattern| {
             let problem = "must be a directory, /*/ and a file name, for example {directory}/tokens/*/token.object";
             faults.note(format!("{place}: objects.guarded_file"), GuardedFile::parse(&pattern).ok_or(problem))
@@ -214,6 +231,8 @@ impl ModuleProfile {
             guarded_file,
             sync_directory: shape.objects.sync_directory.map(|text| PathBuf::from(expand(text))),
             token_pairs: shape.objects.token_pairs,
+            failures: shape.failures,
+            keep_alive: shape.sessions.keep_alive,
             recycle_after_operations: shape.worker.recycle_after_operations,
             hang_after: shape.worker.hang_after,
         }

@@ -7,7 +7,7 @@ use cryptoki::mechanism::Mechanism;
 use cryptoki::object::{Attribute, AttributeType, ObjectHandle};
 
 use super::attributes::{KeyRole, audit};
-use super::failure::{Doing as _, Failure, FailureClass, HsmError};
+use super::failure::{Doing as _, Failure, FailureClass, HsmError, learn};
 use super::kdf::{Derivation, Prf};
 use super::module::ModuleProfile;
 use super::pin::PinSource;
@@ -44,6 +44,7 @@ impl Ceremony {
     pub fn open(profile: &ModuleProfile, token: &TokenIdentity, pin: &PinSource) -> Result<Self, HsmError> {
         let looked = profile.look_after_files();
         looked.map_err(|e| HsmError::Wrong(format!("looking after the files of {}: {e}", profile.name)))?;
+        learn(profile.failures.clone());
         let token = Token::open(&profile.library, token, pin).map_err(refused)?;
         Ok(Self { token, profile: profile.clone() })
     }

@@ -17,7 +17,8 @@ impl Verbs {
         self.with_session_pair(kind, |verbs, public, private| {
             let keeping = verbs.key(wrapping_key)?;
             let kept = verbs.wrap_under(keeping, private)?;
-            let delivered = verbs.wrap_under(verbs.transport()?, private)?;
+            // What is delivered went through what is kept: a pair that could not be had again never gets a certificate.
+            let delivered = verbs.rewrap(kind, wrapping_key, &kept)?;
             Ok(Answer::Pair { public, kept, delivered })
         })
     }
@@ -55,7 +56,7 @@ impl Verbs {
         kind: KeyKind,
         work: impl FnOnce(&mut Self, WirePublicKey, ObjectHandle) -> Result<T, Failure>,
     ) -> Result<T, Failure> {
-        if self.shared.unwrappable.contains(&kind) {
+        if self.shared.module.unwrappable.contains(&kind) {
             let (public, seed) = self.seed_outside(kind)?;
             let object = self.import_seed(&seed, secret_template(KeyType::GENERIC_SECRET))?;
             let done = work(self, public, object);
@@ -130,7 +131,7 @@ impl Verbs {
         blob: &[u8],
     ) -> Result<Vec<u8>, Failure> {
         let keeping = self.key(from)?;
-        let template = if self.shared.unwrappable.contains(&kind) {
+        let template = if self.shared.module.unwrappable.contains(&kind) {
             secret_template(KeyType::GENERIC_SECRET)
         } else {
             let key_type = match kind {

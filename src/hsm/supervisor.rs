@@ -45,7 +45,9 @@ pub struct HsmConfig {
 /// How long a start may take: loading, login and the audit of the keys.
 const START_LIMIT: Duration = Duration::from_secs(30);
 /// The first wait before a lost worker is started again, and the longest: how long an HSM that is back may go unnoticed.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(4));
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
+/// A worker that served so long has earned that the next one is started soon.
+const LASTED: Duration = Duration::from_secs(5);
 /// How often the supervisor looks for a hanging worker.
 const LOOK: Duration = Duration::from_millis(250);
 
@@ -125,7 +127,8 @@ async fn one_life(
     let connection = Arc::new(connection);
     tracing::info!(module = %connection.module, token = %connection.token.label, "the HSM is ready");
     let _ = state.send(State::Ready(Arc::clone(&connection)));
-    *wait = BACKOFF.0;
+    let (served_since, mut answered) = (Instant::now(), 0);
+    let mut looked_at = Instant::now();
     let done_before = counters.operations.load(Ordering::Relaxed);
     let limit = config.module.recycle_after_operations;
     loop {
@@ -134,7 +137,28 @@ async fn one_life(
                 let why = why.unwrap_or_else(|_| "its socket closed".to_owned());
                 return Ended::Lost(format!("{why}{}", exit_of(&mut child).await));
             }
+            why = connection.condemned() => {
+                let _ = child.kill().await;
+                connection.pending.close();
+                return Ended::Lost(why);
+            }
             () = tokio::time::sleep(LOOK) => {}
+        }
+        if served_since.elapsed() >= LASTED {
+            *wait = BACKOFF.0;
+        }
+        // A token that is taken away while nobody asks is noticed, too.
+        let so_far = counters.answered.load(Ordering::Relaxed);
+        if so_far != std::mem::replace(&mut answered, so_far) {
+            looked_at = Instant::now();
+        } else if looked_at.elapsed() >= config.module.keep_alive {
+            let checked = tokio::time::timeout(config.module.hang_after, check_keys(config, &connection)).await;
+            if let Err(error) = checked.unwrap_or(Err(HsmError::Deadline(config.module.hang_after))) {
+                let _ = child.kill().await;
+                connection.pending.close();
+                return Ended::from(error);
+            }
+            (looked_at, answered) = (Instant::now(), counters.answered.load(Ordering::Relaxed));
         }
         if connection.pending.has_one_that_hangs(config.module.hang_after) {
             let _ = child.kill().await;
@@ -224,16 +248,9 @@ fn start_order(config: &HsmConfig, counters: &Counters, transport_rsa: wire::Tra
     let keys: BTreeMap<_, _> =
         wanted.map(|(name, id, role)| (name.clone(), KeyOnToken { id: id.to_vec(), role })).collect();
     Start {
-        library: config.module.library.clone(),
+        module: config.module.clone(),
         token: config.keys.token.clone(),
         pin: config.pin.clone(),
-        threads: config.module.threads,
-        background_threads: config.module.background_threads,
-        wrap: config.module.wrap,
-        oaep_hash: config.module.oaep_hash,
-        unwrappable: config.module.unwrappable.clone(),
-        exclusive_changes: config.module.exclusive_changes,
-        sync_directory: config.module.sync_directory.clone(),
         keys,
         transport_rsa,
     }

@@ -31,7 +31,7 @@ pub(crate) struct Token {
     slot: Slot,
     identity: TokenIdentity,
     /// Never closes: closing the last session would log everybody out.
-    _anchor: Session,
+    anchor: Session,
     description: String,
 }
 
@@ -46,12 +46,17 @@ impl Token {
         let pin = pin.read().map_err(|e| Failure::new(FailureClass::Rejected, e.to_string()))?;
         let anchor = module.open_rw_session(slot).doing(|| format!("opening a session on {}", identity.label))?;
         login(&anchor, &pin, &identity)?;
-        Ok(Self { module, slot, identity, _anchor: anchor, description })
+        Ok(Self { module, slot, identity, anchor, description })
     }
 
     /// Another session; it is logged in already, since the login is the token's.
     pub(crate) fn session(&self) -> Result<Session, Failure> {
         self.module.open_rw_session(self.slot).doing(|| format!("opening a session on {}", self.identity.label))
+    }
+
+    /// Uses the session that holds the login.
+    pub(crate) fn keep_alive(&self) -> Result<(), Failure> {
+        self.anchor.generate_random_vec(1).map(drop).doing(|| "keeping the login".to_owned())
     }
 
     pub(crate) const fn identity(&self) -> &TokenIdentity {

@@ -1,7 +1,6 @@
 //! What one thread of the worker does with its session: the verbs, in PKCS#11.
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
@@ -18,34 +17,30 @@ use super::kdf::{Prf, prf_inputs};
 use super::module::{ModuleProfile, OaepHash, WrapMechanism};
 use super::token::find_one;
 use super::wire::{Answer, KeyOnToken, Operation, TransportRsa, WireSecret};
-use crate::keys::{BatchName, KeyKind, SignatureAlgorithm, TokenPair};
+use crate::keys::{BatchName, SignatureAlgorithm, TokenPair};
 use crate::names::KeyName;
 
 /// What all threads of a worker share.
 pub(crate) struct Shared {
     pub(crate) keys: BTreeMap<KeyName, KeyOnToken>,
-    pub(crate) wrap: WrapMechanism,
-    pub(crate) unwrappable: Vec<KeyKind>,
+    pub(crate) module: ModuleProfile,
     /// Token objects are created and destroyed under the write half, looked up under the read half, where the module
     /// needs it: SoftHSM fails calls and leaves half-written objects behind otherwise.
     pub(crate) objects: Option<RwLock<()>>,
-    /// Synced after token objects were made or destroyed, where the module does not do it.
-    pub(crate) sync_directory: Option<PathBuf>,
     /// The handles of pairs on the token; those of token objects are good in every session (PKCS#11 v2.40 §2.3.2).
     pub(crate) pairs: Mutex<HashMap<TokenPair, ObjectHandle>>,
 }
 
 impl Shared {
+    /// For threads that work with the token at the same time.
+    pub(super) fn new(module: ModuleProfile, keys: BTreeMap<KeyName, KeyOnToken>) -> Arc<Self> {
+        let objects = module.exclusive_changes.then(|| RwLock::new(()));
+        Arc::new(Self { keys, module, objects, pairs: Mutex::default() })
+    }
+
     /// For a process that has the token for itself and works with one session at a time.
     pub(super) fn alone(profile: &ModuleProfile, keys: BTreeMap<KeyName, KeyOnToken>) -> Arc<Self> {
-        Arc::new(Self {
-            keys,
-            wrap: profile.wrap,
-            unwrappable: profile.unwrappable.clone(),
-            objects: None,
-            sync_directory: profile.sync_directory.clone(),
-            pairs: Mutex::default(),
-        })
+        Arc::new(Self { keys, module: profile.clone(), objects: None, pairs: Mutex::default() })
     }
 
     /// Held while token objects are made or destroyed.
@@ -122,6 +117,11 @@ impl Verbs {
         }
     }
 
+    /// Uses the session.
+    pub(crate) fn keep_alive(&mut self) -> Result<(), Failure> {
+        self.random(1).map(drop)
+    }
+
     pub(crate) fn random(&self, len: u32) -> Result<Vec<u8>, Failure> {
         self.session.generate_random_vec(len).doing(|| "drawing random octets".to_owned())
     }
@@ -168,8 +168,17 @@ impl Verbs {
         };
         let mut derived = Zeroizing::new(Vec::with_capacity(len + prf.output_len()));
         for input in prf_inputs(prf, fixed_input, len) {
-            let block = self.session.sign(&mechanism, object, &input).doing(|| format!("deriving from {key}"))?;
-            derived.extend_from_slice(&Zeroizing::new(block));
+            let block = || {
+                let block = self.session.sign(&mechanism, object, &input).doing(|| format!("deriving from {key}"));
+                block.map(Zeroizing::new)
+            };
+            // Nobody could ever tell a wrong key from the right one, and its device would have it for life.
+            let (first, second) = (block()?, block()?);
+            if first != second || first.len() != prf.output_len() {
+                let message = format!("deriving from {key}: the HSM gave two different answers to the same question");
+                return Err(Failure::new(FailureClass::ModuleLost, message));
+            }
+            derived.extend_from_slice(&first);
         }
         derived.truncate(len);
         Ok(std::mem::take(&mut *derived))
@@ -191,11 +200,7 @@ impl Verbs {
     }
 
     /// Makes the transport key and hands it out, once, under the RSA key of the process that asked.
-    pub(crate) fn make_transport_key(
-        &mut self,
-        rsa: &TransportRsa,
-        hash: OaepHash,
-    ) -> Result<(ObjectHandle, Vec<u8>), Failure> {
+    pub(crate) fn make_transport_key(&mut self, rsa: &TransportRsa) -> Result<(ObjectHandle, Vec<u8>), Failure> {
         let template = [
             Attribute::Class(ObjectClass::SECRET_KEY),
             Attribute::Token(false),
@@ -221,7 +226,7 @@ impl Verbs {
             Attribute::PublicExponent(rsa.exponent.clone()),
         ];
         let receiver = self.session.create_object(&public).doing(|| "importing the transport public key".to_owned())?;
-        let (hash, mgf) = match hash {
+        let (hash, mgf) = match self.shared.module.oaep_hash {
             OaepHash::Sha1 => (MechanismType::SHA1, PkcsMgfType::MGF1_SHA1),
             OaepHash::Sha256 => (MechanismType::SHA256, PkcsMgfType::MGF1_SHA256),
         };
@@ -237,7 +242,7 @@ impl Verbs {
     }
 
     pub(super) fn wrap_mechanism(&self) -> Mechanism<'static> {
-        match self.shared.wrap {
+        match self.shared.module.wrap {
             WrapMechanism::AesKeyWrapPad => Mechanism::AesKeyWrapPad,
         }
     }

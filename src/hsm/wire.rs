@@ -3,7 +3,6 @@
 //! Both ends are this program, so the format needs no versions. Frames may hold secrets and are wiped after use.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use zeroize::{Zeroize as _, Zeroizing};
@@ -11,7 +10,7 @@ use zeroize::{Zeroize as _, Zeroizing};
 use super::attributes::KeyRole;
 use super::failure::Failure;
 use super::kdf::Prf;
-use super::module::{OaepHash, WrapMechanism};
+use super::module::ModuleProfile;
 use super::pin::PinSource;
 use super::token::TokenIdentity;
 use crate::keys::{KeyKind, SignatureAlgorithm, TokenPair};
@@ -44,16 +43,9 @@ impl Drop for WireSecret {
 /// The first frame to a worker: what to load and what must be there.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Start {
-    pub(crate) library: PathBuf,
+    pub(crate) module: ModuleProfile,
     pub(crate) token: TokenIdentity,
     pub(crate) pin: PinSource,
-    pub(crate) threads: usize,
-    pub(crate) background_threads: usize,
-    pub(crate) wrap: WrapMechanism,
-    pub(crate) oaep_hash: OaepHash,
-    pub(crate) unwrappable: Vec<KeyKind>,
-    pub(crate) exclusive_changes: bool,
-    pub(crate) sync_directory: Option<PathBuf>,
     pub(crate) keys: BTreeMap<KeyName, KeyOnToken>,
     /// RSA public key (SubjectPublicKeyInfo) under which the transport key leaves the HSM, this once.
     pub(crate) transport_rsa: TransportRsa,
@@ -167,6 +159,27 @@ pub(crate) enum Operation {
     },
 }
 
+impl Operation {
+    /// What statistics call it.
+    pub(crate) const fn verb(&self) -> &'static str {
+        match self {
+            Self::Random { .. } => "random",
+            Self::Sign { .. } => "sign",
+            Self::Derive { .. } => "derive",
+            Self::GeneratePair { .. } => "generate_pair",
+            Self::Rewrap { .. } => "rewrap",
+            Self::DeliverPair { .. } => "deliver_pair",
+            Self::MakePairs { .. } => "make_pairs",
+            Self::Move { .. } => "move",
+            Self::CreateBatchKey { .. } => "create_batch_key",
+            Self::DestroyBatchKey { .. } => "destroy_batch_key",
+            Self::DestroyPair { .. } => "destroy_pair",
+            Self::ListOwn => "list",
+            Self::Destroy { .. } => "destroy",
+        }
+    }
+}
+
 #[derive(Serialize, Deserialize)]
 pub(crate) enum Answer {
     Random(WireSecret),
@@ -231,6 +244,8 @@ pub(crate) enum WirePublicKey {
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Reply {
     pub(crate) id: u64,
+    /// How long each operation took that was begun, without waiting for a thread.
+    pub(crate) took_us: Vec<u32>,
     pub(crate) result: Result<Vec<Answer>, Failure>,
 }
 
@@ -279,7 +294,7 @@ mod tests {
     #[test]
     fn a_frame_has_one_buffer_that_never_grew() {
         let secret = WireSecret::new(vec![0x5a; 5000]);
-        let bytes = frame(&Reply { id: 1, result: Ok(vec![Answer::Random(secret)]) }).unwrap();
+        let bytes = frame(&Reply { id: 1, took_us: Vec::new(), result: Ok(vec![Answer::Random(secret)]) }).unwrap();
         assert_eq!(bytes.capacity(), bytes.len());
         assert!(frame(&WireSecret::new(vec![0; MAX_FRAME])).is_err());
     }

@@ -6,14 +6,14 @@
 use std::io::{BufReader, Read, Write as _};
 use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixStream;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use cryptoki::object::ObjectHandle;
 use zeroize::Zeroizing;
 
-use super::failure::{Failure, FailureClass};
+use super::failure::{Failure, FailureClass, learn};
 use super::token::Token;
 use super::verbs::{Shared, Verbs};
 use super::wire::{self, Answer, Lane, Reply, Request, Start, Started};
@@ -48,54 +48,51 @@ pub fn run() -> Result<(), String> {
 struct Opened {
     token: Token,
     shared: Arc<Shared>,
+    /// Whose session has the transport key: it dies with it.
+    maker: Verbs,
     transport_key: ObjectHandle,
-    threads: usize,
-    background_threads: usize,
     started: Started,
 }
 
 fn open(start: Start) -> Result<Opened, Failure> {
-    let token = Token::open(&start.library, &start.token, &start.pin)?;
-    let shared = Arc::new(Shared {
-        keys: start.keys,
-        wrap: start.wrap,
-        unwrappable: start.unwrappable,
-        objects: start.exclusive_changes.then(|| RwLock::new(())),
-        sync_directory: start.sync_directory,
-        pairs: Mutex::default(),
-    });
+    learn(start.module.failures.clone());
+    let token = Token::open(&start.module.library, &start.token, &start.pin)?;
+    let shared = Shared::new(start.module, start.keys);
     Verbs::new(token.session()?, Arc::clone(&shared), None).check_keys()?;
-    // The transport key dies with the session that made it, so the anchor's twin that never closes makes it.
     let mut maker = Verbs::new(token.session()?, Arc::clone(&shared), None);
-    let (transport_key, wrapped) = maker.make_transport_key(&start.transport_rsa, start.oaep_hash)?;
-    std::mem::forget(maker);
+    let (transport_key, wrapped) = maker.make_transport_key(&start.transport_rsa)?;
     let started =
         Started { module: token.description().to_owned(), token: token.identity().clone(), transport_key: wrapped };
-    let (threads, background_threads) = (start.threads, start.background_threads);
-    Ok(Opened { token, shared, transport_key, threads, background_threads, started })
+    Ok(Opened { token, shared, maker, transport_key, started })
 }
 
 /// Reads requests until the parent closes the socket.
 fn serve(opened: Opened, socket: &UnixStream) -> Result<(), String> {
     let out = Arc::new(Mutex::new(socket.try_clone().map_err(|e| e.to_string())?));
-    let token = Arc::new(Mutex::new(opened.token));
+    let held = Arc::new(Held { token: Mutex::new(opened.token), maker: Mutex::new(opened.maker) });
+    let module = &opened.shared.module;
     let start = |lane, count| -> Result<Queue, String> {
-        let (queue, waiting) = sync_channel(QUEUE);
-        let waiting = Arc::new(Mutex::new(waiting));
+        let (queue, waiting) = bounded(QUEUE);
         for _ in 0..count {
-            let session = lock(&token).session().map_err(|f| f.message)?;
+            let session = lock(&held.token).session().map_err(|f| f.message)?;
             let verbs = Verbs::new(session, Arc::clone(&opened.shared), Some(opened.transport_key));
-            let (waiting, out, token) = (Arc::clone(&waiting), Arc::clone(&out), Arc::clone(&token));
-            Thread { lane, waiting, out, token }.start(verbs)?;
+            let (waiting, out, held) = (waiting.clone(), Arc::clone(&out), Arc::clone(&held));
+            Thread { lane, waiting, out, held, keep_alive: module.keep_alive }.start(verbs)?;
         }
         Ok(queue)
     };
-    let line = start(Lane::Line, opened.threads)?;
-    let background = start(Lane::Background, opened.background_threads)?;
+    let line = start(Lane::Line, module.threads)?;
+    let background = start(Lane::Background, module.background_threads)?;
     read_requests(&mut BufReader::new(socket), &line, &background)
 }
 
-type Queue = SyncSender<(Request, Instant)>;
+type Queue = Sender<(Request, Instant)>;
+
+/// What no thread works with and must stay open: the login, and the session of the transport key.
+struct Held {
+    token: Mutex<Token>,
+    maker: Mutex<Verbs>,
+}
 
 fn read_requests(socket: &mut impl Read, line: &Queue, background: &Queue) -> Result<(), String> {
     while let Some(body) = read_frame(socket)? {
@@ -112,9 +109,10 @@ fn read_requests(socket: &mut impl Read, line: &Queue, background: &Queue) -> Re
 
 struct Thread {
     lane: Lane,
-    waiting: Arc<Mutex<Receiver<(Request, Instant)>>>,
+    waiting: Receiver<(Request, Instant)>,
     out: Arc<Mutex<UnixStream>>,
-    token: Arc<Mutex<Token>>,
+    held: Arc<Held>,
+    keep_alive: Duration,
 }
 
 impl Thread {
@@ -140,19 +138,32 @@ impl Thread {
         }
         let mut verbs = Some(verbs);
         loop {
-            let next = lock(&self.waiting).recv();
-            let Ok((request, until)) = next else { leave() };
+            let (request, until) = match self.waiting.recv_timeout(self.keep_alive) {
+                Ok(next) => next,
+                Err(RecvTimeoutError::Timeout) => {
+                    self.use_sessions(&mut verbs);
+                    continue;
+                }
+                Err(RecvTimeoutError::Disconnected) => leave(),
+            };
             let id = request.id;
-            let result = self.answer(&mut verbs, request, until);
+            let mut took_us = Vec::with_capacity(request.operations.len());
+            let result = self.answer(&mut verbs, request, until, &mut took_us);
             let fatal = matches!(&result, Err(f) if f.class == FailureClass::ModuleLost);
-            if write_frame(&mut lock(&self.out), &Reply { id, result }).is_err() || fatal {
+            if write_frame(&mut lock(&self.out), &Reply { id, took_us, result }).is_err() || fatal {
                 leave();
             }
         }
     }
 
-    /// Does the operations in order; a lost session is opened again once, then the module counts as lost.
-    fn answer(&self, verbs: &mut Option<Verbs>, request: Request, until: Instant) -> Result<Vec<Answer>, Failure> {
+    /// Does the operations in order.
+    fn answer(
+        &self,
+        verbs: &mut Option<Verbs>,
+        request: Request,
+        until: Instant,
+        took_us: &mut Vec<u32>,
+    ) -> Result<Vec<Answer>, Failure> {
         if Instant::now() > until {
             return Err(Failure::new(FailureClass::Transient, "nobody waits for this any more"));
         }
@@ -161,23 +172,42 @@ impl Thread {
             let Some(current) = verbs.as_mut() else {
                 return Err(Failure::new(FailureClass::ModuleLost, "the session could not be opened again"));
             };
-            match current.perform(operation) {
-                Ok(answer) => answers.push(answer),
-                Err(failure) if failure.class == FailureClass::SessionLost => {
-                    let renewed = verbs.take().and_then(|old| Some(old.renewed(lock(&self.token).session().ok()?)));
-                    *verbs = renewed;
-                    let checked = verbs.as_mut().map(Verbs::check_keys);
-                    let class = if matches!(checked, Some(Ok(()))) {
-                        FailureClass::Transient
-                    } else {
-                        FailureClass::ModuleLost
-                    };
-                    return Err(Failure::new(class, failure.message));
-                }
-                Err(failure) => return Err(failure),
-            }
+            let begun = Instant::now();
+            let answer = current.perform(operation);
+            took_us.push(u32::try_from(begun.elapsed().as_micros()).unwrap_or(u32::MAX));
+            answers.push(answer.map_err(|failure| self.heal(verbs, failure))?);
         }
         Ok(answers)
+    }
+
+    /// A lost session is opened again, once, then the module counts as lost.
+    fn heal(&self, verbs: &mut Option<Verbs>, failure: Failure) -> Failure {
+        if failure.class != FailureClass::SessionLost {
+            return failure;
+        }
+        *verbs = verbs.take().and_then(|old| Some(old.renewed(lock(&self.held.token).session().ok()?)));
+        let class = match verbs.as_mut().map(Verbs::check_keys) {
+            Some(Ok(())) => FailureClass::Transient,
+            _ => FailureClass::ModuleLost,
+        };
+        Failure::new(class, failure.message)
+    }
+
+    /// Uses the sessions that had nothing to do: modules end those that nobody uses, and the login with the last one.
+    fn use_sessions(&self, verbs: &mut Option<Verbs>) {
+        let used = verbs.as_mut().map_or(Ok(()), Verbs::keep_alive).map_err(|failure| self.heal(verbs, failure));
+        let held = lock(&self.held.token).keep_alive().and_then(|()| lock(&self.held.maker).keep_alive());
+        // What holds the login or the transport key cannot be had again.
+        let held = held.map_err(|failure| match failure.class {
+            FailureClass::SessionLost => Failure::new(FailureClass::ModuleLost, failure.message),
+            _ => failure,
+        });
+        for failure in [used, held].into_iter().filter_map(Result::err) {
+            if failure.class == FailureClass::ModuleLost {
+                eprintln!("sppd: the HSM worker ends: {}", failure.message);
+                leave();
+            }
+        }
     }
 }
 

@@ -17,6 +17,9 @@ const DOMAIN: &str = "spp";
 /// When to try again where nothing better is known.
 const SOON: Duration = Duration::from_millis(500);
 
+/// When a call that the HSM refused may be tried again.
+const HSM_LOOKED_AT: Duration = Duration::from_secs(1);
+
 /// What a caller is told.
 struct Told {
     code: Code,
@@ -59,7 +62,9 @@ fn table(error: &ProvisionError) -> Told {
         E::Hsm(HsmError::Busy { .. }) => again(Code::ResourceExhausted, "HSM_BUSY", SOON),
         E::Hsm(HsmError::Deadline(_)) => again(Code::Unavailable, "HSM_SLOW", SOON),
         E::Hsm(HsmError::Stopped(_)) => again(Code::Unavailable, "HSM_NEEDS_OFFICER", Duration::from_secs(30)),
-        E::Hsm(HsmError::Refused(_) | HsmError::Wrong(_) | HsmError::Absent(_)) => told(Code::Internal, "HSM_FAULT"),
+        // Nothing is wrong with the device: it may come again once somebody has looked at the HSM.
+        E::Hsm(HsmError::Refused(_) | HsmError::Wrong(_)) => again(Code::Unavailable, "HSM_FAULT", HSM_LOOKED_AT),
+        E::Hsm(HsmError::Absent(_)) => told(Code::Internal, "HSM_FAULT"),
         E::Store(StoreError::Full { .. }) => again(Code::ResourceExhausted, "DISK_FULL", Duration::from_secs(10)),
         E::Store(StoreError::Failed { .. }) => again(Code::Unavailable, "STORE_AWAY", SOON),
         E::Store(StoreError::OtherState { .. } | StoreError::WrongBatch { .. }) => {
@@ -108,6 +113,9 @@ fn pool_metadata(kind: KeyKind, fill_rate: f64) -> HashMap<String, String> {
 fn message(error: &ProvisionError, code: Code) -> String {
     let told = match error {
         ProvisionError::Hsm(HsmError::Unavailable { .. }) => "the HSM is not available now; try again",
+        ProvisionError::Hsm(HsmError::Refused(_) | HsmError::Wrong(_)) => {
+            "the HSM refused; the log of the processing point has the cause under the x-request-id of this answer"
+        }
         ProvisionError::Hsm(HsmError::Stopped(_)) => "the HSM needs an officer; sppctl status tells why",
         ProvisionError::Unsigned(_) => "the HSM did not sign the log's checkpoint; nothing has changed, try again",
         ProvisionError::Store(StoreError::Failed { .. }) => "a store is not available now; try again",

@@ -63,14 +63,14 @@ pub struct Shift {
     stop: AtomicBool,
     done: Mutex<BTreeMap<u64, Done>>,
     /// Calls that had to be repeated.
-    pub repeats: AtomicU64,
+    repeats: AtomicU64,
 }
 
 pub const AT_LEAST: u64 = 150;
 
 impl Shift {
     /// A shift of phones and sensors.
-    fn new(site: &Site) -> Arc<Self> {
+    pub fn new(site: &Site) -> Arc<Self> {
         Self::of(site, |floor, n| {
             if !n.is_multiple_of(4) {
                 return (floor.device(n), phone(n));
@@ -90,6 +90,16 @@ impl Shift {
             done: Mutex::default(),
             repeats: AtomicU64::new(0),
         })
+    }
+
+    /// How many devices went the whole way.
+    pub fn count(&self) -> usize {
+        self.done.lock().unwrap().len()
+    }
+
+    /// Calls that had to be repeated.
+    pub fn repeated(&self) -> u64 {
+        self.repeats.load(Ordering::Relaxed)
     }
 
     /// The devices that went the whole way.
@@ -243,7 +253,7 @@ async fn killed_again_and_again_inside_calls_it_loses_nothing_and_gives_nothing_
     }
     end_shift(&shift, tasks).await;
     let done = shift.done();
-    let repeats = shift.repeats.load(Ordering::Relaxed);
+    let repeats = shift.repeated();
     println!("{} devices, {repeats} calls repeated", done.len());
     assert!(done.len() as u64 >= AT_LEAST && repeats > 0);
     everything_is_public_once(&site, &mut line, &done).await;

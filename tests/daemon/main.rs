@@ -7,6 +7,7 @@ mod audit;
 mod callers;
 mod configuration;
 mod crash;
+mod faults;
 mod floor;
 mod metrics;
 mod mirror;

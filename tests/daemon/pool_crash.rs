@@ -168,7 +168,7 @@ async fn a_killed_day(mut site: Site, keeping: Keeping, kills: u64) {
     }
     end_shift(&shift, tasks).await;
     let mut done = shift.done();
-    println!("{} devices, {} calls repeated", done.len(), shift.repeats.load(Ordering::Relaxed));
+    println!("{} devices, {} calls repeated", done.len(), shift.repeated());
     assert!(done.len() as u64 >= AT_LEAST);
     let status = until_pools(&site, "everything is shredded", is_quiet).await;
     assert!(status.rolled_back.is_empty(), "{status:?}");

@@ -123,7 +123,7 @@ impl Place {
     fn verbs_with_transport(&self, ceremony: &Ceremony, keys: Register) -> (Verbs, TransportKey) {
         let mut verbs = self.verbs(ceremony, keys, None);
         let receiver = TransportReceiver::generate().unwrap();
-        let (_, wrapped) = verbs.make_transport_key(&receiver.public_copy(), self.profile.oaep_hash).unwrap();
+        let (_, wrapped) = verbs.make_transport_key(&receiver.public_copy()).unwrap();
         (verbs, receiver.open(self.profile.oaep_hash, &wrapped).unwrap())
     }
 }

@@ -1,0 +1,109 @@
+//! What was asked of an HSM, by verb, and what came of it; for the status and the metrics.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use super::failure::FailureClass;
+use super::wire::Reply;
+
+/// Upper bounds of the latencies that are told apart, in microseconds; one more has all above.
+pub const LATENCY_BOUNDS_US: [u32; 12] =
+    [50, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 50_000, 100_000, 500_000, 2_500_000];
+
+/// How a verb ended: `ok`, or the class of its failure.
+type Outcome = &'static str;
+
+/// Since the start of the daemon, over all its workers.
+#[derive(Default)]
+pub(crate) struct CallStatistics(Mutex<BTreeMap<(&'static str, Outcome), CallStatistic>>);
+
+/// One verb with one outcome.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct CallStatistic {
+    /// The verb.
+    pub verb: &'static str,
+    /// `ok`, or the class of its failure.
+    pub outcome: &'static str,
+    /// How often.
+    pub count: u64,
+    /// All of them together, in the HSM, without waiting for a thread.
+    pub took: Duration,
+    /// How many took no longer than each of [`LATENCY_BOUNDS_US`], and longer than the one before; the last took longer than all.
+    pub by_latency: [u64; LATENCY_BOUNDS_US.len() + 1],
+}
+
+impl CallStatistic {
+    /// How long half of them took at most, as far as the bounds tell.
+    pub fn median(&self) -> Option<Duration> {
+        let mut seen = 0;
+        let found = self.by_latency.iter().position(|count| {
+            seen += count;
+            seen * 2 >= self.count
+        });
+        let bound = LATENCY_BOUNDS_US.get(found.filter(|_| self.count > 0)?);
+        Some(Duration::from_micros(bound.copied().unwrap_or(u32::MAX).into()))
+    }
+}
+
+impl CallStatistics {
+    /// Counts the operations that were begun.
+    pub(super) fn count(&self, verbs: &[&'static str], reply: &Reply) {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for (at, (verb, took_us)) in verbs.iter().zip(&reply.took_us).enumerate() {
+            let failed = reply.result.as_ref().err().filter(|_| at + 1 == reply.took_us.len());
+            let outcome = failed.map_or("ok", |failure| class_name(failure.class));
+            let one = all.entry((verb, outcome)).or_default();
+            (one.verb, one.outcome) = (verb, outcome);
+            one.count += 1;
+            one.took += Duration::from_micros((*took_us).into());
+            let bucket = LATENCY_BOUNDS_US.iter().position(|bound| took_us <= bound);
+            if let Some(count) = one.by_latency.get_mut(bucket.unwrap_or(LATENCY_BOUNDS_US.len())) {
+                *count += 1;
+            }
+        }
+    }
+
+    pub(super) fn all(&self) -> Vec<CallStatistic> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+}
+
+const fn class_name(class: FailureClass) -> Outcome {
+    match class {
+        FailureClass::Transient => "transient",
+        FailureClass::SessionLost => "session-lost",
+        FailureClass::ModuleLost => "module-lost",
+        FailureClass::Permanent => "permanent",
+        FailureClass::Rejected => "rejected",
+        FailureClass::Absent => "absent",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::failure::Failure;
+    use super::*;
+
+    #[test]
+    fn only_the_operation_that_failed_counts_as_failed() {
+        let statistics = CallStatistics::default();
+        let verbs = ["generate_pair", "derive", "random"];
+        let failure = Failure::new(FailureClass::Transient, "CKR_GENERAL_ERROR");
+        statistics.count(&verbs, &Reply { id: 1, took_us: vec![900, 40], result: Err(failure) });
+        statistics.count(&verbs, &Reply { id: 2, took_us: vec![800, 60, 5], result: Ok(Vec::new()) });
+        let all = statistics.all();
+        let told: Vec<_> = all.iter().map(|one| (one.verb, one.outcome, one.count, one.took.as_micros())).collect();
+        assert_eq!(
+            told,
+            [
+                ("derive", "ok", 1, 60),
+                ("derive", "transient", 1, 40),
+                ("generate_pair", "ok", 2, 1700),
+                ("random", "ok", 1, 5)
+            ]
+        );
+        assert_eq!(all[2].median(), Some(Duration::from_millis(1)));
+        assert_eq!(all[2].by_latency.iter().sum::<u64>(), 2);
+    }
+}

@@ -1,0 +1,140 @@
+//! The line at load, while its HSM does everything that PKCS#11 modules were seen to do: no device is lost, none fails for good, no
+//! key is given twice, no certificate has a bad signature, and service is back by itself.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use spp::hsm::ModuleProfile;
+
+use crate::crash::{Shift, end_shift, everything_is_public_once, persistent, start_shift};
+use crate::floor::Line;
+use crate::site::{SPPD, Site};
+
+/// So soon after the module is well again a new device is complete, whatever had been wrong.
+const BACK_WITHIN: Duration = Duration::from_secs(5);
+/// How long each fault lasts.
+const LASTS: Duration = Duration::from_millis(1500);
+/// The queue of devices behind the line.
+const TASKS: usize = 6;
+
+/// What is wrong, for people, and the rules for the module.
+const FAULTS: &[(&str, &str)] = &[
+    ("some signatures fail: CKR_DEVICE_ERROR", "C_Sign every=7 return CKR_DEVICE_ERROR"),
+    ("all signatures fail: CKR_DEVICE_ERROR", "C_Sign return CKR_DEVICE_ERROR"),
+    ("all signatures fail: CKR_GENERAL_ERROR", "C_Sign return CKR_GENERAL_ERROR"),
+    ("some signatures fail: CKR_FUNCTION_FAILED", "C_Sign every=3 return CKR_FUNCTION_FAILED"),
+    ("all signatures are refused: CKR_ARGUMENTS_BAD", "C_Sign return CKR_ARGUMENTS_BAD"),
+    ("a vendor's own return value", "C_Sign return 0x80000042"),
+    ("some key handles are invalid", "C_SignInit every=5 return CKR_KEY_HANDLE_INVALID"),
+    ("all object handles are invalid", "C_SignInit return CKR_OBJECT_HANDLE_INVALID"),
+    ("an operation is left active", "C_SignInit every=4 return CKR_OPERATION_ACTIVE"),
+    ("the HSM's memory is full at times", "C_GenerateKeyPair every=2 return CKR_DEVICE_MEMORY"),
+    ("sessions are lost at times", "C_GenerateKeyPair every=3 return CKR_SESSION_HANDLE_INVALID"),
+    ("wrapping handles are invalid at times", "C_WrapKey every=3 return CKR_WRAPPING_KEY_HANDLE_INVALID"),
+    ("unwrapping fails at times: CKR_GENERAL_ERROR", "C_UnwrapKey every=3 return CKR_GENERAL_ERROR"),
+    ("the user is logged out for some calls", "C_GenerateRandom every=2 return CKR_USER_NOT_LOGGED_IN"),
+    ("no session is left, and the worker dies", "C_OpenSession return CKR_SESSION_COUNT\nC_Sign times=1 crash"),
+    ("nobody can log in, and the worker dies", "C_Login return CKR_FUNCTION_FAILED\nC_Sign times=1 crash"),
+    ("the module does not start, and the worker dies", "C_Initialize return CKR_DEVICE_ERROR\nC_Sign times=1 crash"),
+    ("one signature hangs", "C_Sign times=1 hang"),
+    ("every key pair hangs", "C_GenerateKeyPair hang"),
+    ("every signature is slow", "C_Sign sleep 100"),
+    ("the module crashes three times", "C_Sign times=3 crash"),
+    ("the module crashes while it starts", "C_Initialize times=3 crash\nC_GenerateKeyPair times=1 crash"),
+    ("all sessions are dropped", "C_Sign every=60 drop-sessions"),
+    ("somebody logs the user out", "C_Sign every=60 logout"),
+    ("the token is taken away", "* away"),
+    ("some signatures are wrong", "C_Sign every=6 flip"),
+    ("all signatures are wrong", "C_Sign flip"),
+    ("some signatures are an octet short", "C_Sign every=6 short"),
+    ("some wrapped keys are wrong", "C_WrapKey every=3 flip"),
+    ("some wrapped keys are an octet short", "C_WrapKey every=3 short"),
+    ("some public keys are an octet short", "C_GetAttributeValue every=4 short"),
+];
+
+/// A site whose module fails as its file `hsm/faults` says.
+fn faulty_site() -> Site {
+    let site = Site::new();
+    let real = ModuleProfile::load(&site.path("hsm-config/softhsm2.toml"), &site.path("hsm")).unwrap().library;
+    let beside = PathBuf::from(SPPD).parent().unwrap().join("deps/libfaulty_hsm.so");
+    assert!(beside.exists(), "{} is built with the tests", beside.display());
+    site.edit("hsm-config/softhsm2.toml", "library = [\n", &format!("library = [\n\"{}\",\n", beside.display()));
+    let environment = format!(
+        "[environment]\nFAULTY_HSM_MODULE = \"{}\"\nFAULTY_HSM_CONTROL = \"{{directory}}/faults\"\n",
+        real.display()
+    );
+    site.edit("hsm-config/softhsm2.toml", "[environment]\n", &environment);
+    site.edit("hsm-config/softhsm2.toml", "[worker]\n", "[worker]\nhang_after = \"2s\"\n");
+    site.edit("sppd.toml", "[hsm]\n", "[hsm]\ncall_timeout = \"1s\"\n");
+    site.edit("sppd.toml", "requests_per_second = 100\nburst = 400", "requests_per_second = 100000\nburst = 100000");
+    site
+}
+
+/// Sees when devices get complete.
+struct Watch<'a> {
+    shift: &'a Shift,
+    count: usize,
+    last: Instant,
+    /// The longest time without one.
+    gap: Duration,
+}
+
+impl<'a> Watch<'a> {
+    fn new(shift: &'a Shift) -> Self {
+        Self { shift, count: shift.count(), last: Instant::now(), gap: Duration::ZERO }
+    }
+
+    async fn look(&mut self) {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        self.gap = self.gap.max(self.last.elapsed());
+        let count = self.shift.count();
+        if count != std::mem::replace(&mut self.count, count) {
+            self.last = Instant::now();
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_line_lives_through_every_fault_of_its_hsm() {
+    let mut site = faulty_site();
+    site.start();
+    let control = site.path("hsm/faults");
+    let shift = Shift::new(&site);
+    let mut line = Line::new(persistent(&site));
+    let tasks = start_shift(&shift, &line, TASKS);
+    println!("{:50} {:>9} {:>9} {:>8} {:>8}", "fault", "without", "back", "repeats", "workers");
+    for (name, rules) in FAULTS {
+        let repeats = shift.repeated();
+        let workers = site.status().await.hsm.unwrap().worker_starts;
+        let mut watch = Watch::new(&shift);
+        let begun = Instant::now();
+        // In one step, so that no half of it is read.
+        std::fs::write(control.with_extension("new"), rules).unwrap();
+        std::fs::rename(control.with_extension("new"), &control).unwrap();
+        while begun.elapsed() < LASTS {
+            watch.look().await;
+        }
+        std::fs::remove_file(&control).unwrap();
+        let well = Instant::now();
+        // Those that were on the way, and as many that were not.
+        let enough = watch.count + 2 * TASKS;
+        let mut back = None;
+        while watch.count < enough {
+            assert!(well.elapsed() < Duration::from_secs(30), "{name}: no service\n{}", site.log());
+            let before = watch.count;
+            watch.look().await;
+            if watch.count > before {
+                back.get_or_insert(well.elapsed());
+            }
+        }
+        let back = back.unwrap();
+        let hsm = site.status().await.hsm.unwrap();
+        let (repeats, workers) = (shift.repeated() - repeats, hsm.worker_starts - workers);
+        println!("{name:50} {:>8.2}s {:>8.2}s {repeats:>8} {workers:>8}", watch.gap.as_secs_f64(), back.as_secs_f64());
+        assert!(back <= BACK_WITHIN, "{name}: back after {back:?}");
+    }
+    end_shift(&shift, tasks).await;
+    let done = shift.done();
+    println!("{} devices, none failed for good", done.len());
+    everything_is_public_once(&site, &mut line, &done).await;
+}

@@ -1,0 +1,294 @@
+//! A PKCS#11 module for tests: everything goes on to a real module (`FAULTY_HSM_MODULE`), and fails as the control file
+//! (`FAULTY_HSM_CONTROL`) says at that moment. The file's form is in [`control`].
+#![allow(non_snake_case, reason = "the functions have the names of the standard")]
+#![allow(unsafe_op_in_unsafe_fn, reason = "each function is a C call that passes its arguments on")]
+
+mod ckr;
+mod control;
+
+use std::ffi::c_void;
+use std::path::PathBuf;
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+use control::{Action, Control};
+use cryptoki_sys::{
+    CK_ATTRIBUTE, CK_BBOOL, CK_BYTE, CK_FLAGS, CK_FUNCTION_LIST, CK_INFO, CK_MECHANISM, CK_MECHANISM_INFO,
+    CK_MECHANISM_TYPE, CK_NOTIFY, CK_OBJECT_HANDLE, CK_RV, CK_SESSION_HANDLE, CK_SESSION_INFO, CK_SLOT_ID,
+    CK_SLOT_INFO, CK_TOKEN_INFO, CK_ULONG, CK_USER_TYPE, CKF_SERIAL_SESSION, CKR_DEVICE_REMOVED, CKR_GENERAL_ERROR, CKR_OK,
+};
+
+struct Module {
+    /// Never unloaded.
+    _library: cryptoki_sys::Pkcs11,
+    real: CK_FUNCTION_LIST,
+    faulty: CK_FUNCTION_LIST,
+}
+
+// SAFETY: function pointers that never change; the functions behind them are those of a module that may be called by any thread.
+unsafe impl Send for Module {}
+// SAFETY: as above.
+unsafe impl Sync for Module {}
+
+static MODULE: OnceLock<Option<Module>> = OnceLock::new();
+static CONTROL: Mutex<Option<Control>> = Mutex::new(None);
+
+fn variable(name: &str) -> Option<PathBuf> {
+    let value = std::env::var_os(name).map(PathBuf::from);
+    if value.is_none() {
+        eprintln!("faulty-hsm: the environment has no {name}");
+    }
+    value
+}
+
+fn load() -> Option<Module> {
+    let path = variable("FAULTY_HSM_MODULE")?;
+    *CONTROL.lock().unwrap_or_else(PoisonError::into_inner) = Some(Control::new(variable("FAULTY_HSM_CONTROL")?));
+    // SAFETY: the real module is one that the test has named, and any program may load it.
+    let library = unsafe { cryptoki_sys::Pkcs11::new(path) }.ok()?;
+    let mut list: *mut CK_FUNCTION_LIST = std::ptr::null_mut();
+    // SAFETY: the standard's way to the function list: a pointer to a pointer that the module sets.
+    let real = unsafe {
+        if library.C_GetFunctionList(&raw mut list) != CKR_OK || list.is_null() {
+            return None;
+        }
+        *list
+    };
+    Some(Module { _library: library, real, faulty: faulty(real) })
+}
+
+fn module() -> Option<&'static Module> {
+    MODULE.get_or_init(load).as_ref()
+}
+
+/// The one symbol that a PKCS#11 v2.40 module needs.
+///
+/// # Safety
+/// `list` is where the caller wants the pointer to the function list.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn C_GetFunctionList(list: *mut *mut CK_FUNCTION_LIST) -> CK_RV {
+    match module() {
+        Some(module) if !list.is_null() => {
+            *list = (&raw const module.faulty).cast_mut();
+            CKR_OK
+        }
+        _ => CKR_GENERAL_ERROR,
+    }
+}
+
+/// What a function is to do after its control was asked.
+enum Go {
+    On,
+    Back(CK_RV),
+    Then(Action),
+}
+
+fn before(function: &str) -> Go {
+    let met = {
+        let mut control = CONTROL.lock().unwrap_or_else(PoisonError::into_inner);
+        control.as_mut().and_then(|control| control.meet(function))
+    };
+    match met {
+        None => Go::On,
+        Some(Action::Return(code)) => Go::Back(code),
+        Some(Action::Sleep(time)) => {
+            std::thread::sleep(time);
+            Go::On
+        }
+        Some(Action::Hang) => loop {
+            std::thread::park();
+        },
+        Some(Action::Crash) => std::process::abort(),
+        Some(Action::DropSessions) => {
+            each_slot(|real, slot| {
+                if let Some(close) = real.C_CloseAllSessions {
+                    // SAFETY: a slot that the module itself has listed.
+                    unsafe { close(slot) };
+                }
+            });
+            Go::On
+        }
+        Some(Action::Logout) => {
+            each_slot(log_out);
+            Go::On
+        }
+        Some(Action::Away) if matches!(function, "C_Initialize" | "C_Finalize" | "C_GetInfo") => Go::On,
+        Some(Action::Away) if function == "C_GetSlotList" => Go::Then(Action::Away),
+        Some(Action::Away) => Go::Back(CKR_DEVICE_REMOVED),
+        Some(action @ (Action::Flip | Action::Short)) => Go::Then(action),
+    }
+}
+
+fn each_slot(act: impl Fn(&CK_FUNCTION_LIST, CK_SLOT_ID)) {
+    let Some(module) = module() else { return };
+    let Some(list) = module.real.C_GetSlotList else { return };
+    let mut slots: [CK_SLOT_ID; 64] = [0; 64];
+    let mut count: CK_ULONG = 64;
+    // SAFETY: the array has as many places as the count says.
+    if unsafe { list(1, slots.as_mut_ptr(), &raw mut count) } == CKR_OK {
+        slots.iter().take(count as usize).for_each(|slot| act(&module.real, *slot));
+    }
+}
+
+/// The login is the token's: any session ends it for all.
+fn log_out(real: &CK_FUNCTION_LIST, slot: CK_SLOT_ID) {
+    let (Some(open), Some(logout), Some(close)) = (real.C_OpenSession, real.C_Logout, real.C_CloseSession) else {
+        return;
+    };
+    let mut session: CK_SESSION_HANDLE = 0;
+    // SAFETY: a slot that the module itself has listed, and the session that it then gave.
+    unsafe {
+        if open(slot, CKF_SERIAL_SESSION, std::ptr::null_mut(), None, &raw mut session) == CKR_OK {
+            logout(session);
+            close(session);
+        }
+    }
+}
+
+/// Changes what came back.
+///
+/// # Safety
+/// `octets` has `len` octets, as the module said.
+unsafe fn spoil(action: &Action, octets: *mut CK_BYTE, len: *mut CK_ULONG) {
+    if octets.is_null() || len.is_null() || *len == 0 {
+        return;
+    }
+    match action {
+        Action::Flip => *octets.add(*len as usize / 2) ^= 1,
+        Action::Short => *len -= 1,
+        _ => {}
+    }
+}
+
+/// Defines a function that goes on to the real one; `after` sees the answer and what is to be done to it.
+macro_rules! functions {
+    ($($name:ident($($arg:ident: $type:ty),*) $(after($action:ident) $after:block)?;)*) => {
+        $(
+            unsafe extern "C" fn $name($($arg: $type),*) -> CK_RV {
+                let go = before(stringify!($name));
+                if let Go::Back(code) = go {
+                    return code;
+                }
+                let Some(real) = module().and_then(|module| module.real.$name) else { return CKR_GENERAL_ERROR };
+                let answer = real($($arg),*);
+                $(if let (CKR_OK, Go::Then($action)) = (answer, &go) $after)?
+                answer
+            }
+        )*
+
+        fn faulty(mut list: CK_FUNCTION_LIST) -> CK_FUNCTION_LIST {
+            $(list.$name = Some($name);)*
+            list.C_GetFunctionList = Some(C_GetFunctionList);
+            list
+        }
+    };
+}
+
+functions! {
+    C_Initialize(arguments: *mut c_void);
+    C_Finalize(reserved: *mut c_void);
+    C_GetInfo(info: *mut CK_INFO);
+    C_GetSlotList(present: CK_BBOOL, slots: *mut CK_SLOT_ID, count: *mut CK_ULONG) after(_away) {
+        if !count.is_null() {
+            *count = 0;
+        }
+    };
+    C_GetSlotInfo(slot: CK_SLOT_ID, info: *mut CK_SLOT_INFO);
+    C_GetTokenInfo(slot: CK_SLOT_ID, info: *mut CK_TOKEN_INFO);
+    C_GetMechanismList(slot: CK_SLOT_ID, list: *mut CK_MECHANISM_TYPE, count: *mut CK_ULONG);
+    C_GetMechanismInfo(slot: CK_SLOT_ID, mechanism: CK_MECHANISM_TYPE, info: *mut CK_MECHANISM_INFO);
+    C_OpenSession(
+        slot: CK_SLOT_ID,
+        flags: CK_FLAGS,
+        application: *mut c_void,
+        notify: CK_NOTIFY,
+        session: *mut CK_SESSION_HANDLE
+    );
+    C_CloseSession(session: CK_SESSION_HANDLE);
+    C_GetSessionInfo(session: CK_SESSION_HANDLE, info: *mut CK_SESSION_INFO);
+    C_Login(session: CK_SESSION_HANDLE, user: CK_USER_TYPE, pin: *mut CK_BYTE, len: CK_ULONG);
+    C_CreateObject(
+        session: CK_SESSION_HANDLE,
+        template: *mut CK_ATTRIBUTE,
+        count: CK_ULONG,
+        object: *mut CK_OBJECT_HANDLE
+    );
+    C_CopyObject(
+        session: CK_SESSION_HANDLE,
+        object: CK_OBJECT_HANDLE,
+        template: *mut CK_ATTRIBUTE,
+        count: CK_ULONG,
+        copy: *mut CK_OBJECT_HANDLE
+    );
+    C_DestroyObject(session: CK_SESSION_HANDLE, object: CK_OBJECT_HANDLE);
+    C_GetAttributeValue(
+        session: CK_SESSION_HANDLE,
+        object: CK_OBJECT_HANDLE,
+        template: *mut CK_ATTRIBUTE,
+        count: CK_ULONG
+    ) after(action) {
+        // The first attribute alone: what a key pair is asked for its public half.
+        if count > 0 && !template.is_null() {
+            spoil(action, (*template).pValue.cast(), &raw mut (*template).ulValueLen);
+        }
+    };
+    C_FindObjectsInit(session: CK_SESSION_HANDLE, template: *mut CK_ATTRIBUTE, count: CK_ULONG);
+    C_FindObjects(
+        session: CK_SESSION_HANDLE,
+        objects: *mut CK_OBJECT_HANDLE,
+        most: CK_ULONG,
+        count: *mut CK_ULONG
+    );
+    C_FindObjectsFinal(session: CK_SESSION_HANDLE);
+    C_SignInit(session: CK_SESSION_HANDLE, mechanism: *mut CK_MECHANISM, key: CK_OBJECT_HANDLE);
+    C_Sign(
+        session: CK_SESSION_HANDLE,
+        data: *mut CK_BYTE,
+        data_len: CK_ULONG,
+        signature: *mut CK_BYTE,
+        len: *mut CK_ULONG
+    ) after(action) { spoil(action, signature, len); };
+    C_GenerateKey(
+        session: CK_SESSION_HANDLE,
+        mechanism: *mut CK_MECHANISM,
+        template: *mut CK_ATTRIBUTE,
+        count: CK_ULONG,
+        key: *mut CK_OBJECT_HANDLE
+    );
+    C_GenerateKeyPair(
+        session: CK_SESSION_HANDLE,
+        mechanism: *mut CK_MECHANISM,
+        public: *mut CK_ATTRIBUTE,
+        public_count: CK_ULONG,
+        private: *mut CK_ATTRIBUTE,
+        private_count: CK_ULONG,
+        public_key: *mut CK_OBJECT_HANDLE,
+        private_key: *mut CK_OBJECT_HANDLE
+    );
+    C_WrapKey(
+        session: CK_SESSION_HANDLE,
+        mechanism: *mut CK_MECHANISM,
+        wrapping: CK_OBJECT_HANDLE,
+        key: CK_OBJECT_HANDLE,
+        wrapped: *mut CK_BYTE,
+        len: *mut CK_ULONG
+    ) after(action) { spoil(action, wrapped, len); };
+    C_UnwrapKey(
+        session: CK_SESSION_HANDLE,
+        mechanism: *mut CK_MECHANISM,
+        unwrapping: CK_OBJECT_HANDLE,
+        wrapped: *mut CK_BYTE,
+        len: CK_ULONG,
+        template: *mut CK_ATTRIBUTE,
+        count: CK_ULONG,
+        key: *mut CK_OBJECT_HANDLE
+    );
+    C_DeriveKey(
+        session: CK_SESSION_HANDLE,
+        mechanism: *mut CK_MECHANISM,
+        base: CK_OBJECT_HANDLE,
+        template: *mut CK_ATTRIBUTE,
+        count: CK_ULONG,
+        key: *mut CK_OBJECT_HANDLE
+    );
+    C_GenerateRandom(session: CK_SESSION_HANDLE, octets: *mut CK_BYTE, len: CK_ULONG);
+}

@@ -11,7 +11,7 @@ use spp::certificate::AccessName;
 use spp::config::{AuditConfig, HsmAccess, StoreConfig};
 use spp::hsm::{Ceremony, KeyRegister, ModuleProfile, PinSource, initialise_token};
 use spp::names::{OfficerName, StationName};
-use spp::officer::{self, CeremonyPlan, Enrolment, HsmFile, PoolCommand, RegistryCommand};
+use spp::officer::{self, CeremonyPlan, Enrolment, HsmCommand, HsmFile, PoolCommand, RegistryCommand};
 use spp::registry::TransparencyLog;
 use spp::store::SledStateStore;
 
@@ -66,6 +66,9 @@ enum Command {
     /// The public database: its index, mirrors of it, and looking at it as a stranger would.
     #[command(subcommand)]
     Registry(RegistryCommand),
+    /// The HSM: what it has, whether it is fit, how fast it is.
+    #[command(subcommand)]
+    Hsm(HsmCommand),
     /// Tell how the running daemon is.
     Status {
         /// The officer listener, https://HOST:PORT.
@@ -226,6 +229,7 @@ fn run(command: Command) -> Result<(), String> {
         }
         Command::Pool(command) => pool(command),
         Command::Registry(command) => command.run(),
+        Command::Hsm(command) => command.run(),
         Command::Status { server, tls, wait, json } => status(&server, &tls, wait, json),
     }
 }

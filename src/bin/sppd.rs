@@ -11,7 +11,7 @@ use sd_notify::NotifyState;
 use spp::audit::{self, AuditLog, Entry, Outcome};
 use spp::clock::Clock;
 use spp::config::{DaemonConfig, LogConfig, LogFormat};
-use spp::hsm::{Hsm, worker};
+use spp::hsm::{Hsm, PinKeeper, PinSource, keeper, worker};
 use spp::keypool::KeyPool;
 use spp::provisioning::{Issuer, Product, Provisioner, keep_tidy};
 use spp::registry::{HsmSigner, TransparencyLog};
@@ -40,13 +40,15 @@ struct Cli {
 const CHECK_LIMIT: Duration = Duration::from_secs(30);
 
 fn main() -> ExitCode {
-    if std::env::args_os().nth(1).is_some_and(|argument| argument == worker::ARGUMENT) {
-        return ended(worker::run());
+    match std::env::args_os().nth(1) {
+        Some(argument) if argument == worker::ARGUMENT => return ended(worker::run()),
+        Some(argument) if argument == keeper::ARGUMENT => return ended(keeper::run()),
+        _ => {}
     }
     let cli = Cli::parse();
     let undumpable = spp::process::forbid_core_dumps();
     let locked = spp::process::lock_memory();
-    let config = match DaemonConfig::load(&cli.config) {
+    let mut config = match DaemonConfig::load(&cli.config) {
         Ok(config) => config,
         Err(faults) => {
             eprint!("sppd: the configuration is not usable:\n{faults}");
@@ -54,6 +56,12 @@ fn main() -> ExitCode {
         }
     };
     start_logging(&config.log);
+    if config.hsm.pin == PinSource::Prompt {
+        match PinKeeper::ask(&config.hsm.worker_program) {
+            Ok(keeper) => config.hsm.pin_keeper = Some(Arc::new(keeper)),
+            Err(e) => return ended(Err(e.to_string())),
+        }
+    }
     if !undumpable {
         tracing::warn!("core dumps could not be switched off: set LimitCORE=0, or ulimit -c 0");
     }

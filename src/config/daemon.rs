@@ -136,6 +136,7 @@ pub(super) struct HsmShape {
     directory: PathBuf,
     pin_file: Option<PathBuf>,
     pin_credential: Option<String>,
+    pin: Option<String>,
     pub(super) keys: PathBuf,
     #[serde(default = "default_call_timeout", with = "humantime_serde")]
     call_timeout: Duration,
@@ -199,7 +200,9 @@ impl DaemonConfig {
         let issuers = keys.as_ref().map(|keys| load_issuers(&profiles, keys, faults)).unwrap_or_default();
         let registry = keys.as_ref().and_then(|keys| registry::check(shape.registry, place, base, keys, faults));
         shape.public.check(place, faults);
-        let hsm = check_hsm(&shape.hsm, place, base, keys, faults);
+        // In the state store's directory, which the daemon writes anyway.
+        let refused = store.state.join("pin-refused.json");
+        let hsm = check_hsm(&shape.hsm, place, base, keys, refused, faults);
         let module = hsm.as_ref().map(|hsm| &hsm.module);
         let key_pool = key_pool::check(shape.keypool, place, module, &profiles, faults);
         Some(Self {
@@ -288,11 +291,22 @@ fn check_module(
             let hint = "systemd sets CREDENTIALS_DIRECTORY when the unit has LoadCredential=";
             faults.note(&at, directory.ok_or(hint)).map(|d| PinSource::Credential(d.join(name)))
         }
+        (None, None) => match shape.pin.as_deref() {
+            Some("prompt") => Some(PinSource::Prompt),
+            Some("protected") => Some(PinSource::Protected),
+            _ => {
+                faults.add(&at, "give pin_file, pin_credential, or pin = \"prompt\" or \"protected\"");
+                None
+            }
+        },
         _ => {
             faults.add(&at, "give exactly one of pin_file and pin_credential");
             None
         }
     };
+    if shape.pin.is_some() && (shape.pin_file.is_some() || shape.pin_credential.is_some()) {
+        faults.add(format!("{place}: hsm.pin"), "must not be there beside pin_file or pin_credential");
+    }
     if let Some(Err(e)) = pin.as_ref().map(PinSource::check) {
         faults.add(&at, e);
     }
@@ -304,6 +318,7 @@ fn check_hsm(
     place: &str,
     base: &Path,
     keys: Option<KeyRegister>,
+    pin_refused: PathBuf,
     faults: &mut Faults,
 ) -> Option<HsmConfig> {
     let (module, pin) = check_module(shape, place, base, faults);
@@ -323,6 +338,8 @@ fn check_hsm(
     Some(HsmConfig {
         module: module?,
         pin: pin?,
+        pin_keeper: None,
+        pin_refused,
         keys: keys?,
         call_timeout: shape.call_timeout,
         queue: shape.queue,

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::failure::{Doing as _, Failure, FailureClass};
 use super::kdf::Prf;
+use super::module::KdfRoute;
 use crate::keys::KeyKind;
 use crate::names::KeyName;
 
@@ -24,6 +25,8 @@ pub enum KeyRole {
     Signing(KeyKind),
     /// Derives device keys: CKA_SIGN (the MAC is the PRF) and nothing else.
     Master(Prf),
+    /// Derives device keys by the module's own mechanism: CKA_DERIVE and nothing else.
+    MasterDeriving(Prf),
     /// Wraps and unwraps key pairs, and nothing else.
     Wrapping,
 }
@@ -39,11 +42,27 @@ const USAGES: [AttributeType; 6] = [
 ];
 
 impl KeyRole {
+    /// A master key's role where keys are derived by that route.
+    pub(crate) const fn master(prf: Prf, route: KdfRoute) -> Self {
+        match route {
+            KdfRoute::Prf => Self::Master(prf),
+            KdfRoute::Sp800108Counter => Self::MasterDeriving(prf),
+        }
+    }
+
+    /// The same role in a module that derives by that route.
+    pub(crate) const fn by(self, route: KdfRoute) -> Self {
+        match self {
+            Self::Master(prf) | Self::MasterDeriving(prf) => Self::master(prf, route),
+            other => other,
+        }
+    }
+
     /// The object class and key types that the role's key may have.
     pub(crate) fn class(self) -> ObjectClass {
         match self {
             Self::Signing(_) => ObjectClass::PRIVATE_KEY,
-            Self::Master(_) | Self::Wrapping => ObjectClass::SECRET_KEY,
+            Self::Master(_) | Self::MasterDeriving(_) | Self::Wrapping => ObjectClass::SECRET_KEY,
         }
     }
 
@@ -52,14 +71,17 @@ impl KeyRole {
             Self::Signing(KeyKind::P256 | KeyKind::P384) => &[KeyType::EC],
             Self::Signing(KeyKind::Ed25519) => &[KeyType::EC_EDWARDS],
             Self::Signing(_) => &[KeyType::RSA],
-            Self::Master(Prf::HmacSha256) => &[KeyType::GENERIC_SECRET, KeyType::SHA256_HMAC],
-            Self::Master(Prf::AesCmac) | Self::Wrapping => &[KeyType::AES],
+            Self::Master(Prf::HmacSha256) | Self::MasterDeriving(Prf::HmacSha256) => {
+                &[KeyType::GENERIC_SECRET, KeyType::SHA256_HMAC]
+            }
+            Self::Master(Prf::AesCmac) | Self::MasterDeriving(Prf::AesCmac) | Self::Wrapping => &[KeyType::AES],
         }
     }
 
     fn usages(self) -> &'static [AttributeType] {
         match self {
             Self::Signing(_) | Self::Master(_) => &[AttributeType::Sign],
+            Self::MasterDeriving(_) => &[AttributeType::Derive],
             Self::Wrapping => &[AttributeType::Wrap, AttributeType::Unwrap],
         }
     }
@@ -81,7 +103,7 @@ impl KeyRole {
             Self::Signing(_) => {
                 &[AttributeType::Sign, AttributeType::Decrypt, AttributeType::Unwrap, AttributeType::Derive]
             }
-            Self::Master(_) | Self::Wrapping => &USAGES,
+            Self::Master(_) | Self::MasterDeriving(_) | Self::Wrapping => &USAGES,
         };
         template.extend(of_class.iter().filter_map(|usage| usage_attribute(*usage, self.usages().contains(usage))));
         template

@@ -265,7 +265,8 @@ mod tests {
         let (read, write) = ours.into_split();
         let token = TokenIdentity { label: String::new(), serial: String::new() };
         let started = Started { module: String::new(), token, transport_key: Vec::new() };
-        let transport = TransportKey(SecretBytes::new(Vec::new()));
+        let transport =
+            TransportKey::new(SecretBytes::new(Vec::new()), super::super::module::WrapMechanism::AesKeyWrapPad);
         let counters = Arc::new(Counters::default());
         let (connection, closed) = connect(BufReader::new(read), write, transport, started, counters);
         let call = async || {

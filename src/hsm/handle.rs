@@ -101,6 +101,8 @@ pub struct HsmStatus {
     pub calls_in_flight: u64,
     /// Calls answered.
     pub calls_answered: u64,
+    /// Calls that may wait at once.
+    pub queue: u64,
     /// What was asked of its workers, and what came of it.
     pub calls: Vec<CallStatistic>,
 }
@@ -144,6 +146,7 @@ impl Hsm {
             worker_starts: self.counters.starts.load(Ordering::Relaxed),
             calls_answered: self.counters.answered.load(Ordering::Relaxed),
             calls: self.counters.calls.all(),
+            queue: self.config.queue as u64,
             calls_in_flight: self.config.queue.saturating_sub(self.queue.available_permits()) as u64,
             ..HsmStatus::default()
         };

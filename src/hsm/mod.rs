@@ -10,16 +10,19 @@
 //! the worker from the HSM's random numbers.
 #![expect(clippy::disallowed_types, reason = "this is the room of PKCS#11")]
 
+mod attempts;
 mod attributes;
 mod background;
 mod batches;
 mod ckr;
 mod connection;
+mod doctor;
 mod durable;
 mod failure;
 mod guard;
 mod handle;
 mod kdf;
+pub mod keeper;
 mod module;
 mod objects;
 mod pairs;
@@ -27,6 +30,7 @@ mod pin;
 mod register;
 mod statistics;
 mod supervisor;
+mod survey;
 #[cfg(test)]
 mod tests;
 mod token;
@@ -35,16 +39,20 @@ mod verbs;
 mod wire;
 pub mod worker;
 
+pub use attempts::PinAttempts;
 pub use attributes::KeyRole;
 pub use background::{KeepIn, OwnObjects};
+pub use doctor::{Examination, Finding, Needs, examine};
 pub use failure::{FailureClass, HsmError};
 pub use guard::GuardedFile;
 pub use handle::{DeliveredPair, DeviceKeyOrder, DeviceKeys, HeldKeyOrder, HeldKeys, Hsm, HsmStatus, PairOrder};
 pub use kdf::{Derivation, Prf};
-pub use module::ModuleProfile;
+pub use keeper::PinKeeper;
+pub use module::{KdfRoute, ModuleProfile, OaepHash, WrapMechanism};
 pub use objects::{Ceremony, CreatedKey};
 pub use pin::PinSource;
 pub use register::{CheckpointKey, KeyRegister, MasterKey, SigningKey, SigningUse};
 pub use statistics::{CallStatistic, LATENCY_BOUNDS_US};
 pub use supervisor::HsmConfig;
+pub use survey::{MechanismReport, SlotReport, Survey, TokenReport};
 pub use token::{TokenIdentity, initialise_token};

@@ -21,6 +21,8 @@ pub struct ModuleProfile {
     pub threads: usize,
     /// Threads beside those, for what the line does not wait for: filling pools, moving batches.
     pub background_threads: usize,
+    /// How keys are derived.
+    pub kdf: KdfRoute,
     /// How private keys are wrapped.
     pub wrap: WrapMechanism,
     /// The hash of RSA-OAEP when the transport key leaves the HSM.
@@ -47,12 +49,15 @@ pub struct ModuleProfile {
     pub hang_after: std::time::Duration,
 }
 
-/// The mechanism that is RFC 5649 in this module.
+/// The mechanism that wraps key pairs in this module.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum WrapMechanism {
     /// CKM_AES_KEY_WRAP_PAD (0x210A), where the module means RFC 5649 by it.
     AesKeyWrapPad,
+    /// CKM_AES_CBC_PAD with a random IV before the octets, for modules that have nothing else. It does not authenticate what it
+    /// wraps: a pair that was tampered with is found by its public key, not before.
+    AesCbcPad,
 }
 
 /// The hash of RSA-OAEP, its MGF1 the same.
@@ -115,11 +120,15 @@ struct KdfShape {
     route: KdfRoute,
 }
 
-/// How keys are derived. The native mechanism is a route of its own once a module has it.
-#[derive(Deserialize)]
-#[serde(rename_all = "kebab-case")]
-enum KdfRoute {
+/// How keys are derived (SP 800-108r1 §4.1, the same octets by each route).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum KdfRoute {
+    /// The counter mode runs in the worker, with C_Sign of the master key as its PRF.
+    #[serde(rename = "prf")]
     Prf,
+    /// CKM_SP800_108_COUNTER_KDF (PKCS#11 v3.0 §6.41).
+    #[serde(rename = "sp800-108-counter")]
+    Sp800108Counter,
 }
 
 #[derive(Deserialize)]
@@ -184,7 +193,6 @@ impl ModuleProfile {
     }
 
     fn check(shape: Shape, place: &str, directory: &Path, faults: &mut Faults) -> Self {
-        let KdfRoute::Prf = shape.kdf.route;
         let expand = |text: String| text.replace("{directory}", &directory.display().to_string());
         let library = shape.library.iter().find(|path| path.exists()).cloned();
         if library.is_none() {
@@ -223,6 +231,7 @@ impl ModuleProfile {
             library: library.unwrap_or_default(),
             threads,
             background_threads,
+            kdf: shape.kdf.route,
             wrap: shape.wrap.mechanism,
             oaep_hash: shape.wrap.oaep_hash,
             unwrappable: shape.wrap.unwrappable,

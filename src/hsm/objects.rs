@@ -92,7 +92,7 @@ impl Ceremony {
             Prf::HmacSha256 => Mechanism::GenericSecretKeyGen,
             Prf::AesCmac => Mechanism::AesKeyGen,
         };
-        self.create_secret(name, KeyRole::Master(prf), &mechanism)
+        self.create_secret(name, KeyRole::master(prf, self.profile.kdf), &mechanism)
     }
 
     pub(super) fn create_secret(
@@ -138,7 +138,7 @@ impl Ceremony {
     /// The check value of a master key, 8 octets.
     pub fn check_value(&self, key: &CreatedKey, prf: Prf) -> Result<Vec<u8>, HsmError> {
         let check = Derivation::check_value(key.name.clone());
-        let mut verbs = self.verbs_for(&key.name, &key.id, KeyRole::Master(prf))?;
+        let mut verbs = self.verbs_for(&key.name, &key.id, KeyRole::master(prf, self.profile.kdf))?;
         verbs.derive(&key.name, prf, &check.fixed_input(), check.length).map_err(refused)
     }
 
@@ -218,7 +218,7 @@ pub(crate) fn to_x509_form(algorithm: SignatureAlgorithm, raw: Vec<u8>) -> Resul
     }
 }
 
-fn refused(failure: Failure) -> HsmError {
+pub(super) fn refused(failure: Failure) -> HsmError {
     match failure.class {
         FailureClass::Permanent => HsmError::Stopped(failure.message),
         _ => HsmError::Refused(failure.message),

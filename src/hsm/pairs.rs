@@ -2,15 +2,20 @@
 
 use std::time::{Duration, Instant};
 
+use cryptoki::mechanism::Mechanism;
 use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle};
 use zeroize::Zeroizing;
 
 use super::attributes::pair_generation;
 use super::failure::{Doing as _, Failure, FailureClass};
+use super::module::WrapMechanism;
 use super::verbs::Verbs;
 use super::wire::{Answer, Keep, Kept, MadePair, WirePublicKey};
 use crate::keys::KeyKind;
 use crate::names::KeyName;
+
+/// Octets of the IV of AES-CBC.
+pub(super) const IV_LEN: usize = 16;
 
 impl Verbs {
     pub(super) fn generate_pair(&mut self, kind: KeyKind, wrapping_key: &KeyName) -> Result<Answer, Failure> {
@@ -104,7 +109,35 @@ impl Verbs {
     }
 
     pub(super) fn wrap_under(&self, wrapping: ObjectHandle, object: ObjectHandle) -> Result<Vec<u8>, Failure> {
-        self.session.wrap_key(&self.wrap_mechanism(), wrapping, object).doing(|| "wrapping a key".to_owned())
+        let doing = || "wrapping a key".to_owned();
+        match self.shared.module.wrap {
+            WrapMechanism::AesKeyWrapPad => {
+                self.session.wrap_key(&Mechanism::AesKeyWrapPad, wrapping, object).doing(doing)
+            }
+            WrapMechanism::AesCbcPad => {
+                let mut iv = [0; IV_LEN];
+                self.session.generate_random_slice(&mut iv).doing(doing)?;
+                let wrapped = self.session.wrap_key(&Mechanism::AesCbcPad(iv), wrapping, object).doing(doing)?;
+                Ok([&iv[..], &wrapped].concat())
+            }
+        }
+    }
+
+    fn unwrap_under(
+        &self,
+        wrapping: ObjectHandle,
+        blob: &[u8],
+        template: &[Attribute],
+        doing: impl FnOnce() -> String,
+    ) -> Result<ObjectHandle, Failure> {
+        let (mechanism, wrapped) = match self.shared.module.wrap {
+            WrapMechanism::AesKeyWrapPad => (Mechanism::AesKeyWrapPad, blob),
+            WrapMechanism::AesCbcPad => match blob.split_first_chunk::<IV_LEN>() {
+                Some((iv, wrapped)) => (Mechanism::AesCbcPad(*iv), wrapped),
+                None => return Err(Failure::new(FailureClass::Rejected, format!("{}: it is too short", doing()))),
+            },
+        };
+        self.session.unwrap_key(&mechanism, wrapping, wrapped, template).doing(doing)
     }
 
     pub(super) fn rewrap(&mut self, kind: KeyKind, wrapping_key: &KeyName, blob: &[u8]) -> Result<Vec<u8>, Failure> {
@@ -143,16 +176,13 @@ impl Verbs {
             template[0] = Attribute::Class(ObjectClass::PRIVATE_KEY);
             template
         };
-        let object = self
-            .session
-            .unwrap_key(&self.wrap_mechanism(), keeping, blob, &template)
-            .doing(|| format!("unwrapping a {kind} key under {from}"))?;
+        let object = self.unwrap_under(keeping, blob, &template, || format!("unwrapping a {kind} key under {from}"))?;
         let rewrapped = self.wrap_under(to, object);
         self.forget(object)?;
         rewrapped
     }
 
-    fn public_key(&self, kind: KeyKind, object: ObjectHandle) -> Result<WirePublicKey, Failure> {
+    pub(super) fn public_key(&self, kind: KeyKind, object: ObjectHandle) -> Result<WirePublicKey, Failure> {
         let doing = || "reading a new public key".to_owned();
         let missing = || Failure::new(FailureClass::Rejected, "the module does not show a new public key");
         if kind.rsa_bits().is_some() {

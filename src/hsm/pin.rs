@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io::Read as _;
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -18,6 +19,12 @@ pub enum PinSource {
     File(PathBuf),
     /// A credential of systemd (`LoadCredential=`), already unreadable for others; the path below `$CREDENTIALS_DIRECTORY`.
     Credential(PathBuf),
+    /// A person types it at the terminal of this process.
+    Prompt,
+    /// It comes from the process that keeps what a person typed ([`super::keeper`]), through the worker's standard output.
+    Handed,
+    /// A person enters it at the HSM itself (CKF_PROTECTED_AUTHENTICATION_PATH); no process ever sees it.
+    Protected,
 }
 
 /// Why a PIN file was refused. Never says what is in it.
@@ -27,42 +34,60 @@ pub enum PinError {
     #[error("PIN file {0}")]
     File(#[from] PrivateFileError),
     /// Empty, or more than a PIN.
-    #[error("PIN file {path} must hold one line of 1 to {max} octets of UTF-8", max = PinSource::MAX_LEN)]
+    #[error("{path} must hold one line of 1 to {max} octets of UTF-8", max = PinSource::MAX_LEN)]
     NotAPin {
         /// Which.
         path: String,
     },
+    /// There is no terminal, or nobody typed.
+    #[error("the PIN could not be asked for: {0}; give a PIN file where there is no terminal")]
+    NotTyped(#[source] std::io::Error),
+}
+
+fn open_credential(path: &Path) -> Result<File, PrivateFileError> {
+    File::open(path).map_err(|cause| PrivateFileError::Unreadable { path: path.display().to_string(), cause })
 }
 
 impl PinSource {
     /// Most octets of a PIN.
     pub const MAX_LEN: usize = 256;
 
-    fn path(&self) -> &Path {
-        match self {
-            Self::File(path) | Self::Credential(path) => path,
-        }
-    }
-
     /// Checks that the file is there and closed to others, without reading it.
     pub fn check(&self) -> Result<(), PinError> {
-        self.open().map(drop)
+        match self {
+            Self::File(path) => open_private(path).map(drop)?,
+            Self::Credential(path) => open_credential(path).map(drop)?,
+            Self::Prompt | Self::Handed | Self::Protected => {}
+        }
+        Ok(())
     }
 
-    fn open(&self) -> Result<File, PinError> {
+    /// Reads the PIN; there is none for a program where a person enters it at the HSM.
+    pub fn read(&self) -> Result<Option<SecretBytes>, PinError> {
         match self {
-            Self::File(path) => Ok(open_private(path)?),
+            Self::File(path) => Self::read_line(open_private(path)?, &format!("PIN file {}", path.display())).map(Some),
             Self::Credential(path) => {
-                let unreadable = |cause| PrivateFileError::Unreadable { path: path.display().to_string(), cause };
-                Ok(File::open(path).map_err(unreadable)?)
+                Self::read_line(open_credential(path)?, &format!("PIN credential {}", path.display())).map(Some)
             }
+            Self::Handed => {
+                let handed = std::io::stdout().as_fd().try_clone_to_owned().map_err(PinError::NotTyped)?;
+                Self::read_line(File::from(handed), "the PIN that was typed").map(Some)
+            }
+            Self::Prompt => {
+                let typed = rpassword::prompt_password("user PIN of the token: ").map_err(PinError::NotTyped)?;
+                let typed = SecretBytes::new(typed.into_bytes());
+                if typed.expose().is_empty() || typed.expose().len() > Self::MAX_LEN {
+                    return Err(PinError::NotAPin { path: "what was typed".to_owned() });
+                }
+                Ok(Some(typed))
+            }
+            Self::Protected => Ok(None),
         }
     }
 
-    /// Reads the PIN; one line ending at the end is not part of it.
-    pub fn read(&self) -> Result<SecretBytes, PinError> {
-        let path = self.path().display().to_string();
-        let file = self.open()?;
+    /// One line ending at the end is not part of it.
+    fn read_line(file: File, path: &str) -> Result<SecretBytes, PinError> {
+        let path = path.to_owned();
         // Room for the longest PIN, so that the buffer never moves and leaves a copy behind.
         let mut pin = SecretBytes::new(Vec::with_capacity(Self::MAX_LEN + 2));
         file.take(Self::MAX_LEN as u64 + 2)
@@ -101,7 +126,7 @@ mod tests {
     #[test]
     fn a_pin_is_one_line_without_its_ending() {
         let (_dir, source) = pin_file("1234\n", 0o600);
-        assert_eq!(source.read().unwrap().expose(), b"1234");
+        assert_eq!(source.read().unwrap().unwrap().expose(), b"1234");
     }
 
     #[test]

@@ -13,9 +13,11 @@ use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
 use tokio::sync::{oneshot, watch};
 
+use super::attempts::PinAttempts;
 use super::connection::{Connection, Counters, connect, read_frame, write_frame};
 use super::failure::{Failure, FailureClass, HsmError};
 use super::kdf::Derivation;
+use super::keeper::PinKeeper;
 use super::module::ModuleProfile;
 use super::objects::to_x509_form;
 use super::pin::PinSource;
@@ -32,6 +34,10 @@ pub struct HsmConfig {
     pub module: ModuleProfile,
     /// Where the user PIN is read, by the worker.
     pub pin: PinSource,
+    /// Who keeps a PIN that was typed; with [`PinSource::Prompt`].
+    pub pin_keeper: Option<Arc<PinKeeper>>,
+    /// Where it is remembered that a PIN was refused.
+    pub pin_refused: PathBuf,
     /// What the token must hold.
     pub keys: KeyRegister,
     /// Every call is answered within this.
@@ -51,6 +57,9 @@ const LASTED: Duration = Duration::from_secs(5);
 /// How often the supervisor looks for a hanging worker.
 const LOOK: Duration = Duration::from_millis(250);
 
+/// How often it is looked whether an officer has acted.
+const OFFICER_LOOK: Duration = Duration::from_secs(1);
+
 /// How long a worker that is replaced may go on with background work.
 const BACKGROUND_DRAIN: Duration = Duration::from_millis(200);
 
@@ -68,6 +77,15 @@ pub(crate) enum State {
 /// Runs until nobody holds the handle any more.
 pub(crate) async fn supervise(config: Arc<HsmConfig>, state: watch::Sender<State>, counters: Arc<Counters>) {
     let mut wait = BACKOFF.0;
+    let attempts = PinAttempts::new(config.pin_refused.clone());
+    if let Some(why) = attempts.refused(&config.pin) {
+        tracing::error!(%why, "the PIN was refused before, and is not tried again until an officer has acted");
+        let _ = state.send(State::Stopped { why });
+        tokio::select! {
+            () = officer_acted(&attempts, &config.pin) => {}
+            () = state.closed() => return,
+        }
+    }
     loop {
         counters.starts.fetch_add(1, Ordering::Relaxed);
         let ended = tokio::select! {
@@ -81,16 +99,31 @@ pub(crate) async fn supervise(config: Arc<HsmConfig>, state: watch::Sender<State
                 let _ = state.send(State::Away { why, retry_after: wait });
             }
             Ended::Permanent(why) => {
-                tracing::error!(%why, "the HSM needs an officer; restart sppd when that is done");
+                tracing::error!(%why, "the HSM needs an officer; service goes on by itself when that is done");
+                if let Err(error) = attempts.remember(&config.pin, &why) {
+                    tracing::error!(%error, "it cannot be remembered that the PIN was refused; do not restart sppd before it is right");
+                }
                 let _ = state.send(State::Stopped { why });
-                state.closed().await;
-                return;
+                tokio::select! {
+                    () = officer_acted(&attempts, &config.pin) => {}
+                    () = state.closed() => return,
+                }
+                tracing::info!("an officer has acted; the HSM is tried again");
+                let _ =
+                    state.send(State::Away { why: "the worker is being started".to_owned(), retry_after: BACKOFF.0 });
             }
         }
         tokio::select! {
             () = tokio::time::sleep(wait) => wait = (wait * 2).min(BACKOFF.1),
             () = state.closed() => return,
         }
+    }
+}
+
+/// Resolves when the PIN's file is another one, or an officer has allowed one more attempt.
+async fn officer_acted(attempts: &PinAttempts, pin: &PinSource) {
+    while attempts.refused(pin).is_some() {
+        tokio::time::sleep(OFFICER_LOOK).await;
     }
 }
 
@@ -221,7 +254,7 @@ async fn start(
         FailureClass::Permanent => Ended::Permanent(failure.message),
         _ => Ended::Lost(failure.message),
     })?;
-    let transport = receiver.open(config.module.oaep_hash, &started.transport_key)?;
+    let transport = receiver.open(config.module.oaep_hash, config.module.wrap, &started.transport_key)?;
     let (connection, closed) = connect(read, write, transport, started, Arc::clone(counters));
     check_keys(config, &connection).await?;
     Ok((child, connection, closed))
@@ -230,12 +263,16 @@ async fn start(
 /// The worker is this program again; its environment is what the module's profile says and nothing else, its standard
 /// input is the socket. It has a process group of its own, so that Ctrl-C on a terminal drains before it dies.
 fn spawn(config: &HsmConfig, socket: std::os::unix::net::UnixStream) -> std::io::Result<Child> {
+    let pin = match &config.pin_keeper {
+        Some(keeper) => Stdio::from(keeper.hand()?),
+        None => Stdio::null(),
+    };
     Command::new(&config.worker_program)
         .arg(worker::ARGUMENT)
         .env_clear()
         .envs(&config.module.environment)
         .stdin(Stdio::from(OwnedFd::from(socket)))
-        .stdout(Stdio::null())
+        .stdout(pin)
         .stderr(Stdio::inherit())
         .process_group(0)
         .kill_on_drop(true)
@@ -245,12 +282,13 @@ fn spawn(config: &HsmConfig, socket: std::os::unix::net::UnixStream) -> std::io:
 fn start_order(config: &HsmConfig, counters: &Counters, transport_rsa: wire::TransportRsa) -> Start {
     let destroyed = counters.destroyed.lock().unwrap_or_else(PoisonError::into_inner);
     let wanted = config.keys.all().filter(|(name, ..)| !destroyed.contains(*name));
-    let keys: BTreeMap<_, _> =
-        wanted.map(|(name, id, role)| (name.clone(), KeyOnToken { id: id.to_vec(), role })).collect();
+    let keys: BTreeMap<_, _> = wanted
+        .map(|(name, id, role)| (name.clone(), KeyOnToken { id: id.to_vec(), role: role.by(config.module.kdf) }))
+        .collect();
     Start {
         module: config.module.clone(),
         token: config.keys.token.clone(),
-        pin: config.pin.clone(),
+        pin: if config.pin_keeper.is_some() { PinSource::Handed } else { config.pin.clone() },
         keys,
         transport_rsa,
     }

@@ -45,7 +45,16 @@ impl Token {
         let description = format!("{} {}.{}", info.library_description().trim(), version.major(), version.minor());
         let pin = pin.read().map_err(|e| Failure::new(FailureClass::Rejected, e.to_string()))?;
         let anchor = module.open_rw_session(slot).doing(|| format!("opening a session on {}", identity.label))?;
-        login(&anchor, &pin, &identity)?;
+        let info = module.get_token_info(slot).doing(|| format!("looking at {}", identity.label))?;
+        if info.user_pin_locked() || info.user_pin_final_try() {
+            let message = format!(
+                "the user PIN of {} {}; the token's security officer must look at it first",
+                identity.label,
+                if info.user_pin_locked() { "is locked" } else { "may be tried once more, and then the token locks" }
+            );
+            return Err(Failure::new(FailureClass::Permanent, message));
+        }
+        login(&anchor, pin.as_ref(), &identity)?;
         Ok(Self { module, slot, identity, anchor, description })
     }
 
@@ -111,18 +120,21 @@ pub fn initialise_token(
         let slots = module.get_slots_with_token().doing(|| "listing slots".to_owned())?;
         let free = slots.into_iter().find(|slot| module.get_token_info(*slot).is_ok_and(|t| !t.token_initialized()));
         let slot = free.ok_or_else(|| Failure::new(FailureClass::Rejected, "no slot has an uninitialised token"))?;
-        let so_pin = auth_pin(&so_pin)?;
+        let typed =
+            || Failure::new(FailureClass::Rejected, "a token is initialised with PINs from files or a terminal");
+        let so_pin = auth_pin(so_pin.as_ref().ok_or_else(typed)?)?;
+        let user_pin = auth_pin(user_pin.as_ref().ok_or_else(typed)?)?;
         module.init_token(slot, &so_pin, label).doing(|| format!("initialising the token {label}"))?;
         let (slot, identity) = find_token(&module, &wanted)?;
         let session = module.open_rw_session(slot).doing(|| "opening a session".to_owned())?;
         session.login(UserType::So, Some(&so_pin)).doing(|| "logging in as security officer".to_owned())?;
-        session.init_pin(&auth_pin(&user_pin)?).doing(|| "setting the user PIN".to_owned())?;
+        session.init_pin(&user_pin).doing(|| "setting the user PIN".to_owned())?;
         Ok(identity)
     };
     run().map_err(|failure| failure.message)
 }
 
-fn load(library: &Path) -> Result<Pkcs11, Failure> {
+pub(super) fn load(library: &Path) -> Result<Pkcs11, Failure> {
     let module = Pkcs11::new(library).doing(|| format!("loading {}", library.display()))?;
     module
         .initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK))
@@ -155,8 +167,9 @@ fn find_token(module: &Pkcs11, wanted: &TokenIdentity) -> Result<(Slot, TokenIde
     })
 }
 
-fn login(session: &Session, pin: &SecretBytes, identity: &TokenIdentity) -> Result<(), Failure> {
-    match session.login(UserType::User, Some(&auth_pin(pin)?)) {
+fn login(session: &Session, pin: Option<&SecretBytes>, identity: &TokenIdentity) -> Result<(), Failure> {
+    let pin = pin.map(auth_pin).transpose()?;
+    match session.login(UserType::User, pin.as_ref()) {
         // Login belongs to the token, not to the session: somebody in this process was first.
         Ok(()) | Err(Error::Pkcs11(RvError::UserAlreadyLoggedIn, _)) => Ok(()),
         Err(e) => Err(Failure::of(&format!("logging in to the token {}", identity.label), &e)),

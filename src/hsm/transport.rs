@@ -1,13 +1,16 @@
 //! The receiving end of the transport key: an RSA pair that lives only in this process, and what it opened.
 
+use aws_lc_rs::cipher::{self, DecryptionContext, PaddedBlockDecryptingKey, UnboundCipherKey};
 use aws_lc_rs::encoding::{AsDer as _, PublicKeyX509Der};
+use aws_lc_rs::error::Unspecified;
 use aws_lc_rs::key_wrap::{AES_256, AesKek, KeyWrapPadded as _};
 use aws_lc_rs::rsa::{
     KeySize, OAEP_SHA1_MGF1SHA1, OAEP_SHA256_MGF1SHA256, OaepPrivateDecryptingKey, PrivateDecryptingKey,
 };
 
 use super::failure::HsmError;
-use super::module::OaepHash;
+use super::module::{OaepHash, WrapMechanism};
+use super::pairs::IV_LEN;
 use super::wire::TransportRsa;
 use crate::keys::PublicKey;
 use crate::secret::SecretBytes;
@@ -19,7 +22,10 @@ pub(crate) struct TransportReceiver {
 }
 
 /// The AES-256 key under which device keys leave the HSM.
-pub(crate) struct TransportKey(pub(super) SecretBytes);
+pub(crate) struct TransportKey {
+    key: SecretBytes,
+    wrap: WrapMechanism,
+}
 
 impl TransportReceiver {
     pub(crate) fn generate() -> Result<Self, HsmError> {
@@ -37,7 +43,8 @@ impl TransportReceiver {
         TransportRsa { modulus: self.public.modulus.clone(), exponent: self.public.exponent.clone() }
     }
 
-    pub(crate) fn open(self, hash: OaepHash, wrapped: &[u8]) -> Result<TransportKey, HsmError> {
+    /// Opens the transport key, which wraps keys in that way from then on.
+    pub(crate) fn open(self, hash: OaepHash, wrap: WrapMechanism, wrapped: &[u8]) -> Result<TransportKey, HsmError> {
         let algorithm = match hash {
             OaepHash::Sha1 => &OAEP_SHA1_MGF1SHA1,
             OaepHash::Sha256 => &OAEP_SHA256_MGF1SHA256,
@@ -51,18 +58,43 @@ impl TransportReceiver {
         if len != 32 {
             return Err(HsmError::Wrong(format!("the transport key has {len} octets instead of 32")));
         }
-        Ok(TransportKey(SecretBytes::copy_of(&plain.expose()[..len])))
+        Ok(TransportKey::new(SecretBytes::copy_of(&plain.expose()[..len]), wrap))
     }
 }
 
 impl TransportKey {
-    /// AES-KWP, RFC 5649.
+    /// The key of that value.
+    pub(super) const fn new(key: SecretBytes, wrap: WrapMechanism) -> Self {
+        Self { key, wrap }
+    }
+
+    /// A key that was wrapped under this one.
     pub(crate) fn unwrap(&self, blob: &[u8]) -> Result<SecretBytes, HsmError> {
-        let failed = |_| HsmError::Wrong("a delivered key could not be unwrapped".to_owned());
+        let unwrapped = match self.wrap {
+            WrapMechanism::AesKeyWrapPad => self.unwrap_kwp(blob),
+            WrapMechanism::AesCbcPad => self.decrypt_cbc(blob),
+        };
+        unwrapped.map_err(|_| HsmError::Wrong("a delivered key could not be unwrapped".to_owned()))
+    }
+
+    /// AES-CBC with the padding of PKCS#7, after its IV.
+    fn decrypt_cbc(&self, blob: &[u8]) -> Result<SecretBytes, Unspecified> {
+        let (iv, wrapped) = blob.split_first_chunk::<IV_LEN>().ok_or(Unspecified)?;
+        // Exposed to the provider that decrypts.
+        let key = UnboundCipherKey::new(&cipher::AES_256, self.key.expose())?;
+        let mut plain = SecretBytes::copy_of(wrapped);
+        let context = DecryptionContext::Iv128(iv.into());
+        let len = PaddedBlockDecryptingKey::cbc_pkcs7(key)?.decrypt(plain.expose_mut(), context)?.len();
+        plain.expose_mut().truncate(len);
+        Ok(plain)
+    }
+
+    /// AES-KWP, RFC 5649.
+    fn unwrap_kwp(&self, blob: &[u8]) -> Result<SecretBytes, Unspecified> {
         // Exposed to the provider that unwraps.
-        let kek = AesKek::new(&AES_256, self.0.expose()).map_err(failed)?;
+        let kek = AesKek::new(&AES_256, self.key.expose())?;
         let mut plain = SecretBytes::new(vec![0; blob.len()]);
-        let len = kek.unwrap_with_padding(blob, plain.expose_mut()).map_err(failed)?.len();
+        let len = kek.unwrap_with_padding(blob, plain.expose_mut())?.len();
         plain.expose_mut().truncate(len);
         Ok(plain)
     }
@@ -83,7 +115,7 @@ mod tests {
                 continue;
             }
             for test in group.tests {
-                let key = TransportKey(SecretBytes::copy_of(&test.key));
+                let key = TransportKey::new(SecretBytes::copy_of(&test.key), WrapMechanism::AesKeyWrapPad);
                 let opened = key.unwrap(&test.ct).ok().map(|plain| plain.expose().clone());
                 if test.result == TestResult::Valid {
                     assert_eq!(opened.as_deref(), Some(test.pt.as_slice()), "{} {}", test.tc_id, test.comment);

@@ -1,10 +1,12 @@
 //! What one thread of the worker does with its session: the verbs, in PKCS#11.
 
 use std::collections::{BTreeMap, HashMap};
+use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use cryptoki::mechanism::eddsa::{EddsaParams, EddsaSignatureScheme};
+use cryptoki::mechanism::kbkdf::{Endianness, KbkdfCounterFormat, KbkdfParams, PrfDataParam, PrfDataParamType};
 use cryptoki::mechanism::rsa::{PkcsMgfType, PkcsOaepParams, PkcsOaepSource, PkcsPssParams};
 use cryptoki::mechanism::{Mechanism, MechanismType};
 use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle};
@@ -14,7 +16,7 @@ use zeroize::Zeroizing;
 use super::attributes::audit;
 use super::failure::{Doing as _, Failure, FailureClass};
 use super::kdf::{Prf, prf_inputs};
-use super::module::{ModuleProfile, OaepHash, WrapMechanism};
+use super::module::{KdfRoute, ModuleProfile, OaepHash};
 use super::token::find_one;
 use super::wire::{Answer, KeyOnToken, Operation, TransportRsa, WireSecret};
 use crate::keys::{BatchName, SignatureAlgorithm, TokenPair};
@@ -162,6 +164,10 @@ impl Verbs {
         len: usize,
     ) -> Result<Vec<u8>, Failure> {
         let object = self.key(key)?;
+        if self.shared.module.kdf == KdfRoute::Sp800108Counter {
+            let derive = || self.derive_inside(object, key, prf, fixed_input, len);
+            return the_same_twice(key, len, derive).map(|mut derived| std::mem::take(&mut *derived));
+        }
         let mechanism = match prf {
             Prf::HmacSha256 => Mechanism::Sha256Hmac,
             Prf::AesCmac => Mechanism::AesCMac,
@@ -172,16 +178,48 @@ impl Verbs {
                 let block = self.session.sign(&mechanism, object, &input).doing(|| format!("deriving from {key}"));
                 block.map(Zeroizing::new)
             };
-            // Nobody could ever tell a wrong key from the right one, and its device would have it for life.
-            let (first, second) = (block()?, block()?);
-            if first != second || first.len() != prf.output_len() {
-                let message = format!("deriving from {key}: the HSM gave two different answers to the same question");
-                return Err(Failure::new(FailureClass::ModuleLost, message));
-            }
-            derived.extend_from_slice(&first);
+            derived.extend_from_slice(&the_same_twice(key, prf.output_len(), block)?);
         }
         derived.truncate(len);
         Ok(std::mem::take(&mut *derived))
+    }
+
+    /// SP 800-108r1 §4.1 by the module itself; the derived key is a session object for as long as it takes to read it.
+    fn derive_inside(
+        &self,
+        object: ObjectHandle,
+        key: &KeyName,
+        prf: Prf,
+        fixed_input: &[u8],
+        len: usize,
+    ) -> Result<Zeroizing<Vec<u8>>, Failure> {
+        const COUNTER_BITS: NonZeroUsize = NonZeroUsize::new(32).unwrap();
+        let prf = match prf {
+            Prf::HmacSha256 => MechanismType::SHA256_HMAC,
+            Prf::AesCmac => MechanismType::AES_CMAC,
+        };
+        let counter = KbkdfCounterFormat::new(Endianness::Big, COUNTER_BITS);
+        let input = [
+            PrfDataParam::new(PrfDataParamType::IterationVariable(Some(&counter))),
+            PrfDataParam::new(PrfDataParamType::ByteArray(fixed_input)),
+        ];
+        let mechanism = Mechanism::KbkdfCounter(KbkdfParams::new(prf, &input, None));
+        let template = [
+            Attribute::Class(ObjectClass::SECRET_KEY),
+            Attribute::KeyType(KeyType::GENERIC_SECRET),
+            Attribute::Token(false),
+            Attribute::Sensitive(false),
+            Attribute::Extractable(true),
+            Attribute::ValueLen((len as u64).into()),
+        ];
+        let doing = || format!("deriving from {key}");
+        let derived = self.session.derive_key(&mechanism, object, &template).doing(doing)?;
+        let shown = self.session.get_attributes(derived, &[AttributeType::Value]).doing(doing);
+        self.forget(derived)?;
+        match shown?.into_iter().next() {
+            Some(Attribute::Value(value)) => Ok(Zeroizing::new(value)),
+            _ => Err(Failure::new(FailureClass::Rejected, format!("{}: the module does not show the key", doing()))),
+        }
     }
 
     /// Destroys a token object and looks again: it must be gone.
@@ -241,12 +279,6 @@ impl Verbs {
         &self.session
     }
 
-    pub(super) fn wrap_mechanism(&self) -> Mechanism<'static> {
-        match self.shared.module.wrap {
-            WrapMechanism::AesKeyWrapPad => Mechanism::AesKeyWrapPad,
-        }
-    }
-
     pub(super) fn transport(&self) -> Result<ObjectHandle, Failure> {
         self.transport_key.ok_or_else(|| Failure::new(FailureClass::Rejected, "there is no transport key here"))
     }
@@ -271,4 +303,18 @@ impl Verbs {
         self.handles.insert(name.clone(), object);
         Ok(object)
     }
+}
+
+/// Asks twice: nobody could ever tell a wrong key from the right one, and its device would have it for life.
+fn the_same_twice(
+    key: &KeyName,
+    len: usize,
+    ask: impl Fn() -> Result<Zeroizing<Vec<u8>>, Failure>,
+) -> Result<Zeroizing<Vec<u8>>, Failure> {
+    let (first, second) = (ask()?, ask()?);
+    if first == second && first.len() == len {
+        return Ok(first);
+    }
+    let message = format!("deriving from {key}: the HSM gave two different answers to the same question");
+    Err(Failure::new(FailureClass::ModuleLost, message))
 }

@@ -3,6 +3,7 @@
 mod ceremony;
 mod enroll;
 mod files;
+mod hsm_cli;
 mod hsm_file;
 mod pool;
 mod pool_cli;
@@ -12,6 +13,7 @@ mod status;
 pub use ceremony::{CeremonyPlan, CeremonyReport};
 pub use enroll::{Enrolment, enroll};
 pub use files::FileError;
+pub use hsm_cli::HsmCommand;
 pub use hsm_file::HsmFile;
 pub use pool_cli::{DaemonArgs, PoolCommand};
 pub use registry_cli::RegistryCommand;

@@ -51,13 +51,13 @@ pub enum PoolCommand {
 pub struct DaemonArgs {
     /// The officer listener, https://HOST:PORT.
     #[arg(long, value_name = "URL")]
-    server: String,
+    pub(super) server: String,
     /// The officer's directory with certificate.pem, key.pem and ca.pem.
     #[arg(long, value_name = "DIR")]
-    tls: PathBuf,
+    pub(super) tls: PathBuf,
     /// Tell it as JSON.
     #[arg(long)]
-    json: bool,
+    pub(super) json: bool,
 }
 
 impl PoolCommand {

@@ -8,6 +8,7 @@ use super::door::Door;
 use super::health::line_trouble;
 use super::{callers, messages, pool};
 use crate::audit::AuditLog;
+use crate::hsm::CallStatistic;
 use crate::proto;
 use crate::proto::officer_server::Officer;
 use crate::provisioning::{ProvisionError, Provisioner};
@@ -87,6 +88,8 @@ async fn status(provisioner: &Provisioner, node: NodeInfo) -> Result<proto::GetS
         started: Some(messages::timestamp(node.started)),
         ready: line_trouble(provisioner).is_none(),
         hsm: Some(proto::HsmStatus {
+            queue: hsm.queue,
+            calls: hsm.calls.iter().map(hsm_calls).collect(),
             ready: hsm.ready,
             trouble: hsm.trouble,
             module: hsm.module,
@@ -122,5 +125,16 @@ fn log_status(status: RegistryStatus) -> proto::LogStatus {
         reading_trouble: status.reading_trouble.unwrap_or_default(),
         batches: status.batches,
         witnesses: status.witnesses.into_iter().map(witness).collect(),
+    }
+}
+
+fn hsm_calls(calls: &CallStatistic) -> proto::HsmCalls {
+    let micros = |time: std::time::Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+    proto::HsmCalls {
+        verb: calls.verb.to_owned(),
+        result: calls.outcome.to_owned(),
+        count: calls.count,
+        microseconds: micros(calls.took),
+        median_microseconds: calls.median().map_or(0, micros),
     }
 }

@@ -12,6 +12,8 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::{EncodeMetric, MetricEncoder};
+use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
@@ -20,6 +22,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 use super::serve::{Limits, serve};
+use crate::hsm::{CallStatistic, LATENCY_BOUNDS_US};
 use crate::keypool::{KindStatus, PoolError};
 use crate::provisioning::Provisioner;
 use crate::rpc::line_trouble;
@@ -143,6 +146,9 @@ fn hsm(told: &mut Registry, provisioner: &Provisioner) {
     gauge(told, "hsm_calls_in_flight", "Calls that wait or are with the HSM", status.calls_in_flight);
     counter(told, "hsm_calls", "Calls that the HSM answered", status.calls_answered);
     counter(told, "hsm_worker_starts", "How often the HSM worker was started", status.worker_starts);
+    gauge(told, "hsm_queue_places", "Calls that may wait at once", status.queue);
+    let help = "What was asked of the HSM, by verb and result, and how long it took there";
+    told.register_with_unit("hsm_operation", help, Unit::Seconds, Latencies(status.calls));
 }
 
 fn room(told: &mut Registry, provisioner: &Provisioner) -> Result<(), StoreError> {
@@ -185,6 +191,27 @@ async fn records(told: &mut Registry, provisioner: &Provisioner) -> Result<(), S
     told.register("log_witness_trouble", "Whether the witness did not cosign the last checkpoint", troubled);
     counter(told, "records", "Records in the public database", provisioner.registry().count().await?);
     Ok(())
+}
+
+/// Histograms that the HSM's room keeps.
+#[derive(Debug)]
+struct Latencies(Vec<CallStatistic>);
+
+impl EncodeMetric for Latencies {
+    fn encode(&self, mut encoder: MetricEncoder<'_>) -> std::fmt::Result {
+        for calls in &self.0 {
+            let bounds = LATENCY_BOUNDS_US.iter().map(|us| f64::from(*us) / 1e6).chain([f64::MAX]);
+            let buckets: Vec<_> = bounds.zip(calls.by_latency).collect();
+            let labels = [("verb", calls.verb), ("result", calls.outcome)];
+            let mut one = encoder.encode_family(&labels)?;
+            one.encode_histogram::<[(&str, &str); 0]>(calls.took.as_secs_f64(), calls.count, &buckets, None)?;
+        }
+        Ok(())
+    }
+
+    fn metric_type(&self) -> MetricType {
+        MetricType::Histogram
+    }
 }
 
 fn gauge(told: &mut Registry, name: &str, help: &str, value: u64) {

@@ -167,6 +167,8 @@ impl Site {
         HsmConfig {
             module: ModuleProfile::load(&self.path("hsm-config/softhsm2.toml"), &self.path("hsm")).unwrap(),
             pin: PinSource::File(self.path("hsm/user.pin")),
+            pin_keeper: None,
+            pin_refused: self.path("pin-refused.json"),
             keys: KeyRegister::load(&self.path("keys/keys.toml")).unwrap(),
             call_timeout: Duration::from_secs(10),
             queue: 256,

@@ -124,7 +124,7 @@ impl Place {
         let mut verbs = self.verbs(ceremony, keys, None);
         let receiver = TransportReceiver::generate().unwrap();
         let (_, wrapped) = verbs.make_transport_key(&receiver.public_copy()).unwrap();
-        (verbs, receiver.open(self.profile.oaep_hash, &wrapped).unwrap())
+        (verbs, receiver.open(self.profile.oaep_hash, self.profile.wrap, &wrapped).unwrap())
     }
 }
 

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::failure::{Doing as _, Failure, FailureClass};
 use super::kdf::Prf;
-use super::module::KdfRoute;
+use super::module::{KdfRoute, ModuleProfile};
 use crate::keys::KeyKind;
 use crate::names::KeyName;
 
@@ -87,7 +87,7 @@ impl KeyRole {
     }
 
     /// The template of a new token object with this role, private half or secret key.
-    pub(crate) fn template(self, name: &KeyName, id: &[u8]) -> Vec<Attribute> {
+    pub(crate) fn template(self, name: &KeyName, id: &[u8], module: &ModuleProfile) -> Vec<Attribute> {
         let mut template = vec![
             Attribute::Token(true),
             Attribute::Private(true),
@@ -105,6 +105,9 @@ impl KeyRole {
             }
             Self::Master(_) | Self::MasterDeriving(_) | Self::Wrapping => &USAGES,
         };
+        if module.no_copyable {
+            template.retain(|attribute| *attribute != Attribute::Copyable(false));
+        }
         template.extend(of_class.iter().filter_map(|usage| usage_attribute(*usage, self.usages().contains(usage))));
         template
     }

@@ -25,7 +25,7 @@ impl Verbs {
     pub(super) fn create_batch_key(&mut self, name: &KeyName) -> Result<(), Failure> {
         let begun = SystemTime::now();
         if self.find(ObjectClass::SECRET_KEY, name, &batch_key_id(name))?.is_none() {
-            let mut template = KeyRole::Wrapping.template(name, &batch_key_id(name));
+            let mut template = KeyRole::Wrapping.template(name, &batch_key_id(name), &self.shared.module);
             template.push(Attribute::ValueLen(32.into()));
             let shared = Arc::clone(&self.shared);
             let _alone = shared.changing();
@@ -46,8 +46,10 @@ impl Verbs {
     }
 
     pub(super) fn destroy_batch_key(&mut self, name: &KeyName) -> Result<(), Failure> {
-        self.handles.remove(name);
-        self.destroy_found(ObjectClass::SECRET_KEY, name, &batch_key_id(name))
+        self.shared.forget_handles();
+        let destroyed = self.destroy_found(ObjectClass::SECRET_KEY, name, &batch_key_id(name));
+        self.shared.forget_handles();
+        destroyed
     }
 
     /// A pair that can do nothing in the HSM but leave it wrapped; its public half is not kept there. It is generated as a

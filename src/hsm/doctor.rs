@@ -177,7 +177,7 @@ impl Doctor<'_> {
     /// A session key with a role, as the ceremony would make it on the token.
     fn session_key(&mut self, of: &KeyName, role: KeyRole, mechanism: &Mechanism<'_>) -> Result<ObjectHandle, Failure> {
         use super::failure::Doing as _;
-        let mut template = role.template(of, b"spp-doctor");
+        let mut template = role.template(of, b"spp-doctor", &self.profile);
         template[0] = Attribute::Token(false);
         template.push(Attribute::ValueLen(32.into()));
         let made = self.verbs.session().generate_key(mechanism, &template);
@@ -270,7 +270,7 @@ impl Doctor<'_> {
         let (mechanism, mut public) = pair_generation(kind);
         public.extend([Attribute::Token(false), Attribute::Verify(true)]);
         let key = name(&format!("signer-{kind}"));
-        let mut private = KeyRole::Signing(kind).template(&key, b"spp-doctor");
+        let mut private = KeyRole::Signing(kind).template(&key, b"spp-doctor", &self.profile);
         private[0] = Attribute::Token(false);
         let made = self.verbs.session().generate_key_pair(&mechanism, &public, &private);
         let made = made.doing(|| format!("generating a {kind} pair"));
@@ -321,6 +321,7 @@ impl Doctor<'_> {
         const FOR: &str = "key pairs that wait for their device";
         let mechanism = match self.profile.wrap {
             WrapMechanism::AesKeyWrapPad => "AES key wrap with padding (RFC 5649)",
+            WrapMechanism::AesGcm => "AES-GCM",
             WrapMechanism::AesCbcPad => "AES-CBC with padding",
         };
         let wrapping = match self.session_key(&name("wrapping"), KeyRole::Wrapping, &Mechanism::AesKeyGen) {

@@ -21,14 +21,22 @@ pub struct ModuleProfile {
     pub threads: usize,
     /// Threads beside those, for what the line does not wait for: filling pools, moving batches.
     pub background_threads: usize,
+    /// Whether the token's names cannot be read: then the module may have one token alone, which is known by its keys.
+    pub one_nameless_token: bool,
     /// How keys are derived.
     pub kdf: KdfRoute,
     /// How private keys are wrapped.
     pub wrap: WrapMechanism,
+    /// Whether C_UnwrapKey makes keys extractable by itself and takes no word about it.
+    pub unwraps_extractable: bool,
+    /// Whether the module has CKM_RSA_PKCS alone, and not with SHA-256: then the hash is taken before.
+    pub rsa_without_hash: bool,
     /// The hash of RSA-OAEP when the transport key leaves the HSM.
     pub oaep_hash: OaepHash,
     /// Kinds whose private keys the module cannot wrap.
     pub unwrappable: Vec<KeyKind>,
+    /// Whether the module does not know CKA_COPYABLE (new in PKCS#11 v2.40).
+    pub no_copyable: bool,
     /// Whether creating and destroying token objects must exclude look-ups.
     pub exclusive_changes: bool,
     /// Set for the worker process before the module is loaded.
@@ -55,6 +63,8 @@ pub struct ModuleProfile {
 pub enum WrapMechanism {
     /// CKM_AES_KEY_WRAP_PAD (0x210A), where the module means RFC 5649 by it.
     AesKeyWrapPad,
+    /// CKM_AES_GCM with a random IV of 12 octets before the octets and a tag of 16 behind them.
+    AesGcm,
     /// CKM_AES_CBC_PAD with a random IV before the octets, for modules that have nothing else. It does not authenticate what it
     /// wraps: a pair that was tampered with is found by its public key, not before.
     AesCbcPad,
@@ -79,6 +89,10 @@ struct Shape {
     sessions: SessionsShape,
     kdf: KdfShape,
     wrap: WrapShape,
+    #[serde(default)]
+    sign: SignShape,
+    #[serde(default)]
+    one_nameless_token: bool,
     #[serde(default)]
     objects: ObjectsShape,
     #[serde(default)]
@@ -135,6 +149,8 @@ pub enum KdfRoute {
 #[serde(deny_unknown_fields)]
 struct WrapShape {
     mechanism: WrapMechanism,
+    #[serde(default)]
+    unwraps_extractable: bool,
     oaep_hash: OaepHash,
     #[serde(default)]
     unwrappable: Vec<KeyKind>,
@@ -142,8 +158,15 @@ struct WrapShape {
 
 #[derive(Deserialize, Default)]
 #[serde(deny_unknown_fields, default)]
+struct SignShape {
+    rsa_without_hash: bool,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
 struct ObjectsShape {
     exclusive_changes: bool,
+    no_copyable: bool,
     sync_directory: Option<String>,
     token_pairs: u64,
     guarded_file: Option<String>,
@@ -231,11 +254,15 @@ impl ModuleProfile {
             library: library.unwrap_or_default(),
             threads,
             background_threads,
+            one_nameless_token: shape.one_nameless_token,
             kdf: shape.kdf.route,
             wrap: shape.wrap.mechanism,
+            unwraps_extractable: shape.wrap.unwraps_extractable,
+            rsa_without_hash: shape.sign.rsa_without_hash,
             oaep_hash: shape.wrap.oaep_hash,
             unwrappable: shape.wrap.unwrappable,
             exclusive_changes: shape.objects.exclusive_changes,
+            no_copyable: shape.objects.no_copyable,
             environment: shape.environment.into_iter().map(|(k, v)| (k, expand(v))).collect(),
             guarded_file,
             sync_directory: shape.objects.sync_directory.map(|text| PathBuf::from(expand(text))),

@@ -45,7 +45,7 @@ impl Ceremony {
         let looked = profile.look_after_files();
         looked.map_err(|e| HsmError::Wrong(format!("looking after the files of {}: {e}", profile.name)))?;
         learn(profile.failures.clone());
-        let token = Token::open(&profile.library, token, pin).map_err(refused)?;
+        let token = Token::open(profile, token, pin).map_err(refused)?;
         Ok(Self { token, profile: profile.clone() })
     }
 
@@ -82,7 +82,7 @@ impl Ceremony {
                 Attribute::Label(name.as_str().as_bytes().to_vec()),
                 Attribute::Id(id.to_vec()),
             ];
-            verbs.create_token_pair(kind, &public, &role.template(name, id)).map(Some)
+            verbs.create_token_pair(kind, &public, &role.template(name, id, &self.profile)).map(Some)
         })
     }
 
@@ -102,7 +102,7 @@ impl Ceremony {
         mechanism: &Mechanism<'_>,
     ) -> Result<CreatedKey, HsmError> {
         self.create(name, role, |verbs, id| {
-            let mut template = role.template(name, id);
+            let mut template = role.template(name, id, &self.profile);
             template.push(Attribute::ValueLen(32.into()));
             verbs.session().generate_key(mechanism, &template).doing(|| format!("generating {name}"))?;
             Ok(None)

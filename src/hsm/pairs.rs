@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use cryptoki::mechanism::Mechanism;
+use cryptoki::mechanism::aead::GcmParams;
 use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle};
 use zeroize::Zeroizing;
 
@@ -16,6 +17,12 @@ use crate::names::KeyName;
 
 /// Octets of the IV of AES-CBC.
 pub(super) const IV_LEN: usize = 16;
+/// Octets of the IV of AES-GCM.
+pub(super) const GCM_IV_LEN: usize = 12;
+
+fn gcm(iv: &mut [u8; GCM_IV_LEN]) -> cryptoki::error::Result<Mechanism<'_>> {
+    Ok(Mechanism::AesGcm(GcmParams::new(iv, &[], 128.into())?))
+}
 
 impl Verbs {
     pub(super) fn generate_pair(&mut self, kind: KeyKind, wrapping_key: &KeyName) -> Result<Answer, Failure> {
@@ -120,6 +127,14 @@ impl Verbs {
                 let wrapped = self.session.wrap_key(&Mechanism::AesCbcPad(iv), wrapping, object).doing(doing)?;
                 Ok([&iv[..], &wrapped].concat())
             }
+            WrapMechanism::AesGcm => {
+                let mut iv = [0; GCM_IV_LEN];
+                self.session.generate_random_slice(&mut iv).doing(doing)?;
+                let mut used = iv;
+                let wrapped = self.session.wrap_key(&gcm(&mut used).doing(doing)?, wrapping, object).doing(doing)?;
+                // A module that takes an IV of its own would write it here.
+                Ok([&used[..], &wrapped].concat())
+            }
         }
     }
 
@@ -130,14 +145,21 @@ impl Verbs {
         template: &[Attribute],
         doing: impl FnOnce() -> String,
     ) -> Result<ObjectHandle, Failure> {
-        let (mechanism, wrapped) = match self.shared.module.wrap {
-            WrapMechanism::AesKeyWrapPad => (Mechanism::AesKeyWrapPad, blob),
+        let short = |doing: String| Failure::new(FailureClass::Rejected, format!("{doing}: it is too short"));
+        let unwrap =
+            |mechanism: &Mechanism<'_>, wrapped: &[u8]| self.session.unwrap_key(mechanism, wrapping, wrapped, template);
+        let unwrapped = match self.shared.module.wrap {
+            WrapMechanism::AesKeyWrapPad => unwrap(&Mechanism::AesKeyWrapPad, blob),
             WrapMechanism::AesCbcPad => match blob.split_first_chunk::<IV_LEN>() {
-                Some((iv, wrapped)) => (Mechanism::AesCbcPad(*iv), wrapped),
-                None => return Err(Failure::new(FailureClass::Rejected, format!("{}: it is too short", doing()))),
+                Some((iv, wrapped)) => unwrap(&Mechanism::AesCbcPad(*iv), wrapped),
+                None => return Err(short(doing())),
+            },
+            WrapMechanism::AesGcm => match blob.split_first_chunk::<GCM_IV_LEN>() {
+                Some((iv, wrapped)) => gcm(&mut { *iv }).and_then(|mechanism| unwrap(&mechanism, wrapped)),
+                None => return Err(short(doing())),
             },
         };
-        self.session.unwrap_key(&mechanism, wrapping, wrapped, template).doing(doing)
+        unwrapped.doing(doing)
     }
 
     pub(super) fn rewrap(&mut self, kind: KeyKind, wrapping_key: &KeyName, blob: &[u8]) -> Result<Vec<u8>, Failure> {
@@ -164,7 +186,7 @@ impl Verbs {
         blob: &[u8],
     ) -> Result<Vec<u8>, Failure> {
         let keeping = self.key(from)?;
-        let template = if self.shared.module.unwrappable.contains(&kind) {
+        let mut template = if self.shared.module.unwrappable.contains(&kind) {
             secret_template(KeyType::GENERIC_SECRET)
         } else {
             let key_type = match kind {
@@ -176,6 +198,9 @@ impl Verbs {
             template[0] = Attribute::Class(ObjectClass::PRIVATE_KEY);
             template
         };
+        if self.shared.module.unwraps_extractable {
+            template.retain(|attribute| *attribute != Attribute::Extractable(true));
+        }
         let object = self.unwrap_under(keeping, blob, &template, || format!("unwrapping a {kind} key under {from}"))?;
         let rewrapped = self.wrap_under(to, object);
         self.forget(object)?;

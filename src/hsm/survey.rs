@@ -46,6 +46,7 @@ pub struct MechanismReport {
 /// A module, loaded by an officer's tool to look at it.
 pub struct Survey {
     module: Pkcs11,
+    nameless: bool,
     /// The module's description of itself.
     pub description: String,
 }
@@ -60,7 +61,7 @@ impl Survey {
             let (version, name) = (info.library_version(), info.library_description().trim());
             let description =
                 format!("{name} {}.{} ({})", version.major(), version.minor(), info.manufacturer_id().trim());
-            Ok(Self { module, description })
+            Ok(Self { module, nameless: profile.one_nameless_token, description })
         };
         open().map_err(super::objects::refused)
     }
@@ -99,8 +100,8 @@ impl Survey {
     pub fn mechanisms(&self, label: Option<&str>) -> Result<Vec<MechanismReport>, HsmError> {
         let slots = self.slots()?;
         let wanted = slots.iter().find(|slot| match (label, &slot.token) {
-            (Some(label), Some(token)) => token.label == label,
-            (Some(_), None) => false,
+            (Some(label), Some(token)) => token.label == label || self.nameless,
+            (Some(_), None) => self.nameless,
             (None, _) => true,
         });
         let wanted = wanted.ok_or_else(|| {

@@ -37,16 +37,19 @@ pub(crate) struct Token {
 
 impl Token {
     /// Loads the module, finds the token, logs in. A wrong PIN is tried this once.
-    pub(crate) fn open(library: &Path, wanted: &TokenIdentity, pin: &PinSource) -> Result<Self, Failure> {
-        let module = load(library)?;
-        let (slot, identity) = find_token(&module, wanted)?;
+    pub(crate) fn open(profile: &ModuleProfile, wanted: &TokenIdentity, pin: &PinSource) -> Result<Self, Failure> {
+        let module = load(&profile.library)?;
+        let (slot, identity) = find_token(&module, wanted, profile)?;
         let info = module.get_library_info().doing(|| "reading the module's description".to_owned())?;
         let version = info.library_version();
         let description = format!("{} {}.{}", info.library_description().trim(), version.major(), version.minor());
         let pin = pin.read().map_err(|e| Failure::new(FailureClass::Rejected, e.to_string()))?;
         let anchor = module.open_rw_session(slot).doing(|| format!("opening a session on {}", identity.label))?;
-        let info = module.get_token_info(slot).doing(|| format!("looking at {}", identity.label))?;
-        if info.user_pin_locked() || info.user_pin_final_try() {
+        let info = match module.get_token_info(slot) {
+            Err(_) if profile.one_nameless_token => None,
+            info => Some(info.doing(|| format!("looking at {}", identity.label))?),
+        };
+        if let Some(info) = info.filter(|info| info.user_pin_locked() || info.user_pin_final_try()) {
             let message = format!(
                 "the user PIN of {} {}; the token's security officer must look at it first",
                 identity.label,
@@ -113,7 +116,7 @@ pub fn initialise_token(
         let (so_pin, user_pin) = (so_pin.read().map_err(rejected)?, user_pin.read().map_err(rejected)?);
         let module = load(&profile.library)?;
         let wanted = TokenIdentity { label: label.to_owned(), serial: String::new() };
-        if let Ok((_, found)) = find_token(&module, &wanted) {
+        if let Ok((_, found)) = find_token(&module, &wanted, profile) {
             let message = format!("a token named {label} exists already (serial {})", found.serial);
             return Err(Failure::new(FailureClass::Rejected, message));
         }
@@ -125,7 +128,7 @@ pub fn initialise_token(
         let so_pin = auth_pin(so_pin.as_ref().ok_or_else(typed)?)?;
         let user_pin = auth_pin(user_pin.as_ref().ok_or_else(typed)?)?;
         module.init_token(slot, &so_pin, label).doing(|| format!("initialising the token {label}"))?;
-        let (slot, identity) = find_token(&module, &wanted)?;
+        let (slot, identity) = find_token(&module, &wanted, profile)?;
         let session = module.open_rw_session(slot).doing(|| "opening a session".to_owned())?;
         session.login(UserType::So, Some(&so_pin)).doing(|| "logging in as security officer".to_owned())?;
         session.init_pin(&user_pin).doing(|| "setting the user PIN".to_owned())?;
@@ -142,7 +145,23 @@ pub(super) fn load(library: &Path) -> Result<Pkcs11, Failure> {
     Ok(module)
 }
 
-fn find_token(module: &Pkcs11, wanted: &TokenIdentity) -> Result<(Slot, TokenIdentity), Failure> {
+fn find_token(
+    module: &Pkcs11,
+    wanted: &TokenIdentity,
+    profile: &ModuleProfile,
+) -> Result<(Slot, TokenIdentity), Failure> {
+    if profile.one_nameless_token {
+        let slots = module.get_slots_with_token().doing(|| "listing tokens".to_owned())?;
+        return match slots.as_slice() {
+            [slot] => Ok((*slot, wanted.clone())),
+            // The one token is away, say: that is what a lost token looks like.
+            [] => Err(Failure::new(FailureClass::ModuleLost, "the module has no token")),
+            more => {
+                let message = format!("the module has {} tokens, and their names cannot be read", more.len());
+                Err(Failure::new(FailureClass::Rejected, message))
+            }
+        };
+    }
     let mut found = Vec::new();
     let mut seen = Vec::new();
     for slot in module.get_slots_with_initialized_token().doing(|| "listing tokens".to_owned())? {

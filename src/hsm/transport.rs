@@ -1,5 +1,6 @@
 //! The receiving end of the transport key: an RSA pair that lives only in this process, and what it opened.
 
+use aws_lc_rs::aead::{self, Aad, LessSafeKey, Nonce, UnboundKey};
 use aws_lc_rs::cipher::{self, DecryptionContext, PaddedBlockDecryptingKey, UnboundCipherKey};
 use aws_lc_rs::encoding::{AsDer as _, PublicKeyX509Der};
 use aws_lc_rs::error::Unspecified;
@@ -10,7 +11,7 @@ use aws_lc_rs::rsa::{
 
 use super::failure::HsmError;
 use super::module::{OaepHash, WrapMechanism};
-use super::pairs::IV_LEN;
+use super::pairs::{GCM_IV_LEN, IV_LEN};
 use super::wire::TransportRsa;
 use crate::keys::PublicKey;
 use crate::secret::SecretBytes;
@@ -73,8 +74,11 @@ impl TransportKey {
         let unwrapped = match self.wrap {
             WrapMechanism::AesKeyWrapPad => self.unwrap_kwp(blob),
             WrapMechanism::AesCbcPad => self.decrypt_cbc(blob),
+            WrapMechanism::AesGcm => self.open_gcm(blob),
         };
-        unwrapped.map_err(|_| HsmError::Wrong("a delivered key could not be unwrapped".to_owned()))
+        unwrapped.map_err(|_| {
+            HsmError::Wrong(format!("a delivered key of {} wrapped octets could not be unwrapped", blob.len()))
+        })
     }
 
     /// AES-CBC with the padding of PKCS#7, after its IV.
@@ -85,6 +89,18 @@ impl TransportKey {
         let mut plain = SecretBytes::copy_of(wrapped);
         let context = DecryptionContext::Iv128(iv.into());
         let len = PaddedBlockDecryptingKey::cbc_pkcs7(key)?.decrypt(plain.expose_mut(), context)?.len();
+        plain.expose_mut().truncate(len);
+        Ok(plain)
+    }
+
+    /// AES-GCM, between its IV and its tag.
+    fn open_gcm(&self, blob: &[u8]) -> Result<SecretBytes, Unspecified> {
+        let (iv, wrapped) = blob.split_first_chunk::<GCM_IV_LEN>().ok_or(Unspecified)?;
+        // Exposed to the provider that opens.
+        let key = LessSafeKey::new(UnboundKey::new(&aead::AES_256_GCM, self.key.expose())?);
+        let mut plain = SecretBytes::copy_of(wrapped);
+        let nonce = Nonce::assume_unique_for_key(*iv);
+        let len = key.open_in_place(nonce, Aad::empty(), plain.expose_mut())?.len();
         plain.expose_mut().truncate(len);
         Ok(plain)
     }

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
@@ -31,23 +32,35 @@ pub(crate) struct Shared {
     pub(crate) objects: Option<RwLock<()>>,
     /// The handles of pairs on the token; those of token objects are good in every session (PKCS#11 v2.40 §2.3.2).
     pub(crate) pairs: Mutex<HashMap<TokenPair, ObjectHandle>>,
+    /// How many keys were destroyed. A module may give the handle of a key that is gone to another one (opencryptoki does), so that no
+    /// session may trust what it looked up before.
+    destroyed: AtomicU64,
 }
 
 impl Shared {
     /// For threads that work with the token at the same time.
     pub(super) fn new(module: ModuleProfile, keys: BTreeMap<KeyName, KeyOnToken>) -> Arc<Self> {
         let objects = module.exclusive_changes.then(|| RwLock::new(()));
-        Arc::new(Self { keys, module, objects, pairs: Mutex::default() })
+        Arc::new(Self { keys, module, objects, pairs: Mutex::default(), destroyed: AtomicU64::new(0) })
     }
 
     /// For a process that has the token for itself and works with one session at a time.
     pub(super) fn alone(profile: &ModuleProfile, keys: BTreeMap<KeyName, KeyOnToken>) -> Arc<Self> {
-        Arc::new(Self { keys, module: profile.clone(), objects: None, pairs: Mutex::default() })
+        Arc::new(Self { keys, module: profile.clone(), objects: None, pairs: Mutex::default(), destroyed: AtomicU64::new(0) })
     }
 
     /// Held while token objects are made or destroyed.
     pub(super) fn changing(&self) -> Option<RwLockWriteGuard<'_, ()>> {
         self.objects.as_ref().map(|lock| lock.write().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn destroyed(&self) -> u64 {
+        self.destroyed.load(Ordering::SeqCst)
+    }
+
+    /// From now on every session looks its keys up again; before a key is destroyed, and after.
+    pub(super) fn forget_handles(&self) {
+        self.destroyed.fetch_add(1, Ordering::SeqCst);
     }
 
     pub(super) fn pairs(&self) -> MutexGuard<'_, HashMap<TokenPair, ObjectHandle>> {
@@ -60,18 +73,25 @@ impl Shared {
     }
 }
 
+/// What RFC 8017 §9.2 puts before a SHA-256 digest.
+const SHA256_DIGEST_INFO: &[u8] =
+    &[0x30, 0x31, 0x30, 0x0d, 0x06, 0x09, 0x60, 0x86, 0x48, 0x01, 0x65, 0x03, 0x04, 0x02, 0x01, 0x05, 0x00, 0x04, 0x20];
+
 /// One session with the handles it has looked up.
 pub(crate) struct Verbs {
     pub(super) session: Session,
     pub(super) shared: Arc<Shared>,
     pub(super) handles: HashMap<KeyName, ObjectHandle>,
+    /// How many keys had been destroyed when they were looked up.
+    destroyed: u64,
     /// The AES key under which device keys leave the HSM; a session object of the anchor session.
     transport_key: Option<ObjectHandle>,
 }
 
 impl Verbs {
     pub(crate) fn new(session: Session, shared: Arc<Shared>, transport_key: Option<ObjectHandle>) -> Self {
-        Self { session, shared, handles: HashMap::new(), transport_key }
+        let destroyed = shared.destroyed();
+        Self { session, shared, handles: HashMap::new(), destroyed, transport_key }
     }
 
     /// The same with a new session: nothing that was looked up before is trusted.
@@ -143,6 +163,9 @@ impl Verbs {
         match algorithm {
             SignatureAlgorithm::EcdsaP256Sha256 => sign(Mechanism::Ecdsa, digest(&SHA256, message).as_ref()),
             SignatureAlgorithm::EcdsaP384Sha384 => sign(Mechanism::Ecdsa, digest(&SHA384, message).as_ref()),
+            SignatureAlgorithm::RsaPkcs1Sha256 if self.shared.module.rsa_without_hash => {
+                sign(Mechanism::RsaPkcs, &[SHA256_DIGEST_INFO, digest(&SHA256, message).as_ref()].concat())
+            }
             SignatureAlgorithm::RsaPkcs1Sha256 => sign(Mechanism::Sha256RsaPkcs, message),
             SignatureAlgorithm::RsaPssSha256 => {
                 let parameters =
@@ -228,7 +251,10 @@ impl Verbs {
         self.handles.remove(name);
         let shared = Arc::clone(&self.shared);
         let _alone = shared.changing();
-        self.session.destroy_object(object).doing(|| format!("destroying {name}"))?;
+        shared.forget_handles();
+        let destroyed = self.session.destroy_object(object).doing(|| format!("destroying {name}"));
+        shared.forget_handles();
+        destroyed?;
         let template = [Attribute::Label(name.as_str().as_bytes().to_vec())];
         let left = self.session.find_objects(&template).doing(|| format!("looking whether {name} is gone"))?;
         if left.contains(&object) {
@@ -289,6 +315,10 @@ impl Verbs {
 
     /// The handle of a key of the register, or of a batch key; looked up once per session.
     pub(super) fn key(&mut self, name: &KeyName) -> Result<ObjectHandle, Failure> {
+        let destroyed = self.shared.destroyed();
+        if destroyed != std::mem::replace(&mut self.destroyed, destroyed) {
+            self.handles.clear();
+        }
         if let Some(object) = self.handles.get(name) {
             return Ok(*object);
         }

@@ -56,7 +56,7 @@ struct Opened {
 
 fn open(start: Start) -> Result<Opened, Failure> {
     learn(start.module.failures.clone());
-    let token = Token::open(&start.module.library, &start.token, &start.pin)?;
+    let token = Token::open(&start.module, &start.token, &start.pin)?;
     let shared = Shared::new(start.module, start.keys);
     Verbs::new(token.session()?, Arc::clone(&shared), None).check_keys()?;
     let mut maker = Verbs::new(token.session()?, Arc::clone(&shared), None);

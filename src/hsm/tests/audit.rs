@@ -14,8 +14,8 @@ use crate::keys::KeyKind;
 const ID: &[u8] = b"0123456789abcdef";
 
 /// The role's own template with some attributes said otherwise.
-fn altered(role: KeyRole, key: &str, changes: &[Attribute]) -> Vec<Attribute> {
-    let mut template = role.template(&name(key), ID);
+fn altered(place: &Place, role: KeyRole, key: &str, changes: &[Attribute]) -> Vec<Attribute> {
+    let mut template = role.template(&name(key), ID, &place.profile);
     for change in changes {
         template.retain(|attribute| attribute.attribute_type() != change.attribute_type());
         template.push(change.clone());
@@ -23,8 +23,8 @@ fn altered(role: KeyRole, key: &str, changes: &[Attribute]) -> Vec<Attribute> {
     template
 }
 
-fn make_secret(session: &Session, role: KeyRole, key: &str, changes: &[Attribute]) {
-    let mut template = altered(role, key, changes);
+fn make_secret(place: &Place, session: &Session, role: KeyRole, key: &str, changes: &[Attribute]) {
+    let mut template = altered(place, role, key, changes);
     template.push(Attribute::ValueLen(32.into()));
     let mechanism = match role {
         KeyRole::Master(Prf::HmacSha256) => Mechanism::GenericSecretKeyGen,
@@ -66,10 +66,10 @@ fn secret_keys_with_one_wrong_attribute_are_refused() {
             ("cannot-unwrap", KeyRole::Wrapping, Attribute::Unwrap(false), "CKA_UNWRAP is false"),
         ];
         for (key, role, change, problem) in wrong {
-            make_secret(&session, role, key, &[change]);
+            make_secret(place, &session, role, key, &[change]);
             assert_refused(place, &ceremony, key, role, problem);
         }
-        make_secret(&session, MASTER, "fit", &[]);
+        make_secret(place, &session, MASTER, "fit", &[]);
         check(place, &ceremony, "fit", MASTER).unwrap();
         assert_refused(place, &ceremony, "fit", KeyRole::Master(Prf::AesCmac), "CKA_KEY_TYPE does not fit its role");
     });
@@ -88,7 +88,7 @@ fn signing_keys_with_one_wrong_attribute_are_refused() {
         ] {
             let (mechanism, mut public) = pair_generation(KeyKind::Rsa2048);
             public.push(Attribute::Token(false));
-            session.generate_key_pair(&mechanism, &public, &altered(role, key, &[change])).unwrap();
+            session.generate_key_pair(&mechanism, &public, &altered(place, role, key, &[change])).unwrap();
             assert_refused(place, &ceremony, key, role, problem);
         }
     });
@@ -99,7 +99,7 @@ fn a_key_that_was_not_made_on_the_token_is_refused() {
     in_module(|place| {
         let ceremony = place.open();
         let session = ceremony.token.session().unwrap();
-        let mut template = altered(MASTER, "imported", &[]);
+        let mut template = altered(place, MASTER, "imported", &[]);
         template.extend([
             Attribute::Class(ObjectClass::SECRET_KEY),
             Attribute::KeyType(KeyType::GENERIC_SECRET),
@@ -118,12 +118,12 @@ fn a_look_up_demands_exactly_one_key() {
         let missing = check(place, &ceremony, "master", MASTER).unwrap_err();
         assert!(missing.message.contains("the key master") && missing.message.contains("is not on the token"));
 
-        make_secret(&session, MASTER, "master", &[]);
+        make_secret(place, &session, MASTER, "master", &[]);
         check(place, &ceremony, "master", MASTER).unwrap();
-        make_secret(&session, MASTER, "master", &[Attribute::Id(vec![1])]);
+        make_secret(place, &session, MASTER, "master", &[Attribute::Id(vec![1])]);
         check(place, &ceremony, "master", MASTER).unwrap_or_else(|f| panic!("another CKA_ID: {}", f.message));
 
-        make_secret(&session, MASTER, "master", &[]);
+        make_secret(place, &session, MASTER, "master", &[]);
         let twice = check(place, &ceremony, "master", MASTER).unwrap_err();
         assert_eq!(twice.class, FailureClass::Rejected);
         assert!(twice.message.contains("2 objects are named master"), "{}", twice.message);

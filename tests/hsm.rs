@@ -12,7 +12,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use site::{Site, write_private};
-use spp::hsm::{Derivation, DeviceKeyOrder, HeldKeyOrder, Hsm, HsmConfig, HsmError, PairOrder, PinSource};
+use spp::hsm::{Derivation, DeviceKeyOrder, HeldKeyOrder, Hsm, HsmConfig, HsmError, PairOrder, PinAttempts, PinSource};
 use spp::keys::{BatchName, KeyKind, SignatureAlgorithm, StoreId};
 
 /// A handle that serves.
@@ -291,6 +291,51 @@ async fn a_wrong_pin_is_tried_once_and_stops_the_hsm() {
     assert_eq!(hsm.status().worker_starts, 1, "a second start would be a second attempt");
     assert!(matches!(hsm.random(8).await, Err(HsmError::Stopped(_))));
     until("no worker", Duration::from_secs(2), || workers(&site).is_empty()).await;
+
+    // Nor by another process, after a restart.
+    let mut config = site.hsm_config();
+    config.pin = PinSource::File(site.path("hsm/wrong.pin"));
+    drop(hsm);
+    let hsm = Hsm::start(config.clone());
+    let Err(HsmError::Stopped(again)) = hsm.ready(Duration::from_secs(5)).await else { panic!("not stopped") };
+    assert_eq!(again, why);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(hsm.status().worker_starts, 0, "a start would be a second attempt");
+
+    // An officer puts the right one into its file: service goes on without a restart.
+    write_private(&site.path("hsm/wrong.pin"), "482910375566");
+    until("it serves", Duration::from_secs(10), || hsm.status().ready).await;
+    hsm.random(8).await.unwrap();
+    assert_eq!(hsm.status().worker_starts, 1);
+
+    // Another way: an officer says so. The PIN is still wrong, so one attempt is made, and no more.
+    drop(hsm);
+    until("no worker", Duration::from_secs(2), || workers(&site).is_empty()).await;
+    write_private(&site.path("hsm/wrong.pin"), "000000");
+    let hsm = Hsm::start(config.clone());
+    assert!(matches!(hsm.ready(Duration::from_secs(5)).await, Err(HsmError::Stopped(_))));
+    assert_eq!(hsm.status().worker_starts, 1);
+    assert!(PinAttempts::new(config.pin_refused).allow().unwrap().unwrap().contains("CKR_PIN_INCORRECT"));
+    until("one more attempt", Duration::from_secs(5), || hsm.status().worker_starts == 2).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(hsm.status().worker_starts, 2);
+    assert!(matches!(hsm.random(8).await, Err(HsmError::Stopped(_))));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idle_hsm_that_loses_its_token_is_noticed() {
+    let site = Site::new();
+    let mut config = site.hsm_config();
+    config.module.keep_alive = Duration::from_secs(1);
+    let hsm = serving(config).await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(hsm.status().worker_starts, 1, "to be idle is no fault");
+    let (there, away) = (site.path("hsm/tokens"), site.path("hsm/tokens-away"));
+    std::fs::rename(&there, &away).unwrap();
+    until("not ready", Duration::from_secs(5), || !hsm.status().ready).await;
+    std::fs::rename(&away, &there).unwrap();
+    until("ready", Duration::from_secs(5), || hsm.status().ready).await;
+    mixed(&hsm, 3).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -46,7 +46,13 @@ impl Shared {
 
     /// For a process that has the token for itself and works with one session at a time.
     pub(super) fn alone(profile: &ModuleProfile, keys: BTreeMap<KeyName, KeyOnToken>) -> Arc<Self> {
-        Arc::new(Self { keys, module: profile.clone(), objects: None, pairs: Mutex::default(), destroyed: AtomicU64::new(0) })
+        Arc::new(Self {
+            keys,
+            module: profile.clone(),
+            objects: None,
+            pairs: Mutex::default(),
+            destroyed: AtomicU64::new(0),
+        })
     }
 
     /// Held while token objects are made or destroyed.

@@ -162,6 +162,11 @@ pub fn describe_status(status: &proto::GetStatusResponse) -> String {
         };
         rows.push(("witness", format!("{}: {how}", witness.name)));
     }
+    for service in &status.services {
+        for missing in &service.missing {
+            rows.push(("NOT served", format!("{} lacks {}: {}", service.service, missing.dependency, missing.why)));
+        }
+    }
     rows.iter().map(|(name, value)| format!("{name:<11} {value}\n")).collect()
 }
 
@@ -172,7 +177,15 @@ pub fn status_json(status: &proto::GetStatusResponse) -> serde_json::Value {
     let log = status.log.clone().unwrap_or_default();
     let witness = |witness: &proto::WitnessStatus| serde_json::json!({ "name": witness.name, "size": witness.size, "trouble": witness.trouble });
     let witnesses: Vec<_> = log.witnesses.iter().map(witness).collect();
+    let service = |service: &proto::ServiceStatus| {
+        let missing =
+            |one: &proto::MissingDependency| serde_json::json!({ "dependency": one.dependency, "why": one.why });
+        let missing: Vec<_> = service.missing.iter().map(missing).collect();
+        serde_json::json!({ "service": service.service, "missing": missing })
+    };
+    let services: Vec<_> = status.services.iter().map(service).collect();
     serde_json::json!({
+        "services": services,
         "version": status.version,
         "node": status.node,
         "started": status.started.map(|t| t.seconds),

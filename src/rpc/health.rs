@@ -12,28 +12,50 @@ use crate::provisioning::Provisioner;
 /// How often the disk is looked at; the HSM's changes are told at once.
 const LOOK: Duration = Duration::from_secs(2);
 const LINE: &str = "spp.v1.Line";
+const RECOVERY: &str = "spp.v1.Recovery";
+const OFFICER: &str = "spp.v1.Officer";
+
+/// What a service needs and does not have.
+pub(crate) struct Missing {
+    /// `hsm`, `state-store`, `disk` or `public-database`.
+    pub(crate) dependency: &'static str,
+    pub(crate) why: String,
+}
+
+/// What each service needs and does not have at this moment. The officers' needs nothing but the daemon.
+pub(crate) fn missing(provisioner: &Provisioner) -> [(&'static str, Vec<Missing>); 3] {
+    let missing = |dependency, why: Option<String>| why.map(|why| Missing { dependency, why });
+    let hsm = provisioner.hsm().status();
+    let log = provisioner.registry().status();
+    let (store, disk) = match provisioner.journal().room() {
+        Ok((free, floor)) if free < floor => (None, Some(format!("{free} octets are free, {floor} are needed"))),
+        Ok(_) => (None, None),
+        Err(error) => (Some(error.to_string()), None),
+    };
+    let line = [
+        missing("hsm", (!hsm.ready).then_some(hsm.trouble)),
+        missing("state-store", store),
+        missing("disk", disk),
+        missing("public-database", log.publishing_trouble),
+    ];
+    let recovery = missing("public-database", log.reading_trouble);
+    [(LINE, line.into_iter().flatten().collect()), (RECOVERY, recovery.into_iter().collect()), (OFFICER, Vec::new())]
+}
 
 /// Why no new device is taken now, if so.
 pub(crate) fn line_trouble(provisioner: &Provisioner) -> Option<String> {
-    let hsm = provisioner.hsm().status();
-    if !hsm.ready {
-        return Some(format!("the HSM is not ready: {}", hsm.trouble));
-    }
-    match provisioner.journal().room() {
-        Ok((free, floor)) if free < floor => Some(format!("{free} octets are free on the disk, {floor} are needed")),
-        Ok(_) => provisioner.registry().status().publishing_trouble,
-        Err(error) => Some(error.to_string()),
-    }
+    let [(_, line), ..] = missing(provisioner);
+    line.into_iter().next().map(|missing| format!("{}: {}", missing.dependency, missing.why))
 }
 
 /// Keeps the health service told until the task is ended.
 pub(super) async fn report(reporter: HealthReporter, provisioner: Arc<Provisioner>) {
     let mut hsm = provisioner.hsm().clone();
-    for service in ["", "spp.v1.Officer"] {
+    for service in ["", OFFICER] {
         reporter.set_service_status(service, ServingStatus::Serving).await;
     }
     let mut line = Told::new(LINE);
-    let mut recovery = Told::new("spp.v1.Recovery");
+    let mut recovery = Told::new(RECOVERY);
     loop {
         line.tell(&reporter, line_trouble(&provisioner)).await;
         recovery.tell(&reporter, provisioner.registry().status().reading_trouble).await;

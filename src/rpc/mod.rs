@@ -15,7 +15,7 @@ mod recovery;
 mod serve;
 mod status;
 
-pub(crate) use health::line_trouble;
+pub(crate) use health::{line_trouble, missing};
 pub use officer::NodeInfo;
 pub use serve::{Listening, ServeError};
 pub(crate) use status::{busy, too_fast};

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tonic::{Request, Response, Status, async_trait};
 
 use super::door::Door;
-use super::health::line_trouble;
+use super::health::{Missing, line_trouble, missing};
 use super::{callers, messages, pool};
 use crate::audit::AuditLog;
 use crate::hsm::CallStatistic;
@@ -110,6 +110,7 @@ async fn status(provisioner: &Provisioner, node: NodeInfo) -> Result<proto::GetS
         log: Some(log_status(provisioner.registry().status())),
         free_bytes,
         free_bytes_floor,
+        services: missing(provisioner).into_iter().map(service_status).collect(),
         profiles: provisioner.profiles().map(ToString::to_string).collect(),
     })
 }
@@ -126,6 +127,12 @@ fn log_status(status: RegistryStatus) -> proto::LogStatus {
         batches: status.batches,
         witnesses: status.witnesses.into_iter().map(witness).collect(),
     }
+}
+
+fn service_status((service, missing): (&str, Vec<Missing>)) -> proto::ServiceStatus {
+    let missing = missing.into_iter();
+    let missing = missing.map(|one| proto::MissingDependency { dependency: one.dependency.to_owned(), why: one.why });
+    proto::ServiceStatus { service: service.to_owned(), missing: missing.collect() }
 }
 
 fn hsm_calls(calls: &CallStatistic) -> proto::HsmCalls {

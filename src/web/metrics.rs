@@ -25,7 +25,7 @@ use super::serve::{Limits, serve};
 use crate::hsm::{CallStatistic, LATENCY_BOUNDS_US};
 use crate::keypool::{KindStatus, PoolError};
 use crate::provisioning::Provisioner;
-use crate::rpc::line_trouble;
+use crate::rpc::{line_trouble, missing};
 use crate::store::StoreError;
 
 /// A scrape is short.
@@ -86,6 +86,7 @@ async fn families(provisioner: &Provisioner) -> Registry {
     let mut registry = Registry::with_prefix("spp");
     let told = &mut registry;
     gauge(told, "line_served", "Whether new devices are taken", line_trouble(provisioner).is_none().into());
+    ready(told, provisioner);
     hsm(told, provisioner);
     // A store that cannot tell is a gap in the answer, not the end of it.
     for trouble in [room(told, provisioner), sessions(told, provisioner).await, records(told, provisioner).await] {
@@ -138,6 +139,20 @@ async fn pools(told: &mut Registry, provisioner: &Provisioner) -> Result<(), Poo
     }
     told.register("pool_fill_rate_per_second", "Pairs per second of this filling, or of the last one", rates);
     Ok(())
+}
+
+/// One value for each dependency that a service lacks; absent while it lacks none.
+fn ready(told: &mut Registry, provisioner: &Provisioner) {
+    let services = Family::<[(&'static str, &'static str); 1], Gauge>::default();
+    let lacking = Family::<[(&'static str, &'static str); 2], Gauge>::default();
+    for (service, missing) in missing(provisioner) {
+        services.get_or_create(&[("service", service)]).set(missing.is_empty().into());
+        for one in missing {
+            lacking.get_or_create(&[("service", service), ("dependency", one.dependency)]).set(1);
+        }
+    }
+    told.register("service_ready", "Whether the service is served", services);
+    told.register("service_missing_dependency", "What a service needs and does not have", lacking);
 }
 
 fn hsm(told: &mut Registry, provisioner: &Provisioner) {

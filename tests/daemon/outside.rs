@@ -85,7 +85,14 @@ async fn health_follows_the_hsm_and_recovery_is_always_served() {
     for service in ["", "spp.v1.Recovery"] {
         assert_eq!(health(&public, service).await, ServingStatus::Serving, "{service}");
     }
-    assert!(!site.status().await.ready);
+    let status = site.status().await;
+    assert!(!status.ready);
+    let missing = |service: &str| -> Vec<_> {
+        let service = status.services.iter().find(|one| one.service == service).unwrap();
+        service.missing.iter().map(|missing| missing.dependency.as_str()).collect()
+    };
+    assert_eq!((missing("spp.v1.Line"), missing("spp.v1.Recovery")), (vec!["hsm"], vec![]));
+    assert_eq!(missing("spp.v1.Officer"), Vec::<&str>::new());
     std::fs::rename(site.path("hsm/elsewhere"), site.path("hsm/tokens")).unwrap();
     until_health_is(&line, "spp.v1.Line", ServingStatus::Serving).await;
     assemble(&mut site.station().await, &phone(1)).await.expect("it serves again without a restart");

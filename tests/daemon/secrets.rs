@@ -1,6 +1,8 @@
 //! No secret is where it must not be: logs, command lines, environments, stores.
 
 use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use spp::device::Device;
 use spp::keys::PrivateParts;
@@ -11,7 +13,7 @@ use tonic::Code;
 use crate::floor::{
     Floor, Line, Refusal, assemble, chip, complete, install, phone, provision, sealed, sensor, state_of,
 };
-use crate::site::Site;
+use crate::site::{SPPD, Site};
 
 /// A secret in every form in which it could be written somewhere.
 struct Wanted {
@@ -107,6 +109,94 @@ fn of_process(pid: u32, file: &str) -> Vec<u8> {
             Vec::new()
         }
     }
+}
+
+/// All memory of a process that can be read; by root alone, since it is not dumpable.
+fn memory_of(pid: u32) -> Vec<u8> {
+    use std::os::unix::fs::FileExt as _;
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+    let memory = std::fs::File::open(format!("/proc/{pid}/mem")).unwrap();
+    let mut all = Vec::new();
+    for line in
+        maps.lines().filter(|line| line.split_whitespace().nth(1).is_some_and(|rights| rights.starts_with("rw")))
+    {
+        let (from, to) = line.split_whitespace().next().unwrap().split_once('-').unwrap();
+        let at = |text: &str| u64::from_str_radix(text, 16).unwrap();
+        let mut octets = vec![0; (at(to) - at(from)) as usize];
+        // A mapping may have gone meanwhile.
+        if memory.read_exact_at(&mut octets, at(from)).is_ok() {
+            all.extend(octets);
+        }
+    }
+    all
+}
+
+/// The PIN is read by the worker, and wiped there; the process that faces the network never has it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_memory_of_the_process_that_faces_the_network_has_the_pin() {
+    let site = Site::running();
+    a_working_day(&Floor::new(&site), &mut site.station().await).await;
+    let (daemon, worker) = (memory_of(site.pid()), memory_of(site.worker_pid().unwrap()));
+    // What is known to be there is found: the search works.
+    let there = Wanted::new("the configuration", b"manufacturer-ca.pem");
+    assert!(there.is_in(&daemon) && daemon.len() > 1 << 20 && worker.len() > 1 << 20);
+    in_none("the memory of sppd", &daemon, &pins(&site));
+    in_none("the memory of the worker, after the login", &worker, &pins(&site));
+}
+
+/// A PIN that a person types is asked for once, and every worker gets it; sppd and its keeper's arguments never show it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_typed_pin_serves_every_worker_and_is_not_in_the_daemon() {
+    use std::io::Write as _;
+    let site = Site::new();
+    site.edit("sppd.toml", "pin_file = \"hsm/user.pin\"", "pin = \"prompt\"");
+    let command = format!("{SPPD} --config sppd.toml 2>>sppd.log");
+    let mut terminal = Command::new("script");
+    let terminal = terminal.args(["-q", "-e", "-f", "-c", &command, "typescript"]).current_dir(site.path(""));
+    let mut terminal = terminal.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+    let mut keyboard = terminal.stdin.take().unwrap();
+    let shown = || std::fs::read_to_string(site.path("typescript")).unwrap_or_default();
+    let until = Instant::now() + Duration::from_secs(20);
+    while !shown().contains("user PIN of the token") {
+        assert!(Instant::now() < until, "nobody is asked: {}", site.log());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    keyboard.write_all(&[&site.read("hsm/user.pin")[..], b"\n"].concat()).unwrap();
+    tokio::task::block_in_place(|| site.wait_ready());
+    let pins = pins(&site);
+    in_none("what the terminal shows", shown().as_bytes(), &pins);
+    let processes = processes_named(&["spp-hsm-worker", "spp-pin-keeper", "sppd"], &site);
+    let pid_of =
+        |name: &str| processes.iter().find(|(of, _)| of == name).unwrap_or_else(|| panic!("{name}: {processes:?}")).1;
+    for (name, pid) in &processes {
+        for file in ["cmdline", "environ"] {
+            in_none(&format!("{file} of {name}"), &of_process(*pid, file), &pins);
+        }
+    }
+    let keeper = memory_of(pid_of("spp-pin-keeper"));
+    assert!(pins.iter().any(|pin| pin.is_in(&keeper)), "the search finds it where it is");
+    site.signal(pid_of("spp-hsm-worker"), "KILL");
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    tokio::task::block_in_place(|| site.wait_ready());
+    assemble(&mut site.station().await, &phone(1)).await.expect("the new worker has the PIN");
+    in_none("the memory of sppd", &memory_of(pid_of("sppd")), &pins);
+    site.signal(pid_of("sppd"), "TERM");
+    assert!(terminal.wait().unwrap().success());
+}
+
+/// Processes of this site by their names.
+fn processes_named(names: &[&str], site: &Site) -> Vec<(String, u32)> {
+    let mut found = Vec::new();
+    let directory = std::fs::canonicalize(site.path("")).unwrap();
+    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        let name = std::fs::read_to_string(entry.path().join("comm")).unwrap_or_default().trim().to_owned();
+        let here = std::fs::read_link(entry.path().join("cwd")).is_ok_and(|cwd| cwd == directory);
+        if here && names.contains(&name.as_str()) {
+            found.push((name, pid));
+        }
+    }
+    found
 }
 
 #[test]

@@ -28,9 +28,20 @@ impl Verbs {
     pub(super) fn generate_pair(&mut self, kind: KeyKind, wrapping_key: &KeyName) -> Result<Answer, Failure> {
         self.with_session_pair(kind, |verbs, public, private| {
             let keeping = verbs.key(wrapping_key)?;
+            // A pair that could not be had again must never get a certificate. What is delivered is checked by who receives it, so that
+            // a module that wraps such keys wrongly is found; a single mistake is found by wrapping twice.
             let kept = verbs.wrap_under(keeping, private)?;
-            // What is delivered went through what is kept: a pair that could not be had again never gets a certificate.
-            let delivered = verbs.rewrap(kind, wrapping_key, &kept)?;
+            let delivered = match verbs.shared.module.wrap {
+                WrapMechanism::AesKeyWrapPad => {
+                    if verbs.wrap_under(keeping, private)? != kept {
+                        let message = format!("the HSM wrapped one {kind} key in two ways");
+                        return Err(Failure::new(FailureClass::ModuleLost, message));
+                    }
+                    verbs.wrap_under(verbs.transport()?, private)?
+                }
+                // With a random IV no two are the same: what is delivered goes through what is kept.
+                WrapMechanism::AesGcm | WrapMechanism::AesCbcPad => verbs.rewrap(kind, wrapping_key, &kept)?,
+            };
             Ok(Answer::Pair { public, kept, delivered })
         })
     }

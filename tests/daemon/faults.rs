@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use spp::hsm::ModuleProfile;
 
 use crate::crash::{Shift, end_shift, everything_is_public_once, persistent, start_shift};
-use crate::floor::Line;
+use crate::floor::{Line, assemble, phone};
 use crate::site::{SPPD, Site};
 
 /// So soon after the module is well again a new device is complete, whatever had been wrong.
@@ -68,6 +68,26 @@ fn faulty_site() -> Site {
     site.edit("sppd.toml", "[hsm]\n", "[hsm]\ncall_timeout = \"1s\"\n");
     site.edit("sppd.toml", "requests_per_second = 100\nburst = 400", "requests_per_second = 100000\nburst = 100000");
     site
+}
+
+/// The user's PIN is in no file that the daemon can read: a person enters it at the HSM, again for each worker.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pin_that_is_entered_at_the_hsm_passes_no_process() {
+    let mut site = faulty_site();
+    let keypad = site.path("keypad");
+    std::fs::rename(site.path("hsm/user.pin"), &keypad).unwrap();
+    let environment = format!("[environment]\nFAULTY_HSM_KEYPAD = \"{}\"\n", keypad.display());
+    site.edit("hsm-config/softhsm2.toml", "[environment]\n", &environment);
+    site.edit("sppd.toml", "pin_file = \"hsm/user.pin\"", "pin = \"protected\"");
+    std::fs::write(site.path("hsm/faults"), "C_GetTokenInfo keypad\nC_Login keypad\n").unwrap();
+    site.start();
+    assemble(&mut site.station().await, &phone(1)).await.unwrap();
+    let slots = site.sppctl("hsm slots --profile hsm-config/softhsm2.toml --directory hsm");
+    assert!(slots.contains("PIN is entered at the HSM"), "{slots}");
+    let worker = site.worker_pid().unwrap();
+    site.signal(worker, "KILL");
+    assemble(&mut site.station().await, &phone(2)).await.expect("the next worker logs in the same way");
+    assert_ne!(site.worker_pid(), Some(worker));
 }
 
 /// Sees when devices get complete.

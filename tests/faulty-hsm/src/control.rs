@@ -34,6 +34,8 @@ pub(crate) enum Action {
     Away,
     /// One bit of what comes back is another.
     Flip,
+    /// The PIN is entered at the HSM, and by no program.
+    Keypad,
     /// What comes back is an octet shorter, and the call says that this is all.
     Short,
 }
@@ -107,8 +109,7 @@ fn may_fire(control: &Path, version: Option<(u64, i64, i64, u64)>, rule: usize, 
 /// A line; what it does not understand is said at once, since a fault that never comes makes a test worthless.
 fn rule(line: &str) -> Option<Rule> {
     let mut words = line.split_whitespace().peekable();
-    let mut rule =
-        Rule { function: words.next()?.to_owned(), every: 1, times: None, action: Action::Hang, calls: 0 };
+    let mut rule = Rule { function: words.next()?.to_owned(), every: 1, times: None, action: Action::Hang, calls: 0 };
     while let Some((name, value)) = words.peek().and_then(|word| word.split_once('=')) {
         let value: u64 = value.parse().unwrap_or_else(|_| wrong(line));
         match name {
@@ -128,6 +129,7 @@ fn rule(line: &str) -> Option<Rule> {
         ("drop-sessions", None) => Action::DropSessions,
         ("logout", None) => Action::Logout,
         ("away", None) => Action::Away,
+        ("keypad", None) => Action::Keypad,
         ("flip", None) => Action::Flip,
         ("short", None) => Action::Short,
         _ => wrong(line),

@@ -14,7 +14,8 @@ use control::{Action, Control};
 use cryptoki_sys::{
     CK_ATTRIBUTE, CK_BBOOL, CK_BYTE, CK_FLAGS, CK_FUNCTION_LIST, CK_INFO, CK_MECHANISM, CK_MECHANISM_INFO,
     CK_MECHANISM_TYPE, CK_NOTIFY, CK_OBJECT_HANDLE, CK_RV, CK_SESSION_HANDLE, CK_SESSION_INFO, CK_SLOT_ID,
-    CK_SLOT_INFO, CK_TOKEN_INFO, CK_ULONG, CK_USER_TYPE, CKF_SERIAL_SESSION, CKR_DEVICE_REMOVED, CKR_GENERAL_ERROR, CKR_OK,
+    CK_SLOT_INFO, CK_TOKEN_INFO, CK_ULONG, CK_USER_TYPE, CKF_PROTECTED_AUTHENTICATION_PATH, CKF_SERIAL_SESSION,
+    CKR_ARGUMENTS_BAD, CKR_DEVICE_REMOVED, CKR_FUNCTION_CANCELED, CKR_GENERAL_ERROR, CKR_OK,
 };
 
 struct Module {
@@ -114,7 +115,7 @@ fn before(function: &str) -> Go {
         Some(Action::Away) if matches!(function, "C_Initialize" | "C_Finalize" | "C_GetInfo") => Go::On,
         Some(Action::Away) if function == "C_GetSlotList" => Go::Then(Action::Away),
         Some(Action::Away) => Go::Back(CKR_DEVICE_REMOVED),
-        Some(action @ (Action::Flip | Action::Short)) => Go::Then(action),
+        Some(action @ (Action::Flip | Action::Short | Action::Keypad)) => Go::Then(action),
     }
 }
 
@@ -144,16 +145,31 @@ fn log_out(real: &CK_FUNCTION_LIST, slot: CK_SLOT_ID) {
     }
 }
 
+/// C_Login. With a keypad it waits for a person, who is the file `FAULTY_HSM_KEYPAD`, and takes no PIN from the program.
+unsafe extern "C" fn login(session: CK_SESSION_HANDLE, user: CK_USER_TYPE, pin: *mut CK_BYTE, len: CK_ULONG) -> CK_RV {
+    let Some(real) = module().and_then(|module| module.real.C_Login) else { return CKR_GENERAL_ERROR };
+    match before("C_Login") {
+        Go::Back(code) => code,
+        Go::Then(Action::Keypad) if !pin.is_null() => CKR_ARGUMENTS_BAD,
+        Go::Then(Action::Keypad) => match variable("FAULTY_HSM_KEYPAD").and_then(|path| std::fs::read(path).ok()) {
+            Some(mut typed) => real(session, user, typed.as_mut_ptr(), typed.len() as CK_ULONG),
+            None => CKR_FUNCTION_CANCELED,
+        },
+        Go::On | Go::Then(_) => real(session, user, pin, len),
+    }
+}
+
 /// Changes what came back.
 ///
 /// # Safety
-/// `octets` has `len` octets, as the module said.
+/// `octets` is null, or has `len` octets, as the module said.
 unsafe fn spoil(action: &Action, octets: *mut CK_BYTE, len: *mut CK_ULONG) {
-    if octets.is_null() || len.is_null() || *len == 0 {
+    if len.is_null() || *len == 0 {
         return;
     }
     match action {
-        Action::Flip => *octets.add(*len as usize / 2) ^= 1,
+        Action::Flip if !octets.is_null() => *octets.add(*len as usize / 2) ^= 1,
+        // Where the caller only asks how long it will be, that is what is told.
         Action::Short => *len -= 1,
         _ => {}
     }
@@ -177,6 +193,7 @@ macro_rules! functions {
 
         fn faulty(mut list: CK_FUNCTION_LIST) -> CK_FUNCTION_LIST {
             $(list.$name = Some($name);)*
+            list.C_Login = Some(login);
             list.C_GetFunctionList = Some(C_GetFunctionList);
             list
         }
@@ -193,7 +210,11 @@ functions! {
         }
     };
     C_GetSlotInfo(slot: CK_SLOT_ID, info: *mut CK_SLOT_INFO);
-    C_GetTokenInfo(slot: CK_SLOT_ID, info: *mut CK_TOKEN_INFO);
+    C_GetTokenInfo(slot: CK_SLOT_ID, info: *mut CK_TOKEN_INFO) after(action) {
+        if matches!(action, Action::Keypad) && !info.is_null() {
+            (*info).flags |= CKF_PROTECTED_AUTHENTICATION_PATH;
+        }
+    };
     C_GetMechanismList(slot: CK_SLOT_ID, list: *mut CK_MECHANISM_TYPE, count: *mut CK_ULONG);
     C_GetMechanismInfo(slot: CK_SLOT_ID, mechanism: CK_MECHANISM_TYPE, info: *mut CK_MECHANISM_INFO);
     C_OpenSession(
@@ -205,7 +226,6 @@ functions! {
     );
     C_CloseSession(session: CK_SESSION_HANDLE);
     C_GetSessionInfo(session: CK_SESSION_HANDLE, info: *mut CK_SESSION_INFO);
-    C_Login(session: CK_SESSION_HANDLE, user: CK_USER_TYPE, pin: *mut CK_BYTE, len: CK_ULONG);
     C_CreateObject(
         session: CK_SESSION_HANDLE,
         template: *mut CK_ATTRIBUTE,

@@ -322,6 +322,24 @@ async fn a_wrong_pin_is_tried_once_and_stops_the_hsm() {
     assert!(matches!(hsm.random(8).await, Err(HsmError::Stopped(_))));
 }
 
+/// A full disk, say: what cannot be remembered is not tried again by this process either.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_pin_is_tried_once_even_if_that_cannot_be_written_down() {
+    let site = Site::new();
+    write_private(&site.path("hsm/wrong.pin"), "000000");
+    let mut config = site.hsm_config();
+    config.pin = PinSource::File(site.path("hsm/wrong.pin"));
+    config.pin_refused = site.path("no-such-directory/pin-refused.json");
+    let hsm = Hsm::start(config);
+    assert!(matches!(hsm.ready(Duration::from_secs(5)).await, Err(HsmError::Stopped(_))));
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(hsm.status().worker_starts, 1);
+    std::fs::create_dir(site.path("no-such-directory")).unwrap();
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert!(site.path("no-such-directory/pin-refused.json").exists());
+    assert_eq!(hsm.status().worker_starts, 1);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_idle_hsm_that_loses_its_token_is_noticed() {
     let site = Site::new();

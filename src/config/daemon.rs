@@ -200,9 +200,7 @@ impl DaemonConfig {
         let issuers = keys.as_ref().map(|keys| load_issuers(&profiles, keys, faults)).unwrap_or_default();
         let registry = keys.as_ref().and_then(|keys| registry::check(shape.registry, place, base, keys, faults));
         shape.public.check(place, faults);
-        // In the state store's directory, which the daemon writes anyway.
-        let refused = store.state.join("pin-refused.json");
-        let hsm = check_hsm(&shape.hsm, place, base, keys, refused, faults);
+        let hsm = check_hsm(&shape.hsm, place, base, keys, store.pin_refused(), faults);
         let module = hsm.as_ref().map(|hsm| &hsm.module);
         let key_pool = key_pool::check(shape.keypool, place, module, &profiles, faults);
         Some(Self {

@@ -49,6 +49,11 @@ const fn default_cache() -> ByteSize {
 }
 
 impl StoreConfig {
+    /// Where it is remembered that the HSM refused the PIN: in a directory that the daemon writes anyway.
+    pub fn pin_refused(&self) -> PathBuf {
+        self.state.join("pin-refused.json")
+    }
+
     /// Reads `[store]` of `sppd.toml`, for making the stores: neither the HSM nor the PIN is needed for that.
     pub fn load(path: &Path) -> Result<Self, Faults> {
         let place = path.display().to_string();

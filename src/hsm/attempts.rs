@@ -22,8 +22,9 @@ struct Refused {
     pin: Option<Version>,
 }
 
-#[derive(Serialize, Deserialize, PartialEq, Eq)]
-struct Version {
+/// The state of a PIN's file.
+#[derive(Serialize, Deserialize, PartialEq, Eq, Clone, Copy)]
+pub(super) struct Version {
     inode: u64,
     modified: i64,
     modified_nanoseconds: i64,
@@ -42,16 +43,17 @@ impl PinAttempts {
             Ok(Some(refused)) => refused,
             Err(e) => return Some(format!("{}: {e}; remove it if the PIN is right", self.0.display())),
         };
-        if refused.pin.is_some() && refused.pin != version(pin) {
-            return None;
+        // A file that cannot be looked at now is not another one.
+        match (refused.pin, version(pin)) {
+            (Some(then), Some(now)) if then != now => None,
+            _ => Some(refused.why),
         }
-        Some(refused.why)
     }
 
-    /// Remembers it, durably.
-    pub(super) fn remember(&self, pin: &PinSource, why: &str) -> io::Result<()> {
+    /// Remembers, durably, that the PIN was refused which was in its file in that state.
+    pub(super) fn remember(&self, tried: Option<Version>, why: &str) -> io::Result<()> {
         let at = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        let text = serde_json::to_vec(&Refused { why: why.to_owned(), at, pin: version(pin) })?;
+        let text = serde_json::to_vec(&Refused { why: why.to_owned(), at, pin: tried })?;
         let new = self.0.with_extension("new");
         let mut file = File::create(&new)?;
         file.write_all(&text)?;
@@ -84,7 +86,7 @@ impl PinAttempts {
 }
 
 /// A credential is written anew at each start, whatever is in it: only an officer's word counts there.
-fn version(pin: &PinSource) -> Option<Version> {
+pub(super) fn version(pin: &PinSource) -> Option<Version> {
     use std::os::unix::fs::MetadataExt as _;
     let PinSource::File(path) = pin else { return None };
     let metadata = fs::metadata(path).ok()?;
@@ -104,19 +106,22 @@ mod tests {
         let attempts = PinAttempts::new(path.clone());
         for source in [&pin, &credential] {
             assert_eq!(attempts.refused(source), None);
-            attempts.remember(source, "CKR_PIN_INCORRECT").unwrap();
+            attempts.remember(version(source), "CKR_PIN_INCORRECT").unwrap();
             for again in [&attempts, &PinAttempts::new(path.clone())] {
                 assert_eq!(again.refused(source).as_deref(), Some("CKR_PIN_INCORRECT"));
             }
             assert_eq!(attempts.allow().unwrap().as_deref(), Some("CKR_PIN_INCORRECT"));
             assert_eq!(attempts.allow().unwrap(), None);
         }
-        attempts.remember(&pin, "wrong").unwrap();
-        attempts.remember(&credential, "wrong").unwrap();
+        attempts.remember(version(&credential), "wrong").unwrap();
         fs::remove_file(&file).unwrap();
         fs::write(&file, "2").unwrap();
         assert_eq!(attempts.refused(&credential).as_deref(), Some("wrong"));
-        attempts.remember(&pin, "wrong").unwrap();
+        attempts.remember(version(&pin), "wrong").unwrap();
+        fs::rename(&file, directory.path().join("elsewhere")).unwrap();
+        assert_eq!(attempts.refused(&pin).as_deref(), Some("wrong"), "a file that is away is no other PIN");
+        fs::rename(directory.path().join("elsewhere"), &file).unwrap();
+        assert_eq!(attempts.refused(&pin).as_deref(), Some("wrong"));
         let before = fs::metadata(&file).unwrap().modified().unwrap();
         while fs::metadata(&file).unwrap().modified().unwrap() == before {
             fs::write(&file, "3").unwrap();

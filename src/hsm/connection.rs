@@ -44,6 +44,7 @@ pub(crate) struct Connection {
     pub(crate) token: TokenIdentity,
     /// Why the worker must be replaced, once somebody says so.
     condemned: watch::Sender<Option<String>>,
+    failures: Mutex<Failures>,
 }
 
 /// A call that is with the worker.
@@ -113,9 +114,9 @@ pub(super) fn connect(
     let pending = Arc::new(Pending::new());
     tokio::spawn(send_frames(write, frames));
     let (condemned, _) = watch::channel(None);
-    tokio::spawn(receive_replies(read, Arc::clone(&pending), counters, condemned.clone(), closing));
+    tokio::spawn(receive_replies(read, Arc::clone(&pending), counters, closing));
     let (next_id, Started { module, token, .. }) = (AtomicU64::new(1), started);
-    (Connection { outgoing, pending, next_id, transport, module, token, condemned }, closed)
+    (Connection { outgoing, pending, next_id, transport, module, token, condemned, failures: Mutex::default() }, closed)
 }
 
 async fn send_frames(mut write: OwnedWriteHalf, mut frames: mpsc::Receiver<Zeroizing<Vec<u8>>>) {
@@ -130,10 +131,8 @@ async fn receive_replies(
     mut read: BufReader<OwnedReadHalf>,
     pending: Arc<Pending>,
     counters: Arc<Counters>,
-    condemned: watch::Sender<Option<String>>,
     closing: oneshot::Sender<String>,
 ) {
-    let mut failures = Failures::default();
     let why = loop {
         let body = match read_frame(&mut read).await {
             Ok(Some(body)) => body,
@@ -145,9 +144,6 @@ async fn receive_replies(
             Err(e) => break format!("it sent what cannot be read: {e}"),
         };
         counters.operations.fetch_add(reply.result.as_ref().map_or(1, |answers| weight(answers)), Ordering::Relaxed);
-        if let Some(why) = failures.count(reply.result.as_ref().err()) {
-            condemned.send_if_modified(|condemned| condemned.replace(why).is_none());
-        }
         if let Some(call) = pending.take(reply.id) {
             counters.calls.count(&call.verbs, &reply);
             if call.lane == Lane::Line {
@@ -216,6 +212,12 @@ impl Connection {
         let answer = self.pending.wait_for(id, lane, verbs);
         place.send(frame);
         answer.await.ok()
+    }
+
+    /// A call was answered, or failed at its first attempt. One that is tried again and again counts once: it may be the call's fault.
+    pub(crate) fn note(&self, failure: Option<&Failure>) {
+        let why = self.failures.lock().unwrap_or_else(PoisonError::into_inner).count(failure);
+        why.inspect(|why| self.condemn(why));
     }
 
     /// Has the worker replaced: what it answers is not right.

@@ -316,6 +316,7 @@ impl Hsm {
         let until = Instant::now() + limit;
         let mut attempt = 0;
         let mut why = String::new();
+        let mut was_wrong = false;
         loop {
             // Whoever works in the background looks again later; the line has nothing better to do than to wait.
             let patience = if lane == Lane::Line { until } else { until.min(Instant::now() + BACKGROUND_PATIENCE) };
@@ -324,21 +325,33 @@ impl Hsm {
             match answer {
                 Err(_) => return Err(HsmError::Deadline(limit)),
                 Ok(Some(Ok(answers))) => match read(Answers(answers.into_iter()), &connection) {
+                    // Two workers say the same: it is what they were asked with that is wrong.
+                    Err(HsmError::Wrong(wrong)) if std::mem::replace(&mut was_wrong, true) => {
+                        return Err(HsmError::Wrong(wrong));
+                    }
                     Err(HsmError::Wrong(wrong)) => {
                         tracing::error!(%wrong, "the HSM gave an answer that is not right; its worker is replaced");
                         connection.condemn(&wrong);
                         why = wrong;
                     }
-                    answer => return answer,
-                },
-                Ok(Some(Err(failure))) => match failure.class {
-                    FailureClass::Transient | FailureClass::SessionLost | FailureClass::ModuleLost => {
-                        why = failure.message;
+                    answer => {
+                        connection.note(None);
+                        return answer;
                     }
-                    FailureClass::Permanent => return Err(HsmError::Stopped(failure.message)),
-                    FailureClass::Rejected => return Err(HsmError::Refused(failure.message)),
-                    FailureClass::Absent => return Err(HsmError::Absent(failure.message)),
                 },
+                Ok(Some(Err(failure))) => {
+                    if attempt == 0 && failure.class != FailureClass::Absent {
+                        connection.note(Some(&failure));
+                    }
+                    match failure.class {
+                        FailureClass::Transient | FailureClass::SessionLost | FailureClass::ModuleLost => {
+                            why = failure.message;
+                        }
+                        FailureClass::Permanent => return Err(HsmError::Stopped(failure.message)),
+                        FailureClass::Rejected => return Err(HsmError::Refused(failure.message)),
+                        FailureClass::Absent => return Err(HsmError::Absent(failure.message)),
+                    }
+                }
                 Ok(None) => "the worker ended".clone_into(&mut why),
             }
             attempt += 1;

@@ -62,6 +62,9 @@ impl Verbs {
                 Keep::Wrapped(key) => self.with_session_pair(kind, |verbs, public, private| {
                     let keeping = verbs.key(key)?;
                     let blob = verbs.wrap_under(keeping, private)?;
+                    if verbs.shared.module.wrap != WrapMechanism::AesKeyWrapPad {
+                        verbs.rewrap(kind, key, &blob)?;
+                    }
                     Ok(MadePair { public, kept: Kept::Blob(blob) })
                 })?,
                 Keep::OnToken(label) => self.make_token_pair(kind, label)?,

@@ -13,7 +13,7 @@ use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
 use tokio::sync::{oneshot, watch};
 
-use super::attempts::PinAttempts;
+use super::attempts::{PinAttempts, version};
 use super::connection::{Connection, Counters, connect, read_frame, write_frame};
 use super::failure::{Failure, FailureClass, HsmError};
 use super::kdf::Derivation;
@@ -50,6 +50,8 @@ pub struct HsmConfig {
 
 /// How long a start may take: loading, login and the audit of the keys.
 const START_LIMIT: Duration = Duration::from_secs(30);
+/// How long it may take where a person enters the PIN at the HSM.
+const PERSON_LIMIT: Duration = Duration::from_secs(5 * 60);
 /// The first wait before a lost worker is started again, and the longest: how long an HSM that is back may go unnoticed.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 /// A worker that served so long has earned that the next one is started soon.
@@ -78,15 +80,18 @@ pub(crate) enum State {
 pub(crate) async fn supervise(config: Arc<HsmConfig>, state: watch::Sender<State>, counters: Arc<Counters>) {
     let mut wait = BACKOFF.0;
     let attempts = PinAttempts::new(config.pin_refused.clone());
-    if let Some(why) = attempts.refused(&config.pin) {
-        tracing::error!(%why, "the PIN was refused before, and is not tried again until an officer has acted");
-        let _ = state.send(State::Stopped { why });
-        tokio::select! {
-            () = officer_acted(&attempts, &config.pin) => {}
-            () = state.closed() => return,
-        }
-    }
     loop {
+        if let Some(why) = attempts.refused(&config.pin) {
+            tracing::error!(%why, "the PIN was refused before, and is not tried again until an officer has acted");
+            let _ = state.send(State::Stopped { why });
+            tokio::select! {
+                () = officer_acted(&attempts, &config.pin) => {}
+                () = state.closed() => return,
+            }
+            tracing::info!("an officer has acted; the HSM is tried again");
+            let _ = state.send(State::Away { why: "the worker is being started".to_owned(), retry_after: BACKOFF.0 });
+        }
+        let tried = version(&config.pin);
         counters.starts.fetch_add(1, Ordering::Relaxed);
         let ended = tokio::select! {
             ended = one_life(&config, &state, &counters, &mut wait) => ended,
@@ -99,18 +104,20 @@ pub(crate) async fn supervise(config: Arc<HsmConfig>, state: watch::Sender<State
                 let _ = state.send(State::Away { why, retry_after: wait });
             }
             Ended::Permanent(why) => {
-                tracing::error!(%why, "the HSM needs an officer; service goes on by itself when that is done");
-                if let Err(error) = attempts.remember(&config.pin, &why) {
+                let _ = state.send(State::Stopped { why: why.clone() });
+                // What cannot be remembered is not tried again by this process either.
+                while let Err(error) = attempts.remember(tried, &why) {
                     tracing::error!(%error, "it cannot be remembered that the PIN was refused; do not restart sppd before it is right");
+                    tokio::select! {
+                        () = tokio::time::sleep(OFFICER_LOOK) => {}
+                        () = state.closed() => return,
+                    }
                 }
-                let _ = state.send(State::Stopped { why });
-                tokio::select! {
-                    () = officer_acted(&attempts, &config.pin) => {}
-                    () = state.closed() => return,
+                if !is_read_anew(&config.pin) {
+                    tracing::error!(%why, "the PIN of this process is the wrong one: `sppctl hsm retry-pin`, then restart sppd");
+                    return state.closed().await;
                 }
-                tracing::info!("an officer has acted; the HSM is tried again");
-                let _ =
-                    state.send(State::Away { why: "the worker is being started".to_owned(), retry_after: BACKOFF.0 });
+                continue;
             }
         }
         tokio::select! {
@@ -118,6 +125,11 @@ pub(crate) async fn supervise(config: Arc<HsmConfig>, state: watch::Sender<State
             () = state.closed() => return,
         }
     }
+}
+
+/// Whether another attempt of this process could be one with another PIN: what was typed, or given at the start by systemd, stays.
+const fn is_read_anew(pin: &PinSource) -> bool {
+    matches!(pin, PinSource::File(_) | PinSource::Protected)
 }
 
 /// Resolves when the PIN's file is another one, or an officer has allowed one more attempt.
@@ -151,11 +163,13 @@ async fn one_life(
     counters: &Arc<Counters>,
     wait: &mut Duration,
 ) -> Ended {
-    let started = tokio::time::timeout(START_LIMIT, start(config, counters)).await;
+    // A person at the HSM takes longer than a module.
+    let limit = if config.pin == PinSource::Protected { PERSON_LIMIT } else { START_LIMIT };
+    let started = tokio::time::timeout(limit, start(config, counters)).await;
     let (mut child, connection, mut closed) = match started {
         Ok(Ok(worker)) => worker,
         Ok(Err(ended)) => return ended,
-        Err(_) => return Ended::Lost(format!("the worker was not ready within {START_LIMIT:?}")),
+        Err(_) => return Ended::Lost(format!("the worker was not ready within {limit:?}")),
     };
     let connection = Arc::new(connection);
     tracing::info!(module = %connection.module, token = %connection.token.label, "the HSM is ready");

@@ -191,7 +191,15 @@ fn login(session: &Session, pin: Option<&SecretBytes>, identity: &TokenIdentity)
     match session.login(UserType::User, pin.as_ref()) {
         // Login belongs to the token, not to the session: somebody in this process was first.
         Ok(()) | Err(Error::Pkcs11(RvError::UserAlreadyLoggedIn, _)) => Ok(()),
-        Err(e) => Err(Failure::of(&format!("logging in to the token {}", identity.label), &e)),
+        Err(e) => {
+            let failure = Failure::of(&format!("logging in to the token {}", identity.label), &e);
+            // Whatever a module calls it: a login that was refused is not tried again.
+            let class = match failure.class {
+                FailureClass::Rejected => FailureClass::Permanent,
+                class => class,
+            };
+            Err(Failure { class, ..failure })
+        }
     }
 }
 

@@ -243,12 +243,15 @@ impl Verbs {
         ];
         let doing = || format!("deriving from {key}");
         let derived = self.session.derive_key(&mechanism, object, &template).doing(doing)?;
+        // cryptoki's own buffer is not wiped: a copy of this key stays in the worker's heap until it is reused.
         let shown = self.session.get_attributes(derived, &[AttributeType::Value]).doing(doing);
+        let shown = shown.map(|shown| match shown.into_iter().next() {
+            Some(Attribute::Value(value)) => Some(Zeroizing::new(value)),
+            _ => None,
+        });
         self.forget(derived)?;
-        match shown?.into_iter().next() {
-            Some(Attribute::Value(value)) => Ok(Zeroizing::new(value)),
-            _ => Err(Failure::new(FailureClass::Rejected, format!("{}: the module does not show the key", doing()))),
-        }
+        let hidden = || Failure::new(FailureClass::Rejected, format!("{}: the module does not show the key", doing()));
+        shown?.ok_or_else(hidden)
     }
 
     /// Destroys a token object and looks again: it must be gone.

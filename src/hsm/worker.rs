@@ -69,7 +69,11 @@ fn open(start: Start) -> Result<Opened, Failure> {
 /// Reads requests until the parent closes the socket.
 fn serve(opened: Opened, socket: &UnixStream) -> Result<(), String> {
     let out = Arc::new(Mutex::new(socket.try_clone().map_err(|e| e.to_string())?));
-    let held = Arc::new(Held { token: Mutex::new(opened.token), maker: Mutex::new(opened.maker) });
+    let held = Arc::new(Held {
+        token: Mutex::new(opened.token),
+        maker: Mutex::new(opened.maker),
+        used: Mutex::new(Instant::now()),
+    });
     let module = &opened.shared.module;
     let start = |lane, count| -> Result<Queue, String> {
         let (queue, waiting) = bounded(QUEUE);
@@ -92,6 +96,7 @@ type Queue = Sender<(Request, Instant)>;
 struct Held {
     token: Mutex<Token>,
     maker: Mutex<Verbs>,
+    used: Mutex<Instant>,
 }
 
 fn read_requests(socket: &mut impl Read, line: &Queue, background: &Queue) -> Result<(), String> {
@@ -141,7 +146,9 @@ impl Thread {
             let (request, until) = match self.waiting.recv_timeout(self.keep_alive) {
                 Ok(next) => next,
                 Err(RecvTimeoutError::Timeout) => {
-                    self.use_sessions(&mut verbs);
+                    let used = verbs.as_mut().map_or(Ok(()), Verbs::keep_alive);
+                    self.end_if_lost(used.map_err(|failure| self.heal(&mut verbs, failure)));
+                    self.use_held();
                     continue;
                 }
                 Err(RecvTimeoutError::Disconnected) => leave(),
@@ -153,6 +160,7 @@ impl Thread {
             if write_frame(&mut lock(&self.out), &Reply { id, took_us, result }).is_err() || fatal {
                 leave();
             }
+            self.use_held();
         }
     }
 
@@ -193,20 +201,25 @@ impl Thread {
         Failure::new(class, failure.message)
     }
 
-    /// Uses the sessions that had nothing to do: modules end those that nobody uses, and the login with the last one.
-    fn use_sessions(&self, verbs: &mut Option<Verbs>) {
-        let used = verbs.as_mut().map_or(Ok(()), Verbs::keep_alive).map_err(|failure| self.heal(verbs, failure));
-        let held = lock(&self.held.token).keep_alive().and_then(|()| lock(&self.held.maker).keep_alive());
+    /// Uses the sessions that no thread works with, when that is due: modules end those that nobody uses, and the login with the last one.
+    fn use_held(&self) {
+        let due = lock(&self.held.used).elapsed() >= self.keep_alive;
+        if !due {
+            return;
+        }
+        *lock(&self.held.used) = Instant::now();
+        let used = lock(&self.held.token).keep_alive().and_then(|()| lock(&self.held.maker).keep_alive());
         // What holds the login or the transport key cannot be had again.
-        let held = held.map_err(|failure| match failure.class {
+        self.end_if_lost(used.map_err(|failure| match failure.class {
             FailureClass::SessionLost => Failure::new(FailureClass::ModuleLost, failure.message),
             _ => failure,
-        });
-        for failure in [used, held].into_iter().filter_map(Result::err) {
-            if failure.class == FailureClass::ModuleLost {
-                eprintln!("sppd: the HSM worker ends: {}", failure.message);
-                leave();
-            }
+        }));
+    }
+
+    fn end_if_lost(&self, used: Result<(), Failure>) {
+        if let Err(Failure { class: FailureClass::ModuleLost, message }) = used {
+            eprintln!("sppd: the HSM worker ends: {message}");
+            leave();
         }
     }
 }

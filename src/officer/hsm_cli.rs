@@ -14,7 +14,7 @@ use super::hsm_file::HsmFile;
 use super::pool_cli::DaemonArgs;
 use super::status::connect_and_ask;
 use crate::certificate::{KeyPairRule, Profile};
-use crate::config::DaemonConfig;
+use crate::config::StoreConfig;
 use crate::hsm::{Examination, ModuleProfile, Needs, PinAttempts, PinSource, Prf, Survey, TokenIdentity, examine};
 use crate::keys::KeyKind;
 use crate::names::ProfileName;
@@ -374,10 +374,12 @@ fn status(daemon: &DaemonArgs) -> Result<(), String> {
 }
 
 fn retry_pin(config: &Path) -> Result<(), String> {
-    let config = DaemonConfig::load(config).map_err(|e| e.to_string())?;
-    let attempts = PinAttempts::new(config.hsm.pin_refused.clone());
+    let store = StoreConfig::load(config).map_err(|e| e.to_string())?;
+    let attempts = PinAttempts::new(store.pin_refused());
     match attempts.allow().map_err(|e| e.to_string())? {
-        Some(refused) => println!("the PIN was refused: {refused}\nthe daemon tries it once more"),
+        Some(refused) => println!(
+            "the PIN was refused: {refused}\nit may be tried once more; a PIN that was typed or is a credential needs a restart of sppd"
+        ),
         None => println!("no PIN was refused; there is nothing to do"),
     }
     Ok(())

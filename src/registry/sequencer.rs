@@ -282,9 +282,9 @@ impl Sequencer {
             match taken {
                 Ok(mut found) => {
                     found.indexed = head.indexed;
-                    self.shared.show(found.clone());
-                    self.shared.settle();
+                    // Bundles that became full meanwhile are found by the index alone: nobody sees this picture before it has them.
                     self.index(&mut found).await;
+                    self.shared.settle();
                     tracing::info!(entries = found.tree.size(), "the public database is open again");
                     return;
                 }

@@ -31,7 +31,7 @@ const FAULTS: &[(&str, &str)] = &[
     ("the HSM's memory is full at times", "C_GenerateKeyPair every=2 return CKR_DEVICE_MEMORY"),
     ("sessions are lost at times", "C_GenerateKeyPair every=3 return CKR_SESSION_HANDLE_INVALID"),
     ("wrapping handles are invalid at times", "C_WrapKey every=3 return CKR_WRAPPING_KEY_HANDLE_INVALID"),
-    ("unwrapping fails at times: CKR_GENERAL_ERROR", "C_UnwrapKey every=3 return CKR_GENERAL_ERROR"),
+    ("a key is destroyed with an error", "C_DestroyObject every=5 return CKR_GENERAL_ERROR"),
     ("the user is logged out for some calls", "C_GenerateRandom every=2 return CKR_USER_NOT_LOGGED_IN"),
     ("no session is left, and the worker dies", "C_OpenSession return CKR_SESSION_COUNT\nC_Sign times=1 crash"),
     ("nobody can log in, and the worker dies", "C_Login return CKR_FUNCTION_FAILED\nC_Sign times=1 crash"),
@@ -128,6 +128,8 @@ async fn the_line_lives_through_every_fault_of_its_hsm() {
         let workers = site.status().await.hsm.unwrap().worker_starts;
         let mut watch = Watch::new(&shift);
         let begun = Instant::now();
+        let fired = control.with_extension("fired");
+        let _ = std::fs::remove_file(&fired);
         // In one step, so that no half of it is read.
         std::fs::write(control.with_extension("new"), rules).unwrap();
         std::fs::rename(control.with_extension("new"), &control).unwrap();
@@ -148,6 +150,7 @@ async fn the_line_lives_through_every_fault_of_its_hsm() {
             }
         }
         let back = back.unwrap();
+        assert!(fired.exists(), "{name}: nothing happened");
         let hsm = site.status().await.hsm.unwrap();
         let (repeats, workers) = (shift.repeated() - repeats, hsm.worker_starts - workers);
         println!("{name:50} {:>8.2}s {:>8.2}s {repeats:>8} {workers:>8}", watch.gap.as_secs_f64(), back.as_secs_f64());

@@ -69,6 +69,8 @@ impl Control {
             }
             rule.calls += 1;
             if rule.calls.is_multiple_of(rule.every) && may_fire(&self.path, self.seen, number, rule.times) {
+                // For a test that wants to know whether anything happened.
+                let _ = File::create(self.path.with_extension("fired"));
                 return Some(rule.action);
             }
         }

@@ -104,14 +104,16 @@ pub(crate) async fn supervise(config: Arc<HsmConfig>, state: watch::Sender<State
                 let _ = state.send(State::Away { why, retry_after: wait });
             }
             Ended::Permanent(why) => {
+                let mut remembered = attempts.remember(tried, &why);
                 let _ = state.send(State::Stopped { why: why.clone() });
                 // What cannot be remembered is not tried again by this process either.
-                while let Err(error) = attempts.remember(tried, &why) {
+                while let Err(error) = remembered {
                     tracing::error!(%error, "it cannot be remembered that the PIN was refused; do not restart sppd before it is right");
                     tokio::select! {
                         () = tokio::time::sleep(OFFICER_LOOK) => {}
                         () = state.closed() => return,
                     }
+                    remembered = attempts.remember(tried, &why);
                 }
                 if !is_read_anew(&config.pin) {
                     tracing::error!(%why, "the PIN of this process is the wrong one: `sppctl hsm retry-pin`, then restart sppd");

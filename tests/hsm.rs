@@ -340,6 +340,90 @@ async fn a_wrong_pin_is_tried_once_even_if_that_cannot_be_written_down() {
     assert_eq!(hsm.status().worker_starts, 1);
 }
 
+/// A wrong key is the one thing that nobody notices: its device has it for life.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_module_that_sometimes_answers_wrongly_never_gives_a_wrong_key_or_an_unreadable_pair() {
+    let site = Site::new();
+    site.use_faulty_module();
+    let hsm = serving(site.hsm_config()).await;
+    let derive =
+        async |number| hsm.derive(vec![derivation(number)]).await.map(|mut keys| keys.remove(0).expose().clone());
+    let mut right = Vec::new();
+    for number in 0..40 {
+        right.push(derive(number).await.unwrap());
+    }
+    let starts = hsm.status().worker_starts;
+    site.fail("C_Sign every=23 flip");
+    for (number, right) in right.iter().enumerate() {
+        assert_eq!(derive(number).await.as_ref(), Ok(right), "{number}");
+    }
+    assert!(hsm.status().worker_starts > starts, "no answer was wrong");
+
+    let starts = hsm.status().worker_starts;
+    site.fail("C_WrapKey every=17 flip");
+    let mut pairs = Vec::new();
+    for number in 0..20 {
+        pairs.push(pair(&hsm, KeyKind::P256, number).await.unwrap());
+    }
+    assert!(hsm.status().worker_starts > starts, "no pair was wrapped wrongly");
+    site.fail("");
+    for pair in pairs {
+        let order = HeldKeyOrder { pair: Some((pair.private.public().clone(), pair.kept)), derivations: Vec::new() };
+        let held = hsm.held_keys(&order).await.expect("it can be delivered again").pair.unwrap();
+        assert_eq!(held.secrets()[0].expose(), pair.private.secrets()[0].expose());
+    }
+}
+
+/// It says that it may be tried again, and never gets well: only another process helps.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_module_that_does_nothing_but_fail_is_replaced() {
+    let site = Site::new();
+    site.use_faulty_module();
+    let mut config = site.hsm_config();
+    config.call_timeout = Duration::from_secs(2);
+    let hsm = serving(config).await;
+    site.fail("C_Sign times=1 lasts=1 return CKR_GENERAL_ERROR");
+    let until = Instant::now() + Duration::from_secs(10);
+    let mut failed = 0;
+    while failed == 0 || hsm.derive(vec![derivation(1)]).await.is_err() {
+        assert!(Instant::now() < until, "it only fails: {}", hsm.status().trouble);
+        let calls = (0..6).map(|number| {
+            let hsm = hsm.clone();
+            tokio::spawn(async move { hsm.derive(vec![derivation(number)]).await.is_err() })
+        });
+        for call in calls.collect::<Vec<_>>() {
+            failed += usize::from(call.await.unwrap());
+        }
+    }
+    assert_eq!(hsm.status().worker_starts, 2);
+}
+
+/// Modules end sessions that nobody uses, and with the session of the transport key that key.
+#[tokio::test(flavor = "multi_thread")]
+async fn sessions_are_used_before_the_module_ends_them() {
+    let site = Site::new();
+    site.use_faulty_module();
+    let mut config = site.hsm_config();
+    config.module.keep_alive = Duration::from_secs(1);
+    site.fail("* idle 3000");
+    let hsm = serving(config).await;
+    tokio::time::sleep(Duration::from_secs(8)).await;
+    mixed(&hsm, 2).await.unwrap();
+    // Those of the background have had nothing to do at all.
+    for _ in 0..4 {
+        let looks = tokio::join!(hsm.own_objects(), hsm.own_objects(), hsm.own_objects(), hsm.own_objects());
+        assert!(looks.0.is_ok() && looks.1.is_ok() && looks.2.is_ok() && looks.3.is_ok());
+    }
+    // A busy line uses the sessions of its threads, and neither the login's nor the transport key's.
+    let load = Load::start(&hsm, 4);
+    tokio::time::sleep(Duration::from_secs(8)).await;
+    assert!(load.end().await > 100);
+    let status = hsm.status();
+    assert_eq!(status.worker_starts, 1, "{}", status.trouble);
+    let lost: Vec<_> = status.calls.iter().filter(|call| call.outcome != "ok").collect();
+    assert!(lost.is_empty(), "{lost:?}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_idle_hsm_that_loses_its_token_is_noticed() {
     let site = Site::new();

@@ -1,4 +1,5 @@
-//! A PIN that was refused is not tried again, by any process, until an officer has acted: three wrong ones lock a token.
+//! A PIN that was refused is not tried again by the daemon, whichever process it is by then, until an officer has acted: three wrong
+//! ones lock a token. What an officer does with a tool is the officer's own act.
 
 use std::fs::{self, File};
 use std::io::{self, Write as _};

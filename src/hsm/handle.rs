@@ -293,7 +293,9 @@ impl Hsm {
     }
 
     /// Sends operations to the worker, waits for a new worker if this one is lost, and tries transient failures again, all
-    /// within the deadline. An answer that is not right costs the worker, and the question is asked again. Every operation may be repeated: what a lost worker did is gone with its session objects. Only
+    /// within the deadline. An answer that is not right costs the worker, and the question is asked once more.
+    ///
+    /// Every operation may be repeated: what a lost worker did is gone with its session objects. Only
     /// a destruction whose answer was lost cannot be told from a key that is missing; it stays an error, for an officer.
     pub(super) async fn call<T>(
         &self,

@@ -241,6 +241,9 @@ impl ModuleProfile {
             threads("background_threads", shape.sessions.background_threads),
             threads("threads", shape.sessions.threads),
         );
+        if !(1..=3600).contains(&shape.sessions.keep_alive.as_secs()) {
+            faults.add(format!("{place}: sessions.keep_alive"), "must be from 1 second to 1 hour");
+        }
         for name in shape.failures.keys().filter(|name| !name.starts_with("CKR_")) {
             let problem = "must be CKR_ and the name of the standard, or a vendor's number as CKR_0x80000001";
             faults.add(format!("{place}: failures.{name}"), problem);

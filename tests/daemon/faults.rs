@@ -1,14 +1,11 @@
 //! The line at load, while its HSM does everything that PKCS#11 modules were seen to do: no device is lost, none fails for good, no
 //! key is given twice, no certificate has a bad signature, and service is back by itself.
 
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
-
-use spp::hsm::ModuleProfile;
 
 use crate::crash::{Shift, end_shift, everything_is_public_once, persistent, start_shift};
 use crate::floor::{Line, assemble, phone};
-use crate::site::{SPPD, Site};
+use crate::site::Site;
 
 /// So soon after the module is well again a new device is complete, whatever had been wrong.
 const BACK_WITHIN: Duration = Duration::from_secs(5);
@@ -55,15 +52,7 @@ const FAULTS: &[(&str, &str)] = &[
 /// A site whose module fails as its file `hsm/faults` says.
 fn faulty_site() -> Site {
     let site = Site::new();
-    let real = ModuleProfile::load(&site.path("hsm-config/softhsm2.toml"), &site.path("hsm")).unwrap().library;
-    let beside = PathBuf::from(SPPD).parent().unwrap().join("deps/libfaulty_hsm.so");
-    assert!(beside.exists(), "{} is built with the tests", beside.display());
-    site.edit("hsm-config/softhsm2.toml", "library = [\n", &format!("library = [\n\"{}\",\n", beside.display()));
-    let environment = format!(
-        "[environment]\nFAULTY_HSM_MODULE = \"{}\"\nFAULTY_HSM_CONTROL = \"{{directory}}/faults\"\n",
-        real.display()
-    );
-    site.edit("hsm-config/softhsm2.toml", "[environment]\n", &environment);
+    site.use_faulty_module();
     site.edit("hsm-config/softhsm2.toml", "[worker]\n", "[worker]\nhang_after = \"2s\"\n");
     site.edit("sppd.toml", "[hsm]\n", "[hsm]\ncall_timeout = \"1s\"\n");
     site.edit("sppd.toml", "requests_per_second = 100\nburst = 400", "requests_per_second = 100000\nburst = 100000");
@@ -79,7 +68,7 @@ async fn a_pin_that_is_entered_at_the_hsm_passes_no_process() {
     let environment = format!("[environment]\nFAULTY_HSM_KEYPAD = \"{}\"\n", keypad.display());
     site.edit("hsm-config/softhsm2.toml", "[environment]\n", &environment);
     site.edit("sppd.toml", "pin_file = \"hsm/user.pin\"", "pin = \"protected\"");
-    std::fs::write(site.path("hsm/faults"), "C_GetTokenInfo keypad\nC_Login keypad\n").unwrap();
+    site.fail("C_GetTokenInfo keypad\nC_Login keypad\n");
     site.start();
     assemble(&mut site.station().await, &phone(1)).await.unwrap();
     let slots = site.sppctl("hsm slots --profile hsm-config/softhsm2.toml --directory hsm");
@@ -118,7 +107,6 @@ impl<'a> Watch<'a> {
 async fn the_line_lives_through_every_fault_of_its_hsm() {
     let mut site = faulty_site();
     site.start();
-    let control = site.path("hsm/faults");
     let shift = Shift::new(&site);
     let mut line = Line::new(persistent(&site));
     let tasks = start_shift(&shift, &line, TASKS);
@@ -128,15 +116,13 @@ async fn the_line_lives_through_every_fault_of_its_hsm() {
         let workers = site.status().await.hsm.unwrap().worker_starts;
         let mut watch = Watch::new(&shift);
         let begun = Instant::now();
-        let fired = control.with_extension("fired");
+        let fired = site.path("hsm/faults.fired");
         let _ = std::fs::remove_file(&fired);
-        // In one step, so that no half of it is read.
-        std::fs::write(control.with_extension("new"), rules).unwrap();
-        std::fs::rename(control.with_extension("new"), &control).unwrap();
+        site.fail(rules);
         while begun.elapsed() < LASTS {
             watch.look().await;
         }
-        std::fs::remove_file(&control).unwrap();
+        site.fail("");
         let well = Instant::now();
         // Those that were on the way, and as many that were not.
         let enough = watch.count + 2 * TASKS;

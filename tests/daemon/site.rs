@@ -162,6 +162,26 @@ impl Site {
         std::fs::write(self.path(relative), text.replacen(from, to, 1)).unwrap();
     }
 
+    /// From now on the module is the one of `tests/faulty-hsm`, over SoftHSM.
+    pub fn use_faulty_module(&self) {
+        let real = ModuleProfile::load(&self.path("hsm-config/softhsm2.toml"), &self.path("hsm")).unwrap().library;
+        let faulty = Path::new(SPPD).parent().unwrap().join("deps/libfaulty_hsm.so");
+        assert!(faulty.exists(), "{} is built with the tests", faulty.display());
+        self.edit("hsm-config/softhsm2.toml", "library = [\n", &format!("library = [\n\"{}\",\n", faulty.display()));
+        let environment = format!(
+            "[environment]\nFAULTY_HSM_MODULE = \"{}\"\nFAULTY_HSM_CONTROL = \"{{directory}}/faults\"\n",
+            real.display()
+        );
+        self.edit("hsm-config/softhsm2.toml", "[environment]\n", &environment);
+    }
+
+    /// The rules of the faulty module from now on; in one step, so that no half of them is read.
+    pub fn fail(&self, rules: &str) {
+        let control = self.path("hsm/faults");
+        std::fs::write(control.with_extension("new"), rules).unwrap();
+        std::fs::rename(control.with_extension("new"), &control).unwrap();
+    }
+
     /// What the daemon would start the HSM with.
     pub fn hsm_config(&self) -> HsmConfig {
         HsmConfig {

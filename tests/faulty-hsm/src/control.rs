@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! # FUNCTION or *   every=K: each K-th call   times=N: no more than N, over all processes   what
+//! # lasts=1: once begun it goes on for as long as the process does
 //! C_Sign            every=3                                                                 return CKR_DEVICE_ERROR
 //! C_Login           times=1                                                                 crash
 //! *                                                                                         away
@@ -34,6 +35,8 @@ pub(crate) enum Action {
     Away,
     /// One bit of what comes back is another.
     Flip,
+    /// A session that nobody used for so long is gone, and the login with the last one.
+    Idle(Duration),
     /// The PIN is entered at the HSM, and by no program.
     Keypad,
     /// What comes back is an octet shorter, and the call says that this is all.
@@ -44,6 +47,9 @@ struct Rule {
     function: String,
     every: u64,
     times: Option<u64>,
+    /// Whether a process in which it has fired once has it for each call from then on.
+    lasts: bool,
+    fired: bool,
     action: Action,
     calls: u64,
 }
@@ -68,7 +74,9 @@ impl Control {
                 continue;
             }
             rule.calls += 1;
-            if rule.calls.is_multiple_of(rule.every) && may_fire(&self.path, self.seen, number, rule.times) {
+            let again = rule.lasts && rule.fired;
+            if again || rule.calls.is_multiple_of(rule.every) && may_fire(&self.path, self.seen, number, rule.times) {
+                rule.fired = true;
                 // For a test that wants to know whether anything happened.
                 let _ = File::create(self.path.with_extension("fired"));
                 return Some(rule.action);
@@ -111,12 +119,21 @@ fn may_fire(control: &Path, version: Option<(u64, i64, i64, u64)>, rule: usize, 
 /// A line; what it does not understand is said at once, since a fault that never comes makes a test worthless.
 fn rule(line: &str) -> Option<Rule> {
     let mut words = line.split_whitespace().peekable();
-    let mut rule = Rule { function: words.next()?.to_owned(), every: 1, times: None, action: Action::Hang, calls: 0 };
+    let mut rule = Rule {
+        function: words.next()?.to_owned(),
+        every: 1,
+        times: None,
+        lasts: false,
+        fired: false,
+        action: Action::Hang,
+        calls: 0,
+    };
     while let Some((name, value)) = words.peek().and_then(|word| word.split_once('=')) {
         let value: u64 = value.parse().unwrap_or_else(|_| wrong(line));
         match name {
             "every" if value > 0 => rule.every = value,
             "times" => rule.times = Some(value),
+            "lasts" => rule.lasts = value > 0,
             _ => wrong(line),
         }
         words.next();
@@ -131,6 +148,9 @@ fn rule(line: &str) -> Option<Rule> {
         ("drop-sessions", None) => Action::DropSessions,
         ("logout", None) => Action::Logout,
         ("away", None) => Action::Away,
+        ("idle", Some(milliseconds)) => {
+            Action::Idle(Duration::from_millis(milliseconds.parse().unwrap_or_else(|_| wrong(line))))
+        }
         ("keypad", None) => Action::Keypad,
         ("flip", None) => Action::Flip,
         ("short", None) => Action::Short,

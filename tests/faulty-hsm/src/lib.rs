@@ -6,9 +6,11 @@
 mod ckr;
 mod control;
 
+use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::path::PathBuf;
 use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use control::{Action, Control};
 use cryptoki_sys::{
@@ -32,6 +34,8 @@ unsafe impl Sync for Module {}
 
 static MODULE: OnceLock<Option<Module>> = OnceLock::new();
 static CONTROL: Mutex<Option<Control>> = Mutex::new(None);
+/// When each session was used last.
+static USED: Mutex<BTreeMap<u64, Instant>> = Mutex::new(BTreeMap::new());
 
 fn variable(name: &str) -> Option<PathBuf> {
     let value = std::env::var_os(name).map(PathBuf::from);
@@ -115,8 +119,27 @@ fn before(function: &str) -> Go {
         Some(Action::Away) if matches!(function, "C_Initialize" | "C_Finalize" | "C_GetInfo") => Go::On,
         Some(Action::Away) if function == "C_GetSlotList" => Go::Then(Action::Away),
         Some(Action::Away) => Go::Back(CKR_DEVICE_REMOVED),
-        Some(action @ (Action::Flip | Action::Short | Action::Keypad)) => Go::Then(action),
+        Some(action @ (Action::Flip | Action::Short | Action::Keypad | Action::Idle(_))) => Go::Then(action),
     }
+}
+
+/// Ends the sessions that nobody has used for so long, before this one is used.
+fn end_idle_sessions(session: u64, limit: Duration) {
+    let mut used = USED.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(close) = module().and_then(|module| module.real.C_CloseSession) else { return };
+    used.retain(|idle, last| {
+        let ends = last.elapsed() > limit;
+        if ends {
+            // SAFETY: a session of this module, or a handle that it refuses.
+            unsafe { close(*idle as CK_SESSION_HANDLE) };
+        }
+        !ends
+    });
+    used.entry(session).and_modify(|last| *last = Instant::now());
+}
+
+fn session_opened(session: CK_SESSION_HANDLE) {
+    USED.lock().unwrap_or_else(PoisonError::into_inner).insert(session as u64, Instant::now());
 }
 
 fn each_slot(act: impl Fn(&CK_FUNCTION_LIST, CK_SLOT_ID)) {
@@ -175,12 +198,22 @@ unsafe fn spoil(action: &Action, octets: *mut CK_BYTE, len: *mut CK_ULONG) {
     }
 }
 
+/// A function's first argument, with its name.
+macro_rules! first {
+    ($first:ident $(, $rest:ident)*) => {
+        (stringify!($first), $first as usize as u64)
+    };
+}
+
 /// Defines a function that goes on to the real one; `after` sees the answer and what is to be done to it.
 macro_rules! functions {
     ($($name:ident($($arg:ident: $type:ty),*) $(after($action:ident) $after:block)?;)*) => {
         $(
             unsafe extern "C" fn $name($($arg: $type),*) -> CK_RV {
                 let go = before(stringify!($name));
+                if let (Go::Then(Action::Idle(limit)), ("session", session)) = (&go, first!($($arg),*)) {
+                    end_idle_sessions(session, *limit);
+                }
                 if let Go::Back(code) = go {
                     return code;
                 }
@@ -204,8 +237,8 @@ functions! {
     C_Initialize(arguments: *mut c_void);
     C_Finalize(reserved: *mut c_void);
     C_GetInfo(info: *mut CK_INFO);
-    C_GetSlotList(present: CK_BBOOL, slots: *mut CK_SLOT_ID, count: *mut CK_ULONG) after(_away) {
-        if !count.is_null() {
+    C_GetSlotList(present: CK_BBOOL, slots: *mut CK_SLOT_ID, count: *mut CK_ULONG) after(action) {
+        if matches!(action, Action::Away) && !count.is_null() {
             *count = 0;
         }
     };
@@ -223,7 +256,11 @@ functions! {
         application: *mut c_void,
         notify: CK_NOTIFY,
         session: *mut CK_SESSION_HANDLE
-    );
+    ) after(action) {
+        if matches!(action, Action::Idle(_)) && !session.is_null() {
+            session_opened(*session);
+        }
+    };
     C_CloseSession(session: CK_SESSION_HANDLE);
     C_GetSessionInfo(session: CK_SESSION_HANDLE, info: *mut CK_SESSION_INFO);
     C_CreateObject(

@@ -126,6 +126,8 @@ async fn what_is_left_on_the_token_is_destroyed_at_the_next_start() {
     let stray = KeepIn::OnToken(BatchName { store, number });
     house.hsm.make_pairs(KeyKind::P256, stray, 2, std::time::Duration::from_secs(1)).await.unwrap();
     point.start();
+    // Full from before, it says nothing of how far the start is.
+    point.until("store and token are compared", async || point.pool().status().await.unwrap().serving).await;
     point.filled(4).await;
     assert_pool_is_whole(&point, &[]).await;
 }

@@ -70,7 +70,6 @@ pub(super) async fn serve(
         };
         let (router, stop, tls) = (router.clone(), stop.clone(), tls.clone());
         tokio::spawn(async move {
-            let _of_address = of_address;
             let _ = stream.set_nodelay(true);
             match tls {
                 None => answer(stream, peer, router, limits, stop).await,
@@ -80,6 +79,8 @@ pub(super) async fn serve(
                     Err(_) => tracing::debug!(%peer, "TLS took too long"),
                 },
             }
+            // In this order: whoever is let in by the free place must not be counted beside the one that left it.
+            drop(of_address);
             drop(place);
         });
     }

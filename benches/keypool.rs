@@ -195,15 +195,15 @@ fn size_of(dir: &Path) -> Result<u64, Failure> {
 async fn fill(kind: KeyKind) -> Result<(), Failure> {
     let site = site::Site::new();
     let config = DaemonConfig::load(&site.path("sppd.toml")).map_err(|faults| faults.to_string())?;
-    let mut hsm = config.hsm;
-    hsm.worker_program = site::SPPD.into();
+    let mut hsms = config.hsms;
+    hsms.members_mut().iter_mut().for_each(|hsm| hsm.worker_program = site::SPPD.into());
     let raw = std::process::Command::new(std::env::current_exe()?)
         .env(RAW, kind.name())
         .env("SOFTHSM2_CONF", site.path("hsm/softhsm2.conf"))
         .output()?;
     let raw: f64 = String::from_utf8(raw.stdout)?.trim().parse()?;
 
-    let hsm = Hsm::start(hsm);
+    let hsm = Hsm::start(hsms);
     hsm.ready(Duration::from_secs(30)).await?;
     let state = Arc::new(SledStateStore::open(&site.path("state"), &config.store.state_options)?);
     let signer = HsmSigner::new(hsm.clone(), config.registry.key.name.clone(), config.registry.key.key.clone());

@@ -185,6 +185,7 @@ impl Place {
 
     fn config(&self, keys: KeyRegister) -> HsmConfig {
         HsmConfig {
+            name: "main".to_owned(),
             module: ModuleProfile::load(&self.path("module.toml"), &self.path("hsm")).unwrap(),
             pin: PinSource::File(self.path("user.pin")),
             pin_keeper: None,
@@ -281,7 +282,7 @@ async fn conforms(module: Module) {
     let gone = hsm.device_keys(&order).await.err();
     assert!(matches!(gone, Some(HsmError::Absent(_))), "{gone:?}");
     assert!(hsm.own_objects().await.unwrap().keys.contains(&batch(1)));
-    let statistics = hsm.status().calls;
+    let statistics = hsm.status().members[0].calls.clone();
     assert!(statistics.iter().any(|one| one.verb == "generate_pair" && one.outcome == "ok" && one.count > 0));
 
     // Another worker, and the same keys come out of it. A loaded module may be in one process alone.

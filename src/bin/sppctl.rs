@@ -190,6 +190,9 @@ struct EnrollArgs {
     /// Where certificate.pem, key.pem and ca.pem go.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
+    /// Which of several HSMs signs; the first one without it.
+    #[arg(long, value_name = "NAME")]
+    hsm: Option<String>,
     /// File with the user PIN, instead of the daemon's own source of it.
     #[arg(long, value_name = "FILE")]
     pin_file: Option<PathBuf>,
@@ -299,7 +302,7 @@ fn audit_verify(config: &Path, json: bool) -> Result<(), String> {
 }
 
 fn enroll(name: AccessName, args: EnrollArgs) -> Result<(), String> {
-    let access = HsmAccess::load(&args.config, args.pin_file).map_err(|e| e.to_string())?;
+    let access = HsmAccess::load(&args.config, args.hsm.as_deref(), args.pin_file).map_err(|e| e.to_string())?;
     let register = KeyRegister::load(&access.keys).map_err(|e| e.to_string())?;
     access.module.enter_environment().map_err(|e| e.to_string())?;
     let enrolment = Enrolment { name, days: args.days, out: args.out };

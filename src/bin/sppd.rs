@@ -56,11 +56,8 @@ fn main() -> ExitCode {
         }
     };
     start_logging(&config.log);
-    if config.hsm.pin == PinSource::Prompt {
-        match PinKeeper::ask(&config.hsm.worker_program) {
-            Ok(keeper) => config.hsm.pin_keeper = Some(Arc::new(keeper)),
-            Err(e) => return ended(Err(e.to_string())),
-        }
+    if let Err(message) = ask_for_pins(&mut config) {
+        return ended(Err(message));
     }
     if !undumpable {
         tracing::warn!("core dumps could not be switched off: set LimitCORE=0, or ulimit -c 0");
@@ -75,6 +72,19 @@ fn main() -> ExitCode {
         result
     });
     ended(result)
+}
+
+/// Has the PINs typed that are nowhere else.
+fn ask_for_pins(config: &mut DaemonConfig) -> Result<(), String> {
+    let several = config.hsms.members().len() > 1;
+    for hsm in config.hsms.members_mut().iter_mut().filter(|hsm| hsm.pin == PinSource::Prompt) {
+        if several {
+            eprintln!("HSM {}:", hsm.name);
+        }
+        let keeper = PinKeeper::ask(&hsm.worker_program).map_err(|e| e.to_string())?;
+        hsm.pin_keeper = Some(Arc::new(keeper));
+    }
+    Ok(())
 }
 
 fn ended(result: Result<(), String>) -> ExitCode {
@@ -121,7 +131,7 @@ async fn run(
     listening: Listening,
     metrics: Option<Metrics>,
 ) -> Result<(), String> {
-    let hsm = Hsm::start(config.hsm.clone());
+    let hsm = Hsm::start(config.hsms.clone());
     let journal = Journal::new(state.clone());
     let registry = open_registry(&config, &hsm, &journal).await?;
     let (tls, listen, public, node) = (config.tls, config.listen, config.public, config.node);
@@ -237,12 +247,16 @@ async fn check(config: DaemonConfig) -> Result<(), String> {
     for (name, profile) in &config.profiles {
         println!("profile        {name}: {}", profile.description());
     }
-    println!("module         {} ({})", config.hsm.module.name, config.hsm.module.library.display());
-    let keys = &config.hsm.keys;
-    let hsm = Hsm::start(config.hsm.clone());
-    hsm.ready(CHECK_LIMIT).await.map_err(|e| e.to_string())?;
-    let status = hsm.status();
-    println!("HSM            {}, token {} ({})", status.module, status.token_label, status.token_serial);
+    let keys = config.hsms.keys();
+    let hsm = Hsm::start(config.hsms.clone());
+    for (member, of) in hsm.each().zip(config.hsms.members()) {
+        println!("module         {} ({})", of.module.name, of.module.library.display());
+        // Served would be with any of them; what is to be checked is that all are as they should be.
+        hsm.at(member).ready(CHECK_LIMIT).await.map_err(|e| e.to_string())?;
+    }
+    for status in hsm.status().members {
+        println!("HSM            {}, token {} ({})", status.module, status.token_label, status.token_serial);
+    }
     for key in &keys.signing {
         println!("signing key    {}: {}, signs and fits its certificate", key.name, key.public_key.kind());
     }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use super::audit::{AuditConfig, AuditShape};
+use super::hsm::HsmShapes;
 use super::key_pool::{self, KeyPoolShape};
 use super::public::PublicConfig;
 use super::registry::{self, RegistryConfig, RegistryShape};
@@ -16,7 +17,7 @@ use super::store::{self, StoreConfig, StoreShape};
 use super::tls::{self, TlsConfig, TlsShape};
 use super::{Faults, read_toml};
 use crate::certificate::{IssuerCertificate, Profile};
-use crate::hsm::{HsmConfig, KeyRegister, ModuleProfile, PinSource, SigningUse};
+use crate::hsm::{Hsms, KeyRegister, SigningUse};
 use crate::keypool::PoolRules;
 use crate::keys::{SignatureAlgorithm, sha256};
 use crate::names::ProfileName;
@@ -29,8 +30,8 @@ pub struct DaemonConfig {
     pub listen: Listen,
     /// Its TLS identity, and who may be a client.
     pub tls: TlsConfig,
-    /// The HSM.
-    pub hsm: HsmConfig,
+    /// The HSM, or several.
+    pub hsms: Hsms,
     /// The stores.
     pub store: StoreConfig,
     /// The log of the public database.
@@ -102,7 +103,7 @@ pub(super) struct Shape {
     node: NodeShape,
     listen: Listen,
     tls: TlsShape,
-    pub(super) hsm: HsmShape,
+    pub(super) hsm: HsmShapes,
     pub(super) store: StoreShape,
     pub(super) registry: RegistryShape,
     #[serde(default)]
@@ -126,30 +127,6 @@ pub(super) struct Shape {
 #[serde(deny_unknown_fields)]
 struct NodeShape {
     name: String,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct HsmShape {
-    module: PathBuf,
-    #[serde(default)]
-    directory: PathBuf,
-    pin_file: Option<PathBuf>,
-    pin_credential: Option<String>,
-    pin: Option<String>,
-    pub(super) keys: PathBuf,
-    #[serde(default = "default_call_timeout", with = "humantime_serde")]
-    call_timeout: Duration,
-    #[serde(default = "default_queue")]
-    queue: usize,
-}
-
-const fn default_call_timeout() -> Duration {
-    Duration::from_secs(10)
-}
-
-const fn default_queue() -> usize {
-    1024
 }
 
 #[derive(Deserialize)]
@@ -179,7 +156,6 @@ impl DaemonConfig {
     fn check(shape: Shape, place: &str, base: &Path, faults: &mut Faults) -> Option<Self> {
         let store = store::check(&shape.store, place, base, faults);
         let tls = tls::check(&shape.tls, shape.public.own_identity(), place, base, faults);
-        let keys = faults.keep(KeyRegister::load(&base.join(&shape.hsm.keys)));
         let (names, profiles) = load_profiles(&base.join(&shape.profiles), faults);
         let stations = Stations::check(shape.station, place, &names, faults);
         if shape.node.name.is_empty() || shape.node.name.len() > 64 {
@@ -197,17 +173,17 @@ impl DaemonConfig {
         if !(60..=365 * 24 * 60 * 60).contains(&seconds) {
             faults.add(format!("{place}: sessions.lifetime"), "must be from 1 minute to 1 year, for example \"24h\"");
         }
+        let (keys, hsms) = shape.hsm.check(place, base, |name| store.pin_refused(name), faults);
         let issuers = keys.as_ref().map(|keys| load_issuers(&profiles, keys, faults)).unwrap_or_default();
         let registry = keys.as_ref().and_then(|keys| registry::check(shape.registry, place, base, keys, faults));
         shape.public.check(place, faults);
-        let hsm = check_hsm(&shape.hsm, place, base, keys, store.pin_refused(), faults);
-        let module = hsm.as_ref().map(|hsm| &hsm.module);
-        let key_pool = key_pool::check(shape.keypool, place, module, &profiles, faults);
+        let modules = hsms.iter().flat_map(|hsms| hsms.members()).map(|hsm| &hsm.module);
+        let key_pool = key_pool::check(shape.keypool, place, modules, &profiles, faults);
         Some(Self {
             node: shape.node.name,
             listen: shape.listen,
             tls: tls?,
-            hsm: hsm?,
+            hsms: hsms?,
             store,
             registry: registry?,
             public: shape.public,
@@ -234,36 +210,6 @@ pub(super) fn base_of(path: &Path) -> &Path {
     path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// The part of the configuration that an officer's tool needs to reach the HSM, without the rest being valid yet.
-pub struct HsmAccess {
-    /// The module.
-    pub module: ModuleProfile,
-    /// Where the PIN is.
-    pub pin: PinSource,
-    /// Where the register of keys is, or will be.
-    pub keys: PathBuf,
-}
-
-impl HsmAccess {
-    /// Reads `[hsm]` of `sppd.toml`. An officer's PIN file takes the place of the daemon's, which may be a credential that only
-    /// the daemon is shown.
-    pub fn load(path: &Path, pin_file: Option<PathBuf>) -> Result<Self, Faults> {
-        let place = path.display().to_string();
-        let mut faults = Faults::default();
-        let shape = read_shape(path, &place, &mut faults);
-        let base = base_of(path);
-        let access = shape.and_then(|mut shape| {
-            if let Some(file) = pin_file {
-                shape.hsm.pin_file = faults.note("--pin-file", std::path::absolute(file));
-                shape.hsm.pin_credential = None;
-            }
-            let (module, pin) = check_module(&shape.hsm, &place, base, &mut faults);
-            Some(Self { module: module?, pin: pin?, keys: base.join(&shape.hsm.keys) })
-        });
-        faults.ok_or_all(access)
-    }
-}
-
 impl AuditConfig {
     /// Reads `[audit]` of `sppd.toml`, for making and verifying the log.
     pub fn load(path: &Path) -> Result<Self, Faults> {
@@ -271,78 +217,6 @@ impl AuditConfig {
         let shape = read_shape(path, &path.display().to_string(), &mut faults);
         faults.ok_or_all(shape.map(|shape| shape.audit.under(base_of(path))))
     }
-}
-
-fn check_module(
-    shape: &HsmShape,
-    place: &str,
-    base: &Path,
-    faults: &mut Faults,
-) -> (Option<ModuleProfile>, Option<PinSource>) {
-    let directory = std::path::absolute(base.join(&shape.directory)).unwrap_or_else(|_| base.join(&shape.directory));
-    let module = faults.keep(ModuleProfile::load(&base.join(&shape.module), &directory));
-    let at = format!("{place}: hsm.pin_file");
-    let pin = match (&shape.pin_file, &shape.pin_credential) {
-        (Some(file), None) => std::path::absolute(base.join(file)).ok().map(PinSource::File),
-        (None, Some(name)) => {
-            let directory = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
-            let hint = "systemd sets CREDENTIALS_DIRECTORY when the unit has LoadCredential=";
-            faults.note(&at, directory.ok_or(hint)).map(|d| PinSource::Credential(d.join(name)))
-        }
-        (None, None) => match shape.pin.as_deref() {
-            Some("prompt") => Some(PinSource::Prompt),
-            Some("protected") => Some(PinSource::Protected),
-            _ => {
-                faults.add(&at, "give pin_file, pin_credential, or pin = \"prompt\" or \"protected\"");
-                None
-            }
-        },
-        _ => {
-            faults.add(&at, "give exactly one of pin_file and pin_credential");
-            None
-        }
-    };
-    if shape.pin.is_some() && (shape.pin_file.is_some() || shape.pin_credential.is_some()) {
-        faults.add(format!("{place}: hsm.pin"), "must not be there beside pin_file or pin_credential");
-    }
-    if let Some(Err(e)) = pin.as_ref().map(PinSource::check) {
-        faults.add(&at, e);
-    }
-    (module, pin)
-}
-
-fn check_hsm(
-    shape: &HsmShape,
-    place: &str,
-    base: &Path,
-    keys: Option<KeyRegister>,
-    pin_refused: PathBuf,
-    faults: &mut Faults,
-) -> Option<HsmConfig> {
-    let (module, pin) = check_module(shape, place, base, faults);
-    if !(1..=100_000).contains(&shape.queue) {
-        faults.add(format!("{place}: hsm.queue"), "must be from 1 to 100000");
-    }
-    let seconds = shape.call_timeout.as_secs();
-    if !(1..=600).contains(&seconds) {
-        faults.add(format!("{place}: hsm.call_timeout"), "must be from 1 second to 10 minutes");
-    }
-    if let Some(module) = &module
-        && module.hang_after <= shape.call_timeout
-    {
-        let problem = format!("must be shorter than hang_after of the module's file ({:?})", module.hang_after);
-        faults.add(format!("{place}: hsm.call_timeout"), problem);
-    }
-    Some(HsmConfig {
-        module: module?,
-        pin: pin?,
-        pin_keeper: None,
-        pin_refused,
-        keys: keys?,
-        call_timeout: shape.call_timeout,
-        queue: shape.queue,
-        worker_program: PathBuf::from("/proc/self/exe"),
-    })
 }
 
 /// Every `NAME.toml` of the directory is the profile NAME. The names of all, since a faulty one is no unknown one, and those

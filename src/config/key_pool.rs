@@ -50,11 +50,11 @@ impl Default for KeyPoolShape {
     }
 }
 
-/// The rules, and whether the module can keep them and every profile has its pool.
-pub(super) fn check(
+/// The rules, and whether the modules can keep them and every profile has its pool.
+pub(super) fn check<'a>(
     shape: KeyPoolShape,
     place: &str,
-    module: Option<&ModuleProfile>,
+    mut modules: impl Iterator<Item = &'a ModuleProfile>,
     profiles: &BTreeMap<ProfileName, Profile>,
     faults: &mut Faults,
 ) -> PoolRules {
@@ -86,9 +86,9 @@ pub(super) fn check(
         KeepingShape::Hsm => Keeping::Hsm,
     };
     let all: u64 = shape.pool.iter().map(|pool| pool.high.min(MOST_PAIRS)).sum();
-    if let Some(module) = module
-        && keeping == Keeping::Hsm
-        && all > module.token_pairs
+    // Of several HSMs one may have to keep them all.
+    if keeping == Keeping::Hsm
+        && let Some(module) = modules.find(|module| all > module.token_pairs)
     {
         let problem = format!(
             "the pools may have {all} pairs together, and {} is good for {} on its token (objects.token_pairs of its file); \

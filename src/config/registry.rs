@@ -114,7 +114,7 @@ impl RegistryAccess {
         let access = read_shape(path, &place, &mut faults).and_then(|shape| {
             let base = base_of(path);
             let store = store::check(&shape.store, &place, base, &mut faults);
-            let keys = faults.keep(KeyRegister::load(&base.join(&shape.hsm.keys)))?;
+            let keys = faults.keep(KeyRegister::load(&shape.hsm.keys(base)))?;
             let key = check(shape.registry, &place, base, &keys, &mut faults)?.key.key;
             let of_devices = keys.signing.into_iter().filter(|key| key.use_ == SigningUse::Device);
             let issuers = of_devices.map(|key| key.certificate).collect();

@@ -49,9 +49,9 @@ const fn default_cache() -> ByteSize {
 }
 
 impl StoreConfig {
-    /// Where it is remembered that the HSM refused the PIN: in a directory that the daemon writes anyway.
-    pub fn pin_refused(&self) -> PathBuf {
-        self.state.join("pin-refused.json")
+    /// Where it is remembered that the HSM refused the PIN, by its name if there are several: in a directory that the daemon writes anyway.
+    pub fn pin_refused(&self, hsm: Option<&str>) -> PathBuf {
+        self.state.join(hsm.map_or_else(|| "pin-refused.json".to_owned(), |name| format!("pin-refused-{name}.json")))
     }
 
     /// Reads `[store]` of `sppd.toml`, for making the stores: neither the HSM nor the PIN is needed for that.

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use super::connection::BACKGROUND_LIMIT;
 use super::failure::HsmError;
-use super::handle::{Hsm, unexpected};
+use super::handle::{Hsm, Terms, unexpected};
+use super::members::At;
 use super::objects::public_key;
 use super::wire::{Answer, Keep, Kept, Lane, Operation};
 use crate::keys::{BatchName, KeptKey, KeyKind, PublicKey, TokenPair, WrappedKey};
@@ -86,31 +87,40 @@ impl Hsm {
         }
     }
 
-    /// Destroys a batch's key (C_DestroyObject); when this returns it was looked for and not found.
+    /// Destroys a batch's key (C_DestroyObject); when this returns it was looked for and not found, by its keeper, or by every HSM
+    /// if none is on record.
     pub async fn destroy_batch_key(&self, batch: BatchName) -> Result<(), HsmError> {
-        self.destroyed(|| Operation::DestroyBatchKey { key: batch.key() }).await
+        self.destroyed(Some(batch), || Operation::DestroyBatchKey { key: batch.key() }).await
     }
 
-    /// Destroys a pair on the token; when this returns it was looked for and not found.
+    /// Destroys a pair on the token; when this returns it was looked for and not found, likewise.
     pub async fn destroy_pair(&self, kind: KeyKind, pair: &TokenPair) -> Result<(), HsmError> {
-        self.destroyed(|| Operation::DestroyPair { kind, pair: pair.clone() }).await
+        let batch = BatchName::of_pairs(&pair.label);
+        self.destroyed(batch, || Operation::DestroyPair { kind, pair: pair.clone() }).await
     }
 
-    /// What daemons made on the token, whichever their store.
+    /// What daemons made on the tokens, whichever their store.
     pub async fn own_objects(&self) -> Result<OwnObjects, HsmError> {
-        let Answer::Own { keys, pairs } = self.in_background(|| Operation::ListOwn).await? else {
-            return Err(unexpected());
-        };
-        let keys = keys.iter().filter_map(BatchName::of_key).collect();
-        let pairs = pairs.into_iter().filter_map(|pair| Some((BatchName::of_pairs(&pair.label)?, pair))).collect();
-        Ok(OwnObjects { keys, pairs })
+        let mut own = OwnObjects::default();
+        for member in self.each() {
+            let Answer::Own { keys, pairs } = self.at(member).in_background(|| Operation::ListOwn).await? else {
+                return Err(unexpected());
+            };
+            own.keys.extend(keys.iter().filter_map(BatchName::of_key));
+            own.pairs.extend(pairs.into_iter().filter_map(|pair| Some((BatchName::of_pairs(&pair.label)?, pair))));
+        }
+        Ok(own)
     }
 
-    async fn destroyed(&self, operation: impl Fn() -> Operation) -> Result<(), HsmError> {
-        match self.in_background(operation).await? {
-            Answer::Destroyed => Ok(()),
-            _ => Err(unexpected()),
+    async fn destroyed(&self, batch: Option<BatchName>, operation: impl Fn() -> Operation) -> Result<(), HsmError> {
+        let keeper = batch.filter(|_| self.only.is_none()).and_then(|batch| self.keeper(batch));
+        for member in self.each().filter(|member| keeper.is_none_or(|keeper| keeper == *member)) {
+            match self.at(member).in_background(&operation).await? {
+                Answer::Destroyed => {}
+                _ => return Err(unexpected()),
+            }
         }
+        Ok(())
     }
 
     async fn in_background(&self, operation: impl Fn() -> Operation) -> Result<Answer, HsmError> {
@@ -119,7 +129,7 @@ impl Hsm {
 
     async fn attempt(&self, attempts: u32, operation: impl Fn() -> Operation) -> Result<Answer, HsmError> {
         let operations = || vec![operation()];
-        self.call_within(Lane::Background, BACKGROUND_LIMIT, attempts, operations, |mut answers, _| answers.next())
-            .await
+        let terms = Terms { lane: Lane::Background, limit: BACKGROUND_LIMIT, attempts, at: At::Any, impatient: false };
+        self.call_on(terms, operations, |mut answers, _| answers.next()).await
     }
 }

@@ -161,11 +161,16 @@ async fn receive_replies(
 struct Failures {
     count: u32,
     first: Option<Instant>,
+    last: Option<Instant>,
 }
 
 impl Failures {
     /// So many in a row, over so long.
     const LIMIT: (u32, Duration) = (8, Duration::from_secs(1));
+    /// So long after a failure others are asked first. Whoever fails at once has always least to do.
+    const AVOIDED: Duration = Duration::from_secs(1);
+    /// So long after one that nothing has come well since, it is looked whether anything would.
+    const DOUBTED: Duration = Duration::from_millis(500);
 
     /// Why the worker must be replaced, if it must.
     fn count(&mut self, failure: Option<&Failure>) -> Option<String> {
@@ -174,6 +179,7 @@ impl Failures {
             return None;
         };
         self.count += 1;
+        self.last = Some(Instant::now());
         let since = self.first.get_or_insert_with(Instant::now).elapsed();
         let (count, long) = Self::LIMIT;
         (self.count >= count && since >= long)
@@ -220,6 +226,25 @@ impl Connection {
         why.inspect(|why| self.condemn(why));
     }
 
+    /// It did not answer in its time.
+    pub(crate) fn note_late(&self) {
+        let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        failures.count += 1;
+        failures.last = Some(Instant::now());
+    }
+
+    /// Whether the last call failed and nobody has asked again: where there are others, nobody does.
+    pub(crate) fn is_doubtful(&self) -> bool {
+        let failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        failures.count > 0 && failures.last.is_some_and(|last| last.elapsed() >= Failures::DOUBTED)
+    }
+
+    /// Whether the last call failed, a moment ago.
+    pub(crate) fn has_just_failed(&self) -> bool {
+        let last = self.failures.lock().unwrap_or_else(PoisonError::into_inner).last;
+        last.is_some_and(|last| last.elapsed() < Failures::AVOIDED)
+    }
+
     /// Has the worker replaced: what it answers is not right.
     pub(crate) fn condemn(&self, why: &str) {
         self.condemned.send_if_modified(|condemned| condemned.replace(why.to_owned()).is_none());
@@ -230,10 +255,6 @@ impl Connection {
         let mut condemned = self.condemned.subscribe();
         let why = condemned.wait_for(Option::is_some).await;
         why.ok().and_then(|why| why.clone()).unwrap_or_default()
-    }
-
-    pub(crate) fn in_flight(&self) -> usize {
-        self.pending.count(Lane::Line)
     }
 }
 
@@ -286,6 +307,6 @@ mod tests {
         for _ in 0..3 {
             assert!(matches!(call().await, Ok(None)), "a late call waits for an answer that nobody will give");
         }
-        assert_eq!(connection.in_flight(), 0);
+        assert_eq!(connection.pending.count(Lane::Line), 0);
     }
 }

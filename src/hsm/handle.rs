@@ -1,33 +1,45 @@
 //! The async handle: few verbs, each with a deadline, behind a queue with an end.
 
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
+use tracing::Instrument as _;
 
-use super::connection::{Connection, Counters};
+use super::connection::Connection;
 use super::failure::{FailureClass, HsmError};
 use super::kdf::Derivation;
+use super::members::{At, Chosen, HsmMember, Hsms, Members};
 use super::objects::{public_key, to_x509_form};
 use super::register::KeyRegister;
-use super::statistics::CallStatistic;
-use super::supervisor::{HsmConfig, State, supervise};
+use super::supervisor::{State, supervise};
 use super::wire::{Answer, Lane, Operation};
-use crate::keys::{DevicePrivateKey, KeptKey, KeyError, KeyKind, PublicKey, SignatureAlgorithm, WrappedKey};
+use crate::keys::{BatchName, DevicePrivateKey, KeptKey, KeyError, KeyKind, PublicKey, SignatureAlgorithm, WrappedKey};
 use crate::names::KeyName;
 use crate::secret::SecretBytes;
 
 /// How long background work waits for a worker before it says so.
 const BACKGROUND_PATIENCE: Duration = Duration::from_secs(5);
 
-/// The HSM. Clones share one worker; it ends when the last clone is dropped.
+/// The HSM, or several with the same keys. Clones share one worker for each; they end when the last clone is dropped.
 #[derive(Clone)]
 pub struct Hsm {
-    config: Arc<HsmConfig>,
-    state: watch::Receiver<State>,
-    queue: Arc<Semaphore>,
-    counters: Arc<Counters>,
+    pub(super) members: Arc<Members>,
+    pub(super) states: watch::Receiver<Vec<State>>,
+    /// The only one that is asked, for a handle of [`Hsm::at`].
+    pub(super) only: Option<HsmMember>,
+}
+
+/// How a call is made.
+pub(super) struct Terms {
+    pub(super) lane: Lane,
+    /// Within which it is answered.
+    pub(super) limit: Duration,
+    /// How often it is tried at most.
+    pub(super) attempts: u32,
+    pub(super) at: At,
+    /// Whether the caller has another way than to wait for the HSM that keeps what is asked for.
+    pub(super) impatient: bool,
 }
 
 /// What a new device needs from the HSM, in one request.
@@ -82,91 +94,73 @@ pub struct HeldKeys {
     pub derived: Vec<SecretBytes>,
 }
 
-/// The HSM at this moment.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct HsmStatus {
-    /// Whether calls are served.
-    pub ready: bool,
-    /// Why not.
-    pub trouble: String,
-    /// The module's description of itself.
-    pub module: String,
-    /// The token's label.
-    pub token_label: String,
-    /// The token's serial number.
-    pub token_serial: String,
-    /// How often the worker was started.
-    pub worker_starts: u64,
-    /// Calls that wait or are with the worker.
-    pub calls_in_flight: u64,
-    /// Calls answered.
-    pub calls_answered: u64,
-    /// Calls that may wait at once.
-    pub queue: u64,
-    /// What was asked of its workers, and what came of it.
-    pub calls: Vec<CallStatistic>,
-}
-
 impl Hsm {
-    /// Starts the supervisor; a dead HSM does not block the start of the daemon. Needs a tokio runtime.
-    pub fn start(config: HsmConfig) -> Self {
-        let config = Arc::new(config);
-        let counters = Arc::new(Counters::default());
-        let retry_after = Duration::from_secs(1);
-        let (sender, state) =
-            watch::channel(State::Away { why: "the worker is being started".to_owned(), retry_after });
-        tokio::spawn(supervise(Arc::clone(&config), sender, Arc::clone(&counters)));
-        let queue = Arc::new(Semaphore::new(config.queue));
-        Self { config, state, queue, counters }
+    /// Starts the supervisors; a dead HSM does not block the start of the daemon. Needs a tokio runtime.
+    pub fn start(hsms: impl Into<Hsms>) -> Self {
+        let (members, states, seats) = Members::new(hsms.into());
+        for (member, seat) in members.all.iter().zip(seats) {
+            let supervisor = supervise(Arc::clone(&member.config), seat, Arc::clone(&member.counters));
+            let span = match members.all.len() {
+                1 => tracing::Span::none(),
+                _ => tracing::error_span!("hsm", name = %member.config.name),
+            };
+            tokio::spawn(supervisor.instrument(span));
+        }
+        Self { members: Arc::new(members), states, only: None }
+    }
+
+    /// The HSMs.
+    pub fn each(&self) -> impl Iterator<Item = HsmMember> + use<> {
+        let only = self.only;
+        self.members.each().filter(move |member| only.is_none_or(|only| only == *member))
+    }
+
+    /// A handle that asks this one alone.
+    pub fn at(&self, member: HsmMember) -> Self {
+        Self { only: Some(member), ..self.clone() }
+    }
+
+    /// Those that serve calls at this moment, who has least to do first.
+    pub fn at_hand(&self) -> Vec<HsmMember> {
+        self.members.ready(&self.states.borrow(), Lane::Line)
+    }
+
+    /// Who keeps a batch, as far as that is on record.
+    pub fn keeper(&self, batch: BatchName) -> Option<HsmMember> {
+        self.members.keeper(batch)
+    }
+
+    /// Puts it on record who keeps a batch; nobody any more, if none.
+    pub fn set_keeper(&self, batch: BatchName, keeper: Option<HsmMember>) {
+        self.members.set_keeper(batch, keeper);
     }
 
     /// Waits until calls are served, or says why they are not.
     pub async fn ready(&self, within: Duration) -> Result<(), HsmError> {
-        self.connection(Instant::now() + within).await.map(drop)
+        let asked = self.members.may_be_asked(At::Any, self.only);
+        let until = Instant::now() + within;
+        self.members.choose(&self.states, Lane::Line, &asked, false, until).await.map(drop)
     }
 
     /// Within which every call of the line is answered.
     pub fn call_timeout(&self) -> Duration {
-        self.config.call_timeout
+        self.members.call_timeout
     }
 
-    /// The worker's threads for what nobody waits for.
-    pub fn background_threads(&self) -> usize {
-        self.config.module.background_threads
+    /// A worker's threads for what nobody waits for.
+    pub fn background_threads(&self, member: HsmMember) -> usize {
+        self.members.get(member).map_or(1, |member| member.config.module.background_threads)
     }
 
-    /// The register that the token was checked against.
+    /// The register that the tokens were checked against; all have the same keys.
     pub fn keys(&self) -> &KeyRegister {
-        &self.config.keys
+        &self.members.keys
     }
 
-    /// How it is.
-    pub fn status(&self) -> HsmStatus {
-        let mut status = HsmStatus {
-            worker_starts: self.counters.starts.load(Ordering::Relaxed),
-            calls_answered: self.counters.answered.load(Ordering::Relaxed),
-            calls: self.counters.calls.all(),
-            queue: self.config.queue as u64,
-            calls_in_flight: self.config.queue.saturating_sub(self.queue.available_permits()) as u64,
-            ..HsmStatus::default()
-        };
-        match &*self.state.borrow() {
-            State::Ready(connection) => {
-                status.ready = true;
-                status.module.clone_from(&connection.module);
-                status.token_label.clone_from(&connection.token.label);
-                status.token_serial.clone_from(&connection.token.serial);
-                status.calls_in_flight = status.calls_in_flight.max(connection.in_flight() as u64);
-            }
-            State::Away { why, .. } | State::Stopped { why } => status.trouble.clone_from(why),
-        }
-        status
-    }
-
-    /// Resolves at the next change between serving and not serving.
+    /// Resolves at the next change of one of them between serving and not serving.
     pub async fn changed(&mut self) {
-        // The supervisor lives as long as this handle; its end is a change too.
-        let _ = self.state.changed().await;
+        // The supervisors live as long as this handle; their end is a change too.
+        let _ = self.states.changed().await;
     }
 
     /// Signs; ECDSA gives DER. For certificates go through [`crate::provisioning::Issuer`], which asks for the intent.
@@ -178,12 +172,11 @@ impl Hsm {
     ) -> Result<Vec<u8>, HsmError> {
         let operations = || vec![Operation::Sign { key: key.clone(), algorithm, message: message.to_vec() }];
         let (_, public) = self
-            .config
-            .keys
+            .keys()
             .signers()
             .find(|(name, _)| *name == key)
             .ok_or_else(|| HsmError::Refused(format!("the key {key} is not one of the register that sign")))?;
-        self.call(operations, |mut answers, _| {
+        self.call(At::Any, false, operations, |mut answers, _| {
             let Answer::Signature(raw) = answers.next()? else { return Err(unexpected()) };
             let signature = to_x509_form(algorithm, raw)?;
             let verified = public.verify(algorithm, message, &signature);
@@ -217,7 +210,13 @@ impl Hsm {
             });
             pair.chain(derive()).chain([Operation::Random { len: random }]).collect()
         };
-        self.call(operations, |mut answers, connection| {
+        // Another HSM has other pairs.
+        let (at, impatient) = match &order.pair {
+            Some(PairOrder::Make(_, key)) => (At::Keeper(BatchName::of_key(key)), true),
+            Some(PairOrder::Kept(_, kept)) => (At::keeper_of(kept), true),
+            None => (At::Any, false),
+        };
+        self.call(at, impatient, operations, |mut answers, connection| {
             let pair = match &order.pair {
                 Some(PairOrder::Make(kind, wrapping_key)) => {
                     Some(new_pair(*kind, wrapping_key, answers.next()?, connection)?)
@@ -242,7 +241,8 @@ impl Hsm {
             let pair = order.pair.iter().map(|(public, kept)| delivery(public, kept));
             pair.chain(derive()).collect()
         };
-        self.call(operations, |mut answers, connection| {
+        let at = order.pair.as_ref().map_or(At::Any, |(_, kept)| At::keeper_of(kept));
+        self.call(at, false, operations, |mut answers, connection| {
             let pair = match &order.pair {
                 Some((public, _)) => Some(delivered(public, answers.next()?, connection)?),
                 None => None,
@@ -252,15 +252,20 @@ impl Hsm {
         .await
     }
 
-    /// Destroys a key on the token; it is gone when this returns.
+    /// Destroys a key of the register on every token; it is gone when this returns.
     pub async fn destroy(&self, key: &KeyName) -> Result<(), HsmError> {
         let operations = || vec![Operation::Destroy { key: key.clone() }];
-        self.call(operations, |mut answers, _| match answers.next()? {
-            Answer::Destroyed => Ok(()),
-            _ => Err(unexpected()),
-        })
-        .await?;
-        self.counters.destroyed.lock().unwrap_or_else(PoisonError::into_inner).insert(key.clone());
+        for member in self.each() {
+            let hsm = self.at(member);
+            let destroyed = hsm.call(At::Any, false, operations, |mut answers, _| match answers.next()? {
+                Answer::Destroyed => Ok(()),
+                _ => Err(unexpected()),
+            });
+            destroyed.await?;
+            if let Some(member) = self.members.get(member) {
+                member.counters.destroyed.lock().unwrap_or_else(PoisonError::into_inner).insert(key.clone());
+            }
+        }
         Ok(())
     }
 
@@ -272,10 +277,10 @@ impl Hsm {
         let mut prfs = Vec::with_capacity(derivations.len());
         for derivation in derivations {
             let name = &derivation.master_key;
-            let key =
-                self.config.keys.master_key(name).ok_or_else(|| {
-                    HsmError::Refused(format!("the master key {name} is not in the register of keys"))
-                })?;
+            let key = self
+                .keys()
+                .master_key(name)
+                .ok_or_else(|| HsmError::Refused(format!("the master key {name} is not in the register of keys")))?;
             if !(1..=Derivation::MAX_LEN).contains(&derivation.length) {
                 return Err(HsmError::Refused(format!("a derived key of {} octets", derivation.length)));
             }
@@ -292,40 +297,52 @@ impl Hsm {
         })
     }
 
-    /// Sends operations to the worker, waits for a new worker if this one is lost, and tries transient failures again, all
-    /// within the deadline. An answer that is not right costs the worker, and the question is asked once more.
+    /// Sends operations to a worker, waits for a new one if none is there, and tries transient failures again, on another HSM if
+    /// there is one, all within the deadline. An answer that is not right costs the worker, and the question is asked once more.
     ///
     /// Every operation may be repeated: what a lost worker did is gone with its session objects. Only
     /// a destruction whose answer was lost cannot be told from a key that is missing; it stays an error, for an officer.
-    pub(super) async fn call<T>(
+    async fn call<T>(
         &self,
+        at: At,
+        impatient: bool,
         operations: impl Fn() -> Vec<Operation>,
         read: impl Fn(Answers, &Connection) -> Result<T, HsmError>,
     ) -> Result<T, HsmError> {
-        let _place = self.queue.try_acquire().map_err(|_| HsmError::Busy { waiting: self.config.queue })?;
-        self.call_within(Lane::Line, self.config.call_timeout, u32::MAX, operations, read).await
+        let places = self.members.places;
+        let _place = self.members.queue.try_acquire().map_err(|_| HsmError::Busy { waiting: places })?;
+        let terms = Terms { lane: Lane::Line, limit: self.call_timeout(), attempts: u32::MAX, at, impatient };
+        self.call_on(terms, operations, read).await
     }
 
-    /// The same for either lane, without a place in the line's queue, tried at most so often.
-    pub(super) async fn call_within<T>(
+    /// The same on other terms, without a place in the line's queue.
+    pub(super) async fn call_on<T>(
         &self,
-        lane: Lane,
-        limit: Duration,
-        attempts: u32,
+        terms: Terms,
         operations: impl Fn() -> Vec<Operation>,
         read: impl Fn(Answers, &Connection) -> Result<T, HsmError>,
     ) -> Result<T, HsmError> {
+        let Terms { lane, limit, attempts, at, impatient } = terms;
         let until = Instant::now() + limit;
+        let mut asked = self.members.may_be_asked(at, self.only);
         let mut attempt = 0;
-        let mut why = String::new();
-        let mut was_wrong = false;
+        let (mut was_wrong, mut was_refused) = (false, false);
         loop {
             // Whoever works in the background looks again later; the line has nothing better to do than to wait.
             let patience = if lane == Lane::Line { until } else { until.min(Instant::now() + BACKGROUND_PATIENCE) };
-            let connection = self.connection(patience).await?;
-            let answer = tokio::time::timeout_at(until.into(), connection.call(lane, operations(), until)).await;
-            match answer {
-                Err(_) => return Err(HsmError::Deadline(limit)),
+            let chosen = self.members.choose(&self.states, lane, &asked, impatient, patience).await?;
+            let Chosen { member, connection, others } = chosen;
+            // One that hangs must not have all the time where another one could answer.
+            let left = until.saturating_duration_since(Instant::now());
+            let share = if others && lane == Lane::Line { left / 2 } else { left };
+            let begun = Instant::now();
+            let answer = tokio::time::timeout(share, connection.call(lane, operations(), begun + share)).await;
+            let failed = match answer {
+                Err(_) if share == left => return Err(HsmError::Deadline(limit)),
+                Err(_) => {
+                    connection.note_late();
+                    Failed::Here(format!("it did not answer within {share:?}"))
+                }
                 Ok(Some(Ok(answers))) => match read(Answers(answers.into_iter()), &connection) {
                     // Two workers say the same: it is what they were asked with that is wrong.
                     Err(HsmError::Wrong(wrong)) if std::mem::replace(&mut was_wrong, true) => {
@@ -334,7 +351,7 @@ impl Hsm {
                     Err(HsmError::Wrong(wrong)) => {
                         tracing::error!(%wrong, "the HSM gave an answer that is not right; its worker is replaced");
                         connection.condemn(&wrong);
-                        why = wrong;
+                        Failed::Here(wrong)
                     }
                     answer => {
                         connection.note(None);
@@ -347,40 +364,40 @@ impl Hsm {
                     }
                     match failure.class {
                         FailureClass::Transient | FailureClass::SessionLost | FailureClass::ModuleLost => {
-                            why = failure.message;
+                            Failed::Here(failure.message)
+                        }
+                        FailureClass::Permanent | FailureClass::Rejected
+                            if others && !std::mem::replace(&mut was_refused, true) =>
+                        {
+                            Failed::Here(failure.message)
                         }
                         FailureClass::Permanent => return Err(HsmError::Stopped(failure.message)),
                         FailureClass::Rejected => return Err(HsmError::Refused(failure.message)),
+                        FailureClass::Absent if asked.has_not(member) => Failed::NotHere,
                         FailureClass::Absent => return Err(HsmError::Absent(failure.message)),
                     }
                 }
-                Ok(None) => "the worker ended".clone_into(&mut why),
-            }
+                Ok(None) => Failed::Here("the worker ended".to_owned()),
+            };
+            let Failed::Here(why) = failed else { continue };
+            asked.last = Some(member);
             attempt += 1;
             let pause = Duration::from_millis(10 << attempt.min(5));
-            if Instant::now() + pause >= until || attempt >= attempts {
-                return Err(HsmError::Unavailable { why, retry_after: pause });
+            let other_way = impatient && others;
+            if other_way || Instant::now() + pause >= until || attempt >= attempts {
+                return Err(HsmError::Unavailable { why: self.members.told(member, &why), retry_after: pause });
             }
             tokio::time::sleep(pause).await;
         }
     }
+}
 
-    /// The worker that serves; waits for one until the deadline.
-    async fn connection(&self, until: Instant) -> Result<Arc<Connection>, HsmError> {
-        let mut state = self.state.clone();
-        loop {
-            let current = state.borrow_and_update().clone();
-            let (why, retry_after) = match current {
-                State::Ready(connection) => return Ok(connection),
-                State::Stopped { why } => return Err(HsmError::Stopped(why)),
-                State::Away { why, retry_after } => (why, retry_after),
-            };
-            match tokio::time::timeout_at(until.into(), state.changed()).await {
-                Ok(Ok(())) => {}
-                Ok(Err(_)) | Err(_) => return Err(HsmError::Unavailable { why, retry_after }),
-            }
-        }
-    }
+/// Why an attempt was in vain.
+enum Failed {
+    /// It may be tried again, on another HSM or on this one.
+    Here(String),
+    /// The HSM does not have what was asked for; another one may.
+    NotHere,
 }
 
 /// The answers to one call, in order.

@@ -195,6 +195,31 @@ impl KeyRegister {
         }
     }
 
+    /// Whether another token has the same keys, under whatever CKA_ID; the first difference if not.
+    pub(super) fn agrees_with(&self, other: &Self) -> Result<(), String> {
+        self.has_what(other, "is not there")?;
+        other.has_what(self, "is only there")
+    }
+
+    fn has_what(&self, other: &Self, missing: &str) -> Result<(), String> {
+        for (name, public) in other.signers() {
+            match self.signers().find(|(mine, _)| *mine == name) {
+                Some((_, mine)) if mine == public => {}
+                Some(_) => return Err(format!("the key pair {name} is another one")),
+                None => return Err(format!("the key pair {name} {missing}")),
+            }
+        }
+        for key in &other.master {
+            match self.master_key(&key.name) {
+                Some(mine)
+                    if (mine.version, mine.prf, &mine.check_value) == (key.version, key.prf, &key.check_value) => {}
+                Some(_) => return Err(format!("the master key {} is another one", key.name)),
+                None => return Err(format!("the master key {} {missing}", key.name)),
+            }
+        }
+        Ok(())
+    }
+
     /// Every key: name, CKA_ID, role.
     pub(crate) fn all(&self) -> impl Iterator<Item = (&KeyName, &[u8], KeyRole)> {
         let signing = self.signing.iter().map(|k| (&k.name, k.id.as_slice(), KeyRole::Signing(k.public_key.kind())));

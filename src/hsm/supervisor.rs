@@ -11,13 +11,14 @@ use std::time::{Duration, Instant};
 use tokio::io::BufReader;
 use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::oneshot;
 
 use super::attempts::{PinAttempts, version};
 use super::connection::{Connection, Counters, connect, read_frame, write_frame};
 use super::failure::{Failure, FailureClass, HsmError};
 use super::kdf::Derivation;
 use super::keeper::PinKeeper;
+use super::members::Seat;
 use super::module::ModuleProfile;
 use super::objects::to_x509_form;
 use super::pin::PinSource;
@@ -30,6 +31,8 @@ use crate::keys::SignatureAlgorithm;
 /// What the HSM's side of the daemon needs.
 #[derive(Debug, Clone)]
 pub struct HsmConfig {
+    /// What it is called where there are several.
+    pub name: String,
     /// The module.
     pub module: ModuleProfile,
     /// Where the user PIN is read, by the worker.
@@ -77,54 +80,54 @@ pub(crate) enum State {
 }
 
 /// Runs until nobody holds the handle any more.
-pub(crate) async fn supervise(config: Arc<HsmConfig>, state: watch::Sender<State>, counters: Arc<Counters>) {
+pub(crate) async fn supervise(config: Arc<HsmConfig>, seat: Seat, counters: Arc<Counters>) {
     let mut wait = BACKOFF.0;
     let attempts = PinAttempts::new(config.pin_refused.clone());
     loop {
         if let Some(why) = attempts.refused(&config.pin) {
             tracing::error!(%why, "the PIN was refused before, and is not tried again until an officer has acted");
-            let _ = state.send(State::Stopped { why });
+            seat.tell(State::Stopped { why });
             tokio::select! {
                 () = officer_acted(&attempts, &config.pin) => {}
-                () = state.closed() => return,
+                () = seat.closed() => return,
             }
             tracing::info!("an officer has acted; the HSM is tried again");
-            let _ = state.send(State::Away { why: "the worker is being started".to_owned(), retry_after: BACKOFF.0 });
+            seat.tell(State::Away { why: "the worker is being started".to_owned(), retry_after: BACKOFF.0 });
         }
         let tried = version(&config.pin);
         counters.starts.fetch_add(1, Ordering::Relaxed);
         let ended = tokio::select! {
-            ended = one_life(&config, &state, &counters, &mut wait) => ended,
-            () = state.closed() => return,
+            ended = one_life(&config, &seat, &counters, &mut wait) => ended,
+            () = seat.closed() => return,
         };
         match ended {
             Ended::Replaced => continue,
             Ended::Lost(why) => {
                 tracing::warn!(%why, retry_in = ?wait, "the HSM worker is gone; it is started again");
-                let _ = state.send(State::Away { why, retry_after: wait });
+                seat.tell(State::Away { why, retry_after: wait });
             }
             Ended::Permanent(why) => {
                 let mut remembered = attempts.remember(tried, &why);
-                let _ = state.send(State::Stopped { why: why.clone() });
+                seat.tell(State::Stopped { why: why.clone() });
                 // What cannot be remembered is not tried again by this process either.
                 while let Err(error) = remembered {
                     tracing::error!(%error, "it cannot be remembered that the PIN was refused; do not restart sppd before it is right");
                     tokio::select! {
                         () = tokio::time::sleep(OFFICER_LOOK) => {}
-                        () = state.closed() => return,
+                        () = seat.closed() => return,
                     }
                     remembered = attempts.remember(tried, &why);
                 }
                 if !is_read_anew(&config.pin) {
                     tracing::error!(%why, "the PIN of this process is the wrong one: `sppctl hsm retry-pin`, then restart sppd");
-                    return state.closed().await;
+                    return seat.closed().await;
                 }
                 continue;
             }
         }
         tokio::select! {
             () = tokio::time::sleep(wait) => wait = (wait * 2).min(BACKOFF.1),
-            () = state.closed() => return,
+            () = seat.closed() => return,
         }
     }
 }
@@ -159,12 +162,7 @@ impl From<HsmError> for Ended {
 }
 
 /// Starts a worker, checks it, lets it serve, and says why it ended.
-async fn one_life(
-    config: &HsmConfig,
-    state: &watch::Sender<State>,
-    counters: &Arc<Counters>,
-    wait: &mut Duration,
-) -> Ended {
+async fn one_life(config: &HsmConfig, seat: &Seat, counters: &Arc<Counters>, wait: &mut Duration) -> Ended {
     // A person at the HSM takes longer than a module.
     let limit = if config.pin == PinSource::Protected { PERSON_LIMIT } else { START_LIMIT };
     let started = tokio::time::timeout(limit, start(config, counters)).await;
@@ -175,7 +173,7 @@ async fn one_life(
     };
     let connection = Arc::new(connection);
     tracing::info!(module = %connection.module, token = %connection.token.label, "the HSM is ready");
-    let _ = state.send(State::Ready(Arc::clone(&connection)));
+    seat.tell(State::Ready(Arc::clone(&connection)));
     let (served_since, mut answered) = (Instant::now(), 0);
     let mut looked_at = Instant::now();
     let done_before = counters.operations.load(Ordering::Relaxed);
@@ -196,17 +194,19 @@ async fn one_life(
         if served_since.elapsed() >= LASTED {
             *wait = BACKOFF.0;
         }
-        // A token that is taken away while nobody asks is noticed, too.
+        // A token that is taken away while nobody asks is noticed, too, or one that nobody asks any more.
         let so_far = counters.answered.load(Ordering::Relaxed);
         if so_far != std::mem::replace(&mut answered, so_far) {
             looked_at = Instant::now();
-        } else if looked_at.elapsed() >= config.module.keep_alive {
+        }
+        if looked_at.elapsed() >= config.module.keep_alive || connection.is_doubtful() {
             let checked = tokio::time::timeout(config.module.hang_after, check_keys(config, &connection)).await;
             if let Err(error) = checked.unwrap_or(Err(HsmError::Deadline(config.module.hang_after))) {
                 let _ = child.kill().await;
                 connection.pending.close();
                 return Ended::from(error);
             }
+            connection.note(None);
             (looked_at, answered) = (Instant::now(), counters.answered.load(Ordering::Relaxed));
         }
         if connection.pending.has_one_that_hangs(config.module.hang_after) {
@@ -216,7 +216,7 @@ async fn one_life(
         }
         if limit > 0 && counters.operations.load(Ordering::Relaxed) - done_before >= limit {
             let retry_after = BACKOFF.0;
-            let _ = state.send(State::Away { why: "the worker is being replaced".to_owned(), retry_after });
+            seat.tell(State::Away { why: "the worker is being replaced".to_owned(), retry_after });
             drain(&connection, config.module.hang_after).await;
             tracing::info!(after = limit, "the HSM worker has done its share and is replaced");
             return Ended::Replaced;

@@ -1,40 +1,59 @@
 //! Batches that take pairs: begun with a key of their own in the HSM.
 
 use super::{KeyPool, PoolError};
+use crate::hsm::HsmMember;
 use crate::keys::BatchName;
 use crate::store::{Batch, BatchState, BatchStep, Keeping, Purpose};
 
 impl KeyPool {
-    /// The batch of a purpose that takes pairs; a new one if there is none.
-    pub(super) async fn open_batch(&self, purpose: Purpose) -> Result<Batch, PoolError> {
-        self.find_or_begin(purpose, self.keeping_of(purpose), None).await
+    /// The batch of a purpose that takes an HSM's pairs; a new one if there is none.
+    pub(super) async fn open_batch(&self, purpose: Purpose, on: HsmMember) -> Result<Batch, PoolError> {
+        self.find_or_begin(purpose, self.keeping_of(purpose), None, on).await
     }
 
-    /// A batch that takes the pairs of this one: of the same purpose, and kept alike, whatever the configuration says by now.
-    pub(super) async fn open_batch_beside(&self, batch: &Batch) -> Result<Batch, PoolError> {
-        self.find_or_begin(batch.purpose, batch.keeping, Some(batch.number)).await
+    /// A batch that takes the pairs of this one: of the same purpose, on the same HSM, and kept alike, whatever the configuration
+    /// says by now.
+    pub(super) async fn open_batch_beside(&self, batch: &Batch, on: HsmMember) -> Result<Batch, PoolError> {
+        self.find_or_begin(batch.purpose, batch.keeping, Some(batch.number), on).await
     }
 
-    async fn find_or_begin(&self, purpose: Purpose, keeping: Keeping, except: Option<u64>) -> Result<Batch, PoolError> {
+    async fn find_or_begin(
+        &self,
+        purpose: Purpose,
+        keeping: Keeping,
+        except: Option<u64>,
+        on: HsmMember,
+    ) -> Result<Batch, PoolError> {
         let _alone = self.planning.lock().await;
         let closing = self.closing().clone();
+        let keepers = self.keepers().await?;
         let fits = |batch: &Batch| {
             let takes = batch.state == BatchState::Open && batch.quarantined.is_none() && batch.keeping == keeping;
-            takes && batch.purpose == purpose && Some(batch.number) != except && !closing.contains(&batch.number)
+            let there = keepers.of(batch.number) == Some(on) || keepers.may_be_given_to_any(batch);
+            takes
+                && there
+                && batch.purpose == purpose
+                && Some(batch.number) != except
+                && !closing.contains(&batch.number)
         };
         // The newest: pairs are offered in the order of the batches.
         match self.store.batches().await?.into_iter().rev().find(fits) {
-            Some(batch) => Ok(batch),
-            None => self.begin_batch(purpose, keeping).await,
+            Some(batch) => {
+                self.hsm.set_keeper(keepers.name(batch.number), Some(on));
+                Ok(batch)
+            }
+            None => self.begin_batch(purpose, keeping, on).await,
         }
     }
 
-    async fn begin_batch(&self, purpose: Purpose, keeping: Keeping) -> Result<Batch, PoolError> {
+    async fn begin_batch(&self, purpose: Purpose, keeping: Keeping, on: HsmMember) -> Result<Batch, PoolError> {
         let above = self.notes().highest_on_token;
         let planned = self.store.plan_batch(purpose, keeping, self.clock.now(), above).await?;
         // A crash or a failure from here on leaves the plan, and a key of that name or none: see `forget_plans`.
+        let name = self.name(planned.number).await?;
+        self.hsm.set_keeper(name, Some(on));
         if keeping == Keeping::Wrapped {
-            self.hsm.create_batch_key(self.name(planned.number).await?).await?;
+            self.hsm.at(on).create_batch_key(name).await?;
         }
         let batch = self.store.step_batch(planned.number, BatchStep::Open).await?;
         tracing::info!(batch = batch.number, purpose = ?batch.purpose, "a batch of key pairs is begun");
@@ -44,32 +63,39 @@ impl KeyPool {
     /// Plans that came to nothing: nothing was ever wrapped under a key whose batch was not open.
     pub(super) async fn forget_plans(&self) -> Result<(), PoolError> {
         let _alone = self.planning.lock().await;
-        for batch in self.store.batches().await?.into_iter().filter(|batch| batch.state == BatchState::Planned) {
-            self.hsm.destroy_batch_key(self.name(batch.number).await?).await?;
+        let keepers = self.keepers().await?;
+        let given_up = |batch: &Batch| batch.state == BatchState::Planned && keepers.are_at_hand(batch.number);
+        for batch in self.store.batches().await?.into_iter().filter(given_up) {
+            let name = keepers.name(batch.number);
+            self.hsm.destroy_batch_key(name).await?;
             self.store.forget_batch(batch.number).await?;
+            self.hsm.set_keeper(name, None);
         }
         Ok(())
     }
 
-    /// New sessions find a batch for their pairs.
-    pub(super) async fn keep_a_batch_for_sessions(&self) -> Result<(), PoolError> {
-        let current = *self.for_sessions.borrow();
-        let takes = |batch: &Batch| {
-            let current = current.is_some_and(|current| current.number == batch.number);
-            current && batch.state == BatchState::Open && batch.quarantined.is_none()
-        };
-        if !self.store.batches().await?.iter().any(takes) {
-            // Nobody may end the batch between its being found and its being known as the one for sessions.
-            let _alone = self.shredding.lock().await;
-            let batch = self.open_batch(Purpose::Sessions).await?;
-            self.use_for_sessions(&batch).await?;
+    /// New sessions find a batch for their pairs, on each HSM that is there.
+    pub(super) async fn keep_batches_for_sessions(&self) -> Result<(), PoolError> {
+        for member in self.in_service() {
+            let current = self.for_sessions.borrow().get(&member).map(|current| current.number);
+            let takes = |batch: &Batch| {
+                current == Some(batch.number) && batch.state == BatchState::Open && batch.quarantined.is_none()
+            };
+            if !self.store.batches().await?.iter().any(takes) {
+                // Nobody may end the batch between its being found and its being known as the one for sessions.
+                let _alone = self.shredding.lock().await;
+                let batch = self.open_batch(Purpose::Sessions, member).await?;
+                self.use_for_sessions(&batch, member).await?;
+            }
         }
         Ok(())
     }
 
-    pub(super) async fn use_for_sessions(&self, batch: &Batch) -> Result<(), PoolError> {
+    pub(super) async fn use_for_sessions(&self, batch: &Batch, on: HsmMember) -> Result<(), PoolError> {
         let name = self.name(batch.number).await?;
-        self.for_sessions.send_replace(Some(name));
+        self.for_sessions.send_modify(|batches| {
+            batches.insert(on, name);
+        });
         Ok(())
     }
 

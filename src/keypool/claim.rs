@@ -1,6 +1,7 @@
 //! Taking a pair: each is in one hand at a time, and only the journal's transaction makes it a session's.
 
 use std::collections::{BTreeSet, VecDeque};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -8,7 +9,7 @@ use tokio::sync::Notify;
 
 use super::users::User;
 use super::{KeyPool, PoolError};
-use crate::hsm::HsmError;
+use crate::hsm::{HsmError, HsmMember};
 use crate::keys::{BatchName, KeptKey, KeyKind, PublicKey, WrappedKey};
 use crate::names::KeyName;
 use crate::store::{PairId, PairToReserve, PooledPair, StoreError};
@@ -18,9 +19,10 @@ const SHELF: usize = 128;
 /// The longest and the shortest time after which a station is asked to come again.
 const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(30));
 
-/// Ready pairs of one kind, the next ones to be given out; the others stay in the store.
+/// Ready pairs of one kind and one HSM, the next ones to be given out; the others stay in the store.
 pub(super) struct Shelf {
     kind: KeyKind,
+    keeper: HsmMember,
     content: Arc<Mutex<Content>>,
     /// One caller fetches more at a time.
     fetching: tokio::sync::Mutex<()>,
@@ -36,8 +38,6 @@ struct Content {
     left_meanwhile: Option<BTreeSet<PairId>>,
     /// The last pair that was fetched: those after it are in the store alone.
     fetched: Option<PairId>,
-    /// Callers who found nothing since the last pair came.
-    turned_away: u32,
     /// Pairs in the hand of the shredder.
     being_moved: usize,
 }
@@ -151,8 +151,8 @@ impl Drop for BeingMoved {
 }
 
 impl Shelf {
-    pub(super) fn new(kind: KeyKind) -> Self {
-        Self { kind, content: Arc::default(), fetching: tokio::sync::Mutex::default(), moved: Arc::default() }
+    pub(super) fn new(kind: KeyKind, keeper: HsmMember) -> Self {
+        Self { kind, keeper, content: Arc::default(), fetching: tokio::sync::Mutex::default(), moved: Arc::default() }
     }
 
     /// Takes those of the pairs that are in nobody's hand, until they are moved: their places are others then.
@@ -169,11 +169,6 @@ impl Shelf {
         let mut content = self.content();
         content.waiting.clear();
         content.fetched = None;
-    }
-
-    /// Pairs have come: those who were turned away may come again.
-    pub(super) fn more_came(&self) {
-        self.content().turned_away = 0;
     }
 
     fn is_being_moved(&self) -> bool {
@@ -193,33 +188,44 @@ impl Shelf {
 }
 
 impl KeyPool {
-    /// A ready pair, the oldest batch's first. It is nobody else's until it is dropped.
+    /// A ready pair, of the HSM that has least to do and of its oldest batch. It is nobody else's until it is dropped.
     pub async fn claim(&self, kind: KeyKind) -> Result<Claim, PoolError> {
         let pool = self.pools.get(&kind).ok_or(PoolError::NoPool(kind))?;
         self.begun().await?;
         let until = Instant::now() + self.hsm.call_timeout();
         let (user, taken) = loop {
-            let moved = pool.shelf.moved.notified();
+            let members = self.in_service();
+            let shelves: Vec<_> = members.iter().filter_map(|member| pool.shelves.get(member)).collect();
+            let are_being_moved = || shelves.iter().find(|shelf| shelf.is_being_moved()).copied();
+            let moved: Vec<_> = shelves.iter().map(|shelf| shelf.moved.notified()).collect();
             let user = self.hold();
-            let before = pool.shelf.is_being_moved();
-            let taken = self.take(&pool.shelf).await?;
-            if taken.is_some() || !(before || pool.shelf.is_being_moved()) {
-                break (user, taken);
+            let before = are_being_moved();
+            let mut taken = None;
+            for shelf in &shelves {
+                taken = self.take(shelf).await?.map(|taken| (*shelf, taken));
+                if taken.is_some() {
+                    break;
+                }
             }
+            let Some(waits_for) = before.or_else(are_being_moved).filter(|_| taken.is_none()) else {
+                break (user, taken);
+            };
             // They are there, but in the hand of the shredder for the moment of one call.
             drop(user);
+            let moved = moved.into_iter().zip(&shelves).find(|(_, shelf)| std::ptr::eq(**shelf, waits_for));
+            let Some((moved, _)) = moved else { continue };
             if tokio::time::timeout_at(until.into(), moved).await.is_err() {
                 break (self.hold(), None);
             }
         };
         pool.wake.notify_one();
-        let Some((id, pair)) = taken else { return Err(self.empty(kind)) };
-        let content = Arc::clone(&pool.shelf.content);
+        let Some((shelf, (id, pair))) = taken else { return Err(self.empty(kind)) };
+        let content = Arc::clone(&shelf.content);
         let public = PublicKey::from_spki_der(&pair.public_key);
         let mut claim = match public {
             Ok(public) => Claim { id, public, kept: pair.kept.clone(), pair: None, last: false, content, _user: user },
             Err(e) => {
-                pool.shelf.content().leave_hand(&id);
+                shelf.content().leave_hand(&id);
                 let what = format!("pair {} of batch {}", id.number, id.batch);
                 return Err(StoreError::Damaged { store: "secret store", what, cause: e.to_string() }.into());
             }
@@ -241,24 +247,38 @@ impl KeyPool {
         Ok(shelf.take())
     }
 
-    /// Leave to make a pair for a session.
+    /// Leave to make a pair for a session, in the HSM that has least to do.
     pub async fn lease_for_session(&self) -> Result<SessionLease, PoolError> {
         let limit = self.hsm.call_timeout();
         let until = Instant::now() + limit;
-        let mut current = self.for_sessions.subscribe();
+        let (mut current, mut hsm) = (self.for_sessions.subscribe(), self.hsm.clone());
         loop {
-            if current.borrow_and_update().is_none() {
-                // The HSM's own trouble says it best, and at once if only an officer helps.
-                self.hsm.ready(limit).await?;
-            }
-            let wait = tokio::time::timeout_at(until.into(), current.wait_for(Option::is_some)).await;
-            let Some(batch) = wait.ok().and_then(|found| found.ok().and_then(|batch| *batch)) else {
-                return Err(self.not_begun().await);
+            let found = {
+                let batches = current.borrow_and_update();
+                let at_hand = self.hsm.at_hand();
+                let mut of_one = at_hand.iter().filter_map(|member| batches.get_key_value(member));
+                // Where none is there, the call itself waits for one.
+                let any = || batches.iter().next().filter(|_| at_hand.is_empty());
+                of_one.next().or_else(any).map(|(member, batch)| (*member, *batch))
             };
-            let user = self.hold();
-            // Whoever takes this batch's place has changed the value before waiting for us: looked at again, it holds.
-            if *self.for_sessions.borrow() == Some(batch) {
-                return Ok(SessionLease { batch, _user: user });
+            if let Some((member, batch)) = found {
+                let user = self.hold();
+                // Whoever takes this batch's place has changed the value before waiting for us: looked at again, it holds.
+                if self.for_sessions.borrow().get(&member) == Some(&batch) {
+                    return Ok(SessionLease { batch, _user: user });
+                }
+                continue;
+            }
+            // The HSM's own trouble says it best, and at once if only an officer helps.
+            self.hsm.ready(limit).await?;
+            let change = async {
+                tokio::select! {
+                    _ = current.changed() => {}
+                    () = hsm.changed() => {}
+                }
+            };
+            if tokio::time::timeout_at(until.into(), change).await.is_err() {
+                return Err(self.not_begun().await);
             }
         }
     }
@@ -270,10 +290,10 @@ impl KeyPool {
             content.left_meanwhile = Some(BTreeSet::new());
             content.fetched
         };
-        let mut found = self.store.ready_pairs(shelf.kind, after, SHELF).await?;
+        let mut found = self.next_pairs(shelf, after).await?;
         if found.is_empty() && after.is_some() {
             // What was left behind, a pair whose reservation nobody knew the outcome of, is found by beginning again.
-            found = self.store.ready_pairs(shelf.kind, None, SHELF).await?;
+            found = self.next_pairs(shelf, None).await?;
         }
         let mut content = shelf.content();
         content.fetched = found.last().map(|(last, _)| *last);
@@ -286,13 +306,27 @@ impl KeyPool {
         Ok(())
     }
 
+    /// The pairs after this one that the shelf's HSM keeps. Batches of others are passed over.
+    async fn next_pairs(&self, shelf: &Shelf, after: Option<PairId>) -> Result<Vec<(PairId, PooledPair)>, PoolError> {
+        let keepers = self.keepers().await?;
+        let mut after = after;
+        loop {
+            let mut found = self.store.ready_pairs(shelf.kind, after, SHELF).await?;
+            let Some((last, _)) = found.last() else { return Ok(found) };
+            after = Some(match keepers.of(last.batch) {
+                Some(keeper) if keeper == shelf.keeper => *last,
+                _ => PairId { number: u64::MAX, ..*last },
+            });
+            found.retain(|(id, _)| keepers.of(id.batch) == Some(shelf.keeper));
+            if !found.is_empty() {
+                return Ok(found);
+            }
+        }
+    }
+
     fn empty(&self, kind: KeyKind) -> PoolError {
         let Some(pool) = self.pools.get(&kind) else { return PoolError::NoPool(kind) };
-        let turned_away = {
-            let mut content = pool.shelf.content();
-            content.turned_away = content.turned_away.saturating_add(1);
-            content.turned_away
-        };
+        let turned_away = pool.turned_away.fetch_add(1, Ordering::Relaxed).saturating_add(1);
         let filling = pool.filling();
         let fill_rate = filling.rate.per_second();
         // Each of those who wait needs one: the last of them comes when that many were made.
@@ -322,7 +356,7 @@ impl KeyPool {
     }
 
     /// Why nothing is given out yet.
-    async fn not_begun(&self) -> PoolError {
+    pub(super) async fn not_begun(&self) -> PoolError {
         if let Err(error) = self.hsm.ready(Duration::ZERO).await {
             return error.into();
         }

@@ -1,5 +1,7 @@
 //! Filling a pool between its marks, in the background.
 
+use std::collections::BTreeSet;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -7,7 +9,7 @@ use tokio::task::JoinSet;
 
 use super::rate::FillRate;
 use super::{KeyPool, LOOK, MOST_PAIRS, Pool, PoolError};
-use crate::hsm::{HsmError, KeepIn};
+use crate::hsm::{HsmError, HsmMember, KeepIn};
 use crate::keys::{KeptKey, KeyKind, PublicKey};
 use crate::store::{Batch, BatchStep, Keeping, PooledPair, Purpose};
 
@@ -30,8 +32,19 @@ pub(super) struct Filling {
     pub(super) paused: Option<String>,
     /// What an officer ordered.
     ordered: Option<u64>,
-    /// A batch on the token that may have pairs there of which the store does not know.
-    suspect: Option<u64>,
+    /// Batches on a token that may have pairs there of which the store does not know.
+    suspects: BTreeSet<u64>,
+}
+
+/// What one HSM does of a filling.
+struct Part {
+    member: HsmMember,
+    batch: Batch,
+    keep: KeepIn,
+    /// Pairs that are still to be asked for.
+    left: u64,
+    /// Calls that are with the HSM.
+    calls: usize,
 }
 
 impl Pool {
@@ -43,22 +56,35 @@ impl Pool {
     /// would stay there.
     fn suspect(&self, batch: &Batch) {
         if batch.keeping == Keeping::Hsm {
-            self.filling().suspect = Some(batch.number);
+            self.filling().suspects.insert(batch.number);
         }
     }
 
-    /// Up to how many pairs it is to be filled now, if it is.
-    fn target(&self, ready: u64) -> Option<u64> {
+    /// Pairs have come: those who were turned away may come again.
+    fn more_came(&self) {
+        self.turned_away.store(0, Ordering::Relaxed);
+    }
+
+    /// Up to how many pairs it is to be filled now, if it is. `ready` are those of each HSM in service: each has its share of the
+    /// marks, so that there are pairs left when one is lost.
+    fn target(&self, ready: &[u64]) -> Option<u64> {
+        let below = |mark| ready.iter().zip(shares(mark, ready.len())).any(|(ready, share)| *ready < share);
         let mut filling = self.filling();
-        let ordered = filling.ordered.filter(|ordered| ready < *ordered);
+        let ordered = filling.ordered.filter(|ordered| ready.iter().sum::<u64>() < *ordered);
         filling.ordered = ordered;
         // What was begun below the low mark goes on up to the high one; an order goes as far as it says.
-        filling.refilling = ready < self.marks.low || (filling.refilling && ready < self.marks.high);
+        filling.refilling = below(self.marks.low) || (filling.refilling && below(self.marks.high));
         let marked = filling.refilling.then_some(self.marks.high);
         let target = marked.into_iter().chain(ordered).max();
         filling.running = target.is_some();
         target
     }
+}
+
+/// What each of so many has of it.
+fn shares(all: u64, count: usize) -> impl Iterator<Item = u64> {
+    let count = count as u64;
+    (0..count).map(move |place| all / count + u64::from(place < all % count))
 }
 
 impl KeyPool {
@@ -113,66 +139,103 @@ impl KeyPool {
     async fn fill(&self, kind: KeyKind, pool: &Pool) -> Result<(), PoolError> {
         let mut begun = false;
         loop {
-            let suspect = pool.filling().suspect;
-            if let Some(batch) = suspect {
-                // Nobody but this task makes pairs for it.
-                self.destroy_strays(batch).await?;
-                pool.filling().suspect = None;
+            self.clear_suspects(pool).await?;
+            let mut ready = self.offered(kind).await?;
+            if ready.is_empty() {
+                return Err(self.not_begun().await);
             }
-            let ready = self.offered(kind).await?;
-            let Some(target) = pool.target(ready) else { return Ok(()) };
+            // In the same order at each look, whoever has how much to do.
+            ready.sort_unstable_by_key(|(member, _)| *member);
+            let counts: Vec<_> = ready.iter().map(|(_, count)| *count).collect();
+            let Some(target) = pool.target(&counts) else { return Ok(()) };
             self.admit()?;
-            let batch = self.open_batch(Purpose::Pool(kind)).await?;
+            let parts = self.parts(kind, target, &ready).await?;
             if !std::mem::replace(&mut begun, true) {
                 pool.filling().rate.begin(Instant::now());
             }
-            let batch = self.fill_batch(kind, pool, batch, target.saturating_sub(ready)).await?;
-            if batch.taken_in >= self.rules.batch_size {
-                self.store.step_batch(batch.number, BatchStep::Seal).await?;
+            for part in self.fill_batches(kind, pool, parts).await? {
+                if part.batch.taken_in >= self.rules.batch_size {
+                    self.store.step_batch(part.batch.number, BatchStep::Seal).await?;
+                }
             }
         }
     }
 
-    /// Puts so many pairs into a batch, or as many as it takes.
-    async fn fill_batch(&self, kind: KeyKind, pool: &Pool, mut batch: Batch, wanted: u64) -> Result<Batch, PoolError> {
-        let name = self.name(batch.number).await?;
-        let keep = match batch.keeping {
-            Keeping::Wrapped => KeepIn::Wrapped(name),
-            Keeping::Hsm => KeepIn::OnToken(name),
-        };
-        let mut left = wanted.min(self.rules.batch_size.saturating_sub(batch.taken_in)).max(1);
+    /// Destroys what is on a token and in no row, as far as it can be reached; nothing is put there before.
+    async fn clear_suspects(&self, pool: &Pool) -> Result<(), PoolError> {
+        let suspects = pool.filling().suspects.clone();
+        let keepers = self.keepers().await?;
+        for batch in suspects.into_iter().filter(|batch| keepers.are_at_hand(*batch)) {
+            if let Some(keeper) = keepers.of(batch) {
+                // Nobody but this task makes pairs for it.
+                self.destroy_strays(batch, keeper).await?;
+            }
+            pool.filling().suspects.remove(&batch);
+        }
+        Ok(())
+    }
+
+    /// What each HSM in service lacks of its share.
+    async fn parts(&self, kind: KeyKind, target: u64, ready: &[(HsmMember, u64)]) -> Result<Vec<Part>, PoolError> {
+        let mut parts = Vec::new();
+        for ((member, ready), share) in ready.iter().copied().zip(shares(target, ready.len())) {
+            if share <= ready {
+                continue;
+            }
+            let batch = self.open_batch(Purpose::Pool(kind), member).await?;
+            let name = self.name(batch.number).await?;
+            let keep = match batch.keeping {
+                Keeping::Wrapped => KeepIn::Wrapped(name),
+                Keeping::Hsm => KeepIn::OnToken(name),
+            };
+            let left = (share - ready).min(self.rules.batch_size.saturating_sub(batch.taken_in)).max(1);
+            parts.push(Part { member, batch, keep, left, calls: 0 });
+        }
+        Ok(parts)
+    }
+
+    /// Puts so many pairs into the batches, or as many as they take.
+    async fn fill_batches(&self, kind: KeyKind, pool: &Pool, mut parts: Vec<Part>) -> Result<Vec<Part>, PoolError> {
         let mut calls = JoinSet::new();
         let mut failed = None;
         loop {
-            while calls.len() < AT_ONCE && left > 0 && failed.is_none() {
-                let (hsm, count) = (self.hsm.clone(), left.min(PER_CALL));
-                left -= count;
-                let at_most = u32::try_from(count).unwrap_or(u32::MAX);
-                let making = Arc::clone(&self.making);
-                calls.spawn(async move {
-                    // It is never closed.
-                    let _place = making.acquire_owned().await;
-                    (count, hsm.make_pairs(kind, keep, at_most, CALL).await)
-                });
+            for (at, part) in parts.iter_mut().enumerate() {
+                while part.calls < AT_ONCE && part.left > 0 && failed.is_none() {
+                    let (hsm, keep, count) = (self.hsm.at(part.member), part.keep, part.left.min(PER_CALL));
+                    part.left -= count;
+                    part.calls += 1;
+                    let at_most = u32::try_from(count).unwrap_or(u32::MAX);
+                    let making = self.making.get(&part.member).cloned();
+                    calls.spawn(async move {
+                        let _place = match making {
+                            // It is never closed.
+                            Some(making) => making.acquire_owned().await.ok(),
+                            None => None,
+                        };
+                        (at, count, hsm.make_pairs(kind, keep, at_most, CALL).await)
+                    });
+                }
             }
             let Some(done) = calls.join_next().await else { break };
-            let (count, made) = done.map_err(|e| HsmError::Wrong(e.to_string()))?;
+            let (at, count, made) = done.map_err(|e| HsmError::Wrong(e.to_string()))?;
+            let Some(part) = parts.get_mut(at) else { continue };
+            part.calls -= 1;
             let added = match made {
                 // Where a call's time was over before all were made, the rest is asked for again.
                 Ok(made) => {
-                    left += count.saturating_sub(made.len() as u64);
-                    self.take_in(pool, &batch, made).await
+                    part.left += count.saturating_sub(made.len() as u64);
+                    self.take_in(pool, &part.batch, made).await
                 }
                 Err(error) => {
-                    pool.suspect(&batch);
+                    pool.suspect(&part.batch);
                     Err(error.into())
                 }
             };
             match added {
                 Ok((grown, added)) => {
-                    batch = grown;
+                    part.batch = grown;
                     pool.filling().rate.note(Instant::now(), added);
-                    pool.shelf.more_came();
+                    pool.more_came();
                 }
                 // The other calls are waited for: what they made is not thrown away.
                 Err(error) => {
@@ -180,7 +243,7 @@ impl KeyPool {
                 }
             }
         }
-        failed.map_or(Ok(batch), Err)
+        failed.map_or(Ok(parts), Err)
     }
 
     async fn take_in(
@@ -199,10 +262,13 @@ impl KeyPool {
         Ok((added?, count))
     }
 
-    /// Ready pairs of a kind that may be offered.
-    pub(super) async fn offered(&self, kind: KeyKind) -> Result<u64, PoolError> {
+    /// Ready pairs of a kind that may be offered now, of each HSM in service.
+    async fn offered(&self, kind: KeyKind) -> Result<Vec<(HsmMember, u64)>, PoolError> {
         let batches = self.store.batches().await?;
-        Ok(batches.iter().filter(|batch| batch.purpose == Purpose::Pool(kind)).map(Batch::offered).sum())
+        let keepers = self.keepers().await?;
+        let of_kind = || batches.iter().filter(|batch| batch.purpose == Purpose::Pool(kind));
+        let of = |member| of_kind().filter(|batch| keepers.of(batch.number) == Some(member)).map(Batch::offered).sum();
+        Ok(self.in_service().into_iter().map(|member| (member, of(member))).collect())
     }
 
     /// No pair is made that could not be stored.

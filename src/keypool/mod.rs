@@ -18,6 +18,7 @@ mod batches;
 mod claim;
 mod error;
 mod fill;
+mod keepers;
 mod rate;
 mod reconcile;
 mod shred;
@@ -25,6 +26,7 @@ mod status;
 mod users;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -37,7 +39,7 @@ pub use shred::{ShredOrder, Shredded};
 pub use status::{KindStatus, PoolStatus};
 
 use crate::clock::Clock;
-use crate::hsm::Hsm;
+use crate::hsm::{Hsm, HsmMember};
 use crate::keys::{BatchName, KeyKind};
 use crate::store::{Journal, Keeping, Registry, SecretStore};
 use claim::Shelf;
@@ -94,12 +96,12 @@ pub struct KeyPool {
     pools: BTreeMap<KeyKind, Pool>,
     /// Who uses a batch's key or has a pair in hand.
     users: Users,
-    /// So many calls that make pairs may be with the HSM at once, of all kinds together: what else is done in the background
+    /// So many calls that make pairs may be with an HSM at once, of all kinds together: what else is done in the background
     /// waits behind them.
-    making: Arc<Semaphore>,
-    /// The batch that takes the pairs of new sessions. None while there is none.
-    for_sessions: watch::Sender<Option<BatchName>>,
-    /// Whether what the store and the token say of each other has been looked at.
+    making: BTreeMap<HsmMember, Arc<Semaphore>>,
+    /// The batch of each HSM that takes the pairs of new sessions.
+    for_sessions: watch::Sender<BTreeMap<HsmMember, BatchName>>,
+    /// Whether what the store and a token say of each other has been looked at.
     reconciled: watch::Sender<bool>,
     /// Batches that take nothing more, since they are being emptied.
     closing: Mutex<BTreeSet<u64>>,
@@ -114,7 +116,10 @@ pub struct KeyPool {
 /// One kind's pool.
 struct Pool {
     marks: Marks,
-    shelf: Shelf,
+    /// The next pairs of each HSM.
+    shelves: BTreeMap<HsmMember, Shelf>,
+    /// Callers who found nothing since the last pair came.
+    turned_away: AtomicU32,
     filling: Mutex<Filling>,
     wake: Notify,
 }
@@ -126,8 +131,10 @@ struct Notes {
     rolled_back: Option<String>,
     /// What could not be done at the last look.
     trouble: Option<String>,
-    /// The highest number of a batch that the token knows.
+    /// The highest number of a batch that a token knows.
     highest_on_token: u64,
+    /// The HSMs whose token has been compared with the store.
+    compared: BTreeSet<HsmMember>,
 }
 
 impl KeyPool {
@@ -141,12 +148,14 @@ impl KeyPool {
         clock: Clock,
     ) -> Arc<Self> {
         let pool = |(kind, marks): (&KeyKind, &Marks)| {
-            let (shelf, filling, wake) = (Shelf::new(*kind), Mutex::default(), Notify::new());
-            (*kind, Pool { marks: *marks, shelf, filling, wake })
+            let shelves = hsm.each().map(|member| (member, Shelf::new(*kind, member))).collect();
+            let (turned_away, filling, wake) = (AtomicU32::new(0), Mutex::default(), Notify::new());
+            (*kind, Pool { marks: *marks, shelves, turned_away, filling, wake })
         };
         let pools = rules.pools.iter().map(pool).collect();
         // Two for each thread, so that one has work while another's pairs are being stored.
-        let making = Arc::new(Semaphore::new(2 * hsm.background_threads()));
+        let places = |member| (member, Arc::new(Semaphore::new(2 * hsm.background_threads(member))));
+        let making = hsm.each().map(places).collect();
         Arc::new(Self {
             hsm,
             store,
@@ -157,7 +166,7 @@ impl KeyPool {
             pools,
             users: Users::default(),
             making,
-            for_sessions: watch::channel(None).0,
+            for_sessions: watch::channel(BTreeMap::new()).0,
             reconciled: watch::channel(false).0,
             closing: Mutex::default(),
             planning: tokio::sync::Mutex::default(),
@@ -179,6 +188,7 @@ impl KeyPool {
     }
 
     async fn look_after(self: Arc<Self>) {
+        let mut hsm = self.hsm.clone();
         loop {
             let looked = self.look().await;
             let trouble = looked.err().map(|error| error.to_string());
@@ -193,6 +203,7 @@ impl KeyPool {
             }
             tokio::select! {
                 () = self.wake.notified() => {}
+                () = hsm.changed() => {}
                 () = tokio::time::sleep(LOOK) => {}
             }
         }
@@ -200,14 +211,15 @@ impl KeyPool {
 
     /// Everything that may be due; what fails does not keep the rest from being done.
     async fn look(&self) -> Result<(), PoolError> {
+        let compared = self.reconcile().await;
         if !*self.reconciled.borrow() {
-            self.reconcile().await?;
+            return compared;
         }
         let planned = self.forget_plans().await;
-        let sessions = self.keep_a_batch_for_sessions().await;
+        let sessions = self.keep_batches_for_sessions().await;
         let condemned = self.destroy_condemned().await;
         let due = self.shred_what_is_due().await;
-        planned.and(sessions).and(condemned).and(due)
+        compared.and(planned).and(sessions).and(condemned).and(due)
     }
 
     /// The kinds that have a pool.

@@ -1,56 +1,101 @@
-//! What the store and the token say of each other, once at the start, both ways. A crash leaves a plan without its key, a key
+//! What the store and a token say of each other, both ways, once for each HSM when it is there for the first time. A crash leaves a plan without its key, a key
 //! without its batch, or a pair on the token that no row names; an old copy of the store that was put back leaves more.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
+use super::claim::Shelf;
 use super::{KeyPool, PoolError};
-use crate::hsm::OwnObjects;
-use crate::keys::{KeptKey, StoreId};
+use crate::hsm::{HsmMember, OwnObjects};
+use crate::keys::{BatchName, KeptKey, StoreId};
 use crate::store::{Batch, BatchState, BatchStep, Keeping, Purpose, StoreError};
 
 /// Pairs on the token that are compared at once: more than any module is good for.
 const ALL: usize = 1_000_000;
+/// How long the first HSM is waited for before it is said that there is none.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 impl KeyPool {
+    /// Compares the tokens that are there and were not before. Waits a moment while there is none at all.
     pub(super) async fn reconcile(&self) -> Result<(), PoolError> {
+        if !*self.reconciled.borrow() {
+            self.hsm.ready(PATIENCE).await?;
+        }
+        let mut failed = None;
+        for member in self.hsm.at_hand() {
+            if !self.notes().compared.contains(&member)
+                && let Err(error) = self.compare(member).await
+            {
+                // One whose token cannot be looked at must not keep the others.
+                failed.get_or_insert(error);
+            }
+        }
+        failed.map_or(Ok(()), Err)
+    }
+
+    /// Nothing of an HSM is offered, filled or shredded before this is done: nobody works meanwhile on what is compared.
+    async fn compare(&self, member: HsmMember) -> Result<(), PoolError> {
+        let own = self.hsm.at(member).own_objects().await?;
+        // Read afterwards: what others begin meanwhile is in the store before it is on their token.
         let (store, highest) = self.store.origin().await?;
-        let own = of_store(self.hsm.own_objects().await?, store);
-        let on_token = own.keys.iter().map(|key| key.number).chain(own.pairs.iter().map(|(batch, _)| batch.number));
-        self.notes().highest_on_token = on_token.max().unwrap_or(0);
+        let own = of_store(own, store);
+        let mut numbers = BTreeSet::new();
+        numbers.extend(own.keys.iter().map(|key| key.number));
+        numbers.extend(own.pairs.iter().map(|(batch, _)| batch.number));
+        let last = {
+            let mut notes = self.notes();
+            notes.highest_on_token = notes.highest_on_token.max(numbers.last().copied().unwrap_or(0));
+            self.hsm.each().all(|other| other == member || notes.compared.contains(&other))
+        };
         let batches = self.store.batches().await?;
         // While it is not decided which store counts nothing is destroyed: it may belong to the one that should be here.
         if let Some(known) = batches.iter().find_map(|batch| batch.quarantined.clone()) {
             tracing::error!(why = %known, "an officer must decide which state store counts; see sppctl pool status");
             self.notes().rolled_back.get_or_insert(known);
-        } else if let Some(why) = self.evidence_of_an_old_copy(&own, &batches, highest).await? {
+        } else if let Some(why) =
+            self.evidence_of_an_old_copy(&numbers, &batches, (store, highest), (member, last)).await?
+        {
             self.quarantine_all(why).await?;
         } else {
-            self.tidy_up(&own, &batches).await?;
+            self.tidy_up(member, &own, &batches).await?;
         }
+        for batch in batches.iter().filter(|batch| numbers.contains(&batch.number)) {
+            self.hsm.set_keeper(BatchName { store, number: batch.number }, Some(member));
+        }
+        self.notes().compared.insert(member);
         self.reconciled.send_replace(true);
+        self.pools.values().for_each(|pool| pool.wake.notify_one());
         Ok(())
     }
 
-    /// Why this store must be an old copy, if so.
+    /// Why this store must be an old copy, if so. Only the last token that is looked at tells which key is on none.
     async fn evidence_of_an_old_copy(
         &self,
-        own: &OwnObjects,
+        on_token: &BTreeSet<u64>,
         batches: &[Batch],
-        highest: u64,
+        (store, highest): (StoreId, u64),
+        (member, last): (HsmMember, bool),
     ) -> Result<Option<String>, PoolError> {
-        let keys: BTreeSet<_> = own.keys.iter().map(|key| key.number).collect();
         let later = self.notes().highest_on_token;
+        let keeper = |number| self.hsm.keeper(BatchName { store, number });
+        let elsewhere = |number: &u64| keeper(*number).is_some_and(|keeper| keeper != member);
         if later > highest {
             return Ok(Some(format!("the token has batch {later} of this store, which knows {highest} batches only")));
         }
         let lost = |batch: &&Batch| {
             let lives = matches!(batch.state, BatchState::Open | BatchState::Sealed);
-            lives && batch.keeping == Keeping::Wrapped && batch.quarantined.is_none() && !keys.contains(&batch.number)
+            let found = on_token.contains(&batch.number) || elsewhere(&batch.number);
+            lives && batch.keeping == Keeping::Wrapped && batch.quarantined.is_none() && !found
         };
-        if let Some(batch) = batches.iter().find(lost) {
+        if let Some(batch) = batches.iter().find(lost).filter(|_| last) {
             let number = batch.number;
             return Ok(Some(format!(
                 "the key of batch {number} is not on the token: it was shredded since, or this is another token or an old copy of it"
+            )));
+        }
+        if let Some(number) = on_token.iter().find(|number| elsewhere(number)) {
+            return Ok(Some(format!(
+                "batch {number} is on two HSMs: one was copied when it had batches already, or began them for an older copy"
             )));
         }
         if let Some(session) = self.registry.newest_session().await?
@@ -78,9 +123,9 @@ impl KeyPool {
                 }
             }
         }
-        self.for_sessions.send_replace(None);
+        self.for_sessions.send_replace(BTreeMap::new());
         for pool in self.pools.values() {
-            pool.shelf.begin_again();
+            pool.shelves.values().for_each(Shelf::begin_again);
             pool.wake.notify_one();
         }
         self.wake.notify_one();
@@ -88,25 +133,26 @@ impl KeyPool {
     }
 
     /// What a crash left.
-    async fn tidy_up(&self, own: &OwnObjects, batches: &[Batch]) -> Result<(), PoolError> {
+    async fn tidy_up(&self, member: HsmMember, own: &OwnObjects, batches: &[Batch]) -> Result<(), PoolError> {
         let known: BTreeSet<_> = batches.iter().map(|batch| batch.number).collect();
         for key in own.keys.iter().filter(|key| !known.contains(&key.number)) {
             // A batch is forgotten after its key is gone; one that came back was not destroyed durably.
             tracing::warn!(batch = key.number, "a key of a batch that is over is still on the token; it is destroyed");
-            self.hsm.destroy_batch_key(*key).await?;
+            self.hsm.at(member).destroy_batch_key(*key).await?;
         }
         let with_pairs: BTreeSet<_> = own.pairs.iter().map(|(batch, _)| batch.number).collect();
         for number in with_pairs {
-            self.destroy_strays(number).await?;
+            self.destroy_strays(number, member).await?;
         }
         Ok(())
     }
 
     /// Destroys the pairs of a batch that are on the token and in no row: their making was cut off before anybody knew of them.
     /// Nobody makes pairs for the batch meanwhile.
-    pub(super) async fn destroy_strays(&self, number: u64) -> Result<(), PoolError> {
+    pub(super) async fn destroy_strays(&self, number: u64, member: HsmMember) -> Result<(), PoolError> {
         let (store, _) = self.store.origin().await?;
-        let own = of_store(self.hsm.own_objects().await?, store);
+        let hsm = self.hsm.at(member);
+        let own = of_store(hsm.own_objects().await?, store);
         let held = self.store.pairs_of_batch(number, ALL).await?;
         let condemned = self.store.condemned(ALL).await?;
         let kept = held.into_iter().filter_map(|held| match held.kept {
@@ -118,11 +164,11 @@ impl KeyPool {
         for (_, pair) in own.pairs.iter().filter(|(batch, pair)| batch.number == number && !named.contains(pair)) {
             tracing::warn!(batch = number, "a pair on the token that nothing names is destroyed");
             match purpose.as_ref().map(|batch| batch.purpose) {
-                Some(Purpose::Pool(kind)) => self.hsm.destroy_pair(kind, pair).await?,
+                Some(Purpose::Pool(kind)) => hsm.destroy_pair(kind, pair).await?,
                 // Whose kind is not known any more is found as whatever it is.
                 _ => {
                     for kind in [crate::keys::KeyKind::P256, crate::keys::KeyKind::Ed25519] {
-                        self.hsm.destroy_pair(kind, pair).await?;
+                        hsm.destroy_pair(kind, pair).await?;
                     }
                 }
             }

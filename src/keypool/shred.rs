@@ -2,13 +2,17 @@
 //! then on no copy of the disk can yield what was erased, not even with the HSM.
 
 use super::{KeyPool, PoolError};
+use crate::hsm::HsmMember;
 use crate::keys::{BatchName, KeptKey, KeyKind, PublicKey};
-use crate::store::{Batch, BatchState, BatchStep, HeldPair, Holder, Keeping, MovedPair, PairId, Purpose, StoreError};
+use crate::store::{
+    Batch, BatchState, BatchStep, CondemnedPair, HeldPair, Holder, Keeping, MovedPair, PairId, Purpose, StoreError,
+};
 
 /// Pairs that are moved in one call and one transaction.
 const CHUNK: usize = 128;
-/// Pairs on the token that are destroyed at one look.
+/// Pairs on the tokens that are destroyed at one look, and among how many those are looked for whose HSM is there.
 const CONDEMNED: usize = 256;
+const CONDEMNED_OF_ALL: usize = 10_000;
 
 /// Which batches an officer wants shredded now.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -68,7 +72,12 @@ impl KeyPool {
     /// an officer: the right store, should it be put back, needs the same keys.
     pub(super) async fn shred_what_is_due(&self) -> Result<(), PoolError> {
         let mut failed = None;
+        let keepers = self.keepers().await?;
         for batch in self.store.batches().await?.into_iter().filter(|batch| batch.quarantined.is_none()) {
+            // What an HSM keeps that is away waits for it.
+            if !keepers.are_at_hand(batch.number) {
+                continue;
+            }
             if self.is_over(&batch) || self.is_due(&batch) {
                 // One batch that cannot be shredded must not keep the others.
                 if let Err(error) = self.shred_batch(batch.number, &mut Shredded::default()).await {
@@ -150,6 +159,7 @@ impl KeyPool {
         }
         // 7. The file is overwritten, then the batch is forgotten.
         self.store.forget_batch(batch.number).await?;
+        self.hsm.set_keeper(name, None);
         shredded.batches += 1;
         tracing::info!(batch = batch.number, purpose = ?batch.purpose, "a batch of key pairs is shredded: its key is gone");
         Ok(())
@@ -157,22 +167,27 @@ impl KeyPool {
 
     /// Where the rest goes; none if there is no rest.
     async fn next_batch(&self, batch: &Batch) -> Result<Option<Batch>, PoolError> {
-        let current = self.for_sessions.borrow().is_some_and(|current| current.number == batch.number);
+        let of_sessions =
+            |(member, current): (&HsmMember, &BatchName)| (current.number == batch.number).then_some(*member);
+        let current = self.for_sessions.borrow().iter().find_map(of_sessions);
         // What comes into a batch that was used up a moment ago is found when it cannot be emptied, and moved at the next look.
-        if (!current && batch.is_used_up()) || batch.keeping == Keeping::Hsm {
+        if (current.is_none() && batch.is_used_up()) || batch.keeping == Keeping::Hsm {
             return Ok(None);
         }
-        let next = self.open_batch_beside(batch).await?;
-        if current {
-            self.use_for_sessions(&next).await?;
+        // Only the HSM that has its key can move it. One that none of them has is in quarantine, and nothing of it is moved.
+        let Some(keeper) = self.keepers().await?.of(batch.number) else { return Ok(None) };
+        let next = self.open_batch_beside(batch, keeper).await?;
+        if current.is_some() {
+            self.use_for_sessions(&next, keeper).await?;
         }
         Ok(Some(next))
     }
 
     async fn move_what_is_left(&self, batch: &Batch, name: BatchName, to: u64) -> Result<u64, PoolError> {
         let target = BatchName { number: to, ..name };
+        let keeper = self.keepers().await?.of(batch.number);
         let shelf = match batch.purpose {
-            Purpose::Pool(kind) => self.pools.get(&kind).map(|pool| &pool.shelf),
+            Purpose::Pool(kind) => self.pools.get(&kind).and_then(|pool| pool.shelves.get(&keeper?)),
             Purpose::Sessions => None,
         };
         let mut all = 0;
@@ -204,7 +219,11 @@ impl KeyPool {
     /// Pairs on the token that are erased here.
     pub(super) async fn destroy_condemned(&self) -> Result<(), PoolError> {
         let mut failed = None;
-        for condemned in self.store.condemned(CONDEMNED).await? {
+        let keepers = self.keepers().await?;
+        let at_hand = |condemned: &CondemnedPair| {
+            BatchName::of_pairs(&condemned.pair.label).is_none_or(|batch| keepers.are_at_hand(batch.number))
+        };
+        for condemned in self.store.condemned(CONDEMNED_OF_ALL).await?.into_iter().filter(at_hand).take(CONDEMNED) {
             let destroyed = self.hsm.destroy_pair(condemned.kind, &condemned.pair).await.map_err(PoolError::from);
             // A crash before this finds it condemned still, and not on the token: that is no error.
             let noted = match destroyed {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use super::keepers::Keepers;
 use super::{KeyPool, PoolError};
 use crate::keys::KeyKind;
 use crate::store::{Batch, Keeping, PairCounts, Purpose};
@@ -38,8 +39,10 @@ pub struct KindStatus {
     pub low: u64,
     /// Up to this many.
     pub high: u64,
-    /// Pairs that wait for a device.
+    /// Pairs that wait for a device, on HSMs that are there.
     pub ready: u64,
+    /// Pairs that wait on an HSM that is away.
+    pub away: u64,
     /// Pairs of sessions that are not final.
     pub reserved: u64,
     /// Pairs that are not offered, since the store was an old copy.
@@ -73,9 +76,10 @@ impl KeyPool {
             Purpose::Sessions => None,
         });
         let all: BTreeSet<_> = self.pools.keys().copied().chain(left).collect();
+        let keepers = self.keepers().await?;
         let mut kinds = Vec::new();
         for kind in all {
-            kinds.push(self.kind_status(kind, &batches).await?);
+            kinds.push(self.kind_status(kind, &batches, &keepers).await?);
         }
         let of_sessions = || batches.iter().filter(|batch| batch.purpose == Purpose::Sessions);
         let condemned = self.store.condemned(COUNTED).await?.len() as u64;
@@ -93,9 +97,11 @@ impl KeyPool {
         })
     }
 
-    async fn kind_status(&self, kind: KeyKind, all: &[Batch]) -> Result<KindStatus, PoolError> {
+    async fn kind_status(&self, kind: KeyKind, all: &[Batch], keepers: &Keepers<'_>) -> Result<KindStatus, PoolError> {
         let counts = self.store.pair_counts(kind).await?;
         let batches = || all.iter().filter(|batch| batch.purpose == Purpose::Pool(kind));
+        let offered =
+            |at_hand| batches().filter(|batch| keepers.are_at_hand(batch.number) == at_hand).map(Batch::offered).sum();
         let marks = self.pools.get(&kind).map(|pool| pool.marks);
         let filling = self.pools.get(&kind).map(|pool| {
             let filling = pool.filling();
@@ -106,7 +112,8 @@ impl KeyPool {
             kind,
             low: marks.map_or(0, |marks| marks.low),
             high: marks.map_or(0, |marks| marks.high),
-            ready: batches().map(Batch::offered).sum(),
+            ready: offered(true),
+            away: offered(false),
             reserved: batches().map(|batch| batch.reserved).sum(),
             quarantined: batches().filter(|batch| batch.quarantined.is_some()).map(|batch| batch.ready).sum(),
             counts,

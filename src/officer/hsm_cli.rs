@@ -12,12 +12,13 @@ use serde_json::json;
 
 use super::hsm_file::HsmFile;
 use super::pool_cli::DaemonArgs;
-use super::status::connect_and_ask;
+use super::status::{connect_and_ask, hsm_json};
 use crate::certificate::{KeyPairRule, Profile};
-use crate::config::StoreConfig;
+use crate::config::pin_refusals;
 use crate::hsm::{Examination, ModuleProfile, Needs, PinAttempts, PinSource, Prf, Survey, TokenIdentity, examine};
 use crate::keys::KeyKind;
 use crate::names::ProfileName;
+use crate::proto;
 
 /// The HSM.
 #[derive(Subcommand)]
@@ -62,7 +63,7 @@ pub enum HsmCommand {
         #[arg(long)]
         json: bool,
     },
-    /// Tell how the running daemon's HSM is: worker, calls by verb and result, how long they take.
+    /// Tell how the running daemon's HSM is, or each of several: worker, calls by verb and result, how long they take.
     Status {
         /// Which daemon.
         #[command(flatten)]
@@ -73,6 +74,9 @@ pub enum HsmCommand {
         /// The daemon's configuration.
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
+        /// Which HSM, where the daemon has several.
+        #[arg(long, value_name = "NAME")]
+        hsm: Option<String>,
     },
 }
 
@@ -124,7 +128,7 @@ impl HsmCommand {
                 check(&profile, &token, &pin, products.as_deref(), json)
             }
             Self::Status { daemon } => status(&daemon),
-            Self::RetryPin { config } => retry_pin(&config),
+            Self::RetryPin { config, hsm } => retry_pin(&config, hsm.as_deref()),
         }
     }
 }
@@ -343,24 +347,31 @@ fn status(daemon: &DaemonArgs) -> Result<(), String> {
     let status = runtime.block_on(connect_and_ask(&daemon.server, &daemon.tls, None)).map_err(|e| e.to_string())?;
     let hsm = status.hsm.unwrap_or_default();
     if daemon.json {
-        let calls = hsm.calls.iter().map(|call| {
-            json!({ "verb": call.verb, "result": call.result, "count": call.count,
-                    "microseconds": call.microseconds, "median_microseconds": call.median_microseconds })
-        });
-        let told = json!({ "ready": hsm.ready, "trouble": hsm.trouble, "module": hsm.module, "token_label": hsm.token_label,
-            "token_serial": hsm.token_serial, "worker_starts": hsm.worker_starts, "calls_in_flight": hsm.calls_in_flight,
-            "queue": hsm.queue, "calls_answered": hsm.calls_answered, "calls": calls.collect::<Vec<_>>() });
-        println!("{told:#}");
+        println!("{:#}", hsm_json(&hsm));
         return Ok(());
     }
-    match hsm.ready {
-        true => println!("ready     {}, token {} ({})", hsm.module, hsm.token_label, hsm.token_serial),
-        false => println!("NOT ready {}", hsm.trouble),
+    println!("queue     {} of {} places taken", hsm.calls_in_flight, hsm.queue);
+    let several = hsm.members.len() > 1;
+    for one in &hsm.members {
+        if several {
+            println!("\nHSM       {}", one.name);
+        }
+        match one.ready {
+            true => println!("ready     {}, token {} ({})", one.module, one.token_label, one.token_serial),
+            false => println!("NOT ready {}", one.trouble),
+        }
+        let (starts, answered, in_flight) = (one.worker_starts, one.calls_answered, one.calls_in_flight);
+        println!("worker    {starts} starts, {answered} calls answered, {in_flight} in flight");
+        if !one.calls.is_empty() {
+            println!("{}", calls_table(&one.calls));
+        }
     }
-    println!("worker    {} starts", hsm.worker_starts);
-    println!("queue     {} of {} places taken, {} calls answered", hsm.calls_in_flight, hsm.queue, hsm.calls_answered);
+    Ok(())
+}
+
+fn calls_table(calls: &[proto::HsmCalls]) -> Table {
     let mut rows = table(&["verb", "result", "calls", "mean", "half take at most"]);
-    for call in &hsm.calls {
+    for call in calls {
         let mean = call.microseconds as f64 / call.count.max(1) as f64 / 1000.0;
         let median = match call.median_microseconds {
             us if us == u64::from(u32::MAX) => "longer".to_owned(),
@@ -369,18 +380,28 @@ fn status(daemon: &DaemonArgs) -> Result<(), String> {
         rows.add_row([call.verb.clone(), call.result.clone(), call.count.to_string(), format!("{mean:.2} ms"), median]);
     }
     right(&mut rows, &[2, 3, 4]);
-    println!("{rows}");
-    Ok(())
+    rows
 }
 
-fn retry_pin(config: &Path) -> Result<(), String> {
-    let store = StoreConfig::load(config).map_err(|e| e.to_string())?;
-    let attempts = PinAttempts::new(store.pin_refused());
-    match attempts.allow().map_err(|e| e.to_string())? {
-        Some(refused) => println!(
-            "the PIN was refused: {refused}\nit may be tried once more; a PIN that was typed or is a credential needs a restart of sppd"
-        ),
-        None => println!("no PIN was refused; there is nothing to do"),
+fn retry_pin(config: &Path, hsm: Option<&str>) -> Result<(), String> {
+    let all = pin_refusals(config).map_err(|e| e.to_string())?;
+    if let Some(name) = hsm.filter(|name| all.iter().all(|(known, _)| known != name)) {
+        let known = all.into_iter().map(|(name, _)| name).collect::<Vec<_>>().join(", ");
+        return Err(format!("there is no HSM {name} in {}; it has {known}", config.display()));
+    }
+    let several = all.len() > 1;
+    let mut allowed = false;
+    for (name, path) in all.into_iter().filter(|(name, _)| hsm.is_none_or(|hsm| hsm == name)) {
+        let Some(refused) = PinAttempts::new(path).allow().map_err(|e| e.to_string())? else { continue };
+        allowed = true;
+        println!(
+            "the PIN was refused{}: {refused}",
+            if several { format!(" by the HSM {name}") } else { String::new() }
+        );
+    }
+    match allowed {
+        true => println!("it may be tried once more; a PIN that was typed or is a credential needs a restart of sppd"),
+        false => println!("no PIN was refused; there is nothing to do"),
     }
     Ok(())
 }

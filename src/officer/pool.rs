@@ -112,6 +112,10 @@ pub(super) fn describe_pool(status: &proto::GetPoolStatusResponse) -> String {
              --quarantined"
         ));
     }
+    let away: u64 = status.kinds.iter().map(|kind| kind.away).sum();
+    if away > 0 {
+        say(format!("{away} pairs wait on an HSM that is away; see sppctl hsm status"));
+    }
     if status.condemned > 0 {
         say(format!("{} erased pairs are still on the token and are being destroyed", status.condemned));
     }
@@ -159,6 +163,7 @@ pub(super) fn pool_json(status: &proto::GetPoolStatusResponse) -> serde_json::Va
             "ready": kind.ready,
             "reserved": kind.reserved,
             "quarantined": kind.quarantined,
+            "away": kind.away,
             "filling": kind.filling,
             "fill_rate_per_second": kind.fill_rate_per_second,
             "paused": kind.paused,

@@ -116,23 +116,19 @@ pub fn describe_status(status: &proto::GetStatusResponse) -> String {
     let hsm = status.hsm.clone().unwrap_or_default();
     let sessions = status.sessions.unwrap_or_default();
     let line = if status.ready { "served" } else { "NOT served" };
-    let hsm_line = if hsm.ready {
-        format!("ready: {}, token {} ({})", hsm.module, hsm.token_label, hsm.token_serial)
-    } else {
-        format!("NOT ready: {}", hsm.trouble)
-    };
     let log = status.log.clone().unwrap_or_default();
-    let mut rows = vec![
-        ("node", format!("{} (sppd {})", status.node, status.version)),
-        ("line", line.to_owned()),
-        ("HSM", hsm_line),
-        (
-            "HSM worker",
-            format!(
-                "{} starts, {} calls answered, {} in flight",
-                hsm.worker_starts, hsm.calls_answered, hsm.calls_in_flight
-            ),
-        ),
+    let mut rows = vec![("node", format!("{} (sppd {})", status.node, status.version)), ("line", line.to_owned())];
+    for one in &hsm.members {
+        let name = if hsm.members.len() > 1 { format!("{} ", one.name) } else { String::new() };
+        let how = match one.ready {
+            true => format!("ready: {}, token {} ({})", one.module, one.token_label, one.token_serial),
+            false => format!("NOT ready: {}", one.trouble),
+        };
+        rows.push(("HSM", format!("{name}{how}")));
+        let (starts, answered, in_flight) = (one.worker_starts, one.calls_answered, one.calls_in_flight);
+        rows.push(("HSM worker", format!("{name}{starts} starts, {answered} calls answered, {in_flight} in flight")));
+    }
+    rows.extend([
         (
             "sessions",
             format!(
@@ -150,7 +146,7 @@ pub fn describe_status(status: &proto::GetStatusResponse) -> String {
             ),
         ),
         ("profiles", status.profiles.join(", ")),
-    ];
+    ]);
     let troubles = [("publishing", &log.publishing_trouble), ("look-ups", &log.reading_trouble)];
     for (what, trouble) in troubles.into_iter().filter(|(_, trouble)| !trouble.is_empty()) {
         rows.push((what, format!("NOT possible: {trouble}")));
@@ -168,6 +164,23 @@ pub fn describe_status(status: &proto::GetStatusResponse) -> String {
         }
     }
     rows.iter().map(|(name, value)| format!("{name:<11} {value}\n")).collect()
+}
+
+/// The HSMs for programs.
+pub(super) fn hsm_json(hsm: &proto::HsmStatus) -> serde_json::Value {
+    let calls = |call: &proto::HsmCalls| {
+        serde_json::json!({ "verb": call.verb, "result": call.result, "count": call.count,
+            "microseconds": call.microseconds, "median_microseconds": call.median_microseconds })
+    };
+    let member = |one: &proto::HsmMember| {
+        serde_json::json!({ "name": one.name, "ready": one.ready, "trouble": one.trouble, "module": one.module,
+            "token_label": one.token_label, "token_serial": one.token_serial, "worker_starts": one.worker_starts,
+            "calls_in_flight": one.calls_in_flight, "calls_answered": one.calls_answered,
+            "calls": one.calls.iter().map(calls).collect::<Vec<_>>() })
+    };
+    let members: Vec<_> = hsm.members.iter().map(member).collect();
+    serde_json::json!({ "ready": hsm.ready, "trouble": hsm.trouble, "calls_in_flight": hsm.calls_in_flight,
+        "queue": hsm.queue, "members": members })
 }
 
 /// The status for programs.
@@ -190,16 +203,7 @@ pub fn status_json(status: &proto::GetStatusResponse) -> serde_json::Value {
         "node": status.node,
         "started": status.started.map(|t| t.seconds),
         "ready": status.ready,
-        "hsm": {
-            "ready": hsm.ready,
-            "trouble": hsm.trouble,
-            "module": hsm.module,
-            "token_label": hsm.token_label,
-            "token_serial": hsm.token_serial,
-            "worker_starts": hsm.worker_starts,
-            "calls_in_flight": hsm.calls_in_flight,
-            "calls_answered": hsm.calls_answered,
-        },
+        "hsm": hsm_json(&hsm),
         "sessions": {
             "reserved": sessions.reserved,
             "issued": sessions.issued,

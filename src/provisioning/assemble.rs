@@ -1,7 +1,9 @@
 //! The way of a device, first half: from the order to the data package.
 
+use std::time::{Duration, Instant};
+
 use crate::certificate::{CertificateRequest, CertificateSerial, prepare};
-use crate::hsm::{Derivation, DeviceKeyOrder};
+use crate::hsm::{Derivation, DeviceKeyOrder, HsmError};
 use crate::keys::PublicKey;
 use crate::names::{ChipId, DeviceIdentity, KeyName, ProfileName, SessionId, StationName};
 use crate::package::TransportPublicKey;
@@ -51,6 +53,8 @@ pub enum Delivery {
     Sealed(Vec<u8>),
 }
 
+/// Before another HSM is asked for what one did not give.
+const PAUSE: Duration = Duration::from_millis(10);
 /// Octets of randomness per device: the session's name and the certificate's serial number.
 const RANDOM_LEN: usize = SessionId::LEN + CertificateSerial::LEN;
 
@@ -89,7 +93,22 @@ impl Provisioner {
         self.deliver(&issued, package, order.transport_key.as_ref())
     }
 
+    /// The HSM that was to make the pair, or keeps it, may be lost: another one has others.
     async fn make_keys(&self, order: &Order, product: &Product) -> Result<MadeKeys, ProvisionError> {
+        let until = Instant::now() + self.hsm.call_timeout();
+        loop {
+            let made = self.make_keys_once(order, product).await;
+            let others = self.hsm.each().nth(1).is_some() && !self.hsm.at_hand().is_empty();
+            match made {
+                Err(ProvisionError::Hsm(HsmError::Unavailable { .. })) if others && Instant::now() < until => {
+                    tokio::time::sleep(PAUSE).await;
+                }
+                made => return made,
+            }
+        }
+    }
+
+    async fn make_keys_once(&self, order: &Order, product: &Product) -> Result<MadeKeys, ProvisionError> {
         let mut source = self.source_of_pair(product).await?;
         let pair = source.as_ref().map(PairSource::order);
         let derivations = derivations(product, &order.identity, product.profile.master_key());

@@ -8,7 +8,7 @@ use super::door::Door;
 use super::health::{Missing, line_trouble, missing};
 use super::{callers, messages, pool};
 use crate::audit::AuditLog;
-use crate::hsm::CallStatistic;
+use crate::hsm::{CallStatistic, MemberStatus};
 use crate::proto;
 use crate::proto::officer_server::Officer;
 use crate::provisioning::{ProvisionError, Provisioner};
@@ -88,16 +88,11 @@ async fn status(provisioner: &Provisioner, node: NodeInfo) -> Result<proto::GetS
         started: Some(messages::timestamp(node.started)),
         ready: line_trouble(provisioner).is_none(),
         hsm: Some(proto::HsmStatus {
-            queue: hsm.queue,
-            calls: hsm.calls.iter().map(hsm_calls).collect(),
             ready: hsm.ready,
             trouble: hsm.trouble,
-            module: hsm.module,
-            token_label: hsm.token_label,
-            token_serial: hsm.token_serial,
-            worker_starts: hsm.worker_starts,
             calls_in_flight: hsm.calls_in_flight,
-            calls_answered: hsm.calls_answered,
+            queue: hsm.queue,
+            members: hsm.members.into_iter().map(hsm_member).collect(),
         }),
         sessions: Some(proto::SessionCounts {
             reserved: counts.reserved,
@@ -133,6 +128,21 @@ fn service_status((service, missing): (&str, Vec<Missing>)) -> proto::ServiceSta
     let missing = missing.into_iter();
     let missing = missing.map(|one| proto::MissingDependency { dependency: one.dependency.to_owned(), why: one.why });
     proto::ServiceStatus { service: service.to_owned(), missing: missing.collect() }
+}
+
+fn hsm_member(member: MemberStatus) -> proto::HsmMember {
+    proto::HsmMember {
+        calls: member.calls.iter().map(hsm_calls).collect(),
+        name: member.name,
+        ready: member.ready,
+        trouble: member.trouble,
+        module: member.module,
+        token_label: member.token_label,
+        token_serial: member.token_serial,
+        worker_starts: member.worker_starts,
+        calls_in_flight: member.calls_in_flight,
+        calls_answered: member.calls_answered,
+    }
 }
 
 fn hsm_calls(calls: &CallStatistic) -> proto::HsmCalls {

@@ -169,6 +169,7 @@ fn kind_status(status: KindStatus) -> proto::PoolKind {
         ready: status.ready,
         reserved: status.reserved,
         quarantined: status.quarantined,
+        away: status.away,
         filling: status.filling,
         fill_rate_per_second: status.fill_rate,
         paused: status.paused.unwrap_or_default(),

@@ -14,7 +14,7 @@ use axum::routing::get;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::encoding::{EncodeMetric, MetricEncoder};
 use prometheus_client::metrics::MetricType;
-use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::counter::{ConstCounter, Counter};
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::registry::{Registry, Unit};
@@ -22,7 +22,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 use super::serve::{Limits, serve};
-use crate::hsm::{CallStatistic, LATENCY_BOUNDS_US};
+use crate::hsm::{LATENCY_BOUNDS_US, MemberStatus};
 use crate::keypool::{KindStatus, PoolError};
 use crate::provisioning::Provisioner;
 use crate::rpc::{line_trouble, missing};
@@ -120,6 +120,7 @@ async fn pools(told: &mut Registry, provisioner: &Provisioner) -> Result<(), Poo
         labelled(told, name, help, "kind", status.kinds.iter().map(|kind| (kind.kind.name(), value(kind))));
     };
     family("pool_ready_pairs", "Pairs that wait for a device", &|kind| kind.ready);
+    family("pool_away_pairs", "Pairs that wait on an HSM that is away", &|kind| kind.away);
     family("pool_reserved_pairs", "Pairs of unfinished sessions", &|kind| kind.reserved);
     family("pool_quarantined_pairs", "Pairs that are not offered any more", &|kind| kind.quarantined);
     family("pool_low_mark", "Ready pairs below which the pool is filled", &|kind| kind.low);
@@ -157,13 +158,23 @@ fn ready(told: &mut Registry, provisioner: &Provisioner) {
 
 fn hsm(told: &mut Registry, provisioner: &Provisioner) {
     let status = provisioner.hsm().status();
-    gauge(told, "hsm_up", "Whether the HSM serves calls", status.ready.into());
-    gauge(told, "hsm_calls_in_flight", "Calls that wait or are with the HSM", status.calls_in_flight);
-    counter(told, "hsm_calls", "Calls that the HSM answered", status.calls_answered);
-    counter(told, "hsm_worker_starts", "How often the HSM worker was started", status.worker_starts);
+    gauge(told, "hsm_up", "Whether calls are served: one HSM is enough", status.ready.into());
+    gauge(told, "hsm_calls_in_flight", "Calls that wait or are with an HSM", status.calls_in_flight);
     gauge(told, "hsm_queue_places", "Calls that may wait at once", status.queue);
+    let up = Family::<[(&'static str, String); 1], Gauge>::default();
+    let calls = Family::<[(&'static str, String); 1], Counter>::default();
+    let starts = Family::<[(&'static str, String); 1], Counter>::default();
+    for member in &status.members {
+        let label = [("hsm", member.name.clone())];
+        up.get_or_create(&label).set(member.ready.into());
+        calls.get_or_create(&label).inc_by(member.calls_answered);
+        starts.get_or_create(&label).inc_by(member.worker_starts);
+    }
+    told.register("hsm_ready", "Whether this HSM serves calls", up);
+    told.register("hsm_calls", "Calls that the HSM answered", calls);
+    told.register("hsm_worker_starts", "How often the HSM's worker was started", starts);
     let help = "What was asked of the HSM, by verb and result, and how long it took there";
-    told.register_with_unit("hsm_operation", help, Unit::Seconds, Latencies(status.calls));
+    told.register_with_unit("hsm_operation", help, Unit::Seconds, Latencies(status.members));
 }
 
 fn room(told: &mut Registry, provisioner: &Provisioner) -> Result<(), StoreError> {
@@ -210,14 +221,15 @@ async fn records(told: &mut Registry, provisioner: &Provisioner) -> Result<(), S
 
 /// Histograms that the HSM's room keeps.
 #[derive(Debug)]
-struct Latencies(Vec<CallStatistic>);
+struct Latencies(Vec<MemberStatus>);
 
 impl EncodeMetric for Latencies {
     fn encode(&self, mut encoder: MetricEncoder<'_>) -> std::fmt::Result {
-        for calls in &self.0 {
+        let all = self.0.iter().flat_map(|member| member.calls.iter().map(|calls| (member.name.as_str(), calls)));
+        for (hsm, calls) in all {
             let bounds = LATENCY_BOUNDS_US.iter().map(|us| f64::from(*us) / 1e6).chain([f64::MAX]);
             let buckets: Vec<_> = bounds.zip(calls.by_latency).collect();
-            let labels = [("verb", calls.verb), ("result", calls.outcome)];
+            let labels = [("hsm", hsm), ("verb", calls.verb), ("result", calls.outcome)];
             let mut one = encoder.encode_family(&labels)?;
             one.encode_histogram::<[(&str, &str); 0]>(calls.took.as_secs_f64(), calls.count, &buckets, None)?;
         }

@@ -180,7 +180,10 @@ async fn a_wrong_pin_is_tried_once_and_an_officer_is_asked_for() {
     // Longer than the first waits between starts.
     tokio::time::sleep(Duration::from_secs(1)).await;
     let status = site.status().await;
-    assert_eq!((status.ready, status.hsm.unwrap().worker_starts, status.sessions.unwrap().reserved), (false, 1, 0));
+    assert_eq!(
+        (status.ready, status.hsm.unwrap().members[0].worker_starts, status.sessions.unwrap().reserved),
+        (false, 1, 0)
+    );
     // Told once by the HSM, the pools and the health service, and with each refusal.
     assert_eq!(site.log().matches("CKR_PIN_INCORRECT").count(), 3 + 3, "{}", site.log());
     assert!(!site.log().contains("000000000000"));

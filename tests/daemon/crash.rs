@@ -278,7 +278,7 @@ async fn a_killed_hsm_worker_is_replaced_and_no_call_fails_for_good() {
     worker_other_than(&site, &workers).await;
     end_shift(&shift, tasks).await;
     let status = site.status().await;
-    assert!(status.ready && status.hsm.unwrap().worker_starts >= 4);
+    assert!(status.ready && status.hsm.unwrap().members[0].worker_starts >= 4);
     let done = shift.done();
     everything_is_public_once(&site, &mut line, &done).await;
 }
@@ -370,7 +370,7 @@ async fn a_hanging_hsm_worker_costs_calls_their_deadline_and_is_replaced() {
     complete(&mut line, &request).await.expect("a refused Complete can be repeated");
     let request = install(&mut floor.device(3), &new);
     complete(&mut line, &request).await.unwrap();
-    assert_eq!(site.status().await.hsm.unwrap().worker_starts, 2);
+    assert_eq!(site.status().await.hsm.unwrap().members[0].worker_starts, 2);
     assert_ne!(site.worker_pid(), Some(worker));
 }
 

@@ -113,7 +113,7 @@ async fn the_line_lives_through_every_fault_of_its_hsm() {
     println!("{:50} {:>9} {:>9} {:>8} {:>8}", "fault", "without", "back", "repeats", "workers");
     for (name, rules) in FAULTS {
         let repeats = shift.repeated();
-        let workers = site.status().await.hsm.unwrap().worker_starts;
+        let workers = site.status().await.hsm.unwrap().members[0].worker_starts;
         let mut watch = Watch::new(&shift);
         let begun = Instant::now();
         let fired = site.path("hsm/faults.fired");
@@ -138,7 +138,7 @@ async fn the_line_lives_through_every_fault_of_its_hsm() {
         let back = back.unwrap();
         assert!(fired.exists(), "{name}: nothing happened");
         let hsm = site.status().await.hsm.unwrap();
-        let (repeats, workers) = (shift.repeated() - repeats, hsm.worker_starts - workers);
+        let (repeats, workers) = (shift.repeated() - repeats, hsm.members[0].worker_starts - workers);
         println!("{name:50} {:>8.2}s {:>8.2}s {repeats:>8} {workers:>8}", watch.gap.as_secs_f64(), back.as_secs_f64());
         assert!(back <= BACK_WITHIN, "{name}: back after {back:?}");
     }

@@ -17,6 +17,7 @@ mod pool_crash;
 mod pool_officer;
 mod refusals;
 mod secrets;
+mod several;
 mod site;
 mod starts;
 mod station;

@@ -47,7 +47,7 @@ async fn a_scrape_tells_of_the_device_that_was_made() {
         for line in [
             "spp_line_served 1",
             "spp_hsm_up 1",
-            "spp_hsm_worker_starts_total 1",
+            "spp_hsm_worker_starts_total{hsm=\"main\"} 1",
             "spp_sessions{state=\"reserved\"} 0",
             "spp_sessions{state=\"erased\"} 1",
             "spp_records_total 1",
@@ -61,7 +61,7 @@ async fn a_scrape_tells_of_the_device_that_was_made() {
             let line = answer.lines().find_map(|line| line.strip_prefix(name)).expect(name);
             line.trim().parse().unwrap()
         };
-        assert!(value("spp_hsm_calls_total") > 0 && value("spp_store_free_bytes ") > 1_048_576);
+        assert!(value("spp_hsm_calls_total{hsm=\"main\"}") > 0 && value("spp_store_free_bytes ") > 1_048_576);
         assert!(value("spp_hsm_calls_in_flight ") < 1024, "there is a number");
         for nothing in ["GET /", "GET /metrics/more", "GET /debug"] {
             assert!(ask(port, nothing).starts_with("HTTP/1.1 404"), "{nothing}");

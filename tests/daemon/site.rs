@@ -185,6 +185,7 @@ impl Site {
     /// What the daemon would start the HSM with.
     pub fn hsm_config(&self) -> HsmConfig {
         HsmConfig {
+            name: "main".to_owned(),
             module: ModuleProfile::load(&self.path("hsm-config/softhsm2.toml"), &self.path("hsm")).unwrap(),
             pin: PinSource::File(self.path("hsm/user.pin")),
             pin_keeper: None,

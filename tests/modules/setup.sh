@@ -44,8 +44,9 @@ fi
 if ! command -v pkcsslotd >/dev/null || ! command -v pkcsconf >/dev/null; then
     need opencryptoki
 fi
-# Kryoptic's bindings to OpenSSL are made by libclang.
-if [ ! -e /usr/include/openssl/evp.h ] || ! ls /usr/lib/llvm-*/lib/libclang*.so* >/dev/null 2>&1; then
+# Kryoptic's bindings to OpenSSL are made by libclang; libclang-cpp is another library.
+libclang=$(find /usr/lib/llvm-*/lib -name 'libclang.so*' -o -name 'libclang-[0-9]*.so*' 2>/dev/null) || true
+if [ ! -e /usr/include/openssl/evp.h ] || [ -z "$libclang" ]; then
     need libssl-dev libclang-dev clang
 fi
 cargo build --quiet --locked --manifest-path "$here/kryoptic/Cargo.toml" --target-dir "$modules"

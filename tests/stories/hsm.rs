@@ -46,15 +46,15 @@ async fn nothing_is_signed_without_a_journaled_intent() {
     let point = house.point();
     let mut device = OnTheLine::new(&house, Kind::Phone, 1);
     for how in [Break::Failed, Break::FailedButPersisted] {
-        let before = house.hsm.status().calls_answered;
+        let before = house.hsm.status().members[0].calls_answered;
         point.faults.break_nth(0, how);
         device.assemble(&point).await.unwrap_err();
-        assert_eq!(house.hsm.status().calls_answered - before, 1, "the keys, and no signature");
+        assert_eq!(house.hsm.status().members[0].calls_answered - before, 1, "the keys, and no signature");
     }
     // The intent is in the journal now: the signature, and the keys once more for the package.
-    let before = house.hsm.status().calls_answered;
+    let before = house.hsm.status().members[0].calls_answered;
     device.assemble(&point).await.unwrap();
-    assert_eq!(house.hsm.status().calls_answered - before, 2);
+    assert_eq!(house.hsm.status().members[0].calls_answered - before, 2);
 }
 
 /// kill -9, and no token to start on.

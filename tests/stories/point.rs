@@ -44,7 +44,7 @@ impl House {
     pub async fn with_call_timeout(call_timeout: Duration) -> Self {
         let site = Site::new();
         add_pooled_profiles(&site);
-        let mut config = DaemonConfig::load(&site.path("sppd.toml")).unwrap().hsm;
+        let mut config = DaemonConfig::load(&site.path("sppd.toml")).unwrap().hsms.members()[0].clone();
         config.call_timeout = call_timeout;
         config.worker_program = worker_that_tells_its_pid(&site);
         let manufacturer = config.keys.signing_key(&"manufacturer".parse().unwrap()).unwrap().public_key.clone();

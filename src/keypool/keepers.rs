@@ -1,0 +1,66 @@
+//! Which HSM keeps a batch: its key, or its pairs, are on one token alone.
+
+use std::collections::BTreeSet;
+
+use super::{KeyPool, PoolError};
+use crate::hsm::{Hsm, HsmMember};
+use crate::keys::{BatchName, StoreId};
+use crate::store::{Batch, Keeping};
+
+/// Who keeps what at this moment.
+pub(super) struct Keepers<'a> {
+    hsm: &'a Hsm,
+    store: StoreId,
+    at_hand: BTreeSet<HsmMember>,
+    /// The one that keeps everything, where there is one alone.
+    only: Option<HsmMember>,
+    /// Whether every token has been looked at: what is on record nowhere is nowhere.
+    complete: bool,
+}
+
+impl Keepers<'_> {
+    pub(super) fn name(&self, number: u64) -> BatchName {
+        BatchName { store: self.store, number }
+    }
+
+    pub(super) fn of(&self, number: u64) -> Option<HsmMember> {
+        self.hsm.keeper(self.name(number)).or(self.only)
+    }
+
+    /// Whether whoever keeps the batch can be asked for it. Whoever waits for the only HSM says so itself.
+    pub(super) fn are_at_hand(&self, number: u64) -> bool {
+        match self.of(number) {
+            Some(keeper) => self.only.is_some() || self.at_hand.contains(&keeper),
+            None => self.complete,
+        }
+    }
+
+    /// Whether a batch of pairs on a token is on none yet.
+    pub(super) fn may_be_given_to_any(&self, batch: &Batch) -> bool {
+        let nowhere = self.complete && self.of(batch.number).is_none();
+        nowhere && batch.keeping == Keeping::Hsm && batch.is_used_up()
+    }
+}
+
+impl KeyPool {
+    pub(super) async fn keepers(&self) -> Result<Keepers<'_>, PoolError> {
+        let (store, _) = self.store.origin().await?;
+        let complete = self.hsm.each().all(|member| self.notes().compared.contains(&member));
+        let at_hand = self.hsm.at_hand().into_iter().collect();
+        Ok(Keepers { hsm: &self.hsm, store, at_hand, only: self.only_hsm(), complete })
+    }
+
+    fn only_hsm(&self) -> Option<HsmMember> {
+        let mut all = self.hsm.each();
+        all.next().filter(|_| all.next().is_none())
+    }
+
+    /// The HSMs that may be given new batches, who has least to do first. The only one, whether it is there or not: whoever asks it
+    /// is told why it is not.
+    pub(super) fn in_service(&self) -> Vec<HsmMember> {
+        let mut members = self.only_hsm().map_or_else(|| self.hsm.at_hand(), |only| vec![only]);
+        let notes = self.notes();
+        members.retain(|member| notes.compared.contains(member));
+        members
+    }
+}

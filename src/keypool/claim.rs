@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
 use super::users::User;
-use super::{KeyPool, PoolError};
+use super::{KeyPool, PoolError, Share};
 use crate::hsm::{HsmError, HsmMember};
 use crate::keys::{BatchName, KeptKey, KeyKind, PublicKey, WrappedKey};
 use crate::names::KeyName;
@@ -195,7 +195,7 @@ impl KeyPool {
         let until = Instant::now() + self.hsm.call_timeout();
         let (user, taken) = loop {
             let members = self.in_service();
-            let shelves: Vec<_> = members.iter().filter_map(|member| pool.shelves.get(member)).collect();
+            let shelves: Vec<_> = members.iter().filter_map(|member| Some(&pool.shares.get(member)?.shelf)).collect();
             let are_being_moved = || shelves.iter().find(|shelf| shelf.is_being_moved()).copied();
             let moved: Vec<_> = shelves.iter().map(|shelf| shelf.moved.notified()).collect();
             let user = self.hold();
@@ -218,7 +218,7 @@ impl KeyPool {
                 break (self.hold(), None);
             }
         };
-        pool.wake.notify_one();
+        pool.wake();
         let Some((shelf, (id, pair))) = taken else { return Err(self.empty(kind)) };
         let content = Arc::clone(&shelf.content);
         let public = PublicKey::from_spki_der(&pair.public_key);
@@ -327,8 +327,8 @@ impl KeyPool {
     fn empty(&self, kind: KeyKind) -> PoolError {
         let Some(pool) = self.pools.get(&kind) else { return PoolError::NoPool(kind) };
         let turned_away = pool.turned_away.fetch_add(1, Ordering::Relaxed).saturating_add(1);
-        let filling = pool.filling();
-        let fill_rate = filling.rate.per_second();
+        let fill_rate = pool.filling().rate.per_second();
+        let fills = |share: &Share| share.filling().paused.is_none();
         // Each of those who wait needs one: the last of them comes when that many were made.
         let retry_after = if fill_rate > 0.0 {
             Duration::try_from_secs_f64(f64::from(turned_away) / fill_rate).unwrap_or(RETRY.1)
@@ -339,7 +339,7 @@ impl KeyPool {
             kind,
             fill_rate,
             retry_after: retry_after.clamp(RETRY.0, RETRY.1),
-            paused: filling.paused.is_some(),
+            paused: !pool.shares.values().any(fills),
         }
     }
 

@@ -1,6 +1,6 @@
 //! Filling a pool between its marks, in the background.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 
 use super::rate::FillRate;
-use super::{KeyPool, LOOK, MOST_PAIRS, Pool, PoolError};
+use super::{KeyPool, LOOK, MOST_PAIRS, Pool, PoolError, Share};
 use crate::hsm::{HsmError, HsmMember, KeepIn};
 use crate::keys::{KeptKey, KeyKind, PublicKey};
 use crate::store::{Batch, BatchStep, Keeping, PooledPair, Purpose};
@@ -24,31 +24,25 @@ const PAUSE: Duration = Duration::from_secs(2);
 /// How the filling of one pool stands.
 #[derive(Default)]
 pub(super) struct Filling {
+    pub(super) rate: FillRate,
+    /// What an officer ordered.
+    ordered: Option<u64>,
+}
+
+/// How one HSM fills its share of a pool.
+#[derive(Default)]
+pub(super) struct ShareFilling {
     pub(super) running: bool,
     /// Whether it was below its low mark and is not yet at its high one.
     refilling: bool,
-    pub(super) rate: FillRate,
     /// Why it is not going on though it should.
     pub(super) paused: Option<String>,
-    /// What an officer ordered.
-    ordered: Option<u64>,
-    /// Batches on a token that may have pairs there of which the store does not know.
+    /// Batches on the token that may have pairs there of which the store does not know.
     suspects: BTreeSet<u64>,
 }
 
-/// What one HSM does of a filling.
-struct Part {
-    member: HsmMember,
-    batch: Batch,
-    keep: KeepIn,
-    /// Pairs that are still to be asked for.
-    left: u64,
-    /// Calls that are with the HSM.
-    calls: usize,
-}
-
-impl Pool {
-    pub(super) fn filling(&self) -> MutexGuard<'_, Filling> {
+impl Share {
+    pub(super) fn filling(&self) -> MutexGuard<'_, ShareFilling> {
         self.filling.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -59,32 +53,43 @@ impl Pool {
             self.filling().suspects.insert(batch.number);
         }
     }
+}
+
+impl Pool {
+    pub(super) fn filling(&self) -> MutexGuard<'_, Filling> {
+        self.filling.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Something may be to be filled.
+    pub(super) fn wake(&self) {
+        self.shares.values().for_each(|share| share.wake.notify_one());
+    }
 
     /// Pairs have come: those who were turned away may come again.
     fn more_came(&self) {
         self.turned_away.store(0, Ordering::Relaxed);
     }
 
-    /// Up to how many pairs it is to be filled now, if it is. `ready` are those of each HSM in service: each has its share of the
+    /// How many pairs an HSM lacks, if it is to be filled now. `ready` are those of each HSM in service: each has its share of the
     /// marks, so that there are pairs left when one is lost.
-    fn target(&self, ready: &[u64]) -> Option<u64> {
-        let below = |mark| ready.iter().zip(shares(mark, ready.len())).any(|(ready, share)| *ready < share);
-        let mut filling = self.filling();
-        let ordered = filling.ordered.filter(|ordered| ready.iter().sum::<u64>() < *ordered);
-        filling.ordered = ordered;
+    fn lacks(&self, member: HsmMember, ready: &BTreeMap<HsmMember, u64>) -> Option<u64> {
+        let (share, place) = (self.shares.get(&member)?, ready.keys().position(|other| *other == member)? as u64);
+        let (mine, count) = (ready.get(&member).copied()?, ready.len() as u64);
+        let of = |all: u64| all / count + u64::from(place < all % count);
+        let ordered = {
+            let mut filling = self.filling();
+            filling.ordered = filling.ordered.filter(|ordered| ready.values().sum::<u64>() < *ordered);
+            filling.ordered
+        };
+        let mut filling = share.filling();
         // What was begun below the low mark goes on up to the high one; an order goes as far as it says.
-        filling.refilling = below(self.marks.low) || (filling.refilling && below(self.marks.high));
+        filling.refilling = mine < of(self.marks.low) || (filling.refilling && mine < of(self.marks.high));
         let marked = filling.refilling.then_some(self.marks.high);
-        let target = marked.into_iter().chain(ordered).max();
-        filling.running = target.is_some();
-        target
+        let lacks = marked.into_iter().chain(ordered).max().map(of).and_then(|target| target.checked_sub(mine));
+        let lacks = lacks.filter(|lacks| *lacks > 0);
+        filling.running = lacks.is_some();
+        lacks
     }
-}
-
-/// What each of so many has of it.
-fn shares(all: u64, count: usize) -> impl Iterator<Item = u64> {
-    let count = count as u64;
-    (0..count).map(move |place| all / count + u64::from(place < all % count))
 }
 
 impl KeyPool {
@@ -102,7 +107,7 @@ impl KeyPool {
             let mut filling = pool.filling();
             filling.ordered = filling.ordered.max(Some(to));
         }
-        pool.wake.notify_one();
+        pool.wake();
         Ok(to)
     }
 
@@ -111,15 +116,17 @@ impl KeyPool {
         self.pools.get(&kind).is_some_and(|pool| pool.filling().ordered.is_some())
     }
 
-    pub(super) async fn keep_filled(self: Arc<Self>, kind: KeyKind) {
+    /// One HSM keeps its share filled, whatever the others do.
+    pub(super) async fn keep_filled(self: Arc<Self>, kind: KeyKind, member: HsmMember) {
         let Some(pool) = self.pools.get(&kind) else { return };
+        let Some(share) = pool.shares.get(&member) else { return };
         // The sender lives as long as this value.
         let _ = self.reconciled.subscribe().wait_for(|done| *done).await;
         loop {
-            let filled = self.fill(kind, pool).await;
+            let filled = self.fill(kind, pool, member, share).await;
             let paused = filled.err().map(|error| error.to_string());
             let news = {
-                let mut filling = pool.filling();
+                let mut filling = share.filling();
                 let news = filling.paused != paused;
                 filling.paused.clone_from(&paused);
                 news
@@ -129,111 +136,88 @@ impl KeyPool {
             }
             let rest = if paused.is_some() { PAUSE } else { LOOK };
             tokio::select! {
-                () = pool.wake.notified(), if paused.is_none() => {}
+                () = share.wake.notified(), if paused.is_none() => {}
                 () = tokio::time::sleep(rest) => {}
             }
         }
     }
 
-    /// Fills the pool if it is below its low mark or ordered to be filled; returns when nothing is left to do.
-    async fn fill(&self, kind: KeyKind, pool: &Pool) -> Result<(), PoolError> {
+    /// Fills the share if it is below its low mark or ordered to be filled; returns when nothing is left to do.
+    async fn fill(&self, kind: KeyKind, pool: &Pool, member: HsmMember, share: &Share) -> Result<(), PoolError> {
         let mut begun = false;
         loop {
-            self.clear_suspects(pool).await?;
-            let mut ready = self.offered(kind).await?;
-            if ready.is_empty() {
-                return Err(self.not_begun().await);
+            let ready = self.offered(kind).await?;
+            if !ready.contains_key(&member) {
+                share.filling().running = false;
+                return Ok(());
             }
-            // In the same order at each look, whoever has how much to do.
-            ready.sort_unstable_by_key(|(member, _)| *member);
-            let counts: Vec<_> = ready.iter().map(|(_, count)| *count).collect();
-            let Some(target) = pool.target(&counts) else { return Ok(()) };
+            let suspects = share.filling().suspects.clone();
+            for batch in suspects {
+                // Nobody but this task makes pairs for it.
+                self.destroy_strays(batch, member).await?;
+                share.filling().suspects.remove(&batch);
+            }
+            let Some(lacks) = pool.lacks(member, &ready) else { return Ok(()) };
             self.admit()?;
-            let parts = self.parts(kind, target, &ready).await?;
+            let batch = self.open_batch(Purpose::Pool(kind), member).await?;
             if !std::mem::replace(&mut begun, true) {
                 pool.filling().rate.begin(Instant::now());
             }
-            for part in self.fill_batches(kind, pool, parts).await? {
-                if part.batch.taken_in >= self.rules.batch_size {
-                    self.store.step_batch(part.batch.number, BatchStep::Seal).await?;
-                }
+            let batch = self.fill_batch(kind, pool, (member, share), batch, lacks).await?;
+            if batch.taken_in >= self.rules.batch_size {
+                self.store.step_batch(batch.number, BatchStep::Seal).await?;
             }
         }
     }
 
-    /// Destroys what is on a token and in no row, as far as it can be reached; nothing is put there before.
-    async fn clear_suspects(&self, pool: &Pool) -> Result<(), PoolError> {
-        let suspects = pool.filling().suspects.clone();
-        let keepers = self.keepers().await?;
-        for batch in suspects.into_iter().filter(|batch| keepers.are_at_hand(*batch)) {
-            if let Some(keeper) = keepers.of(batch) {
-                // Nobody but this task makes pairs for it.
-                self.destroy_strays(batch, keeper).await?;
-            }
-            pool.filling().suspects.remove(&batch);
-        }
-        Ok(())
-    }
-
-    /// What each HSM in service lacks of its share.
-    async fn parts(&self, kind: KeyKind, target: u64, ready: &[(HsmMember, u64)]) -> Result<Vec<Part>, PoolError> {
-        let mut parts = Vec::new();
-        for ((member, ready), share) in ready.iter().copied().zip(shares(target, ready.len())) {
-            if share <= ready {
-                continue;
-            }
-            let batch = self.open_batch(Purpose::Pool(kind), member).await?;
-            let name = self.name(batch.number).await?;
-            let keep = match batch.keeping {
-                Keeping::Wrapped => KeepIn::Wrapped(name),
-                Keeping::Hsm => KeepIn::OnToken(name),
-            };
-            let left = (share - ready).min(self.rules.batch_size.saturating_sub(batch.taken_in)).max(1);
-            parts.push(Part { member, batch, keep, left, calls: 0 });
-        }
-        Ok(parts)
-    }
-
-    /// Puts so many pairs into the batches, or as many as they take.
-    async fn fill_batches(&self, kind: KeyKind, pool: &Pool, mut parts: Vec<Part>) -> Result<Vec<Part>, PoolError> {
+    /// Puts so many pairs into a batch, or as many as it takes.
+    async fn fill_batch(
+        &self,
+        kind: KeyKind,
+        pool: &Pool,
+        (member, share): (HsmMember, &Share),
+        mut batch: Batch,
+        wanted: u64,
+    ) -> Result<Batch, PoolError> {
+        let name = self.name(batch.number).await?;
+        let keep = match batch.keeping {
+            Keeping::Wrapped => KeepIn::Wrapped(name),
+            Keeping::Hsm => KeepIn::OnToken(name),
+        };
+        let mut left = wanted.min(self.rules.batch_size.saturating_sub(batch.taken_in)).max(1);
         let mut calls = JoinSet::new();
         let mut failed = None;
         loop {
-            for (at, part) in parts.iter_mut().enumerate() {
-                while part.calls < AT_ONCE && part.left > 0 && failed.is_none() {
-                    let (hsm, keep, count) = (self.hsm.at(part.member), part.keep, part.left.min(PER_CALL));
-                    part.left -= count;
-                    part.calls += 1;
-                    let at_most = u32::try_from(count).unwrap_or(u32::MAX);
-                    let making = self.making.get(&part.member).cloned();
-                    calls.spawn(async move {
-                        let _place = match making {
-                            // It is never closed.
-                            Some(making) => making.acquire_owned().await.ok(),
-                            None => None,
-                        };
-                        (at, count, hsm.make_pairs(kind, keep, at_most, CALL).await)
-                    });
-                }
+            while calls.len() < AT_ONCE && left > 0 && failed.is_none() {
+                let (hsm, count) = (self.hsm.at(member), left.min(PER_CALL));
+                left -= count;
+                let at_most = u32::try_from(count).unwrap_or(u32::MAX);
+                let making = self.making.get(&member).cloned();
+                calls.spawn(async move {
+                    let _place = match making {
+                        // It is never closed.
+                        Some(making) => making.acquire_owned().await.ok(),
+                        None => None,
+                    };
+                    (count, hsm.make_pairs(kind, keep, at_most, CALL).await)
+                });
             }
             let Some(done) = calls.join_next().await else { break };
-            let (at, count, made) = done.map_err(|e| HsmError::Wrong(e.to_string()))?;
-            let Some(part) = parts.get_mut(at) else { continue };
-            part.calls -= 1;
+            let (count, made) = done.map_err(|e| HsmError::Wrong(e.to_string()))?;
             let added = match made {
                 // Where a call's time was over before all were made, the rest is asked for again.
                 Ok(made) => {
-                    part.left += count.saturating_sub(made.len() as u64);
-                    self.take_in(pool, &part.batch, made).await
+                    left += count.saturating_sub(made.len() as u64);
+                    self.take_in(share, &batch, made).await
                 }
                 Err(error) => {
-                    pool.suspect(&part.batch);
+                    share.suspect(&batch);
                     Err(error.into())
                 }
             };
             match added {
                 Ok((grown, added)) => {
-                    part.batch = grown;
+                    batch = grown;
                     pool.filling().rate.note(Instant::now(), added);
                     pool.more_came();
                 }
@@ -243,12 +227,12 @@ impl KeyPool {
                 }
             }
         }
-        failed.map_or(Ok(parts), Err)
+        failed.map_or(Ok(batch), Err)
     }
 
     async fn take_in(
         &self,
-        pool: &Pool,
+        share: &Share,
         batch: &Batch,
         made: Vec<(PublicKey, KeptKey)>,
     ) -> Result<(Batch, u64), PoolError> {
@@ -257,13 +241,13 @@ impl KeyPool {
         let count = pairs.len() as u64;
         let added = self.store.add_pairs(batch.number, pairs).await;
         if added.is_err() {
-            pool.suspect(batch);
+            share.suspect(batch);
         }
         Ok((added?, count))
     }
 
     /// Ready pairs of a kind that may be offered now, of each HSM in service.
-    async fn offered(&self, kind: KeyKind) -> Result<Vec<(HsmMember, u64)>, PoolError> {
+    async fn offered(&self, kind: KeyKind) -> Result<BTreeMap<HsmMember, u64>, PoolError> {
         let batches = self.store.batches().await?;
         let keepers = self.keepers().await?;
         let of_kind = || batches.iter().filter(|batch| batch.purpose == Purpose::Pool(kind));

@@ -43,7 +43,7 @@ use crate::hsm::{Hsm, HsmMember};
 use crate::keys::{BatchName, KeyKind};
 use crate::store::{Journal, Keeping, Registry, SecretStore};
 use claim::Shelf;
-use fill::Filling;
+use fill::{Filling, ShareFilling};
 use users::{User, Users};
 
 /// How often the pool is looked after when nothing wakes it.
@@ -116,11 +116,16 @@ pub struct KeyPool {
 /// One kind's pool.
 struct Pool {
     marks: Marks,
-    /// The next pairs of each HSM.
-    shelves: BTreeMap<HsmMember, Shelf>,
+    shares: BTreeMap<HsmMember, Share>,
     /// Callers who found nothing since the last pair came.
     turned_away: AtomicU32,
     filling: Mutex<Filling>,
+}
+
+/// One HSM's share of a pool.
+struct Share {
+    shelf: Shelf,
+    filling: Mutex<ShareFilling>,
     wake: Notify,
 }
 
@@ -148,9 +153,12 @@ impl KeyPool {
         clock: Clock,
     ) -> Arc<Self> {
         let pool = |(kind, marks): (&KeyKind, &Marks)| {
-            let shelves = hsm.each().map(|member| (member, Shelf::new(*kind, member))).collect();
-            let (turned_away, filling, wake) = (AtomicU32::new(0), Mutex::default(), Notify::new());
-            (*kind, Pool { marks: *marks, shelves, turned_away, filling, wake })
+            let share = |member| {
+                let (shelf, filling, wake) = (Shelf::new(*kind, member), Mutex::default(), Notify::new());
+                (member, Share { shelf, filling, wake })
+            };
+            let shares = hsm.each().map(share).collect();
+            (*kind, Pool { marks: *marks, shares, turned_away: AtomicU32::new(0), filling: Mutex::default() })
         };
         let pools = rules.pools.iter().map(pool).collect();
         // Two for each thread, so that one has work while another's pairs are being stored.
@@ -181,7 +189,9 @@ impl KeyPool {
     pub async fn run(self: Arc<Self>) {
         let mut tasks = JoinSet::new();
         for kind in self.pools.keys().copied() {
-            tasks.spawn(Arc::clone(&self).keep_filled(kind));
+            for member in self.hsm.each() {
+                tasks.spawn(Arc::clone(&self).keep_filled(kind, member));
+            }
         }
         tasks.spawn(self.look_after());
         while tasks.join_next().await.is_some() {}

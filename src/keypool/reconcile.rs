@@ -4,8 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use super::claim::Shelf;
-use super::{KeyPool, PoolError};
+use super::{KeyPool, Pool, PoolError};
 use crate::hsm::{HsmMember, OwnObjects};
 use crate::keys::{BatchName, KeptKey, StoreId};
 use crate::store::{Batch, BatchState, BatchStep, Keeping, Purpose, StoreError};
@@ -64,7 +63,7 @@ impl KeyPool {
         }
         self.notes().compared.insert(member);
         self.reconciled.send_replace(true);
-        self.pools.values().for_each(|pool| pool.wake.notify_one());
+        self.pools.values().for_each(Pool::wake);
         Ok(())
     }
 
@@ -125,8 +124,8 @@ impl KeyPool {
         }
         self.for_sessions.send_replace(BTreeMap::new());
         for pool in self.pools.values() {
-            pool.shelves.values().for_each(Shelf::begin_again);
-            pool.wake.notify_one();
+            pool.shares.values().for_each(|share| share.shelf.begin_again());
+            pool.wake();
         }
         self.wake.notify_one();
         Ok(())

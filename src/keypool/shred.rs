@@ -187,7 +187,7 @@ impl KeyPool {
         let target = BatchName { number: to, ..name };
         let keeper = self.keepers().await?.of(batch.number);
         let shelf = match batch.purpose {
-            Purpose::Pool(kind) => self.pools.get(&kind).and_then(|pool| pool.shelves.get(&keeper?)),
+            Purpose::Pool(kind) => self.pools.get(&kind).and_then(|pool| Some(&pool.shares.get(&keeper?)?.shelf)),
             Purpose::Sessions => None,
         };
         let mut all = 0;

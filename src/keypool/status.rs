@@ -102,24 +102,21 @@ impl KeyPool {
         let batches = || all.iter().filter(|batch| batch.purpose == Purpose::Pool(kind));
         let offered =
             |at_hand| batches().filter(|batch| keepers.are_at_hand(batch.number) == at_hand).map(Batch::offered).sum();
-        let marks = self.pools.get(&kind).map(|pool| pool.marks);
-        let filling = self.pools.get(&kind).map(|pool| {
-            let filling = pool.filling();
-            (filling.running, filling.rate.per_second(), filling.paused.clone())
-        });
-        let (filling, fill_rate, paused) = filling.unwrap_or_default();
+        let pool = self.pools.get(&kind);
+        let shares = || pool.into_iter().flat_map(|pool| pool.shares.values());
+        let paused: BTreeSet<_> = shares().filter_map(|share| share.filling().paused.clone()).collect();
         Ok(KindStatus {
             kind,
-            low: marks.map_or(0, |marks| marks.low),
-            high: marks.map_or(0, |marks| marks.high),
+            low: pool.map_or(0, |pool| pool.marks.low),
+            high: pool.map_or(0, |pool| pool.marks.high),
             ready: offered(true),
             away: offered(false),
             reserved: batches().map(|batch| batch.reserved).sum(),
             quarantined: batches().filter(|batch| batch.quarantined.is_some()).map(|batch| batch.ready).sum(),
             counts,
-            filling,
-            fill_rate,
-            paused,
+            filling: shares().any(|share| share.filling().running),
+            fill_rate: pool.map_or(0.0, |pool| pool.filling().rate.per_second()),
+            paused: (!paused.is_empty()).then(|| paused.into_iter().collect::<Vec<_>>().join("; ")),
             oldest: batches().filter(|batch| batch.offered() > 0).map(|batch| batch.created).min(),
             batches: batches().count() as u64,
             next_shred: batches().filter_map(|batch| self.shred_at(batch)).min(),

@@ -2,6 +2,7 @@
 //! away is left out until it is back. What the daemon makes itself, the key of a batch or a pair, is on one of them alone.
 
 use std::collections::{BTreeSet, HashMap};
+use std::hash::{BuildHasher as _, RandomState};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -103,7 +104,8 @@ pub(super) struct Members {
     pub(super) call_timeout: Duration,
     /// Which HSM has a batch's key, or its pairs, as far as that is on record.
     keepers: Mutex<HashMap<BatchName, HsmMember>>,
-    /// Who has equally much to do is asked in turn.
+    /// Who of those is asked that have equally much to do.
+    lots: RandomState,
     turn: AtomicU64,
 }
 
@@ -160,8 +162,9 @@ impl Members {
             || State::Away { why: "the worker is being started".to_owned(), retry_after: Duration::from_secs(1) };
         let (sender, states) = watch::channel(all.iter().map(|_| begun()).collect());
         let seats = (0..all.len()).map(|member| Seat { states: sender.clone(), member }).collect();
-        let (queue, keepers, turn) = (Semaphore::new(places), Mutex::default(), AtomicU64::new(0));
-        (Self { all, keys, queue, places, call_timeout, keepers, turn }, states, seats)
+        let (queue, keepers) = (Semaphore::new(places), Mutex::default());
+        let (lots, turn) = (RandomState::new(), AtomicU64::new(0));
+        (Self { all, keys, queue, places, call_timeout, keepers, lots, turn }, states, seats)
     }
 
     pub(super) fn each(&self) -> impl Iterator<Item = HsmMember> + use<> {
@@ -212,8 +215,8 @@ impl Members {
 
     /// Those that are ready: who has not just failed, and has least to do, first.
     pub(super) fn ready(&self, states: &[State], lane: Lane) -> Vec<HsmMember> {
-        // The golden ratio spreads the turns, however many questions each device has.
-        let turn = self.turn.fetch_add(1, Ordering::Relaxed).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33;
+        // By lot, else each HSM would get always the same of a device's questions.
+        let turn = self.lots.hash_one(self.turn.fetch_add(1, Ordering::Relaxed)) % states.len().max(1) as u64;
         let several = states.len() > 1;
         let ready = states.iter().enumerate().filter_map(|(at, state)| {
             let State::Ready(connection) = state else { return None };

@@ -181,7 +181,7 @@ async fn a_pair_that_is_on_a_lost_hsm_alone_waits_for_it_and_comes_out_the_same(
     until_pools(&site, "a batch on each", |status| status.session_batches == 2).await;
     let (floor, mut line) = (Floor::new(&site), site.station().await);
     let mut answers = Vec::new();
-    for n in 1..=8 {
+    for n in 1..=16 {
         answers.push(assemble(&mut line, &phone(n)).await.unwrap());
     }
     // The packages are in the memory of nobody any more.
@@ -191,7 +191,7 @@ async fn a_pair_that_is_on_a_lost_hsm_alone_waits_for_it_and_comes_out_the_same(
     until_ready(&site, [false, true]).await;
     let mut line = site.station().await;
     let mut waiting = Vec::new();
-    for (n, first) in (1..=8).zip(&answers) {
+    for (n, first) in (1..=16).zip(&answers) {
         match assemble(&mut line, &phone(n)).await {
             Ok(again) => assert_eq!((&again.certificate, &again.delivery), (&first.certificate, &first.delivery)),
             Err(status) => {
@@ -200,7 +200,7 @@ async fn a_pair_that_is_on_a_lost_hsm_alone_waits_for_it_and_comes_out_the_same(
             }
         }
     }
-    assert!((1..=7).contains(&waiting.len()), "some were made on each: {waiting:?}");
+    assert!((1..=15).contains(&waiting.len()), "some were made on each: {waiting:?}");
     fail(&site, "hsm", "");
     until_ready(&site, [true, true]).await;
     for n in &waiting {

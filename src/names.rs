@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 pub struct NameError(String);
 
 impl NameError {
-    fn new(message: impl Into<String>) -> Self {
+    pub(crate) fn new(message: impl Into<String>) -> Self {
         Self(message.into())
     }
 }
@@ -254,6 +254,18 @@ given_name!(
     OfficerName, "officer name", separators: true
 );
 given_name!(
+    /// The name of an auditor; the part after `spp://auditor/` in the certificate.
+    AuditorName, "auditor name", separators: true
+);
+given_name!(
+    /// The name of a system of the back office; the part after `spp://back-office/` in its certificate.
+    BackOfficeName, "back office name", separators: true
+);
+given_name!(
+    /// The name of a monitor; the part after `spp://monitor/` in its certificate.
+    MonitorName, "monitor name", separators: true
+);
+given_name!(
     /// The name of a profile: what a product gets.
     ProfileName, "profile name", separators: false
 );
@@ -318,7 +330,8 @@ macro_rules! text_form {
 }
 pub(crate) use text_form;
 
-text_form!(ChipId, DeviceIdentity, StationName, OfficerName, ProfileName, KeyName, SessionId);
+text_form!(ChipId, DeviceIdentity, StationName, OfficerName, AuditorName, BackOfficeName, MonitorName);
+text_form!(ProfileName, KeyName, SessionId);
 
 #[cfg(test)]
 mod tests {

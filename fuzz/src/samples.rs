@@ -4,8 +4,8 @@ use std::sync::LazyLock;
 
 use serde_json::Value;
 use spp::certificate::{
-    AccessCertificate, AccessName, AuthorityCertificate, CertificateRequest, CertificateSerial, IssuedCertificate,
-    IssuerCertificate, Profile, SignedDocument, SubjectName, UnsignedDocument, access_certificate,
+    AccessCertificate, AccessName, AuthorityCertificate, Caller, CertificateRequest, CertificateSerial,
+    IssuedCertificate, IssuerCertificate, Profile, SignedDocument, SubjectName, UnsignedDocument, access_certificate,
     authority_certificate, authority_request, prepare,
 };
 use spp::keys::{DevicePrivateKey, PublicKey, SignatureAlgorithm};
@@ -98,8 +98,8 @@ pub fn csrs() -> Vec<Vec<u8>> {
 }
 
 pub fn callers() -> Vec<Vec<u8>> {
-    let station = AccessName::Station("line-1/a".parse().expect("a name"));
-    let officer = AccessName::Officer("o-1".parse().expect("a name"));
+    let station = AccessName::Client(Caller::Station("line-1/a".parse().expect("a name")));
+    let officer = AccessName::Client(Caller::Officer("o-1".parse().expect("a name")));
     let certificate = |name: &AccessName| {
         let wanted = AccessCertificate {
             name,

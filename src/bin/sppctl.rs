@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use spp::audit::{self, AuditLog};
-use spp::certificate::AccessName;
+use spp::certificate::{AccessName, Caller};
 use spp::config::{AuditConfig, HsmAccess, StoreConfig};
 use spp::hsm::{Ceremony, KeyRegister, ModuleProfile, PinSource, initialise_token};
-use spp::names::{OfficerName, StationName};
+use spp::names::{AuditorName, BackOfficeName, MonitorName, OfficerName, StationName};
 use spp::officer::{self, CeremonyPlan, Enrolment, HsmCommand, HsmFile, PoolCommand, RegistryCommand};
 use spp::registry::TransparencyLog;
 use spp::store::SledStateStore;
@@ -57,6 +57,15 @@ enum Command {
     /// Security officers.
     #[command(subcommand)]
     Officer(OfficerCommand),
+    /// Auditors: they read everything and change nothing.
+    #[command(subcommand)]
+    Auditor(AuditorCommand),
+    /// Systems of the back office.
+    #[command(subcommand)]
+    BackOffice(BackOfficeCommand),
+    /// Monitors: they see whether everything is well.
+    #[command(subcommand)]
+    Monitor(MonitorCommand),
     /// The daemon's own TLS certificate.
     #[command(subcommand)]
     Server(ServerCommand),
@@ -168,6 +177,39 @@ enum OfficerCommand {
 }
 
 #[derive(Subcommand)]
+enum AuditorCommand {
+    /// Make an auditor's key and TLS certificate (URI SAN spp://auditor/NAME).
+    Enroll {
+        /// The auditor's name.
+        name: AuditorName,
+        #[command(flatten)]
+        common: EnrollArgs,
+    },
+}
+
+#[derive(Subcommand)]
+enum BackOfficeCommand {
+    /// Make the key and TLS certificate of a system of the back office (URI SAN spp://back-office/NAME).
+    Enroll {
+        /// The system's name.
+        name: BackOfficeName,
+        #[command(flatten)]
+        common: EnrollArgs,
+    },
+}
+
+#[derive(Subcommand)]
+enum MonitorCommand {
+    /// Make a monitor's key and TLS certificate (URI SAN spp://monitor/NAME).
+    Enroll {
+        /// The monitor's name.
+        name: MonitorName,
+        #[command(flatten)]
+        common: EnrollArgs,
+    },
+}
+
+#[derive(Subcommand)]
 enum ServerCommand {
     /// Make the daemon's key and TLS certificate.
     Enroll {
@@ -222,8 +264,21 @@ fn run(command: Command) -> Result<(), String> {
         Command::Init { config } => init(&config),
         Command::Audit(AuditCommand::Init { config }) => audit_init(&config),
         Command::Audit(AuditCommand::Verify { config, json }) => audit_verify(&config, json),
-        Command::Station(StationCommand::Enroll { name, common }) => enroll(AccessName::Station(name), common),
-        Command::Officer(OfficerCommand::Enroll { name, common }) => enroll(AccessName::Officer(name), common),
+        Command::Station(StationCommand::Enroll { name, common }) => {
+            enroll(AccessName::Client(Caller::Station(name)), common)
+        }
+        Command::Auditor(AuditorCommand::Enroll { name, common }) => {
+            enroll(AccessName::Client(Caller::Auditor(name)), common)
+        }
+        Command::BackOffice(BackOfficeCommand::Enroll { name, common }) => {
+            enroll(AccessName::Client(Caller::BackOffice(name)), common)
+        }
+        Command::Monitor(MonitorCommand::Enroll { name, common }) => {
+            enroll(AccessName::Client(Caller::Monitor(name)), common)
+        }
+        Command::Officer(OfficerCommand::Enroll { name, common }) => {
+            enroll(AccessName::Client(Caller::Officer(name)), common)
+        }
         Command::Server(ServerCommand::Enroll { dns, ip, common }) => {
             if dns.is_empty() && ip.is_empty() {
                 return Err("give at least one --dns or --ip, else no client can verify the daemon".to_owned());

@@ -1,5 +1,6 @@
 //! Certificates by which stations, officers and servers know each other over TLS.
 
+use std::fmt;
 use std::net::IpAddr;
 
 use der::Decode;
@@ -14,7 +15,7 @@ use super::prepare::CertificateSerial;
 use super::tbs::{self, TbsFields};
 use super::{CertificateError, IssuerCertificate};
 use crate::keys::PublicKey;
-use crate::names::{OfficerName, StationName};
+use crate::names::{AuditorName, BackOfficeName, MonitorName, NameError, OfficerName, StationName};
 
 /// `id-kp-serverAuth`, RFC 5280 §4.2.1.12.
 const SERVER_AUTH: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.6.1.5.5.7.3.1");
@@ -26,10 +27,8 @@ const SCHEME: &str = "spp://";
 /// For whom an access certificate is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AccessName {
-    /// A station: URI `spp://station/line-3/a`, clientAuth.
-    Station(StationName),
-    /// An officer: URI `spp://officer/o-17`, clientAuth.
-    Officer(OfficerName),
+    /// Whoever calls: URI `spp://station/line-3/a` for example, clientAuth.
+    Client(Caller),
     /// A server: DNS names and IP addresses, serverAuth.
     Server {
         /// DNS names, `spp.example` say.
@@ -63,8 +62,10 @@ pub fn access_certificate(wanted: &AccessCertificate<'_>) -> Result<UnsignedDocu
         return Err(CertificateError::Request("an access certificate must expire; give a validity".into()));
     }
     let (common_name, names, usage) = match wanted.name {
-        AccessName::Station(name) => (name.as_str(), vec![tbs::uri(&format!("{SCHEME}station/{name}"))?], CLIENT_AUTH),
-        AccessName::Officer(name) => (name.as_str(), vec![tbs::uri(&format!("{SCHEME}officer/{name}"))?], CLIENT_AUTH),
+        AccessName::Client(caller) => {
+            let uri = format!("{SCHEME}{}/{}", caller.role(), caller.name());
+            (caller.name(), vec![tbs::uri(&uri)?], CLIENT_AUTH)
+        }
         AccessName::Server { dns, ips } => ("spp server", server_names(dns, ips)?, SERVER_AUTH),
     };
     let subject = SubjectName::with_common_name(common_name).map_err(|e| CertificateError::Request(e.to_string()))?;
@@ -110,6 +111,43 @@ fn server_names(dns: &[String], ips: &[IpAddr]) -> Result<Vec<GeneralName>, Cert
     Ok(names)
 }
 
+/// What a caller is. The table of the RPCs says what each may call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Role {
+    /// Provisions devices on the line.
+    Station,
+    /// Manages keys, stations and the daemon.
+    Officer,
+    /// Reads everything and changes nothing.
+    Auditor,
+    /// The maker's systems that talk to devices later.
+    BackOffice,
+    /// Sees whether everything is well.
+    Monitor,
+}
+
+impl Role {
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::Station, Self::Officer, Self::Auditor, Self::BackOffice, Self::Monitor];
+
+    /// As it is written in certificates.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Station => "station",
+            Self::Officer => "officer",
+            Self::Auditor => "auditor",
+            Self::BackOffice => "back-office",
+            Self::Monitor => "monitor",
+        }
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
 /// Who a client certificate is of.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Caller {
@@ -117,6 +155,54 @@ pub enum Caller {
     Station(StationName),
     /// An officer.
     Officer(OfficerName),
+    /// An auditor.
+    Auditor(AuditorName),
+    /// A system of the back office.
+    BackOffice(BackOfficeName),
+    /// A monitor.
+    Monitor(MonitorName),
+}
+
+impl Caller {
+    /// What it is.
+    pub const fn role(&self) -> Role {
+        match self {
+            Self::Station(_) => Role::Station,
+            Self::Officer(_) => Role::Officer,
+            Self::Auditor(_) => Role::Auditor,
+            Self::BackOffice(_) => Role::BackOffice,
+            Self::Monitor(_) => Role::Monitor,
+        }
+    }
+
+    /// What it is called.
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Station(name) => name.as_str(),
+            Self::Officer(name) => name.as_str(),
+            Self::Auditor(name) => name.as_str(),
+            Self::BackOffice(name) => name.as_str(),
+            Self::Monitor(name) => name.as_str(),
+        }
+    }
+
+    fn parse(role: &str, name: &str) -> Result<Self, NameError> {
+        match Role::ALL.into_iter().find(|known| known.as_str() == role) {
+            Some(Role::Station) => name.parse().map(Self::Station),
+            Some(Role::Officer) => name.parse().map(Self::Officer),
+            Some(Role::Auditor) => name.parse().map(Self::Auditor),
+            Some(Role::BackOffice) => name.parse().map(Self::BackOffice),
+            Some(Role::Monitor) => name.parse().map(Self::Monitor),
+            None => Err(NameError::new(format!("there is no role {role}"))),
+        }
+    }
+}
+
+/// `station line-3/a`, as logs and messages name it.
+impl fmt::Display for Caller {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.role(), self.name())
+    }
 }
 
 /// Reads who a client certificate is of, and until when (seconds since the Unix epoch). The certificate has been verified
@@ -139,12 +225,9 @@ pub fn caller_of(der: &[u8]) -> Result<(Caller, u64), CertificateError> {
 }
 
 fn parse_caller(path: &str) -> Result<Caller, CertificateError> {
-    let refused = |e: crate::names::NameError| CertificateError::refused(format!("spp://{path}: {e}"));
-    match path.split_once('/') {
-        Some(("station", name)) => name.parse().map(Caller::Station).map_err(refused),
-        Some(("officer", name)) => name.parse().map(Caller::Officer).map_err(refused),
-        _ => Err(CertificateError::refused(format!("spp://{path} names neither a station nor an officer"))),
-    }
+    let refused = |e: NameError| CertificateError::refused(format!("spp://{path}: {e}"));
+    let (role, name) = path.split_once('/').unwrap_or((path, ""));
+    Caller::parse(role, name).map_err(refused)
 }
 
 #[cfg(test)]
@@ -186,11 +269,12 @@ mod tests {
     #[test]
     fn a_caller_is_read_back_from_its_certificate() {
         let access = Access::new();
-        let (station, officer) = ("line-3/a".parse::<StationName>().unwrap(), "o-17".parse::<OfficerName>().unwrap());
-        let made = access.issue(&AccessName::Station(station.clone()));
-        assert_eq!(caller_of(made.as_der()).unwrap(), (Caller::Station(station), NOW + 86_400 * 365));
-        let made = access.issue(&AccessName::Officer(officer.clone()));
-        assert_eq!(caller_of(made.as_der()).unwrap().0, Caller::Officer(officer));
+        for role in Role::ALL {
+            let caller = Caller::parse(role.as_str(), "line-3/a").unwrap();
+            assert_eq!((caller.role(), caller.to_string()), (role, format!("{role} line-3/a")));
+            let made = access.issue(&AccessName::Client(caller.clone()));
+            assert_eq!(caller_of(made.as_der()).unwrap(), (caller, NOW + 86_400 * 365));
+        }
     }
 
     #[test]
@@ -203,7 +287,7 @@ mod tests {
             let line = ["verify", "-x509_strict", "-attime", &at, "-purpose", purpose, "-CAfile", "ca.pem", "x.pem"];
             openssl(&line, &[("ca.pem", &ca), ("x.pem", &pem)])
         };
-        let station = AccessName::Station("line-3/a".parse().unwrap());
+        let station = AccessName::Client(Caller::Station("line-3/a".parse().unwrap()));
         let server = AccessName::Server { dns: vec!["spp.example".into()], ips: vec![IpAddr::from([127, 0, 0, 1])] };
         for (name, purpose, accepted) in [
             (&station, "sslclient", true),
@@ -241,7 +325,7 @@ mod tests {
 
     #[test]
     fn names_that_are_none_are_refused() {
-        for path in ["", "station", "station/", "station/A", "auditor/x", "officer/a//b", "station/../x"] {
+        for path in ["", "station", "station/", "station/A", "auditors/x", "officer/a//b", "station/../x"] {
             assert!(parse_caller(path).is_err(), "{path}");
         }
         let access = Access::new();

@@ -29,7 +29,7 @@ mod tbs;
 mod testing;
 mod verify;
 
-pub use access::{AccessCertificate, AccessName, Caller, access_certificate, caller_of};
+pub use access::{AccessCertificate, AccessName, Caller, Role, access_certificate, caller_of};
 pub use authority::{
     AuthorityCertificate, SignedDocument, UnsignedDocument, authority_certificate, authority_request, certificate_pem,
 };

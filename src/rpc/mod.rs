@@ -12,6 +12,7 @@ mod messages;
 mod officer;
 mod pool;
 mod recovery;
+mod roles;
 mod serve;
 mod status;
 

@@ -11,12 +11,13 @@ use tokio::task::JoinSet;
 use tonic::service::Routes;
 use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
+use tower::filter::FilterLayer;
 
 use super::door::Door;
-use super::health;
 use super::line::LineService;
 use super::officer::{NodeInfo, OfficerService};
 use super::recovery::RecoveryService;
+use super::{health, roles};
 use crate::audit::AuditLog;
 use crate::config::{Listen, TlsConfig};
 use crate::proto::DESCRIPTORS;
@@ -100,8 +101,9 @@ impl Listening {
                 .max_decoding_message_size(MAX_REQUEST);
 
         let mutual = server_tls(tls)?.client_ca_root(Certificate::from_pem(&tls.client_ca));
-        let stations = builder("stations", mutual.clone())?.add_service(line);
-        let officers = builder("officers", mutual)?.add_service(officer);
+        let door = || FilterLayer::new(roles::admit::<tonic::body::Body>);
+        let stations = builder("stations", mutual.clone())?.layer(door()).add_service(line);
+        let officers = builder("officers", mutual)?.layer(door()).add_service(officer);
         // gRPC beside HTTP: the public listener speaks both.
         let grpc = Routes::new(recovery).add_service(health.clone()).add_service(reflection("the public")?);
         let public_tls = tls.public_config(&[b"h2", b"http/1.1"]);

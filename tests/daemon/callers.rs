@@ -5,8 +5,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use aws_lc_rs::rand::SystemRandom;
 use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair};
+use prost::Message as _;
 use spp::certificate::{
-    AccessCertificate, AccessName, AuthorityCertificate, CertificateSerial, IssuerCertificate, SubjectName,
+    AccessCertificate, AccessName, AuthorityCertificate, Caller, CertificateSerial, IssuerCertificate, SubjectName,
     UnsignedDocument, access_certificate, authority_certificate,
 };
 use spp::keys::{PublicKey, SignatureAlgorithm, generate_p256_pkcs8};
@@ -98,7 +99,7 @@ fn now() -> u64 {
 }
 
 fn station(name: &str) -> AccessName {
-    AccessName::Station(name.parse().unwrap())
+    AccessName::Client(Caller::Station(name.parse().unwrap()))
 }
 
 /// A site whose daemon trusts a second authority besides its own.
@@ -162,7 +163,7 @@ async fn a_certificate_without_exactly_one_name_is_nobodys() {
         "subjectAltName=DNS:line-1",
         "subjectAltName=URI:spp://station/line-1/a,URI:spp://officer/o-1",
         "subjectAltName=URI:spp://station/line-1/a,URI:spp://station/line-1/b",
-        "subjectAltName=URI:spp://auditor/x",
+        "subjectAltName=URI:spp://auditors/x",
         "subjectAltName=URI:spp://station/",
         "subjectAltName=URI:https://station/line-1/a",
     ] {
@@ -185,6 +186,61 @@ async fn a_connection_does_not_outlive_its_certificate() {
     tokio::time::sleep(Duration::from_secs(3)).await;
     let refused = Refusal::of(&assemble(&mut line, &phone(1)).await.unwrap_err());
     assert!(refused.is(Code::Unauthenticated, "NO_CALLER"), "{refused:?}");
+}
+
+/// Who is let in to each method, of the five roles: as in DESIGN, and told a second time on purpose.
+const MAY: &[(&str, &[&str])] = &[
+    ("/spp.v1.Line/Assemble", &["station"]),
+    ("/spp.v1.Line/Complete", &["station"]),
+    ("/spp.v1.Line/Abort", &["station"]),
+    ("/spp.v1.Line/GetSession", &["station"]),
+    ("/spp.v1.Officer/GetStatus", &["officer", "auditor", "monitor"]),
+    ("/spp.v1.Officer/GetPoolStatus", &["officer", "auditor", "monitor"]),
+    ("/spp.v1.Officer/FillPool", &["officer"]),
+    ("/spp.v1.Officer/ShredPool", &["officer"]),
+];
+
+/// The methods of the two inner services, as the daemon describes them.
+fn inner_methods() -> Vec<String> {
+    let files = prost_types::FileDescriptorSet::decode(spp::proto::DESCRIPTORS).unwrap().file;
+    let services = files.iter().flat_map(|file| file.service.iter().map(move |service| (file.package(), service)));
+    let inner = services.filter(|(_, service)| service.name() != "Recovery");
+    let methods = |(package, service): (&str, &prost_types::ServiceDescriptorProto)| -> Vec<String> {
+        service.method.iter().map(|method| format!("/{package}.{}/{}", service.name(), method.name())).collect()
+    };
+    inner.flat_map(methods).collect()
+}
+
+#[tokio::test]
+async fn every_method_serves_the_roles_of_the_table_alone() {
+    let mut site = Site::new();
+    for role in ["auditor", "back-office", "monitor"] {
+        site.sppctl(&format!("{role} enroll x-1 --config sppd.toml --out tls/{role}"));
+    }
+    site.start();
+    let methods = inner_methods();
+    assert_eq!(methods.len(), MAY.len(), "a new method belongs into this test");
+    let directories = [
+        ("station", "tls/line-1-a"),
+        ("officer", "tls/officer"),
+        ("auditor", "tls/auditor"),
+        ("back-office", "tls/back-office"),
+        ("monitor", "tls/monitor"),
+    ];
+    for method in &methods {
+        let (_, may) = MAY.iter().find(|(known, _)| known == method).unwrap();
+        let port = if method.contains("Line") { site.line } else { site.officer };
+        for (role, directory) in directories {
+            let channel = site.connect(port, site.tls(directory)).await.unwrap();
+            let mut client = tonic::client::Grpc::new(channel);
+            client.ready().await.unwrap();
+            let codec = tonic_prost::ProstCodec::<(), ()>::default();
+            let called = client.unary(tonic::Request::new(()), method.parse().unwrap(), codec).await;
+            let refused = called.err().map(|status| Refusal::of(&status));
+            let wrong_role = refused.as_ref().is_some_and(|refused| refused.is(Code::PermissionDenied, "WRONG_ROLE"));
+            assert_eq!(!wrong_role, may.contains(&role), "{role} {method}: {refused:?}");
+        }
+    }
 }
 
 #[tokio::test]

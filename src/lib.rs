@@ -62,6 +62,7 @@ pub mod audit;
 pub mod certificate;
 pub mod clock;
 pub mod config;
+pub mod description;
 pub mod device;
 pub mod hsm;
 pub mod keypool;

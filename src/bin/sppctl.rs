@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
 use spp::audit::{self, AuditLog};
 use spp::certificate::{AccessName, Caller};
 use spp::config::{AuditConfig, HsmAccess, StoreConfig};
+use spp::description::Describe;
 use spp::hsm::{Ceremony, KeyRegister, ModuleProfile, PinSource, initialise_token};
 use spp::names::{AuditorName, BackOfficeName, MonitorName, OfficerName, StationName};
 use spp::officer::{self, CeremonyPlan, Enrolment, HsmCommand, HsmFile, PoolCommand, RegistryCommand};
@@ -18,6 +19,7 @@ use spp::store::SledStateStore;
 /// The security officer's tool: tokens, key ceremonies, stores, enrolment, status.
 #[derive(Parser)]
 #[command(
+    name = "sppctl",
     version,
     after_help = "From nothing to a running daemon:\n  \
     sppctl token init --module hsm-config/softhsm2.toml --directory hsm --label spp --so-pin-file so.pin --pin-file user.pin\n  \
@@ -78,6 +80,8 @@ enum Command {
     /// The HSM: what it has, whether it is fit, how fast it is.
     #[command(subcommand)]
     Hsm(HsmCommand),
+    #[command(flatten)]
+    Describe(Describe),
     /// Tell how the running daemon is.
     Status {
         /// The officer listener, https://HOST:PORT.
@@ -267,6 +271,7 @@ fn run(command: Command) -> Result<(), String> {
         Command::Station(StationCommand::Enroll { name, common }) => {
             enroll(AccessName::Client(Caller::Station(name)), common)
         }
+        Command::Describe(what) => what.run(Cli::command()),
         Command::Auditor(AuditorCommand::Enroll { name, common }) => {
             enroll(AccessName::Client(Caller::Auditor(name)), common)
         }

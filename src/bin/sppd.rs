@@ -6,11 +6,13 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use clap::Parser;
+use clap::{CommandFactory as _, Parser};
+use clap_complete::Shell;
 use sd_notify::NotifyState;
 use spp::audit::{self, AuditLog, Entry, Outcome};
 use spp::clock::Clock;
 use spp::config::{DaemonConfig, LogConfig, LogFormat};
+use spp::description;
 use spp::hsm::{Hsm, PinKeeper, PinSource, keeper, worker};
 use spp::keypool::KeyPool;
 use spp::provisioning::{Issuer, Product, Provisioner, keep_tidy};
@@ -24,16 +26,23 @@ use tokio::sync::watch;
 /// The secure processing point: gives every device on the line its identity and its keys.
 #[derive(Parser)]
 #[command(
+    name = "sppd",
     version,
     after_help = "A configuration that is not usable ends it with status 78 (EX_CONFIG) before a socket is opened, anything else with 1."
 )]
 struct Cli {
     /// The configuration file, sppd.toml.
-    #[arg(long, value_name = "FILE")]
-    config: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["completions", "man"])]
+    config: Option<PathBuf>,
     /// Look at everything, the HSM and its keys included, tell what was found, and end.
     #[arg(long)]
     check: bool,
+    /// Print the completions for a shell, and end.
+    #[arg(long, value_name = "SHELL", exclusive = true)]
+    completions: Option<Shell>,
+    /// Write the man page into a directory, and end.
+    #[arg(long, value_name = "DIR", exclusive = true)]
+    man: Option<PathBuf>,
 }
 
 /// How long `--check` waits for the HSM.
@@ -48,7 +57,14 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let undumpable = spp::process::forbid_core_dumps();
     let locked = spp::process::lock_memory();
-    let mut config = match DaemonConfig::load(&cli.config) {
+    if let Some(shell) = cli.completions {
+        return ended(description::completions(shell, Cli::command()).map_err(|e| e.to_string()));
+    }
+    if let Some(dir) = cli.man {
+        return ended(description::man(&dir, Cli::command()).map_err(|e| e.to_string()));
+    }
+    let Some(path) = cli.config else { return ended(Err("give --config".to_owned())) };
+    let mut config = match DaemonConfig::load(&path) {
         Ok(config) => config,
         Err(faults) => {
             eprint!("sppd: the configuration is not usable:\n{faults}");

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
 use tonic::transport::Uri;
 
 use super::LineError;
@@ -17,6 +17,7 @@ use super::recover::{Place, Public, recover};
 use super::report::ReportFile;
 use super::retry::Patience;
 use super::show::{Show, show};
+use crate::description::Describe;
 use crate::device::Fab;
 use crate::names::{ChipId, ProfileName};
 use crate::package::TransportCurve;
@@ -63,6 +64,8 @@ enum Command {
     Show(ShowArguments),
     /// List the simulated devices and their state
     Devices(DevicesArguments),
+    #[command(flatten)]
+    Describe(Describe),
 }
 
 #[derive(Args)]
@@ -248,6 +251,10 @@ async fn dispatch(command: Command) -> Result<ExitCode, LineError> {
             show(&Show { chip: &chip, public: public.public(None)?, certificate_out, json }).await?
         }
         Command::Devices(DevicesArguments { devices }) => devices::table(&devices)?,
+        Command::Describe(what) => {
+            what.run(Arguments::command()).map_err(LineError::Usage)?;
+            return Ok(ExitCode::SUCCESS);
+        }
     };
     say(&text);
     Ok(ExitCode::SUCCESS)
@@ -313,7 +320,6 @@ fn failed(error: &LineError) -> ExitCode {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory as _;
 
     const SERVER: [&str; 6] = ["--server", "https://h:1", "--tls", "t", "--devices", "d"];
 

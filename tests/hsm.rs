@@ -374,6 +374,29 @@ async fn a_module_that_sometimes_answers_wrongly_never_gives_a_wrong_key_or_an_u
     }
 }
 
+/// What the supervisor looks at works, and what the line needs does not.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_module_whose_one_verb_does_nothing_but_fail_is_replaced() {
+    let site = Site::new();
+    site.use_faulty_module();
+    let mut config = site.hsm_config();
+    config.call_timeout = Duration::from_secs(2);
+    let hsm = serving(config).await;
+    site.fail("C_GenerateKeyPair times=1 lasts=1 return CKR_DEVICE_MEMORY");
+    let until = Instant::now() + Duration::from_secs(20);
+    while hsm.status().members[0].worker_starts < 2 {
+        assert!(Instant::now() < until, "it only fails: {:?}", hsm.status());
+        let calls = (0..6).map(|number| {
+            let hsm = hsm.clone();
+            tokio::spawn(async move { pair(&hsm, KeyKind::P256, number).await.map(drop) })
+        });
+        for call in calls.collect::<Vec<_>>() {
+            let _ = call.await.unwrap();
+        }
+    }
+    pair(&hsm, KeyKind::P256, 1).await.unwrap();
+}
+
 /// It says that it may be tried again, and never gets well: only another process helps.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_module_that_does_nothing_but_fail_is_replaced() {

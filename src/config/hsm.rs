@@ -108,10 +108,9 @@ impl HsmShapes {
         pin_refused: impl Fn(Option<&str>) -> PathBuf,
         faults: &mut Faults,
     ) -> (Option<KeyRegister>, Option<Hsms>) {
-        let several = self.0.len() > 1;
         let (mut members, mut call, mut keys) = (Vec::new(), None, None);
-        for placed in self.placed(place, faults) {
-            let refused = pin_refused(several.then_some(placed.name));
+        for (number, placed) in self.placed(place, faults).into_iter().enumerate() {
+            let refused = pin_refused((number > 0).then_some(placed.name));
             let call = match call {
                 None => *call.insert(placed.call(faults)),
                 Some(call) => placed.same_call(call, faults),
@@ -233,9 +232,10 @@ pub fn pin_refusals(path: &Path) -> Result<Vec<(String, PathBuf)>, Faults> {
     let refusals = read_shape(path, &place, &mut faults).map(|shape| {
         let store = store::check(&shape.store, &place, base_of(path), &mut faults);
         let all = shape.hsm.placed(&place, &mut faults);
-        let several = all.len() > 1;
-        let one = |placed: &Placed<'_>| (placed.name.to_owned(), store.pin_refused(several.then_some(placed.name)));
-        all.iter().map(one).collect()
+        let one = |(number, placed): (usize, &Placed<'_>)| {
+            (placed.name.to_owned(), store.pin_refused((number > 0).then_some(placed.name)))
+        };
+        all.iter().enumerate().map(one).collect()
     });
     faults.ok_or_all(refusals)
 }

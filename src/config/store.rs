@@ -49,7 +49,7 @@ const fn default_cache() -> ByteSize {
 }
 
 impl StoreConfig {
-    /// Where it is remembered that the HSM refused the PIN, by its name if there are several: in a directory that the daemon writes anyway.
+    /// Where it is remembered that the HSM refused the PIN, by its name if it is not the first one: in a directory that the daemon writes anyway.
     pub fn pin_refused(&self, hsm: Option<&str>) -> PathBuf {
         self.state.join(hsm.map_or_else(|| "pin-refused.json".to_owned(), |name| format!("pin-refused-{name}.json")))
     }

@@ -11,6 +11,11 @@ use super::objects::public_key;
 use super::wire::{Answer, Keep, Kept, Lane, Operation};
 use crate::keys::{BatchName, KeptKey, KeyKind, PublicKey, TokenPair, WrappedKey};
 
+/// How long what takes no processor may take, behind a pair that is being made perhaps: one HSM that hangs must not stop everything.
+const SHORT: Duration = Duration::from_secs(60);
+/// How long the moving of some pairs may take.
+const MOVE: Duration = Duration::from_secs(5 * 60);
+
 /// How often what failed is tried again before it is said.
 const ATTEMPTS: u32 = 5;
 
@@ -49,7 +54,9 @@ impl Hsm {
         let operation = || Operation::MakePairs { kind, keep: order.clone(), at_most, within_ms };
         // What a lost call had put on the token stays there; the caller must know of it, to have it destroyed.
         let attempts = if matches!(order, Keep::OnToken(_)) { 1 } else { ATTEMPTS };
-        let Answer::Made(made) = self.attempt(attempts, operation).await? else { return Err(unexpected()) };
+        let Answer::Made(made) = self.attempt(attempts, BACKGROUND_LIMIT, operation).await? else {
+            return Err(unexpected());
+        };
         let pair = |pair: super::wire::MadePair| {
             let kept = match (pair.kept, &order) {
                 (Kept::Blob(blob), Keep::Wrapped(key)) => {
@@ -72,7 +79,7 @@ impl Hsm {
     ) -> Result<Vec<Vec<u8>>, HsmError> {
         let count = blobs.len();
         let operation = || Operation::Move { from: from.key(), to: to.key(), blobs: blobs.clone() };
-        match self.in_background(operation).await? {
+        match self.attempt(ATTEMPTS, MOVE, operation).await? {
             Answer::Moved(moved) if moved.len() == count => Ok(moved),
             _ => Err(unexpected()),
         }
@@ -87,7 +94,7 @@ impl Hsm {
         }
     }
 
-    /// Destroys a batch's key (C_DestroyObject); when this returns it was looked for and not found, by its keeper, or by every HSM
+    /// Destroys a batch's key (C_DestroyObject); when this returns it was looked for and not found, by its keepers, or by every HSM
     /// if none is on record.
     pub async fn destroy_batch_key(&self, batch: BatchName) -> Result<(), HsmError> {
         self.destroyed(Some(batch), || Operation::DestroyBatchKey { key: batch.key() }).await
@@ -113,8 +120,8 @@ impl Hsm {
     }
 
     async fn destroyed(&self, batch: Option<BatchName>, operation: impl Fn() -> Operation) -> Result<(), HsmError> {
-        let keeper = batch.filter(|_| self.only.is_none()).and_then(|batch| self.keeper(batch));
-        for member in self.each().filter(|member| keeper.is_none_or(|keeper| keeper == *member)) {
+        let keepers = batch.filter(|_| self.only.is_none()).map(|batch| self.keepers(batch)).unwrap_or_default();
+        for member in self.each().filter(|member| keepers.is_empty() || keepers.contains(member)) {
             match self.at(member).in_background(&operation).await? {
                 Answer::Destroyed => {}
                 _ => return Err(unexpected()),
@@ -124,12 +131,17 @@ impl Hsm {
     }
 
     async fn in_background(&self, operation: impl Fn() -> Operation) -> Result<Answer, HsmError> {
-        self.attempt(ATTEMPTS, operation).await
+        self.attempt(ATTEMPTS, SHORT, operation).await
     }
 
-    async fn attempt(&self, attempts: u32, operation: impl Fn() -> Operation) -> Result<Answer, HsmError> {
+    async fn attempt(
+        &self,
+        attempts: u32,
+        limit: Duration,
+        operation: impl Fn() -> Operation,
+    ) -> Result<Answer, HsmError> {
         let operations = || vec![operation()];
-        let terms = Terms { lane: Lane::Background, limit: BACKGROUND_LIMIT, attempts, at: At::Any, impatient: false };
+        let terms = Terms { lane: Lane::Background, limit, attempts, at: At::Any, impatient: false };
         self.call_on(terms, operations, |mut answers, _| answers.next()).await
     }
 }

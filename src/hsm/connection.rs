@@ -233,6 +233,12 @@ impl Connection {
         failures.last = Some(Instant::now());
     }
 
+    /// Its keys work: whatever failed before, it may be asked again. That calls failed in a row is not forgotten, since other verbs
+    /// may still do nothing else.
+    pub(crate) fn note_checked(&self) {
+        self.failures.lock().unwrap_or_else(PoisonError::into_inner).last = None;
+    }
+
     /// Whether the last call failed and nobody has asked again: where there are others, nobody does.
     pub(crate) fn is_doubtful(&self) -> bool {
         let failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);

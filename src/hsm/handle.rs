@@ -1,5 +1,6 @@
 //! The async handle: few verbs, each with a deadline, behind a queue with an end.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -126,13 +127,23 @@ impl Hsm {
     }
 
     /// Who keeps a batch, as far as that is on record.
-    pub fn keeper(&self, batch: BatchName) -> Option<HsmMember> {
-        self.members.keeper(batch)
+    pub fn keepers(&self, batch: BatchName) -> BTreeSet<HsmMember> {
+        self.members.keepers(batch)
     }
 
-    /// Puts it on record who keeps a batch; nobody any more, if none.
-    pub fn set_keeper(&self, batch: BatchName, keeper: Option<HsmMember>) {
-        self.members.set_keeper(batch, keeper);
+    /// Puts it on record that this HSM keeps a batch.
+    pub fn add_keeper(&self, batch: BatchName, keeper: HsmMember) {
+        self.members.add_keeper(batch, keeper);
+    }
+
+    /// Puts it on record that this HSM keeps a batch, if nobody else does. Whether it does now.
+    pub fn adopt(&self, batch: BatchName, keeper: HsmMember) -> bool {
+        self.members.adopt(batch, keeper)
+    }
+
+    /// The batch is over.
+    pub fn forget_keepers(&self, batch: BatchName) {
+        self.members.forget_keepers(batch);
     }
 
     /// Waits until calls are served, or says why they are not.
@@ -334,7 +345,7 @@ impl Hsm {
             let Chosen { member, connection, others } = chosen;
             // One that hangs must not have all the time where another one could answer.
             let left = until.saturating_duration_since(Instant::now());
-            let share = if others && lane == Lane::Line { left / 2 } else { left };
+            let share = if others && !impatient && lane == Lane::Line { left / 2 } else { left };
             let begun = Instant::now();
             let answer = tokio::time::timeout(share, connection.call(lane, operations(), begun + share)).await;
             let failed = match answer {

@@ -102,8 +102,8 @@ pub(super) struct Members {
     pub(super) places: usize,
     /// Within which every call of the line is answered.
     pub(super) call_timeout: Duration,
-    /// Which HSM has a batch's key, or its pairs, as far as that is on record.
-    keepers: Mutex<HashMap<BatchName, HsmMember>>,
+    /// Which HSM has a batch's key, or its pairs, as far as that is on record. More than one, where a token was copied too late.
+    keepers: Mutex<HashMap<BatchName, BTreeSet<HsmMember>>>,
     /// Who of those is asked that have equally much to do.
     lots: RandomState,
     turn: AtomicU64,
@@ -121,10 +121,7 @@ pub(super) enum At {
 impl At {
     /// Where a pair is kept.
     pub(super) fn keeper_of(kept: &KeptKey) -> Self {
-        Self::Keeper(match kept {
-            KeptKey::Wrapped(wrapped) => BatchName::of_key(&wrapped.wrapping_key),
-            KeptKey::OnToken(pair) => BatchName::of_pairs(&pair.label),
-        })
+        Self::Keeper(kept.batch())
     }
 }
 
@@ -186,31 +183,42 @@ impl Members {
         self.name(member).map_or_else(|| what.to_owned(), |name| format!("HSM {name}: {what}"))
     }
 
-    fn keepers(&self) -> MutexGuard<'_, HashMap<BatchName, HsmMember>> {
+    fn records(&self) -> MutexGuard<'_, HashMap<BatchName, BTreeSet<HsmMember>>> {
         self.keepers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Who keeps a batch, as far as it is on record.
-    pub(super) fn keeper(&self, batch: BatchName) -> Option<HsmMember> {
-        self.keepers().get(&batch).copied()
+    pub(super) fn keepers(&self, batch: BatchName) -> BTreeSet<HsmMember> {
+        self.records().get(&batch).cloned().unwrap_or_default()
     }
 
-    pub(super) fn set_keeper(&self, batch: BatchName, keeper: Option<HsmMember>) {
-        let mut keepers = self.keepers();
-        match keeper {
-            Some(keeper) => keepers.insert(batch, keeper),
-            None => keepers.remove(&batch),
-        };
+    pub(super) fn add_keeper(&self, batch: BatchName, keeper: HsmMember) {
+        self.records().entry(batch).or_default().insert(keeper);
+    }
+
+    pub(super) fn adopt(&self, batch: BatchName, keeper: HsmMember) -> bool {
+        let mut records = self.records();
+        let keepers = records.entry(batch).or_default();
+        if keepers.is_empty() {
+            keepers.insert(keeper);
+        }
+        keepers.contains(&keeper)
+    }
+
+    pub(super) fn forget_keepers(&self, batch: BatchName) {
+        self.records().remove(&batch);
     }
 
     /// Whom a call may ask. Of a batch whose keeper is not on record: all, one after the other.
     pub(super) fn may_be_asked(&self, at: At, only: Option<HsmMember>) -> Asked {
-        let keeper = match at {
-            At::Keeper(Some(batch)) => self.keeper(batch),
-            At::Keeper(None) | At::Any => None,
+        let keepers = match at {
+            At::Keeper(Some(batch)) => self.keepers(batch),
+            At::Keeper(None) | At::Any => BTreeSet::new(),
         };
-        let one = only.or(keeper);
-        Asked { allowed: self.each().filter(|member| one.is_none_or(|one| one == *member)).collect(), last: None }
+        let may = |member: &HsmMember| match only {
+            Some(only) => only == *member,
+            None => keepers.is_empty() || keepers.contains(member),
+        };
+        Asked { allowed: self.each().filter(may).collect(), last: None }
     }
 
     /// Those that are ready: who has not just failed, and has least to do, first.
@@ -250,11 +258,12 @@ impl Members {
                 {
                     return Ok(Chosen { member, connection: Arc::clone(connection), others });
                 }
-                let away = self.why_away(&states, &asked.allowed)?;
+                let away = self.why_away(&states, &asked.allowed);
                 if impatient && !ready.is_empty() {
-                    return Err(HsmError::Unavailable { why: away.0, retry_after: away.1 });
+                    let why = away.map_or_else(|error| error.to_string(), |(why, _)| why);
+                    return Err(HsmError::Unavailable { why, retry_after: Duration::from_millis(100) });
                 }
-                away
+                away?
             };
             match tokio::time::timeout_at(until.into(), states.changed()).await {
                 Ok(Ok(())) => {}

@@ -42,6 +42,8 @@ pub struct MemberStatus {
     pub worker_starts: u64,
     /// Calls of the line that are with its worker.
     pub calls_in_flight: u64,
+    /// Calls that nobody waits for and are with its worker.
+    pub background_calls_in_flight: u64,
     /// Calls answered.
     pub calls_answered: u64,
     /// What was asked of its workers, and what came of it.
@@ -81,6 +83,7 @@ impl Hsm {
                 status.token_label.clone_from(&connection.token.label);
                 status.token_serial.clone_from(&connection.token.serial);
                 status.calls_in_flight = connection.pending.count(Lane::Line) as u64;
+                status.background_calls_in_flight = connection.pending.count(Lane::Background) as u64;
             }
             State::Away { why, .. } | State::Stopped { why } => status.trouble.clone_from(why),
         }

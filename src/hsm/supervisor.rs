@@ -206,7 +206,7 @@ async fn one_life(config: &HsmConfig, seat: &Seat, counters: &Arc<Counters>, wai
                 connection.pending.close();
                 return Ended::from(error);
             }
-            connection.note(None);
+            connection.note_checked();
             (looked_at, answered) = (Instant::now(), counters.answered.load(Ordering::Relaxed));
         }
         if connection.pending.has_one_that_hangs(config.module.hang_after) {

@@ -24,7 +24,7 @@ impl KeyPool {
         except: Option<u64>,
         on: HsmMember,
     ) -> Result<Batch, PoolError> {
-        let _alone = self.planning.lock().await;
+        let _alone = self.bench(on)?.planning.lock().await;
         let closing = self.closing().clone();
         let keepers = self.keepers().await?;
         let fits = |batch: &Batch| {
@@ -38,20 +38,22 @@ impl KeyPool {
         };
         // The newest: pairs are offered in the order of the batches.
         match self.store.batches().await?.into_iter().rev().find(fits) {
-            Some(batch) => {
-                self.hsm.set_keeper(keepers.name(batch.number), Some(on));
-                Ok(batch)
-            }
-            None => self.begin_batch(purpose, keeping, on).await,
+            Some(batch) if self.hsm.adopt(keepers.name(batch.number), on) => Ok(batch),
+            _ => self.begin_batch(purpose, keeping, on).await,
         }
     }
 
     async fn begin_batch(&self, purpose: Purpose, keeping: Keeping, on: HsmMember) -> Result<Batch, PoolError> {
         let above = self.notes().highest_on_token;
-        let planned = self.store.plan_batch(purpose, keeping, self.clock.now(), above).await?;
+        let store = self.store.origin().await?.0;
         // A crash or a failure from here on leaves the plan, and a key of that name or none: see `forget_plans`.
-        let name = self.name(planned.number).await?;
-        self.hsm.set_keeper(name, Some(on));
+        let planned = {
+            let _unseen = self.plans.lock().await;
+            let planned = self.store.plan_batch(purpose, keeping, self.clock.now(), above).await?;
+            self.hsm.add_keeper(BatchName { store, number: planned.number }, on);
+            planned
+        };
+        let name = BatchName { store, number: planned.number };
         if keeping == Keeping::Wrapped {
             self.hsm.at(on).create_batch_key(name).await?;
         }
@@ -61,32 +63,35 @@ impl KeyPool {
     }
 
     /// Plans that came to nothing: nothing was ever wrapped under a key whose batch was not open.
-    pub(super) async fn forget_plans(&self) -> Result<(), PoolError> {
-        let _alone = self.planning.lock().await;
+    pub(super) async fn forget_plans(&self, member: HsmMember) -> Result<(), PoolError> {
+        let _alone = self.bench(member)?.planning.lock().await;
         let keepers = self.keepers().await?;
-        let given_up = |batch: &Batch| batch.state == BatchState::Planned && keepers.are_at_hand(batch.number);
-        for batch in self.store.batches().await?.into_iter().filter(given_up) {
-            let name = keepers.name(batch.number);
+        let given_up: Vec<_> = {
+            let _unseen = self.plans.lock().await;
+            let batches = self.store.batches().await?.into_iter();
+            let planned = batches.filter(|batch| batch.state == BatchState::Planned).map(|batch| batch.number);
+            planned.filter(|number| keepers.looks_after(member, *number) && keepers.are_at_hand(*number)).collect()
+        };
+        for number in given_up {
+            let name = keepers.name(number);
             self.hsm.destroy_batch_key(name).await?;
-            self.store.forget_batch(batch.number).await?;
-            self.hsm.set_keeper(name, None);
+            self.store.forget_batch(number).await?;
+            self.hsm.forget_keepers(name);
         }
         Ok(())
     }
 
-    /// New sessions find a batch for their pairs, on each HSM that is there.
-    pub(super) async fn keep_batches_for_sessions(&self) -> Result<(), PoolError> {
-        for member in self.in_service() {
-            let current = self.for_sessions.borrow().get(&member).map(|current| current.number);
-            let takes = |batch: &Batch| {
-                current == Some(batch.number) && batch.state == BatchState::Open && batch.quarantined.is_none()
-            };
-            if !self.store.batches().await?.iter().any(takes) {
-                // Nobody may end the batch between its being found and its being known as the one for sessions.
-                let _alone = self.shredding.lock().await;
-                let batch = self.open_batch(Purpose::Sessions, member).await?;
-                self.use_for_sessions(&batch, member).await?;
-            }
+    /// New sessions find a batch for their pairs, on each HSM.
+    pub(super) async fn keep_a_batch_for_sessions(&self, member: HsmMember) -> Result<(), PoolError> {
+        let current = self.for_sessions.borrow().get(&member).map(|current| current.number);
+        let takes = |batch: &Batch| {
+            current == Some(batch.number) && batch.state == BatchState::Open && batch.quarantined.is_none()
+        };
+        if !self.store.batches().await?.iter().any(takes) {
+            // Nobody may end the batch between its being found and its being known as the one for sessions.
+            let _alone = self.bench(member)?.shredding.lock().await;
+            let batch = self.open_batch(Purpose::Sessions, member).await?;
+            self.use_for_sessions(&batch, member).await?;
         }
         Ok(())
     }

@@ -26,7 +26,7 @@ pub(super) struct Shelf {
     content: Arc<Mutex<Content>>,
     /// One caller fetches more at a time.
     fetching: tokio::sync::Mutex<()>,
-    /// Pairs that were being moved are so no more.
+    /// Told when pairs that were being moved are so no more. All shelves of a kind have the same.
     moved: Arc<Notify>,
 }
 
@@ -151,8 +151,8 @@ impl Drop for BeingMoved {
 }
 
 impl Shelf {
-    pub(super) fn new(kind: KeyKind, keeper: HsmMember) -> Self {
-        Self { kind, keeper, content: Arc::default(), fetching: tokio::sync::Mutex::default(), moved: Arc::default() }
+    pub(super) fn new(kind: KeyKind, keeper: HsmMember, moved: Arc<Notify>) -> Self {
+        Self { kind, keeper, moved, content: Arc::default(), fetching: tokio::sync::Mutex::default() }
     }
 
     /// Takes those of the pairs that are in nobody's hand, until they are moved: their places are others then.
@@ -194,29 +194,25 @@ impl KeyPool {
         self.begun().await?;
         let until = Instant::now() + self.hsm.call_timeout();
         let (user, taken) = loop {
-            let members = self.in_service();
-            let shelves: Vec<_> = members.iter().filter_map(|member| Some(&pool.shares.get(member)?.shelf)).collect();
-            let are_being_moved = || shelves.iter().find(|shelf| shelf.is_being_moved()).copied();
-            let moved: Vec<_> = shelves.iter().map(|shelf| shelf.moved.notified()).collect();
+            // More came, or what was being moved is there again.
+            let more = pool.more.notified();
+            let shelves: Vec<_> = self.in_service().iter().filter_map(|member| pool.shares.get(member)).collect();
+            let are_being_moved = || shelves.iter().any(|share| share.shelf.is_being_moved());
             let user = self.hold();
             let before = are_being_moved();
             let mut taken = None;
-            for shelf in &shelves {
-                taken = self.take(shelf).await?.map(|taken| (*shelf, taken));
+            for share in &shelves {
+                taken = self.take(&share.shelf).await?.map(|taken| (&share.shelf, taken));
                 if taken.is_some() {
                     break;
                 }
             }
-            let Some(waits_for) = before.or_else(are_being_moved).filter(|_| taken.is_none()) else {
+            if taken.is_some() || !(before || are_being_moved()) || Instant::now() >= until {
                 break (user, taken);
-            };
+            }
             // They are there, but in the hand of the shredder for the moment of one call.
             drop(user);
-            let moved = moved.into_iter().zip(&shelves).find(|(_, shelf)| std::ptr::eq(**shelf, waits_for));
-            let Some((moved, _)) = moved else { continue };
-            if tokio::time::timeout_at(until.into(), moved).await.is_err() {
-                break (self.hold(), None);
-            }
+            let _ = tokio::time::timeout_at(until.into(), more).await;
         };
         pool.wake();
         let Some((shelf, (id, pair))) = taken else { return Err(self.empty(kind)) };
@@ -360,7 +356,7 @@ impl KeyPool {
         if let Err(error) = self.hsm.ready(Duration::ZERO).await {
             return error.into();
         }
-        let why = self.notes().trouble.clone();
+        let why = self.trouble();
         let why = why.unwrap_or_else(|| "the batches of key pairs are still being looked at".to_owned());
         PoolError::Hsm(HsmError::Unavailable { why, retry_after: Duration::from_secs(1) })
     }

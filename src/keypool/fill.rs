@@ -68,6 +68,7 @@ impl Pool {
     /// Pairs have come: those who were turned away may come again.
     fn more_came(&self) {
         self.turned_away.store(0, Ordering::Relaxed);
+        self.more.notify_waiters();
     }
 
     /// How many pairs an HSM lacks, if it is to be filled now. `ready` are those of each HSM in service: each has its share of the

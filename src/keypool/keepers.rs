@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::{KeyPool, PoolError};
 use crate::hsm::{Hsm, HsmMember};
-use crate::keys::{BatchName, StoreId};
+use crate::keys::{BatchName, KeptKey, StoreId};
 use crate::store::{Batch, Keeping};
 
 /// Who keeps what at this moment.
@@ -23,15 +23,26 @@ impl Keepers<'_> {
         BatchName { store: self.store, number }
     }
 
+    /// Who keeps the batch: one HSM, if no token was copied too late.
     pub(super) fn of(&self, number: u64) -> Option<HsmMember> {
-        self.hsm.keeper(self.name(number)).or(self.only)
+        self.hsm.keepers(self.name(number)).first().copied().or(self.only)
     }
 
     /// Whether whoever keeps the batch can be asked for it. Whoever waits for the only HSM says so itself.
     pub(super) fn are_at_hand(&self, number: u64) -> bool {
+        let keepers = self.hsm.keepers(self.name(number));
+        match self.only {
+            Some(_) => true,
+            None if keepers.is_empty() => self.complete,
+            None => keepers.is_subset(&self.at_hand),
+        }
+    }
+
+    /// Who looks after the batch: its keeper, or for one that is on no token whoever can.
+    pub(super) fn looks_after(&self, member: HsmMember, number: u64) -> bool {
         match self.of(number) {
-            Some(keeper) => self.only.is_some() || self.at_hand.contains(&keeper),
-            None => self.complete,
+            Some(keeper) => keeper == member,
+            None => self.complete && self.at_hand.first() == Some(&member),
         }
     }
 
@@ -48,6 +59,12 @@ impl KeyPool {
         let complete = self.hsm.each().all(|member| self.notes().compared.contains(&member));
         let at_hand = self.hsm.at_hand().into_iter().collect();
         Ok(Keepers { hsm: &self.hsm, store, at_hand, only: self.only_hsm(), complete })
+    }
+
+    /// Whether a pair can be opened only by one of several HSMs that is away.
+    pub async fn is_away(&self, kept: &KeptKey) -> Result<bool, PoolError> {
+        let keepers = self.keepers().await?;
+        Ok(kept.batch().is_some_and(|batch| !keepers.are_at_hand(batch.number)))
     }
 
     fn only_hsm(&self) -> Option<HsmMember> {

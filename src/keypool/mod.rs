@@ -39,7 +39,7 @@ pub use shred::{ShredOrder, Shredded};
 pub use status::{KindStatus, PoolStatus};
 
 use crate::clock::Clock;
-use crate::hsm::{Hsm, HsmMember};
+use crate::hsm::{Hsm, HsmError, HsmMember};
 use crate::keys::{BatchName, KeyKind};
 use crate::store::{Journal, Keeping, Registry, SecretStore};
 use claim::Shelf;
@@ -105,11 +105,26 @@ pub struct KeyPool {
     reconciled: watch::Sender<bool>,
     /// Batches that take nothing more, since they are being emptied.
     closing: Mutex<BTreeSet<u64>>,
+    /// Between a plan and its keeper's being on record nobody looks for plans that came to nothing.
+    plans: tokio::sync::Mutex<()>,
+    /// What is done with one HSM at a time. One that hangs stops nothing of the others.
+    benches: BTreeMap<HsmMember, Bench>,
+    /// Whoever waits for the users of batches does so alone.
+    letting_finish: tokio::sync::Mutex<()>,
+    /// What the tokens say is judged one after the other.
+    comparing: tokio::sync::Mutex<()>,
+    notes: Mutex<Notes>,
+}
+
+/// One HSM's batches, as they are worked on.
+#[derive(Default)]
+struct Bench {
     /// One batch is planned at a time.
     planning: tokio::sync::Mutex<()>,
     /// One batch is shredded at a time.
     shredding: tokio::sync::Mutex<()>,
-    notes: Mutex<Notes>,
+    /// What could not be done at the last look.
+    trouble: Mutex<Option<String>>,
     wake: Notify,
 }
 
@@ -117,6 +132,8 @@ pub struct KeyPool {
 struct Pool {
     marks: Marks,
     shares: BTreeMap<HsmMember, Share>,
+    /// Told when pairs have come.
+    more: Arc<Notify>,
     /// Callers who found nothing since the last pair came.
     turned_away: AtomicU32,
     filling: Mutex<Filling>,
@@ -134,8 +151,6 @@ struct Share {
 struct Notes {
     /// Why the store counts as an old copy.
     rolled_back: Option<String>,
-    /// What could not be done at the last look.
-    trouble: Option<String>,
     /// The highest number of a batch that a token knows.
     highest_on_token: u64,
     /// The HSMs whose token has been compared with the store.
@@ -153,17 +168,21 @@ impl KeyPool {
         clock: Clock,
     ) -> Arc<Self> {
         let pool = |(kind, marks): (&KeyKind, &Marks)| {
+            let more = Arc::new(Notify::new());
             let share = |member| {
-                let (shelf, filling, wake) = (Shelf::new(*kind, member), Mutex::default(), Notify::new());
+                let shelf = Shelf::new(*kind, member, Arc::clone(&more));
+                let (filling, wake) = (Mutex::default(), Notify::new());
                 (member, Share { shelf, filling, wake })
             };
             let shares = hsm.each().map(share).collect();
-            (*kind, Pool { marks: *marks, shares, turned_away: AtomicU32::new(0), filling: Mutex::default() })
+            let (turned_away, filling) = (AtomicU32::new(0), Mutex::default());
+            (*kind, Pool { marks: *marks, shares, more, turned_away, filling })
         };
         let pools = rules.pools.iter().map(pool).collect();
         // Two for each thread, so that one has work while another's pairs are being stored.
         let places = |member| (member, Arc::new(Semaphore::new(2 * hsm.background_threads(member))));
         let making = hsm.each().map(places).collect();
+        let benches = hsm.each().map(|member| (member, Bench::default())).collect();
         Arc::new(Self {
             hsm,
             store,
@@ -177,10 +196,11 @@ impl KeyPool {
             for_sessions: watch::channel(BTreeMap::new()).0,
             reconciled: watch::channel(false).0,
             closing: Mutex::default(),
-            planning: tokio::sync::Mutex::default(),
-            shredding: tokio::sync::Mutex::default(),
+            plans: tokio::sync::Mutex::default(),
+            benches,
+            letting_finish: tokio::sync::Mutex::default(),
+            comparing: tokio::sync::Mutex::default(),
             notes: Mutex::default(),
-            wake: Notify::new(),
         })
     }
 
@@ -193,26 +213,28 @@ impl KeyPool {
                 tasks.spawn(Arc::clone(&self).keep_filled(kind, member));
             }
         }
-        tasks.spawn(self.look_after());
+        for member in self.hsm.each() {
+            tasks.spawn(Arc::clone(&self).look_after(member));
+        }
         while tasks.join_next().await.is_some() {}
     }
 
-    async fn look_after(self: Arc<Self>) {
+    /// Looks after what one HSM keeps.
+    async fn look_after(self: Arc<Self>, member: HsmMember) {
+        let Some(bench) = self.benches.get(&member) else { return };
         let mut hsm = self.hsm.clone();
         loop {
-            let looked = self.look().await;
+            let looked = self.look(member).await;
             let trouble = looked.err().map(|error| error.to_string());
             let news = {
-                let mut notes = self.notes();
-                let news = notes.trouble != trouble;
-                notes.trouble.clone_from(&trouble);
-                news
+                let mut told = bench.trouble.lock().unwrap_or_else(PoisonError::into_inner);
+                std::mem::replace(&mut *told, trouble.clone()) != trouble
             };
             if let Some(trouble) = trouble.filter(|_| news) {
                 tracing::warn!(%trouble, "the batches of key pairs could not be looked after; it is tried again");
             }
             tokio::select! {
-                () = self.wake.notified() => {}
+                () = bench.wake.notified() => {}
                 () = hsm.changed() => {}
                 () = tokio::time::sleep(LOOK) => {}
             }
@@ -220,16 +242,35 @@ impl KeyPool {
     }
 
     /// Everything that may be due; what fails does not keep the rest from being done.
-    async fn look(&self) -> Result<(), PoolError> {
-        let compared = self.reconcile().await;
-        if !*self.reconciled.borrow() {
-            return compared;
+    async fn look(&self, member: HsmMember) -> Result<(), PoolError> {
+        self.reconcile(member).await?;
+        if !self.in_service().contains(&member) {
+            return Ok(());
         }
-        let planned = self.forget_plans().await;
-        let sessions = self.keep_batches_for_sessions().await;
-        let condemned = self.destroy_condemned().await;
-        let due = self.shred_what_is_due().await;
-        compared.and(planned).and(sessions).and(condemned).and(due)
+        let planned = self.forget_plans(member).await;
+        let sessions = self.keep_a_batch_for_sessions(member).await;
+        let condemned = self.destroy_condemned(member).await;
+        let due = self.shred_what_is_due(member).await;
+        planned.and(sessions).and(condemned).and(due)
+    }
+
+    /// What could not be done at the last look.
+    fn trouble(&self) -> Option<String> {
+        let told = |bench: &Bench| bench.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let all: BTreeSet<_> = self.benches.values().filter_map(told).collect();
+        (!all.is_empty()).then(|| all.into_iter().collect::<Vec<_>>().join("; "))
+    }
+
+    /// The bench of one of the handle's HSMs.
+    fn bench(&self, member: HsmMember) -> Result<&Bench, PoolError> {
+        let none = || HsmError::Refused("an HSM that is none of this pool".to_owned());
+        self.benches.get(&member).ok_or_else(|| none().into())
+    }
+
+    /// Waits until everybody has finished who is in the middle of something with a batch.
+    async fn let_users_finish(&self) {
+        let _alone = self.letting_finish.lock().await;
+        self.users.let_finish().await;
     }
 
     /// The kinds that have a pool.
@@ -239,7 +280,7 @@ impl KeyPool {
 
     /// A pair was erased: something may be due.
     pub fn erased(&self) {
-        self.wake.notify_one();
+        self.benches.values().for_each(|bench| bench.wake.notify_one());
     }
 
     /// Whoever reads a pair from the store and opens it in the HSM holds this in between, so that its batch's key is not

@@ -15,87 +15,126 @@ const ALL: usize = 1_000_000;
 const PATIENCE: Duration = Duration::from_secs(5);
 
 impl KeyPool {
-    /// Compares the tokens that are there and were not before. Waits a moment while there is none at all.
-    pub(super) async fn reconcile(&self) -> Result<(), PoolError> {
-        if !*self.reconciled.borrow() {
-            self.hsm.ready(PATIENCE).await?;
+    /// Compares an HSM's token with the store, if that was not done before. Waits a moment for one that is not there.
+    pub(super) async fn reconcile(&self, member: HsmMember) -> Result<(), PoolError> {
+        if self.notes().compared.contains(&member) {
+            return Ok(());
         }
-        let mut failed = None;
-        for member in self.hsm.at_hand() {
-            if !self.notes().compared.contains(&member)
-                && let Err(error) = self.compare(member).await
-            {
-                // One whose token cannot be looked at must not keep the others.
-                failed.get_or_insert(error);
-            }
+        let waited = self.hsm.at(member).ready(PATIENCE).await;
+        match waited {
+            Ok(()) => self.compare(member).await,
+            // One of several that is away is no trouble of the batches'.
+            Err(_) if *self.reconciled.borrow() => Ok(()),
+            Err(error) => Err(error.into()),
         }
-        failed.map_or(Ok(()), Err)
     }
 
     /// Nothing of an HSM is offered, filled or shredded before this is done: nobody works meanwhile on what is compared.
     async fn compare(&self, member: HsmMember) -> Result<(), PoolError> {
         let own = self.hsm.at(member).own_objects().await?;
-        // Read afterwards: what others begin meanwhile is in the store before it is on their token.
-        let (store, highest) = self.store.origin().await?;
+        let (store, _) = self.store.origin().await?;
         let own = of_store(own, store);
         let mut numbers = BTreeSet::new();
         numbers.extend(own.keys.iter().map(|key| key.number));
         numbers.extend(own.pairs.iter().map(|(batch, _)| batch.number));
-        let last = {
+        {
             let mut notes = self.notes();
             notes.highest_on_token = notes.highest_on_token.max(numbers.last().copied().unwrap_or(0));
-            self.hsm.each().all(|other| other == member || notes.compared.contains(&other))
-        };
-        let batches = self.store.batches().await?;
-        // While it is not decided which store counts nothing is destroyed: it may belong to the one that should be here.
-        if let Some(known) = batches.iter().find_map(|batch| batch.quarantined.clone()) {
-            tracing::error!(why = %known, "an officer must decide which state store counts; see sppctl pool status");
-            self.notes().rolled_back.get_or_insert(known);
-        } else if let Some(why) =
-            self.evidence_of_an_old_copy(&numbers, &batches, (store, highest), (member, last)).await?
-        {
-            self.quarantine_all(why).await?;
-        } else {
-            self.tidy_up(member, &own, &batches).await?;
         }
-        for batch in batches.iter().filter(|batch| numbers.contains(&batch.number)) {
-            self.hsm.set_keeper(BatchName { store, number: batch.number }, Some(member));
+        let batches = {
+            let _alone = self.comparing.lock().await;
+            // Read after the token: what others begin meanwhile is in the store before it is on theirs.
+            let (_, highest) = self.store.origin().await?;
+            let batches = self.store.batches().await?;
+            // While it is not decided which store counts nothing is destroyed: it may belong to the one that should be here.
+            if let Some(known) = batches.iter().find_map(|batch| batch.quarantined.clone()) {
+                tracing::error!(why = %known, "an officer must decide which state store counts; see sppctl pool status");
+                self.notes().rolled_back.get_or_insert(known);
+                None
+            } else if let Some(why) = self.evidence_of_an_old_copy(&numbers, (store, highest), member).await? {
+                self.quarantine_all(why).await?;
+                None
+            } else {
+                Some(batches)
+            }
+        };
+        if let Some(batches) = &batches {
+            self.tidy_up(member, &own, batches).await?;
+        }
+        let _alone = self.comparing.lock().await;
+        let all = self.store.batches().await?;
+        for batch in all.iter().filter(|batch| numbers.contains(&batch.number)) {
+            self.hsm.add_keeper(BatchName { store, number: batch.number }, member);
         }
         self.notes().compared.insert(member);
+        // Another one may have been compared meanwhile, and neither was the last.
+        if batches.is_some()
+            && self.is_last(member)
+            && let Some(why) = self.lost_batch(&numbers, store, member).await?
+        {
+            self.quarantine_all(why).await?;
+        }
         self.reconciled.send_replace(true);
         self.pools.values().for_each(Pool::wake);
         Ok(())
+    }
+
+    /// Whether every other token has been looked at.
+    fn is_last(&self, member: HsmMember) -> bool {
+        let notes = self.notes();
+        self.hsm.each().all(|other| other == member || notes.compared.contains(&other))
+    }
+
+    /// A batch whose key is neither on this token nor on one that was looked at before.
+    async fn lost_batch(
+        &self,
+        on_token: &BTreeSet<u64>,
+        store: StoreId,
+        member: HsmMember,
+    ) -> Result<Option<String>, PoolError> {
+        // What is on record of this very HSM is of a life before, when it had the key.
+        let found = |number| {
+            on_token.contains(&number)
+                || self.hsm.keepers(BatchName { store, number }).iter().any(|keeper| *keeper != member)
+        };
+        let lost = |batch: &Batch| {
+            let lives = matches!(batch.state, BatchState::Open | BatchState::Sealed);
+            lives && batch.keeping == Keeping::Wrapped && batch.quarantined.is_none() && !found(batch.number)
+        };
+        let suspect = self.store.batches().await?.into_iter().find(lost);
+        let Some(number) = suspect.map(|batch| batch.number) else { return Ok(None) };
+        // One that is being shredded at this moment is gone from both.
+        let lives = self.store.batches().await?.into_iter().any(|batch| batch.number == number && lost(&batch));
+        Ok(lives.then(|| {
+            format!(
+                "the key of batch {number} is not on the token: it was shredded since, or this is another token or an old copy of it"
+            )
+        }))
     }
 
     /// Why this store must be an old copy, if so. Only the last token that is looked at tells which key is on none.
     async fn evidence_of_an_old_copy(
         &self,
         on_token: &BTreeSet<u64>,
-        batches: &[Batch],
         (store, highest): (StoreId, u64),
-        (member, last): (HsmMember, bool),
+        member: HsmMember,
     ) -> Result<Option<String>, PoolError> {
         let later = self.notes().highest_on_token;
-        let keeper = |number| self.hsm.keeper(BatchName { store, number });
-        let elsewhere = |number: &u64| keeper(*number).is_some_and(|keeper| keeper != member);
         if later > highest {
             return Ok(Some(format!("the token has batch {later} of this store, which knows {highest} batches only")));
         }
-        let lost = |batch: &&Batch| {
-            let lives = matches!(batch.state, BatchState::Open | BatchState::Sealed);
-            let found = on_token.contains(&batch.number) || elsewhere(&batch.number);
-            lives && batch.keeping == Keeping::Wrapped && batch.quarantined.is_none() && !found
+        let elsewhere = |number: &&u64| {
+            self.hsm.keepers(BatchName { store, number: **number }).iter().any(|keeper| *keeper != member)
         };
-        if let Some(batch) = batches.iter().find(lost).filter(|_| last) {
-            let number = batch.number;
-            return Ok(Some(format!(
-                "the key of batch {number} is not on the token: it was shredded since, or this is another token or an old copy of it"
-            )));
-        }
-        if let Some(number) = on_token.iter().find(|number| elsewhere(number)) {
+        if let Some(number) = on_token.iter().find(elsewhere) {
             return Ok(Some(format!(
                 "batch {number} is on two HSMs: one was copied when it had batches already, or began them for an older copy"
             )));
+        }
+        if self.is_last(member)
+            && let Some(why) = self.lost_batch(on_token, store, member).await?
+        {
+            return Ok(Some(why));
         }
         if let Some(session) = self.registry.newest_session().await?
             && !self.journal.knows(&session).await?
@@ -127,7 +166,7 @@ impl KeyPool {
             pool.shares.values().for_each(|share| share.shelf.begin_again());
             pool.wake();
         }
-        self.wake.notify_one();
+        self.erased();
         Ok(())
     }
 

@@ -1,8 +1,11 @@
 //! The end of a batch: what is left is rewrapped under the next batch's key, then the old key is destroyed in the HSM. From
 //! then on no copy of the disk can yield what was erased, not even with the HSM.
 
+use std::time::Duration;
+
+use super::keepers::Keepers;
 use super::{KeyPool, PoolError};
-use crate::hsm::HsmMember;
+use crate::hsm::{HsmError, HsmMember};
 use crate::keys::{BatchName, KeptKey, KeyKind, PublicKey};
 use crate::store::{
     Batch, BatchState, BatchStep, CondemnedPair, HeldPair, Holder, Keeping, MovedPair, PairId, Purpose, StoreError,
@@ -57,9 +60,21 @@ impl KeyPool {
         let batches: Vec<_> = all.into_iter().filter(meant).collect();
         let mut shredded = Shredded::default();
         progress(0, batches.len());
+        let mut failed = None;
         for (n, batch) in batches.iter().enumerate() {
-            self.shred_batch(batch.number, &mut shredded).await?;
+            let keepers = self.keepers().await?;
+            let done = match keepers.are_at_hand(batch.number) {
+                true => self.shred_batch(batch.number, &mut shredded).await,
+                false => Err(self.keeper_away(&keepers, batch.number).await),
+            };
+            // One batch that cannot be shredded must not keep the others.
+            if let Err(error) = done {
+                failed.get_or_insert(error);
+            }
             progress(n + 1, batches.len());
+        }
+        if let Some(error) = failed {
+            return Err(error);
         }
         if order.quarantined && self.store.batches().await?.iter().all(|batch| batch.quarantined.is_none()) {
             // The officer has decided: this is the store that counts.
@@ -68,14 +83,26 @@ impl KeyPool {
         Ok(shredded)
     }
 
+    /// Why a batch must wait for the HSM that keeps it.
+    async fn keeper_away(&self, keepers: &Keepers<'_>, number: u64) -> PoolError {
+        let of_batch = self.hsm.keepers(keepers.name(number));
+        for member in self.hsm.each().filter(|member| of_batch.is_empty() || of_batch.contains(member)) {
+            if let Err(error) = self.hsm.at(member).ready(Duration::ZERO).await {
+                return error.into();
+            }
+        }
+        let (why, retry_after) = ("it was away a moment ago".to_owned(), Duration::from_secs(1));
+        PoolError::Hsm(HsmError::Unavailable { why, retry_after })
+    }
+
     /// Shreds the full batches that are used up, and those whose first erasure was so long ago. What is in quarantine waits for
     /// an officer: the right store, should it be put back, needs the same keys.
-    pub(super) async fn shred_what_is_due(&self) -> Result<(), PoolError> {
+    pub(super) async fn shred_what_is_due(&self, member: HsmMember) -> Result<(), PoolError> {
         let mut failed = None;
         let keepers = self.keepers().await?;
         for batch in self.store.batches().await?.into_iter().filter(|batch| batch.quarantined.is_none()) {
             // What an HSM keeps that is away waits for it.
-            if !keepers.are_at_hand(batch.number) {
+            if !keepers.looks_after(member, batch.number) || !keepers.are_at_hand(batch.number) {
                 continue;
             }
             if self.is_over(&batch) || self.is_due(&batch) {
@@ -116,23 +143,25 @@ impl KeyPool {
     /// Each step is durable before the next one, and each may be the last: the next start, or the next look, goes on with
     /// whatever is left of the batch.
     async fn shred_batch(&self, number: u64, shredded: &mut Shredded) -> Result<(), PoolError> {
-        let _alone = self.shredding.lock().await;
+        let first = || self.hsm.each().next().ok_or_else(|| PoolError::Hsm(HsmError::Refused("no HSM".to_owned())));
+        let member = self.keepers().await?.of(number).map_or_else(first, Ok)?;
+        let _alone = self.bench(member)?.shredding.lock().await;
         let Some(batch) = self.store.batches().await?.into_iter().find(|batch| batch.number == number) else {
             return Ok(());
         };
         self.closing().insert(number);
-        let done = self.shred_steps(&batch, shredded).await;
+        let done = self.shred_steps(&batch, member, shredded).await;
         self.closing().remove(&number);
         done
     }
 
-    async fn shred_steps(&self, batch: &Batch, shredded: &mut Shredded) -> Result<(), PoolError> {
+    async fn shred_steps(&self, batch: &Batch, member: HsmMember, shredded: &mut Shredded) -> Result<(), PoolError> {
         let name = self.name(batch.number).await?;
         if batch.state != BatchState::Emptied {
             // 1. Another batch takes its place: from now on nothing new comes in.
             let next = self.next_batch(batch).await?;
             // 2. Sessions that have leave to put a pair into it have done so.
-            self.users.let_finish().await;
+            self.let_users_finish().await;
             if batch.state == BatchState::Open {
                 self.store.step_batch(batch.number, BatchStep::Seal).await?;
             }
@@ -146,10 +175,10 @@ impl KeyPool {
                 shredded.moved += self.move_what_is_left(batch, name, next.number).await?;
             }
             if batch.keeping == Keeping::Hsm {
-                self.destroy_condemned().await?;
+                self.destroy_condemned(member).await?;
             }
             // 4. Whoever read a pair before it was moved has opened it.
-            self.users.let_finish().await;
+            self.let_users_finish().await;
             // 5. Durably empty: a crash from here on only has the key left to destroy.
             self.store.step_batch(batch.number, BatchStep::Empty).await?;
         }
@@ -159,7 +188,7 @@ impl KeyPool {
         }
         // 7. The file is overwritten, then the batch is forgotten.
         self.store.forget_batch(batch.number).await?;
-        self.hsm.set_keeper(name, None);
+        self.hsm.forget_keepers(name);
         shredded.batches += 1;
         tracing::info!(batch = batch.number, purpose = ?batch.purpose, "a batch of key pairs is shredded: its key is gone");
         Ok(())
@@ -204,11 +233,12 @@ impl KeyPool {
             };
             let held: Vec<_> = held.into_iter().filter(mine).collect();
             if held.is_empty() {
-                self.users.let_finish().await;
+                self.let_users_finish().await;
                 continue;
             }
             let blobs = held.iter().map(blob_of).collect::<Result<Vec<_>, _>>()?;
-            let moved = self.hsm.move_keys(name, target, blobs).await?;
+            let hsm = keeper.map_or_else(|| self.hsm.clone(), |keeper| self.hsm.at(keeper));
+            let moved = hsm.move_keys(name, target, blobs).await?;
             let pair = |(held, blob): (&HeldPair, Vec<u8>)| MovedPair { holder: held.holder, blob };
             let pairs = held.iter().zip(moved).map(pair).collect();
             // Those whose session has ended since are erased by now and not moved: the next look does not find them.
@@ -217,11 +247,14 @@ impl KeyPool {
     }
 
     /// Pairs on the token that are erased here.
-    pub(super) async fn destroy_condemned(&self) -> Result<(), PoolError> {
+    pub(super) async fn destroy_condemned(&self, member: HsmMember) -> Result<(), PoolError> {
         let mut failed = None;
         let keepers = self.keepers().await?;
         let at_hand = |condemned: &CondemnedPair| {
-            BatchName::of_pairs(&condemned.pair.label).is_none_or(|batch| keepers.are_at_hand(batch.number))
+            let batch = BatchName::of_pairs(&condemned.pair.label);
+            let mine =
+                |batch: BatchName| keepers.looks_after(member, batch.number) && keepers.are_at_hand(batch.number);
+            batch.is_none_or(mine)
         };
         for condemned in self.store.condemned(CONDEMNED_OF_ALL).await?.into_iter().filter(at_hand).take(CONDEMNED) {
             let destroyed = self.hsm.destroy_pair(condemned.kind, &condemned.pair).await.map_err(PoolError::from);

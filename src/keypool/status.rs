@@ -93,7 +93,7 @@ impl KeyPool {
             session_next_shred: of_sessions().filter_map(|batch| self.shred_at(batch)).min(),
             condemned,
             rolled_back: notes.rolled_back.clone(),
-            trouble: notes.trouble.clone(),
+            trouble: self.trouble(),
         })
     }
 

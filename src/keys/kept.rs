@@ -35,6 +35,16 @@ pub enum KeptKey {
     OnToken(TokenPair),
 }
 
+impl KeptKey {
+    /// The batch that it belongs to; none for a name that no daemon gave.
+    pub fn batch(&self) -> Option<BatchName> {
+        match self {
+            Self::Wrapped(wrapped) => BatchName::of_key(&wrapped.wrapping_key),
+            Self::OnToken(pair) => BatchName::of_pairs(&pair.label),
+        }
+    }
+}
+
 /// The identifier of a state store, random: what the daemon makes on a token carries it, so that two stores never touch each
 /// other's keys.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]

@@ -361,7 +361,10 @@ fn status(daemon: &DaemonArgs) -> Result<(), String> {
             false => println!("NOT ready {}", one.trouble),
         }
         let (starts, answered, in_flight) = (one.worker_starts, one.calls_answered, one.calls_in_flight);
-        println!("worker    {starts} starts, {answered} calls answered, {in_flight} in flight");
+        let background = one.background_calls_in_flight;
+        println!(
+            "worker    {starts} starts, {answered} calls answered, {in_flight} in flight, {background} in the background"
+        );
         if !one.calls.is_empty() {
             println!("{}", calls_table(&one.calls));
         }

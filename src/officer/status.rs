@@ -175,7 +175,8 @@ pub(super) fn hsm_json(hsm: &proto::HsmStatus) -> serde_json::Value {
     let member = |one: &proto::HsmMember| {
         serde_json::json!({ "name": one.name, "ready": one.ready, "trouble": one.trouble, "module": one.module,
             "token_label": one.token_label, "token_serial": one.token_serial, "worker_starts": one.worker_starts,
-            "calls_in_flight": one.calls_in_flight, "calls_answered": one.calls_answered,
+            "calls_in_flight": one.calls_in_flight,
+            "background_calls_in_flight": one.background_calls_in_flight, "calls_answered": one.calls_answered,
             "calls": one.calls.iter().map(calls).collect::<Vec<_>>() })
     };
     let members: Vec<_> = hsm.members.iter().map(member).collect();

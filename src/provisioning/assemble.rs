@@ -1,5 +1,6 @@
 //! The way of a device, first half: from the order to the data package.
 
+use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use crate::certificate::{CertificateRequest, CertificateSerial, prepare};
@@ -93,9 +94,30 @@ impl Provisioner {
         self.deliver(&issued, package, order.transport_key.as_ref())
     }
 
-    /// The HSM that was to make the pair, or keeps it, may be lost: another one has others.
+    /// The HSM that is to make the pair, or keeps it, may be lost or hang: where there are several, another one is asked as well when
+    /// half of the time is over, and whoever answers first counts. What the other one made is dropped, which is a crash like any other.
     async fn make_keys(&self, order: &Order, product: &Product) -> Result<MadeKeys, ProvisionError> {
-        let until = Instant::now() + self.hsm.call_timeout();
+        let limit = self.hsm.call_timeout();
+        let until = Instant::now() + limit;
+        let mut first = pin!(self.make_keys_until(order, product, until));
+        let wait = if self.hsm.each().nth(1).is_some() { limit / 2 } else { Duration::MAX };
+        if let Ok(made) = tokio::time::timeout(wait, first.as_mut()).await {
+            return made;
+        }
+        let mut second = pin!(self.make_keys_until(order, product, until));
+        tokio::select! {
+            made = first.as_mut() => if made.is_ok() { made } else { second.await },
+            made = second.as_mut() => if made.is_ok() { made } else { first.await },
+        }
+    }
+
+    /// Makes them with whichever HSM, as long as one fails and there is another.
+    async fn make_keys_until(
+        &self,
+        order: &Order,
+        product: &Product,
+        until: Instant,
+    ) -> Result<MadeKeys, ProvisionError> {
         loop {
             let made = self.make_keys_once(order, product).await;
             let others = self.hsm.each().nth(1).is_some() && !self.hsm.at_hand().is_empty();

@@ -142,6 +142,7 @@ fn hsm_member(member: MemberStatus) -> proto::HsmMember {
         worker_starts: member.worker_starts,
         calls_in_flight: member.calls_in_flight,
         calls_answered: member.calls_answered,
+        background_calls_in_flight: member.background_calls_in_flight,
     }
 }
 

@@ -1,6 +1,7 @@
 //! Several HSMs with the same keys behind one daemon: the line does not notice that one is lost, whatever is on that one alone waits
 //! for it, and it is back by itself.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -306,6 +307,75 @@ async fn a_batch_on_two_hsms_is_an_officers_affair() {
     );
     let (floor, mut line) = (Floor::new(&site), site.station().await);
     provision(&mut line, &mut floor.device(1), &phone(1)).await;
+    site.sppctl(&format!("pool shred --quarantined {}", officer(&site)));
+    assert!(site.stop().success());
+    let hsm = handle(&site);
+    let mut keys = Vec::new();
+    for member in hsm.each() {
+        hsm.at(member).ready(Duration::from_secs(20)).await.unwrap();
+        keys.extend(hsm.at(member).own_objects().await.unwrap().keys);
+    }
+    let log = site.log();
+    let shredded: BTreeSet<u64> = log
+        .lines()
+        .filter(|line| line.contains("a batch of key pairs is shredded"))
+        .filter_map(|line| line.split("batch=").nth(1)?.split(' ').next()?.parse().ok())
+        .collect();
+    assert!(!shredded.is_empty(), "{log}");
+    let left: Vec<_> = keys.iter().filter(|key| shredded.contains(&key.number)).collect();
+    assert!(left.is_empty(), "shredded, and on a token still: {left:?}");
+}
+
+/// The HSMs of a site without its daemon.
+fn handle(site: &Site) -> Hsm {
+    let mut hsms = DaemonConfig::load(&site.path("sppd.toml")).unwrap().hsms;
+    hsms.members_mut().iter_mut().for_each(|hsm| hsm.worker_program = SPPD.into());
+    Hsm::start(hsms)
+}
+
+/// What nobody waits for may take very long; whoever shreds or begins a batch on that HSM waits for it, and nobody else.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_hsm_that_hangs_in_the_background_holds_up_nothing_of_the_other() {
+    let mut site = two_hsms_and_a_pool();
+    site.start();
+    until_ready(&site, [true, true]).await;
+    until_pools(&site, "pairs on both", |status| status.kinds.iter().any(on_both)).await;
+    let (flow, tasks) = Flow::start(&site, 6);
+    flow.more(40).await;
+    fail(&site, "hsm-b", "C_GenerateKey hang");
+    let mut shredding = std::process::Command::new(crate::site::SPPCTL)
+        .args(format!("pool shred {}", officer(&site)).split_whitespace())
+        .current_dir(site.path(""))
+        .spawn()
+        .unwrap();
+    let fired = site.path("hsm-b/faults.fired");
+    let until = Instant::now() + Duration::from_secs(10);
+    while !fired.exists() {
+        assert!(Instant::now() < until, "nothing hangs");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    flow.more(300).await;
+    flow.stop.store(true, Ordering::Relaxed);
+    for task in tasks {
+        task.await.unwrap();
+    }
+    let _ = shredding.kill();
+    let _ = shredding.wait();
+}
+
+/// A pair that takes longer than half of the time is made, too.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_only_slow_is_waited_for() {
+    let mut site = two_hsms();
+    site.start();
+    until_ready(&site, [true, true]).await;
+    for directory in ["hsm", "hsm-b"] {
+        fail(&site, directory, "C_GenerateKeyPair sleep 1400");
+    }
+    let (floor, mut line) = (Floor::new(&site), site.station().await);
+    for n in 1..=3 {
+        provision(&mut line, &mut floor.device(n), &phone(n)).await;
+    }
 }
 
 /// The handle by itself, as long as nothing is on record.
@@ -313,9 +383,7 @@ async fn a_batch_on_two_hsms_is_an_officers_affair() {
 async fn whoever_has_a_batch_is_found_and_who_is_away_is_not_taken_for_one_without_it() {
     const BATCH: BatchName = BatchName { store: StoreId::from_random([9; 8]), number: 3 };
     let site = two_hsms();
-    let mut hsms = DaemonConfig::load(&site.path("sppd.toml")).unwrap().hsms;
-    hsms.members_mut().iter_mut().for_each(|hsm| hsm.worker_program = SPPD.into());
-    let hsm = Hsm::start(hsms);
+    let hsm = handle(&site);
     let [a, b]: [HsmMember; 2] = hsm.each().collect::<Vec<_>>().try_into().unwrap();
     let ready = async |member| hsm.at(member).ready(Duration::from_secs(20)).await.unwrap();
     ready(a).await;

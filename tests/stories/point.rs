@@ -233,6 +233,10 @@ impl Point<'_> {
     /// A new process that takes up what the old one left, as `sppd` does when it starts.
     pub async fn restart(&mut self) -> spp::provisioning::Tidied {
         self.stop();
+        // A worker ends with its daemon; the one of the house goes on, and what it is doing is done.
+        while self.house.hsm.status().members[0].background_calls_in_flight > 0 {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
         self.start();
         self.provisioner().restart().await.unwrap()
     }

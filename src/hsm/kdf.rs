@@ -15,6 +15,15 @@ pub enum Prf {
     AesCmac,
 }
 
+impl std::fmt::Display for Prf {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::HmacSha256 => "hmac-sha-256",
+            Self::AesCmac => "aes-cmac",
+        })
+    }
+}
+
 impl Prf {
     /// Octets that one call gives.
     pub const fn output_len(self) -> usize {

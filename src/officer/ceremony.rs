@@ -1,11 +1,11 @@
 //! A key ceremony: one strict file says what is made on the token; what was made is read back and written down.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use super::files::{make_directory, must_be_new, replace, write_new};
+use super::transcript::{Subject, Transcript};
 use super::{OfficerError, now};
 use crate::certificate::{
     AuthorityCertificate, CertificateSerial, SubjectFields, SubjectName, UnsignedDocument, authority_certificate,
@@ -16,7 +16,7 @@ use crate::hsm::{
     Ceremony, CheckpointKey, CreatedKey, KeyRegister, MasterKey, Prf, SigningKey, SigningUse, TokenIdentity,
 };
 use crate::keys::{KeyKind, PublicKey, SignatureAlgorithm, sha256};
-use crate::names::KeyName;
+use crate::names::{KeyName, OfficerName};
 use crate::tlog::{LogKey, Origin};
 
 /// What a ceremony will make, validated.
@@ -24,6 +24,7 @@ pub struct CeremonyPlan {
     signing: Vec<PlannedSigning>,
     log: Vec<PlannedLog>,
     master: Vec<PlannedMaster>,
+    file: PathBuf,
     /// SHA-256 of the file, for the transcript.
     file_hash: [u8; 32],
 }
@@ -113,11 +114,12 @@ impl CeremonyPlan {
         let mut faults = Faults::default();
         let text = faults.note(&place, std::fs::read_to_string(path)).unwrap_or_default();
         let shape: Option<Shape> = if faults.is_empty() { read_toml(&place, &text, &mut faults) } else { None };
-        let plan = shape.map(|shape| Self::check(shape, &text, &place, &mut faults));
+        let plan = shape.map(|shape| Self::check(shape, &text, path, &mut faults));
         faults.ok_or_all(plan)
     }
 
-    fn check(shape: Shape, text: &str, place: &str, faults: &mut Faults) -> Self {
+    fn check(shape: Shape, text: &str, path: &Path, faults: &mut Faults) -> Self {
+        let place = &path.display().to_string();
         let mut signing = Vec::new();
         for key in shape.signing_key {
             let at = format!("{place}: signing_key {}", key.name);
@@ -148,15 +150,16 @@ impl CeremonyPlan {
         for key in master.iter().filter(|key| key.version == 0) {
             faults.add(format!("{place}: master_key {}: version", key.name), "versions are counted from 1");
         }
-        let plan = Self { signing, log, master, file_hash: sha256(text.as_bytes()) };
+        let plan = Self { signing, log, master, file: path.to_owned(), file_hash: sha256(text.as_bytes()) };
         let mut seen = std::collections::BTreeSet::new();
         for name in plan.names() {
             if !seen.insert(name.clone()) {
-                faults.add(place, format!("the name {name} is there twice"));
+                faults.add(place.as_str(), format!("the name {name} is there twice"));
             }
         }
         if seen.is_empty() && faults.is_empty() {
-            faults.add(place, "makes no key; add a [[signing_key]], [[log_key]], [[master_key]] or [access_ca]");
+            faults
+                .add(place.as_str(), "makes no key; add a [[signing_key]], [[log_key]], [[master_key]] or [access_ca]");
         }
         plan
     }
@@ -172,12 +175,13 @@ impl CeremonyPlan {
     /// All names are looked at before anything is made. A register that is there already is added to, if it is of the same token.
     /// It is replaced after each key: a ceremony that is cut short leaves at most the key that it was making unwritten, and the
     /// next one says that its name is taken.
-    pub fn run(&self, token: &Ceremony, out: &Path) -> Result<CeremonyReport, OfficerError> {
+    pub fn run(&self, token: &Ceremony, out: &Path, officers: &[OfficerName]) -> Result<Held, OfficerError> {
         let register_path = out.join("keys.toml");
         self.refuse_what_exists(token, out)?;
         make_directory(out)?;
         let mut register = register_to_add_to(&register_path, token.token())?;
-        let mut report = CeremonyReport::begin(self, token);
+        let subject = Subject { file: &self.file, file_hash: &self.file_hash, officers };
+        let mut report = Transcript::begin(&subject, token);
         for plan in &self.signing {
             let key = token.create_signing_key(&plan.name, plan.kind)?;
             let public =
@@ -217,11 +221,34 @@ impl CeremonyPlan {
             write_register(&register, &register_path)?;
         }
         report.files.push(register_path);
-        report.write(&free_transcript_path(out))?;
-        Ok(report)
+        let signed = report.write(out, token, register.log.first())?;
+        Ok(Held { transcript: report, signed })
     }
 
-    fn refuse_what_exists(&self, token: &Ceremony, out: &Path) -> Result<(), OfficerError> {
+    /// What a run would make, for a look at it before.
+    pub fn keys(&self) -> Vec<PlannedKey> {
+        let signing = self.signing.iter().map(|key| {
+            let what = match key.use_ {
+                SigningUse::Device => "signs device certificates",
+                SigningUse::Access => "signs TLS certificates",
+            };
+            let kind = key.kind.to_string();
+            PlannedKey { name: key.name.clone(), kind, what: what.to_owned(), file: Some(key.file_name()) }
+        });
+        let log = self.log.iter().map(|key| {
+            let what = format!("signs the checkpoints of {}", key.origin);
+            let kind = KeyKind::Ed25519.to_string();
+            PlannedKey { name: key.name.clone(), kind, what, file: Some(key.file_name()) }
+        });
+        let master = self.master.iter().map(|key| {
+            let what = format!("device keys are derived from it, version {}", key.version);
+            PlannedKey { name: key.name.clone(), kind: key.prf.to_string(), what, file: None }
+        });
+        signing.chain(log).chain(master).collect()
+    }
+
+    /// Whether a run could make everything: names on the token and files are free. Nothing is changed.
+    pub fn refuse_what_exists(&self, token: &Ceremony, out: &Path) -> Result<(), OfficerError> {
         let mut faults = Faults::default();
         for name in self.names() {
             if !token.is_free(name)? {
@@ -299,14 +326,6 @@ fn register_to_add_to(path: &Path, token: &TokenIdentity) -> Result<KeyRegister,
     Ok(register)
 }
 
-/// `transcript.json`, or the next number that is free.
-fn free_transcript_path(out: &Path) -> PathBuf {
-    let numbered = (2..).map(|n: u32| out.join(format!("transcript-{n}.json")));
-    let mut paths = std::iter::once(out.join("transcript.json")).chain(numbered);
-    // An endless sequence has a first free one.
-    paths.find(|path| !path.exists()).unwrap_or_else(|| out.join("transcript.json"))
-}
-
 /// A certificate serial number from the HSM's random numbers.
 pub(super) fn random_serial(token: &Ceremony) -> Result<CertificateSerial, OfficerError> {
     let random = token.random(20)?;
@@ -319,63 +338,23 @@ fn write_register(register: &KeyRegister, path: &Path) -> Result<(), OfficerErro
     Ok(replace(path, text.as_bytes())?)
 }
 
-/// What a ceremony made, for people and for the transcript.
+/// A key that a ceremony would make.
 #[derive(Debug, Serialize)]
-pub struct CeremonyReport {
-    /// This program's version.
-    pub tool: String,
-    /// SHA-256 of the ceremony file.
-    pub file_sha256: String,
-    /// The module's description of itself.
-    pub module: String,
-    /// The token's label.
-    pub token_label: String,
-    /// The token's serial number.
-    pub token_serial: String,
-    /// Seconds since the Unix epoch.
-    pub time: u64,
-    /// The keys in the order they were made.
-    pub keys: Vec<KeyReport>,
-    /// The files that were written.
-    pub files: Vec<PathBuf>,
-}
-
-/// One key that was made.
-#[derive(Debug, Serialize)]
-pub struct KeyReport {
+pub struct PlannedKey {
     /// Its name.
     pub name: KeyName,
-    /// Its CKA_ID in hex.
-    pub id: String,
-    /// Its public key's hash, or its check value.
-    pub fingerprint: Option<String>,
-    /// Its attributes as the token showed them.
-    pub attributes: BTreeMap<String, String>,
+    /// Its kind, or its pseudorandom function.
+    pub kind: String,
+    /// What it is for.
+    pub what: String,
+    /// The file that is written for it.
+    pub file: Option<PathBuf>,
 }
 
-impl CeremonyReport {
-    fn begin(plan: &CeremonyPlan, token: &Ceremony) -> Self {
-        Self {
-            tool: format!("sppctl {}", env!("CARGO_PKG_VERSION")),
-            file_sha256: hex::encode(plan.file_hash),
-            module: token.module().to_owned(),
-            token_label: token.token().label.clone(),
-            token_serial: token.token().serial.clone(),
-            time: now(),
-            keys: Vec::new(),
-            files: Vec::new(),
-        }
-    }
-
-    fn add(&mut self, key: &CreatedKey, fingerprint: Option<String>, file: Option<PathBuf>) {
-        let (name, id, attributes) = (key.name.clone(), hex::encode(&key.id), key.attributes.clone());
-        self.keys.push(KeyReport { name, id, fingerprint, attributes });
-        self.files.extend(file);
-    }
-
-    fn write(&mut self, path: &Path) -> Result<(), OfficerError> {
-        self.files.push(path.to_owned());
-        let text = serde_json::to_string_pretty(self).map_err(|e| OfficerError::Other(e.to_string()))?;
-        Ok(write_new(path, text.as_bytes())?)
-    }
+/// A ceremony that was held.
+pub struct Held {
+    /// What it made.
+    pub transcript: Transcript,
+    /// Whether the transcript's text is signed; a token without a log's key signs none.
+    pub signed: bool,
 }

@@ -9,8 +9,9 @@ mod pool;
 mod pool_cli;
 mod registry_cli;
 mod status;
+mod transcript;
 
-pub use ceremony::{CeremonyPlan, CeremonyReport};
+pub use ceremony::{CeremonyPlan, Held, PlannedKey};
 pub use enroll::{Enrolment, enroll};
 pub use files::FileError;
 pub use hsm_cli::HsmCommand;
@@ -18,6 +19,7 @@ pub use hsm_file::HsmFile;
 pub use pool_cli::{DaemonArgs, PoolCommand};
 pub use registry_cli::RegistryCommand;
 pub use status::{StatusError, connect_and_ask, describe_status, status_json};
+pub use transcript::{KeyReport, Transcript, VerifiedTranscript, verify_transcript};
 
 use crate::certificate::CertificateError;
 use crate::config::Faults;

@@ -16,12 +16,14 @@ pub mod bundle;
 mod checkpoint;
 mod key;
 mod proof;
+mod text;
 mod tile;
 mod tree;
 
 pub use checkpoint::{SignedCheckpoint, UnsignedCheckpoint};
 pub use key::{LogKey, Origin, WitnessKey};
 pub use proof::{LogProof, ProofStep, VerifiedProof};
+pub use text::{UnsignedText, verify_text};
 pub use tile::{FULL_WIDTH, TileId, TileKind};
 pub use tree::{FullTile, HashSource, Tree, check_consistency, prove_consistency, prove_inclusion};
 

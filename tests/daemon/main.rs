@@ -5,6 +5,7 @@
 
 mod audit;
 mod callers;
+mod ceremonies;
 mod configuration;
 mod crash;
 mod faults;

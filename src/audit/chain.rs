@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::{AuditError, Entry, Outcome};
+use super::{AuditError, Entry, Outcome, Recorded};
 use crate::keys::sha256;
 
 /// Most octets of a line, its newline included.
@@ -58,8 +58,8 @@ impl Head {
         if octets.len() > MAX_LINE { Err(AuditError::TooLong(octets.len())) } else { Ok((octets, next)) }
     }
 
-    /// The head after a line that fits here, given without its newline; or why it does not fit.
-    pub(super) fn follow(&self, octets: &[u8]) -> Result<Self, String> {
+    /// The head after a line that fits here, given without its newline, and what the line says; or why it does not fit.
+    pub(super) fn follow(&self, octets: &[u8]) -> Result<(Self, Recorded), String> {
         let line = parse(octets)?;
         if line.sequence != self.lines {
             let (found, wanted) = (line.sequence, self.lines);
@@ -68,7 +68,14 @@ impl Head {
         if line.previous != hex::encode(self.hash) {
             return Err("it does not follow from the line before: one of the two was changed".to_owned());
         }
-        Self::after(&line, octets, self.end)
+        let head = Self::after(&line, octets, self.end)?;
+        let Line { sequence, time, node, caller, act, details, outcome, .. } = line;
+        Ok((head, Recorded { sequence, time, node, caller, act, details, outcome }))
+    }
+
+    /// How many lines there are.
+    pub(super) const fn lines(&self) -> u64 {
+        self.lines
     }
 
     /// The head that a log has which ends with these octets, the first of them being number `begin` of the file. Nothing is

@@ -10,12 +10,14 @@
 mod chain;
 mod entry;
 mod log;
+mod read;
 mod verify;
 
 use std::path::PathBuf;
 
 pub use entry::{Entry, Outcome, UnknownOutcome};
 pub use log::AuditLog;
+pub use read::{Entries, Recorded};
 pub use verify::{Verified, verified_json, verify};
 
 /// The log's file in its directory.

@@ -1,14 +1,11 @@
 //! The log as anybody verifies it, from its first line to its last, also while a daemon writes it.
 
 use std::fmt;
-use std::fs::File;
-use std::io::{self, BufRead as _, BufReader, Read as _};
 use std::path::Path;
 
 use serde_json::json;
 
-use super::chain::{Head, MAX_LINE, TOO_LONG};
-use super::{AuditError, FILE};
+use super::{AuditError, Entries};
 
 /// A log whose chain is whole.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,28 +36,10 @@ impl fmt::Display for Verified {
 /// the end, that the last one was changed, or that everything was written anew from some line on: for that the head must be
 /// known from elsewhere.
 pub fn verify(dir: &Path) -> Result<Verified, AuditError> {
-    let path = dir.join(FILE);
-    let failed = |doing| {
-        let path = path.clone();
-        move |cause| AuditError::Failed { doing, path, cause }
-    };
-    let file = File::open(&path).map_err(|cause| match cause.kind() {
-        io::ErrorKind::NotFound => AuditError::Missing { path: path.clone(), cause },
-        _ => failed("opening")(cause),
-    })?;
-    let mut octets = BufReader::new(file);
-    let (mut head, mut line) = (Head::default(), Vec::new());
-    loop {
-        line.clear();
-        // No more than a line may have, so that a file without newlines does not fill the memory.
-        let read = octets.by_ref().take(MAX_LINE as u64).read_until(b'\n', &mut line).map_err(failed("reading"))?;
-        let broken = |why| AuditError::Broken { path: path.clone(), line: head.lines + 1, why };
-        head = match line.strip_suffix(b"\n") {
-            Some(whole) => head.follow(whole).map_err(broken)?,
-            None if read == MAX_LINE => return Err(broken(TOO_LONG.to_owned())),
-            None => return Ok(Verified { entries: head.lines, head: hex::encode(head.hash), unfinished: read as u64 }),
-        }
-    }
+    let mut entries = Entries::open(dir)?;
+    while entries.next_entry()?.is_some() {}
+    let head = entries.head();
+    Ok(Verified { entries: head.lines(), head: hex::encode(head.hash), unfinished: entries.unfinished() })
 }
 
 /// What was found, for programs: `whole` says whether the chain is; if not, `line` is the first that does not fit, and `fault`
@@ -77,6 +56,8 @@ pub fn verified_json(found: &Result<Verified, AuditError>) -> serde_json::Value 
 
 #[cfg(test)]
 mod tests {
+    use super::super::FILE;
+    use super::super::chain::{MAX_LINE, TOO_LONG};
     use super::*;
     use crate::audit::{AuditLog, Entry, Outcome};
 

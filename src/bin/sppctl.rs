@@ -12,7 +12,9 @@ use spp::config::{AuditConfig, HsmAccess, StoreConfig};
 use spp::description::Describe;
 use spp::hsm::{Ceremony, KeyRegister, ModuleProfile, PinSource, initialise_token};
 use spp::names::{AuditorName, BackOfficeName, MonitorName, OfficerName, StationName};
-use spp::officer::{self, CeremonyPlan, Enrolment, Held, HsmCommand, HsmFile, PoolCommand, RegistryCommand};
+use spp::officer::{
+    self, CeremonyPlan, Enrolment, Held, HsmCommand, HsmFile, PoolCommand, ReadAuditCommand, RegistryCommand,
+};
 use spp::registry::TransparencyLog;
 use spp::store::SledStateStore;
 use spp::tlog::{LogKey, TlogError};
@@ -176,6 +178,8 @@ enum AuditCommand {
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
     },
+    #[command(flatten)]
+    Read(ReadAuditCommand),
     /// Read the whole log and tell whether its chain is whole, or where it breaks. The daemon may run meanwhile.
     Verify {
         /// The daemon's configuration.
@@ -302,6 +306,7 @@ fn run(command: Command) -> Result<(), String> {
         Command::Ceremony(CeremonyCommand::Verify { file, log, json }) => ceremony_verify(&file, &log, json),
         Command::Init { config } => init(&config),
         Command::Audit(AuditCommand::Init { config }) => audit_init(&config),
+        Command::Audit(AuditCommand::Read(what)) => what.run(),
         Command::Audit(AuditCommand::Verify { config, json }) => audit_verify(&config, json),
         Command::Station(StationCommand::Enroll { name, common }) => {
             enroll(AccessName::Client(Caller::Station(name)), common)

@@ -1,5 +1,6 @@
 //! What security officers do: key ceremonies on the token, enrolment of callers, the stores' creation, a look at the daemon.
 
+mod audit_cli;
 mod ceremony;
 mod enroll;
 mod files;
@@ -11,6 +12,7 @@ mod registry_cli;
 mod status;
 mod transcript;
 
+pub use audit_cli::{Form, ReadAuditCommand};
 pub use ceremony::{CeremonyPlan, Held, PlannedKey};
 pub use enroll::{Enrolment, enroll};
 pub use files::FileError;

@@ -62,3 +62,45 @@ fn the_daemon_never_makes_the_log_and_an_officer_can_make_it_alone() {
     site.start();
     assert_eq!(site.sppctl(VERIFY), "1 entries, chain is whole\n");
 }
+
+#[test]
+fn entries_are_read_by_people_and_programs_and_none_that_does_not_fit() {
+    let mut site = Site::running();
+    assert!(site.stop().success());
+    let told = site.sppctl("audit tail --config sppd.toml");
+    let lines: Vec<_> = told.lines().collect();
+    assert!(lines.len() == 2 && lines[0].contains(" start ") && lines[1].contains(" stop "), "{told}");
+    assert_eq!(site.sppctl("audit tail --config sppd.toml -n 1").lines().collect::<Vec<_>>(), lines[1..]);
+    let one: Value = serde_json::from_str(&site.sppctl("audit show 0 --config sppd.toml --json")).unwrap();
+    assert_eq!(one, without_chain(&entries(&site)[0]));
+    assert!(site.sppctl("audit show 1 --config sppd.toml").contains("act      stop"));
+    let none = site.try_sppctl("audit show 7 --config sppd.toml");
+    assert!(String::from_utf8_lossy(&none.stderr).contains("has no entry 7"), "{none:?}");
+
+    let exported = site.sppctl("audit export --config sppd.toml --from 2020-01-01");
+    let all: Vec<Value> = exported.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(all, entries(&site).iter().map(without_chain).collect::<Vec<_>>());
+    assert_eq!(site.sppctl("audit export --config sppd.toml --to 2020-01-01"), "");
+    site.sppctl("audit export --config sppd.toml --format csv --out audit.csv");
+    let rows = String::from_utf8(site.read("audit.csv")).unwrap();
+    assert!(
+        rows.starts_with("sequence,time,node,caller,act,outcome,details\n0,") && rows.lines().count() == 3,
+        "{rows}"
+    );
+    let again = site.try_sppctl("audit export --config sppd.toml --out audit.csv");
+    assert!(String::from_utf8_lossy(&again.stderr).contains("overwrites nothing"), "{again:?}");
+
+    site.edit("audit/audit.jsonl", "\"sppd\"", "\"nobody\"");
+    for words in ["tail", "export", "show 1"] {
+        let output = site.try_sppctl(&format!("audit {words} --config sppd.toml"));
+        let why = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && why.contains("line 2: "), "{words}: {why}");
+    }
+}
+
+/// An entry as it is told: its place in the chain is the file's affair.
+fn without_chain(entry: &Value) -> Value {
+    let mut entry = entry.clone();
+    entry.as_object_mut().unwrap().remove("previous");
+    entry
+}

@@ -1,0 +1,258 @@
+//! `sppctl audit tail|show|export`: reading the audit log. The daemon may run meanwhile, and need not.
+
+use std::collections::VecDeque;
+use std::fmt::Write as _;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use clap::{Subcommand, ValueEnum};
+
+use crate::audit::{Entries, Recorded};
+use crate::config::AuditConfig;
+
+/// How often it is looked for new entries.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// Reading the audit log.
+#[derive(Subcommand)]
+pub enum ReadAuditCommand {
+    /// Tell the last entries.
+    Tail {
+        /// The daemon's configuration.
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+        /// How many.
+        #[arg(long, short = 'n', value_name = "COUNT", default_value_t = 20)]
+        lines: usize,
+        /// Go on with those to come, until it is interrupted.
+        #[arg(long, short)]
+        follow: bool,
+        /// Tell each as a line of JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Tell all of one entry.
+    Show {
+        /// Its number in the log.
+        sequence: u64,
+        /// The daemon's configuration.
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+        /// Tell it as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Write entries into a file, for auditors and their programs.
+    Export {
+        /// The daemon's configuration.
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+        /// The file, which must not exist; standard output without it.
+        #[arg(long, value_name = "FILE")]
+        out: Option<PathBuf>,
+        /// The first moment, 2026-01-31 or 2026-01-31T12:00:00Z.
+        #[arg(long, value_name = "TIME", value_parser = moment)]
+        from: Option<u64>,
+        /// The first moment that is not wanted any more.
+        #[arg(long, value_name = "TIME", value_parser = moment)]
+        to: Option<u64>,
+        /// In which form.
+        #[arg(long, value_enum, default_value_t = Form::Json)]
+        format: Form,
+    },
+}
+
+/// The form of exported entries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Form {
+    /// One JSON object in a line.
+    Json,
+    /// Comma-separated values with a header.
+    Csv,
+}
+
+/// Seconds since the Unix epoch of a day or a moment in UTC.
+fn moment(text: &str) -> Result<u64, String> {
+    let whole = if text.len() == 10 { format!("{text}T00:00:00Z") } else { text.to_owned() };
+    let parsed =
+        humantime::parse_rfc3339(&whole).map_err(|e| format!("{e}; write 2026-01-31 or 2026-01-31T12:00:00Z"))?;
+    Ok(parsed.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()))
+}
+
+impl ReadAuditCommand {
+    /// Does it.
+    pub fn run(self) -> Result<(), String> {
+        match self {
+            Self::Tail { config, lines, follow, json } => tail(&open(&config)?, lines, follow, json),
+            Self::Show { sequence, config, json } => show(&open(&config)?, sequence, json),
+            Self::Export { config, out, from, to, format } => {
+                let wanted = |entry: &Recorded| {
+                    from.is_none_or(|from| entry.time >= from) && to.is_none_or(|to| entry.time < to)
+                };
+                export(&open(&config)?, out.as_deref(), wanted, format)
+            }
+        }
+    }
+}
+
+/// The log's directory; there may be no daemon and no HSM.
+fn open(config: &Path) -> Result<PathBuf, String> {
+    AuditConfig::load(config).map(|audit| audit.directory).map_err(|e| e.to_string())
+}
+
+fn tail(directory: &Path, lines: usize, follow: bool, json: bool) -> Result<(), String> {
+    let mut entries = Entries::open(directory).map_err(|e| e.to_string())?;
+    let mut last = VecDeque::with_capacity(lines.min(1024));
+    while let Some(entry) = entries.next_entry().map_err(|e| e.to_string())? {
+        if last.len() == lines {
+            last.pop_front();
+        }
+        if lines > 0 {
+            last.push_back(entry);
+        }
+    }
+    last.iter().try_for_each(|entry| say(entry, json))?;
+    if !follow {
+        return Ok(());
+    }
+    loop {
+        match entries.next_entry().map_err(|e| e.to_string())? {
+            Some(entry) => say(&entry, json)?,
+            None => std::thread::sleep(LOOK),
+        }
+    }
+}
+
+fn say(entry: &Recorded, json: bool) -> Result<(), String> {
+    let line = if json { to_json(entry)? } else { in_a_line(entry) };
+    match writeln!(io::stdout(), "{line}") {
+        // Whoever reads has had enough.
+        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => std::process::exit(0),
+        written => written.map_err(|e| e.to_string()),
+    }
+}
+
+fn to_json(entry: &Recorded) -> Result<String, String> {
+    serde_json::to_string(entry).map_err(|e| e.to_string())
+}
+
+fn in_a_line(entry: &Recorded) -> String {
+    let mut line = format!(
+        "{:>6}  {}  {:<20} {:<14} {}",
+        entry.sequence,
+        at(entry.time),
+        printable(&entry.caller),
+        entry.act,
+        printable(&entry.outcome.to_string())
+    );
+    for (name, value) in &entry.details {
+        // Writing into a string does not fail.
+        let _ = write!(line, "  {name}={}", printable(value));
+    }
+    line
+}
+
+/// What a caller wrote must not move the cursor of whoever reads it.
+fn printable(text: &str) -> String {
+    text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
+}
+
+fn at(seconds: u64) -> String {
+    humantime::format_rfc3339_seconds(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)).to_string()
+}
+
+fn show(directory: &Path, sequence: u64, json: bool) -> Result<(), String> {
+    let mut entries = Entries::open(directory).map_err(|e| e.to_string())?;
+    while let Some(entry) = entries.next_entry().map_err(|e| e.to_string())? {
+        if entry.sequence != sequence {
+            continue;
+        }
+        if json {
+            println!("{}", serde_json::to_string_pretty(&entry).map_err(|e| e.to_string())?);
+            return Ok(());
+        }
+        println!("entry    {} of node {}", entry.sequence, printable(&entry.node));
+        println!("time     {}", at(entry.time));
+        println!("caller   {}", printable(&entry.caller));
+        println!("act      {}", printable(&entry.act));
+        println!("outcome  {}", printable(&entry.outcome.to_string()));
+        for (name, value) in &entry.details {
+            println!("  {name:<16} {}", printable(value));
+        }
+        return Ok(());
+    }
+    Err(format!("the audit log has no entry {sequence}; sppctl audit tail tells the last ones"))
+}
+
+fn export(
+    directory: &Path,
+    out: Option<&Path>,
+    wanted: impl Fn(&Recorded) -> bool,
+    format: Form,
+) -> Result<(), String> {
+    let mut entries = Entries::open(directory).map_err(|e| e.to_string())?;
+    let file = |path: &Path| -> Result<File, String> {
+        let opened = OpenOptions::new().write(true).create_new(true).open(path);
+        opened.map_err(|e| format!("{}: {e}; an export overwrites nothing", path.display()))
+    };
+    let mut sink: Box<dyn Write> = match out {
+        Some(path) => Box::new(io::BufWriter::new(file(path)?)),
+        None => Box::new(io::BufWriter::new(io::stdout())),
+    };
+    let failed = |e: &dyn std::fmt::Display| format!("writing the export: {e}");
+    let mut csv = (format == Form::Csv).then(|| csv::Writer::from_writer(Vec::new()));
+    if let Some(csv) = &mut csv {
+        let header = ["sequence", "time", "node", "caller", "act", "outcome", "details"];
+        csv.write_record(header).map_err(|e| failed(&e))?;
+    }
+    let mut count = 0_u64;
+    while let Some(entry) = entries.next_entry().map_err(|e| e.to_string())? {
+        if !wanted(&entry) {
+            continue;
+        }
+        count += 1;
+        match &mut csv {
+            None => writeln!(sink, "{}", to_json(&entry)?).map_err(|e| failed(&e))?,
+            Some(csv) => {
+                let details = serde_json::to_string(&entry.details).map_err(|e| e.to_string())?;
+                let row = [
+                    entry.sequence.to_string(),
+                    at(entry.time),
+                    entry.node,
+                    entry.caller,
+                    entry.act,
+                    entry.outcome.to_string(),
+                    details,
+                ];
+                csv.write_record(row).map_err(|e| failed(&e))?;
+            }
+        }
+    }
+    if let Some(csv) = csv {
+        sink.write_all(&csv.into_inner().map_err(|e| failed(&e))?).map_err(|e| failed(&e))?;
+    }
+    sink.flush().map_err(|e| failed(&e))?;
+    if let Some(path) = out {
+        println!("wrote {count} entries to {}", path.display());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_moment_is_a_day_or_a_time_in_utc() {
+        assert_eq!(moment("1970-01-02"), Ok(86_400));
+        assert_eq!(moment("1970-01-01T00:01:00Z"), Ok(60));
+        assert!(moment("yesterday").unwrap_err().contains("2026-01-31"));
+    }
+
+    #[test]
+    fn what_a_caller_wrote_moves_no_cursor() {
+        assert_eq!(printable("a\u{1b}[2Jb\nc"), "a\\u{1b}[2Jb\\nc");
+    }
+}

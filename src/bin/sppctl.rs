@@ -62,6 +62,12 @@ enum Command {
     /// Security officers.
     #[command(subcommand)]
     Officer(OfficerCommand),
+    /// Make a TLS key where it will be used, and a request for its certificate: the key need not travel. Needs no HSM.
+    Request {
+        /// Where key.pem and request.pem go, and later certificate.pem and ca.pem.
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+    },
     /// Auditors: they read everything and change nothing.
     #[command(subcommand)]
     Auditor(AuditorCommand),
@@ -269,6 +275,9 @@ struct EnrollArgs {
     /// Where certificate.pem, key.pem and ca.pem go.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
+    /// A certificate request (PKCS#10, PEM) of whoever has made the key, by `sppctl request` for example; without it a key is made here.
+    #[arg(long, value_name = "FILE")]
+    csr: Option<PathBuf>,
     /// Which of several HSMs signs; the first one without it.
     #[arg(long, value_name = "NAME")]
     hsm: Option<String>,
@@ -311,6 +320,7 @@ fn run(command: Command) -> Result<(), String> {
         Command::Station(StationCommand::Enroll { name, common }) => {
             enroll(AccessName::Client(Caller::Station(name)), common)
         }
+        Command::Request { out } => request(&out),
         Command::Describe(what) => what.run(Cli::command()),
         Command::Auditor(AuditorCommand::Enroll { name, common }) => {
             enroll(AccessName::Client(Caller::Auditor(name)), common)
@@ -448,11 +458,21 @@ fn audit_verify(config: &Path, json: bool) -> Result<(), String> {
     Ok(())
 }
 
+fn request(out: &Path) -> Result<(), String> {
+    for path in officer::request(out).map_err(|e| e.to_string())? {
+        println!("wrote {}", path.display());
+    }
+    println!(
+        "an officer makes the certificate: sppctl station enroll NAME --csr request.pem …; put certificate.pem and ca.pem beside key.pem"
+    );
+    Ok(())
+}
+
 fn enroll(name: AccessName, args: EnrollArgs) -> Result<(), String> {
     let access = HsmAccess::load(&args.config, args.hsm.as_deref(), args.pin_file).map_err(|e| e.to_string())?;
     let register = KeyRegister::load(&access.keys).map_err(|e| e.to_string())?;
     access.module.enter_environment().map_err(|e| e.to_string())?;
-    let enrolment = Enrolment { name, days: args.days, out: args.out };
+    let enrolment = Enrolment { name, days: args.days, out: args.out, csr: args.csr };
     for path in officer::enroll(&access, &register, &enrolment).map_err(|e| e.to_string())? {
         println!("wrote {}", path.display());
     }

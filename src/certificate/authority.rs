@@ -7,13 +7,14 @@ use spki::SubjectPublicKeyInfoOwned;
 use x509_cert::attr::Attribute;
 use x509_cert::ext::pkix::{AuthorityKeyIdentifier, BasicConstraints, KeyUsage, KeyUsages, SubjectKeyIdentifier};
 use x509_cert::ext::{Extension, Extensions};
+use x509_cert::name::Name;
 use x509_cert::request::{CertReqInfo, ExtensionReq, Version};
 
 use super::name::SubjectName;
 use super::prepare::CertificateSerial;
 use super::tbs::{self, TbsFields};
 use super::{CertificateError, signed};
-use crate::keys::{PublicKey, SignatureAlgorithm};
+use crate::keys::{PublicKey, SignatureAlgorithm, TlsKey};
 
 /// A self-signed authority: the manufacturer's key, or the one that issues access certificates.
 #[derive(Debug)]
@@ -68,6 +69,18 @@ pub fn authority_request(
     };
     let to_be_signed = build().map_err(CertificateError::unwritable("certificate request"))?;
     Ok(UnsignedDocument::new("CERTIFICATE REQUEST", to_be_signed, algorithm, public_key))
+}
+
+/// A PKCS#10 request for an access certificate. It names nobody: who it is for is the officer's decision, not the request's.
+pub fn access_request(key: &TlsKey) -> Result<UnsignedDocument, CertificateError> {
+    let (public, algorithm) = (key.public(), SignatureAlgorithm::EcdsaP256Sha256);
+    let build = || {
+        let public_key = SubjectPublicKeyInfoOwned::from_der(public.spki_der())?;
+        let (subject, attributes) = (Name::default(), SetOfVec::new());
+        CertReqInfo { version: Version::V1, subject, public_key, attributes }.to_der()
+    };
+    let to_be_signed = build().map_err(CertificateError::unwritable("certificate request"))?;
+    Ok(UnsignedDocument::new("CERTIFICATE REQUEST", to_be_signed, algorithm, public))
 }
 
 /// Octets for a key elsewhere to sign, and what becomes of them then.

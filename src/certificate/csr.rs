@@ -40,6 +40,22 @@ pub fn verify_csr(der: &[u8]) -> Result<PublicKey, CsrError> {
     Ok(key)
 }
 
+/// The same for one in PEM (RFC 7468 §7).
+pub fn verify_csr_pem(pem: &[u8]) -> Result<PublicKey, CsrError> {
+    if pem.len() > 2 * MAX_CSR_LEN {
+        return Err(CsrError::TooLong(pem.len()));
+    }
+    let unreadable =
+        |cause: der::Error| CsrError::Unreadable(CertificateError::unreadable("PKCS#10 request in PEM")(cause));
+    let (label, der) = der::pem::decode_vec(pem).map_err(|e| unreadable(e.into()))?;
+    match label {
+        "CERTIFICATE REQUEST" | "NEW CERTIFICATE REQUEST" => verify_csr(&der),
+        other => {
+            Err(CsrError::Unreadable(CertificateError::refused(format!("it is a {other}, not a CERTIFICATE REQUEST"))))
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -31,9 +31,10 @@ mod verify;
 
 pub use access::{AccessCertificate, AccessName, Caller, Role, access_certificate, caller_of};
 pub use authority::{
-    AuthorityCertificate, SignedDocument, UnsignedDocument, authority_certificate, authority_request, certificate_pem,
+    AuthorityCertificate, SignedDocument, UnsignedDocument, access_request, authority_certificate, authority_request,
+    certificate_pem,
 };
-pub use csr::{CsrError, MAX_CSR_LEN, verify_csr};
+pub use csr::{CsrError, MAX_CSR_LEN, verify_csr, verify_csr_pem};
 pub use describe::{Statement, describe};
 pub use issued::IssuedCertificate;
 pub use issuer::IssuerCertificate;

@@ -12,7 +12,7 @@ use aws_lc_rs::signature::{self as provider, VerificationAlgorithm};
 use serde::{Deserialize, Serialize};
 
 pub use kept::{BatchName, KeptKey, StoreId, TokenPair, WrappedKey, batch_key_id};
-pub use private::{DevicePrivateKey, PrivateParts, RsaPrivateParts, generate_p256, generate_p256_pkcs8};
+pub use private::{DevicePrivateKey, PrivateParts, RsaPrivateParts, TlsKey, generate_p256};
 pub use public::PublicKey;
 pub use signature::{ecdsa_der_from_fixed, ecdsa_fixed_from_der};
 

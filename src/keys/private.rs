@@ -211,13 +211,40 @@ pub fn generate_p256() -> Result<DevicePrivateKey, KeyError> {
     DevicePrivateKey::from_parts(public, parts)
 }
 
-/// A P-256 key pair for TLS, made in this process: the public key, and the private one as PKCS#8 in PEM (RFC 7468 §10).
-pub fn generate_p256_pkcs8() -> Result<(PublicKey, SecretBytes), KeyError> {
-    let failed = |_| KeyError::UnreadablePrivateKey(KeyKind::P256);
-    let pair = signature::EcdsaKeyPair::generate(&signature::ECDSA_P256_SHA256_ASN1_SIGNING).map_err(failed)?;
-    let public = PublicKey::from_ec_point(KeyKind::P256, pair.public_key().as_ref())?;
-    let der = pair.to_pkcs8v1().map_err(failed)?;
-    let pem = der::pem::encode_string("PRIVATE KEY", der::pem::LineEnding::LF, der.as_ref());
-    let pem = pem.map_err(|_| KeyError::UnreadablePrivateKey(KeyKind::P256))?;
-    Ok((public, Secret::new(pem.into_bytes())))
+/// A P-256 key pair for TLS, made in this process.
+pub struct TlsKey {
+    public: PublicKey,
+    pair: signature::EcdsaKeyPair,
+    pem: SecretBytes,
+}
+
+impl TlsKey {
+    /// Makes one.
+    pub fn generate() -> Result<Self, KeyError> {
+        let failed = |_| KeyError::UnreadablePrivateKey(KeyKind::P256);
+        let pair = signature::EcdsaKeyPair::generate(&signature::ECDSA_P256_SHA256_ASN1_SIGNING).map_err(failed)?;
+        let public = PublicKey::from_ec_point(KeyKind::P256, pair.public_key().as_ref())?;
+        let der = pair.to_pkcs8v1().map_err(failed)?;
+        let pem = der::pem::encode_string("PRIVATE KEY", der::pem::LineEnding::LF, der.as_ref());
+        let pem = pem.map_err(|_| KeyError::UnreadablePrivateKey(KeyKind::P256))?;
+        Ok(Self { public, pair, pem: Secret::new(pem.into_bytes()) })
+    }
+
+    /// The public half.
+    pub const fn public(&self) -> &PublicKey {
+        &self.public
+    }
+
+    /// The private half as PKCS#8 in PEM (RFC 7468 §10).
+    pub const fn pem(&self) -> &SecretBytes {
+        &self.pem
+    }
+
+    /// Signs a certificate request: ECDSA with SHA-256, DER.
+    pub fn sign(&self, message: &[u8]) -> Result<Vec<u8>, KeyError> {
+        let signature = self.pair.sign(&aws_lc_rs::rand::SystemRandom::new(), message);
+        signature
+            .map(|signature| signature.as_ref().to_vec())
+            .map_err(|_| KeyError::UnreadablePrivateKey(KeyKind::P256))
+    }
 }

@@ -5,10 +5,12 @@ use std::path::{Path, PathBuf};
 use super::ceremony::random_serial;
 use super::files::{make_directory, must_be_new, write_new, write_new_private};
 use super::{OfficerError, now};
-use crate::certificate::{AccessCertificate, AccessName, IssuerCertificate, access_certificate};
+use crate::certificate::{
+    AccessCertificate, AccessName, IssuerCertificate, access_certificate, access_request, verify_csr_pem,
+};
 use crate::config::HsmAccess;
 use crate::hsm::{Ceremony, KeyRegister, SigningUse};
-use crate::keys::{SignatureAlgorithm, generate_p256_pkcs8};
+use crate::keys::{SignatureAlgorithm, TlsKey};
 
 /// Who is enrolled, for how long, and where the files go.
 pub struct Enrolment {
@@ -18,21 +20,54 @@ pub struct Enrolment {
     pub days: u32,
     /// A directory; `certificate.pem`, `key.pem` and `ca.pem` in it must not exist.
     pub out: PathBuf,
+    /// The request of whoever has made the key; without it one is made here.
+    pub csr: Option<PathBuf>,
 }
 
-/// Makes a key pair in this process and a certificate signed in the HSM, and writes both.
+/// Makes a key pair here and a request for its certificate, and writes both: the key need not travel.
+pub fn request(out: &Path) -> Result<Vec<PathBuf>, OfficerError> {
+    let paths = ["key.pem", "request.pem"].map(|name| out.join(name));
+    paths.iter().try_for_each(|path| must_be_new(path))?;
+    let key = TlsKey::generate()?;
+    let document = access_request(&key)?;
+    let signature = key.sign(document.to_be_signed())?;
+    let request = document.assemble(&signature)?.to_pem()?;
+    make_directory(out)?;
+    let [key_path, request_path] = &paths;
+    // Exposed to be written where only its owner may read it.
+    write_new_private(key_path, key.pem().expose())?;
+    write_new(request_path, request.as_bytes())?;
+    Ok(paths.to_vec())
+}
+
+/// Makes a certificate signed in the HSM and writes it, for the key of a request, or for one that is made and written here.
 pub fn enroll(access: &HsmAccess, register: &KeyRegister, enrolment: &Enrolment) -> Result<Vec<PathBuf>, OfficerError> {
     let key = register.signing.iter().find(|key| key.use_ == SigningUse::Access).ok_or_else(|| {
         OfficerError::Other("the register has no access key; run a ceremony with [access_ca]".to_owned())
     })?;
-    let paths = ["certificate.pem", "key.pem", "ca.pem"].map(|name| enrolment.out.join(name));
+    let [certificate_path, ca_path, key_path] =
+        ["certificate.pem", "ca.pem", "key.pem"].map(|name| enrolment.out.join(name));
+    let mut paths = vec![certificate_path.clone(), ca_path.clone()];
+    if enrolment.csr.is_none() {
+        paths.push(key_path.clone());
+    }
     paths.iter().try_for_each(|path| must_be_new(path))?;
+    let (public, made_here) = match &enrolment.csr {
+        Some(path) => {
+            let pem = std::fs::read(path).map_err(|e| OfficerError::Other(format!("{}: {e}", path.display())))?;
+            let verified = verify_csr_pem(&pem);
+            (verified.map_err(|e| OfficerError::Other(format!("{}: {e}", path.display())))?, None)
+        }
+        None => {
+            let key = TlsKey::generate()?;
+            (key.public().clone(), Some(key))
+        }
+    };
     let kind = key.public_key.kind();
     let algorithm = SignatureAlgorithm::default_for(kind);
     let ca_pem = read(&key.certificate)?;
     let issuer = IssuerCertificate::from_pem(&ca_pem, algorithm)?;
 
-    let (public, private_pem) = generate_p256_pkcs8()?;
     let token = Ceremony::open(&access.module, &register.token, &access.pin)?;
     let not_before = now();
     let document = access_certificate(&AccessCertificate {
@@ -47,12 +82,13 @@ pub fn enroll(access: &HsmAccess, register: &KeyRegister, enrolment: &Enrolment)
     let certificate = document.assemble(&signature)?.to_pem()?;
 
     make_directory(&enrolment.out)?;
-    let [certificate_path, key_path, ca_path] = &paths;
-    // Exposed to be written where only its owner may read it.
-    write_new_private(key_path, private_pem.expose())?;
-    write_new(certificate_path, certificate.as_bytes())?;
-    write_new(ca_path, ca_pem.as_bytes())?;
-    Ok(paths.to_vec())
+    if let Some(key) = made_here {
+        // Exposed to be written where only its owner may read it.
+        write_new_private(&key_path, key.pem().expose())?;
+    }
+    write_new(&certificate_path, certificate.as_bytes())?;
+    write_new(&ca_path, ca_pem.as_bytes())?;
+    Ok(paths)
 }
 
 fn read(path: &Path) -> Result<String, OfficerError> {

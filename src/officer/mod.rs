@@ -14,7 +14,7 @@ mod transcript;
 
 pub use audit_cli::{Form, ReadAuditCommand};
 pub use ceremony::{CeremonyPlan, Held, PlannedKey};
-pub use enroll::{Enrolment, enroll};
+pub use enroll::{Enrolment, enroll, request};
 pub use files::FileError;
 pub use hsm_cli::HsmCommand;
 pub use hsm_file::HsmFile;

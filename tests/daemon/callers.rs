@@ -10,7 +10,7 @@ use spp::certificate::{
     AccessCertificate, AccessName, AuthorityCertificate, Caller, CertificateSerial, IssuerCertificate, SubjectName,
     UnsignedDocument, access_certificate, authority_certificate,
 };
-use spp::keys::{PublicKey, SignatureAlgorithm, generate_p256_pkcs8};
+use spp::keys::{PublicKey, SignatureAlgorithm, TlsKey};
 use spp::proto::get_session_request::Session as Which;
 use spp::proto::officer_client::OfficerClient;
 use spp::proto::recovery_client::RecoveryClient;
@@ -83,10 +83,10 @@ impl Authority {
 }
 
 fn key_pair() -> (PublicKey, EcdsaKeyPair, String) {
-    let (public, pem) = generate_p256_pkcs8().unwrap();
-    let pem = String::from_utf8(pem.expose().clone()).unwrap();
+    let key = TlsKey::generate().unwrap();
+    let pem = String::from_utf8(key.pem().expose().clone()).unwrap();
     let (_, der) = der::pem::decode_vec(pem.as_bytes()).unwrap();
-    (public, EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, &der).unwrap(), pem)
+    (key.public().clone(), EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, &der).unwrap(), pem)
 }
 
 fn signed(unsigned: UnsignedDocument, pair: &EcdsaKeyPair) -> String {
@@ -321,4 +321,38 @@ async fn a_station_works_on_its_profiles_and_identities_alone() {
     let device = floor.sealing(3, spp::package::TransportCurve::P256);
     assemble(&mut second, &sensor(3, &device)).await.expect("within its confinement it works");
     complete(&mut first, &request).await.expect("nothing was changed by the others");
+}
+
+#[tokio::test]
+async fn a_stations_key_stays_where_it_was_made() {
+    let mut site = Site::new();
+    site.sppctl("request --out tls/own");
+    let key = site.read("tls/own/key.pem");
+    site.edit("sppd.toml", "name = \"line-1/a\"", "name = \"line-7/c\"");
+    site.sppctl("station enroll line-7/c --config sppd.toml --csr tls/own/request.pem --out tls/answer");
+    assert!(!site.path("tls/answer/key.pem").exists(), "whoever enrols has no key");
+    for file in ["certificate.pem", "ca.pem"] {
+        std::fs::copy(site.path(&format!("tls/answer/{file}")), site.path(&format!("tls/own/{file}"))).unwrap();
+    }
+    site.start();
+    let mut line = Line::new(site.connect(site.line, site.tls("tls/own")).await.unwrap());
+    assemble(&mut line, &phone(1)).await.unwrap();
+    assert_eq!(site.read("tls/own/key.pem"), key);
+    for (words, what) in [
+        ("request --out tls/own", "nothing is overwritten"),
+        ("station enroll x --config sppd.toml --csr tls/own/key.pem --out tls/x", "not a CERTIFICATE REQUEST"),
+        ("station enroll x --config sppd.toml --csr tls/none.pem --out tls/x", "tls/none.pem: No such file"),
+    ] {
+        let output = site.try_sppctl(words);
+        let why = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && why.contains(what), "{words}: {why}");
+    }
+    // A request that was changed on its way is not signed by its key any more.
+    let request = String::from_utf8(site.read("tls/own/request.pem")).unwrap();
+    let (label, mut der) = der::pem::decode_vec(request.as_bytes()).unwrap();
+    *der.last_mut().unwrap() ^= 1;
+    let changed = der::pem::encode_string(label, der::pem::LineEnding::LF, &der).unwrap();
+    std::fs::write(site.path("changed.pem"), changed).unwrap();
+    let output = site.try_sppctl("station enroll x --config sppd.toml --csr changed.pem --out tls/x");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("not signed by its own key"), "{output:?}");
 }

@@ -158,6 +158,11 @@ impl KeyPool {
                 self.destroy_strays(batch, member).await?;
                 share.filling().suspects.remove(&batch);
             }
+            // Whoever cannot fill its share leaves it to the others.
+            let can = |other: &HsmMember| {
+                pool.shares.get(other).is_some_and(|share| *other == member || share.filling().paused.is_none())
+            };
+            let ready: BTreeMap<_, _> = ready.into_iter().filter(|(other, _)| can(other)).collect();
             let Some(lacks) = pool.lacks(member, &ready) else { return Ok(()) };
             self.admit()?;
             let batch = self.open_batch(Purpose::Pool(kind), member).await?;

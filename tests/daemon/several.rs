@@ -363,6 +363,18 @@ async fn an_hsm_that_hangs_in_the_background_holds_up_nothing_of_the_other() {
     let _ = shredding.wait();
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_order_is_carried_out_by_whoever_can() {
+    let mut site = two_hsms_and_a_pool();
+    site.start();
+    until_ready(&site, [true, true]).await;
+    until_pools(&site, "pairs on both", |status| status.kinds.iter().any(on_both)).await;
+    fail(&site, "hsm-b", "C_GenerateKeyPair return CKR_ARGUMENTS_BAD");
+    let told = site.sppctl(&format!("pool fill p256 --to 300 {}", officer(&site)));
+    let pools = until_pools(&site, "as many as were ordered", |status| ready_pairs(status) >= 300).await;
+    assert!(pools.kinds.iter().any(|pool| pool.paused.contains("CKR_ARGUMENTS_BAD")), "{told}: {pools:?}");
+}
+
 /// A pair that takes longer than half of the time is made, too.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_only_slow_is_waited_for() {

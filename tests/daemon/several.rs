@@ -13,7 +13,7 @@ use spp::proto::{HsmMember as MemberTold, PoolKind};
 use tonic::Code;
 
 use crate::crash::persistent;
-use crate::floor::{Floor, Line, assemble, complete, install, package, phone, provision};
+use crate::floor::{Floor, Line, Refusal, assemble, complete, install, package, phone, provision};
 use crate::pool::{add_pool, add_profile, officer, pooled, until_pools};
 use crate::site::{SPPD, Site, write_private};
 
@@ -30,11 +30,11 @@ fn two_hsms() -> Site {
     let tokens = |of: &str| site.path(of).join("tokens").display().to_string();
     std::fs::write(site.path("hsm-b/softhsm2.conf"), conf.replace(&tokens("hsm"), &tokens("hsm-b"))).unwrap();
     write_private(&site.path("hsm-b/user.pin"), "482910375566");
-    site.edit("sppd.toml", "[hsm]\n", "[[hsm]]\nname = \"a\"\ncall_timeout = \"2s\"\n");
+    site.edit("sppd.toml", "[hsm]\n", "[[hsm]]\nname = \"a\"\ncall_timeout = \"4s\"\n");
     let second = "[[hsm]]\nname = \"b\"\nmodule = \"hsm-config/softhsm2.toml\"\ndirectory = \"hsm-b\"\n\
                   pin_file = \"hsm-b/user.pin\"\nkeys = \"keys/keys.toml\"\n\n[store]\n";
     site.edit("sppd.toml", "[store]\n", second);
-    site.edit("hsm-config/softhsm2.toml", "[worker]\n", "[worker]\nhang_after = \"3s\"\n");
+    site.edit("hsm-config/softhsm2.toml", "[worker]\n", "[worker]\nhang_after = \"6s\"\n");
     site.edit("sppd.toml", "requests_per_second = 100\nburst = 400", "requests_per_second = 100000\nburst = 100000");
     site
 }
@@ -64,7 +64,7 @@ async fn members(site: &Site) -> Vec<MemberTold> {
 }
 
 async fn until_ready(site: &Site, ready: [bool; 2]) {
-    let until = Instant::now() + Duration::from_secs(20);
+    let until = Instant::now() + Duration::from_secs(60);
     loop {
         let now: Vec<_> = members(site).await.iter().map(|member| member.ready).collect();
         if now == ready {
@@ -98,7 +98,18 @@ impl Flow {
         while !self.stop.load(Ordering::Relaxed) {
             let n = self.next.fetch_add(1, Ordering::Relaxed);
             let order = if n.is_multiple_of(2) { phone(n) } else { pooled(n) };
-            provision(&mut line, &mut self.floor.device(n), &order).await;
+            let answer = loop {
+                match assemble(&mut line, &order).await {
+                    Ok(answer) => break answer,
+                    // The pool is filled when nothing else wants the processor.
+                    Err(status) if Refusal::of(&status).is(Code::ResourceExhausted, "POOL_EMPTY") => {
+                        tokio::time::sleep(Duration::from_millis(50)).await;
+                    }
+                    Err(status) => panic!("device {n}: {status:?}"),
+                }
+            };
+            let request = install(&mut self.floor.device(n), &answer);
+            complete(&mut line, &request).await.unwrap();
             self.done.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -106,7 +117,7 @@ impl Flow {
     /// Waits for so many more.
     async fn more(&self, count: u64) {
         let wanted = self.done.load(Ordering::Relaxed) + count;
-        let until = Instant::now() + Duration::from_secs(30);
+        let until = Instant::now() + Duration::from_secs(60);
         while self.done.load(Ordering::Relaxed) < wanted {
             assert!(Instant::now() < until, "the line stands still");
             tokio::time::sleep(Duration::from_millis(10)).await;
@@ -152,7 +163,7 @@ async fn either_hsm_may_be_lost_and_no_call_of_the_line_fails() {
                 replaced && now.ready && now.calls_answered > answered + 20
             };
             while !is_back(&now[lost]) {
-                assert!(well.elapsed() < Duration::from_secs(20), "{rules} at {directory}: {now:?}");
+                assert!(well.elapsed() < Duration::from_secs(60), "{rules} at {directory}: {now:?}");
                 flow.more(10).await;
                 now = members(&site).await;
             }
@@ -174,6 +185,18 @@ async fn either_hsm_may_be_lost_and_no_call_of_the_line_fails() {
     assert!(site.stop().success());
 }
 
+fn each_made_some(members: &[MemberTold]) -> bool {
+    let made = |member: &MemberTold| {
+        member
+            .calls
+            .iter()
+            .filter(|call| call.verb == "generate_pair" && call.result == "ok")
+            .map(|call| call.count)
+            .sum::<u64>()
+    };
+    members.iter().all(|member| made(member) >= 3)
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_pair_that_is_on_a_lost_hsm_alone_waits_for_it_and_comes_out_the_same() {
     let mut site = two_hsms();
@@ -182,8 +205,9 @@ async fn a_pair_that_is_on_a_lost_hsm_alone_waits_for_it_and_comes_out_the_same(
     until_pools(&site, "a batch on each", |status| status.session_batches == 2).await;
     let (floor, mut line) = (Floor::new(&site), site.station().await);
     let mut answers = Vec::new();
-    for n in 1..=16 {
-        answers.push(assemble(&mut line, &phone(n)).await.unwrap());
+    while !each_made_some(&members(&site).await) {
+        assert!(answers.len() < 500, "one of them makes no pair: {:?}", members(&site).await);
+        answers.push(assemble(&mut line, &phone(answers.len() as u64 + 1)).await.unwrap());
     }
     // The packages are in the memory of nobody any more.
     site.kill();
@@ -192,7 +216,7 @@ async fn a_pair_that_is_on_a_lost_hsm_alone_waits_for_it_and_comes_out_the_same(
     until_ready(&site, [false, true]).await;
     let mut line = site.station().await;
     let mut waiting = Vec::new();
-    for (n, first) in (1..=16).zip(&answers) {
+    for (n, first) in (1..).zip(&answers) {
         match assemble(&mut line, &phone(n)).await {
             Ok(again) => assert_eq!((&again.certificate, &again.delivery), (&first.certificate, &first.delivery)),
             Err(status) => {
@@ -201,7 +225,7 @@ async fn a_pair_that_is_on_a_lost_hsm_alone_waits_for_it_and_comes_out_the_same(
             }
         }
     }
-    assert!((1..=15).contains(&waiting.len()), "some were made on each: {waiting:?}");
+    assert!(!waiting.is_empty() && waiting.len() < answers.len(), "some were made on each: {waiting:?}");
     fail(&site, "hsm", "");
     until_ready(&site, [true, true]).await;
     for n in &waiting {
@@ -276,7 +300,7 @@ async fn both_lost_is_said_and_either_one_back_is_enough() {
     // A wrong PIN of one is its own affair.
     write_private(&site.path("hsm/user.pin"), "000000000000");
     fail(&site, "hsm", "");
-    let until = Instant::now() + Duration::from_secs(20);
+    let until = Instant::now() + Duration::from_secs(60);
     while !members(&site).await[0].trouble.contains("CKR_PIN_INCORRECT") {
         assert!(Instant::now() < until, "{:?}", members(&site).await);
         tokio::time::sleep(Duration::from_millis(50)).await;
@@ -312,7 +336,7 @@ async fn a_batch_on_two_hsms_is_an_officers_affair() {
     let hsm = handle(&site);
     let mut keys = Vec::new();
     for member in hsm.each() {
-        hsm.at(member).ready(Duration::from_secs(20)).await.unwrap();
+        hsm.at(member).ready(Duration::from_secs(60)).await.unwrap();
         keys.extend(hsm.at(member).own_objects().await.unwrap().keys);
     }
     let log = site.log();
@@ -349,7 +373,7 @@ async fn an_hsm_that_hangs_in_the_background_holds_up_nothing_of_the_other() {
         .spawn()
         .unwrap();
     let fired = site.path("hsm-b/faults.fired");
-    let until = Instant::now() + Duration::from_secs(10);
+    let until = Instant::now() + Duration::from_secs(60);
     while !fired.exists() {
         assert!(Instant::now() < until, "nothing hangs");
         tokio::time::sleep(Duration::from_millis(10)).await;
@@ -382,10 +406,10 @@ async fn what_is_only_slow_is_waited_for() {
     site.start();
     until_ready(&site, [true, true]).await;
     for directory in ["hsm", "hsm-b"] {
-        fail(&site, directory, "C_GenerateKeyPair sleep 1400");
+        fail(&site, directory, "C_GenerateKeyPair sleep 2600");
     }
     let (floor, mut line) = (Floor::new(&site), site.station().await);
-    for n in 1..=3 {
+    for n in 1..=2 {
         provision(&mut line, &mut floor.device(n), &phone(n)).await;
     }
 }
@@ -397,7 +421,7 @@ async fn whoever_has_a_batch_is_found_and_who_is_away_is_not_taken_for_one_witho
     let site = two_hsms();
     let hsm = handle(&site);
     let [a, b]: [HsmMember; 2] = hsm.each().collect::<Vec<_>>().try_into().unwrap();
-    let ready = async |member| hsm.at(member).ready(Duration::from_secs(20)).await.unwrap();
+    let ready = async |member| hsm.at(member).ready(Duration::from_secs(60)).await.unwrap();
     ready(a).await;
     ready(b).await;
     hsm.at(a).create_batch_key(BATCH).await.unwrap();
@@ -410,7 +434,7 @@ async fn whoever_has_a_batch_is_found_and_who_is_away_is_not_taken_for_one_witho
     let elsewhere = hsm.at(b).held_keys(&held).await.err();
     assert!(matches!(elsewhere, Some(HsmError::Absent(_))), "{elsewhere:?}");
     fail(&site, "hsm", "* away");
-    let until = Instant::now() + Duration::from_secs(10);
+    let until = Instant::now() + Duration::from_secs(60);
     while hsm.at_hand() != [b] {
         let _ = hsm.random(1).await;
         assert!(Instant::now() < until, "{:?}", hsm.status());

@@ -34,6 +34,9 @@ pub(crate) struct Counters {
     pub(crate) operations: AtomicU64,
 }
 
+/// A call that waits so long may be one that is never answered.
+const LATE: Duration = Duration::from_secs(1);
+
 /// A worker that serves.
 pub(crate) struct Connection {
     outgoing: mpsc::Sender<Zeroizing<Vec<u8>>>,
@@ -92,6 +95,12 @@ impl Pending {
 
     pub(super) fn count(&self, lane: Lane) -> usize {
         self.map().as_ref().map_or(0, |map| map.values().filter(|call| call.lane == lane).count())
+    }
+
+    /// Whether a call of the line waits so long that another HSM is asked first, if there is one.
+    fn is_late(&self) -> bool {
+        let late = |call: &Waiting| call.lane == Lane::Line && call.since.elapsed() > LATE;
+        self.map().as_ref().is_some_and(|map| map.values().any(late))
     }
 
     /// Whether a call waits longer than any should.
@@ -245,10 +254,10 @@ impl Connection {
         failures.count > 0 && failures.last.is_some_and(|last| last.elapsed() >= Failures::DOUBTED)
     }
 
-    /// Whether the last call failed, a moment ago.
-    pub(crate) fn has_just_failed(&self) -> bool {
+    /// Whether others are asked first: the last call failed a moment ago, or one is late.
+    pub(crate) fn is_avoided(&self) -> bool {
         let last = self.failures.lock().unwrap_or_else(PoisonError::into_inner).last;
-        last.is_some_and(|last| last.elapsed() < Failures::AVOIDED)
+        last.is_some_and(|last| last.elapsed() < Failures::AVOIDED) || self.pending.is_late()
     }
 
     /// Has the worker replaced: what it answers is not right.

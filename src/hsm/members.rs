@@ -221,14 +221,14 @@ impl Members {
         Asked { allowed: self.each().filter(may).collect(), last: None }
     }
 
-    /// Those that are ready: who has not just failed, and has least to do, first.
+    /// Those that are ready: who has not just failed and is not late, and has least to do, first.
     pub(super) fn ready(&self, states: &[State], lane: Lane) -> Vec<HsmMember> {
         // By lot, else each HSM would get always the same of a device's questions.
         let turn = self.lots.hash_one(self.turn.fetch_add(1, Ordering::Relaxed)) % states.len().max(1) as u64;
         let several = states.len() > 1;
         let ready = states.iter().enumerate().filter_map(|(at, state)| {
             let State::Ready(connection) = state else { return None };
-            let load = several.then(|| (connection.has_just_failed(), connection.pending.count(lane)));
+            let load = several.then(|| (connection.is_avoided(), connection.pending.count(lane)));
             Some((load, (at as u64 + turn) % states.len() as u64, HsmMember(at)))
         });
         let mut ready: Vec<_> = ready.collect();

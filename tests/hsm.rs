@@ -374,50 +374,36 @@ async fn a_module_that_sometimes_answers_wrongly_never_gives_a_wrong_key_or_an_u
     }
 }
 
-/// What the supervisor looks at works, and what the line needs does not.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_module_whose_one_verb_does_nothing_but_fail_is_replaced() {
+/// Fails a verb for as long as the worker lives, and calls until there is another worker.
+async fn until_replaced(rules: &str, verb: impl AsyncFn(&Hsm, usize) -> Result<(), HsmError>) {
     let site = Site::new();
     site.use_faulty_module();
     let mut config = site.hsm_config();
     config.call_timeout = Duration::from_secs(2);
     let hsm = serving(config).await;
-    site.fail("C_GenerateKeyPair times=1 lasts=1 return CKR_DEVICE_MEMORY");
+    site.fail(rules);
     let until = Instant::now() + Duration::from_secs(20);
     while hsm.status().members[0].worker_starts < 2 {
         assert!(Instant::now() < until, "it only fails: {:?}", hsm.status());
-        let calls = (0..6).map(|number| {
-            let hsm = hsm.clone();
-            tokio::spawn(async move { pair(&hsm, KeyKind::P256, number).await.map(drop) })
-        });
-        for call in calls.collect::<Vec<_>>() {
-            let _ = call.await.unwrap();
-        }
+        let call = |number| verb(&hsm, number);
+        let _ = tokio::join!(call(0), call(1), call(2), call(3), call(4), call(5));
     }
-    pair(&hsm, KeyKind::P256, 1).await.unwrap();
+    verb(&hsm, 6).await.unwrap();
+    assert_eq!(hsm.status().members[0].worker_starts, 2);
 }
 
 /// It says that it may be tried again, and never gets well: only another process helps.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_module_that_does_nothing_but_fail_is_replaced() {
-    let site = Site::new();
-    site.use_faulty_module();
-    let mut config = site.hsm_config();
-    config.call_timeout = Duration::from_secs(2);
-    let hsm = serving(config).await;
-    site.fail("C_Sign times=1 lasts=1 return CKR_GENERAL_ERROR");
-    let until = Instant::now() + Duration::from_secs(10);
-    while hsm.status().members[0].worker_starts < 2 || hsm.derive(vec![derivation(1)]).await.is_err() {
-        assert!(Instant::now() < until, "it only fails: {:?}", hsm.status());
-        let calls = (0..6).map(|number| {
-            let hsm = hsm.clone();
-            tokio::spawn(async move { hsm.derive(vec![derivation(number)]).await })
-        });
-        for call in calls.collect::<Vec<_>>() {
-            let _ = call.await.unwrap();
-        }
-    }
-    assert_eq!(hsm.status().members[0].worker_starts, 2);
+    let derived = async |hsm: &Hsm, number| hsm.derive(vec![derivation(number)]).await.map(drop);
+    until_replaced("C_Sign times=1 lasts=1 return CKR_GENERAL_ERROR", derived).await;
+}
+
+/// What the supervisor looks at works, and what the line needs does not.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_module_whose_one_verb_does_nothing_but_fail_is_replaced() {
+    let made = async |hsm: &Hsm, number| pair(hsm, KeyKind::P256, number).await.map(drop);
+    until_replaced("C_GenerateKeyPair times=1 lasts=1 return CKR_DEVICE_MEMORY", made).await;
 }
 
 /// Modules end sessions that nobody uses, and with the session of the transport key that key.

@@ -6,7 +6,6 @@ use std::time::Duration;
 use super::connection::BACKGROUND_LIMIT;
 use super::failure::HsmError;
 use super::handle::{Hsm, Terms, unexpected};
-use super::members::At;
 use super::objects::public_key;
 use super::wire::{Answer, Keep, Kept, Lane, Operation};
 use crate::keys::{BatchName, KeptKey, KeyKind, PublicKey, TokenPair, WrappedKey};
@@ -141,7 +140,7 @@ impl Hsm {
         operation: impl Fn() -> Operation,
     ) -> Result<Answer, HsmError> {
         let operations = || vec![operation()];
-        let terms = Terms { lane: Lane::Background, limit, attempts, at: At::Any, impatient: false };
+        let terms = Terms { lane: Lane::Background, limit, attempts, about: None, impatient: false };
         self.call_on(terms, operations, |mut answers, _| answers.next()).await
     }
 }

@@ -10,7 +10,7 @@ use tracing::Instrument as _;
 use super::connection::Connection;
 use super::failure::{FailureClass, HsmError};
 use super::kdf::Derivation;
-use super::members::{At, Chosen, HsmMember, Hsms, Members};
+use super::members::{Chosen, HsmMember, Hsms, Members};
 use super::objects::{public_key, to_x509_form};
 use super::register::KeyRegister;
 use super::supervisor::{State, supervise};
@@ -38,7 +38,8 @@ pub(super) struct Terms {
     pub(super) limit: Duration,
     /// How often it is tried at most.
     pub(super) attempts: u32,
-    pub(super) at: At,
+    /// The batch whose keeper alone can answer; none if the keys of the register are enough, which every HSM has.
+    pub(super) about: Option<BatchName>,
     /// Whether the caller has another way than to wait for the HSM that keeps what is asked for.
     pub(super) impatient: bool,
 }
@@ -148,7 +149,7 @@ impl Hsm {
 
     /// Waits until calls are served, or says why they are not.
     pub async fn ready(&self, within: Duration) -> Result<(), HsmError> {
-        let asked = self.members.may_be_asked(At::Any, self.only);
+        let asked = self.members.may_be_asked(None, self.only);
         let until = Instant::now() + within;
         self.members.choose(&self.states, Lane::Line, &asked, false, until).await.map(drop)
     }
@@ -187,7 +188,7 @@ impl Hsm {
             .signers()
             .find(|(name, _)| *name == key)
             .ok_or_else(|| HsmError::Refused(format!("the key {key} is not one of the register that sign")))?;
-        self.call(At::Any, false, operations, |mut answers, _| {
+        self.call(None, false, operations, |mut answers, _| {
             let Answer::Signature(raw) = answers.next()? else { return Err(unexpected()) };
             let signature = to_x509_form(algorithm, raw)?;
             let verified = public.verify(algorithm, message, &signature);
@@ -222,12 +223,12 @@ impl Hsm {
             pair.chain(derive()).chain([Operation::Random { len: random }]).collect()
         };
         // Another HSM has other pairs.
-        let (at, impatient) = match &order.pair {
-            Some(PairOrder::Make(_, key)) => (At::Keeper(BatchName::of_key(key)), true),
-            Some(PairOrder::Kept(_, kept)) => (At::keeper_of(kept), true),
-            None => (At::Any, false),
+        let about = match &order.pair {
+            Some(PairOrder::Make(_, key)) => BatchName::of_key(key),
+            Some(PairOrder::Kept(_, kept)) => kept.batch(),
+            None => None,
         };
-        self.call(at, impatient, operations, |mut answers, connection| {
+        self.call(about, order.pair.is_some(), operations, |mut answers, connection| {
             let pair = match &order.pair {
                 Some(PairOrder::Make(kind, wrapping_key)) => {
                     Some(new_pair(*kind, wrapping_key, answers.next()?, connection)?)
@@ -252,8 +253,8 @@ impl Hsm {
             let pair = order.pair.iter().map(|(public, kept)| delivery(public, kept));
             pair.chain(derive()).collect()
         };
-        let at = order.pair.as_ref().map_or(At::Any, |(_, kept)| At::keeper_of(kept));
-        self.call(at, false, operations, |mut answers, connection| {
+        let about = order.pair.as_ref().and_then(|(_, kept)| kept.batch());
+        self.call(about, false, operations, |mut answers, connection| {
             let pair = match &order.pair {
                 Some((public, _)) => Some(delivered(public, answers.next()?, connection)?),
                 None => None,
@@ -268,7 +269,7 @@ impl Hsm {
         let operations = || vec![Operation::Destroy { key: key.clone() }];
         for member in self.each() {
             let hsm = self.at(member);
-            let destroyed = hsm.call(At::Any, false, operations, |mut answers, _| match answers.next()? {
+            let destroyed = hsm.call(None, false, operations, |mut answers, _| match answers.next()? {
                 Answer::Destroyed => Ok(()),
                 _ => Err(unexpected()),
             });
@@ -315,14 +316,14 @@ impl Hsm {
     /// a destruction whose answer was lost cannot be told from a key that is missing; it stays an error, for an officer.
     async fn call<T>(
         &self,
-        at: At,
+        about: Option<BatchName>,
         impatient: bool,
         operations: impl Fn() -> Vec<Operation>,
         read: impl Fn(Answers, &Connection) -> Result<T, HsmError>,
     ) -> Result<T, HsmError> {
         let places = self.members.places;
         let _place = self.members.queue.try_acquire().map_err(|_| HsmError::Busy { waiting: places })?;
-        let terms = Terms { lane: Lane::Line, limit: self.call_timeout(), attempts: u32::MAX, at, impatient };
+        let terms = Terms { lane: Lane::Line, limit: self.call_timeout(), attempts: u32::MAX, about, impatient };
         self.call_on(terms, operations, read).await
     }
 
@@ -333,9 +334,9 @@ impl Hsm {
         operations: impl Fn() -> Vec<Operation>,
         read: impl Fn(Answers, &Connection) -> Result<T, HsmError>,
     ) -> Result<T, HsmError> {
-        let Terms { lane, limit, attempts, at, impatient } = terms;
+        let Terms { lane, limit, attempts, about, impatient } = terms;
         let until = Instant::now() + limit;
-        let mut asked = self.members.may_be_asked(at, self.only);
+        let mut asked = self.members.may_be_asked(about, self.only);
         let mut attempt = 0;
         let (mut was_wrong, mut was_refused) = (false, false);
         loop {

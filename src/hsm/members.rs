@@ -14,7 +14,7 @@ use super::failure::HsmError;
 use super::register::KeyRegister;
 use super::supervisor::{HsmConfig, State};
 use super::wire::Lane;
-use crate::keys::{BatchName, KeptKey};
+use crate::keys::BatchName;
 
 /// One of the HSMs of a handle.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -109,22 +109,6 @@ pub(super) struct Members {
     turn: AtomicU64,
 }
 
-/// Which HSM a call may go to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum At {
-    /// Any: what is asked for rests on keys of the register alone.
-    Any,
-    /// The one that keeps this batch.
-    Keeper(Option<BatchName>),
-}
-
-impl At {
-    /// Where a pair is kept.
-    pub(super) fn keeper_of(kept: &KeptKey) -> Self {
-        Self::Keeper(kept.batch())
-    }
-}
-
 /// Whom one call has asked so far.
 pub(super) struct Asked {
     /// Those it may go to at all.
@@ -145,7 +129,7 @@ impl Asked {
 pub(super) struct Chosen {
     pub(super) member: HsmMember,
     pub(super) connection: Arc<Connection>,
-    /// Whether another one could answer it, too.
+    /// Whether another one that is ready could answer it, too, or give an impatient caller another answer.
     pub(super) others: bool,
 }
 
@@ -208,12 +192,10 @@ impl Members {
         self.records().remove(&batch);
     }
 
-    /// Whom a call may ask. Of a batch whose keeper is not on record: all, one after the other.
-    pub(super) fn may_be_asked(&self, at: At, only: Option<HsmMember>) -> Asked {
-        let keepers = match at {
-            At::Keeper(Some(batch)) => self.keepers(batch),
-            At::Keeper(None) | At::Any => BTreeSet::new(),
-        };
+    /// Whom a call may ask: who keeps the batch that it is about, or all. Of a batch whose keeper is not on record all are asked, one
+    /// after the other.
+    pub(super) fn may_be_asked(&self, about: Option<BatchName>, only: Option<HsmMember>) -> Asked {
+        let keepers = about.map(|batch| self.keepers(batch)).unwrap_or_default();
         let may = |member: &HsmMember| match only {
             Some(only) => only == *member,
             None => keepers.is_empty() || keepers.contains(member),

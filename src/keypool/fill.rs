@@ -191,6 +191,7 @@ impl KeyPool {
             Keeping::Hsm => KeepIn::OnToken(name),
         };
         let mut left = wanted.min(self.rules.batch_size.saturating_sub(batch.taken_in)).max(1);
+        let making = &self.bench(member)?.making;
         let mut calls = JoinSet::new();
         let mut failed = None;
         loop {
@@ -198,13 +199,10 @@ impl KeyPool {
                 let (hsm, count) = (self.hsm.at(member), left.min(PER_CALL));
                 left -= count;
                 let at_most = u32::try_from(count).unwrap_or(u32::MAX);
-                let making = self.making.get(&member).cloned();
+                let making = Arc::clone(making);
                 calls.spawn(async move {
-                    let _place = match making {
-                        // It is never closed.
-                        Some(making) => making.acquire_owned().await.ok(),
-                        None => None,
-                    };
+                    // It is never closed.
+                    let _place = making.acquire_owned().await;
                     (count, hsm.make_pairs(kind, keep, at_most, CALL).await)
                 });
             }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::{KeyPool, PoolError};
 use crate::hsm::{Hsm, HsmMember};
-use crate::keys::{BatchName, KeptKey, StoreId};
+use crate::keys::{BatchName, StoreId};
 use crate::store::{Batch, Keeping};
 
 /// Who keeps what at this moment.
@@ -59,12 +59,6 @@ impl KeyPool {
         let complete = self.hsm.each().all(|member| self.notes().compared.contains(&member));
         let at_hand = self.hsm.at_hand().into_iter().collect();
         Ok(Keepers { hsm: &self.hsm, store, at_hand, only: self.only_hsm(), complete })
-    }
-
-    /// Whether a pair can be opened only by one of several HSMs that is away.
-    pub async fn is_away(&self, kept: &KeptKey) -> Result<bool, PoolError> {
-        let keepers = self.keepers().await?;
-        Ok(kept.batch().is_some_and(|batch| !keepers.are_at_hand(batch.number)))
     }
 
     fn only_hsm(&self) -> Option<HsmMember> {

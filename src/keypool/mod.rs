@@ -12,7 +12,8 @@
 //!                                                                               overwritten: no copy of it can be opened
 //! ```
 //!
-//! One task looks after everything: [`KeyPool::run`]. What a crash left is put right by the same steps.
+//! For each HSM one task looks after what it keeps, and one for each pool fills its share: [`KeyPool::run`]. What a crash left is put
+//! right by the same steps.
 
 mod batches;
 mod claim;
@@ -96,9 +97,6 @@ pub struct KeyPool {
     pools: BTreeMap<KeyKind, Pool>,
     /// Who uses a batch's key or has a pair in hand.
     users: Users,
-    /// So many calls that make pairs may be with an HSM at once, of all kinds together: what else is done in the background
-    /// waits behind them.
-    making: BTreeMap<HsmMember, Arc<Semaphore>>,
     /// The batch of each HSM that takes the pairs of new sessions.
     for_sessions: watch::Sender<BTreeMap<HsmMember, BatchName>>,
     /// Whether what the store and a token say of each other has been looked at.
@@ -117,8 +115,10 @@ pub struct KeyPool {
 }
 
 /// One HSM's batches, as they are worked on.
-#[derive(Default)]
 struct Bench {
+    /// So many calls that make pairs may be with it at once, of all kinds together: what else is done in the background waits behind
+    /// them.
+    making: Arc<Semaphore>,
     /// One batch is planned at a time.
     planning: tokio::sync::Mutex<()>,
     /// One batch is shredded at a time.
@@ -180,9 +180,14 @@ impl KeyPool {
         };
         let pools = rules.pools.iter().map(pool).collect();
         // Two for each thread, so that one has work while another's pairs are being stored.
-        let places = |member| (member, Arc::new(Semaphore::new(2 * hsm.background_threads(member))));
-        let making = hsm.each().map(places).collect();
-        let benches = hsm.each().map(|member| (member, Bench::default())).collect();
+        let bench = |member| Bench {
+            making: Arc::new(Semaphore::new(2 * hsm.background_threads(member))),
+            planning: tokio::sync::Mutex::default(),
+            shredding: tokio::sync::Mutex::default(),
+            trouble: Mutex::default(),
+            wake: Notify::new(),
+        };
+        let benches = hsm.each().map(|member| (member, bench(member))).collect();
         Arc::new(Self {
             hsm,
             store,
@@ -192,7 +197,6 @@ impl KeyPool {
             clock,
             pools,
             users: Users::default(),
-            making,
             for_sessions: watch::channel(BTreeMap::new()).0,
             reconciled: watch::channel(false).0,
             closing: Mutex::default(),

@@ -1,5 +1,6 @@
-//! What the store and a token say of each other, both ways, once for each HSM when it is there for the first time. A crash leaves a plan without its key, a key
-//! without its batch, or a pair on the token that no row names; an old copy of the store that was put back leaves more.
+//! What the store and a token say of each other, both ways, once for each HSM when it is there for the first time. A crash leaves
+//! a plan without its key, a key without its batch, or a pair on the token that no row names; an old copy of the store that was put
+//! back leaves more.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;

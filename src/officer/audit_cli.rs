@@ -197,47 +197,65 @@ fn export(
         let opened = OpenOptions::new().write(true).create_new(true).open(path);
         opened.map_err(|e| format!("{}: {e}; an export overwrites nothing", path.display()))
     };
-    let mut sink: Box<dyn Write> = match out {
+    let sink: Box<dyn Write> = match out {
         Some(path) => Box::new(io::BufWriter::new(file(path)?)),
         None => Box::new(io::BufWriter::new(io::stdout())),
     };
-    let failed = |e: &dyn std::fmt::Display| format!("writing the export: {e}");
-    let mut csv = (format == Form::Csv).then(|| csv::Writer::from_writer(Vec::new()));
-    if let Some(csv) = &mut csv {
-        let header = ["sequence", "time", "node", "caller", "act", "outcome", "details"];
-        csv.write_record(header).map_err(|e| failed(&e))?;
-    }
+    let failed = |e: io::Error| format!("writing the export: {e}");
+    let mut rows = Rows::begin(format, sink).map_err(failed)?;
     let mut count = 0_u64;
     while let Some(entry) = entries.next_entry().map_err(|e| e.to_string())? {
-        if !wanted(&entry) {
-            continue;
-        }
-        count += 1;
-        match &mut csv {
-            None => writeln!(sink, "{}", to_json(&entry)?).map_err(|e| failed(&e))?,
-            Some(csv) => {
-                let details = serde_json::to_string(&entry.details).map_err(|e| e.to_string())?;
-                let row = [
-                    entry.sequence.to_string(),
-                    at(entry.time),
-                    entry.node,
-                    entry.caller,
-                    entry.act,
-                    entry.outcome.to_string(),
-                    details,
-                ];
-                csv.write_record(row).map_err(|e| failed(&e))?;
-            }
+        if wanted(&entry) {
+            rows.add(&entry).map_err(failed)?;
+            count += 1;
         }
     }
-    if let Some(csv) = csv {
-        sink.write_all(&csv.into_inner().map_err(|e| failed(&e))?).map_err(|e| failed(&e))?;
-    }
-    sink.flush().map_err(|e| failed(&e))?;
+    rows.end().map_err(failed)?;
     if let Some(path) = out {
         println!("wrote {count} entries to {}", path.display());
     }
     Ok(())
+}
+
+/// Where exported entries go, in their form.
+enum Rows {
+    Json(Box<dyn Write>),
+    Csv(Box<csv::Writer<Box<dyn Write>>>),
+}
+
+impl Rows {
+    fn begin(form: Form, sink: Box<dyn Write>) -> io::Result<Self> {
+        Ok(match form {
+            Form::Json => Self::Json(sink),
+            Form::Csv => {
+                let mut csv = csv::Writer::from_writer(sink);
+                csv.write_record(["sequence", "time", "node", "caller", "act", "outcome", "details"])?;
+                Self::Csv(Box::new(csv))
+            }
+        })
+    }
+
+    fn add(&mut self, entry: &Recorded) -> io::Result<()> {
+        match self {
+            Self::Json(sink) => {
+                serde_json::to_writer(&mut *sink, entry)?;
+                sink.write_all(b"\n")
+            }
+            Self::Csv(csv) => {
+                let (sequence, outcome) = (entry.sequence.to_string(), entry.outcome.to_string());
+                let (time, details) = (at(entry.time), serde_json::to_string(&entry.details)?);
+                csv.write_record([&sequence, &time, &entry.node, &entry.caller, &entry.act, &outcome, &details])?;
+                Ok(())
+            }
+        }
+    }
+
+    fn end(self) -> io::Result<()> {
+        match self {
+            Self::Json(mut sink) => sink.flush(),
+            Self::Csv(mut csv) => csv.flush(),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -85,22 +85,13 @@ impl Provisioner {
                     Ok(Step::Erased)
                 }
                 // The pair may have been seen by the device or the floor: destroyed, never given to another chip.
-                None if issued.session().has_expired(self.clock.now()) && !self.pair_is_away(id).await? => {
+                None if issued.session().has_expired(self.clock.now()) => {
                     self.in_flight.take(&id);
                     self.journal.abort(Abortable::Issued(issued), self.clock.now(), "expired".to_owned()).await?;
                     Ok(Step::Expired)
                 }
                 None => Ok(Step::Waits),
             },
-        }
-    }
-
-    /// Whether the session's pair can be opened only by an HSM that is away. Its station cannot complete the device meanwhile, and so
-    /// the session's time is not over.
-    async fn pair_is_away(&self, id: SessionId) -> Result<bool, ProvisionError> {
-        match self.journal.kept_key(&id).await? {
-            Some(kept) => Ok(self.pool.is_away(&kept).await?),
-            None => Ok(false),
         }
     }
 

@@ -1,5 +1,6 @@
 //! Who calls: the role and name in the client certificate, which the door has looked at ([`super::roles`]).
 
+use std::net::SocketAddr;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use tonic::codegen::http;
@@ -12,14 +13,14 @@ use crate::names::{OfficerName, StationName};
 
 /// The caller of a request.
 pub(super) fn any<T>(request: &Request<T>) -> Result<Caller, Status> {
-    request.extensions().get::<Caller>().cloned().ok_or_else(|| nobody("no door was passed".to_owned()))
+    request.extensions().get::<Caller>().cloned().ok_or_else(|| nobody(None, "no door was passed".to_owned()))
 }
 
 /// The station of a request; the table lets nobody else come here.
 pub(super) fn station<T>(request: &Request<T>) -> Result<StationName, Status> {
     match any(request)? {
         Caller::Station(name) => Ok(name),
-        other => Err(nobody(format!("the {other} is no station"))),
+        other => Err(nobody(None, format!("the {other} is no station"))),
     }
 }
 
@@ -27,7 +28,7 @@ pub(super) fn station<T>(request: &Request<T>) -> Result<StationName, Status> {
 pub(super) fn officer<T>(request: &Request<T>) -> Result<OfficerName, Status> {
     match any(request)? {
         Caller::Officer(name) => Ok(name),
-        other => Err(nobody(format!("the {other} is no officer"))),
+        other => Err(nobody(None, format!("the {other} is no officer"))),
     }
 }
 
@@ -37,6 +38,7 @@ pub(super) fn of_connection(extensions: &http::Extensions) -> Result<Caller, Sta
     let connection = extensions.get::<TlsConnectInfo<TcpConnectInfo>>();
     let certificates = connection.and_then(TlsConnectInfo::peer_certs);
     let certificate = certificates.as_ref().and_then(|chain| chain.first());
+    let nobody = |message| nobody(connection.and_then(|connection| connection.get_ref().remote_addr()), message);
     let certificate = certificate.ok_or_else(|| nobody("this service needs a client certificate".to_owned()))?;
     let (caller, not_after) = caller_of(certificate).map_err(|e| nobody(e.to_string()))?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
@@ -46,7 +48,7 @@ pub(super) fn of_connection(extensions: &http::Extensions) -> Result<Caller, Sta
     Ok(caller)
 }
 
-fn nobody(message: String) -> Status {
-    tracing::info!(why = %message, "refused: no caller");
+fn nobody(from: Option<SocketAddr>, message: String) -> Status {
+    tracing::info!(?from, why = %message, "refused: no caller");
     refusal(Code::Unauthenticated, "NO_CALLER", message)
 }

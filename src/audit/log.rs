@@ -3,9 +3,13 @@
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use tokio::sync::oneshot;
 
 use super::chain::{Head, TAIL};
 use super::{AuditError, Entry, FILE, Outcome};
@@ -13,9 +17,45 @@ use super::{AuditError, Entry, FILE, Outcome};
 /// How long the lock is awaited: after a kill -9 the kernel may hold it for a moment.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 
+/// Entries that may wait for the disk at once; more are refused.
+const QUEUE: usize = 4096;
+/// Most entries that share a sync.
+const BATCH: usize = 256;
+/// When a caller is told that the disk does not answer. What it recorded may still come to be there.
+const ANSWER_WITHIN: Duration = Duration::from_secs(30);
+
 /// The audit log, open for adding; one process at a time has it.
 pub struct AuditLog {
-    writer: Arc<Mutex<Writer>>,
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    node: String,
+    writer: Mutex<Writer>,
+    queue: Mutex<Queue>,
+    /// Whether the last write failed.
+    broken: AtomicBool,
+}
+
+#[derive(Default)]
+struct Queue {
+    waiting: Vec<Waiting>,
+    /// Whether a task is writing, which takes what waits before it ends.
+    writing: bool,
+}
+
+struct Waiting {
+    entry: Entry,
+    answer: oneshot::Sender<Result<u64, AuditError>>,
+}
+
+/// Where a log ended at one moment: how many entries it had, and the SHA-256 of the last one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct LogHead {
+    /// How many entries.
+    pub entries: u64,
+    /// SHA-256 of the last line; zeros if there is none.
+    pub hash: [u8; 32],
 }
 
 impl AuditLog {
@@ -32,7 +72,7 @@ impl AuditLog {
             let parent = dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
             File::open(parent)?.sync_all()
         };
-        run().map_err(|cause| AuditError::Failed { doing: "making", path: dir.join(FILE), cause })
+        run().map_err(|cause| AuditError::Failed { doing: "making", path: dir.join(FILE), cause: Arc::new(cause) })
     }
 
     /// Opens the log of a directory and goes on with its chain. What a crash left of an unfinished last line is cut off, and
@@ -45,16 +85,78 @@ impl AuditLog {
         let mut writer = Writer { path: dir.join(FILE), node: node.to_owned(), patience, file: None, known: None };
         let (file, head) = writer.take_up()?;
         (writer.file, writer.known) = (Some(file), Some(head));
-        Ok(Self { writer: Arc::new(Mutex::new(writer)) })
+        let (writer, queue, broken) = (Mutex::new(writer), Mutex::default(), AtomicBool::new(false));
+        Ok(Self { shared: Arc::new(Shared { node: node.to_owned(), writer, queue, broken }) })
+    }
+
+    /// The node that writes it.
+    pub fn node(&self) -> &str {
+        &self.shared.node
+    }
+
+    /// Where it ends now.
+    pub async fn head(&self) -> Result<LogHead, AuditError> {
+        let shared = Arc::clone(&self.shared);
+        let head = move || shared.writer.lock().unwrap_or_else(PoisonError::into_inner).known.unwrap_or_default();
+        let head = tokio::task::spawn_blocking(head).await.map_err(|e| AuditError::Interrupted(e.to_string()))?;
+        Ok(LogHead { entries: head.lines, hash: head.hash })
+    }
+
+    /// Whether the last write failed: what is about to be done could not be recorded.
+    pub fn is_broken(&self) -> bool {
+        self.shared.broken.load(Ordering::Acquire)
     }
 
     /// Adds an entry and gives its sequence. It is on the disk when this returns; after an error it may be there or not, and
-    /// the act that it announces must not be done.
+    /// the act that it announces must not be done. Entries that come together share a sync.
     pub async fn record(&self, entry: Entry) -> Result<u64, AuditError> {
-        let writer = Arc::clone(&self.writer);
-        // A panic leaves the writer without a file, so the next one opens it anew.
-        let add = move || writer.lock().unwrap_or_else(PoisonError::into_inner).add(entry);
-        tokio::task::spawn_blocking(add).await.unwrap_or_else(|e| Err(AuditError::Interrupted(e.to_string())))
+        let (answer, answered) = oneshot::channel();
+        if self.shared.enqueue(Waiting { entry, answer })? {
+            let shared = Arc::clone(&self.shared);
+            tokio::task::spawn_blocking(move || shared.write_what_waits());
+        }
+        match tokio::time::timeout(ANSWER_WITHIN, answered).await {
+            Ok(Ok(recorded)) => recorded,
+            Ok(Err(_)) => Err(AuditError::Interrupted("its writer has ended".to_owned())),
+            Err(_) => Err(AuditError::Interrupted("the disk does not answer".to_owned())),
+        }
+    }
+}
+
+impl Shared {
+    /// Whether somebody must write.
+    fn enqueue(&self, waiting: Waiting) -> Result<bool, AuditError> {
+        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        if queue.waiting.len() >= QUEUE {
+            return Err(AuditError::Interrupted(format!("{QUEUE} entries wait for the disk already")));
+        }
+        queue.waiting.push(waiting);
+        Ok(!std::mem::replace(&mut queue.writing, true))
+    }
+
+    fn write_what_waits(&self) {
+        loop {
+            let batch: Vec<_> = {
+                let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+                let count = queue.waiting.len().min(BATCH);
+                if count == 0 {
+                    queue.writing = false;
+                    return;
+                }
+                queue.waiting.drain(..count).collect()
+            };
+            let (entries, answers): (Vec<_>, Vec<_>) =
+                batch.into_iter().map(|waiting| (waiting.entry, waiting.answer)).unzip();
+            // A panic leaves the writer without a file, so that the next one opens it anew.
+            let write = || self.writer.lock().unwrap_or_else(PoisonError::into_inner).add(entries);
+            let written = catch_unwind(AssertUnwindSafe(write));
+            let written = written.unwrap_or_else(|_| Err(AuditError::Interrupted("its writer panicked".to_owned())));
+            self.broken.store(written.is_err(), Ordering::Release);
+            match written {
+                Ok(recorded) => answers.into_iter().zip(recorded).for_each(|(answer, one)| drop(answer.send(one))),
+                Err(error) => answers.into_iter().for_each(|answer| drop(answer.send(Err(error.clone())))),
+            }
+        }
     }
 }
 
@@ -69,15 +171,23 @@ struct Writer {
 }
 
 impl Writer {
-    fn add(&mut self, entry: Entry) -> Result<u64, AuditError> {
+    /// Appends the entries with one sync, and gives each its sequence; one that is too long is refused alone.
+    fn add(&mut self, entries: Vec<Entry>) -> Result<Vec<Result<u64, AuditError>>, AuditError> {
         // Taken and put back: every other way out leaves none.
-        let (file, head) = match (self.file.take(), self.known) {
+        let (file, mut head) = match (self.file.take(), self.known) {
             (Some(file), Some(head)) => (file, head),
             _ => self.take_up()?,
         };
-        self.known = Some(self.write(&file, head, entry)?);
-        self.file = Some(file);
-        Ok(head.lines)
+        let (time, mut octets) = (now(), Vec::new());
+        let recorded = entries.into_iter().map(|entry| {
+            let (line, next) = head.next_line(&self.node, time, entry)?;
+            octets.extend_from_slice(&line);
+            Ok(std::mem::replace(&mut head, next).lines)
+        });
+        let recorded = recorded.collect();
+        self.write(&file, &octets)?;
+        (self.known, self.file) = (Some(head), Some(file));
+        Ok(recorded)
     }
 
     /// Opens the file and finds the end of the chain, so that the next line follows from what the disk has.
@@ -99,7 +209,9 @@ impl Writer {
             // A crash between the two loses the entry that tells of the cut: of octets that were told to nobody.
             file.set_len(head.end).map_err(self.failed("cutting an unfinished line off"))?;
             let entry = Entry::new("sppd", "audit.cut", Outcome::Done).with("octets", cut);
-            head = self.write(&file, head, entry)?;
+            let (line, next) = head.next_line(&self.node, now(), entry)?;
+            self.write(&file, &line)?;
+            head = next;
             self.known = Some(head);
             tracing::warn!(log = %self.path.display(), octets = cut, "an unfinished line was cut off the audit log");
         }
@@ -109,7 +221,7 @@ impl Writer {
     fn open_and_lock(&self) -> Result<File, AuditError> {
         let opened = OpenOptions::new().read(true).append(true).open(&self.path);
         let file = opened.map_err(|cause| match cause.kind() {
-            io::ErrorKind::NotFound => AuditError::Missing { path: self.path.clone(), cause },
+            io::ErrorKind::NotFound => AuditError::Missing { path: self.path.clone(), cause: Arc::new(cause) },
             _ => self.failed("opening")(cause),
         })?;
         let begun = Instant::now();
@@ -132,23 +244,24 @@ impl Writer {
         Head::of_tail(&tail, begin).map_err(|why| self.damaged(&why))
     }
 
-    /// Appends the line, durably, and gives the head after it.
-    fn write(&self, mut file: &File, head: Head, entry: Entry) -> Result<Head, AuditError> {
-        let time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        let (line, next) = head.next_line(&self.node, time, entry)?;
-        file.write_all(&line).map_err(self.failed("writing"))?;
-        file.sync_data().map_err(self.failed("syncing"))?;
-        Ok(next)
+    /// Appends lines, durably.
+    fn write(&self, mut file: &File, lines: &[u8]) -> Result<(), AuditError> {
+        file.write_all(lines).map_err(self.failed("writing"))?;
+        file.sync_data().map_err(self.failed("syncing"))
     }
 
     fn failed(&self, doing: &'static str) -> impl Fn(io::Error) -> AuditError + use<> {
         let path = self.path.clone();
-        move |cause| AuditError::Failed { doing, path: path.clone(), cause }
+        move |cause| AuditError::Failed { doing, path: path.clone(), cause: Arc::new(cause) }
     }
 
     fn damaged(&self, why: &str) -> AuditError {
         AuditError::Damaged { path: self.path.clone(), why: why.to_owned() }
     }
+}
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 #[cfg(test)]
@@ -253,7 +366,7 @@ mod tests {
     #[tokio::test]
     async fn after_a_failed_write_the_chain_goes_on_from_what_is_durable() {
         let (_place, dir, log) = log_of(2).await;
-        let lose_handle = || log.writer.lock().unwrap().file = Some(File::open(dir.join(FILE)).unwrap());
+        let lose_handle = || log.shared.writer.lock().unwrap().file = Some(File::open(dir.join(FILE)).unwrap());
         lose_handle();
         assert!(matches!(log.record(entry(2)).await, Err(AuditError::Failed { doing: "writing", .. })));
         assert_eq!(log.record(entry(2)).await.unwrap(), 2);
@@ -262,7 +375,7 @@ mod tests {
         log.record(entry(3)).await.unwrap();
         let after = fs::read(dir.join(FILE)).unwrap();
         fs::write(dir.join(FILE), &before).unwrap();
-        log.writer.lock().unwrap().known = Some(Head::of_tail(&before, 0).unwrap());
+        log.shared.writer.lock().unwrap().known = Some(Head::of_tail(&before, 0).unwrap());
         lose_handle();
         log.record(entry(4)).await.unwrap_err();
         append(&dir, &after[before.len()..]);

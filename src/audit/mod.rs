@@ -14,9 +14,10 @@ mod read;
 mod verify;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 pub use entry::{Entry, Outcome, UnknownOutcome};
-pub use log::AuditLog;
+pub use log::{AuditLog, LogHead};
 pub use read::{Entries, Recorded};
 pub use verify::{Verified, verified_json, verify};
 
@@ -24,7 +25,7 @@ pub use verify::{Verified, verified_json, verify};
 const FILE: &str = "audit.jsonl";
 
 /// The audit log could not be made, opened, written or followed.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum AuditError {
     /// Something is where a new log should be.
     #[error(
@@ -42,7 +43,7 @@ pub enum AuditError {
         path: PathBuf,
         /// What the system says.
         #[source]
-        cause: std::io::Error,
+        cause: Arc<std::io::Error>,
     },
     /// Another process writes it.
     #[error("audit log: {0} is in use by another process; only one daemon may write it, stop the other one")]
@@ -56,7 +57,7 @@ pub enum AuditError {
         path: PathBuf,
         /// What the system says.
         #[source]
-        cause: std::io::Error,
+        cause: Arc<std::io::Error>,
     },
     /// The end of the log is not what was written there, so nothing can be added.
     #[error(

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufRead as _, BufReader, Read as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::Serialize;
 
@@ -44,8 +45,8 @@ impl Entries {
     pub fn open(dir: &Path) -> Result<Self, AuditError> {
         let path = dir.join(FILE);
         let file = File::open(&path).map_err(|cause| match cause.kind() {
-            io::ErrorKind::NotFound => AuditError::Missing { path: path.clone(), cause },
-            _ => AuditError::Failed { doing: "opening", path: path.clone(), cause },
+            io::ErrorKind::NotFound => AuditError::Missing { path: path.clone(), cause: Arc::new(cause) },
+            _ => AuditError::Failed { doing: "opening", path: path.clone(), cause: Arc::new(cause) },
         })?;
         Ok(Self { path, octets: BufReader::new(file), head: Head::default(), begun: Vec::new() })
     }
@@ -54,7 +55,7 @@ impl Entries {
     pub fn next_entry(&mut self) -> Result<Option<Recorded>, AuditError> {
         let room = MAX_LINE.saturating_sub(self.begun.len()) as u64;
         let read = self.octets.by_ref().take(room).read_until(b'\n', &mut self.begun);
-        read.map_err(|cause| AuditError::Failed { doing: "reading", path: self.path.clone(), cause })?;
+        read.map_err(|cause| AuditError::Failed { doing: "reading", path: self.path.clone(), cause: Arc::new(cause) })?;
         let broken = |why| AuditError::Broken { path: self.path.clone(), line: self.head.lines() + 1, why };
         let Some(line) = self.begun.strip_suffix(b"\n") else {
             return if self.begun.len() < MAX_LINE { Ok(None) } else { Err(broken(TOO_LONG.to_owned())) };

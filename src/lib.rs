@@ -32,7 +32,8 @@
 //! | [`store`] | state store, the traits of both stores, the public database's index; hands out the proofs | sled, alone |
 //! | [`tlog`] | notes, checkpoints, tiles, inclusion proofs; pure | nothing |
 //! | [`registry`] | the public database as a transparency log: files, sequencer, mirrors, witnesses, verification | its directory, the log key, HTTP as a client |
-//! | [`audit`] | what officers did, in a chain that only grows | its file |
+//! | [`access`] | who may call, what officers agree on, quotas, identities to give out | the state store, the access key |
+//! | [`audit`] | what was done and refused, in a chain that only grows | its file, the log key |
 //! | [`rpc`] | services, callers, the table from errors to statuses, TLS, drain | gRPC |
 //! | [`web`] | records, the log and pages for anybody; metrics | HTTP |
 //! | [`device`] | the personal device, the reference for firmware authors | its flash file |
@@ -58,6 +59,7 @@ pub mod proto {
     pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/spp_descriptor.bin"));
 }
 
+pub mod access;
 pub mod audit;
 pub mod certificate;
 pub mod clock;

@@ -22,6 +22,11 @@ impl Entry {
         Self { caller: caller.to_string(), act, details: BTreeMap::new(), outcome }
     }
 
+    /// Who acts.
+    pub(crate) fn caller(&self) -> &str {
+        &self.caller
+    }
+
     /// The same with one more detail. Whoever reads the log reads it, so it is never a secret.
     #[must_use]
     pub fn with(mut self, name: &str, value: impl fmt::Display) -> Self {

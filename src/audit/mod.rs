@@ -7,6 +7,7 @@
 //! What the chain alone cannot show: that lines are missing at the end, that the last one was changed, or that the whole file
 //! was written anew. That takes checkpoints that are signed in the HSM and kept elsewhere.
 
+mod auditor;
 mod chain;
 mod entry;
 mod log;
@@ -16,6 +17,7 @@ mod verify;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+pub use auditor::Auditor;
 pub use entry::{Entry, Outcome, UnknownOutcome};
 pub use log::{AuditLog, LogHead};
 pub use read::{Entries, Recorded};

@@ -9,12 +9,14 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use clap::{CommandFactory as _, Parser};
 use clap_complete::Shell;
 use sd_notify::NotifyState;
-use spp::audit::{self, AuditLog, Entry, Outcome};
+use spp::access::{Desk, Quota, Rules};
+use spp::audit::{self, AuditLog, Auditor, Entry, Outcome};
 use spp::clock::Clock;
 use spp::config::{DaemonConfig, LogConfig, LogFormat};
 use spp::description;
 use spp::hsm::{Hsm, PinKeeper, PinSource, keeper, worker};
 use spp::keypool::KeyPool;
+use spp::names::StationName;
 use spp::provisioning::{Issuer, Product, Provisioner, keep_tidy};
 use spp::registry::{HsmSigner, TransparencyLog};
 use spp::rpc::{Listening, NodeInfo};
@@ -150,6 +152,10 @@ async fn run(
     let hsm = Hsm::start(config.hsms.clone());
     let journal = Journal::new(state.clone());
     let registry = open_registry(&config, &hsm, &journal).await?;
+    let desk = Desk::open(state.clone(), hsm.clone(), config.authority, &config.node).await;
+    let desk = Arc::new(desk.map_err(|e| e.to_string())?);
+    settle(&desk, config.approvals, config.stations.quotas(), audit).await?;
+    let auditor = Arc::new(Auditor::new(Arc::clone(audit)));
     let (tls, listen, public, node) = (config.tls, config.listen, config.public, config.node);
     let products = products(config.profiles, config.issuers);
     let (rules, clock) = (config.key_pool, Clock::system());
@@ -168,7 +174,7 @@ async fn run(
     let scraping = metrics.map(|metrics| tokio::spawn(metrics.serve(Arc::clone(&provisioner), stop.clone())));
     let node = NodeInfo { name: node, started };
     let public = Public::new(Arc::clone(&provisioner), &public, &config.registry);
-    let served = listening.serve(&tls, public, &provisioner, audit, node, stop.clone()).await;
+    let served = listening.serve(&tls, public, &provisioner, &auditor, desk, node, stop.clone()).await;
     tidying.abort();
     keeping.abort();
     if let Some(scraping) = scraping {
@@ -179,6 +185,22 @@ async fn run(
         let _ = scraping.await;
     }
     served.map_err(|e| e.to_string())
+}
+
+/// Takes over what the configuration says of rules and quotas. What needs the approval of another officer stays as it was, and is
+/// said: a daemon that did not start for it could not be asked for that approval.
+async fn settle(
+    desk: &Desk,
+    rules: Rules,
+    quotas: Vec<(StationName, Quota)>,
+    audit: &AuditLog,
+) -> Result<(), String> {
+    for kept in desk.settle(rules, quotas, false).await.map_err(|e| e.to_string())? {
+        tracing::warn!(%kept, "the configuration is not in force as a whole");
+        let entry = Entry::new("sppd", "config.settle", Outcome::Refused(kept));
+        audit.record(entry).await.map_err(|e| e.to_string())?;
+    }
+    Ok(())
 }
 
 /// A daemon whose start cannot be recorded does not start: nothing that it does could be.

@@ -2,9 +2,11 @@
 
 use std::fmt;
 use std::net::IpAddr;
+use std::str::FromStr;
 
-use der::Decode;
+use der::{Decode, Encode as _};
 use der::asn1::{Ia5String, ObjectIdentifier};
+use serde::{Deserialize, Serialize};
 use x509_cert::Certificate;
 use x509_cert::ext::pkix::name::GeneralName;
 use x509_cert::ext::pkix::{ExtendedKeyUsage, KeyUsage, KeyUsages, SubjectAltName};
@@ -112,7 +114,8 @@ fn server_names(dns: &[String], ips: &[IpAddr]) -> Result<Vec<GeneralName>, Cert
 }
 
 /// What a caller is. The table of the RPCs says what each may call.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Role {
     /// Provisions devices on the line.
     Station,
@@ -148,8 +151,18 @@ impl fmt::Display for Role {
     }
 }
 
+impl FromStr for Role {
+    type Err = NameError;
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        let known = Self::ALL.into_iter().find(|known| known.as_str() == text);
+        let roles = Self::ALL.map(Self::as_str).join(", ");
+        known.ok_or_else(|| NameError::new(format!("there is no role {text}; there are: {roles}")))
+    }
+}
+
 /// Who a client certificate is of.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Caller {
     /// A station.
     Station(StationName),
@@ -186,14 +199,14 @@ impl Caller {
         }
     }
 
-    fn parse(role: &str, name: &str) -> Result<Self, NameError> {
-        match Role::ALL.into_iter().find(|known| known.as_str() == role) {
-            Some(Role::Station) => name.parse().map(Self::Station),
-            Some(Role::Officer) => name.parse().map(Self::Officer),
-            Some(Role::Auditor) => name.parse().map(Self::Auditor),
-            Some(Role::BackOffice) => name.parse().map(Self::BackOffice),
-            Some(Role::Monitor) => name.parse().map(Self::Monitor),
-            None => Err(NameError::new(format!("there is no role {role}"))),
+    /// A caller of that role.
+    pub fn new(role: Role, name: &str) -> Result<Self, NameError> {
+        match role {
+            Role::Station => name.parse().map(Self::Station),
+            Role::Officer => name.parse().map(Self::Officer),
+            Role::Auditor => name.parse().map(Self::Auditor),
+            Role::BackOffice => name.parse().map(Self::BackOffice),
+            Role::Monitor => name.parse().map(Self::Monitor),
         }
     }
 }
@@ -205,9 +218,20 @@ impl fmt::Display for Caller {
     }
 }
 
-/// Reads who a client certificate is of, and until when (seconds since the Unix epoch). The certificate has been verified
-/// by TLS before; exactly one `spp://` URI must name the caller.
-pub fn caller_of(der: &[u8]) -> Result<(Caller, u64), CertificateError> {
+/// What a client certificate says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CallerCertificate {
+    /// Who.
+    pub caller: Caller,
+    /// From when on; seconds since the Unix epoch.
+    pub not_before: u64,
+    /// Until when; seconds since the Unix epoch.
+    pub not_after: u64,
+}
+
+/// Reads who a client certificate is of. The certificate has been verified by TLS before; exactly one `spp://` URI must name the
+/// caller.
+pub fn caller_of(der: &[u8]) -> Result<CallerCertificate, CertificateError> {
     let unreadable = || CertificateError::unreadable("client certificate");
     let certificate = Certificate::from_der(der).map_err(unreadable())?;
     let tbs = certificate.tbs_certificate();
@@ -220,14 +244,23 @@ pub fn caller_of(der: &[u8]) -> Result<(Caller, u64), CertificateError> {
     let (Some(caller), None) = (callers.next(), callers.next()) else {
         return Err(CertificateError::refused("it has not exactly one spp:// name; use one made by sppctl"));
     };
+    let not_before = tbs.validity().not_before.to_unix_duration().as_secs();
     let not_after = tbs.validity().not_after.to_unix_duration().as_secs();
-    Ok((parse_caller(caller)?, not_after))
+    Ok(CallerCertificate { caller: parse_caller(caller)?, not_before, not_after })
+}
+
+/// The public key of a certificate.
+pub fn public_key_of(der: &[u8]) -> Result<PublicKey, CertificateError> {
+    let unreadable = || CertificateError::unreadable("certificate");
+    let certificate = Certificate::from_der(der).map_err(unreadable())?;
+    let spki = certificate.tbs_certificate().subject_public_key_info().to_der().map_err(unreadable())?;
+    PublicKey::from_spki_der(&spki).map_err(|e| CertificateError::refused(e.to_string()))
 }
 
 fn parse_caller(path: &str) -> Result<Caller, CertificateError> {
     let refused = |e: NameError| CertificateError::refused(format!("spp://{path}: {e}"));
     let (role, name) = path.split_once('/').unwrap_or((path, ""));
-    Caller::parse(role, name).map_err(refused)
+    role.parse().and_then(|role| Caller::new(role, name)).map_err(refused)
 }
 
 #[cfg(test)]
@@ -270,10 +303,11 @@ mod tests {
     fn a_caller_is_read_back_from_its_certificate() {
         let access = Access::new();
         for role in Role::ALL {
-            let caller = Caller::parse(role.as_str(), "line-3/a").unwrap();
+            let caller = Caller::new(role, "line-3/a").unwrap();
             assert_eq!((caller.role(), caller.to_string()), (role, format!("{role} line-3/a")));
             let made = access.issue(&AccessName::Client(caller.clone()));
-            assert_eq!(caller_of(made.as_der()).unwrap(), (caller, NOW + 86_400 * 365));
+            let wanted = CallerCertificate { caller, not_before: NOW, not_after: NOW + 86_400 * 365 };
+            assert_eq!(caller_of(made.as_der()).unwrap(), wanted);
         }
     }
 

@@ -29,7 +29,9 @@ mod tbs;
 mod testing;
 mod verify;
 
-pub use access::{AccessCertificate, AccessName, Caller, Role, access_certificate, caller_of};
+pub use access::{
+    AccessCertificate, AccessName, Caller, CallerCertificate, Role, access_certificate, caller_of, public_key_of,
+};
 pub use authority::{
     AuthorityCertificate, SignedDocument, UnsignedDocument, access_request, authority_certificate, authority_request,
     certificate_pem,

@@ -1,31 +1,56 @@
 //! `[audit]` of `sppd.toml`.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::Deserialize;
 
-/// Where the audit log is.
+use super::Faults;
+
+/// Where the audit log is, and how often its end is signed and published.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AuditConfig {
     /// Its directory.
     pub directory: PathBuf,
+    /// After so many entries.
+    pub checkpoint_entries: u64,
+    /// After so long, if there are any.
+    pub checkpoint_every: Duration,
+    /// So many entries at the end are known to be lost: a log that was put back from an older copy is gone on with.
+    pub accepted_loss: u64,
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct AuditShape {
     directory: PathBuf,
+    checkpoint_entries: u64,
+    #[serde(with = "humantime_serde")]
+    checkpoint_every: Duration,
+    accepted_loss: u64,
 }
 
 impl Default for AuditShape {
     fn default() -> Self {
-        Self { directory: PathBuf::from("audit") }
+        Self {
+            directory: PathBuf::from("audit"),
+            checkpoint_entries: 10_000,
+            checkpoint_every: Duration::from_secs(60),
+            accepted_loss: 0,
+        }
     }
 }
 
 impl AuditShape {
     /// The value, for a file in that directory.
-    pub(super) fn under(&self, base: &Path) -> AuditConfig {
-        AuditConfig { directory: base.join(&self.directory) }
+    pub(super) fn check(self, place: &str, base: &Path, faults: &mut Faults) -> AuditConfig {
+        if self.checkpoint_entries == 0 {
+            faults.add(format!("{place}: audit.checkpoint_entries"), "must be at least 1");
+        }
+        if !(1..=24 * 60 * 60).contains(&self.checkpoint_every.as_secs()) {
+            faults.add(format!("{place}: audit.checkpoint_every"), "must be from 1 second to 1 day, for example \"60s\"");
+        }
+        let Self { directory, checkpoint_entries, checkpoint_every, accepted_loss } = self;
+        AuditConfig { directory: base.join(directory), checkpoint_entries, checkpoint_every, accepted_loss }
     }
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use super::approvals::ApprovalsShape;
 use super::audit::{AuditConfig, AuditShape};
 use super::hsm::HsmShapes;
 use super::key_pool::{self, KeyPoolShape};
@@ -16,6 +17,7 @@ use super::stations::{StationShape, Stations};
 use super::store::{self, StoreConfig, StoreShape};
 use super::tls::{self, TlsConfig, TlsShape};
 use super::{Faults, read_toml};
+use crate::access::{AccessAuthority, Rules};
 use crate::certificate::{IssuerCertificate, Profile};
 use crate::hsm::{Hsms, KeyRegister, SigningUse};
 use crate::keypool::PoolRules;
@@ -48,6 +50,10 @@ pub struct DaemonConfig {
     pub issuers: BTreeMap<ProfileName, IssuerCertificate>,
     /// What stations may do.
     pub stations: Stations,
+    /// How many officers must approve what.
+    pub approvals: Rules,
+    /// The key that signs access certificates, if there is one.
+    pub authority: Option<AccessAuthority>,
     /// How it logs.
     pub log: LogConfig,
     /// Where it records what officers do.
@@ -118,6 +124,8 @@ pub(super) struct Shape {
     log: LogConfig,
     #[serde(default)]
     audit: AuditShape,
+    #[serde(default)]
+    approvals: ApprovalsShape,
     /// Of the text that this was read from.
     #[serde(skip)]
     fingerprint: [u8; 32],
@@ -174,6 +182,9 @@ impl DaemonConfig {
             faults.add(format!("{place}: sessions.lifetime"), "must be from 1 minute to 1 year, for example \"24h\"");
         }
         let (keys, hsms) = shape.hsm.check(place, base, |name| store.pin_refused(name), faults);
+        let authority = keys.as_ref().and_then(|keys| load_authority(keys, faults));
+        let approvals = shape.approvals.check(place, faults);
+        let audit = shape.audit.check(place, base, faults);
         let issuers = keys.as_ref().map(|keys| load_issuers(&profiles, keys, faults)).unwrap_or_default();
         let registry = keys.as_ref().and_then(|keys| registry::check(shape.registry, place, base, keys, faults));
         shape.public.check(place, faults);
@@ -192,8 +203,10 @@ impl DaemonConfig {
             profiles,
             issuers,
             stations,
+            approvals,
+            authority,
             log: shape.log,
-            audit: shape.audit.under(base),
+            audit,
             fingerprint: shape.fingerprint,
         })
     }
@@ -213,9 +226,10 @@ pub(super) fn base_of(path: &Path) -> &Path {
 impl AuditConfig {
     /// Reads `[audit]` of `sppd.toml`, for making and verifying the log.
     pub fn load(path: &Path) -> Result<Self, Faults> {
-        let mut faults = Faults::default();
-        let shape = read_shape(path, &path.display().to_string(), &mut faults);
-        faults.ok_or_all(shape.map(|shape| shape.audit.under(base_of(path))))
+        let (place, mut faults) = (path.display().to_string(), Faults::default());
+        let shape = read_shape(path, &place, &mut faults);
+        let audit = shape.map(|shape| shape.audit.check(&place, base_of(path), &mut faults));
+        faults.ok_or_all(audit)
     }
 }
 
@@ -245,6 +259,17 @@ fn load_profiles(directory: &Path, faults: &mut Faults) -> (Vec<ProfileName>, BT
         faults.add(place, "has no profile; write one NAME.toml per product");
     }
     (names, profiles)
+}
+
+/// The key that signs access certificates, if the register has one.
+fn load_authority(keys: &KeyRegister, faults: &mut Faults) -> Option<AccessAuthority> {
+    let key = keys.signing.iter().find(|key| key.use_ == SigningUse::Access)?;
+    let at = format!("access key {}", key.name);
+    let pem = std::fs::read_to_string(&key.certificate).map_err(|e| format!("{}: {e}", key.certificate.display()));
+    let pem = faults.note(&at, pem)?;
+    let algorithm = SignatureAlgorithm::default_for(key.public_key.kind());
+    let issuer = faults.note(&at, IssuerCertificate::from_pem(&pem, algorithm))?;
+    Some(AccessAuthority { key: key.name.clone(), issuer, pem })
 }
 
 /// The issuers' certificates; every key that a profile names must be in the register.

@@ -1,5 +1,6 @@
 //! Files people write: the file's shape and the validated value are two types, and every fault is reported at once.
 
+mod approvals;
 mod audit;
 mod daemon;
 mod faults;

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 
 use super::Faults;
+use crate::access::Quota;
 use crate::names::{DeviceIdentity, ProfileName, StationName};
 
 /// The confinement of every station.
@@ -15,6 +16,7 @@ pub struct Stations(BTreeMap<StationName, Station>);
 struct Station {
     profiles: Vec<ProfileName>,
     identities: Vec<String>,
+    quota: Quota,
 }
 
 /// Why a station may not do what it asked.
@@ -37,6 +39,8 @@ pub(super) struct StationShape {
     name: StationName,
     profiles: Vec<ProfileName>,
     identities: Vec<String>,
+    devices_per_hour: Option<u64>,
+    devices_total: Option<u64>,
 }
 
 impl Stations {
@@ -56,7 +60,8 @@ impl Stations {
                     faults.add(format!("{at}: identities"), problem);
                 }
             }
-            let station = Station { profiles: shape.profiles, identities: shape.identities };
+            let quota = Quota { devices_per_hour: shape.devices_per_hour, devices_total: shape.devices_total };
+            let station = Station { profiles: shape.profiles, identities: shape.identities, quota };
             if stations.insert(shape.name.clone(), station).is_some() {
                 faults.add(at, "is there twice");
             }
@@ -80,6 +85,16 @@ impl Stations {
             return Err(NotPermitted::Identity(name.clone(), identity.clone()));
         }
         Ok(())
+    }
+
+    /// The profiles and identity prefixes of a station; none if it is not configured.
+    pub fn confinement(&self, name: &StationName) -> Option<(Vec<ProfileName>, Vec<String>)> {
+        self.0.get(name).map(|station| (station.profiles.clone(), station.identities.clone()))
+    }
+
+    /// The quota of each.
+    pub fn quotas(&self) -> Vec<(StationName, Quota)> {
+        self.0.iter().map(|(name, station)| (name.clone(), station.quota)).collect()
     }
 
     /// How many are configured.

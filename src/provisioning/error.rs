@@ -1,10 +1,11 @@
 //! Why a device's way did not go on. Says which field or which other device is in the way, and never a secret.
 
+use crate::access::{AccessError, Exceeded};
 use crate::audit::AuditError;
 use crate::config::NotPermitted;
 use crate::hsm::HsmError;
 use crate::keypool::PoolError;
-use crate::names::{ChipId, DeviceIdentity, SessionId};
+use crate::names::{ChipId, DeviceIdentity, SessionId, StationName};
 use crate::package::{BackupRefused, ConfirmationRefused, PackageError};
 use crate::store::{PublishError, ReserveError, StateName, StoreError, Taken};
 
@@ -103,6 +104,17 @@ pub enum ProvisionError {
     /// So many calls are being answered that this one is not begun.
     #[error("{0} calls are being answered already")]
     HouseFull(usize),
+    /// The station has begun as many devices as it may.
+    #[error("the station {station} {}", told(.exceeded))]
+    QuotaExceeded {
+        /// Which one.
+        station: StationName,
+        /// Which limit.
+        exceeded: Exceeded,
+    },
+    /// What officers ask of the desk.
+    #[error(transparent)]
+    Access(#[from] AccessError),
     /// The audit log: what cannot be recorded is not done.
     #[error(transparent)]
     Audit(#[from] AuditError),
@@ -139,6 +151,15 @@ impl ProvisionError {
     }
 }
 
+fn told(exceeded: &Exceeded) -> String {
+    match exceeded {
+        Exceeded::PerHour(limit, after) => {
+            format!("has begun {limit} devices in an hour, which is its quota; in {after} s it may begin more, or an officer raises it")
+        }
+        Exceeded::Total(limit) => format!("has begun {limit} devices, which is all it may; an officer raises its quota"),
+    }
+}
+
 fn list(violations: &[FieldViolation]) -> String {
     violations.iter().map(|v| format!("{}: {}", v.field, v.problem)).collect::<Vec<_>>().join("; ")
 }
@@ -149,6 +170,7 @@ impl From<ReserveError> for ProvisionError {
             ReserveError::ChipTaken(s) => Self::ChipTaken { chip: s.chip, identity: s.identity, session: s.id },
             ReserveError::IdentityTaken(s) => Self::IdentityTaken { identity: s.identity, chip: s.chip, session: s.id },
             ReserveError::PairGone => Self::PairGone,
+            ReserveError::QuotaExceeded { station, exceeded } => Self::QuotaExceeded { station, exceeded },
             ReserveError::Store(error) => Self::Store(error),
         }
     }

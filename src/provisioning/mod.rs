@@ -35,7 +35,7 @@ use crate::config::Stations;
 use crate::hsm::Hsm;
 use crate::keypool::KeyPool;
 use crate::keys::sha256;
-use crate::names::ProfileName;
+use crate::names::{DeviceIdentity, ProfileName, StationName};
 use crate::store::{Journal, Registry};
 use in_flight::InFlight;
 use locks::ChipLocks;
@@ -127,6 +127,16 @@ impl Provisioner {
     /// The pools of key pairs.
     pub const fn pool(&self) -> &Arc<KeyPool> {
         &self.pool
+    }
+
+    /// The profiles and identity prefixes of a station; none if it is not configured.
+    pub fn confinement(&self, station: &StationName) -> Option<(Vec<ProfileName>, Vec<String>)> {
+        self.stations.confinement(station)
+    }
+
+    /// Whether there is such a profile, and it takes such an identity.
+    pub fn takes(&self, profile: &ProfileName, identity: &DeviceIdentity) -> bool {
+        self.products.get(profile).is_some_and(|product| product.profile.allows(identity))
     }
 
     /// The profiles' names.

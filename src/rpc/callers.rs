@@ -8,19 +8,32 @@ use tonic::transport::server::{TcpConnectInfo, TlsConnectInfo};
 use tonic::{Code, Request, Status};
 
 use super::status::refusal;
-use crate::certificate::{Caller, caller_of};
+use crate::access::Standing;
+use crate::certificate::{Caller, CallerCertificate, caller_of};
 use crate::names::{OfficerName, StationName};
 
 /// The caller of a request.
 pub(super) fn any<T>(request: &Request<T>) -> Result<Caller, Status> {
-    request.extensions().get::<Caller>().cloned().ok_or_else(|| nobody(None, "no door was passed".to_owned()))
+    certificate(request).map(|certificate| certificate.caller)
+}
+
+/// What its certificate says.
+pub(super) fn certificate<T>(request: &Request<T>) -> Result<CallerCertificate, Status> {
+    let certificate = request.extensions().get::<CallerCertificate>();
+    certificate.cloned().ok_or_else(|| nobody("no door was passed".to_owned()))
+}
+
+/// The certificate itself.
+pub(super) fn certificate_der<T>(request: &Request<T>) -> Result<Vec<u8>, Status> {
+    let certificate = peer_certificate(request.extensions());
+    certificate.ok_or_else(|| nobody("this service needs a client certificate".to_owned()))
 }
 
 /// The station of a request; the table lets nobody else come here.
 pub(super) fn station<T>(request: &Request<T>) -> Result<StationName, Status> {
     match any(request)? {
         Caller::Station(name) => Ok(name),
-        other => Err(nobody(None, format!("the {other} is no station"))),
+        other => Err(nobody(format!("the {other} is no station"))),
     }
 }
 
@@ -28,27 +41,70 @@ pub(super) fn station<T>(request: &Request<T>) -> Result<StationName, Status> {
 pub(super) fn officer<T>(request: &Request<T>) -> Result<OfficerName, Status> {
     match any(request)? {
         Caller::Officer(name) => Ok(name),
-        other => Err(nobody(None, format!("the {other} is no officer"))),
+        other => Err(nobody(format!("the {other} is no officer"))),
     }
 }
 
-/// TLS has verified the chain when the connection was made; a connection may outlive its certificate, so the time is
+/// TLS has verified the chain when the connection was made; a connection may outlive its certificate, so time and revocation are
 /// looked at with each call.
-pub(super) fn of_connection(extensions: &http::Extensions) -> Result<Caller, Status> {
-    let connection = extensions.get::<TlsConnectInfo<TcpConnectInfo>>();
-    let certificates = connection.and_then(TlsConnectInfo::peer_certs);
-    let certificate = certificates.as_ref().and_then(|chain| chain.first());
-    let nobody = |message| nobody(connection.and_then(|connection| connection.get_ref().remote_addr()), message);
-    let certificate = certificate.ok_or_else(|| nobody("this service needs a client certificate".to_owned()))?;
-    let (caller, not_after) = caller_of(certificate).map_err(|e| nobody(e.to_string()))?;
+pub(super) fn of_connection(extensions: &http::Extensions, standing: &Standing) -> Result<CallerCertificate, NoCaller> {
+    let der = peer_certificate(extensions).ok_or(NoCaller::None)?;
+    let certificate = caller_of(&der).map_err(|e| NoCaller::Unreadable(e.to_string()))?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-    if not_after < now {
-        return Err(nobody("the client certificate has expired; enrol again".to_owned()));
+    if certificate.not_after < now {
+        return Err(NoCaller::Expired(certificate.caller));
     }
-    Ok(caller)
+    if standing.is_revoked(&certificate) {
+        return Err(NoCaller::Revoked(certificate.caller));
+    }
+    Ok(certificate)
 }
 
-fn nobody(from: Option<SocketAddr>, message: String) -> Status {
-    tracing::info!(?from, why = %message, "refused: no caller");
+/// Where a request comes from.
+pub(super) fn address(extensions: &http::Extensions) -> Option<SocketAddr> {
+    extensions.get::<TlsConnectInfo<TcpConnectInfo>>().and_then(|connection| connection.get_ref().remote_addr())
+}
+
+fn peer_certificate(extensions: &http::Extensions) -> Option<Vec<u8>> {
+    let chain = extensions.get::<TlsConnectInfo<TcpConnectInfo>>().and_then(TlsConnectInfo::peer_certs)?;
+    chain.first().map(|certificate| certificate.to_vec())
+}
+
+/// Why nobody is served.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum NoCaller {
+    /// There is no certificate.
+    #[error("this service needs a client certificate")]
+    None,
+    /// It names nobody.
+    #[error("{0}")]
+    Unreadable(String),
+    /// Its time is over.
+    #[error("the client certificate of the {0} has expired; enrol again")]
+    Expired(Caller),
+    /// Two officers have agreed that it is of no use any more.
+    #[error("the client certificate of the {0} is revoked; ask an officer, and enrol again")]
+    Revoked(Caller),
+}
+
+impl NoCaller {
+    /// The stable word for it.
+    pub(super) const fn reason(&self) -> &'static str {
+        match self {
+            Self::Revoked(_) => "REVOKED",
+            Self::None | Self::Unreadable(_) | Self::Expired(_) => "NO_CALLER",
+        }
+    }
+
+    /// Who it would be.
+    pub(super) const fn caller(&self) -> Option<&Caller> {
+        match self {
+            Self::Expired(caller) | Self::Revoked(caller) => Some(caller),
+            Self::None | Self::Unreadable(_) => None,
+        }
+    }
+}
+
+fn nobody(message: String) -> Status {
     refusal(Code::Unauthenticated, "NO_CALLER", message)
 }

@@ -9,9 +9,14 @@ use tonic::metadata::MetadataValue;
 use tonic::{Code, Response, Status};
 use tracing::Instrument as _;
 
-use super::status::status_of;
+use super::status::{is_refusal, reason_of, status_of};
+use crate::audit::{Auditor, Entry, Outcome};
+use crate::certificate::Caller;
 use crate::provisioning::ProvisionError;
 
+/// Most characters of a detail, and of the reason for a refusal, in the audit log.
+const DETAIL: usize = 128;
+const REASON: usize = 512;
 /// The header that names a request in logs and answers.
 const REQUEST_ID: &str = "x-request-id";
 
@@ -21,44 +26,127 @@ const REQUEST_ID: &str = "x-request-id";
 pub(super) struct Door {
     places: usize,
     free: Arc<Semaphore>,
+    /// Where acts and refusals are recorded. The public's are not: nobody is behind them, and anybody could fill the log.
+    auditor: Option<Arc<Auditor>>,
 }
 
 impl Door {
     /// For stations.
-    pub(super) fn line() -> Self {
-        Self::with_places(1024)
+    pub(super) fn line(auditor: &Arc<Auditor>) -> Self {
+        Self::with_places(1024, Some(Arc::clone(auditor)))
     }
 
     /// For officers.
-    pub(super) fn officer() -> Self {
-        Self::with_places(64)
+    pub(super) fn officer(auditor: &Arc<Auditor>) -> Self {
+        Self::with_places(64, Some(Arc::clone(auditor)))
     }
 
     /// For anybody.
     pub(super) fn public() -> Self {
-        Self::with_places(128)
+        Self::with_places(128, None)
     }
 
-    fn with_places(places: usize) -> Self {
-        Self { places, free: Arc::new(Semaphore::new(places)) }
+    fn with_places(places: usize, auditor: Option<Arc<Auditor>>) -> Self {
+        Self { places, free: Arc::new(Semaphore::new(places)), auditor }
     }
-}
 
-impl Door {
-    /// See [`call`]; refused at once when the house is full.
+    /// See [`call`]; refused at once when the house is full. What is refused is recorded.
     pub(super) async fn call<T, F>(&self, method: &'static str, caller: String, work: F) -> Result<Response<T>, Status>
     where
         T: Send + 'static,
         F: Future<Output = Result<T, ProvisionError>> + Send + 'static,
     {
-        let place = Arc::clone(&self.free).try_acquire_owned();
-        let places = self.places;
+        let (place, places) = (Arc::clone(&self.free).try_acquire_owned(), self.places);
+        let (auditor, refusal) = (self.auditor.clone(), Entry::new(&caller, method, Outcome::Begun));
         call(method, caller, async move {
             let _place = place.map_err(|_| ProvisionError::HouseFull(places))?;
-            work.await
+            let done = work.await;
+            if let (Err(error), Some(auditor)) = (&done, &auditor) {
+                record_refusal(auditor, &refusal, error).await;
+            }
+            done
         })
         .await
     }
+
+    /// A call that changes something: it is begun only if it can be recorded, and answered only when it is. What it did without an
+    /// answer, a repeat finds done and has recorded. `told` adds what only the answer knows.
+    pub(super) async fn act<T, F>(&self, act: Act<T>, work: F) -> Result<Response<T>, Status>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, ProvisionError>> + Send + 'static,
+    {
+        let Act { method, entry, announced, told } = act;
+        let caller = entry.caller().to_owned();
+        let (place, places) = (Arc::clone(&self.free).try_acquire_owned(), self.places);
+        let auditor = self.auditor.clone();
+        call(method, caller, async move {
+            let _place = place.map_err(|_| ProvisionError::HouseFull(places))?;
+            let Some(auditor) = auditor else { return work.await };
+            auditor.ready().await?;
+            if announced {
+                auditor.record(entry.ended(Outcome::Begun)).await?;
+            }
+            match work.await {
+                Ok(done) => {
+                    let entry = told(&done).into_iter().fold(entry, |entry, (name, value)| entry.with(name, value));
+                    auditor.record(entry).await?;
+                    Ok(done)
+                }
+                Err(error) if announced => {
+                    auditor.record(entry.ended(outcome_of(&error))).await?;
+                    Err(error)
+                }
+                Err(error) => {
+                    record_refusal(&auditor, &entry, &error).await;
+                    Err(error)
+                }
+            }
+        })
+        .await
+    }
+}
+
+/// What is recorded of a call that changes something.
+pub(super) struct Act<T> {
+    method: &'static str,
+    entry: Entry,
+    announced: bool,
+    told: Told<T>,
+}
+
+type Told<T> = fn(&T) -> Vec<(&'static str, String)>;
+
+impl<T> Act<T> {
+    /// The method as logs name it, the act as the audit log does, and who calls.
+    pub(super) fn new(method: &'static str, act: &'static str, caller: &Caller) -> Self {
+        Self { method, entry: Entry::new(caller, act, Outcome::Done), announced: false, told: |_| Vec::new() }
+    }
+
+    /// With what it is done. What a caller wrote may be no more than a name.
+    pub(super) fn with(self, name: &str, value: impl std::fmt::Display) -> Self {
+        let value: String = value.to_string().chars().take(DETAIL).collect();
+        Self { entry: self.entry.with(name, value), ..self }
+    }
+
+    /// Its beginning is recorded, too: what cannot be is not done.
+    pub(super) fn announced(self) -> Self {
+        Self { announced: true, ..self }
+    }
+
+    /// What the answer adds.
+    pub(super) fn tell(self, told: Told<T>) -> Self {
+        Self { told, ..self }
+    }
+}
+
+async fn record_refusal(auditor: &Auditor, entry: &Entry, error: &ProvisionError) {
+    auditor.refused(entry.ended(outcome_of(error)), reason_of(error)).await;
+}
+
+fn outcome_of(error: &ProvisionError) -> Outcome {
+    let why = error.to_string().chars().take(REASON).collect();
+    if is_refusal(error) { Outcome::Refused(why) } else { Outcome::Failed(why) }
 }
 
 /// Runs a call in a task of its own, so that a caller who hangs up does not stop a story between two steps, and tells how

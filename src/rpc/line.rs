@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use tonic::{Request, Response, Status, async_trait};
 
-use super::door::Door;
+use super::door::{Act, Door};
 use super::{callers, messages};
+use crate::certificate::Caller;
 use crate::proto;
 use crate::proto::line_server::Line;
 use crate::provisioning::Provisioner;
@@ -22,12 +23,17 @@ impl Line for LineService {
         request: Request<proto::AssembleRequest>,
     ) -> Result<Response<proto::AssembleResponse>, Status> {
         let station = callers::station(&request)?;
-        let (provisioner, caller) = (Arc::clone(&self.provisioner), station.to_string());
+        let (provisioner, asked) = (Arc::clone(&self.provisioner), request.get_ref());
+        let act = Act::new("Line.Assemble", "line.assemble", &Caller::Station(station.clone()))
+            .with("chip", hex::encode(&asked.chip_id))
+            .with("identity", &asked.identity)
+            .with("profile", &asked.profile)
+            .tell(|assembled: &proto::AssembleResponse| vec![("session", hex::encode(&assembled.session_id))]);
         let work = async move {
             let order = messages::order(station, request.get_ref())?;
             provisioner.assemble(order).await.map(messages::assembled)
         };
-        self.door.call("Line.Assemble", caller, work).await
+        self.door.act(act, work).await
     }
 
     async fn complete(
@@ -35,24 +41,30 @@ impl Line for LineService {
         request: Request<proto::CompleteRequest>,
     ) -> Result<Response<proto::CompleteResponse>, Status> {
         let station = callers::station(&request)?;
-        let (provisioner, caller) = (Arc::clone(&self.provisioner), station.to_string());
+        let provisioner = Arc::clone(&self.provisioner);
+        let act = Act::new("Line.Complete", "line.complete", &Caller::Station(station.clone()))
+            .with("session", hex::encode(&request.get_ref().session_id))
+            .tell(messages::told_of_completion);
         let work = async move {
             let completion = messages::completion(station, request.into_inner())?;
             let receipt = provisioner.complete(completion).await?;
             Ok(proto::CompleteResponse { receipt: Some(messages::proven_receipt(&receipt)) })
         };
-        self.door.call("Line.Complete", caller, work).await
+        self.door.act(act, work).await
     }
 
     async fn abort(&self, request: Request<proto::AbortRequest>) -> Result<Response<proto::AbortResponse>, Status> {
         let station = callers::station(&request)?;
-        let (provisioner, caller) = (Arc::clone(&self.provisioner), station.to_string());
+        let (provisioner, asked) = (Arc::clone(&self.provisioner), request.get_ref());
+        let act = Act::new("Line.Abort", "line.abort", &Caller::Station(station.clone()))
+            .with("session", hex::encode(&asked.session_id))
+            .with("reason", &asked.reason);
         let work = async move {
             let (session, reason) = messages::abort(request.get_ref())?;
             provisioner.abort(&station, session, reason).await?;
             Ok(proto::AbortResponse {})
         };
-        self.door.call("Line.Abort", caller, work).await
+        self.door.act(act, work).await
     }
 
     async fn get_session(
@@ -60,7 +72,7 @@ impl Line for LineService {
         request: Request<proto::GetSessionRequest>,
     ) -> Result<Response<proto::GetSessionResponse>, Status> {
         let station = callers::station(&request)?;
-        let (provisioner, caller) = (Arc::clone(&self.provisioner), station.to_string());
+        let (provisioner, caller) = (Arc::clone(&self.provisioner), Caller::Station(station.clone()).to_string());
         let work = async move {
             let which = messages::session_view(request.get_ref())?;
             provisioner.view(&station, &which).await.map(|session| messages::session(&session))

@@ -136,6 +136,12 @@ pub(super) fn proven_receipt(proven: &Receipt) -> proto::Receipt {
     proto::Receipt { tlog_proof: proven.proof.to_bytes(), ..receipt(&proven.publication) }
 }
 
+/// What the audit log keeps of a completion.
+pub(super) fn told_of_completion(response: &proto::CompleteResponse) -> Vec<(&'static str, String)> {
+    let receipt = response.receipt.as_ref();
+    receipt.map(|receipt| ("record", receipt.record_index.to_string())).into_iter().collect()
+}
+
 /// Which record is to be proven.
 pub(super) enum ProofOf {
     /// The newest of that chip.

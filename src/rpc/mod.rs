@@ -4,7 +4,9 @@
 //! message here, and `status` is the one place that decides what a caller may learn of a failure.
 #![expect(clippy::disallowed_types, reason = "this is the room of gRPC")]
 
+mod access;
 mod callers;
+mod desk;
 mod door;
 mod health;
 mod line;

@@ -1,10 +1,14 @@
 //! Who may call what: ONE table. What is not in it serves nobody.
 
+use std::sync::Arc;
+
 use tonic::codegen::http;
 use tonic::{Code, Status};
 
 use super::callers;
 use super::status::refusal;
+use crate::access::Standing;
+use crate::audit::{Auditor, Entry, Outcome};
 use crate::certificate::{Caller, Role};
 
 /// Whom a method serves.
@@ -18,9 +22,20 @@ enum Whom {
 
 /// Every method of every listener.
 const TABLE: &[(&str, Whom)] = {
-    use Role::{Auditor, Monitor, Officer, Station};
+    use Role::{Auditor, BackOffice, Monitor, Officer, Station};
     use Whom::{Anybody, These};
     &[
+        ("/spp.v1.Access/RenewCertificate", These(&[Station, Officer, Auditor, BackOffice, Monitor])),
+        ("/spp.v1.Access/EnrollCaller", These(&[Officer])),
+        ("/spp.v1.Access/ListCallers", These(&[Officer, Auditor])),
+        ("/spp.v1.Access/RequestApproval", These(&[Officer])),
+        ("/spp.v1.Access/ListApprovals", These(&[Officer, Auditor])),
+        ("/spp.v1.Access/GetApproval", These(&[Officer, Auditor])),
+        ("/spp.v1.Access/DecideApproval", These(&[Officer])),
+        ("/spp.v1.Access/UseApproval", These(&[Officer])),
+        ("/spp.v1.Access/RecordCeremony", These(&[Officer])),
+        ("/spp.v1.Access/LoadIdentities", These(&[Officer])),
+        ("/spp.v1.Access/ListIdentities", These(&[Officer, Auditor])),
         ("/spp.v1.Line/Assemble", These(&[Station])),
         ("/spp.v1.Line/Complete", These(&[Station])),
         ("/spp.v1.Line/Abort", These(&[Station])),
@@ -38,26 +53,62 @@ const TABLE: &[(&str, Whom)] = {
     ]
 };
 
-/// The door of the listeners with mutual TLS: a request goes on with its caller, or ends here. TLS has seen to it that there is a
-/// certificate, also where anybody is served.
-pub(super) fn admit<B>(mut request: http::Request<B>) -> Result<http::Request<B>, Status> {
-    let caller = callers::of_connection(request.extensions())?;
-    permit(request.uri().path(), &caller)?;
-    request.extensions_mut().insert(caller);
-    Ok(request)
+/// The door of the listeners with mutual TLS: a request goes on with its caller, or ends here and is recorded. TLS has seen to it
+/// that there is a certificate, also where anybody is served.
+#[derive(Clone)]
+pub(super) struct Guard {
+    pub(super) standing: Arc<Standing>,
+    pub(super) auditor: Arc<Auditor>,
 }
 
-fn permit(method: &str, caller: &Caller) -> Result<(), Status> {
+impl Guard {
+    /// The request with its caller.
+    pub(super) fn admit<B>(&self, mut request: http::Request<B>) -> Result<http::Request<B>, Status> {
+        let (method, from) = (request.uri().path().to_owned(), callers::address(request.extensions()));
+        let certificate = callers::of_connection(request.extensions(), &self.standing).map_err(|nobody| {
+            let from = from.map(|from| from.ip().to_string()).unwrap_or_default();
+            let who = nobody.caller().map_or_else(|| format!("nobody at {from}"), ToString::to_string);
+            self.refused(who, &method, Code::Unauthenticated, nobody.reason(), nobody.to_string())
+        })?;
+        permit(&method, &certificate.caller).map_err(|why| match why {
+            NotServed::Role(message) => {
+                let who = certificate.caller.to_string();
+                self.refused(who, &method, Code::PermissionDenied, "WRONG_ROLE", message)
+            }
+            NotServed::Unknown => Status::unimplemented(format!("there is no method {method}")),
+        })?;
+        request.extensions_mut().insert(certificate);
+        Ok(request)
+    }
+
+    /// Nothing was begun, so the answer does not wait for the record.
+    fn refused(&self, who: String, method: &str, code: Code, reason: &'static str, message: String) -> Status {
+        tracing::info!(%who, method, why = %message, "refused");
+        let known = TABLE.iter().find(|(known, _)| *known == method).map_or("an unknown method", |(known, _)| known);
+        let entry = Entry::new(who, "call", Outcome::Refused(message.clone())).with("method", known);
+        let auditor = Arc::clone(&self.auditor);
+        tokio::spawn(async move { auditor.refused(entry, reason).await });
+        refusal(code, reason, message)
+    }
+}
+
+/// Why a caller is not served.
+enum NotServed {
+    /// Others are.
+    Role(String),
+    /// Nobody is.
+    Unknown,
+}
+
+fn permit(method: &str, caller: &Caller) -> Result<(), NotServed> {
     match TABLE.iter().find(|(known, _)| *known == method) {
         Some((_, Whom::Anybody)) => Ok(()),
         Some((_, Whom::These(roles))) if roles.contains(&caller.role()) => Ok(()),
         Some((_, Whom::These(roles))) => {
             let serves = roles.iter().map(|role| role.as_str()).collect::<Vec<_>>().join(", ");
-            tracing::info!(%caller, method, %serves, "refused: wrong role");
-            let message = format!("the {caller} may not call {method}; it serves: {serves}");
-            Err(refusal(Code::PermissionDenied, "WRONG_ROLE", message))
+            Err(NotServed::Role(format!("the {caller} may not call {method}; it serves: {serves}")))
         }
-        None => Err(Status::unimplemented(format!("there is no method {method}"))),
+        None => Err(NotServed::Unknown),
     }
 }
 
@@ -94,7 +145,10 @@ mod tests {
 
     #[test]
     fn who_only_reads_changes_nothing() {
-        let changes = ["Assemble", "Complete", "Abort", "FillPool", "ShredPool"];
+        let changes = [
+            "Assemble", "Complete", "Abort", "FillPool", "ShredPool", "EnrollCaller", "RequestApproval", "DecideApproval",
+            "UseApproval", "RecordCeremony", "LoadIdentities",
+        ];
         for (method, whom) in TABLE {
             let Whom::These(roles) = whom else { continue };
             let changes = changes.iter().any(|name| method.ends_with(&format!("/{name}")));

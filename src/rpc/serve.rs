@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tonic::codegen::http;
 use tonic::service::Routes;
 use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
@@ -17,10 +18,14 @@ use super::door::Door;
 use super::line::LineService;
 use super::officer::{NodeInfo, OfficerService};
 use super::recovery::RecoveryService;
-use super::{health, roles};
-use crate::audit::AuditLog;
+use super::access::AccessService;
+use super::health;
+use super::roles::Guard;
+use crate::access::Desk;
+use crate::audit::Auditor;
 use crate::config::{Listen, TlsConfig};
 use crate::proto::DESCRIPTORS;
+use crate::proto::access_server::AccessServer;
 use crate::proto::line_server::LineServer;
 use crate::proto::officer_server::OfficerServer;
 use crate::proto::recovery_server::RecoveryServer;
@@ -85,25 +90,33 @@ impl Listening {
         tls: &TlsConfig,
         public: Public,
         provisioner: &Arc<Provisioner>,
-        audit: &Arc<AuditLog>,
+        auditor: &Arc<Auditor>,
+        desk: Arc<Desk>,
         node: NodeInfo,
         stop: watch::Receiver<bool>,
     ) -> Result<(), ServeError> {
         let (reporter, health) = tonic_health::server::health_reporter();
         let reporting = tokio::spawn(health::report(reporter, Arc::clone(provisioner)));
-        let line = LineServer::new(LineService { provisioner: Arc::clone(provisioner), door: Door::line() })
+        let line = LineServer::new(LineService { provisioner: Arc::clone(provisioner), door: Door::line(auditor) })
             .max_decoding_message_size(MAX_REQUEST);
-        let (for_officers, audit) = (Arc::clone(provisioner), Arc::clone(audit));
-        let officer = OfficerService { provisioner: for_officers, node, door: Door::officer(), audit };
+        let (for_officers, audit) = (Arc::clone(provisioner), Arc::clone(auditor.log()));
+        let (door, for_access) = (Door::officer(auditor), Arc::clone(provisioner));
+        let officer = OfficerService { provisioner: for_officers, node, door: door.clone(), audit };
         let officer = OfficerServer::new(officer).max_decoding_message_size(MAX_REQUEST);
+        let guard = Guard { standing: Arc::clone(desk.standing()), auditor: Arc::clone(auditor) };
+        let access = AccessServer::new(AccessService { desk, provisioner: for_access, door })
+            .max_decoding_message_size(MAX_REQUEST);
         let recovery =
             RecoveryServer::new(RecoveryService { provisioner: Arc::clone(provisioner), door: Door::public() })
                 .max_decoding_message_size(MAX_REQUEST);
 
         let mutual = server_tls(tls)?.client_ca_root(Certificate::from_pem(&tls.client_ca));
-        let door = || FilterLayer::new(roles::admit::<tonic::body::Body>);
-        let stations = builder("stations", mutual.clone())?.layer(door()).add_service(line);
-        let officers = builder("officers", mutual)?.layer(door()).add_service(officer);
+        let door = || {
+            let guard = guard.clone();
+            FilterLayer::new(move |request: http::Request<tonic::body::Body>| guard.admit(request))
+        };
+        let stations = builder("stations", mutual.clone())?.layer(door()).add_service(line).add_service(access.clone());
+        let officers = builder("officers", mutual)?.layer(door()).add_service(officer).add_service(access);
         // gRPC beside HTTP: the public listener speaks both.
         let grpc = Routes::new(recovery).add_service(health.clone()).add_service(reflection("the public")?);
         let public_tls = tls.public_config(&[b"h2", b"http/1.1"]);

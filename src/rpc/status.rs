@@ -6,6 +6,7 @@ use std::time::Duration;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt as _};
 
+use crate::access::{AccessError, Exceeded, Refused, RequestError};
 use crate::hsm::HsmError;
 use crate::keypool::PoolError;
 use crate::keys::KeyKind;
@@ -58,22 +59,59 @@ fn table(error: &ProvisionError) -> Told {
         E::PairGone => again(Code::Aborted, "OVERTAKEN", SOON),
         E::ChipBusy(_) => again(Code::Aborted, "CHIP_BUSY", SOON),
         E::HouseFull(_) => again(Code::ResourceExhausted, "HOUSE_FULL", SOON),
-        E::Hsm(HsmError::Unavailable { retry_after, .. }) => again(Code::Unavailable, "HSM_AWAY", *retry_after),
-        E::Hsm(HsmError::Busy { .. }) => again(Code::ResourceExhausted, "HSM_BUSY", SOON),
-        E::Hsm(HsmError::Deadline(_)) => again(Code::Unavailable, "HSM_SLOW", SOON),
-        E::Hsm(HsmError::Stopped(_)) => again(Code::Unavailable, "HSM_NEEDS_OFFICER", Duration::from_secs(30)),
-        // Nothing is wrong with the device: it may come again once somebody has looked at the HSM.
-        E::Hsm(HsmError::Refused(_) | HsmError::Wrong(_)) => again(Code::Unavailable, "HSM_FAULT", HSM_LOOKED_AT),
-        E::Hsm(HsmError::Absent(_)) => told(Code::Internal, "HSM_FAULT"),
-        E::Store(StoreError::Full { .. }) => again(Code::ResourceExhausted, "DISK_FULL", Duration::from_secs(10)),
-        E::Store(StoreError::Failed { .. }) => again(Code::Unavailable, "STORE_AWAY", SOON),
-        E::Store(StoreError::OtherState { .. } | StoreError::WrongBatch { .. }) => {
-            again(Code::Aborted, "OVERTAKEN", SOON)
+        E::Hsm(error) => hsm(error),
+        E::Store(error) => store(error),
+        E::QuotaExceeded { exceeded: Exceeded::PerHour(_, after), .. } => {
+            again(Code::ResourceExhausted, "QUOTA_PER_HOUR", Duration::from_secs(*after))
         }
-        E::Store(StoreError::Damaged { .. } | StoreError::Place(_)) => told(Code::Internal, "STORE_FAULT"),
+        E::QuotaExceeded { exceeded: Exceeded::Total(_), .. } => told(Code::PermissionDenied, "QUOTA_TOTAL"),
+        E::Access(error) => access(error),
         E::Unsigned(_) => again(Code::Unavailable, "CHECKPOINT_UNSIGNED", SOON),
         E::Audit(_) => again(Code::Unavailable, "AUDIT_AWAY", SOON),
         E::Internal { .. } => told(Code::Internal, "FAULT"),
+    }
+}
+
+const fn hsm(error: &HsmError) -> Told {
+    match error {
+        HsmError::Unavailable { retry_after, .. } => again(Code::Unavailable, "HSM_AWAY", *retry_after),
+        HsmError::Busy { .. } => again(Code::ResourceExhausted, "HSM_BUSY", SOON),
+        HsmError::Deadline(_) => again(Code::Unavailable, "HSM_SLOW", SOON),
+        HsmError::Stopped(_) => again(Code::Unavailable, "HSM_NEEDS_OFFICER", Duration::from_secs(30)),
+        // Nothing is wrong with the device: it may come again once somebody has looked at the HSM.
+        HsmError::Refused(_) | HsmError::Wrong(_) => again(Code::Unavailable, "HSM_FAULT", HSM_LOOKED_AT),
+        HsmError::Absent(_) => told(Code::Internal, "HSM_FAULT"),
+    }
+}
+
+const fn store(error: &StoreError) -> Told {
+    match error {
+        StoreError::Full { .. } => again(Code::ResourceExhausted, "DISK_FULL", Duration::from_secs(10)),
+        StoreError::Failed { .. } => again(Code::Unavailable, "STORE_AWAY", SOON),
+        StoreError::OtherState { .. } | StoreError::WrongBatch { .. } => again(Code::Aborted, "OVERTAKEN", SOON),
+        StoreError::Damaged { .. } | StoreError::Place(_) => told(Code::Internal, "STORE_FAULT"),
+    }
+}
+
+const fn access(error: &AccessError) -> Told {
+    match error {
+        AccessError::Refused(Refused::Request(RequestError::Unknown(_))) => told(Code::NotFound, "NO_REQUEST"),
+        AccessError::Refused(Refused::Request(RequestError::OwnRequest(_))) => {
+            told(Code::PermissionDenied, "OWN_REQUEST")
+        }
+        AccessError::Refused(Refused::Request(RequestError::Taken(_))) => told(Code::AlreadyExists, "REQUEST_TAKEN"),
+        AccessError::Refused(Refused::Request(RequestError::TooMany(_))) => {
+            told(Code::ResourceExhausted, "TOO_MANY_REQUESTS")
+        }
+        AccessError::Refused(Refused::Request(_)) => told(Code::FailedPrecondition, "REQUEST_STATE"),
+        AccessError::Refused(Refused::Signature(_)) => told(Code::PermissionDenied, "BAD_SIGNATURE"),
+        AccessError::Refused(Refused::Overlaps { .. }) => told(Code::AlreadyExists, "RANGE_OVERLAPS"),
+        AccessError::Refused(Refused::NoIdentity { .. }) => told(Code::ResourceExhausted, "NO_IDENTITY_LEFT"),
+        AccessError::Refused(Refused::NoAuthority) => told(Code::FailedPrecondition, "NO_ACCESS_KEY"),
+        AccessError::Refused(Refused::Unfit(_)) => told(Code::InvalidArgument, "INVALID"),
+        AccessError::Store(error) => store(error),
+        AccessError::Hsm(error) => hsm(error),
+        AccessError::Certificate(_) => told(Code::Internal, "FAULT"),
     }
 }
 
@@ -103,6 +141,16 @@ pub(super) fn status_of(error: &ProvisionError) -> Status {
     Status::with_error_details(told.code, message(error, told.code), details)
 }
 
+/// The stable word for an error, for programs.
+pub(super) fn reason_of(error: &ProvisionError) -> &'static str {
+    table(error).reason
+}
+
+/// Whether the caller was refused, rather than that something here failed.
+pub(super) fn is_refusal(error: &ProvisionError) -> bool {
+    !matches!(table(error).code, Code::Internal | Code::Unavailable | Code::Aborted)
+}
+
 /// For programs: what is missing, and how fast it comes.
 fn pool_metadata(kind: KeyKind, fill_rate: f64) -> HashMap<String, String> {
     let rate = format!("{fill_rate:.2}");
@@ -111,14 +159,17 @@ fn pool_metadata(kind: KeyKind, fill_rate: f64) -> HashMap<String, String> {
 
 /// What went wrong inside is the log's and the officer's business: it names files, tokens and keys.
 fn message(error: &ProvisionError, code: Code) -> String {
+    let inner = |error| message(error, code);
     let told = match error {
+        ProvisionError::Access(AccessError::Hsm(error)) => return inner(&ProvisionError::Hsm(error.clone())),
         ProvisionError::Hsm(HsmError::Unavailable { .. }) => "the HSM is not available now; try again",
         ProvisionError::Hsm(HsmError::Refused(_) | HsmError::Wrong(_)) => {
             "the HSM refused; the log of the processing point has the cause under the x-request-id of this answer"
         }
         ProvisionError::Hsm(HsmError::Stopped(_)) => "the HSM needs an officer; sppctl status tells why",
         ProvisionError::Unsigned(_) => "the HSM did not sign the log's checkpoint; nothing has changed, try again",
-        ProvisionError::Store(StoreError::Failed { .. }) => "a store is not available now; try again",
+        ProvisionError::Store(StoreError::Failed { .. })
+        | ProvisionError::Access(AccessError::Store(StoreError::Failed { .. })) => "a store is not available now; try again",
         _ if code == Code::Internal => {
             "a fault of the processing point; its log has the cause under the x-request-id of this answer"
         }

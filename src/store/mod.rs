@@ -4,6 +4,7 @@
 //! no [`Intent`] without a journaled reservation, no [`PublicationReceipt`] without a durable publication. Their
 //! constructors are private to this room, so a signature or an erasure without its proof does not compile.
 
+pub(crate) mod access;
 #[cfg(test)]
 mod contract;
 #[cfg(test)]
@@ -20,6 +21,7 @@ mod sled;
 #[cfg(test)]
 pub(crate) mod testing;
 
+pub use self::access::AccessStore;
 pub use self::sled::SledStateStore;
 pub(crate) use self::sled::{IndexEntry, IndexMark, Location, SledIndex};
 pub use journal::{Abortable, Intent, Issued, Journal, Published, Signed, TakenUp};

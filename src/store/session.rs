@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::StoreError;
 use super::public::Publication;
 use super::secret::PairToReserve;
+use crate::access::Exceeded;
 use crate::keys::{KeptKey, SignatureAlgorithm};
 use crate::names::{ChipId, DeviceIdentity, KeyName, ProfileName, SessionId, StationName};
 
@@ -169,6 +170,14 @@ pub enum ReserveError {
     /// The pair is not offered any more, or the batch that it was made for is at its end: another one is needed.
     #[error("the pair that was chosen is no longer there")]
     PairGone,
+    /// The station has begun as many devices as it may.
+    #[error("the station {station} has begun as many devices as it may")]
+    QuotaExceeded {
+        /// Which one.
+        station: StationName,
+        /// Which limit.
+        exceeded: Exceeded,
+    },
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -210,7 +219,7 @@ impl SessionCounts {
 pub trait StateStore: Send + Sync {
     /// Journals a new session in state Reserved together with its key pair: both or neither. The chip and the identity must
     /// have no session but aborted ones; a pooled pair must be ready, and is the session's alone from then on. The very same
-    /// reservation again is answered as the first one was; `OtherState` if the session's name is in use otherwise. Refused
+    /// reservation again is answered as the first one was; one beyond the quota in force of its station is `QuotaExceeded`; `OtherState` if the session's name is in use otherwise. Refused
     /// with `Full` below the disk's floor.
     async fn reserve(&self, session: &Session, pair: Option<&PairToReserve>) -> Result<(), ReserveError>;
 

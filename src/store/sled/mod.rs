@@ -18,6 +18,7 @@
 
 #![expect(clippy::disallowed_types, reason = "the one place where sled lives, fenced as described above")]
 
+mod access;
 mod batches;
 mod blobs;
 mod committer;

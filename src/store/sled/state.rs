@@ -9,7 +9,7 @@
 //! | `u` + created, 8 octets + session ID | nothing: the session is not final |
 //! | `n` | sessions per state |
 //!
-//! The secret store is in the same database: see `batches.rs` and `pairs.rs`.
+//! The secret store is in the same database: see `batches.rs` and `pairs.rs`; and so is what officers have agreed on: see `access.rs`.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -17,6 +17,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 
 use super::StoreOptions;
+use super::access;
 use super::batches;
 use super::committer::Committer;
 use super::engine::Kind;
@@ -138,6 +139,7 @@ fn reserve(view: &mut View<'_>, new: &Session, pair: Option<&PairToReserve>) -> 
         return Err(ReserveError::IdentityTaken(Box::new(holder)));
     }
     view.admit_new_device()?;
+    access::count_device(view, new)?;
     view.put(&session_key(&new.id), new)?;
     if let Some(pair) = pair {
         pairs::reserve(view, new, pair)?;
@@ -227,7 +229,7 @@ fn chip_key(chip: &ChipId) -> Vec<u8> {
     [b"c", chip.as_bytes()].concat()
 }
 
-fn identity_key(identity: &DeviceIdentity) -> Vec<u8> {
+pub(super) fn identity_key(identity: &DeviceIdentity) -> Vec<u8> {
     [b"i", identity.to_string().as_bytes()].concat()
 }
 

@@ -1,0 +1,141 @@
+//! What no officer can do alone.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::quota::Quota;
+use super::rules::Rules;
+use crate::certificate::Role;
+use crate::keys::sha256;
+use crate::names::StationName;
+
+/// Most octets of a ceremony's file.
+pub const MAX_CEREMONY_LEN: usize = 16 * 1024;
+/// Most characters of a reason.
+pub const MAX_REASON_LEN: usize = 200;
+
+/// An act that one officer requests and others approve, with everything that it will do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Act {
+    /// Every certificate that a caller has so far is of no use any more.
+    Revoke {
+        /// What the caller is.
+        role: Role,
+        /// What it is called.
+        name: String,
+        /// Why.
+        reason: String,
+    },
+    /// A station may make more devices.
+    RaiseQuota {
+        /// Which one.
+        station: StationName,
+        /// From then on.
+        quota: Quota,
+    },
+    /// How many must approve what, and for how long a request stands.
+    ChangeRules {
+        /// From then on.
+        rules: Rules,
+    },
+    /// A ceremony on the token that destroys or replaces keys, once.
+    Ceremony {
+        /// Whether it destroys: else it replaces.
+        destroys: bool,
+        /// The ceremony's file, word for word.
+        file: String,
+    },
+}
+
+/// What kind of act it is, for the rules.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ActKind {
+    /// [`Act::Revoke`].
+    Revoke,
+    /// [`Act::RaiseQuota`].
+    RaiseQuota,
+    /// [`Act::ChangeRules`].
+    ChangeRules,
+    /// [`Act::Ceremony`] that destroys.
+    Destroy,
+    /// [`Act::Ceremony`] that replaces.
+    Rotate,
+}
+
+impl Act {
+    /// What kind it is.
+    pub const fn kind(&self) -> ActKind {
+        match self {
+            Self::Revoke { .. } => ActKind::Revoke,
+            Self::RaiseQuota { .. } => ActKind::RaiseQuota,
+            Self::ChangeRules { .. } => ActKind::ChangeRules,
+            Self::Ceremony { destroys: true, .. } => ActKind::Destroy,
+            Self::Ceremony { destroys: false, .. } => ActKind::Rotate,
+        }
+    }
+
+    /// The one text form: what is signed, sent and stored.
+    pub fn to_json(&self) -> String {
+        // A value of names, numbers and texts has a JSON form.
+        serde_json::to_string(self).unwrap_or_default()
+    }
+
+    /// Reads [`Self::to_json`]; another form of the same value is refused, so that what is signed is what is read.
+    pub fn from_json(json: &str) -> Result<Self, String> {
+        let act: Self = serde_json::from_str(json).map_err(|e| e.to_string())?;
+        act.check()?;
+        if act.to_json() == json { Ok(act) } else { Err("it is not in the canonical form".to_owned()) }
+    }
+
+    fn check(&self) -> Result<(), String> {
+        match self {
+            Self::Revoke { role, name, reason } => {
+                crate::certificate::Caller::new(*role, name).map_err(|e| e.to_string())?;
+                let length = reason.chars().count();
+                let fits = (1..=MAX_REASON_LEN).contains(&length) && !reason.chars().any(char::is_control);
+                if fits { Ok(()) } else { Err(format!("a reason has 1 to {MAX_REASON_LEN} printable characters")) }
+            }
+            Self::RaiseQuota { .. } => Ok(()),
+            Self::ChangeRules { rules } => rules.check(),
+            Self::Ceremony { file, .. } if file.len() <= MAX_CEREMONY_LEN => Ok(()),
+            Self::Ceremony { .. } => Err(format!("a ceremony's file has at most {MAX_CEREMONY_LEN} octets")),
+        }
+    }
+
+    /// SHA-256 of a ceremony's file.
+    pub fn ceremony_hash(&self) -> Option<[u8; 32]> {
+        match self {
+            Self::Ceremony { file, .. } => Some(sha256(file.as_bytes())),
+            _ => None,
+        }
+    }
+}
+
+/// In a line, for people.
+impl fmt::Display for Act {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Revoke { role, name, reason } => write!(f, "revoke the {role} {name}: {reason}"),
+            Self::RaiseQuota { station, quota } => write!(f, "let the station {station} make {quota}"),
+            Self::ChangeRules { rules } => write!(f, "change the rules of approval: {rules}"),
+            Self::Ceremony { destroys, file } => {
+                let what = if *destroys { "destroys" } else { "replaces" };
+                write!(f, "run once the ceremony sha256:{}, which {what} keys", hex::encode(sha256(file.as_bytes())))
+            }
+        }
+    }
+}
+
+impl fmt::Display for ActKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Revoke => "revoke",
+            Self::RaiseQuota => "raise-quota",
+            Self::ChangeRules => "change-rules",
+            Self::Destroy => "destroy",
+            Self::Rotate => "rotate",
+        })
+    }
+}

@@ -1,0 +1,262 @@
+//! Where officers and callers come to in the running daemon.
+
+use std::sync::Arc;
+
+use super::{
+    AccessError, Act, IdentityRange, IssuedAccess, LoadedRange, Quota, Refused, Request, RequestError, RequestId,
+    RequestState, Revocation, Rules, Signed, Standing, StationUse, Statement, Verdict,
+};
+use crate::certificate::{
+    AccessCertificate, AccessName, Caller, CallerCertificate, CertificateSerial, IssuerCertificate, access_certificate,
+    verify_csr,
+};
+use crate::clock::Clock;
+use crate::hsm::Hsm;
+use crate::names::{ChipId, DeviceIdentity, KeyName, OfficerName, ProfileName, StationName};
+use crate::store::AccessStore;
+
+/// Most seconds of a certificate's life: ten years.
+const LONGEST_LIFE: u64 = 3650 * 24 * 60 * 60;
+
+/// The key that signs access certificates, with its own one.
+pub struct AccessAuthority {
+    /// The key's name in the HSM.
+    pub key: KeyName,
+    /// Its certificate.
+    pub issuer: IssuerCertificate,
+    /// The same in PEM, for those who verify others by it.
+    pub pem: String,
+}
+
+/// The desk: what it is asked is decided here, and kept in the state store.
+pub struct Desk {
+    store: Arc<dyn AccessStore>,
+    hsm: Hsm,
+    authority: Option<AccessAuthority>,
+    node: String,
+    standing: Arc<Standing>,
+    clock: Clock,
+}
+
+/// What an officer asks others to approve.
+pub struct Asked {
+    /// Who asks.
+    pub officer: OfficerName,
+    /// His TLS certificate, DER.
+    pub certificate: Vec<u8>,
+    /// What he calls it.
+    pub id: RequestId,
+    /// What shall be done.
+    pub act: Act,
+    /// Until when it stands; seconds since the Unix epoch.
+    pub expires: u64,
+    /// His signature over [`Statement::request`].
+    pub signature: Vec<u8>,
+}
+
+/// A certificate that was made for a caller.
+pub struct Enrolled {
+    /// The certificate, PEM.
+    pub certificate: String,
+    /// Its authority's, PEM.
+    pub authority: String,
+    /// What is kept of it.
+    pub issued: IssuedAccess,
+}
+
+/// What of the configuration is not in force, in words; empty if all of it is.
+pub type SettledNow = Vec<String>;
+
+impl Desk {
+    /// Opens it, with the revocations that the store knows.
+    pub async fn open(
+        store: Arc<dyn AccessStore>,
+        hsm: Hsm,
+        authority: Option<AccessAuthority>,
+        node: &str,
+    ) -> Result<Self, AccessError> {
+        let standing = Arc::new(Standing::default());
+        standing.revoke(store.revocations().await?);
+        Ok(Self { store, hsm, authority, node: node.to_owned(), standing, clock: Clock::system() })
+    }
+
+    /// Who is revoked, for those who admit callers.
+    pub const fn standing(&self) -> &Arc<Standing> {
+        &self.standing
+    }
+
+    /// The node's name, which is part of what officers sign.
+    pub fn node(&self) -> &str {
+        &self.node
+    }
+
+    /// Takes the configuration's rules and quotas over, as far as that needs nobody's approval: see [`AccessStore::settle`].
+    pub async fn settle(
+        &self,
+        rules: Rules,
+        quotas: Vec<(StationName, Quota)>,
+        whole: bool,
+    ) -> Result<SettledNow, AccessError> {
+        Ok(self.store.settle(rules, quotas, whole).await?)
+    }
+
+    /// The rules in force.
+    pub async fn rules(&self) -> Result<Rules, AccessError> {
+        Ok(self.store.rules().await?.map(|settled| settled.in_force).unwrap_or_default())
+    }
+
+    /// Files a request. The very same again is answered as it stands now.
+    pub async fn request(&self, asked: Asked) -> Result<Request, AccessError> {
+        let Asked { officer, certificate, id, act, expires, signature } = asked;
+        let (now, rules) = (self.clock.now(), self.rules().await?);
+        let statement = Statement::request(&self.node, id, &officer, expires, &act);
+        let requested = Signed::verified(officer, now, &statement, &signature, &certificate);
+        let requested = requested.map_err(Refused::Signature)?;
+        if let Some(known) = self.store.request(id).await?
+            && known.requested.statement == requested.statement
+        {
+            return Ok(known);
+        }
+        if !(now + 1..=now + rules.valid_for).contains(&expires) {
+            let problem = format!("a request stands for at most {} seconds from now", rules.valid_for);
+            return Err(Refused::Unfit(problem).into());
+        }
+        if let Act::RaiseQuota { station, .. } = &act
+            && !self.store.stations().await?.iter().any(|known| known.station == *station)
+        {
+            return Err(Refused::Unfit(format!("the station {station} is not configured")).into());
+        }
+        let (needed, approvals, state) = (rules.needed(act.kind()), Vec::new(), RequestState::Pending);
+        self.store.file_request(Request { id, act, requested, expires, needed, approvals, state }).await
+    }
+
+    /// Takes an officer's word on a request. A revocation is in force when this returns.
+    pub async fn decide(
+        &self,
+        officer: OfficerName,
+        certificate: &[u8],
+        id: RequestId,
+        verdict: Verdict,
+        signature: &[u8],
+    ) -> Result<Request, AccessError> {
+        let request = self.request_named(id).await?;
+        let of = Statement::request(&self.node, id, &request.requested.officer, request.expires, &request.act);
+        let statement = Statement::decision(&self.node, id, &officer, &of, &verdict);
+        let signed = Signed::verified(officer, self.clock.now(), &statement, signature, certificate);
+        let decided = self.store.decide(id, verdict, signed.map_err(Refused::Signature)?).await?;
+        if matches!(decided.act, Act::Revoke { .. }) {
+            self.standing.revoke(self.store.revocations().await?);
+        }
+        Ok(decided)
+    }
+
+    /// All requests that are kept, newest first.
+    pub async fn requests(&self) -> Result<Vec<Request>, AccessError> {
+        Ok(self.store.requests().await?)
+    }
+
+    /// A request by its name.
+    pub async fn request_named(&self, id: RequestId) -> Result<Request, AccessError> {
+        Ok(self.store.request(id).await?.ok_or(RequestError::Unknown(id))?)
+    }
+
+    /// Uses up the approval of a ceremony by one of those who signed it; it is held once.
+    pub async fn use_up(
+        &self,
+        officer: &OfficerName,
+        id: RequestId,
+        file_hash: &[u8],
+    ) -> Result<Request, AccessError> {
+        let request = self.request_named(id).await?;
+        if request.act.ceremony_hash().as_ref().map(<[u8; 32]>::as_slice) != Some(file_hash) {
+            return Err(Refused::Unfit(format!("the request {id} is of another ceremony file, or of none")).into());
+        }
+        let mut signers = request.approvals.iter().chain([&request.requested]);
+        if !signers.any(|signed| signed.officer == *officer) {
+            return Err(Refused::Unfit(format!("{officer} has neither requested nor approved {id}")).into());
+        }
+        self.store.use_up(id, self.clock.now()).await
+    }
+
+    /// Makes a certificate for the key of a request (PKCS#10, DER).
+    pub async fn enroll(&self, caller: Caller, csr: &[u8], life: u64, by: &Caller) -> Result<Enrolled, AccessError> {
+        let authority = self.authority.as_ref().ok_or(Refused::NoAuthority)?;
+        let public_key = verify_csr(csr).map_err(|e| Refused::Unfit(format!("csr: {e}")))?;
+        let serial = self.hsm.random(CertificateSerial::LEN).await?;
+        let serial = <[u8; CertificateSerial::LEN]>::try_from(serial);
+        let serial = CertificateSerial::from_random(serial.map_err(|_| Refused::Unfit("the HSM gave too few octets".into()))?);
+        // A certificate of the very second of a revocation would be revoked with the others.
+        let revoked = self.standing.revoked_until(&caller).map_or(0, |until| until + 1);
+        let not_before = self.clock.now().max(revoked);
+        let not_after = not_before + life.min(LONGEST_LIFE);
+        let name = AccessName::Client(caller.clone());
+        let document = access_certificate(&AccessCertificate {
+            name: &name,
+            public_key: &public_key,
+            issuer: &authority.issuer,
+            serial,
+            not_before,
+            not_after,
+        })?;
+        let issued =
+            IssuedAccess { caller, serial: serial.as_bytes().to_vec(), not_before, not_after, by: by.to_string() };
+        // Known before it is signed: no certificate exists that the list does not have.
+        self.store.note_certificate(&issued).await?;
+        let signature = self.hsm.sign(&authority.key, document.algorithm(), document.to_be_signed()).await?;
+        let certificate = document.assemble(&signature)?.to_pem()?;
+        Ok(Enrolled { certificate, authority: authority.pem.clone(), issued })
+    }
+
+    /// Another certificate for a caller who has one, with as long a life.
+    pub async fn renew(&self, present: &CallerCertificate, csr: &[u8]) -> Result<Enrolled, AccessError> {
+        let life = present.not_after.saturating_sub(present.not_before);
+        self.enroll(present.caller.clone(), csr, life, &present.caller).await
+    }
+
+    /// Stations with their quotas and what they have begun.
+    pub async fn stations(&self) -> Result<Vec<StationUse>, AccessError> {
+        Ok(self.store.stations().await?)
+    }
+
+    /// The newest certificate of each caller that the daemon has made one for.
+    pub async fn certificates(&self) -> Result<Vec<IssuedAccess>, AccessError> {
+        Ok(self.store.certificates().await?)
+    }
+
+    /// Who is revoked.
+    pub async fn revocations(&self) -> Result<Vec<Revocation>, AccessError> {
+        Ok(self.store.revocations().await?)
+    }
+
+    /// Loads identities that the daemon may give out.
+    pub async fn load_range(
+        &self,
+        profile: ProfileName,
+        range: IdentityRange,
+        by: &Caller,
+    ) -> Result<LoadedRange, AccessError> {
+        self.store.load_range(profile, range, by, self.clock.now()).await
+    }
+
+    /// What is loaded, and how far it is used.
+    pub async fn ranges(&self) -> Result<Vec<LoadedRange>, AccessError> {
+        Ok(self.store.ranges().await?)
+    }
+
+    /// The identity of a chip: see [`AccessStore::allocate`].
+    pub async fn allocate(
+        &self,
+        chip: &ChipId,
+        profile: &ProfileName,
+        station: &StationName,
+        permitted: Vec<String>,
+        taken: Option<DeviceIdentity>,
+    ) -> Result<DeviceIdentity, AccessError> {
+        self.store.allocate(chip, profile, station, permitted, taken).await
+    }
+
+    /// Now, by the clock that requests are judged by; seconds since the Unix epoch.
+    pub fn now(&self) -> u64 {
+        self.clock.now()
+    }
+}

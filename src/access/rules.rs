@@ -1,0 +1,74 @@
+//! How many officers must approve what.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::act::ActKind;
+
+/// Most approvals that can be asked for.
+const MOST: u8 = 9;
+/// A request stands for at least a minute and at most so long.
+const LONGEST: u64 = 30 * 24 * 60 * 60;
+
+/// Officers besides the one who requests, for each kind of act, and how long a request stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Rules {
+    /// Revoking a caller.
+    pub revoke: u8,
+    /// Raising a station's quota.
+    pub raise_quota: u8,
+    /// Changing these rules.
+    pub change_rules: u8,
+    /// Ceremonies that destroy keys.
+    pub destroy: u8,
+    /// Ceremonies that replace keys.
+    pub rotate: u8,
+    /// Seconds for which a request stands.
+    pub valid_for: u64,
+}
+
+impl Default for Rules {
+    fn default() -> Self {
+        Self { revoke: 1, raise_quota: 1, change_rules: 1, destroy: 1, rotate: 1, valid_for: 24 * 60 * 60 }
+    }
+}
+
+impl Rules {
+    /// How many must approve such an act.
+    pub const fn needed(&self, kind: ActKind) -> u8 {
+        match kind {
+            ActKind::Revoke => self.revoke,
+            ActKind::RaiseQuota => self.raise_quota,
+            ActKind::ChangeRules => self.change_rules,
+            ActKind::Destroy => self.destroy,
+            ActKind::Rotate => self.rotate,
+        }
+    }
+
+    /// Nobody does any of it alone, and no request stands for ever.
+    pub fn check(&self) -> Result<(), String> {
+        let counts = [self.revoke, self.raise_quota, self.change_rules, self.destroy, self.rotate];
+        if counts.iter().any(|count| !(1..=MOST).contains(count)) {
+            return Err(format!("each act needs 1 to {MOST} approvals besides the request"));
+        }
+        if (60..=LONGEST).contains(&self.valid_for) {
+            Ok(())
+        } else {
+            Err("a request stands for 1 minute to 30 days".to_owned())
+        }
+    }
+}
+
+impl fmt::Display for Rules {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { revoke, raise_quota, change_rules, destroy, rotate, valid_for } = self;
+        let valid = humantime::format_duration(std::time::Duration::from_secs(*valid_for));
+        write!(
+            f,
+            "approvals besides the request: revoke {revoke}, raise-quota {raise_quota}, change-rules {change_rules}, \
+             destroy {destroy}, rotate {rotate}; a request stands for {valid}"
+        )
+    }
+}

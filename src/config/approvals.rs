@@ -1,0 +1,36 @@
+//! `[approvals]` of `sppd.toml`: how many officers must approve what, besides the one who asks.
+
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use super::Faults;
+use crate::access::Rules;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub(super) struct ApprovalsShape {
+    revoke: u8,
+    raise_quota: u8,
+    change_rules: u8,
+    destroy: u8,
+    rotate: u8,
+    #[serde(with = "humantime_serde")]
+    valid_for: Duration,
+}
+
+impl Default for ApprovalsShape {
+    fn default() -> Self {
+        let Rules { revoke, raise_quota, change_rules, destroy, rotate, valid_for } = Rules::default();
+        Self { revoke, raise_quota, change_rules, destroy, rotate, valid_for: Duration::from_secs(valid_for) }
+    }
+}
+
+impl ApprovalsShape {
+    pub(super) fn check(self, place: &str, faults: &mut Faults) -> Rules {
+        let Self { revoke, raise_quota, change_rules, destroy, rotate, valid_for } = self;
+        let rules = Rules { revoke, raise_quota, change_rules, destroy, rotate, valid_for: valid_for.as_secs() };
+        faults.note(format!("{place}: approvals"), rules.check());
+        rules
+    }
+}

@@ -1,0 +1,196 @@
+//! The service `Access`.
+
+use std::sync::Arc;
+
+use tonic::{Request, Response, Status, async_trait};
+
+use super::door::{Act, Door};
+use super::{callers, desk};
+use crate::access::Desk;
+use crate::certificate::Caller;
+use crate::proto;
+use crate::proto::access_server::Access;
+use crate::provisioning::Provisioner;
+
+pub(super) struct AccessService {
+    pub(super) desk: Arc<Desk>,
+    pub(super) provisioner: Arc<Provisioner>,
+    pub(super) door: Door,
+}
+
+#[async_trait]
+impl Access for AccessService {
+    async fn renew_certificate(
+        &self,
+        request: Request<proto::RenewCertificateRequest>,
+    ) -> Result<Response<proto::RenewCertificateResponse>, Status> {
+        let (present, desk) = (callers::certificate(&request)?, Arc::clone(&self.desk));
+        let act = Act::new("Access.RenewCertificate", "certificate.renew", &present.caller)
+            .announced()
+            .tell(|made: &proto::RenewCertificateResponse| desk::told_of_certificate(made.certificate.as_ref()));
+        let work = async move {
+            let made = desk.renew(&present, &request.get_ref().csr).await?;
+            Ok(proto::RenewCertificateResponse { certificate: Some(desk::certificate(made)) })
+        };
+        self.door.act(act, work).await
+    }
+
+    async fn enroll_caller(
+        &self,
+        request: Request<proto::EnrollCallerRequest>,
+    ) -> Result<Response<proto::EnrollCallerResponse>, Status> {
+        let (officer, desk) = (Caller::Officer(callers::officer(&request)?), Arc::clone(&self.desk));
+        let asked = request.get_ref();
+        let act = Act::new("Access.EnrollCaller", "caller.enroll", &officer)
+            .with("role", &asked.role)
+            .with("name", &asked.name)
+            .announced()
+            .tell(|made: &proto::EnrollCallerResponse| desk::told_of_certificate(made.certificate.as_ref()));
+        let work = async move {
+            let (caller, life) = desk::enrolment(request.get_ref())?;
+            let made = desk.enroll(caller, &request.get_ref().csr, life, &officer).await?;
+            Ok(proto::EnrollCallerResponse { certificate: Some(desk::certificate(made)) })
+        };
+        self.door.act(act, work).await
+    }
+
+    async fn list_callers(
+        &self,
+        request: Request<proto::ListCallersRequest>,
+    ) -> Result<Response<proto::ListCallersResponse>, Status> {
+        let caller = callers::any(&request)?.to_string();
+        let (desk, provisioner) = (Arc::clone(&self.desk), Arc::clone(&self.provisioner));
+        let work = async move { desk::callers(&desk, &provisioner).await };
+        self.door.call("Access.ListCallers", caller, work).await
+    }
+
+    async fn request_approval(
+        &self,
+        request: Request<proto::RequestApprovalRequest>,
+    ) -> Result<Response<proto::RequestApprovalResponse>, Status> {
+        let (officer, certificate) = (callers::officer(&request)?, callers::certificate_der(&request)?);
+        let desk = Arc::clone(&self.desk);
+        let act = Act::new("Access.RequestApproval", "approval.request", &Caller::Officer(officer.clone()))
+            .with("request", hex::encode(&request.get_ref().id))
+            .announced()
+            .tell(|filed: &proto::RequestApprovalResponse| {
+                let approval = filed.approval.as_ref();
+                desk::told_of_signature(approval, approval.and_then(|approval| approval.requested.as_ref()))
+            });
+        let work = async move {
+            let asked = desk::asked(officer, certificate, request.into_inner())?;
+            let filed = desk.request(asked).await?;
+            Ok(proto::RequestApprovalResponse { approval: Some(desk::approval(filed, desk.now())) })
+        };
+        self.door.act(act, work).await
+    }
+
+    async fn list_approvals(
+        &self,
+        request: Request<proto::ListApprovalsRequest>,
+    ) -> Result<Response<proto::ListApprovalsResponse>, Status> {
+        let (caller, desk) = (callers::any(&request)?.to_string(), Arc::clone(&self.desk));
+        let work = async move {
+            let (requests, rules, now) = (desk.requests().await?, desk.rules().await?, desk.now());
+            Ok(proto::ListApprovalsResponse {
+                approvals: requests.into_iter().map(|request| desk::approval(request, now)).collect(),
+                rules: Some(desk::rules(&rules)),
+                node: desk.node().to_owned(),
+            })
+        };
+        self.door.call("Access.ListApprovals", caller, work).await
+    }
+
+    async fn get_approval(
+        &self,
+        request: Request<proto::GetApprovalRequest>,
+    ) -> Result<Response<proto::GetApprovalResponse>, Status> {
+        let (caller, desk) = (callers::any(&request)?.to_string(), Arc::clone(&self.desk));
+        let work = async move {
+            let found = desk.request_named(desk::request_id("id", &request.get_ref().id)?).await?;
+            Ok(proto::GetApprovalResponse { approval: Some(desk::approval(found, desk.now())) })
+        };
+        self.door.call("Access.GetApproval", caller, work).await
+    }
+
+    async fn decide_approval(
+        &self,
+        request: Request<proto::DecideApprovalRequest>,
+    ) -> Result<Response<proto::DecideApprovalResponse>, Status> {
+        let (officer, certificate) = (callers::officer(&request)?, callers::certificate_der(&request)?);
+        let (desk, asked) = (Arc::clone(&self.desk), request.get_ref());
+        let name = if asked.approve { "approval.approve" } else { "approval.reject" };
+        let act = Act::new("Access.DecideApproval", name, &Caller::Officer(officer.clone()))
+            .with("request", hex::encode(&asked.id))
+            .with("reason", &asked.reason)
+            .announced()
+            .tell(|decided: &proto::DecideApprovalResponse| desk::told_of_decision(decided.approval.as_ref()));
+        let work = async move {
+            let (id, verdict) = desk::decision(request.get_ref())?;
+            let decided = desk.decide(officer, &certificate, id, verdict, &request.get_ref().signature).await?;
+            Ok(proto::DecideApprovalResponse { approval: Some(desk::approval(decided, desk.now())) })
+        };
+        self.door.act(act, work).await
+    }
+
+    async fn use_approval(
+        &self,
+        request: Request<proto::UseApprovalRequest>,
+    ) -> Result<Response<proto::UseApprovalResponse>, Status> {
+        let (officer, desk, asked) = (callers::officer(&request)?, Arc::clone(&self.desk), request.get_ref());
+        let act = Act::new("Access.UseApproval", "ceremony.begin", &Caller::Officer(officer.clone()))
+            .with("request", hex::encode(&asked.id))
+            .with("file_sha256", hex::encode(&asked.file_sha256))
+            .announced();
+        let work = async move {
+            let id = desk::request_id("id", &request.get_ref().id)?;
+            let used = desk.use_up(&officer, id, &request.get_ref().file_sha256).await?;
+            Ok(proto::UseApprovalResponse { approval: Some(desk::approval(used, desk.now())) })
+        };
+        self.door.act(act, work).await
+    }
+
+    async fn record_ceremony(
+        &self,
+        request: Request<proto::RecordCeremonyRequest>,
+    ) -> Result<Response<proto::RecordCeremonyResponse>, Status> {
+        let officer = Caller::Officer(callers::officer(&request)?);
+        let act = desk::ceremony(Act::new("Access.RecordCeremony", "ceremony.end", &officer), request.get_ref());
+        let work = async move {
+            desk::check_ceremony(request.get_ref())?;
+            Ok(proto::RecordCeremonyResponse {})
+        };
+        self.door.act(act, work).await
+    }
+
+    async fn load_identities(
+        &self,
+        request: Request<proto::LoadIdentitiesRequest>,
+    ) -> Result<Response<proto::LoadIdentitiesResponse>, Status> {
+        let officer = Caller::Officer(callers::officer(&request)?);
+        let (desk, provisioner, asked) = (Arc::clone(&self.desk), Arc::clone(&self.provisioner), request.get_ref());
+        let act = Act::new("Access.LoadIdentities", "identities.load", &officer)
+            .with("profile", &asked.profile)
+            .with("first", &asked.first)
+            .announced()
+            .tell(|loaded: &proto::LoadIdentitiesResponse| desk::told_of_range(loaded.range.as_ref()));
+        let work = async move {
+            let (profile, range) = desk::identities(request.get_ref(), &provisioner)?;
+            let loaded = desk.load_range(profile, range, &officer).await?;
+            Ok(proto::LoadIdentitiesResponse { range: Some(desk::range(loaded)) })
+        };
+        self.door.act(act, work).await
+    }
+
+    async fn list_identities(
+        &self,
+        request: Request<proto::ListIdentitiesRequest>,
+    ) -> Result<Response<proto::ListIdentitiesResponse>, Status> {
+        let (caller, desk) = (callers::any(&request)?.to_string(), Arc::clone(&self.desk));
+        let work = async move {
+            let ranges = desk.ranges().await?.into_iter().map(desk::range).collect();
+            Ok(proto::ListIdentitiesResponse { ranges })
+        };
+        self.door.call("Access.ListIdentities", caller, work).await
+    }
+}

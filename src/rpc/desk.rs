@@ -1,0 +1,235 @@
+//! What is asked of the desk, between messages and values.
+
+use super::door::Act;
+use super::messages::timestamp;
+use crate::access::{
+    self, Asked, Desk, Enrolled, IdentityRange, LoadedRange, MAX_REASON_LEN, RequestId, RequestState, Rules, Signed,
+    StationUse, Verdict,
+};
+use crate::certificate::Caller;
+use crate::names::{DeviceIdentity, OfficerName, ProfileName};
+use crate::proto;
+use crate::provisioning::{ProvisionError, Provisioner};
+
+/// Longest content of a request.
+const MAX_ACT_LEN: usize = 40 * 1024;
+const DAY: u64 = 24 * 60 * 60;
+/// Most keys of one ceremony that are told one by one.
+const MAX_ACTS: usize = 64;
+
+pub(super) fn request_id(field: &'static str, octets: &[u8]) -> Result<RequestId, ProvisionError> {
+    let octets = octets.try_into().map_err(|_| ProvisionError::invalid(field, "it must have 8 octets"))?;
+    Ok(RequestId::from_bytes(octets))
+}
+
+pub(super) fn asked(
+    officer: OfficerName,
+    certificate: Vec<u8>,
+    request: proto::RequestApprovalRequest,
+) -> Result<Asked, ProvisionError> {
+    let id = request_id("id", &request.id)?;
+    if request.act.len() > MAX_ACT_LEN {
+        return Err(ProvisionError::invalid("act", format!("at most {MAX_ACT_LEN} octets are read")));
+    }
+    let act = access::Act::from_json(&request.act).map_err(|e| ProvisionError::invalid("act", e))?;
+    let expires = request.expires.map(|time| u64::try_from(time.seconds).unwrap_or_default());
+    let expires = expires.ok_or_else(|| ProvisionError::invalid("expires", "it is missing"))?;
+    Ok(Asked { officer, certificate, id, act, expires, signature: request.signature })
+}
+
+pub(super) fn decision(request: &proto::DecideApprovalRequest) -> Result<(RequestId, Verdict), ProvisionError> {
+    let id = request_id("id", &request.id)?;
+    let length = request.reason.chars().count();
+    let printable = !request.reason.chars().any(char::is_control);
+    match (request.approve, length) {
+        (true, 0) => Ok((id, Verdict::Approve)),
+        (true, _) => Err(ProvisionError::invalid("reason", "an approval has none")),
+        (false, 1..=MAX_REASON_LEN) if printable => Ok((id, Verdict::Reject(request.reason.clone()))),
+        (false, _) => Err(ProvisionError::invalid("reason", format!("1 to {MAX_REASON_LEN} printable characters"))),
+    }
+}
+
+pub(super) fn approval(request: access::Request, now: u64) -> proto::Approval {
+    let state = request.standing(now).to_owned();
+    let (rejected, reason) = match request.state {
+        RequestState::Rejected { by, reason } => (Some(officer_signature(by)), reason),
+        RequestState::Void(reason) => (None, reason),
+        _ => (None, String::new()),
+    };
+    proto::Approval {
+        id: request.id.to_string(),
+        act: request.act.to_json(),
+        description: request.act.to_string(),
+        state,
+        expires: Some(timestamp(request.expires)),
+        needed: request.needed.into(),
+        requested: Some(officer_signature(request.requested)),
+        approvals: request.approvals.into_iter().map(officer_signature).collect(),
+        rejected,
+        reason,
+    }
+}
+
+fn officer_signature(signed: Signed) -> proto::OfficerSignature {
+    let Signed { officer, at, statement, signature, certificate } = signed;
+    let at = Some(timestamp(at));
+    proto::OfficerSignature { officer: officer.to_string(), at, statement, signature, certificate }
+}
+
+pub(super) fn rules(rules: &Rules) -> proto::ApprovalRules {
+    proto::ApprovalRules {
+        revoke: rules.revoke.into(),
+        raise_quota: rules.raise_quota.into(),
+        change_rules: rules.change_rules.into(),
+        destroy: rules.destroy.into(),
+        rotate: rules.rotate.into(),
+        valid_for_seconds: rules.valid_for,
+    }
+}
+
+/// What the audit log keeps of a signature: all that verifies it ever after.
+pub(super) fn told_of_signature(
+    approval: Option<&proto::Approval>,
+    signature: Option<&proto::OfficerSignature>,
+) -> Vec<(&'static str, String)> {
+    let of_approval = approval.map(|approval| [("act", approval.description.clone()), ("state", approval.state.clone())]);
+    let of_signature = signature.map(|signed| {
+        let (signature, certificate) = (hex::encode(&signed.signature), hex::encode(&signed.certificate));
+        [("statement", signed.statement.clone()), ("signature", signature), ("certificate", certificate)]
+    });
+    of_approval.into_iter().flatten().chain(of_signature.into_iter().flatten()).collect()
+}
+
+/// The newest word on a request is the decision that was just taken.
+pub(super) fn told_of_decision(approval: Option<&proto::Approval>) -> Vec<(&'static str, String)> {
+    let newest = approval.and_then(|approval| approval.rejected.as_ref().or_else(|| approval.approvals.last()));
+    told_of_signature(approval, newest)
+}
+
+pub(super) fn enrolment(request: &proto::EnrollCallerRequest) -> Result<(Caller, u64), ProvisionError> {
+    let role = request.role.parse().map_err(|e| ProvisionError::invalid("role", e))?;
+    let caller = Caller::new(role, &request.name).map_err(|e| ProvisionError::invalid("name", e))?;
+    match request.days {
+        days @ 1..=3650 => Ok((caller, u64::from(days) * DAY)),
+        days => Err(ProvisionError::invalid("days", format!("{days} is not from 1 to 3650"))),
+    }
+}
+
+pub(super) fn certificate(made: Enrolled) -> proto::AccessCertificate {
+    proto::AccessCertificate {
+        certificate_pem: made.certificate,
+        authority_pem: made.authority,
+        serial: made.issued.serial,
+        not_after: Some(timestamp(made.issued.not_after)),
+    }
+}
+
+pub(super) fn told_of_certificate(made: Option<&proto::AccessCertificate>) -> Vec<(&'static str, String)> {
+    made.map(|made| ("serial", hex::encode(&made.serial))).into_iter().collect()
+}
+
+pub(super) async fn callers(desk: &Desk, provisioner: &Provisioner) -> Result<proto::ListCallersResponse, ProvisionError> {
+    let (stations, certificates, revocations) =
+        (desk.stations().await?, desk.certificates().await?, desk.revocations().await?);
+    let now = desk.now();
+    let certificates = certificates.into_iter().map(|known| proto::KnownCertificate {
+        role: known.caller.role().to_string(),
+        name: known.caller.name().to_owned(),
+        serial: known.serial,
+        not_before: Some(timestamp(known.not_before)),
+        not_after: Some(timestamp(known.not_after)),
+        by: known.by,
+    });
+    let revocations = revocations.into_iter().map(|revoked| proto::Revocation {
+        role: revoked.caller.role().to_string(),
+        name: revoked.caller.name().to_owned(),
+        at: Some(timestamp(revoked.at)),
+        reason: revoked.reason,
+        request: revoked.request.to_string(),
+    });
+    Ok(proto::ListCallersResponse {
+        stations: stations.into_iter().map(|known| station_use(known, provisioner, now)).collect(),
+        certificates: certificates.collect(),
+        revocations: revocations.collect(),
+    })
+}
+
+fn station_use(known: StationUse, provisioner: &Provisioner, now: u64) -> proto::StationUse {
+    let confinement = provisioner.confinement(&known.station);
+    let (profiles, identities) = confinement.clone().unwrap_or_default();
+    proto::StationUse {
+        station: known.station.to_string(),
+        configured: confinement.is_some(),
+        devices_per_hour: known.quota.in_force.devices_per_hour,
+        devices_total: known.quota.in_force.devices_total,
+        begun_in_last_hour: known.usage.in_last_hour(now),
+        begun_total: known.usage.total(),
+        profiles: profiles.iter().map(ToString::to_string).collect(),
+        identities,
+    }
+}
+
+pub(super) fn identities(
+    request: &proto::LoadIdentitiesRequest,
+    provisioner: &Provisioner,
+) -> Result<(ProfileName, IdentityRange), ProvisionError> {
+    let profile = request.profile.parse().map_err(|e| ProvisionError::invalid("profile", e))?;
+    let first: DeviceIdentity = request.first.parse().map_err(|e| ProvisionError::invalid("first", e))?;
+    if !provisioner.takes(&profile, &first) {
+        let problem = format!("there is no profile {profile} that takes {} identities", first.kind());
+        return Err(ProvisionError::invalid("profile", problem));
+    }
+    let range = match (request.count, request.last.as_str()) {
+        (0, "") => return Err(ProvisionError::invalid("count", "give a count or the last identity")),
+        (count, "") => IdentityRange::new(first, count).map_err(|e| ProvisionError::invalid("count", e))?,
+        (0, last) => {
+            let last = last.parse().map_err(|e| ProvisionError::invalid("last", e))?;
+            IdentityRange::between(first, &last).map_err(|e| ProvisionError::invalid("last", e))?
+        }
+        _ => return Err(ProvisionError::invalid("last", "give a count or the last identity, not both")),
+    };
+    Ok((profile, range))
+}
+
+pub(super) fn range(loaded: LoadedRange) -> proto::IdentityRange {
+    proto::IdentityRange {
+        number: loaded.number,
+        profile: loaded.profile.to_string(),
+        first: loaded.range.first().to_string(),
+        last: loaded.range.last().to_string(),
+        count: loaded.range.count(),
+        used: loaded.used,
+        by: loaded.by,
+        at: Some(timestamp(loaded.at)),
+    }
+}
+
+pub(super) fn told_of_range(range: Option<&proto::IdentityRange>) -> Vec<(&'static str, String)> {
+    let told = range.map(|range| [("range", range.number.to_string()), ("last", range.last.clone())]);
+    told.into_iter().flatten().collect()
+}
+
+/// What the audit log keeps of a ceremony.
+pub(super) fn ceremony<T>(act: Act<T>, request: &proto::RecordCeremonyRequest) -> Act<T> {
+    let act = act
+        .with("file_sha256", hex::encode(&request.file_sha256))
+        .with("transcript_sha256", hex::encode(&request.transcript_sha256))
+        .with("request", hex::encode(&request.approval))
+        .with("failure", &request.failure);
+    let numbered = request.acts.iter().take(MAX_ACTS).enumerate();
+    numbered.fold(act, |act, (n, done)| act.with(&format!("act {:02}", n + 1), done))
+}
+
+pub(super) fn check_ceremony(request: &proto::RecordCeremonyRequest) -> Result<(), ProvisionError> {
+    for (field, octets, lengths) in [
+        ("file_sha256", &request.file_sha256, &[32][..]),
+        ("transcript_sha256", &request.transcript_sha256, &[0, 32]),
+        ("approval", &request.approval, &[0, 8]),
+    ] {
+        if !lengths.contains(&octets.len()) {
+            return Err(ProvisionError::invalid(field, format!("it has {} octets", octets.len())));
+        }
+    }
+    let fits = request.acts.len() <= MAX_ACTS;
+    if fits { Ok(()) } else { Err(ProvisionError::invalid("acts", format!("at most {MAX_ACTS} are recorded"))) }
+}

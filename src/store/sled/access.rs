@@ -1,0 +1,382 @@
+//! What officers have agreed on, on sled, in the database of the state store.
+//!
+//! | key | value |
+//! |---|---|
+//! | `Ar` + request | request |
+//! | `Al` | rules |
+//! | `Aq` + station | quota |
+//! | `Au` + station | what it has begun |
+//! | `Av` + caller | revocation |
+//! | `Ac` + caller | newest certificate |
+//! | `Ag` + number, 8 octets | range of identities |
+//! | `Aa` + chip ID | identity given out to the chip |
+
+use async_trait::async_trait;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::SledStateStore;
+use super::state::identity_key;
+use super::view::View;
+use crate::access::{
+    AccessError, Act, IdentityRange, IssuedAccess, LoadedRange, Quota, Refused, Request, RequestError, RequestId,
+    RequestState, Revocation, Rules, SettledQuota, SettledRules, Signed, StationUse, Usage, Verdict,
+};
+use crate::certificate::Caller;
+use crate::names::{ChipId, DeviceIdentity, OfficerName, ProfileName, StationName};
+use crate::store::access::{AccessStore, MAX_OPEN_REQUESTS, MAX_RANGES, MAX_REQUESTS};
+use crate::store::{ReserveError, Session, StoreError};
+
+/// Identities in use that one call passes over at most; the place is kept, so that the next one goes on there.
+const PASSED_OVER: usize = 1000;
+
+#[async_trait]
+impl AccessStore for SledStateStore {
+    async fn settle(
+        &self,
+        rules: Rules,
+        quotas: Vec<(StationName, Quota)>,
+        whole: bool,
+    ) -> Result<Vec<String>, StoreError> {
+        self.0.run("settling rules and quotas", move |view| settle(view, rules, quotas, whole)).await
+    }
+
+    async fn rules(&self) -> Result<Option<SettledRules>, StoreError> {
+        self.0.run("reading the rules", |view| view.get(RULES, || "the rules".into())).await
+    }
+
+    async fn stations(&self) -> Result<Vec<StationUse>, StoreError> {
+        self.0.run("reading the quotas", |view| stations(view)).await
+    }
+
+    async fn file_request(&self, request: Request) -> Result<Request, AccessError> {
+        self.0.run("filing a request", move |view| file_request(view, request)).await
+    }
+
+    async fn requests(&self) -> Result<Vec<Request>, StoreError> {
+        self.0.run("listing requests", |view| requests(view)).await
+    }
+
+    async fn request(&self, id: RequestId) -> Result<Option<Request>, StoreError> {
+        self.0.run("reading a request", move |view| request(view, id)).await
+    }
+
+    async fn decide(&self, id: RequestId, verdict: Verdict, by: Signed) -> Result<Request, AccessError> {
+        self.0.run("deciding a request", move |view| decide(view, id, verdict, by)).await
+    }
+
+    async fn use_up(&self, id: RequestId, at: u64) -> Result<Request, AccessError> {
+        let use_up = move |view: &mut View<'_>| {
+            let used = request(view, id)?.ok_or(RequestError::Unknown(id))?.use_up(at)?;
+            put_request(view, &used)?;
+            Ok(used)
+        };
+        self.0.run("using an approval", use_up).await
+    }
+
+    async fn revocations(&self) -> Result<Vec<Revocation>, StoreError> {
+        self.0.run("listing revocations", |view| all(view, b"Av")).await
+    }
+
+    async fn note_certificate(&self, certificate: &IssuedAccess) -> Result<(), StoreError> {
+        let certificate = certificate.clone();
+        let key = caller_key(b"Ac", &certificate.caller);
+        self.0.run("noting a certificate", move |view| view.put(&key, &certificate)).await
+    }
+
+    async fn certificates(&self) -> Result<Vec<IssuedAccess>, StoreError> {
+        self.0.run("listing certificates", |view| all(view, b"Ac")).await
+    }
+
+    async fn load_range(
+        &self,
+        profile: ProfileName,
+        range: IdentityRange,
+        by: &Caller,
+        at: u64,
+    ) -> Result<LoadedRange, AccessError> {
+        let by = by.to_string();
+        self.0.run("loading identities", move |view| load_range(view, profile, range, by, at)).await
+    }
+
+    async fn ranges(&self) -> Result<Vec<LoadedRange>, StoreError> {
+        self.0.run("listing ranges of identities", |view| all(view, b"Ag")).await
+    }
+
+    async fn allocate(
+        &self,
+        chip: &ChipId,
+        profile: &ProfileName,
+        station: &StationName,
+        permitted: Vec<String>,
+        taken: Option<DeviceIdentity>,
+    ) -> Result<DeviceIdentity, AccessError> {
+        let (chip, profile, station) = (chip.clone(), profile.clone(), station.clone());
+        let allocated = self.0.run("giving out an identity", move |view| {
+            let allocated = allocate(view, &chip, &profile, &permitted, taken.as_ref())?;
+            // None left is no error of the transaction: how far it passed over identities in use is to be kept.
+            Ok::<_, AccessError>(allocated.ok_or(Refused::NoIdentity { profile, station }))
+        });
+        Ok(allocated.await??)
+    }
+}
+
+fn settle(
+    view: &mut View<'_>,
+    rules: Rules,
+    quotas: Vec<(StationName, Quota)>,
+    whole: bool,
+) -> Result<Vec<String>, StoreError> {
+    let mut refused = Vec::new();
+    let known: Option<SettledRules> = view.get(RULES, || "the rules".into())?;
+    let rules = SettledRules::settle(known, rules);
+    if rules.is_err() {
+        refused.push("approvals: other rules than those in force need the approval of another officer (sppctl approvals request \
+                      rules)".to_owned());
+    }
+    let mut settled = Vec::new();
+    for (station, configured) in quotas {
+        match SettledQuota::settle(quota(view, &station)?, configured) {
+            Ok(quota) => settled.push((station, quota)),
+            Err(_) => refused.push(format!(
+                "station {station}: more than its quota in force needs the approval of another officer (sppctl approvals request \
+                 quota {station})"
+            )),
+        }
+    }
+    if whole && !refused.is_empty() {
+        return Ok(refused);
+    }
+    if let Ok(rules) = rules
+        && known != Some(rules)
+    {
+        view.put(RULES, &rules)?;
+    }
+    for (station, settled) in settled {
+        if quota(view, &station)? != Some(settled) {
+            view.put(&station_key(b"Aq", &station), &settled)?;
+        }
+    }
+    Ok(refused)
+}
+
+fn quota(view: &View<'_>, station: &StationName) -> Result<Option<SettledQuota>, StoreError> {
+    view.get(&station_key(b"Aq", station), || format!("the quota of {station}"))
+}
+
+fn usage(view: &View<'_>, station: &StationName) -> Result<Usage, StoreError> {
+    let usage = view.get(&station_key(b"Au", station), || format!("what {station} has begun"))?;
+    Ok(usage.unwrap_or_default())
+}
+
+fn stations(view: &View<'_>) -> Result<Vec<StationUse>, StoreError> {
+    let mut stations = Vec::new();
+    for key in view.keys(b"Aq")? {
+        let name = std::str::from_utf8(&key[2..]).ok().and_then(|name| name.parse::<StationName>().ok());
+        let station = name.ok_or_else(|| view.damaged("a station's name".into(), "it is none"))?;
+        let quota = quota(view, &station)?.ok_or_else(|| view.damaged(format!("the quota of {station}"), "it is gone"))?;
+        let usage = usage(view, &station)?;
+        stations.push(StationUse { station, quota, usage });
+    }
+    Ok(stations)
+}
+
+/// One more device of a station, in the transaction that begins it: neither more than the quota, nor one counted that was not begun.
+/// A station without a settled quota has none.
+pub(super) fn count_device(view: &mut View<'_>, session: &Session) -> Result<(), ReserveError> {
+    let Some(settled) = quota(view, &session.station)? else { return Ok(()) };
+    let mut usage = usage(view, &session.station)?;
+    let exceeded = usage.begin(&settled.in_force, session.created);
+    exceeded.map_err(|exceeded| ReserveError::QuotaExceeded { station: session.station.clone(), exceeded })?;
+    Ok(view.put(&station_key(b"Au", &session.station), &usage)?)
+}
+
+fn file_request(view: &mut View<'_>, new: Request) -> Result<Request, AccessError> {
+    if let Some(known) = request(view, new.id)? {
+        let same = known.act == new.act
+            && known.requested.officer == new.requested.officer
+            && known.requested.statement == new.requested.statement;
+        return if same { Ok(known) } else { Err(RequestError::Taken(new.id).into()) };
+    }
+    let known = requests(view)?;
+    let now = new.requested.at;
+    let open = known.iter().filter(|request| matches!(request.standing(now), "pending" | "approved")).count();
+    if open >= MAX_OPEN_REQUESTS {
+        return Err(RequestError::TooMany(open).into());
+    }
+    let decided = known.iter().filter(|request| !matches!(request.standing(now), "pending" | "approved"));
+    for old in decided.skip(MAX_REQUESTS - MAX_OPEN_REQUESTS) {
+        view.remove(&request_key(old.id))?;
+    }
+    put_request(view, &new)?;
+    Ok(new)
+}
+
+fn decide(view: &mut View<'_>, id: RequestId, verdict: Verdict, by: Signed) -> Result<Request, AccessError> {
+    let mut known = request(view, id)?.ok_or(RequestError::Unknown(id))?;
+    // Rules that became stricter meanwhile count.
+    if let Some(rules) = view.get::<SettledRules>(RULES, || "the rules".into())? {
+        known.needed = known.needed.max(rules.in_force.needed(known.act.kind()));
+    }
+    let before = known.state.clone();
+    let (at, decided) = (by.at, match verdict {
+        Verdict::Approve => known.approve(by)?,
+        Verdict::Reject(reason) => known.reject(by, reason)?,
+    });
+    put_request(view, &decided)?;
+    if matches!(decided.state, RequestState::Done(_)) && before != decided.state {
+        carry_out(view, &decided, at)?;
+    }
+    Ok(decided)
+}
+
+fn carry_out(view: &mut View<'_>, request: &Request, at: u64) -> Result<(), AccessError> {
+    match &request.act {
+        Act::Revoke { role, name, reason } => {
+            let caller = Caller::new(*role, name).map_err(|e| Refused::Unfit(e.to_string()))?;
+            let revocation = Revocation { caller, at, reason: reason.clone(), request: request.id };
+            view.put(&caller_key(b"Av", &revocation.caller), &revocation)?;
+            if let Caller::Officer(officer) = &revocation.caller {
+                void_what_was_signed_by(view, officer)?;
+            }
+            Ok(())
+        }
+        Act::RaiseQuota { station, quota: wanted } => {
+            let known = quota(view, station)?;
+            let configured = known.map_or(*wanted, |known| known.configured);
+            Ok(view.put(&station_key(b"Aq", station), &SettledQuota { configured, in_force: *wanted })?)
+        }
+        Act::ChangeRules { rules } => {
+            let known: Option<SettledRules> = view.get(RULES, || "the rules".into())?;
+            let configured = known.map_or(*rules, |known| known.configured);
+            Ok(view.put(RULES, &SettledRules { configured, in_force: *rules })?)
+        }
+        Act::Ceremony { .. } => Ok(()),
+    }
+}
+
+fn void_what_was_signed_by(view: &mut View<'_>, officer: &OfficerName) -> Result<(), StoreError> {
+    for request in requests(view)? {
+        let without = request.clone().without(officer);
+        if without != request {
+            put_request(view, &without)?;
+        }
+    }
+    Ok(())
+}
+
+/// Newest first.
+fn requests(view: &View<'_>) -> Result<Vec<Request>, StoreError> {
+    let mut found = Vec::new();
+    for key in view.keys(b"Ar")? {
+        let octets = key.get(2..).and_then(|id| id.try_into().ok());
+        let id = RequestId::from_bytes(octets.ok_or_else(|| view.damaged("a request".into(), "its name is none"))?);
+        found.extend(request(view, id)?);
+    }
+    found.sort_by_key(|request| std::cmp::Reverse((request.requested.at, request.id)));
+    Ok(found)
+}
+
+fn request(view: &View<'_>, id: RequestId) -> Result<Option<Request>, StoreError> {
+    view.get(&request_key(id), || format!("the request {id}"))
+}
+
+fn put_request(view: &mut View<'_>, request: &Request) -> Result<(), StoreError> {
+    view.put(&request_key(request.id), request)
+}
+
+fn load_range(
+    view: &mut View<'_>,
+    profile: ProfileName,
+    range: IdentityRange,
+    by: String,
+    at: u64,
+) -> Result<LoadedRange, AccessError> {
+    let known: Vec<LoadedRange> = all(view, b"Ag")?;
+    if let Some(same) = known.iter().find(|known| known.range == range && known.profile == profile) {
+        return Ok(same.clone());
+    }
+    if let Some(other) = known.iter().find(|known| known.range.overlaps(&range)) {
+        let (first, last) = (Box::new(other.range.first().clone()), Box::new(other.range.last()));
+        return Err(Refused::Overlaps { number: other.number, first, last }.into());
+    }
+    if known.len() >= MAX_RANGES {
+        return Err(Refused::Unfit(format!("{MAX_RANGES} ranges are loaded already")).into());
+    }
+    let number = known.last().map_or(1, |last| last.number + 1);
+    let loaded = LoadedRange { number, profile, range, used: 0, by, at };
+    view.put(&range_key(number), &loaded)?;
+    Ok(loaded)
+}
+
+fn allocate(
+    view: &mut View<'_>,
+    chip: &ChipId,
+    profile: &ProfileName,
+    permitted: &[String],
+    taken: Option<&DeviceIdentity>,
+) -> Result<Option<DeviceIdentity>, StoreError> {
+    let key = allocation_key(chip);
+    let given: Option<(ProfileName, DeviceIdentity)> = view.get(&key, || format!("the identity of {chip}"))?;
+    if let Some((of, identity)) = given
+        && of == *profile
+        && taken != Some(&identity)
+    {
+        return Ok(Some(identity));
+    }
+    let mut passed_over = 0;
+    for mut loaded in all::<LoadedRange>(view, b"Ag")?.into_iter().filter(|loaded| loaded.profile == *profile) {
+        let before = loaded.used;
+        let mut found = None;
+        while let Some(identity) = loaded.range.nth(loaded.used) {
+            if passed_over > PASSED_OVER || !permitted.iter().any(|prefix| identity.to_string().starts_with(prefix)) {
+                break;
+            }
+            loaded.used += 1;
+            if view.get_octets(&identity_key(&identity))?.is_none() {
+                found = Some(identity);
+                break;
+            }
+            passed_over += 1;
+        }
+        if loaded.used != before {
+            view.put(&range_key(loaded.number), &loaded)?;
+        }
+        if let Some(identity) = found {
+            view.put(&key, &(profile, &identity))?;
+            return Ok(Some(identity));
+        }
+    }
+    Ok(None)
+}
+
+/// Every value whose key begins so.
+fn all<T: DeserializeOwned + Serialize>(view: &View<'_>, prefix: &[u8]) -> Result<Vec<T>, StoreError> {
+    let values = view.keys(prefix)?.into_iter().map(|key| {
+        let name = || format!("the entry {}", hex::encode(&key));
+        view.get(&key, name)?.ok_or_else(|| view.damaged(name(), "it is gone"))
+    });
+    values.collect()
+}
+
+const RULES: &[u8] = b"Al";
+
+fn request_key(id: RequestId) -> Vec<u8> {
+    [b"Ar", id.as_bytes().as_slice()].concat()
+}
+
+fn station_key(prefix: &[u8], station: &StationName) -> Vec<u8> {
+    [prefix, station.as_str().as_bytes()].concat()
+}
+
+fn caller_key(prefix: &[u8], caller: &Caller) -> Vec<u8> {
+    [prefix, caller.role().as_str().as_bytes(), b"/", caller.name().as_bytes()].concat()
+}
+
+fn range_key(number: u64) -> Vec<u8> {
+    [b"Ag", number.to_be_bytes().as_slice()].concat()
+}
+
+fn allocation_key(chip: &ChipId) -> Vec<u8> {
+    [b"Aa", chip.as_bytes()].concat()
+}

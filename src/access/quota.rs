@@ -131,8 +131,8 @@ mod tests {
         assert_eq!(usage.begin(&hourly, now + 120), Ok(()));
         assert_eq!(usage.begin(&hourly, now + 180), Err(Exceeded::PerHour(2, 3600 - 180 - now % 60)));
         assert_eq!(usage.begin(&hourly, now + 3600), Ok(()), "the first is an hour ago");
-        assert_eq!(usage.begin(&hourly, now + 10 * 3600), Err(Exceeded::Total(3)));
         assert_eq!((usage.total(), usage.in_last_hour(now + 3600)), (3, 2));
+        assert_eq!(usage.begin(&hourly, now + 10 * 3600), Err(Exceeded::Total(3)));
     }
 
     #[test]

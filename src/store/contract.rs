@@ -10,9 +10,9 @@ use super::*;
 use crate::keys::{KeptKey, SignatureAlgorithm};
 use crate::names::{ChipId, DeviceIdentity, SessionId};
 
-/// The two halves of the state store.
-pub(super) trait PrivateStore: StateStore + SecretStore {}
-impl<S: StateStore + SecretStore> PrivateStore for S {}
+/// All of the state store.
+pub(super) trait PrivateStore: StateStore + SecretStore + AccessStore {}
+impl<S: StateStore + SecretStore + AccessStore> PrivateStore for S {}
 
 /// A state store, empty at first but for batch 1, which takes pairs of sessions. Each call opens it anew; the handle before must be
 /// dropped.

@@ -8,6 +8,8 @@ pub(crate) mod access;
 #[cfg(test)]
 mod contract;
 #[cfg(test)]
+mod contract_access;
+#[cfg(test)]
 mod contract_pairs;
 #[cfg(test)]
 pub(crate) mod contract_public;

@@ -12,6 +12,7 @@ use crate::store::contract::{
     Factory, PrivateStore, begin_a_batch_for_sessions, blob, contract, erased, finish, id, issued, kept, key,
     published, session,
 };
+use crate::store::contract_access::contract_of_access;
 use crate::store::contract_pairs::contract_of_pairs;
 use crate::store::testing::Faults;
 use crate::store::{ReserveError, Session, SessionCounts, StateName, StateStore, StoreError};
@@ -41,6 +42,7 @@ impl Sled {
 
 contract!(keeps_the_contract, Sled);
 contract_of_pairs!(keeps_the_contract_of_pairs, Sled);
+contract_of_access!(keeps_the_contract_of_access, Sled);
 
 fn options() -> StoreOptions {
     StoreOptions { floor_bytes: 16 << 20, reserve_bytes: 1 << 20, ..StoreOptions::default() }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::{
     AccessError, Act, IdentityRange, IssuedAccess, LoadedRange, Quota, Refused, Request, RequestError, RequestId,
-    RequestState, Revocation, Rules, Signed, Standing, StationUse, Statement, Verdict,
+    RequestState, Revocation, Rules, Signed, Standing, Statement, StationUse, Verdict,
 };
 use crate::certificate::{
     AccessCertificate, AccessName, Caller, CallerCertificate, CertificateSerial, IssuerCertificate, access_certificate,
@@ -161,12 +161,7 @@ impl Desk {
     }
 
     /// Uses up the approval of a ceremony by one of those who signed it; it is held once.
-    pub async fn use_up(
-        &self,
-        officer: &OfficerName,
-        id: RequestId,
-        file_hash: &[u8],
-    ) -> Result<Request, AccessError> {
+    pub async fn use_up(&self, officer: &OfficerName, id: RequestId, file_hash: &[u8]) -> Result<Request, AccessError> {
         let request = self.request_named(id).await?;
         if request.act.ceremony_hash().as_ref().map(<[u8; 32]>::as_slice) != Some(file_hash) {
             return Err(Refused::Unfit(format!("the request {id} is of another ceremony file, or of none")).into());
@@ -184,7 +179,8 @@ impl Desk {
         let public_key = verify_csr(csr).map_err(|e| Refused::Unfit(format!("csr: {e}")))?;
         let serial = self.hsm.random(CertificateSerial::LEN).await?;
         let serial = <[u8; CertificateSerial::LEN]>::try_from(serial);
-        let serial = CertificateSerial::from_random(serial.map_err(|_| Refused::Unfit("the HSM gave too few octets".into()))?);
+        let serial =
+            CertificateSerial::from_random(serial.map_err(|_| Refused::Unfit("the HSM gave too few octets".into()))?);
         // A certificate of the very second of a revocation would be revoked with the others.
         let revoked = self.standing.revoked_until(&caller).map_or(0, |until| until + 1);
         let not_before = self.clock.now().max(revoked);

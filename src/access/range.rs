@@ -97,7 +97,9 @@ fn place_of(identity: &DeviceIdentity) -> Result<Place, NameError> {
         DeviceIdentity::Serial(_) => {
             let (stem, digits) = serial_parts(value);
             let number = digits.parse().map_err(|_| {
-                NameError::new(format!("{identity} cannot be counted on: a serial number needs 1 to 18 digits at its end"))
+                NameError::new(format!(
+                    "{identity} cannot be counted on: a serial number needs 1 to 18 digits at its end"
+                ))
             })?;
             // At most 18 digits, so it fits.
             let last = 10_u64.saturating_pow(u32::try_from(digits.len()).unwrap_or(u32::MAX)) - 1;

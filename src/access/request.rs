@@ -144,7 +144,8 @@ impl Request {
         let at = by.at;
         self.approvals.push(by);
         if self.missing() == 0 {
-            self.state = if self.act.ceremony_hash().is_some() { RequestState::Approved } else { RequestState::Done(at) };
+            self.state =
+                if self.act.ceremony_hash().is_some() { RequestState::Approved } else { RequestState::Done(at) };
         }
         Ok(self)
     }

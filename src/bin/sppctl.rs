@@ -7,13 +7,14 @@ use std::time::Duration;
 
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
 use spp::audit::{self, AuditLog};
-use spp::certificate::{AccessName, Caller};
+use spp::certificate::{AccessName, Caller, Role};
 use spp::config::{AuditConfig, HsmAccess, StoreConfig};
 use spp::description::Describe;
 use spp::hsm::{Ceremony, KeyRegister, ModuleProfile, PinSource, initialise_token};
 use spp::names::{AuditorName, BackOfficeName, MonitorName, OfficerName, StationName};
 use spp::officer::{
-    self, CeremonyPlan, Enrolment, Held, HsmCommand, HsmFile, PoolCommand, ReadAuditCommand, RegistryCommand,
+    self, ApprovalsCommand, AskArgs, CeremonyPlan, DaemonArgs, Enrolment, Held, HsmCommand, HsmFile, IdentitiesCommand,
+    PoolCommand, ReadAuditCommand, RegistryCommand, RenewArgs, StatusError,
 };
 use spp::registry::TransparencyLog;
 use spp::store::SledStateStore;
@@ -56,6 +57,14 @@ enum Command {
     /// The audit log of officers' acts.
     #[command(subcommand)]
     Audit(AuditCommand),
+    /// What one officer asks for and others approve.
+    #[command(subcommand)]
+    Approvals(ApprovalsCommand),
+    /// Identities that the daemon gives out.
+    #[command(subcommand)]
+    Identities(IdentitiesCommand),
+    /// Renew the certificate of whoever calls, before it ends: stations, officers, everybody.
+    Renew(RenewArgs),
     /// Assembly-line stations.
     #[command(subcommand)]
     Station(StationCommand),
@@ -206,6 +215,21 @@ enum StationCommand {
         #[command(flatten)]
         common: EnrollArgs,
     },
+    /// Tell the stations: quotas, what they have begun, certificates, revocations.
+    List {
+        #[command(flatten)]
+        daemon: DaemonArgs,
+    },
+    /// Ask other officers to approve that all certificates so far are of no use any more, on open connections too.
+    Revoke {
+        /// The station's name.
+        name: String,
+        /// Why.
+        #[arg(long, value_name = "TEXT")]
+        reason: String,
+        #[command(flatten)]
+        ask: AskArgs,
+    },
 }
 
 #[derive(Subcommand)]
@@ -216,6 +240,21 @@ enum OfficerCommand {
         name: OfficerName,
         #[command(flatten)]
         common: EnrollArgs,
+    },
+    /// Tell the officers' certificates and revocations.
+    List {
+        #[command(flatten)]
+        daemon: DaemonArgs,
+    },
+    /// Ask other officers to approve that all certificates so far are of no use any more, on open connections too.
+    Revoke {
+        /// The officer's name.
+        name: String,
+        /// Why.
+        #[arg(long, value_name = "TEXT")]
+        reason: String,
+        #[command(flatten)]
+        ask: AskArgs,
     },
 }
 
@@ -228,6 +267,21 @@ enum AuditorCommand {
         #[command(flatten)]
         common: EnrollArgs,
     },
+    /// Tell the auditors' certificates and revocations.
+    List {
+        #[command(flatten)]
+        daemon: DaemonArgs,
+    },
+    /// Ask other officers to approve that all certificates so far are of no use any more, on open connections too.
+    Revoke {
+        /// The auditor's name.
+        name: String,
+        /// Why.
+        #[arg(long, value_name = "TEXT")]
+        reason: String,
+        #[command(flatten)]
+        ask: AskArgs,
+    },
 }
 
 #[derive(Subcommand)]
@@ -239,6 +293,21 @@ enum BackOfficeCommand {
         #[command(flatten)]
         common: EnrollArgs,
     },
+    /// Tell the systems' certificates and revocations.
+    List {
+        #[command(flatten)]
+        daemon: DaemonArgs,
+    },
+    /// Ask other officers to approve that all certificates so far are of no use any more, on open connections too.
+    Revoke {
+        /// The system's name.
+        name: String,
+        /// Why.
+        #[arg(long, value_name = "TEXT")]
+        reason: String,
+        #[command(flatten)]
+        ask: AskArgs,
+    },
 }
 
 #[derive(Subcommand)]
@@ -249,6 +318,21 @@ enum MonitorCommand {
         name: MonitorName,
         #[command(flatten)]
         common: EnrollArgs,
+    },
+    /// Tell the monitors' certificates and revocations.
+    List {
+        #[command(flatten)]
+        daemon: DaemonArgs,
+    },
+    /// Ask other officers to approve that all certificates so far are of no use any more, on open connections too.
+    Revoke {
+        /// The monitor's name.
+        name: String,
+        /// Why.
+        #[arg(long, value_name = "TEXT")]
+        reason: String,
+        #[command(flatten)]
+        ask: AskArgs,
     },
 }
 
@@ -269,9 +353,15 @@ enum ServerCommand {
 
 #[derive(Args)]
 struct EnrollArgs {
-    /// The daemon's configuration; its hsm section says where the access key is.
-    #[arg(long, value_name = "FILE")]
-    config: PathBuf,
+    /// The daemon's configuration; its hsm section says where the access key is. The certificate is signed here, on the token.
+    #[arg(long, value_name = "FILE", required_unless_present = "server", conflicts_with = "server")]
+    config: Option<PathBuf>,
+    /// The officer listener of the running daemon, https://HOST:PORT, which signs, instead of the token here.
+    #[arg(long, value_name = "URL", requires = "tls")]
+    server: Option<String>,
+    /// The officer's directory with certificate.pem, key.pem and ca.pem, for --server.
+    #[arg(long, value_name = "DIR", requires = "server")]
+    tls: Option<PathBuf>,
     /// Where certificate.pem, key.pem and ca.pem go.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -320,19 +410,41 @@ fn run(command: Command) -> Result<(), String> {
         Command::Station(StationCommand::Enroll { name, common }) => {
             enroll(AccessName::Client(Caller::Station(name)), common)
         }
+        Command::Station(StationCommand::List { daemon }) => at_daemon(officer::list_callers(Role::Station, &daemon)),
+        Command::Station(StationCommand::Revoke { name, reason, ask }) => {
+            at_daemon(officer::revoke(Role::Station, &name, reason, &ask))
+        }
         Command::Request { out } => request(&out),
         Command::Describe(what) => what.run(Cli::command()),
         Command::Auditor(AuditorCommand::Enroll { name, common }) => {
             enroll(AccessName::Client(Caller::Auditor(name)), common)
         }
+        Command::Auditor(AuditorCommand::List { daemon }) => at_daemon(officer::list_callers(Role::Auditor, &daemon)),
+        Command::Auditor(AuditorCommand::Revoke { name, reason, ask }) => {
+            at_daemon(officer::revoke(Role::Auditor, &name, reason, &ask))
+        }
         Command::BackOffice(BackOfficeCommand::Enroll { name, common }) => {
             enroll(AccessName::Client(Caller::BackOffice(name)), common)
+        }
+        Command::BackOffice(BackOfficeCommand::List { daemon }) => {
+            at_daemon(officer::list_callers(Role::BackOffice, &daemon))
+        }
+        Command::BackOffice(BackOfficeCommand::Revoke { name, reason, ask }) => {
+            at_daemon(officer::revoke(Role::BackOffice, &name, reason, &ask))
         }
         Command::Monitor(MonitorCommand::Enroll { name, common }) => {
             enroll(AccessName::Client(Caller::Monitor(name)), common)
         }
+        Command::Monitor(MonitorCommand::List { daemon }) => at_daemon(officer::list_callers(Role::Monitor, &daemon)),
+        Command::Monitor(MonitorCommand::Revoke { name, reason, ask }) => {
+            at_daemon(officer::revoke(Role::Monitor, &name, reason, &ask))
+        }
         Command::Officer(OfficerCommand::Enroll { name, common }) => {
             enroll(AccessName::Client(Caller::Officer(name)), common)
+        }
+        Command::Officer(OfficerCommand::List { daemon }) => at_daemon(officer::list_callers(Role::Officer, &daemon)),
+        Command::Officer(OfficerCommand::Revoke { name, reason, ask }) => {
+            at_daemon(officer::revoke(Role::Officer, &name, reason, &ask))
         }
         Command::Server(ServerCommand::Enroll { dns, ip, common }) => {
             if dns.is_empty() && ip.is_empty() {
@@ -340,7 +452,10 @@ fn run(command: Command) -> Result<(), String> {
             }
             enroll(AccessName::Server { dns, ips: ip }, common)
         }
-        Command::Pool(command) => pool(command),
+        Command::Approvals(command) => at_daemon(command.run()),
+        Command::Identities(command) => at_daemon(command.run()),
+        Command::Renew(args) => at_daemon(officer::renew(args)),
+        Command::Pool(command) => at_daemon(command.run()),
         Command::Registry(command) => command.run(),
         Command::Hsm(command) => command.run(),
         Command::Status { server, tls, wait, json } => status(&server, &tls, wait, json),
@@ -469,7 +584,16 @@ fn request(out: &Path) -> Result<(), String> {
 }
 
 fn enroll(name: AccessName, args: EnrollArgs) -> Result<(), String> {
-    let access = HsmAccess::load(&args.config, args.hsm.as_deref(), args.pin_file).map_err(|e| e.to_string())?;
+    if let (AccessName::Client(caller), Some(server), Some(tls)) = (&name, &args.server, &args.tls) {
+        return at_daemon(async {
+            let csr = args.csr.as_deref();
+            let paths = officer::enroll_at_desk(server, tls, caller, csr, args.days, &args.out).await?;
+            paths.iter().for_each(|path| println!("wrote {}", path.display()));
+            Ok(())
+        });
+    }
+    let config = args.config.ok_or("the daemon's own certificate is made on the token: give --config")?;
+    let access = HsmAccess::load(&config, args.hsm.as_deref(), args.pin_file).map_err(|e| e.to_string())?;
     let register = KeyRegister::load(&access.keys).map_err(|e| e.to_string())?;
     access.module.enter_environment().map_err(|e| e.to_string())?;
     let enrolment = Enrolment { name, days: args.days, out: args.out, csr: args.csr };
@@ -479,9 +603,10 @@ fn enroll(name: AccessName, args: EnrollArgs) -> Result<(), String> {
     Ok(())
 }
 
-fn pool(command: PoolCommand) -> Result<(), String> {
+/// Runs what is asked of the running daemon.
+fn at_daemon(asked: impl Future<Output = Result<(), StatusError>>) -> Result<(), String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| e.to_string())?;
-    runtime.block_on(command.run()).map_err(|e| e.to_string())
+    runtime.block_on(asked).map_err(|e| e.to_string())
 }
 
 fn status(server: &str, tls: &Path, wait: Option<Duration>, json: bool) -> Result<(), String> {

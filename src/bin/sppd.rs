@@ -189,12 +189,7 @@ async fn run(
 
 /// Takes over what the configuration says of rules and quotas. What needs the approval of another officer stays as it was, and is
 /// said: a daemon that did not start for it could not be asked for that approval.
-async fn settle(
-    desk: &Desk,
-    rules: Rules,
-    quotas: Vec<(StationName, Quota)>,
-    audit: &AuditLog,
-) -> Result<(), String> {
+async fn settle(desk: &Desk, rules: Rules, quotas: Vec<(StationName, Quota)>, audit: &AuditLog) -> Result<(), String> {
     for kept in desk.settle(rules, quotas, false).await.map_err(|e| e.to_string())? {
         tracing::warn!(%kept, "the configuration is not in force as a whole");
         let entry = Entry::new("sppd", "config.settle", Outcome::Refused(kept));

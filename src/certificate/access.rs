@@ -4,8 +4,8 @@ use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
 
-use der::{Decode, Encode as _};
 use der::asn1::{Ia5String, ObjectIdentifier};
+use der::{Decode, Encode as _};
 use serde::{Deserialize, Serialize};
 use x509_cert::Certificate;
 use x509_cert::ext::pkix::name::GeneralName;

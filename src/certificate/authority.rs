@@ -73,7 +73,7 @@ pub fn authority_request(
 
 /// A PKCS#10 request for an access certificate. It names nobody: who it is for is the officer's decision, not the request's.
 pub fn access_request(key: &TlsKey) -> Result<UnsignedDocument, CertificateError> {
-    let (public, algorithm) = (key.public(), SignatureAlgorithm::EcdsaP256Sha256);
+    let (public, algorithm) = (key.public(), key.algorithm());
     let build = || {
         let public_key = SubjectPublicKeyInfoOwned::from_der(public.spki_der())?;
         let (subject, attributes) = (Name::default(), SetOfVec::new());

@@ -48,7 +48,8 @@ impl AuditShape {
             faults.add(format!("{place}: audit.checkpoint_entries"), "must be at least 1");
         }
         if !(1..=24 * 60 * 60).contains(&self.checkpoint_every.as_secs()) {
-            faults.add(format!("{place}: audit.checkpoint_every"), "must be from 1 second to 1 day, for example \"60s\"");
+            faults
+                .add(format!("{place}: audit.checkpoint_every"), "must be from 1 second to 1 day, for example \"60s\"");
         }
         let Self { directory, checkpoint_entries, checkpoint_every, accepted_loss } = self;
         AuditConfig { directory: base.join(directory), checkpoint_entries, checkpoint_every, accepted_loss }

@@ -135,6 +135,9 @@ pub enum KeyError {
     /// The private key's encoding is not what the HSM is known to give for this kind.
     #[error("the private key of a {0} pair could not be read")]
     UnreadablePrivateKey(KeyKind),
+    /// No private key that signs here.
+    #[error("it is no private key in PKCS#8, PEM, of a kind that signs here; make one with sppctl request")]
+    NoPrivateKey,
     /// The private key does not belong to the public key.
     #[error("the private key does not belong to the public key")]
     Mismatch,

@@ -2,6 +2,7 @@
 
 use std::sync::OnceLock;
 
+use aws_lc_rs::encoding::{AsDer as _, PublicKeyX509Der};
 use aws_lc_rs::signature::{self, KeyPair as _};
 use der::asn1::UintRef;
 use der::{Decode as _, Encode as _};
@@ -124,21 +125,7 @@ impl DevicePrivateKey {
         if !algorithm.fits(self.public.kind()) {
             return Err(KeyError::WrongAlgorithm(algorithm, self.public.kind()));
         }
-        let rng = aws_lc_rs::rand::SystemRandom::new();
-        let failed = |_| KeyError::UnreadablePrivateKey(self.public.kind());
-        match self.signer()? {
-            Signer::Ec(pair) => Ok(pair.sign(&rng, message).map_err(failed)?.as_ref().to_vec()),
-            Signer::Ed25519(pair) => Ok(pair.sign(message).as_ref().to_vec()),
-            Signer::Rsa(pair) => {
-                let encoding: &'static dyn signature::RsaEncoding = match algorithm {
-                    SignatureAlgorithm::RsaPssSha256 => &signature::RSA_PSS_SHA256,
-                    _ => &signature::RSA_PKCS1_SHA256,
-                };
-                let mut made = vec![0; pair.public_modulus_len()];
-                pair.sign(encoding, &rng, message, &mut made).map_err(failed)?;
-                Ok(made)
-            }
-        }
+        self.signer()?.sign(algorithm, message, self.public.kind())
     }
 
     fn signer(&self) -> Result<&Signer, KeyError> {
@@ -190,6 +177,26 @@ enum Signer {
     Rsa(Box<aws_lc_rs::rsa::KeyPair>),
 }
 
+impl Signer {
+    fn sign(&self, algorithm: SignatureAlgorithm, message: &[u8], kind: KeyKind) -> Result<Vec<u8>, KeyError> {
+        let rng = aws_lc_rs::rand::SystemRandom::new();
+        let failed = |_| KeyError::UnreadablePrivateKey(kind);
+        match self {
+            Self::Ec(pair) => Ok(pair.sign(&rng, message).map_err(failed)?.as_ref().to_vec()),
+            Self::Ed25519(pair) => Ok(pair.sign(message).as_ref().to_vec()),
+            Self::Rsa(pair) => {
+                let encoding: &'static dyn signature::RsaEncoding = match algorithm {
+                    SignatureAlgorithm::RsaPssSha256 => &signature::RSA_PSS_SHA256,
+                    _ => &signature::RSA_PKCS1_SHA256,
+                };
+                let mut made = vec![0; pair.public_modulus_len()];
+                pair.sign(encoding, &rng, message, &mut made).map_err(failed)?;
+                Ok(made)
+            }
+        }
+    }
+}
+
 /// The first DER value of the bytes; what follows it must be fewer than 8 zero octets (RFC 5649 padding kept by the module).
 pub(super) fn der_prefix(bytes: &[u8]) -> Option<&[u8]> {
     let reader = der::SliceReader::new(bytes).ok()?;
@@ -211,23 +218,48 @@ pub fn generate_p256() -> Result<DevicePrivateKey, KeyError> {
     DevicePrivateKey::from_parts(public, parts)
 }
 
-/// A P-256 key pair for TLS, made in this process.
+/// A key pair for TLS in this process, with which certificate requests and officers' statements are signed.
 pub struct TlsKey {
     public: PublicKey,
-    pair: signature::EcdsaKeyPair,
+    signer: Signer,
     pem: SecretBytes,
 }
 
 impl TlsKey {
-    /// Makes one.
+    /// Makes one for P-256.
     pub fn generate() -> Result<Self, KeyError> {
         let failed = |_| KeyError::UnreadablePrivateKey(KeyKind::P256);
         let pair = signature::EcdsaKeyPair::generate(&signature::ECDSA_P256_SHA256_ASN1_SIGNING).map_err(failed)?;
-        let public = PublicKey::from_ec_point(KeyKind::P256, pair.public_key().as_ref())?;
         let der = pair.to_pkcs8v1().map_err(failed)?;
         let pem = der::pem::encode_string("PRIVATE KEY", der::pem::LineEnding::LF, der.as_ref());
         let pem = pem.map_err(|_| KeyError::UnreadablePrivateKey(KeyKind::P256))?;
-        Ok(Self { public, pair, pem: Secret::new(pem.into_bytes()) })
+        Self::with(Signer::Ec(pair), Secret::new(pem.into_bytes()))
+    }
+
+    /// Reads one of any kind from PKCS#8 in PEM (RFC 7468 §10).
+    pub fn from_pem(pem: SecretBytes) -> Result<Self, KeyError> {
+        // Exposed to be read into the provider's key.
+        let (label, der) = der::pem::decode_vec(pem.expose()).map_err(|_| KeyError::NoPrivateKey)?;
+        let der = Secret::new(der);
+        if label != "PRIVATE KEY" {
+            return Err(KeyError::NoPrivateKey);
+        }
+        let ec = |algorithm| signature::EcdsaKeyPair::from_pkcs8(algorithm, der.expose()).map(Signer::Ec);
+        let signer = ec(&signature::ECDSA_P256_SHA256_ASN1_SIGNING)
+            .or_else(|_| ec(&signature::ECDSA_P384_SHA384_ASN1_SIGNING))
+            .or_else(|_| signature::Ed25519KeyPair::from_pkcs8(der.expose()).map(Signer::Ed25519))
+            .or_else(|_| aws_lc_rs::rsa::KeyPair::from_pkcs8(der.expose()).map(|pair| Signer::Rsa(Box::new(pair))));
+        Self::with(signer.map_err(|_| KeyError::NoPrivateKey)?, pem)
+    }
+
+    fn with(signer: Signer, pem: SecretBytes) -> Result<Self, KeyError> {
+        let spki: Result<PublicKeyX509Der<'_>, _> = match &signer {
+            Signer::Ec(pair) => pair.public_key().as_der(),
+            Signer::Ed25519(pair) => pair.public_key().as_der(),
+            Signer::Rsa(pair) => pair.public_key().as_der(),
+        };
+        let public = PublicKey::from_spki_der(spki.map_err(|_| KeyError::NoPrivateKey)?.as_ref())?;
+        Ok(Self { public, signer, pem })
     }
 
     /// The public half.
@@ -240,11 +272,13 @@ impl TlsKey {
         &self.pem
     }
 
-    /// Signs a certificate request: ECDSA with SHA-256, DER.
+    /// How it signs.
+    pub const fn algorithm(&self) -> SignatureAlgorithm {
+        SignatureAlgorithm::default_for(self.public.kind())
+    }
+
+    /// Signs a message.
     pub fn sign(&self, message: &[u8]) -> Result<Vec<u8>, KeyError> {
-        let signature = self.pair.sign(&aws_lc_rs::rand::SystemRandom::new(), message);
-        signature
-            .map(|signature| signature.as_ref().to_vec())
-            .map_err(|_| KeyError::UnreadablePrivateKey(KeyKind::P256))
+        self.signer.sign(self.algorithm(), message, self.public.kind())
     }
 }

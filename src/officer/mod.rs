@@ -1,7 +1,10 @@
 //! What security officers do: key ceremonies on the token, enrolment of callers, the stores' creation, a look at the daemon.
 
+mod approvals_cli;
 mod audit_cli;
+mod callers_cli;
 mod ceremony;
+mod desk;
 mod enroll;
 mod files;
 mod hsm_cli;
@@ -10,9 +13,12 @@ mod pool;
 mod pool_cli;
 mod registry_cli;
 mod status;
+mod text;
 mod transcript;
 
+pub use approvals_cli::{ApprovalsCommand, AskArgs, RequestCommand};
 pub use audit_cli::{Form, ReadAuditCommand};
+pub use callers_cli::{IdentitiesCommand, RenewArgs, enroll_at_desk, list_callers, renew, revoke};
 pub use ceremony::{CeremonyPlan, Held, PlannedKey};
 pub use enroll::{Enrolment, enroll, request};
 pub use files::FileError;

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
 use crate::proto;
+use crate::proto::access_client::AccessClient;
 use crate::proto::officer_client::OfficerClient;
 
 /// Why the daemon did not tell.
@@ -33,6 +34,9 @@ pub enum StatusError {
         /// Its words.
         message: String,
     },
+    /// Something else is not as it should be.
+    #[error("{0}")]
+    Unfit(String),
     /// It answered, and does not serve the line.
     #[error("the daemon answers but does not serve the line yet: {0}")]
     NotReady(String),
@@ -81,12 +85,20 @@ pub(super) async fn connect(server: &str, tls: &Path) -> Result<OfficerClient<Ch
     connect_to(&endpoint(server, tls)?, server).await
 }
 
+/// A client of the access service, for whoever has a certificate.
+pub(super) async fn connect_access(server: &str, tls: &Path) -> Result<AccessClient<Channel>, StatusError> {
+    Ok(AccessClient::new(channel_to(&endpoint(server, tls)?, server).await?))
+}
+
 async fn connect_to(endpoint: &Endpoint, server: &str) -> Result<OfficerClient<Channel>, StatusError> {
-    let channel = endpoint.connect().await.map_err(|e| {
+    Ok(OfficerClient::new(channel_to(endpoint, server).await?))
+}
+
+async fn channel_to(endpoint: &Endpoint, server: &str) -> Result<Channel, StatusError> {
+    endpoint.connect().await.map_err(|e| {
         let cause = std::error::Error::source(&e).map_or_else(|| e.to_string(), ToString::to_string);
         StatusError::Connect { server: server.to_owned(), cause }
-    })?;
-    Ok(OfficerClient::new(channel))
+    })
 }
 
 /// A request that is answered soon or not at all.

@@ -154,9 +154,13 @@ impl ProvisionError {
 fn told(exceeded: &Exceeded) -> String {
     match exceeded {
         Exceeded::PerHour(limit, after) => {
-            format!("has begun {limit} devices in an hour, which is its quota; in {after} s it may begin more, or an officer raises it")
+            format!(
+                "has begun {limit} devices in an hour, which is its quota; in {after} s it may begin more, or an officer raises it"
+            )
         }
-        Exceeded::Total(limit) => format!("has begun {limit} devices, which is all it may; an officer raises its quota"),
+        Exceeded::Total(limit) => {
+            format!("has begun {limit} devices, which is all it may; an officer raises its quota")
+        }
     }
 }
 

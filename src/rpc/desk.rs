@@ -92,7 +92,8 @@ pub(super) fn told_of_signature(
     approval: Option<&proto::Approval>,
     signature: Option<&proto::OfficerSignature>,
 ) -> Vec<(&'static str, String)> {
-    let of_approval = approval.map(|approval| [("act", approval.description.clone()), ("state", approval.state.clone())]);
+    let of_approval =
+        approval.map(|approval| [("act", approval.description.clone()), ("state", approval.state.clone())]);
     let of_signature = signature.map(|signed| {
         let (signature, certificate) = (hex::encode(&signed.signature), hex::encode(&signed.certificate));
         [("statement", signed.statement.clone()), ("signature", signature), ("certificate", certificate)]
@@ -128,7 +129,10 @@ pub(super) fn told_of_certificate(made: Option<&proto::AccessCertificate>) -> Ve
     made.map(|made| ("serial", hex::encode(&made.serial))).into_iter().collect()
 }
 
-pub(super) async fn callers(desk: &Desk, provisioner: &Provisioner) -> Result<proto::ListCallersResponse, ProvisionError> {
+pub(super) async fn callers(
+    desk: &Desk,
+    provisioner: &Provisioner,
+) -> Result<proto::ListCallersResponse, ProvisionError> {
     let (stations, certificates, revocations) =
         (desk.stations().await?, desk.certificates().await?, desk.revocations().await?);
     let now = desk.now();

@@ -146,8 +146,17 @@ mod tests {
     #[test]
     fn who_only_reads_changes_nothing() {
         let changes = [
-            "Assemble", "Complete", "Abort", "FillPool", "ShredPool", "EnrollCaller", "RequestApproval", "DecideApproval",
-            "UseApproval", "RecordCeremony", "LoadIdentities",
+            "Assemble",
+            "Complete",
+            "Abort",
+            "FillPool",
+            "ShredPool",
+            "EnrollCaller",
+            "RequestApproval",
+            "DecideApproval",
+            "UseApproval",
+            "RecordCeremony",
+            "LoadIdentities",
         ];
         for (method, whom) in TABLE {
             let Whom::These(roles) = whom else { continue };

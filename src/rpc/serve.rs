@@ -14,12 +14,12 @@ use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 use tower::filter::FilterLayer;
 
+use super::access::AccessService;
 use super::door::Door;
+use super::health;
 use super::line::LineService;
 use super::officer::{NodeInfo, OfficerService};
 use super::recovery::RecoveryService;
-use super::access::AccessService;
-use super::health;
 use super::roles::Guard;
 use crate::access::Desk;
 use crate::audit::Auditor;

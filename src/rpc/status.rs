@@ -169,7 +169,9 @@ fn message(error: &ProvisionError, code: Code) -> String {
         ProvisionError::Hsm(HsmError::Stopped(_)) => "the HSM needs an officer; sppctl status tells why",
         ProvisionError::Unsigned(_) => "the HSM did not sign the log's checkpoint; nothing has changed, try again",
         ProvisionError::Store(StoreError::Failed { .. })
-        | ProvisionError::Access(AccessError::Store(StoreError::Failed { .. })) => "a store is not available now; try again",
+        | ProvisionError::Access(AccessError::Store(StoreError::Failed { .. })) => {
+            "a store is not available now; try again"
+        }
         _ if code == Code::Internal => {
             "a fault of the processing point; its log has the cause under the x-request-id of this answer"
         }

@@ -4,8 +4,8 @@ use async_trait::async_trait;
 
 use super::StoreError;
 use crate::access::{
-    AccessError, IdentityRange, IssuedAccess, LoadedRange, Quota, Request, RequestId, Revocation, Rules,
-    SettledRules, Signed, StationUse, Verdict,
+    AccessError, IdentityRange, IssuedAccess, LoadedRange, Quota, Request, RequestId, Revocation, Rules, SettledRules,
+    Signed, StationUse, Verdict,
 };
 use crate::certificate::Caller;
 use crate::names::{ChipId, DeviceIdentity, ProfileName, StationName};

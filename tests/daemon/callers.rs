@@ -190,6 +190,17 @@ async fn a_connection_does_not_outlive_its_certificate() {
 
 /// Who is let in to each method, of the five roles: as in DESIGN, and told a second time on purpose.
 const MAY: &[(&str, &[&str])] = &[
+    ("/spp.v1.Access/RenewCertificate", &["station", "officer", "auditor", "back-office", "monitor"]),
+    ("/spp.v1.Access/EnrollCaller", &["officer"]),
+    ("/spp.v1.Access/ListCallers", &["officer", "auditor"]),
+    ("/spp.v1.Access/RequestApproval", &["officer"]),
+    ("/spp.v1.Access/ListApprovals", &["officer", "auditor"]),
+    ("/spp.v1.Access/GetApproval", &["officer", "auditor"]),
+    ("/spp.v1.Access/DecideApproval", &["officer"]),
+    ("/spp.v1.Access/UseApproval", &["officer"]),
+    ("/spp.v1.Access/RecordCeremony", &["officer"]),
+    ("/spp.v1.Access/LoadIdentities", &["officer"]),
+    ("/spp.v1.Access/ListIdentities", &["officer", "auditor"]),
     ("/spp.v1.Line/Assemble", &["station"]),
     ("/spp.v1.Line/Complete", &["station"]),
     ("/spp.v1.Line/Abort", &["station"]),

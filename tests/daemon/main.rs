@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test's helpers are part of the test")]
 #![expect(clippy::disallowed_types, reason = "tests are gRPC clients: they read statuses")]
 
+mod approvals;
 mod audit;
 mod callers;
 mod ceremonies;

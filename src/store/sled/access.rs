@@ -174,7 +174,8 @@ fn stations(view: &View<'_>) -> Result<Vec<StationUse>, StoreError> {
     for key in view.keys(b"Aq")? {
         let name = std::str::from_utf8(&key[2..]).ok().and_then(|name| name.parse::<StationName>().ok());
         let station = name.ok_or_else(|| view.damaged("a station's name".into(), "it is none"))?;
-        let quota = quota(view, &station)?.ok_or_else(|| view.damaged(format!("the quota of {station}"), "it is gone"))?;
+        let quota =
+            quota(view, &station)?.ok_or_else(|| view.damaged(format!("the quota of {station}"), "it is gone"))?;
         let usage = usage(view, &station)?;
         stations.push(StationUse { station, quota, usage });
     }
@@ -219,10 +220,13 @@ fn decide(view: &mut View<'_>, id: RequestId, verdict: Verdict, by: Signed) -> R
         known.needed = known.needed.max(rules.in_force.needed(known.act.kind()));
     }
     let before = known.state.clone();
-    let (at, decided) = (by.at, match verdict {
-        Verdict::Approve => known.approve(by)?,
-        Verdict::Reject(reason) => known.reject(by, reason)?,
-    });
+    let (at, decided) = (
+        by.at,
+        match verdict {
+            Verdict::Approve => known.approve(by)?,
+            Verdict::Reject(reason) => known.reject(by, reason)?,
+        },
+    );
     put_request(view, &decided)?;
     if matches!(decided.state, RequestState::Done(_)) && before != decided.state {
         carry_out(view, &decided, at)?;

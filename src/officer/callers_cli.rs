@@ -1,0 +1,284 @@
+//! Callers of the running daemon: their certificates, quotas and revocations; and identities that it gives out.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+use comfy_table::{CellAlignment, Table, presets};
+use serde_json::json;
+
+use super::approvals_cli::{AskArgs, request_revocation};
+use super::desk::{AtDesk, life_left, now};
+use super::pool_cli::DaemonArgs;
+use super::status::StatusError;
+use super::text::{at, printable};
+use crate::certificate::{Caller, Role};
+use crate::names::{DeviceIdentity, ProfileName};
+use crate::proto;
+
+/// Identities that the daemon gives out to devices that are ordered without one, each once.
+#[derive(Subcommand)]
+pub enum IdentitiesCommand {
+    /// Load identities that follow each other.
+    Load {
+        /// For which product.
+        #[arg(long, value_name = "NAME")]
+        profile: ProfileName,
+        /// The first one, imei:490154203237518 for example.
+        #[arg(long, value_name = "IDENTITY")]
+        first: DeviceIdentity,
+        /// How many.
+        #[arg(long, value_name = "N", required_unless_present = "last", conflicts_with = "last")]
+        count: Option<u64>,
+        /// The last one, instead of how many.
+        #[arg(long, value_name = "IDENTITY")]
+        last: Option<DeviceIdentity>,
+        /// Which daemon.
+        #[command(flatten)]
+        daemon: DaemonArgs,
+    },
+    /// Tell which are loaded, and how many are left.
+    List {
+        /// Which daemon.
+        #[command(flatten)]
+        daemon: DaemonArgs,
+    },
+}
+
+impl IdentitiesCommand {
+    /// Does it.
+    pub async fn run(self) -> Result<(), StatusError> {
+        match self {
+            Self::Load { profile, first, count, last, daemon } => {
+                let (profile, first) = (profile.to_string(), first.to_string());
+                let last = last.map(|last| last.to_string()).unwrap_or_default();
+                let request = proto::LoadIdentitiesRequest { profile, first, count: count.unwrap_or_default(), last };
+                let loaded = AtDesk::connect(&daemon.server, &daemon.tls).await?.load_identities(request).await?;
+                match daemon.json {
+                    true => println!("{:#}", range_json(&loaded)),
+                    false => println!(
+                        "range {}: {} identities for {}, {} to {}",
+                        loaded.number, loaded.count, loaded.profile, loaded.first, loaded.last
+                    ),
+                }
+                Ok(())
+            }
+            Self::List { daemon } => {
+                let ranges = AtDesk::connect(&daemon.server, &daemon.tls).await?.identities().await?;
+                match daemon.json {
+                    true => println!("{:#}", ranges.iter().map(range_json).collect::<serde_json::Value>()),
+                    false if ranges.is_empty() => println!("none is loaded; sppctl identities load"),
+                    false => println!("{}", ranges_table(&ranges)),
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+fn ranges_table(ranges: &[proto::IdentityRange]) -> Table {
+    let mut table = table(["range", "profile", "first", "last", "count", "left", "loaded by", "at"]);
+    for range in ranges {
+        table.add_row([
+            range.number.to_string(),
+            range.profile.clone(),
+            range.first.clone(),
+            range.last.clone(),
+            range.count.to_string(),
+            range.count.saturating_sub(range.used).to_string(),
+            printable(&range.by),
+            range.at.map(seconds).map_or_else(String::new, at),
+        ]);
+    }
+    align_right(&mut table, &[0, 4, 5]);
+    table
+}
+
+fn range_json(range: &proto::IdentityRange) -> serde_json::Value {
+    json!({
+        "number": range.number,
+        "profile": range.profile,
+        "first": range.first,
+        "last": range.last,
+        "count": range.count,
+        "used": range.used,
+        "by": range.by,
+        "at": range.at.map(seconds),
+    })
+}
+
+/// Whose certificate is renewed, and where the new one goes.
+#[derive(Args)]
+pub struct RenewArgs {
+    /// A listener with mutual TLS, of stations or of officers: https://HOST:PORT.
+    #[arg(long, value_name = "URL")]
+    server: String,
+    /// The caller's directory with certificate.pem, key.pem and ca.pem.
+    #[arg(long, value_name = "DIR")]
+    tls: PathBuf,
+    /// Make a new key, too, and put everything into this directory; without it the certificate is replaced and the key stays.
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Do nothing while the certificate has more time left than this, 30d for example.
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    within: Option<Duration>,
+}
+
+/// Renews the certificate of whoever calls.
+pub async fn renew(args: RenewArgs) -> Result<(), StatusError> {
+    let left = life_left(&args.tls)?;
+    if args.within.is_some_and(|within| left > within.as_secs()) {
+        let left = humantime::format_duration(Duration::from_secs(left - left % 3600));
+        println!("the certificate has {left} left; nothing was done");
+        return Ok(());
+    }
+    let (paths, until) = AtDesk::connect(&args.server, &args.tls).await?.renew(args.out.as_deref()).await?;
+    for path in paths {
+        println!("wrote {}", path.display());
+    }
+    println!("it ends at {}", at(until));
+    Ok(())
+}
+
+/// Has the daemon make a certificate for somebody.
+pub async fn enroll_at_desk(
+    server: &str,
+    tls: &Path,
+    caller: &Caller,
+    csr: Option<&Path>,
+    days: u32,
+    out: &Path,
+) -> Result<Vec<PathBuf>, StatusError> {
+    AtDesk::connect(server, tls).await?.enroll(caller, csr, days, out).await
+}
+
+/// Asks other officers to approve the revocation of a caller.
+pub async fn revoke(role: Role, name: &str, reason: String, ask: &AskArgs) -> Result<(), StatusError> {
+    request_revocation(role, name, reason, ask).await
+}
+
+/// Tells who is known of a role: stations with their quotas, others with their certificates.
+pub async fn list_callers(role: Role, daemon: &DaemonArgs) -> Result<(), StatusError> {
+    let known = AtDesk::connect(&daemon.server, &daemon.tls).await?.callers().await?;
+    if daemon.json {
+        println!("{:#}", callers_json(role, &known));
+        return Ok(());
+    }
+    if role == Role::Station {
+        println!("{}", stations_table(&known));
+    } else {
+        println!("{}", certificates_table(role, &known));
+    }
+    Ok(())
+}
+
+fn stations_table(known: &proto::ListCallersResponse) -> Table {
+    let mut table =
+        table(["station", "per hour", "quota", "total", "quota", "profiles", "identities", "certificate ends", ""]);
+    let quota = |limit: Option<u64>| limit.map_or_else(|| "-".to_owned(), |limit| limit.to_string());
+    for station in &known.stations {
+        let certificate = of(Role::Station, &station.station, known);
+        let standing = match (revocation(Role::Station, &station.station, known), station.configured) {
+            (Some(revoked), _) => revoked,
+            (None, false) => "not configured".to_owned(),
+            (None, true) => String::new(),
+        };
+        table.add_row([
+            station.station.clone(),
+            station.begun_in_last_hour.to_string(),
+            quota(station.devices_per_hour),
+            station.begun_total.to_string(),
+            quota(station.devices_total),
+            station.profiles.join(" "),
+            station.identities.join(" "),
+            certificate.and_then(|known| known.not_after).map(seconds).map_or_else(|| "?".to_owned(), at),
+            standing,
+        ]);
+    }
+    align_right(&mut table, &[1, 2, 3, 4]);
+    table
+}
+
+fn certificates_table(role: Role, known: &proto::ListCallersResponse) -> Table {
+    let mut table = table(["name", "certificate", "begins", "ends", "made for", ""]);
+    for certificate in known.certificates.iter().filter(|known| known.role == role.as_str()) {
+        table.add_row([
+            certificate.name.clone(),
+            hex::encode(&certificate.serial),
+            certificate.not_before.map(seconds).map_or_else(String::new, at),
+            certificate.not_after.map(seconds).map_or_else(String::new, at),
+            printable(&certificate.by),
+            revocation(role, &certificate.name, known).unwrap_or_default(),
+        ]);
+    }
+    let without = known.revocations.iter().filter(|revoked| revoked.role == role.as_str());
+    for revoked in without.filter(|revoked| of(role, &revoked.name, known).is_none()) {
+        let standing = revocation(role, &revoked.name, known).unwrap_or_default();
+        table.add_row([revoked.name.clone(), "?".into(), "?".into(), "?".into(), String::new(), standing]);
+    }
+    table
+}
+
+fn of<'a>(role: Role, name: &str, known: &'a proto::ListCallersResponse) -> Option<&'a proto::KnownCertificate> {
+    known.certificates.iter().find(|known| known.role == role.as_str() && known.name == name)
+}
+
+/// A certificate that was made after the revocation is of use again.
+fn revocation(role: Role, name: &str, known: &proto::ListCallersResponse) -> Option<String> {
+    let revoked = known.revocations.iter().find(|revoked| revoked.role == role.as_str() && revoked.name == name)?;
+    let revoked_at = revoked.at.map(seconds).unwrap_or_default();
+    let newer = of(role, name, known).and_then(|known| known.not_before).map(seconds).is_some_and(|at| at > revoked_at);
+    match newer {
+        true => None,
+        false => Some(format!("revoked {}: {}", at(revoked_at), printable(&revoked.reason))),
+    }
+}
+
+fn callers_json(role: Role, known: &proto::ListCallersResponse) -> serde_json::Value {
+    let certificate = |certificate: &proto::KnownCertificate| {
+        let (begins, ends) = (certificate.not_before.map(seconds), certificate.not_after.map(seconds));
+        let serial = hex::encode(&certificate.serial);
+        json!({ "name": certificate.name, "serial": serial, "not_before": begins, "not_after": ends, "by": certificate.by })
+    };
+    let station = |station: &proto::StationUse| {
+        json!({
+            "name": station.station,
+            "configured": station.configured,
+            "devices_per_hour": station.devices_per_hour,
+            "devices_total": station.devices_total,
+            "begun_in_last_hour": station.begun_in_last_hour,
+            "begun_total": station.begun_total,
+            "profiles": station.profiles,
+            "identities": station.identities,
+        })
+    };
+    let revocation = |revoked: &proto::Revocation| {
+        let at = revoked.at.map(seconds);
+        json!({ "name": revoked.name, "at": at, "reason": revoked.reason, "request": revoked.request })
+    };
+    let of_role = |of: &str| of == role.as_str();
+    let certificates: Vec<_> = known.certificates.iter().filter(|c| of_role(&c.role)).map(certificate).collect();
+    let revocations: Vec<_> = known.revocations.iter().filter(|r| of_role(&r.role)).map(revocation).collect();
+    let stations: Vec<_> =
+        if role == Role::Station { known.stations.iter().map(station).collect() } else { Vec::new() };
+    json!({ "at": now(), "stations": stations, "certificates": certificates, "revocations": revocations })
+}
+
+fn table<const N: usize>(header: [&str; N]) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING);
+    table.set_header(header);
+    table
+}
+
+fn align_right(table: &mut Table, columns: &[usize]) {
+    for column in columns {
+        if let Some(column) = table.column_mut(*column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+}
+
+fn seconds(time: prost_types::Timestamp) -> u64 {
+    u64::try_from(time.seconds).unwrap_or_default()
+}

@@ -1,0 +1,208 @@
+//! Four eyes: what one officer asks for, another approves; signed, bound to the exact content, for a time, once.
+
+use std::io::Write as _;
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+use spp::proto::access_client::AccessClient;
+use spp::proto::{DecideApprovalRequest, GetStatusRequest, RequestApprovalRequest};
+use tonic::Code;
+use tonic::transport::Channel;
+
+use crate::floor::{Line, Refusal, assemble, phone};
+use crate::site::{SPPCTL, Site};
+
+/// A site with three officers, o-1 in `tls/officer`, and a daemon that serves.
+pub fn site_of_three() -> Site {
+    let mut site = Site::new();
+    for name in ["o-2", "o-3"] {
+        site.sppctl(&format!("officer enroll {name} --config sppd.toml --out tls/{name}"));
+    }
+    site.start();
+    site
+}
+
+/// What sppctl says to the daemon, with the certificate in that directory.
+pub fn ask(site: &Site, tls: &str, words: &str) -> Output {
+    site.try_sppctl(&format!("{words} --server https://127.0.0.1:{} --tls {tls}", site.officer))
+}
+
+pub fn told(site: &Site, tls: &str, words: &str) -> Value {
+    let output = ask(site, tls, &format!("{words} --json"));
+    assert!(output.status.success(), "{words}: {}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// Decides as a person does: reads what is shown and types how its hash begins.
+pub fn decide(site: &Site, tls: &str, words: &str) -> Output {
+    let id = words.split_whitespace().nth(1).unwrap();
+    let shown = String::from_utf8(ask(site, tls, &format!("approvals show {id}")).stdout).unwrap();
+    let hash = shown.lines().find_map(|line| line.strip_prefix("hash")).map(|hash| hash.trim()[..8].to_owned());
+    typed(site, tls, words, &hash.unwrap_or_default())
+}
+
+fn typed(site: &Site, tls: &str, words: &str, text: &str) -> Output {
+    let server = format!("https://127.0.0.1:{}", site.officer);
+    let mut child = Command::new(SPPCTL)
+        .args(["approvals"])
+        .args(words.split_whitespace())
+        .args(["--server", &server, "--tls", tls])
+        .current_dir(site.path(""))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // It may end without reading.
+    let _ = writeln!(child.stdin.take().unwrap(), "{text}");
+    child.wait_with_output().unwrap()
+}
+
+fn refused_with(output: &Output, why: &str) {
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && said.contains(why), "{why}: {said}");
+}
+
+pub fn approve(site: &Site, id: &str) {
+    let output = decide(site, "tls/o-2", &format!("approve {id}"));
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+async fn desk(site: &Site, tls: &str) -> AccessClient<Channel> {
+    AccessClient::new(site.connect(site.officer, site.tls(tls)).await.unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_revoked_station_is_refused_at_once_on_its_open_connection() {
+    let site = site_of_three();
+    let mut line = site.station().await;
+    assemble(&mut line, &phone(1)).await.unwrap();
+    let asked = told(&site, "tls/officer", "station revoke line-1/a --reason stolen");
+    let id = asked["id"].as_str().unwrap();
+    assemble(&mut line, &phone(2)).await.expect("one officer alone changes nothing");
+    refused_with(&decide(&site, "tls/officer", &format!("approve {id}")), "another officer must");
+    refused_with(&typed(&site, "tls/o-2", &format!("approve {id}"), "00000000"), "nothing was done");
+    refused_with(&typed(&site, "tls/o-2", &format!("approve {id}"), ""), "nothing was done");
+    assemble(&mut line, &phone(3)).await.expect("nothing is decided");
+    approve(&site, id);
+    let refused = Refusal::of(&assemble(&mut line, &phone(4)).await.unwrap_err());
+    assert!(refused.is(Code::Unauthenticated, "REVOKED"), "{refused:?}");
+    let mut again = site.station().await;
+    assert!(Refusal::of(&assemble(&mut again, &phone(4)).await.unwrap_err()).is(Code::Unauthenticated, "REVOKED"));
+    let listed = String::from_utf8(ask(&site, "tls/officer", "station list").stdout).unwrap();
+    assert!(listed.contains("line-1/a") && listed.contains("stolen"), "{listed}");
+    // Enrolled anew, it works again; the old certificate does not.
+    let words = "station enroll line-1/a --out tls/anew";
+    assert!(ask(&site, "tls/officer", words).status.success());
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    let mut anew = Line::new(site.connect(site.line, site.tls("tls/anew")).await.unwrap());
+    assemble(&mut anew, &phone(4)).await.unwrap();
+    assert!(assemble(&mut line, &phone(5)).await.is_err());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_agreed_on_outlives_the_daemon() {
+    let mut site = site_of_three();
+    let revocation = told(&site, "tls/officer", "officer revoke o-3 --reason left");
+    let pending = told(&site, "tls/officer", "approvals request quota line-1/a --devices-total 5");
+    approve(&site, revocation["id"].as_str().unwrap());
+    site.kill();
+    site.start();
+    let listed = told(&site, "tls/officer", "approvals list --all");
+    let states: Vec<_> = listed["approvals"].as_array().unwrap().iter().map(|a| a["state"].as_str().unwrap()).collect();
+    assert_eq!(states, ["pending", "done"]);
+    refused_with(&ask(&site, "tls/o-3", "approvals list"), "revoked");
+    approve(&site, pending["id"].as_str().unwrap());
+    refused_with(
+        &decide(&site, "tls/officer", &format!("reject {} --reason late", pending["id"].as_str().unwrap())),
+        "done already",
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_approved_but_what_was_signed() {
+    let site = site_of_three();
+    let asked = told(&site, "tls/officer", "approvals request quota line-1/a --devices-per-hour 7 --valid-for 1h");
+    let id = hex::decode(asked["id"].as_str().unwrap()).unwrap();
+    let (mut one, mut two) = (desk(&site, "tls/officer").await, desk(&site, "tls/o-2").await);
+    // Somebody else's signature, and one over something else.
+    let signature = hex::decode(asked["requested"]["signature"].as_str().unwrap()).unwrap();
+    let decision =
+        DecideApprovalRequest { id: id.clone(), approve: true, reason: String::new(), signature: signature.clone() };
+    let refused = Refusal::of(&two.decide_approval(decision.clone()).await.unwrap_err());
+    assert!(refused.is(Code::PermissionDenied, "BAD_SIGNATURE"), "{refused:?}");
+    // The request with another content under the same signature.
+    let statement = asked["requested"]["statement"].as_str().unwrap();
+    let act = statement.lines().find_map(|line| line.strip_prefix("content   ")).unwrap().to_owned();
+    let expires = Some(prost_types::Timestamp { seconds: asked["expires"].as_i64().unwrap(), nanos: 0 });
+    let request = RequestApprovalRequest { id: id.clone(), act: act.replace(":7,", ":8,"), expires, signature };
+    assert_ne!(request.act, act);
+    let refused = Refusal::of(&one.request_approval(request.clone()).await.unwrap_err());
+    assert!(refused.is(Code::PermissionDenied, "BAD_SIGNATURE"), "{refused:?}");
+    let repeated = one.request_approval(RequestApprovalRequest { act: act.clone(), ..request.clone() }).await.unwrap();
+    assert_eq!(repeated.into_inner().approval.unwrap().state, "pending", "the same request again is the same request");
+    let spaced = RequestApprovalRequest { act: act.replace(':', ": "), ..request };
+    let refused = Refusal::of(&one.request_approval(spaced).await.unwrap_err());
+    assert_eq!((refused.code, refused.fields), (Code::InvalidArgument, vec!["act".to_owned()]));
+    let unknown = DecideApprovalRequest { id: vec![9; 8], ..decision };
+    assert!(Refusal::of(&two.decide_approval(unknown).await.unwrap_err()).is(Code::NotFound, "NO_REQUEST"));
+}
+
+#[test]
+fn rules_are_changed_by_two_and_count_at_once() {
+    let site = site_of_three();
+    let asked = told(&site, "tls/officer", "approvals request rules --raise-quota 2 --longest 2h");
+    approve(&site, asked["id"].as_str().unwrap());
+    let asked = told(&site, "tls/officer", "approvals request quota line-1/a");
+    assert_eq!(asked["needed"], 2);
+    let id = asked["id"].as_str().unwrap();
+    approve(&site, id);
+    assert_eq!(told(&site, "tls/officer", &format!("approvals show {id}"))["state"], "pending");
+    assert!(decide(&site, "tls/o-3", &format!("approve {id}")).status.success());
+    assert_eq!(told(&site, "tls/officer", &format!("approvals show {id}"))["state"], "done");
+    refused_with(&ask(&site, "tls/officer", "approvals request rules --destroy 0"), "1 to 9 approvals");
+    refused_with(&ask(&site, "tls/officer", "approvals request quota line-1/a --valid-for 3h"), "at most 7200 seconds");
+    refused_with(&ask(&site, "tls/officer", "approvals request quota line-8/x"), "not configured");
+    let listed = String::from_utf8(ask(&site, "tls/officer", "approvals list").stdout).unwrap();
+    assert!(listed.contains("raise-quota 2") && listed.contains("stands for 2h"), "{listed}");
+}
+
+#[test]
+fn the_audit_log_keeps_both_signatures() {
+    let site = site_of_three();
+    let asked = told(&site, "tls/officer", "approvals request quota line-1/a");
+    approve(&site, asked["id"].as_str().unwrap());
+    let entries = String::from_utf8(site.read("audit/audit.jsonl")).unwrap();
+    let of = |act: &str, outcome: &str| -> Value {
+        let parsed = entries.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        let mut found = parsed.filter(|entry| entry["act"] == act && entry["outcome"] == outcome);
+        found.next().unwrap_or_else(|| panic!("no {act} {outcome} in {entries:?}"))
+    };
+    for (act, caller) in [("approval.request", "officer o-1"), ("approval.approve", "officer o-2")] {
+        assert_eq!(of(act, "begun")["caller"], caller);
+        let details = of(act, "done")["details"].clone();
+        let octets = |name: &str| hex::decode(details[name].as_str().unwrap()).unwrap();
+        let statement = details["statement"].as_str().unwrap();
+        spp::access::verify_statement(statement.as_bytes(), &octets("signature"), &octets("certificate")).unwrap();
+        assert!(statement.contains(asked["id"].as_str().unwrap()), "{statement}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_certificate_is_renewed_by_its_caller_before_it_ends() {
+    let site = site_of_three();
+    let line = format!("https://127.0.0.1:{}", site.line);
+    let before = site.read("tls/line-1-a/certificate.pem");
+    let not_yet = site.sppctl(&format!("renew --server {line} --tls tls/line-1-a --within 30d"));
+    assert!(not_yet.contains("nothing was done") && site.read("tls/line-1-a/certificate.pem") == before, "{not_yet}");
+    site.sppctl(&format!("renew --server {line} --tls tls/line-1-a"));
+    assert_ne!(site.read("tls/line-1-a/certificate.pem"), before);
+    assemble(&mut site.station().await, &phone(1)).await.unwrap();
+    site.sppctl(&format!("renew --server {line} --tls tls/line-1-a --out tls/next"));
+    assert_ne!(site.read("tls/next/key.pem"), site.read("tls/line-1-a/key.pem"));
+    let mut next = Line::new(site.connect(site.line, site.tls("tls/next")).await.unwrap());
+    assemble(&mut next, &phone(2)).await.unwrap();
+    let listed = told(&site, "tls/officer", "station list");
+    assert_eq!(listed["certificates"][0]["by"], "station line-1/a");
+    assert!(site.officer().await.get_status(GetStatusRequest {}).await.is_ok());
+}

@@ -1,5 +1,5 @@
 //! The permanent public database as a transparency log that anybody can read, mirror and verify. Its entries are the records of devices
-//! and, among them, checkpoints of the daemon's audit log.
+//! and, among them, checkpoints of the daemon's audit log ([`audit_checkpoints`]).
 //!
 //! # The way of one record
 //!
@@ -27,6 +27,7 @@
 //! Trust: whoever controls the directory can withhold entries; not alter, remove or reorder one unnoticed by anybody who
 //! keeps a checkpoint ([`verify`]).
 
+mod audited;
 mod edge;
 mod export;
 mod fetch;
@@ -46,6 +47,7 @@ mod witness;
 #[cfg(test)]
 mod tests;
 
+pub use audited::{AuditTrail, AuditTrailError, audit_checkpoints};
 pub use export::{ExportError, Exported, export, shard};
 pub use index::{Reindexed, reindex};
 pub use log::{LogSettings, TransparencyLog};

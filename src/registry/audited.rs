@@ -62,10 +62,12 @@ pub fn audit_checkpoints(
             bundle::exactly(&octets, id.width().into()).map_err(|e| damaged(id.to_string(), e.to_string()))?;
         for (index, octets) in (number * BUNDLE..).zip(entries) {
             tree.push(leaf_hash(octets));
-            let entry = LogEntry::from_bytes(octets).map_err(|e| damaged(format!("entry {index}"), e.to_string()))?;
-            if let LogEntry::Audit(audited) = entry
-                && audited.node == node
-            {
+            if !LogEntry::is_audit(octets) {
+                continue;
+            }
+            let audited = AuditCheckpoint::from_bytes(octets);
+            let audited = audited.map_err(|e| damaged(format!("entry {index}"), e.to_string()))?;
+            if audited.node == node {
                 found.push((index, audited));
             }
         }

@@ -12,7 +12,7 @@ use spp::package::{
     BackupFormat, BackupPackage, BackupRules, ConfirmationKey, DataPackage, MAX_BACKUP_LEN, TransportCurve,
     TransportPublicKey, open, open_backup, verify_confirmation,
 };
-use spp::store::DeviceRecord;
+use spp::store::{AuditCheckpoint, DeviceRecord, LogEntry};
 use spp::tlog::{self, LogKey, LogProof, Origin, SignedCheckpoint, TileId, WitnessKey};
 
 use samples::{CONTEXT, MAC_CONTEXT};
@@ -38,6 +38,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "x509", reads: x509, samples: samples::x509 },
     Target { name: "cwt", reads: cwt, samples: samples::cwts },
     Target { name: "record", reads: record, samples: samples::records },
+    Target { name: "audit_checkpoint", reads: audit_checkpoint, samples: samples::audit_checkpoints },
     Target { name: "names", reads: names, samples: samples::names },
     Target { name: "profile", reads: profile, samples: samples::profiles },
     Target { name: "issuer", reads: issuer, samples: samples::issuers },
@@ -133,6 +134,15 @@ fn device_certificate(octets: &[u8], is_cwt: bool) -> bool {
 pub fn record(octets: &[u8]) -> bool {
     let Ok(record) = DeviceRecord::from_bytes(octets) else { return false };
     assert!(record.to_bytes().as_deref() == Ok(octets), "the encoding must be deterministic");
+    assert!(matches!(LogEntry::from_bytes(octets), Ok(LogEntry::Device(_))), "it is no other entry");
+    true
+}
+
+/// There is one encoding of an audit checkpoint, and it is no record.
+pub fn audit_checkpoint(octets: &[u8]) -> bool {
+    let Ok(checkpoint) = AuditCheckpoint::from_bytes(octets) else { return false };
+    assert!(checkpoint.to_bytes().as_deref() == Ok(octets), "the encoding must be deterministic");
+    assert!(matches!(LogEntry::from_bytes(octets), Ok(LogEntry::Audit(_))), "it is no other entry");
     true
 }
 

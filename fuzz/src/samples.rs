@@ -11,7 +11,7 @@ use spp::certificate::{
 use spp::keys::{DevicePrivateKey, PublicKey, SignatureAlgorithm};
 use spp::package::{ConfirmationClaims, DataPackage, TransportCurve, TransportPrivateKey};
 use spp::secret::{Secret, SecretBytes};
-use spp::store::DeviceRecord;
+use spp::store::{AuditCheckpoint, DeviceRecord};
 use spp::tlog::LogKey;
 
 const P256: &str = include_str!("../../tests/vectors/p256.json");
@@ -141,6 +141,17 @@ pub fn records() -> Vec<Vec<u8>> {
     };
     let without_pair = DeviceRecord { certificate_is_cwt: true, public_key: None, ..record.clone() };
     [record, without_pair].map(|record| record.to_bytes().expect("it fits")).to_vec()
+}
+
+pub fn audit_checkpoints() -> Vec<Vec<u8>> {
+    let checkpoint = AuditCheckpoint {
+        node: "line-3".to_owned(),
+        entries: 4096,
+        note: b"spp.example/audit\n4096\n\n\xe2\x80\x94 spp.example/audit AAAA\n".to_vec(),
+        recorded: NOW,
+    };
+    let first = AuditCheckpoint { entries: 1, note: vec![b'n'], recorded: 0, ..checkpoint.clone() };
+    [checkpoint, first].map(|checkpoint| checkpoint.to_bytes().expect("it fits")).to_vec()
 }
 
 pub fn names() -> Vec<Vec<u8>> {

@@ -183,6 +183,8 @@ fn tell(found: &Verification, key: &LogKey, continued: bool) {
     if found.is_good() {
         let since = if continued { ", and it continues what was seen before" } else { "" };
         let _ = writeln!(out, "{}: {} entries, all of them right{since}", key.origin(), HumanCount(found.entries));
+        let (records, audits) = (HumanCount(found.records), HumanCount(found.audit_checkpoints));
+        let _ = writeln!(out, "device records {records}, audit checkpoints {audits}");
         let _ = writeln!(out, "root {}", found.root);
     }
 }

@@ -165,7 +165,7 @@ pub fn describe_status(status: &proto::GetStatusResponse) -> String {
     }
     for witness in &log.witnesses {
         let how = match witness.trouble.as_str() {
-            "" => format!("cosigned {} records", witness.size),
+            "" => format!("cosigned {} entries", witness.size),
             trouble => format!("did NOT cosign: {trouble}"),
         };
         rows.push(("witness", format!("{}: {how}", witness.name)));

@@ -90,7 +90,7 @@ impl Provisioner {
             Err(refused) => refused,
         };
         match &refused {
-            PublishError::Taken(taken) if taken.session == record.session => {
+            PublishError::Taken(taken) if taken.session == Some(record.session) => {
                 self.registry.receipt_of(&record.chip, record.session).await?.ok_or_else(|| refused.into())
             }
             PublishError::Taken(taken) if taken.what == "public key" => {

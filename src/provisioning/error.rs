@@ -83,8 +83,7 @@ pub enum ProvisionError {
         hint: &'static str,
     },
     /// The public database has what the state store does not know: the state store is an old copy.
-    #[error("the {} is already in record {} of session {}: the state store was rolled back; abort this \
-        session and assemble the device anew", .0.what, .0.index, .0.session)]
+    #[error("{0}: the state store was rolled back; abort this session and assemble the device anew")]
     RolledBack(Taken),
     /// No pair of the pool.
     #[error(transparent)]

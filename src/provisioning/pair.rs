@@ -69,8 +69,7 @@ impl Provisioner {
             tokio::join!(self.registry.taker_of_public_key(claim.public().spki_der()), self.hsm.device_keys(order),);
         let (error, why) = match (taken?, made) {
             (Some(taken), _) => {
-                let why =
-                    format!("a ready pair's public key is in record {} of session {}", taken.index, taken.session);
+                let why = format!("a ready pair is on a device: {taken}");
                 (ProvisionError::RolledBack(taken), why)
             }
             (None, Err(HsmError::Absent(why))) => {

@@ -11,7 +11,7 @@ impl Provisioner {
         self.registry.find_by_chip(chip).await?.ok_or(ProvisionError::NoRecord)
     }
 
-    /// The proof that the record at that place is in the tree of the newest checkpoint.
+    /// The proof that the entry at that place, a record or not, is in the tree of the newest checkpoint.
     pub async fn prove(&self, index: u64) -> Result<LogProof, ProvisionError> {
         self.registry.prove(index).await?.ok_or(ProvisionError::NoRecord)
     }

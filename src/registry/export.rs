@@ -19,7 +19,7 @@ use super::files::{BUNDLE, FullTiles, write_new};
 use super::source::{LogSource, SourceError, is_store};
 use crate::keys::sha256;
 use crate::names::ChipId;
-use crate::store::DeviceRecord;
+use crate::store::LogEntry;
 use crate::tlog::{
     FULL_WIDTH, FullTile, HashSource, LogKey, LogProof, SignedCheckpoint, TileId, TileKind, TlogError, Tree, TreeHash,
     bundle, leaf_hash, prove_inclusion,
@@ -329,7 +329,8 @@ fn chips(
         let damaged = |problem: String| ExportError::Damaged { what: id.to_string(), problem };
         let entries = bundle::exactly(&octets, id.width().into()).map_err(|e| damaged(e.to_string()))?;
         for (index, entry) in (number * BUNDLE..).zip(entries).skip_while(|(index, _)| *index < before) {
-            let record = DeviceRecord::from_bytes(entry).map_err(|e| damaged(format!("entry {index}: {e}")))?;
+            let known = LogEntry::from_bytes(entry).map_err(|e| damaged(format!("entry {index}: {e}")))?;
+            let LogEntry::Device(record) = known else { continue };
             let hashes = prove_inclusion(tree, index, &Mirrored(dir, tree));
             let hashes = hashes.map_err(|e| damaged(format!("entry {index}: {e}")))?;
             let proof = LogProof::new(index, hashes, checkpoint).to_bytes();

@@ -9,8 +9,9 @@ use std::sync::Arc;
 use rustix::fs::Advice;
 
 use super::edge::{self, Batch};
+use super::signed::{self, SignedSize};
 use crate::store::place::{Door, LAST_ROOM, Place, StoreKind, sync_dir};
-use crate::store::{StoreError, StoreOptions};
+use crate::store::{LogEntry, StoreError, StoreOptions};
 use crate::tlog::{
     FULL_WIDTH, FullTile, HashSource, LogKey, SignedCheckpoint, TileId, TileKind, Tree, TreeHash, bundle, leaf_hash,
 };
@@ -20,7 +21,6 @@ pub(super) static KIND: StoreKind = StoreKind { name: "public database", marker:
 const EDGE: &str = "edge";
 const TILE: &str = "tile";
 const INDEX: &str = "index";
-const SIGNED: &str = "signed";
 /// Entries of a full bundle.
 pub(super) const BUNDLE: u64 = FULL_WIDTH as u64;
 
@@ -36,6 +36,8 @@ pub(super) struct EdgeFile {
     length: u64,
     /// The index of its first entry; a multiple of 256.
     base: u64,
+    /// So many entries below that are device records.
+    records: u64,
 }
 
 /// What the files hold.
@@ -50,39 +52,6 @@ pub(super) struct Found {
     pub(super) signed: Vec<SignedSize>,
     /// Where the next batch goes.
     pub(super) edge: EdgeFile,
-}
-
-/// A checkpoint, as much of it as cannot be computed again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct SignedSize {
-    pub(super) size: u64,
-    pub(super) signature: [u8; 64],
-}
-
-impl SignedSize {
-    const LEN: usize = 8 + 64;
-
-    pub(super) fn of(checkpoint: &SignedCheckpoint, key: &LogKey) -> Option<Self> {
-        Some(Self { size: checkpoint.size(), signature: checkpoint.signature(key)? })
-    }
-
-    fn to_bytes(self) -> [u8; Self::LEN] {
-        let mut octets = [0; Self::LEN];
-        octets[..8].copy_from_slice(&self.size.to_be_bytes());
-        octets[8..].copy_from_slice(&self.signature);
-        octets
-    }
-
-    fn from_bytes(octets: &[u8; Self::LEN]) -> Option<Self> {
-        let (size, signature) = octets.split_first_chunk::<8>()?;
-        Some(Self { size: u64::from_be_bytes(*size), signature: signature.try_into().ok()? })
-    }
-}
-
-/// Of checkpoints in their order those that are the first to cover an entry from `from` to `to`.
-fn first_to_cover(signed: &[SignedSize], from: u64, to: u64) -> impl Iterator<Item = &SignedSize> {
-    let last = signed.iter().position(|signed| signed.size >= to).unwrap_or(signed.len());
-    signed.iter().take(last + 1).filter(move |signed| signed.size > from)
 }
 
 /// Why a batch was not written.
@@ -201,7 +170,8 @@ impl LogFiles {
             file.set_len(length).and_then(|()| file.sync_all()).map_err(failed)?;
         }
         remove_older_edges(dir, base).map_err(failed)?;
-        Ok(Found { tree, checkpoint, entries, signed, edge: EdgeFile { file, length, base } })
+        let records = signed::records_below(dir, base).map_err(|e| self.failed("counting the device records", &e))?;
+        Ok(Found { tree, checkpoint, entries, signed, edge: EdgeFile { file, length, base, records } })
     }
 
     /// Appends a batch and makes it durable: the commit of its entries and its checkpoint, both or neither.
@@ -230,16 +200,16 @@ impl LogFiles {
         let Some(checkpoint) = checkpoint.filter(|_| entries.len() as u64 >= BUNDLE) else { return Ok(()) };
         let mut growing = Tree::read(edge.base, &FullTiles(dir)).map_err(io::Error::other)?;
         let full = entries.len() / BUNDLE as usize * BUNDLE as usize;
-        let mut octets = Vec::new();
+        let (mut octets, mut records) = (Vec::new(), edge.records);
         for entry in entries.get(..full).unwrap_or_default() {
             bundle::push(&mut octets, entry).map_err(io::Error::other)?;
+            records += u64::from(!LogEntry::is_audit(entry));
             let tiles = growing.push(leaf_hash(entry));
             if tiles.is_empty() {
                 continue;
             }
             let index = growing.size() / BUNDLE - 1;
-            let of_bundle = first_to_cover(signed, index * BUNDLE, growing.size());
-            write_once(&signed_path(dir, index), &of_bundle.flat_map(|signed| signed.to_bytes()).collect::<Vec<_>>())?;
+            signed::keep(dir, index, signed, records)?;
             write_once(&dir.join(TileId::full(TileKind::Entries, index).to_string()), &octets)?;
             for FullTile { id, hashes } in tiles {
                 write_once(&dir.join(id.to_string()), &hashes)?;
@@ -253,7 +223,7 @@ impl LogFiles {
         let octets = batch.to_bytes().map_err(io::Error::other)?;
         write_new(&edge_path(dir, base), &octets)?;
         let file = OpenOptions::new().read(true).write(true).open(edge_path(dir, base))?;
-        let old = std::mem::replace(edge, EdgeFile { file, length: octets.len() as u64, base });
+        let old = std::mem::replace(edge, EdgeFile { file, length: octets.len() as u64, base, records });
         *entries = batch.entries;
         // From here on the new edge counts, since it is the newest one: the old one is only in the way.
         fs::remove_file(edge_path(dir, old.base))?;
@@ -269,12 +239,7 @@ impl LogFiles {
     /// The checkpoint that was the first to cover an entry of a full bundle, if it was kept: a log that was put together from a mirror
     /// has none.
     pub(super) fn first_signed(&self, index: u64) -> io::Result<Option<SignedSize>> {
-        let octets = match fs::read(signed_path(&self.place.dir, index / BUNDLE)) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            read => read?,
-        };
-        let mut all = octets.as_chunks::<{ SignedSize::LEN }>().0.iter().filter_map(SignedSize::from_bytes);
-        Ok(all.find(|signed| signed.size > index))
+        signed::first_to_cover(&self.place.dir, index)
     }
 
     /// Some octets of a full bundle.
@@ -299,6 +264,10 @@ impl LogFiles {
 impl EdgeFile {
     pub(super) const fn base(&self) -> u64 {
         self.base
+    }
+
+    pub(super) const fn records(&self) -> u64 {
+        self.records
     }
 }
 
@@ -343,11 +312,6 @@ fn remove_older_edges(dir: &Path, newest: u64) -> io::Result<()> {
         }
     }
     sync_dir(&dir.join(EDGE))
-}
-
-fn signed_path(dir: &Path, bundle: u64) -> PathBuf {
-    let place = TileId::full(TileKind::Entries, bundle).to_string();
-    dir.join(SIGNED).join(place.trim_start_matches("tile/entries/"))
 }
 
 fn edge_path(dir: &Path, base: u64) -> PathBuf {

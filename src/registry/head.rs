@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
-use super::files::{EdgeFile, KIND, SignedSize};
-use crate::store::{DeviceRecord, StoreError, UniqueKey};
-use crate::tlog::{FullTile, SignedCheckpoint, Tree};
+use super::files::{EdgeFile, KIND};
+use super::signed::SignedSize;
+use crate::store::{LogEntry, StoreError, UniqueKey};
+use crate::tlog::{FullTile, SignedCheckpoint, Tree, leaf_hash};
 
 /// The log at one moment: a tree, the checkpoint of it, and the entries that are not in full bundles.
 #[derive(Clone)]
@@ -20,6 +21,8 @@ pub(super) struct Head {
     pub(super) filled: Vec<FullTile>,
     /// So many entries are in the index.
     pub(super) indexed: u64,
+    /// So many entries are device records.
+    pub(super) records: u64,
 }
 
 /// An entry in memory.
@@ -30,14 +33,31 @@ pub(super) struct Entry {
 
 impl Entry {
     pub(super) fn read(octets: Vec<u8>, index: u64) -> Result<Arc<Self>, StoreError> {
-        let record = DeviceRecord::from_bytes(&octets).map_err(|e| damaged(index, e))?;
-        Ok(Arc::new(Self { keys: UniqueKey::of_record(&record), octets }))
+        let entry = LogEntry::from_bytes(&octets).map_err(|e| damaged(index, e))?;
+        Ok(Arc::new(Self { keys: entry.keys(), octets }))
+    }
+
+    pub(super) fn is_record(&self) -> bool {
+        !LogEntry::is_audit(&self.octets)
     }
 }
 
 impl Head {
     pub(super) fn recent(&self, index: u64) -> Option<&Arc<Entry>> {
         self.recent.get(usize::try_from(index.checked_sub(self.base)?).ok()?)
+    }
+
+    /// One more entry.
+    pub(super) fn push(&mut self, entry: Arc<Entry>) {
+        self.filled.extend(self.tree.push(leaf_hash(&entry.octets)));
+        self.records += u64::from(entry.is_record());
+        self.recent.push(entry);
+    }
+
+    /// The newest device record that is not in a full bundle.
+    pub(super) fn newest_recent(&self) -> Option<u64> {
+        let at = self.recent.iter().rposition(|entry| entry.is_record())?;
+        Some(self.base + at as u64)
     }
 
     /// The newest entry with that value among those that the index may not have yet.
@@ -55,8 +75,9 @@ impl super::files::Found {
         let base = self.edge.base();
         let recent = (base..).zip(self.entries).map(|(index, octets)| Entry::read(octets, index));
         let recent = recent.collect::<Result<Vec<_>, _>>()?;
+        let records = self.edge.records() + recent.iter().filter(|entry| entry.is_record()).count() as u64;
         let (tree, checkpoint, signed, filled) = (self.tree, self.checkpoint, self.signed, Vec::new());
-        Ok((Head { tree, checkpoint, base, recent, signed, filled, indexed: 0 }, self.edge))
+        Ok((Head { tree, checkpoint, base, recent, signed, filled, indexed: 0, records }, self.edge))
     }
 }
 

@@ -5,8 +5,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::files::{BUNDLE, FullTiles, KIND, LogFiles};
+use super::head::damaged;
 use crate::store::place::System;
-use crate::store::{DeviceRecord, IndexEntry, IndexMark, Location, SledIndex, StoreError, StoreOptions, UniqueKey};
+use crate::store::{IndexEntry, IndexMark, Location, LogEntry, SledIndex, StoreError, StoreOptions, UniqueKey};
 use crate::tlog::{LogKey, TileId, TileKind, bundle, leaf_hash};
 
 /// Entries that are put in with one sync while the index is being made: many, since sorted keys go in faster.
@@ -92,12 +93,8 @@ impl<'a> Builder<'a> {
     pub(super) async fn add_all(&mut self, entries: &[impl AsRef<[u8]>]) -> Result<(), StoreError> {
         for entry in entries {
             let octets = entry.as_ref();
-            let record = DeviceRecord::from_bytes(octets).map_err(|e| StoreError::Damaged {
-                store: KIND.name,
-                what: format!("entry {}", self.next),
-                cause: e.to_string(),
-            })?;
-            self.push(&UniqueKey::of_record(&record), octets);
+            let known = LogEntry::from_bytes(octets).map_err(|e| damaged(self.next, e))?;
+            self.push(&known.keys(), octets);
         }
         if self.waiting.len() >= CHUNK { self.flush().await } else { Ok(()) }
     }

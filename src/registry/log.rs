@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::files::{BUNDLE, LogFiles};
-use super::head::Head;
+use super::head::{Head, damaged};
 use super::index::is_of_this_log;
 use super::read::Found;
 use super::sequencer::{Sequencer, Waiting};
@@ -18,12 +18,12 @@ use super::signer::CheckpointSigner;
 use super::witness::{self, Cosigned, Witness};
 use crate::store::place::{Door, System};
 use crate::store::{
-    Announced, Announcements, DeviceRecord, PublicDatabase, Publication, PublishError, PublishedRecord, RegistryStatus,
-    SledIndex, StoreError, StoreOptions, UniqueKey,
+    Announced, Announcements, AuditCheckpoint, DeviceRecord, LogEntry, PublicDatabase, Publication, PublishError,
+    PublishedRecord, RegistryStatus, SledIndex, StoreError, StoreOptions, UniqueKey,
 };
 use crate::tlog::{LogKey, LogProof, SignedCheckpoint, TileId};
 
-/// Records that may wait for the sequencer before more of them have to.
+/// Entries that may wait for the sequencer before more of them have to.
 const QUEUE: usize = 1024;
 /// When a caller is told that there is no answer. What it asked for may still happen.
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
@@ -49,7 +49,7 @@ impl Default for LogSettings {
 
 /// The permanent public database in a directory.
 ///
-/// Trust: whoever controls its directory can withhold records; not alter, remove or reorder one unnoticed.
+/// Trust: whoever controls its directory can withhold entries; not alter, remove or reorder one unnoticed.
 pub struct TransparencyLog {
     shared: Arc<Shared>,
     queue: mpsc::Sender<Waiting>,
@@ -178,6 +178,23 @@ impl TransparencyLog {
         done.map_err(|e| self.shared.files.place().failed("reading the log", e))?
     }
 
+    /// Has the sequencer append an entry, which has these octets.
+    async fn append(&self, entry: LogEntry, octets: Vec<u8>) -> Result<Publication, PublishError> {
+        self.must_be_open()?;
+        let (answer, answered) = oneshot::channel();
+        let waiting = Waiting { entry, octets, answer };
+        let published = async {
+            self.queue.send(waiting).await.map_err(|_| "its sequencer has ended")?;
+            answered.await.map_err(|_| "its sequencer has ended")
+        };
+        let failed = |cause: &str| PublishError::Store(self.shared.files.place().failed("publishing", cause));
+        match tokio::time::timeout(ANSWER_WITHIN, published).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(cause)) => Err(failed(cause)),
+            Err(_) => Err(failed("there was no answer in time")),
+        }
+    }
+
     fn must_be_open(&self) -> Result<(), StoreError> {
         let away = self.shared.away.read().unwrap_or_else(PoisonError::into_inner);
         away.as_ref().map_or(Ok(()), |why| Err(self.shared.error(why)))
@@ -249,20 +266,11 @@ impl Shared {
 #[async_trait]
 impl PublicDatabase for TransparencyLog {
     async fn publish(&self, record: &DeviceRecord) -> Result<Publication, PublishError> {
-        let octets = record.to_bytes()?;
-        self.must_be_open()?;
-        let (answer, answered) = oneshot::channel();
-        let waiting = Waiting { record: record.clone(), octets, answer };
-        let published = async {
-            self.queue.send(waiting).await.map_err(|_| "its sequencer has ended")?;
-            answered.await.map_err(|_| "its sequencer has ended")
-        };
-        let failed = |cause: &str| PublishError::Store(self.shared.files.place().failed("publishing", cause));
-        match tokio::time::timeout(ANSWER_WITHIN, published).await {
-            Ok(Ok(answer)) => answer,
-            Ok(Err(cause)) => Err(failed(cause)),
-            Err(_) => Err(failed("there was no answer in time")),
-        }
+        self.append(LogEntry::Device(Box::new(record.clone())), record.to_bytes()?).await
+    }
+
+    async fn append_audit(&self, checkpoint: &AuditCheckpoint) -> Result<Publication, PublishError> {
+        self.append(LogEntry::Audit(checkpoint.clone()), checkpoint.to_bytes()?).await
     }
 
     fn announce(&self) -> Announced {
@@ -271,20 +279,37 @@ impl PublicDatabase for TransparencyLog {
 
     async fn find(&self, key: &UniqueKey) -> Result<Option<PublishedRecord>, StoreError> {
         match self.shared.find(vec![*key]).await?.pop().flatten() {
-            Some(found) => self.off_the_network(move |shared| shared.record(&found).map(Some)).await,
+            Some(found) => self.off_the_network(move |shared| shared.record(&found)).await,
             None => Ok(None),
         }
     }
 
     async fn record(&self, index: u64) -> Result<Option<PublishedRecord>, StoreError> {
         match index < self.shared.head().tree.size() {
-            true => self.off_the_network(move |shared| shared.record(&Found::Recent(index)).map(Some)).await,
+            true => self.off_the_network(move |shared| shared.record(&Found::Recent(index))).await,
             false => Ok(None),
         }
     }
 
+    async fn newest(&self) -> Result<Option<PublishedRecord>, StoreError> {
+        let head = self.shared.head();
+        self.off_the_network(move |shared| shared.newest(&head)).await
+    }
+
+    async fn newest_audit(&self, node: &str) -> Result<Option<(u64, AuditCheckpoint)>, StoreError> {
+        let found = self.shared.find(vec![UniqueKey::of_audited_node(node)]).await?.pop().flatten();
+        let Some(found) = found else { return Ok(None) };
+        match self.off_the_network(move |shared| shared.entry(&found)).await? {
+            (LogEntry::Audit(checkpoint), publication) => Ok(Some((publication.index, checkpoint))),
+            (LogEntry::Device(_), publication) => Err(damaged(
+                publication.index,
+                "the index has it as an audit checkpoint; make it anew with sppctl registry reindex",
+            )),
+        }
+    }
+
     async fn len(&self) -> Result<u64, StoreError> {
-        Ok(self.shared.head().tree.size())
+        Ok(self.shared.head().records)
     }
 
     fn status(&self) -> RegistryStatus {

@@ -3,7 +3,7 @@
 use super::files::BUNDLE;
 use super::head::{Head, damaged};
 use super::log::{FOUND_WITHIN, Shared};
-use crate::store::{Location, PublishedRecord, StoreError, UniqueKey};
+use crate::store::{Location, LogEntry, Publication, PublishedRecord, StoreError, UniqueKey};
 use crate::tlog::{
     HashSource, LogKey, LogProof, SignedCheckpoint, TileId, TileKind, TlogError, Tree, UnsignedCheckpoint, bundle,
     prove_inclusion,
@@ -60,9 +60,38 @@ impl Shared {
         }
     }
 
-    pub(super) fn record(&self, found: &Found) -> Result<PublishedRecord, StoreError> {
+    /// An entry that was found, and where it stands.
+    pub(super) fn entry(&self, found: &Found) -> Result<(LogEntry, Publication), StoreError> {
         let octets = self.octets(found)?;
-        PublishedRecord::from_octets(found.index(), octets).map_err(|e| damaged(found.index(), e))
+        let entry = LogEntry::from_bytes(&octets).map_err(|e| damaged(found.index(), e))?;
+        let publication = entry.publication(found.index(), &octets);
+        Ok((entry, publication))
+    }
+
+    /// The device record that was found; none if the entry is something else.
+    pub(super) fn record(&self, found: &Found) -> Result<Option<PublishedRecord>, StoreError> {
+        let octets = self.octets(found)?;
+        if LogEntry::is_audit(&octets) {
+            return Ok(None);
+        }
+        PublishedRecord::from_octets(found.index(), octets).map(Some).map_err(|e| damaged(found.index(), e))
+    }
+
+    /// The newest device record of that picture.
+    pub(super) fn newest(&self, head: &Head) -> Result<Option<PublishedRecord>, StoreError> {
+        if let Some(index) = head.newest_recent() {
+            return self.record(&Found::Recent(index));
+        }
+        // Bundle by bundle, since a daemon that provisions nothing for long still appends audit checkpoints.
+        for number in (0..head.base / BUNDLE).rev() {
+            let octets = self.files.full(TileId::full(TileKind::Entries, number));
+            let octets = octets.map_err(|e| self.files.failed("reading an entry bundle", &e))?;
+            let entries = bundle::exactly(&octets, BUNDLE as usize).map_err(|e| damaged(number * BUNDLE, e))?;
+            if let Some(at) = entries.iter().rposition(|entry| !LogEntry::is_audit(entry)) {
+                return self.record(&Found::Recent(number * BUNDLE + at as u64));
+            }
+        }
+        Ok(None)
     }
 
     /// The proof that the tree of the first checkpoint with the entry has it; against the newest one if that was not kept.

@@ -8,14 +8,14 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 
 use super::edge::Batch;
-use super::files::{AppendError, BUNDLE, EdgeFile, SignedSize};
+use super::files::{AppendError, BUNDLE, EdgeFile};
 use super::head::{Entry, Head};
 use super::log::{Away, Shared};
 use super::read::Found;
+use super::signed::SignedSize;
 use super::signer::CheckpointSigner;
-use crate::keys::sha256;
-use crate::store::{Announcements, DeviceRecord, Publication, PublishError, SledIndex, Taken, UniqueKey};
-use crate::tlog::{SignedCheckpoint, UnsignedCheckpoint, leaf_hash};
+use crate::store::{Announcements, LogEntry, Publication, PublishError, SledIndex, UniqueKey};
+use crate::tlog::{SignedCheckpoint, UnsignedCheckpoint};
 
 /// How long to wait before something that failed is tried again.
 pub(super) const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
@@ -24,16 +24,16 @@ const FIRST_CHECKPOINT: Duration = Duration::from_secs(1);
 
 type Answer = oneshot::Sender<Result<Publication, PublishError>>;
 
-/// A record that waits to be published.
+/// An entry that waits to be published.
 pub(super) struct Waiting {
-    pub(super) record: DeviceRecord,
+    pub(super) entry: LogEntry,
     pub(super) octets: Vec<u8>,
     pub(super) answer: Answer,
 }
 
-/// A record that is new to the log, and everybody who waits for it.
+/// An entry that is new to the log, and everybody who waits for it.
 struct New {
-    record: DeviceRecord,
+    says: LogEntry,
     entry: Arc<Entry>,
     answers: Vec<Answer>,
     /// Those that came later with another record of the same chip, say, and what of it is taken: if this one gets in, not before.
@@ -114,8 +114,7 @@ impl Sequencer {
         // 2. The tree with the new entries, in memory.
         let mut grown = Head::clone(&head);
         for new in &new {
-            grown.filled.extend(grown.tree.push(leaf_hash(&new.entry.octets)));
-            grown.recent.push(Arc::clone(&new.entry));
+            grown.push(Arc::clone(&new.entry));
         }
         // 3. One signature of the HSM for all of them. It leaves this process with the answers, never before.
         let checkpoint = match self.sign(&grown).await {
@@ -138,7 +137,7 @@ impl Sequencer {
         self.shared.settle();
         // 6. Those who waited are told.
         let first = head.tree.size();
-        answer(new, |at, new| Ok(publication(first + at as u64, &new.record, &new.entry.octets)));
+        answer(new, |at, new| Ok(new.says.publication(first + at as u64, &new.entry.octets)));
         // 7. Bundles that are full become files of their own.
         match grown.recent.len() < BUNDLE as usize {
             true => Ok(()),
@@ -150,9 +149,10 @@ impl Sequencer {
     async fn weed(&self, mut waiting: Vec<Waiting>) -> Vec<New> {
         // Whoever stopped waiting may have been told that nothing was published: doubted before it is seen that they went, so that
         // nobody is told so afterwards.
-        self.shared.doubt(waiting.iter().flat_map(|waiting| UniqueKey::of_record(&waiting.record)));
+        self.shared.doubt(waiting.iter().flat_map(|waiting| waiting.entry.keys()));
         waiting.retain(|waiting| !waiting.answer.is_closed());
-        let keys: Vec<_> = waiting.iter().map(|waiting| UniqueKey::of_record(&waiting.record)).collect();
+        let unique = |waiting: &Waiting| waiting.entry.keys().into_iter().filter(UniqueKey::is_unique).collect();
+        let keys: Vec<Vec<_>> = waiting.iter().map(unique).collect();
         let known = match self.shared.look_up(keys.concat()).await {
             Ok(known) => known,
             Err(error) => {
@@ -164,16 +164,16 @@ impl Sequencer {
         let mut known = known.into_iter();
         let mut new: Vec<New> = Vec::new();
         let mut in_batch: HashMap<UniqueKey, usize> = HashMap::new();
-        for (Waiting { record, octets, answer }, keys) in waiting.into_iter().zip(keys) {
+        for (Waiting { entry: says, octets, answer }, keys) in waiting.into_iter().zip(keys) {
             let known: Vec<_> = known.by_ref().take(keys.len()).collect();
             let taken = keys.iter().zip(known).find_map(|(key, found)| Some((key, found?)));
             if let Some((key, found)) = taken {
-                let _ = answer.send(self.known(key, &found, &record));
+                let _ = answer.send(self.known(key, &found, &says));
                 continue;
             }
             if let Some((key, at)) = keys.iter().find_map(|key| Some((key, *in_batch.get(key)?))) {
                 match new.get_mut(at) {
-                    Some(same) if same.record.is_same_but_for_its_time(&record) => same.answers.push(answer),
+                    Some(same) if same.says.is_same_but_for_its_time(&says) => same.answers.push(answer),
                     Some(other) => other.rivals.push((answer, key.what())),
                     None => {}
                 }
@@ -184,26 +184,18 @@ impl Sequencer {
                 continue;
             }
             in_batch.extend(keys.iter().map(|key| (*key, new.len())));
-            new.push(New {
-                record,
-                entry: Arc::new(Entry { octets, keys }),
-                answers: vec![answer],
-                rivals: Vec::new(),
-            });
+            let entry = Arc::new(Entry { keys: says.keys(), octets });
+            new.push(New { says, entry, answers: vec![answer], rivals: Vec::new() });
         }
         new
     }
 
-    /// The answer to a record of which a unique value is in the log.
-    fn known(&self, key: &UniqueKey, found: &Found, record: &DeviceRecord) -> Result<Publication, PublishError> {
-        let known = self.shared.record(found)?;
-        match known.record.is_same_but_for_its_time(record) {
-            true => Ok(known.publication),
-            false => Err(PublishError::Taken(Taken {
-                what: key.what(),
-                index: known.publication.index,
-                session: known.record.session,
-            })),
+    /// The answer to an entry of which a unique value is in the log.
+    fn known(&self, key: &UniqueKey, found: &Found, says: &LogEntry) -> Result<Publication, PublishError> {
+        let (known, publication) = self.shared.entry(found)?;
+        match known.is_same_but_for_its_time(says) {
+            true => Ok(publication),
+            false => Err(PublishError::Taken(known.takes(key.what(), publication.index))),
         }
     }
 
@@ -307,10 +299,6 @@ impl Sequencer {
     }
 }
 
-fn publication(index: u64, record: &DeviceRecord, octets: &[u8]) -> Publication {
-    Publication { index, record_hash: sha256(octets), published: record.published }
-}
-
 fn answer(new: Vec<New>, answer: impl Fn(usize, &New) -> Result<Publication, PublishError>) {
     for (at, mut new) in new.into_iter().enumerate() {
         for waiting in std::mem::take(&mut new.answers) {
@@ -318,9 +306,8 @@ fn answer(new: Vec<New>, answer: impl Fn(usize, &New) -> Result<Publication, Pub
             let _ = waiting.send(answer(at, &new));
         }
         for (rival, what) in std::mem::take(&mut new.rivals) {
-            let told = answer(at, &new).and_then(|Publication { index, .. }| {
-                Err(PublishError::Taken(Taken { what, index, session: new.record.session }))
-            });
+            let told = answer(at, &new)
+                .and_then(|Publication { index, .. }| Err(PublishError::Taken(new.says.takes(what, index))));
             let _ = rival.send(told);
         }
     }

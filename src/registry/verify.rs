@@ -7,7 +7,7 @@ use super::files::BUNDLE;
 use super::source::{LogSource, SourceError, chip_of};
 use crate::certificate::{IssuerCertificate, PublishedClaims, lint_published};
 use crate::names::ChipId;
-use crate::store::{DeviceRecord, UniqueKey};
+use crate::store::{DeviceRecord, LogEntry};
 use crate::tlog::{FullTile, LogKey, LogProof, SignedCheckpoint, TileId, TileKind, Tree, TreeHash, bundle, leaf_hash};
 
 /// Findings that are told; of a ruined log there would be millions.
@@ -37,6 +37,10 @@ pub struct Finding {
 pub struct Verification {
     /// Entries that the checkpoint covers.
     pub entries: u64,
+    /// How many of those that were read are device records.
+    pub records: u64,
+    /// How many of those that were read are checkpoints of audit logs.
+    pub audit_checkpoints: u64,
     /// The root of their tree, in hex.
     pub root: String,
     /// What is wrong; empty if nothing is.
@@ -86,6 +90,8 @@ pub fn verify(
 ) -> Verification {
     let mut found = Verification {
         entries: 0,
+        records: 0,
+        audit_checkpoints: 0,
         root: String::new(),
         findings: Vec::new(),
         more_findings: 0,
@@ -197,7 +203,7 @@ impl Walk<'_> {
         let leaves: Vec<TreeHash> = entries.iter().map(|entry| leaf_hash(entry)).collect();
         self.compare(number, &leaves, &told, leaves_id, found);
         for (at, (entry, leaf)) in entries.iter().zip(leaves).take(width).enumerate() {
-            self.record(number * BUNDLE + at as u64, entry, found);
+            self.entry(number * BUNDLE + at as u64, entry, found);
             for FullTile { id, hashes } in self.tree.push(leaf) {
                 self.tile(id, &hashes, found);
             }
@@ -273,13 +279,13 @@ impl Walk<'_> {
         }
     }
 
-    fn record(&mut self, index: u64, entry: &[u8], found: &mut Verification) {
+    fn entry(&mut self, index: u64, octets: &[u8], found: &mut Verification) {
         let at = format!("entry {index}");
-        let record = match DeviceRecord::from_bytes(entry) {
-            Ok(record) => record,
+        let entry = match LogEntry::from_bytes(octets) {
+            Ok(entry) => entry,
             Err(error) => return found.add(at, error),
         };
-        for key in UniqueKey::of_record(&record) {
+        for key in entry.keys().iter().filter(|key| key.is_unique()) {
             let mut half = [0; 17];
             half.copy_from_slice(&key.as_bytes()[..17]);
             match self.known.entry(half) {
@@ -291,6 +297,18 @@ impl Walk<'_> {
                 }
             }
         }
+        match entry {
+            LogEntry::Device(record) => {
+                found.records += 1;
+                self.record(index, octets, &record, found);
+            }
+            // Whether the audit log is as long as that only its owner can tell: sppctl audit verify.
+            LogEntry::Audit(_) => found.audit_checkpoints += 1,
+        }
+    }
+
+    fn record(&self, index: u64, octets: &[u8], record: &DeviceRecord, found: &mut Verification) {
+        let at = format!("entry {index}");
         let claims = PublishedClaims {
             chip: &record.chip,
             identity: &record.identity,
@@ -302,7 +320,7 @@ impl Walk<'_> {
             found.add(&at, format!("certificate, {}: {}", finding.rule, finding.problem));
         }
         if self.chips {
-            self.chip(index, entry, &record.chip, found);
+            self.chip(index, octets, &record.chip, found);
         }
     }
 

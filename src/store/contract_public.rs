@@ -7,6 +7,7 @@ use async_trait::async_trait;
 use super::contract::{chip, id, identity};
 use super::*;
 use crate::keys::sha256;
+use crate::tlog::{TileId, TileKind};
 
 /// A public database, empty at first. Each call opens it anew; the handle before must be dropped.
 #[async_trait]
@@ -26,7 +27,11 @@ macro_rules! contract_of_publication {
                 a_repeated_publication_gives_the_first_answer,
                 a_publication_repeated_at_once_is_one_entry,
                 of_many_racing_to_publish_a_chip_one_wins,
-                the_largest_record_fits);
+                the_largest_record_fits,
+                an_audit_checkpoint_is_an_entry_and_no_record,
+                the_newest_audit_checkpoint_of_a_node_is_known_after_reopening,
+                an_audit_checkpoint_is_appended_once_and_its_number_is_taken_by_its_note,
+                of_many_racing_to_append_an_audit_checkpoint_one_wins);
         }
     };
     (@tests $factory:ty: $($test:ident),+) => {$(
@@ -53,6 +58,11 @@ pub(crate) fn record(n: u64) -> DeviceRecord {
         session: id(n),
         published: 2000 + n,
     }
+}
+
+pub(crate) fn audit_of(node: &str, entries: u64) -> AuditCheckpoint {
+    let note = format!("{node}\n{entries}\n\n\u{2014} {node} AAAA\n").into_bytes();
+    AuditCheckpoint { node: node.to_owned(), entries, note, recorded: 3000 + entries }
 }
 
 async fn by_chip(public: &dyn PublicDatabase, n: u64) -> Option<PublishedRecord> {
@@ -105,7 +115,7 @@ pub(crate) async fn each_unique_value_is_published_once(engine: &impl PublicFact
     ];
     for (what, rival) in rivals {
         match public.publish(&rival).await.unwrap_err() {
-            PublishError::Taken(taken) => assert_eq!(taken, Taken { what, index: 0, session: id(1) }),
+            PublishError::Taken(taken) => assert_eq!(taken, Taken { what, index: 0, session: Some(id(1)) }),
             other => panic!("{what}: {other}"),
         }
     }
@@ -170,4 +180,96 @@ pub(crate) async fn the_largest_record_fits(engine: &impl PublicFactory) {
         large.backup.push(5);
         assert!(matches!(public.publish(&large).await, Err(PublishError::Record(_))));
     }
+}
+
+pub(crate) async fn an_audit_checkpoint_is_an_entry_and_no_record(engine: &impl PublicFactory) {
+    let public = engine.public().await;
+    assert_eq!((public.newest().await.unwrap(), public.newest_audit("a").await.unwrap()), (None, None));
+    let octets = audit_of("a", 7).to_bytes().unwrap();
+    let publication = Publication { index: 0, record_hash: sha256(&octets), published: 3007 };
+    assert_eq!(public.append_audit(&audit_of("a", 7)).await.unwrap(), publication);
+    assert_eq!((public.newest().await.unwrap(), public.len().await.unwrap()), (None, 0));
+    assert_eq!(public.publish(&record(1)).await.unwrap().index, 1);
+    assert_eq!(public.append_audit(&audit_of("a", 9)).await.unwrap().index, 2);
+    assert_eq!(public.len().await.unwrap(), 1);
+    for index in [0, 2, 3] {
+        assert_eq!(public.record(index).await.unwrap(), None, "{index}");
+    }
+    let of_the_device = public.record(1).await.unwrap();
+    assert_eq!(of_the_device.as_ref().map(|found| &found.record), Some(&record(1)));
+    assert_eq!(public.newest().await.unwrap(), of_the_device);
+    for (index, octets) in
+        [octets, record(1).to_bytes().unwrap(), audit_of("a", 9).to_bytes().unwrap()].iter().enumerate()
+    {
+        for proof in [public.prove(index as u64).await.unwrap(), public.receipt(index as u64).await.unwrap()] {
+            assert_eq!(proof.unwrap().index(), index as u64);
+        }
+        let bundle = public.tile(TileId::in_tree(TileKind::Entries, 0, 3).unwrap()).await.unwrap().unwrap();
+        assert_eq!(crate::tlog::bundle::entries(&bundle).nth(index).unwrap().unwrap(), octets);
+    }
+}
+
+pub(crate) async fn the_newest_audit_checkpoint_of_a_node_is_known_after_reopening(engine: &impl PublicFactory) {
+    let public = engine.public().await;
+    for (node, entries) in [("a", 1), ("b", 5), ("a", 300), ("a", 20)] {
+        public.append_audit(&audit_of(node, entries)).await.unwrap();
+    }
+    let known = [("a", Some((3, audit_of("a", 20)))), ("b", Some((1, audit_of("b", 5)))), ("", None), ("ab", None)];
+    for (node, newest) in &known {
+        assert_eq!(public.newest_audit(node).await.unwrap(), *newest, "{node}");
+    }
+    drop(public);
+    let public = engine.public().await;
+    for (node, newest) in &known {
+        assert_eq!(public.newest_audit(node).await.unwrap(), *newest, "{node}");
+    }
+}
+
+pub(crate) async fn an_audit_checkpoint_is_appended_once_and_its_number_is_taken_by_its_note(
+    engine: &impl PublicFactory,
+) {
+    let public = engine.public().await;
+    let first = public.append_audit(&audit_of("a", 7)).await.unwrap();
+    assert_eq!(public.append_audit(&audit_of("a", 7)).await.unwrap(), first);
+    public.append_audit(&audit_of("a", 8)).await.unwrap();
+    drop(public);
+    for _ in 0..2 {
+        let public = engine.public().await;
+        assert_eq!(public.append_audit(&audit_of("a", 7)).await.unwrap(), first);
+        let later = AuditCheckpoint { recorded: 9_999, ..audit_of("a", 7) };
+        assert_eq!(public.append_audit(&later).await.unwrap(), first);
+        let other = AuditCheckpoint { note: b"another".to_vec(), ..audit_of("a", 7) };
+        let refused = public.append_audit(&other).await.unwrap_err();
+        assert!(
+            refused.to_string().contains("the number of audit entries of this node is already in entry 0"),
+            "{refused}"
+        );
+        let taken = Taken { what: "number of audit entries", index: 0, session: None };
+        assert!(matches!(refused, PublishError::Taken(found) if found == taken));
+        let refused = public.append_audit(&AuditCheckpoint { note: Vec::new(), ..audit_of("a", 9) }).await;
+        assert!(matches!(refused, Err(PublishError::Record(_))), "{refused:?}");
+        assert_eq!(public.newest_audit("a").await.unwrap(), Some((1, audit_of("a", 8))));
+    }
+}
+
+pub(crate) async fn of_many_racing_to_append_an_audit_checkpoint_one_wins(engine: &impl PublicFactory) {
+    let public = engine.public().await;
+    let rivals = (0..64u64).map(|n| {
+        let public = public.clone();
+        let rival = AuditCheckpoint { note: vec![(n % 2) as u8], recorded: n, ..audit_of("a", 7) };
+        tokio::spawn(async move { (rival.note.clone(), public.append_audit(&rival).await) })
+    });
+    let (mut won, mut lost) = (Vec::new(), Vec::new());
+    for rival in rivals.collect::<Vec<_>>() {
+        match rival.await.unwrap() {
+            (note, Ok(publication)) => won.push((note, publication)),
+            (note, Err(PublishError::Taken(taken))) => lost.push((note, taken.index)),
+            (_, Err(error)) => panic!("{error}"),
+        }
+    }
+    won.dedup();
+    lost.dedup();
+    assert_eq!((won.len(), lost.len(), won[0].1.index), (1, 1, 0), "{won:?} {lost:?}");
+    assert_ne!(won[0].0, lost[0].0);
+    assert_eq!(public.newest_audit("a").await.unwrap().unwrap().1.note, won[0].0);
 }

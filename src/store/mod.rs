@@ -5,6 +5,7 @@
 //! constructors are private to this room, so a signature or an erasure without its proof does not compile.
 
 pub(crate) mod access;
+mod audit_checkpoint;
 #[cfg(test)]
 mod contract;
 #[cfg(test)]
@@ -13,6 +14,8 @@ mod contract_access;
 mod contract_pairs;
 #[cfg(test)]
 pub(crate) mod contract_public;
+mod entry;
+mod fields;
 mod journal;
 pub(crate) mod place;
 mod public;
@@ -22,17 +25,21 @@ mod session;
 mod sled;
 #[cfg(test)]
 pub(crate) mod testing;
+mod unique;
 
 pub use self::access::AccessStore;
 pub use self::sled::SledStateStore;
 pub(crate) use self::sled::{IndexEntry, IndexMark, Location, SledIndex};
+pub use audit_checkpoint::AuditCheckpoint;
+pub use entry::LogEntry;
+pub use fields::RecordError;
 pub use journal::{Abortable, Intent, Issued, Journal, Published, Signed, TakenUp};
 pub use place::StoreOptions;
 pub use public::{
     Announced, Announcements, PublicDatabase, Publication, PublicationReceipt, PublishError, PublishedRecord, Registry,
-    RegistryStatus, Taken, UniqueKey, WitnessStatus,
+    RegistryStatus, Taken, WitnessStatus,
 };
-pub use record::{DeviceRecord, RecordError};
+pub use record::DeviceRecord;
 pub use secret::{
     Batch, BatchState, BatchStep, CondemnedPair, HeldPair, Holder, Keeping, MovedPair, PairCounts, PairId,
     PairToReserve, PooledPair, Purpose, SecretStore,
@@ -40,6 +47,7 @@ pub use secret::{
 pub use session::{
     CertificateToSign, MasterKeyUse, ReserveError, Session, SessionCounts, SessionState, StateName, StateStore,
 };
+pub use unique::UniqueKey;
 
 /// A store could not do what was asked. What was acknowledged before still stands.
 #[derive(Debug, thiserror::Error)]

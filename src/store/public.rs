@@ -1,5 +1,6 @@
 //! The public database's trait, and the receipt that proves a publication.
 
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -7,18 +8,17 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
-use super::record::RecordError;
-use super::{DeviceRecord, StoreError};
+use super::{AuditCheckpoint, DeviceRecord, RecordError, StoreError, UniqueKey};
 use crate::keys::sha256;
 use crate::names::{ChipId, DeviceIdentity, SessionId};
 use crate::tlog::{LogProof, SignedCheckpoint, TileId};
 
-/// Where a record stands.
+/// Where an entry stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Publication {
-    /// The record's place, counted from 0.
+    /// Its place among all entries, counted from 0.
     pub index: u64,
-    /// SHA-256 of the record's octets.
+    /// SHA-256 of its octets.
     pub record_hash: [u8; 32],
     /// Seconds since the Unix epoch.
     pub published: u64,
@@ -44,98 +44,41 @@ impl PublishedRecord {
     }
 }
 
-/// Which of the unique values of a record is taken, by which record.
+/// Which of the unique values of an entry is taken, by which entry.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Taken {
-    /// `chip ID`, `identity`, `certificate serial`, `public key` or `session`.
+    /// `chip ID`, `identity`, `certificate serial`, `public key` or `session`; `number of audit entries` for an audit checkpoint.
     pub what: &'static str,
-    /// The index of the record that has it.
+    /// The index of the entry that has it.
     pub index: u64,
-    /// The session that made that record.
-    pub session: SessionId,
+    /// The session that made it, if it is a device's record.
+    pub session: Option<SessionId>,
 }
 
-/// Why a record was not published.
+impl fmt::Display for Taken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.session {
+            Some(session) => write!(f, "the {} is already in record {} of session {session}", self.what, self.index),
+            None => write!(f, "the {} of this node is already in entry {}, with another note", self.what, self.index),
+        }
+    }
+}
+
+/// Why an entry was not published.
 #[derive(Debug, thiserror::Error)]
 pub enum PublishError {
-    /// A unique value is on another device already.
-    #[error("the {} is already in record {}", .0.what, .0.index)]
+    /// A unique value is in another entry already.
+    #[error("{0}")]
     Taken(Taken),
-    /// The record cannot be encoded or is too large.
+    /// The entry cannot be encoded or is too large.
     #[error(transparent)]
     Record(#[from] RecordError),
     /// The checkpoint could not be signed; nothing was written.
     #[error("the log's checkpoint could not be signed: {0}")]
     Unsigned(String),
-    /// The store failed; whether the record is in is not known, and publishing it again is safe.
+    /// The store failed; whether the entry is in is not known, and publishing it again is safe.
     #[error(transparent)]
     Store(#[from] StoreError),
-}
-
-/// A value of which no two records have the same: what it is, and the SHA-256 of it, so that all take the same room and none can
-/// be found by its beginning.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct UniqueKey([u8; 33]);
-
-impl UniqueKey {
-    fn of(kind: Unique, value: &[u8]) -> Self {
-        let mut key = [kind as u8; 33];
-        key[1..].copy_from_slice(&sha256(value));
-        Self(key)
-    }
-
-    /// The key of a chip's record.
-    pub fn of_chip(chip: &ChipId) -> Self {
-        Self::of(Unique::Chip, chip.as_bytes())
-    }
-
-    /// The key of an identity's record.
-    pub fn of_identity(identity: &DeviceIdentity) -> Self {
-        Self::of(Unique::Identity, identity.to_string().as_bytes())
-    }
-
-    /// The key of the record of a public key, SubjectPublicKeyInfo in DER.
-    pub fn of_public_key(spki: &[u8]) -> Self {
-        Self::of(Unique::PublicKey, spki)
-    }
-
-    /// All keys of a record.
-    pub fn of_record(record: &DeviceRecord) -> Vec<Self> {
-        let mut keys = vec![
-            Self::of_chip(&record.chip),
-            Self::of_identity(&record.identity),
-            Self::of(Unique::Serial, &record.serial),
-            Self::of(Unique::Session, record.session.as_bytes()),
-        ];
-        keys.extend(record.public_key.as_deref().map(Self::of_public_key));
-        keys
-    }
-
-    /// What of a record it is.
-    pub const fn what(&self) -> &'static str {
-        match self.0[0] {
-            b'c' => "chip ID",
-            b'i' => "identity",
-            b't' => "certificate serial",
-            b'e' => "session",
-            _ => "public key",
-        }
-    }
-
-    /// Its octets.
-    pub const fn as_bytes(&self) -> &[u8; 33] {
-        &self.0
-    }
-}
-
-#[derive(Clone, Copy)]
-#[repr(u8)]
-enum Unique {
-    Chip = b'c',
-    Identity = b'i',
-    Serial = b't',
-    Session = b'e',
-    PublicKey = b'k',
 }
 
 /// Somebody is about to publish. Records share a checkpoint, so a log waits a moment for those that are on the way, and for nobody
@@ -176,9 +119,10 @@ impl Drop for Announced {
 }
 
 /// The permanent public database: append-only, there is no update and no delete. It is a transparency log, so that nobody need
-/// believe it: each record is an entry, and a signed checkpoint covers it before its publication is acknowledged.
+/// believe it: each record is an entry, and a signed checkpoint covers it before its publication is acknowledged. Checkpoints of the
+/// daemon's audit log are entries, too: what cannot be taken back here tells how long that one must be.
 ///
-/// Trust: whoever controls it can withhold records; not alter, remove or reorder one unnoticed.
+/// Trust: whoever controls it can withhold entries; not alter, remove or reorder one unnoticed.
 /// Every append is on the disk, power loss included, before the call returns.
 #[async_trait]
 #[expect(clippy::len_without_is_empty, reason = "a database is asked how many records it has, not whether it is empty")]
@@ -188,30 +132,40 @@ pub trait PublicDatabase: Send + Sync {
     /// difference it is `Taken`: a session has one record. A new record is refused with `Full` below the disk's floor.
     async fn publish(&self, record: &DeviceRecord) -> Result<Publication, PublishError>;
 
+    /// Appends a checkpoint of an audit log. One of the same node, number of entries and note is the same checkpoint: its first
+    /// publication is the answer. With another note it is `Taken`. Refused with `Full` below the disk's floor, as a record is.
+    async fn append_audit(&self, checkpoint: &AuditCheckpoint) -> Result<Publication, PublishError>;
+
     /// Tells that a record is on the way; for as long as the value lives.
     fn announce(&self) -> Announced;
 
     /// The newest record with that value.
     async fn find(&self, key: &UniqueKey) -> Result<Option<PublishedRecord>, StoreError>;
 
-    /// The record at that place.
+    /// The record at that place; `None` if there is no entry, or one that is no record.
     async fn record(&self, index: u64) -> Result<Option<PublishedRecord>, StoreError>;
 
-    /// How many records there are.
+    /// The record that was published last.
+    async fn newest(&self) -> Result<Option<PublishedRecord>, StoreError>;
+
+    /// The audit checkpoint of that node that was appended last, and its place.
+    async fn newest_audit(&self, node: &str) -> Result<Option<(u64, AuditCheckpoint)>, StoreError>;
+
+    /// How many records there are. The tree has more entries if there are audit checkpoints among them.
     async fn len(&self) -> Result<u64, StoreError>;
 
     /// How it is.
     fn status(&self) -> RegistryStatus;
 
-    /// The newest checkpoint that is published: it covers every acknowledged record, unless witnesses are asked, whose cosignatures it
+    /// The newest checkpoint that is published: it covers every acknowledged entry, unless witnesses are asked, whose cosignatures it
     /// waits for a moment. Never an older one than before. `None` before the first one could be signed.
     async fn checkpoint(&self) -> Result<Option<SignedCheckpoint>, StoreError>;
 
-    /// The proof that the record at that place is in the tree of the newest checkpoint; `None` if there is no such record.
+    /// The proof that the entry at that place, whatever it is, is in the tree of the newest checkpoint; `None` if there is none.
     async fn prove(&self, index: u64) -> Result<Option<LogProof>, StoreError>;
 
-    /// The proof that the record at that place is in the tree of the first checkpoint that covered it: the same whenever it is asked
-    /// for. `None` if there is no such record.
+    /// The proof that the entry at that place is in the tree of the first checkpoint that covered it: the same whenever it is asked
+    /// for. `None` if there is no such entry.
     async fn receipt(&self, index: u64) -> Result<Option<LogProof>, StoreError>;
 
     /// A tile or an entry bundle of the log; `None` if there are not so many hashes or entries.
@@ -225,7 +179,7 @@ pub struct RegistryStatus {
     pub publishing_trouble: Option<String>,
     /// Why no record can be looked up, if so.
     pub reading_trouble: Option<String>,
-    /// Checkpoints that were signed since the start; records that came together share one.
+    /// Checkpoints that were signed since the start; entries that came together share one.
     pub batches: u64,
     /// The witnesses that are asked to cosign.
     pub witnesses: Vec<WitnessStatus>,
@@ -308,14 +262,28 @@ impl Registry {
         Ok(found.map(|PublishedRecord { record, publication, .. }| Taken {
             what: "public key",
             index: publication.index,
-            session: record.session,
+            session: Some(record.session),
         }))
     }
 
     /// The session of the newest record.
     pub async fn newest_session(&self) -> Result<Option<SessionId>, StoreError> {
-        let Some(last) = self.count().await?.checked_sub(1) else { return Ok(None) };
-        Ok(self.0.record(last).await?.map(|found| found.record.session))
+        Ok(self.newest().await?.map(|found| found.record.session))
+    }
+
+    /// See [`PublicDatabase::newest`].
+    pub async fn newest(&self) -> Result<Option<PublishedRecord>, StoreError> {
+        self.0.newest().await
+    }
+
+    /// See [`PublicDatabase::append_audit`]. Repeating it is safe and gives the same answer.
+    pub async fn append_audit(&self, checkpoint: &AuditCheckpoint) -> Result<Publication, PublishError> {
+        self.0.append_audit(checkpoint).await
+    }
+
+    /// See [`PublicDatabase::newest_audit`].
+    pub async fn newest_audit(&self, node: &str) -> Result<Option<(u64, AuditCheckpoint)>, StoreError> {
+        self.0.newest_audit(node).await
     }
 
     /// How many records there are.

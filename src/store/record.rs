@@ -4,7 +4,10 @@ use std::time::{Duration, SystemTime};
 
 use ciborium::Value;
 
-use crate::names::{ChipId, DeviceIdentity, ProfileName, SessionId};
+use super::fields::{Form, RecordError};
+use crate::names::{ChipId, DeviceIdentity, NameError, ProfileName, SessionId};
+
+static FORM: Form = Form { what: "a device record", version: 1, most: DeviceRecord::MAX_LEN };
 
 /// A record of the public database (`device-record` in `proto/data-package.cddl`).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,15 +36,9 @@ pub struct DeviceRecord {
     pub published: u64,
 }
 
-/// The octets are not a record.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("not a device record: {0}")]
-pub struct RecordError(String);
-
 impl DeviceRecord {
     /// Most octets of an encoded record: an entry of the log has at most 65,535 (C2SP tlog-tiles).
     pub const MAX_LEN: usize = 65_535;
-    const VERSION: u64 = 1;
 
     /// Whether it says the same of the same device; a repeated publication may have another time.
     pub fn is_same_but_for_its_time(&self, other: &Self) -> bool {
@@ -50,8 +47,7 @@ impl DeviceRecord {
 
     /// The record as deterministic CBOR (RFC 8949 §4.2.1): the octets that are stored, hashed and served.
     pub fn to_bytes(&self) -> Result<Vec<u8>, RecordError> {
-        let mut fields = vec![
-            Value::from(Self::VERSION),
+        FORM.write(vec![
             Value::Bytes(self.chip.as_bytes().to_vec()),
             Value::Text(self.identity.to_string()),
             Value::Text(self.profile.to_string()),
@@ -63,14 +59,7 @@ impl DeviceRecord {
             Value::from(self.master_key_version),
             Value::Bytes(self.session.as_bytes().to_vec()),
             Value::from(self.published),
-        ];
-        let map = fields.drain(..).zip(1u64..).map(|(value, key)| (Value::from(key), value)).collect();
-        let mut bytes = Vec::new();
-        ciborium::into_writer(&Value::Map(map), &mut bytes).map_err(|e| RecordError(e.to_string()))?;
-        if bytes.len() > Self::MAX_LEN {
-            return Err(RecordError(format!("{} octets, at most {} are allowed", bytes.len(), Self::MAX_LEN)));
-        }
-        Ok(bytes)
+        ])
     }
 
     /// The record as JSON, for programs: octets in hex, times in RFC 3339.
@@ -114,63 +103,24 @@ impl DeviceRecord {
 
     /// Reads what [`Self::to_bytes`] wrote; anything else is refused, other encodings of the same values included.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, RecordError> {
-        let value: Value = ciborium::from_reader(bytes).map_err(|e| RecordError(e.to_string()))?;
-        let map = value.into_map().map_err(|_| RecordError("no map".into()))?;
-        let mut fields = Fields(map.into_iter());
-        let version = fields.integer(1)?;
-        if version != Self::VERSION {
-            return Err(RecordError(format!("version {version} is not known")));
-        }
+        let mut fields = FORM.read(bytes)?;
         let record = Self {
-            chip: ChipId::from_bytes(&fields.bytes(2)?).map_err(name_error)?,
-            identity: fields.text(3)?.parse().map_err(name_error)?,
-            profile: fields.text(4)?.parse().map_err(name_error)?,
+            chip: ChipId::from_bytes(&fields.bytes(2)?).map_err(|e| FORM.error(e))?,
+            identity: fields.text(3)?.parse().map_err(|e: NameError| FORM.error(e))?,
+            profile: fields.text(4)?.parse().map_err(|e: NameError| FORM.error(e))?,
             certificate: fields.bytes(5)?,
-            certificate_is_cwt: fields.next(6)?.into_bool().map_err(|_| wrong(6))?,
+            certificate_is_cwt: fields.next(6)?.into_bool().map_err(|_| fields.wrong(6))?,
             serial: fields.bytes(7)?,
             public_key: match fields.next(8)? {
                 Value::Null => None,
-                other => Some(other.into_bytes().map_err(|_| wrong(8))?),
+                other => Some(other.into_bytes().map_err(|_| fields.wrong(8))?),
             },
             backup: fields.bytes(9)?,
-            master_key_version: u32::try_from(fields.integer(10)?).map_err(|_| wrong(10))?,
-            session: SessionId::from_bytes(&fields.bytes(11)?).map_err(name_error)?,
+            master_key_version: u32::try_from(fields.integer(10)?).map_err(|_| fields.wrong(10))?,
+            session: SessionId::from_bytes(&fields.bytes(11)?).map_err(|e| FORM.error(e))?,
             published: fields.integer(12)?,
         };
-        if record.to_bytes()? != bytes {
-            return Err(RecordError("not in the deterministic form".into()));
-        }
+        FORM.must_be_written_so(&record.to_bytes()?, bytes)?;
         Ok(record)
-    }
-}
-
-fn name_error(error: crate::names::NameError) -> RecordError {
-    RecordError(error.to_string())
-}
-
-fn wrong(key: u64) -> RecordError {
-    RecordError(format!("field {key} is missing or of another type"))
-}
-
-struct Fields(std::vec::IntoIter<(Value, Value)>);
-
-impl Fields {
-    fn next(&mut self, key: u64) -> Result<Value, RecordError> {
-        match self.0.next() {
-            Some((found, value)) if found == Value::from(key) => Ok(value),
-            _ => Err(wrong(key)),
-        }
-    }
-
-    fn bytes(&mut self, key: u64) -> Result<Vec<u8>, RecordError> {
-        self.next(key)?.into_bytes().map_err(|_| wrong(key))
-    }
-
-    fn text(&mut self, key: u64) -> Result<String, RecordError> {
-        self.next(key)?.into_text().map_err(|_| wrong(key))
-    }
-
-    fn integer(&mut self, key: u64) -> Result<u64, RecordError> {
-        self.next(key)?.into_integer().ok().and_then(|i| u64::try_from(i).ok()).ok_or_else(|| wrong(key))
     }
 }

@@ -202,7 +202,7 @@ async fn records(told: &mut Registry, provisioner: &Provisioner) -> Result<(), S
     counter(
         told,
         "log_checkpoints",
-        "Checkpoints signed since the start; records that come together share one",
+        "Checkpoints signed since the start; entries that come together share one",
         log.batches,
     );
     gauge(told, "log_publishing", "Whether records can be published", log.publishing_trouble.is_none().into());
@@ -213,9 +213,9 @@ async fn records(told: &mut Registry, provisioner: &Provisioner) -> Result<(), S
         witnesses.get_or_create(&[("witness", witness.name.clone())]).set(witness.size.try_into().unwrap_or(i64::MAX));
         troubled.get_or_create(&[("witness", witness.name)]).set(witness.trouble.is_some().into());
     }
-    told.register("log_witness_size", "Records of the largest tree that the witness has cosigned", witnesses);
+    told.register("log_witness_size", "Entries of the largest tree that the witness has cosigned", witnesses);
     told.register("log_witness_trouble", "Whether the witness did not cosign the last checkpoint", troubled);
-    counter(told, "records", "Records in the public database", provisioner.registry().count().await?);
+    counter(told, "records", "Device records in the public database", provisioner.registry().count().await?);
     Ok(())
 }
 

@@ -136,19 +136,13 @@ async fn front_with(site: &Site, status: StatusCode, chip: String, problem: Opti
     let log = match checkpoint {
         None => None,
         Some(checkpoint) => {
-            let last = checkpoint.size().checked_sub(1);
-            let newest = match last {
-                Some(last) => {
-                    registry.record(last).await.ok().flatten().map(|newest| time_text(newest.record.published))
-                }
-                None => None,
-            };
+            let newest = registry.newest().await.ok().flatten();
             Some(LogView {
                 size: HumanCount(checkpoint.size()).to_string(),
                 root: hex::encode(checkpoint.root()),
                 cosigners: site.cosigners(&checkpoint),
                 note: String::from_utf8_lossy(checkpoint.note()).into_owned(),
-                newest,
+                newest: newest.map(|newest| time_text(newest.record.published)),
             })
         }
     };

@@ -192,7 +192,7 @@ class Tour:
         # Without a consistency proof this is all that can be told of two trees: of one size there is but one.
         roots = {(checkpoint.size, checkpoint.root) for checkpoint in [*seen, newest]}
         require(len(roots) == len(dict(roots)), "the log has signed two trees of the same size")
-        say(f"the newest checkpoint verifies and covers them all: {newest.size} records")
+        say(f"the newest checkpoint verifies and covers them all: {newest.size} entries")
 
     def verify_proof(self, octets: bytes, found) -> Checkpoint:
         proof = Proof.read(octets)

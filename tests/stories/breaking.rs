@@ -7,9 +7,10 @@ use async_trait::async_trait;
 use spp::keys::{KeptKey, KeyKind, StoreId, TokenPair};
 use spp::names::{ChipId, DeviceIdentity, SessionId};
 use spp::store::{
-    Announced, Batch, BatchStep, CondemnedPair, DeviceRecord, HeldPair, Keeping, MovedPair, PairCounts, PairId,
-    PairToReserve, PooledPair, PublicDatabase, Publication, PublishError, PublishedRecord, Purpose, RegistryStatus,
-    ReserveError, SecretStore, Session, SessionCounts, SessionState, StateName, StateStore, StoreError, UniqueKey,
+    Announced, AuditCheckpoint, Batch, BatchStep, CondemnedPair, DeviceRecord, HeldPair, Keeping, MovedPair,
+    PairCounts, PairId, PairToReserve, PooledPair, PublicDatabase, Publication, PublishError, PublishedRecord, Purpose,
+    RegistryStatus, ReserveError, SecretStore, Session, SessionCounts, SessionState, StateName, StateStore, StoreError,
+    UniqueKey,
 };
 use spp::tlog::{LogProof, SignedCheckpoint, TileId};
 
@@ -154,6 +155,10 @@ impl<S: PublicDatabase> PublicDatabase for Breaking<S> {
         self.faults.write(Write::Publish, self.engine.publish(record)).await
     }
 
+    async fn append_audit(&self, checkpoint: &AuditCheckpoint) -> Result<Publication, PublishError> {
+        self.engine.append_audit(checkpoint).await
+    }
+
     fn announce(&self) -> Announced {
         self.engine.announce()
     }
@@ -164,6 +169,14 @@ impl<S: PublicDatabase> PublicDatabase for Breaking<S> {
 
     async fn record(&self, index: u64) -> Result<Option<PublishedRecord>, StoreError> {
         self.engine.record(index).await
+    }
+
+    async fn newest(&self) -> Result<Option<PublishedRecord>, StoreError> {
+        self.engine.newest().await
+    }
+
+    async fn newest_audit(&self, node: &str) -> Result<Option<(u64, AuditCheckpoint)>, StoreError> {
+        self.engine.newest_audit(node).await
     }
 
     async fn len(&self) -> Result<u64, StoreError> {

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use spp::provisioning::{Assembled, Completion, Delivery, Order, ProvisionError, Provisioner};
-use spp::store::{PublicDatabase as _, Publication, SessionCounts, StateName, StateStore as _};
+use spp::store::{AuditCheckpoint, PublicDatabase as _, Publication, SessionCounts, StateName, StateStore as _};
 
 use crate::breaking::{Break, Write};
 use crate::device::{Kind, OnTheLine};
@@ -121,6 +121,38 @@ async fn chip_identity_serial_and_public_key_are_each_published_once() {
     let error = taken(77, 0).assemble(&point).await.unwrap_err();
     assert!(matches!(error, ProvisionError::IdentityTaken { .. }), "{error}");
     assert_eq!(point.public().len().await.unwrap(), 6);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn audit_checkpoints_among_the_records_are_proven_and_taken_for_no_device() {
+    let house = House::new().await;
+    let point = house.point();
+    let registry = point.provisioner().registry();
+    let checkpoint = |entries| AuditCheckpoint {
+        node: "node-1".to_owned(),
+        entries,
+        note: format!("{entries} entries").into_bytes(),
+        recorded: 1,
+    };
+    registry.append_audit(&checkpoint(10)).await.unwrap();
+    let mut device = OnTheLine::new(&house, Kind::Phone, 1);
+    let answer = device.walk(&point).await;
+    registry.append_audit(&checkpoint(20)).await.unwrap();
+
+    assert_eq!(answer.index, 1);
+    assert_eq!(registry.newest_session().await.unwrap(), Some(device.delivered[0].0));
+    assert_eq!(registry.newest_audit("node-1").await.unwrap(), Some((2, checkpoint(20))));
+    let octets = [
+        checkpoint(10).to_bytes().unwrap(),
+        point.record_of(&device.chip).await.unwrap().octets,
+        checkpoint(20).to_bytes().unwrap(),
+    ];
+    for (index, octets) in (0..).zip(&octets) {
+        let proof = point.provisioner().prove(index).await.unwrap();
+        assert_eq!(proof.verify(octets, &point.log_key()).unwrap().index, index);
+    }
+    assert!(matches!(point.provisioner().prove(3).await, Err(ProvisionError::NoRecord)));
+    device.assert_complete(&point, answer).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 use rustix::process::{Resource, Rlimit};
 
 use super::*;
+use crate::store::contract_public::audit_of;
 
 const CHILD: &str = "SPP_REGISTRY_TEST_DIR";
 const CHILD_FIRST: &str = "SPP_REGISTRY_TEST_FIRST";
@@ -196,4 +197,71 @@ async fn an_index_that_can_be_written_no_more_is_made_anew_and_knows_everything(
     assert!(process.wait().unwrap().success(), "it did not heal");
     assert!(told.contains_key(&LATER) && told.len() > 100, "only {} were acknowledged", told.len());
     must_have_kept(&log, &told, record).await;
+}
+
+/// Whose audit log it is.
+const NODE: &str = "node-1";
+
+/// Every third is an audit checkpoint.
+fn is_audit(n: u64) -> bool {
+    n.is_multiple_of(3)
+}
+
+async fn append_both_kinds_until_it_fails(public: &Arc<TransparencyLog>, first: u64) {
+    let mut writers = JoinSet::new();
+    for writer in 0..16 {
+        let public = public.clone();
+        writers.spawn(async move {
+            for n in (first + writer..).step_by(16) {
+                let told = match is_audit(n) {
+                    true => public.append_audit(&audit_of(NODE, n)).await,
+                    false => public.publish(&record(n)).await,
+                };
+                let Ok(publication) = told else { return };
+                tell(n, &publication);
+            }
+        });
+    }
+    writers.join_all().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn audit_checkpoints_among_records_survive_kill_9_with_their_places() {
+    if let Some(public) = as_child().await {
+        return append_both_kinds_until_it_fails(&public, first()).await;
+    }
+    let (log, mut all) = (log(), BTreeMap::new());
+    for (round, enough) in [30, 256, 290, 400].into_iter().enumerate() {
+        let test = "audit_checkpoints_among_records_survive_kill_9_with_their_places";
+        let mut process = child("", test, &log.dir(), round as u64 * 999_999).spawn().unwrap();
+        all.extend(acknowledged(process.stdout.take().unwrap(), enough, &mut || process.kill().unwrap()));
+        process.wait().unwrap();
+        if round % 2 == 1 {
+            fs::remove_dir_all(log.dir().join("index")).unwrap();
+        }
+        let public = log.open().await;
+        let (newest, _) = public.newest_audit(NODE).await.unwrap().unwrap();
+        for (n, (index, hash)) in &all {
+            let again = match is_audit(*n) {
+                true => public.append_audit(&audit_of(NODE, *n)).await.unwrap(),
+                false => public.publish(&record(*n)).await.unwrap(),
+            };
+            assert_eq!((again.index, &hex::encode(again.record_hash)), (*index, hash), "{n}");
+            assert!(!is_audit(*n) || *index <= newest, "{n} at {index} is newer than {newest}");
+        }
+        let size = public.checkpoint().await.unwrap().unwrap().size();
+        let mut records = 0;
+        for index in 0..size {
+            records += u64::from(public.record(index).await.unwrap().is_some());
+        }
+        assert_eq!(public.len().await.unwrap(), records);
+        let trail = audit_checkpoints(
+            &mut StoreDirectory::new(&log.dir(), log.signer.key()),
+            log.signer.key(),
+            NODE,
+            &mut |_, _| (),
+        );
+        let trail = trail.unwrap();
+        assert_eq!((trail.found.len() as u64, trail.found.last().unwrap().0), (size - records, newest));
+    }
 }

@@ -25,6 +25,7 @@ mod crash;
 mod export;
 mod faults;
 mod load;
+mod mixed;
 mod real;
 mod recovery;
 mod tamper;

@@ -4,7 +4,7 @@
 //!
 //! | key | value |
 //! |---|---|
-//! | what of a record is unique, and the SHA-256 of its value | the record's place |
+//! | what an entry is found by, and the SHA-256 of its value | the place of the newest such entry |
 //! | `n` | how many entries are in it, and the leaf hash of the last one |
 
 use std::path::Path;
@@ -20,6 +20,7 @@ use super::view::View;
 use crate::store::{StoreError, UniqueKey};
 use crate::tlog::TreeHash;
 
+/// A new kind of keys needs no other format if no log had entries with them before: what is in an older index is all there is to find.
 static KIND: Kind = Kind {
     store: StoreKind { name: "index of the public database", marker: "index", format: 1 },
     found: |view| view.put(MARK, &IndexMark::default()),
@@ -50,7 +51,7 @@ pub(crate) struct Location {
 
 /// What the index takes of an entry.
 pub(crate) struct IndexEntry {
-    /// Its unique values.
+    /// The values by which it is found.
     pub(crate) keys: Vec<UniqueKey>,
     /// Where it is.
     pub(crate) location: Location,

@@ -18,6 +18,16 @@ pub struct Auditor {
     refusals: Mutex<HashMap<Kind, Repeats>>,
     refused: Mutex<HashMap<&'static str, u64>>,
     lost: AtomicU64,
+    checkpoint: Mutex<CheckpointStatus>,
+}
+
+/// Up to where the log's end is signed and published.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct CheckpointStatus {
+    /// So many entries are covered, as far as this life of the daemon knows.
+    pub entries: u64,
+    /// Why the last attempt failed, if it did.
+    pub trouble: Option<String>,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash)]
@@ -37,7 +47,8 @@ struct Repeats {
 impl Auditor {
     /// Records into that log.
     pub fn new(log: Arc<AuditLog>) -> Self {
-        Self { log, refusals: Mutex::default(), refused: Mutex::default(), lost: AtomicU64::new(0) }
+        let (refusals, refused, checkpoint) = (Mutex::default(), Mutex::default(), Mutex::default());
+        Self { log, refusals, refused, lost: AtomicU64::new(0), checkpoint }
     }
 
     /// The log itself.
@@ -110,6 +121,15 @@ impl Auditor {
     /// Refusals that could not be recorded since the start.
     pub fn lost(&self) -> u64 {
         self.lost.load(Ordering::Relaxed)
+    }
+
+    /// Up to where the log's end is signed and published.
+    pub fn checkpoint(&self) -> CheckpointStatus {
+        self.checkpoint.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn note_checkpoint(&self, entries: u64, trouble: Option<String>) {
+        *self.checkpoint.lock().unwrap_or_else(PoisonError::into_inner) = CheckpointStatus { entries, trouble };
     }
 
     async fn record_or_count_as_lost(&self, entry: Entry) {

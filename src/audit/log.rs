@@ -186,6 +186,10 @@ impl Writer {
         });
         let recorded = recorded.collect();
         self.write(&file, &octets)?;
+        // Nobody else writes it: another length is somebody's work.
+        if file.metadata().map_err(self.failed("looking at"))?.len() != head.end {
+            return Err(self.damaged("it has not the length of what was written"));
+        }
         (self.known, self.file) = (Some(head), Some(file));
         Ok(recorded)
     }

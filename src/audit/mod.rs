@@ -5,11 +5,14 @@
 //! disk: whoever is about to act records that it begins, and does not act if that fails.
 //!
 //! What the chain alone cannot show: that lines are missing at the end, that the last one was changed, or that the whole file
-//! was written anew. That takes checkpoints that are signed in the HSM and kept elsewhere.
+//! was written anew. For that the [`AuditKeeper`] has the end signed in the HSM every now and then, and published in the public
+//! database, where nobody can take it back: [`verify_with`] compares.
 
 mod auditor;
 mod chain;
+mod checkpoint;
 mod entry;
+mod keeper;
 mod log;
 mod read;
 mod verify;
@@ -17,11 +20,13 @@ mod verify;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-pub use auditor::Auditor;
+pub use auditor::{Auditor, CheckpointStatus};
+pub use checkpoint::Checkpoint;
 pub use entry::{Entry, Outcome, UnknownOutcome};
+pub use keeper::{AuditKeeper, CheckpointRules};
 pub use log::{AuditLog, LogHead};
 pub use read::{Entries, Recorded};
-pub use verify::{Verified, verified_json, verify};
+pub use verify::{Published, Verified, verified_json, verify, verify_with};
 
 /// The log's file in its directory.
 const FILE: &str = "audit.jsonl";
@@ -80,6 +85,14 @@ pub enum AuditError {
         /// The first line that does not fit, counted from 1.
         line: u64,
         /// What is wrong with it.
+        why: String,
+    },
+    /// The log is not what was signed.
+    #[error("audit log: {path}: {why}")]
+    NotAsSigned {
+        /// The file.
+        path: PathBuf,
+        /// What is missing or another.
         why: String,
     },
     /// The entry has more octets than a line may have.

@@ -66,6 +66,16 @@ impl Entries {
         Ok(Some(recorded))
     }
 
+    /// The file.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What is wrong with an entry.
+    pub(super) fn broken_at(&self, sequence: u64, why: String) -> AuditError {
+        AuditError::Broken { path: self.path.clone(), line: sequence + 1, why }
+    }
+
     /// Where the chain is after the last entry that was read.
     pub(super) const fn head(&self) -> Head {
         self.head

@@ -1,14 +1,19 @@
 //! The log as anybody verifies it, from its first line to its last, also while a daemon writes it.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 
 use serde_json::json;
 
-use super::{AuditError, Entries};
+use super::chain::Head;
+use super::{AuditError, Checkpoint, Entries, Recorded};
+use crate::access::verify_statement;
+use crate::certificate::caller_of;
+use crate::tlog::LogKey;
 
-/// A log whose chain is whole.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// A log whose chain is whole, and as it was signed.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Verified {
     /// How many entries it has.
     pub entries: u64,
@@ -18,11 +23,32 @@ pub struct Verified {
     /// Octets after the last whole line: an entry that is being written, or one that a crash cut off before anybody was told of
     /// it. The daemon cuts them off when it opens the log.
     pub unfinished: u64,
+    /// Checkpoints in the log whose signature and content are right; 0 without a key.
+    pub signed: u64,
+    /// Checkpoints in the public database, all of which fit.
+    pub published: u64,
+    /// Of them those whose entries an officer has given up as lost.
+    pub given_up: u64,
+    /// The first so many entries are covered by a checkpoint.
+    pub covered: u64,
+    /// Statements of officers whose signature is right.
+    pub statements: u64,
 }
 
 impl fmt::Display for Verified {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} entries, chain is whole", self.entries)?;
+        if self.signed + self.published > 0 {
+            let (covered, after) = (self.covered, self.entries.saturating_sub(self.covered));
+            write!(f, "; {} signed checkpoints in it and {} in the public database fit", self.signed, self.published)?;
+            write!(f, ", the newest covers {covered} entries, {after} came after it")?;
+        }
+        if self.given_up > 0 {
+            write!(f, "; {} checkpoints are of entries that were given up as lost", self.given_up)?;
+        }
+        if self.statements > 0 {
+            write!(f, "; {} statements of officers are signed by them", self.statements)?;
+        }
         match self.unfinished {
             0 => Ok(()),
             octets => write!(f, "; {octets} octets of an unfinished line follow"),
@@ -30,25 +56,158 @@ impl fmt::Display for Verified {
     }
 }
 
+/// A checkpoint in the public database, and its place there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Published {
+    /// The log's entry.
+    pub index: u64,
+    /// The note, signed.
+    pub note: Vec<u8>,
+}
+
 /// Reads the whole log and says that its chain is whole, or at which line and why it is not.
 ///
 /// It finds a line that was changed, removed, added or moved, if any line follows it. It does not find that lines are missing at
-/// the end, that the last one was changed, or that everything was written anew from some line on: for that the head must be
-/// known from elsewhere.
+/// the end, that the last one was changed, or that everything was written anew from some line on: that takes [`verify_with`].
 pub fn verify(dir: &Path) -> Result<Verified, AuditError> {
+    verify_with(dir, None, &[])
+}
+
+/// The same, compared with everything that was ever signed of it: the checkpoints in it, and those in the public database. With the
+/// latter not even the newest entries can be missing, but for those that came after the last checkpoint.
+pub fn verify_with(dir: &Path, key: Option<&LogKey>, published: &[Published]) -> Result<Verified, AuditError> {
+    let mut found = FirstReading::default();
     let mut entries = Entries::open(dir)?;
-    while entries.next_entry()?.is_some() {}
+    while let Some(entry) = entries.next_entry()? {
+        found.take(&entry, key).map_err(|why| entries.broken_at(entry.sequence, why))?;
+    }
+    let not_as_signed = |why| AuditError::NotAsSigned { path: entries.path().to_owned(), why };
     let head = entries.head();
-    Ok(Verified { entries: head.lines(), head: hex::encode(head.hash), unfinished: entries.unfinished() })
+    for one in published {
+        found.take_published(one, key).map_err(not_as_signed)?;
+    }
+    found.must_end_at(head.lines()).map_err(not_as_signed)?;
+    if !found.claims.is_empty() {
+        let mut again = Entries::open(dir)?;
+        while again.head().lines() < head.lines() && again.next_entry()?.is_some() {
+            found.must_fit(again.head()).map_err(not_as_signed)?;
+        }
+    }
+    let (unfinished, hash) = (entries.unfinished(), hex::encode(head.hash));
+    Ok(Verified { entries: head.lines(), head: hash, unfinished, ..found.verified })
+}
+
+/// What the log and the public database say of it.
+#[derive(Default)]
+struct FirstReading {
+    verified: Verified,
+    node: Option<String>,
+    /// How many entries, the hash of the last of them, and who says so.
+    claims: BTreeMap<u64, Vec<([u8; 32], String)>>,
+    /// After how many entries a loss was given up, and up to which entry of the public database.
+    given_up: Vec<(u64, u64)>,
+}
+
+impl FirstReading {
+    fn take(&mut self, entry: &Recorded, key: Option<&LogKey>) -> Result<(), String> {
+        self.node.get_or_insert_with(|| entry.node.clone());
+        if entry.act == "audit.checkpoint"
+            && let (Some(key), Some(note)) = (key, entry.details.get("note"))
+        {
+            let signed = Checkpoint::verified(note.as_bytes(), key).map_err(|e| format!("its checkpoint: {e}"))?;
+            self.claim(signed, &entry.node, format!("the checkpoint in entry {}", entry.sequence))?;
+            self.verified.signed += 1;
+        }
+        if entry.act == "audit.loss"
+            && let Some(index) = entry.details.get("index").and_then(|index| index.parse().ok())
+        {
+            self.given_up.push((entry.sequence, index));
+        }
+        self.take_statement(entry)
+    }
+
+    /// What an officer has signed is signed by him.
+    fn take_statement(&mut self, entry: &Recorded) -> Result<(), String> {
+        let detail = |name: &str| entry.details.get(name);
+        let (Some(statement), Some(signature), Some(certificate)) =
+            (detail("statement"), detail("signature"), detail("certificate"))
+        else {
+            return Ok(());
+        };
+        let octets = |text: &str| hex::decode(text).map_err(|e| e.to_string());
+        let certificate = octets(certificate)?;
+        let of = caller_of(&certificate).map_err(|e| format!("the officer's certificate: {e}"))?.caller.to_string();
+        if of != entry.caller {
+            return Err(format!("it is of {}, and the certificate in it of {of}", entry.caller));
+        }
+        verify_statement(statement.as_bytes(), &octets(signature)?, &certificate)?;
+        self.verified.statements += 1;
+        Ok(())
+    }
+
+    fn take_published(&mut self, published: &Published, key: Option<&LogKey>) -> Result<(), String> {
+        let key = key.ok_or("the public key of the log is needed to read its checkpoints")?;
+        let at = format!("the checkpoint in entry {} of the public database", published.index);
+        let signed = Checkpoint::verified(&published.note, key).map_err(|e| format!("{at}: {e}"))?;
+        self.verified.published += 1;
+        let is_given_up = |&(after, index): &(u64, u64)| published.index <= index && signed.head.entries > after;
+        if self.given_up.iter().any(is_given_up) {
+            self.verified.given_up += 1;
+            return Ok(());
+        }
+        let node = self.node.clone().unwrap_or_else(|| signed.node.clone());
+        self.claim(signed, &node, at)
+    }
+
+    fn claim(&mut self, signed: Checkpoint, node: &str, by: String) -> Result<(), String> {
+        if signed.node != node {
+            return Err(format!("{by} is of the node {}, not {node}", signed.node));
+        }
+        self.verified.covered = self.verified.covered.max(signed.head.entries);
+        self.claims.entry(signed.head.entries).or_default().push((signed.head.hash, by));
+        Ok(())
+    }
+
+    fn must_end_at(&self, entries: u64) -> Result<(), String> {
+        match self.claims.last_key_value() {
+            Some((known, by)) if *known > entries => {
+                let by = by.first().map(|(_, by)| by.as_str()).unwrap_or_default();
+                Err(format!(
+                    "it has {entries} entries, and {by} knows {known}: the newest {} are missing",
+                    known - entries
+                ))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn must_fit(&self, head: Head) -> Result<(), String> {
+        let claims = self.claims.get(&head.lines()).map(Vec::as_slice).unwrap_or_default();
+        match claims.iter().find(|(hash, _)| *hash != head.hash) {
+            Some((_, by)) => {
+                let last = head.lines().saturating_sub(1);
+                Err(format!("entry {last} or one before it is not the one that {by} has signed: it was replaced"))
+            }
+            None => Ok(()),
+        }
+    }
 }
 
 /// What was found, for programs: `whole` says whether the chain is; if not, `line` is the first that does not fit, and `fault`
 /// says why.
 pub fn verified_json(found: &Result<Verified, AuditError>) -> serde_json::Value {
     match found {
-        Ok(Verified { entries, head, unfinished }) => {
-            json!({ "whole": true, "entries": entries, "head": head, "unfinished": unfinished })
-        }
+        Ok(found) => json!({
+            "whole": true,
+            "entries": found.entries,
+            "head": found.head,
+            "unfinished": found.unfinished,
+            "signed_checkpoints": found.signed,
+            "published_checkpoints": found.published,
+            "given_up_checkpoints": found.given_up,
+            "covered": found.covered,
+            "statements": found.statements,
+        }),
         Err(AuditError::Broken { line, why, .. }) => json!({ "whole": false, "line": line, "fault": why }),
         Err(error) => json!({ "whole": false, "line": null, "fault": error.to_string() }),
     }

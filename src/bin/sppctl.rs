@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
-use spp::audit::{self, AuditLog};
+use spp::audit::AuditLog;
 use spp::certificate::{AccessName, Caller, Role};
 use spp::config::{AuditConfig, HsmAccess, StoreConfig};
 use spp::description::Describe;
@@ -14,7 +14,7 @@ use spp::hsm::{Ceremony, KeyRegister, ModuleProfile, PinSource, initialise_token
 use spp::names::{AuditorName, BackOfficeName, MonitorName, OfficerName, StationName};
 use spp::officer::{
     self, ApprovalsCommand, AskArgs, CeremonyPlan, DaemonArgs, Enrolment, Held, HsmCommand, HsmFile, IdentitiesCommand,
-    PoolCommand, ReadAuditCommand, RegistryCommand, RenewArgs, StatusError,
+    PoolCommand, ReadAuditCommand, RegistryCommand, RenewArgs, StatusError, VerifyAuditArgs,
 };
 use spp::registry::TransparencyLog;
 use spp::store::SledStateStore;
@@ -195,15 +195,9 @@ enum AuditCommand {
     },
     #[command(flatten)]
     Read(ReadAuditCommand),
-    /// Read the whole log and tell whether its chain is whole, or where it breaks. The daemon may run meanwhile.
-    Verify {
-        /// The daemon's configuration.
-        #[arg(long, value_name = "FILE")]
-        config: PathBuf,
-        /// Tell it as JSON.
-        #[arg(long)]
-        json: bool,
-    },
+    /// Read the whole log and tell whether its chain is whole and all of it is there: as it was signed, and as the public database
+    /// knows it. The daemon may run meanwhile.
+    Verify(VerifyAuditArgs),
 }
 
 #[derive(Subcommand)]
@@ -406,7 +400,7 @@ fn run(command: Command) -> Result<(), String> {
         Command::Init { config } => init(&config),
         Command::Audit(AuditCommand::Init { config }) => audit_init(&config),
         Command::Audit(AuditCommand::Read(what)) => what.run(),
-        Command::Audit(AuditCommand::Verify { config, json }) => audit_verify(&config, json),
+        Command::Audit(AuditCommand::Verify(args)) => args.run(),
         Command::Station(StationCommand::Enroll { name, common }) => {
             enroll(AccessName::Client(Caller::Station(name)), common)
         }
@@ -557,19 +551,6 @@ fn audit_init(config: &Path) -> Result<(), String> {
     let audit = AuditConfig::load(config).map_err(|e| e.to_string())?;
     AuditLog::create(&audit.directory).map_err(|e| e.to_string())?;
     println!("made the audit log {}", audit.directory.display());
-    Ok(())
-}
-
-fn audit_verify(config: &Path, json: bool) -> Result<(), String> {
-    let audit = AuditConfig::load(config).map_err(|e| e.to_string())?;
-    let found = audit::verify(&audit.directory);
-    if json {
-        println!("{:#}", audit::verified_json(&found));
-    }
-    let verified = found.map_err(|e| e.to_string())?;
-    if !json {
-        println!("{verified}");
-    }
     Ok(())
 }
 

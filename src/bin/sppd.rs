@@ -10,7 +10,7 @@ use clap::{CommandFactory as _, Parser};
 use clap_complete::Shell;
 use sd_notify::NotifyState;
 use spp::access::{Desk, Quota, Rules};
-use spp::audit::{self, AuditLog, Auditor, Entry, Outcome};
+use spp::audit::{self, AuditKeeper, AuditLog, Auditor, CheckpointRules, Entry, Outcome};
 use spp::clock::Clock;
 use spp::config::{DaemonConfig, LogConfig, LogFormat};
 use spp::description;
@@ -18,10 +18,10 @@ use spp::hsm::{Hsm, PinKeeper, PinSource, keeper, worker};
 use spp::keypool::KeyPool;
 use spp::names::StationName;
 use spp::provisioning::{Issuer, Product, Provisioner, keep_tidy};
-use spp::registry::{HsmSigner, TransparencyLog};
+use spp::registry::{HsmSigner, TransparencyLog, published_checkpoints};
 use spp::rpc::{Listening, NodeInfo};
 use spp::store::{Batch, Journal, Purpose, Registry, SecretStore, SledStateStore};
-use spp::web::{Metrics, Public};
+use spp::web::{Metrics, Public, Told};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
@@ -136,7 +136,6 @@ async fn serve(config: DaemonConfig) -> Result<(), String> {
     };
     record_start(&audit, &config.fingerprint).await?;
     let served = run(config, state, &audit, listening, metrics).await;
-    record_stop(&audit, &served).await;
     tracing::info!("drained; goodbye");
     served
 }
@@ -152,10 +151,12 @@ async fn run(
     let hsm = Hsm::start(config.hsms.clone());
     let journal = Journal::new(state.clone());
     let registry = open_registry(&config, &hsm, &journal).await?;
+    let auditor = Arc::new(Auditor::new(Arc::clone(audit)));
+    let keeper = Arc::new(audit_keeper(&config, &auditor, &hsm, &registry));
+    keeper.compare(config.audit.accepted_loss).await?;
     let desk = Desk::open(state.clone(), hsm.clone(), config.authority, &config.node).await;
     let desk = Arc::new(desk.map_err(|e| e.to_string())?);
     settle(&desk, config.approvals, config.stations.quotas(), audit).await?;
-    let auditor = Arc::new(Auditor::new(Arc::clone(audit)));
     let (tls, listen, public, node) = (config.tls, config.listen, config.public, config.node);
     let products = products(config.profiles, config.issuers);
     let (rules, clock) = (config.key_pool, Clock::system());
@@ -171,7 +172,12 @@ async fn run(
     let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     tracing::info!(line = %listen.line, officer = %listen.officer, public = %listen.public, %node, "listening");
     notify(&[NotifyState::Ready]);
-    let scraping = metrics.map(|metrics| tokio::spawn(metrics.serve(Arc::clone(&provisioner), stop.clone())));
+    let watching = tokio::spawn({
+        let (keeper, stop) = (Arc::clone(&keeper), stop.clone());
+        async move { keeper.run(stop).await }
+    });
+    let told = Told { provisioner: Arc::clone(&provisioner), auditor: Arc::clone(&auditor) };
+    let scraping = metrics.map(|metrics| tokio::spawn(metrics.serve(told, stop.clone())));
     let node = NodeInfo { name: node, started };
     let public = Public::new(Arc::clone(&provisioner), &public, &config.registry);
     let served = listening.serve(&tls, public, &provisioner, &auditor, desk, node, stop.clone()).await;
@@ -184,7 +190,18 @@ async fn run(
         }
         let _ = scraping.await;
     }
-    served.map_err(|e| e.to_string())
+    if *stop.borrow() {
+        let _ = watching.await;
+    }
+    let served = served.map_err(|e| e.to_string());
+    record_stop(audit, &served).await;
+    keeper.close().await;
+    served
+}
+
+fn audit_keeper(config: &DaemonConfig, auditor: &Arc<Auditor>, hsm: &Hsm, registry: &Registry) -> AuditKeeper {
+    let rules = CheckpointRules { entries: config.audit.checkpoint_entries, every: config.audit.checkpoint_every };
+    AuditKeeper::new(Arc::clone(auditor), hsm.clone(), config.registry.key.clone(), registry.clone(), rules)
 }
 
 /// Takes over what the configuration says of rules and quotas. What needs the approval of another officer stays as it was, and is
@@ -307,7 +324,9 @@ async fn check(config: DaemonConfig) -> Result<(), String> {
     let records = registry.count().await.map_err(|e| e.to_string())?;
     println!("state store    {}: {unfinished} unfinished sessions", config.store.state.display());
     println!("public         {}: {records} records", config.store.public.display());
-    let verified = audit::verify(&config.audit.directory).map_err(|e| e.to_string())?;
+    let (node, key) = (config.node.clone(), config.registry.key.key.clone());
+    let published = published_checkpoints(&config.store.public.display().to_string(), &key, &node)?;
+    let verified = audit::verify_with(&config.audit.directory, Some(&key), &published).map_err(|e| e.to_string())?;
     println!("audit log      {}: {verified}", config.audit.directory.display());
     let batches = secrets.batches().await.map_err(|e| e.to_string())?;
     for (kind, marks) in &config.key_pool.pools {

@@ -12,6 +12,8 @@ use super::Faults;
 pub struct AuditConfig {
     /// Its directory.
     pub directory: PathBuf,
+    /// Whose log it is: the node's name.
+    pub node: String,
     /// After so many entries.
     pub checkpoint_entries: u64,
     /// After so long, if there are any.
@@ -43,7 +45,7 @@ impl Default for AuditShape {
 
 impl AuditShape {
     /// The value, for a file in that directory.
-    pub(super) fn check(self, place: &str, base: &Path, faults: &mut Faults) -> AuditConfig {
+    pub(super) fn check(self, node: &str, place: &str, base: &Path, faults: &mut Faults) -> AuditConfig {
         if self.checkpoint_entries == 0 {
             faults.add(format!("{place}: audit.checkpoint_entries"), "must be at least 1");
         }
@@ -52,6 +54,7 @@ impl AuditShape {
                 .add(format!("{place}: audit.checkpoint_every"), "must be from 1 second to 1 day, for example \"60s\"");
         }
         let Self { directory, checkpoint_entries, checkpoint_every, accepted_loss } = self;
-        AuditConfig { directory: base.join(directory), checkpoint_entries, checkpoint_every, accepted_loss }
+        let (directory, node) = (base.join(directory), node.to_owned());
+        AuditConfig { directory, node, checkpoint_entries, checkpoint_every, accepted_loss }
     }
 }

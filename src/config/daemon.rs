@@ -166,8 +166,9 @@ impl DaemonConfig {
         let tls = tls::check(&shape.tls, shape.public.own_identity(), place, base, faults);
         let (names, profiles) = load_profiles(&base.join(&shape.profiles), faults);
         let stations = Stations::check(shape.station, place, &names, faults);
-        if shape.node.name.is_empty() || shape.node.name.len() > 64 {
-            faults.add(format!("{place}: node.name"), "must have 1 to 64 characters");
+        let name = &shape.node.name;
+        if name.is_empty() || name.len() > 64 || name.chars().any(char::is_control) {
+            faults.add(format!("{place}: node.name"), "must have 1 to 64 printable characters");
         }
         if let Err(e) = shape.log.level.parse::<tracing_subscriber::EnvFilter>() {
             faults.add(format!("{place}: log.level"), format!("{e}; write for example info or spp=debug,info"));
@@ -184,7 +185,7 @@ impl DaemonConfig {
         let (keys, hsms) = shape.hsm.check(place, base, |name| store.pin_refused(name), faults);
         let authority = keys.as_ref().and_then(|keys| load_authority(keys, faults));
         let approvals = shape.approvals.check(place, faults);
-        let audit = shape.audit.check(place, base, faults);
+        let audit = shape.audit.check(&shape.node.name, place, base, faults);
         let issuers = keys.as_ref().map(|keys| load_issuers(&profiles, keys, faults)).unwrap_or_default();
         let registry = keys.as_ref().and_then(|keys| registry::check(shape.registry, place, base, keys, faults));
         shape.public.check(place, faults);
@@ -228,7 +229,7 @@ impl AuditConfig {
     pub fn load(path: &Path) -> Result<Self, Faults> {
         let (place, mut faults) = (path.display().to_string(), Faults::default());
         let shape = read_shape(path, &place, &mut faults);
-        let audit = shape.map(|shape| shape.audit.check(&place, base_of(path), &mut faults));
+        let audit = shape.map(|shape| shape.audit.check(&shape.node.name, &place, base_of(path), &mut faults));
         faults.ok_or_all(audit)
     }
 }

@@ -7,11 +7,13 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clap::{Subcommand, ValueEnum};
+use clap::{Args, Subcommand, ValueEnum};
 
 use super::text::{at, moment, printable};
-use crate::audit::{Entries, Recorded};
-use crate::config::AuditConfig;
+use crate::audit::{self, Entries, Recorded};
+use crate::config::{AuditConfig, RegistryAccess};
+use crate::registry::published_checkpoints;
+use crate::tlog::{LogKey, TlogError};
 
 /// How often it is looked for new entries.
 const LOOK: Duration = Duration::from_millis(500);
@@ -63,6 +65,85 @@ pub enum ReadAuditCommand {
         #[arg(long, value_enum, default_value_t = Form::Json)]
         format: Form,
     },
+}
+
+/// Which log is verified, and against what.
+#[derive(Args)]
+pub struct VerifyAuditArgs {
+    /// The daemon's configuration: it names the log, the public database and its key.
+    #[arg(long, value_name = "FILE", required_unless_present = "directory")]
+    config: Option<PathBuf>,
+    /// The log's directory, a copy of it for example, instead of the configuration's.
+    #[arg(long, value_name = "DIR")]
+    directory: Option<PathBuf>,
+    /// The public database: a mirror's directory or the daemon's web address, instead of the configuration's.
+    #[arg(long, value_name = "DIR|URL", requires = "key")]
+    log: Option<String>,
+    /// The public key of the public database, NAME.vkey of the ceremony, instead of the configuration's.
+    #[arg(long, value_name = "FILE")]
+    key: Option<PathBuf>,
+    /// Look at the chain alone, not at signatures and the public database.
+    #[arg(long, conflicts_with_all = ["log", "key"])]
+    chain_only: bool,
+    /// Tell it as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+impl VerifyAuditArgs {
+    /// Verifies, and fails if anything is not as it should be.
+    pub fn run(self) -> Result<(), String> {
+        let config = self.config.as_deref().map(AuditConfig::load).transpose().map_err(|e| e.to_string())?;
+        let directory = self.directory.clone().or_else(|| config.as_ref().map(|config| config.directory.clone()));
+        let directory = directory.ok_or("say which log: --config FILE or --directory DIR")?;
+        let found = match self.trust()? {
+            None => audit::verify(&directory),
+            Some((key, place)) => {
+                let node = match config {
+                    Some(config) => Some(config.node),
+                    None => first_node(&directory)?,
+                };
+                let published = match place {
+                    Some(place) => {
+                        let node = node.ok_or("the log is empty, and only --config tells whose it is")?;
+                        published_checkpoints(&place, &key, &node)?
+                    }
+                    None => Vec::new(),
+                };
+                audit::verify_with(&directory, Some(&key), &published)
+            }
+        };
+        if self.json {
+            println!("{:#}", audit::verified_json(&found));
+        }
+        let verified = found.map_err(|e| e.to_string())?;
+        if !self.json {
+            println!("{verified}");
+        }
+        Ok(())
+    }
+
+    /// The key of the checkpoints, and where the public database is; none if the chain alone is looked at.
+    fn trust(&self) -> Result<Option<(LogKey, Option<String>)>, String> {
+        if self.chain_only {
+            return Ok(None);
+        }
+        if let Some(path) = &self.key {
+            let key = std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?;
+            let key = key.trim().parse().map_err(|e: TlogError| format!("{}: {e}", path.display()))?;
+            return Ok(Some((key, self.log.clone())));
+        }
+        let Some(config) = &self.config else { return Ok(None) };
+        let access = RegistryAccess::load(config).map_err(|e| e.to_string())?;
+        Ok(Some((access.key, Some(access.directory.display().to_string()))))
+    }
+}
+
+/// The node whose log it is; none while it is empty.
+fn first_node(directory: &Path) -> Result<Option<String>, String> {
+    let mut entries = Entries::open(directory).map_err(|e| e.to_string())?;
+    // A first entry that does not fit is found by the verification, which says more.
+    Ok(entries.next_entry().ok().flatten().map(|entry| entry.node))
 }
 
 /// The form of exported entries.

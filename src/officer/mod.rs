@@ -17,7 +17,7 @@ mod text;
 mod transcript;
 
 pub use approvals_cli::{ApprovalsCommand, AskArgs, RequestCommand};
-pub use audit_cli::{Form, ReadAuditCommand};
+pub use audit_cli::{Form, ReadAuditCommand, VerifyAuditArgs};
 pub use callers_cli::{IdentitiesCommand, RenewArgs, enroll_at_desk, list_callers, renew, revoke};
 pub use ceremony::{CeremonyPlan, Held, PlannedKey};
 pub use enroll::{Enrolment, enroll, request};

@@ -1,7 +1,8 @@
 //! What a log says of an audit log: for whoever checks that nobody cut off its newest entries.
 
 use super::files::BUNDLE;
-use super::source::{LogSource, SourceError};
+use super::source::{LogSource, SourceError, open_source};
+use crate::audit::Published;
 use crate::store::{AuditCheckpoint, LogEntry};
 use crate::tlog::{LogKey, SignedCheckpoint, TileId, TileKind, TlogError, Tree, bundle, leaf_hash};
 
@@ -38,6 +39,17 @@ pub enum AuditTrailError {
         /// What is wrong.
         problem: String,
     },
+}
+
+/// The audit checkpoints of a node in a log, the daemon's directory, a mirror or a web address, for those who verify the audit log.
+/// A log without a checkpoint of its own has none.
+pub fn published_checkpoints(place: &str, key: &LogKey, node: &str) -> Result<Vec<Published>, String> {
+    let mut source = open_source(place, key, None).map_err(|e| e.to_string())?;
+    let trail = match audit_checkpoints(&mut *source, key, node, &mut |_, _| {}) {
+        Err(AuditTrailError::Source(SourceError::Missing(_))) => return Ok(Vec::new()),
+        trail => trail.map_err(|e| e.to_string())?,
+    };
+    Ok(trail.found.into_iter().map(|(index, checkpoint)| Published { index, note: checkpoint.note }).collect())
 }
 
 /// Reads every entry of a log, a daemon's directory or a mirror, and gives the audit checkpoints of a node. The log's checkpoint must be

@@ -47,7 +47,7 @@ mod witness;
 #[cfg(test)]
 mod tests;
 
-pub use audited::{AuditTrail, AuditTrailError, audit_checkpoints};
+pub use audited::{AuditTrail, AuditTrailError, audit_checkpoints, published_checkpoints};
 pub use export::{ExportError, Exported, export, shard};
 pub use index::{Reindexed, reindex};
 pub use log::{LogSettings, TransparencyLog};

@@ -22,6 +22,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 use super::serve::{Limits, serve};
+use crate::audit::Auditor;
 use crate::hsm::{LATENCY_BOUNDS_US, MemberStatus};
 use crate::keypool::{KindStatus, PoolError};
 use crate::provisioning::Provisioner;
@@ -63,15 +64,26 @@ impl Metrics {
     }
 
     /// Answers `GET /metrics`, and anything else with 404 or 405, until `stop` is true; then drains.
-    pub async fn serve(self, provisioner: Arc<Provisioner>, stop: watch::Receiver<bool>) {
-        let router = Router::new().route("/metrics", get(scrape)).with_state(provisioner);
+    pub async fn serve(self, told: Told, stop: watch::Receiver<bool>) {
+        let router = Router::new().route("/metrics", get(scrape)).with_state(told);
         serve(self.0, None, router, LIMITS, stop).await;
     }
 }
 
-async fn scrape(State(provisioner): State<Arc<Provisioner>>) -> Response {
+/// Who knows what is told.
+#[derive(Clone)]
+pub struct Told {
+    /// The line.
+    pub provisioner: Arc<Provisioner>,
+    /// What was done and refused.
+    pub auditor: Arc<Auditor>,
+}
+
+async fn scrape(State(Told { provisioner, auditor }): State<Told>) -> Response {
     let mut text = String::new();
-    match encode(&mut text, &families(&provisioner).await) {
+    let mut registry = families(&provisioner).await;
+    audit(&mut registry, &auditor).await;
+    match encode(&mut text, &registry) {
         Ok(()) => ([(header::CONTENT_TYPE, CONTENT_TYPE)], text).into_response(),
         Err(error) => {
             tracing::error!(%error, "the metrics could not be written");
@@ -98,6 +110,28 @@ async fn families(provisioner: &Provisioner) -> Registry {
         tracing::warn!(%error, "the pools' metrics are missing from a scrape");
     }
     registry
+}
+
+/// The audit log. Refusals by their reason are what to be alarmed by: QUOTA_PER_HOUR, QUOTA_TOTAL, NOT_PERMITTED, REVOKED.
+async fn audit(told: &mut Registry, auditor: &Auditor) {
+    let refusals = Family::<[(&'static str, &'static str); 1], Counter>::default();
+    for (reason, count) in auditor.refusals() {
+        refusals.get_or_create(&[("reason", reason)]).inc_by(count);
+    }
+    told.register(
+        "refusals",
+        "Calls of stations, officers and others that were refused or failed, by reason",
+        refusals,
+    );
+    let checkpoint = auditor.checkpoint();
+    let help = "Whether the end of the audit log could not be signed and published at the last attempt";
+    gauge(told, "audit_checkpoint_trouble", help, checkpoint.trouble.is_some().into());
+    gauge(told, "audit_checkpoint_entries", "Entries that a published checkpoint covers", checkpoint.entries);
+    gauge(told, "audit_writable", "Whether the last entry could be written", (!auditor.log().is_broken()).into());
+    counter(told, "audit_lost_refusals", "Refusals that could not be recorded", auditor.lost());
+    if let Ok(head) = auditor.log().head().await {
+        gauge(told, "audit_entries", "Entries of the audit log", head.entries);
+    }
 }
 
 /// The numbers of `sppctl pool status`.

@@ -7,5 +7,5 @@ mod public;
 mod rate;
 mod serve;
 
-pub use metrics::{Metrics, WebError};
+pub use metrics::{Metrics, Told, WebError};
 pub use public::Public;

@@ -4,7 +4,11 @@ use std::process::Command;
 
 use serde_json::Value;
 use spp::keys::sha256;
+use spp::proto::officer_client::OfficerClient;
+use spp::proto::{AbortRequest, AssembleRequest, FillPoolRequest};
+use tonic::Code;
 
+use crate::floor::{Floor, Refusal, assemble, chip, phone, provision};
 use crate::site::{SPPD, Site};
 
 const VERIFY: &str = "audit verify --config sppd.toml";
@@ -24,15 +28,17 @@ fn each_start_and_stop_is_recorded_with_what_was_in_force() {
     site.start();
     let entries = entries(&site);
     let acts: Vec<_> = entries.iter().map(|entry| entry["act"].as_str().unwrap()).collect();
-    assert_eq!(acts, ["start", "stop", "start", "start"], "a daemon that was killed could not tell of its end");
-    assert_eq!(entries[3]["details"]["configuration"], hex::encode(sha256(&site.read("sppd.toml"))));
-    assert_ne!(entries[3]["details"]["configuration"], entries[0]["details"]["configuration"]);
+    let wanted = ["start", "stop", "audit.checkpoint", "start", "start"];
+    assert_eq!(acts, wanted, "a daemon that was killed could not tell of its end");
+    assert_eq!(entries[4]["details"]["configuration"], hex::encode(sha256(&site.read("sppd.toml"))));
+    assert_ne!(entries[4]["details"]["configuration"], entries[0]["details"]["configuration"]);
     assert_eq!(entries[0]["details"]["version"], env!("CARGO_PKG_VERSION"));
     assert_eq!((&entries[0]["node"], &entries[0]["caller"]), (&"demo".into(), &"sppd".into()));
-    assert_eq!(site.sppctl(VERIFY), "4 entries, chain is whole\n", "also while the daemon runs");
+    let told = site.sppctl(VERIFY);
+    assert!(told.starts_with("5 entries, chain is whole; 1 signed checkpoints in it and 1 in the public"), "{told}");
     assert!(site.stop().success());
     let found: Value = serde_json::from_str(&site.sppctl(&format!("{VERIFY} --json"))).unwrap();
-    assert_eq!((&found["whole"], &found["entries"]), (&true.into(), &5.into()));
+    assert_eq!((&found["whole"], &found["entries"], &found["covered"]), (&true.into(), &7.into(), &6.into()));
 }
 
 #[test]
@@ -69,8 +75,8 @@ fn entries_are_read_by_people_and_programs_and_none_that_does_not_fit() {
     assert!(site.stop().success());
     let told = site.sppctl("audit tail --config sppd.toml");
     let lines: Vec<_> = told.lines().collect();
-    assert!(lines.len() == 2 && lines[0].contains(" start ") && lines[1].contains(" stop "), "{told}");
-    assert_eq!(site.sppctl("audit tail --config sppd.toml -n 1").lines().collect::<Vec<_>>(), lines[1..]);
+    assert!(lines.len() == 3 && lines[0].contains(" start ") && lines[1].contains(" stop "), "{told}");
+    assert_eq!(site.sppctl("audit tail --config sppd.toml -n 2").lines().collect::<Vec<_>>(), lines[1..]);
     let one: Value = serde_json::from_str(&site.sppctl("audit show 0 --config sppd.toml --json")).unwrap();
     assert_eq!(one, without_chain(&entries(&site)[0]));
     assert!(site.sppctl("audit show 1 --config sppd.toml").contains("act      stop"));
@@ -84,7 +90,7 @@ fn entries_are_read_by_people_and_programs_and_none_that_does_not_fit() {
     site.sppctl("audit export --config sppd.toml --format csv --out audit.csv");
     let rows = String::from_utf8(site.read("audit.csv")).unwrap();
     assert!(
-        rows.starts_with("sequence,time,node,caller,act,outcome,details\n0,") && rows.lines().count() == 3,
+        rows.starts_with("sequence,time,node,caller,act,outcome,details\n0,") && rows.matches(",sppd,").count() == 3,
         "{rows}"
     );
     let again = site.try_sppctl("audit export --config sppd.toml --out audit.csv");
@@ -103,4 +109,172 @@ fn without_chain(entry: &Value) -> Value {
     let mut entry = entry.clone();
     entry.as_object_mut().unwrap().remove("previous");
     entry
+}
+
+/// A site that made a device, stopped, and so has a published end of its audit log.
+async fn site_with_a_past() -> Site {
+    let mut site = Site::running();
+    provision(&mut site.station().await, &mut Floor::new(&site).device(1), &phone(1)).await;
+    tokio::task::block_in_place(|| assert!(site.stop().success()));
+    site
+}
+
+fn lines(site: &Site) -> Vec<String> {
+    String::from_utf8(site.read("audit/audit.jsonl")).unwrap().lines().map(str::to_owned).collect()
+}
+
+fn put(site: &Site, lines: &[String]) {
+    let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
+    std::fs::write(site.path("audit/audit.jsonl"), text).unwrap();
+}
+
+/// The lines with a chain that is whole again, as somebody makes them who knows how it is made.
+fn chained(lines: &[String]) -> Vec<String> {
+    let (mut previous, mut made) = ("0".repeat(64), Vec::new());
+    for (sequence, line) in lines.iter().enumerate() {
+        let entry: Value = serde_json::from_str(line).unwrap();
+        let mut text =
+            line.replacen(&format!("\"sequence\":{}", entry["sequence"]), &format!("\"sequence\":{sequence}"), 1);
+        let link = |hash: &str| format!("\"previous\":\"{hash}\"");
+        text = text.replace(&link(entry["previous"].as_str().unwrap()), &link(&previous));
+        previous = hex::encode(sha256(text.as_bytes()));
+        made.push(text);
+    }
+    made
+}
+
+fn not_verified(site: &Site, tampering: &str, why: &str) {
+    let output = site.try_sppctl(VERIFY);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(
+        !output.status.success() && said.contains(why),
+        "{tampering}: {said} {}",
+        String::from_utf8_lossy(&output.stdout)
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_tampering_is_found_also_by_somebody_who_makes_the_chain_whole_again() {
+    let site = site_with_a_past().await;
+    let before = lines(&site);
+    let acts: Vec<_> = entries(&site).iter().map(|entry| entry["act"].as_str().unwrap().to_owned()).collect();
+    assert_eq!(acts, ["start", "line.assemble", "line.complete", "stop", "audit.checkpoint"]);
+    assert!(site.sppctl(VERIFY).contains("1 in the public database fit, the newest covers 4 entries, 1 came after it"));
+    let with = |change: fn(&mut Vec<String>)| {
+        let mut lines = before.clone();
+        change(&mut lines);
+        lines
+    };
+    let edited = with(|lines| lines[1] = lines[1].replace("station line-1/a", "station line-1/b"));
+    let deleted = with(|lines| drop(lines.remove(2)));
+    let reordered = with(|lines| lines.swap(1, 2));
+    let inserted = with(|lines| lines.insert(2, lines[1].clone()));
+    let cut = with(|lines| lines.truncate(3));
+    for (tampering, lines, in_chain, made_whole) in [
+        ("edit", &edited, "line 3: it does not follow", "entry 3 or one before it is not the one"),
+        ("delete", &deleted, "line 3: its sequence is 3", "entry 3 or one before it is not the one"),
+        ("reorder", &reordered, "line 2: its sequence is 2", "entry 3 or one before it is not the one"),
+        ("insert", &inserted, "line 3: its sequence is 1", "entry 3 or one before it is not the one"),
+        ("truncate", &cut, "knows 4: the newest 1 are missing", "knows 4: the newest 1 are missing"),
+    ] {
+        put(&site, lines);
+        not_verified(&site, tampering, in_chain);
+        put(&site, &chained(lines));
+        not_verified(&site, tampering, made_whole);
+    }
+    // The checkpoint itself, without its signature's key.
+    let forged = with(|lines| lines[4] = lines[4].replace("entries   4", "entries   3"));
+    put(&site, &chained(&forged));
+    not_verified(&site, "forge a checkpoint", "line 5: its checkpoint: ");
+    // Everything written anew, by a daemon of another site, and an empty log.
+    let other = site_with_a_past().await;
+    put(&site, &lines(&other));
+    not_verified(&site, "replace", "line 5: its checkpoint: ");
+    put(&site, &[]);
+    not_verified(&site, "empty", "it has 0 entries, and the checkpoint in entry 1 of the public database knows 4");
+    put(&site, &before);
+    site.sppctl(VERIFY);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_log_that_was_cut_off_is_not_gone_on_with_until_an_officer_accepts_the_loss() {
+    let mut site = site_with_a_past().await;
+    let before = lines(&site);
+    put(&site, &before[..2]);
+    let output = Command::new(SPPD).args(["--config", "sppd.toml"]).current_dir(site.path("")).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        !output.status.success() && said.contains("knows 4 entries") && said.contains("accepted_loss = 1"),
+        "{said}"
+    );
+    put(&site, &before[..2]);
+    site.edit("sppd.toml", "[audit]\n", "[audit]\naccepted_loss = 1\n");
+    tokio::task::block_in_place(|| {
+        site.start();
+        assert!(site.stop().success());
+    });
+    let told = site.sppctl(VERIFY);
+    assert!(told.contains("1 checkpoints are of entries that were given up as lost"), "{told}");
+    let acts: Vec<_> = entries(&site).iter().map(|entry| entry["act"].as_str().unwrap().to_owned()).collect();
+    assert_eq!(acts, ["start", "line.assemble", "start", "audit.loss", "stop", "audit.checkpoint"]);
+    // With the change taken back, everything goes on.
+    site.edit("sppd.toml", "accepted_loss = 1", "accepted_loss = 0");
+    tokio::task::block_in_place(|| site.start());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn acts_and_refusals_are_recorded_and_no_flood_fills_the_log() {
+    let mut site = Site::new();
+    site.sppctl("auditor enroll x-1 --config sppd.toml --out tls/auditor");
+    site.start();
+    let mut line = site.station().await;
+    let answer = assemble(&mut line, &phone(1)).await.unwrap();
+    let outside = AssembleRequest { identity: "imei:353918050000002".to_owned(), ..phone(2) };
+    for _ in 0..50 {
+        assemble(&mut line, &outside).await.unwrap_err();
+    }
+    let abort = AbortRequest { session_id: answer.session_id.clone(), reason: "scratched".to_owned() };
+    line.abort(abort).await.unwrap();
+    let mut auditor = OfficerClient::new(site.connect(site.officer, site.tls("tls/auditor")).await.unwrap());
+    auditor.fill_pool(FillPoolRequest::default()).await.unwrap_err();
+    tokio::task::block_in_place(|| assert!(site.stop().success()));
+    let entries = entries(&site);
+    let of = |act: &str| entries.iter().filter(|entry| entry["act"] == act).collect::<Vec<_>>();
+    let assembled = of("line.assemble");
+    assert_eq!(assembled.len(), 3, "one that was done, one that was refused, and how often: {assembled:?}");
+    assert_eq!(assembled[0]["outcome"], "done");
+    assert_eq!(assembled[0]["details"]["session"], hex::encode(&answer.session_id));
+    assert_eq!(assembled[0]["details"]["chip"], chip(1).to_string());
+    assert!(assembled[1]["outcome"].as_str().unwrap().starts_with("refused: "), "{assembled:?}");
+    assert_eq!(
+        (&assembled[1]["caller"], &assembled[2]["details"]["repeated"]),
+        (&"station line-1/a".into(), &"49".into())
+    );
+    assert_eq!(of("line.abort")[0]["details"]["reason"], "scratched");
+    let wrong_role = of("call");
+    assert_eq!(wrong_role[0]["caller"], "auditor x-1");
+    assert_eq!(wrong_role[0]["details"]["method"], "/spp.v1.Officer/FillPool");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_be_recorded_is_not_answered_and_then_not_begun() {
+    let site = Site::running();
+    let mut line = site.station().await;
+    assemble(&mut line, &phone(1)).await.unwrap();
+    let before = site.read("audit/audit.jsonl");
+    std::fs::OpenOptions::new().write(true).open(site.path("audit/audit.jsonl")).unwrap().set_len(7).unwrap();
+    for n in [2, 3, 3] {
+        let refused = Refusal::of(&assemble(&mut line, &phone(n)).await.unwrap_err());
+        assert!(refused.is(Code::Unavailable, "AUDIT_AWAY"), "{refused:?}");
+    }
+    let issued = site.status().await.sessions.unwrap().issued;
+    assert_eq!(issued, 2, "the first was made and not delivered, the others were not begun");
+    std::fs::write(site.path("audit/audit.jsonl"), before).unwrap();
+    for n in 1..=3 {
+        assemble(&mut line, &phone(n)).await.unwrap();
+    }
+    let told = site.sppctl(VERIFY);
+    assert!(told.contains("chain is whole"), "{told}");
+    let acts: Vec<_> = entries(&site).iter().map(|entry| entry["act"].as_str().unwrap().to_owned()).collect();
+    assert!(acts.contains(&"audit.resumed".to_owned()), "{acts:?}");
 }

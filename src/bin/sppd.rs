@@ -1,6 +1,5 @@
 //! `sppd`: the daemon.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -15,7 +14,7 @@ use spp::config::{DaemonConfig, LogConfig, LogFormat};
 use spp::description;
 use spp::hsm::{Hsm, PinKeeper, PinSource, keeper, worker};
 use spp::keypool::KeyPool;
-use spp::provisioning::{Issuer, Product, Provisioner, keep_tidy};
+use spp::provisioning::{Provisioner, Rules, keep_tidy};
 use spp::registry::{HsmSigner, TransparencyLog};
 use spp::rpc::{Listening, NodeInfo};
 use spp::store::{Batch, Journal, Purpose, Registry, SecretStore, SledStateStore};
@@ -150,13 +149,13 @@ async fn run(
     let hsm = Hsm::start(config.hsms.clone());
     let journal = Journal::new(state.clone());
     let registry = open_registry(&config, &hsm, &journal).await?;
+    let devices = Rules::new(&config);
     let (tls, listen, public, node) = (config.tls, config.listen, config.public, config.node);
-    let products = products(config.profiles, config.issuers);
     let (rules, clock) = (config.key_pool, Clock::system());
     let pool = KeyPool::new(hsm.clone(), state, journal.clone(), registry.clone(), rules, clock);
     let keeping = tokio::spawn(Arc::clone(&pool).run());
-    let (stations, lifetime) = (config.stations, config.session_lifetime);
-    let provisioner = Arc::new(Provisioner::new(hsm, journal, registry, pool, products, stations, lifetime));
+    let lifetime = config.session_lifetime;
+    let provisioner = Arc::new(Provisioner::new(hsm, journal, registry, pool, devices, lifetime));
     let tidying = tokio::spawn({
         let provisioner = Arc::clone(&provisioner);
         async move { keep_tidy(&provisioner).await }
@@ -220,18 +219,6 @@ async fn open_registry(config: &DaemonConfig, hsm: &Hsm, journal: &Journal) -> R
         )),
         _ => Ok(registry),
     }
-}
-
-fn products(
-    profiles: BTreeMap<spp::names::ProfileName, spp::certificate::Profile>,
-    mut issuers: BTreeMap<spp::names::ProfileName, spp::certificate::IssuerCertificate>,
-) -> BTreeMap<spp::names::ProfileName, Product> {
-    // The configuration is valid only if every profile has its issuer.
-    let product = |(name, profile): (spp::names::ProfileName, spp::certificate::Profile)| {
-        let issuer = Issuer::new(profile.issuer().clone(), issuers.remove(&name)?);
-        Some((name, Product { profile, issuer }))
-    };
-    profiles.into_iter().filter_map(product).collect()
 }
 
 /// True once SIGTERM or SIGINT came.

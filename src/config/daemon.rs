@@ -17,10 +17,10 @@ use super::store::{self, StoreConfig, StoreShape};
 use super::tls::{self, TlsConfig, TlsShape};
 use super::{Faults, read_toml};
 use crate::certificate::{IssuerCertificate, Profile};
-use crate::hsm::{Hsms, KeyRegister, SigningUse};
+use crate::hsm::{Hsms, KeyRegister, SigningKey, SigningUse};
 use crate::keypool::PoolRules;
 use crate::keys::{SignatureAlgorithm, sha256};
-use crate::names::ProfileName;
+use crate::names::{KeyName, ProfileName};
 
 /// Everything the daemon needs to start, valid by construction.
 pub struct DaemonConfig {
@@ -46,6 +46,9 @@ pub struct DaemonConfig {
     pub profiles: BTreeMap<ProfileName, Profile>,
     /// The certificates of the manufacturer's signing keys, by the profile that uses them.
     pub issuers: BTreeMap<ProfileName, IssuerCertificate>,
+    /// The certificates of all keys of the register that sign devices, as far as they are there: a session may be one of a key that no
+    /// profile names any more.
+    pub signers: BTreeMap<KeyName, IssuerCertificate>,
     /// What stations may do.
     pub stations: Stations,
     /// How it logs.
@@ -191,6 +194,7 @@ impl DaemonConfig {
             session_lifetime: shape.sessions.lifetime,
             profiles,
             issuers,
+            signers: keys.as_ref().map(load_signers).unwrap_or_default(),
             stations,
             log: shape.log,
             audit: shape.audit.under(base),
@@ -282,4 +286,16 @@ fn load_issuers(
         }
     }
     issuers
+}
+
+/// A certificate that is not there, or is wrong, is a fault only where a profile names its key.
+fn load_signers(keys: &KeyRegister) -> BTreeMap<KeyName, IssuerCertificate> {
+    let of_devices = keys.signing.iter().filter(|key| key.use_ == SigningUse::Device);
+    let certificate = |key: &SigningKey| {
+        let pem = std::fs::read_to_string(&key.certificate).ok()?;
+        let algorithm = SignatureAlgorithm::default_for(key.public_key.kind());
+        let issuer = IssuerCertificate::from_pem(&pem, algorithm).ok()?;
+        (issuer.public_key() == &key.public_key).then(|| (key.name.clone(), issuer))
+    };
+    of_devices.filter_map(certificate).collect()
 }

@@ -71,15 +71,25 @@ impl Stations {
         profile: &ProfileName,
         identity: &DeviceIdentity,
     ) -> Result<(), NotPermitted> {
-        let station = self.0.get(name).ok_or_else(|| NotPermitted::Unknown(name.clone()))?;
+        let station = self.find(name)?;
         if !station.profiles.contains(profile) {
             return Err(NotPermitted::Profile(name.clone(), profile.clone()));
         }
+        self.permit_identity(name, identity)
+    }
+
+    /// Whether the station may work on this identity, whatever the profile.
+    pub fn permit_identity(&self, name: &StationName, identity: &DeviceIdentity) -> Result<(), NotPermitted> {
+        let station = self.find(name)?;
         let text = identity.to_string();
         if !station.identities.iter().any(|range| text.starts_with(range)) {
             return Err(NotPermitted::Identity(name.clone(), identity.clone()));
         }
         Ok(())
+    }
+
+    fn find(&self, name: &StationName) -> Result<&Station, NotPermitted> {
+        self.0.get(name).ok_or_else(|| NotPermitted::Unknown(name.clone()))
     }
 
     /// How many are configured.

@@ -106,7 +106,7 @@ async fn status(provisioner: &Provisioner, node: NodeInfo) -> Result<proto::GetS
         free_bytes,
         free_bytes_floor,
         services: missing(provisioner).into_iter().map(service_status).collect(),
-        profiles: provisioner.profiles().map(ToString::to_string).collect(),
+        profiles: provisioner.rules().profiles().map(ToString::to_string).collect(),
     })
 }
 

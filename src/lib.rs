@@ -33,6 +33,7 @@
 //! | [`tlog`] | notes, checkpoints, tiles, inclusion proofs; pure | nothing |
 //! | [`registry`] | the public database as a transparency log: files, sequencer, mirrors, witnesses, verification | its directory, the log key, HTTP as a client |
 //! | [`audit`] | what officers did, in a chain that only grows | its file |
+//! | [`connections`] | how every listener accepts, its TLS, the stop | sockets |
 //! | [`rpc`] | services, callers, the table from errors to statuses, TLS, drain | gRPC |
 //! | [`web`] | records, the log and pages for anybody; metrics | HTTP |
 //! | [`device`] | the personal device, the reference for firmware authors | its flash file |
@@ -62,6 +63,7 @@ pub mod audit;
 pub mod certificate;
 pub mod clock;
 pub mod config;
+pub mod connections;
 pub mod description;
 pub mod device;
 pub mod hsm;

@@ -11,6 +11,7 @@ use sd_notify::NotifyState;
 use spp::audit::{self, AuditLog, Entry, Outcome};
 use spp::clock::Clock;
 use spp::config::{DaemonConfig, LogConfig, LogFormat};
+use spp::connections::TlsInForce;
 use spp::description;
 use spp::hsm::{Hsm, PinKeeper, PinSource, keeper, worker};
 use spp::keypool::KeyPool;
@@ -150,7 +151,7 @@ async fn run(
     let journal = Journal::new(state.clone());
     let registry = open_registry(&config, &hsm, &journal).await?;
     let devices = Rules::new(&config);
-    let (tls, listen, public, node) = (config.tls, config.listen, config.public, config.node);
+    let (tls, listen, public, node) = (TlsInForce::new(&config.tls), config.listen, config.public, config.node);
     let (rules, clock) = (config.key_pool, Clock::system());
     let pool = KeyPool::new(hsm.clone(), state, journal.clone(), registry.clone(), rules, clock);
     let keeping = tokio::spawn(Arc::clone(&pool).run());

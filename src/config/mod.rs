@@ -22,5 +22,5 @@ pub use public::PublicConfig;
 pub use registry::{RegistryAccess, RegistryConfig};
 pub use stations::{NotPermitted, Stations};
 pub use store::StoreConfig;
-pub use tls::{ServerIdentity, TlsConfig};
+pub use tls::TlsConfig;
 pub(crate) use toml_file::read_toml;

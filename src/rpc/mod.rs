@@ -9,6 +9,7 @@ mod door;
 mod health;
 mod line;
 mod messages;
+mod mutual;
 mod officer;
 mod pool;
 mod recovery;

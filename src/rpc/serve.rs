@@ -9,17 +9,17 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tonic::service::Routes;
-use tonic::transport::server::TcpIncoming;
-use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
+use tonic::transport::Server;
 use tower::filter::FilterLayer;
 
 use super::door::Door;
 use super::line::LineService;
 use super::officer::{NodeInfo, OfficerService};
 use super::recovery::RecoveryService;
-use super::{health, roles};
+use super::{health, mutual, roles};
 use crate::audit::AuditLog;
-use crate::config::{Listen, TlsConfig};
+use crate::config::Listen;
+use crate::connections::{TlsInForce, stopped};
 use crate::proto::DESCRIPTORS;
 use crate::proto::line_server::LineServer;
 use crate::proto::officer_server::OfficerServer;
@@ -82,7 +82,7 @@ impl Listening {
     /// Serves until `stop` is true, then drains: nothing new is accepted, calls in flight are finished.
     pub async fn serve(
         self,
-        tls: &TlsConfig,
+        tls: &TlsInForce,
         public: Public,
         provisioner: &Arc<Provisioner>,
         audit: &Arc<AuditLog>,
@@ -100,26 +100,24 @@ impl Listening {
             RecoveryServer::new(RecoveryService { provisioner: Arc::clone(provisioner), door: Door::public() })
                 .max_decoding_message_size(MAX_REQUEST);
 
-        let mutual = server_tls(tls)?.client_ca_root(Certificate::from_pem(&tls.client_ca));
         let door = || FilterLayer::new(roles::admit::<tonic::body::Body>);
-        let stations = builder("stations", mutual.clone())?.layer(door()).add_service(line);
-        let officers = builder("officers", mutual)?.layer(door()).add_service(officer);
+        let stations = builder().layer(door()).add_service(line);
+        let officers = builder().layer(door()).add_service(officer);
         // gRPC beside HTTP: the public listener speaks both.
         let grpc = Routes::new(recovery).add_service(health.clone()).add_service(reflection("the public")?);
-        let public_tls = tls.public_config(&[b"h2", b"http/1.1"]);
-        let public_tls = public_tls.map_err(|cause| ServeError::Transport { whom: "the public", cause })?;
-        let (stopped, grpc) = (stop.clone(), grpc.prepare().into_axum_router());
+        let grpc = grpc.prepare().into_axum_router();
 
         let mut serving = JoinSet::new();
+        let (public_tls, stop_public) = (tls.public.clone(), stop.clone());
         serving.spawn(async move {
-            public.serve(self.public, public_tls, grpc, stopped).await;
+            public.serve(self.public, public_tls, grpc, stop_public).await;
             Ok(())
         });
         for (whom, router, listener) in [("stations", stations, self.line), ("officers", officers, self.officer)] {
             let reflection = reflection(whom)?;
             let router = router.add_service(health.clone()).add_service(reflection);
-            let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-            let stopped = wait_for(stop.clone());
+            let incoming = mutual::connections(listener, tls.mutual.clone());
+            let stopped = stopped(stop.clone());
             serving.spawn(async move {
                 let served = router.serve_with_incoming_shutdown(incoming, stopped).await;
                 served.map_err(|e| ServeError::Transport { whom, cause: with_sources(&e) })
@@ -131,21 +129,13 @@ impl Listening {
     }
 }
 
-fn builder(whom: &'static str, tls: ServerTlsConfig) -> Result<Server, ServeError> {
+fn builder() -> Server {
     Server::builder()
         .timeout(CALL_LIMIT)
         .max_concurrent_streams(MAX_STREAMS)
         .concurrency_limit_per_connection(MAX_STREAMS as usize)
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
-        .tls_config(tls)
-        .map_err(|e| ServeError::Transport { whom, cause: with_sources(&e) })
-}
-
-fn server_tls(tls: &TlsConfig) -> Result<ServerTlsConfig, ServeError> {
-    // Exposed to the TLS library, which keeps its own form of it.
-    let identity = Identity::from_pem(&tls.identity.certificate, tls.identity.key.expose());
-    Ok(ServerTlsConfig::new().identity(identity).timeout(Duration::from_secs(10)))
 }
 
 fn reflection(
@@ -161,17 +151,12 @@ fn reflection(
         .map_err(|e| ServeError::Transport { whom, cause: e.to_string() })
 }
 
-async fn wait_for(mut stop: watch::Receiver<bool>) {
-    // An error means that the sender is gone, which is a stop as well.
-    let _ = stop.wait_for(|stop| *stop).await;
-}
-
 /// Waits for the stop, then for the drain, at most so long. A listener that ends by itself ends them all.
 async fn end(serving: &mut JoinSet<Result<(), ServeError>>, stop: watch::Receiver<bool>) -> Result<(), ServeError> {
     let failed = |e: tokio::task::JoinError| ServeError::Transport { whom: "a listener", cause: e.to_string() };
     tokio::select! {
         Some(ended) = serving.join_next() => return ended.map_err(failed)?,
-        () = wait_for(stop) => {}
+        () = stopped(stop) => {}
     }
     let drained = tokio::time::timeout(DRAIN, async {
         while let Some(ended) = serving.join_next().await {

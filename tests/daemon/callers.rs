@@ -356,3 +356,21 @@ async fn a_stations_key_stays_where_it_was_made() {
     let output = site.try_sppctl("station enroll x --config sppd.toml --csr changed.pem --out tls/x");
     assert!(String::from_utf8_lossy(&output.stderr).contains("not signed by its own key"), "{output:?}");
 }
+
+#[tokio::test]
+async fn whoever_says_nothing_holds_up_nobody_and_is_sent_away() {
+    let site = Site::running();
+    let mut silent = Vec::new();
+    for _ in 0..50 {
+        silent.push(tokio::net::TcpStream::connect(("127.0.0.1", site.line)).await.unwrap());
+    }
+    let began = std::time::Instant::now();
+    assemble(&mut site.station().await, &phone(1)).await.expect("their handshakes are waited for by nobody else");
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    for mut stream in silent {
+        let mut octet = [0; 1];
+        let read = tokio::io::AsyncReadExt::read(&mut stream, &mut octet);
+        let ended = tokio::time::timeout(Duration::from_secs(20), read).await;
+        assert!(matches!(ended, Ok(Ok(0) | Err(_))), "{ended:?}");
+    }
+}

@@ -33,6 +33,7 @@
 //! | [`tlog`] | notes, checkpoints, tiles, inclusion proofs; pure | nothing |
 //! | [`registry`] | the public database as a transparency log: files, sequencer, mirrors, witnesses, verification | its directory, the log key, HTTP as a client |
 //! | [`audit`] | what officers did, in a chain that only grows | its file |
+//! | [`reload`], [`logging`] | the configuration in force, and its exchange; the log's level | what is exchanged |
 //! | [`connections`] | how every listener accepts, its TLS, the stop | sockets |
 //! | [`rpc`] | services, callers, the table from errors to statuses, TLS, drain | gRPC |
 //! | [`web`] | records, the log and pages for anybody; metrics | HTTP |
@@ -70,12 +71,14 @@ pub mod hsm;
 pub mod keypool;
 pub mod keys;
 pub mod line;
+pub mod logging;
 pub mod names;
 pub mod officer;
 pub mod package;
 pub mod process;
 pub mod provisioning;
 pub mod registry;
+pub mod reload;
 pub mod rpc;
 pub mod secret;
 pub mod store;

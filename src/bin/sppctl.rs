@@ -13,7 +13,8 @@ use spp::description::Describe;
 use spp::hsm::{Ceremony, KeyRegister, ModuleProfile, PinSource, initialise_token};
 use spp::names::{AuditorName, BackOfficeName, MonitorName, OfficerName, StationName};
 use spp::officer::{
-    self, CeremonyPlan, Enrolment, Held, HsmCommand, HsmFile, PoolCommand, ReadAuditCommand, RegistryCommand,
+    self, CeremonyPlan, DaemonArgs, Enrolment, Held, HsmCommand, HsmFile, PoolCommand, ReadAuditCommand,
+    RegistryCommand, StatusError,
 };
 use spp::registry::TransparencyLog;
 use spp::store::SledStateStore;
@@ -91,6 +92,12 @@ enum Command {
     Hsm(HsmCommand),
     #[command(flatten)]
     Describe(Describe),
+    /// Have the running daemon read its configuration again: profiles, stations, TLS, log level. All of it takes effect, or nothing.
+    Reload {
+        /// Which daemon.
+        #[command(flatten)]
+        daemon: DaemonArgs,
+    },
     /// Tell how the running daemon is.
     Status {
         /// The officer listener, https://HOST:PORT.
@@ -340,7 +347,8 @@ fn run(command: Command) -> Result<(), String> {
             }
             enroll(AccessName::Server { dns, ips: ip }, common)
         }
-        Command::Pool(command) => pool(command),
+        Command::Pool(command) => ask(command.run()),
+        Command::Reload { daemon } => ask(officer::reload(daemon)),
         Command::Registry(command) => command.run(),
         Command::Hsm(command) => command.run(),
         Command::Status { server, tls, wait, json } => status(&server, &tls, wait, json),
@@ -479,9 +487,10 @@ fn enroll(name: AccessName, args: EnrollArgs) -> Result<(), String> {
     Ok(())
 }
 
-fn pool(command: PoolCommand) -> Result<(), String> {
+/// Asks the running daemon.
+fn ask(work: impl Future<Output = Result<(), StatusError>>) -> Result<(), String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| e.to_string())?;
-    runtime.block_on(command.run()).map_err(|e| e.to_string())
+    runtime.block_on(work).map_err(|e| e.to_string())
 }
 
 fn status(server: &str, tls: &Path, wait: Option<Duration>, json: bool) -> Result<(), String> {

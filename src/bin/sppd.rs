@@ -10,18 +10,21 @@ use clap_complete::Shell;
 use sd_notify::NotifyState;
 use spp::audit::{self, AuditLog, Entry, Outcome};
 use spp::clock::Clock;
-use spp::config::{DaemonConfig, LogConfig, LogFormat};
+use spp::config::DaemonConfig;
 use spp::connections::TlsInForce;
 use spp::description;
 use spp::hsm::{Hsm, PinKeeper, PinSource, keeper, worker};
 use spp::keypool::KeyPool;
+use spp::logging::{self, LogLevel};
 use spp::provisioning::{Provisioner, Rules, keep_tidy};
 use spp::registry::{HsmSigner, TransparencyLog};
-use spp::rpc::{Listening, NodeInfo};
+use spp::reload::Reloader;
+use spp::rpc::{House, Listening, NodeInfo};
 use spp::store::{Batch, Journal, Purpose, Registry, SecretStore, SledStateStore};
 use spp::web::{Metrics, Public};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 
 /// The secure processing point: gives every device on the line its identity and its keys.
 #[derive(Parser)]
@@ -71,7 +74,7 @@ fn main() -> ExitCode {
             return ExitCode::from(78);
         }
     };
-    start_logging(&config.log);
+    let log = logging::start(&config.log);
     if let Err(message) = ask_for_pins(&mut config) {
         return ended(Err(message));
     }
@@ -83,7 +86,8 @@ fn main() -> ExitCode {
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let result = runtime.map_err(|e| e.to_string()).and_then(|runtime| {
-        let result = runtime.block_on(async { if cli.check { check(config).await } else { serve(config).await } });
+        let result = runtime
+            .block_on(async { if cli.check { check(config).await } else { serve(Start { path, config, log }).await } });
         runtime.shutdown_timeout(Duration::from_secs(5));
         result
     });
@@ -113,19 +117,17 @@ fn ended(result: Result<(), String>) -> ExitCode {
     }
 }
 
-fn start_logging(log: &LogConfig) {
-    // The configuration has checked the filter.
-    let filter = tracing_subscriber::EnvFilter::try_new(&log.level).unwrap_or_default();
-    let logging = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    match log.format {
-        LogFormat::Human => logging.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init(),
-        LogFormat::Json => logging.json().init(),
-    }
+/// What was read at the start, and may be read again.
+struct Start {
+    path: PathBuf,
+    config: DaemonConfig,
+    log: LogLevel,
 }
 
 /// Opens the audit log and the listeners, serves, and records both ends of it.
-async fn serve(config: DaemonConfig) -> Result<(), String> {
-    let state = open_state(&config)?;
+async fn serve(start: Start) -> Result<(), String> {
+    let config = &start.config;
+    let state = open_state(config)?;
     let audit = Arc::new(AuditLog::open(&config.audit.directory, &config.node).map_err(|e| e.to_string())?);
     let listening = Listening::bind(&config.listen).await.map_err(|e| e.to_string())?;
     let metrics = match config.listen.metrics {
@@ -133,7 +135,7 @@ async fn serve(config: DaemonConfig) -> Result<(), String> {
         None => None,
     };
     record_start(&audit, &config.fingerprint).await?;
-    let served = run(config, state, &audit, listening, metrics).await;
+    let served = run(start, state, &audit, listening, metrics).await;
     record_stop(&audit, &served).await;
     tracing::info!("drained; goodbye");
     served
@@ -141,7 +143,7 @@ async fn serve(config: DaemonConfig) -> Result<(), String> {
 
 /// Starts the HSM's worker, opens the public database, takes up what a crash left, serves, drains.
 async fn run(
-    config: DaemonConfig,
+    Start { path, config, log }: Start,
     state: Arc<SledStateStore>,
     audit: &Arc<AuditLog>,
     listening: Listening,
@@ -150,25 +152,29 @@ async fn run(
     let hsm = Hsm::start(config.hsms.clone());
     let journal = Journal::new(state.clone());
     let registry = open_registry(&config, &hsm, &journal).await?;
-    let devices = Rules::new(&config);
-    let (tls, listen, public, node) = (TlsInForce::new(&config.tls), config.listen, config.public, config.node);
-    let (rules, clock) = (config.key_pool, Clock::system());
+    let (rules, clock) = (config.key_pool.clone(), Clock::system());
     let pool = KeyPool::new(hsm.clone(), state, journal.clone(), registry.clone(), rules, clock);
     let keeping = tokio::spawn(Arc::clone(&pool).run());
     let lifetime = config.session_lifetime;
-    let provisioner = Arc::new(Provisioner::new(hsm, journal, registry, pool, devices, lifetime));
+    let provisioner = Arc::new(Provisioner::new(hsm, journal, registry, pool, Rules::new(&config), lifetime));
     let tidying = tokio::spawn({
         let provisioner = Arc::clone(&provisioner);
         async move { keep_tidy(&provisioner).await }
     });
     let stop = stop_on_signal()?;
+    let public = Public::new(Arc::clone(&provisioner), &config.public, &config.registry);
     let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-    tracing::info!(line = %listen.line, officer = %listen.officer, public = %listen.public, %node, "listening");
+    let node = NodeInfo { name: config.node.clone(), started };
+    let (tls, listen) = (TlsInForce::new(&config.tls), config.listen);
+    let (devices, recorded) = (Arc::clone(&provisioner), Arc::clone(audit));
+    let reloader = Arc::new(Reloader::new(path, config, devices, tls.clone(), log, recorded));
+    let reloading = reload_on_signal(Arc::clone(&reloader))?;
+    tracing::info!(line = %listen.line, officer = %listen.officer, public = %listen.public, node = %node.name, "listening");
     notify(&[NotifyState::Ready]);
     let scraping = metrics.map(|metrics| tokio::spawn(metrics.serve(Arc::clone(&provisioner), stop.clone())));
-    let node = NodeInfo { name: node, started };
-    let public = Public::new(Arc::clone(&provisioner), &public, &config.registry);
-    let served = listening.serve(&tls, public, &provisioner, audit, node, stop.clone()).await;
+    let house = House { node, audit: Arc::clone(audit), reloader };
+    let served = listening.serve(&tls, public, &provisioner, house, stop.clone()).await;
+    reloading.abort();
     tidying.abort();
     keeping.abort();
     if let Some(scraping) = scraping {
@@ -237,6 +243,20 @@ fn stop_on_signal() -> Result<watch::Receiver<bool>, String> {
         let _ = sender.send(true);
     });
     Ok(stop)
+}
+
+/// SIGHUP: the configuration is read again. How that ended is in the log and on record.
+fn reload_on_signal(reloader: Arc<Reloader>) -> Result<JoinHandle<()>, String> {
+    let mut hang_up = signal(SignalKind::hangup()).map_err(|e| e.to_string())?;
+    Ok(tokio::spawn(async move {
+        while hang_up.recv().await.is_some() {
+            notify(&[NotifyState::Reloading]);
+            if let Err(error) = reloader.reload("sppd").await {
+                tracing::error!(%error, "SIGHUP changed nothing");
+            }
+            notify(&[NotifyState::Ready]);
+        }
+    }))
 }
 
 fn notify(state: &[NotifyState<'_>]) {

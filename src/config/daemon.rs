@@ -12,6 +12,7 @@ use super::hsm::HsmShapes;
 use super::key_pool::{self, KeyPoolShape};
 use super::public::PublicConfig;
 use super::registry::{self, RegistryConfig, RegistryShape};
+use super::settings::Settings;
 use super::stations::{StationShape, Stations};
 use super::store::{self, StoreConfig, StoreShape};
 use super::tls::{self, TlsConfig, TlsShape};
@@ -57,6 +58,7 @@ pub struct DaemonConfig {
     pub audit: AuditConfig,
     /// SHA-256 of the file, which tells in the audit log what was in force.
     pub fingerprint: [u8; 32],
+    pub(super) settings: Settings,
 }
 
 /// The listeners.
@@ -124,6 +126,8 @@ pub(super) struct Shape {
     /// Of the text that this was read from.
     #[serde(skip)]
     fingerprint: [u8; 32],
+    #[serde(skip)]
+    settings: Settings,
 }
 
 #[derive(Deserialize)]
@@ -199,6 +203,7 @@ impl DaemonConfig {
             log: shape.log,
             audit: shape.audit.under(base),
             fingerprint: shape.fingerprint,
+            settings: shape.settings,
         })
     }
 }
@@ -206,7 +211,7 @@ impl DaemonConfig {
 pub(super) fn read_shape(path: &Path, place: &str, faults: &mut Faults) -> Option<Shape> {
     let text = faults.note(place, std::fs::read_to_string(path))?;
     let shape: Shape = read_toml(place, &text, faults)?;
-    Some(Shape { fingerprint: sha256(text.as_bytes()), ..shape })
+    Some(Shape { fingerprint: sha256(text.as_bytes()), settings: Settings::of(&text), ..shape })
 }
 
 /// Where relative paths of a file begin.

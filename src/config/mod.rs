@@ -1,6 +1,7 @@
 //! Files people write: the file's shape and the validated value are two types, and every fault is reported at once.
 
 mod audit;
+mod changes;
 mod daemon;
 mod faults;
 mod files;
@@ -8,6 +9,7 @@ mod hsm;
 mod key_pool;
 mod public;
 mod registry;
+mod settings;
 mod stations;
 mod store;
 mod tls;

@@ -11,8 +11,8 @@ use crate::names::{DeviceIdentity, ProfileName, StationName};
 #[derive(Debug, Clone, Default)]
 pub struct Stations(BTreeMap<StationName, Station>);
 
-#[derive(Debug, Clone)]
-struct Station {
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Station {
     profiles: Vec<ProfileName>,
     identities: Vec<String>,
 }
@@ -90,6 +90,11 @@ impl Stations {
 
     fn find(&self, name: &StationName) -> Result<&Station, NotPermitted> {
         self.0.get(name).ok_or_else(|| NotPermitted::Unknown(name.clone()))
+    }
+
+    /// Each with what it may do.
+    pub(super) const fn each(&self) -> &BTreeMap<StationName, Station> {
+        &self.0
     }
 
     /// How many are configured.

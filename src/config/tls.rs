@@ -1,5 +1,6 @@
 //! `[tls]` of `sppd.toml`: who the daemon is, and whose certificates its callers show.
 
+use std::collections::BTreeMap;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,6 +15,7 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use serde::Deserialize;
 
 use super::{Faults, open_private};
+use crate::keys::sha256;
 use crate::secret::SecretBytes;
 
 /// Who the daemon is, and whose certificates its callers show, as the TLS library takes it: what is not usable is a fault of the
@@ -24,6 +26,8 @@ pub struct TlsConfig {
     /// For the public, who shows no certificate and speaks HTTP as well. Browsers know other authorities than stations, so that the
     /// daemon may be somebody else here.
     pub public: Arc<ServerConfig>,
+    /// SHA-256 of the files that this was made of, by setting.
+    pub(super) files: BTreeMap<String, [u8; 32]>,
 }
 
 #[derive(Deserialize)]
@@ -41,7 +45,7 @@ pub(super) fn check(
     base: &Path,
     faults: &mut Faults,
 ) -> Option<TlsConfig> {
-    let files = Files { place, base };
+    let mut files = Files { place, base, read: BTreeMap::new() };
     let inner = files.identity("tls", &shape.certificate, &shape.key, faults);
     let client_ca = files.read("tls.client_ca", &shape.client_ca, faults);
     let clients = client_ca.and_then(|pem| faults.note(format!("{place}: tls"), clients_of(&pem)));
@@ -52,27 +56,30 @@ pub(super) fn check(
     let mutual = faults.note(format!("{place}: tls"), server_config(inner?, clients?, &[b"h2"]))?;
     let nobody = WebPkiClientVerifier::no_client_auth();
     let public = faults.note(format!("{place}: public"), server_config(outer?, nobody, &[b"h2", b"http/1.1"]))?;
-    Some(TlsConfig { mutual, public })
+    Some(TlsConfig { mutual, public, files: files.read })
 }
 
 const HINT: &str = "make it with sppctl server enroll";
 
-/// Where the files of one configuration are.
+/// The files of one configuration, and the hashes of those that were read.
 struct Files<'a> {
     place: &'a str,
     base: &'a Path,
+    read: BTreeMap<String, [u8; 32]>,
 }
 
 impl Files<'_> {
-    fn read(&self, name: &str, path: &Path, faults: &mut Faults) -> Option<Vec<u8>> {
+    fn read(&mut self, name: &str, path: &Path, faults: &mut Faults) -> Option<Vec<u8>> {
         let path = self.base.join(path);
         let octets = std::fs::read(&path).map_err(|e| format!("{}: {e}; {HINT}", path.display()));
-        faults.note(format!("{}: {name}", self.place), octets)
+        let octets = faults.note(format!("{}: {name}", self.place), octets)?;
+        self.read.insert(name.to_owned(), sha256(&octets));
+        Some(octets)
     }
 
     /// A certificate and its key, which belong together.
     fn identity(
-        &self,
+        &mut self,
         section: &str,
         certificate: &Path,
         key: &Path,
@@ -80,10 +87,13 @@ impl Files<'_> {
     ) -> Option<Arc<CertifiedKey>> {
         let place = self.place;
         let certificate = self.read(&format!("{section}.certificate"), certificate, faults);
-        let at = format!("{place}: {section}.key");
+        let name = format!("{section}.key");
+        let at = format!("{place}: {name}");
         let opened = faults.note(&at, open_private(&self.base.join(key)).map_err(|e| format!("{e}; {HINT}")))?;
         let mut key = SecretBytes::new(Vec::with_capacity(8192));
         faults.note(&at, opened.take(8192).read_to_end(key.expose_mut()))?;
+        // Exposed to be hashed: a reload tells whether it is another one.
+        self.read.insert(name, sha256(key.expose()));
         faults.note(format!("{place}: {section}"), certified(&certificate?, &key))
     }
 }

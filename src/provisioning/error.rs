@@ -6,6 +6,7 @@ use crate::hsm::HsmError;
 use crate::keypool::PoolError;
 use crate::names::{ChipId, DeviceIdentity, SessionId};
 use crate::package::{BackupRefused, ConfirmationRefused, PackageError};
+use crate::reload::ReloadError;
 use crate::store::{PublishError, ReserveError, StateName, StoreError, Taken};
 
 /// One field that is wrong, and why.
@@ -103,6 +104,9 @@ pub enum ProvisionError {
     /// So many calls are being answered that this one is not begun.
     #[error("{0} calls are being answered already")]
     HouseFull(usize),
+    /// A new configuration did not take effect.
+    #[error(transparent)]
+    Reload(#[from] ReloadError),
     /// The audit log: what cannot be recorded is not done.
     #[error(transparent)]
     Audit(#[from] AuditError),

@@ -18,6 +18,6 @@ mod serve;
 mod status;
 
 pub(crate) use health::{line_trouble, missing};
-pub use officer::NodeInfo;
+pub use officer::{House, NodeInfo};
 pub use serve::{Listening, ServeError};
 pub(crate) use status::{busy, too_fast};

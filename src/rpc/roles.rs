@@ -29,6 +29,7 @@ const TABLE: &[(&str, Whom)] = {
         ("/spp.v1.Officer/GetPoolStatus", These(&[Officer, Auditor, Monitor])),
         ("/spp.v1.Officer/FillPool", These(&[Officer])),
         ("/spp.v1.Officer/ShredPool", These(&[Officer])),
+        ("/spp.v1.Officer/Reload", These(&[Officer])),
         ("/spp.v1.Recovery/GetRecord", Anybody),
         ("/spp.v1.Recovery/GetProof", Anybody),
         ("/spp.v1.Recovery/GetCheckpoint", Anybody),
@@ -94,7 +95,7 @@ mod tests {
 
     #[test]
     fn who_only_reads_changes_nothing() {
-        let changes = ["Assemble", "Complete", "Abort", "FillPool", "ShredPool"];
+        let changes = ["Assemble", "Complete", "Abort", "FillPool", "ShredPool", "Reload"];
         for (method, whom) in TABLE {
             let Whom::These(roles) = whom else { continue };
             let changes = changes.iter().any(|name| method.ends_with(&format!("/{name}")));

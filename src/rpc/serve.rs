@@ -14,10 +14,9 @@ use tower::filter::FilterLayer;
 
 use super::door::Door;
 use super::line::LineService;
-use super::officer::{NodeInfo, OfficerService};
+use super::officer::{House, OfficerService};
 use super::recovery::RecoveryService;
 use super::{health, mutual, roles};
-use crate::audit::AuditLog;
 use crate::config::Listen;
 use crate::connections::{TlsInForce, stopped};
 use crate::proto::DESCRIPTORS;
@@ -85,16 +84,14 @@ impl Listening {
         tls: &TlsInForce,
         public: Public,
         provisioner: &Arc<Provisioner>,
-        audit: &Arc<AuditLog>,
-        node: NodeInfo,
+        house: House,
         stop: watch::Receiver<bool>,
     ) -> Result<(), ServeError> {
         let (reporter, health) = tonic_health::server::health_reporter();
         let reporting = tokio::spawn(health::report(reporter, Arc::clone(provisioner)));
         let line = LineServer::new(LineService { provisioner: Arc::clone(provisioner), door: Door::line() })
             .max_decoding_message_size(MAX_REQUEST);
-        let (for_officers, audit) = (Arc::clone(provisioner), Arc::clone(audit));
-        let officer = OfficerService { provisioner: for_officers, node, door: Door::officer(), audit };
+        let officer = OfficerService { provisioner: Arc::clone(provisioner), house, door: Door::officer() };
         let officer = OfficerServer::new(officer).max_decoding_message_size(MAX_REQUEST);
         let recovery =
             RecoveryServer::new(RecoveryService { provisioner: Arc::clone(provisioner), door: Door::public() })

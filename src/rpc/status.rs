@@ -10,6 +10,7 @@ use crate::hsm::HsmError;
 use crate::keypool::PoolError;
 use crate::keys::KeyKind;
 use crate::provisioning::ProvisionError;
+use crate::reload::ReloadError;
 use crate::store::StoreError;
 
 /// `google.rpc.ErrorInfo.domain` of every error.
@@ -72,7 +73,8 @@ fn table(error: &ProvisionError) -> Told {
         }
         E::Store(StoreError::Damaged { .. } | StoreError::Place(_)) => told(Code::Internal, "STORE_FAULT"),
         E::Unsigned(_) => again(Code::Unavailable, "CHECKPOINT_UNSIGNED", SOON),
-        E::Audit(_) => again(Code::Unavailable, "AUDIT_AWAY", SOON),
+        E::Reload(ReloadError::Refused(_)) => told(Code::FailedPrecondition, "CONFIGURATION_REFUSED"),
+        E::Reload(ReloadError::Audit(_)) | E::Audit(_) => again(Code::Unavailable, "AUDIT_AWAY", SOON),
         E::Internal { .. } => told(Code::Internal, "FAULT"),
     }
 }

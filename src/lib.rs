@@ -34,6 +34,8 @@
 //! | [`registry`] | the public database as a transparency log: files, sequencer, mirrors, witnesses, verification | its directory, the log key, HTTP as a client |
 //! | [`access`] | who may call, what officers agree on, quotas, identities to give out | the state store, the access key |
 //! | [`audit`] | what was done and refused, in a chain that only grows | its file, the log key |
+//! | [`reload`], [`logging`] | the configuration in force, and its exchange; the log's level | what is exchanged |
+//! | [`connections`] | how every listener accepts, its TLS, the stop | sockets |
 //! | [`rpc`] | services, callers, the table from errors to statuses, TLS, drain | gRPC |
 //! | [`web`] | records, the log and pages for anybody; metrics | HTTP |
 //! | [`device`] | the personal device, the reference for firmware authors | its flash file |
@@ -64,18 +66,21 @@ pub mod audit;
 pub mod certificate;
 pub mod clock;
 pub mod config;
+pub mod connections;
 pub mod description;
 pub mod device;
 pub mod hsm;
 pub mod keypool;
 pub mod keys;
 pub mod line;
+pub mod logging;
 pub mod names;
 pub mod officer;
 pub mod package;
 pub mod process;
 pub mod provisioning;
 pub mod registry;
+pub mod reload;
 pub mod rpc;
 pub mod secret;
 pub mod store;

@@ -5,7 +5,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use super::quota::Quota;
-use super::rules::Rules;
+use super::rules::ApprovalRules;
 use crate::certificate::Role;
 use crate::keys::sha256;
 use crate::names::StationName;
@@ -38,7 +38,7 @@ pub enum Act {
     /// How many must approve what, and for how long a request stands.
     ChangeRules {
         /// From then on.
-        rules: Rules,
+        rules: ApprovalRules,
     },
     /// A ceremony on the token that destroys or replaces keys, once.
     Ceremony {

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use super::{
-    AccessError, Act, IdentityRange, IssuedAccess, LoadedRange, Quota, Refused, Request, RequestError, RequestId,
-    RequestState, Revocation, Rules, Signed, Standing, Statement, StationUse, Verdict,
+    AccessError, Act, ApprovalRules, IdentityRange, IssuedAccess, LoadedRange, Quota, Refused, Request, RequestError,
+    RequestId, RequestState, Revocation, Signed, Standing, Statement, StationUse, Verdict,
 };
 use crate::certificate::{
     AccessCertificate, AccessName, Caller, CallerCertificate, CertificateSerial, IssuerCertificate, access_certificate,
@@ -19,6 +19,7 @@ use crate::store::AccessStore;
 const LONGEST_LIFE: u64 = 3650 * 24 * 60 * 60;
 
 /// The key that signs access certificates, with its own one.
+#[derive(Clone)]
 pub struct AccessAuthority {
     /// The key's name in the HSM.
     pub key: KeyName,
@@ -93,7 +94,7 @@ impl Desk {
     /// Takes the configuration's rules and quotas over, as far as that needs nobody's approval: see [`AccessStore::settle`].
     pub async fn settle(
         &self,
-        rules: Rules,
+        rules: ApprovalRules,
         quotas: Vec<(StationName, Quota)>,
         whole: bool,
     ) -> Result<SettledNow, AccessError> {
@@ -101,7 +102,7 @@ impl Desk {
     }
 
     /// The rules in force.
-    pub async fn rules(&self) -> Result<Rules, AccessError> {
+    pub async fn rules(&self) -> Result<ApprovalRules, AccessError> {
         Ok(self.store.rules().await?.map(|settled| settled.in_force).unwrap_or_default())
     }
 

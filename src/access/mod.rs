@@ -19,7 +19,7 @@ pub use desk::{AccessAuthority, Asked, Desk, Enrolled, SettledNow};
 pub use quota::{Exceeded, NeedsApproval, Quota, SettledQuota, Usage};
 pub use range::IdentityRange;
 pub use request::{Request, RequestError, RequestId, RequestState};
-pub use rules::Rules;
+pub use rules::ApprovalRules;
 pub use standing::Standing;
 pub use statement::{Signed, Statement, Verdict, verify as verify_statement};
 
@@ -91,14 +91,14 @@ pub struct LoadedRange {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SettledRules {
     /// What the configuration said.
-    pub configured: Rules,
+    pub configured: ApprovalRules,
     /// What counts.
-    pub in_force: Rules,
+    pub in_force: ApprovalRules,
 }
 
 impl SettledRules {
     /// The first rules are those of the configuration; others take an approval, stricter ones, too: they could lock everybody out.
-    pub fn settle(known: Option<Self>, configured: Rules) -> Result<Self, NeedsApproval> {
+    pub fn settle(known: Option<Self>, configured: ApprovalRules) -> Result<Self, NeedsApproval> {
         match known {
             None => Ok(Self { configured, in_force: configured }),
             Some(known) if known.configured == configured => Ok(known),

@@ -14,7 +14,7 @@ const LONGEST: u64 = 30 * 24 * 60 * 60;
 /// Officers besides the one who requests, for each kind of act, and how long a request stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub struct Rules {
+pub struct ApprovalRules {
     /// Revoking a caller.
     pub revoke: u8,
     /// Raising a station's quota.
@@ -29,13 +29,13 @@ pub struct Rules {
     pub valid_for: u64,
 }
 
-impl Default for Rules {
+impl Default for ApprovalRules {
     fn default() -> Self {
         Self { revoke: 1, raise_quota: 1, change_rules: 1, destroy: 1, rotate: 1, valid_for: 24 * 60 * 60 }
     }
 }
 
-impl Rules {
+impl ApprovalRules {
     /// How many must approve such an act.
     pub const fn needed(&self, kind: ActKind) -> u8 {
         match kind {
@@ -61,7 +61,7 @@ impl Rules {
     }
 }
 
-impl fmt::Display for Rules {
+impl fmt::Display for ApprovalRules {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { revoke, raise_quota, change_rules, destroy, rotate, valid_for } = self;
         let valid = humantime::format_duration(std::time::Duration::from_secs(*valid_for));

@@ -100,6 +100,12 @@ enum Command {
     Hsm(HsmCommand),
     #[command(flatten)]
     Describe(Describe),
+    /// Have the running daemon read its configuration again: profiles, stations, TLS, log level. All of it takes effect, or nothing.
+    Reload {
+        /// Which daemon.
+        #[command(flatten)]
+        daemon: DaemonArgs,
+    },
     /// Tell how the running daemon is.
     Status {
         /// The officer listener, https://HOST:PORT.
@@ -450,6 +456,7 @@ fn run(command: Command) -> Result<(), String> {
         Command::Identities(command) => at_daemon(command.run()),
         Command::Renew(args) => at_daemon(officer::renew(args)),
         Command::Pool(command) => at_daemon(command.run()),
+        Command::Reload { daemon } => at_daemon(officer::reload(daemon)),
         Command::Registry(command) => command.run(),
         Command::Hsm(command) => command.run(),
         Command::Status { server, tls, wait, json } => status(&server, &tls, wait, json),
@@ -584,10 +591,10 @@ fn enroll(name: AccessName, args: EnrollArgs) -> Result<(), String> {
     Ok(())
 }
 
-/// Runs what is asked of the running daemon.
-fn at_daemon(asked: impl Future<Output = Result<(), StatusError>>) -> Result<(), String> {
+/// Asks the running daemon.
+fn at_daemon(work: impl Future<Output = Result<(), StatusError>>) -> Result<(), String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| e.to_string())?;
-    runtime.block_on(asked).map_err(|e| e.to_string())
+    runtime.block_on(work).map_err(|e| e.to_string())
 }
 
 fn status(server: &str, tls: &Path, wait: Option<Duration>, json: bool) -> Result<(), String> {

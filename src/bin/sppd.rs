@@ -1,6 +1,5 @@
 //! `sppd`: the daemon.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -9,21 +8,24 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use clap::{CommandFactory as _, Parser};
 use clap_complete::Shell;
 use sd_notify::NotifyState;
-use spp::access::{Desk, Quota, Rules};
+use spp::access::Desk;
 use spp::audit::{self, AuditKeeper, AuditLog, Auditor, CheckpointRules, Entry, Outcome};
 use spp::clock::Clock;
-use spp::config::{DaemonConfig, LogConfig, LogFormat};
+use spp::config::DaemonConfig;
+use spp::connections::TlsInForce;
 use spp::description;
 use spp::hsm::{Hsm, PinKeeper, PinSource, keeper, worker};
 use spp::keypool::KeyPool;
-use spp::names::StationName;
-use spp::provisioning::{Issuer, Product, Provisioner, keep_tidy};
+use spp::logging::{self, LogLevel};
+use spp::provisioning::{Provisioner, Rules, keep_tidy};
 use spp::registry::{HsmSigner, TransparencyLog, published_checkpoints};
-use spp::rpc::{Listening, NodeInfo};
+use spp::reload::{Exchanged, Reloader};
+use spp::rpc::{House, Listening, NodeInfo};
 use spp::store::{Batch, Journal, Purpose, Registry, SecretStore, SledStateStore};
 use spp::web::{Metrics, Public, Told};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 
 /// The secure processing point: gives every device on the line its identity and its keys.
 #[derive(Parser)]
@@ -73,7 +75,7 @@ fn main() -> ExitCode {
             return ExitCode::from(78);
         }
     };
-    start_logging(&config.log);
+    let log = logging::start(&config.log);
     if let Err(message) = ask_for_pins(&mut config) {
         return ended(Err(message));
     }
@@ -85,7 +87,8 @@ fn main() -> ExitCode {
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let result = runtime.map_err(|e| e.to_string()).and_then(|runtime| {
-        let result = runtime.block_on(async { if cli.check { check(config).await } else { serve(config).await } });
+        let result = runtime
+            .block_on(async { if cli.check { check(config).await } else { serve(Start { path, config, log }).await } });
         runtime.shutdown_timeout(Duration::from_secs(5));
         result
     });
@@ -115,19 +118,17 @@ fn ended(result: Result<(), String>) -> ExitCode {
     }
 }
 
-fn start_logging(log: &LogConfig) {
-    // The configuration has checked the filter.
-    let filter = tracing_subscriber::EnvFilter::try_new(&log.level).unwrap_or_default();
-    let logging = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    match log.format {
-        LogFormat::Human => logging.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init(),
-        LogFormat::Json => logging.json().init(),
-    }
+/// What was read at the start, and may be read again.
+struct Start {
+    path: PathBuf,
+    config: DaemonConfig,
+    log: LogLevel,
 }
 
 /// Opens the audit log and the listeners, serves, and records both ends of it.
-async fn serve(config: DaemonConfig) -> Result<(), String> {
-    let state = open_state(&config)?;
+async fn serve(start: Start) -> Result<(), String> {
+    let config = &start.config;
+    let state = open_state(config)?;
     let audit = Arc::new(AuditLog::open(&config.audit.directory, &config.node).map_err(|e| e.to_string())?);
     let listening = Listening::bind(&config.listen).await.map_err(|e| e.to_string())?;
     let metrics = match config.listen.metrics {
@@ -135,14 +136,14 @@ async fn serve(config: DaemonConfig) -> Result<(), String> {
         None => None,
     };
     record_start(&audit, &config.fingerprint).await?;
-    let served = run(config, state, &audit, listening, metrics).await;
+    let served = run(start, state, &audit, listening, metrics).await;
     tracing::info!("drained; goodbye");
     served
 }
 
 /// Starts the HSM's worker, opens the public database, takes up what a crash left, serves, drains.
 async fn run(
-    config: DaemonConfig,
+    Start { path, config, log }: Start,
     state: Arc<SledStateStore>,
     audit: &Arc<AuditLog>,
     listening: Listening,
@@ -154,23 +155,28 @@ async fn run(
     let auditor = Arc::new(Auditor::new(Arc::clone(audit)));
     let keeper = Arc::new(audit_keeper(&config, &auditor, &hsm, &registry));
     keeper.compare(config.audit.accepted_loss).await?;
-    let desk = Desk::open(state.clone(), hsm.clone(), config.authority, &config.node).await;
+    let desk = Desk::open(state.clone(), hsm.clone(), config.authority.clone(), &config.node).await;
     let desk = Arc::new(desk.map_err(|e| e.to_string())?);
-    settle(&desk, config.approvals, config.stations.quotas(), audit).await?;
-    let (tls, listen, public, node) = (config.tls, config.listen, config.public, config.node);
-    let products = products(config.profiles, config.issuers);
-    let (rules, clock) = (config.key_pool, Clock::system());
+    settle(&desk, &config, audit).await?;
+    let (rules, clock) = (config.key_pool.clone(), Clock::system());
     let pool = KeyPool::new(hsm.clone(), state, journal.clone(), registry.clone(), rules, clock);
     let keeping = tokio::spawn(Arc::clone(&pool).run());
-    let (stations, lifetime) = (config.stations, config.session_lifetime);
-    let provisioner = Arc::new(Provisioner::new(hsm, journal, registry, pool, products, stations, lifetime));
+    let lifetime = config.session_lifetime;
+    let provisioner = Arc::new(Provisioner::new(hsm, journal, registry, pool, Rules::new(&config), lifetime));
     let tidying = tokio::spawn({
         let provisioner = Arc::clone(&provisioner);
         async move { keep_tidy(&provisioner).await }
     });
     let stop = stop_on_signal()?;
+    let public = Public::new(Arc::clone(&provisioner), &config.public, &config.registry);
     let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-    tracing::info!(line = %listen.line, officer = %listen.officer, public = %listen.public, %node, "listening");
+    let node = NodeInfo { name: config.node.clone(), started };
+    let (tls, listen) = (TlsInForce::new(&config.tls), config.listen);
+    let (devices, recorded) = (Arc::clone(&provisioner), Arc::clone(audit));
+    let exchanged = Exchanged { provisioner: devices, desk: Arc::clone(&desk), tls: tls.clone(), log };
+    let reloader = Arc::new(Reloader::new(path, config, exchanged, recorded));
+    let reloading = reload_on_signal(Arc::clone(&reloader))?;
+    tracing::info!(line = %listen.line, officer = %listen.officer, public = %listen.public, node = %node.name, "listening");
     notify(&[NotifyState::Ready]);
     let watching = tokio::spawn({
         let (keeper, stop) = (Arc::clone(&keeper), stop.clone());
@@ -178,9 +184,9 @@ async fn run(
     });
     let told = Told { provisioner: Arc::clone(&provisioner), auditor: Arc::clone(&auditor) };
     let scraping = metrics.map(|metrics| tokio::spawn(metrics.serve(told, stop.clone())));
-    let node = NodeInfo { name: node, started };
-    let public = Public::new(Arc::clone(&provisioner), &public, &config.registry);
-    let served = listening.serve(&tls, public, &provisioner, &auditor, desk, node, stop.clone()).await;
+    let house = House { node, auditor, desk, reloader };
+    let served = listening.serve(&tls, public, &provisioner, house, stop.clone()).await;
+    reloading.abort();
     tidying.abort();
     keeping.abort();
     if let Some(scraping) = scraping {
@@ -206,8 +212,9 @@ fn audit_keeper(config: &DaemonConfig, auditor: &Arc<Auditor>, hsm: &Hsm, regist
 
 /// Takes over what the configuration says of rules and quotas. What needs the approval of another officer stays as it was, and is
 /// said: a daemon that did not start for it could not be asked for that approval.
-async fn settle(desk: &Desk, rules: Rules, quotas: Vec<(StationName, Quota)>, audit: &AuditLog) -> Result<(), String> {
-    for kept in desk.settle(rules, quotas, false).await.map_err(|e| e.to_string())? {
+async fn settle(desk: &Desk, config: &DaemonConfig, audit: &AuditLog) -> Result<(), String> {
+    let settled = desk.settle(config.approvals, config.stations.quotas(), false).await;
+    for kept in settled.map_err(|e| e.to_string())? {
         tracing::warn!(%kept, "the configuration is not in force as a whole");
         let entry = Entry::new("sppd", "config.settle", Outcome::Refused(kept));
         audit.record(entry).await.map_err(|e| e.to_string())?;
@@ -256,18 +263,6 @@ async fn open_registry(config: &DaemonConfig, hsm: &Hsm, journal: &Journal) -> R
     }
 }
 
-fn products(
-    profiles: BTreeMap<spp::names::ProfileName, spp::certificate::Profile>,
-    mut issuers: BTreeMap<spp::names::ProfileName, spp::certificate::IssuerCertificate>,
-) -> BTreeMap<spp::names::ProfileName, Product> {
-    // The configuration is valid only if every profile has its issuer.
-    let product = |(name, profile): (spp::names::ProfileName, spp::certificate::Profile)| {
-        let issuer = Issuer::new(profile.issuer().clone(), issuers.remove(&name)?);
-        Some((name, Product { profile, issuer }))
-    };
-    profiles.into_iter().filter_map(product).collect()
-}
-
 /// True once SIGTERM or SIGINT came.
 fn stop_on_signal() -> Result<watch::Receiver<bool>, String> {
     let mut terminate = signal(SignalKind::terminate()).map_err(|e| e.to_string())?;
@@ -283,6 +278,20 @@ fn stop_on_signal() -> Result<watch::Receiver<bool>, String> {
         let _ = sender.send(true);
     });
     Ok(stop)
+}
+
+/// SIGHUP: the configuration is read again. How that ended is in the log and on record.
+fn reload_on_signal(reloader: Arc<Reloader>) -> Result<JoinHandle<()>, String> {
+    let mut hang_up = signal(SignalKind::hangup()).map_err(|e| e.to_string())?;
+    Ok(tokio::spawn(async move {
+        while hang_up.recv().await.is_some() {
+            notify(&[NotifyState::Reloading]);
+            if let Err(error) = reloader.reload("sppd").await {
+                tracing::error!(%error, "SIGHUP changed nothing");
+            }
+            notify(&[NotifyState::Ready]);
+        }
+    }))
 }
 
 fn notify(state: &[NotifyState<'_>]) {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use super::Faults;
-use crate::access::Rules;
+use crate::access::ApprovalRules;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
@@ -21,15 +21,16 @@ pub(super) struct ApprovalsShape {
 
 impl Default for ApprovalsShape {
     fn default() -> Self {
-        let Rules { revoke, raise_quota, change_rules, destroy, rotate, valid_for } = Rules::default();
+        let ApprovalRules { revoke, raise_quota, change_rules, destroy, rotate, valid_for } = ApprovalRules::default();
         Self { revoke, raise_quota, change_rules, destroy, rotate, valid_for: Duration::from_secs(valid_for) }
     }
 }
 
 impl ApprovalsShape {
-    pub(super) fn check(self, place: &str, faults: &mut Faults) -> Rules {
+    pub(super) fn check(self, place: &str, faults: &mut Faults) -> ApprovalRules {
         let Self { revoke, raise_quota, change_rules, destroy, rotate, valid_for } = self;
-        let rules = Rules { revoke, raise_quota, change_rules, destroy, rotate, valid_for: valid_for.as_secs() };
+        let rules =
+            ApprovalRules { revoke, raise_quota, change_rules, destroy, rotate, valid_for: valid_for.as_secs() };
         faults.note(format!("{place}: approvals"), rules.check());
         rules
     }

@@ -13,16 +13,17 @@ use super::hsm::HsmShapes;
 use super::key_pool::{self, KeyPoolShape};
 use super::public::PublicConfig;
 use super::registry::{self, RegistryConfig, RegistryShape};
+use super::settings::Settings;
 use super::stations::{StationShape, Stations};
 use super::store::{self, StoreConfig, StoreShape};
 use super::tls::{self, TlsConfig, TlsShape};
 use super::{Faults, read_toml};
-use crate::access::{AccessAuthority, Rules};
+use crate::access::{AccessAuthority, ApprovalRules};
 use crate::certificate::{IssuerCertificate, Profile};
-use crate::hsm::{Hsms, KeyRegister, SigningUse};
+use crate::hsm::{Hsms, KeyRegister, SigningKey, SigningUse};
 use crate::keypool::PoolRules;
 use crate::keys::{SignatureAlgorithm, sha256};
-use crate::names::ProfileName;
+use crate::names::{KeyName, ProfileName};
 
 /// Everything the daemon needs to start, valid by construction.
 pub struct DaemonConfig {
@@ -48,10 +49,13 @@ pub struct DaemonConfig {
     pub profiles: BTreeMap<ProfileName, Profile>,
     /// The certificates of the manufacturer's signing keys, by the profile that uses them.
     pub issuers: BTreeMap<ProfileName, IssuerCertificate>,
+    /// The certificates of all keys of the register that sign devices, as far as they are there: a session may be one of a key that no
+    /// profile names any more.
+    pub signers: BTreeMap<KeyName, IssuerCertificate>,
     /// What stations may do.
     pub stations: Stations,
     /// How many officers must approve what.
-    pub approvals: Rules,
+    pub approvals: ApprovalRules,
     /// The key that signs access certificates, if there is one.
     pub authority: Option<AccessAuthority>,
     /// How it logs.
@@ -60,6 +64,7 @@ pub struct DaemonConfig {
     pub audit: AuditConfig,
     /// SHA-256 of the file, which tells in the audit log what was in force.
     pub fingerprint: [u8; 32],
+    pub(super) settings: Settings,
 }
 
 /// The listeners.
@@ -129,6 +134,8 @@ pub(super) struct Shape {
     /// Of the text that this was read from.
     #[serde(skip)]
     fingerprint: [u8; 32],
+    #[serde(skip)]
+    settings: Settings,
 }
 
 #[derive(Deserialize)]
@@ -203,12 +210,14 @@ impl DaemonConfig {
             session_lifetime: shape.sessions.lifetime,
             profiles,
             issuers,
+            signers: keys.as_ref().map(load_signers).unwrap_or_default(),
             stations,
             approvals,
             authority,
             log: shape.log,
             audit,
             fingerprint: shape.fingerprint,
+            settings: shape.settings,
         })
     }
 }
@@ -216,7 +225,7 @@ impl DaemonConfig {
 pub(super) fn read_shape(path: &Path, place: &str, faults: &mut Faults) -> Option<Shape> {
     let text = faults.note(place, std::fs::read_to_string(path))?;
     let shape: Shape = read_toml(place, &text, faults)?;
-    Some(Shape { fingerprint: sha256(text.as_bytes()), ..shape })
+    Some(Shape { fingerprint: sha256(text.as_bytes()), settings: Settings::of(&text), ..shape })
 }
 
 /// Where relative paths of a file begin.
@@ -308,4 +317,16 @@ fn load_issuers(
         }
     }
     issuers
+}
+
+/// A certificate that is not there, or is wrong, is a fault only where a profile names its key.
+fn load_signers(keys: &KeyRegister) -> BTreeMap<KeyName, IssuerCertificate> {
+    let of_devices = keys.signing.iter().filter(|key| key.use_ == SigningUse::Device);
+    let certificate = |key: &SigningKey| {
+        let pem = std::fs::read_to_string(&key.certificate).ok()?;
+        let algorithm = SignatureAlgorithm::default_for(key.public_key.kind());
+        let issuer = IssuerCertificate::from_pem(&pem, algorithm).ok()?;
+        (issuer.public_key() == &key.public_key).then(|| (key.name.clone(), issuer))
+    };
+    of_devices.filter_map(certificate).collect()
 }

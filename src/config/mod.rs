@@ -2,6 +2,7 @@
 
 mod approvals;
 mod audit;
+mod changes;
 mod daemon;
 mod faults;
 mod files;
@@ -9,6 +10,7 @@ mod hsm;
 mod key_pool;
 mod public;
 mod registry;
+mod settings;
 mod stations;
 mod store;
 mod tls;
@@ -23,5 +25,5 @@ pub use public::PublicConfig;
 pub use registry::{RegistryAccess, RegistryConfig};
 pub use stations::{NotPermitted, Stations};
 pub use store::StoreConfig;
-pub use tls::{ServerIdentity, TlsConfig};
+pub use tls::TlsConfig;
 pub(crate) use toml_file::read_toml;

@@ -12,8 +12,8 @@ use crate::names::{DeviceIdentity, ProfileName, StationName};
 #[derive(Debug, Clone, Default)]
 pub struct Stations(BTreeMap<StationName, Station>);
 
-#[derive(Debug, Clone)]
-struct Station {
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Station {
     profiles: Vec<ProfileName>,
     identities: Vec<String>,
     quota: Quota,
@@ -76,10 +76,16 @@ impl Stations {
         profile: &ProfileName,
         identity: &DeviceIdentity,
     ) -> Result<(), NotPermitted> {
-        let station = self.0.get(name).ok_or_else(|| NotPermitted::Unknown(name.clone()))?;
+        let station = self.find(name)?;
         if !station.profiles.contains(profile) {
             return Err(NotPermitted::Profile(name.clone(), profile.clone()));
         }
+        self.permit_identity(name, identity)
+    }
+
+    /// Whether the station may work on this identity, whatever the profile.
+    pub fn permit_identity(&self, name: &StationName, identity: &DeviceIdentity) -> Result<(), NotPermitted> {
+        let station = self.find(name)?;
         let text = identity.to_string();
         if !station.identities.iter().any(|range| text.starts_with(range)) {
             return Err(NotPermitted::Identity(name.clone(), identity.clone()));
@@ -95,6 +101,15 @@ impl Stations {
     /// The quota of each.
     pub fn quotas(&self) -> Vec<(StationName, Quota)> {
         self.0.iter().map(|(name, station)| (name.clone(), station.quota)).collect()
+    }
+
+    fn find(&self, name: &StationName) -> Result<&Station, NotPermitted> {
+        self.0.get(name).ok_or_else(|| NotPermitted::Unknown(name.clone()))
+    }
+
+    /// Each with what it may do.
+    pub(super) const fn each(&self) -> &BTreeMap<StationName, Station> {
+        &self.0
     }
 
     /// How many are configured.

@@ -11,7 +11,7 @@ use crate::config::{Faults, read_toml};
 use crate::keys::KeyKind;
 
 /// What is known of a PKCS#11 module, validated.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ModuleProfile {
     /// The module's name for people.
     pub name: String,

@@ -13,7 +13,7 @@ use crate::names::KeyName;
 use crate::tlog::{LogKey, Origin};
 
 /// What the token must hold, validated: names and CKA_IDs are unique, public keys parse.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeyRegister {
     /// Which token.
     pub token: TokenIdentity,
@@ -26,7 +26,7 @@ pub struct KeyRegister {
 }
 
 /// A key pair that signs certificates.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SigningKey {
     /// `CKA_LABEL` of both halves.
     pub name: KeyName,
@@ -41,7 +41,7 @@ pub struct SigningKey {
 }
 
 /// An Ed25519 key pair that signs the checkpoints of a log, and nothing else.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CheckpointKey {
     /// `CKA_LABEL` of both halves.
     pub name: KeyName,
@@ -64,7 +64,7 @@ pub enum SigningUse {
 }
 
 /// A master key.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MasterKey {
     /// `CKA_LABEL`.
     pub name: KeyName,

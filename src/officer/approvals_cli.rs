@@ -13,7 +13,7 @@ use super::desk::{AtDesk, Seen, now};
 use super::pool_cli::DaemonArgs;
 use super::status::StatusError;
 use super::text::{at, printable};
-use crate::access::{Act, Quota, RequestId, Rules, Verdict};
+use crate::access::{Act, ApprovalRules, Quota, RequestId, Verdict};
 use crate::certificate::{Caller, Role};
 use crate::names::StationName;
 use crate::proto;
@@ -161,7 +161,7 @@ impl RequestCommand {
             Self::Rules { revoke, raise_quota, change_rules, destroy, rotate, longest, ask } => {
                 let known = ask.connect().await?.approvals().await?.rules.unwrap_or_default();
                 let count = |new: Option<u8>, known: u32| new.unwrap_or(u8::try_from(known).unwrap_or(u8::MAX));
-                let rules = Rules {
+                let rules = ApprovalRules {
                     revoke: count(revoke, known.revoke),
                     raise_quota: count(raise_quota, known.raise_quota),
                     change_rules: count(change_rules, known.change_rules),

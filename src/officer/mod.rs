@@ -12,6 +12,7 @@ mod hsm_file;
 mod pool;
 mod pool_cli;
 mod registry_cli;
+mod reload;
 mod status;
 mod text;
 mod transcript;
@@ -26,6 +27,7 @@ pub use hsm_cli::HsmCommand;
 pub use hsm_file::HsmFile;
 pub use pool_cli::{DaemonArgs, PoolCommand};
 pub use registry_cli::RegistryCommand;
+pub use reload::reload;
 pub use status::{StatusError, connect_and_ask, describe_status, status_json};
 pub use transcript::{KeyReport, Transcript, VerifiedTranscript, verify_transcript};
 

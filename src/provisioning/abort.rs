@@ -16,10 +16,11 @@ pub enum SessionView {
 impl Provisioner {
     /// Destroys the key pair of a session that was not published. Repeating it is no error.
     pub async fn abort(&self, station: &StationName, id: SessionId, reason: String) -> Result<(), ProvisionError> {
+        let rules = self.rules();
         let _chip = self.chips.hold(&self.chip_of(&id).await?).await?;
         let taken_up = self.take_up(&id).await?;
         let known = taken_up.session().clone();
-        self.permitted_product(station, &known)?;
+        rules.permit(station, &known)?;
         let abortable = match taken_up {
             TakenUp::Intent(intent) => Abortable::Intent(intent),
             // Published before a crash, not yet journaled: it is too late.
@@ -41,6 +42,7 @@ impl Provisioner {
 
     /// Where a session stands; a station sees what it may work on.
     pub async fn view(&self, station: &StationName, which: &SessionView) -> Result<Session, ProvisionError> {
+        let rules = self.rules();
         let session = match which {
             SessionView::Id(id) => self.take_up(id).await?.session().clone(),
             SessionView::Chip(chip) => {
@@ -49,7 +51,7 @@ impl Provisioner {
                 found.map(|known| known.session().clone()).ok_or_else(none)?
             }
         };
-        self.stations.permit(station, &session.profile, &session.identity)?;
+        rules.permit(station, &session)?;
         Ok(session)
     }
 }

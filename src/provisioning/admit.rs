@@ -1,7 +1,7 @@
 //! Step 1 of the way: may the caller, does the order fit its profile, are chip and identity free.
 
 use super::restart::Step;
-use super::{FieldViolation, Order, Product, ProvisionError, Provisioner};
+use super::{FieldViolation, Order, ProvisionError, Provisioner};
 use crate::certificate::{KeyPairRule, Profile, Sealing};
 use crate::package::TransportPublicKey;
 use crate::store::{Intent, Issued, PublishedRecord, Session, SessionState, TakenUp};
@@ -17,18 +17,6 @@ pub(super) enum Admitted {
 }
 
 impl Provisioner {
-    /// Checks the order against the station's confinement and the profile.
-    pub(super) fn admit_order(&self, order: &Order) -> Result<&Product, ProvisionError> {
-        let product = self.products.get(&order.profile).ok_or_else(|| {
-            let known: Vec<_> = self.profiles().map(ToString::to_string).collect();
-            let problem = format!("there is no profile {}; there are: {}", order.profile, known.join(", "));
-            ProvisionError::invalid("profile", problem)
-        })?;
-        self.stations.permit(&order.station, &order.profile, &order.identity)?;
-        let misfits = misfits(&product.profile, order);
-        if misfits.is_empty() { Ok(product) } else { Err(ProvisionError::Invalid(misfits)) }
-    }
-
     /// Looks for the chip and the identity in the journal and in the public database. The database is asked too, since the
     /// journal could be an old copy; the transaction that reserves checks the journal once more.
     pub(super) async fn admit_device(&self, order: &Order) -> Result<Admitted, ProvisionError> {
@@ -103,7 +91,7 @@ impl Provisioner {
 }
 
 /// Everything in the order that does not fit its profile, told at once.
-fn misfits(profile: &Profile, order: &Order) -> Vec<FieldViolation> {
+pub(super) fn misfits(profile: &Profile, order: &Order) -> Vec<FieldViolation> {
     let name = &order.profile;
     let mut misfits = Vec::new();
     let mut misfit = |field, problem: String| misfits.push(FieldViolation::new(field, problem));

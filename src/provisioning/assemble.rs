@@ -63,13 +63,14 @@ impl Provisioner {
     /// Gives a device its certificate and keys. Repeating it gives the same ones again, until the device is complete.
     pub async fn assemble(&self, order: Order) -> Result<Assembled, ProvisionError> {
         // 1. Admit: the caller may, the chip and the identity are free. A repeat waits for the first call here.
+        let rules = self.rules();
         let _chip = self.chips.hold(&order.chip).await?;
-        let product = self.admit_order(&order)?;
+        let product = rules.admit_order(&order)?;
         let (issued, keys) = match self.admit_device(&order).await? {
             Admitted::Known(issued) => (issued, None),
             // A crash or a lost HSM came between the intent and the journaled signature: the same octets are signed again.
             Admitted::Intended(intent) => {
-                let signed = product.issuer.sign(&self.hsm, intent).await?;
+                let signed = rules.signer_of(&intent)?.sign(&self.hsm, intent).await?;
                 (self.journal.issue(signed).await?, None)
             }
             Admitted::New => {

@@ -26,9 +26,10 @@ impl Provisioner {
     /// Publishes a device and erases its key pair here. Repeating it gives the same receipt again.
     pub async fn complete(&self, completion: Completion) -> Result<Receipt, ProvisionError> {
         // 1. Find the session; one that is finished has its answer already.
+        let rules = self.rules();
         let _chip = self.chips.hold(&self.chip_of(&completion.session).await?).await?;
         let known = self.take_up(&completion.session).await?;
-        let product = self.permitted_product(&completion.station, known.session())?;
+        let product = rules.permitted_product(&completion.station, known.session())?;
         let issued = match self.find_issued(known).await? {
             Found::Issued(issued) => issued,
             Found::Answered(publication) => return self.receipt(publication).await,
@@ -131,19 +132,6 @@ impl Provisioner {
                 Err(wrong_state(intent.session(), ": no certificate was delivered; repeat Assemble first"))
             }
         }
-    }
-
-    /// The session's product, if the station may work on it.
-    pub(super) fn permitted_product(
-        &self,
-        station: &StationName,
-        session: &Session,
-    ) -> Result<&Product, ProvisionError> {
-        self.stations.permit(station, &session.profile, &session.identity)?;
-        self.products.get(&session.profile).ok_or_else(|| {
-            let problem = format!("the profile {} is no longer configured", session.profile);
-            ProvisionError::not_accepted("session_id", problem)
-        })
     }
 
     /// The chip of a session, to hold it; what the session is must be looked at again then.

@@ -7,6 +7,7 @@ use crate::hsm::HsmError;
 use crate::keypool::PoolError;
 use crate::names::{ChipId, DeviceIdentity, SessionId, StationName};
 use crate::package::{BackupRefused, ConfirmationRefused, PackageError};
+use crate::reload::ReloadError;
 use crate::store::{PublishError, ReserveError, StateName, StoreError, Taken};
 
 /// One field that is wrong, and why.
@@ -114,6 +115,9 @@ pub enum ProvisionError {
     /// What officers ask of the desk.
     #[error(transparent)]
     Access(#[from] AccessError),
+    /// A new configuration did not take effect.
+    #[error(transparent)]
+    Reload(#[from] ReloadError),
     /// The audit log: what cannot be recorded is not done.
     #[error(transparent)]
     Audit(#[from] AuditError),

@@ -7,24 +7,20 @@ use crate::names::KeyName;
 use crate::store::{Intent, Signed};
 
 /// A manufacturer's signing key with its certificate.
-pub struct Issuer {
+#[derive(Clone)]
+pub(super) struct Issuer {
     key: KeyName,
     certificate: IssuerCertificate,
 }
 
 impl Issuer {
     /// The key that the certificate certifies; the worker has checked that they belong together.
-    pub const fn new(key: KeyName, certificate: IssuerCertificate) -> Self {
+    pub(super) const fn new(key: KeyName, certificate: IssuerCertificate) -> Self {
         Self { key, certificate }
     }
 
-    /// The key's name in the HSM.
-    pub const fn key(&self) -> &KeyName {
-        &self.key
-    }
-
     /// The certificate, its chain, and how it signs.
-    pub const fn certificate(&self) -> &IssuerCertificate {
+    pub(super) const fn certificate(&self) -> &IssuerCertificate {
         &self.certificate
     }
 

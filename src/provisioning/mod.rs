@@ -17,27 +17,28 @@ mod locks;
 mod pair;
 mod recover;
 mod restart;
+mod rules;
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
+
+use arc_swap::ArcSwap;
 
 pub use crate::clock::Clock;
 pub use abort::SessionView;
 pub use assemble::{Assembled, Delivery, Order};
 pub use complete::{Completion, Receipt};
 pub use error::{FieldViolation, ProvisionError};
-pub use issuer::Issuer;
 pub use restart::{Tidied, keep_tidy};
+pub use rules::Rules;
 
 use crate::certificate::Profile;
-use crate::config::Stations;
 use crate::hsm::Hsm;
 use crate::keypool::KeyPool;
 use crate::keys::sha256;
-use crate::names::{DeviceIdentity, ProfileName, StationName};
 use crate::store::{Journal, Registry};
 use in_flight::InFlight;
+use issuer::Issuer;
 use locks::ChipLocks;
 
 /// Everything a device's way needs, wired once at start.
@@ -46,8 +47,7 @@ pub struct Provisioner {
     journal: Journal,
     registry: Registry,
     pool: Arc<KeyPool>,
-    products: BTreeMap<ProfileName, Product>,
-    stations: Stations,
+    rules: ArcSwap<Rules>,
     session_lifetime: Duration,
     chips: ChipLocks,
     in_flight: InFlight,
@@ -55,11 +55,11 @@ pub struct Provisioner {
 }
 
 /// A profile with the issuer that signs for it.
-pub struct Product {
+struct Product {
     /// What the product gets.
-    pub profile: Profile,
+    profile: Profile,
     /// Who signs.
-    pub issuer: Issuer,
+    issuer: Issuer,
 }
 
 impl Product {
@@ -85,8 +85,7 @@ impl Provisioner {
         journal: Journal,
         registry: Registry,
         pool: Arc<KeyPool>,
-        products: BTreeMap<ProfileName, Product>,
-        stations: Stations,
+        rules: Rules,
         session_lifetime: Duration,
     ) -> Self {
         Self {
@@ -94,8 +93,7 @@ impl Provisioner {
             journal,
             registry,
             pool,
-            products,
-            stations,
+            rules: ArcSwap::from_pointee(rules),
             session_lifetime,
             chips: ChipLocks::default(),
             in_flight: InFlight::default(),
@@ -129,18 +127,13 @@ impl Provisioner {
         &self.pool
     }
 
-    /// The profiles and identity prefixes of a station; none if it is not configured.
-    pub fn confinement(&self, station: &StationName) -> Option<(Vec<ProfileName>, Vec<String>)> {
-        self.stations.confinement(station)
+    /// The rules at this moment. What goes on for longer keeps them, and is under one configuration.
+    pub fn rules(&self) -> Arc<Rules> {
+        self.rules.load_full()
     }
 
-    /// Whether there is such a profile, and it takes such an identity.
-    pub fn takes(&self, profile: &ProfileName, identity: &DeviceIdentity) -> bool {
-        self.products.get(profile).is_some_and(|product| product.profile.allows(identity))
-    }
-
-    /// The profiles' names.
-    pub fn profiles(&self) -> impl Iterator<Item = &ProfileName> {
-        self.products.keys()
+    /// From now on it goes by these rules; calls in flight end under those that they began with.
+    pub fn exchange(&self, rules: Rules) {
+        self.rules.store(Arc::new(rules.after(&self.rules())));
     }
 }

@@ -73,8 +73,9 @@ impl Provisioner {
             // Waiting for the HSM here would keep what needs none waiting, too.
             TakenUp::Intent(_) if !self.hsm.status().ready => Ok(Step::Waits),
             TakenUp::Intent(intent) => {
-                let Some(product) = self.products.get(&intent.session().profile) else { return Ok(Step::Waits) };
-                let signed = product.issuer.sign(&self.hsm, intent).await?;
+                let rules = self.rules();
+                let Ok(signer) = rules.signer_of(&intent) else { return Ok(Step::Waits) };
+                let signed = signer.sign(&self.hsm, intent).await?;
                 self.journal.issue(signed).await?;
                 Ok(Step::Signed)
             }

@@ -3,8 +3,8 @@
 use super::door::Act;
 use super::messages::timestamp;
 use crate::access::{
-    self, Asked, Desk, Enrolled, IdentityRange, LoadedRange, MAX_REASON_LEN, RequestId, RequestState, Rules, Signed,
-    StationUse, Verdict,
+    self, ApprovalRules, Asked, Desk, Enrolled, IdentityRange, LoadedRange, MAX_REASON_LEN, RequestId, RequestState,
+    Signed, StationUse, Verdict,
 };
 use crate::certificate::Caller;
 use crate::names::{DeviceIdentity, OfficerName, ProfileName};
@@ -76,7 +76,7 @@ fn officer_signature(signed: Signed) -> proto::OfficerSignature {
     proto::OfficerSignature { officer: officer.to_string(), at, statement, signature, certificate }
 }
 
-pub(super) fn rules(rules: &Rules) -> proto::ApprovalRules {
+pub(super) fn rules(rules: &ApprovalRules) -> proto::ApprovalRules {
     proto::ApprovalRules {
         revoke: rules.revoke.into(),
         raise_quota: rules.raise_quota.into(),
@@ -159,7 +159,7 @@ pub(super) async fn callers(
 }
 
 fn station_use(known: StationUse, provisioner: &Provisioner, now: u64) -> proto::StationUse {
-    let confinement = provisioner.confinement(&known.station);
+    let confinement = provisioner.rules().confinement(&known.station);
     let (profiles, identities) = confinement.clone().unwrap_or_default();
     proto::StationUse {
         station: known.station.to_string(),
@@ -179,7 +179,7 @@ pub(super) fn identities(
 ) -> Result<(ProfileName, IdentityRange), ProvisionError> {
     let profile = request.profile.parse().map_err(|e| ProvisionError::invalid("profile", e))?;
     let first: DeviceIdentity = request.first.parse().map_err(|e| ProvisionError::invalid("first", e))?;
-    if !provisioner.takes(&profile, &first) {
+    if !provisioner.rules().takes(&profile, &first) {
         let problem = format!("there is no profile {profile} that takes {} identities", first.kind());
         return Err(ProvisionError::invalid("profile", problem));
     }

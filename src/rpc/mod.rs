@@ -11,6 +11,7 @@ mod door;
 mod health;
 mod line;
 mod messages;
+mod mutual;
 mod officer;
 mod pool;
 mod recovery;
@@ -19,6 +20,6 @@ mod serve;
 mod status;
 
 pub(crate) use health::{line_trouble, missing};
-pub use officer::NodeInfo;
+pub use officer::{House, NodeInfo};
 pub use serve::{Listening, ServeError};
 pub(crate) use status::{busy, too_fast};

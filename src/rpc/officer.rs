@@ -7,11 +7,13 @@ use tonic::{Request, Response, Status, async_trait};
 use super::door::Door;
 use super::health::{Missing, line_trouble, missing};
 use super::{callers, messages, pool};
-use crate::audit::AuditLog;
+use crate::access::Desk;
+use crate::audit::Auditor;
 use crate::hsm::{CallStatistic, MemberStatus};
 use crate::proto;
 use crate::proto::officer_server::Officer;
 use crate::provisioning::{ProvisionError, Provisioner};
+use crate::reload::{Reloaded, Reloader};
 use crate::store::{RegistryStatus, WitnessStatus};
 
 /// What the daemon is, for its status.
@@ -23,12 +25,22 @@ pub struct NodeInfo {
     pub started: u64,
 }
 
+/// What officers see and change of the daemon beside the devices' way.
+pub struct House {
+    /// What it is.
+    pub node: NodeInfo,
+    /// Where acts are recorded before they are done. To tell a status is none.
+    pub auditor: Arc<Auditor>,
+    /// What officers agree on.
+    pub desk: Arc<Desk>,
+    /// Its configuration.
+    pub reloader: Arc<Reloader>,
+}
+
 pub(super) struct OfficerService {
     pub(super) provisioner: Arc<Provisioner>,
-    pub(super) node: NodeInfo,
+    pub(super) house: House,
     pub(super) door: Door,
-    /// Where acts are recorded before they are done. To tell a status is none.
-    pub(super) audit: Arc<AuditLog>,
 }
 
 #[async_trait]
@@ -38,7 +50,7 @@ impl Officer for OfficerService {
         request: Request<proto::GetStatusRequest>,
     ) -> Result<Response<proto::GetStatusResponse>, Status> {
         let caller = callers::any(&request)?.to_string();
-        let (provisioner, node) = (Arc::clone(&self.provisioner), self.node.clone());
+        let (provisioner, node) = (Arc::clone(&self.provisioner), self.house.node.clone());
         self.door.call("Officer.GetStatus", caller, async move { status(&provisioner, node).await }).await
     }
 
@@ -58,7 +70,7 @@ impl Officer for OfficerService {
         request: Request<proto::FillPoolRequest>,
     ) -> Result<Response<Self::FillPoolStream>, Status> {
         let officer = callers::officer(&request)?;
-        let (keys, audit) = (Arc::clone(self.provisioner.pool()), Arc::clone(&self.audit));
+        let (keys, audit) = (Arc::clone(self.provisioner.pool()), Arc::clone(self.house.auditor.log()));
         let caller = officer.to_string();
         let work = pool::fill(keys, audit, officer, request.into_inner());
         self.door.call("Officer.FillPool", caller, work).await
@@ -71,10 +83,20 @@ impl Officer for OfficerService {
         request: Request<proto::ShredPoolRequest>,
     ) -> Result<Response<Self::ShredPoolStream>, Status> {
         let officer = callers::officer(&request)?;
-        let (keys, audit) = (Arc::clone(self.provisioner.pool()), Arc::clone(&self.audit));
+        let (keys, audit) = (Arc::clone(self.provisioner.pool()), Arc::clone(self.house.auditor.log()));
         let caller = officer.to_string();
         let work = pool::shred(keys, audit, officer, request.into_inner());
         self.door.call("Officer.ShredPool", caller, work).await
+    }
+
+    async fn reload(&self, request: Request<proto::ReloadRequest>) -> Result<Response<proto::ReloadResponse>, Status> {
+        let officer = callers::officer(&request)?;
+        let (reloader, caller) = (Arc::clone(&self.house.reloader), officer.to_string());
+        let work = async move {
+            let Reloaded { changes, fingerprint } = reloader.reload(&format!("officer {officer}")).await?;
+            Ok(proto::ReloadResponse { changes, configuration_sha256: fingerprint.to_vec() })
+        };
+        self.door.call("Officer.Reload", caller, work).await
     }
 }
 
@@ -106,7 +128,7 @@ async fn status(provisioner: &Provisioner, node: NodeInfo) -> Result<proto::GetS
         free_bytes,
         free_bytes_floor,
         services: missing(provisioner).into_iter().map(service_status).collect(),
-        profiles: provisioner.profiles().map(ToString::to_string).collect(),
+        profiles: provisioner.rules().profiles().map(ToString::to_string).collect(),
     })
 }
 

@@ -44,6 +44,7 @@ const TABLE: &[(&str, Whom)] = {
         ("/spp.v1.Officer/GetPoolStatus", These(&[Officer, Auditor, Monitor])),
         ("/spp.v1.Officer/FillPool", These(&[Officer])),
         ("/spp.v1.Officer/ShredPool", These(&[Officer])),
+        ("/spp.v1.Officer/Reload", These(&[Officer])),
         ("/spp.v1.Recovery/GetRecord", Anybody),
         ("/spp.v1.Recovery/GetProof", Anybody),
         ("/spp.v1.Recovery/GetCheckpoint", Anybody),
@@ -148,6 +149,7 @@ mod tests {
         let changes = [
             "Assemble",
             "Complete",
+            "Reload",
             "Abort",
             "FillPool",
             "ShredPool",

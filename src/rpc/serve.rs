@@ -10,20 +10,18 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tonic::codegen::http;
 use tonic::service::Routes;
-use tonic::transport::server::TcpIncoming;
-use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
+use tonic::transport::Server;
 use tower::filter::FilterLayer;
 
 use super::access::AccessService;
 use super::door::Door;
-use super::health;
 use super::line::LineService;
-use super::officer::{NodeInfo, OfficerService};
+use super::officer::{House, OfficerService};
 use super::recovery::RecoveryService;
 use super::roles::Guard;
-use crate::access::Desk;
-use crate::audit::Auditor;
-use crate::config::{Listen, TlsConfig};
+use super::{health, mutual};
+use crate::config::Listen;
+use crate::connections::{TlsInForce, stopped};
 use crate::proto::DESCRIPTORS;
 use crate::proto::access_server::AccessServer;
 use crate::proto::line_server::LineServer;
@@ -87,21 +85,20 @@ impl Listening {
     /// Serves until `stop` is true, then drains: nothing new is accepted, calls in flight are finished.
     pub async fn serve(
         self,
-        tls: &TlsConfig,
+        tls: &TlsInForce,
         public: Public,
         provisioner: &Arc<Provisioner>,
-        auditor: &Arc<Auditor>,
-        desk: Arc<Desk>,
-        node: NodeInfo,
+        house: House,
         stop: watch::Receiver<bool>,
     ) -> Result<(), ServeError> {
         let (reporter, health) = tonic_health::server::health_reporter();
         let reporting = tokio::spawn(health::report(reporter, Arc::clone(provisioner)));
+        let auditor = &Arc::clone(&house.auditor);
         let line = LineServer::new(LineService { provisioner: Arc::clone(provisioner), door: Door::line(auditor) })
             .max_decoding_message_size(MAX_REQUEST);
-        let (for_officers, audit) = (Arc::clone(provisioner), Arc::clone(auditor.log()));
         let (door, for_access) = (Door::officer(auditor), Arc::clone(provisioner));
-        let officer = OfficerService { provisioner: for_officers, node, door: door.clone(), audit };
+        let desk = Arc::clone(&house.desk);
+        let officer = OfficerService { provisioner: Arc::clone(provisioner), house, door: door.clone() };
         let officer = OfficerServer::new(officer).max_decoding_message_size(MAX_REQUEST);
         let guard = Guard { standing: Arc::clone(desk.standing()), auditor: Arc::clone(auditor) };
         let access = AccessServer::new(AccessService { desk, provisioner: for_access, door })
@@ -110,29 +107,27 @@ impl Listening {
             RecoveryServer::new(RecoveryService { provisioner: Arc::clone(provisioner), door: Door::public() })
                 .max_decoding_message_size(MAX_REQUEST);
 
-        let mutual = server_tls(tls)?.client_ca_root(Certificate::from_pem(&tls.client_ca));
         let door = || {
             let guard = guard.clone();
             FilterLayer::new(move |request: http::Request<tonic::body::Body>| guard.admit(request))
         };
-        let stations = builder("stations", mutual.clone())?.layer(door()).add_service(line).add_service(access.clone());
-        let officers = builder("officers", mutual)?.layer(door()).add_service(officer).add_service(access);
+        let stations = builder().layer(door()).add_service(line).add_service(access.clone());
+        let officers = builder().layer(door()).add_service(officer).add_service(access);
         // gRPC beside HTTP: the public listener speaks both.
         let grpc = Routes::new(recovery).add_service(health.clone()).add_service(reflection("the public")?);
-        let public_tls = tls.public_config(&[b"h2", b"http/1.1"]);
-        let public_tls = public_tls.map_err(|cause| ServeError::Transport { whom: "the public", cause })?;
-        let (stopped, grpc) = (stop.clone(), grpc.prepare().into_axum_router());
+        let grpc = grpc.prepare().into_axum_router();
 
         let mut serving = JoinSet::new();
+        let (public_tls, stop_public) = (tls.public.clone(), stop.clone());
         serving.spawn(async move {
-            public.serve(self.public, public_tls, grpc, stopped).await;
+            public.serve(self.public, public_tls, grpc, stop_public).await;
             Ok(())
         });
         for (whom, router, listener) in [("stations", stations, self.line), ("officers", officers, self.officer)] {
             let reflection = reflection(whom)?;
             let router = router.add_service(health.clone()).add_service(reflection);
-            let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-            let stopped = wait_for(stop.clone());
+            let incoming = mutual::connections(listener, tls.mutual.clone());
+            let stopped = stopped(stop.clone());
             serving.spawn(async move {
                 let served = router.serve_with_incoming_shutdown(incoming, stopped).await;
                 served.map_err(|e| ServeError::Transport { whom, cause: with_sources(&e) })
@@ -144,21 +139,13 @@ impl Listening {
     }
 }
 
-fn builder(whom: &'static str, tls: ServerTlsConfig) -> Result<Server, ServeError> {
+fn builder() -> Server {
     Server::builder()
         .timeout(CALL_LIMIT)
         .max_concurrent_streams(MAX_STREAMS)
         .concurrency_limit_per_connection(MAX_STREAMS as usize)
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
-        .tls_config(tls)
-        .map_err(|e| ServeError::Transport { whom, cause: with_sources(&e) })
-}
-
-fn server_tls(tls: &TlsConfig) -> Result<ServerTlsConfig, ServeError> {
-    // Exposed to the TLS library, which keeps its own form of it.
-    let identity = Identity::from_pem(&tls.identity.certificate, tls.identity.key.expose());
-    Ok(ServerTlsConfig::new().identity(identity).timeout(Duration::from_secs(10)))
 }
 
 fn reflection(
@@ -174,17 +161,12 @@ fn reflection(
         .map_err(|e| ServeError::Transport { whom, cause: e.to_string() })
 }
 
-async fn wait_for(mut stop: watch::Receiver<bool>) {
-    // An error means that the sender is gone, which is a stop as well.
-    let _ = stop.wait_for(|stop| *stop).await;
-}
-
 /// Waits for the stop, then for the drain, at most so long. A listener that ends by itself ends them all.
 async fn end(serving: &mut JoinSet<Result<(), ServeError>>, stop: watch::Receiver<bool>) -> Result<(), ServeError> {
     let failed = |e: tokio::task::JoinError| ServeError::Transport { whom: "a listener", cause: e.to_string() };
     tokio::select! {
         Some(ended) = serving.join_next() => return ended.map_err(failed)?,
-        () = wait_for(stop) => {}
+        () = stopped(stop) => {}
     }
     let drained = tokio::time::timeout(DRAIN, async {
         while let Some(ended) = serving.join_next().await {

@@ -11,6 +11,7 @@ use crate::hsm::HsmError;
 use crate::keypool::PoolError;
 use crate::keys::KeyKind;
 use crate::provisioning::ProvisionError;
+use crate::reload::ReloadError;
 use crate::store::StoreError;
 
 /// `google.rpc.ErrorInfo.domain` of every error.
@@ -67,7 +68,9 @@ fn table(error: &ProvisionError) -> Told {
         E::QuotaExceeded { exceeded: Exceeded::Total(_), .. } => told(Code::PermissionDenied, "QUOTA_TOTAL"),
         E::Access(error) => access(error),
         E::Unsigned(_) => again(Code::Unavailable, "CHECKPOINT_UNSIGNED", SOON),
-        E::Audit(_) => again(Code::Unavailable, "AUDIT_AWAY", SOON),
+        E::Reload(ReloadError::Refused(_)) => told(Code::FailedPrecondition, "CONFIGURATION_REFUSED"),
+        E::Reload(ReloadError::Access(error)) => access(error),
+        E::Reload(ReloadError::Audit(_)) | E::Audit(_) => again(Code::Unavailable, "AUDIT_AWAY", SOON),
         E::Internal { .. } => told(Code::Internal, "FAULT"),
     }
 }

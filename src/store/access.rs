@@ -4,8 +4,8 @@ use async_trait::async_trait;
 
 use super::StoreError;
 use crate::access::{
-    AccessError, IdentityRange, IssuedAccess, LoadedRange, Quota, Request, RequestId, Revocation, Rules, SettledRules,
-    Signed, StationUse, Verdict,
+    AccessError, ApprovalRules, IdentityRange, IssuedAccess, LoadedRange, Quota, Request, RequestId, Revocation,
+    SettledRules, Signed, StationUse, Verdict,
 };
 use crate::certificate::Caller;
 use crate::names::{ChipId, DeviceIdentity, ProfileName, StationName};
@@ -29,7 +29,7 @@ pub trait AccessStore: Send + Sync {
     /// with `whole` nothing at all is taken over then.
     async fn settle(
         &self,
-        rules: Rules,
+        rules: ApprovalRules,
         quotas: Vec<(StationName, Quota)>,
         whole: bool,
     ) -> Result<Vec<String>, StoreError>;

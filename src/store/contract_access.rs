@@ -6,8 +6,8 @@ use std::sync::Arc;
 use super::contract::{Factory, chip, session};
 use super::*;
 use crate::access::{
-    AccessError, Act, Exceeded, IdentityRange, Quota, Refused, Request, RequestError, RequestId, RequestState, Rules,
-    SettledQuota, Signed, Verdict, request, signed,
+    AccessError, Act, ApprovalRules, Exceeded, IdentityRange, Quota, Refused, Request, RequestError, RequestId,
+    RequestState, SettledQuota, Signed, Verdict, request, signed,
 };
 use crate::certificate::{Caller, Role};
 use crate::names::{DeviceIdentity, StationName};
@@ -78,7 +78,7 @@ fn refused(result: Result<Request, AccessError>) -> RequestError {
 
 pub(super) async fn a_quota_is_never_exceeded_however_many_ask_at_once(engine: &impl Factory) {
     let store = engine.state();
-    store.settle(Rules::default(), vec![(station(), total(10))], true).await.unwrap();
+    store.settle(ApprovalRules::default(), vec![(station(), total(10))], true).await.unwrap();
     let calls = (0..40).map(|n| {
         let store = Arc::clone(&store);
         tokio::spawn(async move { store.reserve(&session(n), None).await })
@@ -106,7 +106,7 @@ pub(super) async fn a_quota_is_never_exceeded_however_many_ask_at_once(engine: &
 
 pub(super) async fn the_first_configuration_is_in_force_and_more_takes_an_approval(engine: &impl Factory) {
     let store = engine.state();
-    let (rules, other) = (Rules::default(), Rules { destroy: 2, ..Rules::default() });
+    let (rules, other) = (ApprovalRules::default(), ApprovalRules { destroy: 2, ..ApprovalRules::default() });
     let settle = async |rules, quota, whole| store.settle(rules, vec![(station(), quota)], whole).await.unwrap();
     assert!(settle(rules, per_hour(5), true).await.is_empty());
     assert!(settle(rules, per_hour(3), true).await.is_empty(), "less is in force at once");
@@ -125,7 +125,7 @@ pub(super) async fn the_first_configuration_is_in_force_and_more_takes_an_approv
 
 pub(super) async fn an_act_is_done_with_its_last_approval_and_lasts(engine: &impl Factory) {
     let store = engine.state();
-    store.settle(Rules::default(), vec![(station(), total(1))], true).await.unwrap();
+    store.settle(ApprovalRules::default(), vec![(station(), total(1))], true).await.unwrap();
     store.reserve(&session(1), None).await.unwrap();
     let asked = store.file_request(named(1, raise(total(2)), 2)).await.unwrap();
     let once = approve(&*store, &asked, signed("o-2", 200)).await.unwrap();
@@ -180,9 +180,9 @@ pub(super) async fn what_a_revoked_officer_signed_is_void(engine: &impl Factory)
 
 pub(super) async fn rules_that_became_stricter_count(engine: &impl Factory) {
     let store = engine.state();
-    store.settle(Rules::default(), Vec::new(), true).await.unwrap();
+    store.settle(ApprovalRules::default(), Vec::new(), true).await.unwrap();
     let early = store.file_request(named(1, raise(total(2)), 1)).await.unwrap();
-    let stricter = Act::ChangeRules { rules: Rules { raise_quota: 2, ..Rules::default() } };
+    let stricter = Act::ChangeRules { rules: ApprovalRules { raise_quota: 2, ..ApprovalRules::default() } };
     let change = store.file_request(named(2, stricter, 1)).await.unwrap();
     approve(&*store, &change, signed("o-2", 200)).await.unwrap();
     assert_eq!(approve(&*store, &early, signed("o-2", 300)).await.unwrap().state, RequestState::Pending);

@@ -24,7 +24,6 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use tokio::net::TcpListener;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
-use tokio_rustls::TlsAcceptor;
 use tonic::transport::server::TcpConnectInfo;
 use tower::ServiceExt as _;
 use tower_http::compression::CompressionLayer;
@@ -33,6 +32,7 @@ use super::pages;
 use super::rate::Rate;
 use super::serve::{Limits, Peer, serve};
 use crate::config::{PublicConfig, RegistryConfig};
+use crate::connections::Tls;
 use crate::names::ChipId;
 use crate::provisioning::{ProvisionError, Provisioner};
 use crate::registry::shard;
@@ -89,15 +89,9 @@ impl Public {
     }
 
     /// Serves HTTP and, beside it on the same listener, gRPC until `stop` is true; then drains.
-    pub(crate) async fn serve(
-        self,
-        listener: TcpListener,
-        tls: rustls::ServerConfig,
-        grpc: Router,
-        stop: watch::Receiver<bool>,
-    ) {
+    pub(crate) async fn serve(self, listener: TcpListener, tls: Tls, grpc: Router, stop: watch::Receiver<bool>) {
         let router = router(&self.0, grpc);
-        serve(listener, Some(TlsAcceptor::from(Arc::new(tls))), router, LIMITS, stop).await;
+        serve(listener, Some(tls), router, LIMITS, stop).await;
     }
 }
 

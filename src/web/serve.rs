@@ -14,10 +14,11 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use tokio::io::{AsyncBufReadExt as _, AsyncRead, AsyncWrite, BufReader};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
-use tokio_rustls::TlsAcceptor;
+use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, watch};
 use tower::ServiceExt as _;
+
+use crate::connections::{Tls, next, stopped};
 
 /// How long TLS and the head of a request may take.
 const HEAD_LIMIT: Duration = Duration::from_secs(5);
@@ -27,8 +28,6 @@ const HEAD_SIZE: usize = 16 * 1024;
 const STREAMS: u32 = 100;
 /// How often a silent HTTP/2 connection is asked whether it is still there.
 const ALIVE: Duration = Duration::from_secs(30);
-/// How long it waits after the system gave no connection, as when the process has no file descriptor left.
-const PAUSE: Duration = Duration::from_secs(1);
 
 /// What a listener grants.
 #[derive(Clone, Copy)]
@@ -52,7 +51,7 @@ pub(super) struct Peer(pub(super) SocketAddr);
 /// Serves until `stop` is true, then lets the requests in flight be answered.
 pub(super) async fn serve(
     listener: TcpListener,
-    tls: Option<TlsAcceptor>,
+    tls: Option<Tls>,
     router: Router,
     limits: Limits,
     stop: watch::Receiver<bool>,
@@ -61,7 +60,7 @@ pub(super) async fn serve(
     let addresses = Arc::new(Addresses::default());
     loop {
         let (place, stream, peer) = tokio::select! {
-            () = wait_for(stop.clone()) => break,
+            () = stopped(stop.clone()) => break,
             next = next(&listener, &places) => next,
         };
         let Some(of_address) = addresses.enter(holder(peer.ip()), limits.of_one_address) else {
@@ -70,14 +69,13 @@ pub(super) async fn serve(
         };
         let (router, stop, tls) = (router.clone(), stop.clone(), tls.clone());
         tokio::spawn(async move {
-            let _ = stream.set_nodelay(true);
             match tls {
                 None => answer(stream, peer, router, limits, stop).await,
-                Some(tls) => match tokio::time::timeout(HEAD_LIMIT, tls.accept(stream)).await {
-                    Ok(Ok(stream)) => answer(stream, peer, router, limits, stop).await,
-                    Ok(Err(error)) => tracing::debug!(%error, %peer, "no TLS"),
-                    Err(_) => tracing::debug!(%peer, "TLS took too long"),
-                },
+                Some(tls) => {
+                    if let Some(stream) = tls.accept(stream, peer, HEAD_LIMIT).await {
+                        answer(stream, peer, router, limits, stop).await;
+                    }
+                }
             }
             // In this order: whoever is let in by the free place must not be counted beside the one that left it.
             drop(of_address);
@@ -87,23 +85,6 @@ pub(super) async fn serve(
     drop(listener);
     // All places are free once every connection has ended, which none can put off beyond its limit.
     let _ = places.acquire_many(limits.places).await;
-}
-
-async fn next(
-    listener: &TcpListener,
-    places: &Arc<Semaphore>,
-) -> (Option<OwnedSemaphorePermit>, TcpStream, SocketAddr) {
-    // It is never closed, so there always is a place in the end.
-    let place = Arc::clone(places).acquire_owned().await.ok();
-    loop {
-        match listener.accept().await {
-            Ok((stream, peer)) => return (place, stream, peer),
-            Err(error) => {
-                tracing::warn!(%error, "a connection could not be accepted");
-                tokio::time::sleep(PAUSE).await;
-            }
-        }
-    }
 }
 
 async fn answer(
@@ -135,7 +116,7 @@ async fn answer(
     let mut stream = BufReader::new(stream);
     let first = tokio::select! {
         first = tokio::time::timeout(HEAD_LIMIT, stream.fill_buf()) => first,
-        () = wait_for(stop.clone()) => return,
+        () = stopped(stop.clone()) => return,
     };
     if !first.is_ok_and(|first| first.is_ok_and(|octets| !octets.is_empty())) {
         return tracing::debug!(%peer, "nothing was asked");
@@ -144,7 +125,7 @@ async fn answer(
     let mut connection = std::pin::pin!(connection);
     tokio::select! {
         ended = connection.as_mut() => return tell(ended, peer),
-        () = wait_for(stop) => {}
+        () = stopped(stop) => {}
         () = tokio::time::sleep(limits.age) => {}
     }
     connection.as_mut().graceful_shutdown();
@@ -197,9 +178,4 @@ fn tell(ended: Result<(), Box<dyn std::error::Error + Send + Sync>>, peer: Socke
     if let Err(error) = ended {
         tracing::debug!(%error, %peer, "a connection ended early");
     }
-}
-
-async fn wait_for(mut stop: watch::Receiver<bool>) {
-    // An error means that the sender is gone, which is a stop as well.
-    let _ = stop.wait_for(|stop| *stop).await;
 }

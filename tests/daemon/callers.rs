@@ -25,14 +25,14 @@ use crate::site::{Site, write_private};
 const P256: SignatureAlgorithm = SignatureAlgorithm::EcdsaP256Sha256;
 
 /// An authority for access certificates whose key is in this process, so that it can sign what sppctl never would.
-struct Authority {
-    pem: String,
+pub struct Authority {
+    pub pem: String,
     key_pem: String,
     pair: EcdsaKeyPair,
 }
 
 impl Authority {
-    fn new(name: &str) -> Self {
+    pub fn new(name: &str) -> Self {
         let (public, pair, key_pem) = key_pair();
         let unsigned = authority_certificate(&AuthorityCertificate {
             subject: &SubjectName::with_common_name(name).unwrap(),
@@ -47,7 +47,7 @@ impl Authority {
     }
 
     /// An identity for TLS with this name, from now minus an hour.
-    fn identity(&self, name: &AccessName, not_after: u64) -> Identity {
+    pub fn identity(&self, name: &AccessName, not_after: u64) -> Identity {
         let (public, _, key_pem) = key_pair();
         let issuer = IssuerCertificate::from_pem(&self.pem, P256).unwrap();
         let unsigned = access_certificate(&AccessCertificate {
@@ -94,11 +94,11 @@ fn signed(unsigned: UnsignedDocument, pair: &EcdsaKeyPair) -> String {
     unsigned.assemble(signature.as_ref()).unwrap().to_pem().unwrap()
 }
 
-fn now() -> u64 {
+pub fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs()
 }
 
-fn station(name: &str) -> AccessName {
+pub fn station(name: &str) -> AccessName {
     AccessName::Client(Caller::Station(name.parse().unwrap()))
 }
 
@@ -127,7 +127,7 @@ async fn call_both(site: &Site, tls: ClientTlsConfig) -> [Result<(), Status>; 2]
 }
 
 /// TLS ended it: nothing of the daemon answered.
-fn refused_by_tls(answer: &Result<(), Status>) -> bool {
+pub fn refused_by_tls(answer: &Result<(), Status>) -> bool {
     matches!(answer, Err(status) if status.get_error_details().error_info().is_none()
         && matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Internal))
 }
@@ -209,6 +209,7 @@ const MAY: &[(&str, &[&str])] = &[
     ("/spp.v1.Officer/GetPoolStatus", &["officer", "auditor", "monitor"]),
     ("/spp.v1.Officer/FillPool", &["officer"]),
     ("/spp.v1.Officer/ShredPool", &["officer"]),
+    ("/spp.v1.Officer/Reload", &["officer"]),
 ];
 
 /// The methods of the two inner services, as the daemon describes them.
@@ -366,4 +367,22 @@ async fn a_stations_key_stays_where_it_was_made() {
     std::fs::write(site.path("changed.pem"), changed).unwrap();
     let output = site.try_sppctl("station enroll x --config sppd.toml --csr changed.pem --out tls/x");
     assert!(String::from_utf8_lossy(&output.stderr).contains("not signed by its own key"), "{output:?}");
+}
+
+#[tokio::test]
+async fn whoever_says_nothing_holds_up_nobody_and_is_sent_away() {
+    let site = Site::running();
+    let mut silent = Vec::new();
+    for _ in 0..50 {
+        silent.push(tokio::net::TcpStream::connect(("127.0.0.1", site.line)).await.unwrap());
+    }
+    let began = std::time::Instant::now();
+    assemble(&mut site.station().await, &phone(1)).await.expect("their handshakes are waited for by nobody else");
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    for mut stream in silent {
+        let mut octet = [0; 1];
+        let read = tokio::io::AsyncReadExt::read(&mut stream, &mut octet);
+        let ended = tokio::time::timeout(Duration::from_secs(20), read).await;
+        assert!(matches!(ended, Ok(Ok(0) | Err(_))), "{ended:?}");
+    }
 }

@@ -1,6 +1,5 @@
 //! A processing point in the test's process: the real rooms, wired as `sppd` wires them, with breakable stores.
 
-use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,8 +11,8 @@ use spp::device::Fab;
 use spp::hsm::Hsm;
 use spp::keypool::{KeyPool, KindStatus, Marks, PoolRules};
 use spp::keys::KeyKind;
-use spp::names::{ChipId, ProfileName, StationName};
-use spp::provisioning::{Clock, Issuer, Product, Provisioner};
+use spp::names::{ChipId, StationName};
+use spp::provisioning::{Clock, Provisioner, Rules};
 use spp::registry::{HsmSigner, TransparencyLog};
 use spp::store::{
     Batch, BatchState, Journal, PublicDatabase as _, PublishedRecord, Purpose, Registry, SecretStore as _,
@@ -297,8 +296,7 @@ impl Point<'_> {
         let faults = &self.faults;
         let journal = Journal::new(Arc::new(Breaking { engine: state.clone(), faults: faults.clone() }));
         let registry = Registry::new(Arc::new(Breaking { engine: public.clone(), faults: faults.clone() }));
-        let config = self.house.config();
-        let products = products(config.profiles, config.issuers);
+        let devices = Rules::new(&self.house.config());
         let hsm = self.house.hsm.clone();
         let ahead = Arc::clone(&self.time);
         let clock = Clock::of(move || 1_800_000_000 + ahead.load(Ordering::Relaxed));
@@ -306,7 +304,7 @@ impl Point<'_> {
         let (rules, also) = (self.rules.clone(), (journal.clone(), registry.clone()));
         let pool = KeyPool::new(hsm.clone(), secrets, also.0, also.1, rules, clock.clone());
         let running = tokio::spawn(Arc::clone(&pool).run());
-        let provisioner = Provisioner::new(hsm, journal, registry, pool, products, config.stations, LIFETIME);
+        let provisioner = Provisioner::new(hsm, journal, registry, pool, devices, LIFETIME);
         let provisioner = Arc::new(provisioner.with_clock(clock));
         self.running = Some(Running { pool: running, provisioner, state, public });
     }
@@ -314,17 +312,6 @@ impl Point<'_> {
     fn running(&self) -> &Running {
         self.running.as_ref().expect("it runs")
     }
-}
-
-fn products(
-    profiles: BTreeMap<ProfileName, spp::certificate::Profile>,
-    mut issuers: BTreeMap<ProfileName, spp::certificate::IssuerCertificate>,
-) -> BTreeMap<ProfileName, Product> {
-    let product = |(name, profile): (ProfileName, spp::certificate::Profile)| {
-        let issuer = Issuer::new(profile.issuer().clone(), issuers.remove(&name).unwrap());
-        (name, Product { profile, issuer })
-    };
-    profiles.into_iter().map(product).collect()
 }
 
 fn copy_all(from: &Path, to: &Path) {

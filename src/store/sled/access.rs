@@ -19,8 +19,8 @@ use super::SledStateStore;
 use super::state::identity_key;
 use super::view::View;
 use crate::access::{
-    AccessError, Act, IdentityRange, IssuedAccess, LoadedRange, Quota, Refused, Request, RequestError, RequestId,
-    RequestState, Revocation, Rules, SettledQuota, SettledRules, Signed, StationUse, Usage, Verdict,
+    AccessError, Act, ApprovalRules, IdentityRange, IssuedAccess, LoadedRange, Quota, Refused, Request, RequestError,
+    RequestId, RequestState, Revocation, SettledQuota, SettledRules, Signed, StationUse, Usage, Verdict,
 };
 use crate::certificate::Caller;
 use crate::names::{ChipId, DeviceIdentity, OfficerName, ProfileName, StationName};
@@ -34,7 +34,7 @@ const PASSED_OVER: usize = 1000;
 impl AccessStore for SledStateStore {
     async fn settle(
         &self,
-        rules: Rules,
+        rules: ApprovalRules,
         quotas: Vec<(StationName, Quota)>,
         whole: bool,
     ) -> Result<Vec<String>, StoreError> {
@@ -123,7 +123,7 @@ impl AccessStore for SledStateStore {
 
 fn settle(
     view: &mut View<'_>,
-    rules: Rules,
+    rules: ApprovalRules,
     quotas: Vec<(StationName, Quota)>,
     whole: bool,
 ) -> Result<Vec<String>, StoreError> {
@@ -215,7 +215,7 @@ fn file_request(view: &mut View<'_>, new: Request) -> Result<Request, AccessErro
 
 fn decide(view: &mut View<'_>, id: RequestId, verdict: Verdict, by: Signed) -> Result<Request, AccessError> {
     let mut known = request(view, id)?.ok_or(RequestError::Unknown(id))?;
-    // Rules that became stricter meanwhile count.
+    // ApprovalRules that became stricter meanwhile count.
     if let Some(rules) = view.get::<SettledRules>(RULES, || "the rules".into())? {
         known.needed = known.needed.max(rules.in_force.needed(known.act.kind()));
     }

@@ -9,9 +9,12 @@ mod contract;
 #[cfg(test)]
 mod contract_pairs;
 #[cfg(test)]
+mod contract_production;
+#[cfg(test)]
 pub(crate) mod contract_public;
 mod journal;
 pub(crate) mod place;
+mod production;
 mod public;
 mod record;
 mod secret;
@@ -24,6 +27,7 @@ pub use self::sled::SledStateStore;
 pub(crate) use self::sled::{IndexEntry, IndexMark, Location, SledIndex};
 pub use journal::{Abortable, Intent, Issued, Journal, Published, Signed, TakenUp};
 pub use place::StoreOptions;
+pub use production::{HOUR, ProductionCounts, ProductionSlot};
 pub use public::{
     Announced, Announcements, PublicDatabase, Publication, PublicationReceipt, PublishError, PublishedRecord, Registry,
     RegistryStatus, Taken, UniqueKey, WitnessStatus,
@@ -34,7 +38,8 @@ pub use secret::{
     PairToReserve, PooledPair, Purpose, SecretStore,
 };
 pub use session::{
-    CertificateToSign, MasterKeyUse, ReserveError, Session, SessionCounts, SessionState, StateName, StateStore,
+    CertificateToSign, Listed, MasterKeyUse, ReserveError, Session, SessionCounts, SessionPlace, SessionState,
+    StateName, StateStore,
 };
 
 /// A store could not do what was asked. What was acknowledged before still stands.

@@ -6,7 +6,7 @@ use prost::Message as _;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=proto");
-    let files = ["spp/v1/line.proto", "spp/v1/recovery.proto", "spp/v1/officer.proto"];
+    let files = ["spp/v1/line.proto", "spp/v1/recovery.proto", "spp/v1/officer.proto", "spp/v1/production.proto"];
     let descriptors = protox::compile(files, ["proto"])?;
     let out = PathBuf::from(std::env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR")?);
     std::fs::write(out.join("spp_descriptor.bin"), descriptors.encode_to_vec())?;

@@ -16,6 +16,7 @@ mod issuer;
 mod locks;
 mod pair;
 mod recover;
+mod report;
 mod restart;
 
 use std::collections::BTreeMap;
@@ -28,6 +29,7 @@ pub use assemble::{Assembled, Delivery, Order};
 pub use complete::{Completion, Receipt};
 pub use error::{FieldViolation, ProvisionError};
 pub use issuer::Issuer;
+pub use report::{DeviceReport, DeviceView, KeyPairPlace, ProductionBy, ProductionOf, SessionFilter, SessionPage};
 pub use restart::{Tidied, keep_tidy};
 
 use crate::certificate::Profile;

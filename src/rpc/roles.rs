@@ -29,6 +29,10 @@ const TABLE: &[(&str, Whom)] = {
         ("/spp.v1.Officer/GetPoolStatus", These(&[Officer, Auditor, Monitor])),
         ("/spp.v1.Officer/FillPool", These(&[Officer])),
         ("/spp.v1.Officer/ShredPool", These(&[Officer])),
+        ("/spp.v1.Production/GetProduction", These(&[Officer, Auditor, Monitor])),
+        ("/spp.v1.Production/GetDevice", These(&[Officer, Auditor])),
+        ("/spp.v1.Production/ListSessions", These(&[Officer, Auditor])),
+        ("/spp.v1.Production/AbortSession", These(&[Officer])),
         ("/spp.v1.Recovery/GetRecord", Anybody),
         ("/spp.v1.Recovery/GetProof", Anybody),
         ("/spp.v1.Recovery/GetCheckpoint", Anybody),
@@ -94,7 +98,7 @@ mod tests {
 
     #[test]
     fn who_only_reads_changes_nothing() {
-        let changes = ["Assemble", "Complete", "Abort", "FillPool", "ShredPool"];
+        let changes = ["Assemble", "Complete", "Abort", "FillPool", "ShredPool", "AbortSession"];
         for (method, whom) in TABLE {
             let Whom::These(roles) = whom else { continue };
             let changes = changes.iter().any(|name| method.ends_with(&format!("/{name}")));

@@ -16,6 +16,7 @@ use tower::filter::FilterLayer;
 use super::door::Door;
 use super::line::LineService;
 use super::officer::{NodeInfo, OfficerService};
+use super::production::ProductionService;
 use super::recovery::RecoveryService;
 use super::{health, roles};
 use crate::audit::AuditLog;
@@ -23,6 +24,7 @@ use crate::config::{Listen, TlsConfig};
 use crate::proto::DESCRIPTORS;
 use crate::proto::line_server::LineServer;
 use crate::proto::officer_server::OfficerServer;
+use crate::proto::production_server::ProductionServer;
 use crate::proto::recovery_server::RecoveryServer;
 use crate::provisioning::Provisioner;
 use crate::web::Public;
@@ -94,7 +96,11 @@ impl Listening {
         let line = LineServer::new(LineService { provisioner: Arc::clone(provisioner), door: Door::line() })
             .max_decoding_message_size(MAX_REQUEST);
         let (for_officers, audit) = (Arc::clone(provisioner), Arc::clone(audit));
-        let officer = OfficerService { provisioner: for_officers, node, door: Door::officer(), audit };
+        let door = Door::officer();
+        let production =
+            ProductionService { provisioner: Arc::clone(provisioner), door: door.clone(), audit: Arc::clone(&audit) };
+        let production = ProductionServer::new(production).max_decoding_message_size(MAX_REQUEST);
+        let officer = OfficerService { provisioner: for_officers, node, door, audit };
         let officer = OfficerServer::new(officer).max_decoding_message_size(MAX_REQUEST);
         let recovery =
             RecoveryServer::new(RecoveryService { provisioner: Arc::clone(provisioner), door: Door::public() })
@@ -103,7 +109,7 @@ impl Listening {
         let mutual = server_tls(tls)?.client_ca_root(Certificate::from_pem(&tls.client_ca));
         let door = || FilterLayer::new(roles::admit::<tonic::body::Body>);
         let stations = builder("stations", mutual.clone())?.layer(door()).add_service(line);
-        let officers = builder("officers", mutual)?.layer(door()).add_service(officer);
+        let officers = builder("officers", mutual)?.layer(door()).add_service(officer).add_service(production);
         // gRPC beside HTTP: the public listener speaks both.
         let grpc = Routes::new(recovery).add_service(health.clone()).add_service(reflection("the public")?);
         let public_tls = tls.public_config(&[b"h2", b"http/1.1"]);

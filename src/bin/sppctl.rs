@@ -13,7 +13,8 @@ use spp::description::Describe;
 use spp::hsm::{Ceremony, KeyRegister, ModuleProfile, PinSource, initialise_token};
 use spp::names::{AuditorName, BackOfficeName, MonitorName, OfficerName, StationName};
 use spp::officer::{
-    self, CeremonyPlan, Enrolment, Held, HsmCommand, HsmFile, PoolCommand, ReadAuditCommand, RegistryCommand,
+    self, CeremonyPlan, DeviceCommand, Enrolment, Held, HsmCommand, HsmFile, PoolCommand, ReadAuditCommand,
+    RegistryCommand, ReportCommand, SessionsCommand,
 };
 use spp::registry::TransparencyLog;
 use spp::store::SledStateStore;
@@ -83,6 +84,15 @@ enum Command {
     /// Key pairs that are made in advance.
     #[command(subcommand)]
     Pool(PoolCommand),
+    /// Numbers: what was produced.
+    #[command(subcommand)]
+    Report(ReportCommand),
+    /// One device.
+    #[command(subcommand)]
+    Device(DeviceCommand),
+    /// Sessions: devices on their way.
+    #[command(subcommand)]
+    Sessions(SessionsCommand),
     /// The public database: its index, mirrors of it, and looking at it as a stranger would.
     #[command(subcommand)]
     Registry(RegistryCommand),
@@ -340,7 +350,10 @@ fn run(command: Command) -> Result<(), String> {
             }
             enroll(AccessName::Server { dns, ips: ip }, common)
         }
-        Command::Pool(command) => pool(command),
+        Command::Pool(command) => wait(command.run())?.map_err(|e| e.to_string()),
+        Command::Report(command) => wait(command.run())?,
+        Command::Device(command) => wait(command.run())?,
+        Command::Sessions(command) => wait(command.run())?,
         Command::Registry(command) => command.run(),
         Command::Hsm(command) => command.run(),
         Command::Status { server, tls, wait, json } => status(&server, &tls, wait, json),
@@ -479,14 +492,14 @@ fn enroll(name: AccessName, args: EnrollArgs) -> Result<(), String> {
     Ok(())
 }
 
-fn pool(command: PoolCommand) -> Result<(), String> {
+/// Waits for what is asked of the running daemon.
+fn wait<T>(asking: impl Future<Output = T>) -> Result<T, String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| e.to_string())?;
-    runtime.block_on(command.run()).map_err(|e| e.to_string())
+    Ok(runtime.block_on(asking))
 }
 
-fn status(server: &str, tls: &Path, wait: Option<Duration>, json: bool) -> Result<(), String> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| e.to_string())?;
-    let status = runtime.block_on(officer::connect_and_ask(server, tls, wait)).map_err(|e| e.to_string())?;
+fn status(server: &str, tls: &Path, patience: Option<Duration>, json: bool) -> Result<(), String> {
+    let status = wait(officer::connect_and_ask(server, tls, patience))?.map_err(|e| e.to_string())?;
     if json {
         println!("{:#}", officer::status_json(&status));
     } else {

@@ -5,10 +5,11 @@ use std::fmt::Write as _;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use clap::{Subcommand, ValueEnum};
 
+use super::text::{at, moment, printable};
 use crate::audit::{Entries, Recorded};
 use crate::config::AuditConfig;
 
@@ -73,32 +74,24 @@ pub enum Form {
     Csv,
 }
 
-/// Seconds since the Unix epoch of a day or a moment in UTC.
-fn moment(text: &str) -> Result<u64, String> {
-    let whole = if text.len() == 10 { format!("{text}T00:00:00Z") } else { text.to_owned() };
-    let parsed =
-        humantime::parse_rfc3339(&whole).map_err(|e| format!("{e}; write 2026-01-31 or 2026-01-31T12:00:00Z"))?;
-    Ok(parsed.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()))
-}
-
 impl ReadAuditCommand {
     /// Does it.
     pub fn run(self) -> Result<(), String> {
         match self {
-            Self::Tail { config, lines, follow, json } => tail(&open(&config)?, lines, follow, json),
-            Self::Show { sequence, config, json } => show(&open(&config)?, sequence, json),
+            Self::Tail { config, lines, follow, json } => tail(&log_directory(&config)?, lines, follow, json),
+            Self::Show { sequence, config, json } => show(&log_directory(&config)?, sequence, json),
             Self::Export { config, out, from, to, format } => {
                 let wanted = |entry: &Recorded| {
                     from.is_none_or(|from| entry.time >= from) && to.is_none_or(|to| entry.time < to)
                 };
-                export(&open(&config)?, out.as_deref(), wanted, format)
+                export(&log_directory(&config)?, out.as_deref(), wanted, format)
             }
         }
     }
 }
 
 /// The log's directory; there may be no daemon and no HSM.
-fn open(config: &Path) -> Result<PathBuf, String> {
+pub(super) fn log_directory(config: &Path) -> Result<PathBuf, String> {
     AuditConfig::load(config).map(|audit| audit.directory).map_err(|e| e.to_string())
 }
 
@@ -138,7 +131,8 @@ fn to_json(entry: &Recorded) -> Result<String, String> {
     serde_json::to_string(entry).map_err(|e| e.to_string())
 }
 
-fn in_a_line(entry: &Recorded) -> String {
+/// An entry in a line, for people.
+pub(super) fn in_a_line(entry: &Recorded) -> String {
     let mut line = format!(
         "{:>6}  {}  {:<20} {:<14} {}",
         entry.sequence,
@@ -152,15 +146,6 @@ fn in_a_line(entry: &Recorded) -> String {
         let _ = write!(line, "  {name}={}", printable(value));
     }
     line
-}
-
-/// What a caller wrote must not move the cursor of whoever reads it.
-fn printable(text: &str) -> String {
-    text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
-}
-
-fn at(seconds: u64) -> String {
-    humantime::format_rfc3339_seconds(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)).to_string()
 }
 
 fn show(directory: &Path, sequence: u64, json: bool) -> Result<(), String> {
@@ -255,22 +240,5 @@ impl Rows {
             Self::Json(mut sink) => sink.flush(),
             Self::Csv(mut csv) => csv.flush(),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_moment_is_a_day_or_a_time_in_utc() {
-        assert_eq!(moment("1970-01-02"), Ok(86_400));
-        assert_eq!(moment("1970-01-01T00:01:00Z"), Ok(60));
-        assert!(moment("yesterday").unwrap_err().contains("2026-01-31"));
-    }
-
-    #[test]
-    fn what_a_caller_wrote_moves_no_cursor() {
-        assert_eq!(printable("a\u{1b}[2Jb\nc"), "a\\u{1b}[2Jb\\nc");
     }
 }

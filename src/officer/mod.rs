@@ -1,15 +1,20 @@
-//! What security officers do: key ceremonies on the token, enrolment of callers, the stores' creation, a look at the daemon.
+//! What security officers do: key ceremonies on the token, enrolment of callers, the stores' creation, a look at the daemon, reports.
 
 mod audit_cli;
 mod ceremony;
+mod device;
 mod enroll;
 mod files;
 mod hsm_cli;
 mod hsm_file;
 mod pool;
 mod pool_cli;
+mod production;
 mod registry_cli;
+mod reports_cli;
+mod sessions;
 mod status;
+mod text;
 mod transcript;
 
 pub use audit_cli::{Form, ReadAuditCommand};
@@ -20,6 +25,7 @@ pub use hsm_cli::HsmCommand;
 pub use hsm_file::HsmFile;
 pub use pool_cli::{DaemonArgs, PoolCommand};
 pub use registry_cli::RegistryCommand;
+pub use reports_cli::{DeviceCommand, ReportCommand, SessionsCommand};
 pub use status::{StatusError, connect_and_ask, describe_status, status_json};
 pub use transcript::{KeyReport, Transcript, VerifiedTranscript, verify_transcript};
 

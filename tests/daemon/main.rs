@@ -17,6 +17,7 @@ mod pool;
 mod pool_crash;
 mod pool_officer;
 mod refusals;
+mod reports;
 mod secrets;
 mod several;
 mod site;

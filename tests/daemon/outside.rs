@@ -114,7 +114,7 @@ async fn reflection_lists_the_services() {
     let answer = answers.next().await.unwrap().unwrap().message_response;
     let Some(MessageResponse::ListServicesResponse(listed)) = answer else { panic!("{answer:?}") };
     let names: Vec<_> = listed.service.into_iter().map(|service| service.name).collect();
-    for service in ["spp.v1.Line", "spp.v1.Officer", "spp.v1.Recovery", "grpc.health.v1.Health"] {
+    for service in ["spp.v1.Line", "spp.v1.Officer", "spp.v1.Production", "spp.v1.Recovery", "grpc.health.v1.Health"] {
         assert!(names.iter().any(|name| name == service), "{service} is missing in {names:?}");
     }
 }

@@ -206,13 +206,13 @@ async fn sessions_are_listed_by_what_is_asked_for_and_given_up_by_officers() {
         let ids = |words: &str| -> Vec<String> {
             listed(words).iter().map(|session| session["session"].as_str().unwrap().to_owned()).collect()
         };
-        assert_eq!(ids(""), [on_its_way.clone()]);
-        assert_eq!(ids("--state issued --station line-2/b --profile phone"), [on_its_way.clone()]);
+        assert_eq!(ids(""), std::slice::from_ref(&on_its_way));
+        assert_eq!(ids("--state issued --station line-2/b --profile phone"), std::slice::from_ref(&on_its_way));
         for none in ["--station line-1/a", "--profile gateway", "--older-than 1h", "--state reserved"] {
             assert_eq!(ids(none), [""; 0], "{none}");
             assert_eq!(site.sppctl(&format!("sessions list {none} {}", officer(&site))), "no sessions\n");
         }
-        assert_eq!(ids("--state aborted"), [given_up.clone()]);
+        assert_eq!(ids("--state aborted"), std::slice::from_ref(&given_up));
         assert_eq!(listed("--state aborted")[0]["reason"], "display-broken");
         assert_eq!((ids("--state erased").len(), ids("--state erased --profile gateway").len()), (4, 1));
         let output = site.try_sppctl(&format!("sessions list --state erased --limit 2 {}", officer(&site)));

@@ -40,7 +40,7 @@
 //! | [`web`] | records, the log and pages for anybody; metrics | HTTP |
 //! | [`device`] | the personal device, the reference for firmware authors | its flash file |
 //! | [`mod@line`] | what a station does | gRPC as a client, simulated devices |
-//! | [`officer`] | ceremonies, enrolment, pools, status | the token (through [`hsm`]), gRPC as a client |
+//! | [`officer`] | ceremonies, enrolment, pools, status, reports | the token (through [`hsm`]), gRPC as a client |
 //!
 //! # Who is trusted with what
 //!

@@ -13,8 +13,9 @@ use spp::description::Describe;
 use spp::hsm::{Ceremony, KeyRegister, ModuleProfile, PinSource, initialise_token};
 use spp::names::{AuditorName, BackOfficeName, MonitorName, OfficerName, StationName};
 use spp::officer::{
-    self, ApprovalsCommand, AskArgs, CeremonyPlan, DaemonArgs, Enrolment, Held, HsmCommand, HsmFile, IdentitiesCommand,
-    PoolCommand, ReadAuditCommand, RegistryCommand, RenewArgs, StatusError, VerifyAuditArgs,
+    self, ApprovalsCommand, AskArgs, CeremonyPlan, DaemonArgs, DeviceCommand, Enrolment, Held, HsmCommand, HsmFile,
+    IdentitiesCommand, PoolCommand, ReadAuditCommand, RegistryCommand, RenewArgs, ReportCommand, SessionsCommand,
+    StatusError, VerifyAuditArgs,
 };
 use spp::registry::TransparencyLog;
 use spp::store::SledStateStore;
@@ -92,6 +93,15 @@ enum Command {
     /// Key pairs that are made in advance.
     #[command(subcommand)]
     Pool(PoolCommand),
+    /// Numbers: what was produced.
+    #[command(subcommand)]
+    Report(ReportCommand),
+    /// One device.
+    #[command(subcommand)]
+    Device(DeviceCommand),
+    /// Sessions: devices on their way.
+    #[command(subcommand)]
+    Sessions(SessionsCommand),
     /// The public database: its index, mirrors of it, and looking at it as a stranger would.
     #[command(subcommand)]
     Registry(RegistryCommand),
@@ -457,6 +467,9 @@ fn run(command: Command) -> Result<(), String> {
         Command::Renew(args) => at_daemon(officer::renew(args)),
         Command::Pool(command) => at_daemon(command.run()),
         Command::Reload { daemon } => at_daemon(officer::reload(daemon)),
+        Command::Report(command) => wait(command.run())?,
+        Command::Device(command) => wait(command.run())?,
+        Command::Sessions(command) => wait(command.run())?,
         Command::Registry(command) => command.run(),
         Command::Hsm(command) => command.run(),
         Command::Status { server, tls, wait, json } => status(&server, &tls, wait, json),
@@ -593,13 +606,17 @@ fn enroll(name: AccessName, args: EnrollArgs) -> Result<(), String> {
 
 /// Asks the running daemon.
 fn at_daemon(work: impl Future<Output = Result<(), StatusError>>) -> Result<(), String> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| e.to_string())?;
-    runtime.block_on(work).map_err(|e| e.to_string())
+    wait(work)?.map_err(|e| e.to_string())
 }
 
-fn status(server: &str, tls: &Path, wait: Option<Duration>, json: bool) -> Result<(), String> {
+/// Waits for what is asked of the running daemon.
+fn wait<T>(asking: impl Future<Output = T>) -> Result<T, String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| e.to_string())?;
-    let status = runtime.block_on(officer::connect_and_ask(server, tls, wait)).map_err(|e| e.to_string())?;
+    Ok(runtime.block_on(asking))
+}
+
+fn status(server: &str, tls: &Path, patience: Option<Duration>, json: bool) -> Result<(), String> {
+    let status = wait(officer::connect_and_ask(server, tls, patience))?.map_err(|e| e.to_string())?;
     if json {
         println!("{:#}", officer::status_json(&status));
     } else {

@@ -6,13 +6,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
-use comfy_table::{Table, presets};
 use serde_json::json;
 
 use super::desk::{AtDesk, Seen, now};
 use super::pool_cli::DaemonArgs;
 use super::status::StatusError;
-use super::text::{at, printable};
+use super::text::{at, printable, table, trimmed};
 use crate::access::{Act, ApprovalRules, Quota, RequestId, Verdict};
 use crate::certificate::{Caller, Role};
 use crate::names::StationName;
@@ -226,9 +225,7 @@ async fn list(daemon: &DaemonArgs, all: bool) -> Result<(), StatusError> {
         println!("{:#}", json!({ "node": listed.node, "rules": rules, "approvals": approvals }));
         return Ok(());
     }
-    let mut table = Table::new();
-    table.load_preset(presets::NOTHING);
-    table.set_header(["request", "state", "approvals", "asked by", "expires", "what"]);
+    let mut table = table(["request", "state", "approvals", "asked by", "expires", "what"], []);
     for approval in &shown {
         let expires = approval.expires.map(seconds).map_or_else(String::new, at);
         let by = approval.requested.as_ref().map(|signed| printable(&signed.officer)).unwrap_or_default();
@@ -243,7 +240,7 @@ async fn list(daemon: &DaemonArgs, all: bool) -> Result<(), StatusError> {
     }
     match shown.is_empty() {
         true => println!("nothing waits for an approval{}", if all { "" } else { "; --all tells what was decided" }),
-        false => println!("{table}"),
+        false => println!("{}", trimmed(&table)),
     }
     if let Some(rules) = listed.rules {
         println!("{}", rules_text(&rules));

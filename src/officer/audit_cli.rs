@@ -159,20 +159,20 @@ impl ReadAuditCommand {
     /// Does it.
     pub fn run(self) -> Result<(), String> {
         match self {
-            Self::Tail { config, lines, follow, json } => tail(&open(&config)?, lines, follow, json),
-            Self::Show { sequence, config, json } => show(&open(&config)?, sequence, json),
+            Self::Tail { config, lines, follow, json } => tail(&log_directory(&config)?, lines, follow, json),
+            Self::Show { sequence, config, json } => show(&log_directory(&config)?, sequence, json),
             Self::Export { config, out, from, to, format } => {
                 let wanted = |entry: &Recorded| {
                     from.is_none_or(|from| entry.time >= from) && to.is_none_or(|to| entry.time < to)
                 };
-                export(&open(&config)?, out.as_deref(), wanted, format)
+                export(&log_directory(&config)?, out.as_deref(), wanted, format)
             }
         }
     }
 }
 
 /// The log's directory; there may be no daemon and no HSM.
-fn open(config: &Path) -> Result<PathBuf, String> {
+pub(super) fn log_directory(config: &Path) -> Result<PathBuf, String> {
     AuditConfig::load(config).map(|audit| audit.directory).map_err(|e| e.to_string())
 }
 
@@ -212,7 +212,8 @@ fn to_json(entry: &Recorded) -> Result<String, String> {
     serde_json::to_string(entry).map_err(|e| e.to_string())
 }
 
-fn in_a_line(entry: &Recorded) -> String {
+/// An entry in a line, for people.
+pub(super) fn in_a_line(entry: &Recorded) -> String {
     let mut line = format!(
         "{:>6}  {}  {:<20} {:<14} {}",
         entry.sequence,

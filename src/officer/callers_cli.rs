@@ -4,14 +4,14 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::Table;
 use serde_json::json;
 
 use super::approvals_cli::{AskArgs, request_revocation};
 use super::desk::{AtDesk, life_left, now};
 use super::pool_cli::DaemonArgs;
 use super::status::StatusError;
-use super::text::{at, printable};
+use super::text::{at, printable, table, trimmed};
 use crate::certificate::{Caller, Role};
 use crate::names::{DeviceIdentity, ProfileName};
 use crate::proto;
@@ -68,7 +68,7 @@ impl IdentitiesCommand {
                 match daemon.json {
                     true => println!("{:#}", ranges.iter().map(range_json).collect::<serde_json::Value>()),
                     false if ranges.is_empty() => println!("none is loaded; sppctl identities load"),
-                    false => println!("{}", ranges_table(&ranges)),
+                    false => println!("{}", trimmed(&ranges_table(&ranges))),
                 }
                 Ok(())
             }
@@ -77,20 +77,19 @@ impl IdentitiesCommand {
 }
 
 fn ranges_table(ranges: &[proto::IdentityRange]) -> Table {
-    let mut table = table(["range", "profile", "first", "last", "count", "left", "loaded by", "at"]);
+    let mut table = table(["profile", "first", "last", "loaded by", "at", "range", "count", "left"], 5..=7);
     for range in ranges {
         table.add_row([
-            range.number.to_string(),
             range.profile.clone(),
             range.first.clone(),
             range.last.clone(),
-            range.count.to_string(),
-            range.count.saturating_sub(range.used).to_string(),
             printable(&range.by),
             range.at.map(seconds).map_or_else(String::new, at),
+            range.number.to_string(),
+            range.count.to_string(),
+            range.count.saturating_sub(range.used).to_string(),
         ]);
     }
-    align_right(&mut table, &[0, 4, 5]);
     table
 }
 
@@ -165,16 +164,16 @@ pub async fn list_callers(role: Role, daemon: &DaemonArgs) -> Result<(), StatusE
         return Ok(());
     }
     if role == Role::Station {
-        println!("{}", stations_table(&known));
+        println!("{}", trimmed(&stations_table(&known)));
     } else {
-        println!("{}", certificates_table(role, &known));
+        println!("{}", trimmed(&certificates_table(role, &known)));
     }
     Ok(())
 }
 
 fn stations_table(known: &proto::ListCallersResponse) -> Table {
-    let mut table =
-        table(["station", "per hour", "quota", "total", "quota", "profiles", "identities", "certificate ends", ""]);
+    let header = ["station", "per hour", "quota", "total", "quota", "profiles", "identities", "certificate ends", ""];
+    let mut table = table(header, 1..=4);
     let quota = |limit: Option<u64>| limit.map_or_else(|| "-".to_owned(), |limit| limit.to_string());
     for station in &known.stations {
         let certificate = of(Role::Station, &station.station, known);
@@ -195,12 +194,11 @@ fn stations_table(known: &proto::ListCallersResponse) -> Table {
             standing,
         ]);
     }
-    align_right(&mut table, &[1, 2, 3, 4]);
     table
 }
 
 fn certificates_table(role: Role, known: &proto::ListCallersResponse) -> Table {
-    let mut table = table(["name", "certificate", "begins", "ends", "made for", ""]);
+    let mut table = table(["name", "certificate", "begins", "ends", "made for", ""], []);
     for certificate in known.certificates.iter().filter(|known| known.role == role.as_str()) {
         table.add_row([
             certificate.name.clone(),
@@ -262,21 +260,6 @@ fn callers_json(role: Role, known: &proto::ListCallersResponse) -> serde_json::V
     let stations: Vec<_> =
         if role == Role::Station { known.stations.iter().map(station).collect() } else { Vec::new() };
     json!({ "at": now(), "stations": stations, "certificates": certificates, "revocations": revocations })
-}
-
-fn table<const N: usize>(header: [&str; N]) -> Table {
-    let mut table = Table::new();
-    table.load_preset(presets::NOTHING);
-    table.set_header(header);
-    table
-}
-
-fn align_right(table: &mut Table, columns: &[usize]) {
-    for column in columns {
-        if let Some(column) = table.column_mut(*column) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
 }
 
 fn seconds(time: prost_types::Timestamp) -> u64 {

@@ -1,18 +1,22 @@
-//! What security officers do: key ceremonies on the token, enrolment of callers, the stores' creation, a look at the daemon.
+//! What security officers do: key ceremonies on the token, enrolment of callers, the stores' creation, a look at the daemon, reports.
 
 mod approvals_cli;
 mod audit_cli;
 mod callers_cli;
 mod ceremony;
 mod desk;
+mod device;
 mod enroll;
 mod files;
 mod hsm_cli;
 mod hsm_file;
 mod pool;
 mod pool_cli;
+mod production;
 mod registry_cli;
 mod reload;
+mod reports_cli;
+mod sessions;
 mod status;
 mod text;
 mod transcript;
@@ -28,6 +32,7 @@ pub use hsm_file::HsmFile;
 pub use pool_cli::{DaemonArgs, PoolCommand};
 pub use registry_cli::RegistryCommand;
 pub use reload::reload;
+pub use reports_cli::{DeviceCommand, ReportCommand, SessionsCommand};
 pub use status::{StatusError, connect_and_ask, describe_status, status_json};
 pub use transcript::{KeyReport, Transcript, VerifiedTranscript, verify_transcript};
 

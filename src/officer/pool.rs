@@ -1,13 +1,12 @@
 //! The pools of the running daemon, over gRPC with an officer's certificate: a look, a filling, a shredding.
 
 use std::path::Path;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use comfy_table::{CellAlignment, Table, presets};
 use prost_types::Timestamp;
 use serde_json::json;
 
 use super::status::{StatusError, connect, refused, with_deadline};
+use super::text::{duration, table, trimmed};
 use crate::proto;
 
 /// How the pools stand.
@@ -62,9 +61,8 @@ fn cut_off(server: &str) -> StatusError {
 
 /// The pools as a table and what else there is to say.
 pub(super) fn describe_pool(status: &proto::GetPoolStatusResponse) -> String {
-    let mut table = Table::new();
-    table.load_preset(presets::NOTHING);
-    table.set_header(["kind", "ready", "low", "high", "reserved", "fill rate", "age", "batches", "next shred", ""]);
+    let header = ["kind", "ready", "low", "high", "reserved", "fill rate", "age", "batches", "next shred", ""];
+    let mut table = table(header, 1..=8);
     for kind in &status.kinds {
         let state = match (kind.paused.as_str(), kind.filling) {
             ("", true) => "filling".to_owned(),
@@ -89,11 +87,6 @@ pub(super) fn describe_pool(status: &proto::GetPoolStatusResponse) -> String {
     let dash = || "-".to_owned();
     let on_the_spot = "on the spot".to_owned();
     table.add_row([on_the_spot, dash(), dash(), dash(), reserved, dash(), dash(), batches, next, String::new()]);
-    for column in 1..=8 {
-        if let Some(column) = table.column_mut(column) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
     let mut text = format!("pairs are kept {}\n{}\n", keeping(&status.store), trimmed(&table));
     let mut say = |line: String| text.push_str(&format!("{line}\n"));
     if !status.serving {
@@ -129,11 +122,6 @@ fn keeping(store: &str) -> &'static str {
     }
 }
 
-/// The table without the spaces that fill its lines up.
-fn trimmed(table: &Table) -> String {
-    table.to_string().lines().map(str::trim_end).collect::<Vec<_>>().join("\n")
-}
-
 fn since(time: Option<&Timestamp>) -> String {
     time.map_or_else(|| "-".to_owned(), |time| duration(now() - time.seconds))
 }
@@ -142,14 +130,8 @@ fn until(time: Option<&Timestamp>) -> String {
     time.map_or_else(|| "-".to_owned(), |time| format!("in {}", duration(time.seconds - now())))
 }
 
-/// In its two largest units.
-fn duration(seconds: i64) -> String {
-    let text = humantime::format_duration(Duration::from_secs(u64::try_from(seconds).unwrap_or(0))).to_string();
-    text.split(' ').take(2).collect::<Vec<_>>().join(" ")
-}
-
 fn now() -> i64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| i64::try_from(since.as_secs()).unwrap_or(i64::MAX))
+    i64::try_from(super::now()).unwrap_or(i64::MAX)
 }
 
 /// The pools for programs.

@@ -82,19 +82,20 @@ fn endpoint(server: &str, tls: &Path) -> Result<Endpoint, StatusError> {
 
 /// A client of the officer service.
 pub(super) async fn connect(server: &str, tls: &Path) -> Result<OfficerClient<Channel>, StatusError> {
+    channel(server, tls).await.map(OfficerClient::new)
+}
+
+/// The officer listener, for a client of any of its services.
+pub(super) async fn channel(server: &str, tls: &Path) -> Result<Channel, StatusError> {
     connect_to(&endpoint(server, tls)?, server).await
 }
 
 /// A client of the access service, for whoever has a certificate.
 pub(super) async fn connect_access(server: &str, tls: &Path) -> Result<AccessClient<Channel>, StatusError> {
-    Ok(AccessClient::new(channel_to(&endpoint(server, tls)?, server).await?))
+    Ok(AccessClient::new(connect_to(&endpoint(server, tls)?, server).await?))
 }
 
-async fn connect_to(endpoint: &Endpoint, server: &str) -> Result<OfficerClient<Channel>, StatusError> {
-    Ok(OfficerClient::new(channel_to(endpoint, server).await?))
-}
-
-async fn channel_to(endpoint: &Endpoint, server: &str) -> Result<Channel, StatusError> {
+async fn connect_to(endpoint: &Endpoint, server: &str) -> Result<Channel, StatusError> {
     endpoint.connect().await.map_err(|e| {
         let cause = std::error::Error::source(&e).map_or_else(|| e.to_string(), ToString::to_string);
         StatusError::Connect { server: server.to_owned(), cause }
@@ -119,7 +120,8 @@ pub(super) fn refused(server: &str, status: &tonic::Status) -> StatusError {
 }
 
 async fn ask(endpoint: &Endpoint, server: &str) -> Result<proto::GetStatusResponse, StatusError> {
-    let answer = connect_to(endpoint, server).await?.get_status(with_deadline(proto::GetStatusRequest {})).await;
+    let mut client = OfficerClient::new(connect_to(endpoint, server).await?);
+    let answer = client.get_status(with_deadline(proto::GetStatusRequest {})).await;
     Ok(answer.map_err(|status| refused(server, &status))?.into_inner())
 }
 

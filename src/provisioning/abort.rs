@@ -14,13 +14,26 @@ pub enum SessionView {
 }
 
 impl Provisioner {
-    /// Destroys the key pair of a session that was not published. Repeating it is no error.
+    /// Destroys the key pair of a session that was not published. Repeating it is no error. A station gives up what it may work on.
     pub async fn abort(&self, station: &StationName, id: SessionId, reason: String) -> Result<(), ProvisionError> {
         let rules = self.rules();
         let _chip = self.chips.hold(&self.chip_of(&id).await?).await?;
         let taken_up = self.take_up(&id).await?;
+        rules.permit(station, taken_up.session())?;
+        self.give_up(taken_up, reason).await.map(drop)
+    }
+
+    /// The same for an officer, who is confined to nothing. Answers with the session as it is then.
+    pub async fn abort_any(&self, id: SessionId, reason: String) -> Result<Session, ProvisionError> {
+        let _chip = self.chips.hold(&self.chip_of(&id).await?).await?;
+        let taken_up = self.take_up(&id).await?;
+        self.give_up(taken_up, reason).await
+    }
+
+    /// The caller holds the chip.
+    async fn give_up(&self, taken_up: TakenUp, reason: String) -> Result<Session, ProvisionError> {
         let known = taken_up.session().clone();
-        rules.permit(station, &known)?;
+        let id = known.id;
         let abortable = match taken_up {
             TakenUp::Intent(intent) => Abortable::Intent(intent),
             // Published before a crash, not yet journaled: it is too late.
@@ -28,16 +41,16 @@ impl Provisioner {
                 None => Abortable::Issued(issued),
                 Some(_) => return Err(wrong_state(issued.session(), ", but its record is public: repeat Complete")),
             },
-            TakenUp::Final(session) if matches!(session.state, SessionState::Aborted { .. }) => return Ok(()),
+            TakenUp::Final(session) if matches!(session.state, SessionState::Aborted { .. }) => return Ok(session),
             TakenUp::Published(_) | TakenUp::Final(_) => {
                 return Err(wrong_state(&known, ": a published device cannot be aborted"));
             }
         };
         self.in_flight.take(&id);
         tracing::info!(session = %id, chip = %known.chip, %reason, "the session is given up");
-        self.journal.abort(abortable, self.clock.now(), reason).await?;
+        let given_up = self.journal.abort(abortable, self.clock.now(), reason).await?;
         self.pool.erased();
-        Ok(())
+        Ok(given_up)
     }
 
     /// Where a session stands; a station sees what it may work on.

@@ -16,6 +16,7 @@ mod issuer;
 mod locks;
 mod pair;
 mod recover;
+mod report;
 mod restart;
 mod rules;
 
@@ -29,6 +30,7 @@ pub use abort::SessionView;
 pub use assemble::{Assembled, Delivery, Order};
 pub use complete::{Completion, Receipt};
 pub use error::{FieldViolation, ProvisionError};
+pub use report::{DeviceReport, DeviceView, KeyPairPlace, ProductionBy, ProductionOf, SessionFilter, SessionPage};
 pub use restart::{Tidied, keep_tidy};
 pub use rules::Rules;
 

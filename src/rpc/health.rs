@@ -1,5 +1,6 @@
 //! Health per service (`grpc.health.v1`): Line serves while the HSM does, the stores are open and there is room on the disk;
-//! Recovery serves while records can be looked up; Officer, and the daemon as a whole, as long as it runs.
+//! Recovery serves while records can be looked up; Production while the state store is open; Officer, and the daemon as a whole, as
+//! long as it runs.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,6 +15,7 @@ const LOOK: Duration = Duration::from_secs(2);
 const LINE: &str = "spp.v1.Line";
 const RECOVERY: &str = "spp.v1.Recovery";
 const OFFICER: &str = "spp.v1.Officer";
+const PRODUCTION: &str = "spp.v1.Production";
 
 /// What a service needs and does not have.
 pub(crate) struct Missing {
@@ -23,7 +25,7 @@ pub(crate) struct Missing {
 }
 
 /// What each service needs and does not have at this moment. The officers' needs nothing but the daemon.
-pub(crate) fn missing(provisioner: &Provisioner) -> [(&'static str, Vec<Missing>); 3] {
+pub(crate) fn missing(provisioner: &Provisioner) -> [(&'static str, Vec<Missing>); 4] {
     let missing = |dependency, why: Option<String>| why.map(|why| Missing { dependency, why });
     let hsm = provisioner.hsm().status();
     let log = provisioner.registry().status();
@@ -34,12 +36,18 @@ pub(crate) fn missing(provisioner: &Provisioner) -> [(&'static str, Vec<Missing>
     };
     let line = [
         missing("hsm", (!hsm.ready).then_some(hsm.trouble)),
-        missing("state-store", store),
+        missing("state-store", store.clone()),
         missing("disk", disk),
         missing("public-database", log.publishing_trouble),
     ];
     let recovery = missing("public-database", log.reading_trouble);
-    [(LINE, line.into_iter().flatten().collect()), (RECOVERY, recovery.into_iter().collect()), (OFFICER, Vec::new())]
+    let production = missing("state-store", store);
+    [
+        (LINE, line.into_iter().flatten().collect()),
+        (RECOVERY, recovery.into_iter().collect()),
+        (OFFICER, Vec::new()),
+        (PRODUCTION, production.into_iter().collect()),
+    ]
 }
 
 /// Why no new device is taken now, if so.
@@ -56,9 +64,11 @@ pub(super) async fn report(reporter: HealthReporter, provisioner: Arc<Provisione
     }
     let mut line = Told::new(LINE);
     let mut recovery = Told::new(RECOVERY);
+    let mut production = Told::new(PRODUCTION);
     loop {
         line.tell(&reporter, line_trouble(&provisioner)).await;
         recovery.tell(&reporter, provisioner.registry().status().reading_trouble).await;
+        production.tell(&reporter, provisioner.journal().room().err().map(|error| error.to_string())).await;
         let _ = tokio::time::timeout(LOOK, hsm.changed()).await;
     }
 }

@@ -3,36 +3,36 @@
 use prost_types::Timestamp;
 
 use crate::certificate::verify_csr;
-use crate::names::{ChipId, SessionId, StationName};
+use crate::names::{ChipId, DeviceIdentity, NameError, SessionId, StationName};
 use crate::package::{MAX_BACKUP_LEN, MAX_CONFIRMATION_LEN, TransportCurve, TransportPublicKey};
 use crate::proto;
 use crate::provisioning::{
     Assembled, Completion, Delivery, FieldViolation, Order, ProvisionError, Receipt, SessionView,
 };
-use crate::store::{Publication, PublishedRecord, Session, SessionState};
+use crate::store::{Publication, PublishedRecord, Session, SessionState, StateName};
 use crate::tlog::SignedCheckpoint;
 
 /// Longest text of an identity in canonical form.
 const MAX_IDENTITY_LEN: usize = 96;
 /// Longest reason of an abort.
-const MAX_REASON_LEN: usize = 200;
+pub(super) const MAX_REASON_LEN: usize = 200;
 
 /// Collects violations and gives the value only if there are none.
 #[derive(Default)]
-struct Violations(Vec<FieldViolation>);
+pub(super) struct Violations(Vec<FieldViolation>);
 
 impl Violations {
-    fn keep<T, E: std::fmt::Display>(&mut self, field: &'static str, parsed: Result<T, E>) -> Option<T> {
+    pub(super) fn keep<T, E: std::fmt::Display>(&mut self, field: &'static str, parsed: Result<T, E>) -> Option<T> {
         parsed.map_err(|problem| self.0.push(FieldViolation::new(field, problem))).ok()
     }
 
-    fn check(&mut self, field: &'static str, holds: bool, problem: impl std::fmt::Display) {
+    pub(super) fn check(&mut self, field: &'static str, holds: bool, problem: impl std::fmt::Display) {
         if !holds {
             self.0.push(FieldViolation::new(field, problem));
         }
     }
 
-    fn end<T>(self, value: Option<T>) -> Result<T, ProvisionError> {
+    pub(super) fn end<T>(self, value: Option<T>) -> Result<T, ProvisionError> {
         match value {
             Some(value) if self.0.is_empty() => Ok(value),
             _ => Err(ProvisionError::Invalid(self.0)),
@@ -43,9 +43,7 @@ impl Violations {
 pub(super) fn order(station: StationName, request: &proto::AssembleRequest) -> Result<Order, ProvisionError> {
     let mut violations = Violations::default();
     let chip = violations.keep("chip_id", ChipId::from_bytes(&request.chip_id));
-    let short = request.identity.len() <= MAX_IDENTITY_LEN;
-    violations.check("identity", short, format!("at most {MAX_IDENTITY_LEN} characters are allowed"));
-    let identity = if short { violations.keep("identity", request.identity.parse()) } else { None };
+    let identity = violations.keep("identity", identity(&request.identity));
     let profile = violations.keep("profile", request.profile.parse());
     let own_key = match request.csr.as_slice() {
         [] => None,
@@ -58,6 +56,14 @@ pub(super) fn order(station: StationName, request: &proto::AssembleRequest) -> R
     let order = || Some(Order { station, chip: chip?, identity: identity?, profile: profile?, own_key, transport_key });
     let order = order();
     violations.end(order)
+}
+
+/// What is longer is not told back in an error.
+pub(super) fn identity(text: &str) -> Result<DeviceIdentity, NameError> {
+    if text.len() > MAX_IDENTITY_LEN {
+        return Err(NameError::new(format!("at most {MAX_IDENTITY_LEN} characters are allowed")));
+    }
+    text.parse()
 }
 
 fn transport_key(key: &proto::TransportKey) -> Result<TransportPublicKey, String> {
@@ -123,7 +129,7 @@ pub(super) fn assembled(made: Assembled) -> proto::AssembleResponse {
     }
 }
 
-fn receipt(publication: &Publication) -> proto::Receipt {
+pub(super) fn receipt(publication: &Publication) -> proto::Receipt {
     proto::Receipt {
         record_index: publication.index,
         record_hash: publication.record_hash.to_vec(),
@@ -168,23 +174,34 @@ pub(super) fn checkpoint(checkpoint: &SignedCheckpoint) -> proto::GetCheckpointR
 }
 
 pub(super) fn session(session: &Session) -> proto::GetSessionResponse {
-    let (state, publication) = match &session.state {
-        SessionState::Reserved => (proto::SessionState::Reserved, None),
-        SessionState::Issued { .. } => (proto::SessionState::Issued, None),
-        SessionState::Published { publication } => (proto::SessionState::Published, Some(publication)),
-        SessionState::Erased { publication } => (proto::SessionState::Erased, Some(publication)),
-        SessionState::Aborted { .. } => (proto::SessionState::Aborted, None),
-    };
     proto::GetSessionResponse {
         session_id: session.id.as_bytes().to_vec(),
         chip_id: session.chip.as_bytes().to_vec(),
         identity: session.identity.to_string(),
         profile: session.profile.to_string(),
         station: session.station.to_string(),
-        state: state.into(),
+        state: state(session.state.name()).into(),
         created: Some(timestamp(session.created)),
         expires: Some(timestamp(session.expires)),
-        receipt: publication.map(receipt),
+        receipt: publication(session).map(receipt),
+    }
+}
+
+pub(super) const fn state(state: StateName) -> proto::SessionState {
+    match state {
+        StateName::Reserved => proto::SessionState::Reserved,
+        StateName::Issued => proto::SessionState::Issued,
+        StateName::Published => proto::SessionState::Published,
+        StateName::Erased => proto::SessionState::Erased,
+        StateName::Aborted => proto::SessionState::Aborted,
+    }
+}
+
+/// Where a session's record is, once it is public.
+pub(super) const fn publication(session: &Session) -> Option<&Publication> {
+    match &session.state {
+        SessionState::Published { publication } | SessionState::Erased { publication } => Some(publication),
+        SessionState::Reserved | SessionState::Issued { .. } | SessionState::Aborted { .. } => None,
     }
 }
 
@@ -207,7 +224,7 @@ pub(super) fn record(published: PublishedRecord) -> proto::GetRecordResponse {
     }
 }
 
-fn certificate_format(is_cwt: bool) -> i32 {
+pub(super) fn certificate_format(is_cwt: bool) -> i32 {
     if is_cwt { proto::CertificateFormat::Cwt.into() } else { proto::CertificateFormat::X509.into() }
 }
 

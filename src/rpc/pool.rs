@@ -136,7 +136,8 @@ const fn message(shredded: Shredded, batches_done: u64, batches: u64, done: bool
     proto::ShredPoolResponse { batches_done, batches, moved, discarded, done }
 }
 
-fn outcome<T>(result: &Result<T, ProvisionError>) -> Outcome {
+/// How an act ended, for the audit log.
+pub(super) fn outcome<T>(result: &Result<T, ProvisionError>) -> Outcome {
     match result {
         Ok(_) => Outcome::Done,
         Err(error) => Outcome::Failed(error.to_string()),

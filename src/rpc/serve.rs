@@ -17,6 +17,7 @@ use super::access::AccessService;
 use super::door::Door;
 use super::line::LineService;
 use super::officer::{House, OfficerService};
+use super::production::ProductionService;
 use super::recovery::RecoveryService;
 use super::roles::Guard;
 use super::{health, mutual};
@@ -26,6 +27,7 @@ use crate::proto::DESCRIPTORS;
 use crate::proto::access_server::AccessServer;
 use crate::proto::line_server::LineServer;
 use crate::proto::officer_server::OfficerServer;
+use crate::proto::production_server::ProductionServer;
 use crate::proto::recovery_server::RecoveryServer;
 use crate::provisioning::Provisioner;
 use crate::web::Public;
@@ -97,7 +99,9 @@ impl Listening {
         let line = LineServer::new(LineService { provisioner: Arc::clone(provisioner), door: Door::line(auditor) })
             .max_decoding_message_size(MAX_REQUEST);
         let (door, for_access) = (Door::officer(auditor), Arc::clone(provisioner));
-        let desk = Arc::clone(&house.desk);
+        let (desk, audit) = (Arc::clone(&house.desk), Arc::clone(auditor.log()));
+        let production = ProductionService { provisioner: Arc::clone(provisioner), door: door.clone(), audit };
+        let production = ProductionServer::new(production).max_decoding_message_size(MAX_REQUEST);
         let officer = OfficerService { provisioner: Arc::clone(provisioner), house, door: door.clone() };
         let officer = OfficerServer::new(officer).max_decoding_message_size(MAX_REQUEST);
         let guard = Guard { standing: Arc::clone(desk.standing()), auditor: Arc::clone(auditor) };
@@ -112,7 +116,7 @@ impl Listening {
             FilterLayer::new(move |request: http::Request<tonic::body::Body>| guard.admit(request))
         };
         let stations = builder().layer(door()).add_service(line).add_service(access.clone());
-        let officers = builder().layer(door()).add_service(officer).add_service(access);
+        let officers = builder().layer(door()).add_service(officer).add_service(access).add_service(production);
         // gRPC beside HTTP: the public listener speaks both.
         let grpc = Routes::new(recovery).add_service(health.clone()).add_service(reflection("the public")?);
         let grpc = grpc.prepare().into_axum_router();

@@ -1,9 +1,11 @@
 //! The journal: durable steps of a session, each handing out the proof that the next one needs.
 
+use std::ops::Range;
 use std::sync::Arc;
 
+use super::production::{ProductionCounts, ProductionSlot};
 use super::secret::PairToReserve;
-use super::session::{ReserveError, Session, SessionCounts, SessionState, StateName, StateStore};
+use super::session::{Listed, ReserveError, Session, SessionCounts, SessionPlace, SessionState, StateName, StateStore};
 use super::{PublicationReceipt, StoreError};
 use crate::keys::KeptKey;
 use crate::names::{ChipId, DeviceIdentity, SessionId};
@@ -209,6 +211,36 @@ impl Journal {
     /// All sessions that are not final, oldest first.
     pub async fn unfinished(&self) -> Result<Vec<TakenUp>, StoreError> {
         Ok(self.0.unfinished().await?.into_iter().map(TakenUp::of).collect())
+    }
+
+    /// A session as it is, for people to read.
+    pub async fn session(&self, id: &SessionId) -> Result<Option<Session>, StoreError> {
+        self.0.session(id).await
+    }
+
+    /// See [`StateStore::sessions`].
+    pub async fn sessions(
+        &self,
+        which: Listed,
+        after: Option<SessionPlace>,
+        limit: usize,
+    ) -> Result<Vec<Session>, StoreError> {
+        self.0.sessions(which, after, limit).await
+    }
+
+    /// See [`StateStore::sessions_of_chip`].
+    pub async fn sessions_of_chip(&self, chip: &ChipId, limit: usize) -> Result<Vec<Session>, StoreError> {
+        self.0.sessions_of_chip(chip, limit).await
+    }
+
+    /// See [`StateStore::production`].
+    pub async fn production(
+        &self,
+        hours: Range<u64>,
+        after: Option<&ProductionSlot>,
+        limit: usize,
+    ) -> Result<Vec<(ProductionSlot, ProductionCounts)>, StoreError> {
+        self.0.production(hours, after, limit).await
     }
 
     /// Sessions by state.

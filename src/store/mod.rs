@@ -13,11 +13,14 @@ mod contract_access;
 #[cfg(test)]
 mod contract_pairs;
 #[cfg(test)]
+mod contract_production;
+#[cfg(test)]
 pub(crate) mod contract_public;
 mod entry;
 mod fields;
 mod journal;
 pub(crate) mod place;
+mod production;
 mod public;
 mod record;
 mod secret;
@@ -35,6 +38,7 @@ pub use entry::LogEntry;
 pub use fields::RecordError;
 pub use journal::{Abortable, Intent, Issued, Journal, Published, Signed, TakenUp};
 pub use place::StoreOptions;
+pub use production::{HOUR, ProductionCounts, ProductionSlot};
 pub use public::{
     Announced, Announcements, PublicDatabase, Publication, PublicationReceipt, PublishError, PublishedRecord, Registry,
     RegistryStatus, Taken, WitnessStatus,
@@ -45,7 +49,8 @@ pub use secret::{
     PairToReserve, PooledPair, Purpose, SecretStore,
 };
 pub use session::{
-    CertificateToSign, MasterKeyUse, ReserveError, Session, SessionCounts, SessionState, StateName, StateStore,
+    CertificateToSign, Listed, MasterKeyUse, ReserveError, Session, SessionCounts, SessionPlace, SessionState,
+    StateName, StateStore,
 };
 pub use unique::UniqueKey;
 

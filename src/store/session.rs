@@ -1,9 +1,12 @@
 //! A session as the journal keeps it, and the trait of the state store.
 
+use std::ops::Range;
+
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
 use super::StoreError;
+use super::production::{ProductionCounts, ProductionSlot};
 use super::public::Publication;
 use super::secret::PairToReserve;
 use crate::access::Exceeded;
@@ -49,6 +52,29 @@ impl Session {
     pub const fn has_expired(&self, now: u64) -> bool {
         self.expires <= now
     }
+
+    /// Where it stands in a list.
+    pub const fn place(&self) -> SessionPlace {
+        SessionPlace { created: self.created, id: self.id }
+    }
+}
+
+/// Where a list of sessions is gone on with: behind this one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SessionPlace {
+    /// When the session was opened, seconds since the Unix epoch.
+    pub created: u64,
+    /// Its name.
+    pub id: SessionId,
+}
+
+/// Which sessions are listed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Listed {
+    /// Those that are not final, oldest first.
+    Unfinished,
+    /// All of them, by their names, which tell nothing of their age.
+    All,
 }
 
 /// A master key and its version.
@@ -245,8 +271,30 @@ pub trait StateStore: Send + Sync {
     /// All sessions that are not final, oldest first. Costs as much as there are unfinished ones.
     async fn unfinished(&self) -> Result<Vec<Session>, StoreError>;
 
+    /// Sessions behind that place, at most so many: fewer are the last ones. Costs as much as there are in the answer.
+    async fn sessions(
+        &self,
+        which: Listed,
+        after: Option<SessionPlace>,
+        limit: usize,
+    ) -> Result<Vec<Session>, StoreError>;
+
+    /// A chip's sessions, newest first, at most so many. All but the newest are aborted.
+    async fn sessions_of_chip(&self, chip: &ChipId, limit: usize) -> Result<Vec<Session>, StoreError>;
+
     /// How many sessions are in each state; kept, not counted each time.
     async fn counts(&self) -> Result<SessionCounts, StoreError>;
+
+    /// What was produced in these hours since the Unix epoch, as far as anything was, in the order of hour, station and profile;
+    /// from behind that slot on, at most so many rows: fewer are the last ones. Kept with the sessions, in the same transactions:
+    /// over all hours the sums are the [counts](Self::counts). An act counts in the hour in which it happened, a device that is
+    /// complete in the hour of its publication; a repeat counts nothing.
+    async fn production(
+        &self,
+        hours: Range<u64>,
+        after: Option<&ProductionSlot>,
+        limit: usize,
+    ) -> Result<Vec<(ProductionSlot, ProductionCounts)>, StoreError>;
 
     /// Free octets where the store lives, and the floor under which new devices are refused.
     fn room(&self) -> Result<(u64, u64), StoreError>;

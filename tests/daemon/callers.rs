@@ -210,6 +210,10 @@ const MAY: &[(&str, &[&str])] = &[
     ("/spp.v1.Officer/FillPool", &["officer"]),
     ("/spp.v1.Officer/ShredPool", &["officer"]),
     ("/spp.v1.Officer/Reload", &["officer"]),
+    ("/spp.v1.Production/GetProduction", &["officer", "auditor", "monitor"]),
+    ("/spp.v1.Production/GetDevice", &["officer", "auditor"]),
+    ("/spp.v1.Production/ListSessions", &["officer", "auditor"]),
+    ("/spp.v1.Production/AbortSession", &["officer"]),
 ];
 
 /// The methods of the two inner services, as the daemon describes them.

@@ -19,6 +19,7 @@ mod pool_crash;
 mod pool_officer;
 mod refusals;
 mod reload;
+mod reports;
 mod secrets;
 mod several;
 mod site;

@@ -75,7 +75,7 @@ async fn health_follows_the_hsm_and_recovery_is_always_served() {
     let site = Site::running();
     let line = site.connect(site.line, site.tls("tls/line-1-a")).await.unwrap();
     let public = site.connect(site.public, site.public_tls()).await.unwrap();
-    for service in ["", "spp.v1.Line", "spp.v1.Officer", "spp.v1.Recovery"] {
+    for service in ["", "spp.v1.Line", "spp.v1.Officer", "spp.v1.Production", "spp.v1.Recovery"] {
         assert_eq!(health(&line, service).await, ServingStatus::Serving, "{service}");
         assert_eq!(health(&public, service).await, ServingStatus::Serving, "{service}");
     }
@@ -114,7 +114,7 @@ async fn reflection_lists_the_services() {
     let answer = answers.next().await.unwrap().unwrap().message_response;
     let Some(MessageResponse::ListServicesResponse(listed)) = answer else { panic!("{answer:?}") };
     let names: Vec<_> = listed.service.into_iter().map(|service| service.name).collect();
-    for service in ["spp.v1.Line", "spp.v1.Officer", "spp.v1.Recovery", "grpc.health.v1.Health"] {
+    for service in ["spp.v1.Line", "spp.v1.Officer", "spp.v1.Production", "spp.v1.Recovery", "grpc.health.v1.Health"] {
         assert!(names.iter().any(|name| name == service), "{service} is missing in {names:?}");
     }
 }

@@ -1,16 +1,17 @@
 //! The stores' doors, which fail when told to: before the engine was asked, or after it has done what it was asked.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use spp::keys::{KeptKey, KeyKind, StoreId, TokenPair};
 use spp::names::{ChipId, DeviceIdentity, SessionId};
 use spp::store::{
-    Announced, AuditCheckpoint, Batch, BatchStep, CondemnedPair, DeviceRecord, HeldPair, Keeping, MovedPair,
-    PairCounts, PairId, PairToReserve, PooledPair, PublicDatabase, Publication, PublishError, PublishedRecord, Purpose,
-    RegistryStatus, ReserveError, SecretStore, Session, SessionCounts, SessionState, StateName, StateStore, StoreError,
-    UniqueKey,
+    Announced, AuditCheckpoint, Batch, BatchStep, CondemnedPair, DeviceRecord, HeldPair, Keeping, Listed, MovedPair,
+    PairCounts, PairId, PairToReserve, PooledPair, ProductionCounts, ProductionSlot, PublicDatabase, Publication,
+    PublishError, PublishedRecord, Purpose, RegistryStatus, ReserveError, SecretStore, Session, SessionCounts,
+    SessionPlace, SessionState, StateName, StateStore, StoreError, UniqueKey,
 };
 use spp::tlog::{LogProof, SignedCheckpoint, TileId};
 
@@ -139,8 +140,30 @@ impl<S: StateStore> StateStore for Breaking<S> {
         self.engine.unfinished().await
     }
 
+    async fn sessions(
+        &self,
+        which: Listed,
+        after: Option<SessionPlace>,
+        limit: usize,
+    ) -> Result<Vec<Session>, StoreError> {
+        self.engine.sessions(which, after, limit).await
+    }
+
+    async fn sessions_of_chip(&self, chip: &ChipId, limit: usize) -> Result<Vec<Session>, StoreError> {
+        self.engine.sessions_of_chip(chip, limit).await
+    }
+
     async fn counts(&self) -> Result<SessionCounts, StoreError> {
         self.engine.counts().await
+    }
+
+    async fn production(
+        &self,
+        hours: Range<u64>,
+        after: Option<&ProductionSlot>,
+        limit: usize,
+    ) -> Result<Vec<(ProductionSlot, ProductionCounts)>, StoreError> {
+        self.engine.production(hours, after, limit).await
     }
 
     fn room(&self) -> Result<(u64, u64), StoreError> {

@@ -15,6 +15,7 @@ mod pool;
 mod pool_breaks;
 mod pool_life;
 mod remanence;
+mod reports;
 mod rollback;
 mod rules;
 #[allow(dead_code, reason = "shared with the tests of the daemon, which use the rest")]

@@ -25,6 +25,7 @@ mod committer;
 mod engine;
 mod index;
 mod pairs;
+mod production;
 mod state;
 #[cfg(test)]
 mod tests;

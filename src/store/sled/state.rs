@@ -7,10 +7,13 @@
 //! | `c` + chip ID | ID of its newest session |
 //! | `i` + identity | ID of the session that holds it |
 //! | `u` + created, 8 octets + session ID | nothing: the session is not final |
+//! | `q` + session ID | ID of the chip's session before it, if it had one |
 //! | `n` | sessions per state |
 //!
-//! The secret store is in the same database: see `batches.rs` and `pairs.rs`; and so is what officers have agreed on: see `access.rs`.
+//! The secret store is in the same database: see `batches.rs` and `pairs.rs`; and so is what officers have agreed on: see `access.rs`;
+//! and what was produced: see `production.rs`.
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -23,11 +26,13 @@ use super::committer::Committer;
 use super::engine::Kind;
 use super::pairs;
 use super::place::{Door, StoreKind, System};
+use super::production;
 use super::view::View;
 use crate::keys::{KeptKey, StoreId};
 use crate::names::{ChipId, DeviceIdentity, SessionId};
 use crate::store::{
-    PairToReserve, ReserveError, Session, SessionCounts, SessionState, StateName, StateStore, StoreError,
+    Listed, PairToReserve, ProductionCounts, ProductionSlot, ReserveError, Session, SessionCounts, SessionPlace,
+    SessionState, StateName, StateStore, StoreError,
 };
 
 static KIND: Kind = Kind { store: StoreKind { name: "state store", marker: "state", format: 2 }, found, check };
@@ -67,7 +72,7 @@ fn check(view: &View<'_>) -> Result<(), StoreError> {
     counts(view)?;
     batches::check(view)?;
     // The unfinished sessions are what a restart takes up; the oldest one stands for the others.
-    match view.keys(b"u")?.first() {
+    match view.keys(UNFINISHED)?.first() {
         Some(key) => listed_session(view, key).map(drop),
         None => Ok(()),
     }
@@ -106,12 +111,37 @@ impl StateStore for SledStateStore {
     }
 
     async fn unfinished(&self) -> Result<Vec<Session>, StoreError> {
-        let list = |view: &mut View<'_>| view.keys(b"u")?.iter().map(|key| listed_session(view, key)).collect();
+        let list = |view: &mut View<'_>| view.keys(UNFINISHED)?.iter().map(|key| listed_session(view, key)).collect();
         self.0.run("listing unfinished sessions", list).await
+    }
+
+    async fn sessions(
+        &self,
+        which: Listed,
+        after: Option<SessionPlace>,
+        limit: usize,
+    ) -> Result<Vec<Session>, StoreError> {
+        self.0.run("listing sessions", move |view| list(view, which, after, limit)).await
+    }
+
+    async fn sessions_of_chip(&self, chip: &ChipId, limit: usize) -> Result<Vec<Session>, StoreError> {
+        let key = chip_key(chip);
+        self.0.run("reading a chip's sessions", move |view| with_those_before(view, &key, limit)).await
     }
 
     async fn counts(&self) -> Result<SessionCounts, StoreError> {
         self.0.run("reading the counts", |view| counts(view)).await
+    }
+
+    async fn production(
+        &self,
+        hours: Range<u64>,
+        after: Option<&ProductionSlot>,
+        limit: usize,
+    ) -> Result<Vec<(ProductionSlot, ProductionCounts)>, StoreError> {
+        let after = after.cloned();
+        let list = move |view: &mut View<'_>| production::list(view, &hours, after.as_ref(), limit);
+        self.0.run("reading what was produced", list).await
     }
 
     fn room(&self) -> Result<(u64, u64), StoreError> {
@@ -130,10 +160,9 @@ fn reserve(view: &mut View<'_>, new: &Session, pair: Option<&PairToReserve>) -> 
     if new.state != SessionState::Reserved {
         return Err(other_state(new, StateName::Reserved).into());
     }
-    if let Some(holder) = named_session(view, &chip_key(&new.chip))?
-        && holder.state.name() != StateName::Aborted
-    {
-        return Err(ReserveError::ChipTaken(Box::new(holder)));
+    let before = named_session(view, &chip_key(&new.chip))?;
+    if let Some(holder) = before.as_ref().filter(|holder| holder.state.name() != StateName::Aborted) {
+        return Err(ReserveError::ChipTaken(Box::new(holder.clone())));
     }
     if let Some(holder) = named_session(view, &identity_key(&new.identity))? {
         return Err(ReserveError::IdentityTaken(Box::new(holder)));
@@ -144,9 +173,13 @@ fn reserve(view: &mut View<'_>, new: &Session, pair: Option<&PairToReserve>) -> 
     if let Some(pair) = pair {
         pairs::reserve(view, new, pair)?;
     }
+    if let Some(before) = before {
+        view.put_octets(&before_key(&new.id), before.id.as_bytes())?;
+    }
     view.put_octets(&chip_key(&new.chip), new.id.as_bytes())?;
     view.put_octets(&identity_key(&new.identity), new.id.as_bytes())?;
-    view.put_octets(&unfinished_key(new), &[])?;
+    view.put_octets(&unfinished_key(&new.place()), &[])?;
+    production::count(view, new)?;
     let mut counts = counts(view)?;
     *counts.of_mut(StateName::Reserved) += 1;
     Ok(view.put(COUNTS, &counts)?)
@@ -177,13 +210,14 @@ fn advance(view: &mut View<'_>, id: SessionId, from: StateName, to: SessionState
             _ => session.created,
         };
         pairs::erase(view, &id, at)?;
-        view.remove(&unfinished_key(&session))?;
+        view.remove(&unfinished_key(&session.place()))?;
     }
     if target == StateName::Aborted {
         // The chip keeps pointing here until somebody reserves it again: its newest session can still be looked up.
         view.remove(&identity_key(&session.identity))?;
     }
     view.put(&session_key(&id), &session)?;
+    production::count(view, &session)?;
     let mut counts = counts(view)?;
     let left = counts.of_mut(found);
     *left = left.checked_sub(1).ok_or_else(|| view.damaged("the counts".into(), format!("none is {found:?}")))?;
@@ -199,6 +233,31 @@ pub(super) fn session(view: &View<'_>, id: &SessionId) -> Result<Option<Session>
 /// The session whose ID a key holds.
 fn named_session(view: &View<'_>, key: &[u8]) -> Result<Option<Session>, StoreError> {
     view.get_octets(key)?.map(|id| session_that_must_be(view, &id)).transpose()
+}
+
+fn list(view: &View<'_>, which: Listed, after: Option<SessionPlace>, limit: usize) -> Result<Vec<Session>, StoreError> {
+    match which {
+        Listed::Unfinished => {
+            let begin = after.map_or_else(|| UNFINISHED.to_vec(), |after| unfinished_key(&after));
+            let keys = view.keys_after(UNFINISHED, &begin, limit)?;
+            keys.iter().map(|key| listed_session(view, key)).collect()
+        }
+        Listed::All => {
+            let begin = after.map_or_else(|| SESSION.to_vec(), |after| session_key(&after.id));
+            let keys = view.keys_after(SESSION, &begin, limit)?;
+            keys.iter().map(|key| session_that_must_be(view, key.get(SESSION.len()..).unwrap_or_default())).collect()
+        }
+    }
+}
+
+/// The session whose ID a key holds, and the chip's sessions before it.
+fn with_those_before(view: &View<'_>, key: &[u8], limit: usize) -> Result<Vec<Session>, StoreError> {
+    let (mut found, mut next) = (Vec::new(), named_session(view, key)?);
+    while let Some(session) = next.filter(|_| found.len() < limit) {
+        next = named_session(view, &before_key(&session.id))?;
+        found.push(session);
+    }
+    Ok(found)
 }
 
 /// The session that an entry of the list of unfinished ones names.
@@ -220,9 +279,15 @@ fn other_state(session: &Session, needed: StateName) -> StoreError {
 }
 
 const COUNTS: &[u8] = b"n";
+const SESSION: &[u8] = b"s";
+const UNFINISHED: &[u8] = b"u";
 
 fn session_key(id: &SessionId) -> Vec<u8> {
-    [b"s", id.as_bytes().as_slice()].concat()
+    [SESSION, id.as_bytes().as_slice()].concat()
+}
+
+fn before_key(id: &SessionId) -> Vec<u8> {
+    [b"q", id.as_bytes().as_slice()].concat()
 }
 
 fn chip_key(chip: &ChipId) -> Vec<u8> {
@@ -233,6 +298,6 @@ pub(super) fn identity_key(identity: &DeviceIdentity) -> Vec<u8> {
     [b"i", identity.to_string().as_bytes()].concat()
 }
 
-fn unfinished_key(session: &Session) -> Vec<u8> {
-    [b"u", session.created.to_be_bytes().as_slice(), session.id.as_bytes()].concat()
+fn unfinished_key(place: &SessionPlace) -> Vec<u8> {
+    [UNFINISHED, place.created.to_be_bytes().as_slice(), place.id.as_bytes()].concat()
 }

@@ -150,13 +150,13 @@ impl<'a> View<'a> {
                 };
             }
         }
-        let whole = keys.into_iter().filter_map(|key| key.strip_suffix(&[0, 0]).map(<[u8]>::to_vec));
+        let whole = keys.into_iter().filter_map(|key| key.strip_suffix(&FIRST).map(<[u8]>::to_vec));
         Ok(whole.collect())
     }
 
     /// The first keys that begin with a prefix, after one of them; from the first one on after the prefix itself.
     pub(super) fn keys_after(&self, prefix: &[u8], after: &[u8], limit: usize) -> Result<Vec<Vec<u8>>, StoreError> {
-        // Every key here has one piece: what is listed is small.
+        // No key that is listed begins with another one, so this is behind all pieces of that one.
         let begin = if after == prefix { prefix.to_vec() } else { piece_key(after, u16::MAX) };
         let overlay = [&self.batch, &self.transaction].into_iter().flat_map(|writes| writes.range(begin.clone()..));
         let written: BTreeMap<_, _> = overlay.filter(|(key, _)| key.starts_with(prefix)).collect();
@@ -170,10 +170,10 @@ impl<'a> View<'a> {
             }
             if !written.contains_key(&key.to_vec()) {
                 keys.insert(key.to_vec());
-                found += 1;
+                found += usize::from(key.ends_with(&FIRST));
             }
         }
-        Ok(keys.into_iter().filter_map(|key| key.strip_suffix(&[0, 0]).map(<[u8]>::to_vec)).take(limit).collect())
+        Ok(keys.into_iter().filter_map(|key| key.strip_suffix(&FIRST).map(<[u8]>::to_vec)).take(limit).collect())
     }
 
     /// Adds a blob to a batch's file.
@@ -264,6 +264,9 @@ impl<'a> View<'a> {
         StoreError::Failed { store: self.store, doing: "reading", cause: error.to_string() }
     }
 }
+
+/// What the key of a first piece ends with.
+const FIRST: [u8; 2] = 0_u16.to_be_bytes();
 
 /// `e` + batch: the end of its file.
 const BLOB_END: &[u8] = b"e";

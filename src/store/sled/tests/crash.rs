@@ -14,6 +14,7 @@ use super::{Sled, options, until_healed};
 use crate::keys::{BatchName, KeptKey, KeyKind};
 use crate::store::contract::{Factory, PrivateStore, blob, id, issued, kept, key, session};
 use crate::store::contract_pairs::{ALL, given_up, name, open_pool, public_key, session_with, wrapped};
+use crate::store::contract_production::assert_adds_up;
 use crate::store::{
     BatchState, BatchStep, Holder, MovedPair, PairToReserve, PooledPair, Purpose, ReserveError, SecretStore,
     SessionState, SledStateStore, StateName, StateStore, StoreError,
@@ -119,6 +120,7 @@ async fn what_was_acknowledged_survives_kill_9() {
         }
         let (counts, listed) = (store.counts().await.unwrap(), store.unfinished().await.unwrap().len());
         assert_eq!(counts.reserved + counts.issued, listed as u64, "counts and list are from the same batches");
+        assert_adds_up(&*store).await;
     }
 }
 

@@ -14,6 +14,7 @@ use crate::store::contract::{
 };
 use crate::store::contract_access::contract_of_access;
 use crate::store::contract_pairs::contract_of_pairs;
+use crate::store::contract_production::{assert_adds_up, contract_of_production};
 use crate::store::testing::Faults;
 use crate::store::{ReserveError, Session, SessionCounts, StateName, StateStore, StoreError};
 
@@ -43,6 +44,7 @@ impl Sled {
 contract!(keeps_the_contract, Sled);
 contract_of_pairs!(keeps_the_contract_of_pairs, Sled);
 contract_of_access!(keeps_the_contract_of_access, Sled);
+contract_of_production!(keeps_the_contract_of_production, Sled);
 
 fn options() -> StoreOptions {
     StoreOptions { floor_bytes: 16 << 20, reserve_bytes: 1 << 20, ..StoreOptions::default() }
@@ -118,6 +120,7 @@ async fn a_step_that_failed_is_not_acknowledged_and_can_be_repeated() {
         }
         assert_eq!(store.counts().await.unwrap(), SessionCounts { erased: 2, ..SessionCounts::default() });
         assert_eq!(store.unfinished().await.unwrap(), []);
+        assert_adds_up(&store).await;
         assert_eq!(kept(&store, &id(1)).await, None);
     }
 }

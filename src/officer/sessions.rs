@@ -1,0 +1,148 @@
+//! Sessions of the running daemon: listed, and given up.
+
+use std::path::Path;
+
+use clap::ValueEnum;
+use prost_types::Timestamp;
+use serde_json::{Value, json};
+
+use super::status::{StatusError, channel, refused, with_deadline};
+use super::text::{at, duration, printable, table, trimmed};
+use crate::names::SessionId;
+use crate::proto;
+use crate::proto::production_client::ProductionClient;
+
+/// The states of a session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum State {
+    /// Keys are reserved, nothing is signed.
+    Reserved,
+    /// The certificate is signed, the backup is awaited.
+    Issued,
+    /// The record is public, the key pair is about to be erased.
+    Published,
+    /// Complete.
+    Erased,
+    /// Given up or expired.
+    Aborted,
+}
+
+impl State {
+    pub(super) const fn message(self) -> proto::SessionState {
+        match self {
+            Self::Reserved => proto::SessionState::Reserved,
+            Self::Issued => proto::SessionState::Issued,
+            Self::Published => proto::SessionState::Published,
+            Self::Erased => proto::SessionState::Erased,
+            Self::Aborted => proto::SessionState::Aborted,
+        }
+    }
+}
+
+/// At most so many sessions that fit, and whether there are or may be more.
+pub(super) async fn list(
+    server: &str,
+    tls: &Path,
+    mut request: proto::ListSessionsRequest,
+    limit: usize,
+) -> Result<(Vec<proto::SessionReport>, bool), StatusError> {
+    let mut client = ProductionClient::new(channel(server, tls).await?);
+    let mut found = Vec::new();
+    while found.len() < limit {
+        request.page_size = u32::try_from(limit - found.len()).unwrap_or(u32::MAX).min(1000);
+        let answer = client.list_sessions(with_deadline(request.clone())).await;
+        let page = answer.map_err(|status| refused(server, &status))?.into_inner();
+        found.extend(page.sessions);
+        if page.next_page_token.is_empty() {
+            return Ok((found, false));
+        }
+        request.page_token = page.next_page_token;
+    }
+    Ok((found, true))
+}
+
+/// Gives a session up; answers with what it is then.
+pub(super) async fn abort(
+    server: &str,
+    tls: &Path,
+    session: &SessionId,
+    reason: String,
+) -> Result<proto::SessionReport, StatusError> {
+    let mut client = ProductionClient::new(channel(server, tls).await?);
+    let request = proto::AbortSessionRequest { session_id: session.as_bytes().to_vec(), reason };
+    let answer = client.abort_session(with_deadline(request)).await;
+    Ok(answer.map_err(|status| refused(server, &status))?.into_inner().session.unwrap_or_default())
+}
+
+/// What was given up, for people. It may have been given up before, by somebody else.
+pub(super) fn describe_abort(session: &proto::SessionReport) -> String {
+    let (id, chip) = (hex::encode(&session.session_id), hex::encode(&session.chip_id));
+    let (when, why) = (at(seconds(session.aborted.as_ref())), printable(&session.reason));
+    format!("session {id} of chip {chip} is given up since {when}: {why}")
+}
+
+/// Sessions as a table.
+pub(super) fn as_table(sessions: &[proto::SessionReport], now: u64) -> String {
+    if sessions.is_empty() {
+        return "no sessions".to_owned();
+    }
+    let mut table = table(["session", "chip", "identity", "profile", "station", "state", "age", ""], 6..=6);
+    for session in sessions {
+        let age = now.saturating_sub(seconds(session.created.as_ref()));
+        table.add_row([
+            hex::encode(&session.session_id),
+            hex::encode(&session.chip_id),
+            printable(&session.identity),
+            printable(&session.profile),
+            printable(&session.station),
+            state_name(session.state()).to_owned(),
+            duration(i64::try_from(age).unwrap_or(i64::MAX)),
+            printable(&session.reason),
+        ]);
+    }
+    trimmed(&table)
+}
+
+/// A session for programs; times in seconds since the Unix epoch.
+pub(super) fn session_json(session: &proto::SessionReport) -> Value {
+    let time = |time: &Option<Timestamp>| time.as_ref().map(|time| time.seconds);
+    json!({
+        "session": hex::encode(&session.session_id),
+        "chip": hex::encode(&session.chip_id),
+        "identity": session.identity,
+        "profile": session.profile,
+        "station": session.station,
+        "state": state_name(session.state()),
+        "created": time(&session.created),
+        "expires": time(&session.expires),
+        "aborted": time(&session.aborted),
+        "reason": session.reason,
+        "record": session.receipt.as_ref().map(receipt_json),
+        "certificate_serial": hex::encode(&session.certificate_serial),
+        "master_key_version": session.master_key_version,
+    })
+}
+
+/// Where a record is, for programs.
+pub(super) fn receipt_json(receipt: &proto::Receipt) -> Value {
+    json!({
+        "index": receipt.record_index,
+        "sha256": hex::encode(&receipt.record_hash),
+        "published": receipt.published.map(|time| time.seconds),
+    })
+}
+
+pub(super) const fn state_name(state: proto::SessionState) -> &'static str {
+    match state {
+        proto::SessionState::Unspecified => "unknown",
+        proto::SessionState::Reserved => "reserved",
+        proto::SessionState::Issued => "issued",
+        proto::SessionState::Published => "published",
+        proto::SessionState::Erased => "erased",
+        proto::SessionState::Aborted => "aborted",
+    }
+}
+
+pub(super) fn seconds(time: Option<&Timestamp>) -> u64 {
+    time.map_or(0, |time| u64::try_from(time.seconds).unwrap_or(0))
+}

@@ -12,7 +12,7 @@ use crate::certificate::{
 };
 use crate::clock::Clock;
 use crate::hsm::Hsm;
-use crate::names::{ChipId, DeviceIdentity, KeyName, OfficerName, ProfileName, StationName};
+use crate::names::{KeyName, OfficerName, ProfileName, StationName};
 use crate::store::AccessStore;
 
 /// Most seconds of a certificate's life: ten years.
@@ -238,18 +238,6 @@ impl Desk {
     /// What is loaded, and how far it is used.
     pub async fn ranges(&self) -> Result<Vec<LoadedRange>, AccessError> {
         Ok(self.store.ranges().await?)
-    }
-
-    /// The identity of a chip: see [`AccessStore::allocate`].
-    pub async fn allocate(
-        &self,
-        chip: &ChipId,
-        profile: &ProfileName,
-        station: &StationName,
-        permitted: Vec<String>,
-        taken: Option<DeviceIdentity>,
-    ) -> Result<DeviceIdentity, AccessError> {
-        self.store.allocate(chip, profile, station, permitted, taken).await
     }
 
     /// Now, by the clock that requests are judged by; seconds since the Unix epoch.

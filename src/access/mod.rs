@@ -127,6 +127,14 @@ pub enum Refused {
         /// Its last one.
         last: Box<DeviceIdentity>,
     },
+    /// The station has begun as many devices as it may.
+    #[error("the station {station} {exceeded}")]
+    Quota {
+        /// Which one.
+        station: StationName,
+        /// Which limit.
+        exceeded: Exceeded,
+    },
     /// No identity is left.
     #[error(
         "no identity of the profile {profile} is left that {station} may give out; an officer loads more with sppctl identities load"

@@ -80,18 +80,41 @@ pub enum Exceeded {
     Total(u64),
 }
 
+impl fmt::Display for Exceeded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::PerHour(limit, after) => {
+                write!(f, "has begun {limit} devices in an hour, which is its quota; in {after} s it may begin more")
+            }
+            Self::Total(limit) => {
+                write!(
+                    f,
+                    "has begun {limit} devices, which is all it may; an officer raises its quota (sppctl approvals request quota)"
+                )
+            }
+        }
+    }
+}
+
 impl Usage {
-    /// One more at that moment, if the quota has room.
-    pub fn begin(&mut self, quota: &Quota, now: u64) -> Result<(), Exceeded> {
-        let minute = now / MINUTE;
-        self.minutes.retain(|(of, _)| of + WINDOW > minute);
+    /// Whether the quota has room for one more at that moment.
+    pub fn has_room(&self, quota: &Quota, now: u64) -> Result<(), Exceeded> {
         if let Some(limit) = quota.devices_total.filter(|limit| self.total >= *limit) {
             return Err(Exceeded::Total(limit));
         }
         if let Some(limit) = quota.devices_per_hour.filter(|limit| self.in_last_hour(now) >= *limit) {
-            let free = self.minutes.first().map_or(0, |(of, _)| (of + WINDOW) * MINUTE);
+            let oldest = self.minutes.iter().find(|(of, _)| of + WINDOW > now / MINUTE);
+            let free = oldest.map_or(0, |(of, _)| (of + WINDOW) * MINUTE);
             return Err(Exceeded::PerHour(limit, free.saturating_sub(now).max(1)));
         }
+        Ok(())
+    }
+
+    /// One more at that moment, if the quota has room.
+    pub fn begin(&mut self, quota: &Quota, now: u64) -> Result<(), Exceeded> {
+        self.has_room(quota, now)?;
+        let minute = now / MINUTE;
+        self.minutes.retain(|(of, _)| of + WINDOW > minute);
         self.total += 1;
         match self.minutes.last_mut() {
             // A clock that was put back goes on in the minute that it had.

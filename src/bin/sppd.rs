@@ -159,10 +159,10 @@ async fn run(
     let desk = Arc::new(desk.map_err(|e| e.to_string())?);
     settle(&desk, &config, audit).await?;
     let (rules, clock) = (config.key_pool.clone(), Clock::system());
-    let pool = KeyPool::new(hsm.clone(), state, journal.clone(), registry.clone(), rules, clock);
+    let pool = KeyPool::new(hsm.clone(), state.clone(), journal.clone(), registry.clone(), rules, clock);
     let keeping = tokio::spawn(Arc::clone(&pool).run());
     let lifetime = config.session_lifetime;
-    let provisioner = Arc::new(Provisioner::new(hsm, journal, registry, pool, Rules::new(&config), lifetime));
+    let provisioner = Arc::new(Provisioner::new(hsm, journal, registry, pool, state, Rules::new(&config), lifetime));
     let tidying = tokio::spawn({
         let provisioner = Arc::clone(&provisioner);
         async move { keep_tidy(&provisioner).await }

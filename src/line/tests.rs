@@ -277,7 +277,7 @@ impl Spp {
         };
         let delivery = Some(Delivery::DataPackage(package.encode().unwrap().expose().clone()));
         let session_id = session.as_bytes().to_vec();
-        AssembleResponse { session_id, certificate, certificate_format: 1, expires: None, delivery }
+        AssembleResponse { session_id, certificate, certificate_format: 1, delivery, ..Default::default() }
     }
 }
 

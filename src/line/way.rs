@@ -225,6 +225,7 @@ impl Station {
             profile: order.profile.to_string(),
             csr,
             transport_key,
+            allocate_identity: false,
         })
     }
 

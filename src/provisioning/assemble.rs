@@ -13,6 +13,7 @@ use crate::store::{CertificateToSign, MasterKeyUse, Session, SessionState};
 
 use super::admit::Admitted;
 use super::deliver::{PackageKeys, package};
+use super::name::Wanted;
 use super::pair::{PairInHand, PairSource};
 use super::{Product, ProvisionError, Provisioner};
 
@@ -36,6 +37,8 @@ pub struct Order {
 pub struct Assembled {
     /// The session.
     pub session: SessionId,
+    /// The identity, also where it was given out.
+    pub identity: DeviceIdentity,
     /// The certificate.
     pub certificate: Vec<u8>,
     /// Whether it is a CWT.
@@ -61,10 +64,11 @@ const RANDOM_LEN: usize = SessionId::LEN + CertificateSerial::LEN;
 
 impl Provisioner {
     /// Gives a device its certificate and keys. Repeating it gives the same ones again, until the device is complete.
-    pub async fn assemble(&self, order: Order) -> Result<Assembled, ProvisionError> {
+    pub async fn assemble(&self, wanted: impl Into<Wanted>) -> Result<Assembled, ProvisionError> {
         // 1. Admit: the caller may, the chip and the identity are free. A repeat waits for the first call here.
-        let rules = self.rules();
-        let _chip = self.chips.hold(&order.chip).await?;
+        let (rules, wanted) = (self.rules(), wanted.into());
+        let _chip = self.chips.hold(&wanted.chip).await?;
+        let order = self.name(wanted, &rules).await?;
         let product = rules.admit_order(&order)?;
         let (issued, keys) = match self.admit_device(&order).await? {
             Admitted::Known(issued) => (issued, None),

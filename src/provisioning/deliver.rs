@@ -32,6 +32,7 @@ impl Provisioner {
         self.in_flight.keep(session.id, package);
         Ok(Assembled {
             session: session.id,
+            identity: session.identity.clone(),
             certificate: issued.certificate().to_vec(),
             certificate_is_cwt: session.certificate.is_cwt,
             delivery,

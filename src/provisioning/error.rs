@@ -1,6 +1,6 @@
 //! Why a device's way did not go on. Says which field or which other device is in the way, and never a secret.
 
-use crate::access::{AccessError, Exceeded};
+use crate::access::{AccessError, Exceeded, Refused};
 use crate::audit::AuditError;
 use crate::config::NotPermitted;
 use crate::hsm::HsmError;
@@ -105,16 +105,22 @@ pub enum ProvisionError {
     #[error("{0} calls are being answered already")]
     HouseFull(usize),
     /// The station has begun as many devices as it may.
-    #[error("the station {station} {}", told(.exceeded))]
+    #[error("the station {station} {exceeded}")]
     QuotaExceeded {
         /// Which one.
         station: StationName,
         /// Which limit.
         exceeded: Exceeded,
     },
+    /// So many of the identities that could be given out are in the public database already.
+    #[error(
+        "the next {0} identities are in the public database already, as after a rollback of the state store; repeat the call to go on \
+        behind them"
+    )]
+    Identities(usize),
     /// What officers ask of the desk.
     #[error(transparent)]
-    Access(#[from] AccessError),
+    Access(AccessError),
     /// A new configuration did not take effect.
     #[error(transparent)]
     Reload(#[from] ReloadError),
@@ -154,21 +160,19 @@ impl ProvisionError {
     }
 }
 
-fn told(exceeded: &Exceeded) -> String {
-    match exceeded {
-        Exceeded::PerHour(limit, after) => {
-            format!(
-                "has begun {limit} devices in an hour, which is its quota; in {after} s it may begin more, or an officer raises it"
-            )
-        }
-        Exceeded::Total(limit) => {
-            format!("has begun {limit} devices, which is all it may; an officer raises its quota")
-        }
-    }
-}
-
 fn list(violations: &[FieldViolation]) -> String {
     violations.iter().map(|v| format!("{}: {}", v.field, v.problem)).collect::<Vec<_>>().join("; ")
+}
+
+impl From<AccessError> for ProvisionError {
+    fn from(error: AccessError) -> Self {
+        match error {
+            AccessError::Refused(Refused::Quota { station, exceeded }) => Self::QuotaExceeded { station, exceeded },
+            AccessError::Store(error) => Self::Store(error),
+            AccessError::Hsm(error) => Self::Hsm(error),
+            other => Self::Access(other),
+        }
+    }
 }
 
 impl From<ReserveError> for ProvisionError {

@@ -14,6 +14,7 @@ mod error;
 mod in_flight;
 mod issuer;
 mod locks;
+mod name;
 mod pair;
 mod recover;
 mod report;
@@ -30,6 +31,7 @@ pub use abort::SessionView;
 pub use assemble::{Assembled, Delivery, Order};
 pub use complete::{Completion, Receipt};
 pub use error::{FieldViolation, ProvisionError};
+pub use name::Wanted;
 pub use report::{DeviceReport, DeviceView, KeyPairPlace, ProductionBy, ProductionOf, SessionFilter, SessionPage};
 pub use restart::{Tidied, keep_tidy};
 pub use rules::Rules;
@@ -38,7 +40,7 @@ use crate::certificate::Profile;
 use crate::hsm::Hsm;
 use crate::keypool::KeyPool;
 use crate::keys::sha256;
-use crate::store::{Journal, Registry};
+use crate::store::{AccessStore, Journal, Registry};
 use in_flight::InFlight;
 use issuer::Issuer;
 use locks::ChipLocks;
@@ -49,6 +51,7 @@ pub struct Provisioner {
     journal: Journal,
     registry: Registry,
     pool: Arc<KeyPool>,
+    access: Arc<dyn AccessStore>,
     rules: ArcSwap<Rules>,
     session_lifetime: Duration,
     chips: ChipLocks,
@@ -87,6 +90,7 @@ impl Provisioner {
         journal: Journal,
         registry: Registry,
         pool: Arc<KeyPool>,
+        access: Arc<dyn AccessStore>,
         rules: Rules,
         session_lifetime: Duration,
     ) -> Self {
@@ -95,6 +99,7 @@ impl Provisioner {
             journal,
             registry,
             pool,
+            access,
             rules: ArcSwap::from_pointee(rules),
             session_lifetime,
             chips: ChipLocks::default(),

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use super::admit::misfits;
 use super::{Issuer, Order, Product, ProvisionError};
 use crate::certificate::{IssuerCertificate, Profile};
-use crate::config::{DaemonConfig, Stations};
+use crate::config::{DaemonConfig, NotPermitted, Stations};
 use crate::names::{DeviceIdentity, KeyName, ProfileName, StationName};
 use crate::store::{Intent, Session};
 
@@ -49,6 +49,19 @@ impl Rules {
     /// The profiles and identity prefixes of a station; none if it is not configured.
     pub fn confinement(&self, station: &StationName) -> Option<(Vec<ProfileName>, Vec<String>)> {
         self.stations.confinement(station)
+    }
+
+    /// What identities begin with that the station may give to that profile.
+    pub(super) fn identities_for(
+        &self,
+        station: &StationName,
+        profile: &ProfileName,
+    ) -> Result<Vec<String>, NotPermitted> {
+        let (profiles, identities) = self.confinement(station).ok_or_else(|| NotPermitted::Unknown(station.clone()))?;
+        match profiles.contains(profile) {
+            true => Ok(identities),
+            false => Err(NotPermitted::Profile(station.clone(), profile.clone())),
+        }
     }
 
     /// Whether there is such a profile, and it takes such an identity.

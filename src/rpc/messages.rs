@@ -7,7 +7,7 @@ use crate::names::{ChipId, DeviceIdentity, NameError, SessionId, StationName};
 use crate::package::{MAX_BACKUP_LEN, MAX_CONFIRMATION_LEN, TransportCurve, TransportPublicKey};
 use crate::proto;
 use crate::provisioning::{
-    Assembled, Completion, Delivery, FieldViolation, Order, ProvisionError, Receipt, SessionView,
+    Assembled, Completion, Delivery, FieldViolation, ProvisionError, Receipt, SessionView, Wanted,
 };
 use crate::store::{Publication, PublishedRecord, Session, SessionState, StateName};
 use crate::tlog::SignedCheckpoint;
@@ -40,10 +40,16 @@ impl Violations {
     }
 }
 
-pub(super) fn order(station: StationName, request: &proto::AssembleRequest) -> Result<Order, ProvisionError> {
+pub(super) fn order(station: StationName, request: &proto::AssembleRequest) -> Result<Wanted, ProvisionError> {
     let mut violations = Violations::default();
     let chip = violations.keep("chip_id", ChipId::from_bytes(&request.chip_id));
-    let identity = violations.keep("identity", identity(&request.identity));
+    let identity = match request.allocate_identity {
+        true => {
+            violations.check("identity", request.identity.is_empty(), "one that is to be given out cannot be named");
+            Some(None)
+        }
+        false => violations.keep("identity", identity(&request.identity)).map(Some),
+    };
     let profile = violations.keep("profile", request.profile.parse());
     let own_key = match request.csr.as_slice() {
         [] => None,
@@ -53,7 +59,8 @@ pub(super) fn order(station: StationName, request: &proto::AssembleRequest) -> R
         None => None,
         Some(key) => violations.keep("transport_key", transport_key(key)),
     };
-    let order = || Some(Order { station, chip: chip?, identity: identity?, profile: profile?, own_key, transport_key });
+    let order =
+        || Some(Wanted { station, chip: chip?, identity: identity?, profile: profile?, own_key, transport_key });
     let order = order();
     violations.end(order)
 }
@@ -126,6 +133,7 @@ pub(super) fn assembled(made: Assembled) -> proto::AssembleResponse {
         certificate_format: certificate_format(made.certificate_is_cwt),
         delivery: Some(delivery),
         expires: Some(timestamp(made.expires)),
+        identity: made.identity.to_string(),
     }
 }
 

@@ -67,6 +67,7 @@ fn table(error: &ProvisionError) -> Told {
         }
         E::QuotaExceeded { exceeded: Exceeded::Total(_), .. } => told(Code::PermissionDenied, "QUOTA_TOTAL"),
         E::Access(error) => access(error),
+        E::Identities(_) => again(Code::Aborted, "IDENTITIES_TAKEN", SOON),
         E::Unsigned(_) => again(Code::Unavailable, "CHECKPOINT_UNSIGNED", SOON),
         E::Reload(ReloadError::Refused(_)) => told(Code::FailedPrecondition, "CONFIGURATION_REFUSED"),
         E::Reload(ReloadError::Access(error)) => access(error),
@@ -109,6 +110,7 @@ const fn access(error: &AccessError) -> Told {
         AccessError::Refused(Refused::Request(_)) => told(Code::FailedPrecondition, "REQUEST_STATE"),
         AccessError::Refused(Refused::Signature(_)) => told(Code::PermissionDenied, "BAD_SIGNATURE"),
         AccessError::Refused(Refused::Overlaps { .. }) => told(Code::AlreadyExists, "RANGE_OVERLAPS"),
+        AccessError::Refused(Refused::Quota { .. }) => told(Code::ResourceExhausted, "QUOTA"),
         AccessError::Refused(Refused::NoIdentity { .. }) => told(Code::ResourceExhausted, "NO_IDENTITY_LEFT"),
         AccessError::Refused(Refused::NoAuthority) => told(Code::FailedPrecondition, "NO_ACCESS_KEY"),
         AccessError::Refused(Refused::Unfit(_)) => told(Code::InvalidArgument, "INVALID"),
@@ -162,19 +164,14 @@ fn pool_metadata(kind: KeyKind, fill_rate: f64) -> HashMap<String, String> {
 
 /// What went wrong inside is the log's and the officer's business: it names files, tokens and keys.
 fn message(error: &ProvisionError, code: Code) -> String {
-    let inner = |error| message(error, code);
     let told = match error {
-        ProvisionError::Access(AccessError::Hsm(error)) => return inner(&ProvisionError::Hsm(error.clone())),
         ProvisionError::Hsm(HsmError::Unavailable { .. }) => "the HSM is not available now; try again",
         ProvisionError::Hsm(HsmError::Refused(_) | HsmError::Wrong(_)) => {
             "the HSM refused; the log of the processing point has the cause under the x-request-id of this answer"
         }
         ProvisionError::Hsm(HsmError::Stopped(_)) => "the HSM needs an officer; sppctl status tells why",
         ProvisionError::Unsigned(_) => "the HSM did not sign the log's checkpoint; nothing has changed, try again",
-        ProvisionError::Store(StoreError::Failed { .. })
-        | ProvisionError::Access(AccessError::Store(StoreError::Failed { .. })) => {
-            "a store is not available now; try again"
-        }
+        ProvisionError::Store(StoreError::Failed { .. }) => "a store is not available now; try again",
         _ if code == Code::Internal => {
             "a fault of the processing point; its log has the cause under the x-request-id of this answer"
         }

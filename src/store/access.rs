@@ -78,7 +78,7 @@ pub trait AccessStore: Send + Sync {
 
     /// The identity of a chip, given out to it alone and for ever: the first one that is left of the product's ranges and begins as one
     /// of `permitted` does. The same chip gets the same one again, unless it is `taken`, as the public database knows better:
-    /// then the next.
+    /// then the next. A station without room in its quota gets none for a chip that has none yet.
     async fn allocate(
         &self,
         chip: &ChipId,
@@ -86,5 +86,6 @@ pub trait AccessStore: Send + Sync {
         station: &StationName,
         permitted: Vec<String>,
         taken: Option<DeviceIdentity>,
+        at: u64,
     ) -> Result<DeviceIdentity, AccessError>;
 }

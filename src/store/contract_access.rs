@@ -210,7 +210,7 @@ pub(super) async fn an_identity_is_given_to_one_chip_for_ever(engine: &impl Fact
     let all = vec!["imei:".to_owned()];
     let allocate = |n, permitted: &Vec<String>| {
         let (store, profile, permitted) = (Arc::clone(&store), profile.clone(), permitted.clone());
-        tokio::spawn(async move { store.allocate(&chip(n), &profile, &station(), permitted, None).await })
+        tokio::spawn(async move { store.allocate(&chip(n), &profile, &station(), permitted, None, 100).await })
     };
     let calls: Vec<_> = (0..10).flat_map(|n| [allocate(n, &all), allocate(n, &all)]).collect();
     let mut given = BTreeSet::new();
@@ -223,10 +223,10 @@ pub(super) async fn an_identity_is_given_to_one_chip_for_ever(engine: &impl Fact
     drop(store);
     let store = engine.state();
     for n in 0..20 {
-        given.insert(store.allocate(&chip(n), &profile, &station(), all.clone(), None).await.unwrap().to_string());
+        given.insert(store.allocate(&chip(n), &profile, &station(), all.clone(), None, 100).await.unwrap().to_string());
     }
     assert_eq!((given.len(), store.ranges().await.unwrap()[0].used), (20, 20), "the same in the next life");
-    let none = store.allocate(&chip(20), &profile, &station(), all, None).await;
+    let none = store.allocate(&chip(20), &profile, &station(), all, None, 100).await;
     assert!(matches!(none, Err(AccessError::Refused(Refused::NoIdentity { .. }))));
 }
 
@@ -239,9 +239,17 @@ pub(super) async fn identities_of_sessions_and_of_others_are_passed_over(engine:
         store.reserve(&session(n), None).await.unwrap();
     }
     let all = vec!["serial:".to_owned()];
-    let allocate = async |taken| store.allocate(&chip(90), &profile, &station(), all.clone(), taken).await.unwrap();
+    let allocate =
+        async |taken| store.allocate(&chip(90), &profile, &station(), all.clone(), taken, 100).await.unwrap();
     assert_eq!(allocate(None).await, of(4));
     assert_eq!(allocate(None).await, of(4));
     assert_eq!(allocate(Some(of(4))).await, of(5), "the public database knows it from another chip");
     assert_eq!(allocate(Some(of(4))).await, of(5));
+    store.settle(ApprovalRules::default(), vec![(station(), total(0))], true).await.unwrap();
+    let none = store.allocate(&chip(91), &profile, &station(), all.clone(), None, 100).await;
+    assert!(
+        matches!(none, Err(AccessError::Refused(Refused::Quota { .. }))),
+        "a device that cannot be begun uses none up"
+    );
+    assert_eq!(allocate(None).await, of(5));
 }

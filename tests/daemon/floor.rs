@@ -60,7 +60,7 @@ pub fn imei(n: u64) -> String {
 /// The order for device `n` as a phone: a pair made in the HSM and a symmetric key.
 pub fn phone(n: u64) -> AssembleRequest {
     let chip_id = chip(n).as_bytes().to_vec();
-    AssembleRequest { chip_id, identity: imei(n), profile: "phone".to_owned(), csr: Vec::new(), transport_key: None }
+    AssembleRequest { chip_id, identity: imei(n), profile: "phone".to_owned(), ..Default::default() }
 }
 
 /// The order for device `n` as a sensor: symmetric keys alone, sealed.

@@ -304,7 +304,7 @@ impl Point<'_> {
         let (rules, also) = (self.rules.clone(), (journal.clone(), registry.clone()));
         let pool = KeyPool::new(hsm.clone(), secrets, also.0, also.1, rules, clock.clone());
         let running = tokio::spawn(Arc::clone(&pool).run());
-        let provisioner = Provisioner::new(hsm, journal, registry, pool, devices, LIFETIME);
+        let provisioner = Provisioner::new(hsm, journal, registry, pool, state.clone(), devices, LIFETIME);
         let provisioner = Arc::new(provisioner.with_clock(clock));
         self.running = Some(Running { pool: running, provisioner, state, public });
     }

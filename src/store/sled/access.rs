@@ -110,10 +110,17 @@ impl AccessStore for SledStateStore {
         station: &StationName,
         permitted: Vec<String>,
         taken: Option<DeviceIdentity>,
+        at: u64,
     ) -> Result<DeviceIdentity, AccessError> {
         let (chip, profile, station) = (chip.clone(), profile.clone(), station.clone());
         let allocated = self.0.run("giving out an identity", move |view| {
-            let allocated = allocate(view, &chip, &profile, &permitted, taken.as_ref())?;
+            let allocated = match given(view, &chip, &profile, taken.as_ref())? {
+                Some(identity) => Some(identity),
+                None => {
+                    must_have_room(view, &station, at)?;
+                    allocate(view, &chip, &profile, &permitted)?
+                }
+            };
             // None left is no error of the transaction: how far it passed over identities in use is to be kept.
             Ok::<_, AccessError>(allocated.ok_or(Refused::NoIdentity { profile, station }))
         });
@@ -313,21 +320,31 @@ fn load_range(
     Ok(loaded)
 }
 
+/// The identity that the chip was given before.
+fn given(
+    view: &View<'_>,
+    chip: &ChipId,
+    profile: &ProfileName,
+    taken: Option<&DeviceIdentity>,
+) -> Result<Option<DeviceIdentity>, StoreError> {
+    let given: Option<(ProfileName, DeviceIdentity)> =
+        view.get(&allocation_key(chip), || format!("the identity of {chip}"))?;
+    Ok(given.filter(|(of, identity)| of == profile && taken != Some(identity)).map(|(_, identity)| identity))
+}
+
+/// No identity is given out for a device that could not be begun.
+fn must_have_room(view: &View<'_>, station: &StationName, at: u64) -> Result<(), AccessError> {
+    let Some(settled) = quota(view, station)? else { return Ok(()) };
+    let room = usage(view, station)?.has_room(&settled.in_force, at);
+    Ok(room.map_err(|exceeded| Refused::Quota { station: station.clone(), exceeded })?)
+}
+
 fn allocate(
     view: &mut View<'_>,
     chip: &ChipId,
     profile: &ProfileName,
     permitted: &[String],
-    taken: Option<&DeviceIdentity>,
 ) -> Result<Option<DeviceIdentity>, StoreError> {
-    let key = allocation_key(chip);
-    let given: Option<(ProfileName, DeviceIdentity)> = view.get(&key, || format!("the identity of {chip}"))?;
-    if let Some((of, identity)) = given
-        && of == *profile
-        && taken != Some(&identity)
-    {
-        return Ok(Some(identity));
-    }
     let mut passed_over = 0;
     for mut loaded in all::<LoadedRange>(view, b"Ag")?.into_iter().filter(|loaded| loaded.profile == *profile) {
         let before = loaded.used;
@@ -347,7 +364,7 @@ fn allocate(
             view.put(&range_key(loaded.number), &loaded)?;
         }
         if let Some(identity) = found {
-            view.put(&key, &(profile, &identity))?;
+            view.put(&allocation_key(chip), &(profile, &identity))?;
             return Ok(Some(identity));
         }
     }

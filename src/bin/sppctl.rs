@@ -142,6 +142,12 @@ enum CeremonyCommand {
         /// Where keys.toml, the certificates or CSRs and the transcript go.
         #[arg(long, value_name = "DIR")]
         out: PathBuf,
+        /// File with the security officer's PIN, for a ceremony that initialises its token.
+        #[arg(long, value_name = "FILE")]
+        so_pin_file: Option<PathBuf>,
+        /// File with the user PIN, instead of the one that hsm.toml names.
+        #[arg(long, value_name = "FILE")]
+        pin_file: Option<PathBuf>,
         /// An officer who holds the ceremony, for the transcript; may be given more than once.
         #[arg(long, value_name = "NAME")]
         officer: Vec<OfficerName>,
@@ -306,8 +312,8 @@ fn run(command: Command) -> Result<(), String> {
         Command::Token(TokenCommand::Init { module, directory, label, so_pin_file, pin_file }) => {
             token_init(&module, &directory, &label, so_pin_file, pin_file)
         }
-        Command::Ceremony(CeremonyCommand::Run { file, hsm, out, officer, json }) => {
-            ceremony(&file, &hsm, &out, &officer, json)
+        Command::Ceremony(CeremonyCommand::Run { file, hsm, out, so_pin_file, pin_file, officer, json }) => {
+            ceremony(&file, (&hsm, so_pin_file, pin_file), &out, &officer, json)
         }
         Command::Ceremony(CeremonyCommand::Plan { file, hsm, out, json }) => {
             ceremony_plan(&file, hsm.as_deref().zip(out.as_deref()), json)
@@ -368,20 +374,58 @@ fn open_token(hsm: &Path) -> Result<Ceremony, String> {
     Ceremony::open(&hsm.module, &hsm.token, &hsm.pin).map_err(|e| e.to_string())
 }
 
+/// The token of a ceremony, initialised if its file says so.
+fn token_of(
+    plan: &CeremonyPlan,
+    hsm: &Path,
+    so_pin_file: Option<PathBuf>,
+    pin_file: Option<PathBuf>,
+) -> Result<Ceremony, String> {
+    let hsm = HsmFile::load(hsm).map_err(|e| e.to_string())?;
+    let pin = pin_file.map_or(hsm.pin, PinSource::File);
+    hsm.module.enter_environment().map_err(|e| e.to_string())?;
+    let opened = match (plan.token_label(), so_pin_file) {
+        (None, None) => Ceremony::open(&hsm.module, &hsm.token, &pin),
+        (None, Some(_)) => return Err("--so-pin-file is for a ceremony that has a [token]; leave it out".to_owned()),
+        (Some(_), None) => return Err("the ceremony initialises its token: give --so-pin-file".to_owned()),
+        (Some(label), Some(_)) if label != hsm.token.label => {
+            return Err(format!("the ceremony is for a token {label}, hsm.toml for {}", hsm.token.label));
+        }
+        (Some(label), Some(so_pin)) => Ceremony::initialise(&hsm.module, label, &PinSource::File(so_pin), &pin),
+    };
+    opened.map_err(|e| e.to_string())
+}
+
 fn ceremony_plan(file: &Path, on: Option<(&Path, &Path)>, json: bool) -> Result<(), String> {
     let plan = CeremonyPlan::load(file).map_err(|e| e.to_string())?;
     if let Some((hsm, out)) = on {
-        plan.refuse_what_exists(&open_token(hsm)?, out).map_err(|e| e.to_string())?;
+        if plan.token_label().is_some() {
+            return Err(
+                "the ceremony initialises its token, which is not there yet; leave --hsm and --out out".to_owned()
+            );
+        }
+        plan.look(&open_token(hsm)?, out).map_err(|e| e.to_string())?;
     }
-    let keys = plan.keys();
+    let acts = plan.acts(on.map(|(_, out)| out)).map_err(|e| e.to_string())?;
     if json {
-        let told = serde_json::json!({ "keys": keys, "looked_at_the_token": on.is_some() });
+        let told = serde_json::json!({
+            "token": plan.token_label(),
+            "keys": acts,
+            "needs_approval": plan.needs_approval(),
+            "looked_at_the_token": on.is_some(),
+        });
         println!("{told:#}");
         return Ok(());
     }
-    for key in &keys {
-        let file = key.file.as_ref().map(|file| format!(", {}", file.display())).unwrap_or_default();
-        println!("  would make {:<16} {:<14} {}{file}", key.name, key.kind, key.what);
+    if let Some(label) = plan.token_label() {
+        println!("  would initialise the token {label}");
+    }
+    for act in &acts {
+        let files: String = act.files.iter().map(|file| format!(", {}", file.display())).collect();
+        println!("  would {} {:<16} {:<14} {}{files}", act.act, act.name, act.kind, act.what);
+    }
+    if !plan.needs_approval().is_empty() {
+        println!("it {}: a second officer must approve it", plan.needs_approval().join(" and "));
     }
     match on {
         Some(_) => println!("all names and files are free; nothing was changed"),
@@ -409,9 +453,16 @@ fn ceremony_verify(file: &Path, log: &Path, json: bool) -> Result<(), String> {
     Ok(())
 }
 
-fn ceremony(file: &Path, hsm: &Path, out: &Path, officers: &[OfficerName], json: bool) -> Result<(), String> {
+fn ceremony(
+    file: &Path,
+    (hsm, so_pin_file, pin_file): (&Path, Option<PathBuf>, Option<PathBuf>),
+    out: &Path,
+    officers: &[OfficerName],
+    json: bool,
+) -> Result<(), String> {
     let plan = CeremonyPlan::load(file).map_err(|e| e.to_string())?;
-    let Held { transcript: report, signed } = plan.run(&open_token(hsm)?, out, officers).map_err(|e| e.to_string())?;
+    let token = token_of(&plan, hsm, so_pin_file, pin_file)?;
+    let Held { transcript: report, signed } = plan.run(&token, out, officers, None).map_err(|e| e.to_string())?;
     if !signed {
         eprintln!("sppctl: the transcript is not signed: the token has no log key");
     }
@@ -421,7 +472,7 @@ fn ceremony(file: &Path, hsm: &Path, out: &Path, officers: &[OfficerName], json:
     }
     println!("token {} (serial {}), {}", report.token_label, report.token_serial, report.module);
     for key in &report.keys {
-        println!("  made {:<16} {}", key.name, key.fingerprint.as_deref().unwrap_or(""));
+        println!("  {} {:<16} {}", key.act, key.name, key.fingerprint);
     }
     for path in &report.files {
         println!("  wrote {}", path.display());

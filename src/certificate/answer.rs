@@ -30,7 +30,9 @@ pub fn check_answer(
         chain.push(root.clone());
     }
     if chain.last() != Some(&root) || chain.len() < 2 {
-        return Err(refused("the answer must be the key's certificate, then those above it, the root last or left out"));
+        return Err(refused(
+            "the answer must be the key's certificate, then those above it, the root last or left out",
+        ));
     }
     let issuer = IssuerCertificate::from_der_chain(chain, SignatureAlgorithm::default_for(key.kind()))?;
     if issuer.public_key() != key {
@@ -115,7 +117,8 @@ fn must_be_an_authority(certificate: &Certificate, is_root: bool) -> Result<(), 
     if !usage.is_some_and(|(critical, usage)| critical && usage.key_cert_sign()) {
         return Err(refused("keyUsage must be critical and have keyCertSign"));
     }
-    let unknown = |extension: &&Extension| extension.critical && !UNDERSTOOD.contains(&extension.extn_id.to_string().as_str());
+    let unknown =
+        |extension: &&Extension| extension.critical && !UNDERSTOOD.contains(&extension.extn_id.to_string().as_str());
     match tbs.extensions().and_then(|extensions| extensions.iter().find(unknown)) {
         Some(extension) => Err(refused(&format!("it has an unknown critical extension, {}", extension.extn_id))),
         None => Ok(()),

@@ -250,8 +250,7 @@ mod tests {
         };
         let made = |(subject, public_key, algorithm, not_after): (&_, PublicKey, _, _), issuer: Option<&_>| {
             let (public_key, serial) = (&public_key, serial(1));
-            let wanted =
-                AuthorityCertificate { subject, public_key, algorithm, serial, not_before: NOW, not_after };
+            let wanted = AuthorityCertificate { subject, public_key, algorithm, serial, not_before: NOW, not_after };
             let unsigned = match issuer {
                 Some(issuer) => subordinate_certificate(&wanted, issuer).unwrap(),
                 None => root_certificate(&wanted).unwrap(),

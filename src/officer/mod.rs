@@ -6,6 +6,7 @@ mod enroll;
 mod files;
 mod hsm_cli;
 mod hsm_file;
+mod permit;
 mod pool;
 mod pool_cli;
 mod registry_cli;
@@ -13,15 +14,16 @@ mod status;
 mod transcript;
 
 pub use audit_cli::{Form, ReadAuditCommand};
-pub use ceremony::{CeremonyPlan, Held, PlannedKey};
+pub use ceremony::{CeremonyPlan, Held, PlannedAct};
 pub use enroll::{Enrolment, enroll, request};
 pub use files::FileError;
 pub use hsm_cli::HsmCommand;
 pub use hsm_file::HsmFile;
+pub use permit::Permit;
 pub use pool_cli::{DaemonArgs, PoolCommand};
 pub use registry_cli::RegistryCommand;
 pub use status::{StatusError, connect_and_ask, describe_status, status_json};
-pub use transcript::{KeyReport, Transcript, VerifiedTranscript, verify_transcript};
+pub use transcript::{Approval, KeyReport, Transcript, VerifiedTranscript, verify_transcript};
 
 use crate::certificate::CertificateError;
 use crate::config::Faults;
@@ -46,6 +48,24 @@ pub enum OfficerError {
     /// A file could not be written, or is there already.
     #[error(transparent)]
     File(#[from] FileError),
+    /// One officer alone may not hold it.
+    #[error(
+        "this ceremony {acts}: it needs the approval of a second officer; sppctl approvals request ceremony {file} …"
+    )]
+    NeedsApproval {
+        /// What it does to keys that are there.
+        acts: String,
+        /// The ceremony file.
+        file: String,
+    },
+    /// The approval was given for other octets than the file has.
+    #[error(
+        "the approval is not of {file} as it is now: it was changed since; sppctl approvals request ceremony {file} …"
+    )]
+    ApprovalOfAnother {
+        /// The ceremony file.
+        file: String,
+    },
     /// Anything else, in words.
     #[error("{0}")]
     Other(String),

@@ -6,6 +6,7 @@
 mod audit;
 mod callers;
 mod ceremonies;
+mod ceremonies_keys;
 mod configuration;
 mod crash;
 mod faults;

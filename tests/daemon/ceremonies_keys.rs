@@ -100,13 +100,15 @@ fn the_answer_of_an_offline_root_is_taken_only_if_it_is_of_this_key_and_this_roo
     let sign = "x509 -req -in keys/devices.csr.pem -CA root.pem -CAkey root.key";
     openssl(&site, &format!("{sign} -copy_extensions copyall -days 30 -out right.pem"));
     openssl(&site, &format!("{sign} -extfile leaf.cnf -days 30 -out leaf.pem"));
+    openssl(&site, &format!("{sign} -copy_extensions copyall -days -1 -out ended.pem"));
+    let authority = "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign\nsubjectKeyIdentifier=hash\n";
+    write(&site, "authority.cnf", authority);
     openssl(
         &site,
-        &format!(
-            "{sign} -copy_extensions copyall -not_before 20200101000000Z -not_after 20210101000000Z -out ended.pem"
-        )
-        .replace("-not_before 20200101000000Z -not_after 20210101000000Z", "-days -1"),
+        "req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout stranger.key -out stranger.csr -subj /CN=stranger",
     );
+    let stranger = sign.replace("keys/devices.csr.pem", "stranger.csr");
+    openssl(&site, &format!("{stranger} -extfile authority.cnf -days 30 -out stranger.pem"));
     let import = |file: &str, root: &str| {
         let text = format!("[[import_certificate]]\nkey = \"devices\"\nfile = \"{file}\"\nroot = \"{root}\"\n");
         write(&site, "more.toml", &text);
@@ -116,6 +118,7 @@ fn the_answer_of_an_offline_root_is_taken_only_if_it_is_of_this_key_and_this_roo
         ("right.pem", "other.pem", "where CN=root should follow"),
         ("root.pem", "root.pem", "the answer must be the key's certificate"),
         ("ended.pem", "root.pem", "it ended at"),
+        ("stranger.pem", "root.pem", "the certificate is of another key than the one on the token"),
         ("keys/manufacturer-ca.pem", "root.pem", "should follow"),
     ] {
         import(file, root);

@@ -93,6 +93,10 @@ impl Act for RestoreKey {
 
     fn hold(&self, holding: &mut Holding<'_>) -> Result<(), OfficerError> {
         let backup = &self.backup;
+        // Below, what could not be proved is destroyed: it must not be what was there before.
+        if !holding.token.is_free(&backup.name)? {
+            return Err(OfficerError::Other(format!("the token has an object named {} already", backup.name)));
+        }
         let key = shares::combine(&backup.under, &self.shares)?;
         let restorable = backup.what.restorable();
         let restored = holding.token.restore(&backup.name, &backup.id, &restorable, &backup.wrapped, &key);

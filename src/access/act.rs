@@ -65,6 +65,11 @@ pub enum ActKind {
 }
 
 impl Act {
+    /// The ceremony of that file.
+    pub fn ceremony(file: String) -> Self {
+        Self::Ceremony { destroys: destroys_keys(&file), file }
+    }
+
     /// What kind it is.
     pub const fn kind(&self) -> ActKind {
         match self {
@@ -99,8 +104,14 @@ impl Act {
             }
             Self::RaiseQuota { .. } => Ok(()),
             Self::ChangeRules { rules } => rules.check(),
-            Self::Ceremony { file, .. } if file.len() <= MAX_CEREMONY_LEN => Ok(()),
-            Self::Ceremony { .. } => Err(format!("a ceremony's file has at most {MAX_CEREMONY_LEN} octets")),
+            Self::Ceremony { file, .. } if file.len() > MAX_CEREMONY_LEN => {
+                Err(format!("a ceremony's file has at most {MAX_CEREMONY_LEN} octets"))
+            }
+            // Else a destruction could pass for a rotation, which fewer may have to approve.
+            Self::Ceremony { destroys, file } if *destroys != destroys_keys(file) => {
+                Err("the ceremony's file says something else of destroying keys".to_owned())
+            }
+            Self::Ceremony { .. } => Ok(()),
         }
     }
 
@@ -111,6 +122,11 @@ impl Act {
             _ => None,
         }
     }
+}
+
+/// A file that is none does not pass for one that destroys nothing.
+fn destroys_keys(file: &str) -> bool {
+    file.parse::<toml::Table>().map_or(true, |table| table.contains_key("destroy"))
 }
 
 /// In a line, for people.

@@ -10,16 +10,15 @@ use spp::audit::AuditLog;
 use spp::certificate::{AccessName, Caller, Role};
 use spp::config::{AuditConfig, HsmAccess, StoreConfig};
 use spp::description::Describe;
-use spp::hsm::{Ceremony, KeyRegister, ModuleProfile, PinSource, initialise_token};
+use spp::hsm::{KeyRegister, ModuleProfile, PinSource, initialise_token};
 use spp::names::{AuditorName, BackOfficeName, MonitorName, OfficerName, StationName};
 use spp::officer::{
-    self, ApprovalsCommand, AskArgs, CeremonyPlan, DaemonArgs, DeviceCommand, Enrolment, Held, HsmCommand, HsmFile,
+    self, ApprovalsCommand, AskArgs, CeremonyCommand, DaemonArgs, DeviceCommand, Enrolment, HsmCommand,
     IdentitiesCommand, PoolCommand, ReadAuditCommand, RegistryCommand, RenewArgs, ReportCommand, SessionsCommand,
     StatusError, VerifyAuditArgs,
 };
 use spp::registry::TransparencyLog;
 use spp::store::SledStateStore;
-use spp::tlog::{LogKey, TlogError};
 
 /// The security officer's tool: tokens, key ceremonies, stores, enrolment, status.
 #[derive(Parser)]
@@ -152,52 +151,6 @@ enum TokenCommand {
         /// File with the user PIN, readable by nobody else.
         #[arg(long, value_name = "FILE")]
         pin_file: PathBuf,
-    },
-}
-
-#[derive(Subcommand)]
-enum CeremonyCommand {
-    /// Make the keys that the file names. Nothing is overwritten; attributes are read back; a transcript is written.
-    Run {
-        /// The ceremony file.
-        file: PathBuf,
-        /// Which token: hsm.toml.
-        #[arg(long, value_name = "FILE")]
-        hsm: PathBuf,
-        /// Where keys.toml, the certificates or CSRs and the transcript go.
-        #[arg(long, value_name = "DIR")]
-        out: PathBuf,
-        /// An officer who holds the ceremony, for the transcript; may be given more than once.
-        #[arg(long, value_name = "NAME")]
-        officer: Vec<OfficerName>,
-        /// Tell the transcript as JSON.
-        #[arg(long)]
-        json: bool,
-    },
-    /// Tell what a ceremony would make. Nothing is changed; with --hsm and --out it is looked whether all names are free.
-    Plan {
-        /// The ceremony file.
-        file: PathBuf,
-        /// Which token: hsm.toml.
-        #[arg(long, value_name = "FILE", requires = "out")]
-        hsm: Option<PathBuf>,
-        /// Where the files would go.
-        #[arg(long, value_name = "DIR", requires = "hsm")]
-        out: Option<PathBuf>,
-        /// Tell it as JSON.
-        #[arg(long)]
-        json: bool,
-    },
-    /// Verify the transcript of a ceremony against the log's public key, and the JSON beside it.
-    Verify {
-        /// transcript.txt.
-        file: PathBuf,
-        /// The log's public key, NAME.vkey of the ceremony.
-        #[arg(long, value_name = "FILE")]
-        log: PathBuf,
-        /// Tell it as JSON.
-        #[arg(long)]
-        json: bool,
     },
 }
 
@@ -406,13 +359,7 @@ fn run(command: Command) -> Result<(), String> {
         Command::Token(TokenCommand::Init { module, directory, label, so_pin_file, pin_file }) => {
             token_init(&module, &directory, &label, so_pin_file, pin_file)
         }
-        Command::Ceremony(CeremonyCommand::Run { file, hsm, out, officer, json }) => {
-            ceremony(&file, &hsm, &out, &officer, json)
-        }
-        Command::Ceremony(CeremonyCommand::Plan { file, hsm, out, json }) => {
-            ceremony_plan(&file, hsm.as_deref().zip(out.as_deref()), json)
-        }
-        Command::Ceremony(CeremonyCommand::Verify { file, log, json }) => ceremony_verify(&file, &log, json),
+        Command::Ceremony(command) => wait(command.run())?,
         Command::Init { config } => init(&config),
         Command::Audit(AuditCommand::Init { config }) => audit_init(&config),
         Command::Audit(AuditCommand::Read(what)) => what.run(),
@@ -488,73 +435,6 @@ fn token_init(
     profile.enter_environment().map_err(|e| e.to_string())?;
     let token = initialise_token(&profile, label, &PinSource::File(so_pin_file), &PinSource::File(pin_file))?;
     println!("initialised the token {} (serial {})", token.label, token.serial);
-    Ok(())
-}
-
-fn open_token(hsm: &Path) -> Result<Ceremony, String> {
-    let hsm = HsmFile::load(hsm).map_err(|e| e.to_string())?;
-    hsm.module.enter_environment().map_err(|e| e.to_string())?;
-    Ceremony::open(&hsm.module, &hsm.token, &hsm.pin).map_err(|e| e.to_string())
-}
-
-fn ceremony_plan(file: &Path, on: Option<(&Path, &Path)>, json: bool) -> Result<(), String> {
-    let plan = CeremonyPlan::load(file).map_err(|e| e.to_string())?;
-    if let Some((hsm, out)) = on {
-        plan.refuse_what_exists(&open_token(hsm)?, out).map_err(|e| e.to_string())?;
-    }
-    let keys = plan.keys();
-    if json {
-        let told = serde_json::json!({ "keys": keys, "looked_at_the_token": on.is_some() });
-        println!("{told:#}");
-        return Ok(());
-    }
-    for key in &keys {
-        let file = key.file.as_ref().map(|file| format!(", {}", file.display())).unwrap_or_default();
-        println!("  would make {:<16} {:<14} {}{file}", key.name, key.kind, key.what);
-    }
-    match on {
-        Some(_) => println!("all names and files are free; nothing was changed"),
-        None => println!("nothing was looked at but the file; add --hsm and --out to see whether all names are free"),
-    }
-    Ok(())
-}
-
-fn ceremony_verify(file: &Path, log: &Path, json: bool) -> Result<(), String> {
-    let key = std::fs::read_to_string(log).map_err(|e| format!("{}: {e}", log.display()))?;
-    let key: LogKey = key.trim().parse().map_err(|e: TlogError| format!("{}: {e}", log.display()))?;
-    let verified = officer::verify_transcript(file, &key).map_err(|e| e.to_string())?;
-    match json {
-        true => println!("{}", serde_json::to_string_pretty(&verified).map_err(|e| e.to_string())?),
-        false => print!("{}", verified.text),
-    }
-    let beside = file.with_extension("json");
-    if verified.json_fits == Some(false) {
-        return Err(format!("{} is not the file that the signed text names: it was changed", beside.display()));
-    }
-    if !json {
-        let beside = if verified.json_fits.is_some() { format!("; {} fits", beside.display()) } else { String::new() };
-        println!("signed by the key of {}{beside}", verified.signed_by);
-    }
-    Ok(())
-}
-
-fn ceremony(file: &Path, hsm: &Path, out: &Path, officers: &[OfficerName], json: bool) -> Result<(), String> {
-    let plan = CeremonyPlan::load(file).map_err(|e| e.to_string())?;
-    let Held { transcript: report, signed } = plan.run(&open_token(hsm)?, out, officers).map_err(|e| e.to_string())?;
-    if !signed {
-        eprintln!("sppctl: the transcript is not signed: the token has no log key");
-    }
-    if json {
-        println!("{}", serde_json::to_string_pretty(&report).map_err(|e| e.to_string())?);
-        return Ok(());
-    }
-    println!("token {} (serial {}), {}", report.token_label, report.token_serial, report.module);
-    for key in &report.keys {
-        println!("  made {:<16} {}", key.name, key.fingerprint.as_deref().unwrap_or(""));
-    }
-    for path in &report.files {
-        println!("  wrote {}", path.display());
-    }
     Ok(())
 }
 

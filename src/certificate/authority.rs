@@ -13,7 +13,7 @@ use x509_cert::request::{CertReqInfo, ExtensionReq, Version};
 use super::name::SubjectName;
 use super::prepare::CertificateSerial;
 use super::tbs::{self, TbsFields};
-use super::{CertificateError, signed};
+use super::{CertificateError, IssuerCertificate, signed};
 use crate::keys::{PublicKey, SignatureAlgorithm, TlsKey};
 
 /// A self-signed authority: the manufacturer's key, or the one that issues access certificates.
@@ -33,10 +33,45 @@ pub struct AuthorityCertificate<'a> {
     pub not_after: Option<u64>,
 }
 
+/// Authorities under one of the keys of a token: the keys that issue.
+const ISSUING: u8 = 0;
+/// Authorities under a root: the keys that issue, and those that they issue for.
+const ROOT: u8 = 1;
+
 /// A self-signed CA certificate: path length 0, keyCertSign and cRLSign.
 pub fn authority_certificate(wanted: &AuthorityCertificate<'_>) -> Result<UnsignedDocument, CertificateError> {
+    self_signed(wanted, ISSUING)
+}
+
+/// The same with path length 1: a root, under which the keys that issue have their certificates.
+pub fn root_certificate(wanted: &AuthorityCertificate<'_>) -> Result<UnsignedDocument, CertificateError> {
+    self_signed(wanted, ROOT)
+}
+
+/// A CA certificate with path length 0 that another authority signs, with its own algorithm. It ends with the issuer's at the latest.
+pub fn subordinate_certificate(
+    wanted: &AuthorityCertificate<'_>,
+    issuer: &IssuerCertificate,
+) -> Result<UnsignedDocument, CertificateError> {
+    let mut extensions = authority_extensions(ISSUING)?;
+    extensions.extend(key_identifiers(wanted.public_key, issuer.key_identifier())?);
+    let not_after = wanted.not_after.unwrap_or(tbs::NO_EXPIRY).min(issuer.not_after()?);
+    let to_be_signed = tbs::encode(TbsFields {
+        serial: wanted.serial,
+        algorithm: issuer.algorithm(),
+        issuer: issuer.subject().clone(),
+        not_before: wanted.not_before,
+        not_after: ordered(wanted.not_before, not_after)?,
+        subject: wanted.subject.to_name(None)?,
+        public_key: wanted.public_key,
+        extensions,
+    })?;
+    Ok(UnsignedDocument::new("CERTIFICATE", to_be_signed, issuer.algorithm(), issuer.public_key()))
+}
+
+fn self_signed(wanted: &AuthorityCertificate<'_>, below: u8) -> Result<UnsignedDocument, CertificateError> {
     must_fit(wanted.public_key, wanted.algorithm)?;
-    let mut extensions = authority_extensions()?;
+    let mut extensions = authority_extensions(below)?;
     extensions.extend(key_identifiers(wanted.public_key, &tbs::key_identifier(wanted.public_key))?);
     let subject = wanted.subject.to_name(None)?;
     let to_be_signed = tbs::encode(TbsFields {
@@ -58,8 +93,26 @@ pub fn authority_request(
     public_key: &PublicKey,
     algorithm: SignatureAlgorithm,
 ) -> Result<UnsignedDocument, CertificateError> {
+    request_of(subject, public_key, algorithm, ISSUING)
+}
+
+/// The same for a root of this token that has another one above it: path length 1.
+pub fn root_request(
+    subject: &SubjectName,
+    public_key: &PublicKey,
+    algorithm: SignatureAlgorithm,
+) -> Result<UnsignedDocument, CertificateError> {
+    request_of(subject, public_key, algorithm, ROOT)
+}
+
+fn request_of(
+    subject: &SubjectName,
+    public_key: &PublicKey,
+    algorithm: SignatureAlgorithm,
+    below: u8,
+) -> Result<UnsignedDocument, CertificateError> {
     must_fit(public_key, algorithm)?;
-    let (subject, mut extensions) = (subject.to_name(None)?, authority_extensions()?);
+    let (subject, mut extensions) = (subject.to_name(None)?, authority_extensions(below)?);
     extensions.push(subject_key_identifier(public_key)?);
     let build = || {
         let mut attributes = SetOfVec::new();
@@ -148,10 +201,10 @@ fn pem(label: &'static str, der: &[u8]) -> Result<String, CertificateError> {
     der::pem::encode_string(label, LineEnding::LF, der).map_err(|e| CertificateError::Pem(e.to_string()))
 }
 
-/// `CA:TRUE, pathlen:0` and keyCertSign with cRLSign, both critical (RFC 5280 §4.2.1.9, §4.2.1.3).
-fn authority_extensions() -> Result<Extensions, CertificateError> {
+/// `CA:TRUE` with its path length and keyCertSign with cRLSign, both critical (RFC 5280 §4.2.1.9, §4.2.1.3).
+fn authority_extensions(below: u8) -> Result<Extensions, CertificateError> {
     Ok(vec![
-        tbs::extension(true, &BasicConstraints { ca: true, path_len_constraint: Some(0) })?,
+        tbs::extension(true, &BasicConstraints { ca: true, path_len_constraint: Some(below) })?,
         tbs::extension(true, &KeyUsage(KeyUsages::KeyCertSign | KeyUsages::CRLSign))?,
     ])
 }
@@ -186,6 +239,37 @@ mod tests {
     use super::*;
     use crate::certificate::testing::{ALGORITHMS, NOW, SignWith, authority_of, openssl, serial};
     use crate::certificate::{IssuerCertificate, verify_csr};
+
+    #[test]
+    fn openssl_accepts_an_authority_under_a_root_of_another_kind() {
+        let (root, key) = (SignWith::new(SignatureAlgorithm::EcdsaP384Sha384), SignWith::p256());
+        let [above, subject] = ["Root", "Manufacturer"].map(|name| SubjectName::with_common_name(name).unwrap());
+        let wanted = |subject, key: &SignWith, not_after| {
+            let public_key = key.public().clone();
+            (subject, public_key, key.algorithm(), not_after)
+        };
+        let made = |(subject, public_key, algorithm, not_after): (&_, PublicKey, _, _), issuer: Option<&_>| {
+            let (public_key, serial) = (&public_key, serial(1));
+            let wanted = AuthorityCertificate { subject, public_key, algorithm, serial, not_before: NOW, not_after };
+            let unsigned = match issuer {
+                Some(issuer) => subordinate_certificate(&wanted, issuer).unwrap(),
+                None => root_certificate(&wanted).unwrap(),
+            };
+            let signature = root.sign(unsigned.to_be_signed());
+            unsigned.assemble(&signature).unwrap().to_pem().unwrap()
+        };
+        let end = NOW + 1_000_000_000;
+        let root_pem = made(wanted(&above, &root, Some(end)), None);
+        let issuer = IssuerCertificate::from_pem(&root_pem, root.algorithm()).unwrap();
+        let sub = made(wanted(&subject, &key, None), Some(&issuer));
+        let chain = IssuerCertificate::from_pem(&format!("{sub}{root_pem}"), key.algorithm()).unwrap();
+        assert_eq!((chain.public_key(), chain.chain().len(), chain.not_after().unwrap()), (key.public(), 2, end));
+        let text = openssl(
+            &["verify", "-x509_strict", "-CAfile", "root.pem", "sub.pem"],
+            &[("root.pem", &root_pem), ("sub.pem", &sub)],
+        );
+        assert!(text.contains("sub.pem: OK"), "{text}");
+    }
 
     #[test]
     fn openssl_accepts_a_self_signed_authority_of_every_algorithm() {

@@ -92,6 +92,13 @@ impl IssuerCertificate {
         &self.chain
     }
 
+    /// When the issuer's certificate ends; seconds since the Unix epoch.
+    pub fn not_after(&self) -> Result<u64, CertificateError> {
+        let certificate = Certificate::from_der(self.as_der());
+        let certificate = certificate.map_err(CertificateError::unreadable("issuer certificate"))?;
+        Ok(certificate.tbs_certificate().validity().not_after.to_unix_duration().as_secs())
+    }
+
     /// The subjectKeyIdentifier: what the authorityKeyIdentifier (RFC 5280 §4.2.1.1) of an issued certificate holds.
     pub fn key_identifier(&self) -> &[u8] {
         &self.key_identifier

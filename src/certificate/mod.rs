@@ -6,6 +6,7 @@
 
 mod access;
 mod algorithm;
+mod answer;
 mod authority;
 mod csr;
 mod cwt;
@@ -32,9 +33,10 @@ mod verify;
 pub use access::{
     AccessCertificate, AccessName, Caller, CallerCertificate, Role, access_certificate, caller_of, public_key_of,
 };
+pub use answer::check_answer;
 pub use authority::{
     AuthorityCertificate, SignedDocument, UnsignedDocument, access_request, authority_certificate, authority_request,
-    certificate_pem,
+    certificate_pem, root_certificate, root_request, subordinate_certificate,
 };
 pub use csr::{CsrError, MAX_CSR_LEN, verify_csr, verify_csr_pem};
 pub use describe::{Statement, describe};

@@ -29,6 +29,27 @@ pub enum KeyRole {
     MasterDeriving(Prf),
     /// Wraps and unwraps key pairs, and nothing else.
     Wrapping,
+    /// Wraps other keys for their backup, and nothing else: what it wrapped is unwrapped with its shares alone.
+    Backup,
+}
+
+/// How a key came onto the token. PKCS#11 remembers it for the life of the object, and so does the register.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Provenance {
+    /// Made there, and could never leave it.
+    #[default]
+    Made,
+    /// Made there; while the ceremony lasted it could leave the token, wrapped under a backup key.
+    BackedUp,
+    /// Brought there: restored from a backup, or of a kind that the module can back up only so.
+    Imported,
+}
+
+impl Provenance {
+    pub(super) fn is_made(&self) -> bool {
+        *self == Self::Made
+    }
 }
 
 /// The usage attributes, in the order of PKCS#11's table; all but the role's own must be false.
@@ -62,11 +83,11 @@ impl KeyRole {
     pub(crate) fn class(self) -> ObjectClass {
         match self {
             Self::Signing(_) => ObjectClass::PRIVATE_KEY,
-            Self::Master(_) | Self::MasterDeriving(_) | Self::Wrapping => ObjectClass::SECRET_KEY,
+            Self::Master(_) | Self::MasterDeriving(_) | Self::Wrapping | Self::Backup => ObjectClass::SECRET_KEY,
         }
     }
 
-    fn key_types(self) -> &'static [KeyType] {
+    pub(crate) fn key_types(self) -> &'static [KeyType] {
         match self {
             Self::Signing(KeyKind::P256 | KeyKind::P384) => &[KeyType::EC],
             Self::Signing(KeyKind::Ed25519) => &[KeyType::EC_EDWARDS],
@@ -74,7 +95,9 @@ impl KeyRole {
             Self::Master(Prf::HmacSha256) | Self::MasterDeriving(Prf::HmacSha256) => {
                 &[KeyType::GENERIC_SECRET, KeyType::SHA256_HMAC]
             }
-            Self::Master(Prf::AesCmac) | Self::MasterDeriving(Prf::AesCmac) | Self::Wrapping => &[KeyType::AES],
+            Self::Master(Prf::AesCmac) | Self::MasterDeriving(Prf::AesCmac) | Self::Wrapping | Self::Backup => {
+                &[KeyType::AES]
+            }
         }
     }
 
@@ -83,6 +106,7 @@ impl KeyRole {
             Self::Signing(_) | Self::Master(_) => &[AttributeType::Sign],
             Self::MasterDeriving(_) => &[AttributeType::Derive],
             Self::Wrapping => &[AttributeType::Wrap, AttributeType::Unwrap],
+            Self::Backup => &[AttributeType::Wrap],
         }
     }
 
@@ -103,7 +127,7 @@ impl KeyRole {
             Self::Signing(_) => {
                 &[AttributeType::Sign, AttributeType::Decrypt, AttributeType::Unwrap, AttributeType::Derive]
             }
-            Self::Master(_) | Self::MasterDeriving(_) | Self::Wrapping => &USAGES,
+            Self::Master(_) | Self::MasterDeriving(_) | Self::Wrapping | Self::Backup => &USAGES,
         };
         if module.no_copyable {
             template.retain(|attribute| *attribute != Attribute::Copyable(false));
@@ -140,8 +164,15 @@ pub(crate) fn pair_generation(kind: KeyKind) -> (Mechanism<'static>, Vec<Attribu
     }
 }
 
-/// Refuses a key that is extractable, not sensitive, was not made on the token, or is usable for more than its purpose.
-pub(crate) fn audit(session: &Session, object: ObjectHandle, name: &KeyName, role: KeyRole) -> Result<(), Failure> {
+/// Refuses a key that is extractable, not sensitive, did not come onto the token as its register says, or is usable for more
+/// than its purpose.
+pub(crate) fn audit(
+    session: &Session,
+    object: ObjectHandle,
+    name: &KeyName,
+    role: KeyRole,
+    provenance: Provenance,
+) -> Result<(), Failure> {
     let mut wanted = vec![
         AttributeType::KeyType,
         AttributeType::Sensitive,
@@ -153,7 +184,7 @@ pub(crate) fn audit(session: &Session, object: ObjectHandle, name: &KeyName, rol
     wanted.extend(USAGES);
     let found =
         session.get_attributes(object, &wanted).doing(|| format!("reading the attributes of the key {name}"))?;
-    let problems = problems(&found, role);
+    let problems = problems(&found, role, provenance);
     if problems.is_empty() {
         return Ok(());
     }
@@ -166,7 +197,7 @@ pub(crate) fn audit(session: &Session, object: ObjectHandle, name: &KeyName, rol
     ))
 }
 
-fn problems(found: &[Attribute], role: KeyRole) -> Vec<String> {
+fn problems(found: &[Attribute], role: KeyRole, provenance: Provenance) -> Vec<String> {
     let mut problems = Vec::new();
     let must = |attribute: Attribute, problem: &str, problems: &mut Vec<String>| {
         if !found.contains(&attribute) {
@@ -175,9 +206,13 @@ fn problems(found: &[Attribute], role: KeyRole) -> Vec<String> {
     };
     must(Attribute::Sensitive(true), "CKA_SENSITIVE is not true", &mut problems);
     must(Attribute::Extractable(false), "CKA_EXTRACTABLE is not false", &mut problems);
-    must(Attribute::AlwaysSensitive(true), "CKA_ALWAYS_SENSITIVE is not true", &mut problems);
-    must(Attribute::NeverExtractable(true), "CKA_NEVER_EXTRACTABLE is not true", &mut problems);
-    must(Attribute::Local(true), "CKA_LOCAL is not true: it was not made on this token", &mut problems);
+    if provenance != Provenance::Imported {
+        must(Attribute::AlwaysSensitive(true), "CKA_ALWAYS_SENSITIVE is not true", &mut problems);
+        must(Attribute::Local(true), "CKA_LOCAL is not true: it was not made on this token", &mut problems);
+    }
+    if provenance == Provenance::Made {
+        must(Attribute::NeverExtractable(true), "CKA_NEVER_EXTRACTABLE is not true", &mut problems);
+    }
     if !role.key_types().iter().any(|t| found.contains(&Attribute::KeyType(*t))) {
         problems.push("CKA_KEY_TYPE does not fit its role".to_owned());
     }
@@ -212,7 +247,7 @@ mod tests {
 
     #[test]
     fn a_fit_key_has_no_problems() {
-        assert_eq!(problems(&fit(), KeyRole::Wrapping), Vec::<String>::new());
+        assert_eq!(problems(&fit(), KeyRole::Wrapping, Provenance::Made), Vec::<String>::new());
     }
 
     #[test]
@@ -232,7 +267,25 @@ mod tests {
             attributes.retain(|a| *a != right);
             assert!(attributes.len() < fit().len());
             attributes.push(wrong.clone());
-            assert_eq!(problems(&attributes, KeyRole::Wrapping).len(), 1, "{wrong:?}");
+            assert_eq!(problems(&attributes, KeyRole::Wrapping, Provenance::Made).len(), 1, "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn only_what_its_provenance_explains_is_forgiven() {
+        let departures = [
+            (Attribute::NeverExtractable(true), 0, 0),
+            (Attribute::Local(true), 1, 0),
+            (Attribute::AlwaysSensitive(true), 1, 0),
+            (Attribute::Extractable(false), 1, 1),
+            (Attribute::Sensitive(true), 1, 1),
+        ];
+        for (gone, backed_up, imported) in departures {
+            let mut attributes = fit();
+            attributes.retain(|a| *a != gone);
+            let count = |provenance| problems(&attributes, KeyRole::Wrapping, provenance).len();
+            let counts = [Provenance::Made, Provenance::BackedUp, Provenance::Imported].map(count);
+            assert_eq!(counts, [1, backed_up, imported], "{gone:?}");
         }
     }
 }

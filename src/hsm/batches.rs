@@ -8,7 +8,7 @@ use cryptoki::mechanism::Mechanism;
 use cryptoki::object::{Attribute, AttributeType, ObjectClass, ObjectHandle};
 use cryptoki::session::SessionState;
 
-use super::attributes::{KeyRole, audit};
+use super::attributes::{KeyRole, Provenance, audit};
 use super::durable::sync_changed;
 use super::failure::{Doing as _, Failure, FailureClass};
 use super::token::find_one;
@@ -40,7 +40,7 @@ impl Verbs {
         let object = self.find(ObjectClass::SECRET_KEY, name, &batch_key_id(name))?.ok_or_else(|| {
             Failure::new(FailureClass::Absent, format!("the batch key {name} is not on the token: it was destroyed"))
         })?;
-        audit(&self.session, object, name, KeyRole::Wrapping)?;
+        audit(&self.session, object, name, KeyRole::Wrapping, Provenance::Made)?;
         self.handles.insert(name.clone(), object);
         Ok(object)
     }

@@ -8,7 +8,7 @@ use cryptoki::mechanism::Mechanism;
 use cryptoki::object::{Attribute, AttributeType, ObjectHandle};
 use serde::Serialize;
 
-use super::attributes::{KeyRole, audit, pair_generation};
+use super::attributes::{KeyRole, Provenance, audit, pair_generation};
 use super::failure::Failure;
 use super::kdf::{Derivation, Prf};
 use super::module::{KdfRoute, ModuleProfile, WrapMechanism};
@@ -243,7 +243,7 @@ impl Doctor<'_> {
     fn promises(&mut self, text: &str, object: ObjectHandle, role: KeyRole) {
         const FOR: &str = "keys that cannot leave the HSM";
         let session = self.verbs.session();
-        let audited = audit(session, object, &name(text), role).map_err(|failure| failure.message);
+        let audited = audit(session, object, &name(text), role, Provenance::Made).map_err(|failure| failure.message);
         let shown = session.get_attributes(object, &[AttributeType::Value]);
         let hidden = match shown {
             Ok(shown) if shown.iter().any(|a| matches!(a, Attribute::Value(v) if !v.is_empty())) => {

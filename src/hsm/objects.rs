@@ -5,8 +5,9 @@ use std::time::SystemTime;
 
 use cryptoki::mechanism::Mechanism;
 use cryptoki::object::{Attribute, AttributeType, ObjectHandle};
+use cryptoki::session::Session;
 
-use super::attributes::{KeyRole, audit};
+use super::attributes::{KeyRole, Provenance, audit};
 use super::failure::{Doing as _, Failure, FailureClass, HsmError, learn};
 use super::kdf::{Derivation, Prf};
 use super::module::ModuleProfile;
@@ -23,7 +24,8 @@ const ID_LEN: u32 = 16;
 /// A token opened for a ceremony, in the officer's own process: the daemon is not involved.
 pub struct Ceremony {
     pub(super) token: Token,
-    profile: ModuleProfile,
+    pub(super) profile: ModuleProfile,
+    initialised: bool,
 }
 
 /// A key that was made and read back.
@@ -35,6 +37,10 @@ pub struct CreatedKey {
     pub id: Vec<u8>,
     /// The public half of a signing key.
     pub public: Option<PublicKey>,
+    /// How it came onto the token.
+    pub provenance: Provenance,
+    /// The key wrapped under its backup key (RFC 5649), if it has one.
+    pub wrapped: Option<Vec<u8>>,
     /// The attributes as the token shows them, for the transcript.
     pub attributes: BTreeMap<String, String>,
 }
@@ -46,7 +52,24 @@ impl Ceremony {
         looked.map_err(|e| HsmError::Wrong(format!("looking after the files of {}: {e}", profile.name)))?;
         learn(profile.failures.clone());
         let token = Token::open(profile, token, pin).map_err(refused)?;
-        Ok(Self { token, profile: profile.clone() })
+        Ok(Self { token, profile: profile.clone(), initialised: false })
+    }
+
+    /// Initialises a free token with a label, and opens it. Refuses a label that exists.
+    pub fn initialise(
+        profile: &ModuleProfile,
+        label: &str,
+        so_pin: &PinSource,
+        user_pin: &PinSource,
+    ) -> Result<Self, HsmError> {
+        learn(profile.failures.clone());
+        let token = Token::initialise(profile, label, so_pin, user_pin).map_err(refused)?;
+        Ok(Self { token, profile: profile.clone(), initialised: true })
+    }
+
+    /// Whether this is the ceremony that has initialised the token.
+    pub const fn was_initialised(&self) -> bool {
+        self.initialised
     }
 
     /// The token's names.
@@ -72,27 +95,14 @@ impl Ceremony {
     pub fn create_signing_key(&self, name: &KeyName, kind: KeyKind) -> Result<CreatedKey, HsmError> {
         let role = KeyRole::Signing(kind);
         self.create(name, role, |verbs, id| {
-            let public = [
-                Attribute::Token(true),
-                Attribute::Private(false),
-                Attribute::Verify(true),
-                Attribute::Encrypt(false),
-                Attribute::Wrap(false),
-                Attribute::Modifiable(false),
-                Attribute::Label(name.as_str().as_bytes().to_vec()),
-                Attribute::Id(id.to_vec()),
-            ];
-            verbs.create_token_pair(kind, &public, &role.template(name, id, &self.profile)).map(Some)
+            let private = role.template(name, id, &self.profile);
+            verbs.create_token_pair(kind, &public_template(name, id), &private).map(Made::pair)
         })
     }
 
     /// Makes a master key that can do nothing but authenticate, which is what the derivation uses.
     pub fn create_master_key(&self, name: &KeyName, prf: Prf) -> Result<CreatedKey, HsmError> {
-        let mechanism = match prf {
-            Prf::HmacSha256 => Mechanism::GenericSecretKeyGen,
-            Prf::AesCmac => Mechanism::AesKeyGen,
-        };
-        self.create_secret(name, KeyRole::master(prf, self.profile.kdf), &mechanism)
+        self.create_secret(name, KeyRole::master(prf, self.profile.kdf), &master_generation(prf))
     }
 
     pub(super) fn create_secret(
@@ -105,41 +115,84 @@ impl Ceremony {
             let mut template = role.template(name, id, &self.profile);
             template.push(Attribute::ValueLen(32.into()));
             verbs.session().generate_key(mechanism, &template).doing(|| format!("generating {name}"))?;
-            Ok(None)
+            Ok(Made::default())
         })
     }
 
-    /// Names free → make → find exactly one → audit → sync.
-    fn create(
+    /// A key with a new CKA_ID.
+    pub(super) fn create(
         &self,
         name: &KeyName,
         role: KeyRole,
-        make: impl FnOnce(&Verbs, &[u8]) -> Result<Option<WirePublicKey>, Failure>,
+        make: impl FnOnce(&mut Verbs, &[u8]) -> Result<Made, Failure>,
+    ) -> Result<CreatedKey, HsmError> {
+        let id = self.random(ID_LEN)?;
+        self.create_with_id(name, &id, role, make)
+    }
+
+    /// Names free → make → find exactly one → audit → sync.
+    pub(super) fn create_with_id(
+        &self,
+        name: &KeyName,
+        id: &[u8],
+        role: KeyRole,
+        make: impl FnOnce(&mut Verbs, &[u8]) -> Result<Made, Failure>,
     ) -> Result<CreatedKey, HsmError> {
         if !self.is_free(name)? {
             let message = format!("the token has an object named {name} already; nothing is ever overwritten");
             return Err(HsmError::Refused(message));
         }
         let begun = SystemTime::now();
-        let verbs = self.verbs(BTreeMap::new())?;
-        let id = verbs.random(ID_LEN).map_err(refused)?;
-        let public = make(&verbs, &id).map_err(refused)?;
-        let object = find_one(verbs.session(), role.class(), name, &id).map_err(refused)?;
-        audit(verbs.session(), object, name, role).map_err(refused)?;
+        let mut verbs = self.verbs(BTreeMap::new())?;
+        let Made { public, provenance, wrapped } = make(&mut verbs, id).map_err(refused)?;
+        let object = find_one(verbs.session(), role.class(), name, id).map_err(refused)?;
+        audit(verbs.session(), object, name, role, provenance).map_err(refused)?;
         let attributes = shown_attributes(&verbs, object).map_err(refused)?;
         verbs.sync_objects(begun).map_err(refused)?;
         let public = match (public, role) {
             (Some(public), KeyRole::Signing(kind)) => Some(public_key(kind, public)?),
             _ => None,
         };
-        Ok(CreatedKey { name: name.clone(), id, public, attributes })
+        Ok(CreatedKey { name: name.clone(), id: id.to_vec(), public, provenance, wrapped, attributes })
     }
 
     /// The check value of a master key, 8 octets.
-    pub fn check_value(&self, key: &CreatedKey, prf: Prf) -> Result<Vec<u8>, HsmError> {
-        let check = Derivation::check_value(key.name.clone());
-        let mut verbs = self.verbs_for(&key.name, &key.id, KeyRole::master(prf, self.profile.kdf))?;
-        verbs.derive(&key.name, prf, &check.fixed_input(), check.length).map_err(refused)
+    pub fn check_value(&self, name: &KeyName, id: &[u8], prf: Prf) -> Result<Vec<u8>, HsmError> {
+        let check = Derivation::check_value(name.clone());
+        let mut verbs = self.verbs_for(name, id, KeyRole::master(prf, self.profile.kdf))?;
+        verbs.derive(name, prf, &check.fixed_input(), check.length).map_err(refused)
+    }
+
+    /// Whether the key pair on the token is the one of this public half: a text that is no certificate is signed.
+    pub fn proves(&self, name: &KeyName, id: &[u8], public: &PublicKey) -> Result<bool, HsmError> {
+        let algorithm = SignatureAlgorithm::default_for(public.kind());
+        let message = [b"spp/v1/key-check".as_slice(), &self.random(32)?].concat();
+        let signature = self.sign(name, id, public.kind(), algorithm, &message)?;
+        Ok(public.verify(algorithm, &message, &signature).is_ok())
+    }
+
+    /// Whether the token still has an object with this name and CKA_ID.
+    pub fn has(&self, name: &KeyName, id: &[u8]) -> Result<bool, HsmError> {
+        let session = self.token.session().map_err(refused)?;
+        Ok(!named(&session, name, id).map_err(refused)?.is_empty())
+    }
+
+    /// Destroys every object with this name and CKA_ID, the halves of a pair say, and looks again: they must be gone. What is gone
+    /// already is no error.
+    pub fn destroy(&self, name: &KeyName, id: &[u8]) -> Result<(), HsmError> {
+        let run = || -> Result<(), Failure> {
+            let begun = SystemTime::now();
+            let verbs = Verbs::new(self.token.session()?, Shared::alone(&self.profile, BTreeMap::new()), None);
+            for object in named(verbs.session(), name, id)? {
+                verbs.session().destroy_object(object).doing(|| format!("destroying {name}"))?;
+            }
+            if !named(verbs.session(), name, id)?.is_empty() {
+                let message = format!("{name} is still there after C_DestroyObject");
+                return Err(Failure::new(FailureClass::Rejected, message));
+            }
+            verbs.sync_objects(begun)
+        };
+        run().map_err(refused)
     }
 
     /// Signs with a key of the token: certificates of authorities and of access, in a ceremony or an enrolment. ECDSA as DER.
@@ -162,13 +215,53 @@ impl Ceremony {
     }
 
     fn verbs_for(&self, name: &KeyName, id: &[u8], role: KeyRole) -> Result<Verbs, HsmError> {
-        self.verbs(BTreeMap::from([(name.clone(), KeyOnToken { id: id.to_vec(), role })]))
+        self.verbs(BTreeMap::from([(name.clone(), KeyOnToken { id: id.to_vec(), role, provenance: Provenance::Made })]))
     }
 
-    fn verbs(&self, keys: BTreeMap<KeyName, KeyOnToken>) -> Result<Verbs, HsmError> {
+    pub(super) fn verbs(&self, keys: BTreeMap<KeyName, KeyOnToken>) -> Result<Verbs, HsmError> {
         let shared = Shared::alone(&self.profile, keys);
         Ok(Verbs::new(self.token.session().map_err(refused)?, shared, None))
     }
+}
+
+/// What came of making a key.
+#[derive(Default)]
+pub(super) struct Made {
+    pub(super) public: Option<WirePublicKey>,
+    pub(super) provenance: Provenance,
+    pub(super) wrapped: Option<Vec<u8>>,
+}
+
+impl Made {
+    fn pair(public: WirePublicKey) -> Self {
+        Self { public: Some(public), ..Self::default() }
+    }
+}
+
+/// The public half of a signing pair on the token.
+pub(super) fn public_template(name: &KeyName, id: &[u8]) -> Vec<Attribute> {
+    vec![
+        Attribute::Token(true),
+        Attribute::Private(false),
+        Attribute::Verify(true),
+        Attribute::Encrypt(false),
+        Attribute::Wrap(false),
+        Attribute::Modifiable(false),
+        Attribute::Label(name.as_str().as_bytes().to_vec()),
+        Attribute::Id(id.to_vec()),
+    ]
+}
+
+pub(super) const fn master_generation(prf: Prf) -> Mechanism<'static> {
+    match prf {
+        Prf::HmacSha256 => Mechanism::GenericSecretKeyGen,
+        Prf::AesCmac => Mechanism::AesKeyGen,
+    }
+}
+
+fn named(session: &Session, name: &KeyName, id: &[u8]) -> Result<Vec<ObjectHandle>, Failure> {
+    let template = [Attribute::Label(name.as_str().as_bytes().to_vec()), Attribute::Id(id.to_vec())];
+    session.find_objects(&template).doing(|| format!("looking for {name}"))
 }
 
 fn shown_attributes(verbs: &Verbs, object: ObjectHandle) -> Result<BTreeMap<String, String>, Failure> {

@@ -84,7 +84,7 @@ impl Verbs {
     ) -> Result<T, Failure> {
         if self.shared.module.unwrappable.contains(&kind) {
             let (public, seed) = self.seed_outside(kind)?;
-            let object = self.import_seed(&seed, secret_template(KeyType::GENERIC_SECRET))?;
+            let object = self.session_secret(KeyType::GENERIC_SECRET, &seed)?;
             let done = work(self, public, object);
             self.forget(object)?;
             return done;
@@ -111,7 +111,7 @@ impl Verbs {
 
     /// For kinds that the module cannot wrap: the seed is drawn in the HSM, the pair is made here, and the seed goes back in
     /// as a generic secret, to be wrapped.
-    fn seed_outside(&self, kind: KeyKind) -> Result<(WirePublicKey, Zeroizing<Vec<u8>>), Failure> {
+    pub(super) fn seed_outside(&self, kind: KeyKind) -> Result<(WirePublicKey, Zeroizing<Vec<u8>>), Failure> {
         if kind != KeyKind::Ed25519 {
             let message = format!("the module cannot wrap {kind} keys, and only ed25519 can be made outside it");
             return Err(Failure::new(FailureClass::Rejected, message));
@@ -123,10 +123,12 @@ impl Verbs {
         Ok((WirePublicKey::Ed25519(public), seed))
     }
 
-    fn import_seed(&self, seed: &[u8], mut template: Vec<Attribute>) -> Result<ObjectHandle, Failure> {
-        // cryptoki's attribute is not wiped: a copy of this seed stays in the worker's heap until it is reused.
-        template.push(Attribute::Value(seed.to_vec()));
-        self.session.create_object(&template).doing(|| "importing an ed25519 seed".to_owned())
+    /// Octets as a session object that can be wrapped.
+    pub(super) fn session_secret(&self, key_type: KeyType, octets: &[u8]) -> Result<ObjectHandle, Failure> {
+        let mut template = secret_template(key_type);
+        // cryptoki's attribute is not wiped: a copy of the octets stays in the process's heap until it is reused.
+        template.push(Attribute::Value(octets.to_vec()));
+        self.session.create_object(&template).doing(|| "importing a secret".to_owned())
     }
 
     pub(super) fn wrap_under(&self, wrapping: ObjectHandle, object: ObjectHandle) -> Result<Vec<u8>, Failure> {

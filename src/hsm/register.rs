@@ -1,16 +1,15 @@
 //! The register of keys (`keys.toml`): written by a ceremony, demanded by the daemon at every start of a worker.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::attributes::KeyRole;
+use super::attributes::{KeyRole, Provenance};
 use super::kdf::Prf;
 use super::token::TokenIdentity;
-use crate::config::{Faults, read_toml};
 use crate::keys::PublicKey;
 use crate::names::KeyName;
-use crate::tlog::{LogKey, Origin};
+use crate::tlog::LogKey;
 
 /// What the token must hold, validated: names and CKA_IDs are unique, public keys parse.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,6 +22,10 @@ pub struct KeyRegister {
     pub log: Vec<CheckpointKey>,
     /// Keys from which device keys are derived.
     pub master: Vec<MasterKey>,
+    /// Keys under which keys leave the token for their backup. The daemon has no use for them.
+    pub backup: Vec<BackupKey>,
+    /// Keys that were destroyed: their names are never used again.
+    pub destroyed: Vec<DestroyedKey>,
 }
 
 /// A key pair that signs certificates.
@@ -38,6 +41,10 @@ pub struct SigningKey {
     pub public_key: PublicKey,
     /// The certificate chain, PEM, issuer first. For a key with a CSR it appears once the offline root has answered.
     pub certificate: PathBuf,
+    /// The older key whose work it took over.
+    pub replaces: Option<KeyName>,
+    /// How it came onto the token.
+    pub provenance: Provenance,
 }
 
 /// An Ed25519 key pair that signs the checkpoints of a log, and nothing else.
@@ -51,6 +58,8 @@ pub struct CheckpointKey {
     pub key: LogKey,
     /// The public half once more.
     pub public_key: PublicKey,
+    /// How it came onto the token.
+    pub provenance: Provenance,
 }
 
 /// What a signing key is for.
@@ -61,6 +70,8 @@ pub enum SigningUse {
     Device,
     /// TLS certificates of stations, officers and the daemon.
     Access,
+    /// Certificates of the other signing keys, in ceremonies alone.
+    Root,
 }
 
 /// A master key.
@@ -76,125 +87,45 @@ pub struct MasterKey {
     pub prf: Prf,
     /// SP 800-108 output for the label `spp/v1/check-value` and an empty context, 8 octets.
     pub check_value: Vec<u8>,
+    /// The older key whose work it took over.
+    pub replaces: Option<KeyName>,
+    /// How it came onto the token.
+    pub provenance: Provenance,
 }
 
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Shape {
-    token: TokenShape,
-    #[serde(default)]
-    signing_key: Vec<SigningShape>,
-    #[serde(default)]
-    log_key: Vec<CheckpointKeyShape>,
-    #[serde(default)]
-    master_key: Vec<MasterShape>,
+/// A key that wraps others for their backup, and can unwrap nothing: for that its shares are needed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BackupKey {
+    /// `CKA_LABEL`.
+    pub name: KeyName,
+    /// `CKA_ID`.
+    pub id: Vec<u8>,
+    /// What it makes of 32 zero octets (RFC 5649), the first 8 octets.
+    pub check_value: Vec<u8>,
+    /// In how many shares it is given out.
+    pub shares: u8,
+    /// How many of them give it back.
+    pub threshold: u8,
 }
 
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct CheckpointKeyShape {
-    name: KeyName,
-    id: String,
-    origin: Origin,
-    public_key: String,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct TokenShape {
-    label: String,
-    serial: String,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct SigningShape {
-    name: KeyName,
-    id: String,
-    #[serde(rename = "use")]
-    use_: SigningUse,
-    public_key: String,
-    certificate: PathBuf,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct MasterShape {
-    name: KeyName,
-    id: String,
-    version: u32,
-    prf: Prf,
-    check_value: String,
+/// What is remembered of a key that was destroyed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DestroyedKey {
+    /// Its name.
+    pub name: KeyName,
+    /// Its CKA_ID.
+    pub id: Vec<u8>,
+    /// What it was known by: see [`KeyRegister::known_by`].
+    pub fingerprint: String,
+    /// When; seconds since the Unix epoch.
+    pub time: u64,
+    /// The version of a master key: it is not given again in its line.
+    pub version: Option<u32>,
+    /// The older key whose work it had taken over.
+    pub replaces: Option<KeyName>,
 }
 
 impl KeyRegister {
-    /// Reads the file; paths in it are relative to its directory.
-    pub fn load(path: &Path) -> Result<Self, Faults> {
-        let place = path.display().to_string();
-        let mut faults = Faults::default();
-        let hint = "run a ceremony first: sppctl ceremony run";
-        let text = std::fs::read_to_string(path).map_err(|e| format!("{e}; {hint}"));
-        let text = faults.note(&place, text).unwrap_or_default();
-        let shape: Option<Shape> = if faults.is_empty() { read_toml(&place, &text, &mut faults) } else { None };
-        let base = path.parent().unwrap_or(Path::new("."));
-        let register = shape.map(|shape| Self::check(shape, &place, base, &mut faults));
-        faults.ok_or_all(register)
-    }
-
-    fn check(shape: Shape, place: &str, base: &Path, faults: &mut Faults) -> Self {
-        let id = |text: &str, what: String, faults: &mut Faults| {
-            let bytes = faults.note(&what, hex::decode(text)).unwrap_or_default();
-            if bytes.is_empty() && faults.is_empty() {
-                faults.add(what, "must not be empty");
-            }
-            bytes
-        };
-        let mut signing = Vec::new();
-        for key in shape.signing_key {
-            let at = format!("{place}: signing_key {}", key.name);
-            let der = faults.note(format!("{at}: public_key"), hex::decode(&key.public_key)).unwrap_or_default();
-            let Some(public_key) = faults.note(format!("{at}: public_key"), PublicKey::from_spki_der(&der)) else {
-                continue;
-            };
-            let id = id(&key.id, format!("{at}: id"), faults);
-            let certificate = base.join(key.certificate);
-            signing.push(SigningKey { name: key.name, id, use_: key.use_, public_key, certificate });
-        }
-        let mut log = Vec::new();
-        for key in shape.log_key {
-            let at = format!("{place}: log_key {}", key.name);
-            let der = faults.note(format!("{at}: public_key"), hex::decode(&key.public_key)).unwrap_or_default();
-            let public_key = faults.note(format!("{at}: public_key"), PublicKey::from_spki_der(&der));
-            let id = id(&key.id, format!("{at}: id"), faults);
-            let Some(public_key) = public_key else { continue };
-            let checked = faults.note(format!("{at}: public_key"), LogKey::new(key.origin, public_key.clone()));
-            log.extend(checked.map(|checked| CheckpointKey { name: key.name, id, key: checked, public_key }));
-        }
-        let mut master = Vec::new();
-        for key in shape.master_key {
-            let at = format!("{place}: master_key {}", key.name);
-            let check_value = id(&key.check_value, format!("{at}: check_value"), faults);
-            let id = id(&key.id, format!("{at}: id"), faults);
-            master.push(MasterKey { name: key.name, id, version: key.version, prf: key.prf, check_value });
-        }
-        let token = TokenIdentity { label: shape.token.label, serial: shape.token.serial };
-        let register = Self { token, signing, log, master };
-        register.check_unique(place, faults);
-        register
-    }
-
-    fn check_unique(&self, place: &str, faults: &mut Faults) {
-        let mut seen = std::collections::BTreeSet::new();
-        for (name, id, _) in self.all() {
-            if !seen.insert(name.to_string()) {
-                faults.add(place, format!("the key name {name} is there twice"));
-            }
-            if !seen.insert(hex::encode(id)) {
-                faults.add(place, format!("the CKA_ID {} is there twice", hex::encode(id)));
-            }
-        }
-    }
-
     /// Whether another token has the same keys, under whatever CKA_ID; the first difference if not.
     pub(super) fn agrees_with(&self, other: &Self) -> Result<(), String> {
         self.has_what(other, "is not there")?;
@@ -220,12 +151,20 @@ impl KeyRegister {
         Ok(())
     }
 
-    /// Every key: name, CKA_ID, role.
-    pub(crate) fn all(&self) -> impl Iterator<Item = (&KeyName, &[u8], KeyRole)> {
-        let signing = self.signing.iter().map(|k| (&k.name, k.id.as_slice(), KeyRole::Signing(k.public_key.kind())));
-        let log = self.log.iter().map(|k| (&k.name, k.id.as_slice(), KeyRole::Signing(k.public_key.kind())));
-        let master = self.master.iter().map(|k| (&k.name, k.id.as_slice(), KeyRole::Master(k.prf)));
+    /// Every key that the daemon must find: name, CKA_ID, role, provenance.
+    pub(crate) fn all(&self) -> impl Iterator<Item = (&KeyName, &[u8], KeyRole, Provenance)> {
+        let pair = |public: &PublicKey| KeyRole::Signing(public.kind());
+        let signing = self.signing.iter().map(move |k| (&k.name, k.id.as_slice(), pair(&k.public_key), k.provenance));
+        let log = self.log.iter().map(move |k| (&k.name, k.id.as_slice(), pair(&k.public_key), k.provenance));
+        let master = self.master.iter().map(|k| (&k.name, k.id.as_slice(), KeyRole::Master(k.prf), k.provenance));
         signing.chain(log).chain(master)
+    }
+
+    /// Every name and CKA_ID that was ever given on this token.
+    pub(crate) fn given(&self) -> impl Iterator<Item = (&KeyName, &[u8])> {
+        let backup = self.backup.iter().map(|k| (&k.name, k.id.as_slice()));
+        let destroyed = self.destroyed.iter().map(|k| (&k.name, k.id.as_slice()));
+        self.all().map(|(name, id, ..)| (name, id)).chain(backup).chain(destroyed)
     }
 
     /// Every key that signs, with its public half.
@@ -244,51 +183,49 @@ impl KeyRegister {
         self.signing.iter().find(|key| key.name == *name)
     }
 
+    /// A backup key by name.
+    pub fn backup_key(&self, name: &KeyName) -> Option<&BackupKey> {
+        self.backup.iter().find(|key| key.name == *name)
+    }
+
+    /// The key of a use that no other one has replaced.
+    pub fn current(&self, use_: SigningUse) -> Option<&SigningKey> {
+        let replaced = |key: &SigningKey| self.signing.iter().any(|other| other.replaces.as_ref() == Some(&key.name));
+        self.signing.iter().find(|key| key.use_ == use_ && !replaced(key))
+    }
+
+    /// The version for a master key that takes over the work of this one: one more than any in its line ever had.
+    pub fn next_version(&self, key: &KeyName) -> Option<u32> {
+        let living = self.master.iter().map(|k| (&k.name, k.replaces.as_ref(), Some(k.version)));
+        let gone = self.destroyed.iter().map(|k| (&k.name, k.replaces.as_ref(), k.version));
+        let all: Vec<_> = living.chain(gone).collect();
+        let mut line = std::collections::BTreeSet::from([key]);
+        loop {
+            let known = line.len();
+            for (name, replaces, _) in &all {
+                let linked = replaces.is_some_and(|older| line.contains(older));
+                if linked || line.contains(name) {
+                    line.extend([Some(*name), *replaces].into_iter().flatten());
+                }
+            }
+            if line.len() == known {
+                break;
+            }
+        }
+        let versions = all.iter().filter(|(name, ..)| line.contains(name)).filter_map(|(.., version)| *version);
+        versions.max()?.checked_add(1)
+    }
+
+    /// What people know a key of the register by: the hash of its public half, or its check value.
+    pub fn known_by(&self, name: &KeyName) -> Option<String> {
+        let public = self.signers().find(|(signer, _)| *signer == name).map(|(_, public)| public.known_by());
+        let master = || self.master_key(name).map(|key| hex::encode(&key.check_value));
+        let backup = || self.backup_key(name).map(|key| hex::encode(&key.check_value));
+        public.or_else(master).or_else(backup)
+    }
+
     /// A master key by name.
     pub fn master_key(&self, name: &KeyName) -> Option<&MasterKey> {
         self.master.iter().find(|key| key.name == *name)
-    }
-
-    /// The file's text.
-    pub fn to_toml(&self) -> Result<String, toml::ser::Error> {
-        let relative = |path: &Path| path.file_name().map(PathBuf::from).unwrap_or_default();
-        let shape = Shape {
-            token: TokenShape { label: self.token.label.clone(), serial: self.token.serial.clone() },
-            signing_key: self
-                .signing
-                .iter()
-                .map(|k| SigningShape {
-                    name: k.name.clone(),
-                    id: hex::encode(&k.id),
-                    use_: k.use_,
-                    public_key: hex::encode(k.public_key.spki_der()),
-                    certificate: relative(&k.certificate),
-                })
-                .collect(),
-            log_key: self
-                .log
-                .iter()
-                .map(|k| CheckpointKeyShape {
-                    name: k.name.clone(),
-                    id: hex::encode(&k.id),
-                    origin: k.key.origin().clone(),
-                    public_key: hex::encode(k.public_key.spki_der()),
-                })
-                .collect(),
-            master_key: self
-                .master
-                .iter()
-                .map(|k| MasterShape {
-                    name: k.name.clone(),
-                    id: hex::encode(&k.id),
-                    version: k.version,
-                    prf: k.prf,
-                    check_value: hex::encode(&k.check_value),
-                })
-                .collect(),
-        };
-        let head =
-            "# Written by `sppctl ceremony run`. The daemon demands to find exactly these keys on the token.\n\n";
-        Ok(format!("{head}{}", toml::to_string(&shape)?))
     }
 }

@@ -299,7 +299,9 @@ fn start_order(config: &HsmConfig, counters: &Counters, transport_rsa: wire::Tra
     let destroyed = counters.destroyed.lock().unwrap_or_else(PoisonError::into_inner);
     let wanted = config.keys.all().filter(|(name, ..)| !destroyed.contains(*name));
     let keys: BTreeMap<_, _> = wanted
-        .map(|(name, id, role)| (name.clone(), KeyOnToken { id: id.to_vec(), role: role.by(config.module.kdf) }))
+        .map(|(name, id, role, provenance)| {
+            (name.clone(), KeyOnToken { id: id.to_vec(), role: role.by(config.module.kdf), provenance })
+        })
         .collect();
     Start {
         module: config.module.clone(),

@@ -38,7 +38,27 @@ pub(crate) struct Token {
 impl Token {
     /// Loads the module, finds the token, logs in. A wrong PIN is tried this once.
     pub(crate) fn open(profile: &ModuleProfile, wanted: &TokenIdentity, pin: &PinSource) -> Result<Self, Failure> {
+        Self::open_in(load(&profile.library)?, profile, wanted, pin)
+    }
+
+    /// Initialises a free token and opens it: a module that is loaded once more in one process does not see it.
+    pub(crate) fn initialise(
+        profile: &ModuleProfile,
+        label: &str,
+        so_pin: &PinSource,
+        user_pin: &PinSource,
+    ) -> Result<Self, Failure> {
         let module = load(&profile.library)?;
+        let identity = initialise_in(&module, profile, label, so_pin, user_pin)?;
+        Self::open_in(module, profile, &identity, user_pin)
+    }
+
+    fn open_in(
+        module: Pkcs11,
+        profile: &ModuleProfile,
+        wanted: &TokenIdentity,
+        pin: &PinSource,
+    ) -> Result<Self, Failure> {
         let (slot, identity) = find_token(&module, wanted, profile)?;
         let info = module.get_library_info().doing(|| "reading the module's description".to_owned())?;
         let version = info.library_version();
@@ -111,30 +131,36 @@ pub fn initialise_token(
     so_pin: &PinSource,
     user_pin: &PinSource,
 ) -> Result<TokenIdentity, String> {
-    let run = || -> Result<TokenIdentity, Failure> {
-        let rejected = |e: super::pin::PinError| Failure::new(FailureClass::Rejected, e.to_string());
-        let (so_pin, user_pin) = (so_pin.read().map_err(rejected)?, user_pin.read().map_err(rejected)?);
-        let module = load(&profile.library)?;
-        let wanted = TokenIdentity { label: label.to_owned(), serial: String::new() };
-        if let Ok((_, found)) = find_token(&module, &wanted, profile) {
-            let message = format!("a token named {label} exists already (serial {})", found.serial);
-            return Err(Failure::new(FailureClass::Rejected, message));
-        }
-        let slots = module.get_slots_with_token().doing(|| "listing slots".to_owned())?;
-        let free = slots.into_iter().find(|slot| module.get_token_info(*slot).is_ok_and(|t| !t.token_initialized()));
-        let slot = free.ok_or_else(|| Failure::new(FailureClass::Rejected, "no slot has an uninitialised token"))?;
-        let typed =
-            || Failure::new(FailureClass::Rejected, "a token is initialised with PINs from files or a terminal");
-        let so_pin = auth_pin(so_pin.as_ref().ok_or_else(typed)?)?;
-        let user_pin = auth_pin(user_pin.as_ref().ok_or_else(typed)?)?;
-        module.init_token(slot, &so_pin, label).doing(|| format!("initialising the token {label}"))?;
-        let (slot, identity) = find_token(&module, &wanted, profile)?;
-        let session = module.open_rw_session(slot).doing(|| "opening a session".to_owned())?;
-        session.login(UserType::So, Some(&so_pin)).doing(|| "logging in as security officer".to_owned())?;
-        session.init_pin(&user_pin).doing(|| "setting the user PIN".to_owned())?;
-        Ok(identity)
-    };
-    run().map_err(|failure| failure.message)
+    let module = load(&profile.library).map_err(|failure| failure.message)?;
+    initialise_in(&module, profile, label, so_pin, user_pin).map_err(|failure| failure.message)
+}
+
+fn initialise_in(
+    module: &Pkcs11,
+    profile: &ModuleProfile,
+    label: &str,
+    so_pin: &PinSource,
+    user_pin: &PinSource,
+) -> Result<TokenIdentity, Failure> {
+    let rejected = |e: super::pin::PinError| Failure::new(FailureClass::Rejected, e.to_string());
+    let (so_pin, user_pin) = (so_pin.read().map_err(rejected)?, user_pin.read().map_err(rejected)?);
+    let wanted = TokenIdentity { label: label.to_owned(), serial: String::new() };
+    if let Ok((_, found)) = find_token(module, &wanted, profile) {
+        let message = format!("a token named {label} exists already (serial {})", found.serial);
+        return Err(Failure::new(FailureClass::Rejected, message));
+    }
+    let slots = module.get_slots_with_token().doing(|| "listing slots".to_owned())?;
+    let free = slots.into_iter().find(|slot| module.get_token_info(*slot).is_ok_and(|t| !t.token_initialized()));
+    let slot = free.ok_or_else(|| Failure::new(FailureClass::Rejected, "no slot has an uninitialised token"))?;
+    let typed = || Failure::new(FailureClass::Rejected, "a token is initialised with PINs from files or a terminal");
+    let so_pin = auth_pin(so_pin.as_ref().ok_or_else(typed)?)?;
+    let user_pin = auth_pin(user_pin.as_ref().ok_or_else(typed)?)?;
+    module.init_token(slot, &so_pin, label).doing(|| format!("initialising the token {label}"))?;
+    let (slot, identity) = find_token(module, &wanted, profile)?;
+    let session = module.open_rw_session(slot).doing(|| "opening a session".to_owned())?;
+    session.login(UserType::So, Some(&so_pin)).doing(|| "logging in as security officer".to_owned())?;
+    session.init_pin(&user_pin).doing(|| "setting the user PIN".to_owned())?;
+    Ok(identity)
 }
 
 pub(super) fn load(library: &Path) -> Result<Pkcs11, Failure> {

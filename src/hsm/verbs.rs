@@ -110,7 +110,7 @@ impl Verbs {
         let shared = Arc::clone(&self.shared);
         for (name, key) in &shared.keys {
             let object = self.key(name)?;
-            audit(&self.session, object, name, key.role)?;
+            audit(&self.session, object, name, key.role, key.provenance)?;
         }
         let Some(transport) = self.transport_key else { return Ok(()) };
         match self.session.get_attributes(transport, &[AttributeType::Class]) {

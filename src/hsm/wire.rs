@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use zeroize::{Zeroize as _, Zeroizing};
 
-use super::attributes::KeyRole;
+use super::attributes::{KeyRole, Provenance};
 use super::failure::Failure;
 use super::kdf::Prf;
 use super::module::ModuleProfile;
@@ -55,6 +55,7 @@ pub(crate) struct Start {
 pub(crate) struct KeyOnToken {
     pub(crate) id: Vec<u8>,
     pub(crate) role: KeyRole,
+    pub(crate) provenance: Provenance,
 }
 
 #[derive(Serialize, Deserialize)]

@@ -103,6 +103,11 @@ impl PublicKey {
         sha256(&self.spki)
     }
 
+    /// The fingerprint as people compare it: `sha256:` and hex digits.
+    pub fn known_by(&self) -> String {
+        format!("sha256:{}", hex::encode(self.fingerprint()))
+    }
+
     /// Verifies a signature (ECDSA in DER form) over the message.
     pub fn verify(&self, algorithm: SignatureAlgorithm, message: &[u8], signature: &[u8]) -> Result<(), KeyError> {
         if !algorithm.fits(self.kind) {

@@ -2,12 +2,13 @@
 
 use std::fmt::Write as _;
 use std::io::{BufRead as _, Write as _};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use serde_json::json;
 
+use super::ceremony_cli::act_of;
 use super::desk::{AtDesk, Seen, now};
 use super::pool_cli::DaemonArgs;
 use super::status::StatusError;
@@ -171,7 +172,7 @@ impl RequestCommand {
                 request(&Act::ChangeRules { rules }, &ask).await
             }
             Self::Ceremony { file, ask } => {
-                let act = ceremony_act(&file)?;
+                let act = act_of(&file).map_err(StatusError::Unfit)?;
                 request(&act, &ask).await
             }
         }
@@ -182,11 +183,6 @@ impl AskArgs {
     async fn connect(&self) -> Result<AtDesk, StatusError> {
         AtDesk::connect(&self.daemon.server, &self.daemon.tls).await
     }
-}
-
-fn ceremony_act(path: &Path) -> Result<Act, StatusError> {
-    let file = std::fs::read_to_string(path).map_err(|e| StatusError::Unfit(format!("{}: {e}", path.display())))?;
-    Ok(Act::Ceremony { destroys: file.contains("[[destroy]]"), file })
 }
 
 /// Asks for a caller's revocation.

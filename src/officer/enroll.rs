@@ -42,7 +42,7 @@ pub fn request(out: &Path) -> Result<Vec<PathBuf>, OfficerError> {
 
 /// Makes a certificate signed in the HSM and writes it, for the key of a request, or for one that is made and written here.
 pub fn enroll(access: &HsmAccess, register: &KeyRegister, enrolment: &Enrolment) -> Result<Vec<PathBuf>, OfficerError> {
-    let key = register.signing.iter().find(|key| key.use_ == SigningUse::Access).ok_or_else(|| {
+    let key = register.current(SigningUse::Access).ok_or_else(|| {
         OfficerError::Other("the register has no access key; run a ceremony with [access_ca]".to_owned())
     })?;
     let [certificate_path, ca_path, key_path] =

@@ -4,12 +4,14 @@ mod approvals_cli;
 mod audit_cli;
 mod callers_cli;
 mod ceremony;
+mod ceremony_cli;
 mod desk;
 mod device;
 mod enroll;
 mod files;
 mod hsm_cli;
 mod hsm_file;
+mod permit;
 mod pool;
 mod pool_cli;
 mod production;
@@ -24,17 +26,19 @@ mod transcript;
 pub use approvals_cli::{ApprovalsCommand, AskArgs, RequestCommand};
 pub use audit_cli::{Form, ReadAuditCommand, VerifyAuditArgs};
 pub use callers_cli::{IdentitiesCommand, RenewArgs, enroll_at_desk, list_callers, renew, revoke};
-pub use ceremony::{CeremonyPlan, Held, PlannedKey};
+pub use ceremony::{CeremonyPlan, Held, PlannedAct};
+pub use ceremony_cli::CeremonyCommand;
 pub use enroll::{Enrolment, enroll, request};
 pub use files::FileError;
 pub use hsm_cli::HsmCommand;
 pub use hsm_file::HsmFile;
+pub use permit::Permit;
 pub use pool_cli::{DaemonArgs, PoolCommand};
 pub use registry_cli::RegistryCommand;
 pub use reload::reload;
 pub use reports_cli::{DeviceCommand, ReportCommand, SessionsCommand};
 pub use status::{StatusError, connect_and_ask, describe_status, status_json};
-pub use transcript::{KeyReport, Transcript, VerifiedTranscript, verify_transcript};
+pub use transcript::{Approval, KeyReport, Transcript, VerifiedTranscript, verify_transcript};
 
 use crate::certificate::CertificateError;
 use crate::config::Faults;
@@ -59,6 +63,24 @@ pub enum OfficerError {
     /// A file could not be written, or is there already.
     #[error(transparent)]
     File(#[from] FileError),
+    /// One officer alone may not hold it.
+    #[error(
+        "this ceremony {acts}: it needs the approval of a second officer; sppctl approvals request ceremony {file} …"
+    )]
+    NeedsApproval {
+        /// What it does to keys that are there.
+        acts: String,
+        /// The ceremony file.
+        file: String,
+    },
+    /// The approval was given for other octets than the file has.
+    #[error(
+        "the approval is not of {file} as it is now: it was changed since; sppctl approvals request ceremony {file} …"
+    )]
+    ApprovalOfAnother {
+        /// The ceremony file.
+        file: String,
+    },
     /// Anything else, in words.
     #[error("{0}")]
     Other(String),

@@ -29,6 +29,8 @@ pub struct Transcript {
     pub file_sha256: String,
     /// Who held it.
     pub officers: Vec<OfficerName>,
+    /// Who else approved it, where one officer alone may not hold it.
+    pub approval: Option<Approval>,
     /// The module's description of itself.
     pub module: String,
     /// The token's label.
@@ -39,24 +41,39 @@ pub struct Transcript {
     pub begun: u64,
     /// Seconds since the Unix epoch.
     pub ended: u64,
-    /// The keys in the order they were made.
+    /// Whether the ceremony began with initialising the token.
+    pub token_initialised: bool,
+    /// What was done to keys, in the order in which it was done.
     pub keys: Vec<KeyReport>,
     /// The files that were written.
     pub files: Vec<PathBuf>,
 }
 
-/// One key that was made.
+/// The approval of a ceremony.
+#[derive(Debug, Serialize)]
+pub struct Approval {
+    /// The request's name.
+    pub request: String,
+    /// Who approved it.
+    pub officers: Vec<OfficerName>,
+}
+
+/// One act on one key.
 #[derive(Debug, Serialize)]
 pub struct KeyReport {
+    /// What was done: `made`, `destroyed` and so on.
+    pub act: &'static str,
     /// Its name.
     pub name: KeyName,
     /// Its CKA_ID in hex.
     pub id: String,
-    /// When it was made; seconds since the Unix epoch.
-    pub made: u64,
+    /// When; seconds since the Unix epoch.
+    pub at: u64,
     /// Its public key's hash, or its check value.
-    pub fingerprint: Option<String>,
-    /// Its attributes as the token showed them.
+    pub fingerprint: String,
+    /// What else there is to know.
+    pub details: Vec<String>,
+    /// The attributes of a new one as the token showed them.
     pub attributes: BTreeMap<String, String>,
 }
 
@@ -65,15 +82,18 @@ pub(super) struct Subject<'a> {
     pub(super) file: &'a Path,
     pub(super) file_hash: &'a [u8; 32],
     pub(super) officers: &'a [OfficerName],
+    pub(super) approval: Option<Approval>,
 }
 
 impl Transcript {
-    pub(super) fn begin(of: &Subject<'_>, token: &Ceremony) -> Self {
+    pub(super) fn begin(of: Subject<'_>, token: &Ceremony) -> Self {
         Self {
             tool: format!("sppctl {}", env!("CARGO_PKG_VERSION")),
             file: of.file.display().to_string(),
             file_sha256: hex::encode(of.file_hash),
             officers: of.officers.to_vec(),
+            approval: of.approval,
+            token_initialised: token.was_initialised(),
             module: token.module().to_owned(),
             token_label: token.token().label.clone(),
             token_serial: token.token().serial.clone(),
@@ -84,10 +104,25 @@ impl Transcript {
         }
     }
 
-    pub(super) fn add(&mut self, key: &CreatedKey, fingerprint: Option<String>, file: Option<PathBuf>) {
-        let (name, id, attributes) = (key.name.clone(), hex::encode(&key.id), key.attributes.clone());
-        self.keys.push(KeyReport { name, id, made: now(), fingerprint, attributes });
-        self.files.extend(file);
+    /// A new key.
+    pub(super) fn add(&mut self, act: &'static str, key: &CreatedKey, fingerprint: String) -> &mut KeyReport {
+        let report = self.add_act(act, &key.name, &key.id, fingerprint);
+        report.attributes.clone_from(&key.attributes);
+        report
+    }
+
+    /// Something that was done to a key that is, or was, there.
+    pub(super) fn add_act(
+        &mut self,
+        act: &'static str,
+        name: &KeyName,
+        id: &[u8],
+        fingerprint: String,
+    ) -> &mut KeyReport {
+        let (name, id, details, attributes) = (name.clone(), hex::encode(id), Vec::new(), BTreeMap::new());
+        let next = self.keys.len();
+        self.keys.push(KeyReport { act, name, id, at: now(), fingerprint, details, attributes });
+        &mut self.keys[next]
     }
 
     /// Writes both files into `out`. Whether the text is signed: a token without a log's key signs none.
@@ -124,16 +159,22 @@ impl Transcript {
         };
         row("ceremony", &format!("{}, sha256:{}", self.file, self.file_sha256));
         row("officers", &officers);
+        if let Some(Approval { request, officers }) = &self.approval {
+            let officers: Vec<_> = officers.iter().map(OfficerName::as_str).collect();
+            row("approved", &format!("request {request}, by {}", officers.join(", ")));
+        }
         row("tool", &self.tool);
         row("module", &self.module);
-        row("token", &format!("{}, serial {}", self.token_label, self.token_serial));
+        let initialised = if self.token_initialised { ", initialised in this ceremony" } else { "" };
+        row("token", &format!("{}, serial {}{initialised}", self.token_label, self.token_serial));
         row("begun", &at(self.begun));
         row("ended", &at(self.ended));
         let _ = writeln!(text, "{JSON}{}", hex::encode(sha256(json)));
         for key in &self.keys {
-            let _ = write!(text, "\nkey {}\n  made at      {}\n  CKA_ID       {}\n", key.name, at(key.made), key.id);
-            if let Some(fingerprint) = &key.fingerprint {
-                let _ = writeln!(text, "  known by     {fingerprint}");
+            let _ = write!(text, "\nkey {}\n  {} at {}\n  CKA_ID       {}\n", key.name, key.act, at(key.at), key.id);
+            let _ = writeln!(text, "  known by     {}", key.fingerprint);
+            for detail in &key.details {
+                let _ = writeln!(text, "  {detail}");
             }
             for (name, value) in &key.attributes {
                 let _ = writeln!(text, "  {name:<12} {value}");

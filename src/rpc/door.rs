@@ -50,8 +50,37 @@ impl Door {
         Self { places, free: Arc::new(Semaphore::new(places)), auditor }
     }
 
-    /// See [`call`]; refused at once when the house is full. What is refused is recorded.
+    /// A call that changes nothing: see [`call`]; refused at once when the house is full. What is refused is recorded.
     pub(super) async fn call<T, F>(&self, method: &'static str, caller: String, work: F) -> Result<Response<T>, Status>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, ProvisionError>> + Send + 'static,
+    {
+        self.call_recording(method, caller, |_| true, work).await
+    }
+
+    /// A call whose work records what it does, and how that ends, by itself; only what does not come that far is recorded here.
+    pub(super) async fn call_on_record<T, F>(
+        &self,
+        method: &'static str,
+        caller: &Caller,
+        work: F,
+    ) -> Result<Response<T>, Status>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, ProvisionError>> + Send + 'static,
+    {
+        let not_begun = |error: &ProvisionError| matches!(error, ProvisionError::Invalid(_));
+        self.call_recording(method, caller.to_string(), not_begun, work).await
+    }
+
+    async fn call_recording<T, F>(
+        &self,
+        method: &'static str,
+        caller: String,
+        is_recorded: fn(&ProvisionError) -> bool,
+        work: F,
+    ) -> Result<Response<T>, Status>
     where
         T: Send + 'static,
         F: Future<Output = Result<T, ProvisionError>> + Send + 'static,
@@ -61,7 +90,9 @@ impl Door {
         call(method, caller, async move {
             let _place = place.map_err(|_| ProvisionError::HouseFull(places))?;
             let done = work.await;
-            if let (Err(error), Some(auditor)) = (&done, &auditor) {
+            if let (Err(error), Some(auditor)) = (&done, &auditor)
+                && is_recorded(error)
+            {
                 record_refusal(auditor, &refusal, error).await;
             }
             done

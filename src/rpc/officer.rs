@@ -9,6 +9,7 @@ use super::health::{Missing, line_trouble, missing};
 use super::{callers, messages, pool};
 use crate::access::Desk;
 use crate::audit::Auditor;
+use crate::certificate::Caller;
 use crate::hsm::{CallStatistic, MemberStatus};
 use crate::proto;
 use crate::proto::officer_server::Officer;
@@ -71,9 +72,9 @@ impl Officer for OfficerService {
     ) -> Result<Response<Self::FillPoolStream>, Status> {
         let officer = callers::officer(&request)?;
         let (keys, audit) = (Arc::clone(self.provisioner.pool()), Arc::clone(self.house.auditor.log()));
-        let caller = officer.to_string();
+        let caller = Caller::Officer(officer.clone());
         let work = pool::fill(keys, audit, officer, request.into_inner());
-        self.door.call("Officer.FillPool", caller, work).await
+        self.door.call_on_record("Officer.FillPool", &caller, work).await
     }
 
     type ShredPoolStream = pool::Told<proto::ShredPoolResponse>;
@@ -84,19 +85,19 @@ impl Officer for OfficerService {
     ) -> Result<Response<Self::ShredPoolStream>, Status> {
         let officer = callers::officer(&request)?;
         let (keys, audit) = (Arc::clone(self.provisioner.pool()), Arc::clone(self.house.auditor.log()));
-        let caller = officer.to_string();
+        let caller = Caller::Officer(officer.clone());
         let work = pool::shred(keys, audit, officer, request.into_inner());
-        self.door.call("Officer.ShredPool", caller, work).await
+        self.door.call_on_record("Officer.ShredPool", &caller, work).await
     }
 
     async fn reload(&self, request: Request<proto::ReloadRequest>) -> Result<Response<proto::ReloadResponse>, Status> {
-        let officer = callers::officer(&request)?;
-        let (reloader, caller) = (Arc::clone(&self.house.reloader), officer.to_string());
+        let (reloader, caller) = (Arc::clone(&self.house.reloader), Caller::Officer(callers::officer(&request)?));
+        let by = caller.to_string();
         let work = async move {
-            let Reloaded { changes, fingerprint } = reloader.reload(&format!("officer {officer}")).await?;
+            let Reloaded { changes, fingerprint } = reloader.reload(&by).await?;
             Ok(proto::ReloadResponse { changes, configuration_sha256: fingerprint.to_vec() })
         };
-        self.door.call("Officer.Reload", caller, work).await
+        self.door.call_on_record("Officer.Reload", &caller, work).await
     }
 }
 

@@ -8,6 +8,7 @@ use super::door::Door;
 use super::pool::outcome;
 use super::{callers, reports};
 use crate::audit::{AuditLog, Entry, Outcome};
+use crate::certificate::Caller;
 use crate::names::{OfficerName, SessionId};
 use crate::proto;
 use crate::proto::production_server::Production;
@@ -65,13 +66,13 @@ impl Production for ProductionService {
     ) -> Result<Response<proto::AbortSessionResponse>, Status> {
         let officer = callers::officer(&request)?;
         let (provisioner, audit) = (Arc::clone(&self.provisioner), Arc::clone(&self.audit));
-        let caller = officer.to_string();
+        let caller = Caller::Officer(officer.clone());
         let work = async move {
             let (session, reason) = reports::abort(request.into_inner())?;
             let given_up = abort(&provisioner, &audit, &officer, session, reason).await?;
             Ok(proto::AbortSessionResponse { session: Some(reports::session(&given_up)) })
         };
-        self.door.call("Production.AbortSession", caller, work).await
+        self.door.call_on_record("Production.AbortSession", &caller, work).await
     }
 }
 

@@ -208,3 +208,34 @@ async fn a_certificate_is_renewed_by_its_caller_before_it_ends() {
     assert_eq!(listed["certificates"][0]["by"], "station line-1/a");
     assert!(site.officer().await.get_status(GetStatusRequest {}).await.is_ok());
 }
+
+#[test]
+fn a_rotation_is_held_once_with_the_approval_of_its_very_file_and_is_on_record() {
+    let site = site_of_three();
+    let rotation = "[[rotate_master_key]]\nkey = \"master-1\"\nname = \"master-2\"\n";
+    std::fs::write(site.path("rotation.toml"), rotation).unwrap();
+    let run = "ceremony run rotation.toml --hsm hsm.toml --out keys --officer o-1";
+    let alone = site.try_sppctl(run);
+    refused_with(&alone, "needs the approval");
+    refused_with(&ask(&site, "tls/officer", run), "no approval of this file waits");
+    let asked = told(&site, "tls/officer", "approvals request ceremony rotation.toml");
+    refused_with(&ask(&site, "tls/officer", run), "no approval of this file waits");
+    approve(&site, asked["id"].as_str().unwrap());
+    // Another file, by as little as a comment.
+    std::fs::write(site.path("rotation.toml"), format!("{rotation}# more\n")).unwrap();
+    refused_with(&ask(&site, "tls/officer", run), "no approval of this file waits");
+    std::fs::write(site.path("rotation.toml"), rotation).unwrap();
+    refused_with(&ask(&site, "tls/o-3", run), "neither requested nor approved");
+    let held = ask(&site, "tls/officer", run);
+    assert!(held.status.success(), "{}", String::from_utf8_lossy(&held.stderr));
+    refused_with(&ask(&site, "tls/officer", run), "was replaced by master-2 already");
+    let register = String::from_utf8(site.read("keys/keys.toml")).unwrap();
+    assert!(register.contains("master-2") && register.contains("replaces = \"master-1\""), "{register}");
+    let told = site.sppctl("audit tail --config sppd.toml -n 50 --json");
+    let entries: Vec<Value> = told.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let of = |act: &str| entries.iter().find(|entry| entry["act"] == act && entry["outcome"] == "done").unwrap();
+    assert_eq!(of("ceremony.begin")["details"]["request"], asked["id"]);
+    assert!(of("ceremony.end")["details"]["act 01"].as_str().unwrap().contains("master-2"), "{entries:?}");
+    let mut kinds = std::fs::read_dir(site.path("keys")).unwrap().flatten().map(|entry| entry.file_name());
+    assert!(kinds.any(|name| name.to_string_lossy().starts_with("transcript-2")));
+}

@@ -139,6 +139,7 @@ async fn a_bad_order_is_refused_by_its_field_and_changes_nothing() {
                 profile: "NO".to_owned(),
                 csr: vec![0],
                 transport_key: transport(9, &[]),
+                ..AssembleRequest::default()
             },
             invalid(&["chip_id", "identity", "profile", "csr", "transport_key"]),
         ),

@@ -8,7 +8,7 @@ use super::{Place, create_wrapping_key, in_module, name, register};
 use crate::hsm::attributes::pair_generation;
 use crate::hsm::failure::{Failure, FailureClass};
 use crate::hsm::wire::KeyOnToken;
-use crate::hsm::{Ceremony, KeyRole, Prf};
+use crate::hsm::{Ceremony, KeyRole, Prf, Provenance};
 use crate::keys::KeyKind;
 
 const ID: &[u8] = b"0123456789abcdef";
@@ -35,7 +35,7 @@ fn make_secret(place: &Place, session: &Session, role: KeyRole, key: &str, chang
 
 /// What a worker's start says to a token with this key.
 fn check(place: &Place, ceremony: &Ceremony, key: &str, role: KeyRole) -> Result<(), Failure> {
-    let keys = [(name(key), KeyOnToken { id: ID.to_vec(), role })].into();
+    let keys = [(name(key), KeyOnToken { id: ID.to_vec(), role, provenance: Provenance::Made })].into();
     place.verbs(ceremony, keys, None).check_keys()
 }
 

@@ -6,7 +6,7 @@ use cryptoki::object::Attribute;
 
 use super::{Place, in_module, object_counts};
 use crate::hsm::Ceremony;
-use crate::hsm::attributes::KeyRole;
+use crate::hsm::attributes::{KeyRole, Provenance};
 use crate::hsm::failure::FailureClass;
 use crate::hsm::objects::public_key;
 use crate::hsm::transport::TransportKey;
@@ -81,7 +81,7 @@ fn a_batch_key_is_made_once_and_destroyed_once_however_often_it_is_asked_for() {
         assert_eq!(workshop.objects().1, before + 1);
         let session = workshop.ceremony.token.session().unwrap();
         let found = session.find_objects(&[Attribute::Id(batch_key_id(&key))]).unwrap();
-        crate::hsm::attributes::audit(&session, found[0], &key, KeyRole::Wrapping).unwrap();
+        crate::hsm::attributes::audit(&session, found[0], &key, KeyRole::Wrapping, Provenance::Made).unwrap();
         for _ in 0..3 {
             workshop.destroy(&key);
         }

@@ -91,9 +91,9 @@ fn a_check_value_recognises_its_master_key() {
         let mut values = std::collections::BTreeSet::new();
         for (key, prf) in [("a", Prf::HmacSha256), ("b", Prf::HmacSha256), ("c", Prf::AesCmac)] {
             let key = ceremony.create_master_key(&name(key), prf).unwrap();
-            let value = ceremony.check_value(&key, prf).unwrap();
+            let value = ceremony.check_value(&key.name, &key.id, prf).unwrap();
             assert_eq!(value.len(), 8);
-            assert_eq!(ceremony.check_value(&key, prf).unwrap(), value);
+            assert_eq!(ceremony.check_value(&key.name, &key.id, prf).unwrap(), value);
             assert!(values.insert(value));
         }
     });

@@ -5,7 +5,7 @@ use serde::Deserialize;
 
 use super::{in_module, name, register};
 use crate::hsm::wire::KeyOnToken;
-use crate::hsm::{Derivation, KeyRole, Prf};
+use crate::hsm::{Derivation, KeyRole, Prf, Provenance};
 
 #[derive(Deserialize)]
 struct Vectors {
@@ -53,7 +53,11 @@ fn the_counter_mode_gives_the_octets_of_nist() {
             ];
             session.create_object(&import).unwrap();
             let role = KeyRole::Master(case.prf);
-            let mut verbs = place.verbs(&ceremony, [(key.clone(), KeyOnToken { id, role })].into(), None);
+            let mut verbs = place.verbs(
+                &ceremony,
+                [(key.clone(), KeyOnToken { id, role, provenance: Provenance::Made })].into(),
+                None,
+            );
             let fixed_input = hex::decode(&case.fixed_input).unwrap();
             let derived = verbs.derive(&key, case.prf, &fixed_input, case.ko.len() / 2).unwrap();
             assert_eq!(hex::encode(derived), case.ko, "{:?} {}", case.prf, case.count);

@@ -22,7 +22,9 @@ use cryptoki::session::Session;
 use super::transport::{TransportKey, TransportReceiver};
 use super::verbs::{Shared, Verbs};
 use super::wire::KeyOnToken;
-use super::{Ceremony, CreatedKey, HsmError, KeyRole, ModuleProfile, PinSource, TokenIdentity, initialise_token};
+use super::{
+    Ceremony, CreatedKey, HsmError, KeyRole, ModuleProfile, PinSource, Provenance, TokenIdentity, initialise_token,
+};
 use crate::names::KeyName;
 
 const USER_PIN: &str = "482910375566";
@@ -33,7 +35,7 @@ const MAKE_TOKEN: &str = "SPP_TEST_MAKE_TOKEN";
 const WORK: &str = "SPP_TEST_WORK";
 
 /// Does the work in a process that has a module with a fresh token.
-fn in_module<Work: FnOnce(&Place)>(work: Work) {
+pub(crate) fn in_module<Work: FnOnce(&Place)>(work: Work) {
     if let Some(directory) = std::env::var_os(MAKE_TOKEN) {
         let place = Place::new(PathBuf::from(directory));
         initialise_token(&place.profile, LABEL, &place.pin_file("so.pin", SO_PIN), &place.pin()).unwrap();
@@ -55,8 +57,8 @@ fn in_module<Work: FnOnce(&Place)>(work: Work) {
 }
 
 /// A token's directory.
-struct Place {
-    directory: PathBuf,
+pub(crate) struct Place {
+    pub(crate) directory: PathBuf,
     profile: ModuleProfile,
 }
 
@@ -109,7 +111,7 @@ impl Place {
     }
 
     /// Once in a process.
-    fn open(&self) -> Ceremony {
+    pub(crate) fn open(&self) -> Ceremony {
         Ceremony::open(&self.profile, &self.token(), &self.pin()).unwrap()
     }
 
@@ -136,7 +138,9 @@ fn create_wrapping_key(ceremony: &Ceremony, name: &KeyName) -> Result<CreatedKey
 type Register = BTreeMap<KeyName, KeyOnToken>;
 
 fn register<'a>(keys: impl IntoIterator<Item = (&'a CreatedKey, KeyRole)>) -> Register {
-    keys.into_iter().map(|(key, role)| (key.name.clone(), KeyOnToken { id: key.id.clone(), role })).collect()
+    keys.into_iter()
+        .map(|(key, role)| (key.name.clone(), KeyOnToken { id: key.id.clone(), role, provenance: Provenance::Made }))
+        .collect()
 }
 
 fn name(text: &str) -> KeyName {

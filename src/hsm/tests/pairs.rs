@@ -8,7 +8,7 @@ use crate::hsm::objects::public_key;
 use crate::hsm::transport::TransportKey;
 use crate::hsm::verbs::Verbs;
 use crate::hsm::wire::{Answer, KeyOnToken, Operation};
-use crate::hsm::{Ceremony, KeyRole};
+use crate::hsm::{Ceremony, KeyRole, Provenance};
 use crate::keys::{DevicePrivateKey, KeyKind, PublicKey, SignatureAlgorithm};
 
 struct Workshop {
@@ -22,7 +22,7 @@ fn workshop(place: &Place) -> Workshop {
     let ceremony = place.open();
     let wrap = create_wrapping_key(&ceremony, &name("wrap")).unwrap();
     let mut keys = register([(&wrap, KeyRole::Wrapping)]);
-    keys.insert(name("lost"), KeyOnToken { id: vec![7; 16], role: KeyRole::Wrapping });
+    keys.insert(name("lost"), KeyOnToken { id: vec![7; 16], role: KeyRole::Wrapping, provenance: Provenance::Made });
     let (verbs, transport) = place.verbs_with_transport(&ceremony, keys);
     Workshop { ceremony, verbs, transport }
 }

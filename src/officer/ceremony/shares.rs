@@ -1,0 +1,208 @@
+//! The shares of a backup key: Shamir's, each in a file for one officer.
+
+use std::convert::Infallible;
+use std::path::{Path, PathBuf};
+
+use blahaj::Sharks;
+use rand_core::{TryCryptoRng, TryRng};
+use zeroize::Zeroizing;
+
+use super::backup::NewBackupKey;
+use crate::hsm::{BACKUP_KEY_LEN, BackupKey, Ceremony, backup_check_value};
+use crate::keys::sha256;
+use crate::names::{KeyName, OfficerName};
+use crate::officer::OfficerError;
+use crate::secret::SecretBytes;
+
+const TITLE: &str = "spp key share v1";
+/// Octets of a share: the point, and the value of each octet's polynomial there.
+const SHARE_LEN: usize = 1 + BACKUP_KEY_LEN as usize;
+
+/// What one officer gets.
+pub(super) struct Share {
+    key: KeyName,
+    /// Of the key, so that shares of another one are recognised.
+    check_value: Vec<u8>,
+    pub(super) officer: OfficerName,
+    pub(super) number: u8,
+    octets: SecretBytes,
+}
+
+/// The file with an officer's share. Names of officers may have parts.
+pub(super) fn file_name(key: &KeyName, officer: &OfficerName) -> PathBuf {
+    PathBuf::from(format!("{key}-{}.share", officer.as_str().replace('/', "-")))
+}
+
+/// Splits a key among the officers with random numbers of the HSM, and combines the first and the last of the shares again: whether
+/// they work is known before anything is wrapped under the key.
+pub(super) fn deal(
+    token: &Ceremony,
+    key: &SecretBytes,
+    plan: &NewBackupKey,
+    check_value: &[u8],
+) -> Result<Vec<Share>, OfficerError> {
+    // A coefficient takes a 32-bit number.
+    let coefficients = BACKUP_KEY_LEN * u32::from(plan.threshold - 1);
+    let mut random = Drawn { octets: token.random_secret(4 * coefficients)?, used: 0, too_few: false };
+    // Exposed to be split; the dealer wipes its polynomials.
+    let dealt: Vec<_> =
+        Sharks(plan.threshold).dealer_rng(key.expose(), &mut random).take(plan.officers.len()).collect();
+    if random.too_few {
+        return Err(OfficerError::Other("the HSM gave too few random octets".to_owned()));
+    }
+    let shares = plan.officers.iter().zip(1..).zip(&dealt).map(|((officer, number), share)| Share {
+        key: plan.name.clone(),
+        check_value: check_value.to_vec(),
+        officer: officer.clone(),
+        number,
+        octets: SecretBytes::new(share.into()),
+    });
+    let shares: Vec<_> = shares.collect();
+    let threshold = usize::from(plan.threshold);
+    for some in [&shares[..threshold], &shares[shares.len() - threshold..]] {
+        let again = recover(plan.threshold, some.iter().map(|share| &share.octets))?;
+        if backup_check_value(&again)? != check_value {
+            return Err(OfficerError::Other(
+                "the shares do not give the key again; hold the ceremony again".to_owned(),
+            ));
+        }
+    }
+    Ok(shares)
+}
+
+/// The key of a backup, of enough shares.
+pub(super) fn combine(under: &BackupKey, files: &[PathBuf]) -> Result<SecretBytes, OfficerError> {
+    let mut shares: Vec<Share> = Vec::new();
+    for path in files {
+        let share = Share::load(path)?;
+        let at = path.display();
+        if share.key != under.name || share.check_value != under.check_value {
+            let message = format!("{at}: it is a share of another key than the {} of this backup", under.name);
+            return Err(OfficerError::Other(message));
+        }
+        if shares.iter().any(|other| other.octets.expose().first() == share.octets.expose().first()) {
+            let message = format!("{at}: the share {} is there twice; each counts once", share.number);
+            return Err(OfficerError::Other(message));
+        }
+        shares.push(share);
+    }
+    if shares.len() < usize::from(under.threshold) {
+        let message = format!(
+            "{} needs {} of its {} shares, here are {}; add more of the officers' files to `shares`",
+            under.name,
+            under.threshold,
+            under.shares,
+            shares.len()
+        );
+        return Err(OfficerError::Other(message));
+    }
+    let key = recover(under.threshold, shares.iter().map(|share| &share.octets))?;
+    if backup_check_value(&key)? != under.check_value {
+        let numbers: Vec<_> = shares.iter().map(|share| format!("{} ({})", share.number, share.officer)).collect();
+        let message = format!(
+            "the shares {} do not give the key {}: one of them is not what was given out; try others",
+            numbers.join(", "),
+            under.name
+        );
+        return Err(OfficerError::Other(message));
+    }
+    Ok(key)
+}
+
+fn recover<'a>(threshold: u8, shares: impl Iterator<Item = &'a SecretBytes>) -> Result<SecretBytes, OfficerError> {
+    // Exposed to be combined; both copies are wiped.
+    let shares: Result<Vec<_>, _> = shares.map(|share| blahaj::Share::try_from(share.expose().as_slice())).collect();
+    let shares = shares.map_err(|e| OfficerError::Other(e.to_owned()))?;
+    let scheme = Sharks(threshold);
+    let key = scheme.recover(&shares).map_err(|e| OfficerError::Other(e.to_owned()))?;
+    Ok(SecretBytes::new(key))
+}
+
+impl Share {
+    /// The file's text. Its last line shows whether it was copied without a mistake.
+    pub(super) fn to_text(&self) -> SecretBytes {
+        // Exposed to be written down; what is made of it here is wiped.
+        let octets = Zeroizing::new(hex::encode(self.octets.expose()));
+        let body = Zeroizing::new(format!(
+            "{TITLE}\nkey {}\ncheck-value {}\nofficer {}\nnumber {}\nshare {}\n",
+            self.key,
+            hex::encode(&self.check_value),
+            self.officer,
+            self.number,
+            octets.as_str()
+        ));
+        let text = Zeroizing::new(format!("{}checksum {}\n", body.as_str(), checksum(&body)));
+        SecretBytes::copy_of(text.as_bytes())
+    }
+
+    fn load(path: &Path) -> Result<Self, OfficerError> {
+        let failed = |problem: &str| OfficerError::Other(format!("{}: {problem}", path.display()));
+        let file = std::fs::read(path).map(SecretBytes::new).map_err(|e| failed(&e.to_string()))?;
+        // Exposed to be parsed.
+        let text = std::str::from_utf8(file.expose()).ok();
+        let text =
+            text.filter(|text| text.lines().next() == Some(TITLE)).ok_or_else(|| failed("is no share of a key"))?;
+        let damaged = || failed("the share is damaged: its checksum does not fit; ask its officer for the original");
+        let (body, sum) = text.split_once("checksum ").ok_or_else(damaged)?;
+        if checksum(body) != sum.trim_end() {
+            return Err(damaged());
+        }
+        let field = |name: &str| {
+            let line = body.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+            line.ok_or_else(|| failed(&format!("has no line {name}")))
+        };
+        let wrong = |name: &str| failed(&format!("the line {name} cannot be read"));
+        let octets = hex::decode(field("share")?).map(SecretBytes::new).map_err(|_| wrong("share"))?;
+        if octets.expose().len() != SHARE_LEN {
+            return Err(wrong("share"));
+        }
+        Ok(Self {
+            key: field("key")?.parse().map_err(|_| wrong("key"))?,
+            check_value: hex::decode(field("check-value")?).map_err(|_| wrong("check-value"))?,
+            officer: field("officer")?.parse().map_err(|_| wrong("officer"))?,
+            number: field("number")?.parse().map_err(|_| wrong("number"))?,
+            octets,
+        })
+    }
+}
+
+/// Against mistakes in copying, not against a forger: the key's check value finds that.
+fn checksum(body: &str) -> String {
+    hex::encode(&sha256(body.as_bytes())[..8])
+}
+
+/// Random numbers that were drawn in the HSM before.
+struct Drawn {
+    octets: SecretBytes,
+    used: usize,
+    too_few: bool,
+}
+
+impl Drawn {
+    fn next<const N: usize>(&mut self) -> [u8; N] {
+        // Exposed to become a polynomial.
+        let next = self.octets.expose().get(self.used..self.used + N).and_then(|octets| octets.try_into().ok());
+        self.used += N;
+        self.too_few |= next.is_none();
+        next.unwrap_or([0; N])
+    }
+}
+
+impl TryRng for Drawn {
+    type Error = Infallible;
+
+    fn try_next_u32(&mut self) -> Result<u32, Infallible> {
+        Ok(u32::from_le_bytes(self.next()))
+    }
+
+    fn try_next_u64(&mut self) -> Result<u64, Infallible> {
+        Ok(u64::from_le_bytes(self.next()))
+    }
+
+    fn try_fill_bytes(&mut self, octets: &mut [u8]) -> Result<(), Infallible> {
+        octets.iter_mut().for_each(|octet| [*octet] = self.next());
+        Ok(())
+    }
+}
+
+impl TryCryptoRng for Drawn {}

@@ -1,0 +1,331 @@
+//! What ceremonies do with certificates, check values, backups and whole tokens, by the officers' tool.
+
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use spp::certificate::{IssuerCertificate, verify_csr_pem};
+use spp::hsm::{Derivation, Hsm, HsmConfig, KeyRegister, SigningUse};
+use spp::keys::SignatureAlgorithm;
+use spp::secret::SecretBytes;
+
+use crate::site::{SPPD, Site};
+
+const HELD: &str = "ceremony run more.toml --hsm hsm.toml --out keys --officer o-1 --officer o-2";
+const RESTORED: &str = "ceremony run restore.toml --hsm hsm-b.toml --out keys-b --so-pin-file hsm/so.pin";
+
+fn write(site: &Site, file: &str, text: &str) {
+    std::fs::write(site.path(file), text).unwrap();
+}
+
+fn told(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn refused(site: &Site, words: &str, why: &str) {
+    let output = site.try_sppctl(words);
+    assert!(!output.status.success() && told(&output).contains(why), "{}", told(&output));
+}
+
+fn openssl(site: &Site, words: &str) -> String {
+    let output = Command::new("openssl").args(words.split(' ')).current_dir(site.path("")).output().unwrap();
+    assert!(output.status.success(), "openssl {words}: {}", told(&output));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+const ROOT_AND_ISSUER: &str = r#"
+[[signing_key]]
+name = "devices"
+kind = "p256"
+certificate = "issued"
+issuer = "root"
+subject = { organization = "Example", common_name = "Devices CA" }
+
+[[signing_key]]
+name = "root"
+use = "root"
+kind = "p384"
+certificate = "self-signed"
+subject = { organization = "Example", common_name = "Root" }
+"#;
+
+#[test]
+fn a_daemon_signs_with_a_key_that_a_root_of_its_token_has_certified_and_never_with_the_root() {
+    let mut site = Site::new();
+    write(&site, "more.toml", ROOT_AND_ISSUER);
+    site.sppctl(HELD);
+    let chain = String::from_utf8(site.read("keys/devices-ca.pem")).unwrap();
+    let issuer = IssuerCertificate::from_pem(&chain, SignatureAlgorithm::EcdsaP256Sha256).unwrap();
+    assert_eq!(issuer.chain().len(), 2);
+    let verified = openssl(&site, "verify -x509_strict -CAfile keys/root-ca.pem keys/devices-ca.pem");
+    assert!(verified.contains("devices-ca.pem: OK"), "{verified}");
+    // A root of an earlier ceremony issues as well.
+    let third = ROOT_AND_ISSUER.split("[[signing_key]]").nth(1).unwrap().replace("\"devices\"", "\"devices-b\"");
+    write(&site, "more.toml", &format!("[[signing_key]]{third}"));
+    site.sppctl(HELD);
+    for profile in std::fs::read_dir(site.path("profiles")).unwrap() {
+        let path = profile.unwrap().path();
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, text.replace("\"manufacturer\"", "\"devices-b\"")).unwrap();
+    }
+    site.start();
+    assert!(site.stop().success());
+    for profile in std::fs::read_dir(site.path("profiles")).unwrap() {
+        let path = profile.unwrap().path();
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, text.replace("\"devices-b\"", "\"root\"")).unwrap();
+    }
+    let mut check = Command::new(SPPD);
+    let check = check.args(["--config", "sppd.toml", "--check"]).current_dir(site.path("")).output().unwrap();
+    assert!(
+        !check.status.success() && told(&check).contains("the signing key root is not in the register"),
+        "{check:?}"
+    );
+}
+
+#[test]
+fn the_answer_of_an_offline_root_is_taken_only_if_it_is_of_this_key_and_this_root() {
+    let site = Site::new();
+    let csr = "[[signing_key]]\nname = \"devices\"\nkind = \"p256\"\ncertificate = \"csr\"\n\
+               subject = { common_name = \"Devices CA\" }\n";
+    write(&site, "more.toml", csr);
+    site.sppctl(HELD);
+    let key = verify_csr_pem(&site.read("keys/devices.csr.pem")).unwrap();
+    write(&site, "leaf.cnf", "basicConstraints=critical,CA:FALSE\n");
+    for root in ["root", "other"] {
+        openssl(
+            &site,
+            &format!("req -x509 -newkey rsa:3072 -nodes -keyout {root}.key -out {root}.pem -subj /CN={root} -days 30"),
+        );
+    }
+    let sign = "x509 -req -in keys/devices.csr.pem -CA root.pem -CAkey root.key";
+    openssl(&site, &format!("{sign} -copy_extensions copyall -days 30 -out right.pem"));
+    openssl(&site, &format!("{sign} -extfile leaf.cnf -days 30 -out leaf.pem"));
+    openssl(&site, &format!("{sign} -copy_extensions copyall -days -1 -out ended.pem"));
+    let authority = "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign\nsubjectKeyIdentifier=hash\n";
+    write(&site, "authority.cnf", authority);
+    openssl(
+        &site,
+        "req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout stranger.key -out stranger.csr -subj /CN=stranger",
+    );
+    let stranger = sign.replace("keys/devices.csr.pem", "stranger.csr");
+    openssl(&site, &format!("{stranger} -extfile authority.cnf -days 30 -out stranger.pem"));
+    let import = |file: &str, root: &str| {
+        let text = format!("[[import_certificate]]\nkey = \"devices\"\nfile = \"{file}\"\nroot = \"{root}\"\n");
+        write(&site, "more.toml", &text);
+    };
+    for (file, root, why) in [
+        ("leaf.pem", "root.pem", "it is not a CA"),
+        ("right.pem", "other.pem", "where CN=root should follow"),
+        ("root.pem", "root.pem", "the answer must be the key's certificate"),
+        ("ended.pem", "root.pem", "it ended at"),
+        ("stranger.pem", "root.pem", "the certificate is of another key than the one on the token"),
+        ("keys/manufacturer-ca.pem", "root.pem", "should follow"),
+    ] {
+        import(file, root);
+        refused(&site, HELD, why);
+        assert!(!site.path("keys/devices-ca.pem").exists());
+    }
+    import("right.pem", "root.pem");
+    site.sppctl("ceremony plan more.toml --hsm hsm.toml --out keys");
+    site.sppctl(HELD);
+    let chain = String::from_utf8(site.read("keys/devices-ca.pem")).unwrap();
+    let issuer = IssuerCertificate::from_pem(&chain, SignatureAlgorithm::EcdsaP256Sha256).unwrap();
+    assert_eq!((issuer.public_key(), issuer.chain().len()), (&key, 2));
+    refused(&site, HELD, "it exists; nothing is overwritten");
+    let text = site.sppctl("ceremony verify keys/transcript-3.txt --log keys/log-1.vkey");
+    assert!(text.contains("certificate imported at") && text.contains("devices-ca.pem"), "{text}");
+}
+
+#[test]
+fn what_changes_keys_is_refused_without_a_second_officer() {
+    let site = Site::new();
+    let before = site.read("keys/keys.toml");
+    for text in [
+        "[[rotate_master_key]]\nkey = \"master-1\"\nname = \"master-2\"\n",
+        "[[rotate_signing_key]]\nkey = \"manufacturer\"\nname = \"manufacturer-2\"\nkind = \"p256\"\ncertificate = \"csr\"\n\
+         subject = { common_name = \"CA\" }\n",
+        "[[destroy]]\nkey = \"master-1\"\ncheck_value = \"00\"\n",
+    ] {
+        write(&site, "more.toml", text);
+        refused(&site, HELD, "it needs the approval of a second officer; sppctl approvals request ceremony more.toml");
+        assert!(site.sppctl("ceremony plan more.toml").contains("a second officer must approve it"));
+    }
+    write(&site, "more.toml", "[[rotate_master_key]]\nkey = \"master-1\"\nname = \"master-2\"\n");
+    let plan = site.sppctl("ceremony plan more.toml --hsm hsm.toml --out keys");
+    assert!(plan.contains("version 2, replaces master-1") && plan.contains("hmac-sha-256"), "{plan}");
+    assert_eq!(site.read("keys/keys.toml"), before);
+}
+
+#[test]
+fn a_check_value_that_is_not_the_one_of_the_register_ends_the_ceremony() {
+    let site = Site::new();
+    write(&site, "more.toml", "[[check_value]]\nkey = \"master-1\"\n[[check_value]]\nkey = \"manufacturer\"\n");
+    site.sppctl(HELD);
+    let register = KeyRegister::load(&site.path("keys/keys.toml")).unwrap();
+    let value = hex::encode(&register.master[0].check_value);
+    let text = site.sppctl("ceremony verify keys/transcript-2.txt --log keys/log-1.vkey");
+    assert!(text.contains("checked at") && text.contains(&value), "{text}");
+    site.edit("keys/keys.toml", &value, "0011223344556677");
+    refused(&site, HELD, "the key master-1 on the token is not the one of the register");
+    write(&site, "more.toml", "[[check_value]]\nkey = \"nobody\"\n");
+    refused(&site, HELD, "the register has no key nobody");
+}
+
+#[test]
+fn every_fault_of_a_file_is_told_at_once() {
+    let site = Site::new();
+    let text = "colour = 1\n[[backup_wrapping_key]]\nname = \"b\"\nshares = 3\nthreshold = 4\nofficers = [\"o-1\", \"o-2\"]\n\
+                [[signing_key]]\nname = \"a\"\nkind = \"p256\"\ncertificate = \"issued\"\nsubject = { common_name = \"A\" }\n\
+                backup = \"a\"\n[[destroy]]\nkey = \"x\"\n[[rotate_master_key]]\nkey = \"m\"\nname = \"a\"\n";
+    write(&site, "more.toml", text);
+    let output = site.try_sppctl("ceremony plan more.toml");
+    for fault in [
+        "unknown field `colour`",
+        "threshold: must be from 2 to 3",
+        "officers: there are 3 shares and 2 officers",
+        "signing_key a: issuer: must name the root",
+        "a: backup: must name a [[backup_wrapping_key]]",
+        "destroy x: give the key's fingerprint",
+    ] {
+        assert!(told(&output).contains(fault), "{fault}: {}", told(&output));
+    }
+}
+
+/// A site whose first ceremony backs every key up, five officers with a share each, and a second token's files.
+fn backed_up() -> Site {
+    let site = Site::new();
+    std::fs::remove_dir_all(site.path("keys")).unwrap();
+    let ceremony = String::from_utf8(site.read("ceremony.toml")).unwrap();
+    let wrapping = "[token]\nlabel = \"spp-a\"\n[[backup_wrapping_key]]\nname = \"backup-1\"\nshares = 5\nthreshold = 3\n\
+                    officers = [\"o-1\", \"o-2\", \"o-3\", \"night/o-4\", \"o-5\"]\n";
+    let with_backup = ceremony.replace("\nname = ", "\nbackup = \"backup-1\"\nname = ");
+    write(&site, "ceremony.toml", &format!("{wrapping}{with_backup}"));
+    for (file, label) in [("hsm-a.toml", "spp-a"), ("hsm-b.toml", "spp-b")] {
+        let text = String::from_utf8(site.read("hsm.toml")).unwrap();
+        write(&site, file, &text.replace("spp-demo", label));
+    }
+    site.sppctl("ceremony run ceremony.toml --hsm hsm-a.toml --out keys --so-pin-file hsm/so.pin --officer o-1");
+    site
+}
+
+/// A ceremony that restores all keys of the first token with these shares, on a new token.
+fn write_restore(site: &Site, shares: &[&str]) {
+    let shares: Vec<_> = shares.iter().map(|officer| format!("\"keys/backup-1-{officer}.share\"")).collect();
+    let shares = shares.join(", ");
+    let restore = |key: &str| format!("[[restore]]\nfile = \"keys/{key}.backup\"\nshares = [{shares}]\n");
+    let all: String = ["manufacturer", "access", "log-1", "master-1"].map(restore).concat();
+    write(site, "restore.toml", &format!("[token]\nlabel = \"spp-b\"\n{all}"));
+}
+
+fn config(site: &Site, keys: &str) -> HsmConfig {
+    HsmConfig { keys: KeyRegister::load(&site.path(keys)).unwrap(), ..site.hsm_config() }
+}
+
+async fn device_key(hsm: &Hsm) -> SecretBytes {
+    let identity = "serial:1".parse().unwrap();
+    let derivation = Derivation::device_key("master-1".parse().unwrap(), "channel", &identity, 32);
+    hsm.derive(vec![derivation]).await.unwrap().remove(0)
+}
+
+#[test]
+fn three_of_five_shares_bring_every_key_to_another_token_and_the_daemon_serves_with_it() {
+    let mut site = backed_up();
+    write_restore(&site, &["o-5", "night-o-4", "o-2"]);
+    site.sppctl(RESTORED);
+    let [first, second] =
+        ["keys", "keys-b"].map(|out| KeyRegister::load(&site.path(&format!("{out}/keys.toml"))).unwrap());
+    assert_eq!(first.master[0].check_value, second.master[0].check_value);
+    assert_eq!(second.current(SigningUse::Device).unwrap().id, first.current(SigningUse::Device).unwrap().id);
+    assert_eq!(site.read("keys/manufacturer-ca.pem"), site.read("keys-b/manufacturer-ca.pem"));
+    let text = site.sppctl("ceremony verify keys-b/transcript.txt --log keys/log-1.vkey");
+    assert!(text.contains("restored at") && text.contains("initialised in this ceremony"), "{text}");
+    for transcript in ["keys/transcript.txt", "keys/transcript.json", "keys-b/transcript.txt", "keys-b/transcript.json"]
+    {
+        let text = String::from_utf8(site.read(transcript)).unwrap();
+        let share = String::from_utf8(site.read("keys/backup-1-o-2.share")).unwrap();
+        let secret = share.lines().find_map(|line| line.strip_prefix("share ")).unwrap();
+        assert!(!text.contains(&secret[2..]), "{transcript} has a share");
+    }
+
+    // Both as the daemon starts them, which audits every key; the device keys are the same.
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let keys = ["keys/keys.toml", "keys-b/keys.toml"].map(|keys| {
+        runtime.block_on(async {
+            let hsm = Hsm::start(config(&site, keys));
+            hsm.ready(Duration::from_secs(60)).await.unwrap();
+            device_key(&hsm).await.expose().clone()
+        })
+    });
+    assert_eq!(keys[0], keys[1]);
+    site.edit("sppd.toml", "keys/keys.toml", "keys-b/keys.toml");
+    site.edit("sppd.toml", "keys/access-ca.pem", "keys-b/access-ca.pem");
+    for words in [
+        "init --config sppd.toml",
+        "server enroll --config sppd.toml --dns localhost --ip 127.0.0.1 --out tls/server",
+        "station enroll line-1/a --config sppd.toml --out tls/line-1-a",
+        "officer enroll o-1 --config sppd.toml --out tls/officer",
+    ] {
+        let _ = std::fs::remove_dir_all(site.path(words.rsplit("--out ").next().unwrap()));
+        let _ = words.starts_with("init") || !site.sppctl(words).is_empty();
+    }
+    site.start();
+    assert!(site.stop().success());
+}
+
+#[test]
+fn too_few_wrong_or_damaged_shares_restore_nothing_and_say_why() {
+    let site = backed_up();
+    // A second backup key has shares of its own.
+    write(
+        &site,
+        "more.toml",
+        "[[backup_wrapping_key]]\nname = \"backup-2\"\nshares = 2\nthreshold = 2\nofficers = [\"o-1\", \"o-2\"]\n",
+    );
+    site.sppctl("ceremony run more.toml --hsm hsm-a.toml --out keys");
+    let share = site.path("keys/backup-1-o-3.share");
+    use std::os::unix::fs::PermissionsExt as _;
+    assert_eq!(std::fs::metadata(&share).unwrap().permissions().mode() & 0o777, 0o600);
+    write_restore(&site, &["o-1", "o-2"]);
+    refused(&site, RESTORED, "backup-1 needs 3 of its 5 shares, here are 2");
+    // The token is there now, and empty.
+    let held = "ceremony run restore.toml --hsm hsm-b.toml --out keys-b";
+    let restore = |shares: &[&str]| {
+        write_restore(&site, shares);
+        site.edit("restore.toml", "[token]\nlabel = \"spp-b\"\n", "");
+    };
+    restore(&["o-1", "o-2", "o-2"]);
+    refused(&site, held, "is there twice; each counts once");
+    let right = std::fs::read_to_string(&share).unwrap();
+    let octets = right.lines().find_map(|line| line.strip_prefix("share ")).unwrap();
+    let changed = if octets.ends_with("00") { "01" } else { "00" };
+    let wrong = format!("{}{changed}", &octets[..octets.len() - 2]);
+    restore(&["o-1", "o-2", "o-3"]);
+    std::fs::write(&share, right.replace(octets, &wrong)).unwrap();
+    refused(&site, held, "backup-1-o-3.share: the share is damaged: its checksum does not fit");
+    let body = right.replace(octets, &wrong);
+    let body = body.split_once("checksum ").unwrap().0;
+    let sum = hex::encode(&spp::keys::sha256(body.as_bytes())[..8]);
+    std::fs::write(&share, format!("{body}checksum {sum}\n")).unwrap();
+    refused(&site, held, "the shares 1 (o-1), 2 (o-2), 3 (o-3) do not give the key backup-1");
+    std::fs::copy(site.path("keys/backup-2-o-1.share"), &share).unwrap();
+    refused(&site, held, "it is a share of another key than the backup-1 of this backup");
+    assert!(!site.path("keys-b/keys.toml").exists());
+    std::fs::write(&share, &right).unwrap();
+    // A backup that was changed is not taken for the key.
+    let backup = site.read("keys/master-1.backup");
+    let text = String::from_utf8(backup.clone()).unwrap();
+    let wrapped = text.lines().find_map(|line| line.strip_prefix("wrapped = \"")).unwrap();
+    write(
+        &site,
+        "keys/master-1.backup",
+        &text.replace(&wrapped[..8], if wrapped.starts_with("0000") { "11111111" } else { "00000000" }),
+    );
+    write(
+        &site,
+        "restore.toml",
+        "[[restore]]\nfile = \"keys/master-1.backup\"\nshares = [\"keys/backup-1-o-1.share\", \"keys/backup-1-o-2.share\", \"keys/backup-1-o-3.share\"]\n",
+    );
+    refused(&site, held, "nothing was restored");
+    std::fs::write(site.path("keys/master-1.backup"), backup).unwrap();
+    site.sppctl(held);
+}

@@ -7,15 +7,15 @@ use aws_lc_rs::rand::SystemRandom;
 use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair};
 use prost::Message as _;
 use spp::certificate::{
-    AccessCertificate, AccessName, AuthorityCertificate, Caller, CertificateSerial, IssuerCertificate, SubjectName,
-    UnsignedDocument, access_certificate, authority_certificate,
+    AccessCertificate, AccessName, AuthorityCertificate, Caller, CertificateSerial, IssuerCertificate, Role,
+    SubjectName, UnsignedDocument, access_certificate, authority_certificate,
 };
 use spp::keys::{PublicKey, SignatureAlgorithm, TlsKey};
 use spp::proto::get_session_request::Session as Which;
 use spp::proto::officer_client::OfficerClient;
 use spp::proto::recovery_client::RecoveryClient;
 use spp::proto::{AbortRequest, AssembleRequest, GetRecordRequest, GetSessionRequest, GetStatusRequest};
-use tonic::transport::{ClientTlsConfig, Identity};
+use tonic::transport::{Channel, ClientTlsConfig, Identity};
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 
@@ -248,13 +248,52 @@ async fn every_method_serves_the_roles_of_the_table_alone() {
         let port = if method.contains("Line") { site.line } else { site.officer };
         for (role, directory) in directories {
             let channel = site.connect(port, site.tls(directory)).await.unwrap();
-            let mut client = tonic::client::Grpc::new(channel);
-            client.ready().await.unwrap();
-            let codec = tonic_prost::ProstCodec::<(), ()>::default();
-            let called = client.unary(tonic::Request::new(()), method.parse().unwrap(), codec).await;
-            let refused = called.err().map(|status| Refusal::of(&status));
+            let refused = call(method, &channel).await.err().map(|status| Refusal::of(&status));
             let wrong_role = refused.as_ref().is_some_and(|refused| refused.is(Code::PermissionDenied, "WRONG_ROLE"));
             assert_eq!(!wrong_role, may.contains(&role), "{role} {method}: {refused:?}");
+        }
+    }
+}
+
+/// What a method says to an empty message.
+async fn call(method: &str, channel: &Channel) -> Result<(), Status> {
+    let mut client = tonic::client::Grpc::new(channel.clone());
+    client.ready().await.map_err(|e| Status::unavailable(format!("{e:?}")))?;
+    let codec = tonic_prost::ProstCodec::<(), ()>::default();
+    client.unary(tonic::Request::new(()), method.parse().unwrap(), codec).await.map(drop)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_method_refuses_nobody_the_expired_and_the_revoked() {
+    let trusted = Authority::new("Example Second Access CA");
+    let site = site_that_trusts(&trusted);
+    site.sppctl("officer enroll o-2 --config sppd.toml --out tls/o-2");
+    let methods = inner_methods();
+    for (port, method) in [site.line, site.officer].iter().flat_map(|port| methods.iter().map(move |m| (*port, m))) {
+        // TLS 1.3 tells a client only with its first call that it lacks a certificate.
+        if let Ok(channel) = site.connect(port, site.public_tls()).await {
+            let answer = call(method, &channel).await;
+            assert!(refused_by_tls(&answer), "{method}: {answer:?}");
+        }
+    }
+    for role in Role::ALL {
+        let name = AccessName::Client(Caller::new(role, "x-1").unwrap());
+        let connect = async |not_after| {
+            let tls = site.public_tls().identity(trusted.identity(&name, not_after));
+            let (line, officer) = (site.connect(site.line, tls.clone()).await, site.connect(site.officer, tls).await);
+            (line.unwrap(), officer.unwrap())
+        };
+        let (short, long) = (connect(now() + 2).await, connect(now() + 600).await);
+        let revoke = format!("{role} revoke x-1 --reason test");
+        let asked = crate::approvals::told(&site, "tls/officer", &revoke);
+        crate::approvals::approve(&site, asked["id"].as_str().unwrap());
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        for ((line, officer), reason) in [(short, "NO_CALLER"), (long, "REVOKED")] {
+            for method in &methods {
+                let channel = if method.contains("Line") { &line } else { &officer };
+                let refused = Refusal::of(&call(method, channel).await.expect_err(method));
+                assert!(refused.is(Code::Unauthenticated, reason), "{role} {method}: {refused:?}");
+            }
         }
     }
 }

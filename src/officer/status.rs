@@ -130,6 +130,7 @@ pub fn describe_status(status: &proto::GetStatusResponse) -> String {
     let hsm = status.hsm.clone().unwrap_or_default();
     let sessions = status.sessions.unwrap_or_default();
     let line = if status.ready { "served" } else { "NOT served" };
+    let audit = status.audit.clone().unwrap_or_default();
     let log = status.log.clone().unwrap_or_default();
     let mut rows = vec![("node", format!("{} (sppd {})", status.node, status.version)), ("line", line.to_owned())];
     for one in &hsm.members {
@@ -160,7 +161,14 @@ pub fn describe_status(status: &proto::GetStatusResponse) -> String {
             ),
         ),
         ("profiles", status.profiles.join(", ")),
+        ("audit log", format!("{} entries, {} of them under a published checkpoint", audit.entries, audit.covered)),
     ]);
+    if !audit.writable {
+        rows.push(("audit log", "can NOT be written: nothing that must be recorded is done".to_owned()));
+    }
+    if !audit.checkpoint_trouble.is_empty() {
+        rows.push(("audit log", format!("its end is NOT published: {}", audit.checkpoint_trouble)));
+    }
     let troubles = [("publishing", &log.publishing_trouble), ("look-ups", &log.reading_trouble)];
     for (what, trouble) in troubles.into_iter().filter(|(_, trouble)| !trouble.is_empty()) {
         rows.push((what, format!("NOT possible: {trouble}")));
@@ -203,6 +211,7 @@ pub fn status_json(status: &proto::GetStatusResponse) -> serde_json::Value {
     let hsm = status.hsm.clone().unwrap_or_default();
     let sessions = status.sessions.unwrap_or_default();
     let log = status.log.clone().unwrap_or_default();
+    let audit = status.audit.clone().unwrap_or_default();
     let witness = |witness: &proto::WitnessStatus| serde_json::json!({ "name": witness.name, "size": witness.size, "trouble": witness.trouble });
     let witnesses: Vec<_> = log.witnesses.iter().map(witness).collect();
     let service = |service: &proto::ServiceStatus| {
@@ -214,6 +223,13 @@ pub fn status_json(status: &proto::GetStatusResponse) -> serde_json::Value {
     let services: Vec<_> = status.services.iter().map(service).collect();
     serde_json::json!({
         "services": services,
+        "audit": {
+            "entries": audit.entries,
+            "covered": audit.covered,
+            "checkpoint_trouble": audit.checkpoint_trouble,
+            "writable": audit.writable,
+            "lost_refusals": audit.lost_refusals,
+        },
         "version": status.version,
         "node": status.node,
         "started": status.started.map(|t| t.seconds),

@@ -27,6 +27,7 @@ pub struct NodeInfo {
 }
 
 /// What officers see and change of the daemon beside the devices' way.
+#[derive(Clone)]
 pub struct House {
     /// What it is.
     pub node: NodeInfo,
@@ -51,8 +52,8 @@ impl Officer for OfficerService {
         request: Request<proto::GetStatusRequest>,
     ) -> Result<Response<proto::GetStatusResponse>, Status> {
         let caller = callers::any(&request)?.to_string();
-        let (provisioner, node) = (Arc::clone(&self.provisioner), self.house.node.clone());
-        self.door.call("Officer.GetStatus", caller, async move { status(&provisioner, node).await }).await
+        let (provisioner, house) = (Arc::clone(&self.provisioner), self.house.clone());
+        self.door.call("Officer.GetStatus", caller, async move { status(&provisioner, house).await }).await
     }
 
     async fn get_pool_status(
@@ -101,7 +102,19 @@ impl Officer for OfficerService {
     }
 }
 
-async fn status(provisioner: &Provisioner, node: NodeInfo) -> Result<proto::GetStatusResponse, ProvisionError> {
+async fn audit_status(auditor: &Auditor) -> Result<proto::AuditStatus, ProvisionError> {
+    let checkpoint = auditor.checkpoint();
+    Ok(proto::AuditStatus {
+        entries: auditor.log().head().await?.entries,
+        covered: checkpoint.entries,
+        checkpoint_trouble: checkpoint.trouble.unwrap_or_default(),
+        writable: !auditor.log().is_broken(),
+        lost_refusals: auditor.lost(),
+    })
+}
+
+async fn status(provisioner: &Provisioner, house: House) -> Result<proto::GetStatusResponse, ProvisionError> {
+    let node = house.node;
     let hsm = provisioner.hsm().status();
     let counts = provisioner.journal().counts().await?;
     let (free_bytes, free_bytes_floor) = provisioner.journal().room()?;
@@ -125,6 +138,7 @@ async fn status(provisioner: &Provisioner, node: NodeInfo) -> Result<proto::GetS
             aborted: counts.aborted,
         }),
         records: provisioner.registry().count().await?,
+        audit: Some(audit_status(&house.auditor).await?),
         log: Some(log_status(provisioner.registry().status())),
         free_bytes,
         free_bytes_floor,

@@ -87,9 +87,13 @@ impl Reloader {
             .with("changes", brief(&changes));
         self.audit.record(entry.clone()).await?;
         // 4. Settle with what officers have agreed on: durable, all of it or nothing.
-        let kept = self.exchanged.desk.settle(new.approvals, new.stations.quotas(), true).await?;
-        if !kept.is_empty() {
-            return Err(self.refuse(caller, kept).await?);
+        match self.exchanged.desk.settle(new.approvals, new.stations.quotas(), true).await {
+            Ok(kept) if kept.is_empty() => {}
+            Ok(kept) => return Err(self.refuse(caller, kept).await?),
+            Err(error) => {
+                self.audit.record(entry.ended(Outcome::Failed(error.to_string()))).await?;
+                return Err(error.into());
+            }
         }
         // 5. Put it in force: nothing here can fail.
         self.exchanged.provisioner.exchange(Rules::new(&new));

@@ -11,7 +11,9 @@ use crate::keys::sha256;
 use crate::names::StationName;
 
 /// Most octets of a ceremony's file.
-pub const MAX_CEREMONY_LEN: usize = 16 * 1024;
+pub const MAX_CEREMONY_LEN: usize = 8 * 1024;
+/// Most octets of an act's text: it is in the audit log whole, where quotes and line ends take more room.
+const MAX_LEN: usize = 16 * 1024;
 /// Most characters of a reason.
 pub const MAX_REASON_LEN: usize = 200;
 
@@ -40,6 +42,17 @@ pub enum Act {
         /// From then on.
         rules: ApprovalRules,
     },
+    /// A certificate for somebody whom one officer alone does not let in: another officer, or who was revoked.
+    Enroll {
+        /// What the caller is.
+        role: Role,
+        /// What it is called.
+        name: String,
+        /// Days until the certificate ends.
+        days: u32,
+        /// SHA-256 of the request (PKCS#10, DER) in hex: of the key that it is for.
+        csr_sha256: String,
+    },
     /// A ceremony on the token that destroys or replaces keys, once.
     Ceremony {
         /// Whether it destroys: else it replaces.
@@ -54,6 +67,8 @@ pub enum Act {
 pub enum ActKind {
     /// [`Act::Revoke`].
     Revoke,
+    /// [`Act::Enroll`].
+    Enroll,
     /// [`Act::RaiseQuota`].
     RaiseQuota,
     /// [`Act::ChangeRules`].
@@ -74,6 +89,7 @@ impl Act {
     pub const fn kind(&self) -> ActKind {
         match self {
             Self::Revoke { .. } => ActKind::Revoke,
+            Self::Enroll { .. } => ActKind::Enroll,
             Self::RaiseQuota { .. } => ActKind::RaiseQuota,
             Self::ChangeRules { .. } => ActKind::ChangeRules,
             Self::Ceremony { destroys: true, .. } => ActKind::Destroy,
@@ -89,6 +105,9 @@ impl Act {
 
     /// Reads [`Self::to_json`]; another form of the same value is refused, so that what is signed is what is read.
     pub fn from_json(json: &str) -> Result<Self, String> {
+        if json.len() > MAX_LEN {
+            return Err(format!("at most {MAX_LEN} octets are read"));
+        }
         let act: Self = serde_json::from_str(json).map_err(|e| e.to_string())?;
         act.check()?;
         if act.to_json() == json { Ok(act) } else { Err("it is not in the canonical form".to_owned()) }
@@ -102,6 +121,12 @@ impl Act {
                 let fits = (1..=MAX_REASON_LEN).contains(&length) && !reason.chars().any(char::is_control);
                 if fits { Ok(()) } else { Err(format!("a reason has 1 to {MAX_REASON_LEN} printable characters")) }
             }
+            Self::Enroll { role, name, days, csr_sha256 } => {
+                crate::certificate::Caller::new(*role, name).map_err(|e| e.to_string())?;
+                let hash = hex::decode(csr_sha256).is_ok_and(|hash| hash.len() == 32);
+                let fits = (1..=3650).contains(days) && hash;
+                if fits { Ok(()) } else { Err("it needs 1 to 3650 days and the SHA-256 of the request".to_owned()) }
+            }
             Self::RaiseQuota { .. } => Ok(()),
             Self::ChangeRules { rules } => rules.check(),
             Self::Ceremony { file, .. } if file.len() > MAX_CEREMONY_LEN => {
@@ -113,6 +138,11 @@ impl Act {
             }
             Self::Ceremony { .. } => Ok(()),
         }
+    }
+
+    /// Whether the approval waits to be used, once, by who does it: everything else is done with the last approval.
+    pub const fn is_used_later(&self) -> bool {
+        matches!(self, Self::Ceremony { .. } | Self::Enroll { .. })
     }
 
     /// SHA-256 of a ceremony's file.
@@ -134,6 +164,9 @@ impl fmt::Display for Act {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Revoke { role, name, reason } => write!(f, "revoke the {role} {name}: {reason}"),
+            Self::Enroll { role, name, days, csr_sha256 } => {
+                write!(f, "enrol the {role} {name} for {days} days, for the key of the request sha256:{csr_sha256}")
+            }
             Self::RaiseQuota { station, quota } => write!(f, "let the station {station} make {quota}"),
             Self::ChangeRules { rules } => write!(f, "change the rules of approval: {rules}"),
             Self::Ceremony { destroys, file } => {
@@ -148,6 +181,7 @@ impl fmt::Display for ActKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Revoke => "revoke",
+            Self::Enroll => "enroll",
             Self::RaiseQuota => "raise-quota",
             Self::ChangeRules => "change-rules",
             Self::Destroy => "destroy",

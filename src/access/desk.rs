@@ -7,11 +7,12 @@ use super::{
     RequestId, RequestState, Revocation, Signed, Standing, Statement, StationUse, Verdict,
 };
 use crate::certificate::{
-    AccessCertificate, AccessName, Caller, CallerCertificate, CertificateSerial, IssuerCertificate, access_certificate,
-    verify_csr,
+    AccessCertificate, AccessName, Caller, CallerCertificate, CertificateSerial, IssuerCertificate, Role,
+    access_certificate, verify_csr,
 };
 use crate::clock::Clock;
 use crate::hsm::Hsm;
+use crate::keys::sha256;
 use crate::names::{KeyName, OfficerName, ProfileName, StationName};
 use crate::store::AccessStore;
 
@@ -53,6 +54,17 @@ pub struct Asked {
     pub expires: u64,
     /// His signature over [`Statement::request`].
     pub signature: Vec<u8>,
+}
+
+/// What an officer says to a request, signed by him.
+pub struct Decision {
+    /// To which.
+    pub id: RequestId,
+    /// What the request is about.
+    pub act: Act,
+    /// What he signed.
+    pub signed: Signed,
+    verdict: Verdict,
 }
 
 /// A certificate that was made for a caller.
@@ -106,45 +118,54 @@ impl Desk {
         Ok(self.store.rules().await?.map(|settled| settled.in_force).unwrap_or_default())
     }
 
-    /// Files a request. The very same again is answered as it stands now.
-    pub async fn request(&self, asked: Asked) -> Result<Request, AccessError> {
+    /// The request of an officer, if its signature is his and it may be filed: what goes on record before it is.
+    pub async fn prepare_request(&self, asked: Asked) -> Result<Request, AccessError> {
         let Asked { officer, certificate, id, act, expires, signature } = asked;
         let (now, rules) = (self.clock.now(), self.rules().await?);
-        let statement = Statement::request(&self.node, id, &officer, expires, &act);
-        let requested = Signed::verified(officer, now, &statement, &signature, &certificate);
-        let requested = requested.map_err(Refused::Signature)?;
-        if let Some(known) = self.store.request(id).await?
-            && known.requested.statement == requested.statement
-        {
-            return Ok(known);
-        }
-        if !(now + 1..=now + rules.valid_for).contains(&expires) {
+        let known = self.store.request(id).await?;
+        // A repeat may come late, and is answered as it stands.
+        let is_in_time = (now + 1..=now + rules.valid_for).contains(&expires);
+        if !is_in_time && known.is_none_or(|known| known.expires != expires) {
             let problem = format!("a request stands for at most {} seconds from now", rules.valid_for);
             return Err(Refused::Unfit(problem).into());
         }
+        let statement = Statement::request(&self.node, id, &officer, expires, &act);
+        let requested = Signed::verified(officer, now, &statement, &signature, &certificate);
+        let requested = requested.map_err(Refused::Signature)?;
         if let Act::RaiseQuota { station, .. } = &act
             && !self.store.stations().await?.iter().any(|known| known.station == *station)
         {
             return Err(Refused::Unfit(format!("the station {station} is not configured")).into());
         }
         let (needed, approvals, state) = (rules.needed(act.kind()), Vec::new(), RequestState::Pending);
-        self.store.file_request(Request { id, act, requested, expires, needed, approvals, state }).await
+        Ok(Request { id, act, requested, expires, needed, approvals, state })
     }
 
-    /// Takes an officer's word on a request. A revocation is in force when this returns.
-    pub async fn decide(
+    /// Files it. The very same again is answered as it stands now.
+    pub async fn file(&self, request: Request) -> Result<Request, AccessError> {
+        self.store.file_request(request).await
+    }
+
+    /// An officer's word on a request, if the signature is his: what goes on record before it counts.
+    pub async fn prepare_decision(
         &self,
         officer: OfficerName,
         certificate: &[u8],
         id: RequestId,
         verdict: Verdict,
         signature: &[u8],
-    ) -> Result<Request, AccessError> {
+    ) -> Result<Decision, AccessError> {
         let request = self.request_named(id).await?;
         let of = Statement::request(&self.node, id, &request.requested.officer, request.expires, &request.act);
         let statement = Statement::decision(&self.node, id, &officer, &of, &verdict);
         let signed = Signed::verified(officer, self.clock.now(), &statement, signature, certificate);
-        let decided = self.store.decide(id, verdict, signed.map_err(Refused::Signature)?).await?;
+        Ok(Decision { id, verdict, act: request.act, signed: signed.map_err(Refused::Signature)? })
+    }
+
+    /// Takes it. A revocation is in force when this returns.
+    pub async fn decide(&self, decision: Decision) -> Result<Request, AccessError> {
+        let Decision { id, verdict, signed, .. } = decision;
+        let decided = self.store.decide(id, verdict, signed).await?;
         if matches!(decided.act, Act::Revoke { .. }) {
             self.standing.revoke(self.store.revocations().await?);
         }
@@ -167,24 +188,57 @@ impl Desk {
         if request.act.ceremony_hash().as_ref().map(<[u8; 32]>::as_slice) != Some(file_hash) {
             return Err(Refused::Unfit(format!("the request {id} is of another ceremony file, or of none")).into());
         }
-        let mut signers = request.approvals.iter().chain([&request.requested]);
-        if !signers.any(|signed| signed.officer == *officer) {
+        if !request.is_signed_by(officer) {
             return Err(Refused::Unfit(format!("{officer} has neither requested nor approved {id}")).into());
         }
         self.store.use_up(id, self.clock.now()).await
     }
 
-    /// Makes a certificate for the key of a request (PKCS#10, DER).
-    pub async fn enroll(&self, caller: Caller, csr: &[u8], life: u64, by: &Caller) -> Result<Enrolled, AccessError> {
+    /// Makes a certificate for the key of a request (PKCS#10, DER). One officer alone lets in neither another officer, who would be the
+    /// second pair of eyes, nor anybody who was revoked.
+    pub async fn enroll(
+        &self,
+        caller: Caller,
+        csr: &[u8],
+        days: u32,
+        by: &OfficerName,
+    ) -> Result<Enrolled, AccessError> {
+        let revoked = self.standing.revoked_until(&caller);
+        if revoked.is_some() || caller.role() == Role::Officer {
+            self.use_enrolment(&caller, csr, days, by).await?;
+        }
+        // A certificate of the very second of a revocation would be revoked with the others.
+        let not_before = self.clock.now().max(revoked.map_or(0, |until| until + 1));
+        let life = u64::from(days) * 24 * 60 * 60;
+        self.issue(caller, csr, not_before, life, &Caller::Officer(by.clone())).await
+    }
+
+    async fn use_enrolment(&self, caller: &Caller, csr: &[u8], days: u32, by: &OfficerName) -> Result<(), AccessError> {
+        let (role, name, csr_sha256) = (caller.role(), caller.name().to_owned(), hex::encode(sha256(csr)));
+        let act = Act::Enroll { role, name, days, csr_sha256 };
+        let known = self.store.requests().await?;
+        let is_usable = |known: &&Request| {
+            known.act == act && known.standing(self.clock.now()) == "approved" && known.is_signed_by(by)
+        };
+        let needed = || Refused::NeedsApproval { caller: caller.clone() };
+        let found = known.iter().find(is_usable).ok_or_else(needed)?;
+        self.store.use_up(found.id, self.clock.now()).await.map(drop)
+    }
+
+    async fn issue(
+        &self,
+        caller: Caller,
+        csr: &[u8],
+        not_before: u64,
+        life: u64,
+        by: &Caller,
+    ) -> Result<Enrolled, AccessError> {
         let authority = self.authority.as_ref().ok_or(Refused::NoAuthority)?;
         let public_key = verify_csr(csr).map_err(|e| Refused::Unfit(format!("csr: {e}")))?;
         let serial = self.hsm.random(CertificateSerial::LEN).await?;
         let serial = <[u8; CertificateSerial::LEN]>::try_from(serial);
         let serial =
             CertificateSerial::from_random(serial.map_err(|_| Refused::Unfit("the HSM gave too few octets".into()))?);
-        // A certificate of the very second of a revocation would be revoked with the others.
-        let revoked = self.standing.revoked_until(&caller).map_or(0, |until| until + 1);
-        let not_before = self.clock.now().max(revoked);
         let not_after = not_before + life.min(LONGEST_LIFE);
         let name = AccessName::Client(caller.clone());
         let document = access_certificate(&AccessCertificate {
@@ -197,7 +251,7 @@ impl Desk {
         })?;
         let issued =
             IssuedAccess { caller, serial: serial.as_bytes().to_vec(), not_before, not_after, by: by.to_string() };
-        // Known before it is signed: no certificate exists that the list does not have.
+        // Noted before it is signed: none exists that was newer than the list's.
         self.store.note_certificate(&issued).await?;
         let signature = self.hsm.sign(&authority.key, document.algorithm(), document.to_be_signed()).await?;
         let certificate = document.assemble(&signature)?.to_pem()?;
@@ -207,7 +261,8 @@ impl Desk {
     /// Another certificate for a caller who has one, with as long a life.
     pub async fn renew(&self, present: &CallerCertificate, csr: &[u8]) -> Result<Enrolled, AccessError> {
         let life = present.not_after.saturating_sub(present.not_before);
-        self.enroll(present.caller.clone(), csr, life, &present.caller).await
+        // It begins now, not after a revocation that came meanwhile: then it is revoked with the others.
+        self.issue(present.caller.clone(), csr, self.clock.now(), life, &present.caller).await
     }
 
     /// Stations with their quotas and what they have begun.

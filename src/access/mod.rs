@@ -15,7 +15,7 @@ mod statement;
 use serde::{Deserialize, Serialize};
 
 pub use act::{Act, ActKind, MAX_CEREMONY_LEN, MAX_REASON_LEN};
-pub use desk::{AccessAuthority, Asked, Desk, Enrolled, SettledNow};
+pub use desk::{AccessAuthority, Asked, Decision, Desk, Enrolled, SettledNow};
 pub use quota::{Exceeded, NeedsApproval, Quota, SettledQuota, Usage};
 pub use range::IdentityRange;
 pub use request::{Request, RequestError, RequestId, RequestState};
@@ -135,6 +135,9 @@ pub enum Refused {
         /// Which limit.
         exceeded: Exceeded,
     },
+    /// More identities than one call looks at are in use already.
+    #[error("{0} identities of the range are in use already; repeat the call to go on behind them")]
+    PassedOver(usize),
     /// No identity is left.
     #[error(
         "no identity of the profile {profile} is left that {station} may give out; an officer loads more with sppctl identities load"
@@ -144,6 +147,15 @@ pub enum Refused {
         profile: ProfileName,
         /// Who asks.
         station: StationName,
+    },
+    /// One officer alone does not let in an officer, or somebody who was revoked.
+    #[error(
+        "to enrol the {caller} for this key takes the approval of another officer: sppctl approvals request enroll {} {} --csr FILE; then \
+         enrol with the same request and days", .caller.role(), .caller.name()
+    )]
+    NeedsApproval {
+        /// Who is to be let in.
+        caller: Caller,
     },
     /// The daemon has no key that signs access certificates.
     #[error("there is no access key in the register of keys; run a ceremony with [access_ca]")]

@@ -115,12 +115,11 @@ impl Usage {
         self.has_room(quota, now)?;
         let minute = now / MINUTE;
         self.minutes.retain(|(of, _)| of + WINDOW > minute);
+        // What was begun while the clock was ahead was begun by now.
+        let ahead: u64 = self.minutes.iter().filter(|(of, _)| *of >= minute).map(|(_, count)| count).sum();
+        self.minutes.retain(|(of, _)| *of < minute);
+        self.minutes.push((minute, ahead + 1));
         self.total += 1;
-        match self.minutes.last_mut() {
-            // A clock that was put back goes on in the minute that it had.
-            Some((of, count)) if *of >= minute => *count += 1,
-            _ => self.minutes.push((minute, 1)),
-        }
         Ok(())
     }
 
@@ -156,6 +155,16 @@ mod tests {
         assert_eq!(usage.begin(&hourly, now + 3600), Ok(()), "the first is an hour ago");
         assert_eq!((usage.total(), usage.in_last_hour(now + 3600)), (3, 2));
         assert_eq!(usage.begin(&hourly, now + 10 * 3600), Err(Exceeded::Total(3)));
+    }
+
+    #[test]
+    fn a_clock_that_was_ahead_holds_nobody_up_for_longer_than_an_hour() {
+        let (mut usage, hourly, now) = (Usage::default(), quota(3, None), 1_000_000_000);
+        usage.begin(&hourly, now + 86_400).unwrap();
+        usage.begin(&hourly, now).unwrap();
+        usage.begin(&hourly, now).unwrap();
+        assert!(usage.begin(&hourly, now).is_err());
+        assert_eq!(usage.begin(&hourly, now + 3600), Ok(()));
     }
 
     #[test]

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::act::Act;
 use super::statement::Signed;
+use crate::certificate::Role;
 use crate::names::{NameError, OfficerName};
 
 /// The name of a request: random octets that the officer who makes it chooses, so that a repeat is the same request.
@@ -63,7 +64,7 @@ pub struct Request {
 pub enum RequestState {
     /// Approvals are missing.
     Pending,
-    /// A ceremony that may be held once.
+    /// What may be done once by who has asked for it or approved it: a ceremony, an enrolment.
     Approved,
     /// It is done; seconds since the Unix epoch.
     Done(u64),
@@ -87,6 +88,12 @@ pub enum RequestError {
     /// Another one has the name.
     #[error("the request {0} exists and says something else")]
     Taken(RequestId),
+    /// Nobody decides on himself.
+    #[error("{0} is the one to be revoked, and decides nothing on it")]
+    OwnRevocation(OfficerName),
+    /// What somebody signs who is revoked is worth nothing.
+    #[error("{0} is revoked")]
+    Revoked(OfficerName),
     /// Four eyes are two people.
     #[error("{0} has asked for it and cannot approve it as well: another officer must")]
     OwnRequest(OfficerName),
@@ -109,22 +116,33 @@ pub enum RequestError {
     TooMany(usize),
 }
 
+impl RequestState {
+    /// In a word, whatever the time.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Pending => "pending",
+            Self::Approved => "approved",
+            Self::Done(_) => "done",
+            Self::Rejected { .. } => "rejected",
+            Self::Void(_) => "void",
+        }
+    }
+}
+
 impl Request {
     /// Whether its time is over before it came to anything.
     pub const fn has_expired(&self, now: u64) -> bool {
         matches!(self.state, RequestState::Pending | RequestState::Approved) && self.expires <= now
     }
 
+    /// Whether the officer has asked for it or approved it.
+    pub fn is_signed_by(&self, officer: &OfficerName) -> bool {
+        self.approvals.iter().chain([&self.requested]).any(|signed| signed.officer == *officer)
+    }
+
     /// How it stands, in a word.
     pub fn standing(&self, now: u64) -> &'static str {
-        match self.state {
-            _ if self.has_expired(now) => "expired",
-            RequestState::Pending => "pending",
-            RequestState::Approved => "approved",
-            RequestState::Done(_) => "done",
-            RequestState::Rejected { .. } => "rejected",
-            RequestState::Void(_) => "void",
-        }
+        if self.has_expired(now) { "expired" } else { self.state.name() }
     }
 
     /// How many approvals are missing.
@@ -132,26 +150,40 @@ impl Request {
         self.needed.saturating_sub(u8::try_from(self.approvals.len()).unwrap_or(u8::MAX))
     }
 
+    /// Whoever is to be revoked does not decide on it.
+    fn must_not_be_about(&self, officer: &OfficerName) -> Result<(), RequestError> {
+        match &self.act {
+            Act::Revoke { role: Role::Officer, name, .. } if name == officer.as_str() => {
+                Err(RequestError::OwnRevocation(officer.clone()))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// One more approval; the last one makes it done, or a ceremony ready to be held. The same officer's again changes nothing.
     pub fn approve(mut self, by: Signed) -> Result<Self, RequestError> {
         if by.officer == self.requested.officer {
             return Err(RequestError::OwnRequest(by.officer));
         }
-        if self.approvals.iter().any(|given| given.officer == by.officer) && !self.has_expired(by.at) {
+        self.must_not_be_about(&by.officer)?;
+        let stands = matches!(self.state, RequestState::Pending | RequestState::Approved | RequestState::Done(_));
+        if stands && self.approvals.iter().any(|given| given.officer == by.officer) && !self.has_expired(by.at) {
             return Ok(self);
         }
         self.must_be_pending(by.at)?;
         let at = by.at;
         self.approvals.push(by);
         if self.missing() == 0 {
-            self.state =
-                if self.act.ceremony_hash().is_some() { RequestState::Approved } else { RequestState::Done(at) };
+            self.state = if self.act.is_used_later() { RequestState::Approved } else { RequestState::Done(at) };
         }
         Ok(self)
     }
 
     /// One officer's no is enough, the own one included.
     pub fn reject(mut self, by: Signed, reason: String) -> Result<Self, RequestError> {
+        if by.officer != self.requested.officer {
+            self.must_not_be_about(&by.officer)?;
+        }
         if let RequestState::Rejected { by: before, .. } = &self.state
             && before.officer == by.officer
         {
@@ -167,6 +199,7 @@ impl Request {
     /// A ceremony is about to be held: it can be held once.
     pub fn use_up(mut self, now: u64) -> Result<Self, RequestError> {
         match self.state {
+            RequestState::Approved if self.missing() > 0 => Err(RequestError::NotApproved(self.id, self.missing())),
             RequestState::Approved if !self.has_expired(now) => {
                 self.state = RequestState::Done(now);
                 Ok(self)
@@ -231,6 +264,10 @@ pub(crate) mod tests {
     #[test]
     fn nobody_approves_what_he_asked_for_and_nobody_counts_twice() {
         let asked = request(raise(), 2);
+        let about = Act::Revoke { role: Role::Officer, name: "o-3".to_owned(), reason: "left".to_owned() };
+        let about = request(about, 1);
+        assert!(matches!(about.clone().approve(signed("o-3", 200)), Err(RequestError::OwnRevocation(_))));
+        assert!(matches!(about.reject(signed("o-3", 200), "no".to_owned()), Err(RequestError::OwnRevocation(_))));
         let own = asked.clone().approve(signed("o-1", 200));
         assert!(matches!(own, Err(RequestError::OwnRequest(_))));
         let once = asked.approve(signed("o-2", 200)).unwrap();

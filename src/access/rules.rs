@@ -17,6 +17,8 @@ const LONGEST: u64 = 30 * 24 * 60 * 60;
 pub struct ApprovalRules {
     /// Revoking a caller.
     pub revoke: u8,
+    /// Letting in an officer, or somebody who was revoked.
+    pub enroll: u8,
     /// Raising a station's quota.
     pub raise_quota: u8,
     /// Changing these rules.
@@ -31,7 +33,7 @@ pub struct ApprovalRules {
 
 impl Default for ApprovalRules {
     fn default() -> Self {
-        Self { revoke: 1, raise_quota: 1, change_rules: 1, destroy: 1, rotate: 1, valid_for: 24 * 60 * 60 }
+        Self { revoke: 1, enroll: 1, raise_quota: 1, change_rules: 1, destroy: 1, rotate: 1, valid_for: 24 * 60 * 60 }
     }
 }
 
@@ -40,6 +42,7 @@ impl ApprovalRules {
     pub const fn needed(&self, kind: ActKind) -> u8 {
         match kind {
             ActKind::Revoke => self.revoke,
+            ActKind::Enroll => self.enroll,
             ActKind::RaiseQuota => self.raise_quota,
             ActKind::ChangeRules => self.change_rules,
             ActKind::Destroy => self.destroy,
@@ -49,7 +52,7 @@ impl ApprovalRules {
 
     /// Nobody does any of it alone, and no request stands for ever.
     pub fn check(&self) -> Result<(), String> {
-        let counts = [self.revoke, self.raise_quota, self.change_rules, self.destroy, self.rotate];
+        let counts = [self.revoke, self.enroll, self.raise_quota, self.change_rules, self.destroy, self.rotate];
         if counts.iter().any(|count| !(1..=MOST).contains(count)) {
             return Err(format!("each act needs 1 to {MOST} approvals besides the request"));
         }
@@ -63,11 +66,11 @@ impl ApprovalRules {
 
 impl fmt::Display for ApprovalRules {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { revoke, raise_quota, change_rules, destroy, rotate, valid_for } = self;
+        let Self { revoke, enroll, raise_quota, change_rules, destroy, rotate, valid_for } = self;
         let valid = humantime::format_duration(std::time::Duration::from_secs(*valid_for));
         write!(
             f,
-            "approvals besides the request: revoke {revoke}, raise-quota {raise_quota}, change-rules {change_rules}, \
+            "approvals besides the request: revoke {revoke}, enroll {enroll}, raise-quota {raise_quota}, change-rules {change_rules}, \
              destroy {destroy}, rotate {rotate}; a request stands for {valid}"
         )
     }

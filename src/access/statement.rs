@@ -14,12 +14,14 @@ use crate::names::OfficerName;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Statement(String);
 
+/// Of the year 9999: later ones have no RFC 3339 form.
+const LAST_SECOND: u64 = 253_402_300_799;
 const TITLE: &str = "spp officer statement v1";
 
 impl Statement {
     /// "I ask for this act on this node, until then."
     pub fn request(node: &str, id: RequestId, officer: &OfficerName, expires: u64, act: &Act) -> Self {
-        let at = humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_secs(expires));
+        let at = humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_secs(expires.min(LAST_SECOND)));
         let content = act.to_json();
         Self(format!(
             "{TITLE}\nnode      {node}\nverb      request\nrequest   {id}\nofficer   {officer}\nexpires   {at}\ncontent   {content}\n"

@@ -73,10 +73,15 @@ impl Auditor {
     /// Records a refusal, which changed nothing: the first of its kind at once, those after it counted and told every now and then
     /// by [`Self::tell_repeats`]. `reason` is the stable word for programs.
     pub async fn refused(&self, entry: Entry, reason: &'static str) {
-        *self.refused.lock().unwrap_or_else(PoisonError::into_inner).entry(reason).or_default() += 1;
+        self.count_refusal(reason);
         if let Some(first) = self.count(entry, reason) {
             self.record_or_count_as_lost(first).await;
         }
+    }
+
+    /// Counts a refusal that is recorded otherwise.
+    pub fn count_refusal(&self, reason: &'static str) {
+        *self.refused.lock().unwrap_or_else(PoisonError::into_inner).entry(reason).or_default() += 1;
     }
 
     /// The entry, if it is the first of its kind.

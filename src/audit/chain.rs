@@ -93,6 +93,13 @@ impl Head {
         Self::after(&parse(line)?, line, begin + start as u64)
     }
 
+    /// Who wrote the last whole line of these octets; none if there is none.
+    pub(super) fn node_of_tail(octets: &[u8]) -> Option<String> {
+        let last = memchr::memrchr(b'\n', octets)?;
+        let start = memchr::memrchr(b'\n', &octets[..last]).map_or(0, |before| before + 1);
+        parse(&octets[start..last]).ok().map(|line| line.node)
+    }
+
     /// The head after a line whose first octet has that number.
     fn after(line: &Line, octets: &[u8], begin: u64) -> Result<Self, String> {
         let lines = line.sequence.checked_add(1).ok_or("its sequence is the last there is")?;

@@ -34,6 +34,13 @@ impl Entry {
         self
     }
 
+    /// The same without these details, which an entry before it has.
+    #[must_use]
+    pub(crate) fn without(mut self, names: &[&str]) -> Self {
+        self.details.retain(|name, _| !names.contains(&name.as_str()));
+        self
+    }
+
     /// The entry that tells how this act ended: same caller, act and details.
     #[must_use]
     pub fn ended(&self, outcome: Outcome) -> Self {

@@ -57,29 +57,30 @@ impl AuditKeeper {
         Self { auditor, hsm, key, registry, rules }
     }
 
-    /// Compares the log with the newest checkpoint that the public database has of it: a log that is shorter was cut off or is an old
-    /// copy, and is not gone on with unless the loss is accepted, which is recorded.
-    pub async fn compare(&self, accepted_loss: u64) -> Result<(), String> {
+    /// Compares the log with the newest checkpoint that the public database has of it, before anything is added: a log that does not have
+    /// the entry that it ends with was cut off, changed or put back from an older copy. It is not gone on with unless that very loss is
+    /// accepted, which is recorded.
+    pub async fn compare(&self, accepted_loss: Option<u64>) -> Result<(), String> {
         let log = self.auditor.log();
         let newest = self.registry.newest_audit(log.node()).await.map_err(|e| e.to_string())?;
         let Some((index, published)) = newest else { return Ok(()) };
-        let head = log.head().await.map_err(|e| e.to_string())?;
         let known = Checkpoint::verified(&published.note, &self.key.key)?.head;
-        let lost = known.entries.saturating_sub(head.entries);
-        let changed = known.entries == head.entries && known.hash != head.hash;
-        if lost == 0 && !changed {
+        let found = log.hash_of_line(known.entries).await.map_err(|e| e.to_string())?;
+        if known.entries == 0 || found == Some(known.hash) {
             return Ok(());
         }
-        if lost > accepted_loss || (changed && accepted_loss == 0) {
+        let kept = log.head().await.map_err(|e| e.to_string())?.entries;
+        if accepted_loss != Some(index) {
             return Err(format!(
-                "the audit log ends with entry {}, and the public database knows {} entries of it (its entry {index}): it was cut off or \
-                 changed, or is an old copy; put the newest one in its place, or accept the loss with accepted_loss = {} in [audit]",
-                head.entries,
-                known.entries,
-                lost.max(1)
+                "the audit log has {kept} entries, and not entry {} as entry {index} of the public database knows it: it was cut off or \
+                 changed, or is an old copy; put the newest one in its place, or accept the loss with accepted_loss = {index} in [audit]",
+                known.entries - 1
             ));
         }
-        let entry = Entry::new("sppd", "audit.loss", Outcome::Done).with("known", known.entries).with("index", index);
+        let entry = Entry::new("sppd", "audit.loss", Outcome::Done)
+            .with("index", index)
+            .with("known", known.entries)
+            .with("kept", kept);
         self.auditor.record(entry).await.map(drop).map_err(|e| e.to_string())
     }
 
@@ -105,11 +106,11 @@ impl AuditKeeper {
                 signed_at = Instant::now();
             }
         }
-        self.auditor.tell_repeats().await;
     }
 
     /// The last checkpoint of this life, after its last entry.
     pub async fn close(&self) {
+        self.auditor.tell_repeats().await;
         if tokio::time::timeout(LAST, self.checkpoint(Covered::default())).await.is_err() {
             tracing::warn!(
                 "the end of the audit log is not signed: the HSM or the public database did not answer in time"

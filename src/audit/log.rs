@@ -1,7 +1,7 @@
 //! The log as its one writer has it.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
-use std::io::{self, Write as _};
+use std::io::{self, BufRead as _, Read as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -11,8 +11,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::oneshot;
 
-use super::chain::{Head, TAIL};
+use super::chain::{Head, MAX_LINE, TAIL};
 use super::{AuditError, Entry, FILE, Outcome};
+use crate::keys::sha256;
 
 /// How long the lock is awaited: after a kill -9 the kernel may hold it for a moment.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
@@ -100,6 +101,25 @@ impl AuditLog {
         let head = move || shared.writer.lock().unwrap_or_else(PoisonError::into_inner).known.unwrap_or_default();
         let head = tokio::task::spawn_blocking(head).await.map_err(|e| AuditError::Interrupted(e.to_string()))?;
         Ok(LogHead { entries: head.lines, hash: head.hash })
+    }
+
+    /// SHA-256 of the line with that number, counted from 1; none if there are not so many. All before it is read.
+    pub(super) async fn hash_of_line(&self, number: u64) -> Result<Option<[u8; 32]>, AuditError> {
+        let path = self.shared.writer.lock().unwrap_or_else(PoisonError::into_inner).path.clone();
+        let read = move || -> Result<Option<[u8; 32]>, AuditError> {
+            let failed = |cause| AuditError::Failed { doing: "reading", path: path.clone(), cause: Arc::new(cause) };
+            let mut lines = io::BufReader::with_capacity(1 << 20, File::open(&path).map_err(failed)?);
+            let mut line = Vec::new();
+            for _ in 0..number {
+                line.clear();
+                let room = lines.by_ref().take(MAX_LINE as u64);
+                if { room }.read_until(b'\n', &mut line).map_err(failed)? == 0 {
+                    return Ok(None);
+                }
+            }
+            Ok(line.strip_suffix(b"\n").map(sha256))
+        };
+        tokio::task::spawn_blocking(read).await.map_err(|e| AuditError::Interrupted(e.to_string()))?
     }
 
     /// Whether the last write failed: what is about to be done could not be recorded.
@@ -245,7 +265,12 @@ impl Writer {
         let begin = end.saturating_sub(TAIL);
         let mut tail = vec![0; (end - begin) as usize];
         file.read_exact_at(&mut tail, begin).map_err(self.failed("reading"))?;
-        Head::of_tail(&tail, begin).map_err(|why| self.damaged(&why))
+        match Head::node_of_tail(&tail) {
+            Some(node) if node != self.node => {
+                Err(self.damaged(&format!("it is the log of the node {node}, not of {}", self.node)))
+            }
+            _ => Head::of_tail(&tail, begin).map_err(|why| self.damaged(&why)),
+        }
     }
 
     /// Appends lines, durably.

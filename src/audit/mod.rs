@@ -26,7 +26,7 @@ pub use entry::{Entry, Outcome, UnknownOutcome};
 pub use keeper::{AuditKeeper, CheckpointRules};
 pub use log::{AuditLog, LogHead};
 pub use read::{Entries, Recorded};
-pub use verify::{Published, Verified, verified_json, verify, verify_with};
+pub use verify::{Published, PublishedTrail, Trust, Verified, verified_json, verify, verify_with};
 
 /// The log's file in its directory.
 const FILE: &str = "audit.jsonl";

@@ -7,9 +7,10 @@ use std::path::Path;
 use serde_json::json;
 
 use super::chain::Head;
-use super::{AuditError, Checkpoint, Entries, Recorded};
+use super::{AuditError, Checkpoint, Entries, Outcome, Recorded};
 use crate::access::verify_statement;
-use crate::certificate::caller_of;
+use crate::certificate::{caller_of, verify_caller};
+use crate::keys::PublicKey;
 use crate::tlog::LogKey;
 
 /// A log whose chain is whole, and as it was signed.
@@ -65,26 +66,49 @@ pub struct Published {
     pub note: Vec<u8>,
 }
 
+/// All of them that a public database has of a node.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct PublishedTrail {
+    /// So many entries the public database has.
+    pub size: u64,
+    /// The checkpoints, in the order of their places.
+    pub found: Vec<Published>,
+}
+
+/// Whom and what a log is held against.
+#[derive(Default)]
+pub struct Trust {
+    /// The key of the public database, which signs checkpoints; without it none is looked at.
+    pub key: Option<LogKey>,
+    /// The keys that certify officers; without any, nobody's certificate is believed or doubted.
+    pub authorities: Vec<PublicKey>,
+    /// What the public database has.
+    pub published: Option<PublishedTrail>,
+    /// Entries of the public database whose checkpoints officers have given up as lost, as whoever verifies knows from them.
+    pub given_up: Vec<u64>,
+}
+
 /// Reads the whole log and says that its chain is whole, or at which line and why it is not.
 ///
 /// It finds a line that was changed, removed, added or moved, if any line follows it. It does not find that lines are missing at
 /// the end, that the last one was changed, or that everything was written anew from some line on: that takes [`verify_with`].
 pub fn verify(dir: &Path) -> Result<Verified, AuditError> {
-    verify_with(dir, None, &[])
+    verify_with(dir, &Trust::default())
 }
 
 /// The same, compared with everything that was ever signed of it: the checkpoints in it, and those in the public database. With the
 /// latter not even the newest entries can be missing, but for those that came after the last checkpoint.
-pub fn verify_with(dir: &Path, key: Option<&LogKey>, published: &[Published]) -> Result<Verified, AuditError> {
-    let mut found = FirstReading::default();
+pub fn verify_with(dir: &Path, trust: &Trust) -> Result<Verified, AuditError> {
+    let mut found = FirstReading::of(trust);
     let mut entries = Entries::open(dir)?;
     while let Some(entry) = entries.next_entry()? {
-        found.take(&entry, key).map_err(|why| entries.broken_at(entry.sequence, why))?;
+        found.take(&entry).map_err(|why| entries.broken_at(entry.sequence, why))?;
     }
     let not_as_signed = |why| AuditError::NotAsSigned { path: entries.path().to_owned(), why };
     let head = entries.head();
-    for one in published {
-        found.take_published(one, key).map_err(not_as_signed)?;
+    if let Some(published) = &trust.published {
+        found.must_be_whole(published).map_err(not_as_signed)?;
+        published.found.iter().try_for_each(|one| found.take_published(one)).map_err(not_as_signed)?;
     }
     found.must_end_at(head.lines()).map_err(not_as_signed)?;
     if !found.claims.is_empty() {
@@ -98,60 +122,132 @@ pub fn verify_with(dir: &Path, key: Option<&LogKey>, published: &[Published]) ->
 }
 
 /// What the log and the public database say of it.
-#[derive(Default)]
-struct FirstReading {
+struct FirstReading<'a> {
+    trust: &'a Trust,
     verified: Verified,
     node: Option<String>,
     /// How many entries, the hash of the last of them, and who says so.
     claims: BTreeMap<u64, Vec<([u8; 32], String)>>,
-    /// After how many entries a loss was given up, and up to which entry of the public database.
-    given_up: Vec<(u64, u64)>,
+    losses: Vec<Loss>,
+    /// The highest place in the public database that the log knows of.
+    published_at: Option<u64>,
 }
 
-impl FirstReading {
-    fn take(&mut self, entry: &Recorded, key: Option<&LogKey>) -> Result<(), String> {
-        self.node.get_or_insert_with(|| entry.node.clone());
-        if entry.act == "audit.checkpoint"
-            && let (Some(key), Some(note)) = (key, entry.details.get("note"))
-        {
-            let signed = Checkpoint::verified(note.as_bytes(), key).map_err(|e| format!("its checkpoint: {e}"))?;
-            self.claim(signed, &entry.node, format!("the checkpoint in entry {}", entry.sequence))?;
-            self.verified.signed += 1;
-        }
-        if entry.act == "audit.loss"
-            && let Some(index) = entry.details.get("index").and_then(|index| index.parse().ok())
-        {
-            self.given_up.push((entry.sequence, index));
-        }
-        self.take_statement(entry)
+/// Entries that the daemon was told to go on without.
+struct Loss {
+    sequence: u64,
+    /// Where the public database has the checkpoint of what is lost, and how many entries that covers.
+    index: u64,
+    known: u64,
+    /// So many entries were left.
+    kept: u64,
+}
+
+impl<'a> FirstReading<'a> {
+    fn of(trust: &'a Trust) -> Self {
+        let (verified, claims, losses) = (Verified::default(), BTreeMap::new(), Vec::new());
+        Self { trust, verified, node: None, claims, losses, published_at: None }
     }
 
-    /// What an officer has signed is signed by him.
-    fn take_statement(&mut self, entry: &Recorded) -> Result<(), String> {
-        let detail = |name: &str| entry.details.get(name);
-        let (Some(statement), Some(signature), Some(certificate)) =
-            (detail("statement"), detail("signature"), detail("certificate"))
-        else {
-            return Ok(());
-        };
-        let octets = |text: &str| hex::decode(text).map_err(|e| e.to_string());
-        let certificate = octets(certificate)?;
-        let of = caller_of(&certificate).map_err(|e| format!("the officer's certificate: {e}"))?.caller.to_string();
-        if of != entry.caller {
-            return Err(format!("it is of {}, and the certificate in it of {of}", entry.caller));
+    fn take(&mut self, entry: &Recorded) -> Result<(), String> {
+        let node = self.node.get_or_insert_with(|| entry.node.clone());
+        if *node != entry.node {
+            return Err(format!("it is of the node {}, and the log of {node}", entry.node));
         }
-        verify_statement(statement.as_bytes(), &octets(signature)?, &certificate)?;
+        let number = |name: &str| entry.details.get(name).and_then(|text| text.parse::<u64>().ok());
+        match entry.act.as_str() {
+            "audit.checkpoint" => {
+                self.published_at = self.published_at.max(number("index"));
+                self.take_checkpoint(entry)
+            }
+            "audit.loss" => {
+                let numbers = (number("index"), number("known"), number("kept"));
+                let (Some(index), Some(known), Some(kept)) = numbers else {
+                    return Err("it tells of a loss and not of which".to_owned());
+                };
+                self.losses.push(Loss { sequence: entry.sequence, index, known, kept });
+                Ok(())
+            }
+            act => match act.strip_prefix("approval.") {
+                Some(verb) if entry.outcome == Outcome::Begun => self.take_statement(entry, verb),
+                _ => Ok(()),
+            },
+        }
+    }
+
+    fn take_checkpoint(&mut self, entry: &Recorded) -> Result<(), String> {
+        let (Some(key), Some(note)) = (&self.trust.key, entry.details.get("note")) else { return Ok(()) };
+        let signed = Checkpoint::verified(note.as_bytes(), key).map_err(|e| format!("its checkpoint: {e}"))?;
+        self.claim(signed, &entry.node, format!("the checkpoint in entry {}", entry.sequence))?;
+        self.verified.signed += 1;
+        Ok(())
+    }
+
+    /// What an officer has signed is signed by him, and is what the entry says.
+    fn take_statement(&mut self, entry: &Recorded, verb: &str) -> Result<(), String> {
+        let detail = |name: &str| entry.details.get(name).ok_or_else(|| format!("it has no {name} of the officer"));
+        let octets = |text: &str| hex::decode(text).map_err(|e| e.to_string());
+        let (statement, certificate) = (detail("statement")?, octets(detail("certificate")?)?);
+        let of = match self.trust.authorities.as_slice() {
+            [] => caller_of(&certificate),
+            authorities => verify_caller(&certificate, authorities),
+        };
+        let of = of.map_err(|e| format!("the officer's certificate: {e}"))?;
+        if of.caller.to_string() != entry.caller {
+            return Err(format!("it is of {}, and the certificate in it of {}", entry.caller, of.caller));
+        }
+        if !(of.not_before..=of.not_after).contains(&entry.time) {
+            return Err(format!("the certificate of {} was not valid then", entry.caller));
+        }
+        for (name, value) in [
+            ("node", entry.node.as_str()),
+            ("verb", verb),
+            ("request", detail("request")?),
+            ("officer", of.caller.name()),
+        ] {
+            let line = format!("{name:<10}{value}");
+            if !statement.lines().any(|said| said == line) {
+                return Err(format!("the officer's statement does not say {line:?}"));
+            }
+        }
+        verify_statement(statement.as_bytes(), &octets(detail("signature")?)?, &certificate)?;
         self.verified.statements += 1;
         Ok(())
     }
 
-    fn take_published(&mut self, published: &Published, key: Option<&LogKey>) -> Result<(), String> {
-        let key = key.ok_or("the public key of the log is needed to read its checkpoints")?;
+    /// The public database has at least what the log knows of it, and each loss is one that it knows and that was given up.
+    fn must_be_whole(&self, published: &PublishedTrail) -> Result<(), String> {
+        if let Some(index) = self.published_at.filter(|index| *index >= published.size) {
+            let size = published.size;
+            return Err(format!(
+                "a checkpoint is in entry {index} of the public database, and what was read of that has {size} entries: it is an older copy"
+            ));
+        }
+        for loss in &self.losses {
+            let Loss { sequence, index, known, .. } = loss;
+            let knows = |one: &&Published| one.index == *index;
+            let checkpoint = published.found.iter().find(knows).zip(self.trust.key.as_ref());
+            let signed = checkpoint.and_then(|(one, key)| Checkpoint::verified(&one.note, key).ok());
+            if signed.is_none_or(|signed| signed.head.entries != *known) {
+                return Err(format!("entry {sequence} tells of a loss that the public database does not know"));
+            }
+            if !self.trust.given_up.contains(index) {
+                return Err(format!(
+                    "entry {sequence} says that entries up to {known} are lost and that was accepted: ask the officers, and if it is so, \
+                     confirm it with --given-up {index}"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn take_published(&mut self, published: &Published) -> Result<(), String> {
+        let key = self.trust.key.as_ref().ok_or("the public key of the log is needed to read its checkpoints")?;
         let at = format!("the checkpoint in entry {} of the public database", published.index);
         let signed = Checkpoint::verified(&published.note, key).map_err(|e| format!("{at}: {e}"))?;
         self.verified.published += 1;
-        let is_given_up = |&(after, index): &(u64, u64)| published.index <= index && signed.head.entries > after;
-        if self.given_up.iter().any(is_given_up) {
+        let is_given_up = |loss: &Loss| published.index <= loss.index && signed.head.entries > loss.kept;
+        if self.losses.iter().any(is_given_up) {
             self.verified.given_up += 1;
             return Ok(());
         }
@@ -218,7 +314,7 @@ mod tests {
     use super::super::FILE;
     use super::super::chain::{MAX_LINE, TOO_LONG};
     use super::*;
-    use crate::audit::{AuditLog, Entry, Outcome};
+    use crate::audit::{AuditLog, Entry};
 
     /// The lines of a log of six entries, and a way to verify others in their place.
     struct Case {

@@ -9,7 +9,7 @@ use clap::{CommandFactory as _, Parser};
 use clap_complete::Shell;
 use sd_notify::NotifyState;
 use spp::access::Desk;
-use spp::audit::{self, AuditKeeper, AuditLog, Auditor, CheckpointRules, Entry, Outcome};
+use spp::audit::{self, AuditKeeper, AuditLog, Auditor, CheckpointRules, Entry, Outcome, Trust};
 use spp::clock::Clock;
 use spp::config::DaemonConfig;
 use spp::connections::TlsInForce;
@@ -135,7 +135,6 @@ async fn serve(start: Start) -> Result<(), String> {
         Some(address) => Some(Metrics::bind(address).await.map_err(|e| e.to_string())?),
         None => None,
     };
-    record_start(&audit, &config.fingerprint).await?;
     let served = run(start, state, &audit, listening, metrics).await;
     tracing::info!("drained; goodbye");
     served
@@ -155,6 +154,7 @@ async fn run(
     let auditor = Arc::new(Auditor::new(Arc::clone(audit)));
     let keeper = Arc::new(audit_keeper(&config, &auditor, &hsm, &registry));
     keeper.compare(config.audit.accepted_loss).await?;
+    record_start(audit, &config).await?;
     let desk = Desk::open(state.clone(), hsm.clone(), config.authority.clone(), &config.node).await;
     let desk = Arc::new(desk.map_err(|e| e.to_string())?);
     settle(&desk, &config, audit).await?;
@@ -196,9 +196,8 @@ async fn run(
         }
         let _ = scraping.await;
     }
-    if *stop.borrow() {
-        let _ = watching.await;
-    }
+    // What it waits for may never answer; the last checkpoint has a limit of its own.
+    watching.abort();
     let served = served.map_err(|e| e.to_string());
     record_stop(audit, &served).await;
     keeper.close().await;
@@ -223,10 +222,13 @@ async fn settle(desk: &Desk, config: &DaemonConfig, audit: &AuditLog) -> Result<
 }
 
 /// A daemon whose start cannot be recorded does not start: nothing that it does could be.
-async fn record_start(audit: &AuditLog, configuration: &[u8; 32]) -> Result<(), String> {
+async fn record_start(audit: &AuditLog, config: &DaemonConfig) -> Result<(), String> {
     let entry = Entry::new("sppd", "start", Outcome::Done)
         .with("version", env!("CARGO_PKG_VERSION"))
-        .with("configuration", hex::encode(configuration));
+        .with("configuration", hex::encode(config.fingerprint))
+        .with("keys", hex::encode(config.hsms.keys().fingerprint()))
+        .with("profiles", config.profiles.keys().map(ToString::to_string).collect::<Vec<_>>().join(" "))
+        .with("stations", config.stations.count());
     audit.record(entry).await.map(drop).map_err(|e| e.to_string())
 }
 
@@ -335,7 +337,13 @@ async fn check(config: DaemonConfig) -> Result<(), String> {
     println!("public         {}: {records} records", config.store.public.display());
     let (node, key) = (config.node.clone(), config.registry.key.key.clone());
     let published = published_checkpoints(&config.store.public.display().to_string(), &key, &node)?;
-    let verified = audit::verify_with(&config.audit.directory, Some(&key), &published).map_err(|e| e.to_string())?;
+    let trust = Trust {
+        key: Some(key),
+        authorities: keys.access_keys(),
+        published: Some(published),
+        given_up: config.audit.accepted_loss.into_iter().collect(),
+    };
+    let verified = audit::verify_with(&config.audit.directory, &trust).map_err(|e| e.to_string())?;
     println!("audit log      {}: {verified}", config.audit.directory.display());
     let batches = secrets.batches().await.map_err(|e| e.to_string())?;
     for (kind, marks) in &config.key_pool.pools {

@@ -11,6 +11,7 @@ use crate::access::ApprovalRules;
 #[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
 pub(super) struct ApprovalsShape {
     revoke: u8,
+    enroll: u8,
     raise_quota: u8,
     change_rules: u8,
     destroy: u8,
@@ -21,16 +22,24 @@ pub(super) struct ApprovalsShape {
 
 impl Default for ApprovalsShape {
     fn default() -> Self {
-        let ApprovalRules { revoke, raise_quota, change_rules, destroy, rotate, valid_for } = ApprovalRules::default();
-        Self { revoke, raise_quota, change_rules, destroy, rotate, valid_for: Duration::from_secs(valid_for) }
+        let ApprovalRules { revoke, enroll, raise_quota, change_rules, destroy, rotate, valid_for } =
+            ApprovalRules::default();
+        Self { revoke, enroll, raise_quota, change_rules, destroy, rotate, valid_for: Duration::from_secs(valid_for) }
     }
 }
 
 impl ApprovalsShape {
     pub(super) fn check(self, place: &str, faults: &mut Faults) -> ApprovalRules {
-        let Self { revoke, raise_quota, change_rules, destroy, rotate, valid_for } = self;
-        let rules =
-            ApprovalRules { revoke, raise_quota, change_rules, destroy, rotate, valid_for: valid_for.as_secs() };
+        let Self { revoke, enroll, raise_quota, change_rules, destroy, rotate, valid_for } = self;
+        let rules = ApprovalRules {
+            revoke,
+            enroll,
+            raise_quota,
+            change_rules,
+            destroy,
+            rotate,
+            valid_for: valid_for.as_secs(),
+        };
         faults.note(format!("{place}: approvals"), rules.check());
         rules
     }

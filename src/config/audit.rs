@@ -18,8 +18,9 @@ pub struct AuditConfig {
     pub checkpoint_entries: u64,
     /// After so long, if there are any.
     pub checkpoint_every: Duration,
-    /// So many entries at the end are known to be lost: a log that was put back from an older copy is gone on with.
-    pub accepted_loss: u64,
+    /// What of the log the checkpoint in that entry of the public database covers and the log does not have is known to be lost: it is gone
+    /// on with.
+    pub accepted_loss: Option<u64>,
 }
 
 #[derive(Deserialize)]
@@ -29,7 +30,7 @@ pub(super) struct AuditShape {
     checkpoint_entries: u64,
     #[serde(with = "humantime_serde")]
     checkpoint_every: Duration,
-    accepted_loss: u64,
+    accepted_loss: Option<u64>,
 }
 
 impl Default for AuditShape {
@@ -38,7 +39,7 @@ impl Default for AuditShape {
             directory: PathBuf::from("audit"),
             checkpoint_entries: 10_000,
             checkpoint_every: Duration::from_secs(60),
-            accepted_loss: 0,
+            accepted_loss: None,
         }
     }
 }

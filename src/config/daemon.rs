@@ -271,14 +271,20 @@ fn load_profiles(directory: &Path, faults: &mut Faults) -> (Vec<ProfileName>, BT
     (names, profiles)
 }
 
-/// The key that signs access certificates, if the register has one.
+/// The key that signs access certificates: the newest of the register that has its certificate.
 fn load_authority(keys: &KeyRegister, faults: &mut Faults) -> Option<AccessAuthority> {
-    let key = keys.signing.iter().find(|key| key.use_ == SigningUse::Access)?;
+    let of_access = keys.signing.iter().rev().filter(|key| key.use_ == SigningUse::Access);
+    let key = of_access.clone().find(|key| key.certificate.exists()).or_else(|| of_access.last())?;
     let at = format!("access key {}", key.name);
-    let pem = std::fs::read_to_string(&key.certificate).map_err(|e| format!("{}: {e}", key.certificate.display()));
-    let pem = faults.note(&at, pem)?;
+    let hint = "for a key with a CSR, import the offline root's answer in a ceremony";
+    let pem = std::fs::read_to_string(&key.certificate);
+    let pem = faults.note(&at, pem.map_err(|e| format!("{}: {e}; {hint}", key.certificate.display())))?;
     let algorithm = SignatureAlgorithm::default_for(key.public_key.kind());
     let issuer = faults.note(&at, IssuerCertificate::from_pem(&pem, algorithm))?;
+    if issuer.public_key() != &key.public_key {
+        faults.add(&at, format!("{} is not the certificate of this key", key.certificate.display()));
+        return None;
+    }
     Some(AccessAuthority { key: key.name.clone(), issuer, pem })
 }
 

@@ -8,6 +8,7 @@ use serde::Deserialize;
 use super::daemon::{base_of, read_shape};
 use super::{Faults, store};
 use crate::hsm::{CheckpointKey, KeyRegister, SigningUse};
+use crate::keys::PublicKey;
 use crate::names::KeyName;
 use crate::registry::{LogSettings, Witness};
 use crate::store::StoreOptions;
@@ -104,6 +105,8 @@ pub struct RegistryAccess {
     pub key: LogKey,
     /// The certificates of the keys that sign device certificates, PEM files.
     pub issuers: Vec<PathBuf>,
+    /// The keys that certify callers.
+    pub callers: Vec<PublicKey>,
 }
 
 impl RegistryAccess {
@@ -116,9 +119,10 @@ impl RegistryAccess {
             let store = store::check(&shape.store, &place, base, &mut faults);
             let keys = faults.keep(KeyRegister::load(&shape.hsm.keys(base)))?;
             let key = check(shape.registry, &place, base, &keys, &mut faults)?.key.key;
+            let callers = keys.access_keys();
             let of_devices = keys.signing.into_iter().filter(|key| key.use_ == SigningUse::Device);
             let issuers = of_devices.map(|key| key.certificate).collect();
-            Some(Self { directory: store.public, options: store.public_options, key, issuers })
+            Some(Self { directory: store.public, options: store.public_options, key, issuers, callers })
         });
         faults.ok_or_all(access)
     }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::attributes::{KeyRole, Provenance};
 use super::kdf::Prf;
 use super::token::TokenIdentity;
-use crate::keys::PublicKey;
+use crate::keys::{PublicKey, sha256};
 use crate::names::KeyName;
 use crate::tlog::LogKey;
 
@@ -126,6 +126,17 @@ pub struct DestroyedKey {
 }
 
 impl KeyRegister {
+    /// The public keys that certify callers, those that were replaced included.
+    pub fn access_keys(&self) -> Vec<PublicKey> {
+        let access = self.signing.iter().filter(|key| key.use_ == SigningUse::Access);
+        access.map(|key| key.public_key.clone()).collect()
+    }
+
+    /// SHA-256 of all that it says.
+    pub fn fingerprint(&self) -> [u8; 32] {
+        sha256(self.to_toml().unwrap_or_default().as_bytes())
+    }
+
     /// Whether another token has the same keys, under whatever CKA_ID; the first difference if not.
     pub(super) fn agrees_with(&self, other: &Self) -> Result<(), String> {
         self.has_what(other, "is not there")?;

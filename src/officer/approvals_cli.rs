@@ -9,12 +9,13 @@ use clap::{Args, Subcommand};
 use serde_json::json;
 
 use super::ceremony_cli::act_of;
-use super::desk::{AtDesk, Seen, now};
+use super::desk::{AtDesk, Seen, now, request_in};
 use super::pool_cli::DaemonArgs;
 use super::status::StatusError;
 use super::text::{at, printable, table, trimmed};
 use crate::access::{Act, ApprovalRules, Quota, RequestId, Verdict};
 use crate::certificate::{Caller, Role};
+use crate::keys::sha256;
 use crate::names::StationName;
 use crate::proto;
 
@@ -78,6 +79,22 @@ pub enum RequestCommand {
         #[command(flatten)]
         ask: AskArgs,
     },
+    /// Let in an officer, or somebody who was revoked. Whoever it is has made the key, with `sppctl request`.
+    Enroll {
+        /// station, officer, auditor, back-office or monitor.
+        role: Role,
+        /// The caller's name.
+        name: String,
+        /// The certificate request (PKCS#10, PEM).
+        #[arg(long, value_name = "FILE")]
+        csr: PathBuf,
+        /// Days until the certificate ends.
+        #[arg(long, default_value_t = 365, value_parser = clap::value_parser!(u32).range(1..=3650))]
+        days: u32,
+        /// How long, and which daemon.
+        #[command(flatten)]
+        ask: AskArgs,
+    },
     /// Let a station begin more devices than its quota in force.
     Quota {
         /// The station's name.
@@ -97,6 +114,9 @@ pub enum RequestCommand {
         /// Approvals besides the request: revoking a caller.
         #[arg(long, value_name = "N")]
         revoke: Option<u8>,
+        /// Approvals besides the request: letting in an officer, or somebody who was revoked.
+        #[arg(long, value_name = "N")]
+        enroll: Option<u8>,
         /// Approvals besides the request: raising a quota.
         #[arg(long, value_name = "N")]
         raise_quota: Option<u8>,
@@ -154,15 +174,20 @@ impl RequestCommand {
     async fn run(self) -> Result<(), StatusError> {
         match self {
             Self::Revoke { role, name, reason, ask } => request_revocation(role, &name, reason, &ask).await,
+            Self::Enroll { role, name, csr, days, ask } => {
+                let csr_sha256 = hex::encode(sha256(&request_in(&csr)?));
+                request(&Act::Enroll { role, name, days, csr_sha256 }, &ask).await
+            }
             Self::Quota { station, devices_per_hour, devices_total, ask } => {
                 let quota = Quota { devices_per_hour, devices_total };
                 request(&Act::RaiseQuota { station, quota }, &ask).await
             }
-            Self::Rules { revoke, raise_quota, change_rules, destroy, rotate, longest, ask } => {
+            Self::Rules { revoke, enroll, raise_quota, change_rules, destroy, rotate, longest, ask } => {
                 let known = ask.connect().await?.approvals().await?.rules.unwrap_or_default();
                 let count = |new: Option<u8>, known: u32| new.unwrap_or(u8::try_from(known).unwrap_or(u8::MAX));
                 let rules = ApprovalRules {
                     revoke: count(revoke, known.revoke),
+                    enroll: count(enroll, known.enroll),
                     raise_quota: count(raise_quota, known.raise_quota),
                     change_rules: count(change_rules, known.change_rules),
                     destroy: count(destroy, known.destroy),
@@ -247,7 +272,7 @@ async fn list(daemon: &DaemonArgs, all: bool) -> Result<(), StatusError> {
 async fn show(id: RequestId, daemon: &DaemonArgs) -> Result<(), StatusError> {
     let mut desk = AtDesk::connect(&daemon.server, &daemon.tls).await?;
     let (node, approval) = (desk.approvals().await?.node, desk.approval(id).await?);
-    let seen = Seen::of(&node, &approval)?;
+    let seen = Seen::of(&node, &approval, &daemon.tls)?;
     match daemon.json {
         true => println!("{:#}", approval_json(&approval)),
         false => print!("{}", describe(&approval, &seen)),
@@ -258,7 +283,7 @@ async fn show(id: RequestId, daemon: &DaemonArgs) -> Result<(), StatusError> {
 async fn decide(id: RequestId, verdict: Verdict, daemon: &DaemonArgs) -> Result<(), StatusError> {
     let mut desk = AtDesk::connect(&daemon.server, &daemon.tls).await?;
     let (node, approval) = (desk.approvals().await?.node, desk.approval(id).await?);
-    let seen = Seen::of(&node, &approval)?;
+    let seen = Seen::of(&node, &approval, &daemon.tls)?;
     eprint!("{}", describe(&approval, &seen));
     must_be_meant(&verdict, &seen)?;
     let decided = desk.decide(&seen, &verdict).await?;
@@ -294,7 +319,7 @@ fn describe(approval: &proto::Approval, seen: &Seen) -> String {
         let _ = writeln!(text, "{name:<10} {value}");
     };
     row("request", &approval.id);
-    row("what", &printable(&approval.description));
+    row("what", &printable(&seen.act.to_string()));
     let left = approval.expires.map(seconds).map_or(0, |expires| expires.saturating_sub(now()));
     let expires = approval.expires.map(seconds).map_or_else(String::new, at);
     let left = humantime::format_duration(Duration::from_secs(left - left % 60));
@@ -330,14 +355,15 @@ fn seconds(time: prost_types::Timestamp) -> u64 {
 fn rules_text(rules: &proto::ApprovalRules) -> String {
     let valid = humantime::format_duration(Duration::from_secs(rules.valid_for_seconds));
     format!(
-        "approvals besides the request: revoke {}, raise-quota {}, change-rules {}, destroy {}, rotate {}; a request stands for {valid}",
-        rules.revoke, rules.raise_quota, rules.change_rules, rules.destroy, rules.rotate
+        "approvals besides the request: revoke {}, enroll {}, raise-quota {}, change-rules {}, destroy {}, rotate {}; a request stands for {valid}",
+        rules.revoke, rules.enroll, rules.raise_quota, rules.change_rules, rules.destroy, rules.rotate
     )
 }
 
 fn rules_json(rules: &proto::ApprovalRules) -> serde_json::Value {
     json!({
         "revoke": rules.revoke,
+        "enroll": rules.enroll,
         "raise_quota": rules.raise_quota,
         "change_rules": rules.change_rules,
         "destroy": rules.destroy,

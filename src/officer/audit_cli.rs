@@ -10,7 +10,8 @@ use std::time::Duration;
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::text::{at, moment, printable};
-use crate::audit::{self, Entries, Recorded};
+use crate::audit::{self, Entries, Recorded, Trust};
+use crate::certificate::IssuerCertificate;
 use crate::config::{AuditConfig, RegistryAccess};
 use crate::registry::published_checkpoints;
 use crate::tlog::{LogKey, TlogError};
@@ -82,8 +83,15 @@ pub struct VerifyAuditArgs {
     /// The public key of the public database, NAME.vkey of the ceremony, instead of the configuration's.
     #[arg(long, value_name = "FILE")]
     key: Option<PathBuf>,
+    /// The certificate of an access key, access-ca.pem of the ceremony: whoever it certifies is an officer. With --config those of its
+    /// register are known; may be given more than once.
+    #[arg(long, value_name = "FILE")]
+    access_ca: Vec<PathBuf>,
+    /// A loss that the officers have accepted, by the entry of the public database that knows of what is lost; may be given more than once.
+    #[arg(long, value_name = "INDEX")]
+    given_up: Vec<u64>,
     /// Look at the chain alone, not at signatures and the public database.
-    #[arg(long, conflicts_with_all = ["log", "key"])]
+    #[arg(long, conflicts_with_all = ["log", "key", "access_ca", "given_up"])]
     chain_only: bool,
     /// Tell it as JSON.
     #[arg(long)]
@@ -96,22 +104,9 @@ impl VerifyAuditArgs {
         let config = self.config.as_deref().map(AuditConfig::load).transpose().map_err(|e| e.to_string())?;
         let directory = self.directory.clone().or_else(|| config.as_ref().map(|config| config.directory.clone()));
         let directory = directory.ok_or("say which log: --config FILE or --directory DIR")?;
-        let found = match self.trust()? {
+        let found = match self.trust(config.as_ref(), &directory)? {
             None => audit::verify(&directory),
-            Some((key, place)) => {
-                let node = match config {
-                    Some(config) => Some(config.node),
-                    None => first_node(&directory)?,
-                };
-                let published = match place {
-                    Some(place) => {
-                        let node = node.ok_or("the log is empty, and only --config tells whose it is")?;
-                        published_checkpoints(&place, &key, &node)?
-                    }
-                    None => Vec::new(),
-                };
-                audit::verify_with(&directory, Some(&key), &published)
-            }
+            Some(trust) => audit::verify_with(&directory, &trust),
         };
         if self.json {
             println!("{:#}", audit::verified_json(&found));
@@ -123,19 +118,40 @@ impl VerifyAuditArgs {
         Ok(())
     }
 
-    /// The key of the checkpoints, and where the public database is; none if the chain alone is looked at.
-    fn trust(&self) -> Result<Option<(LogKey, Option<String>)>, String> {
+    /// What it is held against; none if the chain alone is looked at.
+    fn trust(&self, config: Option<&AuditConfig>, directory: &Path) -> Result<Option<Trust>, String> {
         if self.chain_only {
             return Ok(None);
         }
-        if let Some(path) = &self.key {
-            let key = std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?;
-            let key = key.trim().parse().map_err(|e: TlogError| format!("{}: {e}", path.display()))?;
-            return Ok(Some((key, self.log.clone())));
+        let access = self.config.as_deref().map(RegistryAccess::load).transpose().map_err(|e| e.to_string())?;
+        let key = match &self.key {
+            Some(path) => {
+                let key = std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?;
+                Some(key.trim().parse().map_err(|e: TlogError| format!("{}: {e}", path.display()))?)
+            }
+            None => access.as_ref().map(|access| access.key.clone()),
+        };
+        let key: LogKey =
+            key.ok_or("say whose checkpoints: --key FILE, or --config FILE; or look at the --chain-only")?;
+        let place = self.log.clone().or_else(|| access.as_ref().map(|access| access.directory.display().to_string()));
+        let published = match place {
+            Some(place) => {
+                let node = match config {
+                    Some(config) => Some(config.node.clone()),
+                    None => first_node(directory)?,
+                };
+                let node = node.ok_or("the log is empty, and only --config tells whose it is")?;
+                Some(published_checkpoints(&place, &key, &node)?)
+            }
+            None => None,
+        };
+        let mut authorities = access.map(|access| access.callers).unwrap_or_default();
+        for path in &self.access_ca {
+            let pem = std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?;
+            let authority = IssuerCertificate::from_pem_alone(&pem).map_err(|e| format!("{}: {e}", path.display()))?;
+            authorities.push(authority.public_key().clone());
         }
-        let Some(config) = &self.config else { return Ok(None) };
-        let access = RegistryAccess::load(config).map_err(|e| e.to_string())?;
-        Ok(Some((access.key, Some(access.directory.display().to_string()))))
+        Ok(Some(Trust { key: Some(key), authorities, published, given_up: self.given_up.clone() }))
     }
 }
 

@@ -10,9 +10,9 @@ use tonic::transport::Channel;
 use super::files::{make_directory, must_be_new, replace, write_new, write_new_private};
 use super::status::{StatusError, connect_access, refused, with_deadline};
 use crate::access::{Act, RequestId, Statement, Verdict, verify_statement};
-use crate::certificate::{Caller, access_request, caller_of};
+use crate::certificate::{Caller, IssuerCertificate, access_request, caller_of, verify_caller};
 use crate::config::open_private;
-use crate::keys::TlsKey;
+use crate::keys::{PublicKey, TlsKey};
 use crate::names::OfficerName;
 use crate::proto;
 use crate::proto::access_client::AccessClient;
@@ -206,12 +206,13 @@ pub(super) struct Seen {
 
 impl Seen {
     /// Puts the officer's statement together from what is shown, and verifies his signature over it: the daemon is not believed.
-    pub(super) fn of(node: &str, approval: &proto::Approval) -> Result<Self, StatusError> {
+    pub(super) fn of(node: &str, approval: &proto::Approval, tls: &Path) -> Result<Self, StatusError> {
         let wrong = |why: String| StatusError::Unfit(format!("the request {}: {why}", approval.id));
         let id: RequestId = approval.id.parse().map_err(|e: crate::names::NameError| wrong(e.to_string()))?;
         let act = Act::from_json(&approval.act).map_err(wrong)?;
         let requested = approval.requested.as_ref().ok_or_else(|| wrong("it is not signed".to_owned()))?;
-        let certificate = caller_of(&requested.certificate).map_err(|e| wrong(e.to_string()))?;
+        let certificate =
+            verify_caller(&requested.certificate, &[authority_of(tls)?]).map_err(|e| wrong(e.to_string()))?;
         let Caller::Officer(officer) = certificate.caller else {
             return Err(wrong("it is not signed by an officer".to_owned()));
         };
@@ -253,6 +254,15 @@ fn certificate_of(tls: &Path) -> Result<Vec<u8>, StatusError> {
     Ok(der)
 }
 
+/// Who certifies callers.
+fn authority_of(tls: &Path) -> Result<PublicKey, StatusError> {
+    let path = tls.join("ca.pem");
+    let failed = |e: &dyn std::fmt::Display| StatusError::Tls(format!("{}: {e}", path.display()));
+    let pem = std::fs::read_to_string(&path).map_err(|e| failed(&e))?;
+    let authority = IssuerCertificate::from_pem_alone(&pem).map_err(|e| failed(&e))?;
+    Ok(authority.public_key().clone())
+}
+
 fn key_of(tls: &Path) -> Result<TlsKey, StatusError> {
     let path = tls.join("key.pem");
     let failed = |e: &dyn std::fmt::Display| StatusError::Tls(format!("{}: {e}", path.display()));
@@ -262,7 +272,8 @@ fn key_of(tls: &Path) -> Result<TlsKey, StatusError> {
     TlsKey::from_pem(pem).map_err(|e| failed(&e))
 }
 
-fn request_in(path: &Path) -> Result<Vec<u8>, StatusError> {
+/// The request (PKCS#10, DER) in a file of PEM.
+pub(super) fn request_in(path: &Path) -> Result<Vec<u8>, StatusError> {
     let failed = |e: &dyn std::fmt::Display| StatusError::Unfit(format!("{}: {e}", path.display()));
     let pem = std::fs::read(path).map_err(|e| failed(&e))?;
     crate::certificate::verify_csr_pem(&pem).map_err(|e| failed(&e))?;

@@ -12,9 +12,13 @@ pub(super) fn moment(text: &str) -> Result<u64, String> {
     Ok(parsed.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()))
 }
 
+/// Of the year 9999: later ones have no RFC 3339 form.
+const LAST_SECOND: u64 = 253_402_300_799;
+
 /// A moment in UTC, as [`moment`] reads it.
 pub(super) fn at(seconds: u64) -> String {
-    humantime::format_rfc3339_seconds(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)).to_string()
+    humantime::format_rfc3339_seconds(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds.min(LAST_SECOND)))
+        .to_string()
 }
 
 /// A time in its two largest units.

@@ -3,6 +3,8 @@
 use super::restart::Step;
 use super::{FieldViolation, Order, ProvisionError, Provisioner};
 use crate::certificate::{KeyPairRule, Profile, Sealing};
+use crate::keys::PublicKey;
+use crate::names::ProfileName;
 use crate::package::TransportPublicKey;
 use crate::store::{Intent, Issued, PublishedRecord, Session, SessionState, TakenUp};
 
@@ -92,13 +94,26 @@ impl Provisioner {
 
 /// Everything in the order that does not fit its profile, told at once.
 pub(super) fn misfits(profile: &Profile, order: &Order) -> Vec<FieldViolation> {
-    let name = &order.profile;
+    let mut misfits = Vec::new();
+    if !profile.allows(&order.identity) {
+        let problem = format!("the profile {} does not take {} identities", order.profile, order.identity.kind());
+        misfits.push(FieldViolation::new("identity", problem));
+    }
+    let sealed = order.transport_key.is_some();
+    misfits.extend(misfits_beside_identity(profile, &order.profile, order.own_key.as_ref(), sealed));
+    misfits
+}
+
+/// The same of an order whose identity is not known yet.
+pub(super) fn misfits_beside_identity(
+    profile: &Profile,
+    name: &ProfileName,
+    own_key: Option<&PublicKey>,
+    sealed: bool,
+) -> Vec<FieldViolation> {
     let mut misfits = Vec::new();
     let mut misfit = |field, problem: String| misfits.push(FieldViolation::new(field, problem));
-    if !profile.allows(&order.identity) {
-        misfit("identity", format!("the profile {name} does not take {} identities", order.identity.kind()));
-    }
-    match (profile.key_pair(), &order.own_key) {
+    match (profile.key_pair(), own_key) {
         (KeyPairRule::Csr { .. }, None) => {
             misfit("csr", format!("the profile {name} needs a PKCS#10 request by the device"));
         }
@@ -110,7 +125,7 @@ pub(super) fn misfits(profile: &Profile, order: &Order) -> Vec<FieldViolation> {
         }
         _ => {}
     }
-    if profile.sealing() == Sealing::Required && order.transport_key.is_none() {
+    if profile.sealing() == Sealing::Required && !sealed {
         misfit("transport_key", format!("the profile {name} seals its packages: the chip's transport key is needed"));
     }
     misfits

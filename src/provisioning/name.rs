@@ -53,7 +53,7 @@ impl Provisioner {
         if let Some(published) = record {
             return Ok(published.record.identity);
         }
-        let permitted = rules.identities_for(&wanted.station, &wanted.profile)?;
+        let permitted = rules.admit_unnamed(wanted)?;
         let mut taken = None;
         for _ in 0..PASSED_OVER {
             let Wanted { station, chip, profile, .. } = wanted;

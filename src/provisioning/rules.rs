@@ -3,8 +3,8 @@
 
 use std::collections::BTreeMap;
 
-use super::admit::misfits;
-use super::{Issuer, Order, Product, ProvisionError};
+use super::admit::{misfits, misfits_beside_identity};
+use super::{Issuer, Order, Product, ProvisionError, Wanted};
 use crate::certificate::{IssuerCertificate, Profile};
 use crate::config::{DaemonConfig, NotPermitted, Stations};
 use crate::names::{DeviceIdentity, KeyName, ProfileName, StationName};
@@ -51,17 +51,25 @@ impl Rules {
         self.stations.confinement(station)
     }
 
-    /// What identities begin with that the station may give to that profile.
-    pub(super) fn identities_for(
-        &self,
-        station: &StationName,
-        profile: &ProfileName,
-    ) -> Result<Vec<String>, NotPermitted> {
+    /// Checks everything of an order that has no identity yet, so that none is given out in vain; and tells what those begin with that the
+    /// station may give out.
+    pub(super) fn admit_unnamed(&self, wanted: &Wanted) -> Result<Vec<String>, ProvisionError> {
+        let Wanted { station, profile: name, own_key, transport_key, .. } = wanted;
+        let product = self.product(name)?;
         let (profiles, identities) = self.confinement(station).ok_or_else(|| NotPermitted::Unknown(station.clone()))?;
-        match profiles.contains(profile) {
-            true => Ok(identities),
-            false => Err(NotPermitted::Profile(station.clone(), profile.clone())),
+        if !profiles.contains(name) {
+            return Err(NotPermitted::Profile(station.clone(), name.clone()).into());
         }
+        let misfits = misfits_beside_identity(&product.profile, name, own_key.as_ref(), transport_key.is_some());
+        if misfits.is_empty() { Ok(identities) } else { Err(ProvisionError::Invalid(misfits)) }
+    }
+
+    fn product(&self, name: &ProfileName) -> Result<&Product, ProvisionError> {
+        self.products.get(name).ok_or_else(|| {
+            let known: Vec<_> = self.profiles().map(ToString::to_string).collect();
+            let problem = format!("there is no profile {name}; there are: {}", known.join(", "));
+            ProvisionError::invalid("profile", problem)
+        })
     }
 
     /// Whether there is such a profile, and it takes such an identity.
@@ -71,11 +79,7 @@ impl Rules {
 
     /// Checks the order against the station's confinement and the profile.
     pub(super) fn admit_order(&self, order: &Order) -> Result<&Product, ProvisionError> {
-        let product = self.products.get(&order.profile).ok_or_else(|| {
-            let known: Vec<_> = self.profiles().map(ToString::to_string).collect();
-            let problem = format!("there is no profile {}; there are: {}", order.profile, known.join(", "));
-            ProvisionError::invalid("profile", problem)
-        })?;
+        let product = self.product(&order.profile)?;
         self.stations.permit(&order.station, &order.profile, &order.identity)?;
         let misfits = misfits(&product.profile, order);
         if misfits.is_empty() { Ok(product) } else { Err(ProvisionError::Invalid(misfits)) }

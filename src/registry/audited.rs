@@ -2,7 +2,7 @@
 
 use super::files::BUNDLE;
 use super::source::{LogSource, SourceError, open_source};
-use crate::audit::Published;
+use crate::audit::{Published, PublishedTrail};
 use crate::store::{AuditCheckpoint, LogEntry};
 use crate::tlog::{LogKey, SignedCheckpoint, TileId, TileKind, TlogError, Tree, bundle, leaf_hash};
 
@@ -41,15 +41,16 @@ pub enum AuditTrailError {
     },
 }
 
-/// The audit checkpoints of a node in a log, the daemon's directory, a mirror or a web address, for those who verify the audit log.
-/// A log without a checkpoint of its own has none.
-pub fn published_checkpoints(place: &str, key: &LogKey, node: &str) -> Result<Vec<Published>, String> {
+/// The audit checkpoints of a node in a log, the daemon's directory, a mirror or a web address, for those who verify the audit log. A
+/// log that has no checkpoint at all yet has none of them, and nothing else excuses what is missing.
+pub fn published_checkpoints(place: &str, key: &LogKey, node: &str) -> Result<PublishedTrail, String> {
     let mut source = open_source(place, key, None).map_err(|e| e.to_string())?;
-    let trail = match audit_checkpoints(&mut *source, key, node, &mut |_, _| {}) {
-        Err(AuditTrailError::Source(SourceError::Missing(_))) => return Ok(Vec::new()),
-        trail => trail.map_err(|e| e.to_string())?,
-    };
-    Ok(trail.found.into_iter().map(|(index, checkpoint)| Published { index, note: checkpoint.note }).collect())
+    if let Err(SourceError::Missing(_)) = source.checkpoint() {
+        return Ok(PublishedTrail::default());
+    }
+    let trail = audit_checkpoints(&mut *source, key, node, &mut |_, _| {}).map_err(|e| e.to_string())?;
+    let found = trail.found.into_iter().map(|(index, checkpoint)| Published { index, note: checkpoint.note });
+    Ok(PublishedTrail { size: trail.checkpoint.size(), found: found.collect() })
 }
 
 /// Reads every entry of a log, a daemon's directory or a mirror, and gives the audit checkpoints of a node. The log's checkpoint must be

@@ -6,16 +6,35 @@ use tonic::{Request, Response, Status, async_trait};
 
 use super::door::{Act, Door};
 use super::{callers, desk};
-use crate::access::Desk;
+use crate::access::{self, AccessError, Desk};
+use crate::audit::{Auditor, Entry, Outcome};
 use crate::certificate::Caller;
+use crate::keys::sha256;
 use crate::proto;
 use crate::proto::access_server::Access;
-use crate::provisioning::Provisioner;
+use crate::provisioning::{ProvisionError, Provisioner};
 
 pub(super) struct AccessService {
     pub(super) desk: Arc<Desk>,
     pub(super) provisioner: Arc<Provisioner>,
+    pub(super) auditor: Arc<Auditor>,
     pub(super) door: Door,
+}
+
+/// What an officer signed is on record, whole, before it counts; and then how it stands.
+async fn on_record(
+    auditor: &Auditor,
+    begun: Entry,
+    work: impl Future<Output = Result<access::Request, AccessError>>,
+) -> Result<access::Request, ProvisionError> {
+    auditor.record(begun.clone()).await?;
+    let done = work.await.map_err(ProvisionError::from);
+    let ended = match &done {
+        Ok(request) => begun.ended(Outcome::Done).with("state", request.state.name()),
+        Err(error) => begun.ended(Outcome::Refused(error.to_string())),
+    };
+    auditor.record(ended.without(desk::SIGNED)).await?;
+    done
 }
 
 #[async_trait]
@@ -39,16 +58,17 @@ impl Access for AccessService {
         &self,
         request: Request<proto::EnrollCallerRequest>,
     ) -> Result<Response<proto::EnrollCallerResponse>, Status> {
-        let (officer, desk) = (Caller::Officer(callers::officer(&request)?), Arc::clone(&self.desk));
+        let (officer, desk) = (callers::officer(&request)?, Arc::clone(&self.desk));
         let asked = request.get_ref();
-        let act = Act::new("Access.EnrollCaller", "caller.enroll", &officer)
+        let act = Act::new("Access.EnrollCaller", "caller.enroll", &Caller::Officer(officer.clone()))
+            .with("csr_sha256", hex::encode(sha256(&asked.csr)))
             .with("role", &asked.role)
             .with("name", &asked.name)
             .announced()
             .tell(|made: &proto::EnrollCallerResponse| desk::told_of_certificate(made.certificate.as_ref()));
         let work = async move {
-            let (caller, life) = desk::enrolment(request.get_ref())?;
-            let made = desk.enroll(caller, &request.get_ref().csr, life, &officer).await?;
+            let (caller, days) = desk::enrolment(request.get_ref())?;
+            let made = desk.enroll(caller, &request.get_ref().csr, days, &officer).await?;
             Ok(proto::EnrollCallerResponse { certificate: Some(desk::certificate(made)) })
         };
         self.door.act(act, work).await
@@ -69,20 +89,16 @@ impl Access for AccessService {
         request: Request<proto::RequestApprovalRequest>,
     ) -> Result<Response<proto::RequestApprovalResponse>, Status> {
         let (officer, certificate) = (callers::officer(&request)?, callers::certificate_der(&request)?);
-        let desk = Arc::clone(&self.desk);
-        let act = Act::new("Access.RequestApproval", "approval.request", &Caller::Officer(officer.clone()))
-            .with("request", hex::encode(&request.get_ref().id))
-            .announced()
-            .tell(|filed: &proto::RequestApprovalResponse| {
-                let approval = filed.approval.as_ref();
-                desk::told_of_signature(approval, approval.and_then(|approval| approval.requested.as_ref()))
-            });
+        let (desk, auditor, caller) =
+            (Arc::clone(&self.desk), Arc::clone(&self.auditor), Caller::Officer(officer.clone()));
+        let by = caller.to_string();
         let work = async move {
-            let asked = desk::asked(officer, certificate, request.into_inner())?;
-            let filed = desk.request(asked).await?;
+            let ready = desk.prepare_request(desk::asked(officer, certificate, request.into_inner())?).await?;
+            let entry = desk::entry_of_statement(&caller, "approval.request", ready.id, &ready.act, &ready.requested);
+            let filed = on_record(&auditor, entry, desk.file(ready)).await?;
             Ok(proto::RequestApprovalResponse { approval: Some(desk::approval(filed, desk.now())) })
         };
-        self.door.act(act, work).await
+        self.door.call("Access.RequestApproval", by, work).await
     }
 
     async fn list_approvals(
@@ -118,19 +134,19 @@ impl Access for AccessService {
         request: Request<proto::DecideApprovalRequest>,
     ) -> Result<Response<proto::DecideApprovalResponse>, Status> {
         let (officer, certificate) = (callers::officer(&request)?, callers::certificate_der(&request)?);
-        let (desk, asked) = (Arc::clone(&self.desk), request.get_ref());
-        let name = if asked.approve { "approval.approve" } else { "approval.reject" };
-        let act = Act::new("Access.DecideApproval", name, &Caller::Officer(officer.clone()))
-            .with("request", hex::encode(&asked.id))
-            .with("reason", &asked.reason)
-            .announced()
-            .tell(|decided: &proto::DecideApprovalResponse| desk::told_of_decision(decided.approval.as_ref()));
+        let (desk, auditor, caller) =
+            (Arc::clone(&self.desk), Arc::clone(&self.auditor), Caller::Officer(officer.clone()));
+        let by = caller.to_string();
         let work = async move {
-            let (id, verdict) = desk::decision(request.get_ref())?;
-            let decided = desk.decide(officer, &certificate, id, verdict, &request.get_ref().signature).await?;
+            let asked = request.into_inner();
+            let (id, verdict) = desk::decision(&asked)?;
+            let ready = desk.prepare_decision(officer, &certificate, id, verdict, &asked.signature).await?;
+            let act = if asked.approve { "approval.approve" } else { "approval.reject" };
+            let entry = desk::entry_of_statement(&caller, act, id, &ready.act, &ready.signed);
+            let decided = on_record(&auditor, entry.with("reason", asked.reason), desk.decide(ready)).await?;
             Ok(proto::DecideApprovalResponse { approval: Some(desk::approval(decided, desk.now())) })
         };
-        self.door.act(act, work).await
+        self.door.call("Access.DecideApproval", by, work).await
     }
 
     async fn use_approval(

@@ -1,6 +1,7 @@
 //! Who calls: the role and name in the client certificate, which the door has looked at ([`super::roles`]).
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use tonic::codegen::http;
@@ -19,8 +20,15 @@ pub(super) fn any<T>(request: &Request<T>) -> Result<Caller, Status> {
 
 /// What its certificate says.
 pub(super) fn certificate<T>(request: &Request<T>) -> Result<CallerCertificate, Status> {
-    let certificate = request.extensions().get::<CallerCertificate>();
-    certificate.cloned().ok_or_else(|| nobody("no door was passed".to_owned()))
+    let (certificate, standing) =
+        (request.extensions().get::<CallerCertificate>(), request.extensions().get::<Arc<Standing>>());
+    let (certificate, standing) = certificate.zip(standing).ok_or_else(|| nobody("no door was passed".to_owned()))?;
+    // A message may end long after its head, which the door has looked at.
+    if standing.is_revoked(certificate) {
+        let revoked = NoCaller::Revoked(certificate.caller.clone());
+        return Err(refusal(Code::Unauthenticated, revoked.reason(), revoked.to_string()));
+    }
+    Ok(certificate.clone())
 }
 
 /// The certificate itself.

@@ -6,6 +6,7 @@ use crate::access::{
     self, ApprovalRules, Asked, Desk, Enrolled, IdentityRange, LoadedRange, MAX_REASON_LEN, RequestId, RequestState,
     Signed, StationUse, Verdict,
 };
+use crate::audit::{Entry, Outcome};
 use crate::certificate::Caller;
 use crate::names::{DeviceIdentity, OfficerName, ProfileName};
 use crate::proto;
@@ -13,7 +14,6 @@ use crate::provisioning::{ProvisionError, Provisioner};
 
 /// Longest content of a request.
 const MAX_ACT_LEN: usize = 40 * 1024;
-const DAY: u64 = 24 * 60 * 60;
 /// Most keys of one ceremony that are told one by one.
 const MAX_ACTS: usize = 64;
 
@@ -79,6 +79,7 @@ fn officer_signature(signed: Signed) -> proto::OfficerSignature {
 pub(super) fn rules(rules: &ApprovalRules) -> proto::ApprovalRules {
     proto::ApprovalRules {
         revoke: rules.revoke.into(),
+        enroll: rules.enroll.into(),
         raise_quota: rules.raise_quota.into(),
         change_rules: rules.change_rules.into(),
         destroy: rules.destroy.into(),
@@ -87,31 +88,28 @@ pub(super) fn rules(rules: &ApprovalRules) -> proto::ApprovalRules {
     }
 }
 
-/// What the audit log keeps of a signature: all that verifies it ever after.
-pub(super) fn told_of_signature(
-    approval: Option<&proto::Approval>,
-    signature: Option<&proto::OfficerSignature>,
-) -> Vec<(&'static str, String)> {
-    let of_approval =
-        approval.map(|approval| [("act", approval.description.clone()), ("state", approval.state.clone())]);
-    let of_signature = signature.map(|signed| {
-        let (signature, certificate) = (hex::encode(&signed.signature), hex::encode(&signed.certificate));
-        [("statement", signed.statement.clone()), ("signature", signature), ("certificate", certificate)]
-    });
-    of_approval.into_iter().flatten().chain(of_signature.into_iter().flatten()).collect()
+/// The details of an entry that an officer's signature is verified with ever after.
+pub(super) const SIGNED: &[&str] = &["statement", "signature", "certificate"];
+
+/// An entry with all that an officer has signed.
+pub(super) fn entry_of_statement(
+    caller: &Caller,
+    name: &'static str,
+    id: RequestId,
+    act: &access::Act,
+    signed: &Signed,
+) -> Entry {
+    let (signature, certificate) = (hex::encode(&signed.signature), hex::encode(&signed.certificate));
+    let values = [signed.statement.as_str(), &signature, &certificate];
+    let entry = Entry::new(caller, name, Outcome::Begun).with("request", id).with("act", act);
+    SIGNED.iter().zip(values).fold(entry, |entry, (name, value)| entry.with(name, value))
 }
 
-/// The newest word on a request is the decision that was just taken.
-pub(super) fn told_of_decision(approval: Option<&proto::Approval>) -> Vec<(&'static str, String)> {
-    let newest = approval.and_then(|approval| approval.rejected.as_ref().or_else(|| approval.approvals.last()));
-    told_of_signature(approval, newest)
-}
-
-pub(super) fn enrolment(request: &proto::EnrollCallerRequest) -> Result<(Caller, u64), ProvisionError> {
+pub(super) fn enrolment(request: &proto::EnrollCallerRequest) -> Result<(Caller, u32), ProvisionError> {
     let role = request.role.parse().map_err(|e| ProvisionError::invalid("role", e))?;
     let caller = Caller::new(role, &request.name).map_err(|e| ProvisionError::invalid("name", e))?;
     match request.days {
-        days @ 1..=3650 => Ok((caller, u64::from(days) * DAY)),
+        days @ 1..=3650 => Ok((caller, days)),
         days => Err(ProvisionError::invalid("days", format!("{days} is not from 1 to 3650"))),
     }
 }

@@ -70,7 +70,8 @@ impl Door {
         T: Send + 'static,
         F: Future<Output = Result<T, ProvisionError>> + Send + 'static,
     {
-        let not_begun = |error: &ProvisionError| matches!(error, ProvisionError::Invalid(_));
+        let not_begun =
+            |error: &ProvisionError| matches!(error, ProvisionError::Invalid(_) | ProvisionError::HouseFull(_));
         self.call_recording(method, caller.to_string(), not_begun, work).await
     }
 
@@ -88,8 +89,10 @@ impl Door {
         let (place, places) = (Arc::clone(&self.free).try_acquire_owned(), self.places);
         let (auditor, refusal) = (self.auditor.clone(), Entry::new(&caller, method, Outcome::Begun));
         call(method, caller, async move {
-            let _place = place.map_err(|_| ProvisionError::HouseFull(places))?;
-            let done = work.await;
+            let done = match place {
+                Ok(_place) => work.await,
+                Err(_) => Err(ProvisionError::HouseFull(places)),
+            };
             if let (Err(error), Some(auditor)) = (&done, &auditor)
                 && is_recorded(error)
             {
@@ -112,8 +115,12 @@ impl Door {
         let (place, places) = (Arc::clone(&self.free).try_acquire_owned(), self.places);
         let auditor = self.auditor.clone();
         call(method, caller, async move {
-            let _place = place.map_err(|_| ProvisionError::HouseFull(places))?;
             let Some(auditor) = auditor else { return work.await };
+            let Ok(_place) = place else {
+                let full = ProvisionError::HouseFull(places);
+                record_refusal(&auditor, &entry, &full).await;
+                return Err(full);
+            };
             auditor.ready().await?;
             if announced {
                 auditor.record(entry.ended(Outcome::Begun)).await?;
@@ -125,6 +132,7 @@ impl Door {
                     Ok(done)
                 }
                 Err(error) if announced => {
+                    auditor.count_refusal(reason_of(&error));
                     auditor.record(entry.ended(outcome_of(&error))).await?;
                     Err(error)
                 }

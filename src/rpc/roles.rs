@@ -83,6 +83,7 @@ impl Guard {
             NotServed::Unknown => Status::unimplemented(format!("there is no method {method}")),
         })?;
         request.extensions_mut().insert(certificate);
+        request.extensions_mut().insert(Arc::clone(&self.standing));
         Ok(request)
     }
 

@@ -96,27 +96,32 @@ impl Listening {
         let (reporter, health) = tonic_health::server::health_reporter();
         let reporting = tokio::spawn(health::report(reporter, Arc::clone(provisioner)));
         let auditor = &Arc::clone(&house.auditor);
-        let line = LineServer::new(LineService { provisioner: Arc::clone(provisioner), door: Door::line(auditor) })
+        let of_line = Door::line(auditor);
+        let line = LineServer::new(LineService { provisioner: Arc::clone(provisioner), door: of_line.clone() })
             .max_decoding_message_size(MAX_REQUEST);
-        let (door, for_access) = (Door::officer(auditor), Arc::clone(provisioner));
+        let door = Door::officer(auditor);
         let (desk, audit) = (Arc::clone(&house.desk), Arc::clone(auditor.log()));
         let production = ProductionService { provisioner: Arc::clone(provisioner), door: door.clone(), audit };
         let production = ProductionServer::new(production).max_decoding_message_size(MAX_REQUEST);
         let officer = OfficerService { provisioner: Arc::clone(provisioner), house, door: door.clone() };
         let officer = OfficerServer::new(officer).max_decoding_message_size(MAX_REQUEST);
         let guard = Guard { standing: Arc::clone(desk.standing()), auditor: Arc::clone(auditor) };
-        let access = AccessServer::new(AccessService { desk, provisioner: for_access, door })
-            .max_decoding_message_size(MAX_REQUEST);
+        // A door of its own for each listener: renewals of stations hold up no officer.
+        let access = |door| {
+            let (desk, provisioner, auditor) = (Arc::clone(&desk), Arc::clone(provisioner), Arc::clone(auditor));
+            AccessServer::new(AccessService { desk, provisioner, auditor, door }).max_decoding_message_size(MAX_REQUEST)
+        };
         let recovery =
             RecoveryServer::new(RecoveryService { provisioner: Arc::clone(provisioner), door: Door::public() })
                 .max_decoding_message_size(MAX_REQUEST);
 
-        let door = || {
+        let guarded = || {
             let guard = guard.clone();
             FilterLayer::new(move |request: http::Request<tonic::body::Body>| guard.admit(request))
         };
-        let stations = builder().layer(door()).add_service(line).add_service(access.clone());
-        let officers = builder().layer(door()).add_service(officer).add_service(access).add_service(production);
+        let stations = builder().layer(guarded()).add_service(line).add_service(access(of_line));
+        let officers =
+            builder().layer(guarded()).add_service(officer).add_service(access(door)).add_service(production);
         // gRPC beside HTTP: the public listener speaks both.
         let grpc = Routes::new(recovery).add_service(health.clone()).add_service(reflection("the public")?);
         let grpc = grpc.prepare().into_axum_router();

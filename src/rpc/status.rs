@@ -100,9 +100,10 @@ const fn store(error: &StoreError) -> Told {
 const fn access(error: &AccessError) -> Told {
     match error {
         AccessError::Refused(Refused::Request(RequestError::Unknown(_))) => told(Code::NotFound, "NO_REQUEST"),
-        AccessError::Refused(Refused::Request(RequestError::OwnRequest(_))) => {
+        AccessError::Refused(Refused::Request(RequestError::OwnRequest(_) | RequestError::OwnRevocation(_))) => {
             told(Code::PermissionDenied, "OWN_REQUEST")
         }
+        AccessError::Refused(Refused::Request(RequestError::Revoked(_))) => told(Code::Unauthenticated, "REVOKED"),
         AccessError::Refused(Refused::Request(RequestError::Taken(_))) => told(Code::AlreadyExists, "REQUEST_TAKEN"),
         AccessError::Refused(Refused::Request(RequestError::TooMany(_))) => {
             told(Code::ResourceExhausted, "TOO_MANY_REQUESTS")
@@ -111,7 +112,9 @@ const fn access(error: &AccessError) -> Told {
         AccessError::Refused(Refused::Signature(_)) => told(Code::PermissionDenied, "BAD_SIGNATURE"),
         AccessError::Refused(Refused::Overlaps { .. }) => told(Code::AlreadyExists, "RANGE_OVERLAPS"),
         AccessError::Refused(Refused::Quota { .. }) => told(Code::ResourceExhausted, "QUOTA"),
+        AccessError::Refused(Refused::PassedOver(_)) => again(Code::Aborted, "IDENTITIES_TAKEN", SOON),
         AccessError::Refused(Refused::NoIdentity { .. }) => told(Code::ResourceExhausted, "NO_IDENTITY_LEFT"),
+        AccessError::Refused(Refused::NeedsApproval { .. }) => told(Code::FailedPrecondition, "NEEDS_APPROVAL"),
         AccessError::Refused(Refused::NoAuthority) => told(Code::FailedPrecondition, "NO_ACCESS_KEY"),
         AccessError::Refused(Refused::Unfit(_)) => told(Code::InvalidArgument, "INVALID"),
         AccessError::Store(error) => store(error),

@@ -11,9 +11,11 @@ use crate::certificate::Caller;
 use crate::names::{ChipId, DeviceIdentity, ProfileName, StationName};
 
 /// Most requests that may wait for a decision.
-pub(super) const MAX_OPEN_REQUESTS: usize = 100;
+pub(super) const MAX_OPEN_REQUESTS: usize = 50;
+/// Most of them that one officer has asked for.
+pub(super) const MAX_OWN_REQUESTS: usize = 20;
 /// So many requests are kept; older ones that are decided are in the audit log alone.
-pub(super) const MAX_REQUESTS: usize = 500;
+pub(super) const MAX_REQUESTS: usize = 300;
 /// Most ranges of identities.
 pub(super) const MAX_RANGES: usize = 1000;
 

@@ -91,9 +91,16 @@ async fn a_revoked_station_is_refused_at_once_on_its_open_connection() {
     assert!(Refusal::of(&assemble(&mut again, &phone(4)).await.unwrap_err()).is(Code::Unauthenticated, "REVOKED"));
     let listed = String::from_utf8(ask(&site, "tls/officer", "station list").stdout).unwrap();
     assert!(listed.contains("line-1/a") && listed.contains("stolen"), "{listed}");
-    // Enrolled anew, it works again; the old certificate does not.
-    let words = "station enroll line-1/a --out tls/anew";
+    // Enrolled anew, it works again; the old certificate does not. That takes two officers as well.
+    site.sppctl("request --out tls/anew");
+    let words = "station enroll line-1/a --csr tls/anew/request.pem --out tls/made";
+    refused_with(&ask(&site, "tls/officer", words), "approvals request enroll station line-1/a");
+    let asked = told(&site, "tls/officer", "approvals request enroll station line-1/a --csr tls/anew/request.pem");
+    approve(&site, asked["id"].as_str().unwrap());
     assert!(ask(&site, "tls/officer", words).status.success());
+    for file in ["certificate.pem", "ca.pem"] {
+        std::fs::copy(site.path(&format!("tls/made/{file}")), site.path(&format!("tls/anew/{file}"))).unwrap();
+    }
     std::thread::sleep(std::time::Duration::from_secs(1));
     let mut anew = Line::new(site.connect(site.line, site.tls("tls/anew")).await.unwrap());
     assemble(&mut anew, &phone(4)).await.unwrap();
@@ -181,8 +188,8 @@ fn the_audit_log_keeps_both_signatures() {
         found.next().unwrap_or_else(|| panic!("no {act} {outcome} in {entries:?}"))
     };
     for (act, caller) in [("approval.request", "officer o-1"), ("approval.approve", "officer o-2")] {
-        assert_eq!(of(act, "begun")["caller"], caller);
-        let details = of(act, "done")["details"].clone();
+        assert_eq!(of(act, "done")["caller"], caller);
+        let details = of(act, "begun")["details"].clone();
         let octets = |name: &str| hex::decode(details[name].as_str().unwrap()).unwrap();
         let statement = details["statement"].as_str().unwrap();
         spp::access::verify_statement(statement.as_bytes(), &octets("signature"), &octets("certificate")).unwrap();
@@ -238,4 +245,36 @@ fn a_rotation_is_held_once_with_the_approval_of_its_very_file_and_is_on_record()
     assert!(of("ceremony.end")["details"]["act 01"].as_str().unwrap().contains("master-2"), "{entries:?}");
     let mut kinds = std::fs::read_dir(site.path("keys")).unwrap().flatten().map(|entry| entry.file_name());
     assert!(kinds.any(|name| name.to_string_lossy().starts_with("transcript-2")));
+}
+
+#[test]
+fn nobody_makes_a_second_officer_of_himself() {
+    let site = site_of_three();
+    site.sppctl("request --out tls/own");
+    let words = "officer enroll o-9 --csr tls/own/request.pem --out tls/made";
+    refused_with(&ask(&site, "tls/officer", words), "takes the approval of another officer");
+    refused_with(
+        &ask(&site, "tls/officer", "officer enroll o-2 --out tls/other"),
+        "takes the approval of another officer",
+    );
+    let asked = told(&site, "tls/officer", "approvals request enroll officer o-9 --csr tls/own/request.pem");
+    let id = asked["id"].as_str().unwrap();
+    refused_with(&ask(&site, "tls/officer", words), "takes the approval of another officer");
+    approve(&site, id);
+    // Approved for this key, these days and this name alone, and once.
+    refused_with(&ask(&site, "tls/officer", &format!("{words} --days 9")), "takes the approval of another officer");
+    refused_with(&ask(&site, "tls/o-3", words), "takes the approval of another officer");
+    assert!(ask(&site, "tls/officer", words).status.success());
+    refused_with(&ask(&site, "tls/officer", &words.replace("made", "again")), "takes the approval of another officer");
+}
+
+#[test]
+fn whoever_is_to_be_revoked_decides_nothing_on_it() {
+    let site = site_of_three();
+    let asked = told(&site, "tls/officer", "officer revoke o-3 --reason left");
+    let id = asked["id"].as_str().unwrap();
+    refused_with(&decide(&site, "tls/o-3", &format!("reject {id} --reason no")), "decides nothing on it");
+    refused_with(&decide(&site, "tls/o-3", &format!("approve {id}")), "decides nothing on it");
+    approve(&site, id);
+    refused_with(&ask(&site, "tls/o-3", "approvals list"), "revoked");
 }

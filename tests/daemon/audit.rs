@@ -143,6 +143,13 @@ fn chained(lines: &[String]) -> Vec<String> {
     made
 }
 
+/// The JSON of a line's details.
+fn details_of(line: &str) -> String {
+    let begin = line.find("\"details\":").unwrap() + "\"details\":".len();
+    let end = line.find(",\"outcome\"").unwrap();
+    line[begin..end].to_owned()
+}
+
 fn not_verified(site: &Site, tampering: &str, why: &str) {
     let output = site.try_sppctl(VERIFY);
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -186,6 +193,29 @@ async fn each_tampering_is_found_also_by_somebody_who_makes_the_chain_whole_agai
     let forged = with(|lines| lines[4] = lines[4].replace("entries   4", "entries   3"));
     put(&site, &chained(&forged));
     not_verified(&site, "forge a checkpoint", "line 5: its checkpoint: ");
+    // A loss that nobody accepted, made up to hide the cut.
+    let loss = before[4].replace("audit.checkpoint", "audit.loss");
+    let mut entry: Value = serde_json::from_str(&loss).unwrap();
+    for (index, known) in [("1", "4"), ("1", "9"), ("7", "4")] {
+        entry["details"] = serde_json::json!({ "index": index, "known": known, "kept": "1" });
+        let lost =
+            vec![before[0].clone(), before[4].replacen(&details_of(&before[4]), &entry["details"].to_string(), 1)];
+        let lost: Vec<_> = lost.into_iter().map(|line| line.replace("audit.checkpoint", "audit.loss")).collect();
+        put(&site, &chained(&lost));
+        let why = if (index, known) == ("1", "4") { "--given-up 1" } else { "the public database does not know" };
+        not_verified(&site, "a made-up loss", why);
+    }
+    // A part of the public database is missing, or all of it but the log knows better.
+    put(&site, &before);
+    for (file, why) in [("public/checkpoint", "it is an older copy"), ("public/edge", "")] {
+        let (path, aside) = (site.path(file), site.path("aside"));
+        if !path.exists() {
+            continue;
+        }
+        std::fs::rename(&path, &aside).unwrap();
+        not_verified(&site, file, why);
+        std::fs::rename(&aside, &path).unwrap();
+    }
     // Everything written anew, by a daemon of another site, and an empty log.
     let other = site_with_a_past().await;
     put(&site, &lines(&other));
@@ -201,10 +231,22 @@ async fn a_log_that_was_cut_off_is_not_gone_on_with_until_an_officer_accepts_the
     let mut site = site_with_a_past().await;
     let before = lines(&site);
     put(&site, &before[..2]);
+    // However often it is tried, and with whatever is put behind it.
+    for filler in [&[][..], &before[2..3], &before[2..3]] {
+        let mut longer = before[..2].to_vec();
+        longer.extend(filler.iter().cycle().take(5 * filler.len()).cloned());
+        put(&site, &chained(&longer));
+        let output = Command::new(SPPD).args(["--config", "sppd.toml"]).current_dir(site.path("")).output().unwrap();
+        assert!(!output.status.success(), "{output:?}");
+        assert_eq!(lines(&site).len(), longer.len(), "nothing is added to it");
+    }
+    put(&site, &before[..2]);
     let output = Command::new(SPPD).args(["--config", "sppd.toml"]).current_dir(site.path("")).output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(
-        !output.status.success() && said.contains("knows 4 entries") && said.contains("accepted_loss = 1"),
+        !output.status.success()
+            && said.contains("not entry 3 as entry 1 of the public database")
+            && said.contains("accepted_loss = 1"),
         "{said}"
     );
     put(&site, &before[..2]);
@@ -213,13 +255,23 @@ async fn a_log_that_was_cut_off_is_not_gone_on_with_until_an_officer_accepts_the
         site.start();
         assert!(site.stop().success());
     });
-    let told = site.sppctl(VERIFY);
+    not_verified(&site, "an accepted loss that nobody confirms", "confirm it with --given-up 1");
+    let told = site.sppctl(&format!("{VERIFY} --given-up 1"));
     assert!(told.contains("1 checkpoints are of entries that were given up as lost"), "{told}");
     let acts: Vec<_> = entries(&site).iter().map(|entry| entry["act"].as_str().unwrap().to_owned()).collect();
-    assert_eq!(acts, ["start", "line.assemble", "start", "audit.loss", "stop", "audit.checkpoint"]);
+    assert_eq!(acts, ["start", "line.assemble", "audit.loss", "start", "stop", "audit.checkpoint"]);
     // With the change taken back, everything goes on.
-    site.edit("sppd.toml", "accepted_loss = 1", "accepted_loss = 0");
-    tokio::task::block_in_place(|| site.start());
+    site.edit("sppd.toml", "accepted_loss = 1\n", "");
+    tokio::task::block_in_place(|| {
+        site.start();
+        assert!(site.stop().success());
+    });
+    // The acceptance is of that loss and of no other.
+    let before = lines(&site);
+    put(&site, &before[..5]);
+    site.edit("sppd.toml", "[audit]\n", "[audit]\naccepted_loss = 1\n");
+    let output = Command::new(SPPD).args(["--config", "sppd.toml"]).current_dir(site.path("")).output().unwrap();
+    assert!(String::from_utf8_lossy(&output.stderr).contains("accepted_loss = 3"), "{output:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

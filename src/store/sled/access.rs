@@ -9,22 +9,22 @@
 //! | `Av` + caller | revocation |
 //! | `Ac` + caller | newest certificate |
 //! | `Ag` + number, 8 octets | range of identities |
-//! | `Aa` + chip ID | identity given out to the chip |
+//! | `Aa` + chip ID in hex, `/`, profile | identity given out to the chip |
 
 use async_trait::async_trait;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::SledStateStore;
-use super::state::identity_key;
+use super::state::{identity_key, named_session};
 use super::view::View;
 use crate::access::{
     AccessError, Act, ApprovalRules, IdentityRange, IssuedAccess, LoadedRange, Quota, Refused, Request, RequestError,
     RequestId, RequestState, Revocation, SettledQuota, SettledRules, Signed, StationUse, Usage, Verdict,
 };
-use crate::certificate::Caller;
+use crate::certificate::{Caller, caller_of};
 use crate::names::{ChipId, DeviceIdentity, OfficerName, ProfileName, StationName};
-use crate::store::access::{AccessStore, MAX_OPEN_REQUESTS, MAX_RANGES, MAX_REQUESTS};
+use crate::store::access::{AccessStore, MAX_OPEN_REQUESTS, MAX_OWN_REQUESTS, MAX_RANGES, MAX_REQUESTS};
 use crate::store::{ReserveError, Session, StoreError};
 
 /// Identities in use that one call passes over at most; the place is kept, so that the next one goes on there.
@@ -67,7 +67,8 @@ impl AccessStore for SledStateStore {
 
     async fn use_up(&self, id: RequestId, at: u64) -> Result<Request, AccessError> {
         let use_up = move |view: &mut View<'_>| {
-            let used = request(view, id)?.ok_or(RequestError::Unknown(id))?.use_up(at)?;
+            let known = stricter(view, request(view, id)?.ok_or(RequestError::Unknown(id))?)?;
+            let used = known.use_up(at)?;
             put_request(view, &used)?;
             Ok(used)
         };
@@ -114,15 +115,13 @@ impl AccessStore for SledStateStore {
     ) -> Result<DeviceIdentity, AccessError> {
         let (chip, profile, station) = (chip.clone(), profile.clone(), station.clone());
         let allocated = self.0.run("giving out an identity", move |view| {
-            let allocated = match given(view, &chip, &profile, taken.as_ref())? {
-                Some(identity) => Some(identity),
-                None => {
-                    must_have_room(view, &station, at)?;
-                    allocate(view, &chip, &profile, &permitted)?
-                }
-            };
-            // None left is no error of the transaction: how far it passed over identities in use is to be kept.
-            Ok::<_, AccessError>(allocated.ok_or(Refused::NoIdentity { profile, station }))
+            if let Some(identity) = given(view, &chip, &profile, taken.as_ref())? {
+                return Ok::<_, AccessError>(Ok(identity));
+            }
+            must_have_room(view, &station, at)?;
+            // A refusal is no error of the transaction: how far it passed over identities in use is to be kept.
+            let allocated = allocate(view, &chip, &profile, &permitted)?;
+            Ok(allocated.and_then(|found| found.ok_or(Refused::NoIdentity { profile, station })))
         });
         Ok(allocated.await??)
     }
@@ -206,13 +205,18 @@ fn file_request(view: &mut View<'_>, new: Request) -> Result<Request, AccessErro
             && known.requested.statement == new.requested.statement;
         return if same { Ok(known) } else { Err(RequestError::Taken(new.id).into()) };
     }
+    must_not_be_revoked(view, &new.requested)?;
     let known = requests(view)?;
     let now = new.requested.at;
-    let open = known.iter().filter(|request| matches!(request.standing(now), "pending" | "approved")).count();
-    if open >= MAX_OPEN_REQUESTS {
+    let is_open = |request: &&Request| matches!(request.standing(now), "pending" | "approved");
+    let open = known.iter().filter(is_open).count();
+    let own = known.iter().filter(is_open).filter(|known| known.requested.officer == new.requested.officer).count();
+    // Nobody can keep the others from asking, least of all for a revocation.
+    let room = if matches!(new.act, Act::Revoke { .. }) { MAX_OPEN_REQUESTS } else { MAX_OPEN_REQUESTS / 2 };
+    if own >= MAX_OWN_REQUESTS || open >= room {
         return Err(RequestError::TooMany(open).into());
     }
-    let decided = known.iter().filter(|request| !matches!(request.standing(now), "pending" | "approved"));
+    let decided = known.iter().filter(|request| !is_open(request));
     for old in decided.skip(MAX_REQUESTS - MAX_OPEN_REQUESTS) {
         view.remove(&request_key(old.id))?;
     }
@@ -221,11 +225,8 @@ fn file_request(view: &mut View<'_>, new: Request) -> Result<Request, AccessErro
 }
 
 fn decide(view: &mut View<'_>, id: RequestId, verdict: Verdict, by: Signed) -> Result<Request, AccessError> {
-    let mut known = request(view, id)?.ok_or(RequestError::Unknown(id))?;
-    // ApprovalRules that became stricter meanwhile count.
-    if let Some(rules) = view.get::<SettledRules>(RULES, || "the rules".into())? {
-        known.needed = known.needed.max(rules.in_force.needed(known.act.kind()));
-    }
+    must_not_be_revoked(view, &by)?;
+    let known = stricter(view, request(view, id)?.ok_or(RequestError::Unknown(id))?)?;
     let before = known.state.clone();
     let (at, decided) = (
         by.at,
@@ -241,10 +242,33 @@ fn decide(view: &mut View<'_>, id: RequestId, verdict: Verdict, by: Signed) -> R
     Ok(decided)
 }
 
+/// Rules that became stricter since it was asked for count.
+fn stricter(view: &View<'_>, mut known: Request) -> Result<Request, StoreError> {
+    if let Some(rules) = view.get::<SettledRules>(RULES, || "the rules".into())? {
+        known.needed = known.needed.max(rules.in_force.needed(known.act.kind()));
+    }
+    Ok(known)
+}
+
+/// A revocation that came between the call and this transaction counts.
+fn must_not_be_revoked(view: &View<'_>, by: &Signed) -> Result<(), AccessError> {
+    let key = caller_key(b"Av", &Caller::Officer(by.officer.clone()));
+    let revoked: Option<Revocation> = view.get(&key, || format!("the revocation of {}", by.officer))?;
+    let began = caller_of(&by.certificate).map_or(0, |certificate| certificate.not_before);
+    match revoked {
+        Some(revoked) if began <= revoked.at => Err(RequestError::Revoked(by.officer.clone()).into()),
+        _ => Ok(()),
+    }
+}
+
 fn carry_out(view: &mut View<'_>, request: &Request, at: u64) -> Result<(), AccessError> {
     match &request.act {
         Act::Revoke { role, name, reason } => {
             let caller = Caller::new(*role, name).map_err(|e| Refused::Unfit(e.to_string()))?;
+            // Whatever a clock said when they were made: every certificate so far is of no use any more.
+            let newest: Option<IssuedAccess> = view.get(&caller_key(b"Ac", &caller), || format!("{caller}"))?;
+            let before: Option<Revocation> = view.get(&caller_key(b"Av", &caller), || format!("{caller}"))?;
+            let at = at.max(newest.map_or(0, |newest| newest.not_before)).max(before.map_or(0, |before| before.at));
             let revocation = Revocation { caller, at, reason: reason.clone(), request: request.id };
             view.put(&caller_key(b"Av", &revocation.caller), &revocation)?;
             if let Caller::Officer(officer) = &revocation.caller {
@@ -262,7 +286,7 @@ fn carry_out(view: &mut View<'_>, request: &Request, at: u64) -> Result<(), Acce
             let configured = known.map_or(*rules, |known| known.configured);
             Ok(view.put(RULES, &SettledRules { configured, in_force: *rules })?)
         }
-        Act::Ceremony { .. } => Ok(()),
+        Act::Ceremony { .. } | Act::Enroll { .. } => Ok(()),
     }
 }
 
@@ -327,9 +351,12 @@ fn given(
     profile: &ProfileName,
     taken: Option<&DeviceIdentity>,
 ) -> Result<Option<DeviceIdentity>, StoreError> {
-    let given: Option<(ProfileName, DeviceIdentity)> =
-        view.get(&allocation_key(chip), || format!("the identity of {chip}"))?;
-    Ok(given.filter(|(of, identity)| of == profile && taken != Some(identity)).map(|(_, identity)| identity))
+    let given: Option<DeviceIdentity> =
+        view.get(&allocation_key(chip, profile), || format!("the identity of {chip}"))?;
+    let Some(identity) = given.filter(|identity| taken != Some(identity)) else { return Ok(None) };
+    // Somebody may have named it since, for another chip.
+    let holder = named_session(view, &identity_key(&identity))?;
+    Ok(Some(identity).filter(|_| holder.is_none_or(|holder| holder.chip == *chip)))
 }
 
 /// No identity is given out for a device that could not be begun.
@@ -344,7 +371,7 @@ fn allocate(
     chip: &ChipId,
     profile: &ProfileName,
     permitted: &[String],
-) -> Result<Option<DeviceIdentity>, StoreError> {
+) -> Result<Result<Option<DeviceIdentity>, Refused>, StoreError> {
     let mut passed_over = 0;
     for mut loaded in all::<LoadedRange>(view, b"Ag")?.into_iter().filter(|loaded| loaded.profile == *profile) {
         let before = loaded.used;
@@ -364,11 +391,14 @@ fn allocate(
             view.put(&range_key(loaded.number), &loaded)?;
         }
         if let Some(identity) = found {
-            view.put(&allocation_key(chip), &(profile, &identity))?;
-            return Ok(Some(identity));
+            view.put(&allocation_key(chip, profile), &identity)?;
+            return Ok(Ok(Some(identity)));
+        }
+        if passed_over > PASSED_OVER {
+            return Ok(Err(Refused::PassedOver(PASSED_OVER)));
         }
     }
-    Ok(None)
+    Ok(Ok(None))
 }
 
 /// Every value whose key begins so.
@@ -398,6 +428,7 @@ fn range_key(number: u64) -> Vec<u8> {
     [b"Ag", number.to_be_bytes().as_slice()].concat()
 }
 
-fn allocation_key(chip: &ChipId) -> Vec<u8> {
-    [b"Aa", chip.as_bytes()].concat()
+fn allocation_key(chip: &ChipId, profile: &ProfileName) -> Vec<u8> {
+    // No profile's name has the separator, which ends the chip ID of any length.
+    [b"Aa", hex::encode(chip.as_bytes()).as_bytes(), b"/", profile.as_str().as_bytes()].concat()
 }

@@ -231,7 +231,7 @@ pub(super) fn session(view: &View<'_>, id: &SessionId) -> Result<Option<Session>
 }
 
 /// The session whose ID a key holds.
-fn named_session(view: &View<'_>, key: &[u8]) -> Result<Option<Session>, StoreError> {
+pub(super) fn named_session(view: &View<'_>, key: &[u8]) -> Result<Option<Session>, StoreError> {
     view.get_octets(key)?.map(|id| session_that_must_be(view, &id)).transpose()
 }
 

@@ -5,7 +5,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::watch;
 
-use super::{Auditor, Checkpoint, Entry, LogHead, Outcome};
+use super::spool::take_in;
+use super::{AuditError, Auditor, Checkpoint, Entry, LogHead, Outcome};
 use crate::hsm::{CheckpointKey, Hsm};
 use crate::keys::SignatureAlgorithm;
 use crate::store::{AuditCheckpoint, PublishError, Registry};
@@ -84,6 +85,11 @@ impl AuditKeeper {
         self.auditor.record(entry).await.map(drop).map_err(|e| e.to_string())
     }
 
+    /// Takes in what officers did on the token by themselves, as they wrote it down beside the log.
+    pub async fn take_in_token_acts(&self) -> Result<(), AuditError> {
+        take_in(self.auditor.log()).await
+    }
+
     /// Looks after it until `stop` is true.
     pub async fn run(&self, mut stop: watch::Receiver<bool>) {
         let (mut covered, mut signed_at, mut told_at) = (Covered::default(), Instant::now(), Instant::now());
@@ -97,6 +103,9 @@ impl AuditKeeper {
             let now = Reading::now();
             self.record_jump(clock, now).await;
             clock = now;
+            if let Err(error) = self.take_in_token_acts().await {
+                tracing::error!(%error, "what was done on the token is not in the audit log; it is tried again");
+            }
             if told_at.elapsed() >= TELL {
                 self.auditor.tell_repeats().await;
                 told_at = Instant::now();

@@ -95,6 +95,12 @@ impl AuditLog {
         &self.shared.node
     }
 
+    /// The directory that it is in.
+    pub(super) fn directory(&self) -> PathBuf {
+        let path = self.shared.writer.lock().unwrap_or_else(PoisonError::into_inner).path.clone();
+        path.parent().map(Path::to_owned).unwrap_or_default()
+    }
+
     /// Where it ends now.
     pub async fn head(&self) -> Result<LogHead, AuditError> {
         let shared = Arc::clone(&self.shared);

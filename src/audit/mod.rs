@@ -15,6 +15,7 @@ mod entry;
 mod keeper;
 mod log;
 mod read;
+mod spool;
 mod verify;
 
 use std::path::PathBuf;
@@ -26,6 +27,7 @@ pub use entry::{Entry, Outcome, UnknownOutcome};
 pub use keeper::{AuditKeeper, CheckpointRules};
 pub use log::{AuditLog, LogHead};
 pub use read::{Entries, Recorded};
+pub use spool::TokenAct;
 pub use verify::{Published, PublishedTrail, Trust, Verified, verified_json, verify, verify_with};
 
 /// The log's file in its directory.

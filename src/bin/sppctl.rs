@@ -474,11 +474,15 @@ fn enroll(name: AccessName, args: EnrollArgs) -> Result<(), String> {
         });
     }
     let config = args.config.ok_or("the daemon's own certificate is made on the token: give --config")?;
+    let audit = AuditConfig::load(&config).map_err(|e| e.to_string())?;
     let access = HsmAccess::load(&config, args.hsm.as_deref(), args.pin_file).map_err(|e| e.to_string())?;
     let register = KeyRegister::load(&access.keys).map_err(|e| e.to_string())?;
     access.module.enter_environment().map_err(|e| e.to_string())?;
     let enrolment = Enrolment { name, days: args.days, out: args.out, csr: args.csr };
-    for path in officer::enroll(&access, &register, &enrolment).map_err(|e| e.to_string())? {
+    let made = officer::on_record(&audit.directory, enrolment.describe(), || {
+        officer::enroll(&access, &register, &enrolment).map_err(|e| e.to_string())
+    });
+    for path in made? {
         println!("wrote {}", path.display());
     }
     Ok(())

@@ -154,6 +154,7 @@ async fn run(
     let auditor = Arc::new(Auditor::new(Arc::clone(audit)));
     let keeper = Arc::new(audit_keeper(&config, &auditor, &hsm, &registry));
     keeper.compare(config.audit.accepted_loss).await?;
+    keeper.take_in_token_acts().await.map_err(|e| e.to_string())?;
     record_start(audit, &config).await?;
     let desk = Desk::open(state.clone(), hsm.clone(), config.authority.clone(), &config.node).await;
     let desk = Arc::new(desk.map_err(|e| e.to_string())?);

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use super::ceremony::random_serial;
 use super::files::{make_directory, must_be_new, write_new, write_new_private};
 use super::{OfficerError, now};
+use crate::audit::{Outcome, TokenAct};
 use crate::certificate::{
     AccessCertificate, AccessName, IssuerCertificate, access_certificate, access_request, verify_csr_pem,
 };
@@ -22,6 +23,31 @@ pub struct Enrolment {
     pub out: PathBuf,
     /// The request of whoever has made the key; without it one is made here.
     pub csr: Option<PathBuf>,
+}
+
+impl Enrolment {
+    /// For the record: the act and with what.
+    pub fn describe(&self) -> TokenAct {
+        let (act, name) = match &self.name {
+            AccessName::Client(caller) => (format!("{}.enroll", caller.role()), caller.name().to_owned()),
+            AccessName::Server { dns, ips } => {
+                let ips = ips.iter().map(ToString::to_string);
+                ("server.enroll".to_owned(), dns.iter().cloned().chain(ips).collect::<Vec<_>>().join(" "))
+            }
+        };
+        let details = [("name", name), ("days", self.days.to_string()), ("out", self.out.display().to_string())];
+        let details = details.map(|(name, value)| (name.to_owned(), value)).into();
+        TokenAct { act, details, outcome: Outcome::Begun }
+    }
+}
+
+/// Does on the token what is written down beside the audit log before and after, so that the daemon takes both into it.
+pub fn on_record<T>(audit: &Path, act: TokenAct, work: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
+    act.write_down(audit).map_err(|e| e.to_string())?;
+    let done = work();
+    let outcome = done.as_ref().map_or_else(|why| Outcome::Failed(why.clone()), |_| Outcome::Done);
+    TokenAct { outcome, ..act }.write_down(audit).map_err(|e| format!("it is done, and not on record: {e}"))?;
+    done
 }
 
 /// Makes a key pair here and a request for its certificate, and writes both: the key need not travel.

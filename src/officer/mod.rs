@@ -28,7 +28,7 @@ pub use audit_cli::{Form, ReadAuditCommand, VerifyAuditArgs};
 pub use callers_cli::{IdentitiesCommand, RenewArgs, enroll_at_desk, list_callers, renew, revoke};
 pub use ceremony::{CeremonyPlan, Held, PlannedAct};
 pub use ceremony_cli::CeremonyCommand;
-pub use enroll::{Enrolment, enroll, request};
+pub use enroll::{Enrolment, enroll, on_record, request};
 pub use files::FileError;
 pub use hsm_cli::HsmCommand;
 pub use hsm_file::HsmFile;

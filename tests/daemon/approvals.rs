@@ -278,3 +278,24 @@ fn whoever_is_to_be_revoked_decides_nothing_on_it() {
     approve(&site, id);
     refused_with(&ask(&site, "tls/o-3", "approvals list"), "revoked");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_call_that_was_let_in_before_the_revocation_and_said_after_it_is_refused() {
+    let site = site_of_three();
+    let channel = site.connect(site.line, site.tls("tls/line-1-a")).await.unwrap();
+    let mut client = tonic::client::Grpc::new(channel);
+    client.ready().await.unwrap();
+    // The head of the request goes out at once, the message when it is told to.
+    let (say, said) = tokio::sync::mpsc::channel::<()>(1);
+    let message = tokio_stream::wrappers::ReceiverStream::new(said);
+    let path = "/spp.v1.Access/RenewCertificate".parse().unwrap();
+    let codec = tonic_prost::ProstCodec::<(), ()>::default();
+    let call = tokio::spawn(async move { client.client_streaming(tonic::Request::new(message), path, codec).await });
+    tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+    let asked = told(&site, "tls/officer", "station revoke line-1/a --reason stolen");
+    approve(&site, asked["id"].as_str().unwrap());
+    say.send(()).await.unwrap();
+    drop(say);
+    let refused = Refusal::of(&call.await.unwrap().unwrap_err());
+    assert!(refused.is(Code::Unauthenticated, "REVOKED"), "{refused:?}");
+}

@@ -20,7 +20,7 @@ fn entries(site: &Site) -> Vec<Value> {
 
 #[test]
 fn each_start_and_stop_is_recorded_with_what_was_in_force() {
-    let mut site = Site::running();
+    let mut site = site_without_enrolments();
     assert!(site.stop().success());
     site.edit("sppd.toml", "\"24h\"", "\"23h\"");
     site.start();
@@ -43,7 +43,7 @@ fn each_start_and_stop_is_recorded_with_what_was_in_force() {
 
 #[test]
 fn a_change_is_found_and_the_line_named() {
-    let mut site = Site::running();
+    let mut site = site_without_enrolments();
     assert!(site.stop().success());
     site.edit("audit/audit.jsonl", "\"sppd\"", "\"nobody\"");
     let output = site.try_sppctl(&format!("{VERIFY} --json"));
@@ -64,6 +64,7 @@ fn the_daemon_never_makes_the_log_and_an_officer_can_make_it_alone() {
         assert!(!text.contains("listening") && !site.path("audit").exists(), "{text}");
     }
     site.sppctl("audit init --config sppd.toml");
+    assert!(!site.path("audit/spool").exists());
     assert!(!site.try_sppctl("audit init --config sppd.toml").status.success(), "nothing is made twice");
     site.start();
     assert_eq!(site.sppctl(VERIFY), "1 entries, chain is whole\n");
@@ -71,7 +72,7 @@ fn the_daemon_never_makes_the_log_and_an_officer_can_make_it_alone() {
 
 #[test]
 fn entries_are_read_by_people_and_programs_and_none_that_does_not_fit() {
-    let mut site = Site::running();
+    let mut site = site_without_enrolments();
     assert!(site.stop().success());
     let told = site.sppctl("audit tail --config sppd.toml");
     let lines: Vec<_> = told.lines().collect();
@@ -111,9 +112,17 @@ fn without_chain(entry: &Value) -> Value {
     entry
 }
 
+/// A site whose audit log begins with the daemon's start: the enrolments on its token are not taken in.
+fn site_without_enrolments() -> Site {
+    let mut site = Site::new();
+    std::fs::remove_dir_all(site.path("audit/spool")).unwrap();
+    site.start();
+    site
+}
+
 /// A site that made a device, stopped, and so has a published end of its audit log.
 async fn site_with_a_past() -> Site {
-    let mut site = Site::running();
+    let mut site = site_without_enrolments();
     provision(&mut site.station().await, &mut Floor::new(&site).device(1), &phone(1)).await;
     tokio::task::block_in_place(|| assert!(site.stop().success()));
     site
@@ -207,15 +216,11 @@ async fn each_tampering_is_found_also_by_somebody_who_makes_the_chain_whole_agai
     }
     // A part of the public database is missing, or all of it but the log knows better.
     put(&site, &before);
-    for (file, why) in [("public/checkpoint", "it is an older copy"), ("public/edge", "")] {
-        let (path, aside) = (site.path(file), site.path("aside"));
-        if !path.exists() {
-            continue;
-        }
-        std::fs::rename(&path, &aside).unwrap();
-        not_verified(&site, file, why);
-        std::fs::rename(&aside, &path).unwrap();
-    }
+    let (edge, aside) = (site.path("public/edge"), site.path("aside"));
+    std::fs::rename(&edge, &aside).unwrap();
+    not_verified(&site, "no public database", "it is an older copy");
+    std::fs::rename(&aside, &edge).unwrap();
+    site.sppctl(VERIFY);
     // Everything written anew, by a daemon of another site, and an empty log.
     let other = site_with_a_past().await;
     put(&site, &lines(&other));
@@ -310,7 +315,7 @@ async fn acts_and_refusals_are_recorded_and_no_flood_fills_the_log() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_cannot_be_recorded_is_not_answered_and_then_not_begun() {
-    let site = Site::running();
+    let site = site_without_enrolments();
     let mut line = site.station().await;
     assemble(&mut line, &phone(1)).await.unwrap();
     let before = site.read("audit/audit.jsonl");
@@ -329,4 +334,29 @@ async fn what_cannot_be_recorded_is_not_answered_and_then_not_begun() {
     assert!(told.contains("chain is whole"), "{told}");
     let acts: Vec<_> = entries(&site).iter().map(|entry| entry["act"].as_str().unwrap().to_owned()).collect();
     assert!(acts.contains(&"audit.resumed".to_owned()), "{acts:?}");
+}
+
+#[test]
+fn what_officers_do_on_the_token_is_taken_in_also_while_the_daemon_runs() {
+    let mut site = Site::running();
+    let of = |site: &Site, name: &str| -> Vec<(String, String)> {
+        let entries = entries(site).into_iter().filter(|entry| entry["act"] == "token.act");
+        let of = entries.filter(|entry| entry["details"]["name"].as_str().is_some_and(|named| named.contains(name)));
+        let text = |value: &Value| value.as_str().unwrap().to_owned();
+        of.map(|entry| (text(&entry["details"]["act"]), text(&entry["outcome"]))).collect()
+    };
+    let done = |act: &str| vec![(act.to_owned(), "begun".to_owned()), (act.to_owned(), "done".to_owned())];
+    assert_eq!(of(&site, "localhost"), done("server.enroll"));
+    assert_eq!(of(&site, "line-1/a"), done("station.enroll"));
+    site.sppctl("monitor enroll m-1 --config sppd.toml --out tls/monitor");
+    assert!(!site.try_sppctl("monitor enroll m-1 --config sppd.toml --out tls/monitor").status.success());
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    while of(&site, "m-1").len() < 4 {
+        assert!(std::time::Instant::now() < until, "not taken in: {:?}", of(&site, "m-1"));
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    assert_eq!(of(&site, "m-1")[..2], done("monitor.enroll"));
+    assert!(of(&site, "m-1")[3].1.starts_with("failed: "));
+    assert!(site.stop().success());
+    site.sppctl(VERIFY);
 }

@@ -9,7 +9,7 @@ use crate::floor::{Floor, phone, provision};
 use crate::site::{SPPD, Site, free_port};
 
 /// A site that is to tell its metrics on that address.
-fn told_on(address: &str) -> Site {
+pub fn told_on(address: &str) -> Site {
     let site = Site::new();
     site.edit("sppd.toml", "# metrics = \"127.0.0.1:7446\"", &format!("metrics = \"{address}\""));
     site
@@ -22,7 +22,7 @@ fn connect(port: u16) -> TcpStream {
 }
 
 /// The whole answer to a request.
-fn ask(port: u16, request: &str) -> String {
+pub fn ask(port: u16, request: &str) -> String {
     let mut stream = connect(port);
     write!(stream, "{request} HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
     let mut answer = String::new();

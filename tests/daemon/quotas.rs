@@ -8,7 +8,8 @@ use tonic::Code;
 
 use crate::approvals::{approve, ask, site_of_three, told};
 use crate::floor::{Floor, Refusal, assemble, complete, install, phone};
-use crate::site::Site;
+use crate::metrics::told_on;
+use crate::site::{Site, free_port};
 
 const STATION: &str = "name = \"line-1/a\"\n";
 
@@ -23,7 +24,8 @@ fn unnamed(n: u64) -> AssembleRequest {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_quota_ends_and_two_officers_raise_it() {
-    let mut site = Site::new();
+    let metrics = free_port();
+    let mut site = told_on(&format!("127.0.0.1:{metrics}"));
     quota(&site, "devices_total = 2\ndevices_per_hour = 5\n");
     site.sppctl("officer enroll o-2 --config sppd.toml --out tls/o-2");
     site.start();
@@ -33,6 +35,8 @@ async fn a_quota_ends_and_two_officers_raise_it() {
     }
     let refused = Refusal::of(&assemble(&mut line, &phone(3)).await.unwrap_err());
     assert!(refused.is(Code::PermissionDenied, "QUOTA_TOTAL"), "{refused:?}");
+    let scraped = tokio::task::block_in_place(|| crate::metrics::ask(metrics, "GET /metrics"));
+    assert!(scraped.contains("spp_refusals_total{reason=\"QUOTA_TOTAL\"} 1\n"), "{scraped}");
     let asked = told(&site, "tls/officer", "approvals request quota line-1/a --devices-total 100 --devices-per-hour 5");
     approve(&site, asked["id"].as_str().unwrap());
     for n in 3..=5 {

@@ -135,7 +135,6 @@ async fn serve(start: Start) -> Result<(), String> {
         Some(address) => Some(Metrics::bind(address).await.map_err(|e| e.to_string())?),
         None => None,
     };
-    record_start(&audit, &config.fingerprint).await?;
     let served = run(start, state, &audit, listening, metrics).await;
     tracing::info!("drained; goodbye");
     served
@@ -155,6 +154,8 @@ async fn run(
     let auditor = Arc::new(Auditor::new(Arc::clone(audit)));
     let keeper = Arc::new(audit_keeper(&config, &auditor, &hsm, &registry));
     keeper.compare(config.audit.accepted_loss).await?;
+    // Not before: each start that is refused would make a log that was cut off longer, until it had as many entries as it should.
+    record_start(audit, &config.fingerprint).await?;
     let desk = Desk::open(state.clone(), hsm.clone(), config.authority.clone(), &config.node).await;
     let desk = Arc::new(desk.map_err(|e| e.to_string())?);
     settle(&desk, &config, audit).await?;
@@ -317,7 +318,10 @@ async fn check(config: DaemonConfig) -> Result<(), String> {
         println!("HSM            {}, token {} ({})", status.module, status.token_label, status.token_serial);
     }
     for key in &keys.signing {
-        println!("signing key    {}: {}, signs and fits its certificate", key.name, key.public_key.kind());
+        // That of an offline root is imported later.
+        let fits =
+            if key.certificate.exists() { "signs and fits its certificate" } else { "signs, has no certificate yet" };
+        println!("signing key    {}: {}, {fits}", key.name, key.public_key.kind());
     }
     for key in &keys.log {
         println!("log key        {}: signs the checkpoints of {}", key.name, key.key.origin());

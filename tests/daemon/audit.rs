@@ -204,11 +204,11 @@ async fn a_log_that_was_cut_off_is_not_gone_on_with_until_an_officer_accepts_the
     let output = Command::new(SPPD).args(["--config", "sppd.toml"]).current_dir(site.path("")).output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(
-        !output.status.success() && said.contains("knows 4 entries") && said.contains("accepted_loss = 1"),
+        !output.status.success() && said.contains("knows 4 entries") && said.contains("accepted_loss = 2"),
         "{said}"
     );
-    put(&site, &before[..2]);
-    site.edit("sppd.toml", "[audit]\n", "[audit]\naccepted_loss = 1\n");
+    assert_eq!(lines(&site).len(), 2, "a start that is refused makes it no longer");
+    site.edit("sppd.toml", "[audit]\n", "[audit]\naccepted_loss = 2\n");
     tokio::task::block_in_place(|| {
         site.start();
         assert!(site.stop().success());
@@ -216,9 +216,9 @@ async fn a_log_that_was_cut_off_is_not_gone_on_with_until_an_officer_accepts_the
     let told = site.sppctl(VERIFY);
     assert!(told.contains("1 checkpoints are of entries that were given up as lost"), "{told}");
     let acts: Vec<_> = entries(&site).iter().map(|entry| entry["act"].as_str().unwrap().to_owned()).collect();
-    assert_eq!(acts, ["start", "line.assemble", "start", "audit.loss", "stop", "audit.checkpoint"]);
+    assert_eq!(acts, ["start", "line.assemble", "audit.loss", "start", "stop", "audit.checkpoint"]);
     // With the change taken back, everything goes on.
-    site.edit("sppd.toml", "accepted_loss = 1", "accepted_loss = 0");
+    site.edit("sppd.toml", "accepted_loss = 2", "accepted_loss = 0");
     tokio::task::block_in_place(|| site.start());
 }
 

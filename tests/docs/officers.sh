@@ -268,6 +268,8 @@ run sppctl request --out station/tls-2
 run sppctl station enroll line-1/a --csr station/tls-2/request.pem "${o1[@]}" --out answer-2
 cp answer-2/certificate.pem answer-2/ca.pem station/tls-2/
 station=station/tls-2
+# The new certificate begins in the second after the revocation.
+sleep 2
 provision 3 devices-2 manufacturer-2.pem
 
 part 'Reports'

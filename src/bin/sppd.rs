@@ -155,6 +155,7 @@ async fn run(
     let keeper = Arc::new(audit_keeper(&config, &auditor, &hsm, &registry));
     keeper.compare(config.audit.accepted_loss).await?;
     keeper.take_in_token_acts().await.map_err(|e| e.to_string())?;
+    // Not before: each start that is refused would make a log that was cut off longer, until it had as many entries as it should.
     record_start(audit, &config).await?;
     let desk = Desk::open(state.clone(), hsm.clone(), config.authority.clone(), &config.node).await;
     let desk = Arc::new(desk.map_err(|e| e.to_string())?);
@@ -320,7 +321,10 @@ async fn check(config: DaemonConfig) -> Result<(), String> {
         println!("HSM            {}, token {} ({})", status.module, status.token_label, status.token_serial);
     }
     for key in &keys.signing {
-        println!("signing key    {}: {}, signs and fits its certificate", key.name, key.public_key.kind());
+        // That of an offline root is imported later.
+        let fits =
+            if key.certificate.exists() { "signs and fits its certificate" } else { "signs, has no certificate yet" };
+        println!("signing key    {}: {}, {fits}", key.name, key.public_key.kind());
     }
     for key in &keys.log {
         println!("log key        {}: signs the checkpoints of {}", key.name, key.key.origin());

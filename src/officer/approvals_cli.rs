@@ -183,6 +183,12 @@ impl RequestCommand {
                 request(&Act::RaiseQuota { station, quota }, &ask).await
             }
             Self::Rules { revoke, enroll, raise_quota, change_rules, destroy, rotate, longest, ask } => {
+                if [revoke, enroll, raise_quota, change_rules, destroy, rotate].iter().all(Option::is_none) && longest.is_none()
+                {
+                    return Err(StatusError::Unfit(
+                        "say which rule shall be another one, --destroy 2 for example".into(),
+                    ));
+                }
                 let known = ask.connect().await?.approvals().await?.rules.unwrap_or_default();
                 let count = |new: Option<u8>, known: u32| new.unwrap_or(u8::try_from(known).unwrap_or(u8::MAX));
                 let rules = ApprovalRules {

@@ -19,14 +19,17 @@ use crate::tlog::{LogKey, TlogError};
 /// How often it is looked for new entries.
 const LOOK: Duration = Duration::from_millis(500);
 
+/// Most characters of a value in a line.
+const LONGEST: usize = 120;
+
 /// Reading the audit log.
 #[derive(Subcommand)]
 pub enum ReadAuditCommand {
     /// Tell the last entries.
     Tail {
-        /// The daemon's configuration.
-        #[arg(long, value_name = "FILE")]
-        config: PathBuf,
+        /// Which log.
+        #[command(flatten)]
+        log: LogArgs,
         /// How many.
         #[arg(long, short = 'n', value_name = "COUNT", default_value_t = 20)]
         lines: usize,
@@ -41,18 +44,18 @@ pub enum ReadAuditCommand {
     Show {
         /// Its number in the log.
         sequence: u64,
-        /// The daemon's configuration.
-        #[arg(long, value_name = "FILE")]
-        config: PathBuf,
+        /// Which log.
+        #[command(flatten)]
+        log: LogArgs,
         /// Tell it as JSON.
         #[arg(long)]
         json: bool,
     },
     /// Write entries into a file, for auditors and their programs.
     Export {
-        /// The daemon's configuration.
-        #[arg(long, value_name = "FILE")]
-        config: PathBuf,
+        /// Which log.
+        #[command(flatten)]
+        log: LogArgs,
         /// The file, which must not exist; standard output without it.
         #[arg(long, value_name = "FILE")]
         out: Option<PathBuf>,
@@ -66,6 +69,27 @@ pub enum ReadAuditCommand {
         #[arg(long, value_enum, default_value_t = Form::Json)]
         format: Form,
     },
+}
+
+/// Which log is read.
+#[derive(Args)]
+pub struct LogArgs {
+    /// The daemon's configuration, which names the log.
+    #[arg(long, value_name = "FILE", required_unless_present = "directory")]
+    config: Option<PathBuf>,
+    /// The log's directory, a copy of it for example, instead.
+    #[arg(long, value_name = "DIR", conflicts_with = "config")]
+    directory: Option<PathBuf>,
+}
+
+impl LogArgs {
+    fn directory(self) -> Result<PathBuf, String> {
+        match (self.directory, self.config) {
+            (Some(directory), _) => Ok(directory),
+            (None, Some(config)) => log_directory(&config),
+            (None, None) => Err("say which log: --config FILE or --directory DIR".to_owned()),
+        }
+    }
 }
 
 /// Which log is verified, and against what.
@@ -175,13 +199,13 @@ impl ReadAuditCommand {
     /// Does it.
     pub fn run(self) -> Result<(), String> {
         match self {
-            Self::Tail { config, lines, follow, json } => tail(&log_directory(&config)?, lines, follow, json),
-            Self::Show { sequence, config, json } => show(&log_directory(&config)?, sequence, json),
-            Self::Export { config, out, from, to, format } => {
+            Self::Tail { log, lines, follow, json } => tail(&log.directory()?, lines, follow, json),
+            Self::Show { sequence, log, json } => show(&log.directory()?, sequence, json),
+            Self::Export { log, out, from, to, format } => {
                 let wanted = |entry: &Recorded| {
                     from.is_none_or(|from| entry.time >= from) && to.is_none_or(|to| entry.time < to)
                 };
-                export(&log_directory(&config)?, out.as_deref(), wanted, format)
+                export(&log.directory()?, out.as_deref(), wanted, format)
             }
         }
     }
@@ -231,7 +255,7 @@ fn to_json(entry: &Recorded) -> Result<String, String> {
 /// An entry in a line, for people.
 pub(super) fn in_a_line(entry: &Recorded) -> String {
     let mut line = format!(
-        "{:>6}  {}  {:<20} {:<14} {}",
+        "{:>6}  {}  {:<20} {:<18} {}",
         entry.sequence,
         at(entry.time),
         printable(&entry.caller),
@@ -240,9 +264,17 @@ pub(super) fn in_a_line(entry: &Recorded) -> String {
     );
     for (name, value) in &entry.details {
         // Writing into a string does not fail.
-        let _ = write!(line, "  {name}={}", printable(value));
+        let _ = write!(line, "  {name}={}", shortened(printable(value)));
     }
     line
+}
+
+/// Certificates and signatures would hide the rest: `show` and `export` tell all of a value.
+fn shortened(value: String) -> String {
+    match value.char_indices().nth(LONGEST) {
+        Some((end, _)) => format!("{}…", value.get(..end).unwrap_or_default()),
+        None => value,
+    }
 }
 
 fn show(directory: &Path, sequence: u64, json: bool) -> Result<(), String> {

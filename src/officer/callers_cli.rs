@@ -11,7 +11,7 @@ use super::approvals_cli::{AskArgs, request_revocation};
 use super::desk::{AtDesk, life_left, now};
 use super::pool_cli::DaemonArgs;
 use super::status::StatusError;
-use super::text::{at, printable, table, trimmed};
+use super::text::{at, duration, printable, table, trimmed};
 use crate::certificate::{Caller, Role};
 use crate::names::{DeviceIdentity, ProfileName};
 use crate::proto;
@@ -127,7 +127,7 @@ pub struct RenewArgs {
 pub async fn renew(args: RenewArgs) -> Result<(), StatusError> {
     let left = life_left(&args.tls)?;
     if args.within.is_some_and(|within| left > within.as_secs()) {
-        let left = humantime::format_duration(Duration::from_secs(left - left % 3600));
+        let left = duration(i64::try_from(left).unwrap_or(i64::MAX));
         println!("the certificate has {left} left; nothing was done");
         return Ok(());
     }
@@ -167,6 +167,7 @@ pub async fn list_callers(role: Role, daemon: &DaemonArgs) -> Result<(), StatusE
         println!("{}", trimmed(&stations_table(&known)));
     } else {
         println!("{}", trimmed(&certificates_table(role, &known)));
+        println!("those made on the token are not here until they are renewed (sppctl renew)");
     }
     Ok(())
 }

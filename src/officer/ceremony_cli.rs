@@ -8,6 +8,7 @@ use super::ceremony::{CeremonyPlan, Held};
 use super::desk::AtDesk;
 use super::hsm_file::HsmFile;
 use super::permit::Permit;
+use super::text::{table, trimmed};
 use super::transcript::verify_transcript;
 use crate::access::{Act, RequestId};
 use crate::hsm::{Ceremony, PinSource};
@@ -139,8 +140,12 @@ async fn hold(
         return Ok(());
     }
     println!("token {} (serial {}), {}", report.token_label, report.token_serial, report.module);
+    let mut acts = table([], []);
     for key in &report.keys {
-        println!("  {} {:<16} {}", key.act, key.name, key.fingerprint);
+        acts.add_row([key.act.to_owned(), key.name.to_string(), key.fingerprint.clone()]);
+    }
+    if !report.keys.is_empty() {
+        println!("{}", trimmed(&acts));
     }
     for path in &report.files {
         println!("  wrote {}", path.display());
@@ -241,9 +246,14 @@ fn ceremony_plan(file: &Path, on: Option<(&Path, &Path)>, json: bool) -> Result<
     if let Some(label) = plan.token_label() {
         println!("  would initialise the token {label}");
     }
+    let mut planned = table([], []);
     for act in &acts {
         let files: String = act.files.iter().map(|file| format!(", {}", file.display())).collect();
-        println!("  would {} {:<16} {:<14} {}{files}", act.act, act.name, act.kind, act.what);
+        let (what, name) = (format!("would {}", act.act), act.name.to_string());
+        planned.add_row([what, name, act.kind.clone(), format!("{}{files}", act.what)]);
+    }
+    if !acts.is_empty() {
+        println!("{}", trimmed(&planned));
     }
     if !plan.needs_approval().is_empty() {
         println!("it {}: a second officer must approve it", plan.needs_approval().join(" and "));

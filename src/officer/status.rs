@@ -74,8 +74,11 @@ fn endpoint(server: &str, tls: &Path) -> Result<Endpoint, StatusError> {
     let config = ClientTlsConfig::new()
         .ca_certificate(Certificate::from_pem(read("ca.pem")?))
         .identity(Identity::from_pem(read("certificate.pem")?, read("key.pem")?));
-    let address = |_| StatusError::Address(server.to_owned());
-    let endpoint = Endpoint::from_shared(server.to_owned()).map_err(address)?;
+    let address = || StatusError::Address(server.to_owned());
+    if !server.starts_with("https://") {
+        return Err(address());
+    }
+    let endpoint = Endpoint::from_shared(server.to_owned()).map_err(|_| address())?;
     let endpoint = endpoint.tls_config(config).map_err(|e| StatusError::Tls(e.to_string()))?;
     Ok(endpoint.connect_timeout(Duration::from_secs(5)))
 }
@@ -102,10 +105,10 @@ async fn connect_to(endpoint: &Endpoint, server: &str) -> Result<Channel, Status
     })
 }
 
-/// A request that is answered soon or not at all.
+/// A request that is answered soon or not at all. It waits longer than the daemon for its HSM, so that the daemon can say what is wrong.
 pub(super) fn with_deadline<T>(message: T) -> tonic::Request<T> {
     let mut request = tonic::Request::new(message);
-    request.set_timeout(Duration::from_secs(10));
+    request.set_timeout(Duration::from_secs(30));
     request
 }
 
@@ -113,6 +116,9 @@ pub(super) fn with_deadline<T>(message: T) -> tonic::Request<T> {
 #[expect(clippy::disallowed_types, reason = "an officer's tool is a client: it is told a status and makes none")]
 pub(super) fn refused(server: &str, status: &tonic::Status) -> StatusError {
     let (server, message) = (server.to_owned(), status.message().to_owned());
+    // Not from the daemon's own services, which say why.
+    let message =
+        if message.is_empty() { format!("{}; is this its officer listener?", status.code()) } else { message };
     match status.code() {
         tonic::Code::Unavailable | tonic::Code::Unknown => StatusError::Connect { server, cause: message },
         _ => StatusError::Refused { server, message },

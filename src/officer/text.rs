@@ -36,7 +36,11 @@ pub(super) fn printable(text: &str) -> String {
 pub(super) fn table<'a>(header: impl IntoIterator<Item = &'a str>, numbers: impl IntoIterator<Item = usize>) -> Table {
     let mut table = Table::new();
     table.load_preset(presets::NOTHING);
-    table.set_header(header);
+    let header: Vec<_> = header.into_iter().collect();
+    // An empty one would be an empty line.
+    if !header.is_empty() {
+        table.set_header(header);
+    }
     for column in numbers {
         if let Some(column) = table.column_mut(column) {
             column.set_cell_alignment(CellAlignment::Right);

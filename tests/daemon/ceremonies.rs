@@ -48,7 +48,7 @@ fn a_plan_says_what_a_run_would_do_and_changes_nothing() {
     let before = site.read("keys/keys.toml");
     let told = site.sppctl("ceremony plan ceremony.toml");
     for key in ["manufacturer", "log-1", "master-1", "access"] {
-        assert!(told.contains(&format!("would make {key}")), "{told}");
+        assert!(told.contains(&format!("would make  {key}")), "{told}");
     }
     let taken = site.try_sppctl("ceremony plan ceremony.toml --hsm hsm.toml --out keys");
     let why = String::from_utf8_lossy(&taken.stderr).into_owned();

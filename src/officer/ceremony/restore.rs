@@ -75,7 +75,7 @@ impl Act for RestoreKey {
             act: "restore",
             name: self.backup.name.clone(),
             kind,
-            what: format!("{what}; under {}, of {given} of {} shares", under.name, under.shares),
+            what: format!("{what}; under {}, with {given} of {} shares", under.name, under.shares),
             files: self.files(),
             needs_approval: false,
         }

@@ -59,6 +59,9 @@ pub struct LogHead {
     pub hash: [u8; 32],
 }
 
+/// Octets that are read from the file at once.
+const CHUNK: usize = 64 * 1024;
+
 impl AuditLog {
     /// Makes an empty log in a directory of its own, which must not exist; nobody but its owner may look into it.
     pub fn create(dir: &Path) -> Result<(), AuditError> {
@@ -93,6 +96,23 @@ impl AuditLog {
     /// The node that writes it.
     pub fn node(&self) -> &str {
         &self.shared.node
+    }
+
+    /// The octets from that one on, at most so many as are sent at once, of what is durable; empty at its end, none beyond it.
+    pub async fn read(&self, offset: u64) -> Result<Option<Vec<u8>>, AuditError> {
+        let shared = Arc::clone(&self.shared);
+        let read = move || -> Result<Option<Vec<u8>>, AuditError> {
+            let (path, end) = {
+                let writer = shared.writer.lock().unwrap_or_else(PoisonError::into_inner);
+                (writer.path.clone(), writer.known.map_or(0, |known| known.end))
+            };
+            let Some(left) = end.checked_sub(offset) else { return Ok(None) };
+            let mut octets = vec![0; usize::try_from(left).unwrap_or(CHUNK).min(CHUNK)];
+            let file = File::open(&path).and_then(|file| file.read_exact_at(&mut octets, offset));
+            file.map_err(|cause| AuditError::Failed { doing: "reading", path, cause: Arc::new(cause) })?;
+            Ok(Some(octets))
+        };
+        tokio::task::spawn_blocking(read).await.map_err(|e| AuditError::Interrupted(e.to_string()))?
     }
 
     /// The directory that it is in.

@@ -31,7 +31,7 @@ pub use spool::TokenAct;
 pub use verify::{Published, PublishedTrail, Trust, Verified, verified_json, verify, verify_with};
 
 /// The log's file in its directory.
-const FILE: &str = "audit.jsonl";
+pub(crate) const FILE: &str = "audit.jsonl";
 
 /// The audit log could not be made, opened, written or followed.
 #[derive(Debug, Clone, thiserror::Error)]

@@ -164,6 +164,14 @@ enum AuditCommand {
     },
     #[command(flatten)]
     Read(ReadAuditCommand),
+    /// Copy the log of the running daemon, to be read and verified elsewhere; the same again goes on with the copy.
+    Fetch {
+        /// The copy's directory.
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+        #[command(flatten)]
+        daemon: DaemonArgs,
+    },
     /// Read the whole log and tell whether its chain is whole and all of it is there: as it was signed, and as the public database
     /// knows it. The daemon may run meanwhile.
     Verify(VerifyAuditArgs),
@@ -363,6 +371,7 @@ fn run(command: Command) -> Result<(), String> {
         Command::Init { config } => init(&config),
         Command::Audit(AuditCommand::Init { config }) => audit_init(&config),
         Command::Audit(AuditCommand::Read(what)) => what.run(),
+        Command::Audit(AuditCommand::Fetch { out, daemon }) => at_daemon(officer::fetch_audit(&out, &daemon)),
         Command::Audit(AuditCommand::Verify(args)) => args.run(),
         Command::Station(StationCommand::Enroll { name, common }) => {
             enroll(AccessName::Client(Caller::Station(name)), common)

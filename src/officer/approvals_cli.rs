@@ -183,7 +183,8 @@ impl RequestCommand {
                 request(&Act::RaiseQuota { station, quota }, &ask).await
             }
             Self::Rules { revoke, enroll, raise_quota, change_rules, destroy, rotate, longest, ask } => {
-                if [revoke, enroll, raise_quota, change_rules, destroy, rotate].iter().all(Option::is_none) && longest.is_none()
+                if [revoke, enroll, raise_quota, change_rules, destroy, rotate].iter().all(Option::is_none)
+                    && longest.is_none()
                 {
                     return Err(StatusError::Unfit(
                         "say which rule shall be another one, --destroy 2 for example".into(),

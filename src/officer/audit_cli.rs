@@ -4,11 +4,16 @@ use std::collections::VecDeque;
 use std::fmt::Write as _;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum};
 
+use super::desk::AtDesk;
+use super::files::make_directory;
+use super::pool_cli::DaemonArgs;
+use super::status::StatusError;
 use super::text::{at, moment, printable};
 use crate::audit::{self, Entries, Recorded, Trust};
 use crate::certificate::IssuerCertificate;
@@ -184,6 +189,27 @@ fn first_node(directory: &Path) -> Result<Option<String>, String> {
     let mut entries = Entries::open(directory).map_err(|e| e.to_string())?;
     // A first entry that does not fit is found by the verification, which says more.
     Ok(entries.next_entry().ok().flatten().map(|entry| entry.node))
+}
+
+/// Copies the log of the running daemon, or goes on with the copy.
+pub async fn fetch_audit(out: &Path, daemon: &DaemonArgs) -> Result<(), StatusError> {
+    let failed = |e: io::Error| StatusError::Unfit(format!("{}: {e}", out.display()));
+    make_directory(out).map_err(|e| StatusError::Unfit(e.to_string()))?;
+    let opened = OpenOptions::new().append(true).create(true).mode(0o600).open(out.join(audit::FILE));
+    let mut file = opened.map_err(failed)?;
+    let before = file.metadata().map_err(failed)?.len();
+    let mut desk = AtDesk::connect(&daemon.server, &daemon.tls).await?;
+    desk.read_audit_log(before, |octets| file.write_all(octets)).await?;
+    file.sync_all().map_err(failed)?;
+    let (now, place) = (file.metadata().map_err(failed)?.len(), out.display());
+    let new = now - before;
+    match daemon.json {
+        true => println!("{:#}", serde_json::json!({ "directory": out, "octets": now, "new": new })),
+        false => println!(
+            "{now} octets in {place}, {new} of them new; sppctl audit verify --directory {place} --key LOG.vkey looks at them"
+        ),
+    }
+    Ok(())
 }
 
 /// The form of exported entries.

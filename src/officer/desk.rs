@@ -100,6 +100,20 @@ impl AtDesk {
         answer.map(drop).map_err(|status| refused(&self.server, &status))
     }
 
+    /// The audit log from an octet on, part by part.
+    pub(super) async fn read_audit_log(
+        &mut self,
+        offset: u64,
+        mut take: impl FnMut(&[u8]) -> std::io::Result<()>,
+    ) -> Result<(), StatusError> {
+        let answer = self.client.read_audit_log(proto::ReadAuditLogRequest { offset }).await;
+        let mut parts = answer.map_err(|status| refused(&self.server, &status))?.into_inner();
+        while let Some(part) = parts.message().await.map_err(|status| refused(&self.server, &status))? {
+            take(&part.octets).map_err(|e| self.unfit(format!("writing the copy: {e}")))?;
+        }
+        Ok(())
+    }
+
     /// Everybody who is known.
     pub(super) async fn callers(&mut self) -> Result<proto::ListCallersResponse, StatusError> {
         let answer = self.client.list_callers(with_deadline(proto::ListCallersRequest {})).await;

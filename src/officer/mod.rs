@@ -24,7 +24,7 @@ mod text;
 mod transcript;
 
 pub use approvals_cli::{ApprovalsCommand, AskArgs, RequestCommand};
-pub use audit_cli::{Form, ReadAuditCommand, VerifyAuditArgs};
+pub use audit_cli::{Form, ReadAuditCommand, VerifyAuditArgs, fetch_audit};
 pub use callers_cli::{IdentitiesCommand, RenewArgs, enroll_at_desk, list_callers, renew, revoke};
 pub use ceremony::{CeremonyPlan, Held, PlannedAct};
 pub use ceremony_cli::CeremonyCommand;

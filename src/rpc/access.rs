@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, async_trait};
 
 use super::door::{Act, Door};
@@ -13,6 +15,9 @@ use crate::keys::sha256;
 use crate::proto;
 use crate::proto::access_server::Access;
 use crate::provisioning::{ProvisionError, Provisioner};
+
+/// Parts of the audit log that may wait for a slow reader.
+const CHUNKS: usize = 4;
 
 pub(super) struct AccessService {
     pub(super) desk: Arc<Desk>,
@@ -177,6 +182,28 @@ impl Access for AccessService {
             Ok(proto::RecordCeremonyResponse {})
         };
         self.door.act(act, work).await
+    }
+
+    type ReadAuditLogStream = ReceiverStream<Result<proto::ReadAuditLogResponse, Status>>;
+
+    async fn read_audit_log(
+        &self,
+        request: Request<proto::ReadAuditLogRequest>,
+    ) -> Result<Response<Self::ReadAuditLogStream>, Status> {
+        let (caller, log) = (callers::any(&request)?.to_string(), Arc::clone(self.auditor.log()));
+        let work = async move {
+            let offset = request.get_ref().offset;
+            let first = log.read(offset).await?.ok_or_else(|| {
+                ProvisionError::invalid(
+                    "offset",
+                    "the log does not have so many octets: it is another log, or was cut off",
+                )
+            })?;
+            let (sender, stream) = mpsc::channel(CHUNKS);
+            tokio::spawn(desk::send_log(log, offset, first, sender));
+            Ok(ReceiverStream::new(stream))
+        };
+        self.door.call("Access.ReadAuditLog", caller, work).await
     }
 
     async fn load_identities(

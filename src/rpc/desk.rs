@@ -1,12 +1,18 @@
 //! What is asked of the desk, between messages and values.
 
+use std::sync::Arc;
+
+use tokio::sync::mpsc;
+use tonic::Status;
+
 use super::door::Act;
 use super::messages::timestamp;
+use super::status::status_of;
 use crate::access::{
     self, ApprovalRules, Asked, Desk, Enrolled, IdentityRange, LoadedRange, MAX_REASON_LEN, RequestId, RequestState,
     Signed, StationUse, Verdict,
 };
-use crate::audit::{Entry, Outcome};
+use crate::audit::{AuditLog, Entry, Outcome};
 use crate::certificate::Caller;
 use crate::names::{DeviceIdentity, OfficerName, ProfileName};
 use crate::proto;
@@ -103,6 +109,29 @@ pub(super) fn entry_of_statement(
     let values = [signed.statement.as_str(), &signature, &certificate];
     let entry = Entry::new(caller, name, Outcome::Begun).with("request", id).with("act", act);
     SIGNED.iter().zip(values).fold(entry, |entry, (name, value)| entry.with(name, value))
+}
+
+/// Sends the log up to its end, or until nobody listens.
+pub(super) async fn send_log(
+    log: Arc<AuditLog>,
+    mut offset: u64,
+    mut octets: Vec<u8>,
+    sender: mpsc::Sender<Result<proto::ReadAuditLogResponse, Status>>,
+) {
+    while !octets.is_empty() {
+        offset += octets.len() as u64;
+        if sender.send(Ok(proto::ReadAuditLogResponse { octets })).await.is_err() {
+            return;
+        }
+        octets = match log.read(offset).await {
+            Ok(next) => next.unwrap_or_default(),
+            Err(error) => {
+                // Whoever listened no longer does.
+                let _ = sender.send(Err(status_of(&error.into()))).await;
+                return;
+            }
+        };
+    }
 }
 
 pub(super) fn enrolment(request: &proto::EnrollCallerRequest) -> Result<(Caller, u32), ProvisionError> {

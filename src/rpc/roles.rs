@@ -34,6 +34,7 @@ const TABLE: &[(&str, Whom)] = {
         ("/spp.v1.Access/DecideApproval", These(&[Officer])),
         ("/spp.v1.Access/UseApproval", These(&[Officer])),
         ("/spp.v1.Access/RecordCeremony", These(&[Officer])),
+        ("/spp.v1.Access/ReadAuditLog", These(&[Officer, Auditor])),
         ("/spp.v1.Access/LoadIdentities", These(&[Officer])),
         ("/spp.v1.Access/ListIdentities", These(&[Officer, Auditor])),
         ("/spp.v1.Line/Assemble", These(&[Station])),

@@ -360,3 +360,39 @@ fn what_officers_do_on_the_token_is_taken_in_also_while_the_daemon_runs() {
     assert!(site.stop().success());
     site.sppctl(VERIFY);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_auditor_copies_the_log_and_verifies_it_elsewhere() {
+    let mut site = Site::new();
+    site.sppctl("auditor enroll x-1 --config sppd.toml --out tls/auditor");
+    site.edit("sppd.toml", "# checkpoint_every = \"60s\"", "checkpoint_every = \"1s\"");
+    site.start();
+    let fetch = format!("audit fetch --out copy --server https://127.0.0.1:{} --tls tls/auditor", site.officer);
+    let mut line = site.station().await;
+    for n in 1..=3 {
+        assemble(&mut line, &phone(n)).await.unwrap();
+        assert!(site.sppctl(&fetch).contains("octets in copy"));
+    }
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    let verify = "audit verify --directory copy --log public --key keys/log-1.vkey --access-ca keys/access-ca.pem";
+    loop {
+        site.sppctl(&fetch);
+        assert_eq!(
+            site.read("copy/audit.jsonl"),
+            site.read("audit/audit.jsonl")[..site.read("copy/audit.jsonl").len()]
+        );
+        let told = site.try_sppctl(verify);
+        if told.status.success()
+            && String::from_utf8_lossy(&told.stdout).contains("in the public database fit, the newest covers")
+        {
+            break;
+        }
+        assert!(std::time::Instant::now() < until, "{told:?}");
+        std::thread::sleep(std::time::Duration::from_millis(200));
+    }
+    assert!(site.sppctl("audit tail --directory copy").contains("line.assemble"));
+    // A copy of another log is not gone on with.
+    std::fs::write(site.path("copy/audit.jsonl"), vec![b'x'; 1 << 20]).unwrap();
+    let output = site.try_sppctl(&fetch);
+    assert!(String::from_utf8_lossy(&output.stderr).contains("does not have so many octets"), "{output:?}");
+}

@@ -199,6 +199,7 @@ const MAY: &[(&str, &[&str])] = &[
     ("/spp.v1.Access/DecideApproval", &["officer"]),
     ("/spp.v1.Access/UseApproval", &["officer"]),
     ("/spp.v1.Access/RecordCeremony", &["officer"]),
+    ("/spp.v1.Access/ReadAuditLog", &["officer", "auditor"]),
     ("/spp.v1.Access/LoadIdentities", &["officer"]),
     ("/spp.v1.Access/ListIdentities", &["officer", "auditor"]),
     ("/spp.v1.Line/Assemble", &["station"]),

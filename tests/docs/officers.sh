@@ -265,6 +265,9 @@ run sppctl station revoke line-1/a --reason 'stolen on 26 November' "${o1[@]}"
 approve
 refused 'is revoked' provision 3 devices-2 manufacturer-2.pem
 run sppctl request --out station/tls-2
+refused 'approvals request enroll station line-1/a' sppctl station enroll line-1/a --csr station/tls-2/request.pem "${o1[@]}" --out answer-2
+run sppctl approvals request enroll station line-1/a --csr station/tls-2/request.pem "${o1[@]}"
+approve
 run sppctl station enroll line-1/a --csr station/tls-2/request.pem "${o1[@]}" --out answer-2
 cp answer-2/certificate.pem answer-2/ca.pem station/tls-2/
 station=station/tls-2
@@ -282,11 +285,13 @@ run sppctl audit tail --config sppd.toml -n 5
 run sppctl audit show 1 --config sppd.toml
 run sppctl audit export --config sppd.toml --format csv --out audit.csv
 run sppctl audit verify --config sppd.toml
-stop
-run sppctl registry export mirror --config sppd.toml
 mkdir auditor
-cp -R audit mirror keys/log-1.vkey auditor/
-run sppctl audit verify --directory auditor/audit --log auditor/mirror --key auditor/log-1.vkey
+run sppctl audit fetch --out auditor/audit --server "$officer" --tls tls/auditor
+stop
+cp audit/audit.jsonl auditor/audit/audit.jsonl
+run sppctl registry export mirror --config sppd.toml
+cp -R mirror keys/log-1.vkey keys/access-ca.pem auditor/
+run sppctl audit verify --directory auditor/audit --log auditor/mirror --key auditor/log-1.vkey --access-ca auditor/access-ca.pem
 run sppctl audit tail --directory auditor/audit -n 2
 head -n 20 audit/audit.jsonl >auditor/audit/audit.jsonl
 refused 'are missing' sppctl audit verify --directory auditor/audit --log auditor/mirror --key auditor/log-1.vkey

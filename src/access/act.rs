@@ -167,7 +167,7 @@ impl fmt::Display for Act {
             Self::Enroll { role, name, days, csr_sha256 } => {
                 write!(f, "enrol the {role} {name} for {days} days, for the key of the request sha256:{csr_sha256}")
             }
-            Self::RaiseQuota { station, quota } => write!(f, "let the station {station} make {quota}"),
+            Self::RaiseQuota { station, quota } => write!(f, "let the station {station} begin these {quota}"),
             Self::ChangeRules { rules } => write!(f, "change the rules of approval: {rules}"),
             Self::Ceremony { destroys, file } => {
                 let what = if *destroys { "destroys" } else { "replaces" };

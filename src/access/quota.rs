@@ -32,8 +32,8 @@ impl Quota {
 
 impl fmt::Display for Quota {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let number = |number: Option<u64>| number.map_or_else(|| "any number of".to_owned(), |n| n.to_string());
-        write!(f, "{} devices in an hour, {} in total", number(self.devices_per_hour), number(self.devices_total))
+        let number = |number: Option<u64>| number.map_or_else(|| "no limit".to_owned(), |n| n.to_string());
+        write!(f, "devices: {} in any hour, {} in total", number(self.devices_per_hour), number(self.devices_total))
     }
 }
 

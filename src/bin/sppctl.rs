@@ -76,6 +76,9 @@ enum Command {
         /// Where key.pem and request.pem go, and later certificate.pem and ca.pem.
         #[arg(long, value_name = "DIR")]
         out: PathBuf,
+        /// Tell it as JSON.
+        #[arg(long)]
+        json: bool,
     },
     /// Auditors: they read everything and change nothing.
     #[command(subcommand)]
@@ -348,6 +351,9 @@ struct EnrollArgs {
     /// Days until the certificate ends.
     #[arg(long, default_value_t = 365, value_parser = clap::value_parser!(u32).range(1..=3650))]
     days: u32,
+    /// Tell it as JSON.
+    #[arg(long)]
+    json: bool,
 }
 
 fn main() -> ExitCode {
@@ -380,7 +386,7 @@ fn run(command: Command) -> Result<(), String> {
         Command::Station(StationCommand::Revoke { name, reason, ask }) => {
             at_daemon(officer::revoke(Role::Station, &name, reason, &ask))
         }
-        Command::Request { out } => request(&out),
+        Command::Request { out, json } => request(&out, json),
         Command::Describe(what) => what.run(Cli::command()),
         Command::Auditor(AuditorCommand::Enroll { name, common }) => {
             enroll(AccessName::Client(Caller::Auditor(name)), common)
@@ -463,13 +469,14 @@ fn audit_init(config: &Path) -> Result<(), String> {
     Ok(())
 }
 
-fn request(out: &Path) -> Result<(), String> {
-    for path in officer::request(out).map_err(|e| e.to_string())? {
-        println!("wrote {}", path.display());
+fn request(out: &Path, json: bool) -> Result<(), String> {
+    let paths = officer::request(out).map_err(|e| e.to_string())?;
+    officer::tell_written(&paths, json);
+    if !json {
+        println!(
+            "an officer makes the certificate: sppctl station enroll NAME --csr request.pem …; put certificate.pem and ca.pem beside key.pem"
+        );
     }
-    println!(
-        "an officer makes the certificate: sppctl station enroll NAME --csr request.pem …; put certificate.pem and ca.pem beside key.pem"
-    );
     Ok(())
 }
 
@@ -478,7 +485,7 @@ fn enroll(name: AccessName, args: EnrollArgs) -> Result<(), String> {
         return at_daemon(async {
             let csr = args.csr.as_deref();
             let paths = officer::enroll_at_desk(server, tls, caller, csr, args.days, &args.out).await?;
-            paths.iter().for_each(|path| println!("wrote {}", path.display()));
+            officer::tell_written(&paths, args.json);
             Ok(())
         });
     }
@@ -491,9 +498,7 @@ fn enroll(name: AccessName, args: EnrollArgs) -> Result<(), String> {
     let made = officer::on_record(&audit.directory, enrolment.describe(), || {
         officer::enroll(&access, &register, &enrolment).map_err(|e| e.to_string())
     });
-    for path in made? {
-        println!("wrote {}", path.display());
-    }
+    officer::tell_written(&made?, args.json);
     Ok(())
 }
 

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::io::{BufRead as _, Write as _};
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
@@ -99,12 +100,12 @@ pub enum RequestCommand {
     Quota {
         /// The station's name.
         station: StationName,
-        /// Devices in any hour; no limit if left out.
-        #[arg(long, value_name = "N")]
-        devices_per_hour: Option<u64>,
-        /// Devices at all; no limit if left out.
-        #[arg(long, value_name = "N")]
-        devices_total: Option<u64>,
+        /// Devices in any hour, or none for no limit; as it is if left out.
+        #[arg(long, value_name = "N|none", required_unless_present = "devices_total")]
+        devices_per_hour: Option<Limit>,
+        /// Devices at all, or none for no limit; as it is if left out.
+        #[arg(long, value_name = "N|none")]
+        devices_total: Option<Limit>,
         /// How long, and which daemon.
         #[command(flatten)]
         ask: AskArgs,
@@ -146,6 +147,20 @@ pub enum RequestCommand {
     },
 }
 
+/// A number of devices, or no limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limit(Option<u64>);
+
+impl FromStr for Limit {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "none" => Ok(Self(None)),
+            _ => text.parse().map(|number| Self(Some(number))).map_err(|e| format!("{e}; write a number, or none")),
+        }
+    }
+}
+
 /// How long a request stands, and where it is made.
 #[derive(Args)]
 pub struct AskArgs {
@@ -179,7 +194,12 @@ impl RequestCommand {
                 request(&Act::Enroll { role, name, days, csr_sha256 }, &ask).await
             }
             Self::Quota { station, devices_per_hour, devices_total, ask } => {
-                let quota = Quota { devices_per_hour, devices_total };
+                let known = ask.connect().await?.callers().await?.stations;
+                let known = known.into_iter().find(|known| known.station == station.as_str()).unwrap_or_default();
+                let quota = Quota {
+                    devices_per_hour: devices_per_hour.map_or(known.devices_per_hour, |limit| limit.0),
+                    devices_total: devices_total.map_or(known.devices_total, |limit| limit.0),
+                };
                 request(&Act::RaiseQuota { station, quota }, &ask).await
             }
             Self::Rules { revoke, enroll, raise_quota, change_rules, destroy, rotate, longest, ask } => {

@@ -11,7 +11,7 @@ use super::approvals_cli::{AskArgs, request_revocation};
 use super::desk::{AtDesk, life_left, now};
 use super::pool_cli::DaemonArgs;
 use super::status::StatusError;
-use super::text::{at, duration, printable, table, trimmed};
+use super::text::{at, duration, printable, table, tell_written, trimmed};
 use crate::certificate::{Caller, Role};
 use crate::names::{DeviceIdentity, ProfileName};
 use crate::proto;
@@ -121,20 +121,28 @@ pub struct RenewArgs {
     /// Do nothing while the certificate has more time left than this, 30d for example.
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     within: Option<Duration>,
+    /// Tell it as JSON.
+    #[arg(long)]
+    json: bool,
 }
 
 /// Renews the certificate of whoever calls.
 pub async fn renew(args: RenewArgs) -> Result<(), StatusError> {
     let left = life_left(&args.tls)?;
     if args.within.is_some_and(|within| left > within.as_secs()) {
-        let left = duration(i64::try_from(left).unwrap_or(i64::MAX));
-        println!("the certificate has {left} left; nothing was done");
+        let time = duration(i64::try_from(left).unwrap_or(i64::MAX));
+        match args.json {
+            true => println!("{:#}", json!({ "wrote": [], "seconds_left": left })),
+            false => println!("the certificate has {time} left; nothing was done"),
+        }
         return Ok(());
     }
     let (paths, until) = AtDesk::connect(&args.server, &args.tls).await?.renew(args.out.as_deref()).await?;
-    for path in paths {
-        println!("wrote {}", path.display());
+    if args.json {
+        println!("{:#}", json!({ "wrote": paths, "not_after": until }));
+        return Ok(());
     }
+    tell_written(&paths, false);
     println!("it ends at {}", at(until));
     Ok(())
 }

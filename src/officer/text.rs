@@ -1,5 +1,6 @@
 //! How an officer's tool writes and reads times, tables and what others wrote.
 
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use comfy_table::{CellAlignment, Table, presets};
@@ -52,6 +53,17 @@ pub(super) fn table<'a>(header: impl IntoIterator<Item = &'a str>, numbers: impl
 /// The table without the spaces that fill its lines up.
 pub(super) fn trimmed(table: &Table) -> String {
     table.to_string().lines().map(str::trim_end).collect::<Vec<_>>().join("\n")
+}
+
+/// Tells which files were made.
+pub fn tell_written(paths: &[PathBuf], json: bool) {
+    if json {
+        println!("{:#}", serde_json::json!({ "wrote": paths }));
+        return;
+    }
+    for path in paths {
+        println!("wrote {}", path.display());
+    }
 }
 
 /// Names and values, the values in one column.

@@ -162,7 +162,7 @@ fn rules_are_changed_by_two_and_count_at_once() {
     let site = site_of_three();
     let asked = told(&site, "tls/officer", "approvals request rules --raise-quota 2 --longest 2h");
     approve(&site, asked["id"].as_str().unwrap());
-    let asked = told(&site, "tls/officer", "approvals request quota line-1/a");
+    let asked = told(&site, "tls/officer", "approvals request quota line-1/a --devices-total none");
     assert_eq!(asked["needed"], 2);
     let id = asked["id"].as_str().unwrap();
     approve(&site, id);
@@ -170,8 +170,11 @@ fn rules_are_changed_by_two_and_count_at_once() {
     assert!(decide(&site, "tls/o-3", &format!("approve {id}")).status.success());
     assert_eq!(told(&site, "tls/officer", &format!("approvals show {id}"))["state"], "done");
     refused_with(&ask(&site, "tls/officer", "approvals request rules --destroy 0"), "1 to 9 approvals");
-    refused_with(&ask(&site, "tls/officer", "approvals request quota line-1/a --valid-for 3h"), "at most 7200 seconds");
-    refused_with(&ask(&site, "tls/officer", "approvals request quota line-8/x"), "not configured");
+    refused_with(
+        &ask(&site, "tls/officer", "approvals request quota line-1/a --devices-total none --valid-for 3h"),
+        "at most 7200 seconds",
+    );
+    refused_with(&ask(&site, "tls/officer", "approvals request quota line-8/x --devices-total 5"), "not configured");
     let listed = String::from_utf8(ask(&site, "tls/officer", "approvals list").stdout).unwrap();
     assert!(listed.contains("raise-quota 2") && listed.contains("stands for 2h"), "{listed}");
 }
@@ -179,7 +182,7 @@ fn rules_are_changed_by_two_and_count_at_once() {
 #[test]
 fn the_audit_log_keeps_both_signatures() {
     let site = site_of_three();
-    let asked = told(&site, "tls/officer", "approvals request quota line-1/a");
+    let asked = told(&site, "tls/officer", "approvals request quota line-1/a --devices-total none");
     approve(&site, asked["id"].as_str().unwrap());
     let entries = String::from_utf8(site.read("audit/audit.jsonl")).unwrap();
     let of = |act: &str, outcome: &str| -> Value {

@@ -187,7 +187,7 @@ run sppctl renew --server "$line" --tls station/tls --within 30d
 run sppctl renew --server "$officer" --tls tls/o-2
 run sppctl officer list "${o1[@]}"
 refused 'may not call' sppctl station list --server "$officer" --tls tls/monitor
-refused 'not of an officer' sppctl approvals request quota line-1/a --server "$officer" --tls tls/auditor
+refused 'not of an officer' sppctl approvals request quota line-1/a --devices-total 5 --server "$officer" --tls tls/auditor
 
 part 'A quota, and more of it'
 provision 3 devices manufacturer.pem

@@ -15,7 +15,7 @@ use super::authority::{UnsignedDocument, key_identifiers, ordered};
 use super::name::SubjectName;
 use super::prepare::CertificateSerial;
 use super::tbs::{self, TbsFields};
-use super::{CertificateError, IssuerCertificate};
+use super::{CertificateError, IssuerCertificate, signed};
 use crate::keys::PublicKey;
 use crate::names::{AuditorName, BackOfficeName, MonitorName, NameError, OfficerName, StationName};
 
@@ -249,6 +249,24 @@ pub fn caller_of(der: &[u8]) -> Result<CallerCertificate, CertificateError> {
     Ok(CallerCertificate { caller: parse_caller(caller)?, not_before, not_after })
 }
 
+/// The same for a certificate that TLS has not verified: one of these authorities for access certificates must have issued it, for a
+/// client. Whether it is in time is for whoever knows the time that matters.
+pub fn verify_caller(der: &[u8], authorities: &[PublicKey]) -> Result<CallerCertificate, CertificateError> {
+    let shell = signed::split("client certificate", der)?;
+    if !authorities.iter().any(|authority| shell.verify(authority).is_ok()) {
+        return Err(CertificateError::refused("none of the authorities for access certificates has issued it"));
+    }
+    // What the authority has signed may be a certificate of another kind: of a server, or of an authority under it.
+    let usage = shell.certificate()?.get_extension::<ExtendedKeyUsage>();
+    let usage = usage.map_err(CertificateError::unreadable("client certificate"))?;
+    if !usage.is_some_and(|(_, usage)| usage.0 == [CLIENT_AUTH]) {
+        return Err(CertificateError::refused(
+            "it is not for a client (extendedKeyUsage clientAuth, RFC 5280 §4.2.1.12)",
+        ));
+    }
+    caller_of(der)
+}
+
 /// The public key of a certificate.
 pub fn public_key_of(der: &[u8]) -> Result<PublicKey, CertificateError> {
     let unreadable = || CertificateError::unreadable("certificate");
@@ -355,6 +373,28 @@ mod tests {
         let document =
             UnsignedDocument::new("CERTIFICATE", to_be_signed, access.authority.algorithm(), access.authority.public());
         assert!(caller_of(document.assemble(&signature).unwrap().as_der()).is_err());
+    }
+
+    #[test]
+    fn a_caller_is_believed_whom_one_of_the_authorities_has_certified_as_a_client() {
+        let (access, stranger) = (Access::new(), Access::new());
+        let officer = AccessName::Client(Caller::Officer("o-1".parse().unwrap()));
+        let made = access.issue(&officer);
+        let [own, other] = [&access, &stranger].map(|access| access.authority.public().clone());
+        for authorities in [vec![own.clone()], vec![other.clone(), own.clone()]] {
+            let known = verify_caller(made.as_der(), &authorities).unwrap();
+            assert_eq!(known, caller_of(made.as_der()).unwrap());
+        }
+        assert!(verify_caller(made.as_der(), &[]).is_err());
+        let error = verify_caller(made.as_der(), &[other]).unwrap_err().to_string();
+        assert!(error.contains("none of the authorities"), "{error}");
+        for position in 0..made.as_der().len() {
+            let mut changed = made.as_der().to_vec();
+            changed[position] ^= 1;
+            assert!(verify_caller(&changed, std::slice::from_ref(&own)).is_err(), "octet {position}");
+        }
+        let server = access.issue(&AccessName::Server { dns: vec!["spp.example".into()], ips: vec![] });
+        assert!(verify_caller(server.as_der(), &[own]).unwrap_err().to_string().contains("not for a client"));
     }
 
     #[test]

@@ -32,6 +32,7 @@ mod verify;
 
 pub use access::{
     AccessCertificate, AccessName, Caller, CallerCertificate, Role, access_certificate, caller_of, public_key_of,
+    verify_caller,
 };
 pub use answer::check_answer;
 pub use authority::{

@@ -58,7 +58,7 @@ impl Act for NewBackupKey {
     }
 
     fn look(&self, before: &Before<'_>, faults: &mut Faults) -> Result<(), OfficerError> {
-        faults.note(format!("key {}", self.name), before.token.can_back_up());
+        faults.note(format!("key {}", self.name), before.token.profile().can_back_up());
         Ok(())
     }
 
@@ -136,7 +136,9 @@ pub(super) fn keep(
 ) -> Result<(), OfficerError> {
     let (Some(under), Some(wrapped)) = (under, &key.wrapped) else { return Ok(()) };
     let (name, id, wrapped) = (key.name.clone(), key.id.clone(), wrapped.clone());
-    let text = BackupFile { name, id, wrapped, under: under.clone(), what }.to_toml()?;
+    let mut file = BackupFile { name, id, wrapped, under: under.clone(), what, seal: Vec::new() };
+    file.seal = holding.token.seal(under, &file.digest()?)?;
+    let text = file.to_toml()?;
     let path = holding.out.join(file_name(&key.name));
     write_new(&path, text.as_bytes())?;
     // So that whoever restores it can tell whether it is the file of this ceremony.

@@ -2,6 +2,8 @@
 
 mod backup;
 mod backup_file;
+#[cfg(test)]
+mod backup_tests;
 mod destroy;
 mod file;
 mod import;

@@ -7,11 +7,13 @@ use super::log::NewLogKey;
 use super::proof::prove;
 use super::signing::certificate_file;
 use super::{Act, Before, Holding, PlannedAct, shares};
+use crate::certificate::IssuerCertificate;
 use crate::config::Faults;
-use crate::hsm::{CheckpointKey, CreatedKey, KeyRegister, MasterKey, SigningKey};
+use crate::hsm::{CheckpointKey, CreatedKey, KeyRegister, MasterKey, SigningKey, is_sealed};
 use crate::names::KeyName;
 use crate::officer::OfficerError;
 use crate::officer::files::write_new;
+use crate::secret::SecretBytes;
 
 /// `[[restore]]`.
 pub(super) struct RestoreKey {
@@ -31,6 +33,24 @@ impl RestoreKey {
             What::Log { key, .. } => Some((NewLogKey::vkey(name), format!("{key}\n"))),
             What::Master { .. } => None,
         }
+    }
+
+    /// The backup key of the officers' shares, once it is certain that the file is as the ceremony has written it that made the key.
+    fn opened(&self) -> Result<SecretBytes, OfficerError> {
+        let backup = &self.backup;
+        let key = shares::combine(&backup.under, &self.shares)?;
+        let wrong = |why: String| OfficerError::Other(format!("{}: {why}", self.file.display()));
+        if !is_sealed(&key, &backup.seal, &backup.digest()?) {
+            let message = "its seal does not fit: it is not as it was when the key was made; take another copy of it";
+            return Err(wrong(message.to_owned()));
+        }
+        if let What::Signing { public_key, certificate: Some(pem), .. } = &backup.what {
+            let certificate = IssuerCertificate::from_pem_alone(pem).map_err(|e| wrong(format!("certificate: {e}")))?;
+            if certificate.public_key() != public_key {
+                return Err(wrong("its certificate is of another key than the one that is backed up".to_owned()));
+            }
+        }
+        Ok(key)
     }
 
     fn enter(&self, register: &mut KeyRegister, key: &CreatedKey, out: &std::path::Path) {
@@ -83,10 +103,12 @@ impl Act for RestoreKey {
 
     fn look(&self, before: &Before<'_>, faults: &mut Faults) -> Result<(), OfficerError> {
         let at = format!("restore {}", self.backup.name);
-        faults.note(at.as_str(), before.token.can_back_up());
-        faults.note(at.as_str(), shares::combine(&self.backup.under, &self.shares));
+        faults.note(at.as_str(), before.token.profile().can_back_up());
+        faults.note(at.as_str(), self.opened().map(drop));
         if before.register.given().any(|(_, id)| id == self.backup.id) {
             faults.add(at, "the register has its CKA_ID already");
+        } else if !before.token.is_free_id(&self.backup.id)? {
+            faults.add(at, "an object of the token has its CKA_ID already; nothing is ever overwritten");
         }
         Ok(())
     }
@@ -97,7 +119,7 @@ impl Act for RestoreKey {
         if !holding.token.is_free(&backup.name)? {
             return Err(OfficerError::Other(format!("the token has an object named {} already", backup.name)));
         }
-        let key = shares::combine(&backup.under, &self.shares)?;
+        let key = self.opened()?;
         let restorable = backup.what.restorable();
         let restored = holding.token.restore(&backup.name, &backup.id, &restorable, &backup.wrapped, &key);
         drop(key);

@@ -35,35 +35,43 @@ key = "master"
 name = "master-2"
 "#;
 
-struct Office<'a> {
+pub(super) struct Office<'a> {
     place: &'a Place,
-    token: Ceremony,
+    pub(super) token: Ceremony,
 }
 
 impl<'a> Office<'a> {
     fn new(place: &'a Place) -> Self {
+        Self::begun_with(place, FIRST)
+    }
+
+    pub(super) fn begun_with(place: &'a Place, first: &str) -> Self {
         let office = Self { place, token: place.open() };
-        office.hold(FIRST, false).unwrap();
+        office.hold(first, false).unwrap();
         office
     }
 
-    fn out(&self) -> &Path {
+    pub(super) fn out(&self) -> &Path {
         &self.place.directory
     }
 
-    fn plan(&self, text: &str) -> CeremonyPlan {
+    pub(super) fn plan(&self, text: &str) -> CeremonyPlan {
         let file = self.out().join("ceremony.toml");
         std::fs::write(&file, text).unwrap();
         CeremonyPlan::load(&file).unwrap()
     }
 
-    fn hold(&self, text: &str, approved: bool) -> Result<Held, OfficerError> {
-        let plan = self.plan(text);
-        let permit = || Permit::new("r-7".to_owned(), *plan.file_sha256(), vec!["o-2".parse().unwrap()]);
-        plan.run(&self.token, &self.out().join("keys"), &["o-1".parse().unwrap()], approved.then(permit))
+    pub(super) fn hold(&self, text: &str, approved: bool) -> Result<Held, OfficerError> {
+        self.hold_into("keys", text, approved)
     }
 
-    fn register(&self) -> KeyRegister {
+    pub(super) fn hold_into(&self, out: &str, text: &str, approved: bool) -> Result<Held, OfficerError> {
+        let plan = self.plan(text);
+        let permit = || Permit::new("r-7".to_owned(), *plan.file_sha256(), vec!["o-2".parse().unwrap()]);
+        plan.run(&self.token, &self.out().join(out), &["o-1".parse().unwrap()], approved.then(permit))
+    }
+
+    pub(super) fn register(&self) -> KeyRegister {
         KeyRegister::load(&self.out().join("keys/keys.toml")).unwrap()
     }
 

@@ -259,7 +259,7 @@ pub fn verify_caller(der: &[u8], authorities: &[PublicKey]) -> Result<CallerCert
     // What the authority has signed may be a certificate of another kind: of a server, or of an authority under it.
     let usage = shell.certificate()?.get_extension::<ExtendedKeyUsage>();
     let usage = usage.map_err(CertificateError::unreadable("client certificate"))?;
-    if !usage.is_some_and(|(_, usage)| usage.0 == [CLIENT_AUTH]) {
+    if usage.is_none_or(|(_, usage)| usage.0 != [CLIENT_AUTH]) {
         return Err(CertificateError::refused(
             "it is not for a client (extendedKeyUsage clientAuth, RFC 5280 §4.2.1.12)",
         ));

@@ -2,12 +2,13 @@
 
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use prost_types::Timestamp;
 use tonic::transport::Channel;
 
 use super::files::{make_directory, must_be_new, replace, write_new, write_new_private};
+pub(super) use super::now;
 use super::status::{StatusError, connect_access, refused, with_deadline};
 use crate::access::{Act, RequestId, Statement, Verdict, verify_statement};
 use crate::certificate::{Caller, access_request, caller_of};
@@ -200,6 +201,10 @@ impl AtDesk {
 pub(super) struct Seen {
     pub(super) id: RequestId,
     pub(super) act: Act,
+    /// Who has asked for it.
+    pub(super) officer: OfficerName,
+    /// Seconds since the Unix epoch; as he has signed it.
+    pub(super) expires: u64,
     node: String,
     statement: Statement,
 }
@@ -221,7 +226,21 @@ impl Seen {
             return Err(wrong("what is shown is not what its officer has signed".to_owned()));
         }
         verify_statement(statement.as_bytes(), &requested.signature, &requested.certificate).map_err(wrong)?;
-        Ok(Self { id, act, node: node.to_owned(), statement })
+        Ok(Self { id, act, officer, expires, node: node.to_owned(), statement })
+    }
+
+    /// Who has approved it, if what he has signed is just that.
+    pub(super) fn approved_by(&self, signed: &proto::OfficerSignature) -> Result<OfficerName, String> {
+        let certificate = caller_of(&signed.certificate).map_err(|e| e.to_string())?;
+        let Caller::Officer(officer) = certificate.caller else {
+            return Err("an approval is not signed by an officer".to_owned());
+        };
+        let statement = Statement::decision(&self.node, self.id, &officer, &self.statement, &Verdict::Approve);
+        if signed.officer != officer.as_str() || signed.statement != statement.as_str() {
+            return Err(format!("what {officer} has signed is not an approval of this request"));
+        }
+        verify_statement(statement.as_bytes(), &signed.signature, &signed.certificate)?;
+        Ok(officer)
     }
 
     /// By which people compare what they see.
@@ -271,8 +290,4 @@ fn request_in(path: &Path) -> Result<Vec<u8>, StatusError> {
 
 fn unwritable(error: super::FileError) -> StatusError {
     StatusError::Unfit(error.to_string())
-}
-
-pub(super) fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }

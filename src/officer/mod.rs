@@ -81,6 +81,14 @@ pub enum OfficerError {
         /// The ceremony file.
         file: String,
     },
+    /// It failed when some of it was done already.
+    #[error("{why}; done before that: {}", held.transcript.done())]
+    CutShort {
+        /// What has failed.
+        why: String,
+        /// What was done before.
+        held: Box<Held>,
+    },
     /// Anything else, in words.
     #[error("{0}")]
     Other(String),

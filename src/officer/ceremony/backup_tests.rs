@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use super::backup_file::{BackupFile, What};
 use super::tests::Office;
 use crate::hsm::tests::{Place, in_module};
+use crate::officer::{OfficerError, verify_transcript};
 
 const FIRST: &str = r#"
 [[backup_wrapping_key]]
@@ -102,6 +103,102 @@ fn a_backup_of_which_anything_was_changed_is_refused() {
             std::fs::write(archive.path("devices"), right).unwrap();
         }
         archive.office.hold_into("keys-b", &[restore("devices"), restore("master")].concat(), false).unwrap();
+    });
+}
+
+#[test]
+fn a_key_that_comes_to_others_needs_an_approval() {
+    in_module(|place| {
+        let archive = Archive::new(place);
+        let plan = archive.office.plan(&restore("devices"));
+        assert!(plan.may_need_approval() && plan.needs_approval(None).unwrap().is_empty());
+        // A new register: of a new token, say.
+        archive.office.hold_into("keys-b", &restore("master"), false).unwrap();
+        let alone = archive.office.hold_into("keys-b", &restore("devices"), false);
+        assert!(matches!(alone, Err(OfficerError::NeedsApproval { .. })));
+        let planned = plan.acts(Some(&archive.office.out().join("keys-b"))).unwrap();
+        assert!(planned[0].needs_approval);
+        archive.office.hold_into("keys-b", &restore("devices"), true).unwrap();
+    });
+}
+
+#[test]
+fn a_share_that_others_may_read_or_that_is_none_is_not_read() {
+    use std::os::unix::fs::PermissionsExt as _;
+    in_module(|place| {
+        let archive = Archive::new(place);
+        let share = archive.office.out().join("keys/backup-1-o-3.share");
+        std::fs::set_permissions(&share, std::fs::Permissions::from_mode(0o640)).unwrap();
+        archive.refused("master", "may be read by others (mode 0640)");
+        std::fs::set_permissions(&share, std::fs::Permissions::from_mode(0o600)).unwrap();
+        let right = std::fs::read_to_string(&share).unwrap();
+        std::fs::write(&share, format!("{right}{}", "\n".repeat(4096))).unwrap();
+        archive.refused("master", "is no share of a key");
+    });
+}
+
+#[test]
+fn a_ceremony_that_fails_half_way_has_a_signed_transcript_of_what_it_did() {
+    in_module(|place| {
+        let archive = Archive::new(place);
+        let office = &archive.office;
+        office.hold("[[log_key]]\nname = \"log\"\norigin = \"spp.example/test\"\n", false).unwrap();
+        let mut file = BackupFile::load(&archive.path("master")).unwrap();
+        (file.name, file.id) = ("master-b".parse().unwrap(), vec![9; 16]);
+        *file.wrapped.last_mut().unwrap() ^= 1;
+        file.seal = office.token.seal(&file.under, &file.digest().unwrap()).unwrap();
+        std::fs::write(archive.path("master"), file.to_toml().unwrap()).unwrap();
+        let other =
+            "[[backup_wrapping_key]]\nname = \"backup-2\"\nshares = 2\nthreshold = 2\nofficers = [\"o-1\", \"o-2\"]\n";
+        let error = office.hold(&format!("{other}{}", restore("master")), true).err().unwrap();
+        let told = error.to_string();
+        assert!(told.contains("nothing was restored") && told.ends_with("made backup-2"), "{told}");
+        let OfficerError::CutShort { held, .. } = error else { panic!("{told}") };
+        assert!(held.signed && held.transcript.failed.is_some());
+        let log = office.register().log[0].key.clone();
+        let verified = verify_transcript(&office.out().join("keys/transcript-3.txt"), &log).unwrap();
+        assert!(
+            verified.text.contains("\nfailed      ") && verified.text.contains("key backup-2"),
+            "{}",
+            verified.text
+        );
+        assert_eq!(verified.json_fits, Some(true));
+        assert!(office.register().master_key(&"master-b".parse().unwrap()).is_none());
+    });
+}
+
+/// Somebody has put something there of which a look before knows nothing.
+fn block(path: &std::path::Path) {
+    std::os::unix::fs::symlink("/nowhere", path).unwrap();
+}
+
+#[test]
+fn the_register_knows_a_key_when_everything_of_it_is_written() {
+    in_module(|place| {
+        let archive = Archive::new(place);
+        let office = &archive.office;
+        let before = office.register();
+        let keys = office.out().join("keys");
+        let wrapping =
+            "[[backup_wrapping_key]]\nname = \"backup-2\"\nshares = 2\nthreshold = 2\nofficers = [\"o-1\", \"o-2\"]\n";
+        let signing = "[[signing_key]]\nname = \"more\"\nkind = \"p256\"\ncertificate = \"self-signed\"\n\
+                       subject = { common_name = \"More\" }\nbackup = \"backup-1\"\n";
+        let log = "[[log_key]]\nname = \"log\"\norigin = \"spp.example/test\"\n";
+        for (text, key, last, first) in [
+            (wrapping, "backup-2", "backup-2-o-2.share", "backup-2-o-1.share"),
+            (signing, "more", "more.backup", "more-ca.pem"),
+            (log, "log", "log.vkey", "log.vkey.none"),
+        ] {
+            block(&keys.join(last));
+            let error = office.hold(text, false).err().unwrap().to_string();
+            assert!(error.contains(last), "{error}");
+            assert!(office.token.is_free(&key.parse().unwrap()).unwrap() && !keys.join(first).exists());
+            assert_eq!(office.register(), before);
+            std::fs::remove_file(keys.join(last)).unwrap();
+        }
+        for text in [wrapping, signing, log] {
+            office.hold(text, false).unwrap();
+        }
     });
 }
 

@@ -256,8 +256,8 @@ fn what_a_ceremony_did_before_it_failed_is_on_record() {
     let run = "ceremony run more.toml --hsm hsm.toml --out keys --officer o-1";
     refused_with(&ask(&site, "tls/officer", run), "done before that: made more");
     let told = site.sppctl("audit tail --config sppd.toml -n 50 --json");
-    let entries = told.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-    let ended = entries.filter(|entry| entry["act"] == "ceremony.end" && entry["outcome"] == "done").last().unwrap();
+    let mut entries = told.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let ended = entries.rfind(|entry| entry["act"] == "ceremony.end" && entry["outcome"] == "done").unwrap();
     let details = &ended["details"];
     assert!(details["failure"].as_str().unwrap().contains("log-2.vkey"), "{details}");
     assert!(details["act 01"].as_str().unwrap().starts_with("made more "), "{details}");

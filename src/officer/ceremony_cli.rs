@@ -55,8 +55,8 @@ pub enum CeremonyCommand {
         /// An officer who holds the ceremony, for the transcript; may be given more than once.
         #[arg(long, value_name = "NAME")]
         officer: Vec<OfficerName>,
-        /// The officer listener of the running daemon, https://HOST:PORT: it has the approval of a ceremony that destroys or rotates
-        /// keys, and records in its audit log what the ceremony did.
+        /// The officer listener of the running daemon, https://HOST:PORT: it has the approval of a ceremony that destroys, rotates
+        /// or restores keys, and records in its audit log what the ceremony did.
         #[arg(long, value_name = "URL", requires = "tls")]
         server: Option<String>,
         /// The officer's directory with certificate.pem, key.pem and ca.pem, for --server.

@@ -38,7 +38,7 @@ pub use registry_cli::RegistryCommand;
 pub use reload::reload;
 pub use reports_cli::{DeviceCommand, ReportCommand, SessionsCommand};
 pub use status::{StatusError, connect_and_ask, describe_status, status_json};
-pub use transcript::{Approval, KeyReport, Transcript, VerifiedTranscript, verify_transcript};
+pub use transcript::{Approval, KeyReport, OfficerStatement, Transcript, VerifiedTranscript, verify_transcript};
 
 use crate::certificate::CertificateError;
 use crate::config::Faults;

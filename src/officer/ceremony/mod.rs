@@ -177,14 +177,7 @@ impl CeremonyPlan {
         // The log key of before, whose public half others have already, unless it has just been destroyed.
         let signer = before.log.iter().find(|key| register.log_key(&key.name).is_some()).or(register.log.first());
         let written = report.write(out, token, signer);
-        let held = Held { signed: matches!(written, Ok(true)), transcript: report };
-        let why = match (failed, written) {
-            (None, Ok(_)) => return Ok(held),
-            (Some(why), Ok(_)) => why.to_string(),
-            (None, Err(e)) => format!("everything was done, and the transcript could not be written: {e}"),
-            (Some(why), Err(e)) => format!("{why}; nor could the transcript be written: {e}"),
-        };
-        Err(OfficerError::CutShort { why, held: Box::new(held) })
+        Held { signed: matches!(written, Ok(true)), transcript: report }.unless(failed, written.err())
     }
 
     fn approval(&self, permit: Option<Permit>, register: &KeyRegister) -> Result<Option<Approval>, OfficerError> {
@@ -323,4 +316,20 @@ pub struct Held {
     pub transcript: Transcript,
     /// Whether the transcript's text is signed; a token without a log's key signs none.
     pub signed: bool,
+}
+
+impl Held {
+    /// It, if nothing has failed: neither an act nor the writing of the transcript.
+    fn unless(self, act: Option<OfficerError>, writing: Option<OfficerError>) -> Result<Self, OfficerError> {
+        let why = match (act, writing) {
+            (None, None) => return Ok(self),
+            (Some(why), None) => {
+                let transcript = self.transcript.files.last().map(|path| path.display().to_string());
+                format!("{why}; its transcript is {}", transcript.unwrap_or_default())
+            }
+            (None, Some(e)) => format!("everything was done, and the transcript could not be written: {e}"),
+            (Some(why), Some(e)) => format!("{why}; nor could the transcript be written: {e}"),
+        };
+        Err(OfficerError::CutShort { why, held: Box::new(self) })
+    }
 }

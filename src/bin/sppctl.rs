@@ -359,6 +359,8 @@ struct EnrollArgs {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     spp::process::forbid_core_dumps();
+    // Shares of backup keys and PINs pass through it.
+    spp::process::lock_memory();
     match run(cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(message) => {

@@ -71,6 +71,16 @@ impl IssuerCertificate {
         Err(refused)
     }
 
+    /// Reads a PEM chain that begins with a root: one that has signed itself says so how its key signs.
+    pub fn from_pem_of_root(pem: &str) -> Result<Self, CertificateError> {
+        let mut read = Self::from_pem_alone(pem)?;
+        let shell = signed::split("issuer certificate", read.as_der())?;
+        if shell.verify(&read.public_key).is_ok() {
+            read.algorithm = shell.algorithm;
+        }
+        Ok(read)
+    }
+
     /// The public half of the signing key.
     pub const fn public_key(&self) -> &PublicKey {
         &self.public_key

@@ -273,8 +273,9 @@ fn load_profiles(directory: &Path, faults: &mut Faults) -> (Vec<ProfileName>, BT
 
 /// The key that signs access certificates: the newest of the register that has its certificate.
 fn load_authority(keys: &KeyRegister, faults: &mut Faults) -> Option<AccessAuthority> {
-    let of_access = keys.signing.iter().rev().filter(|key| key.use_ == SigningUse::Access);
-    let key = of_access.clone().find(|key| key.certificate.exists()).or_else(|| of_access.last())?;
+    let mut of_access = keys.signing.iter().rev().filter(|key| key.use_ == SigningUse::Access);
+    let newest = of_access.clone().next();
+    let key = of_access.find(|key| key.certificate.exists()).or(newest)?;
     let at = format!("access key {}", key.name);
     let hint = "for a key with a CSR, import the offline root's answer in a ceremony";
     let pem = std::fs::read_to_string(&key.certificate);

@@ -14,7 +14,7 @@ use zeroize::Zeroizing;
 use super::attributes::{KeyRole, Provenance, pair_generation};
 use super::failure::{Doing as _, Failure, FailureClass, HsmError};
 use super::kdf::Prf;
-use super::module::WrapMechanism;
+use super::module::{ModuleProfile, WrapMechanism};
 use super::objects::{Ceremony, CreatedKey, Made, master_generation, public_template, refused};
 use super::register::BackupKey;
 use super::token::find_one;
@@ -30,6 +30,8 @@ pub const BACKUP_KEY_LEN: u32 = 32;
 const CHECK_LEN: usize = 8;
 /// What the check value is made of.
 const CHECKED: [u8; 32] = [0; 32];
+/// Octets of what a seal is made of, SHA-384: no key that is backed up has so many, so that neither passes for the other.
+pub const SEALED_LEN: usize = 48;
 
 /// What a wrapped key is, as far as the token must be told.
 #[derive(Debug, Clone)]
@@ -49,24 +51,32 @@ pub fn backup_check_value(key: &SecretBytes) -> Result<Vec<u8>, HsmError> {
     Ok(wrapped[..CHECK_LEN].to_vec())
 }
 
+/// Whether a seal is that of this digest: it is unwrapped with the key in this process.
+pub fn is_sealed(key: &SecretBytes, seal: &[u8], digest: &[u8; SEALED_LEN]) -> bool {
+    let unwrapped = unwrap_here(key, seal);
+    unwrapped.is_ok_and(|sealed| aws_lc_rs::constant_time::verify_slices_are_equal(&sealed, digest).is_ok())
+}
+
 fn unusable() -> HsmError {
     HsmError::Wrong("a backup key has exactly 32 octets".to_owned())
+}
+
+impl ModuleProfile {
+    /// Whether this module can make and restore backups; the reason if not.
+    pub fn can_back_up(&self) -> Result<(), HsmError> {
+        if self.wrap == WrapMechanism::AesKeyWrapPad {
+            return Ok(());
+        }
+        let message =
+            "backups are wrapped with AES-KWP (RFC 5649), which this module has not; use its own means of backup";
+        Err(HsmError::Refused(message.to_owned()))
+    }
 }
 
 impl Ceremony {
     /// Random octets of the HSM that are secret.
     pub fn random_secret(&self, len: u32) -> Result<SecretBytes, HsmError> {
         self.random(len).map(SecretBytes::new)
-    }
-
-    /// Whether this module can make and restore backups; the reason if not.
-    pub fn can_back_up(&self) -> Result<(), HsmError> {
-        if self.profile.wrap == WrapMechanism::AesKeyWrapPad {
-            return Ok(());
-        }
-        let message =
-            "backups are wrapped with AES-KWP (RFC 5649), which this module has not; use its own means of backup";
-        Err(HsmError::Refused(message.to_owned()))
     }
 
     /// Puts a backup key on the token, for wrapping alone.
@@ -83,12 +93,24 @@ impl Ceremony {
 
     /// The check value of a backup key on the token.
     pub fn check_value_of_backup_key(&self, key: &BackupKey) -> Result<Vec<u8>, HsmError> {
+        let mut wrapped = self.wrap_octets(key, &CHECKED)?;
+        wrapped.truncate(CHECK_LEN);
+        Ok(wrapped)
+    }
+
+    /// Binds a digest to a backup key. AES-KWP authenticates: without the key nobody makes a seal that [`is_sealed`] takes.
+    pub fn seal(&self, under: &BackupKey, digest: &[u8; SEALED_LEN]) -> Result<Vec<u8>, HsmError> {
+        self.wrap_octets(under, digest)
+    }
+
+    /// Octets that are not secret, wrapped under a backup key of the token.
+    fn wrap_octets(&self, key: &BackupKey, octets: &[u8]) -> Result<Vec<u8>, HsmError> {
         let run = |verbs: &mut Verbs| -> Result<Vec<u8>, Failure> {
             let kek = find_one(verbs.session(), ObjectClass::SECRET_KEY, &key.name, &key.id)?;
-            let zeros = verbs.session_secret(KeyType::GENERIC_SECRET, &CHECKED)?;
-            let wrapped = verbs.wrap_under(kek, zeros);
-            verbs.forget(zeros)?;
-            wrapped.map(|wrapped| wrapped.into_iter().take(CHECK_LEN).collect())
+            let passing = verbs.session_secret(KeyType::GENERIC_SECRET, octets)?;
+            let wrapped = verbs.wrap_under(kek, passing);
+            verbs.forget(passing)?;
+            wrapped
         };
         run(&mut self.verbs(BTreeMap::new())?).map_err(refused)
     }

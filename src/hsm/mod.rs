@@ -46,7 +46,7 @@ pub mod worker;
 pub use attempts::PinAttempts;
 pub use attributes::{KeyRole, Provenance};
 pub use background::{KeepIn, OwnObjects};
-pub use backup::{BACKUP_KEY_LEN, Restorable, backup_check_value};
+pub use backup::{BACKUP_KEY_LEN, Restorable, SEALED_LEN, backup_check_value, is_sealed};
 pub use doctor::{Examination, Finding, Needs, examine};
 pub use failure::{FailureClass, HsmError};
 pub use guard::GuardedFile;

@@ -72,6 +72,11 @@ impl Ceremony {
         self.initialised
     }
 
+    /// What is known of the module.
+    pub const fn profile(&self) -> &ModuleProfile {
+        &self.profile
+    }
+
     /// The token's names.
     pub const fn token(&self) -> &TokenIdentity {
         self.token.identity()
@@ -84,11 +89,17 @@ impl Ceremony {
 
     /// Whether a name is not yet used by any object.
     pub fn is_free(&self, name: &KeyName) -> Result<bool, HsmError> {
-        let template = [Attribute::Label(name.as_str().as_bytes().to_vec())];
+        self.has_none(Attribute::Label(name.as_str().as_bytes().to_vec()), || format!("looking whether {name} is free"))
+    }
+
+    /// Whether a CKA_ID is not yet used by any object.
+    pub fn is_free_id(&self, id: &[u8]) -> Result<bool, HsmError> {
+        self.has_none(Attribute::Id(id.to_vec()), || format!("looking whether the CKA_ID {} is free", hex::encode(id)))
+    }
+
+    fn has_none(&self, attribute: Attribute, doing: impl FnOnce() -> String) -> Result<bool, HsmError> {
         let session = self.token.session().map_err(refused)?;
-        let found =
-            session.find_objects(&template).doing(|| format!("looking whether {name} is free")).map_err(refused)?;
-        Ok(found.is_empty())
+        Ok(session.find_objects(&[attribute]).doing(doing).map_err(refused)?.is_empty())
     }
 
     /// Makes a signing pair that can do nothing but sign.
@@ -140,6 +151,12 @@ impl Ceremony {
     ) -> Result<CreatedKey, HsmError> {
         if !self.is_free(name)? {
             let message = format!("the token has an object named {name} already; nothing is ever overwritten");
+            return Err(HsmError::Refused(message));
+        }
+        // Some modules and tools know a key by its CKA_ID alone.
+        if !self.is_free_id(id)? {
+            let message =
+                format!("the token has an object with the CKA_ID {} already; {name} was not made", hex::encode(id));
             return Err(HsmError::Refused(message));
         }
         let begun = SystemTime::now();

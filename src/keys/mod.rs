@@ -158,6 +158,13 @@ pub fn sha256(bytes: &[u8]) -> [u8; 32] {
     hash
 }
 
+/// SHA-384.
+pub fn sha384(bytes: &[u8]) -> [u8; 48] {
+    let mut hash = [0; 48];
+    hash.copy_from_slice(aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA384, bytes).as_ref());
+    hash
+}
+
 #[cfg(test)]
 mod tests {
     use super::private::der_prefix;

@@ -10,7 +10,7 @@ use clap::{Args, Subcommand};
 use serde_json::json;
 
 use super::ceremony_cli::act_of;
-use super::desk::{AtDesk, Seen, now, request_in};
+use super::desk::{AtDesk, Seen, authority_of, now, request_in};
 use super::pool_cli::DaemonArgs;
 use super::status::StatusError;
 use super::text::{at, printable, table, trimmed};
@@ -299,7 +299,7 @@ async fn list(daemon: &DaemonArgs, all: bool) -> Result<(), StatusError> {
 async fn show(id: RequestId, daemon: &DaemonArgs) -> Result<(), StatusError> {
     let mut desk = AtDesk::connect(&daemon.server, &daemon.tls).await?;
     let (node, approval) = (desk.approvals().await?.node, desk.approval(id).await?);
-    let seen = Seen::of(&node, &approval, &daemon.tls)?;
+    let seen = Seen::of(&node, &approval, &[authority_of(&daemon.tls)?])?;
     match daemon.json {
         true => println!("{:#}", approval_json(&approval)),
         false => print!("{}", describe(&approval, &seen)),
@@ -310,7 +310,7 @@ async fn show(id: RequestId, daemon: &DaemonArgs) -> Result<(), StatusError> {
 async fn decide(id: RequestId, verdict: Verdict, daemon: &DaemonArgs) -> Result<(), StatusError> {
     let mut desk = AtDesk::connect(&daemon.server, &daemon.tls).await?;
     let (node, approval) = (desk.approvals().await?.node, desk.approval(id).await?);
-    let seen = Seen::of(&node, &approval, &daemon.tls)?;
+    let seen = Seen::of(&node, &approval, &[authority_of(&daemon.tls)?])?;
     eprint!("{}", describe(&approval, &seen));
     must_be_meant(&verdict, &seen)?;
     let decided = desk.decide(&seen, &verdict).await?;

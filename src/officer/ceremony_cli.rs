@@ -4,23 +4,39 @@ use std::path::{Path, PathBuf};
 
 use clap::Subcommand;
 
-use super::ceremony::{CeremonyPlan, Held};
+use super::OfficerError;
+use super::ceremony::{CeremonyPlan, Held, PlannedAct};
 use super::desk::AtDesk;
 use super::hsm_file::HsmFile;
 use super::permit::Permit;
 use super::text::{table, trimmed};
 use super::transcript::verify_transcript;
 use crate::access::{Act, RequestId};
-use crate::hsm::{Ceremony, PinSource};
+use crate::hsm::{Ceremony, KeyRegister, PinSource};
 use crate::keys::sha256;
 use crate::names::OfficerName;
 use crate::proto;
 use crate::tlog::{LogKey, TlogError};
 
-/// Key ceremonies: keys made inside the HSM.
+const RUN_HELP: &str = "Look first, then hold it:
+    sppctl ceremony plan ceremony.toml --hsm hsm.toml --out keys
+    sppctl ceremony run ceremony.toml --hsm hsm.toml --out keys --officer o-1
+
+One that destroys or rotates keys, or restores them to others, is approved by another officer before:
+    sppctl approvals request ceremony rotate.toml --server https://HOST:7444 --tls tls/o-1
+    sppctl approvals approve ID --server https://HOST:7444 --tls tls/o-2
+    sppctl ceremony run rotate.toml --hsm hsm.toml --out keys --server https://HOST:7444 --tls tls/o-1
+
+What may stand in the file: hsm-config/README.md, Ceremonies.";
+
+/// Key ceremonies: what is done to keys inside the HSM, from a strict file, with a signed transcript.
 #[derive(Subcommand)]
 pub enum CeremonyCommand {
-    /// Make the keys that the file names. Nothing is overwritten; attributes are read back; a transcript is written.
+    /// Do what the file says: make keys, back them up, import certificates, rotate, restore, check and destroy keys.
+    ///
+    /// All of it is looked at before anything is done. Nothing is overwritten; attributes are read back; a transcript is written, of a
+    /// ceremony that fails half-way too.
+    #[command(after_help = RUN_HELP)]
     Run {
         /// The ceremony file.
         file: PathBuf,
@@ -39,8 +55,8 @@ pub enum CeremonyCommand {
         /// An officer who holds the ceremony, for the transcript; may be given more than once.
         #[arg(long, value_name = "NAME")]
         officer: Vec<OfficerName>,
-        /// The officer listener of the running daemon, https://HOST:PORT: it has the approval of a ceremony that destroys or rotates
-        /// keys, and records in its audit log what the ceremony did.
+        /// The officer listener of the running daemon, https://HOST:PORT: it has the approval of a ceremony that destroys, rotates
+        /// or restores keys, and records in its audit log what the ceremony did.
         #[arg(long, value_name = "URL", requires = "tls")]
         server: Option<String>,
         /// The officer's directory with certificate.pem, key.pem and ca.pem, for --server.
@@ -50,7 +66,9 @@ pub enum CeremonyCommand {
         #[arg(long)]
         json: bool,
     },
-    /// Tell what a ceremony would make. Nothing is changed; with --hsm and --out it is looked whether all names are free.
+    /// Tell what a ceremony would make, back up, import, rotate, restore, check and destroy. Nothing is changed; with --hsm and --out it
+    /// is looked whether all of it could be done.
+    #[command(after_help = RUN_HELP)]
     Plan {
         /// The ceremony file.
         file: PathBuf,
@@ -87,7 +105,7 @@ impl CeremonyCommand {
                     Some((server, tls)) => Some(AtDesk::connect(&server, &tls).await.map_err(|e| e.to_string())?),
                     None => None,
                 };
-                let token = token_of(&plan, &hsm, so_pin_file, pin_file)?;
+                let token = open_token(&plan, &hsm, &out, Pins { user: pin_file, so: so_pin_file })?;
                 hold(&plan, &token, &out, &officer, desk, json).await
             }
             Self::Plan { file, hsm, out, json } => ceremony_plan(&file, hsm.as_deref().zip(out.as_deref()), json),
@@ -98,9 +116,8 @@ impl CeremonyCommand {
 
 /// The act that officers approve, for a ceremony that one alone may not hold.
 pub(super) fn act_of(path: &Path) -> Result<Act, String> {
-    let needed = CeremonyPlan::load(path).map_err(|e| e.to_string())?.needs_approval();
-    if needed.is_empty() {
-        return Err(format!("{} neither destroys nor rotates keys: one officer may hold it", path.display()));
+    if !CeremonyPlan::load(path).map_err(|e| e.to_string())?.may_need_approval() {
+        return Err(format!("{} neither destroys, rotates nor restores keys: one officer may hold it", path.display()));
     }
     let file = std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?;
     Ok(Act::ceremony(file))
@@ -120,18 +137,27 @@ async fn hold(
         plan.look(token, out).map_err(|e| e.to_string())?;
     }
     let (permit, request) = match &mut desk {
-        Some(desk) if !plan.needs_approval().is_empty() => {
-            let (permit, request) = use_approval(desk, plan).await?;
+        Some(desk) if !plan.needs_approval(Some(out)).map_err(|e| e.to_string())?.is_empty() => {
+            let (permit, request) = use_approval(desk, plan, out).await?;
             (Some(permit), Some(request))
         }
         _ => (None, None),
     };
-    let held = plan.run(token, out, officers, permit).map_err(|e| e.to_string());
-    if let Some(desk) = &mut desk {
-        let recorded = desk.record_ceremony(record_of(plan, request, &held)?).await;
-        recorded.map_err(|e| format!("the ceremony was held, and is not in the audit log: {e}"))?;
-    }
-    let Held { transcript: report, signed } = held?;
+    let held = plan.run(token, out, officers, permit);
+    let recorded = match &mut desk {
+        Some(desk) => desk.record_ceremony(record_of(plan, request, &held)).await.map_err(|e| e.to_string()),
+        None => Ok(()),
+    };
+    let held = match (held, &recorded) {
+        (Err(why), Err(e)) => return Err(format!("{why}; and it is not in the audit log: {e}")),
+        (held, _) => held.map_err(|e| e.to_string())?,
+    };
+    tell(held, json)?;
+    recorded.map_err(|e| format!("the ceremony was held, and is not in the audit log: {e}"))
+}
+
+/// What was done.
+fn tell(Held { transcript: report, signed }: Held, json: bool) -> Result<(), String> {
     if !signed {
         eprintln!("sppctl: the transcript is not signed: the token has no log key");
     }
@@ -140,23 +166,31 @@ async fn hold(
         return Ok(());
     }
     println!("token {} (serial {}), {}", report.token_label, report.token_serial, report.module);
-    let mut acts = table([], []);
+    let mut acts = table(["act", "key", "known by"], []);
     for key in &report.keys {
-        acts.add_row([key.act.to_owned(), key.name.to_string(), key.fingerprint.clone()]);
+        acts.add_row([key.act, key.name.as_str(), &key.fingerprint]);
     }
-    if !report.keys.is_empty() {
-        println!("{}", trimmed(&acts));
-    }
+    println!("{}", trimmed(&acts));
     for path in &report.files {
-        println!("  wrote {}", path.display());
+        println!("wrote {}", path.display());
+    }
+    if report.keys.iter().any(|key| !READING.contains(&key.act)) {
+        println!(
+            "keys.toml has changed: restart sppd, which reads it when it starts, for it to use the keys or to forget them"
+        );
     }
     Ok(())
 }
 
+/// The acts that leave keys.toml as it is.
+const READING: [&str; 2] = ["checked", "certificate imported"];
+
 /// The approval of this very file, used up by this.
-async fn use_approval(desk: &mut AtDesk, plan: &CeremonyPlan) -> Result<(Permit, RequestId), String> {
+async fn use_approval(desk: &mut AtDesk, plan: &CeremonyPlan, out: &Path) -> Result<(Permit, RequestId), String> {
     let hash = plan.file_sha256();
-    let known = desk.approvals().await.map_err(|e| e.to_string())?.approvals;
+    let register = KeyRegister::load(&out.join("keys.toml")).map_err(|e| e.to_string())?;
+    let proto::ListApprovalsResponse { approvals: known, node, .. } =
+        desk.approvals().await.map_err(|e| e.to_string())?;
     let is_of_it = |approval: &&proto::Approval| {
         let act = Act::from_json(&approval.act).ok();
         approval.state == "approved" && act.and_then(|act| act.ceremony_hash()).as_ref() == Some(hash)
@@ -165,59 +199,64 @@ async fn use_approval(desk: &mut AtDesk, plan: &CeremonyPlan) -> Result<(Permit,
         "no approval of this file waits to be used: sppctl approvals request ceremony FILE, and another officer approves it".to_owned()
     })?;
     let id: RequestId = found.id.parse().map_err(|e: crate::names::NameError| e.to_string())?;
+    // Before it is used up, and once more what was used up: the daemon is not believed.
+    Permit::verified(&node, found, hash, &register)?;
     let used = desk.use_approval(id, hash).await.map_err(|e| e.to_string())?;
-    let signers = used.requested.iter().chain(&used.approvals);
-    let officers = signers.map(|signed| signed.officer.parse()).collect::<Result<Vec<OfficerName>, _>>();
-    Ok((Permit::new(used.id, *hash, officers.map_err(|e| e.to_string())?), id))
+    Ok((Permit::verified(&node, &used, hash, &register)?, id))
 }
 
 fn record_of(
     plan: &CeremonyPlan,
     request: Option<RequestId>,
-    held: &Result<Held, String>,
-) -> Result<proto::RecordCeremonyRequest, String> {
+    held: &Result<Held, OfficerError>,
+) -> proto::RecordCeremonyRequest {
     let mut record = proto::RecordCeremonyRequest {
         file_sha256: plan.file_sha256().to_vec(),
         approval: request.map(|id| id.as_bytes().to_vec()).unwrap_or_default(),
+        failure: held.as_ref().err().map(ToString::to_string).unwrap_or_default(),
         ..Default::default()
     };
-    match held {
-        Ok(Held { transcript, .. }) => {
-            let json = transcript.files.iter().rfind(|path| path.extension().is_some_and(|ext| ext == "json"));
-            let json = json.map(std::fs::read).transpose().map_err(|e| e.to_string())?;
-            record.transcript_sha256 = json.map(|json| sha256(&json).to_vec()).unwrap_or_default();
-            record.acts =
-                transcript.keys.iter().map(|key| format!("{} {} {}", key.act, key.name, key.fingerprint)).collect();
-        }
-        Err(why) => record.failure.clone_from(why),
-    }
-    Ok(record)
+    let held = match held {
+        Ok(held) => held,
+        Err(OfficerError::CutShort { held, .. }) => held,
+        Err(_) => return record,
+    };
+    let transcript = &held.transcript;
+    let json = transcript.files.iter().rfind(|path| path.extension().is_some_and(|ext| ext == "json"));
+    // Of one that could not be written the failure tells.
+    let json = json.and_then(|path| std::fs::read(path).ok());
+    record.transcript_sha256 = json.map(|json| sha256(&json).to_vec()).unwrap_or_default();
+    let acts = transcript.keys.iter().map(|key| format!("{} {} {}", key.act, key.name, key.fingerprint));
+    record.acts = acts.take(MAX_RECORDED).collect();
+    record
 }
 
-fn open_token(hsm: &Path) -> Result<Ceremony, String> {
-    let hsm = HsmFile::load(hsm).map_err(|e| e.to_string())?;
-    hsm.module.enter_environment().map_err(|e| e.to_string())?;
-    Ceremony::open(&hsm.module, &hsm.token, &hsm.pin).map_err(|e| e.to_string())
+/// As many acts as a record of the audit log takes; the transcript has all of them.
+const MAX_RECORDED: usize = 64;
+
+/// The files with PINs that the command line names.
+#[derive(Default)]
+struct Pins {
+    user: Option<PathBuf>,
+    so: Option<PathBuf>,
 }
 
-/// The token of a ceremony, initialised if its file says so.
-fn token_of(
-    plan: &CeremonyPlan,
-    hsm: &Path,
-    so_pin_file: Option<PathBuf>,
-    pin_file: Option<PathBuf>,
-) -> Result<Ceremony, String> {
+/// The token of a ceremony, initialised if its file says so, and nothing else that can be known before would be in its way.
+fn open_token(plan: &CeremonyPlan, hsm: &Path, out: &Path, pins: Pins) -> Result<Ceremony, String> {
     let hsm = HsmFile::load(hsm).map_err(|e| e.to_string())?;
-    let pin = pin_file.map_or(hsm.pin, PinSource::File);
+    let pin = pins.user.map_or(hsm.pin, PinSource::File);
     hsm.module.enter_environment().map_err(|e| e.to_string())?;
-    let opened = match (plan.token_label(), so_pin_file) {
+    let opened = match (plan.token_label(), pins.so) {
         (None, None) => Ceremony::open(&hsm.module, &hsm.token, &pin),
         (None, Some(_)) => return Err("--so-pin-file is for a ceremony that has a [token]; leave it out".to_owned()),
         (Some(_), None) => return Err("the ceremony initialises its token: give --so-pin-file".to_owned()),
         (Some(label), Some(_)) if label != hsm.token.label => {
             return Err(format!("the ceremony is for a token {label}, hsm.toml for {}", hsm.token.label));
         }
-        (Some(label), Some(so_pin)) => Ceremony::initialise(&hsm.module, label, &PinSource::File(so_pin), &pin),
+        (Some(label), Some(so_pin)) => {
+            plan.look_ahead(&hsm.module, out).map_err(|e| e.to_string())?;
+            Ceremony::initialise(&hsm.module, label, &PinSource::File(so_pin), &pin)
+        }
     };
     opened.map_err(|e| e.to_string())
 }
@@ -225,44 +264,51 @@ fn token_of(
 fn ceremony_plan(file: &Path, on: Option<(&Path, &Path)>, json: bool) -> Result<(), String> {
     let plan = CeremonyPlan::load(file).map_err(|e| e.to_string())?;
     if let Some((hsm, out)) = on {
-        if plan.token_label().is_some() {
-            return Err(
-                "the ceremony initialises its token, which is not there yet; leave --hsm and --out out".to_owned()
-            );
-        }
-        plan.look(&open_token(hsm)?, out).map_err(|e| e.to_string())?;
+        let looked = match plan.token_label() {
+            None => plan.look(&open_token(&plan, hsm, out, Pins::default())?, out),
+            Some(_) => plan.look_ahead(&HsmFile::load(hsm).map_err(|e| e.to_string())?.module, out),
+        };
+        looked.map_err(|e| e.to_string())?;
     }
-    let acts = plan.acts(on.map(|(_, out)| out)).map_err(|e| e.to_string())?;
+    let out = on.map(|(_, out)| out);
+    let acts = plan.acts(out).map_err(|e| e.to_string())?;
+    let needed = plan.needs_approval(out).map_err(|e| e.to_string())?;
     if json {
         let told = serde_json::json!({
             "token": plan.token_label(),
             "keys": acts,
-            "needs_approval": plan.needs_approval(),
-            "looked_at_the_token": on.is_some(),
+            "needs_approval": needed,
+            "looked_at_the_token": on.is_some() && plan.token_label().is_none(),
         });
         println!("{told:#}");
         return Ok(());
     }
     if let Some(label) = plan.token_label() {
-        println!("  would initialise the token {label}");
+        println!("would initialise the token {label}");
     }
-    let mut planned = table([], []);
-    for act in &acts {
-        let files: String = act.files.iter().map(|file| format!(", {}", file.display())).collect();
-        let (what, name) = (format!("would {}", act.act), act.name.to_string());
-        planned.add_row([what, name, act.kind.clone(), format!("{}{files}", act.what)]);
+    println!("{}", planned(&acts));
+    if !needed.is_empty() {
+        let (acts, file) = (needed.join(" and "), file.display());
+        println!("it {acts}: a second officer must approve it; sppctl approvals request ceremony {file}");
     }
-    if !acts.is_empty() {
-        println!("{}", trimmed(&planned));
-    }
-    if !plan.needs_approval().is_empty() {
-        println!("it {}: a second officer must approve it", plan.needs_approval().join(" and "));
-    }
-    match on {
-        Some(_) => println!("all names and files are free; nothing was changed"),
-        None => println!("nothing was looked at but the file; add --hsm and --out to see whether all names are free"),
-    }
+    println!(
+        "{}",
+        match (on, plan.token_label()) {
+            (Some(_), None) => "all names and files are free; nothing was changed",
+            (Some(_), Some(_)) => "all files are free, and the token is still to be made; nothing was changed",
+            (None, _) => "nothing was looked at but the file; add --hsm and --out to see whether all names are free",
+        }
+    );
     Ok(())
+}
+
+fn planned(acts: &[PlannedAct]) -> String {
+    let mut rows = table(["would", "key", "kind", "what", "files"], []);
+    for PlannedAct { act, name, kind, what, files, .. } in acts {
+        let files: Vec<_> = files.iter().map(|file| file.display().to_string()).collect();
+        rows.add_row([act, name.as_str(), kind, what, &files.join(", ")]);
+    }
+    trimmed(&rows)
 }
 
 fn ceremony_verify(file: &Path, log: &Path, json: bool) -> Result<(), String> {

@@ -2,12 +2,13 @@
 
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use prost_types::Timestamp;
 use tonic::transport::Channel;
 
 use super::files::{make_directory, must_be_new, replace, write_new, write_new_private};
+pub(super) use super::now;
 use super::status::{StatusError, connect_access, refused, with_deadline};
 use crate::access::{Act, RequestId, Statement, Verdict, verify_statement};
 use crate::certificate::{Caller, IssuerCertificate, access_request, caller_of, verify_caller};
@@ -214,19 +215,22 @@ impl AtDesk {
 pub(super) struct Seen {
     pub(super) id: RequestId,
     pub(super) act: Act,
+    /// Who has asked for it.
+    pub(super) officer: OfficerName,
+    /// Seconds since the Unix epoch; as he has signed it.
+    pub(super) expires: u64,
     node: String,
     statement: Statement,
 }
 
 impl Seen {
     /// Puts the officer's statement together from what is shown, and verifies his signature over it: the daemon is not believed.
-    pub(super) fn of(node: &str, approval: &proto::Approval, tls: &Path) -> Result<Self, StatusError> {
+    pub(super) fn of(node: &str, approval: &proto::Approval, authorities: &[PublicKey]) -> Result<Self, StatusError> {
         let wrong = |why: String| StatusError::Unfit(format!("the request {}: {why}", approval.id));
         let id: RequestId = approval.id.parse().map_err(|e: crate::names::NameError| wrong(e.to_string()))?;
         let act = Act::from_json(&approval.act).map_err(wrong)?;
         let requested = approval.requested.as_ref().ok_or_else(|| wrong("it is not signed".to_owned()))?;
-        let certificate =
-            verify_caller(&requested.certificate, &[authority_of(tls)?]).map_err(|e| wrong(e.to_string()))?;
+        let certificate = verify_caller(&requested.certificate, authorities).map_err(|e| wrong(e.to_string()))?;
         let Caller::Officer(officer) = certificate.caller else {
             return Err(wrong("it is not signed by an officer".to_owned()));
         };
@@ -236,7 +240,21 @@ impl Seen {
             return Err(wrong("what is shown is not what its officer has signed".to_owned()));
         }
         verify_statement(statement.as_bytes(), &requested.signature, &requested.certificate).map_err(wrong)?;
-        Ok(Self { id, act, node: node.to_owned(), statement })
+        Ok(Self { id, act, officer, expires, node: node.to_owned(), statement })
+    }
+
+    /// Who has approved it, if what he has signed is just that.
+    pub(super) fn approved_by(&self, signed: &proto::OfficerSignature) -> Result<OfficerName, String> {
+        let certificate = caller_of(&signed.certificate).map_err(|e| e.to_string())?;
+        let Caller::Officer(officer) = certificate.caller else {
+            return Err("an approval is not signed by an officer".to_owned());
+        };
+        let statement = Statement::decision(&self.node, self.id, &officer, &self.statement, &Verdict::Approve);
+        if signed.officer != officer.as_str() || signed.statement != statement.as_str() {
+            return Err(format!("what {officer} has signed is not an approval of this request"));
+        }
+        verify_statement(statement.as_bytes(), &signed.signature, &signed.certificate)?;
+        Ok(officer)
     }
 
     /// By which people compare what they see.
@@ -269,7 +287,7 @@ fn certificate_of(tls: &Path) -> Result<Vec<u8>, StatusError> {
 }
 
 /// Who certifies callers.
-fn authority_of(tls: &Path) -> Result<PublicKey, StatusError> {
+pub(super) fn authority_of(tls: &Path) -> Result<PublicKey, StatusError> {
     let path = tls.join("ca.pem");
     let failed = |e: &dyn std::fmt::Display| StatusError::Tls(format!("{}: {e}", path.display()));
     let pem = std::fs::read_to_string(&path).map_err(|e| failed(&e))?;
@@ -296,8 +314,4 @@ pub(super) fn request_in(path: &Path) -> Result<Vec<u8>, StatusError> {
 
 fn unwritable(error: super::FileError) -> StatusError {
     StatusError::Unfit(error.to_string())
-}
-
-pub(super) fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }

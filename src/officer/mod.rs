@@ -39,7 +39,7 @@ pub use reload::reload;
 pub use reports_cli::{DeviceCommand, ReportCommand, SessionsCommand};
 pub use status::{StatusError, connect_and_ask, describe_status, status_json};
 pub use text::tell_written;
-pub use transcript::{Approval, KeyReport, Transcript, VerifiedTranscript, verify_transcript};
+pub use transcript::{Approval, KeyReport, OfficerStatement, Transcript, VerifiedTranscript, verify_transcript};
 
 use crate::certificate::CertificateError;
 use crate::config::Faults;
@@ -81,6 +81,14 @@ pub enum OfficerError {
     ApprovalOfAnother {
         /// The ceremony file.
         file: String,
+    },
+    /// It failed when some of it was done already.
+    #[error("{why}; done before that: {}", held.transcript.done())]
+    CutShort {
+        /// What has failed.
+        why: String,
+        /// What was done before.
+        held: Box<Held>,
     },
     /// Anything else, in words.
     #[error("{0}")]

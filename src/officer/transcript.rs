@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, UNIX_EPOCH};
 
 use serde::Serialize;
 
 use super::files::write_new;
+use super::text::{at, printable};
 use super::{OfficerError, now};
 use crate::hsm::{Ceremony, CheckpointKey, CreatedKey};
 use crate::keys::{KeyKind, SignatureAlgorithm, sha256};
@@ -43,6 +43,9 @@ pub struct Transcript {
     pub ended: u64,
     /// Whether the ceremony began with initialising the token.
     pub token_initialised: bool,
+    /// Why it failed after what is told here; none if it did not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failed: Option<String>,
     /// What was done to keys, in the order in which it was done.
     pub keys: Vec<KeyReport>,
     /// The files that were written.
@@ -54,8 +57,25 @@ pub struct Transcript {
 pub struct Approval {
     /// The request's name.
     pub request: String,
-    /// Who approved it.
-    pub officers: Vec<OfficerName>,
+    /// Who asked for it.
+    pub requested_by: OfficerName,
+    /// Which others approved it.
+    pub approved_by: Vec<OfficerName>,
+    /// What they have signed, the request first: so that it can be verified ever after without the daemon.
+    pub statements: Vec<OfficerStatement>,
+}
+
+/// What an officer has signed.
+#[derive(Debug, Serialize)]
+pub struct OfficerStatement {
+    /// Who.
+    pub officer: OfficerName,
+    /// The text.
+    pub statement: String,
+    /// By the key of the certificate, in hex.
+    pub signature: String,
+    /// PEM.
+    pub certificate: String,
 }
 
 /// One act on one key.
@@ -99,6 +119,7 @@ impl Transcript {
             token_serial: token.token().serial.clone(),
             begun: now(),
             ended: 0,
+            failed: None,
             keys: Vec::new(),
             files: Vec::new(),
         }
@@ -123,6 +144,12 @@ impl Transcript {
         let next = self.keys.len();
         self.keys.push(KeyReport { act, name, id, at: now(), fingerprint, details, attributes });
         &mut self.keys[next]
+    }
+
+    /// What was done, in a line.
+    pub(super) fn done(&self) -> String {
+        let acts: Vec<_> = self.keys.iter().map(|key| format!("{} {}", key.act, key.name)).collect();
+        if acts.is_empty() { "nothing".to_owned() } else { acts.join(", ") }
     }
 
     /// Writes both files into `out`. Whether the text is signed: a token without a log's key signs none.
@@ -159,9 +186,9 @@ impl Transcript {
         };
         row("ceremony", &format!("{}, sha256:{}", self.file, self.file_sha256));
         row("officers", &officers);
-        if let Some(Approval { request, officers }) = &self.approval {
-            let officers: Vec<_> = officers.iter().map(OfficerName::as_str).collect();
-            row("approved", &format!("request {request}, by {}", officers.join(", ")));
+        if let Some(Approval { request, requested_by, approved_by, .. }) = &self.approval {
+            let others: Vec<_> = approved_by.iter().map(OfficerName::as_str).collect();
+            row("approved", &format!("request {request} of {requested_by}, by {}", others.join(", ")));
         }
         row("tool", &self.tool);
         row("module", &self.module);
@@ -169,6 +196,9 @@ impl Transcript {
         row("token", &format!("{}, serial {}{initialised}", self.token_label, self.token_serial));
         row("begun", &at(self.begun));
         row("ended", &at(self.ended));
+        if let Some(why) = &self.failed {
+            row("failed", &printable(why));
+        }
         let _ = writeln!(text, "{JSON}{}", hex::encode(sha256(json)));
         for key in &self.keys {
             let _ = write!(text, "\nkey {}\n  {} at {}\n  CKA_ID       {}\n", key.name, key.act, at(key.at), key.id);
@@ -186,10 +216,6 @@ impl Transcript {
         }
         text
     }
-}
-
-fn at(seconds: u64) -> String {
-    humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_secs(seconds)).to_string()
 }
 
 /// `transcript.json` and `transcript.txt`, or with the next number that is free.

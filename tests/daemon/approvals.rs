@@ -238,6 +238,11 @@ fn a_rotation_is_held_once_with_the_approval_of_its_very_file_and_is_on_record()
     refused_with(&ask(&site, "tls/o-3", run), "neither requested nor approved");
     let held = ask(&site, "tls/officer", run);
     assert!(held.status.success(), "{}", String::from_utf8_lossy(&held.stderr));
+    let transcript: Value = serde_json::from_slice(&site.read("keys/transcript-2.json")).unwrap();
+    let approval = &transcript["approval"];
+    assert_eq!((&approval["requested_by"], &approval["approved_by"]), (&"o-1".into(), &serde_json::json!(["o-2"])));
+    let signed = approval["statements"].as_array().unwrap();
+    assert!(signed.len() == 2 && signed[1]["statement"].as_str().unwrap().contains("verb      approve"), "{signed:?}");
     refused_with(&ask(&site, "tls/officer", run), "was replaced by master-2 already");
     let register = String::from_utf8(site.read("keys/keys.toml")).unwrap();
     assert!(register.contains("master-2") && register.contains("replaces = \"master-1\""), "{register}");
@@ -301,4 +306,28 @@ async fn a_call_that_was_let_in_before_the_revocation_and_said_after_it_is_refus
     drop(say);
     let refused = Refusal::of(&call.await.unwrap().unwrap_err());
     assert!(refused.is(Code::Unauthenticated, "REVOKED"), "{refused:?}");
+}
+
+#[test]
+fn what_a_ceremony_did_before_it_failed_is_on_record() {
+    let site = site_of_three();
+    let text = "[[signing_key]]\nname = \"more\"\nkind = \"p256\"\ncertificate = \"csr\"\nsubject = { common_name = \"More\" }\n\
+                [[log_key]]\nname = \"log-2\"\norigin = \"spp.example/more\"\n";
+    std::fs::write(site.path("more.toml"), text).unwrap();
+    // There is something that a look before does not see.
+    std::os::unix::fs::symlink("/nowhere", site.path("keys/log-2.vkey")).unwrap();
+    let run = "ceremony run more.toml --hsm hsm.toml --out keys --officer o-1";
+    refused_with(&ask(&site, "tls/officer", run), "done before that: made more");
+    let told = site.sppctl("audit tail --config sppd.toml -n 50 --json");
+    let mut entries = told.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let ended = entries.rfind(|entry| entry["act"] == "ceremony.end" && entry["outcome"] == "done").unwrap();
+    let details = &ended["details"];
+    assert!(details["failure"].as_str().unwrap().contains("log-2.vkey"), "{details}");
+    assert!(details["act 01"].as_str().unwrap().starts_with("made more "), "{details}");
+    assert_eq!(details["transcript_sha256"], hex::encode(spp::keys::sha256(&site.read("keys/transcript-2.json"))));
+    site.sppctl("ceremony verify keys/transcript-2.txt --log keys/log-1.vkey");
+    // It goes on with what was not done.
+    std::fs::remove_file(site.path("keys/log-2.vkey")).unwrap();
+    std::fs::write(site.path("more.toml"), &text[text.find("[[log_key]]").unwrap()..]).unwrap();
+    assert!(ask(&site, "tls/officer", run).status.success());
 }

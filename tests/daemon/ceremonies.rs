@@ -48,8 +48,11 @@ fn a_plan_says_what_a_run_would_do_and_changes_nothing() {
     let before = site.read("keys/keys.toml");
     let told = site.sppctl("ceremony plan ceremony.toml");
     for key in ["manufacturer", "log-1", "master-1", "access"] {
-        assert!(told.contains(&format!("would make  {key}")), "{told}");
+        assert!(told.contains(&format!("\n make   {key}")), "{told}");
     }
+    let rows: Vec<_> = told.lines().filter(|line| line.starts_with(" make ")).collect();
+    let column = |row: &&str| row.find("p256").or(row.find("ed25519")).or(row.find("hmac"));
+    assert!(rows.len() == 4 && rows.iter().all(|row| column(row) == column(&rows[0])), "{told}");
     let taken = site.try_sppctl("ceremony plan ceremony.toml --hsm hsm.toml --out keys");
     let why = String::from_utf8_lossy(&taken.stderr).into_owned();
     assert!(!taken.status.success() && why.contains("has an object named manufacturer already"), "{why}");
@@ -60,7 +63,8 @@ fn a_plan_says_what_a_run_would_do_and_changes_nothing() {
     assert_eq!((&told["looked_at_the_token"], &told["keys"][0]["kind"]), (&true.into(), &"aes-cmac".into()));
     assert_eq!(site.read("keys/keys.toml"), before);
     // What was planned is what is made, by whom it says; the log's key of the first ceremony signs.
-    site.sppctl("ceremony run second.toml --hsm hsm.toml --out keys --officer o-1 --officer o-2");
+    let told = site.sppctl("ceremony run second.toml --hsm hsm.toml --out keys --officer o-1 --officer o-2");
+    assert!(told.contains(" made  master-2") && told.contains("restart sppd"), "{told}");
     let text = site.sppctl("ceremony verify keys/transcript-2.txt --log keys/log-1.vkey");
     assert!(text.contains("officers    o-1, o-2") && text.contains("key master-2"), "{text}");
     let again = site.try_sppctl("ceremony plan second.toml --hsm hsm.toml --out keys");

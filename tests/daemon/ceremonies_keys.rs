@@ -148,7 +148,8 @@ fn what_changes_keys_is_refused_without_a_second_officer() {
     ] {
         write(&site, "more.toml", text);
         refused(&site, HELD, "it needs the approval of a second officer; sppctl approvals request ceremony more.toml");
-        assert!(site.sppctl("ceremony plan more.toml").contains("a second officer must approve it"));
+        let plan = site.sppctl("ceremony plan more.toml");
+        assert!(plan.contains("must approve it; sppctl approvals request ceremony more.toml"), "{plan}");
     }
     write(&site, "more.toml", "[[rotate_master_key]]\nkey = \"master-1\"\nname = \"master-2\"\n");
     let plan = site.sppctl("ceremony plan more.toml --hsm hsm.toml --out keys");
@@ -176,7 +177,10 @@ fn every_fault_of_a_file_is_told_at_once() {
     let site = Site::new();
     let text = "colour = 1\n[[backup_wrapping_key]]\nname = \"b\"\nshares = 3\nthreshold = 4\nofficers = [\"o-1\", \"o-2\"]\n\
                 [[signing_key]]\nname = \"a\"\nkind = \"p256\"\ncertificate = \"issued\"\nsubject = { common_name = \"A\" }\n\
-                backup = \"a\"\n[[destroy]]\nkey = \"x\"\n[[rotate_master_key]]\nkey = \"m\"\nname = \"a\"\n";
+                backup = \"a\"\n[[signing_key]]\nname = \"c\"\nuse = \"root\"\nkind = \"p256\"\ncertificate = \"csr\"\n\
+                subject = { common_name = \"C\" }\n[[signing_key]]\nname = \"d\"\nkind = \"p256\"\ncertificate = \"issued\"\n\
+                issuer = \"c\"\nsignature = \"ecdsa-p256-sha256\"\nsubject = { common_name = \"D\" }\n\
+                [[destroy]]\nkey = \"x\"\n[[rotate_master_key]]\nkey = \"m\"\nname = \"a\"\n";
     write(&site, "more.toml", text);
     let output = site.try_sppctl("ceremony plan more.toml");
     for fault in [
@@ -185,6 +189,8 @@ fn every_fault_of_a_file_is_told_at_once() {
         "officers: there are 3 shares and 2 officers",
         "signing_key a: issuer: must name the root",
         "a: backup: must name a [[backup_wrapping_key]]",
+        "d: issuer: c has no certificate before the root above it has answered",
+        "signing_key d: signature: has no effect",
         "destroy x: give the key's fingerprint",
     ] {
         assert!(told(&output).contains(fault), "{fault}: {}", told(&output));
@@ -287,12 +293,11 @@ fn too_few_wrong_or_damaged_shares_restore_nothing_and_say_why() {
     assert_eq!(std::fs::metadata(&share).unwrap().permissions().mode() & 0o777, 0o600);
     write_restore(&site, &["o-1", "o-2"]);
     refused(&site, RESTORED, "backup-1 needs 3 of its 5 shares, here are 2");
-    // The token is there now, and empty.
-    let held = "ceremony run restore.toml --hsm hsm-b.toml --out keys-b";
-    let restore = |shares: &[&str]| {
-        write_restore(&site, shares);
-        site.edit("restore.toml", "[token]\nlabel = \"spp-b\"\n", "");
-    };
+    // It could be known before, and the token is none yet.
+    let look = "ceremony plan more.toml --hsm hsm-b.toml --out keys-b";
+    refused(&site, look, "no token named spp-b");
+    let restore = |shares: &[&str]| write_restore(&site, shares);
+    let held = RESTORED;
     restore(&["o-1", "o-2", "o-2"]);
     refused(&site, held, "is there twice; each counts once");
     let right = std::fs::read_to_string(&share).unwrap();
@@ -320,12 +325,8 @@ fn too_few_wrong_or_damaged_shares_restore_nothing_and_say_why() {
         "keys/master-1.backup",
         &text.replace(&wrapped[..8], if wrapped.starts_with("0000") { "11111111" } else { "00000000" }),
     );
-    write(
-        &site,
-        "restore.toml",
-        "[[restore]]\nfile = \"keys/master-1.backup\"\nshares = [\"keys/backup-1-o-1.share\", \"keys/backup-1-o-2.share\", \"keys/backup-1-o-3.share\"]\n",
-    );
-    refused(&site, held, "nothing was restored");
+    refused(&site, held, "master-1.backup: its seal does not fit");
+    refused(&site, look, "no token named spp-b");
     std::fs::write(site.path("keys/master-1.backup"), backup).unwrap();
     site.sppctl(held);
 }

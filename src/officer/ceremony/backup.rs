@@ -11,6 +11,7 @@ use crate::keys::{KeyKind, sha256};
 use crate::names::{KeyName, OfficerName};
 use crate::officer::OfficerError;
 use crate::officer::files::{write_new, write_new_private};
+use crate::secret::SecretBytes;
 
 /// `[[backup_wrapping_key]]`.
 pub(super) struct NewBackupKey {
@@ -58,36 +59,83 @@ impl Act for NewBackupKey {
     }
 
     fn look(&self, before: &Before<'_>, faults: &mut Faults) -> Result<(), OfficerError> {
-        faults.note(format!("key {}", self.name), before.token.can_back_up());
+        faults.note(format!("key {}", self.name), before.module.can_back_up());
         Ok(())
     }
 
+    /// The shares come first, read back from their files: a backup key that nobody can put together again would be none.
     fn hold(&self, holding: &mut Holding<'_>) -> Result<(), OfficerError> {
         let token = holding.token;
         let octets = token.random_secret(BACKUP_KEY_LEN)?;
         let check_value = backup_check_value(&octets)?;
         let given = shares::deal(token, &octets, self, &check_value)?;
-        let key = token.create_backup_key(&self.name, &octets)?;
+        let mut written = Vec::new();
+        let made = self
+            .give_out(holding, &given, &check_value, &mut written)
+            .and_then(|()| self.put(token, &octets, &check_value));
         drop(octets);
-        let shares = u8::try_from(self.officers.len()).unwrap_or(u8::MAX);
-        let (name, id, threshold) = (key.name.clone(), key.id.clone(), self.threshold);
-        let entry = BackupKey { name, id, check_value: check_value.clone(), shares, threshold };
-        // What is on the token must be what was given out, or no backup could ever be read.
-        if token.check_value_of_backup_key(&entry)? != check_value {
-            return Err(OfficerError::Other(format!("the token took {} over as another key", self.name)));
-        }
+        let (key, entry) = match made {
+            Ok(made) => made,
+            Err(e) => {
+                // Shares of a key that is nowhere. One that stays is found by the next ceremony, which says so.
+                written.iter().for_each(|path| drop(std::fs::remove_file(path)));
+                return Err(e);
+            }
+        };
         holding.register.backup.push(entry);
-        holding.save()?;
         let report = holding.report.add("made", &key, format!("check value {}", hex::encode(&check_value)));
-        report.details.push(format!("wraps backups; read with {threshold} of {shares} shares"));
+        report.details.push(format!("wraps backups; read with {} of {} shares", self.threshold, given.len()));
         report.details.extend(given.iter().map(|share| format!("share {} is for {}", share.number, share.officer)));
-        for share in &given {
+        holding.report.files.extend(written);
+        holding.save()
+    }
+}
+
+impl NewBackupKey {
+    fn give_out(
+        &self,
+        holding: &Holding<'_>,
+        given: &[shares::Share],
+        check_value: &[u8],
+        written: &mut Vec<PathBuf>,
+    ) -> Result<(), OfficerError> {
+        for share in given {
             let path = holding.out.join(shares::file_name(&self.name, &share.officer));
             // Exposed to be written where only its owner may read it.
             write_new_private(&path, share.to_text().expose())?;
-            holding.report.files.push(path);
+            written.push(path);
+        }
+        let entry = self.entry(Vec::new(), check_value);
+        let threshold = usize::from(self.threshold);
+        for some in [&written[..threshold], &written[written.len() - threshold..]] {
+            shares::combine(&entry, some)?;
         }
         Ok(())
+    }
+
+    /// Puts it on the token. It must be what was given out, or no backup could ever be read.
+    fn put(
+        &self,
+        token: &Ceremony,
+        octets: &SecretBytes,
+        check: &[u8],
+    ) -> Result<(CreatedKey, BackupKey), OfficerError> {
+        let key = token.create_backup_key(&self.name, octets)?;
+        let entry = self.entry(key.id.clone(), check);
+        match token.check_value_of_backup_key(&entry) {
+            Ok(value) if value == check => Ok((key, entry)),
+            wrong => {
+                token.destroy(&key.name, &key.id)?;
+                wrong?;
+                Err(OfficerError::Other(format!("the token took {} over as another key", self.name)))
+            }
+        }
+    }
+
+    fn entry(&self, id: Vec<u8>, check_value: &[u8]) -> BackupKey {
+        let shares = u8::try_from(self.officers.len()).unwrap_or(u8::MAX);
+        let (name, check_value, threshold) = (self.name.clone(), check_value.to_vec(), self.threshold);
+        BackupKey { name, id, check_value, shares, threshold }
     }
 }
 
@@ -136,7 +184,9 @@ pub(super) fn keep(
 ) -> Result<(), OfficerError> {
     let (Some(under), Some(wrapped)) = (under, &key.wrapped) else { return Ok(()) };
     let (name, id, wrapped) = (key.name.clone(), key.id.clone(), wrapped.clone());
-    let text = BackupFile { name, id, wrapped, under: under.clone(), what }.to_toml()?;
+    let mut file = BackupFile { name, id, wrapped, under: under.clone(), what, seal: Vec::new() };
+    file.seal = holding.token.seal(under, &file.digest()?)?;
+    let text = file.to_toml()?;
     let path = holding.out.join(file_name(&key.name));
     write_new(&path, text.as_bytes())?;
     // So that whoever restores it can tell whether it is the file of this ceremony.

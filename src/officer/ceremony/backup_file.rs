@@ -5,13 +5,15 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{Faults, read_toml};
-use crate::hsm::{BackupKey, CheckpointKey, MasterKey, Prf, Restorable, SigningKey, SigningUse};
-use crate::keys::PublicKey;
+use crate::hsm::{BackupKey, CheckpointKey, MasterKey, Prf, Restorable, SEALED_LEN, SigningKey, SigningUse};
+use crate::keys::{PublicKey, sha384};
 use crate::names::KeyName;
 use crate::officer::OfficerError;
 use crate::tlog::{LogKey, Origin};
 
 const FORMAT: &str = "spp key backup v1";
+/// What a seal is made of is of nothing else.
+const SEAL_DOMAIN: &[u8] = b"spp/v1/backup-seal\0";
 
 pub(super) struct BackupFile {
     pub(super) name: KeyName,
@@ -21,6 +23,8 @@ pub(super) struct BackupFile {
     pub(super) wrapped: Vec<u8>,
     pub(super) under: BackupKey,
     pub(super) what: What,
+    /// Everything else of the file, bound to the backup key: see [`Self::digest`]. Only the shares can tell whether it is right.
+    pub(super) seal: Vec<u8>,
 }
 
 /// What the key is.
@@ -76,6 +80,7 @@ struct Shape {
     name: KeyName,
     id: String,
     wrapped: String,
+    seal: String,
     under: UnderShape,
     what: WhatShape,
 }
@@ -129,21 +134,39 @@ impl BackupFile {
         }
         let id = faults.note(format!("{place}: id"), hex::decode(&shape.id));
         let wrapped = faults.note(format!("{place}: wrapped"), hex::decode(&shape.wrapped));
+        let seal = faults.note(format!("{place}: seal"), hex::decode(&shape.seal));
         let UnderShape { name, id: under_id, check_value, shares, threshold } = shape.under;
         let under_id = faults.note(format!("{place}: under.id"), hex::decode(under_id));
         let check_value = faults.note(format!("{place}: under.check_value"), hex::decode(check_value));
         let what = faults.note(format!("{place}: what"), shape.what.check());
         let under = BackupKey { name, id: under_id?, check_value: check_value?, shares, threshold };
-        Some(Self { name: shape.name, id: id?, wrapped: wrapped?, under, what: what? })
+        Some(Self { name: shape.name, id: id?, wrapped: wrapped?, under, what: what?, seal: seal? })
+    }
+
+    /// What the seal is made of: SHA-384 over everything but the seal, as JSON without spaces, which is always the same octets.
+    pub(super) fn digest(&self) -> Result<[u8; SEALED_LEN], OfficerError> {
+        let json = serde_json::to_vec(&self.shape(&[])).map_err(|e| OfficerError::Other(e.to_string()))?;
+        Ok(sha384(&[SEAL_DOMAIN, &json].concat()))
     }
 
     pub(super) fn to_toml(&self) -> Result<String, OfficerError> {
         let under = &self.under;
-        let shape = Shape {
+        let head = format!(
+            "# A key wrapped under {} (AES-KWP, RFC 5649). A ceremony with [[restore]] and {} of its shares reads it.\n\n",
+            under.name, under.threshold
+        );
+        let text = toml::to_string(&self.shape(&self.seal)).map_err(|e| OfficerError::Other(e.to_string()))?;
+        Ok(format!("{head}{text}"))
+    }
+
+    fn shape(&self, seal: &[u8]) -> Shape {
+        let under = &self.under;
+        Shape {
             format: FORMAT.to_owned(),
             name: self.name.clone(),
             id: hex::encode(&self.id),
             wrapped: hex::encode(&self.wrapped),
+            seal: hex::encode(seal),
             under: UnderShape {
                 name: under.name.clone(),
                 id: hex::encode(&under.id),
@@ -152,13 +175,7 @@ impl BackupFile {
                 threshold: under.threshold,
             },
             what: WhatShape::of(&self.what),
-        };
-        let head = format!(
-            "# A key wrapped under {} (AES-KWP, RFC 5649). A ceremony with [[restore]] and {} of its shares reads it.\n\n",
-            under.name, under.threshold
-        );
-        let text = toml::to_string(&shape).map_err(|e| OfficerError::Other(e.to_string()))?;
-        Ok(format!("{head}{text}"))
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! The end of a key.
 
-use super::proof::{id_of, prove};
+use super::proof::id_of;
 use super::{Act, Before, Holding, PlannedAct};
 use crate::config::Faults;
 use crate::hsm::{DestroyedKey, KeyRegister};
@@ -16,25 +16,32 @@ pub(super) struct DestroyKey {
 
 impl DestroyKey {
     fn must_be_the_one(&self, before: &Before<'_>) -> Result<(), OfficerError> {
+        let register = before.register;
+        if register.log_key(&self.key).is_some() && register.log.iter().all(|key| before.destroys(&key.name)) {
+            let message = "it is the only log key, without which the daemon does not start and no transcript is signed; make \
+                           another one in a ceremony before, and change over to it";
+            return Err(OfficerError::Other(message.to_owned()));
+        }
         let other = |known_by: &str| {
             let message = format!("it is known by {known_by}, not by {}; nothing was destroyed", self.known_by);
             OfficerError::Other(message)
         };
         if let Some(gone) = before.register.destroyed.iter().find(|gone| gone.name == self.key) {
-            // A ceremony that was cut short has written it down and not done it, or not with both halves: this one ends it.
-            return match before.token.has(&gone.name, &gone.id)? {
-                true if gone.fingerprint == self.known_by => Ok(()),
-                true => Err(other(&gone.fingerprint)),
-                false => Err(OfficerError::Other("it was destroyed already".to_owned())),
-            };
+            // A ceremony that was cut short has written it down and done it, or not, or not with both halves: this one ends it and does
+            // what was to come after it.
+            return if gone.fingerprint == self.known_by { Ok(()) } else { Err(other(&gone.fingerprint)) };
         }
-        let known_by = prove(before.token, before.register, &self.key)?;
+        let known_by = before.prove(&self.key)?;
         if known_by == self.known_by { Ok(()) } else { Err(other(&known_by)) }
     }
 }
 
 impl Act for DestroyKey {
-    fn needs_approval(&self) -> Option<&'static str> {
+    fn destroys(&self) -> Option<&KeyName> {
+        Some(&self.key)
+    }
+
+    fn needs_approval(&self, _register: Option<&KeyRegister>) -> Option<&'static str> {
         Some("destroys keys")
     }
 
@@ -60,8 +67,10 @@ impl Act for DestroyKey {
         // other way round the daemon would miss a key of its register.
         move_to_destroyed(&mut holding.register, &self.key, &id, &self.known_by);
         holding.save()?;
+        let was_there = holding.token.has(&self.key, &id)?;
         holding.token.destroy(&self.key, &id)?;
-        holding.report.add_act("destroyed", &self.key, &id, self.known_by.clone());
+        let act = if was_there { "destroyed" } else { "was destroyed before" };
+        holding.report.add_act(act, &self.key, &id, self.known_by.clone());
         Ok(())
     }
 }

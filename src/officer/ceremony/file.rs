@@ -13,12 +13,11 @@ use super::log::NewLogKey;
 use super::master::{Line, NewMasterKey};
 use super::proof::CheckKey;
 use super::restore::RestoreKey;
-use super::signing::{NewSigningKey, Route, Work};
+use super::signing_file::{AccessShape, RotateSigningShape, RouteShape, SigningShape};
 use super::{Act, CeremonyPlan};
-use crate::certificate::{SubjectFields, SubjectName};
 use crate::config::{Faults, read_toml};
 use crate::hsm::{Prf, SigningUse};
-use crate::keys::{KeyKind, SignatureAlgorithm, sha256};
+use crate::keys::sha256;
 use crate::names::{KeyName, OfficerName};
 use crate::tlog::Origin;
 
@@ -73,51 +72,6 @@ struct RestoreShape {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct SigningShape {
-    name: KeyName,
-    #[serde(default = "device_use", rename = "use")]
-    use_: SigningUse,
-    kind: KeyKind,
-    signature: Option<SignatureAlgorithm>,
-    certificate: RouteShape,
-    issuer: Option<KeyName>,
-    subject: SubjectFields,
-    backup: Option<KeyName>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RotateSigningShape {
-    key: KeyName,
-    name: KeyName,
-    kind: KeyKind,
-    signature: Option<SignatureAlgorithm>,
-    certificate: RouteShape,
-    issuer: Option<KeyName>,
-    subject: SubjectFields,
-    backup: Option<KeyName>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-enum RouteShape {
-    SelfSigned,
-    Csr,
-    Issued,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct AccessShape {
-    name: KeyName,
-    #[serde(default = "access_kind")]
-    kind: KeyKind,
-    subject: SubjectFields,
-    backup: Option<KeyName>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
 struct LogShape {
     name: KeyName,
     origin: Origin,
@@ -163,14 +117,6 @@ struct DestroyShape {
     check_value: Option<String>,
 }
 
-const fn device_use() -> SigningUse {
-    SigningUse::Device
-}
-
-const fn access_kind() -> KeyKind {
-    KeyKind::P256
-}
-
 impl CeremonyPlan {
     /// Reads a ceremony file; unknown keys are refused, every fault is reported at once. Paths in it are relative to its directory.
     pub fn load(path: &Path) -> Result<Self, Faults> {
@@ -185,7 +131,7 @@ impl CeremonyPlan {
             }
             let base = path.parent().unwrap_or(Path::new(""));
             let acts = shape.check(&mut Check { place: &place, base, faults: &mut faults });
-            if token.is_some() && acts.iter().any(|act| act.needs_approval().is_some()) {
+            if token.is_some() && acts.iter().any(|act| act.needs_approval(None).is_some()) {
                 faults.add(format!("{place}: token"), "a token that is initialised has no key to rotate or to destroy");
             }
             Self { token, acts, file: path.to_owned(), file_hash: sha256(text.as_bytes()) }
@@ -195,10 +141,10 @@ impl CeremonyPlan {
 }
 
 /// What every check needs.
-struct Check<'a> {
-    place: &'a str,
+pub(super) struct Check<'a> {
+    pub(super) place: &'a str,
     base: &'a Path,
-    faults: &'a mut Faults,
+    pub(super) faults: &'a mut Faults,
 }
 
 impl Shape {
@@ -266,18 +212,41 @@ impl Shape {
                 check.fault(format!("{name}: backup"), "must name a [[backup_wrapping_key]]");
             }
         }
-        let issued = self.signing_key.iter().map(|key| (&key.name, key.issuer.as_ref()));
-        for (name, issuer) in issued.chain(self.rotate_signing_key.iter().map(|key| (&key.name, key.issuer.as_ref()))) {
-            let Some(issuer) = issuer else { continue };
-            if signing.iter().any(|(other, is_root)| *other == issuer && !is_root) || wrapping.contains(issuer) {
-                check.fault(format!("{name}: issuer"), "must name a [[signing_key]] with use = \"root\"");
-            }
-        }
+        self.issuers_can_issue(&wrapping, check);
         let mut rotated = BTreeSet::new();
         let older = self.rotate_signing_key.iter().map(|key| &key.key);
         for key in older.chain(self.rotate_master_key.iter().map(|key| &key.key)) {
             if !rotated.insert(key) {
                 check.fault(key.to_string(), "is rotated twice");
+            }
+        }
+    }
+}
+
+impl Shape {
+    /// Whether those that the file names as issuers, and makes itself, have their certificates by then.
+    fn issuers_can_issue(&self, wrapping: &BTreeSet<&KeyName>, check: &mut Check<'_>) {
+        let issued = self.signing_key.iter().map(|key| (&key.name, key.issuer.as_ref()));
+        let issued = issued.chain(self.rotate_signing_key.iter().map(|key| (&key.name, key.issuer.as_ref())));
+        for (name, issuer) in issued.filter_map(|(name, issuer)| Some((name, issuer?))) {
+            let new = self.signing_key.iter().find(|key| key.name == *issuer);
+            let rotated = self.rotate_signing_key.iter().any(|key| key.name == *issuer);
+            let at = format!("{name}: issuer");
+            match new {
+                _ if rotated || wrapping.contains(issuer) => {
+                    check.fault(at, "must name a [[signing_key]] with use = \"root\"");
+                }
+                Some(key) if key.use_ != SigningUse::Root => {
+                    check.fault(at, "must name a [[signing_key]] with use = \"root\"");
+                }
+                Some(key) if key.certificate == RouteShape::Csr => {
+                    let problem = format!(
+                        "{issuer} has no certificate before the root above it has answered: import that first, in a \
+                                           ceremony of its own"
+                    );
+                    check.fault(at, problem);
+                }
+                _ => {}
             }
         }
     }
@@ -298,7 +267,7 @@ fn names_are_unique(acts: &[Box<dyn Act>], check: &mut Check<'_>) {
 }
 
 impl Check<'_> {
-    fn fault(&mut self, at: impl std::fmt::Display, problem: impl std::fmt::Display) {
+    pub(super) fn fault(&mut self, at: impl std::fmt::Display, problem: impl std::fmt::Display) {
         self.faults.add(format!("{}: {at}", self.place), problem);
     }
 }
@@ -318,74 +287,6 @@ impl RestoreShape {
         let backup = check.faults.keep(BackupFile::load(&file))?;
         let shares = self.shares.iter().map(|share| check.base.join(share)).collect();
         Some(RestoreKey { backup, file, shares })
-    }
-}
-
-/// What the sections with signing keys have in common.
-struct SigningCommon {
-    section: &'static str,
-    name: KeyName,
-    work: Work,
-    kind: KeyKind,
-    signature: Option<SignatureAlgorithm>,
-    certificate: RouteShape,
-    issuer: Option<KeyName>,
-    subject: SubjectFields,
-    backup: Option<KeyName>,
-}
-
-impl SigningShape {
-    fn common(self) -> SigningCommon {
-        let Self { name, use_, kind, signature, certificate, issuer, subject, backup } = self;
-        let (section, work) = ("signing_key", Work::Begins(use_));
-        SigningCommon { section, name, work, kind, signature, certificate, issuer, subject, backup }
-    }
-}
-
-impl RotateSigningShape {
-    fn common(self) -> SigningCommon {
-        let Self { key, name, kind, signature, certificate, issuer, subject, backup } = self;
-        let (section, work) = ("rotate_signing_key", Work::GoesOn(key));
-        SigningCommon { section, name, work, kind, signature, certificate, issuer, subject, backup }
-    }
-}
-
-impl AccessShape {
-    fn common(self) -> SigningCommon {
-        let Self { name, kind, subject, backup } = self;
-        let (section, work) = ("access_ca", Work::Begins(SigningUse::Access));
-        let (signature, certificate, issuer) = (None, RouteShape::SelfSigned, None);
-        SigningCommon { section, name, work, kind, signature, certificate, issuer, subject, backup }
-    }
-}
-
-impl SigningCommon {
-    fn check(self, check: &mut Check<'_>) -> Option<NewSigningKey> {
-        let at = format!("{} {}", self.section, self.name);
-        let Self { name, work, kind, subject, backup, .. } = self;
-        let algorithm = self.signature.unwrap_or(SignatureAlgorithm::default_for(kind));
-        if !algorithm.fits(kind) {
-            check.fault(format!("{at}: signature"), format!("a {kind} key cannot sign with it"));
-        }
-        let certificate = match (self.certificate, self.issuer) {
-            (RouteShape::SelfSigned, None) => Some(Route::SelfSigned),
-            (RouteShape::Csr, None) => Some(Route::Csr),
-            (RouteShape::Issued, Some(issuer)) => Some(Route::Issued(issuer)),
-            (RouteShape::Issued, None) => {
-                check.fault(format!("{at}: issuer"), "must name the root that issues the certificate");
-                None
-            }
-            (RouteShape::SelfSigned | RouteShape::Csr, Some(_)) => {
-                check.fault(format!("{at}: issuer"), "goes with certificate = \"issued\" alone");
-                None
-            }
-        };
-        if matches!((&work, &certificate), (Work::Begins(SigningUse::Root), Some(Route::Issued(_)))) {
-            check.fault(format!("{at}: certificate"), "a root is self-signed, or has a csr for another one above it");
-        }
-        let subject = SubjectName::from_fields(&format!("{}: {at}: subject", check.place), subject);
-        let (subject, certificate) = (check.faults.keep(subject)?, certificate?);
-        Some(NewSigningKey { name, work, kind, algorithm, subject, certificate, backup })
     }
 }
 

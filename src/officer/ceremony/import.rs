@@ -2,10 +2,11 @@
 
 use std::path::PathBuf;
 
+use super::proof::prove;
 use super::{Act, Before, Holding, PlannedAct};
 use crate::certificate::check_answer;
 use crate::config::Faults;
-use crate::hsm::{Ceremony, KeyRegister, SigningKey, SigningUse};
+use crate::hsm::{KeyRegister, SigningKey, SigningUse};
 use crate::names::KeyName;
 use crate::officer::files::{must_be_new, write_new};
 use crate::officer::{OfficerError, now};
@@ -24,7 +25,11 @@ impl ImportCertificate {
     }
 
     /// The chain, once it is certain that it belongs to the key on the token, and that the root has issued it.
-    fn checked(&self, token: &Ceremony, register: &KeyRegister) -> Result<String, OfficerError> {
+    fn checked(
+        &self,
+        register: &KeyRegister,
+        prove: impl FnOnce(&KeyName) -> Result<String, OfficerError>,
+    ) -> Result<String, OfficerError> {
         let key = self.entry(register)?;
         must_be_new(&key.certificate)?;
         let read = |path: &PathBuf| {
@@ -33,7 +38,7 @@ impl ImportCertificate {
         let (answer, root) = (read(&self.file)?, read(&self.root)?);
         let checked = check_answer(&answer, &root, &key.public_key, key.use_ == SigningUse::Root, now());
         let chain = checked.map_err(|e| OfficerError::Other(format!("{}: {e}", self.file.display())))?;
-        super::proof::prove(token, register, &self.key)?;
+        prove(&self.key)?;
         Ok(chain)
     }
 }
@@ -53,12 +58,12 @@ impl Act for ImportCertificate {
     }
 
     fn look(&self, before: &Before<'_>, faults: &mut Faults) -> Result<(), OfficerError> {
-        faults.note(format!("import_certificate {}", self.key), self.checked(before.token, before.register));
+        faults.note(format!("import_certificate {}", self.key), self.checked(before.register, |key| before.prove(key)));
         Ok(())
     }
 
     fn hold(&self, holding: &mut Holding<'_>) -> Result<(), OfficerError> {
-        let chain = self.checked(holding.token, &holding.register)?;
+        let chain = self.checked(&holding.register, |key| prove(holding.token, &holding.register, key))?;
         let key = self.entry(&holding.register)?;
         let (id, path, known_by) = (key.id.clone(), key.certificate.clone(), key.public_key.known_by());
         write_new(&path, chain.as_bytes())?;

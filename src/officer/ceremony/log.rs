@@ -59,13 +59,15 @@ impl Act for NewLogKey {
         let log_key = log_key.map_err(|e| OfficerError::Other(e.to_string()))?;
         let (name, id, provenance) = (key.name.clone(), key.id.clone(), key.provenance);
         let entry = CheckpointKey { name, id, key: log_key.clone(), public_key: public, provenance };
-        holding.register.log.push(entry.clone());
-        holding.save()?;
-        // What everybody verifies receipts and mirrors with.
-        let path = holding.out.join(Self::vkey(&self.name));
-        write_new(&path, format!("{log_key}\n").as_bytes())?;
-        holding.report.add("made", &key, log_key.to_string());
-        holding.report.files.push(path);
-        backup::keep(holding, &key, under.as_ref(), What::log(&entry))
+        holding.finish(&key, |holding| {
+            // What everybody verifies receipts and mirrors with.
+            let path = holding.out.join(Self::vkey(&self.name));
+            write_new(&path, format!("{log_key}\n").as_bytes())?;
+            holding.report.add("made", &key, log_key.to_string());
+            holding.report.files.push(path);
+            backup::keep(holding, &key, under.as_ref(), What::log(&entry))?;
+            holding.register.log.push(entry);
+            Ok(())
+        })
     }
 }

@@ -55,7 +55,7 @@ impl Act for NewMasterKey {
         self.backup.as_ref().map(|_| backup::file_name(&self.name)).into_iter().collect()
     }
 
-    fn needs_approval(&self) -> Option<&'static str> {
+    fn needs_approval(&self, _register: Option<&KeyRegister>) -> Option<&'static str> {
         self.replaces().map(|_| "rotates keys")
     }
 
@@ -73,7 +73,7 @@ impl Act for NewMasterKey {
             kind: known.map_or("as before".to_owned(), |(_, prf)| prf.to_string()),
             what: format!("device keys are derived from it, {version}{replaces}{backup}"),
             files: self.files(),
-            needs_approval: self.needs_approval().is_some(),
+            needs_approval: self.needs_approval(register).is_some(),
         }
     }
 
@@ -90,15 +90,17 @@ impl Act for NewMasterKey {
             Some(under) => holding.token.create_master_key_with_backup(&self.name, prf, under)?,
             None => holding.token.create_master_key(&self.name, prf)?,
         };
-        let check_value = holding.token.check_value(&key.name, &key.id, prf)?;
-        let (name, id, provenance) = (key.name.clone(), key.id.clone(), key.provenance);
-        let replaces = self.replaces().cloned();
-        let report = holding.report.add("made", &key, format!("check value {}", hex::encode(&check_value)));
-        report.details.push(format!("{prf}, version {version}"));
-        report.details.extend(replaces.as_ref().map(|older| format!("replaces {older}")));
-        let entry = MasterKey { name, id, version, prf, check_value, replaces, provenance };
-        holding.register.master.push(entry.clone());
-        holding.save()?;
-        backup::keep(holding, &key, under.as_ref(), What::master(&entry))
+        holding.finish(&key, |holding| {
+            let check_value = holding.token.check_value(&key.name, &key.id, prf)?;
+            let (name, id, provenance) = (key.name.clone(), key.id.clone(), key.provenance);
+            let replaces = self.replaces().cloned();
+            let report = holding.report.add("made", &key, format!("check value {}", hex::encode(&check_value)));
+            report.details.push(format!("{prf}, version {version}"));
+            report.details.extend(replaces.as_ref().map(|older| format!("replaces {older}")));
+            let entry = MasterKey { name, id, version, prf, check_value, replaces, provenance };
+            backup::keep(holding, &key, under.as_ref(), What::master(&entry))?;
+            holding.register.master.push(entry);
+            Ok(())
+        })
     }
 }

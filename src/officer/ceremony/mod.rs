@@ -2,6 +2,8 @@
 
 mod backup;
 mod backup_file;
+#[cfg(test)]
+mod backup_tests;
 mod destroy;
 mod file;
 mod import;
@@ -11,6 +13,7 @@ mod proof;
 mod restore;
 mod shares;
 mod signing;
+mod signing_file;
 #[cfg(test)]
 mod tests;
 
@@ -25,7 +28,7 @@ use super::permit::Permit;
 use super::transcript::{Approval, Subject, Transcript};
 use crate::certificate::CertificateSerial;
 use crate::config::Faults;
-use crate::hsm::{Ceremony, CreatedKey, KeyRegister, TokenIdentity};
+use crate::hsm::{Ceremony, CreatedKey, KeyRegister, ModuleProfile, TokenIdentity};
 use crate::keys::PublicKey;
 use crate::names::{KeyName, OfficerName};
 
@@ -47,14 +50,29 @@ trait Act {
         None
     }
 
+    /// Whether that key can issue the certificates of others as soon as it is there: a root with a certificate.
+    fn gives_issuer(&self) -> bool {
+        false
+    }
+
+    /// The key that is no more after it.
+    fn destroys(&self) -> Option<&KeyName> {
+        None
+    }
+
     /// The new files, in the directory of the register.
     fn files(&self) -> Vec<PathBuf> {
         Vec::new()
     }
 
-    /// What it does to keys that are there, if one officer alone may not do that.
-    fn needs_approval(&self) -> Option<&'static str> {
+    /// What it does to keys that are there, if one officer alone may not do that. Without a register: as far as it needs none to tell.
+    fn needs_approval(&self, _register: Option<&KeyRegister>) -> Option<&'static str> {
         None
+    }
+
+    /// Whether it needs an approval on some token.
+    fn may_need_approval(&self) -> bool {
+        self.needs_approval(None).is_some()
     }
 
     /// What it would do, for a look at it before; more exactly with the register.
@@ -69,15 +87,31 @@ trait Act {
 
 /// The site before a ceremony.
 struct Before<'a> {
-    token: &'a Ceremony,
+    module: &'a ModuleProfile,
+    /// Absent as long as the ceremony has not initialised it.
+    token: Option<&'a Ceremony>,
     register: &'a KeyRegister,
-    /// The names of the keys that the ceremony itself will make before they are needed.
-    making: BTreeSet<&'a KeyName>,
+    acts: &'a [Box<dyn Act>],
 }
 
 impl Before<'_> {
+    /// Whether the ceremony itself will make a key of that name before it is needed.
     fn makes(&self, name: &KeyName) -> bool {
-        self.making.contains(name)
+        self.acts.iter().any(|act| act.gives() == Some(name))
+    }
+
+    /// Whether the ceremony itself will make a root of that name that can issue.
+    fn makes_issuer(&self, name: &KeyName) -> bool {
+        self.acts.iter().any(|act| act.gives() == Some(name) && act.gives_issuer())
+    }
+
+    fn destroys(&self, name: &KeyName) -> bool {
+        self.acts.iter().any(|act| act.destroys() == Some(name))
+    }
+
+    /// Proves a key of the register and says what it is known by.
+    fn prove(&self, name: &KeyName) -> Result<String, OfficerError> {
+        self.token.map_or_else(|| Err(proof::not_there(name)), |token| proof::prove(token, self.register, name))
     }
 }
 
@@ -100,17 +134,28 @@ impl CeremonyPlan {
         &self.file_hash
     }
 
-    /// What of it needs the approval of a second officer; empty if one may hold it alone.
-    pub fn needs_approval(&self) -> Vec<&'static str> {
-        let needed: BTreeSet<_> = self.acts.iter().filter_map(|act| act.needs_approval()).collect();
+    /// What of it needs the approval of a second officer; empty if one may hold it alone. Without the directory of the register as far
+    /// as the file alone tells.
+    pub fn needs_approval(&self, out: Option<&Path>) -> Result<Vec<&'static str>, OfficerError> {
+        Ok(self.needed(register_in(out)?.as_ref()))
+    }
+
+    fn needed(&self, register: Option<&KeyRegister>) -> Vec<&'static str> {
+        let needed: BTreeSet<_> = self.acts.iter().filter_map(|act| act.needs_approval(register)).collect();
         needed.into_iter().collect()
+    }
+
+    /// Whether it needs an approval on some token: restoring a key does where there are keys already.
+    pub fn may_need_approval(&self) -> bool {
+        self.acts.iter().any(|act| act.may_need_approval())
     }
 
     /// Does everything on the token and writes the register, certificates and the transcript into `out`.
     ///
     /// All of it is looked at before anything is done. A register that is there already is added to, if it is of the same token.
-    /// It is replaced after each key: a ceremony that is cut short leaves at most the key that it was making unwritten, and the
-    /// next one says that its name is taken.
+    /// It is replaced after each key, when the key's certificate and backup are written: a ceremony that is cut short leaves at most the
+    /// key that it was making unwritten, and the next one says that its name is taken. One that fails takes that key away again, and
+    /// has a transcript of what it did before.
     pub fn run(
         &self,
         token: &Ceremony,
@@ -118,44 +163,60 @@ impl CeremonyPlan {
         officers: &[OfficerName],
         permit: Option<Permit>,
     ) -> Result<Held, OfficerError> {
-        let approval = self.approval(permit)?;
+        let before = register_to_add_to(&out.join("keys.toml"), token.token())?;
+        let approval = self.approval(permit, &before)?;
         self.look(token, out)?;
         make_directory(out)?;
-        let register = register_to_add_to(&out.join("keys.toml"), token.token())?;
         let subject = Subject { file: &self.file, file_hash: &self.file_hash, officers, approval };
-        let mut holding = Holding { token, out, register, report: Transcript::begin(subject, token) };
-        for act in &self.acts {
-            act.hold(&mut holding)?;
-        }
+        let report = Transcript::begin(subject, token);
+        let mut holding = Holding { token, out, register: before.clone(), report };
+        let failed = self.acts.iter().find_map(|act| act.hold(&mut holding).err());
         let Holding { register, mut report, .. } = holding;
-        report.files.push(out.join("keys.toml"));
-        let signed = report.write(out, token, register.log.first())?;
-        Ok(Held { transcript: report, signed })
+        report.failed = failed.as_ref().map(ToString::to_string);
+        report.files.extend(Some(out.join("keys.toml")).filter(|path| path.exists()));
+        // The log key of before, whose public half others have already, unless it has just been destroyed.
+        let signer = before.log.iter().find(|key| register.log_key(&key.name).is_some()).or(register.log.first());
+        let written = report.write(out, token, signer);
+        Held { signed: matches!(written, Ok(true)), transcript: report }.unless(failed, written.err())
     }
 
-    fn approval(&self, permit: Option<Permit>) -> Result<Option<Approval>, OfficerError> {
-        let needed = self.needs_approval();
+    fn approval(&self, permit: Option<Permit>, register: &KeyRegister) -> Result<Option<Approval>, OfficerError> {
+        let needed = self.needed(Some(register));
         let file = self.file.display().to_string();
         match permit {
             Some(permit) if *permit.file_sha256() != self.file_hash => Err(OfficerError::ApprovalOfAnother { file }),
             None if !needed.is_empty() => Err(OfficerError::NeedsApproval { acts: needed.join(" and "), file }),
-            permit => Ok(permit.map(Permit::into_parts).map(|(request, officers)| Approval { request, officers })),
+            permit => Ok(permit.map(Permit::into_approval)),
         }
     }
 
     /// What a run would do, for a look at it before. With the directory of its register more exactly.
     pub fn acts(&self, out: Option<&Path>) -> Result<Vec<PlannedAct>, OfficerError> {
-        let register = out.map(|out| out.join("keys.toml")).filter(|path| path.exists());
-        let register = register.map(|path| KeyRegister::load(&path)).transpose()?;
+        let register = register_in(out)?;
         Ok(self.acts.iter().map(|act| act.planned(register.as_ref())).collect())
     }
 
     /// Whether a run could do everything: names and files are free, keys that it works on are there. Nothing is changed.
     pub fn look(&self, token: &Ceremony, out: &Path) -> Result<(), OfficerError> {
         let register = register_to_add_to(&out.join("keys.toml"), token.token())?;
-        let mut faults = Faults::default();
+        self.look_from(
+            &Before { module: token.profile(), token: Some(token), register: &register, acts: &self.acts },
+            out,
+        )
+    }
+
+    /// The same before the ceremony initialises its token, which then is not initialised for nothing: files are free, backups and
+    /// shares fit, names lead to something.
+    pub fn look_ahead(&self, module: &ModuleProfile, out: &Path) -> Result<(), OfficerError> {
+        let token = TokenIdentity { label: self.token.clone().unwrap_or_default(), serial: String::new() };
+        let register = register_to_add_to(&out.join("keys.toml"), &token)?;
+        self.look_from(&Before { module, token: None, register: &register, acts: &self.acts }, out)
+    }
+
+    fn look_from(&self, before: &Before<'_>, out: &Path) -> Result<(), OfficerError> {
+        let (register, mut faults) = (before.register, Faults::default());
         for name in self.acts.iter().filter_map(|act| act.gives()) {
-            if !token.is_free(name)? {
+            if !before.token.map_or(Ok(true), |token| token.is_free(name))? {
                 faults.add("token", format!("has an object named {name} already; nothing is ever overwritten"));
             } else if register.given().any(|(given, _)| given == name) {
                 faults.add("register", format!("the name {name} was given already; a name is never used again"));
@@ -164,21 +225,46 @@ impl CeremonyPlan {
         for path in self.acts.iter().flat_map(|act| act.files()) {
             faults.note("files", must_be_new(&out.join(path)));
         }
-        let making = self.acts.iter().filter_map(|act| act.gives()).collect();
-        let before = Before { token, register: &register, making };
         for act in &self.acts {
-            act.look(&before, &mut faults)?;
+            act.look(before, &mut faults)?;
         }
         faults.ok_or_all(Some(())).map_err(OfficerError::Faults)
     }
 }
 
 impl Holding<'_> {
+    /// Ends the making of a key: its files are written and it is entered; the register comes last, so that it never has a key of which
+    /// something is missing. If that fails the key goes again, of which nobody has had any use, and its name stays free.
+    fn finish(
+        &mut self,
+        key: &CreatedKey,
+        enter: impl FnOnce(&mut Self) -> Result<(), OfficerError>,
+    ) -> Result<(), OfficerError> {
+        let (acts, files, register) = (self.report.keys.len(), self.report.files.len(), self.register.clone());
+        let Err(why) = enter(self) else { return self.save() };
+        self.register = register;
+        self.report.keys.truncate(acts);
+        for file in self.report.files.drain(files..) {
+            // One that stays is found by the next ceremony, which says so.
+            let _ = std::fs::remove_file(file);
+        }
+        self.token
+            .destroy(&key.name, &key.id)
+            .map_err(|e| OfficerError::Other(format!("{why}; the new key {} is still on the token: {e}", key.name)))?;
+        Err(why)
+    }
+
     /// Replaces the register's file.
     fn save(&self) -> Result<(), OfficerError> {
         let text = self.register.to_toml().map_err(|e| OfficerError::Other(e.to_string()))?;
         Ok(replace(&self.out.join("keys.toml"), text.as_bytes())?)
     }
+}
+
+/// The register of an earlier ceremony, if there was one.
+fn register_in(out: Option<&Path>) -> Result<Option<KeyRegister>, OfficerError> {
+    let path = out.map(|out| out.join("keys.toml")).filter(|path| path.exists());
+    Ok(path.map(|path| KeyRegister::load(&path)).transpose()?)
 }
 
 /// The register of an earlier ceremony on this token, or an empty one.
@@ -224,9 +310,26 @@ pub struct PlannedAct {
 }
 
 /// A ceremony that was held.
+#[derive(Debug)]
 pub struct Held {
     /// What it did.
     pub transcript: Transcript,
     /// Whether the transcript's text is signed; a token without a log's key signs none.
     pub signed: bool,
+}
+
+impl Held {
+    /// It, if nothing has failed: neither an act nor the writing of the transcript.
+    fn unless(self, act: Option<OfficerError>, writing: Option<OfficerError>) -> Result<Self, OfficerError> {
+        let why = match (act, writing) {
+            (None, None) => return Ok(self),
+            (Some(why), None) => {
+                let transcript = self.transcript.files.last().map(|path| path.display().to_string());
+                format!("{why}; its transcript is {}", transcript.unwrap_or_default())
+            }
+            (None, Some(e)) => format!("everything was done, and the transcript could not be written: {e}"),
+            (Some(why), Some(e)) => format!("{why}; nor could the transcript be written: {e}"),
+        };
+        Err(OfficerError::CutShort { why, held: Box::new(self) })
+    }
 }

@@ -58,7 +58,7 @@ impl Act for CheckKey {
 
     fn look(&self, before: &Before<'_>, faults: &mut Faults) -> Result<(), OfficerError> {
         if !before.makes(&self.key) {
-            faults.note(format!("check_value {}", self.key), prove(before.token, before.register, &self.key));
+            faults.note(format!("check_value {}", self.key), before.prove(&self.key));
         }
         Ok(())
     }

@@ -7,11 +7,13 @@ use super::log::NewLogKey;
 use super::proof::prove;
 use super::signing::certificate_file;
 use super::{Act, Before, Holding, PlannedAct, shares};
+use crate::certificate::IssuerCertificate;
 use crate::config::Faults;
-use crate::hsm::{CheckpointKey, CreatedKey, KeyRegister, MasterKey, SigningKey};
+use crate::hsm::{CheckpointKey, CreatedKey, KeyRegister, MasterKey, SigningKey, SigningUse, is_sealed};
 use crate::names::KeyName;
 use crate::officer::OfficerError;
 use crate::officer::files::write_new;
+use crate::secret::SecretBytes;
 
 /// `[[restore]]`.
 pub(super) struct RestoreKey {
@@ -31,6 +33,24 @@ impl RestoreKey {
             What::Log { key, .. } => Some((NewLogKey::vkey(name), format!("{key}\n"))),
             What::Master { .. } => None,
         }
+    }
+
+    /// The backup key of the officers' shares, once it is certain that the file is as the ceremony has written it that made the key.
+    fn opened(&self) -> Result<SecretBytes, OfficerError> {
+        let backup = &self.backup;
+        let key = shares::combine(&backup.under, &self.shares)?;
+        let wrong = |why: String| OfficerError::Other(format!("{}: {why}", self.file.display()));
+        if !is_sealed(&key, &backup.seal, &backup.digest()?) {
+            let message = "its seal does not fit: it is not as it was when the key was made; take another copy of it";
+            return Err(wrong(message.to_owned()));
+        }
+        if let What::Signing { public_key, certificate: Some(pem), .. } = &backup.what {
+            let certificate = IssuerCertificate::from_pem_alone(pem).map_err(|e| wrong(format!("certificate: {e}")))?;
+            if certificate.public_key() != public_key {
+                return Err(wrong("its certificate is of another key than the one that is backed up".to_owned()));
+            }
+        }
+        Ok(key)
     }
 
     fn enter(&self, register: &mut KeyRegister, key: &CreatedKey, out: &std::path::Path) {
@@ -58,11 +78,24 @@ impl Act for RestoreKey {
         Some(&self.backup.name)
     }
 
+    fn gives_issuer(&self) -> bool {
+        matches!(self.backup.what, What::Signing { use_: SigningUse::Root, certificate: Some(_), .. })
+    }
+
+    /// A key that comes to others may take over their work, as in a rotation; a new token has none.
+    fn needs_approval(&self, register: Option<&KeyRegister>) -> Option<&'static str> {
+        register.filter(|register| register.given().next().is_some()).map(|_| "restores keys to others")
+    }
+
+    fn may_need_approval(&self) -> bool {
+        true
+    }
+
     fn files(&self) -> Vec<PathBuf> {
         self.public_file().map(|(file, _)| file).into_iter().collect()
     }
 
-    fn planned(&self, _: Option<&KeyRegister>) -> PlannedAct {
+    fn planned(&self, register: Option<&KeyRegister>) -> PlannedAct {
         let (kind, what) = match &self.backup.what {
             What::Signing { public_key, .. } => (public_key.kind().to_string(), public_key.known_by()),
             What::Log { key, public_key } => (public_key.kind().to_string(), key.to_string()),
@@ -77,16 +110,18 @@ impl Act for RestoreKey {
             kind,
             what: format!("{what}; under {}, with {given} of {} shares", under.name, under.shares),
             files: self.files(),
-            needs_approval: false,
+            needs_approval: self.needs_approval(register).is_some(),
         }
     }
 
     fn look(&self, before: &Before<'_>, faults: &mut Faults) -> Result<(), OfficerError> {
         let at = format!("restore {}", self.backup.name);
-        faults.note(at.as_str(), before.token.can_back_up());
-        faults.note(at.as_str(), shares::combine(&self.backup.under, &self.shares));
+        faults.note(at.as_str(), before.module.can_back_up());
+        faults.note(at.as_str(), self.opened().map(drop));
         if before.register.given().any(|(_, id)| id == self.backup.id) {
             faults.add(at, "the register has its CKA_ID already");
+        } else if !before.token.map_or(Ok(true), |token| token.is_free_id(&self.backup.id))? {
+            faults.add(at, "an object of the token has its CKA_ID already; nothing is ever overwritten");
         }
         Ok(())
     }
@@ -97,7 +132,7 @@ impl Act for RestoreKey {
         if !holding.token.is_free(&backup.name)? {
             return Err(OfficerError::Other(format!("the token has an object named {} already", backup.name)));
         }
-        let key = shares::combine(&backup.under, &self.shares)?;
+        let key = self.opened()?;
         let restorable = backup.what.restorable();
         let restored = holding.token.restore(&backup.name, &backup.id, &restorable, &backup.wrapped, &key);
         drop(key);
@@ -114,15 +149,16 @@ impl Act for RestoreKey {
                 return Err(OfficerError::Other(format!("{}: {e}; nothing was restored", self.file.display())));
             }
         };
-        holding.register = register;
-        holding.save()?;
-        let report = holding.report.add("restored", &restored, known_by);
-        report.details.push(format!("from {}, under {}", self.file.display(), backup.under.name));
-        if let Some((file, text)) = self.public_file() {
-            let path = holding.out.join(file);
-            write_new(&path, text.as_bytes())?;
-            holding.report.files.push(path);
-        }
-        Ok(())
+        holding.finish(&restored, |holding| {
+            if let Some((file, text)) = self.public_file() {
+                let path = holding.out.join(file);
+                write_new(&path, text.as_bytes())?;
+                holding.report.files.push(path);
+            }
+            let report = holding.report.add("restored", &restored, known_by);
+            report.details.push(format!("from {}, under {}", self.file.display(), backup.under.name));
+            holding.register = register;
+            Ok(())
+        })
     }
 }

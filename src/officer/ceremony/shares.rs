@@ -1,13 +1,14 @@
 //! The shares of a backup key: Shamir's, each in a file for one officer.
 
 use std::convert::Infallible;
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
 use blahaj::Sharks;
 use rand_core::{TryCryptoRng, TryRng};
-use zeroize::Zeroizing;
 
 use super::backup::NewBackupKey;
+use crate::config::open_private;
 use crate::hsm::{BACKUP_KEY_LEN, BackupKey, Ceremony, backup_check_value};
 use crate::keys::sha256;
 use crate::names::{KeyName, OfficerName};
@@ -17,6 +18,9 @@ use crate::secret::SecretBytes;
 const TITLE: &str = "spp key share v1";
 /// Octets of a share: the point, and the value of each octet's polynomial there.
 const SHARE_LEN: usize = 1 + BACKUP_KEY_LEN as usize;
+/// More than any file with a share has, whatever the names in it.
+const MAX_FILE_LEN: usize = 2048;
+const HEX: &[u8; 16] = b"0123456789abcdef";
 
 /// What one officer gets.
 pub(super) struct Share {
@@ -121,30 +125,37 @@ fn recover<'a>(threshold: u8, shares: impl Iterator<Item = &'a SecretBytes>) -> 
 impl Share {
     /// The file's text. Its last line shows whether it was copied without a mistake.
     pub(super) fn to_text(&self) -> SecretBytes {
-        // Exposed to be written down; what is made of it here is wiped.
-        let octets = Zeroizing::new(hex::encode(self.octets.expose()));
-        let body = Zeroizing::new(format!(
-            "{TITLE}\nkey {}\ncheck-value {}\nofficer {}\nnumber {}\nshare {}\n",
-            self.key,
-            hex::encode(&self.check_value),
-            self.officer,
-            self.number,
-            octets.as_str()
-        ));
-        let text = Zeroizing::new(format!("{}checksum {}\n", body.as_str(), checksum(&body)));
-        SecretBytes::copy_of(text.as_bytes())
+        // Exposed to be written down, into room that is enough: a buffer that grows leaves what was in it behind.
+        let mut text = SecretBytes::new(Vec::with_capacity(MAX_FILE_LEN));
+        let body = text.expose_mut();
+        let (key, check_value) = (&self.key, hex::encode(&self.check_value));
+        let head = format!(
+            "{TITLE}\nkey {key}\ncheck-value {check_value}\nofficer {}\nnumber {}\nshare ",
+            self.officer, self.number
+        );
+        body.extend_from_slice(head.as_bytes());
+        for octet in self.octets.expose() {
+            body.extend([octet >> 4, octet & 15].map(|digit| HEX[usize::from(digit)]));
+        }
+        body.push(b'\n');
+        let sum = checksum(body);
+        body.extend_from_slice(format!("checksum {sum}\n").as_bytes());
+        text
     }
 
     fn load(path: &Path) -> Result<Self, OfficerError> {
         let failed = |problem: &str| OfficerError::Other(format!("{}: {problem}", path.display()));
-        let file = std::fs::read(path).map(SecretBytes::new).map_err(|e| failed(&e.to_string()))?;
+        let file = open_private(path).map_err(|e| OfficerError::Other(e.to_string()))?;
+        let mut text = SecretBytes::new(Vec::with_capacity(2 * MAX_FILE_LEN));
+        let limit = u64::try_from(MAX_FILE_LEN).unwrap_or(u64::MAX) + 1;
+        file.take(limit).read_to_end(text.expose_mut()).map_err(|e| failed(&e.to_string()))?;
         // Exposed to be parsed.
-        let text = std::str::from_utf8(file.expose()).ok();
+        let text = std::str::from_utf8(text.expose()).ok().filter(|text| text.len() <= MAX_FILE_LEN);
         let text =
             text.filter(|text| text.lines().next() == Some(TITLE)).ok_or_else(|| failed("is no share of a key"))?;
         let damaged = || failed("the share is damaged: its checksum does not fit; ask its officer for the original");
         let (body, sum) = text.split_once("checksum ").ok_or_else(damaged)?;
-        if checksum(body) != sum.trim_end() {
+        if checksum(body.as_bytes()) != sum.trim_end() {
             return Err(damaged());
         }
         let field = |name: &str| {
@@ -152,10 +163,8 @@ impl Share {
             line.ok_or_else(|| failed(&format!("has no line {name}")))
         };
         let wrong = |name: &str| failed(&format!("the line {name} cannot be read"));
-        let octets = hex::decode(field("share")?).map(SecretBytes::new).map_err(|_| wrong("share"))?;
-        if octets.expose().len() != SHARE_LEN {
-            return Err(wrong("share"));
-        }
+        let mut octets = SecretBytes::new(vec![0; SHARE_LEN]);
+        hex::decode_to_slice(field("share")?, octets.expose_mut()).map_err(|_| wrong("share"))?;
         Ok(Self {
             key: field("key")?.parse().map_err(|_| wrong("key"))?,
             check_value: hex::decode(field("check-value")?).map_err(|_| wrong("check-value"))?,
@@ -167,8 +176,8 @@ impl Share {
 }
 
 /// Against mistakes in copying, not against a forger: the key's check value finds that.
-fn checksum(body: &str) -> String {
-    hex::encode(&sha256(body.as_bytes())[..8])
+fn checksum(body: &[u8]) -> String {
+    hex::encode(&sha256(body)[..8])
 }
 
 /// Random numbers that were drawn in the HSM before.

@@ -102,12 +102,16 @@ impl Act for NewSigningKey {
         Some(&self.name)
     }
 
+    fn gives_issuer(&self) -> bool {
+        matches!((&self.work, &self.certificate), (Work::Begins(SigningUse::Root), Route::SelfSigned))
+    }
+
     fn files(&self) -> Vec<PathBuf> {
         let backup = self.backup.as_ref().map(|_| backup::file_name(&self.name));
         std::iter::once(self.file_name()).chain(backup).collect()
     }
 
-    fn needs_approval(&self) -> Option<&'static str> {
+    fn needs_approval(&self, _register: Option<&KeyRegister>) -> Option<&'static str> {
         self.replaces().map(|_| "rotates keys")
     }
 
@@ -133,7 +137,7 @@ impl Act for NewSigningKey {
             kind: self.kind.to_string(),
             what: format!("{replaces}{what}{issuer}{}", backup::words(self.backup.as_ref())),
             files: self.files(),
-            needs_approval: self.needs_approval().is_some(),
+            needs_approval: self.needs_approval(register).is_some(),
         }
     }
 
@@ -142,7 +146,7 @@ impl Act for NewSigningKey {
         let at = format!("key {}", self.name);
         faults.note(at.as_str(), self.use_in(before.register));
         if let Route::Issued(issuer) = &self.certificate
-            && !before.makes(issuer)
+            && !before.makes_issuer(issuer)
         {
             faults.note(at, root_in(before.register, issuer));
         }
@@ -158,19 +162,21 @@ impl Act for NewSigningKey {
         let (name, id, provenance) = (key.name.clone(), key.id.clone(), key.provenance);
         let replaces = self.replaces().cloned();
         let entry = SigningKey { name, id, use_, public_key, certificate, replaces, provenance };
-        holding.register.signing.push(entry.clone());
-        holding.save()?;
-        let path = holding.out.join(self.file_name());
-        let pem = self.certify(holding, &entry)?;
-        write_new(&path, pem.as_bytes())?;
-        let report = holding.report.add("made", &key, entry.public_key.known_by());
-        report.details.extend(entry.replaces.as_ref().map(|older| format!("replaces {older}")));
-        if let Route::Issued(issuer) = &self.certificate {
-            report.details.push(format!("its certificate is issued by {issuer}"));
-        }
-        holding.report.files.push(path);
-        let pem = (!matches!(self.certificate, Route::Csr)).then_some(pem);
-        backup::keep(holding, &key, under.as_ref(), What::signing(&entry, pem))
+        holding.finish(&key, |holding| {
+            let path = holding.out.join(self.file_name());
+            let pem = self.certify(holding, &entry)?;
+            write_new(&path, pem.as_bytes())?;
+            let report = holding.report.add("made", &key, entry.public_key.known_by());
+            report.details.extend(entry.replaces.as_ref().map(|older| format!("replaces {older}")));
+            if let Route::Issued(issuer) = &self.certificate {
+                report.details.push(format!("its certificate is issued by {issuer}"));
+            }
+            holding.report.files.push(path);
+            let pem = (!matches!(self.certificate, Route::Csr)).then_some(pem);
+            backup::keep(holding, &key, under.as_ref(), What::signing(&entry, pem))?;
+            holding.register.signing.push(entry);
+            Ok(())
+        })
     }
 }
 
@@ -208,7 +214,7 @@ fn root_in<'a>(register: &'a KeyRegister, name: &KeyName) -> Result<(&'a Signing
 fn read_certificate(path: &Path, key: &PublicKey) -> Result<IssuerCertificate, String> {
     let hint = "for a key with a csr, import the offline root's answer first";
     let pem = std::fs::read_to_string(path).map_err(|e| format!("{}: {e}; {hint}", path.display()))?;
-    let certificate = IssuerCertificate::from_pem(&pem, SignatureAlgorithm::default_for(key.kind()));
+    let certificate = IssuerCertificate::from_pem_of_root(&pem);
     let certificate = certificate.map_err(|e| format!("{}: {e}", path.display()))?;
     if certificate.public_key() != key {
         return Err(format!("{} is the certificate of another key", path.display()));

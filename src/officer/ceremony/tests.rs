@@ -3,12 +3,13 @@
 use std::path::Path;
 
 use super::{CeremonyPlan, Held};
+use crate::certificate::IssuerCertificate;
 use crate::hsm::tests::{Place, in_module};
 use crate::hsm::{Ceremony, KeyRegister};
-use crate::officer::OfficerError;
 use crate::officer::permit::Permit;
+use crate::officer::{OfficerError, verify_transcript};
 
-const FIRST: &str = r#"
+pub(super) const FIRST: &str = r#"
 [[signing_key]]
 name = "devices"
 kind = "p256"
@@ -35,43 +36,51 @@ key = "master"
 name = "master-2"
 "#;
 
-struct Office<'a> {
+pub(super) struct Office<'a> {
     place: &'a Place,
-    token: Ceremony,
+    pub(super) token: Ceremony,
 }
 
 impl<'a> Office<'a> {
     fn new(place: &'a Place) -> Self {
+        Self::begun_with(place, FIRST)
+    }
+
+    pub(super) fn begun_with(place: &'a Place, first: &str) -> Self {
         let office = Self { place, token: place.open() };
-        office.hold(FIRST, false).unwrap();
+        office.hold(first, false).unwrap();
         office
     }
 
-    fn out(&self) -> &Path {
+    pub(super) fn out(&self) -> &Path {
         &self.place.directory
     }
 
-    fn plan(&self, text: &str) -> CeremonyPlan {
+    pub(super) fn plan(&self, text: &str) -> CeremonyPlan {
         let file = self.out().join("ceremony.toml");
         std::fs::write(&file, text).unwrap();
         CeremonyPlan::load(&file).unwrap()
     }
 
-    fn hold(&self, text: &str, approved: bool) -> Result<Held, OfficerError> {
-        let plan = self.plan(text);
-        let permit = || Permit::new("r-7".to_owned(), *plan.file_sha256(), vec!["o-2".parse().unwrap()]);
-        plan.run(&self.token, &self.out().join("keys"), &["o-1".parse().unwrap()], approved.then(permit))
+    pub(super) fn hold(&self, text: &str, approved: bool) -> Result<Held, OfficerError> {
+        self.hold_into("keys", text, approved)
     }
 
-    fn register(&self) -> KeyRegister {
+    pub(super) fn hold_into(&self, out: &str, text: &str, approved: bool) -> Result<Held, OfficerError> {
+        let plan = self.plan(text);
+        let permit = || Permit::of_o_2(*plan.file_sha256());
+        plan.run(&self.token, &self.out().join(out), &["o-1".parse().unwrap()], approved.then(permit))
+    }
+
+    pub(super) fn register(&self) -> KeyRegister {
         KeyRegister::load(&self.out().join("keys/keys.toml")).unwrap()
     }
 
-    fn known_by(&self, key: &str) -> String {
+    pub(super) fn known_by(&self, key: &str) -> String {
         self.register().known_by(&key.parse().unwrap()).unwrap()
     }
 
-    fn refused(&self, text: &str, why: &str) {
+    pub(super) fn refused(&self, text: &str, why: &str) {
         let error = self.hold(text, true).err().unwrap().to_string();
         assert!(error.contains(why), "{error}");
     }
@@ -83,7 +92,7 @@ fn a_permit_is_good_for_the_file_that_was_approved() {
         let office = Office::new(place);
         assert!(matches!(office.hold(ROTATION, false), Err(OfficerError::NeedsApproval { .. })));
         let plan = office.plan(ROTATION);
-        let of_another = Permit::new("r-7".to_owned(), [7; 32], Vec::new());
+        let of_another = Permit::of_o_2([7; 32]);
         let run = plan.run(&office.token, &office.out().join("keys"), &[], Some(of_another));
         assert!(matches!(run, Err(OfficerError::ApprovalOfAnother { .. })));
         assert_eq!(office.register().master.len(), 1);
@@ -96,9 +105,11 @@ fn a_rotated_key_goes_on_with_the_work_of_the_old_one_which_stays() {
         let office = Office::new(place);
         let held = office.hold(ROTATION, true).unwrap();
         let approval = held.transcript.approval.unwrap();
-        assert_eq!((approval.request.as_str(), approval.officers[0].as_str()), ("r-7", "o-2"));
+        assert_eq!((approval.request.as_str(), approval.approved_by[0].as_str()), ("r-7", "o-2"));
         let text = std::fs::read_to_string(office.out().join("keys/transcript-2.txt")).unwrap();
-        assert!(held.signed && text.contains("approved    request r-7, by o-2") && text.contains("replaces master"));
+        assert!(
+            held.signed && text.contains("approved    request r-7 of o-1, by o-2") && text.contains("replaces master")
+        );
         let register = office.register();
         let [old, new] = register.master.as_slice() else { panic!("{register:?}") };
         assert_eq!((old.version, new.version, old.prf == new.prf), (3, 4, true));
@@ -135,7 +146,12 @@ fn only_exactly_the_named_key_is_destroyed_and_its_name_is_never_given_again() {
         let register = office.register();
         assert!(register.signing.is_empty());
         assert_eq!((&register.destroyed[0].name, &register.destroyed[0].fingerprint), (&name, &signing));
-        office.refused(&destroy(&signing), "it was destroyed already");
+        office.refused(&destroy(&register.known_by(&"log".parse().unwrap()).unwrap()), "nothing was destroyed");
+        // One of several that a ceremony which was cut short has done.
+        let value = office.known_by("master");
+        let both = format!("{}[[destroy]]\nkey = \"master\"\ncheck_value = \"{value}\"\n", destroy(&signing));
+        let acts: Vec<_> = office.hold(&both, true).unwrap().transcript.keys.iter().map(|key| key.act).collect();
+        assert_eq!(acts, ["was destroyed before", "destroyed"]);
         let text = FIRST.split("[[log_key]]").next().unwrap();
         std::fs::remove_file(office.out().join("keys/devices-ca.pem")).unwrap();
         office.refused(text, "the name devices was given already; a name is never used again");
@@ -168,5 +184,58 @@ fn a_key_that_the_token_does_not_have_is_not_destroyed() {
         let destroy = format!("[[destroy]]\nkey = \"master\"\ncheck_value = \"{value}\"\n");
         office.refused(&destroy, "is not on the token");
         assert_eq!(office.register().master.len(), 1);
+    });
+}
+
+#[test]
+fn the_only_log_key_is_not_destroyed_and_the_one_of_before_signs() {
+    in_module(|place| {
+        let office = Office::new(place);
+        let log = |name: &str| format!("[[log_key]]\nname = \"{name}\"\norigin = \"spp.example/test\"\n");
+        let destroy =
+            |name: &str| format!("[[destroy]]\nkey = \"{name}\"\nfingerprint = \"{}\"\n", office.known_by(name));
+        office.refused(&destroy("log"), "it is the only log key");
+        office.refused(&[log("log-2"), destroy("log")].concat(), "it is the only log key");
+        let (first, transcript) =
+            (office.register().log[0].key.clone(), |n: u8| office.out().join(format!("keys/transcript-{n}.txt")));
+        office.hold(&log("log-2"), false).unwrap();
+        verify_transcript(&transcript(2), &first).unwrap();
+        office.refused(&[destroy("log"), destroy("log-2")].concat(), "it is the only log key");
+        assert!(office.hold(&destroy("log"), true).unwrap().signed);
+        verify_transcript(&transcript(3), &office.register().log[0].key).unwrap();
+    });
+}
+
+#[test]
+fn an_issuer_is_a_root_that_has_its_certificate_and_signs_as_that_says() {
+    in_module(|place| {
+        let office = Office::new(place);
+        let issued = |issuer: &str| {
+            format!(
+                "[[signing_key]]\nname = \"below\"\nkind = \"p256\"\ncertificate = \"issued\"\nissuer = \"{issuer}\"\n\
+                 subject = {{ common_name = \"Below\" }}\n"
+            )
+        };
+        let root = "[[signing_key]]\nname = \"root\"\nuse = \"root\"\nkind = \"rsa-2048\"\nsignature = \"rsa-pss-sha256\"\n\
+                    certificate = \"self-signed\"\nsubject = { common_name = \"Root\" }\n";
+        let faults = |text: &str| {
+            let file = office.out().join("faults.toml");
+            std::fs::write(&file, text).unwrap();
+            CeremonyPlan::load(&file).err().unwrap().to_string()
+        };
+        let csr = faults(&[root.replace("self-signed", "csr"), issued("root")].concat());
+        assert!(csr.contains("root has no certificate before the root above it has answered"), "{csr}");
+        let chosen = faults(&format!("{}signature = \"ecdsa-p256-sha256\"\n{root}", issued("root")));
+        assert!(chosen.contains("below: signature: has no effect"), "{chosen}");
+        office.refused(&issued("devices"), "no signing key devices with use = \"root\"");
+        let master = "[[master_key]]\nname = \"other\"\nversion = 1\nprf = \"aes-cmac\"\n";
+        office.refused(&[issued("other").as_str(), master].concat(), "no signing key other with use = \"root\"");
+        office.hold(root, false).unwrap();
+        office.hold(&issued("root"), false).unwrap();
+        let pem = std::fs::read_to_string(office.out().join("keys/below-ca.pem")).unwrap();
+        let issuer = IssuerCertificate::from_pem_alone(&pem).unwrap();
+        // id-RSASSA-PSS, RFC 4055 §3.1; the key in the certificate is none of RSA.
+        let pss = hex::decode("06092a864886f70d01010a").unwrap();
+        assert!(issuer.as_der().windows(pss.len()).any(|octets| octets == pss));
     });
 }

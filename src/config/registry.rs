@@ -7,7 +7,8 @@ use serde::Deserialize;
 
 use super::daemon::{base_of, read_shape};
 use super::{Faults, store};
-use crate::hsm::{CheckpointKey, KeyRegister, SigningUse};
+use crate::certificate::IssuerCertificate;
+use crate::hsm::{CheckpointKey, DestroyedKey, KeyRegister, SigningUse};
 use crate::keys::PublicKey;
 use crate::names::KeyName;
 use crate::registry::{LogSettings, Witness};
@@ -95,6 +96,18 @@ pub(super) fn check(
     Some(RegistryConfig { key, settings, accepted_loss: shape.accepted_loss })
 }
 
+/// The certificates of keys that were destroyed, where they are still beside the register: what those signed is verified ever after.
+fn destroyed(keys: &KeyRegister, dir: &Path) -> Vec<(PathBuf, PublicKey)> {
+    let certificate = |key: &DestroyedKey| {
+        let path = dir.join(format!("{}-ca.pem", key.name));
+        let certificate = IssuerCertificate::from_pem_alone(&std::fs::read_to_string(&path).ok()?).ok()?;
+        let public_key = certificate.public_key().clone();
+        // Another file of that name is of no key that was here.
+        (public_key.known_by() == key.fingerprint).then_some((path, public_key))
+    };
+    keys.destroyed.iter().filter_map(certificate).collect()
+}
+
 /// What a tool needs to work on the public database: where it is and who signs it; neither the HSM nor the PIN.
 pub struct RegistryAccess {
     /// Its directory.
@@ -119,9 +132,13 @@ impl RegistryAccess {
             let store = store::check(&shape.store, &place, base, &mut faults);
             let keys = faults.keep(KeyRegister::load(&shape.hsm.keys(base)))?;
             let key = check(shape.registry, &place, base, &keys, &mut faults)?.key.key;
-            let callers = keys.access_keys();
-            let of_devices = keys.signing.into_iter().filter(|key| key.use_ == SigningUse::Device);
-            let issuers = of_devices.map(|key| key.certificate).collect();
+            let of_devices = keys.signing.iter().filter(|key| key.use_ == SigningUse::Device);
+            let mut issuers: Vec<_> = of_devices.map(|key| key.certificate.clone()).collect();
+            let mut callers = keys.access_keys();
+            for (path, public_key) in destroyed(&keys, shape.hsm.keys(base).parent().unwrap_or(base)) {
+                issuers.push(path);
+                callers.push(public_key);
+            }
             Some(Self { directory: store.public, options: store.public_options, key, issuers, callers })
         });
         faults.ok_or_all(access)

@@ -3,9 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use der::{DecodePem as _, Encode as _};
 use tonic::transport::Uri;
-use x509_cert::Certificate;
 
 use super::LineError;
 use super::book::{Book, Ended};
@@ -15,6 +13,7 @@ use super::pipeline;
 use super::report::ReportFile;
 use super::retry::Patience;
 use super::way::Station;
+use crate::certificate::IssuerCertificate;
 use crate::device::Fab;
 use crate::keys::PublicKey;
 use crate::names::ProfileName;
@@ -119,9 +118,10 @@ pub(super) fn log_key(path: &Path) -> Result<LogKey, LineError> {
 }
 
 fn manufacturer_key(path: &Path) -> Result<PublicKey, LineError> {
-    let text = std::fs::read(path).map_err(LineError::file("reading the manufacturer's certificate", path))?;
-    let wrong = |e: &dyn std::fmt::Display| LineError::content(path, format!("not a CA certificate in PEM: {e}"));
-    let certificate = Certificate::from_pem(&text).map_err(|e| wrong(&e))?;
-    let spki = certificate.tbs_certificate().subject_public_key_info().to_der().map_err(|e| wrong(&e))?;
-    PublicKey::from_spki_der(&spki).map_err(|e| wrong(&e))
+    let text =
+        std::fs::read_to_string(path).map_err(LineError::file("reading the manufacturer's certificate", path))?;
+    // With the authorities above it, or alone.
+    let certificate = IssuerCertificate::from_pem_alone(&text);
+    let certificate = certificate.map_err(|e| LineError::content(path, format!("not a CA certificate in PEM: {e}")))?;
+    Ok(certificate.public_key().clone())
 }

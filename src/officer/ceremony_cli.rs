@@ -12,6 +12,8 @@ use super::permit::Permit;
 use super::text::{table, trimmed};
 use super::transcript::verify_transcript;
 use crate::access::{Act, RequestId};
+use crate::audit::{Outcome, TokenAct};
+use crate::config::AuditConfig;
 use crate::hsm::{Ceremony, KeyRegister, PinSource};
 use crate::keys::sha256;
 use crate::names::OfficerName;
@@ -62,6 +64,9 @@ pub enum CeremonyCommand {
         /// The officer's directory with certificate.pem, key.pem and ca.pem, for --server.
         #[arg(long, value_name = "DIR", requires = "server")]
         tls: Option<PathBuf>,
+        /// The daemon's configuration, where --server is not given: it names the audit log, beside which is written down what is done.
+        #[arg(long, value_name = "FILE", conflicts_with = "server")]
+        config: Option<PathBuf>,
         /// Tell the transcript as JSON.
         #[arg(long)]
         json: bool,
@@ -99,14 +104,19 @@ impl CeremonyCommand {
     /// Does it.
     pub async fn run(self) -> Result<(), String> {
         match self {
-            Self::Run { file, hsm, out, so_pin_file, pin_file, officer, server, tls, json } => {
+            Self::Run { file, hsm, out, so_pin_file, pin_file, officer, server, tls, config, json } => {
                 let plan = CeremonyPlan::load(&file).map_err(|e| e.to_string())?;
                 let desk = match server.zip(tls) {
                     Some((server, tls)) => Some(AtDesk::connect(&server, &tls).await.map_err(|e| e.to_string())?),
                     None => None,
                 };
+                let audit = config.as_deref().map(AuditConfig::load).transpose().map_err(|e| e.to_string())?;
+                if desk.is_none() && audit.is_none() && out.join("keys.toml").exists() {
+                    eprintln!("sppctl: what it does will be in no audit log: give --server and --tls, or --config");
+                }
                 let token = open_token(&plan, &hsm, &out, Pins { user: pin_file, so: so_pin_file })?;
-                hold(&plan, &token, &out, &officer, desk, json).await
+                let audit = audit.map(|audit| audit.directory);
+                hold(&plan, &token, &out, &officer, (desk, audit), json).await
             }
             Self::Plan { file, hsm, out, json } => ceremony_plan(&file, hsm.as_deref().zip(out.as_deref()), json),
             Self::Verify { file, log, json } => ceremony_verify(&file, &log, json),
@@ -129,9 +139,12 @@ async fn hold(
     token: &Ceremony,
     out: &Path,
     officers: &[OfficerName],
-    mut desk: Option<AtDesk>,
+    (mut desk, audit): (Option<AtDesk>, Option<PathBuf>),
     json: bool,
 ) -> Result<(), String> {
+    if let Some(log) = &audit {
+        token_act(plan, officers).write_down(log).map_err(|e| e.to_string())?;
+    }
     if desk.is_some() {
         // An approval is used up at the last moment: not by a ceremony that could not begin.
         plan.look(token, out).map_err(|e| e.to_string())?;
@@ -146,7 +159,10 @@ async fn hold(
     let held = plan.run(token, out, officers, permit);
     let recorded = match &mut desk {
         Some(desk) => desk.record_ceremony(record_of(plan, request, &held)).await.map_err(|e| e.to_string()),
-        None => Ok(()),
+        None => audit.map_or(Ok(()), |log| {
+            let act = ended(token_act(plan, officers), &record_of(plan, request, &held));
+            act.write_down(&log).map_err(|e| e.to_string())
+        }),
     };
     let held = match (held, &recorded) {
         (Err(why), Err(e)) => return Err(format!("{why}; and it is not in the audit log: {e}")),
@@ -154,6 +170,25 @@ async fn hold(
     };
     tell(held, json)?;
     recorded.map_err(|e| format!("the ceremony was held, and is not in the audit log: {e}"))
+}
+
+/// For the audit log, where no daemon is asked.
+fn token_act(plan: &CeremonyPlan, officers: &[OfficerName]) -> TokenAct {
+    let officers = officers.iter().map(OfficerName::as_str).collect::<Vec<_>>().join(" ");
+    let details = [("file_sha256", hex::encode(plan.file_sha256())), ("officers", officers)];
+    let details = details.map(|(name, value)| (name.to_owned(), value)).into();
+    TokenAct { act: "ceremony".to_owned(), details, outcome: Outcome::Begun }
+}
+
+fn ended(mut act: TokenAct, record: &proto::RecordCeremonyRequest) -> TokenAct {
+    act.outcome = match record.failure.as_str() {
+        "" => Outcome::Done,
+        why => Outcome::Failed(why.to_owned()),
+    };
+    act.details.insert("transcript_sha256".to_owned(), hex::encode(&record.transcript_sha256));
+    let acts = (1_u32..).zip(&record.acts);
+    act.details.extend(acts.map(|(n, done)| (format!("act {n:02}"), done.clone())));
+    act
 }
 
 /// What was done.

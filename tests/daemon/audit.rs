@@ -348,6 +348,8 @@ fn what_officers_do_on_the_token_is_taken_in_also_while_the_daemon_runs() {
     let done = |act: &str| vec![(act.to_owned(), "begun".to_owned()), (act.to_owned(), "done".to_owned())];
     assert_eq!(of(&site, "localhost"), done("server.enroll"));
     assert_eq!(of(&site, "line-1/a"), done("station.enroll"));
+    std::fs::write(site.path("check.toml"), "[[check_value]]\nkey = \"master-1\"\n").unwrap();
+    site.sppctl("ceremony run check.toml --hsm hsm.toml --out keys --officer o-1 --config sppd.toml");
     site.sppctl("monitor enroll m-1 --config sppd.toml --out tls/monitor");
     assert!(!site.try_sppctl("monitor enroll m-1 --config sppd.toml --out tls/monitor").status.success());
     let until = std::time::Instant::now() + std::time::Duration::from_secs(20);
@@ -356,6 +358,9 @@ fn what_officers_do_on_the_token_is_taken_in_also_while_the_daemon_runs() {
         std::thread::sleep(std::time::Duration::from_millis(100));
     }
     assert_eq!(of(&site, "m-1")[..2], done("monitor.enroll"));
+    let ceremony: Vec<_> = entries(&site).into_iter().filter(|entry| entry["details"]["act"] == "ceremony").collect();
+    assert_eq!((&ceremony[0]["outcome"], &ceremony[1]["outcome"]), (&"begun".into(), &"done".into()));
+    assert!(ceremony[1]["details"]["act 01"].as_str().unwrap().contains("master-1"), "{ceremony:?}");
     assert!(of(&site, "m-1")[3].1.starts_with("failed: "));
     assert!(site.stop().success());
     site.sppctl(VERIFY);

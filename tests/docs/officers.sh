@@ -228,8 +228,7 @@ sed -i 's/"master-1"/"master-2"/; s/^issuer = "manufacturer"/issuer = "manufactu
 stop
 run sppd --config sppd.toml --check
 start
-openssl x509 -in keys/manufacturer-2-ca.pem -out manufacturer-2.pem
-provision 2 devices-2 manufacturer-2.pem
+provision 2 devices-2 keys/manufacturer-2-ca.pem
 for one in devices:manufacturer devices-2:manufacturer-2; do
     files=("${one%:*}"/*.flash)
     chip=$(basename -- "${files[0]}" .flash)
@@ -259,11 +258,13 @@ approve
 run sppctl ceremony run destroy.toml --hsm hsm.toml --out keys --officer o-1 --officer o-2 "${o1[@]}"
 stop
 start
+# What the destroyed key has signed is verified ever after.
+run sppctl registry verify --config sppd.toml
 
 part 'Revocation'
 run sppctl station revoke line-1/a --reason 'stolen on 26 November' "${o1[@]}"
 approve
-refused 'is revoked' provision 3 devices-2 manufacturer-2.pem
+refused 'is revoked' provision 3 devices-2 keys/manufacturer-2-ca.pem
 run sppctl request --out station/tls-2
 refused 'approvals request enroll station line-1/a' sppctl station enroll line-1/a --csr station/tls-2/request.pem "${o1[@]}" --out answer-2
 run sppctl approvals request enroll station line-1/a --csr station/tls-2/request.pem "${o1[@]}"
@@ -273,7 +274,7 @@ cp answer-2/certificate.pem answer-2/ca.pem station/tls-2/
 station=station/tls-2
 # The new certificate begins in the second after the revocation.
 sleep 2
-provision 3 devices-2 manufacturer-2.pem
+provision 3 devices-2 keys/manufacturer-2-ca.pem
 
 part 'Reports'
 run sppctl report production "${o1[@]}"
@@ -320,7 +321,7 @@ run sppctl ceremony run restore.toml --hsm hsm-b.toml --out keys-b --officer o-1
 run sppctl ceremony verify keys-b/transcript.txt --log keys/log-1.vkey | tail -n 1
 sed 's/^directory = "hsm"/directory = "hsm-b"/; s#"hsm/user.pin"#"hsm-b/user.pin"#; s#"keys/#"keys-b/#' sppd.toml >sppd-b.toml
 start sppd-b.toml
-provision 4 devices-2 manufacturer-2.pem
+provision 4 devices-2 keys/manufacturer-2-ca.pem
 run sppctl pool status "${o1[@]}"
 stop
 run sppctl audit verify --config sppd-b.toml

@@ -56,7 +56,10 @@ impl Door {
         T: Send + 'static,
         F: Future<Output = Result<T, ProvisionError>> + Send + 'static,
     {
-        self.call_recording(method, caller, |_| true, work).await
+        // That something is not there is an answer, and stations ask so before they begin.
+        let is_refusal =
+            |error: &ProvisionError| !matches!(error, ProvisionError::NoSession(_) | ProvisionError::NoRecord);
+        self.call_recording(method, caller, is_refusal, work).await
     }
 
     /// A call whose work records what it does, and how that ends, by itself; only what does not come that far is recorded here.

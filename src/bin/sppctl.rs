@@ -53,6 +53,9 @@ enum Command {
         /// The daemon's configuration.
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
+        /// Tell it as JSON.
+        #[arg(long)]
+        json: bool,
     },
     /// The audit log of officers' acts.
     #[command(subcommand)]
@@ -154,6 +157,9 @@ enum TokenCommand {
         /// File with the user PIN, readable by nobody else.
         #[arg(long, value_name = "FILE")]
         pin_file: PathBuf,
+        /// Tell it as JSON.
+        #[arg(long)]
+        json: bool,
     },
 }
 
@@ -164,6 +170,9 @@ enum AuditCommand {
         /// The daemon's configuration.
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
+        /// Tell it as JSON.
+        #[arg(long)]
+        json: bool,
     },
     #[command(flatten)]
     Read(ReadAuditCommand),
@@ -372,12 +381,12 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> Result<(), String> {
     match command {
-        Command::Token(TokenCommand::Init { module, directory, label, so_pin_file, pin_file }) => {
-            token_init(&module, &directory, &label, so_pin_file, pin_file)
+        Command::Token(TokenCommand::Init { module, directory, label, so_pin_file, pin_file, json }) => {
+            token_init(&module, &directory, &label, (so_pin_file, pin_file), json)
         }
         Command::Ceremony(command) => wait(command.run())?,
-        Command::Init { config } => init(&config),
-        Command::Audit(AuditCommand::Init { config }) => audit_init(&config),
+        Command::Init { config, json } => init(&config, json),
+        Command::Audit(AuditCommand::Init { config, json }) => audit_init(&config, json),
         Command::Audit(AuditCommand::Read(what)) => what.run(),
         Command::Audit(AuditCommand::Fetch { out, daemon }) => at_daemon(officer::fetch_audit(&out, &daemon)),
         Command::Audit(AuditCommand::Verify(args)) => args.run(),
@@ -444,31 +453,42 @@ fn token_init(
     module: &Path,
     directory: &Path,
     label: &str,
-    so_pin_file: PathBuf,
-    pin_file: PathBuf,
+    (so_pin_file, pin_file): (PathBuf, PathBuf),
+    json: bool,
 ) -> Result<(), String> {
     let directory = std::path::absolute(directory).map_err(|e| e.to_string())?;
     let profile = ModuleProfile::load(module, &directory).map_err(|e| e.to_string())?;
     profile.enter_environment().map_err(|e| e.to_string())?;
     let token = initialise_token(&profile, label, &PinSource::File(so_pin_file), &PinSource::File(pin_file))?;
-    println!("initialised the token {} (serial {})", token.label, token.serial);
+    match json {
+        true => println!("{:#}", serde_json::json!({ "token_label": token.label, "token_serial": token.serial })),
+        false => println!("initialised the token {} (serial {})", token.label, token.serial),
+    }
     Ok(())
 }
 
-fn init(config: &Path) -> Result<(), String> {
+fn init(config: &Path, json: bool) -> Result<(), String> {
     let store = StoreConfig::load(config).map_err(|e| e.to_string())?;
     SledStateStore::create(&store.state, &store.state_options).map_err(|e| e.to_string())?;
-    println!("made the state store {}", store.state.display());
+    made("state store", &store.state, json);
     TransparencyLog::create(&store.public, &store.public_options).map_err(|e| e.to_string())?;
-    println!("made the public database {}", store.public.display());
-    audit_init(config)
+    made("public database", &store.public, json);
+    audit_init(config, json)
 }
 
-fn audit_init(config: &Path) -> Result<(), String> {
+fn audit_init(config: &Path, json: bool) -> Result<(), String> {
     let audit = AuditConfig::load(config).map_err(|e| e.to_string())?;
     AuditLog::create(&audit.directory).map_err(|e| e.to_string())?;
-    println!("made the audit log {}", audit.directory.display());
+    made("audit log", &audit.directory, json);
     Ok(())
+}
+
+/// Told one by one, since a later one may fail.
+fn made(what: &str, directory: &Path, json: bool) {
+    match json {
+        true => println!("{}", serde_json::json!({ "made": what, "directory": directory })),
+        false => println!("made the {what} {}", directory.display()),
+    }
 }
 
 fn request(out: &Path, json: bool) -> Result<(), String> {

@@ -77,9 +77,6 @@ pub struct Enrolled {
     pub issued: IssuedAccess,
 }
 
-/// What of the configuration is not in force, in words; empty if all of it is.
-pub type SettledNow = Vec<String>;
-
 impl Desk {
     /// Opens it, with the revocations that the store knows.
     pub async fn open(
@@ -103,13 +100,14 @@ impl Desk {
         &self.node
     }
 
-    /// Takes the configuration's rules and quotas over, as far as that needs nobody's approval: see [`AccessStore::settle`].
+    /// Takes the configuration's rules and quotas over, as far as that needs nobody's approval: see [`AccessStore::settle`]. Tells, in words,
+    /// what of it is not in force.
     pub async fn settle(
         &self,
         rules: ApprovalRules,
         quotas: Vec<(StationName, Quota)>,
         whole: bool,
-    ) -> Result<SettledNow, AccessError> {
+    ) -> Result<Vec<String>, AccessError> {
         Ok(self.store.settle(rules, quotas, whole).await?)
     }
 
@@ -166,7 +164,10 @@ impl Desk {
     pub async fn decide(&self, decision: Decision) -> Result<Request, AccessError> {
         let Decision { id, verdict, signed, .. } = decision;
         let decided = self.store.decide(id, verdict, signed).await?;
-        if matches!(decided.act, Act::Revoke { .. }) {
+        if let (Act::Revoke { role, name, reason }, RequestState::Done(at)) = (&decided.act, &decided.state) {
+            let caller = Caller::new(*role, name).map_err(|e| Refused::Unfit(e.to_string()))?;
+            // At once, even if the store cannot be read now; it may know of certificates that begin later.
+            self.standing.revoke([Revocation { caller, at: *at, reason: reason.clone(), request: id }]);
             self.standing.revoke(self.store.revocations().await?);
         }
         Ok(decided)

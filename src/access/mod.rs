@@ -15,7 +15,7 @@ mod statement;
 use serde::{Deserialize, Serialize};
 
 pub use act::{Act, ActKind, MAX_CEREMONY_LEN, MAX_REASON_LEN};
-pub use desk::{AccessAuthority, Asked, Decision, Desk, Enrolled, SettledNow};
+pub use desk::{AccessAuthority, Asked, Decision, Desk, Enrolled};
 pub use quota::{Exceeded, NeedsApproval, Quota, SettledQuota, Usage};
 pub use range::IdentityRange;
 pub use request::{Request, RequestError, RequestId, RequestState};

@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::str::FromStr;
 use std::time::Duration;
 
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
@@ -11,7 +12,7 @@ use spp::certificate::{AccessName, Caller, Role};
 use spp::config::{AuditConfig, HsmAccess, StoreConfig};
 use spp::description::Describe;
 use spp::hsm::{KeyRegister, ModuleProfile, PinSource, initialise_token};
-use spp::names::{AuditorName, BackOfficeName, MonitorName, OfficerName, StationName};
+use spp::names::{AuditorName, BackOfficeName, MonitorName, NameError, OfficerName, StationName};
 use spp::officer::{
     self, ApprovalsCommand, AskArgs, CeremonyCommand, DaemonArgs, DeviceCommand, Enrolment, HsmCommand,
     IdentitiesCommand, PoolCommand, ReadAuditCommand, RegistryCommand, RenewArgs, ReportCommand, SessionsCommand,
@@ -70,10 +71,10 @@ enum Command {
     Renew(RenewArgs),
     /// Assembly-line stations.
     #[command(subcommand)]
-    Station(StationCommand),
+    Station(CallerCommand<StationName>),
     /// Security officers.
     #[command(subcommand)]
-    Officer(OfficerCommand),
+    Officer(CallerCommand<OfficerName>),
     /// Make a TLS key where it will be used, and a request for its certificate: the key need not travel. Needs no HSM.
     Request {
         /// Where key.pem and request.pem go, and later certificate.pem and ca.pem.
@@ -85,13 +86,13 @@ enum Command {
     },
     /// Auditors: they read everything and change nothing.
     #[command(subcommand)]
-    Auditor(AuditorCommand),
+    Auditor(CallerCommand<AuditorName>),
     /// Systems of the back office.
     #[command(subcommand)]
-    BackOffice(BackOfficeCommand),
+    BackOffice(CallerCommand<BackOfficeName>),
     /// Monitors: they see whether everything is well.
     #[command(subcommand)]
-    Monitor(MonitorCommand),
+    Monitor(CallerCommand<MonitorName>),
     /// The daemon's own TLS certificate.
     #[command(subcommand)]
     Server(ServerCommand),
@@ -189,23 +190,27 @@ enum AuditCommand {
     Verify(VerifyAuditArgs),
 }
 
+/// What is done with the callers of one role, whose names are of that type.
 #[derive(Subcommand)]
-enum StationCommand {
-    /// Make a station's key and TLS certificate (URI SAN spp://station/NAME).
+enum CallerCommand<N>
+where
+    N: FromStr<Err = NameError> + Clone + Send + Sync + 'static,
+{
+    /// Make a key and TLS certificate (URI SAN spp://ROLE/NAME).
     Enroll {
-        /// The station's name, line-3/a for example.
-        name: StationName,
+        /// The caller's name: line-3/a for a station, o-17 for an officer, for example.
+        name: N,
         #[command(flatten)]
         common: EnrollArgs,
     },
-    /// Tell the stations: quotas, what they have begun, certificates, revocations.
+    /// Tell who is known: certificates and revocations; of stations the quotas, too, and what they have begun.
     List {
         #[command(flatten)]
         daemon: DaemonArgs,
     },
     /// Ask other officers to approve that all certificates so far are of no use any more, on open connections too.
     Revoke {
-        /// The station's name.
+        /// The caller's name.
         name: String,
         /// Why.
         #[arg(long, value_name = "TEXT")]
@@ -215,108 +220,17 @@ enum StationCommand {
     },
 }
 
-#[derive(Subcommand)]
-enum OfficerCommand {
-    /// Make an officer's key and TLS certificate (URI SAN spp://officer/NAME).
-    Enroll {
-        /// The officer's name, o-17 for example.
-        name: OfficerName,
-        #[command(flatten)]
-        common: EnrollArgs,
-    },
-    /// Tell the officers' certificates and revocations.
-    List {
-        #[command(flatten)]
-        daemon: DaemonArgs,
-    },
-    /// Ask other officers to approve that all certificates so far are of no use any more, on open connections too.
-    Revoke {
-        /// The officer's name.
-        name: String,
-        /// Why.
-        #[arg(long, value_name = "TEXT")]
-        reason: String,
-        #[command(flatten)]
-        ask: AskArgs,
-    },
-}
-
-#[derive(Subcommand)]
-enum AuditorCommand {
-    /// Make an auditor's key and TLS certificate (URI SAN spp://auditor/NAME).
-    Enroll {
-        /// The auditor's name.
-        name: AuditorName,
-        #[command(flatten)]
-        common: EnrollArgs,
-    },
-    /// Tell the auditors' certificates and revocations.
-    List {
-        #[command(flatten)]
-        daemon: DaemonArgs,
-    },
-    /// Ask other officers to approve that all certificates so far are of no use any more, on open connections too.
-    Revoke {
-        /// The auditor's name.
-        name: String,
-        /// Why.
-        #[arg(long, value_name = "TEXT")]
-        reason: String,
-        #[command(flatten)]
-        ask: AskArgs,
-    },
-}
-
-#[derive(Subcommand)]
-enum BackOfficeCommand {
-    /// Make the key and TLS certificate of a system of the back office (URI SAN spp://back-office/NAME).
-    Enroll {
-        /// The system's name.
-        name: BackOfficeName,
-        #[command(flatten)]
-        common: EnrollArgs,
-    },
-    /// Tell the systems' certificates and revocations.
-    List {
-        #[command(flatten)]
-        daemon: DaemonArgs,
-    },
-    /// Ask other officers to approve that all certificates so far are of no use any more, on open connections too.
-    Revoke {
-        /// The system's name.
-        name: String,
-        /// Why.
-        #[arg(long, value_name = "TEXT")]
-        reason: String,
-        #[command(flatten)]
-        ask: AskArgs,
-    },
-}
-
-#[derive(Subcommand)]
-enum MonitorCommand {
-    /// Make a monitor's key and TLS certificate (URI SAN spp://monitor/NAME).
-    Enroll {
-        /// The monitor's name.
-        name: MonitorName,
-        #[command(flatten)]
-        common: EnrollArgs,
-    },
-    /// Tell the monitors' certificates and revocations.
-    List {
-        #[command(flatten)]
-        daemon: DaemonArgs,
-    },
-    /// Ask other officers to approve that all certificates so far are of no use any more, on open connections too.
-    Revoke {
-        /// The monitor's name.
-        name: String,
-        /// Why.
-        #[arg(long, value_name = "TEXT")]
-        reason: String,
-        #[command(flatten)]
-        ask: AskArgs,
-    },
+impl<N> CallerCommand<N>
+where
+    N: FromStr<Err = NameError> + Clone + Send + Sync + 'static,
+{
+    fn run(self, role: Role, caller: fn(N) -> Caller) -> Result<(), String> {
+        match self {
+            Self::Enroll { name, common } => enroll(AccessName::Client(caller(name)), common),
+            Self::List { daemon } => at_daemon(officer::list_callers(role, &daemon)),
+            Self::Revoke { name, reason, ask } => at_daemon(officer::revoke(role, &name, reason, &ask)),
+        }
+    }
 }
 
 #[derive(Subcommand)]
@@ -390,45 +304,13 @@ fn run(command: Command) -> Result<(), String> {
         Command::Audit(AuditCommand::Read(what)) => what.run(),
         Command::Audit(AuditCommand::Fetch { out, daemon }) => at_daemon(officer::fetch_audit(&out, &daemon)),
         Command::Audit(AuditCommand::Verify(args)) => args.run(),
-        Command::Station(StationCommand::Enroll { name, common }) => {
-            enroll(AccessName::Client(Caller::Station(name)), common)
-        }
-        Command::Station(StationCommand::List { daemon }) => at_daemon(officer::list_callers(Role::Station, &daemon)),
-        Command::Station(StationCommand::Revoke { name, reason, ask }) => {
-            at_daemon(officer::revoke(Role::Station, &name, reason, &ask))
-        }
+        Command::Station(command) => command.run(Role::Station, Caller::Station),
         Command::Request { out, json } => request(&out, json),
         Command::Describe(what) => what.run(Cli::command()),
-        Command::Auditor(AuditorCommand::Enroll { name, common }) => {
-            enroll(AccessName::Client(Caller::Auditor(name)), common)
-        }
-        Command::Auditor(AuditorCommand::List { daemon }) => at_daemon(officer::list_callers(Role::Auditor, &daemon)),
-        Command::Auditor(AuditorCommand::Revoke { name, reason, ask }) => {
-            at_daemon(officer::revoke(Role::Auditor, &name, reason, &ask))
-        }
-        Command::BackOffice(BackOfficeCommand::Enroll { name, common }) => {
-            enroll(AccessName::Client(Caller::BackOffice(name)), common)
-        }
-        Command::BackOffice(BackOfficeCommand::List { daemon }) => {
-            at_daemon(officer::list_callers(Role::BackOffice, &daemon))
-        }
-        Command::BackOffice(BackOfficeCommand::Revoke { name, reason, ask }) => {
-            at_daemon(officer::revoke(Role::BackOffice, &name, reason, &ask))
-        }
-        Command::Monitor(MonitorCommand::Enroll { name, common }) => {
-            enroll(AccessName::Client(Caller::Monitor(name)), common)
-        }
-        Command::Monitor(MonitorCommand::List { daemon }) => at_daemon(officer::list_callers(Role::Monitor, &daemon)),
-        Command::Monitor(MonitorCommand::Revoke { name, reason, ask }) => {
-            at_daemon(officer::revoke(Role::Monitor, &name, reason, &ask))
-        }
-        Command::Officer(OfficerCommand::Enroll { name, common }) => {
-            enroll(AccessName::Client(Caller::Officer(name)), common)
-        }
-        Command::Officer(OfficerCommand::List { daemon }) => at_daemon(officer::list_callers(Role::Officer, &daemon)),
-        Command::Officer(OfficerCommand::Revoke { name, reason, ask }) => {
-            at_daemon(officer::revoke(Role::Officer, &name, reason, &ask))
-        }
+        Command::Auditor(command) => command.run(Role::Auditor, Caller::Auditor),
+        Command::BackOffice(command) => command.run(Role::BackOffice, Caller::BackOffice),
+        Command::Monitor(command) => command.run(Role::Monitor, Caller::Monitor),
+        Command::Officer(command) => command.run(Role::Officer, Caller::Officer),
         Command::Server(ServerCommand::Enroll { dns, ip, common }) => {
             if dns.is_empty() && ip.is_empty() {
                 return Err("give at least one --dns or --ip, else no client can verify the daemon".to_owned());

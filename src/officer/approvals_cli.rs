@@ -188,7 +188,7 @@ impl ApprovalsCommand {
 impl RequestCommand {
     async fn run(self) -> Result<(), StatusError> {
         match self {
-            Self::Revoke { role, name, reason, ask } => request_revocation(role, &name, reason, &ask).await,
+            Self::Revoke { role, name, reason, ask } => revoke(role, &name, reason, &ask).await,
             Self::Enroll { role, name, csr, days, ask } => {
                 let csr_sha256 = hex::encode(sha256(&request_in(&csr)?));
                 request(&Act::Enroll { role, name, days, csr_sha256 }, &ask).await
@@ -237,13 +237,8 @@ impl AskArgs {
     }
 }
 
-/// Asks for a caller's revocation.
-pub(super) async fn request_revocation(
-    role: Role,
-    name: &str,
-    reason: String,
-    ask: &AskArgs,
-) -> Result<(), StatusError> {
+/// Asks other officers to approve the revocation of a caller.
+pub async fn revoke(role: Role, name: &str, reason: String, ask: &AskArgs) -> Result<(), StatusError> {
     Caller::new(role, name).map_err(|e| StatusError::Unfit(e.to_string()))?;
     request(&Act::Revoke { role, name: name.to_owned(), reason }, ask).await
 }

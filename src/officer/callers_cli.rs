@@ -7,7 +7,6 @@ use clap::{Args, Subcommand};
 use comfy_table::Table;
 use serde_json::json;
 
-use super::approvals_cli::{AskArgs, request_revocation};
 use super::desk::{AtDesk, life_left, now};
 use super::pool_cli::DaemonArgs;
 use super::status::StatusError;
@@ -157,11 +156,6 @@ pub async fn enroll_at_desk(
     out: &Path,
 ) -> Result<Vec<PathBuf>, StatusError> {
     AtDesk::connect(server, tls).await?.enroll(caller, csr, days, out).await
-}
-
-/// Asks other officers to approve the revocation of a caller.
-pub async fn revoke(role: Role, name: &str, reason: String, ask: &AskArgs) -> Result<(), StatusError> {
-    request_revocation(role, name, reason, ask).await
 }
 
 /// Tells who is known of a role: stations with their quotas, others with their certificates.

@@ -23,9 +23,9 @@ mod status;
 mod text;
 mod transcript;
 
-pub use approvals_cli::{ApprovalsCommand, AskArgs, RequestCommand};
+pub use approvals_cli::{ApprovalsCommand, AskArgs, RequestCommand, revoke};
 pub use audit_cli::{Form, ReadAuditCommand, VerifyAuditArgs, fetch_audit};
-pub use callers_cli::{IdentitiesCommand, RenewArgs, enroll_at_desk, list_callers, renew, revoke};
+pub use callers_cli::{IdentitiesCommand, RenewArgs, enroll_at_desk, list_callers, renew};
 pub use ceremony::{CeremonyPlan, Held, PlannedAct};
 pub use ceremony_cli::CeremonyCommand;
 pub use enroll::{Enrolment, enroll, on_record, request};

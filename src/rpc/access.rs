@@ -114,7 +114,7 @@ impl Access for AccessService {
         let work = async move {
             let (requests, rules, now) = (desk.requests().await?, desk.rules().await?, desk.now());
             Ok(proto::ListApprovalsResponse {
-                approvals: requests.into_iter().map(|request| desk::approval(request, now)).collect(),
+                approvals: requests.into_iter().map(|request| desk::listed(request, now)).collect(),
                 rules: Some(desk::rules(&rules)),
                 node: desk.node().to_owned(),
             })

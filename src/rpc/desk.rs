@@ -76,6 +76,29 @@ pub(super) fn approval(request: access::Request, now: u64) -> proto::Approval {
     }
 }
 
+/// A request among others: what came of one that is not open any more, without what was signed. A list of all of that would outgrow an
+/// answer, and with it keep officers from those that wait for them.
+pub(super) fn listed(request: access::Request, now: u64) -> proto::Approval {
+    let is_open = matches!(request.standing(now), "pending" | "approved");
+    let listed = approval(request, now);
+    if is_open {
+        return listed;
+    }
+    let bare = |signed: proto::OfficerSignature| proto::OfficerSignature {
+        statement: String::new(),
+        signature: Vec::new(),
+        certificate: Vec::new(),
+        ..signed
+    };
+    proto::Approval {
+        act: String::new(),
+        requested: listed.requested.map(bare),
+        approvals: listed.approvals.into_iter().map(bare).collect(),
+        rejected: listed.rejected.map(bare),
+        ..listed
+    }
+}
+
 fn officer_signature(signed: Signed) -> proto::OfficerSignature {
     let Signed { officer, at, statement, signature, certificate } = signed;
     let at = Some(timestamp(at));

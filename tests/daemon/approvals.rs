@@ -120,6 +120,14 @@ async fn what_was_agreed_on_outlives_the_daemon() {
     let mut states: Vec<_> = listed.iter().map(|approval| approval["state"].as_str().unwrap()).collect();
     states.sort_unstable();
     assert_eq!(states, ["done", "pending"]);
+    // A list of everything that was ever signed would outgrow an answer.
+    for approval in listed {
+        let statement = approval["requested"]["statement"].as_str().unwrap();
+        assert_eq!(statement.is_empty(), approval["state"] == "done", "{approval}");
+        assert!(!approval["description"].as_str().unwrap().is_empty(), "{approval}");
+    }
+    let done = told(&site, "tls/officer", &format!("approvals show {}", revocation["id"].as_str().unwrap()));
+    assert!(done["approvals"][0]["statement"].as_str().unwrap().contains("approve"), "{done}");
     refused_with(&ask(&site, "tls/o-3", "approvals list"), "revoked");
     approve(&site, pending["id"].as_str().unwrap());
     refused_with(

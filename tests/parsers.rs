@@ -2,8 +2,6 @@
 //!
 //! `SPP_WRITE_SEEDS=1 cargo test --test parsers` writes the samples to `fuzz/corpus/`, for libFuzzer to begin from.
 
-#![allow(missing_docs, clippy::unwrap_used, clippy::panic, reason = "a test")]
-
 #[allow(unreachable_pub, reason = "a crate of its own elsewhere")]
 #[path = "../fuzz/src/lib.rs"]
 mod fuzz;
@@ -14,6 +12,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::Index;
 use proptest::test_runner::{Config, TestRunner};
+use spp_testkit::random::cases;
 
 /// Damaged samples for each parser. All together take about two seconds in a debug build.
 const CASES: u32 = 1500;
@@ -43,11 +42,25 @@ fn every_parser_has_a_target_of_libfuzzer() {
     assert_eq!(files, names);
 }
 
+/// What a fuzz target once failed on, and inputs that reach deep into a parser: `fuzz/regressions/`, tried with every run.
+#[test]
+fn no_regression_makes_a_parser_panic() {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/regressions");
+    let mut tried = 0;
+    for target in fuzz::TARGETS {
+        for input in std::fs::read_dir(directory.join(target.name)).into_iter().flatten() {
+            (target.reads)(&std::fs::read(input.unwrap().path()).unwrap());
+            tried += 1;
+        }
+    }
+    assert!(tried > 0, "{} is empty", directory.display());
+}
+
 #[test]
 fn no_damage_makes_a_parser_panic_or_accept_what_does_not_hold() {
     for target in fuzz::TARGETS {
         let samples = (target.samples)();
-        let config = Config { cases: CASES, failure_persistence: None, ..Config::default() };
+        let config = Config { source_file: Some(file!()), ..cases(CASES, 200 * CASES) };
         let damaged = (any::<Index>(), vec(damage(), 1..4));
         let outcome = TestRunner::new(config).run(&damaged, |(sample, damages)| {
             let mut octets = sample.get(&samples).clone();

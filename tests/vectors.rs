@@ -3,8 +3,6 @@
 //! What is deterministic is made again and compared; what is not (ephemeral keys, ECDSA and PSS signatures) is opened
 //! or verified. `SPP_WRITE_VECTORS=1 cargo test --test vectors` writes the outputs anew, from the inputs in the files.
 
-#![allow(clippy::unwrap_used, reason = "a test")]
-
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};

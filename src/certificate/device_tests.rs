@@ -239,7 +239,7 @@ fn any_identity() -> impl Strategy<Value = DeviceIdentity> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(spp_testkit::random::cases(64, 3200))]
 
     #[test]
     fn any_identity_and_chip_give_a_certificate_that_is_accepted_for_its_chip_only(

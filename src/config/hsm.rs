@@ -10,7 +10,7 @@ use serde::{Deserialize, Deserializer};
 
 use super::daemon::{base_of, read_shape};
 use super::{Faults, store};
-use crate::hsm::{HsmConfig, Hsms, KeyRegister, ModuleProfile, PinSource};
+use crate::hsm::{HsmConfig, Hsms, KeyRegister, ModuleProfile, PinSource, SupervisorPacing};
 
 /// One table, or a list of them.
 pub(super) struct HsmShapes(Vec<HsmShape>);
@@ -186,6 +186,7 @@ impl Placed<'_> {
             call_timeout,
             queue,
             worker_program: PathBuf::from("/proc/self/exe"),
+            pacing: SupervisorPacing::default(),
         })
     }
 

@@ -8,7 +8,7 @@ use serde::Deserialize;
 use super::Faults;
 use crate::certificate::{KeyPairRule, Profile};
 use crate::hsm::ModuleProfile;
-use crate::keypool::{MOST_PAIRS, Marks, PoolRules};
+use crate::keypool::{MOST_PAIRS, Marks, PoolPacing, PoolRules};
 use crate::keys::KeyKind;
 use crate::names::ProfileName;
 use crate::store::Keeping;
@@ -106,5 +106,11 @@ pub(super) fn check<'a>(
             faults.add(format!("profile {name}: key_pair"), problem);
         }
     }
-    PoolRules { keeping, shred_after: shape.shred_after, batch_size: shape.batch_size, pools }
+    PoolRules {
+        keeping,
+        shred_after: shape.shred_after,
+        batch_size: shape.batch_size,
+        pools,
+        pacing: PoolPacing::default(),
+    }
 }

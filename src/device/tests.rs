@@ -248,7 +248,7 @@ fn a_fab_is_made_once_and_kept_private() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(32))]
+    #![proptest_config(spp_testkit::random::cases(32, 1600))]
 
     #[test]
     fn whatever_is_delivered_a_device_does_not_panic(octets: Vec<u8>, as_record: Vec<u8>) {

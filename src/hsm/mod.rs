@@ -60,6 +60,6 @@ pub use pin::PinSource;
 pub use register::{BackupKey, CheckpointKey, DestroyedKey, KeyRegister, MasterKey, SigningKey, SigningUse};
 pub use statistics::{CallStatistic, LATENCY_BOUNDS_US};
 pub use status::{HsmStatus, MemberStatus};
-pub use supervisor::HsmConfig;
+pub use supervisor::{HsmConfig, SupervisorPacing};
 pub use survey::{MechanismReport, SlotReport, Survey, TokenReport};
 pub use token::{TokenIdentity, initialise_token};

@@ -49,22 +49,41 @@ pub struct HsmConfig {
     pub queue: usize,
     /// The program that is started as the worker; `sppd` itself.
     pub worker_program: PathBuf,
+    /// How long the supervisor waits between its own steps.
+    pub pacing: SupervisorPacing,
+}
+
+/// How long the supervisor waits between its own steps. The default is for production; tests have shorter ones.
+#[derive(Debug, Clone, Copy)]
+pub struct SupervisorPacing {
+    /// The first wait before a lost worker is started again.
+    pub first_backoff: Duration,
+    /// The longest such wait, each being twice the one before: how long an HSM that is back may go unnoticed.
+    pub longest_backoff: Duration,
+    /// A worker that served this long resets the wait to the first one.
+    pub steady_after: Duration,
+    /// The interval between two checks for a hanging worker.
+    pub poll_interval: Duration,
+    /// The interval between two checks whether an officer has acted on a refused PIN.
+    pub officer_poll_interval: Duration,
+}
+
+impl Default for SupervisorPacing {
+    fn default() -> Self {
+        Self {
+            first_backoff: Duration::from_millis(100),
+            longest_backoff: Duration::from_secs(2),
+            steady_after: Duration::from_secs(5),
+            poll_interval: Duration::from_millis(250),
+            officer_poll_interval: Duration::from_secs(1),
+        }
+    }
 }
 
 /// How long a start may take: loading, login and the audit of the keys.
 const START_LIMIT: Duration = Duration::from_secs(30);
 /// How long it may take where a person enters the PIN at the HSM.
 const PERSON_LIMIT: Duration = Duration::from_secs(5 * 60);
-/// The first wait before a lost worker is started again, and the longest: how long an HSM that is back may go unnoticed.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
-/// A worker that served so long has earned that the next one is started soon.
-const LASTED: Duration = Duration::from_secs(5);
-/// How often the supervisor looks for a hanging worker.
-const LOOK: Duration = Duration::from_millis(250);
-
-/// How often it is looked whether an officer has acted.
-const OFFICER_LOOK: Duration = Duration::from_secs(1);
-
 /// How long a worker that is replaced may go on with background work.
 const BACKGROUND_DRAIN: Duration = Duration::from_millis(200);
 
@@ -81,18 +100,19 @@ pub(crate) enum State {
 
 /// Runs until nobody holds the handle any more.
 pub(crate) async fn supervise(config: Arc<HsmConfig>, seat: Seat, counters: Arc<Counters>) {
-    let mut wait = BACKOFF.0;
+    let pacing = config.pacing;
+    let mut wait = pacing.first_backoff;
     let attempts = PinAttempts::new(config.pin_refused.clone());
     loop {
         if let Some(why) = attempts.refused(&config.pin) {
             tracing::error!(%why, "the PIN was refused before, and is not tried again until an officer has acted");
             seat.tell(State::Stopped { why });
             tokio::select! {
-                () = officer_acted(&attempts, &config.pin) => {}
+                () = officer_acted(&attempts, &config) => {}
                 () = seat.closed() => return,
             }
             tracing::info!("an officer has acted; the HSM is tried again");
-            seat.tell(State::Away { why: "the worker is being started".to_owned(), retry_after: BACKOFF.0 });
+            seat.tell(State::Away { why: "the worker is being started".to_owned(), retry_after: pacing.first_backoff });
         }
         let tried = version(&config.pin);
         counters.starts.fetch_add(1, Ordering::Relaxed);
@@ -113,7 +133,7 @@ pub(crate) async fn supervise(config: Arc<HsmConfig>, seat: Seat, counters: Arc<
                 while let Err(error) = remembered {
                     tracing::error!(%error, "it cannot be remembered that the PIN was refused; do not restart sppd before it is right");
                     tokio::select! {
-                        () = tokio::time::sleep(OFFICER_LOOK) => {}
+                        () = tokio::time::sleep(pacing.officer_poll_interval) => {}
                         () = seat.closed() => return,
                     }
                     remembered = attempts.remember(tried, &why);
@@ -126,7 +146,7 @@ pub(crate) async fn supervise(config: Arc<HsmConfig>, seat: Seat, counters: Arc<
             }
         }
         tokio::select! {
-            () = tokio::time::sleep(wait) => wait = (wait * 2).min(BACKOFF.1),
+            () = tokio::time::sleep(wait) => wait = (wait * 2).min(pacing.longest_backoff),
             () = seat.closed() => return,
         }
     }
@@ -138,9 +158,9 @@ const fn is_read_anew(pin: &PinSource) -> bool {
 }
 
 /// Resolves when the PIN's file is another one, or an officer has allowed one more attempt.
-async fn officer_acted(attempts: &PinAttempts, pin: &PinSource) {
-    while attempts.refused(pin).is_some() {
-        tokio::time::sleep(OFFICER_LOOK).await;
+async fn officer_acted(attempts: &PinAttempts, config: &HsmConfig) {
+    while attempts.refused(&config.pin).is_some() {
+        tokio::time::sleep(config.pacing.officer_poll_interval).await;
     }
 }
 
@@ -189,10 +209,10 @@ async fn one_life(config: &HsmConfig, seat: &Seat, counters: &Arc<Counters>, wai
                 connection.pending.close();
                 return Ended::Lost(why);
             }
-            () = tokio::time::sleep(LOOK) => {}
+            () = tokio::time::sleep(config.pacing.poll_interval) => {}
         }
-        if served_since.elapsed() >= LASTED {
-            *wait = BACKOFF.0;
+        if served_since.elapsed() >= config.pacing.steady_after {
+            *wait = config.pacing.first_backoff;
         }
         // A token that is taken away while nobody asks is noticed, too, or one that nobody asks any more.
         let so_far = counters.answered.load(Ordering::Relaxed);
@@ -215,7 +235,7 @@ async fn one_life(config: &HsmConfig, seat: &Seat, counters: &Arc<Counters>, wai
             return Ended::Lost(format!("it did not answer for {:?} and was killed", config.module.hang_after));
         }
         if limit > 0 && counters.operations.load(Ordering::Relaxed) - done_before >= limit {
-            let retry_after = BACKOFF.0;
+            let retry_after = config.pacing.first_backoff;
             seat.tell(State::Away { why: "the worker is being replaced".to_owned(), retry_after });
             drain(&connection, config.module.hang_after).await;
             tracing::info!(after = limit, "the HSM worker has done its share and is replaced");

@@ -1,6 +1,6 @@
 //! The worker process: loads the vendor's module, holds the PIN, serves requests over a socket pair.
 //!
-//! It dies with its parent (end of file on the socket) and by SIGKILL on itself, since a module with busy threads crashes
+//! It dies with its parent (a hang-up of the socket, also while the module hangs) and by SIGKILL on itself, since a module with busy threads crashes
 //! in its destructors. Nothing is lost by that: what must last is on the token or with the parent.
 
 use std::io::{BufReader, Read, Write as _};
@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use cryptoki::object::ObjectHandle;
+use rustix::event::{PollFd, PollFlags, poll};
 use zeroize::Zeroizing;
 
 use super::failure::{Failure, FailureClass, learn};
@@ -35,6 +36,7 @@ pub fn run() -> Result<(), String> {
     let _ = rustix::thread::set_name(c"spp-hsm-worker");
     let socket = std::io::stdin().as_fd().try_clone_to_owned().map_err(|e| e.to_string())?;
     let mut socket = UnixStream::from(socket);
+    end_with_parent(&socket)?;
     let start: Start = wire::parse(&read_frame(&mut socket)?.ok_or("the parent is gone")?)?;
     let opened = open(start);
     let answer = opened.as_ref().map(|opened| &opened.started).map_err(Clone::clone);
@@ -43,6 +45,20 @@ pub fn run() -> Result<(), String> {
         serve(opened, &socket)?;
     }
     leave()
+}
+
+/// Ends this process when its parent is gone, whatever the module is doing: a module may hang in any call, and a process that
+/// has the PIN must not outlive the daemon. While requests are read the end of the file is noticed there, too.
+fn end_with_parent(socket: &UnixStream) -> Result<(), String> {
+    let socket = socket.try_clone().map_err(|e| e.to_string())?;
+    let watch = move || {
+        let mut watched = [PollFd::new(&socket, PollFlags::RDHUP)];
+        // An interrupted call is made again.
+        while !matches!(poll(&mut watched, None), Ok(events) if events > 0) {}
+        leave();
+    };
+    std::thread::Builder::new().name("parent".to_owned()).spawn(watch).map_err(|e| e.to_string())?;
+    Ok(())
 }
 
 struct Opened {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 
 use super::rate::FillRate;
-use super::{KeyPool, LOOK, MOST_PAIRS, Pool, PoolError, Share};
+use super::{KeyPool, MOST_PAIRS, Pool, PoolError, Share};
 use crate::hsm::{HsmError, HsmMember, KeepIn};
 use crate::keys::{KeptKey, KeyKind, PublicKey};
 use crate::store::{Batch, BatchStep, Keeping, PooledPair, Purpose};
@@ -18,8 +18,6 @@ const AT_ONCE: usize = 4;
 /// Pairs of one call, and how long a call that makes more than one may take.
 const PER_CALL: u64 = 256;
 const CALL: Duration = Duration::from_millis(200);
-/// After a failure, before the next attempt.
-const PAUSE: Duration = Duration::from_secs(2);
 
 /// How the filling of one pool stands.
 #[derive(Default)]
@@ -135,7 +133,8 @@ impl KeyPool {
             if let Some(why) = paused.as_ref().filter(|_| news) {
                 tracing::warn!(%kind, %why, "the filling of a pool is paused; it goes on by itself");
             }
-            let rest = if paused.is_some() { PAUSE } else { LOOK };
+            let pacing = self.rules.pacing;
+            let rest = if paused.is_some() { pacing.pause } else { pacing.poll_interval };
             tokio::select! {
                 () = share.wake.notified(), if paused.is_none() => {}
                 () = tokio::time::sleep(rest) => {}

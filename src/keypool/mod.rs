@@ -47,9 +47,6 @@ use claim::Shelf;
 use fill::{Filling, ShareFilling};
 use users::{User, Users};
 
-/// How often the pool is looked after when nothing wakes it.
-const LOOK: Duration = Duration::from_secs(1);
-
 /// More pairs than any line uses before its pool is filled again; no pool may have more.
 pub const MOST_PAIRS: u64 = 10_000_000;
 
@@ -64,6 +61,23 @@ pub struct PoolRules {
     pub batch_size: u64,
     /// The pools, by kind.
     pub pools: BTreeMap<KeyKind, Marks>,
+    /// How long the pool's tasks wait between their own steps.
+    pub pacing: PoolPacing,
+}
+
+/// How long the pool's tasks wait between their own steps. The default is for production; tests have shorter ones.
+#[derive(Debug, Clone, Copy)]
+pub struct PoolPacing {
+    /// The interval between two checks for batches to shred and pools to fill, when nothing wakes the task before.
+    pub poll_interval: Duration,
+    /// The pause after a filling that failed.
+    pub pause: Duration,
+}
+
+impl Default for PoolPacing {
+    fn default() -> Self {
+        Self { poll_interval: Duration::from_secs(1), pause: Duration::from_secs(2) }
+    }
 }
 
 /// Between which marks a pool is kept.
@@ -82,6 +96,7 @@ impl Default for PoolRules {
             shred_after: Duration::from_secs(3600),
             batch_size: 1000,
             pools: BTreeMap::new(),
+            pacing: PoolPacing::default(),
         }
     }
 }
@@ -240,7 +255,7 @@ impl KeyPool {
             tokio::select! {
                 () = bench.wake.notified() => {}
                 () = hsm.changed() => {}
-                () = tokio::time::sleep(LOOK) => {}
+                () = tokio::time::sleep(self.rules.pacing.poll_interval) => {}
             }
         }
     }

@@ -311,7 +311,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(64))]
+        #![proptest_config(spp_testkit::random::cases(64, 3200))]
 
         #[test]
         fn a_package_is_the_same_after_the_way_through_its_octets(package in samples::any_package()) {

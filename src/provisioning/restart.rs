@@ -137,6 +137,7 @@ async fn keep_shelf_tidy(provisioner: Weak<Provisioner>) {
 async fn keep_sessions_tidy(weak: Weak<Provisioner>) {
     loop {
         let Some(provisioner) = weak.upgrade() else { return };
+        let hsm_was_ready = provisioner.hsm.status().ready;
         match provisioner.restart().await {
             Ok(tidied) if tidied.signed + tidied.erased + tidied.expired + tidied.failed > 0 => {
                 tracing::info!(?tidied, "unfinished sessions were taken further");
@@ -144,7 +145,15 @@ async fn keep_sessions_tidy(weak: Weak<Provisioner>) {
             Ok(_) => {}
             Err(error) => tracing::warn!(%error, "the journal could not be walked; it is tried again"),
         }
+        let away = (!hsm_was_ready).then(|| provisioner.hsm.clone());
         drop(provisioner);
-        tokio::time::sleep(INTERVAL).await;
+        // The steps that need the HSM were left out; they are taken as soon as it is ready.
+        let came_back = match away {
+            Some(hsm) => hsm.ready(INTERVAL).await.is_ok(),
+            None => false,
+        };
+        if !came_back {
+            tokio::time::sleep(INTERVAL).await;
+        }
     }
 }

@@ -369,7 +369,7 @@ impl Model {
 
 pub(super) fn any_sequence_of_steps_agrees_with_the_model<F: Factory>() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-    let config = ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() };
+    let config = spp_testkit::random::cases(12, 400);
     proptest!(config, |(steps in proptest::collection::vec(any_step(), 1..50))| {
         runtime.block_on(follow::<F>(steps));
     });

@@ -194,7 +194,7 @@ fn any_step() -> impl Strategy<Value = Step> {
 
 pub(super) fn what_was_produced_is_what_the_sessions_say<F: Factory>() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-    let config = ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() };
+    let config = spp_testkit::random::cases(12, 400);
     proptest!(config, |(steps in proptest::collection::vec(any_step(), 1..50))| {
         runtime.block_on(follow::<F>(steps));
     });

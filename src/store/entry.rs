@@ -90,7 +90,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
+        #![proptest_config(spp_testkit::random::cases(200, 20_000))]
 
         #[test]
         fn an_audit_checkpoint_is_read_as_it_was_written_and_is_no_device_record(checkpoint in any_checkpoint()) {

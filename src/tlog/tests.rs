@@ -229,7 +229,7 @@ fn a_proof_that_is_not_one_is_refused() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(spp_testkit::random::cases(64, 3200))]
 
     #[test]
     fn proofs_are_those_of_somebody_elses_arithmetic(size in 1u64..900, at in 0.0f64..1.0, old in 0.0f64..1.0) {

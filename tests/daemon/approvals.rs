@@ -1,7 +1,6 @@
 //! Four eyes: what one officer asks for, another approves; signed, bound to the exact content, for a time, once.
 
-use std::io::Write as _;
-use std::process::{Command, Output, Stdio};
+use std::process::Output;
 
 use serde_json::Value;
 use spp::proto::access_client::AccessClient;
@@ -9,63 +8,14 @@ use spp::proto::{DecideApprovalRequest, GetStatusRequest, RequestApprovalRequest
 use tonic::Code;
 use tonic::transport::Channel;
 
-use crate::floor::{Line, Refusal, assemble, phone};
-use crate::site::{SPPCTL, Site};
-
-/// A site with three officers, o-1 in `tls/officer`, and a daemon that serves.
-pub fn site_of_three() -> Site {
-    let mut site = Site::new();
-    for name in ["o-2", "o-3"] {
-        site.sppctl(&format!("officer enroll {name} --config sppd.toml --out tls/{name}"));
-    }
-    site.start();
-    site
-}
-
-/// What sppctl says to the daemon, with the certificate in that directory.
-pub fn ask(site: &Site, tls: &str, words: &str) -> Output {
-    site.try_sppctl(&format!("{words} --server https://127.0.0.1:{} --tls {tls}", site.officer))
-}
-
-pub fn told(site: &Site, tls: &str, words: &str) -> Value {
-    let output = ask(site, tls, &format!("{words} --json"));
-    assert!(output.status.success(), "{words}: {}", String::from_utf8_lossy(&output.stderr));
-    serde_json::from_slice(&output.stdout).unwrap()
-}
-
-/// Decides as a person does: reads what is shown and types how its hash begins.
-pub fn decide(site: &Site, tls: &str, words: &str) -> Output {
-    let id = words.split_whitespace().nth(1).unwrap();
-    let shown = String::from_utf8(ask(site, tls, &format!("approvals show {id}")).stdout).unwrap();
-    let hash = shown.lines().find_map(|line| line.strip_prefix("hash")).map(|hash| hash.trim()[..8].to_owned());
-    typed(site, tls, words, &hash.unwrap_or_default())
-}
-
-fn typed(site: &Site, tls: &str, words: &str, text: &str) -> Output {
-    let server = format!("https://127.0.0.1:{}", site.officer);
-    let mut child = Command::new(SPPCTL)
-        .args(["approvals"])
-        .args(words.split_whitespace())
-        .args(["--server", &server, "--tls", tls])
-        .current_dir(site.path(""))
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    // It may end without reading.
-    let _ = writeln!(child.stdin.take().unwrap(), "{text}");
-    child.wait_with_output().unwrap()
-}
+use spp_testkit::ceremony::CeremonyFile;
+use spp_testkit::floor::{Line, Refusal, assemble, phone};
+use spp_testkit::officers::*;
+use spp_testkit::site::Site;
 
 fn refused_with(output: &Output, why: &str) {
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && said.contains(why), "{why}: {said}");
-}
-
-pub fn approve(site: &Site, id: &str) {
-    let output = decide(site, "tls/o-2", &format!("approve {id}"));
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 async fn desk(site: &Site, tls: &str) -> AccessClient<Channel> {
@@ -319,9 +269,9 @@ async fn a_call_that_was_let_in_before_the_revocation_and_said_after_it_is_refus
 #[test]
 fn what_a_ceremony_did_before_it_failed_is_on_record() {
     let site = site_of_three();
-    let text = "[[signing_key]]\nname = \"more\"\nkind = \"p256\"\ncertificate = \"csr\"\nsubject = { common_name = \"More\" }\n\
-                [[log_key]]\nname = \"log-2\"\norigin = \"spp.example/more\"\n";
-    std::fs::write(site.path("more.toml"), text).unwrap();
+    let log_key = CeremonyFile::new().log_key("log-2", "spp.example/more");
+    let text = CeremonyFile::new().signing_key("more", "p256", "csr", "More").log_key("log-2", "spp.example/more");
+    std::fs::write(site.path("more.toml"), text.text()).unwrap();
     // There is something that a look before does not see.
     std::os::unix::fs::symlink("/nowhere", site.path("keys/log-2.vkey")).unwrap();
     let run = "ceremony run more.toml --hsm hsm.toml --out keys --officer o-1";
@@ -336,6 +286,6 @@ fn what_a_ceremony_did_before_it_failed_is_on_record() {
     site.sppctl("ceremony verify keys/transcript-2.txt --log keys/log-1.vkey");
     // It goes on with what was not done.
     std::fs::remove_file(site.path("keys/log-2.vkey")).unwrap();
-    std::fs::write(site.path("more.toml"), &text[text.find("[[log_key]]").unwrap()..]).unwrap();
+    std::fs::write(site.path("more.toml"), log_key.text()).unwrap();
     assert!(ask(&site, "tls/officer", run).status.success());
 }

@@ -1,15 +1,16 @@
 //! The audit log of a daemon: it is made by an officer, tells of each start and stop, and a change in it is found.
 
-use std::process::Command;
-
 use serde_json::Value;
 use spp::keys::sha256;
 use spp::proto::officer_client::OfficerClient;
 use spp::proto::{AbortRequest, AssembleRequest, FillPoolRequest};
 use tonic::Code;
 
-use crate::floor::{Floor, Refusal, assemble, chip, phone, provision};
-use crate::site::{SPPD, Site};
+use spp_testkit::ceremony::CeremonyFile;
+use spp_testkit::floor::{Floor, Refusal, assemble, chip, phone, provision};
+use spp_testkit::process::{output, program, tethered};
+use spp_testkit::site::Site;
+use spp_testkit::wait::eventually_blocking;
 
 const VERIFY: &str = "audit verify --config sppd.toml";
 
@@ -57,8 +58,8 @@ fn a_change_is_found_and_the_line_named() {
 fn the_daemon_never_makes_the_log_and_an_officer_can_make_it_alone() {
     let mut site = Site::new();
     std::fs::remove_dir_all(site.path("audit")).unwrap();
-    for words in [&["--config", "sppd.toml"][..], &["--config", "sppd.toml", "--check"]] {
-        let output = Command::new(SPPD).args(words).current_dir(site.path("")).output().unwrap();
+    for words in ["--config sppd.toml", "--config sppd.toml --check"] {
+        let output = site.run("sppd", words);
         let text = String::from_utf8_lossy(&output.stderr);
         assert!(!output.status.success() && text.contains("sppctl audit init"), "{text}");
         assert!(!text.contains("listening") && !site.path("audit").exists(), "{text}");
@@ -154,8 +155,9 @@ fn chained(lines: &[String]) -> Vec<String> {
 
 /// A start that ends by itself, with a refusal: a daemon that serves is ended, and is none.
 fn refused_start(site: &Site) -> std::process::Output {
-    let words = ["30", SPPD, "--config", "sppd.toml"];
-    let output = Command::new("timeout").args(words).current_dir(site.path("")).output().unwrap();
+    let mut command = tethered("timeout");
+    command.arg("120").arg(program("sppd")).args(["--config", "sppd.toml"]).current_dir(site.path(""));
+    let output = output(command);
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     output
 }
@@ -355,15 +357,14 @@ fn what_officers_do_on_the_token_is_taken_in_also_while_the_daemon_runs() {
     let done = |act: &str| vec![(act.to_owned(), "begun".to_owned()), (act.to_owned(), "done".to_owned())];
     assert_eq!(of(&site, "localhost"), done("server.enroll"));
     assert_eq!(of(&site, "line-1/a"), done("station.enroll"));
-    std::fs::write(site.path("check.toml"), "[[check_value]]\nkey = \"master-1\"\n").unwrap();
+    std::fs::write(site.path("check.toml"), CeremonyFile::new().check_value("master-1").text()).unwrap();
     site.sppctl("ceremony run check.toml --hsm hsm.toml --out keys --officer o-1 --config sppd.toml");
     site.sppctl("monitor enroll m-1 --config sppd.toml --out tls/monitor");
     assert!(!site.try_sppctl("monitor enroll m-1 --config sppd.toml --out tls/monitor").status.success());
-    let until = std::time::Instant::now() + std::time::Duration::from_secs(20);
-    while of(&site, "m-1").len() < 4 {
-        assert!(std::time::Instant::now() < until, "not taken in: {:?}", of(&site, "m-1"));
-        std::thread::sleep(std::time::Duration::from_millis(100));
-    }
+    eventually_blocking("the log has what was done on the token", || {
+        let found = of(&site, "m-1");
+        if found.len() < 4 { Err(found) } else { Ok(()) }
+    });
     assert_eq!(of(&site, "m-1")[..2], done("monitor.enroll"));
     let ceremony: Vec<_> = entries(&site).into_iter().filter(|entry| entry["details"]["act"] == "ceremony").collect();
     assert_eq!((&ceremony[0]["outcome"], &ceremony[1]["outcome"]), (&"begun".into(), &"done".into()));
@@ -385,23 +386,17 @@ async fn an_auditor_copies_the_log_and_verifies_it_elsewhere() {
         assemble(&mut line, &phone(n)).await.unwrap();
         assert!(site.sppctl(&fetch).contains("octets in copy"));
     }
-    let until = std::time::Instant::now() + std::time::Duration::from_secs(20);
     let verify = "audit verify --directory copy --log public --key keys/log-1.vkey --access-ca keys/access-ca.pem";
-    loop {
+    eventually_blocking("the copy has a checkpoint", || {
         site.sppctl(&fetch);
         assert_eq!(
             site.read("copy/audit.jsonl"),
             site.read("audit/audit.jsonl")[..site.read("copy/audit.jsonl").len()]
         );
         let told = site.try_sppctl(verify);
-        if told.status.success()
-            && String::from_utf8_lossy(&told.stdout).contains("in the public database fit, the newest covers")
-        {
-            break;
-        }
-        assert!(std::time::Instant::now() < until, "{told:?}");
-        std::thread::sleep(std::time::Duration::from_millis(200));
-    }
+        let fits = String::from_utf8_lossy(&told.stdout).contains("in the public database fit, the newest covers");
+        if told.status.success() && fits { Ok(()) } else { Err(told) }
+    });
     assert!(site.sppctl("audit tail --directory copy").contains("line.assemble"));
     // A copy of another log is not gone on with.
     std::fs::write(site.path("copy/audit.jsonl"), vec![b'x'; 1 << 20]).unwrap();

@@ -1,106 +1,19 @@
 //! Who may call what: a certificate of the right authority, in its time, with one name of the right role.
 
-use std::process::Command;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
-use aws_lc_rs::rand::SystemRandom;
-use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair};
 use prost::Message as _;
-use spp::certificate::{
-    AccessCertificate, AccessName, AuthorityCertificate, Caller, CertificateSerial, IssuerCertificate, Role,
-    SubjectName, UnsignedDocument, access_certificate, authority_certificate,
-};
-use spp::keys::{PublicKey, SignatureAlgorithm, TlsKey};
+use spp::certificate::{AccessName, Caller, Role};
 use spp::proto::get_session_request::Session as Which;
 use spp::proto::officer_client::OfficerClient;
 use spp::proto::recovery_client::RecoveryClient;
 use spp::proto::{AbortRequest, AssembleRequest, GetRecordRequest, GetSessionRequest, GetStatusRequest};
-use tonic::transport::{Channel, ClientTlsConfig, Identity};
+use tonic::transport::{Channel, ClientTlsConfig};
 use tonic::{Code, Status};
-use tonic_types::StatusExt as _;
 
-use crate::floor::{Floor, Line, Refusal, assemble, chip, complete, install, phone, sensor};
-use crate::site::{Site, write_private};
-
-const P256: SignatureAlgorithm = SignatureAlgorithm::EcdsaP256Sha256;
-
-/// An authority for access certificates whose key is in this process, so that it can sign what sppctl never would.
-pub struct Authority {
-    pub pem: String,
-    key_pem: String,
-    pair: EcdsaKeyPair,
-}
-
-impl Authority {
-    pub fn new(name: &str) -> Self {
-        let (public, pair, key_pem) = key_pair();
-        let unsigned = authority_certificate(&AuthorityCertificate {
-            subject: &SubjectName::with_common_name(name).unwrap(),
-            public_key: &public,
-            algorithm: P256,
-            serial: CertificateSerial::from_random([1; 20]),
-            not_before: now() - 3600,
-            not_after: Some(now() + 3600),
-        });
-        let pem = signed(unsigned.unwrap(), &pair);
-        Self { pem, key_pem, pair }
-    }
-
-    /// An identity for TLS with this name, from now minus an hour.
-    pub fn identity(&self, name: &AccessName, not_after: u64) -> Identity {
-        let (public, _, key_pem) = key_pair();
-        let issuer = IssuerCertificate::from_pem(&self.pem, P256).unwrap();
-        let unsigned = access_certificate(&AccessCertificate {
-            name,
-            public_key: &public,
-            issuer: &issuer,
-            serial: CertificateSerial::from_random([2; 20]),
-            not_before: now() - 3600,
-            not_after,
-        });
-        Identity::from_pem(signed(unsigned.unwrap(), &self.pair), key_pem)
-    }
-
-    /// An identity with any subjectAltName, made by openssl.
-    fn identity_with(&self, site: &Site, names: &str) -> Identity {
-        let path = |name: &str| site.path(name).display().to_string();
-        std::fs::write(site.path("ca.pem"), &self.pem).unwrap();
-        write_private(&site.path("ca.key"), &self.key_pem);
-        let extensions = format!("extendedKeyUsage=clientAuth\nkeyUsage=critical,digitalSignature\n{names}\n");
-        std::fs::write(site.path("ext.cnf"), extensions).unwrap();
-        let run = |words: &str| {
-            let output = Command::new("openssl").args(words.split_whitespace()).current_dir(site.path("")).output();
-            let output = output.expect("openssl must be installed: apt-get install openssl");
-            assert!(output.status.success(), "openssl {words}: {}", String::from_utf8_lossy(&output.stderr));
-        };
-        run("req -new -batch -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=x -keyout c.key -out c.csr");
-        run(&format!(
-            "x509 -req -in c.csr -CA {} -CAkey ca.key -set_serial 77 -days 1 -extfile ext.cnf -out c.pem",
-            path("ca.pem")
-        ));
-        Identity::from_pem(site.read("c.pem"), site.read("c.key"))
-    }
-}
-
-fn key_pair() -> (PublicKey, EcdsaKeyPair, String) {
-    let key = TlsKey::generate().unwrap();
-    let pem = String::from_utf8(key.pem().expose().clone()).unwrap();
-    let (_, der) = der::pem::decode_vec(pem.as_bytes()).unwrap();
-    (key.public().clone(), EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, &der).unwrap(), pem)
-}
-
-fn signed(unsigned: UnsignedDocument, pair: &EcdsaKeyPair) -> String {
-    let signature = pair.sign(&SystemRandom::new(), unsigned.to_be_signed()).unwrap();
-    unsigned.assemble(signature.as_ref()).unwrap().to_pem().unwrap()
-}
-
-pub fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs()
-}
-
-pub fn station(name: &str) -> AccessName {
-    AccessName::Client(Caller::Station(name.parse().unwrap()))
-}
+use spp_testkit::authority::*;
+use spp_testkit::floor::{Floor, Line, Refusal, assemble, chip, complete, install, phone, sensor};
+use spp_testkit::site::Site;
 
 /// A site whose daemon trusts a second authority besides its own.
 fn site_that_trusts(authority: &Authority) -> Site {
@@ -124,12 +37,6 @@ async fn call_both(site: &Site, tls: ClientTlsConfig) -> [Result<(), Status>; 2]
         Err(e) => Err(broken(e)),
     };
     [line, officer]
-}
-
-/// TLS ended it: nothing of the daemon answered.
-pub fn refused_by_tls(answer: &Result<(), Status>) -> bool {
-    matches!(answer, Err(status) if status.get_error_details().error_info().is_none()
-        && matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Internal))
 }
 
 #[tokio::test]
@@ -286,8 +193,8 @@ async fn every_method_refuses_nobody_the_expired_and_the_revoked() {
         };
         let (short, long) = (connect(now() + 2).await, connect(now() + 600).await);
         let revoke = format!("{role} revoke x-1 --reason test");
-        let asked = crate::approvals::told(&site, "tls/officer", &revoke);
-        crate::approvals::approve(&site, asked["id"].as_str().unwrap());
+        let asked = spp_testkit::officers::told(&site, "tls/officer", &revoke);
+        spp_testkit::officers::approve(&site, asked["id"].as_str().unwrap());
         tokio::time::sleep(Duration::from_secs(3)).await;
         for ((line, officer), reason) in [(short, "NO_CALLER"), (long, "REVOKED")] {
             for method in &methods {
@@ -360,7 +267,7 @@ async fn a_station_works_on_its_profiles_and_identities_alone() {
     let session = || Some(Which::SessionId(answer.session_id.clone()));
     let abort = AbortRequest { session_id: answer.session_id.clone(), reason: String::new() };
     let other_profile = AssembleRequest { profile: "gateway".to_owned(), ..phone(2) };
-    let gateway_order = crate::floor::gateway(2, &floor.device(2));
+    let gateway_order = spp_testkit::floor::gateway(2, &floor.device(2));
     for station in [&mut second, &mut unknown] {
         for refused in [
             assemble(station, &phone(2)).await.unwrap_err(),

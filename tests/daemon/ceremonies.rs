@@ -2,7 +2,8 @@
 
 use serde_json::Value;
 
-use crate::site::Site;
+use spp_testkit::ceremony::CeremonyFile;
+use spp_testkit::site::Site;
 
 const VERIFY: &str = "ceremony verify keys/transcript.txt --log keys/log-1.vkey";
 
@@ -56,8 +57,7 @@ fn a_plan_says_what_a_run_would_do_and_changes_nothing() {
     let taken = site.try_sppctl("ceremony plan ceremony.toml --hsm hsm.toml --out keys");
     let why = String::from_utf8_lossy(&taken.stderr).into_owned();
     assert!(!taken.status.success() && why.contains("has an object named manufacturer already"), "{why}");
-    std::fs::write(site.path("second.toml"), "[[master_key]]\nname = \"master-2\"\nversion = 2\nprf = \"aes-cmac\"\n")
-        .unwrap();
+    std::fs::write(site.path("second.toml"), CeremonyFile::new().master_key("master-2", 2, "aes-cmac").text()).unwrap();
     let told = site.sppctl("ceremony plan second.toml --hsm hsm.toml --out keys --json");
     let told: Value = serde_json::from_str(&told).unwrap();
     assert_eq!((&told["looked_at_the_token"], &told["keys"][0]["kind"]), (&true.into(), &"aes-cmac".into()));

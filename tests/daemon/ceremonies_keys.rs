@@ -1,6 +1,6 @@
 //! What ceremonies do with certificates, check values, backups and whole tokens, by the officers' tool.
 
-use std::process::{Command, Output};
+use std::process::Output;
 use std::time::Duration;
 
 use spp::certificate::{IssuerCertificate, verify_csr_pem};
@@ -8,7 +8,8 @@ use spp::hsm::{Derivation, Hsm, HsmConfig, KeyRegister, SigningUse};
 use spp::keys::SignatureAlgorithm;
 use spp::secret::SecretBytes;
 
-use crate::site::{SPPD, Site};
+use spp_testkit::ceremony::CeremonyFile;
+use spp_testkit::site::Site;
 
 const HELD: &str = "ceremony run more.toml --hsm hsm.toml --out keys --officer o-1 --officer o-2";
 const RESTORED: &str = "ceremony run restore.toml --hsm hsm-b.toml --out keys-b --so-pin-file hsm/so.pin";
@@ -26,41 +27,23 @@ fn refused(site: &Site, words: &str, why: &str) {
     assert!(!output.status.success() && told(&output).contains(why), "{}", told(&output));
 }
 
-fn openssl(site: &Site, words: &str) -> String {
-    let output = Command::new("openssl").args(words.split(' ')).current_dir(site.path("")).output().unwrap();
-    assert!(output.status.success(), "openssl {words}: {}", told(&output));
-    String::from_utf8(output.stdout).unwrap()
+fn root_and_issuer() -> CeremonyFile {
+    CeremonyFile::new().issued_key("devices", "p256", "root", "Devices CA").root_key("root", "p384", "Root")
 }
-
-const ROOT_AND_ISSUER: &str = r#"
-[[signing_key]]
-name = "devices"
-kind = "p256"
-certificate = "issued"
-issuer = "root"
-subject = { organization = "Example", common_name = "Devices CA" }
-
-[[signing_key]]
-name = "root"
-use = "root"
-kind = "p384"
-certificate = "self-signed"
-subject = { organization = "Example", common_name = "Root" }
-"#;
 
 #[test]
 fn a_daemon_signs_with_a_key_that_a_root_of_its_token_has_certified_and_never_with_the_root() {
     let mut site = Site::new();
-    write(&site, "more.toml", ROOT_AND_ISSUER);
+    write(&site, "more.toml", root_and_issuer().text());
     site.sppctl(HELD);
     let chain = String::from_utf8(site.read("keys/devices-ca.pem")).unwrap();
     let issuer = IssuerCertificate::from_pem(&chain, SignatureAlgorithm::EcdsaP256Sha256).unwrap();
     assert_eq!(issuer.chain().len(), 2);
-    let verified = openssl(&site, "verify -x509_strict -CAfile keys/root-ca.pem keys/devices-ca.pem");
+    let verified = site.openssl("verify -x509_strict -CAfile keys/root-ca.pem keys/devices-ca.pem");
     assert!(verified.contains("devices-ca.pem: OK"), "{verified}");
     // A root of an earlier ceremony issues as well.
-    let third = ROOT_AND_ISSUER.split("[[signing_key]]").nth(1).unwrap().replace("\"devices\"", "\"devices-b\"");
-    write(&site, "more.toml", &format!("[[signing_key]]{third}"));
+    let third = CeremonyFile::new().issued_key("devices-b", "p256", "root", "Devices CA");
+    write(&site, "more.toml", third.text());
     site.sppctl(HELD);
     for profile in std::fs::read_dir(site.path("profiles")).unwrap() {
         let path = profile.unwrap().path();
@@ -74,8 +57,7 @@ fn a_daemon_signs_with_a_key_that_a_root_of_its_token_has_certified_and_never_wi
         let text = std::fs::read_to_string(&path).unwrap();
         std::fs::write(&path, text.replace("\"devices-b\"", "\"root\"")).unwrap();
     }
-    let mut check = Command::new(SPPD);
-    let check = check.args(["--config", "sppd.toml", "--check"]).current_dir(site.path("")).output().unwrap();
+    let check = site.run("sppd", "--config sppd.toml --check");
     assert!(
         !check.status.success() && told(&check).contains("the signing key root is not in the register"),
         "{check:?}"
@@ -85,30 +67,26 @@ fn a_daemon_signs_with_a_key_that_a_root_of_its_token_has_certified_and_never_wi
 #[test]
 fn the_answer_of_an_offline_root_is_taken_only_if_it_is_of_this_key_and_this_root() {
     let site = Site::new();
-    let csr = "[[signing_key]]\nname = \"devices\"\nkind = \"p256\"\ncertificate = \"csr\"\n\
-               subject = { common_name = \"Devices CA\" }\n";
-    write(&site, "more.toml", csr);
+    write(&site, "more.toml", CeremonyFile::new().signing_key("devices", "p256", "csr", "Devices CA").text());
     site.sppctl(HELD);
     let key = verify_csr_pem(&site.read("keys/devices.csr.pem")).unwrap();
     write(&site, "leaf.cnf", "basicConstraints=critical,CA:FALSE\n");
     for root in ["root", "other"] {
-        openssl(
-            &site,
-            &format!("req -x509 -newkey rsa:3072 -nodes -keyout {root}.key -out {root}.pem -subj /CN={root} -days 30"),
-        );
+        site.openssl(&format!(
+            "req -x509 -newkey rsa:3072 -nodes -keyout {root}.key -out {root}.pem -subj /CN={root} -days 30"
+        ));
     }
     let sign = "x509 -req -in keys/devices.csr.pem -CA root.pem -CAkey root.key";
-    openssl(&site, &format!("{sign} -copy_extensions copyall -days 30 -out right.pem"));
-    openssl(&site, &format!("{sign} -extfile leaf.cnf -days 30 -out leaf.pem"));
-    openssl(&site, &format!("{sign} -copy_extensions copyall -days -1 -out ended.pem"));
+    site.openssl(&format!("{sign} -copy_extensions copyall -days 30 -out right.pem"));
+    site.openssl(&format!("{sign} -extfile leaf.cnf -days 30 -out leaf.pem"));
+    site.openssl(&format!("{sign} -copy_extensions copyall -days -1 -out ended.pem"));
     let authority = "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign\nsubjectKeyIdentifier=hash\n";
     write(&site, "authority.cnf", authority);
-    openssl(
-        &site,
+    site.openssl(
         "req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout stranger.key -out stranger.csr -subj /CN=stranger",
     );
     let stranger = sign.replace("keys/devices.csr.pem", "stranger.csr");
-    openssl(&site, &format!("{stranger} -extfile authority.cnf -days 30 -out stranger.pem"));
+    site.openssl(&format!("{stranger} -extfile authority.cnf -days 30 -out stranger.pem"));
     let import = |file: &str, root: &str| {
         let text = format!("[[import_certificate]]\nkey = \"devices\"\nfile = \"{file}\"\nroot = \"{root}\"\n");
         write(&site, "more.toml", &text);
@@ -160,7 +138,7 @@ fn what_changes_keys_is_refused_without_a_second_officer() {
 #[test]
 fn a_check_value_that_is_not_the_one_of_the_register_ends_the_ceremony() {
     let site = Site::new();
-    write(&site, "more.toml", "[[check_value]]\nkey = \"master-1\"\n[[check_value]]\nkey = \"manufacturer\"\n");
+    write(&site, "more.toml", CeremonyFile::new().check_value("master-1").check_value("manufacturer").text());
     site.sppctl(HELD);
     let register = KeyRegister::load(&site.path("keys/keys.toml")).unwrap();
     let value = hex::encode(&register.master[0].check_value);
@@ -168,7 +146,7 @@ fn a_check_value_that_is_not_the_one_of_the_register_ends_the_ceremony() {
     assert!(text.contains("checked at") && text.contains(&value), "{text}");
     site.edit("keys/keys.toml", &value, "0011223344556677");
     refused(&site, HELD, "the key master-1 on the token is not the one of the register");
-    write(&site, "more.toml", "[[check_value]]\nkey = \"nobody\"\n");
+    write(&site, "more.toml", CeremonyFile::new().check_value("nobody").text());
     refused(&site, HELD, "the register has no key nobody");
 }
 

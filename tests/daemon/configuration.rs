@@ -3,18 +3,21 @@
 
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt as _;
-use std::process::{Command, Output};
-use std::time::{Duration, Instant};
+use std::process::Output;
+use std::time::Duration;
 
 use spp::keys::sha256;
 use tonic::Code;
 use tonic_types::StatusExt as _;
 
-use crate::floor::{Refusal, assemble, phone};
-use crate::site::{SPP_LINE, SPPCTL, SPPD, Site, write_private};
+use spp_testkit::files::write_private;
+use spp_testkit::floor::{Refusal, assemble, phone};
+use spp_testkit::process::{output, tethered};
+use spp_testkit::site::Site;
+use spp_testkit::wait::eventually;
 
 fn sppd(site: &Site, words: &str) -> Output {
-    Command::new(SPPD).args(words.split_whitespace()).current_dir(site.path("")).output().unwrap()
+    site.run("sppd", words)
 }
 
 /// What it said on both channels.
@@ -142,26 +145,21 @@ fn nothing_that_exists_is_made_again() {
 
 /// Waits until the running daemon says this of its HSM.
 async fn trouble_with(site: &Site, words: &str) -> spp::proto::HsmStatus {
-    let until = Instant::now() + Duration::from_secs(20);
-    loop {
+    eventually(&format!("the HSM's trouble is {words:?}"), async || {
         let hsm = site.status().await.hsm.unwrap();
-        if hsm.trouble.contains(words) {
-            assert!(!hsm.ready);
-            return hsm;
+        if !hsm.trouble.contains(words) {
+            return Err((hsm, site.log()));
         }
-        assert!(Instant::now() < until, "waiting for {words:?}: {hsm:?}\n{}", site.log());
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+        assert!(!hsm.ready);
+        Ok(hsm)
+    })
+    .await
 }
 
 /// Starts a daemon whose HSM will not be ready, and waits until it listens.
 async fn start_in_trouble(site: &mut Site) {
     site.spawn();
-    let until = Instant::now() + Duration::from_secs(20);
-    while site.connect(site.officer, site.tls("tls/officer")).await.is_err() {
-        assert!(Instant::now() < until, "{}", site.log());
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    site.until_listening().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -246,10 +244,10 @@ async fn a_certificate_of_another_key_is_refused_before_anything_is_opened() {
 
 #[test]
 fn help_leads_to_every_command() {
-    assert!(help(SPPD, &[]).contains("--check"));
+    assert!(help("sppd", &[]).contains("--check"));
     for (program, commands) in [
-        (SPPCTL, &["token", "ceremony", "init", "station", "officer", "server", "status"][..]),
-        (SPP_LINE, &["provision", "recover", "show"][..]),
+        ("sppctl", &["token", "ceremony", "init", "station", "officer", "server", "status"][..]),
+        ("spp-line", &["provision", "recover", "show"][..]),
     ] {
         let text = help(program, &[]);
         for command in commands {
@@ -275,7 +273,9 @@ fn help_of_each(program: &str, words: &[&str]) {
 }
 
 fn help(program: &str, words: &[&str]) -> String {
-    let output = Command::new(program).args(words).arg("--help").output().unwrap();
+    let mut command = tethered(spp_testkit::process::program(program));
+    command.args(words).arg("--help");
+    let output = output(command);
     let text = said(&output);
     assert!(output.status.success() && text.contains("Usage:"), "{program} {words:?}: {text}");
     text

@@ -1,37 +1,16 @@
 //! Metrics, as Prometheus would read them: plain HTTP, on this machine alone, and only where they are wanted.
 
-use std::io::{Read as _, Write as _};
-use std::net::{TcpListener, TcpStream};
-use std::process::Command;
+use std::io::Read as _;
+use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
-use crate::floor::{Floor, phone, provision};
-use crate::site::{SPPD, Site, free_port};
-
-/// A site that is to tell its metrics on that address.
-pub fn told_on(address: &str) -> Site {
-    let site = Site::new();
-    site.edit("sppd.toml", "# metrics = \"127.0.0.1:7446\"", &format!("metrics = \"{address}\""));
-    site
-}
-
-fn connect(port: u16) -> TcpStream {
-    let stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-    stream
-}
-
-/// The whole answer to a request.
-pub fn ask(port: u16, request: &str) -> String {
-    let mut stream = connect(port);
-    write!(stream, "{request} HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
-    answer
-}
+use spp_testkit::floor::{Floor, phone, provision};
+use spp_testkit::metrics::*;
+use spp_testkit::ports::free_port;
+use spp_testkit::site::Site;
 
 fn said(site: &Site) -> (Option<i32>, String) {
-    let output = Command::new(SPPD).args(["--config", "sppd.toml"]).current_dir(site.path("")).output().unwrap();
+    let output = site.run("sppd", "--config sppd.toml");
     (output.status.code(), String::from_utf8(output.stderr).unwrap())
 }
 

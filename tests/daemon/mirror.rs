@@ -1,13 +1,15 @@
 //! Mirrors: made, verified, and a device restored from one with the daemon down; and the index that is made from the files.
 
-use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Output, Stdio};
 
 use spp::proto::GetRecordRequest;
 
-use crate::floor::{Floor, chip, phone, provision};
-use crate::site::{Site, free_port};
+use spp_testkit::files::copy_directory;
+use spp_testkit::floor::{Floor, chip, phone, provision};
+use spp_testkit::ports::free_port;
+use spp_testkit::process::{Process, tethered};
+use spp_testkit::site::Site;
+use spp_testkit::wait::eventually_blocking;
 
 const VERIFY: &str = "registry verify --config sppd.toml --seen seen";
 
@@ -42,31 +44,17 @@ fn refused(output: &Output) -> String {
 }
 
 /// Any web server, which knows nothing of what it carries.
-struct WebServer(Child, String);
+struct WebServer(#[expect(dead_code, reason = "dropping it ends the server")] Process, String);
 
 impl WebServer {
     fn of(site: &Site, directory: &str) -> Self {
         let port = free_port();
-        let server = Command::new("python3")
-            .args(["-m", "http.server", &port.to_string(), "--bind", "127.0.0.1", "--directory"])
-            .arg(site.path(directory))
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn();
-        let server = Self(server.unwrap(), format!("http://127.0.0.1:{port}"));
-        let until = Instant::now() + Duration::from_secs(20);
-        while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
-            assert!(Instant::now() < until, "the web server does not start");
-            std::thread::sleep(Duration::from_millis(50));
-        }
+        let mut server = tethered("python3");
+        server.args(["-m", "http.server", &port.to_string(), "--bind", "127.0.0.1", "--directory"]);
+        server.arg(site.path(directory)).stdout(Stdio::null()).stderr(Stdio::null());
+        let server = Self(Process::spawn(server), format!("http://127.0.0.1:{port}"));
+        eventually_blocking("the web server listens", || std::net::TcpStream::connect(("127.0.0.1", port)));
         server
-    }
-}
-
-impl Drop for WebServer {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
     }
 }
 
@@ -192,46 +180,34 @@ fn an_old_copy_is_not_gone_on_with_unless_its_loss_is_accepted() {
     site.stop();
     let (public, edge) = (site.path("public"), site.path("public/edge"));
     let (old, newest) = (site.path("old"), site.path("newest"));
-    copy(&public, &old);
+    copy_directory(&public, &old);
     site.start();
     provision_simulated(&site, 5);
     site.stop();
-    copy(&public, &newest);
+    copy_directory(&public, &newest);
 
     // Of the files alone: the index knows more.
     std::fs::remove_dir_all(&edge).unwrap();
-    copy(&old.join("edge"), &edge);
+    copy_directory(&old.join("edge"), &edge);
     site.spawn();
-    wait_for(&site, "it ends with entry 4, and 7 are known");
+    site.until_logged("it ends with entry 4, and 7 are known");
     assert!(site.sppctl(&format!("{VERIFY} public")).contains("4 entries"), "by itself the old copy is a log");
     let few = site.try_sppctl("registry reindex --config sppd.toml");
     assert!(refused(&few).contains("sppctl registry reindex --accept-loss"));
 
     // Of all of it: the state store knows more.
     std::fs::remove_dir_all(&public).unwrap();
-    copy(&old, &public);
+    copy_directory(&old, &public);
     site.spawn();
-    wait_for(&site, "has 3 records, and 5 devices were published: it is an old copy");
+    site.until_logged("has 3 records, and 5 devices were published: it is an old copy");
     site.edit("sppd.toml", "[registry]\n", "[registry]\naccepted_loss = 2\n");
     site.start();
     site.stop();
 
     // With the newest one nothing was lost.
     std::fs::remove_dir_all(&public).unwrap();
-    copy(&newest, &public);
+    copy_directory(&newest, &public);
     site.edit("sppd.toml", "accepted_loss = 2\n", "");
     site.start();
     assert!(site.sppctl(&format!("{VERIFY}-newest")).contains("7 entries, all of them right"));
-}
-
-fn copy(from: &Path, to: &Path) {
-    fine(&Command::new("cp").arg("-a").args([from, to]).output().unwrap());
-}
-
-fn wait_for(site: &Site, words: &str) {
-    let until = Instant::now() + Duration::from_secs(20);
-    while !site.log().contains(words) {
-        assert!(Instant::now() < until, "{}", site.log());
-        std::thread::sleep(Duration::from_millis(50));
-    }
 }

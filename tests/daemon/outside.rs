@@ -1,8 +1,5 @@
 //! What the world outside thinks of it: openssl of the certificates, standard clients of health and reflection.
 
-use std::process::Command;
-use std::time::{Duration, Instant};
-
 use spp::certificate::certificate_pem;
 use spp::package::CertificateChain;
 use tokio_stream::{StreamExt as _, once};
@@ -15,16 +12,10 @@ use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
 use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
 use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
 
-use crate::floor::{Floor, assemble, gateway, install, phone};
-use crate::site::Site;
-
-fn openssl(site: &Site, words: &str) -> String {
-    let output = Command::new("openssl").args(words.split_whitespace()).current_dir(site.path("")).output();
-    let output = output.expect("openssl must be installed: apt-get install openssl");
-    let text = [&output.stdout[..], &output.stderr[..]].map(String::from_utf8_lossy).concat();
-    assert!(output.status.success(), "openssl {words}: {text}");
-    text
-}
+use spp_testkit::floor::{Floor, assemble, gateway, install, phone};
+use spp_testkit::process::{Signal, send};
+use spp_testkit::site::Site;
+use spp_testkit::wait::eventually;
 
 #[tokio::test]
 async fn openssl_verifies_every_certificate_and_its_chain() {
@@ -42,10 +33,10 @@ async fn openssl_verifies_every_certificate_and_its_chain() {
         let chain: String = issuers.iter().map(|der| certificate_pem(der).unwrap()).collect();
         std::fs::write(site.path("chain.pem"), chain).unwrap();
         for roots in ["keys/manufacturer-ca.pem", "chain.pem"] {
-            let verified = openssl(&site, &format!("verify -x509_strict -CAfile {roots} device.pem"));
+            let verified = site.openssl(&format!("verify -x509_strict -CAfile {roots} device.pem"));
             assert!(verified.contains("device.pem: OK"), "{verified}");
         }
-        let text = openssl(&site, "x509 -in device.pem -noout -text");
+        let text = site.openssl("x509 -in device.pem -noout -text");
         assert!(text.contains("Dec 31 23:59:59 9999 GMT") && text.contains("Digital Signature"), "{text}");
         if order.profile == "phone" {
             let (tac, snr) = order.identity["imei:".len()..].split_at(8);
@@ -53,7 +44,7 @@ async fn openssl_verifies_every_certificate_and_its_chain() {
         }
     }
     let verified =
-        openssl(&site, "verify -x509_strict -CAfile keys/access-ca.pem -purpose sslserver tls/server/certificate.pem");
+        site.openssl("verify -x509_strict -CAfile keys/access-ca.pem -purpose sslserver tls/server/certificate.pem");
     assert!(verified.contains("OK"), "{verified}");
 }
 
@@ -63,11 +54,7 @@ async fn health(channel: &Channel, service: &str) -> ServingStatus {
 }
 
 async fn until_health_is(channel: &Channel, service: &str, wanted: ServingStatus) {
-    let until = Instant::now() + Duration::from_secs(40);
-    while health(channel, service).await != wanted {
-        assert!(Instant::now() < until, "{service} never was {wanted:?}");
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    eventually(&format!("{service} is {wanted:?}"), async || health(channel, service).await == wanted).await;
 }
 
 #[tokio::test]
@@ -80,7 +67,7 @@ async fn health_follows_the_hsm_and_recovery_is_always_served() {
         assert_eq!(health(&public, service).await, ServingStatus::Serving, "{service}");
     }
     std::fs::rename(site.path("hsm/tokens"), site.path("hsm/elsewhere")).unwrap();
-    site.signal(site.worker_pid().unwrap(), "KILL");
+    send(site.worker_pid().unwrap(), Signal::KILL);
     until_health_is(&line, "spp.v1.Line", ServingStatus::NotServing).await;
     for service in ["", "spp.v1.Recovery"] {
         assert_eq!(health(&public, service).await, ServingStatus::Serving, "{service}");

@@ -1,135 +1,22 @@
 //! Pairs that were made in advance: an empty pool is waited for, what was erased never comes back, and a filling that is held
 //! up goes on by itself.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
-use std::process::Command;
-use std::time::{Duration, Instant};
+use std::collections::{BTreeMap, HashSet};
+use std::time::Duration;
 
-use der::{Decode as _, Encode as _};
 use serde_json::Value;
-use spp::config::StoreConfig;
-use spp::proto::{
-    AbortRequest, AssembleRequest, AssembleResponse, GetPoolStatusRequest, GetPoolStatusResponse, SessionState,
-};
-use spp::store::{HeldPair, Holder, SecretStore as _, SledStateStore, StateStore as _};
-use tonic::{Code, Status};
+use spp::proto::{AbortRequest, AssembleRequest, AssembleResponse, GetPoolStatusResponse, SessionState};
+use spp::store::StateStore as _;
+use tonic::Code;
 use tonic_types::StatusExt as _;
 
-use crate::floor::{Line, Refusal, assemble, chip, may_be_repeated, phone, state_of};
-use crate::site::{SPPD, Site};
-
-/// Where `sppctl` finds the officer listener.
-pub fn officer(site: &Site) -> String {
-    format!("--server https://127.0.0.1:{} --tls tls/officer", site.officer)
-}
-
-/// A site with a profile `pooled` besides those of the demo: a phone whose P-256 pair comes from a pool between these marks.
-pub fn pooled_site(low: u64, high: u64) -> Site {
-    let site = Site::new();
-    add_profile(&site, "pooled", "phone", &[("source = \"generate\"", "source = \"pool\"")]);
-    add_pool(&site, "p256", low, high);
-    site
-}
-
-/// A profile that is like another one but for these words; line-1/a may use it.
-pub fn add_profile(site: &Site, name: &str, like: &str, edits: &[(&str, &str)]) {
-    let file = format!("profiles/{name}.toml");
-    std::fs::copy(site.path(&format!("profiles/{like}.toml")), site.path(&file)).unwrap();
-    edits.iter().for_each(|(from, to)| site.edit(&file, from, to));
-    site.edit("sppd.toml", "\"router\"", &format!("\"router\", \"{name}\""));
-}
-
-pub fn add_pool(site: &Site, kind: &str, low: u64, high: u64) {
-    let pool = format!("[[keypool.pool]]\nkind = \"{kind}\"\nlow = {low}\nhigh = {high}\n\n[[station]]");
-    site.edit("sppd.toml", "[[station]]", &pool);
-}
-
-/// The order for device `n` with a pair of the pool.
-pub fn pooled(n: u64) -> AssembleRequest {
-    AssembleRequest { profile: "pooled".to_owned(), ..phone(n) }
-}
+use spp_testkit::floor::{Line, Refusal, assemble, chip, phone, state_of};
+use spp_testkit::pools::*;
+use spp_testkit::site::Site;
 
 /// The order for device `n` as a router: an RSA pair of the pool.
 fn router(n: u64) -> AssembleRequest {
     AssembleRequest { identity: format!("serial:R-{n}"), profile: "router".to_owned(), ..phone(n) }
-}
-
-/// Asks as long as it may, as often as it is told.
-pub async fn answered(line: &mut Line, order: &AssembleRequest) -> AssembleResponse {
-    loop {
-        match assemble(line, order).await {
-            Ok(answer) => return answer,
-            Err(status) => {
-                assert!(may_be_repeated(&status), "failed for good: {status:?}");
-                tokio::time::sleep(retry_delay(&status).unwrap_or(Duration::from_millis(50))).await;
-            }
-        }
-    }
-}
-
-fn retry_delay(status: &Status) -> Option<Duration> {
-    status.get_error_details().retry_info().and_then(|retry| retry.retry_delay)
-}
-
-/// The public key of an X.509 certificate, SubjectPublicKeyInfo in DER.
-pub fn public_key(certificate: &[u8]) -> Vec<u8> {
-    let certificate = x509_cert::Certificate::from_der(certificate).unwrap();
-    certificate.tbs_certificate().subject_public_key_info().to_der().unwrap()
-}
-
-/// Waits until the pools are as they should be.
-pub async fn until_pools(
-    site: &Site,
-    what: &str,
-    so: impl Fn(&GetPoolStatusResponse) -> bool,
-) -> GetPoolStatusResponse {
-    let until = Instant::now() + Duration::from_secs(60);
-    loop {
-        let status = site.officer().await.get_pool_status(GetPoolStatusRequest {}).await.unwrap().into_inner();
-        if so(&status) {
-            return status;
-        }
-        assert!(Instant::now() < until, "waiting until {what}: {status:?}\n{}", site.log());
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
-}
-
-/// Every pool has what it needs and nobody fills it.
-pub fn is_full(status: &GetPoolStatusResponse) -> bool {
-    status.serving && status.kinds.iter().all(|kind| !kind.filling && kind.ready >= kind.low)
-}
-
-/// Nothing is left to fill, to shred or to destroy.
-pub fn is_quiet(status: &GetPoolStatusResponse) -> bool {
-    let kinds = status.kinds.iter().all(|kind| kind.next_shred.is_none());
-    let sessions = status.session_next_shred.is_none() && status.condemned == 0;
-    is_full(status) && kinds && sessions && status.trouble.is_empty()
-}
-
-/// The state store of a daemon that is stopped.
-pub fn open_store(site: &Site) -> SledStateStore {
-    let store = StoreConfig::load(&site.path("sppd.toml")).unwrap();
-    SledStateStore::open(&store.state, &store.state_options).unwrap()
-}
-
-/// Every pair of a store, and who has it.
-pub async fn all_pairs(store: &SledStateStore) -> Vec<HeldPair> {
-    let mut all = Vec::new();
-    for batch in store.batches().await.unwrap() {
-        let held = store.pairs_of_batch(batch.number, 1_000_000).await.unwrap();
-        let ready = held.iter().filter(|pair| matches!(pair.holder, Holder::Ready(_))).count() as u64;
-        assert_eq!((batch.ready, batch.reserved), (ready, held.len() as u64 - ready), "{batch:?}");
-        all.extend(held);
-    }
-    let keys: HashSet<_> = all.iter().map(|pair| &pair.public_key).collect();
-    assert_eq!(keys.len(), all.len(), "a pair is in the store twice");
-    all
-}
-
-/// The public keys of ready pairs.
-pub fn ready_keys(pairs: &[HeldPair]) -> BTreeSet<Vec<u8>> {
-    let ready = pairs.iter().filter(|pair| matches!(pair.holder, Holder::Ready(_)));
-    ready.map(|pair| pair.public_key.clone()).collect()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -286,7 +173,7 @@ async fn filling_pauses_below_the_floor_of_the_disk_and_resumes() {
     site.edit("sppd.toml", "free_space_floor = \"1 MiB\"", "free_space_floor = \"4000 TiB\"");
     site.edit("sppd.toml", "low = 10\nhigh = 20", "low = 30\nhigh = 40");
     site.spawn();
-    until_it_answers(&site).await;
+    site.until_listening().await;
     let kind = |status: &GetPoolStatusResponse| status.kinds.iter().find(|kind| kind.kind == "p256").unwrap().clone();
     let status = until_pools(&site, "it is paused", |status| !kind(status).paused.is_empty()).await;
     let paused = kind(&status);
@@ -307,15 +194,6 @@ async fn filling_pauses_below_the_floor_of_the_disk_and_resumes() {
     let full = kind(&until_pools(&site, "it is full", is_full).await);
     assert_eq!((full.ready, &*full.paused), (40, ""));
     answered(&mut site.station().await, &pooled(2)).await;
-}
-
-/// A daemon that does not serve the line is not ready, and answers officers all the same.
-async fn until_it_answers(site: &Site) {
-    let until = Instant::now() + Duration::from_secs(20);
-    while site.connect(site.officer, site.tls("tls/officer")).await.is_err() {
-        assert!(Instant::now() < until, "{}", site.log());
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
 }
 
 #[test]
@@ -346,14 +224,12 @@ fn what_is_wrong_with_the_pools_of_a_configuration_is_told_with_its_place() {
     site.edit("sppd.toml", "low = 10\nhigh = 20", "low = 10\nhigh = 999");
     is_told(&site, &["keypool.store: the pools may have 1001 pairs together", "SoftHSM 2 is good for 1000"]);
     site.edit("sppd.toml", "high = 999", "high = 998");
-    let output =
-        Command::new(SPPD).args(["--config", "sppd.toml", "--check"]).current_dir(site.path("")).output().unwrap();
+    let output = site.run("sppd", "--config sppd.toml --check");
     assert!(output.status.success(), "as many as it is good for: {}", String::from_utf8_lossy(&output.stderr));
 }
 
 fn is_told(site: &Site, faults: &[&str]) {
-    let output =
-        Command::new(SPPD).args(["--config", "sppd.toml", "--check"]).current_dir(site.path("")).output().unwrap();
+    let output = site.run("sppd", "--config sppd.toml --check");
     let text = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(78), "{faults:?}: {text}");
     assert!(text.contains("sppd.toml"), "{text}");

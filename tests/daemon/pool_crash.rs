@@ -12,19 +12,23 @@ use spp::keys::{KeptKey, KeyKind, PublicKey, SignatureAlgorithm};
 use spp::proto::{AssembleRequest, AssembleResponse};
 use spp::store::{HeldPair, Keeping, PairCounts, SecretStore as _, SledStateStore, StateStore as _};
 
-use crate::crash::{AT_LEAST, Done, Shift, end_shift, everything_is_public_once, persistent, random, start_shift};
-use crate::floor::{Floor, Line, install, package, phone};
-use crate::pool::{
+use spp_testkit::floor::{Floor, Line, install, package, phone};
+use spp_testkit::load::{AT_LEAST, Done, Shift, end_shift, everything_is_public_once, persistent, start_shift};
+use spp_testkit::pools::{
     all_pairs, answered, is_quiet, open_store, pooled, pooled_site, public_key, ready_keys, until_pools,
 };
-use crate::site::Site;
+use spp_testkit::random::{Random, scaled};
+use spp_testkit::site::Site;
+use spp_testkit::wait::{LIMIT, eventually};
 
-const DEVICES: u64 = 10_000;
+/// Devices and kills, in `make test` and in `make soak`.
+const SHORT: (u64, u64) = (800, 3);
+const FULL: (u64, u64) = (10_000, 8);
 const TASKS: usize = 64;
-const KILLS: u64 = 8;
 
 /// Many chips, each of which takes a pair and keeps it.
 struct Takers {
+    devices: u64,
     floor: Floor,
     next: AtomicU64,
     /// The chip that has it, by public key.
@@ -36,7 +40,7 @@ impl Takers {
     async fn work(self: Arc<Self>, mut line: Line) {
         loop {
             let n = self.next.fetch_add(1, Ordering::Relaxed);
-            if n > DEVICES {
+            if n > self.devices {
                 return;
             }
             let answer = answered(&mut line, &pooled(n)).await;
@@ -52,50 +56,47 @@ impl Takers {
     }
 
     async fn until(&self, count: u64) {
-        let until = Instant::now() + Duration::from_secs(120);
-        while self.count.load(Ordering::Relaxed) < count {
-            assert!(Instant::now() < until, "{} of {count} devices were answered", self.count.load(Ordering::Relaxed));
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
+        eventually("so many devices were answered", async || {
+            let answered = self.count.load(Ordering::Relaxed);
+            if answered < count { Err(answered) } else { Ok(()) }
+        })
+        .await;
     }
 }
 
-fn seed() -> u64 {
-    let seed = u64::from(std::time::UNIX_EPOCH.elapsed().unwrap().subsec_nanos() | 1);
-    println!("the moments of the kills come from seed {seed}");
-    seed
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn of_ten_thousand_reservations_with_kills_no_pair_goes_to_two_chips_and_none_is_lost() {
-    let mut moments = seed();
-    let mut site = pooled_site(2000, 4000);
-    site.edit("sppd.toml", "batch_size = 1000", "batch_size = 500");
+async fn reservations_with_kills_give_each_pair_to_one_chip() {
+    let (devices, kills) = scaled(SHORT, FULL);
+    let mut moments = Random::new();
+    let (low, high) = scaled((200, 400), (2000, 4000));
+    let mut site = pooled_site(low, high);
+    site.edit("sppd.toml", "batch_size = 1000", scaled("batch_size = 50", "batch_size = 500"));
     site.start();
     let (begun, line) = (Instant::now(), Line::new(persistent(&site)));
     let takers = Arc::new(Takers {
+        devices,
         floor: Floor::new(&site),
         next: AtomicU64::new(1),
         taken: Mutex::default(),
         count: AtomicU64::new(0),
     });
     let tasks: Vec<_> = (0..TASKS).map(|_| tokio::spawn(Arc::clone(&takers).work(line.clone()))).collect();
-    for kill in 0..KILLS {
+    for kill in 0..kills {
         // Somewhere in its share of the way.
-        let share = DEVICES / KILLS;
-        takers.until(kill * share + random(&mut moments, share)).await;
-        tokio::time::sleep(Duration::from_millis(random(&mut moments, 50))).await;
+        let share = devices / kills;
+        takers.until(kill * share + moments.below(share)).await;
+        tokio::time::sleep(Duration::from_millis(moments.below(50))).await;
         site.kill();
         site.spawn();
     }
     for task in tasks {
         task.await.unwrap();
     }
-    println!("{DEVICES} reservations and {KILLS} kills took {:?}", begun.elapsed());
+    println!("{devices} reservations and {kills} kills took {:?}", begun.elapsed());
     site.wait_ready();
     assert!(tokio::task::block_in_place(|| site.stop()).success());
     let taken: BTreeSet<_> = takers.taken.lock().unwrap().keys().cloned().collect();
-    assert_eq!(taken.len() as u64, DEVICES);
+    assert_eq!(taken.len() as u64, devices);
     every_pair_is_ready_or_a_chips(&open_store(&site), &taken).await;
 }
 
@@ -151,7 +152,7 @@ impl HalfWay {
 
 /// Devices go the whole way while batches are used up and shredded, and the daemon is killed again and again.
 async fn a_killed_day(mut site: Site, keeping: Keeping, kills: u64) {
-    let mut moments = seed();
+    let mut moments = Random::new();
     site.edit("sppd.toml", "batch_size = 1000", "batch_size = 20");
     site.edit("sppd.toml", "shred_after = \"1h\"", "shred_after = \"1s\"");
     site.start();
@@ -162,7 +163,7 @@ async fn a_killed_day(mut site: Site, keeping: Keeping, kills: u64) {
     for _ in 0..kills {
         half_way.one_more(&shift, &mut line).await;
         half_way.one_more(&shift, &mut line).await;
-        tokio::time::sleep(Duration::from_millis(40 + random(&mut moments, 1500))).await;
+        tokio::time::sleep(Duration::from_millis(40 + moments.below(1500))).await;
         site.kill();
         site.spawn();
     }
@@ -199,7 +200,7 @@ async fn store_and_token_agree(site: &Site, keeping: Keeping) -> Vec<HeldPair> {
     let reserved: BTreeSet<_> = reserved.difference(&ready_keys(&pairs)).cloned().collect();
     assert_eq!(reserved, sessions, "each unfinished session has its pair, and nobody else has one");
     let hsm = Hsm::start(site.hsm_config());
-    hsm.ready(Duration::from_secs(20)).await.unwrap();
+    hsm.ready(LIMIT).await.unwrap();
     let own = hsm.own_objects().await.unwrap();
 
     let with_key = batches.iter().filter(|batch| batch.keeping == Keeping::Wrapped).map(|batch| batch.number);
@@ -244,12 +245,12 @@ async fn can_be_opened(hsm: &Hsm, pair: &HeldPair) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn killed_while_batches_are_shredded_it_loses_no_pair_and_keeps_no_key_too_many() {
-    a_killed_day(pooled_site(40, 80), Keeping::Wrapped, KILLS).await;
+    a_killed_day(pooled_site(40, 80), Keeping::Wrapped, scaled(3, 12)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn killed_with_pairs_on_the_token_it_leaves_none_there_that_nobody_knows() {
     let site = pooled_site(30, 60);
     site.edit("sppd.toml", "store = \"wrapped\"", "store = \"hsm\"");
-    a_killed_day(site, Keeping::Hsm, KILLS / 2).await;
+    a_killed_day(site, Keeping::Hsm, scaled(2, 6)).await;
 }

@@ -12,9 +12,10 @@ use spp::proto::officer_client::OfficerClient;
 use spp::proto::{FillPoolRequest, GetPoolStatusRequest, ShredPoolRequest};
 use tonic::Code;
 
-use crate::floor::{Floor, Refusal, phone, provision};
-use crate::pool::{answered, is_full, officer, pooled, pooled_site, until_pools};
-use crate::site::{Site, free_port};
+use spp_testkit::floor::{Floor, Refusal, phone, provision};
+use spp_testkit::pools::{answered, is_full, officer, pooled, pooled_site, until_pools};
+use spp_testkit::ports::free_port;
+use spp_testkit::site::Site;
 
 fn pool(site: &Site, words: &str) -> Output {
     site.try_sppctl(&format!("pool {words} {}", officer(site)))

@@ -6,10 +6,11 @@ use serde_json::Value;
 use spp::proto::AssembleRequest;
 use tonic::Code;
 
-use crate::approvals::{approve, ask, site_of_three, told};
-use crate::floor::{Floor, Refusal, assemble, complete, install, phone};
-use crate::metrics::told_on;
-use crate::site::{Site, free_port};
+use spp_testkit::floor::{Floor, Refusal, assemble, complete, install, phone};
+use spp_testkit::metrics::told_on;
+use spp_testkit::officers::{approve, ask, site_of_three, told};
+use spp_testkit::ports::free_port;
+use spp_testkit::site::Site;
 
 const STATION: &str = "name = \"line-1/a\"\n";
 
@@ -35,7 +36,7 @@ async fn a_quota_ends_and_two_officers_raise_it() {
     }
     let refused = Refusal::of(&assemble(&mut line, &phone(3)).await.unwrap_err());
     assert!(refused.is(Code::PermissionDenied, "QUOTA_TOTAL"), "{refused:?}");
-    let scraped = tokio::task::block_in_place(|| crate::metrics::ask(metrics, "GET /metrics"));
+    let scraped = tokio::task::block_in_place(|| spp_testkit::metrics::ask(metrics, "GET /metrics"));
     assert!(scraped.contains("spp_refusals_total{reason=\"QUOTA_TOTAL\"} 1\n"), "{scraped}");
     let asked = told(&site, "tls/officer", "approvals request quota line-1/a --devices-total 100 --devices-per-hour 5");
     approve(&site, asked["id"].as_str().unwrap());
@@ -45,7 +46,7 @@ async fn a_quota_ends_and_two_officers_raise_it() {
     let status = assemble(&mut line, &phone(6)).await.unwrap_err();
     let refused = Refusal::of(&status);
     assert!(refused.is(Code::ResourceExhausted, "QUOTA_PER_HOUR"), "{refused:?}");
-    assert!(crate::floor::may_be_repeated(&status), "it says when");
+    assert!(spp_testkit::floor::may_be_repeated(&status), "it says when");
     let listed = told(&site, "tls/officer", "station list");
     let station = &listed["stations"][0];
     assert_eq!((&station["begun_total"], &station["devices_total"]), (&5.into(), &100.into()));
@@ -92,14 +93,14 @@ async fn each_identity_is_given_out_once_across_crashes() {
     let mut line = site.station().await;
     let none = Refusal::of(&assemble(&mut line, &unnamed(1)).await.unwrap_err());
     assert!(none.is(Code::ResourceExhausted, "NO_IDENTITY_LEFT"), "{none:?}");
-    let first = crate::floor::imei(0);
+    let first = spp_testkit::floor::imei(0);
     let words = format!("identities load --profile phone --first {first} --count 40");
     assert_eq!(told(&site, "tls/officer", &words)["number"], 1);
     assert_eq!(told(&site, "tls/officer", &words)["number"], 1, "a repeat loads nothing twice");
     let overlapping = ask(&site, "tls/officer", &format!("identities load --profile phone --first {first} --count 1"));
     assert!(String::from_utf8_lossy(&overlapping.stderr).contains("loaded already"), "{overlapping:?}");
     // One of them is taken by somebody who named it.
-    assemble(&mut line, &AssembleRequest { identity: crate::floor::imei(2), ..phone(900) }).await.unwrap();
+    assemble(&mut line, &AssembleRequest { identity: spp_testkit::floor::imei(2), ..phone(900) }).await.unwrap();
     let mut given = BTreeSet::new();
     for round in 0..3_u64 {
         let calls = (0..8).map(|n| {
@@ -127,7 +128,7 @@ async fn each_identity_is_given_out_once_across_crashes() {
     }
     let identities: BTreeSet<_> = given.iter().map(|(_, identity)| identity).collect();
     assert_eq!((given.len(), identities.len()), (16, 16), "each chip one and the same: {given:?}");
-    assert!(!identities.contains(&crate::floor::imei(2)));
+    assert!(!identities.contains(&spp_testkit::floor::imei(2)));
     // A device that is complete keeps its identity, too.
     let floor = Floor::new(&site);
     let answer = assemble(&mut line, &unnamed(0)).await.unwrap();

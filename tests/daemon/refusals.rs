@@ -1,7 +1,6 @@
 //! Bad input is refused with the right code and the right field, and changes nothing.
 
 use std::path::Path;
-use std::process::Command;
 
 use coset::{CoseEncrypt0Builder, HeaderBuilder, TaggedCborSerializable as _, iana};
 use spp::keys::{DevicePrivateKey, PrivateParts, generate_p256, sha256};
@@ -14,11 +13,12 @@ use spp::proto::{
 use spp::secret::SecretBytes;
 use tonic::{Code, Status};
 
-use crate::floor::{
+use spp_testkit::floor::{
     Floor, Line, Refusal, assemble, chip, complete, csr, gateway, imei, install, package, phone, sealed, sensor,
     state_of,
 };
-use crate::site::Site;
+use spp_testkit::process::{output, tethered};
+use spp_testkit::site::Site;
 
 /// A phone whose chip has a backup format of its own.
 const OPAQUE: [(&str, &str); 1] = [("format = \"cose\"", "format = \"opaque\"")];
@@ -59,8 +59,9 @@ fn not_accepted(name: &str) -> Refusal {
 
 fn openssl_csr(directory: &Path, key: &[&str]) -> Vec<u8> {
     let request = ["req", "-new", "-batch", "-nodes", "-subj", "/CN=x", "-keyout", "k", "-outform", "DER"];
-    let output = Command::new("openssl").args(request).args(key).current_dir(directory).output();
-    let output = output.expect("openssl must be installed: apt-get install openssl");
+    let mut openssl = tethered("openssl");
+    openssl.args(request).args(key).current_dir(directory);
+    let output = output(openssl);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     output.stdout
 }

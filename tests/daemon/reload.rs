@@ -3,7 +3,6 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use spp::keys::sha256;
@@ -11,11 +10,14 @@ use spp::proto::officer_client::OfficerClient;
 use spp::proto::{AbortRequest, ReloadRequest, SessionState};
 use tonic::{Code, Status};
 
-use crate::callers::{Authority, now, refused_by_tls, station};
-use crate::floor::{Floor, Line, Refusal, assemble, complete, install, phone, provision, state_of};
-use crate::pool::officer;
-use crate::site::Site;
-use crate::tls::{Shown, shown};
+use spp_testkit::authority::{Authority, now, refused_by_tls, station};
+use spp_testkit::ceremony::CeremonyFile;
+use spp_testkit::floor::{Floor, Line, Refusal, assemble, chip, complete, install, phone, provision, state_of};
+use spp_testkit::pools::officer;
+use spp_testkit::process::Signal;
+use spp_testkit::site::Site;
+use spp_testkit::tls::{Shown, shown};
+use spp_testkit::wait::eventually;
 
 /// The changes, in words.
 async fn reload(site: &Site) -> Result<Vec<String>, Status> {
@@ -37,14 +39,6 @@ fn on_record(site: &Site) -> Vec<(String, String, Value)> {
     let text = |value: &Value| value.as_str().unwrap().to_owned();
     let reloads = entries.filter(|entry| entry["act"] == "config.reload");
     reloads.map(|entry| (text(&entry["caller"]), text(&entry["outcome"]), entry["details"].clone())).collect()
-}
-
-async fn until_logged(site: &Site, words: &str) {
-    let until = Instant::now() + Duration::from_secs(20);
-    while !site.log().contains(words) {
-        assert!(Instant::now() < until, "waiting for {words:?}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
 }
 
 const SECOND: &str =
@@ -101,7 +95,7 @@ async fn a_session_whose_profile_is_gone_waits_for_it_or_is_aborted() {
     assert!(refused.message().contains("put it back, or abort the session"), "{refused:?}");
     let abort = AbortRequest { session_id: aborted.session_id, reason: "its profile is gone".to_owned() };
     line.abort(abort).await.unwrap();
-    assert_eq!(state_of(&mut line, &crate::floor::chip(2)).await, SessionState::Aborted);
+    assert_eq!(state_of(&mut line, &chip(2)).await, SessionState::Aborted);
     std::fs::rename(site.path("phone.toml"), site.path("profiles/phone.toml")).unwrap();
     site.edit("sppd.toml", "profiles = [", "profiles = [\"phone\", ");
     reload(&site).await.unwrap();
@@ -111,9 +105,8 @@ async fn a_session_whose_profile_is_gone_waits_for_it_or_is_aborted() {
 /// A site with a second signing key for devices, which no profile names yet.
 fn site_with_two_manufacturers() -> Site {
     let site = Site::new();
-    let ceremony = "[[signing_key]]\nname = \"manufacturer-2\"\nkind = \"p256\"\ncertificate = \"self-signed\"\n\
-        subject = { organization = \"Example Devices AB\", common_name = \"Example Devices Manufacturer CA 2\" }\n";
-    std::fs::write(site.path("second.toml"), ceremony).unwrap();
+    let ceremony = CeremonyFile::new().signing_key("manufacturer-2", "p256", "self-signed", "Devices CA 2");
+    std::fs::write(site.path("second.toml"), ceremony.text()).unwrap();
     site.sppctl("ceremony run second.toml --hsm hsm.toml --out keys-2");
     let second = String::from_utf8(site.read("keys-2/keys.toml")).unwrap();
     let at = second.find("[[signing_key]]").unwrap();
@@ -137,7 +130,7 @@ async fn what_was_intended_under_a_key_that_no_profile_names_any_more_is_still_s
     for n in [1, 2] {
         site.fail("C_Sign return CKR_ARGUMENTS_BAD");
         assemble(&mut line, &phone(n)).await.expect_err("no signature can be made");
-        assert_eq!(state_of(&mut line, &crate::floor::chip(n)).await, SessionState::Reserved);
+        assert_eq!(state_of(&mut line, &chip(n)).await, SessionState::Reserved);
         site.fail("");
         site.wait_ready();
     }
@@ -148,17 +141,13 @@ async fn what_was_intended_under_a_key_that_no_profile_names_any_more_is_still_s
     // The same octets are signed with the earlier key; the chain of the package would be another one.
     let refused = assemble(&mut line, &phone(1)).await.unwrap_err();
     assert!(refused.message().contains("abort the session and assemble the device anew"), "{refused:?}");
-    assert_eq!(state_of(&mut line, &crate::floor::chip(1)).await, SessionState::Issued);
+    assert_eq!(state_of(&mut line, &chip(1)).await, SessionState::Issued);
     assemble(&mut line, &phone(3)).await.expect("new ones are signed with the new key");
     site.kill();
     site.start();
     let mut line = site.station().await;
     // The walk at the start may come before the HSM is ready; the next one is half a minute later.
-    let until = Instant::now() + Duration::from_secs(50);
-    while state_of(&mut line, &crate::floor::chip(2)).await != SessionState::Issued {
-        assert!(Instant::now() < until, "a walk signs it");
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    eventually("a walk signs it", async || state_of(&mut line, &chip(2)).await == SessionState::Issued).await;
 }
 
 #[tokio::test]
@@ -222,7 +211,7 @@ async fn the_log_says_more_at_once() {
     site.edit("sppd.toml", "level = \"info\"", "level = \"debug\"");
     assert_eq!(reload(&site).await.unwrap(), ["log.level: info -> debug"]);
     assemble(&mut line, &phone(2)).await.unwrap();
-    until_logged(&site, "DEBUG").await;
+    site.until_logged("DEBUG");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -232,15 +221,12 @@ async fn sighup_and_sppctl_do_the_same_and_are_on_record() {
     let sppctl =
         |more: &str| tokio::task::block_in_place(|| site.try_sppctl(&format!("reload {}{more}", officer(&site))));
     site.edit("sppd.toml", "[log]\n", SECOND);
-    site.signal(site.pid(), "HUP");
-    until_logged(&site, "the configuration was read again").await;
+    site.signal(Signal::HUP);
+    site.until_logged("the configuration was read again");
     let details = json!({ "configuration": hash(), "changes": "station line-2/b: new" });
     let mut expected =
         vec![("sppd".to_owned(), "begun".to_owned(), details.clone()), ("sppd".to_owned(), "done".to_owned(), details)];
-    let until = Instant::now() + Duration::from_secs(20);
-    while on_record(&site).len() < 2 && Instant::now() < until {
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    eventually("both entries are on record", async || on_record(&site).len() >= 2).await;
     assert_eq!(on_record(&site), expected);
 
     site.edit("sppd.toml", "level = \"info\"", "level = \"warn\"");
@@ -261,8 +247,8 @@ async fn sighup_and_sppctl_do_the_same_and_are_on_record() {
     assert!(output.status.code() == Some(1) && why.contains("log.level"), "{why}");
     let (caller, outcome, _) = on_record(&site).pop().unwrap();
     assert!(caller == "officer o-1" && outcome.starts_with("refused: sppd.toml: log.level: "), "{outcome}");
-    site.signal(site.pid(), "HUP");
-    until_logged(&site, "SIGHUP changed nothing").await;
+    site.signal(Signal::HUP);
+    site.until_logged("SIGHUP changed nothing");
     assert!(site.status().await.ready);
 }
 
@@ -384,11 +370,7 @@ struct Load {
 
 impl Load {
     async fn until_made(&self, devices: u64) {
-        let until = Instant::now() + Duration::from_secs(60);
-        while self.made.load(Ordering::Relaxed) < devices {
-            assert!(Instant::now() < until, "waiting for {devices} devices");
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+        eventually("so many devices are made", async || self.made.load(Ordering::Relaxed) >= devices).await;
     }
 }
 

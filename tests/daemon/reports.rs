@@ -11,9 +11,9 @@ use spp::proto::{
 use tonic::Code;
 use tonic::transport::Channel;
 
-use crate::floor::{Floor, Line, Refusal, assemble, chip, complete, gateway, imei, phone, provision, state_of};
-use crate::pool::officer;
-use crate::site::Site;
+use spp_testkit::floor::{Floor, Line, Refusal, assemble, chip, complete, gateway, imei, phone, provision, state_of};
+use spp_testkit::pools::officer;
+use spp_testkit::site::Site;
 
 /// Two stations, an auditor and a monitor besides the officer.
 fn site() -> Site {
@@ -195,7 +195,7 @@ async fn a_device_is_known_by_its_chip_and_its_identity_with_all_that_happened_t
 }
 
 async fn line_session(line: &mut Line, n: u64) -> Vec<u8> {
-    crate::floor::session_of(line, &chip(n)).await.unwrap().session_id
+    spp_testkit::floor::session_of(line, &chip(n)).await.unwrap().session_id
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,8 +1,7 @@
 //! No secret is where it must not be: logs, command lines, environments, stores.
 
 use std::path::Path;
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Stdio;
 
 use spp::device::Device;
 use spp::keys::PrivateParts;
@@ -10,10 +9,12 @@ use spp::package::TransportCurve;
 use spp::proto::{AssembleRequest, CompleteRequest, SessionState};
 use tonic::Code;
 
-use crate::floor::{
+use spp_testkit::floor::{
     Floor, Line, Refusal, assemble, chip, complete, install, phone, provision, sealed, sensor, state_of,
 };
-use crate::site::{SPPD, Site};
+use spp_testkit::process::{Process, Signal, program, send, tethered};
+use spp_testkit::site::Site;
+use spp_testkit::wait::eventually;
 
 /// A secret in every form in which it could be written somewhere.
 struct Wanted {
@@ -150,17 +151,15 @@ async fn a_typed_pin_serves_every_worker_and_is_not_in_the_daemon() {
     use std::io::Write as _;
     let site = Site::new();
     site.edit("sppd.toml", "pin_file = \"hsm/user.pin\"", "pin = \"prompt\"");
-    let command = format!("{SPPD} --config sppd.toml 2>>sppd.log");
-    let mut terminal = Command::new("script");
-    let terminal = terminal.args(["-q", "-e", "-f", "-c", &command, "typescript"]).current_dir(site.path(""));
-    let mut terminal = terminal.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
-    let mut keyboard = terminal.stdin.take().unwrap();
+    let command = format!("exec {} --config sppd.toml 2>>sppd.log", program("sppd").display());
+    let mut terminal = tethered("script");
+    terminal.args(["-q", "-e", "-f", "-c", &command, "typescript"]).current_dir(site.path(""));
+    terminal.stdin(Stdio::piped()).stdout(Stdio::null());
+    let mut terminal = Process::spawn(terminal);
+    let mut keyboard = terminal.child().stdin.take().unwrap();
     let shown = || std::fs::read_to_string(site.path("typescript")).unwrap_or_default();
-    let until = Instant::now() + Duration::from_secs(20);
-    while !shown().contains("user PIN of the token") {
-        assert!(Instant::now() < until, "nobody is asked: {}", site.log());
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    let asks = || if shown().contains("user PIN of the token") { Ok(()) } else { Err(site.log()) };
+    eventually("the PIN is asked for", async || asks()).await;
     keyboard.write_all(&[&site.read("hsm/user.pin")[..], b"\n"].concat()).unwrap();
     tokio::task::block_in_place(|| site.wait_ready());
     let pins = pins(&site);
@@ -175,13 +174,17 @@ async fn a_typed_pin_serves_every_worker_and_is_not_in_the_daemon() {
     }
     let keeper = memory_of(pid_of("spp-pin-keeper"));
     assert!(pins.iter().any(|pin| pin.is_in(&keeper)), "the search finds it where it is");
-    site.signal(pid_of("spp-hsm-worker"), "KILL");
-    tokio::time::sleep(Duration::from_secs(1)).await;
+    let worker = pid_of("spp-hsm-worker");
+    send(worker, Signal::KILL);
+    eventually("there is another worker", async || {
+        processes_named(&["spp-hsm-worker"], &site).iter().any(|(_, pid)| *pid != worker)
+    })
+    .await;
     tokio::task::block_in_place(|| site.wait_ready());
     assemble(&mut site.station().await, &phone(1)).await.expect("the new worker has the PIN");
     in_none("the memory of sppd", &memory_of(pid_of("sppd")), &pins);
-    site.signal(pid_of("sppd"), "TERM");
-    assert!(terminal.wait().unwrap().success());
+    send(pid_of("sppd"), Signal::TERM);
+    assert!(terminal.wait().success());
 }
 
 /// Processes of this site by their names.

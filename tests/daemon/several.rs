@@ -12,10 +12,13 @@ use spp::keys::{BatchName, KeyKind, StoreId};
 use spp::proto::{HsmMember as MemberTold, PoolKind};
 use tonic::Code;
 
-use crate::crash::persistent;
-use crate::floor::{Floor, Line, Refusal, assemble, complete, install, package, phone, provision};
-use crate::pool::{add_pool, add_profile, officer, pooled, until_pools};
-use crate::site::{SPPD, Site, write_private};
+use spp_testkit::files::{copy_directory, write_private};
+use spp_testkit::floor::{Floor, Line, Refusal, assemble, complete, install, package, phone, provision};
+use spp_testkit::load::persistent;
+use spp_testkit::pools::{add_pool, add_profile, officer, pooled, until_pools};
+use spp_testkit::process::{Process, program};
+use spp_testkit::site::Site;
+use spp_testkit::wait::eventually;
 
 /// Orders for no device that is looked at: they make work for the HSMs, so that a loss is noticed.
 static UNWATCHED: AtomicU64 = AtomicU64::new(1_000_000);
@@ -66,8 +69,7 @@ async fn started(mut site: Site) -> Site {
 }
 
 fn copy_token(site: &Site, from: &str, to: &str) {
-    let copied = std::process::Command::new("cp").arg("-rT").arg(site.path(from)).arg(site.path(to)).status().unwrap();
-    assert!(copied.success());
+    copy_directory(&site.path(from), &site.path(to));
 }
 
 /// What is wrong with an HSM from now on.
@@ -82,17 +84,16 @@ async fn members(site: &Site) -> Vec<MemberTold> {
 }
 
 async fn until_ready(site: &Site, ready: [bool; 2]) {
-    let until = Instant::now() + Duration::from_secs(60);
-    loop {
+    eventually(&format!("the HSMs are {ready:?}"), async || {
         let now: Vec<_> = members(site).await.iter().map(|member| member.ready).collect();
         if now == ready {
-            return;
+            return Ok(());
         }
-        assert!(Instant::now() < until, "{now:?}, not {ready:?}");
         let order = phone(UNWATCHED.fetch_add(1, Ordering::Relaxed));
         let _ = assemble(&mut site.station().await, &order).await;
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+        Err(now)
+    })
+    .await;
 }
 
 /// Devices that go the whole way one after the other, without a single call that fails.
@@ -135,11 +136,7 @@ impl Flow {
     /// Waits for so many more.
     async fn more(&self, count: u64) {
         let wanted = self.done.load(Ordering::Relaxed) + count;
-        let until = Instant::now() + Duration::from_secs(60);
-        while self.done.load(Ordering::Relaxed) < wanted {
-            assert!(Instant::now() < until, "the line stands still");
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
+        eventually("the line has made more devices", async || self.done.load(Ordering::Relaxed) >= wanted).await;
     }
 }
 
@@ -308,11 +305,11 @@ async fn both_lost_is_said_and_either_one_back_is_enough() {
     // A wrong PIN of one is its own affair.
     write_private(&site.path("hsm/user.pin"), "000000000000");
     fail(&site, "hsm", "");
-    let until = Instant::now() + Duration::from_secs(60);
-    while !members(&site).await[0].trouble.contains("CKR_PIN_INCORRECT") {
-        assert!(Instant::now() < until, "{:?}", members(&site).await);
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    eventually("the wrong PIN is known", async || {
+        let [first, _] = members(&site).await.try_into().unwrap();
+        if first.trouble.contains("CKR_PIN_INCORRECT") { Ok(()) } else { Err(first) }
+    })
+    .await;
     provision(&mut line, &mut floor.device(2), &phone(2)).await;
     let unknown = site.try_sppctl("hsm retry-pin --config sppd.toml --hsm c");
     assert!(String::from_utf8_lossy(&unknown.stderr).contains("it has a, b"), "{unknown:?}");
@@ -355,7 +352,7 @@ async fn a_batch_on_two_hsms_is_an_officers_affair() {
 /// The HSMs of a site without its daemon.
 fn handle(site: &Site) -> Hsm {
     let mut hsms = DaemonConfig::load(&site.path("sppd.toml")).unwrap().hsms;
-    hsms.members_mut().iter_mut().for_each(|hsm| hsm.worker_program = SPPD.into());
+    hsms.members_mut().iter_mut().for_each(|hsm| hsm.worker_program = program("sppd"));
     Hsm::start(hsms)
 }
 
@@ -366,24 +363,15 @@ async fn an_hsm_that_hangs_in_the_background_holds_up_nothing_of_the_other() {
     let (flow, tasks) = Flow::start(&site, 6);
     flow.more(40).await;
     fail(&site, "hsm-b", "C_GenerateKey hang");
-    let mut shredding = std::process::Command::new(crate::site::SPPCTL)
-        .args(format!("pool shred {}", officer(&site)).split_whitespace())
-        .current_dir(site.path(""))
-        .spawn()
-        .unwrap();
+    let shredding = Process::spawn(site.command("sppctl", &format!("pool shred {}", officer(&site))));
     let fired = site.path("hsm-b/faults.fired");
-    let until = Instant::now() + Duration::from_secs(60);
-    while !fired.exists() {
-        assert!(Instant::now() < until, "nothing hangs");
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    eventually("the HSM hangs", async || fired.exists()).await;
     flow.more(300).await;
     flow.stop.store(true, Ordering::Relaxed);
     for task in tasks {
         task.await.unwrap();
     }
-    let _ = shredding.kill();
-    let _ = shredding.wait();
+    drop(shredding);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -429,11 +417,11 @@ async fn whoever_has_a_batch_is_found_and_who_is_away_is_not_taken_for_one_witho
     let elsewhere = hsm.at(b).held_keys(&held).await.err();
     assert!(matches!(elsewhere, Some(HsmError::Absent(_))), "{elsewhere:?}");
     fail(&site, "hsm", "* away");
-    let until = Instant::now() + Duration::from_secs(60);
-    while hsm.at_hand() != [b] {
+    eventually("HSM a is known to be away", async || {
         let _ = hsm.random(1).await;
-        assert!(Instant::now() < until, "{:?}", hsm.status());
-    }
+        if hsm.at_hand() == [b] { Ok(()) } else { Err(hsm.status()) }
+    })
+    .await;
     let away = hsm.held_keys(&held).await.err();
     assert!(matches!(&away, Some(HsmError::Unavailable { why, .. }) if why.starts_with("HSM a: ")), "{away:?}");
     assert!(hsm.destroy_batch_key(BATCH).await.is_err(), "it cannot be known that it is nowhere");
@@ -448,8 +436,7 @@ async fn whoever_has_a_batch_is_found_and_who_is_away_is_not_taken_for_one_witho
 fn what_is_wrong_with_a_list_of_hsms_is_told() {
     let site = two_hsms();
     let check = |what: &str| {
-        let mut sppd = std::process::Command::new(SPPD);
-        let output = sppd.args(["--config", "sppd.toml", "--check"]).current_dir(site.path("")).output().unwrap();
+        let output = site.run("sppd", "--config sppd.toml --check");
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(text.contains(what), "{text}");
         output.status.code()

@@ -1,6 +1,7 @@
 //! The daemon starts on a fresh site, tells what it is, and stops when asked.
 
-use crate::site::{SPP_LINE, SPPCTL, SPPD, Site};
+use spp_testkit::process::{output, program, tethered};
+use spp_testkit::site::Site;
 
 #[test]
 fn a_fresh_site_serves_and_drains() {
@@ -18,21 +19,22 @@ fn a_fresh_site_serves_and_drains() {
 #[test]
 fn every_program_describes_itself_for_man_and_for_shells() {
     let place = tempfile::tempdir().unwrap();
-    for (program, man, completions) in [
-        (SPPCTL, &["man"][..], &["completions", "bash"][..]),
-        (SPP_LINE, &["man"], &["completions", "fish"]),
-        (SPPD, &["--man"], &["--completions", "zsh"]),
+    for (name, man, completions) in [
+        ("sppctl", &["man"][..], &["completions", "bash"][..]),
+        ("spp-line", &["man"], &["completions", "fish"]),
+        ("sppd", &["--man"], &["--completions", "zsh"]),
     ] {
-        let name = std::path::Path::new(program).file_name().unwrap().to_str().unwrap().to_owned();
         let run = |words: &[&str]| {
-            let output = std::process::Command::new(program).args(words).current_dir(place.path()).output().unwrap();
-            assert!(output.status.success(), "{program} {words:?}: {}", String::from_utf8_lossy(&output.stderr));
+            let mut command = tethered(program(name));
+            command.args(words).current_dir(place.path());
+            let output = output(command);
+            assert!(output.status.success(), "{name} {words:?}: {}", String::from_utf8_lossy(&output.stderr));
             String::from_utf8(output.stdout).unwrap()
         };
         run(&[man, &["pages"][..]].concat());
         let page = std::fs::read_to_string(place.path().join(format!("pages/{name}.1"))).unwrap();
         assert!(page.contains(".SH SYNOPSIS"), "{page}");
-        assert!(run(completions).contains(&name));
+        assert!(run(completions).contains(name));
     }
     let of_commands = ["sppctl-hsm-check.1", "sppctl-station-enroll.1", "spp-line-provision.1"];
     for page in of_commands {

@@ -1,9 +1,10 @@
 //! `spp-line` against a real daemon: whole runs, killed runs, and runs that cannot succeed.
 
-use std::process::{Command, Output, Stdio};
+use std::process::{Output, Stdio};
 use std::time::Duration;
 
-use crate::site::{SPP_LINE, Site};
+use spp_testkit::process::Process;
+use spp_testkit::site::Site;
 
 fn provision(site: &Site, more: &str) -> Output {
     site.spp_line(&provision_words(site, more))
@@ -52,16 +53,11 @@ fn a_station_that_is_killed_resumes_and_doubles_nothing() {
     let site = Site::running();
     let words = provision_words(&site, "--simulate 60 --profile phone --parallel 4");
     for pause in [150, 250, 350] {
-        let mut station = Command::new(SPP_LINE)
-            .args(words.split_whitespace())
-            .current_dir(site.path(""))
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
+        let mut station = site.command("spp-line", &words);
+        station.stdout(Stdio::null()).stderr(Stdio::null());
+        let station = Process::spawn(station);
         std::thread::sleep(Duration::from_millis(pause));
-        station.kill().unwrap();
-        station.wait().unwrap();
+        station.kill();
     }
     let output = site.spp_line(&words);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output));

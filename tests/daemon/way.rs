@@ -8,11 +8,11 @@ use spp::proto::{AbortRequest, AssembleRequest, CertificateFormat, GetRecordRequ
 use tonic::Code;
 use tonic_types::StatusExt as _;
 
-use crate::floor::{
+use spp_testkit::floor::{
     Floor, Line, Refusal, assemble, assert_proven, chip, complete, gateway, imei, install, package, phone, provision,
     recover, sealed, sensor, session_of, state_of, unproven,
 };
-use crate::site::Site;
+use spp_testkit::site::Site;
 
 /// From the order to the receipt, then the flash is lost and comes back from the public database.
 async fn the_whole_way(site: &Site, mut device: Device, order: AssembleRequest) {

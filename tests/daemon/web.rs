@@ -10,8 +10,8 @@ use tonic::Code;
 use tonic_types::StatusExt as _;
 use ureq::tls::{PemItem, RootCerts, TlsConfig, parse_pem};
 
-use crate::floor::{Floor, assemble, chip, phone, provision};
-use crate::site::Site;
+use spp_testkit::floor::{Floor, assemble, chip, phone, provision};
+use spp_testkit::site::Site;
 
 /// Somebody with an HTTP client.
 pub struct Reader {

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use spp_testkit::ceremony::CeremonyFile;
+
 use super::backup_file::{BackupFile, What};
 use super::tests::Office;
 use crate::hsm::tests::{Place, in_module};
@@ -142,7 +144,7 @@ fn a_ceremony_that_fails_half_way_has_a_signed_transcript_of_what_it_did() {
     in_module(|place| {
         let archive = Archive::new(place);
         let office = &archive.office;
-        office.hold("[[log_key]]\nname = \"log\"\norigin = \"spp.example/test\"\n", false).unwrap();
+        office.hold(CeremonyFile::new().log_key("log", "spp.example/test").text(), false).unwrap();
         let mut file = BackupFile::load(&archive.path("master")).unwrap();
         (file.name, file.id) = ("master-b".parse().unwrap(), vec![9; 16]);
         *file.wrapped.last_mut().unwrap() ^= 1;
@@ -185,13 +187,13 @@ fn the_register_knows_a_key_when_everything_of_it_is_written() {
         let keys = office.out().join("keys");
         let wrapping =
             "[[backup_wrapping_key]]\nname = \"backup-2\"\nshares = 2\nthreshold = 2\nofficers = [\"o-1\", \"o-2\"]\n";
-        let signing = "[[signing_key]]\nname = \"more\"\nkind = \"p256\"\ncertificate = \"self-signed\"\n\
-                       subject = { common_name = \"More\" }\nbackup = \"backup-1\"\n";
-        let log = "[[log_key]]\nname = \"log\"\norigin = \"spp.example/test\"\n";
+        let signing = CeremonyFile::new().signing_key("more", "p256", "self-signed", "More");
+        let signing = signing.with_text("backup", "backup-1");
+        let log = CeremonyFile::new().log_key("log", "spp.example/test");
         for (text, key, last, first) in [
             (wrapping, "backup-2", "backup-2-o-2.share", "backup-2-o-1.share"),
-            (signing, "more", "more.backup", "more-ca.pem"),
-            (log, "log", "log.vkey", "log.vkey.none"),
+            (signing.text(), "more", "more.backup", "more-ca.pem"),
+            (log.text(), "log", "log.vkey", "log.vkey.none"),
         ] {
             block(&keys.join(last));
             let error = office.hold(text, false).err().unwrap().to_string();
@@ -200,7 +202,7 @@ fn the_register_knows_a_key_when_everything_of_it_is_written() {
             assert_eq!(office.register(), before);
             std::fs::remove_file(keys.join(last)).unwrap();
         }
-        for text in [wrapping, signing, log] {
+        for text in [wrapping, signing.text(), log.text()] {
             office.hold(text, false).unwrap();
         }
     });

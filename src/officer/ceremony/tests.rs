@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use spp_testkit::ceremony::CeremonyFile;
+
 use super::{CeremonyPlan, Held};
 use crate::certificate::IssuerCertificate;
 use crate::hsm::tests::{Place, in_module};
@@ -191,7 +193,7 @@ fn a_key_that_the_token_does_not_have_is_not_destroyed() {
 fn the_only_log_key_is_not_destroyed_and_the_one_of_before_signs() {
     in_module(|place| {
         let office = Office::new(place);
-        let log = |name: &str| format!("[[log_key]]\nname = \"{name}\"\norigin = \"spp.example/test\"\n");
+        let log = |name: &str| CeremonyFile::new().log_key(name, "spp.example/test").text().to_owned();
         let destroy =
             |name: &str| format!("[[destroy]]\nkey = \"{name}\"\nfingerprint = \"{}\"\n", office.known_by(name));
         office.refused(&destroy("log"), "it is the only log key");
@@ -210,14 +212,9 @@ fn the_only_log_key_is_not_destroyed_and_the_one_of_before_signs() {
 fn an_issuer_is_a_root_that_has_its_certificate_and_signs_as_that_says() {
     in_module(|place| {
         let office = Office::new(place);
-        let issued = |issuer: &str| {
-            format!(
-                "[[signing_key]]\nname = \"below\"\nkind = \"p256\"\ncertificate = \"issued\"\nissuer = \"{issuer}\"\n\
-                 subject = {{ common_name = \"Below\" }}\n"
-            )
-        };
-        let root = "[[signing_key]]\nname = \"root\"\nuse = \"root\"\nkind = \"rsa-2048\"\nsignature = \"rsa-pss-sha256\"\n\
-                    certificate = \"self-signed\"\nsubject = { common_name = \"Root\" }\n";
+        let issued = |issuer: &str| CeremonyFile::new().issued_key("below", "p256", issuer, "Below").text().to_owned();
+        let root = CeremonyFile::new().root_key("root", "rsa-2048", "Root").with_text("signature", "rsa-pss-sha256");
+        let root = root.text();
         let faults = |text: &str| {
             let file = office.out().join("faults.toml");
             std::fs::write(&file, text).unwrap();
@@ -228,8 +225,8 @@ fn an_issuer_is_a_root_that_has_its_certificate_and_signs_as_that_says() {
         let chosen = faults(&format!("{}signature = \"ecdsa-p256-sha256\"\n{root}", issued("root")));
         assert!(chosen.contains("below: signature: has no effect"), "{chosen}");
         office.refused(&issued("devices"), "no signing key devices with use = \"root\"");
-        let master = "[[master_key]]\nname = \"other\"\nversion = 1\nprf = \"aes-cmac\"\n";
-        office.refused(&[issued("other").as_str(), master].concat(), "no signing key other with use = \"root\"");
+        let master = CeremonyFile::new().master_key("other", 1, "aes-cmac");
+        office.refused(&[issued("other").as_str(), master.text()].concat(), "no signing key other with use = \"root\"");
         office.hold(root, false).unwrap();
         office.hold(&issued("root"), false).unwrap();
         let pem = std::fs::read_to_string(office.out().join("keys/below-ca.pem")).unwrap();

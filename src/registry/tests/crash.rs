@@ -4,6 +4,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::process::{Command, Stdio};
 
 use rustix::process::{Resource, Rlimit};
+use spp_testkit::process::{Process, tethered};
 
 use super::*;
 use crate::store::contract_public::audit_of;
@@ -19,7 +20,7 @@ fn log() -> Log {
 }
 
 fn child(wrap: &str, test: &str, dir: &Path, first: u64) -> Command {
-    let mut command = Command::new("sh");
+    let mut command = tethered("sh");
     command
         .args(["-c", &format!("{wrap} exec \"$0\" \"$@\"")])
         .arg(std::env::current_exe().unwrap())
@@ -116,9 +117,10 @@ async fn what_was_acknowledged_survives_kill_9_with_its_place() {
     let (mut all, mut seen) = (BTreeMap::new(), None::<SignedCheckpoint>);
     for (round, enough) in [40, 150, 230, 256, 300, 370, 420].into_iter().enumerate() {
         let test = "what_was_acknowledged_survives_kill_9_with_its_place";
-        let mut process = child("", test, &log.dir(), round as u64 * 1_000_000).spawn().unwrap();
-        let told = acknowledged(process.stdout.take().unwrap(), enough, &mut || process.kill().unwrap());
-        process.wait().unwrap();
+        let mut process = Process::spawn(child("", test, &log.dir(), round as u64 * 1_000_000));
+        let told =
+            acknowledged(process.child().stdout.take().unwrap(), enough, &mut || process.child().kill().unwrap());
+        process.wait();
         assert!(told.len() >= enough, "only {} were acknowledged", told.len());
         all.extend(told);
         let size = must_have_kept(&log, &all, |n| large(n, 900)).await;
@@ -153,9 +155,9 @@ async fn a_disk_that_fills_up_loses_nothing_and_publication_goes_on_when_there_i
         let log = log();
         let wrap = format!("trap '' XFSZ; ulimit -S -f {};", 2 * kilobytes);
         let test = "a_disk_that_fills_up_loses_nothing_and_publication_goes_on_when_there_is_room";
-        let mut process = child(&wrap, test, &log.dir(), 0).spawn().unwrap();
-        let told = acknowledged(process.stdout.take().unwrap(), usize::MAX, &mut || ());
-        assert!(process.wait().unwrap().success(), "it did not heal");
+        let mut process = Process::spawn(child(&wrap, test, &log.dir(), 0));
+        let told = acknowledged(process.child().stdout.take().unwrap(), usize::MAX, &mut || ());
+        assert!(process.wait().success(), "it did not heal");
         assert!(told.len() > 20, "only {} were acknowledged", told.len());
         assert!(told.contains_key(&LATER));
         must_have_kept(&log, &told, |n| large(n, OCTETS)).await;
@@ -178,9 +180,12 @@ async fn an_index_that_can_be_written_no_more_is_made_anew_and_knows_everything(
             }
         }
         // It fails for ten seconds before it is given up.
-        until("a new index", || public.status().reading_trouble.is_some_and(|why| why.contains("made anew"))).await;
+        eventually("a new index", async || {
+            public.status().reading_trouble.is_some_and(|why| why.contains("made anew"))
+        })
+        .await;
         rustix::process::setrlimit(Resource::Fsize, Rlimit { current: None, maximum: None }).unwrap();
-        until("the end of its trouble", || untroubled(&public)).await;
+        eventually("the end of its trouble", async || untroubled(&public)).await;
         let publication = until_published(&public, &record(LATER)).await;
         tell(LATER, &publication);
         for index in 0..public.len().await.unwrap() {
@@ -192,9 +197,9 @@ async fn an_index_that_can_be_written_no_more_is_made_anew_and_knows_everything(
     }
     let log = log();
     let test = "an_index_that_can_be_written_no_more_is_made_anew_and_knows_everything";
-    let mut process = child("trap '' XFSZ; ulimit -S -f 3000;", test, &log.dir(), 0).spawn().unwrap();
-    let told = acknowledged(process.stdout.take().unwrap(), usize::MAX, &mut || ());
-    assert!(process.wait().unwrap().success(), "it did not heal");
+    let mut process = Process::spawn(child("trap '' XFSZ; ulimit -S -f 3000;", test, &log.dir(), 0));
+    let told = acknowledged(process.child().stdout.take().unwrap(), usize::MAX, &mut || ());
+    assert!(process.wait().success(), "it did not heal");
     assert!(told.contains_key(&LATER) && told.len() > 100, "only {} were acknowledged", told.len());
     must_have_kept(&log, &told, record).await;
 }
@@ -233,9 +238,11 @@ async fn audit_checkpoints_among_records_survive_kill_9_with_their_places() {
     let (log, mut all) = (log(), BTreeMap::new());
     for (round, enough) in [30, 256, 290, 400].into_iter().enumerate() {
         let test = "audit_checkpoints_among_records_survive_kill_9_with_their_places";
-        let mut process = child("", test, &log.dir(), round as u64 * 999_999).spawn().unwrap();
-        all.extend(acknowledged(process.stdout.take().unwrap(), enough, &mut || process.kill().unwrap()));
-        process.wait().unwrap();
+        let mut process = Process::spawn(child("", test, &log.dir(), round as u64 * 999_999));
+        all.extend(acknowledged(process.child().stdout.take().unwrap(), enough, &mut || {
+            process.child().kill().unwrap()
+        }));
+        process.wait();
         if round % 2 == 1 {
             fs::remove_dir_all(log.dir().join("index")).unwrap();
         }

@@ -53,7 +53,7 @@ async fn full_tiles_that_cannot_be_written_stop_publication_and_lose_nothing() {
         let mut told = grow(&public, 0..200).await;
         // What fills the bundle is durable before the bundle is written, so it is acknowledged.
         told.extend(grow(&public, 200..260).await);
-        until("its trouble", || public.status().publishing_trouble.is_some()).await;
+        eventually("its trouble", async || public.status().publishing_trouble.is_some()).await;
         assert!(matches!(public.publish(&record(1000)).await, Err(PublishError::Store(error)) if is_away(&error)));
         for (n, publication) in &told {
             must_be_proven(&log, &public, *n, publication).await;
@@ -88,7 +88,10 @@ async fn a_full_tile_that_is_there_and_is_different_is_never_written_over() {
     fs::create_dir_all(log.dir().join("tile/0")).unwrap();
     fs::write(log.dir().join("tile/0/000"), [7; 8192]).unwrap();
     let mut told = grow(&public, 0..256).await;
-    until("its trouble", || public.status().publishing_trouble.is_some_and(|why| why.contains("is different"))).await;
+    eventually("its trouble", async || {
+        public.status().publishing_trouble.is_some_and(|why| why.contains("is different"))
+    })
+    .await;
     closed(public, &log).await;
     let refused = log.try_open().await.err().unwrap();
     assert!(refused.to_string().contains("tile/0/000 is there already and is different"), "{refused}");

@@ -12,6 +12,10 @@ use sha2::{Digest as _, Sha256};
 use tokio::task::JoinSet;
 
 use super::*;
+use spp_testkit::files::copy_directory;
+use spp_testkit::random::cases;
+use spp_testkit::wait::eventually;
+
 use crate::store::contract_public::{PublicFactory, contract_of_publication, record};
 use crate::store::place::System;
 use crate::store::testing::Faults;
@@ -156,34 +160,7 @@ async fn must_be_proven(log: &Log, public: &TransparencyLog, n: u64, publication
 
 /// Until what failed works again.
 async fn until_published(public: &TransparencyLog, record: &DeviceRecord) -> Publication {
-    let begun = Instant::now();
-    loop {
-        match public.publish(record).await {
-            Ok(publication) => return publication,
-            Err(error) => assert!(begun.elapsed() < Duration::from_secs(20), "does not heal: {error}"),
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-}
-
-async fn until(what: &str, mut holds: impl FnMut() -> bool) {
-    let begun = Instant::now();
-    while !holds() {
-        assert!(begun.elapsed() < Duration::from_secs(25), "{what} did not come");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-}
-
-fn copy_directory(from: &Path, to: &Path) {
-    fs::create_dir_all(to).unwrap();
-    for entry in fs::read_dir(from).unwrap() {
-        let (path, to) = (entry.as_ref().unwrap().path(), to.join(entry.unwrap().file_name()));
-        if path.is_dir() {
-            copy_directory(&path, &to);
-        } else {
-            fs::copy(path, to).unwrap();
-        }
-    }
+    eventually("it is published", async || public.publish(record).await).await
 }
 
 /// The files below a directory and what is in them.
@@ -251,14 +228,7 @@ async fn a_publication_that_failed_is_in_once_after_repeating_it() {
         fault.store(true, SeqCst);
         assert!(matches!(public.publish(&record(1)).await, Err(PublishError::Store(error)) if is_away(&error)));
         fault.store(false, SeqCst);
-        let begun = Instant::now();
-        let publication = loop {
-            match public.publish(&DeviceRecord { published: 7777, ..record(1) }).await {
-                Ok(publication) => break publication,
-                Err(error) => assert!(begun.elapsed() < Duration::from_secs(20), "{error}"),
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        };
+        let publication = until_published(&public, &DeviceRecord { published: 7777, ..record(1) }).await;
         assert_eq!(publication.index, 1);
         assert_eq!(publication.published, if persisted { record(1).published } else { 7777 });
         assert_eq!(public.len().await.unwrap(), 2);

@@ -275,7 +275,7 @@ fn damage_in_the_daemons_own_directory_is_named() {
 static SMALL: LazyLock<Shown> = LazyLock::new(|| Shown::signed(&REAL.entries[..260]));
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
+    #![proptest_config(spp_testkit::random::cases(200, 10000))]
 
     #[test]
     fn no_single_bit_can_be_flipped_unnoticed(file in 0usize..6, place in 0.0f64..1.0, bit in 0u8..8) {

@@ -8,7 +8,7 @@ use super::*;
 
 pub(in crate::store) fn any_sequence_agrees_with_the_model_and_accounts_for_every_pair<F: Factory>() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-    let config = ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() };
+    let config = spp_testkit::random::cases(12, 400);
     proptest!(config, |(steps in proptest::collection::vec(any_step(), 1..120))| {
         runtime.block_on(follow::<F>(steps));
     });

@@ -5,6 +5,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::*;
+use spp_testkit::wait::eventually;
+
 use crate::keys::KeyKind;
 use crate::store::contract_pairs::{
     ALL, P256, abort, add, everything, is_wrong, name, open_pool, pooled, public_key, ready, rewrapped, session_with,
@@ -216,9 +218,7 @@ async fn while_busy(store: &Arc<SledStateStore>, faults: &Faults) {
     faults.slow.store(300, SeqCst);
     let busy = store.clone();
     tokio::spawn(async move { busy.plan_batch(P256, Keeping::Hsm, 1000, 0).await.unwrap() });
-    while faults.syncs.load(SeqCst) == syncs {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
+    eventually("the committer syncs", async || faults.syncs.load(SeqCst) > syncs).await;
     faults.slow.store(0, SeqCst);
 }
 
@@ -314,9 +314,9 @@ async fn below_the_floor_no_pair_comes_in_or_goes_out_and_what_exists_goes_on() 
     store.reserve(&session_with(0, 0), Some(&pooled(from, 0))).await.unwrap();
     let held = store.pairs_of_batch(from, ALL).await.unwrap();
     let pair = PooledPair { public_key: public_key(4), kept: wrapped(name(&*store, from).await, blob(4)) };
-    let set_free = |octets: u64| {
-        faults.free.store(octets, SeqCst);
-        tokio::time::sleep(Duration::from_millis(1100))
+    let set_free = async |bytes: u64| {
+        faults.free.store(bytes, SeqCst);
+        eventually("the free space is read anew", async || store.room().unwrap().0 == bytes).await;
     };
     set_free((16 << 20) - 1).await;
     let before = everything(&*store).await;

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::time::Duration;
 
 use rustix::process::{Resource, Rlimit};
+use spp_testkit::process::{Process, tethered};
 
 use super::{Sled, options, until_healed};
 use crate::keys::{BatchName, KeptKey, KeyKind};
@@ -26,7 +27,7 @@ const LATER: u64 = 1 << 40;
 const CHILD_FIRST: &str = "SPP_STORE_TEST_FIRST";
 
 fn child(wrap: &str, test: &str, dir: &Path, first: u64) -> Command {
-    let mut command = Command::new("sh");
+    let mut command = tethered("sh");
     command
         .args(["-c", &format!("{wrap} exec \"$0\" \"$@\"")])
         .arg(std::env::current_exe().unwrap())
@@ -106,10 +107,11 @@ async fn what_was_acknowledged_survives_kill_9() {
     let mut all = Vec::new();
     for round in 0..5u64 {
         let mut process =
-            child("", "what_was_acknowledged_survives_kill_9", &sled.dir(), round * 1_000_000).spawn().unwrap();
-        let out = process.stdout.take().unwrap();
-        let numbers = acknowledged(out, 150 + 40 * usize::try_from(round).unwrap(), &mut || process.kill().unwrap());
-        process.wait().unwrap();
+            Process::spawn(child("", "what_was_acknowledged_survives_kill_9", &sled.dir(), round * 1_000_000));
+        let out = process.child().stdout.take().unwrap();
+        let numbers =
+            acknowledged(out, 150 + 40 * usize::try_from(round).unwrap(), &mut || process.child().kill().unwrap());
+        process.wait();
         assert!(numbers.len() >= 150, "only {} were acknowledged", numbers.len());
         all.extend(numbers);
         let store = sled.state();
@@ -134,9 +136,9 @@ async fn a_disk_that_fills_up_loses_nothing_and_the_store_heals_when_there_is_ro
         let sled = Sled::new();
         let wrap = format!("trap '' XFSZ; ulimit -S -f {};", 2 * kilobytes);
         let test = "a_disk_that_fills_up_loses_nothing_and_the_store_heals_when_there_is_room";
-        let mut process = child(&wrap, test, &sled.dir(), 0).spawn().unwrap();
-        let numbers = acknowledged(process.stdout.take().unwrap(), usize::MAX, &mut || ());
-        assert!(process.wait().unwrap().success(), "it did not heal");
+        let mut process = Process::spawn(child(&wrap, test, &sled.dir(), 0));
+        let numbers = acknowledged(process.child().stdout.take().unwrap(), usize::MAX, &mut || ());
+        assert!(process.wait().success(), "it did not heal");
         assert!(numbers.len() > 100, "only {} were acknowledged", numbers.len());
         assert_eq!(numbers.last(), Some(&LATER));
         let store = sled.state();
@@ -272,10 +274,11 @@ async fn pairs_and_their_blobs_survive_kill_9_amid_adding_reserving_and_moving()
     let mut all = BTreeSet::new();
     for round in 0..5u64 {
         let test = "pairs_and_their_blobs_survive_kill_9_amid_adding_reserving_and_moving";
-        let mut process = child("", test, &sled.dir(), round * 1_000_000).spawn().unwrap();
-        let out = process.stdout.take().unwrap();
-        let told = acknowledged(out, 400 + 70 * usize::try_from(round).unwrap(), &mut || process.kill().unwrap());
-        process.wait().unwrap();
+        let mut process = Process::spawn(child("", test, &sled.dir(), round * 1_000_000));
+        let out = process.child().stdout.take().unwrap();
+        let told =
+            acknowledged(out, 400 + 70 * usize::try_from(round).unwrap(), &mut || process.child().kill().unwrap());
+        process.wait();
         assert!(told.len() >= 400, "only {} were acknowledged", told.len());
         all.extend(told);
         let store = sled.state();

@@ -5,9 +5,11 @@ use std::io::Write as _;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::*;
+use spp_testkit::wait::eventually;
+
 use crate::store::contract::{
     Factory, PrivateStore, begin_a_batch_for_sessions, blob, contract, erased, finish, id, issued, kept, key,
     published, session,
@@ -55,14 +57,7 @@ fn is_away(error: &StoreError) -> bool {
 }
 
 async fn until_healed(store: &dyn StateStore) -> SessionCounts {
-    let begun = Instant::now();
-    loop {
-        match store.counts().await {
-            Ok(counts) => return counts,
-            Err(error) => assert!(begun.elapsed() < Duration::from_secs(20), "does not heal: {error}"),
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    eventually("the store has healed", async || store.counts().await).await
 }
 
 #[tokio::test]
@@ -132,9 +127,7 @@ async fn while_the_disk_is_broken_calls_fail_fast_and_then_it_heals() {
     for n in 0..3 {
         faults.in_sync.store(true, SeqCst);
         store.reserve(&session(n), None).await.unwrap_err();
-        let begun = Instant::now();
         assert!(is_away(&store.session(&id(n)).await.unwrap_err()), "nothing is read before it is known to be durable");
-        assert!(begun.elapsed() < Duration::from_millis(100));
         faults.in_sync.store(false, SeqCst);
         assert_eq!(until_healed(&store).await.reserved, n + 1);
     }
@@ -164,9 +157,9 @@ async fn below_the_floor_only_what_exists_goes_on() {
     let (sled, faults) = (Sled::new(), Arc::new(Faults::default()));
     let store = SledStateStore::open_through(&sled.dir(), &options(), faults.clone()).unwrap();
     store.reserve(&session(1), None).await.unwrap();
-    let set_free = |octets: u64| {
-        faults.free.store(octets, SeqCst);
-        tokio::time::sleep(Duration::from_millis(1100))
+    let set_free = async |bytes: u64| {
+        faults.free.store(bytes, SeqCst);
+        eventually("the free space is read anew", async || store.room().unwrap().0 == bytes).await;
     };
     set_free((16 << 20) - 1).await;
     let refused = store.reserve(&session(2), None).await;

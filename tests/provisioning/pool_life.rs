@@ -6,9 +6,9 @@ use spp::keypool::{Marks, PoolRules, ShredOrder};
 use spp::keys::KeyKind;
 use spp::store::{Keeping, SecretStore as _};
 
-use crate::device::{Kind, OnTheLine};
-use crate::point::{House, Point};
-use crate::pool_breaks::assert_pool_is_whole;
+use spp_testkit::point::assert_pool_is_whole;
+use spp_testkit::point::device::{Kind, OnTheLine};
+use spp_testkit::point::{House, Point};
 
 fn rules(keeping: Keeping, high: u64) -> PoolRules {
     PoolRules { keeping, pools: [(KeyKind::P256, Marks { low: 1, high })].into(), ..PoolRules::default() }

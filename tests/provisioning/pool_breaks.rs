@@ -1,16 +1,14 @@
 //! Every write of the pool breaks once, in both ways, while a batch is filled, shredded or given up; then it goes on, in the
 //! same process or in a new one. No unused pair is lost, no key of a batch is left on the token.
 
-use std::collections::BTreeSet;
-
-use spp::hsm::{HeldKeyOrder, KeepIn};
+use spp::hsm::KeepIn;
 use spp::keypool::{Marks, PoolRules, ShredOrder};
-use spp::keys::{BatchName, KeptKey, KeyKind, PublicKey};
-use spp::store::{Batch, BatchState, HeldPair, Holder, Keeping, Purpose, SecretStore as _};
+use spp::keys::{BatchName, KeyKind};
+use spp::store::{Keeping, Purpose, SecretStore as _};
 
-use crate::breaking::{Break, PoolWrite};
-use crate::device::{Kind, OnTheLine};
-use crate::point::{House, Point};
+use spp_testkit::point::breaking::{Break, PoolWrite};
+use spp_testkit::point::device::{Kind, OnTheLine};
+use spp_testkit::point::{House, assert_pool_is_whole};
 
 const BOTH: [Break; 2] = [Break::Failed, Break::FailedButPersisted];
 
@@ -130,67 +128,4 @@ async fn what_is_left_on_the_token_is_destroyed_at_the_next_start() {
     point.until("store and token are compared", async || point.pool().status().await.unwrap().serving).await;
     point.filled(4).await;
     assert_pool_is_whole(&point, &[]).await;
-}
-
-/// Everything that must be true of a pool at rest: store and token name the same, every pair can be opened and belongs to its
-/// public half, none is in two places, none was ever made that is not accounted for.
-pub async fn assert_pool_is_whole(point: &Point<'_>, delivered: &[&OnTheLine]) {
-    let hsm = &point.house.hsm;
-    let (store, _) = point.state().origin().await.unwrap();
-    // The pool's own task may be in the middle of ending a batch.
-    point
-        .until("store and token agree", async || {
-            let own = hsm.own_objects().await.unwrap();
-            let batches = point.state().batches().await.unwrap();
-            let on_token: BTreeSet<_> =
-                own.keys.iter().filter(|key| key.store == store).map(|key| key.number).collect();
-            let wrapped = batches.iter().filter(|batch| batch.keeping == Keeping::Wrapped);
-            let destroyed = point.state().condemned(1).await.unwrap().is_empty();
-            let settled = destroyed && batches.iter().all(|b| matches!(b.state, BatchState::Open | BatchState::Sealed));
-            settled && on_token == wrapped.map(|batch| batch.number).collect::<BTreeSet<_>>()
-        })
-        .await;
-    let own = hsm.own_objects().await.unwrap();
-    let mut pairs_on_token: BTreeSet<_> =
-        own.pairs.into_iter().filter(|(batch, _)| batch.store == store).map(|(_, pair)| pair).collect();
-    let mut public_keys = BTreeSet::new();
-    let mut ready = BTreeSet::new();
-    for (batch, held) in at_one_moment(point).await {
-        assert_eq!(held.len() as u64, batch.ready + batch.reserved);
-        for pair in held {
-            let public = PublicKey::from_spki_der(&pair.public_key).unwrap();
-            assert!(public_keys.insert(pair.public_key.clone()), "a pair is in two places");
-            if matches!(pair.holder, Holder::Ready(_)) {
-                ready.insert(pair.public_key);
-            }
-            if let KeptKey::OnToken(on_token) = &pair.kept {
-                assert!(pairs_on_token.remove(on_token), "it is not on the token");
-            }
-            let order = HeldKeyOrder { pair: Some((public.clone(), pair.kept)), derivations: Vec::new() };
-            let opened = hsm.held_keys(&order).await.unwrap().pair.unwrap();
-            assert_eq!(opened.public(), &public);
-        }
-    }
-    assert!(pairs_on_token.is_empty(), "pairs on the token that nothing names: {pairs_on_token:?}");
-    for device in delivered {
-        let session = device.session(point).await.unwrap();
-        assert!(!ready.contains(&session.public_key.unwrap()), "a delivered pair is offered again");
-    }
-    let status = point.p256().await;
-    let counts = status.counts;
-    assert_eq!(counts.made, status.ready + status.quarantined + counts.reserved + counts.discarded);
-}
-
-/// All batches with their pairs, looked at while nothing was changed: the pool's tasks may be moving some.
-async fn at_one_moment(point: &Point<'_>) -> Vec<(Batch, Vec<HeldPair>)> {
-    loop {
-        let before = point.state().batches().await.unwrap();
-        let mut held = Vec::new();
-        for batch in &before {
-            held.push((batch.clone(), point.state().pairs_of_batch(batch.number, 10_000).await.unwrap()));
-        }
-        if point.state().batches().await.unwrap() == before {
-            return held;
-        }
-    }
 }

@@ -3,9 +3,9 @@
 use spp::provisioning::{ProvisionError, Tidied};
 use spp::store::{PublicDatabase as _, StateName, StateStore as _};
 
-use crate::breaking::{Break, Write};
-use crate::device::{Kind, OnTheLine};
-use crate::point::{House, Point};
+use spp_testkit::point::breaking::{Break, Write};
+use spp_testkit::point::device::{Kind, OnTheLine};
+use spp_testkit::point::{House, Point};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_expired_pair_is_destroyed_and_its_chip_and_identity_are_free() {

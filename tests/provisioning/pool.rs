@@ -7,10 +7,10 @@ use spp::keys::KeyKind;
 use spp::provisioning::ProvisionError;
 use spp::store::{Keeping, StateName};
 
-use crate::breaking::{Break, Write};
-use crate::device::{Kind, OnTheLine};
-use crate::point::House;
-use crate::pool_breaks::assert_pool_is_whole;
+use spp_testkit::point::House;
+use spp_testkit::point::assert_pool_is_whole;
+use spp_testkit::point::breaking::{Break, Write};
+use spp_testkit::point::device::{Kind, OnTheLine};
 
 fn rules(keeping: Keeping, low: u64, high: u64) -> PoolRules {
     PoolRules { keeping, pools: [(KeyKind::P256, Marks { low, high })].into(), ..PoolRules::default() }

@@ -1,5 +1,11 @@
 //! A processing point in the test's process: the real rooms, wired as `sppd` wires them, with breakable stores.
 
+pub mod breaking;
+pub mod device;
+mod pool;
+
+pub use self::pool::assert_pool_is_whole;
+
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,7 +15,7 @@ use std::time::Duration;
 use spp::config::DaemonConfig;
 use spp::device::Fab;
 use spp::hsm::Hsm;
-use spp::keypool::{KeyPool, KindStatus, Marks, PoolRules};
+use spp::keypool::{KeyPool, KindStatus, Marks, PoolPacing, PoolRules};
 use spp::keys::KeyKind;
 use spp::names::{ChipId, StationName};
 use spp::provisioning::{Clock, Provisioner, Rules};
@@ -20,8 +26,11 @@ use spp::store::{
 };
 use spp::tlog::LogKey;
 
-use crate::breaking::{Breaking, BreakingPool, Faults, PoolFaults};
-use crate::site::{SPPD, Site};
+use self::breaking::{Breaking, BreakingPool, Faults, PoolFaults};
+use crate::files::copy_directory;
+use crate::process::{Signal, program, send_if_running};
+use crate::site::Site;
+use crate::wait::eventually;
 
 /// Stores of tests are small, and a full disk is not what is tested here.
 pub const SMALL: StoreOptions = StoreOptions { floor_bytes: 1 << 20, reserve_bytes: 0, cache_bytes: 1 << 20 };
@@ -95,7 +104,7 @@ impl Worker {
     /// kill -9. One that noticed that its token is gone may have ended by itself.
     pub fn kill(&self) {
         let pid = std::fs::read_to_string(&self.pid_file).unwrap();
-        let _ = std::process::Command::new("kill").args(["-9", pid.trim()]).status();
+        send_if_running(pid.trim().parse().unwrap(), Signal::KILL);
     }
 }
 
@@ -116,7 +125,11 @@ fn add_pooled_profiles(site: &Site) {
 /// The worker that a test can find and kill.
 fn worker_that_tells_its_pid(site: &Site) -> PathBuf {
     let (script, pid) = (site.path("worker.sh"), site.path("worker.pid"));
-    std::fs::write(&script, format!("#!/bin/sh\necho $$ > {}\nexec {SPPD} \"$@\"\n", pid.display())).unwrap();
+    std::fs::write(
+        &script,
+        format!("#!/bin/sh\necho $$ > {}\nexec {} \"$@\"\n", pid.display(), program("sppd").display()),
+    )
+    .unwrap();
     std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o700)).unwrap();
     script
 }
@@ -206,12 +219,7 @@ impl Point<'_> {
 
     /// Waits for what the pool's tasks do by themselves.
     pub async fn until(&self, what: &str, mut done: impl AsyncFnMut() -> bool) {
-        let begun = std::time::Instant::now();
-        while !done().await {
-            let status = self.pool().status().await;
-            assert!(begun.elapsed() < Duration::from_secs(30), "{what}: {status:?}");
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+        eventually(what, async || if done().await { Ok(()) } else { Err(self.pool().status().await) }).await;
     }
 
     /// The end of a process: everything in memory is gone, the stores are closed.
@@ -233,9 +241,8 @@ impl Point<'_> {
     pub async fn restart(&mut self) -> spp::provisioning::Tidied {
         self.stop();
         // A worker ends with its daemon; the one of the house goes on, and what it is doing is done.
-        while self.house.hsm.status().members[0].background_calls_in_flight > 0 {
-            tokio::time::sleep(Duration::from_millis(2)).await;
-        }
+        eventually("the HSM is idle", async || self.house.hsm.status().members[0].background_calls_in_flight == 0)
+            .await;
         self.start();
         self.provisioner().restart().await.unwrap()
     }
@@ -244,7 +251,7 @@ impl Point<'_> {
     pub fn copy(&self, of: &Path, name: &str) -> PathBuf {
         assert!(self.running.is_none(), "stop it first");
         let copy = self.directory.join(name);
-        copy_all(of, &copy);
+        copy_directory(of, &copy);
         copy
     }
 
@@ -252,7 +259,7 @@ impl Point<'_> {
     pub fn put_back(&self, copy: &Path, place: &Path) {
         assert!(self.running.is_none(), "stop it first");
         std::fs::remove_dir_all(place).unwrap();
-        copy_all(copy, place);
+        copy_directory(copy, place);
     }
 
     /// A copy of the state store as it is now; it goes on.
@@ -301,7 +308,8 @@ impl Point<'_> {
         let ahead = Arc::clone(&self.time);
         let clock = Clock::of(move || 1_800_000_000 + ahead.load(Ordering::Relaxed));
         let secrets = Arc::new(BreakingPool { engine: state.clone(), faults: self.pool_faults.clone() });
-        let (rules, also) = (self.rules.clone(), (journal.clone(), registry.clone()));
+        let pacing = PoolPacing { poll_interval: Duration::from_millis(50), pause: Duration::from_millis(50) };
+        let (rules, also) = (PoolRules { pacing, ..self.rules.clone() }, (journal.clone(), registry.clone()));
         let pool = KeyPool::new(hsm.clone(), secrets, also.0, also.1, rules, clock.clone());
         let running = tokio::spawn(Arc::clone(&pool).run());
         let provisioner = Provisioner::new(hsm, journal, registry, pool, state.clone(), devices, LIFETIME);
@@ -311,19 +319,6 @@ impl Point<'_> {
 
     fn running(&self) -> &Running {
         self.running.as_ref().expect("it runs")
-    }
-}
-
-fn copy_all(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        let to = to.join(entry.file_name());
-        if entry.file_type().unwrap().is_dir() {
-            copy_all(&entry.path(), &to);
-        } else {
-            std::fs::copy(entry.path(), to).unwrap();
-        }
     }
 }
 

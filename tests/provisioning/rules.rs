@@ -7,9 +7,9 @@ use std::sync::Arc;
 use spp::provisioning::{Assembled, Completion, Delivery, Order, ProvisionError, Provisioner};
 use spp::store::{AuditCheckpoint, PublicDatabase as _, Publication, SessionCounts, StateName, StateStore as _};
 
-use crate::breaking::{Break, Write};
-use crate::device::{Kind, OnTheLine};
-use crate::point::House;
+use spp_testkit::point::House;
+use spp_testkit::point::breaking::{Break, Write};
+use spp_testkit::point::device::{Kind, OnTheLine};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn of_many_chips_racing_for_an_identity_one_gets_it() {

@@ -4,9 +4,9 @@
 use spp::provisioning::{ProvisionError, Tidied};
 use spp::store::{PublicDatabase as _, StateName};
 
-use crate::breaking::Break;
-use crate::device::{Kind, OnTheLine};
-use crate::point::House;
+use spp_testkit::point::House;
+use spp_testkit::point::breaking::Break;
+use spp_testkit::point::device::{Kind, OnTheLine};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_state_store_of_before_completion_is_healed_by_the_public_database() {

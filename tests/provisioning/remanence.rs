@@ -8,8 +8,8 @@ use spp::keypool::{Marks, PoolRules, ShredOrder};
 use spp::keys::{DevicePrivateKey, KeptKey, KeyKind};
 use spp::store::{Keeping, SledStateStore, StateStore as _};
 
-use crate::device::{Kind, OnTheLine};
-use crate::point::{House, SMALL};
+use spp_testkit::point::device::{Kind, OnTheLine};
+use spp_testkit::point::{House, SMALL};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_pair_made_in_advance_is_gone_after_its_shredding_and_not_before() {

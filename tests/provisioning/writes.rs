@@ -3,9 +3,9 @@
 use spp::provisioning::ProvisionError;
 use spp::store::StateName;
 
-use crate::breaking::{Break, Write};
-use crate::device::{Kind, OnTheLine};
-use crate::point::{House, Point};
+use spp_testkit::point::breaking::{Break, Write};
+use spp_testkit::point::device::{Kind, OnTheLine};
+use spp_testkit::point::{House, Point};
 
 /// The writes of the way, in their order.
 const WAY: [Write; 5] = [Write::Reserve, Write::Issue, Write::Publish, Write::NotePublished, Write::Erase];

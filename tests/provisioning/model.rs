@@ -7,10 +7,11 @@ use proptest::test_runner::{Config, TestRunner};
 use spp::names::SessionId;
 use spp::provisioning::ProvisionError;
 use spp::store::{PublicDatabase as _, Publication, PublishedRecord, SessionCounts, StateName, StateStore as _};
+use spp_testkit::random::cases;
 
-use crate::breaking::Break;
-use crate::device::{Kind, OnTheLine, identity_of};
-use crate::point::{House, Point};
+use spp_testkit::point::breaking::Break;
+use spp_testkit::point::device::{Kind, OnTheLine, identity_of};
+use spp_testkit::point::{House, Point};
 
 /// Sequences; each uses the real HSM and real stores.
 const CASES: u32 = 24;
@@ -30,7 +31,7 @@ enum Step {
 fn any_sequence_of_calls_breaks_and_restarts_agrees_with_the_model() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let house = runtime.block_on(House::new());
-    let config = Config { cases: CASES, max_shrink_iters: 200, failure_persistence: None, ..Config::default() };
+    let config = Config { max_shrink_iters: 200, source_file: Some(file!()), ..cases(CASES, 20 * CASES) };
     let sequences = proptest::collection::vec(step(), 1..24);
     let outcome = TestRunner::new(config).run(&sequences, |steps| {
         // The model asserts; what it prints names the step.

@@ -5,9 +5,9 @@ use std::time::Duration;
 use spp::provisioning::{ProvisionError, Tidied};
 use spp::store::StateName;
 
-use crate::breaking::{Break, Write};
-use crate::device::{Kind, OnTheLine, is_over};
-use crate::point::{House, Point};
+use spp_testkit::point::breaking::{Break, Write};
+use spp_testkit::point::device::{Kind, OnTheLine, is_over};
+use spp_testkit::point::{House, Point};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_hsm_lost_before_the_signature_signs_the_same_octets_when_it_is_back() {

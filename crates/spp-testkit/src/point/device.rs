@@ -10,7 +10,7 @@ use spp::store::{
     StateStore as _, UniqueKey,
 };
 
-use crate::point::{House, Point, station};
+use super::{House, Point, station};
 
 /// What a product of the demo gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -6,8 +6,8 @@ use spp::names::{ChipId, SessionId};
 use spp::provisioning::{ProductionBy, SessionFilter};
 use spp::store::{HOUR, ProductionCounts, Session, SessionState, StateName, StateStore as _};
 
-use crate::device::{Kind, OnTheLine, identity_of};
-use crate::point::{House, Point};
+use spp_testkit::point::device::{Kind, OnTheLine, identity_of};
+use spp_testkit::point::{House, Point};
 
 const MANY: u32 = 1100;
 

@@ -1,0 +1,100 @@
+//! A certificate authority of the test's own, which certifies what sppctl never would.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use aws_lc_rs::rand::SystemRandom;
+use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair};
+use spp::certificate::{
+    AccessCertificate, AccessName, AuthorityCertificate, Caller, CertificateSerial, IssuerCertificate, SubjectName,
+    UnsignedDocument, access_certificate, authority_certificate,
+};
+use spp::keys::{PublicKey, SignatureAlgorithm, TlsKey};
+use tonic::transport::Identity;
+use tonic::{Code, Status};
+use tonic_types::StatusExt as _;
+
+use crate::files::write_private;
+use crate::site::Site;
+
+const P256: SignatureAlgorithm = SignatureAlgorithm::EcdsaP256Sha256;
+
+/// An authority for access certificates whose key is in this process, so that it can sign what sppctl never would.
+pub struct Authority {
+    pub pem: String,
+    key_pem: String,
+    pair: EcdsaKeyPair,
+}
+
+impl Authority {
+    pub fn new(name: &str) -> Self {
+        let (public, pair, key_pem) = key_pair();
+        let unsigned = authority_certificate(&AuthorityCertificate {
+            subject: &SubjectName::with_common_name(name).unwrap(),
+            public_key: &public,
+            algorithm: P256,
+            serial: CertificateSerial::from_random([1; 20]),
+            not_before: now() - 3600,
+            not_after: Some(now() + 3600),
+        });
+        let pem = signed(unsigned.unwrap(), &pair);
+        Self { pem, key_pem, pair }
+    }
+
+    /// An identity for TLS with this name, from now minus an hour.
+    pub fn identity(&self, name: &AccessName, not_after: u64) -> Identity {
+        let (public, _, key_pem) = key_pair();
+        let issuer = IssuerCertificate::from_pem(&self.pem, P256).unwrap();
+        let unsigned = access_certificate(&AccessCertificate {
+            name,
+            public_key: &public,
+            issuer: &issuer,
+            serial: CertificateSerial::from_random([2; 20]),
+            not_before: now() - 3600,
+            not_after,
+        });
+        Identity::from_pem(signed(unsigned.unwrap(), &self.pair), key_pem)
+    }
+
+    /// An identity with any subjectAltName, made by openssl.
+    pub fn identity_with(&self, site: &Site, names: &str) -> Identity {
+        let path = |name: &str| site.path(name).display().to_string();
+        std::fs::write(site.path("ca.pem"), &self.pem).unwrap();
+        write_private(&site.path("ca.key"), &self.key_pem);
+        let extensions = format!("extendedKeyUsage=clientAuth\nkeyUsage=critical,digitalSignature\n{names}\n");
+        std::fs::write(site.path("ext.cnf"), extensions).unwrap();
+        site.openssl(
+            "req -new -batch -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=x -keyout c.key -out c.csr",
+        );
+        site.openssl(&format!(
+            "x509 -req -in c.csr -CA {} -CAkey ca.key -set_serial 77 -days 1 -extfile ext.cnf -out c.pem",
+            path("ca.pem")
+        ));
+        Identity::from_pem(site.read("c.pem"), site.read("c.key"))
+    }
+}
+
+pub fn key_pair() -> (PublicKey, EcdsaKeyPair, String) {
+    let key = TlsKey::generate().unwrap();
+    let pem = String::from_utf8(key.pem().expose().clone()).unwrap();
+    let (_, der) = der::pem::decode_vec(pem.as_bytes()).unwrap();
+    (key.public().clone(), EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, &der).unwrap(), pem)
+}
+
+pub fn signed(unsigned: UnsignedDocument, pair: &EcdsaKeyPair) -> String {
+    let signature = pair.sign(&SystemRandom::new(), unsigned.to_be_signed()).unwrap();
+    unsigned.assemble(signature.as_ref()).unwrap().to_pem().unwrap()
+}
+
+pub fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs()
+}
+
+pub fn station(name: &str) -> AccessName {
+    AccessName::Client(Caller::Station(name.parse().unwrap()))
+}
+
+/// TLS ended it: nothing of the daemon answered.
+pub fn refused_by_tls(answer: &Result<(), Status>) -> bool {
+    matches!(answer, Err(status) if status.get_error_details().error_info().is_none()
+        && matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Internal))
+}

@@ -1,0 +1,121 @@
+//! Sites with pools of key pairs, and what is in them.
+
+use std::collections::{BTreeSet, HashSet};
+use std::time::Duration;
+
+use der::{Decode as _, Encode as _};
+use spp::config::StoreConfig;
+use spp::proto::{AssembleRequest, AssembleResponse, GetPoolStatusRequest, GetPoolStatusResponse};
+use spp::store::{HeldPair, Holder, SecretStore as _, SledStateStore};
+use tonic::Status;
+use tonic_types::StatusExt as _;
+
+use crate::floor::{Line, assemble, may_be_repeated, phone};
+use crate::site::Site;
+use crate::wait::eventually;
+
+/// Where `sppctl` finds the officer listener.
+pub fn officer(site: &Site) -> String {
+    format!("--server https://127.0.0.1:{} --tls tls/officer", site.officer)
+}
+
+/// A site with a profile `pooled` besides those of the demo: a phone whose P-256 pair comes from a pool between these marks.
+pub fn pooled_site(low: u64, high: u64) -> Site {
+    let site = Site::new();
+    add_profile(&site, "pooled", "phone", &[("source = \"generate\"", "source = \"pool\"")]);
+    add_pool(&site, "p256", low, high);
+    site
+}
+
+/// A profile that is like another one but for these words; line-1/a may use it.
+pub fn add_profile(site: &Site, name: &str, like: &str, edits: &[(&str, &str)]) {
+    let file = format!("profiles/{name}.toml");
+    std::fs::copy(site.path(&format!("profiles/{like}.toml")), site.path(&file)).unwrap();
+    edits.iter().for_each(|(from, to)| site.edit(&file, from, to));
+    site.edit("sppd.toml", "\"router\"", &format!("\"router\", \"{name}\""));
+}
+
+pub fn add_pool(site: &Site, kind: &str, low: u64, high: u64) {
+    let pool = format!("[[keypool.pool]]\nkind = \"{kind}\"\nlow = {low}\nhigh = {high}\n\n[[station]]");
+    site.edit("sppd.toml", "[[station]]", &pool);
+}
+
+/// The order for device `n` with a pair of the pool.
+pub fn pooled(n: u64) -> AssembleRequest {
+    AssembleRequest { profile: "pooled".to_owned(), ..phone(n) }
+}
+
+/// Asks as long as it may, as often as it is told.
+pub async fn answered(line: &mut Line, order: &AssembleRequest) -> AssembleResponse {
+    loop {
+        match assemble(line, order).await {
+            Ok(answer) => return answer,
+            Err(status) => {
+                assert!(may_be_repeated(&status), "failed for good: {status:?}");
+                tokio::time::sleep(retry_delay(&status).unwrap_or(Duration::from_millis(50))).await;
+            }
+        }
+    }
+}
+
+/// When the refusal says to come again.
+pub fn retry_delay(status: &Status) -> Option<Duration> {
+    status.get_error_details().retry_info().and_then(|retry| retry.retry_delay)
+}
+
+/// The public key of an X.509 certificate, SubjectPublicKeyInfo in DER.
+pub fn public_key(certificate: &[u8]) -> Vec<u8> {
+    let certificate = x509_cert::Certificate::from_der(certificate).unwrap();
+    certificate.tbs_certificate().subject_public_key_info().to_der().unwrap()
+}
+
+/// Waits until the pools are as they should be.
+pub async fn until_pools(
+    site: &Site,
+    what: &str,
+    so: impl Fn(&GetPoolStatusResponse) -> bool,
+) -> GetPoolStatusResponse {
+    eventually(what, async || {
+        let status = site.officer().await.get_pool_status(GetPoolStatusRequest {}).await.unwrap().into_inner();
+        if so(&status) { Ok(status) } else { Err((status, site.log())) }
+    })
+    .await
+}
+
+/// Every pool has what it needs and nobody fills it.
+pub fn is_full(status: &GetPoolStatusResponse) -> bool {
+    status.serving && status.kinds.iter().all(|kind| !kind.filling && kind.ready >= kind.low)
+}
+
+/// Nothing is left to fill, to shred or to destroy.
+pub fn is_quiet(status: &GetPoolStatusResponse) -> bool {
+    let kinds = status.kinds.iter().all(|kind| kind.next_shred.is_none());
+    let sessions = status.session_next_shred.is_none() && status.condemned == 0;
+    is_full(status) && kinds && sessions && status.trouble.is_empty()
+}
+
+/// The state store of a daemon that is stopped.
+pub fn open_store(site: &Site) -> SledStateStore {
+    let store = StoreConfig::load(&site.path("sppd.toml")).unwrap();
+    SledStateStore::open(&store.state, &store.state_options).unwrap()
+}
+
+/// Every pair of a store, and who has it.
+pub async fn all_pairs(store: &SledStateStore) -> Vec<HeldPair> {
+    let mut all = Vec::new();
+    for batch in store.batches().await.unwrap() {
+        let held = store.pairs_of_batch(batch.number, 1_000_000).await.unwrap();
+        let ready = held.iter().filter(|pair| matches!(pair.holder, Holder::Ready(_))).count() as u64;
+        assert_eq!((batch.ready, batch.reserved), (ready, held.len() as u64 - ready), "{batch:?}");
+        all.extend(held);
+    }
+    let keys: HashSet<_> = all.iter().map(|pair| &pair.public_key).collect();
+    assert_eq!(keys.len(), all.len(), "a pair is in the store twice");
+    all
+}
+
+/// The public keys of ready pairs.
+pub fn ready_keys(pairs: &[HeldPair]) -> BTreeSet<Vec<u8>> {
+    let ready = pairs.iter().filter(|pair| matches!(pair.holder, Holder::Ready(_)));
+    ready.map(|pair| pair.public_key.clone()).collect()
+}

@@ -73,7 +73,7 @@ pages: $(python)/done ## a person with a browser on the public pages; pictures g
 	    tests/pages/run.sh
 
 soak: hsm-modules $(python)/done ## the long runs in full size, about an hour; SPP_SEED=N repeats one
-	SPP_SOAK=1 $(nextest) nextest run --locked --workspace --profile soak --no-capture
+	SPP_SOAK=1 SPP_TEST_DIR=$${SPP_TEST_DIR:-/var/tmp} $(nextest) nextest run --locked --workspace --profile soak --status-level all
 
 fuzz: ## each fuzz target for SECONDS_EACH seconds (default 30); TARGETS="a b" chooses
 	fuzz/run.sh $(SECONDS_EACH)

@@ -112,7 +112,7 @@ struct Place {
 
 impl Place {
     fn new(module: Module) -> Self {
-        let place = Self { directory: tempfile::tempdir().unwrap(), module };
+        let place = Self { directory: spp_testkit::files::temp_dir(), module };
         std::fs::create_dir(place.path("hsm")).unwrap();
         let file = format!("{}.toml", place.module.profile);
         let mut profile = std::fs::read_to_string(Path::new(ROOT).join("hsm-config").join(&file)).unwrap();

@@ -151,7 +151,7 @@ mod tests {
     use super::*;
 
     async fn after(refusals: impl AsyncFnOnce(&Auditor)) -> (Vec<Recorded>, Auditor) {
-        let place = tempfile::tempdir().unwrap();
+        let place = spp_testkit::files::temp_dir();
         let dir = place.path().join("audit");
         AuditLog::create(&dir).unwrap();
         let auditor = Auditor::new(Arc::new(AuditLog::open(&dir, "node-1").unwrap()));

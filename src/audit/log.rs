@@ -328,7 +328,7 @@ mod tests {
 
     /// A log that was made and has so many entries.
     async fn log_of(entries: u64) -> (tempfile::TempDir, PathBuf, AuditLog) {
-        let place = tempfile::tempdir().unwrap();
+        let place = spp_testkit::files::temp_dir();
         let dir = place.path().join("some/audit");
         AuditLog::create(&dir).unwrap();
         let log = open(&dir).unwrap();

@@ -105,7 +105,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_waits_beside_the_log_is_taken_in_once_and_in_order() {
-        let place = tempfile::tempdir().unwrap();
+        let place = spp_testkit::files::temp_dir();
         let dir = place.path().join("audit");
         let act = |n: u32| TokenAct {
             act: "officer.enroll".to_owned(),

@@ -325,7 +325,7 @@ mod tests {
 
     impl Case {
         async fn new(caller: &str) -> Self {
-            let place = tempfile::tempdir().unwrap();
+            let place = spp_testkit::files::temp_dir();
             let dir = place.path().join("audit");
             AuditLog::create(&dir).unwrap();
             assert_eq!(verify(&dir).unwrap().to_string(), "0 entries, chain is whole");

@@ -302,7 +302,7 @@ mod tests {
         let unsigned = authority_request(&subject, key.public(), key.algorithm()).unwrap();
         let signature = key.sign(unsigned.to_be_signed());
         let request = unsigned.assemble(&signature).unwrap().to_pem().unwrap();
-        let directory = tempfile::tempdir().unwrap();
+        let directory = spp_testkit::files::temp_dir();
         std::fs::write(directory.path().join("request.pem"), request).unwrap();
         for line in [
             "req -x509 -newkey rsa:3072 -nodes -keyout root.key -out root.pem -subj /CN=Root -days 3650",

@@ -176,7 +176,7 @@ pub(super) fn symmetric_profile() -> String {
 
 /// What `openssl` says, run among these files.
 pub(super) fn openssl(arguments: &[&str], files: &[(&str, &str)]) -> String {
-    let directory = tempfile::tempdir().unwrap();
+    let directory = spp_testkit::files::temp_dir();
     for (name, text) in files {
         std::fs::write(directory.path().join(name), text).unwrap();
     }

@@ -92,7 +92,7 @@ pub(super) fn check(
     });
     let key = faults.note(at("key"), found)?;
     let (batch_size, batch_period) = (shape.batch_size, shape.batch_period);
-    let settings = LogSettings { batch_size, batch_period, witnesses };
+    let settings = LogSettings { batch_size, batch_period, witnesses, ..LogSettings::default() };
     Some(RegistryConfig { key, settings, accepted_loss: shape.accepted_loss })
 }
 

@@ -112,7 +112,7 @@ mod tests {
 
     #[test]
     fn a_flash_holds_what_was_written_last() {
-        let directory = tempfile::tempdir().unwrap();
+        let directory = spp_testkit::files::temp_dir();
         let mut flash = flash(&directory);
         assert_eq!(flash.read().unwrap(), None);
         flash.write(b"one").unwrap();
@@ -125,7 +125,7 @@ mod tests {
 
     #[test]
     fn an_interrupted_write_leaves_the_old_content() {
-        let directory = tempfile::tempdir().unwrap();
+        let directory = spp_testkit::files::temp_dir();
         let mut flash = flash(&directory);
         flash.write(b"old").unwrap();
         // The power goes between the two steps, with the new content complete or half written.
@@ -142,7 +142,7 @@ mod tests {
 
     #[test]
     fn a_failed_write_says_what_failed_and_leaves_the_old_content() {
-        let directory = tempfile::tempdir().unwrap();
+        let directory = spp_testkit::files::temp_dir();
         let mut flash = flash(&directory);
         flash.write(b"old").unwrap();
         std::fs::create_dir(flash.staging()).unwrap();
@@ -153,7 +153,7 @@ mod tests {
 
     #[test]
     fn no_more_than_a_flash_is_read() {
-        let directory = tempfile::tempdir().unwrap();
+        let directory = spp_testkit::files::temp_dir();
         let flash = flash(&directory);
         std::fs::write(&flash.path, vec![0; CAPACITY + 1]).unwrap();
         assert!(matches!(flash.read(), Err(DeviceError::Damaged(_))));

@@ -28,7 +28,7 @@ struct Factory {
 
 impl Factory {
     fn new() -> Self {
-        let directory = tempfile::tempdir().unwrap();
+        let directory = spp_testkit::files::temp_dir();
         let manufacturer = generate_p256().unwrap();
         let fab = Fab::create(directory.path(), manufacturer.public().clone(), None).unwrap();
         Self { manufacturer, fab, _directory: directory }
@@ -331,7 +331,7 @@ fn cwt(manufacturer: &DevicePrivateKey, chip: &ChipId, identity: &str) -> Vec<u8
 
 #[test]
 fn a_device_believes_the_receipt_of_its_own_record_and_no_other() {
-    let directory = tempfile::tempdir().unwrap();
+    let directory = spp_testkit::files::temp_dir();
     let (manufacturer, log) = (generate_p256().unwrap(), LocalSigner::new("log.example/test"));
     let fab = Fab::create(directory.path(), manufacturer.public().clone(), Some(log.key().clone())).unwrap();
     drop(fab);

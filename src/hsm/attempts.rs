@@ -100,7 +100,7 @@ mod tests {
 
     #[test]
     fn a_refused_pin_is_remembered_until_its_file_is_another_or_an_officer_says_so() {
-        let directory = tempfile::tempdir().unwrap();
+        let directory = spp_testkit::files::temp_dir();
         let (path, file) = (directory.path().join("pin-refused"), directory.path().join("pin"));
         fs::write(&file, "1").unwrap();
         let (pin, credential) = (PinSource::File(file.clone()), PinSource::Credential(file.clone()));

@@ -141,7 +141,7 @@ impl Doctor<'_> {
         &mut self,
         what: &str,
         needed_for: &'static str,
-        verb: impl Fn(&mut Verbs) -> Result<(), Failure>,
+        mut verb: impl FnMut(&mut Verbs) -> Result<(), Failure>,
     ) -> bool {
         (self.progress)(what);
         let mut took = Vec::new();
@@ -354,8 +354,12 @@ impl Doctor<'_> {
             DevicePrivateKey::from_unwrapped(public, &plain).map_err(|e| wrong(e.to_string()))?;
             Ok(kept)
         };
-        let works = self.measure(&format!("pair {kind}"), FOR, |verbs| checked(verbs).map(drop));
-        if let Some(kept) = works.then(|| checked(&mut self.verbs).ok()).flatten() {
+        let mut kept = None;
+        let works = self.measure(&format!("pair {kind}"), FOR, |verbs| {
+            kept = Some(checked(verbs)?);
+            Ok(())
+        });
+        if let Some(kept) = kept.filter(|_| works) {
             self.measure(&format!("rewrap {kind}"), "pairs made in advance, deliveries that are repeated", |verbs| {
                 verbs.rewrap(kind, &wrapping, &kept).map(drop)
             });

@@ -80,7 +80,7 @@ mod tests {
 
     #[test]
     fn a_file_that_was_left_half_written_is_put_back() {
-        let directory = tempfile::tempdir().unwrap();
+        let directory = spp_testkit::files::temp_dir();
         let guard = GuardedFile::parse(&format!("{}/*/token.object", directory.path().display())).unwrap();
         let file = directory.path().join("one/token.object");
         fs::create_dir(file.parent().unwrap()).unwrap();
@@ -102,7 +102,7 @@ mod tests {
 
     #[test]
     fn what_was_never_whole_is_left_alone() {
-        let directory = tempfile::tempdir().unwrap();
+        let directory = spp_testkit::files::temp_dir();
         let file = directory.path().join("one/token.object");
         fs::create_dir(file.parent().unwrap()).unwrap();
         fs::write(&file, b"").unwrap();

@@ -21,6 +21,8 @@ pub struct ModuleProfile {
     pub threads: usize,
     /// Threads beside those, for what the line does not wait for: filling pools, moving batches.
     pub background_threads: usize,
+    /// The nice value of those threads: 19, the lowest priority, unless the profile says otherwise; 0 leaves it alone.
+    pub background_nice: u8,
     /// Whether the token's names cannot be read: then the module may have one token alone, which is known by its keys.
     pub one_nameless_token: bool,
     /// How keys are derived.
@@ -109,12 +111,18 @@ struct SessionsShape {
     threads: ThreadsShape,
     #[serde(default = "one_thread")]
     background_threads: ThreadsShape,
+    #[serde(default = "lowest_priority")]
+    background_nice: u8,
     #[serde(default = "quarter_of_a_minute", with = "humantime_serde")]
     keep_alive: std::time::Duration,
 }
 
 const fn quarter_of_a_minute() -> std::time::Duration {
     std::time::Duration::from_secs(15)
+}
+
+const fn lowest_priority() -> u8 {
+    19
 }
 
 const fn one_thread() -> ThreadsShape {
@@ -241,6 +249,9 @@ impl ModuleProfile {
             threads("background_threads", shape.sessions.background_threads),
             threads("threads", shape.sessions.threads),
         );
+        if shape.sessions.background_nice > 19 {
+            faults.add(format!("{place}: sessions.background_nice"), "must be from 0 to 19");
+        }
         if !(1..=3600).contains(&shape.sessions.keep_alive.as_secs()) {
             faults.add(format!("{place}: sessions.keep_alive"), "must be from 1 second to 1 hour");
         }
@@ -257,6 +268,7 @@ impl ModuleProfile {
             library: library.unwrap_or_default(),
             threads,
             background_threads,
+            background_nice: shape.sessions.background_nice,
             one_nameless_token: shape.one_nameless_token,
             kdf: shape.kdf.route,
             wrap: shape.wrap.mechanism,

@@ -116,7 +116,7 @@ mod tests {
     use super::*;
 
     fn pin_file(content: &str, mode: u32) -> (tempfile::TempDir, PinSource) {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = spp_testkit::files::temp_dir();
         let path = dir.path().join("pin");
         std::fs::write(&path, content).unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();

@@ -25,9 +25,6 @@ pub const ARGUMENT: &str = "hsm-worker";
 /// Requests that may wait inside the worker; the handle bounds what it sends, so this is never the limit.
 const QUEUE: usize = 4096;
 
-/// The nice value of background threads: the lowest.
-const NICE: i32 = 19;
-
 /// Runs the worker on the socket that is its standard input; returns only if that is none.
 pub fn run() -> Result<(), String> {
     crate::process::forbid_core_dumps();
@@ -97,7 +94,8 @@ fn serve(opened: Opened, socket: &UnixStream) -> Result<(), String> {
             let session = lock(&held.token).session().map_err(|f| f.message)?;
             let verbs = Verbs::new(session, Arc::clone(&opened.shared), Some(opened.transport_key));
             let (waiting, out, held) = (waiting.clone(), Arc::clone(&out), Arc::clone(&held));
-            Thread { lane, waiting, out, held, keep_alive: module.keep_alive }.start(verbs)?;
+            Thread { lane, waiting, out, held, keep_alive: module.keep_alive, nice: module.background_nice }
+                .start(verbs)?;
         }
         Ok(queue)
     };
@@ -134,6 +132,7 @@ struct Thread {
     out: Arc<Mutex<UnixStream>>,
     held: Arc<Held>,
     keep_alive: Duration,
+    nice: u8,
 }
 
 impl Thread {
@@ -149,13 +148,7 @@ impl Thread {
 
     fn work(self, verbs: Verbs) {
         if self.lane == Lane::Background {
-            // On Linux a thread has a nice value of its own (sched(7)).
-            if let Err(e) = rustix::process::setpriority_process(Some(rustix::thread::gettid()), NICE) {
-                eprintln!(
-                    "sppd: a background thread of the HSM worker cannot lower its priority ({e}): filling pools will slow the line; \
-                     allow setpriority(2)"
-                );
-            }
+            lower_priority(self.nice);
         }
         let mut verbs = Some(verbs);
         loop {
@@ -237,6 +230,23 @@ impl Thread {
             eprintln!("sppd: the HSM worker ends: {message}");
             leave();
         }
+    }
+}
+
+/// Gives this thread that nice value, unless it has a lower priority already.
+fn lower_priority(nice: u8) {
+    use rustix::process::{getpriority_process, setpriority_process};
+    // On Linux a thread has a nice value of its own (sched(7)).
+    let thread = Some(rustix::thread::gettid());
+    let nice = i32::from(nice);
+    if getpriority_process(thread).is_ok_and(|now| now >= nice) {
+        return;
+    }
+    if let Err(e) = setpriority_process(thread, nice) {
+        eprintln!(
+            "sppd: a background thread of the HSM worker cannot lower its priority ({e}): filling pools will slow the line; \
+             allow setpriority(2)"
+        );
     }
 }
 

@@ -185,7 +185,7 @@ mod tests {
 
     #[test]
     fn tls_files_that_are_missing_or_something_else_are_named() {
-        let directory = tempfile::tempdir().unwrap();
+        let directory = spp_testkit::files::temp_dir();
         let refused = |directory: &Path| Tls::mutual(directory).map(|_| ()).unwrap_err().to_string();
         let missing = refused(directory.path());
         assert!(missing.contains("certificate.pem") && missing.contains("sppctl station enroll"), "{missing}");

@@ -141,7 +141,7 @@ mod tests {
 
     #[test]
     fn what_was_added_is_read_back() {
-        let directory = tempfile::tempdir().unwrap();
+        let directory = spp_testkit::files::temp_dir();
         let (mut journal, known) = Journal::open(directory.path()).unwrap();
         assert!(known.is_empty());
         journal.add(&entry(1)).unwrap();
@@ -154,7 +154,7 @@ mod tests {
 
     #[test]
     fn a_line_that_a_crash_cut_off_costs_itself_only() {
-        let directory = tempfile::tempdir().unwrap();
+        let directory = spp_testkit::files::temp_dir();
         let (mut journal, _) = Journal::open(directory.path()).unwrap();
         journal.add(&entry(1)).unwrap();
         journal.add(&entry(2)).unwrap();
@@ -172,7 +172,7 @@ mod tests {
 
     #[test]
     fn one_run_at_a_time_works_in_a_directory() {
-        let directory = tempfile::tempdir().unwrap();
+        let directory = spp_testkit::files::temp_dir();
         let first = Journal::open(directory.path()).unwrap();
         let refused = Journal::open(directory.path()).map(|_| ()).unwrap_err();
         assert!(refused.to_string().contains("another spp-line"), "{refused}");

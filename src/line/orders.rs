@@ -316,7 +316,7 @@ mod tests {
 
     #[test]
     fn the_same_simulation_again_has_the_same_orders() {
-        let directory = tempfile::tempdir().unwrap();
+        let directory = spp_testkit::files::temp_dir();
         let first = simulate(directory.path(), 20, &profile(), &imeis()).unwrap();
         assert_eq!(simulate(directory.path(), 20, &profile(), &imeis()).unwrap(), first);
         assert_eq!(simulate(directory.path(), 5, &profile(), &imeis()).unwrap(), first[..5]);
@@ -328,7 +328,7 @@ mod tests {
 
     #[test]
     fn products_share_a_directory_and_no_identity() {
-        let directory = tempfile::tempdir().unwrap();
+        let directory = spp_testkit::files::temp_dir();
         let tablet: ProfileName = "tablet".parse().unwrap();
         simulate(directory.path(), 3, &profile(), &imeis()).unwrap();
         assert_eq!(simulate(directory.path(), 4, &tablet, &imeis()).unwrap().len(), 4);
@@ -339,7 +339,7 @@ mod tests {
 
     #[test]
     fn a_numbering_that_is_used_up_says_so() {
-        let directory = tempfile::tempdir().unwrap();
+        let directory = spp_testkit::files::temp_dir();
         let ten: Numbering = "imei:4901542012345".parse().unwrap();
         assert_eq!(simulate(directory.path(), 10, &profile(), &ten).unwrap().len(), 10);
         let refused = simulate(directory.path(), 11, &profile(), &ten).unwrap_err();
@@ -350,7 +350,7 @@ mod tests {
     #[test]
     fn every_kind_can_be_numbered() {
         for kind in ["imei", "meid", "eui48", "eui64", "serial", "serial:A,B-", "eui48:0A", "meid:A0"] {
-            let directory = tempfile::tempdir().unwrap();
+            let directory = spp_testkit::files::temp_dir();
             let numbering: Numbering = kind.parse().unwrap();
             let orders = simulate(directory.path(), 40, &profile(), &numbering).unwrap();
             assert_eq!(simulate(directory.path(), 40, &profile(), &numbering).unwrap(), orders, "{kind}");

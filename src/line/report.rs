@@ -324,7 +324,7 @@ mod tests {
 
     #[test]
     fn a_report_has_a_row_for_each_device() {
-        let directory = tempfile::tempdir().unwrap();
+        let directory = spp_testkit::files::temp_dir();
         for ending in ["csv", "jsonl"] {
             let path = directory.path().join(format!("report.{ending}"));
             let mut report = Report::create(&ReportFile::parse(path.to_str().unwrap()).unwrap()).unwrap();

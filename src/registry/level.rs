@@ -13,8 +13,6 @@ use crate::store::place::LAST_ROOM;
 use crate::store::{SledIndex, StoreError};
 use crate::tlog::bundle;
 
-/// How long the index may fail before it is made anew.
-const INDEX_PATIENCE: Duration = Duration::from_secs(10);
 /// How often long work says how far it is.
 const PROGRESS: Duration = Duration::from_secs(5);
 
@@ -48,7 +46,7 @@ impl Sequencer {
                 false => Away::Failed(format!("the index cannot be written: {why}")),
             }));
             tokio::time::sleep(backoff).await;
-            if !full && (index.is_none() || begun.elapsed() >= INDEX_PATIENCE) {
+            if !full && (index.is_none() || begun.elapsed() >= self.index_patience) {
                 drop(index);
                 self.make_index(head, &why).await;
             }

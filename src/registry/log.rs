@@ -37,13 +37,20 @@ pub struct LogSettings {
     pub batch_size: usize,
     /// Longest that an entry waits for others that are on the way. Nobody waits when nobody is.
     pub batch_period: Duration,
+    /// How long the index may fail to be written before it is made anew from the files.
+    pub index_patience: Duration,
     /// Who is asked to cosign checkpoints.
     pub witnesses: Vec<Witness>,
 }
 
 impl Default for LogSettings {
     fn default() -> Self {
-        Self { batch_size: 256, batch_period: Duration::from_millis(50), witnesses: Vec::new() }
+        Self {
+            batch_size: 256,
+            batch_period: Duration::from_millis(50),
+            index_patience: Duration::from_secs(10),
+            witnesses: Vec::new(),
+        }
     }
 }
 
@@ -151,6 +158,7 @@ impl TransparencyLog {
             signer,
             batch_size: settings.batch_size.clamp(1, BUNDLE as usize),
             batch_period: settings.batch_period,
+            index_patience: settings.index_patience,
             announcements: Arc::clone(&announcements),
             edge: Some(edge),
         };

@@ -46,6 +46,7 @@ pub(super) struct Sequencer {
     pub(super) signer: Arc<dyn CheckpointSigner>,
     pub(super) batch_size: usize,
     pub(super) batch_period: Duration,
+    pub(super) index_patience: Duration,
     pub(super) announcements: Arc<Announcements>,
     /// Away while it is not known what the disk holds.
     pub(super) edge: Option<EdgeFile>,

@@ -115,7 +115,10 @@ fn without_chain(entry: &Value) -> Value {
 
 /// A site whose audit log begins with the daemon's start: the enrolments on its token are not taken in.
 fn site_without_enrolments() -> Site {
-    let mut site = Site::new();
+    without_enrolments(Site::new())
+}
+
+fn without_enrolments(mut site: Site) -> Site {
     std::fs::remove_dir_all(site.path("audit/spool")).unwrap();
     site.start();
     site
@@ -123,7 +126,11 @@ fn site_without_enrolments() -> Site {
 
 /// A site that made a device, stopped, and so has a published end of its audit log.
 async fn site_with_a_past() -> Site {
-    let mut site = site_without_enrolments();
+    with_a_past(Site::new()).await
+}
+
+async fn with_a_past(site: Site) -> Site {
+    let mut site = without_enrolments(site);
     provision(&mut site.station().await, &mut Floor::new(&site).device(1), &phone(1)).await;
     tokio::task::block_in_place(|| assert!(site.stop().success()));
     site
@@ -232,7 +239,7 @@ async fn each_tampering_is_found_also_by_somebody_who_makes_the_chain_whole_agai
     std::fs::rename(&aside, &edge).unwrap();
     site.sppctl(VERIFY);
     // Everything written anew, by a daemon of another site, and an empty log.
-    let other = site_with_a_past().await;
+    let other = with_a_past(Site::with_own_keys()).await;
     put(&site, &lines(&other));
     not_verified(&site, "replace", "line 5: its checkpoint: ");
     put(&site, &[]);

@@ -104,7 +104,7 @@ fn check_tells_what_a_healthy_site_has() {
     let text = said(&output);
     assert!(output.status.success(), "{text}");
     for found in
-        ["manufacturer", "access", "master-1", "spp-demo", "phone", "rsa-2048", "0 records", "everything is right"]
+        ["manufacturer", "access", "master-1", "spp-demo", "phone", "ed25519", "0 records", "everything is right"]
     {
         assert!(text.contains(found), "{found} is missing in: {text}");
     }
@@ -222,7 +222,7 @@ async fn another_key_under_a_known_name_is_refused() {
     tokio::task::block_in_place(|| site.stop());
 
     // Another site's manufacturer under the same name: certificate and register agree, the token does not.
-    let other = Site::new();
+    let other = Site::with_own_keys();
     let theirs = String::from_utf8(other.read("keys/keys.toml")).unwrap();
     let public_key = theirs.lines().find(|line| line.starts_with("public_key")).unwrap().split('"').nth(1).unwrap();
     site.edit("keys/keys.toml", "0011223344556677", &value("check_value"));
@@ -234,7 +234,7 @@ async fn another_key_under_a_known_name_is_refused() {
 
 #[tokio::test]
 async fn a_certificate_of_another_key_is_refused_before_anything_is_opened() {
-    let (site, other) = (Site::new(), Site::new());
+    let (site, other) = (Site::new(), Site::with_own_keys());
     std::fs::copy(other.path("keys/manufacturer-ca.pem"), site.path("keys/manufacturer-ca.pem")).unwrap();
     let output = sppd(&site, "--config sppd.toml");
     let text = said(&output);

@@ -55,7 +55,7 @@ async fn killed_again_and_again_inside_calls_it_loses_nothing_and_gives_nothing_
     let done = shift.done();
     let repeats = shift.repeated();
     println!("{} devices, {repeats} calls repeated", done.len());
-    assert!(done.len() as u64 >= AT_LEAST && repeats > 0);
+    assert!(done.len() as u64 >= at_least() && repeats > 0);
     everything_is_public_once(&site, &mut line, &done).await;
     site.kill();
     site.start();

@@ -8,7 +8,7 @@ use spp_testkit::load::{Shift, end_shift, everything_is_public_once, persistent,
 use spp_testkit::process::{Signal, send};
 use spp_testkit::random::scaled;
 use spp_testkit::site::Site;
-use spp_testkit::wait::LIMIT;
+use spp_testkit::wait::{LIMIT, eventually};
 
 /// How long each fault lasts in the full size, and at least until it was met once.
 const LASTS: Duration = Duration::from_millis(1500);
@@ -99,7 +99,8 @@ async fn a_pin_that_is_entered_at_the_hsm_passes_no_process() {
     assert!(slots.contains("PIN is entered at the HSM"), "{slots}");
     let worker = site.worker_pid().unwrap();
     send(worker, Signal::KILL);
-    assemble(&mut site.station().await, &phone(2)).await.expect("the next worker logs in the same way");
+    let mut line = site.station().await;
+    eventually("the next worker logs in the same way", async || assemble(&mut line, &phone(2)).await).await;
     assert_ne!(site.worker_pid(), Some(worker));
 }
 

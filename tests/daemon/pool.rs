@@ -22,6 +22,7 @@ fn router(n: u64) -> AssembleRequest {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_empty_pool_says_when_to_come_again_and_then_everybody_is_served() {
     let mut site = Site::new();
+    use_rsa_routers(&site);
     site.start();
     until_pools(&site, "two routers' pairs are ready", is_full).await;
     let line = site.station().await;
@@ -76,7 +77,9 @@ async fn however_many_want_the_same_few_pairs_none_is_offered_twice() {
 
 #[test]
 fn a_station_waits_for_an_empty_pool_and_completes_every_device() {
-    let site = Site::running();
+    let mut site = Site::new();
+    use_rsa_routers(&site);
+    site.start();
     let (line, devices) = (site.line, 10);
     let output = site.spp_line(&format!(
         "provision --server https://127.0.0.1:{line} --tls tls/line-1-a --devices devices --simulate {devices} \
@@ -95,6 +98,7 @@ fn a_station_waits_for_an_empty_pool_and_completes_every_device() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn pool_or_generate_does_not_wait_for_an_empty_pool() {
     let mut site = Site::new();
+    use_rsa_routers(&site);
     add_profile(&site, "hurried", "router", &[("source = \"pool\"", "source = \"pool-or-generate\"")]);
     site.start();
     until_pools(&site, "two routers' pairs are ready", is_full).await;
@@ -199,6 +203,7 @@ async fn filling_pauses_below_the_floor_of_the_disk_and_resumes() {
 #[test]
 fn what_is_wrong_with_the_pools_of_a_configuration_is_told_with_its_place() {
     let site = pooled_site(10, 20);
+    use_rsa_routers(&site);
     let twice = "kind = \"p256\"\nlow = 10\nhigh = 20";
     let router = "kind = \"rsa-2048\"\nlow = 1\nhigh = 2";
     for (from, to, faults) in [
@@ -241,7 +246,10 @@ fn is_told(site: &Site, faults: &[&str]) {
 /// What the line does not wait for is done by threads that run when nothing else wants the processor.
 #[test]
 fn background_threads_of_the_worker_have_the_lowest_priority_and_the_others_the_usual_one() {
-    let site = Site::running();
+    let mut site = Site::new();
+    site.edit("hsm-config/softhsm2.toml", "background_nice = 0", "# background_nice = 19");
+    site.start();
+    let usual = rustix::process::getpriority_process(None).unwrap();
     let mut seen = [0, 0];
     for thread in std::fs::read_dir(format!("/proc/{}/task", site.worker_pid().unwrap())).unwrap() {
         let stat = std::fs::read_to_string(thread.unwrap().path().join("stat")).unwrap();
@@ -249,10 +257,10 @@ fn background_threads_of_the_worker_have_the_lowest_priority_and_the_others_the_
         let (before, fields) = stat.rsplit_once(") ").unwrap();
         let nice: i32 = fields.split(' ').nth(16).unwrap().parse().unwrap();
         if before.ends_with("hsm-background") {
-            assert_eq!(nice, 19);
+            assert_eq!(nice, 19, "the lowest");
             seen[0] += 1;
         } else if before.ends_with("hsm-session") {
-            assert_eq!(nice, 0);
+            assert_eq!(nice, usual, "that of whoever started the daemon");
             seen[1] += 1;
         }
     }

@@ -13,7 +13,7 @@ use spp::proto::{AssembleRequest, AssembleResponse};
 use spp::store::{HeldPair, Keeping, PairCounts, SecretStore as _, SledStateStore, StateStore as _};
 
 use spp_testkit::floor::{Floor, Line, install, package, phone};
-use spp_testkit::load::{AT_LEAST, Done, Shift, end_shift, everything_is_public_once, persistent, start_shift};
+use spp_testkit::load::{Done, Shift, at_least, end_shift, everything_is_public_once, persistent, start_shift};
 use spp_testkit::pools::{
     all_pairs, answered, is_quiet, open_store, pooled, pooled_site, public_key, ready_keys, until_pools,
 };
@@ -170,7 +170,7 @@ async fn a_killed_day(mut site: Site, keeping: Keeping, kills: u64) {
     end_shift(&shift, tasks).await;
     let mut done = shift.done();
     println!("{} devices, {} calls repeated", done.len(), shift.repeated());
-    assert!(done.len() as u64 >= AT_LEAST);
+    assert!(done.len() as u64 >= at_least());
     let status = until_pools(&site, "everything is shredded", is_quiet).await;
     assert!(status.rolled_back.is_empty(), "{status:?}");
     assert!(tokio::task::block_in_place(|| site.stop()).success());

@@ -74,8 +74,8 @@ async fn a_filling_is_waited_for_and_on_record() {
         assert!((33..=34).contains(&ready), "the table at its end: {table}");
         let status = told_json(&site, "fill p256 --to 41");
         assert!((41..=42).contains(&kind(&status, "p256")["ready"].as_u64().unwrap()), "{status}");
-        let status = told_json(&site, "fill rsa-2048");
-        assert_eq!(kind(&status, "rsa-2048")["ready"], 2, "up to the high mark: {status}");
+        let status = told_json(&site, "fill ed25519");
+        assert_eq!(kind(&status, "ed25519")["ready"], 2, "up to the high mark: {status}");
         told(&site, "fill");
         told(&site, "fill p256 --to 5");
         let acts = acts(&site);
@@ -83,8 +83,8 @@ async fn a_filling_is_waited_for_and_on_record() {
         for (pair, details) in acts.chunks(2).zip([
             json!({ "kinds": "p256", "to": "33" }),
             json!({ "kinds": "p256", "to": "41" }),
-            json!({ "kinds": "rsa-2048", "to": "high mark" }),
-            json!({ "kinds": "p256 rsa-2048", "to": "high mark" }),
+            json!({ "kinds": "ed25519", "to": "high mark" }),
+            json!({ "kinds": "p256 ed25519", "to": "high mark" }),
             json!({ "kinds": "p256", "to": "5" }),
         ]) {
             let begun = ["officer o-1", "pool.fill", "begun", &details.to_string()];
@@ -96,11 +96,11 @@ async fn a_filling_is_waited_for_and_on_record() {
         assert_eq!(status, Some(2), "{text}");
         assert!(text.contains("p521") && text.contains("p256") && text.contains("rsa-4096"), "it lists them: {text}");
         assert_eq!(refused(&site, "fill p256 --to 0").0, Some(2));
-        let (status, text) = refused(&site, "fill ed25519");
+        let (status, text) = refused(&site, "fill rsa-2048");
         assert_eq!(status, Some(1), "{text}");
-        assert!(text.contains("there is no pool of ed25519 pairs; add a [[keypool.pool]]"), "{text}");
+        assert!(text.contains("there is no pool of rsa-2048 pairs; add a [[keypool.pool]]"), "{text}");
         let last = self::acts(&site).pop().unwrap();
-        assert!(last[2].starts_with("failed: there is no pool of ed25519"), "{last:?}");
+        assert!(last[2].starts_with("failed: there is no pool of rsa-2048"), "{last:?}");
         let verified = site.sppctl("audit verify --config sppd.toml");
         assert!(verified.contains("chain is whole"), "{verified}");
     });
@@ -121,8 +121,8 @@ async fn a_shredding_is_told_and_on_record() {
     tokio::task::block_in_place(|| {
         let due = told_json(&site, "status");
         assert!(kind(&due, "p256")["next_shred"].is_u64() && due["session_next_shred"].is_u64(), "{due}");
-        assert!(kind(&due, "rsa-2048")["next_shred"].is_null(), "{due}");
-        assert_eq!(told(&site, "shred rsa-2048"), NOTHING);
+        assert!(kind(&due, "ed25519")["next_shred"].is_null(), "{due}");
+        assert_eq!(told(&site, "shred ed25519"), NOTHING);
         // 18 are ready, one is a session's.
         assert_eq!(told(&site, "shred p256"), "1 batch keys destroyed, 19 pairs rewrapped\n");
         assert_eq!(told_json(&site, "shred"), json!({ "batches": 1, "moved": 1, "discarded": 0 }));
@@ -137,7 +137,7 @@ async fn a_shredding_is_told_and_on_record() {
         assert_eq!(acts.len(), 10, "{acts:?}");
         for (pair, (kind, batches, moved)) in acts.chunks(2).zip([
             ("all", "0", "0"),
-            ("rsa-2048", "0", "0"),
+            ("ed25519", "0", "0"),
             ("p256", "1", "19"),
             ("all", "1", "1"),
             ("all", "0", "0"),
@@ -196,13 +196,13 @@ async fn the_table_the_json_and_the_metrics_tell_the_same() {
         }
         assert_eq!(row(&table, "p256")[..4], ["18", "10", "20", "1"], "{table}");
         assert!(row(&table, "p256").contains(&"in".to_owned()), "when it is shredded: {table}");
-        assert_eq!(row(&table, "rsa-2048")[..4], ["2", "1", "2", "0"], "{table}");
+        assert_eq!(row(&table, "ed25519")[..4], ["2", "1", "2", "0"], "{table}");
         assert_eq!(row(&table, "on the spot")[3], "1", "{table}");
 
         let metrics = scrape(port);
         let value =
             |line: &str| metrics.lines().find_map(|told| told.strip_prefix(line)).map(|value| value.trim().to_owned());
-        for name in ["p256", "rsa-2048"] {
+        for name in ["p256", "ed25519"] {
             let told = kind(&status, name);
             for (metric, field) in [
                 ("ready_pairs", "ready"),

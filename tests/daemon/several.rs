@@ -17,6 +17,7 @@ use spp_testkit::floor::{Floor, Line, Refusal, assemble, complete, install, pack
 use spp_testkit::load::persistent;
 use spp_testkit::pools::{add_pool, add_profile, officer, pooled, until_pools};
 use spp_testkit::process::{Process, program};
+use spp_testkit::random::scaled;
 use spp_testkit::site::Site;
 use spp_testkit::wait::eventually;
 
@@ -141,7 +142,7 @@ impl Flow {
 }
 
 /// What is said of the HSM while it is lost, and how it is lost.
-const LOSSES: &[&str] = &[
+const LOSSES: [&str; 8] = [
     "* away",
     "C_Sign crash\nC_GenerateKeyPair crash",
     "C_Sign return CKR_DEVICE_ERROR",
@@ -153,17 +154,34 @@ const LOSSES: &[&str] = &[
 ];
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn either_hsm_may_be_lost_and_no_call_of_the_line_fails() {
+async fn either_hsm_may_die_or_fail_and_no_call_of_the_line_fails() {
+    either_hsm_may_be_lost(&LOSSES[..3]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn either_hsm_may_lie_or_hang_and_no_call_of_the_line_fails() {
+    either_hsm_may_be_lost(&LOSSES[3..6]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn either_hsm_may_stop_making_pairs_and_no_call_of_the_line_fails() {
+    either_hsm_may_be_lost(&LOSSES[6..]).await;
+}
+
+async fn either_hsm_may_be_lost(losses: &[&str]) {
     let mut site = with_pairs_on_both().await;
     let (flow, tasks) = Flow::start(&site, 6);
     flow.more(40).await;
-    for rules in LOSSES {
-        for (lost, directory) in ["hsm", "hsm-b"].into_iter().enumerate() {
+    for rules in losses {
+        // Each of them in the full size, one or the other in turn in the short one.
+        let in_turn = rules.len() % 2;
+        for lost in scaled(vec![in_turn], vec![0, 1]) {
+            let directory = ["hsm", "hsm-b"][lost];
             let before = members(&site).await;
             fail(&site, directory, rules);
             let begun = Instant::now();
-            flow.more(60).await;
-            println!("{rules:?} at {directory}: 60 devices in {:?}", begun.elapsed());
+            flow.more(scaled(20, 60)).await;
+            println!("{rules:?} at {directory}: the line went on for {:?}", begun.elapsed());
             assert!(site.status().await.ready, "{rules}: one HSM is enough");
             fail(&site, directory, "");
             // Back at work, without anybody's help. A worker that hangs is ready until it is known to hang.
@@ -193,7 +211,7 @@ async fn either_hsm_may_be_lost_and_no_call_of_the_line_fails() {
         b.calls_answered
     );
     let (least, most) = (a.calls_answered.min(b.calls_answered), a.calls_answered.max(b.calls_answered));
-    assert!(least * 4 > most, "the work is shared: {least} and {most}");
+    assert!(least * scaled(20, 4) > most, "the work is shared: {least} and {most}");
     assert!(site.stop().success());
 }
 

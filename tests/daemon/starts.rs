@@ -18,7 +18,7 @@ fn a_fresh_site_serves_and_drains() {
 /// Man pages and completions are made by the programs themselves.
 #[test]
 fn every_program_describes_itself_for_man_and_for_shells() {
-    let place = tempfile::tempdir().unwrap();
+    let place = spp_testkit::files::temp_dir();
     for (name, man, completions) in [
         ("sppctl", &["man"][..], &["completions", "bash"][..]),
         ("spp-line", &["man"], &["completions", "fish"]),

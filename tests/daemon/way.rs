@@ -147,7 +147,7 @@ async fn a_sealed_session_is_delivered_to_its_first_transport_key_alone() {
 }
 
 /// The profile's keys are part of the package: once they are changed, a session of before cannot be delivered the same.
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_session_of_a_changed_profile_is_refused_instead_of_given_other_keys() {
     let mut site = Site::running();
     let (floor, mut line) = (Floor::new(&site), site.station().await);

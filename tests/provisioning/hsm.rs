@@ -11,7 +11,7 @@ use spp_testkit::point::{House, Point};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_hsm_lost_before_the_signature_signs_the_same_octets_when_it_is_back() {
-    let house = House::with_call_timeout(Duration::from_secs(1)).await;
+    let house = House::with_call_timeout(Duration::from_secs(3)).await;
     for restarts in [false, true] {
         let mut point = house.point();
         let mut device = OnTheLine::new(&house, Kind::Phone, u32::from(restarts));
@@ -44,6 +44,8 @@ async fn an_hsm_lost_before_the_signature_signs_the_same_octets_when_it_is_back(
 async fn nothing_is_signed_without_a_journaled_intent() {
     let house = House::new().await;
     let point = house.point();
+    // Nothing else asks the HSM once the pool is full.
+    point.filled(8).await;
     let mut device = OnTheLine::new(&house, Kind::Phone, 1);
     for how in [Break::Failed, Break::FailedButPersisted] {
         let before = house.hsm.status().members[0].calls_answered;

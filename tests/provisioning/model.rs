@@ -14,7 +14,7 @@ use spp_testkit::point::device::{Kind, OnTheLine, identity_of};
 use spp_testkit::point::{House, Point};
 
 /// Sequences; each uses the real HSM and real stores.
-const CASES: u32 = 24;
+const CASES: u32 = 8;
 const CHIPS: usize = 3;
 const IDENTITIES: u32 = 3;
 
@@ -31,7 +31,7 @@ enum Step {
 fn any_sequence_of_calls_breaks_and_restarts_agrees_with_the_model() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let house = runtime.block_on(House::new());
-    let config = Config { max_shrink_iters: 200, source_file: Some(file!()), ..cases(CASES, 20 * CASES) };
+    let config = Config { max_shrink_iters: 200, source_file: Some(file!()), ..cases(CASES, 60 * CASES) };
     let sequences = proptest::collection::vec(step(), 1..24);
     let outcome = TestRunner::new(config).run(&sequences, |steps| {
         // The model asserts; what it prints names the step.

@@ -9,8 +9,14 @@ use spp::store::{Keeping, Purpose, SecretStore as _};
 use spp_testkit::point::breaking::{Break, PoolWrite};
 use spp_testkit::point::device::{Kind, OnTheLine};
 use spp_testkit::point::{House, assert_pool_is_whole};
+use spp_testkit::random::scaled;
 
 const BOTH: [Break; 2] = [Break::Failed, Break::FailedButPersisted];
+
+/// Whether the process is restarted after the break: both in the full size, one or the other in turn in the short one.
+fn restarts(turn: usize) -> Vec<bool> {
+    scaled(vec![turn % 2 == 1], vec![false, true])
+}
 
 fn rules(keeping: Keeping, high: u64) -> PoolRules {
     let pools = [(KeyKind::P256, Marks { low: 1, high })].into();
@@ -24,7 +30,7 @@ async fn a_shredding_is_whole_whichever_write_breaks() {
         [PoolWrite::Plan, PoolWrite::Open, PoolWrite::Seal, PoolWrite::Move, PoolWrite::Empty, PoolWrite::Forget];
     for write in writes {
         for how in BOTH {
-            for restarts in [false, true] {
+            for restarts in restarts(write as usize + how as usize) {
                 println!("{write:?} {how:?}, restarts: {restarts}");
                 let mut point = house.point_with(rules(Keeping::Wrapped, 6));
                 point.filled(6).await;
@@ -60,7 +66,7 @@ async fn a_filling_is_whole_whichever_write_breaks() {
     for keeping in [Keeping::Wrapped, Keeping::Hsm] {
         for write in [PoolWrite::Plan, PoolWrite::Open, PoolWrite::Add, PoolWrite::Seal] {
             for how in BOTH {
-                for restarts in [false, true] {
+                for restarts in restarts(write as usize + how as usize) {
                     println!("{keeping:?}: {write:?} {how:?}, restarts: {restarts}");
                     let mut point = house.point_with(rules(keeping, 10));
                     point.pool_faults.break_next(write, how);
@@ -83,7 +89,7 @@ async fn a_pair_on_the_token_is_destroyed_whichever_write_breaks() {
     let house = House::new().await;
     for write in [PoolWrite::Destroyed, PoolWrite::Empty, PoolWrite::Forget] {
         for how in BOTH {
-            for restarts in [false, true] {
+            for restarts in restarts(write as usize + how as usize) {
                 println!("{write:?} {how:?}, restarts: {restarts}");
                 let mut point = house.point_with(PoolRules { batch_size: 2, ..rules(Keeping::Hsm, 4) });
                 point.filled(4).await;

@@ -1,6 +1,20 @@
 //! Files and directories of tests.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+use tempfile::TempDir;
+
+/// A new directory, in memory (`/dev/shm`) where the system has that, since hundreds of tests that sync to one disk wait for each
+/// other. What a killed process wrote is kept there as on a disk; `SPP_TEST_DIR` puts it onto a real one, as `make soak` does.
+pub fn temp_dir() -> TempDir {
+    let parent = std::env::var_os("SPP_TEST_DIR").map_or_else(in_memory, PathBuf::from);
+    tempfile::tempdir_in(&parent).unwrap_or_else(|e| panic!("{}: {e}", parent.display()))
+}
+
+fn in_memory() -> PathBuf {
+    let memory = Path::new("/dev/shm");
+    if memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() }
+}
 
 /// Writes a file that only its owner may read, as PINs and keys must be.
 pub fn write_private(path: &Path, content: &str) {

@@ -16,6 +16,7 @@ use crate::floor::{
     Floor, Line, Refusal, assemble, assert_proven, chip, complete, install, may_be_repeated, package, phone, sensor,
     state_of, unproven,
 };
+use crate::random::scaled;
 use crate::site::Site;
 
 /// A client that connects again by itself.
@@ -44,7 +45,10 @@ pub struct Shift {
     repeats: AtomicU64,
 }
 
-pub const AT_LEAST: u64 = 150;
+/// So many devices go the whole way at least.
+pub fn at_least() -> u64 {
+    scaled(50, 400)
+}
 
 impl Shift {
     /// A shift of phones and sensors.
@@ -88,7 +92,7 @@ impl Shift {
     async fn work(self: Arc<Self>, mut line: Line) {
         loop {
             let n = self.next.fetch_add(1, Ordering::Relaxed);
-            if n > AT_LEAST && self.stop.load(Ordering::Relaxed) {
+            if n > at_least() && self.stop.load(Ordering::Relaxed) {
                 return;
             }
             let done = self.one_device(&mut line, n).await;

@@ -35,6 +35,12 @@ pub fn add_profile(site: &Site, name: &str, like: &str, edits: &[(&str, &str)]) 
     site.edit("sppd.toml", "\"router\"", &format!("\"router\", \"{name}\""));
 }
 
+/// The profile `router` takes RSA pairs from its pool, as in the demo: they are slow to make.
+pub fn use_rsa_routers(site: &Site) {
+    site.edit("profiles/router.toml", "ed25519", "rsa-2048");
+    site.edit("sppd.toml", "ed25519", "rsa-2048");
+}
+
 pub fn add_pool(site: &Site, kind: &str, low: u64, high: u64) {
     let pool = format!("[[keypool.pool]]\nkind = \"{kind}\"\nlow = {low}\nhigh = {high}\n\n[[station]]");
     site.edit("sppd.toml", "[[station]]", &pool);
@@ -75,8 +81,9 @@ pub async fn until_pools(
     what: &str,
     so: impl Fn(&GetPoolStatusResponse) -> bool,
 ) -> GetPoolStatusResponse {
+    let mut officer = site.officer().await;
     eventually(what, async || {
-        let status = site.officer().await.get_pool_status(GetPoolStatusRequest {}).await.unwrap().into_inner();
+        let status = officer.get_pool_status(GetPoolStatusRequest {}).await.unwrap().into_inner();
         if so(&status) { Ok(status) } else { Err((status, site.log())) }
     })
     .await

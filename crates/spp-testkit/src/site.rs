@@ -11,7 +11,7 @@ use spp::proto::officer_client::OfficerClient;
 use spp::proto::recovery_client::RecoveryClient;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
-use crate::files::{copy_directory, write_private};
+use crate::files::{copy_directory, temp_dir, write_private};
 use crate::ports::free_port;
 use crate::process::{Process, Signal, children_of, faulty_module, output, output_of_typing, program, send, tethered};
 use crate::template::copy_template;
@@ -54,7 +54,7 @@ impl Site {
 
     fn empty() -> Self {
         let [line, officer, public] = std::array::from_fn(|_| free_port());
-        Self { directory: tempfile::tempdir().unwrap(), line, officer, public, daemon: None }
+        Self { directory: temp_dir(), line, officer, public, daemon: None }
     }
 
     /// A site whose daemon serves.
@@ -187,9 +187,7 @@ impl Site {
 
     /// Another text in a file of the site; what is replaced must be there.
     pub fn edit(&self, relative: &str, from: &str, to: &str) {
-        let text = std::fs::read_to_string(self.path(relative)).unwrap();
-        assert!(text.contains(from), "{relative} has no {from:?}");
-        std::fs::write(self.path(relative), text.replacen(from, to, 1)).unwrap();
+        replace(&self.path(relative), from, to);
     }
 
     /// From now on the module is the one of `tests/faulty-hsm`, over SoftHSM.
@@ -304,6 +302,11 @@ fn make(directory: &Path) {
     }
     copy_directory(&Path::new(DEMO).join("profiles"), &directory.join("profiles"));
     copy_directory(Path::new(HSM_CONFIG), &directory.join("hsm-config"));
+    // While other tests keep the machine busy, threads of the lowest priority would hardly run.
+    replace(&directory.join("hsm-config/softhsm2.toml"), "# background_nice = 19", "background_nice = 0");
+    // An RSA pair costs a second of processor time, and every daemon would make two.
+    replace(&directory.join("profiles/router.toml"), "rsa-2048", "ed25519");
+    replace(&directory.join("sppd.toml"), "rsa-2048", "ed25519");
     std::fs::create_dir_all(directory.join("hsm/tokens")).unwrap();
     write_softhsm_conf(directory);
     write_private(&directory.join("hsm/user.pin"), "482910375566");
@@ -321,6 +324,12 @@ fn make(directory: &Path) {
         let output = output(command);
         assert!(output.status.success(), "sppctl {words}: {}", String::from_utf8_lossy(&output.stderr));
     }
+}
+
+fn replace(file: &Path, from: &str, to: &str) {
+    let text = std::fs::read_to_string(file).unwrap();
+    assert!(text.contains(from), "{} has no {from:?}", file.display());
+    std::fs::write(file, text.replacen(from, to, 1)).unwrap();
 }
 
 /// The one file with an absolute path in it.

@@ -8,8 +8,13 @@ use std::time::{Duration, Instant};
 
 /// How long a condition is waited for.
 pub const LIMIT: Duration = Duration::from_secs(120);
-/// The pause between two looks.
-const POLL_INTERVAL: Duration = Duration::from_millis(10);
+/// The pause after the first look, and the longest one: each is half as long again as the one before, because a look at a daemon
+/// may be a TLS connection, and looking must not be what keeps a busy machine busy.
+const POLL_INTERVAL: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(150));
+
+fn longer(pause: Duration) -> Duration {
+    POLL_INTERVAL.1.min(pause * 3 / 2)
+}
 
 /// What one look at a condition found: `true`, `Some` and `Ok` end the waiting; everything else is shown if it never ends.
 pub trait Look {
@@ -46,25 +51,27 @@ impl<T, E: Debug> Look for Result<T, E> {
 
 /// Looks again and again until the condition holds. `what` completes the sentence "waiting until …".
 pub async fn eventually<L: Look>(what: &str, mut look: impl AsyncFnMut() -> L) -> L::Value {
-    let begun = Instant::now();
+    let (begun, mut pause) = (Instant::now(), POLL_INTERVAL.0);
     loop {
         match look().await.found() {
             Ok(value) => return value,
             Err(seen) => assert!(begun.elapsed() < LIMIT, "waiting until {what}; last seen: {seen}"),
         }
-        tokio::time::sleep(POLL_INTERVAL).await;
+        tokio::time::sleep(pause).await;
+        pause = longer(pause);
     }
 }
 
 /// The same without an async runtime.
 pub fn eventually_blocking<L: Look>(what: &str, mut look: impl FnMut() -> L) -> L::Value {
-    let begun = Instant::now();
+    let (begun, mut pause) = (Instant::now(), POLL_INTERVAL.0);
     loop {
         match look().found() {
             Ok(value) => return value,
             Err(seen) => assert!(begun.elapsed() < LIMIT, "waiting until {what}; last seen: {seen}"),
         }
-        std::thread::sleep(POLL_INTERVAL);
+        std::thread::sleep(pause);
+        pause = longer(pause);
     }
 }
 
@@ -74,6 +81,6 @@ pub async fn never<L: Look>(what: &str, time: Duration, mut look: impl AsyncFnMu
     let begun = Instant::now();
     while begun.elapsed() < time {
         assert!(look().await.found().is_err(), "it must never be that {what}");
-        tokio::time::sleep(POLL_INTERVAL).await;
+        tokio::time::sleep(POLL_INTERVAL.0).await;
     }
 }

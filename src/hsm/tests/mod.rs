@@ -45,7 +45,7 @@ pub(crate) fn in_module<Work: FnOnce(&Place)>(work: Work) {
         work(&place);
         place.tell_end_of(WORK);
     } else {
-        let directory = tempfile::tempdir().unwrap();
+        let directory = spp_testkit::files::temp_dir();
         let place = Place::new(directory.path().to_owned());
         place.write_module_configuration();
         // `crate::hsm::tests::room::test::{{closure}}`: the test calls this from its own body.

@@ -34,7 +34,8 @@ fn child(wrap: &str, test: &str, dir: &Path, first: u64) -> Command {
 /// The log, if this process is the child that a test started: the test's own program with the same test's name.
 async fn as_child() -> Option<Arc<TransparencyLog>> {
     let dir = PathBuf::from(std::env::var(CHILD).ok()?);
-    let opened = TransparencyLog::open(&dir, &options(), log().signer, LogSettings::default()).await;
+    let settings = LogSettings { index_patience: Duration::from_millis(300), ..LogSettings::default() };
+    let opened = TransparencyLog::open(&dir, &options(), log().signer, settings).await;
     Some(Arc::new(opened.unwrap()))
 }
 
@@ -179,7 +180,7 @@ async fn an_index_that_can_be_written_no_more_is_made_anew_and_knows_everything(
                 break;
             }
         }
-        // It fails for ten seconds before it is given up.
+        // It fails for a while before it is given up.
         eventually("a new index", async || {
             public.status().reading_trouble.is_some_and(|why| why.contains("made anew"))
         })

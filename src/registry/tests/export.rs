@@ -87,7 +87,7 @@ fn names(files: &BTreeMap<String, Vec<u8>>) -> Vec<String> {
 fn a_mirror_is_exactly_what_the_specification_says_and_every_chip_is_proven() {
     let made = Made::new(600);
     for size in [0, 1, 255, 256, 257, 512, 600] {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = spp_testkit::files::temp_dir();
         let mut source = made.of(size);
         let exported = made.export(&mut source, dir.path()).unwrap();
         assert_eq!(exported, Exported { before: 0, now: size as u64 });
@@ -111,7 +111,7 @@ fn marks(dir: &Path) -> BTreeMap<String, (u64, i64, i64)> {
 
 #[test]
 fn what_is_full_is_written_once_and_outgrown_parts_are_gone() {
-    let (made, dir) = (Made::new(800), tempfile::tempdir().unwrap());
+    let (made, dir) = (Made::new(800), spp_testkit::files::temp_dir());
     let mut before = 0;
     let mut partial = Vec::new();
     for size in [10, 100, 255, 256, 300, 300, 512, 513, 700, 800] {
@@ -150,7 +150,7 @@ type Interruption = fn(&Path);
 #[test]
 fn an_interrupted_export_is_finished_by_the_next_one() {
     let made = Made::new(520);
-    let (old, whole) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (old, whole) = (spp_testkit::files::temp_dir(), spp_testkit::files::temp_dir());
     made.export(&mut made.of(260), old.path()).unwrap();
     made.export(&mut made.of(520), whole.path()).unwrap();
     let interruptions: [(&str, Interruption); 6] = [
@@ -176,7 +176,7 @@ fn an_interrupted_export_is_finished_by_the_next_one() {
     for (what, interrupt) in interruptions {
         // The first export ever, and one that has a checkpoint to go on from.
         for begun in [false, true] {
-            let dir = tempfile::tempdir().unwrap();
+            let dir = spp_testkit::files::temp_dir();
             fs::create_dir_all(dir.path().join("tile/entries")).unwrap();
             if begun {
                 copy_directory(old.path(), dir.path());
@@ -202,7 +202,7 @@ fn an_interrupted_export_is_finished_by_the_next_one() {
 fn a_log_that_does_not_continue_the_mirror_is_refused_and_the_mirror_is_left_alone() {
     let made = Made::new(700);
     for old in [100, 256, 300, 600] {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = spp_testkit::files::temp_dir();
         made.export(&mut made.of(old), dir.path()).unwrap();
         let before = (files_of(dir.path()), marks(dir.path()));
         // Wherever it was rewritten: what the mirror has of it is not read again.
@@ -238,7 +238,7 @@ type Harm = fn(&mut Vec<u8>);
 #[test]
 fn a_damaged_log_is_refused_and_the_mirrors_checkpoint_stays() {
     let made = Made::new(520);
-    let (good, old) = (made.of(520), tempfile::tempdir().unwrap());
+    let (good, old) = (made.of(520), spp_testkit::files::temp_dir());
     made.export(&mut made.of(260), old.path()).unwrap();
     for name in ["tile/entries/001", "tile/entries/002.p/8", "tile/0/001", "tile/0/002.p/8"] {
         let harms: [(&str, Harm); 4] = [
@@ -248,7 +248,7 @@ fn a_damaged_log_is_refused_and_the_mirrors_checkpoint_stays() {
             ("empty", Vec::clear),
         ];
         for (what, harm) in harms {
-            let dir = tempfile::tempdir().unwrap();
+            let dir = spp_testkit::files::temp_dir();
             copy_directory(old.path(), dir.path());
             let mut damaged = good.clone();
             harm(damaged.files.get_mut(name).unwrap());
@@ -317,7 +317,7 @@ async fn a_daemon_that_publishes_meanwhile_is_mirrored_as_it_was_at_one_moment()
 
 #[test]
 fn a_mirror_whose_own_tiles_are_damaged_is_told_from_a_fork() {
-    let (made, dir) = (Made::new(700), tempfile::tempdir().unwrap());
+    let (made, dir) = (Made::new(700), spp_testkit::files::temp_dir());
     made.export(&mut made.of(300), dir.path()).unwrap();
     fs::write(dir.path().join("tile/0/000"), [7; 8192]).unwrap();
     let refused = made.export(&mut made.of(700), dir.path()).unwrap_err();

@@ -159,7 +159,7 @@ async fn every_tile_of_every_earlier_checkpoint_is_served() {
         told.extend(grow(&public, from..to).await);
         let by_index: BTreeMap<_, _> = told.iter().map(|(n, told)| (told.index, *n)).collect();
         let entries: Vec<_> = by_index.values().map(|n| record(*n).to_bytes().unwrap()).collect();
-        for size in (1..=to).rev().step_by(if to < 500 { 7 } else { 1 }) {
+        for size in (1..=to).rev().step_by(scaled(13, if to < 500 { 7 } else { 1 })) {
             // Most tiles of a size are those of all others; the last ones are its own.
             let all = tiles_of(&entries[..size as usize]);
             for (name, octets) in all.into_iter().filter(|(name, _)| size == to || name.contains(".p/")) {

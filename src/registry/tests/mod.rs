@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 
 use super::*;
 use spp_testkit::files::copy_directory;
-use spp_testkit::random::cases;
+use spp_testkit::random::{cases, scaled};
 use spp_testkit::wait::eventually;
 
 use crate::store::contract_public::{PublicFactory, contract_of_publication, record};
@@ -69,7 +69,7 @@ impl Log {
 #[async_trait]
 impl PublicFactory for Log {
     fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = spp_testkit::files::temp_dir();
         TransparencyLog::create(&dir.path().join("public"), &options()).unwrap();
         Self { dir, signer: Arc::new(LocalSigner::new(ORIGIN)) }
     }

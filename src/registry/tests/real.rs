@@ -129,7 +129,7 @@ pub(super) struct Shown(pub(super) TempDir);
 impl Shown {
     /// The mirror as it was made.
     pub(super) fn mirror() -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = spp_testkit::files::temp_dir();
         copy_directory(&REAL.mirror.join("tile"), &dir.path().join("tile"));
         fs::copy(REAL.mirror.join("checkpoint"), dir.path().join("checkpoint")).unwrap();
         Self(dir)
@@ -137,7 +137,7 @@ impl Shown {
 
     /// A log that somebody made with these entries, with a checkpoint.
     pub(super) fn made_of(entries: &[Vec<u8>], checkpoint: &[u8]) -> Self {
-        let shown = Self(tempfile::tempdir().unwrap());
+        let shown = Self(spp_testkit::files::temp_dir());
         shown.show(entries);
         fs::write(shown.path("checkpoint"), checkpoint).unwrap();
         shown

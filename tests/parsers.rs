@@ -1,6 +1,6 @@
 //! Everything that reads octets from outside, with damaged samples: the bodies of `fuzz/`, for a moment, with every test run.
 //!
-//! `SPP_WRITE_SEEDS=1 cargo test --test parsers` writes the samples to `fuzz/corpus/`, for libFuzzer to begin from.
+//! `SPP_WRITE_SEEDS=1 cargo test --test integration parsers` writes the samples to `fuzz/corpus/`, for libFuzzer to begin from.
 
 #[allow(unreachable_pub, reason = "a crate of its own elsewhere")]
 #[path = "../fuzz/src/lib.rs"]

@@ -1,7 +1,7 @@
 //! The test vectors for firmware authors in `tests/vectors/`: the way of one device in octets.
 //!
 //! What is deterministic is made again and compared; what is not (ephemeral keys, ECDSA and PSS signatures) is opened
-//! or verified. `SPP_WRITE_VECTORS=1 cargo test --test vectors` writes the outputs anew, from the inputs in the files.
+//! or verified. `SPP_WRITE_VECTORS=1 cargo test --test integration vectors` writes the outputs anew, from the inputs in the files.
 
 use std::path::Path;
 

@@ -6,19 +6,22 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.."
 
 usage() {
     cat <<'END'
-usage: deploy/demo/demo.sh [--keep-running] [--devices N] [--directory DIR] [--profile release|dev] [-- COMMAND...]
+usage: deploy/demo/demo.sh [--keep-running] [--devices N] [--directory DIR] [--port N] [--profile release|dev | --bin DIR]
+                           [-- COMMAND...]
 
   --keep-running   leave the daemon running and print what to try; Ctrl-C ends it
   --devices N      how many devices to provision (default: 100)
   --directory DIR  where everything goes (default: target/demo); removed first if a demo made it
+  --port N         the first of three ports (default: 7443; the next that are free are taken)
   --profile NAME   the cargo profile to build with (default: release)
+  --bin DIR        take sppd, sppctl and spp-line from there and build nothing
   -- COMMAND...    run this against the daemon instead of the tour; it finds SPP_DIRECTORY, SPP_LINE, SPP_OFFICER,
                    SPP_PUBLIC (host:port) and SPP_BIN in its environment
 END
 }
 
 main() {
-    dir=target/demo profile=release devices=100 keep_running=no begun=no daemon='' command=()
+    dir=target/demo profile=release devices=100 keep_running=no begun=no daemon='' bin='' first_port=7443 command=()
     parse_arguments "$@"
     exec 3>&1
     trap finish EXIT
@@ -51,6 +54,8 @@ parse_arguments() {
             --devices) devices=${2:?--devices needs a number}; shift ;;
             --directory) dir=${2:?--directory needs a path}; shift ;;
             --profile) profile=${2:?--profile needs a name}; shift ;;
+            --bin) bin=$(cd -- "${2:?--bin needs a directory}" && pwd); shift ;;
+            --port) first_port=${2:?--port needs a number}; shift ;;
             --) shift; command=("$@"); return ;;
             -h | --help) usage; exit 0 ;;
             *) usage >&2; exit 2 ;;
@@ -90,17 +95,17 @@ begin_afresh() {
     choose_ports
 }
 
-# 7443, 7444 and 7445, or the next three that are free.
+# The first port and the two behind it, or the next three that are free.
 choose_ports() {
     local base
-    for base in $(seq 7443 10 7643); do
+    for base in $(seq "$first_port" 10 $((first_port + 200))); do
         if port_is_free "$base" && port_is_free $((base + 1)) && port_is_free $((base + 2)); then
             line=127.0.0.1:$base officer=127.0.0.1:$((base + 1)) public=127.0.0.1:$((base + 2))
             sed -i "s/127.0.0.1:7443/$line/; s/127.0.0.1:7444/$officer/; s/127.0.0.1:7445/$public/" "$dir/sppd.toml"
             return
         fi
     done
-    fail 'no three neighbouring ports from 7443 to 7645 are free on 127.0.0.1'
+    fail "no three neighbouring ports from $first_port to $((first_port + 202)) are free on 127.0.0.1"
 }
 
 port_is_free() {
@@ -108,6 +113,7 @@ port_is_free() {
 }
 
 build() {
+    if [ -n "$bin" ]; then return; fi
     step "Building (profile $profile; the first time this takes some minutes)"
     command -v cargo >/dev/null || fail 'Rust is missing: see https://rustup.rs'
     run cargo build --locked --bins --profile "$profile" 8>&-
@@ -119,7 +125,7 @@ build() {
 
 make_token() {
     step 'A SoftHSM token of our own'
-    run softhsm-setup/setup.sh --install-only
+    deploy/setup.sh demo
     run softhsm-setup/setup.sh --dir "$dir/hsm" --label spp-demo --sppctl "$bin/sppctl"
 }
 

@@ -1,6 +1,6 @@
 //! What is done to octets from outside, one function for each parser. None may panic, and what is accepted must hold.
 //!
-//! The same functions run under libFuzzer (`fuzz_targets/`) and, with damaged samples, in `cargo test --test parsers`. Each
+//! The same functions run under libFuzzer (`fuzz_targets/`) and, with damaged samples, in `cargo test --test integration parsers`. Each
 //! says whether it accepted the octets, so that a test can tell that its samples are good ones.
 
 pub mod samples;

@@ -59,6 +59,9 @@ pub enum HsmCommand {
         /// The products' profiles: a directory of NAME.toml. Without it everything is examined that any product could need.
         #[arg(long, value_name = "DIR")]
         products: Option<PathBuf>,
+        /// Leave out a kind of key that no product needs, for example rsa-4096, of which a pair takes seconds. May be repeated.
+        #[arg(long, value_name = "KIND", conflicts_with = "products")]
+        skip: Vec<KeyKind>,
         /// Tell it as JSON.
         #[arg(long)]
         json: bool,
@@ -122,10 +125,10 @@ impl HsmCommand {
         match self {
             Self::Slots { module, json } => slots(&entered(&module)?, json),
             Self::Mechanisms { module, label, json } => mechanisms(&entered(&module)?, label.as_deref(), json),
-            Self::Check { module, label, pin_file, products, json } => {
+            Self::Check { module, label, pin_file, products, skip, json } => {
                 let profile = entered(&module)?;
                 let (token, pin) = module.token(label.as_deref(), pin_file)?;
-                check(&profile, &token, &pin, products.as_deref(), json)
+                check(&profile, &token, &pin, products.as_deref(), &skip, json)
             }
             Self::Status { daemon } => status(&daemon),
             Self::RetryPin { config, hsm } => retry_pin(&config, hsm.as_deref()),
@@ -212,10 +215,13 @@ fn check(
     token: &TokenIdentity,
     pin: &PinSource,
     products: Option<&Path>,
+    skip: &[KeyKind],
     json: bool,
 ) -> Result<(), String> {
     let products = products.map_or_else(|| Ok(BTreeMap::new()), load_products)?;
-    let needs = if products.is_empty() { Needs::everything() } else { needs_of(products.values()) };
+    let mut needs = if products.is_empty() { Needs::everything() } else { needs_of(products.values()) };
+    needs.signing.retain(|kind| !skip.contains(kind));
+    needs.pairs.retain(|kind| !skip.contains(kind));
     let bar = if std::io::stderr().is_terminal() && !json { ProgressBar::new_spinner() } else { ProgressBar::hidden() };
     bar.enable_steady_tick(Duration::from_millis(100));
     let found = examine(profile, token, pin, &needs, |what| bar.set_message(what.to_owned()));

@@ -12,10 +12,10 @@ use spp_testkit::floor::{
     unproven,
 };
 use spp_testkit::load::*;
-use spp_testkit::process::{Signal, send};
+use spp_testkit::process::{Signal, is_running, send};
 use spp_testkit::random::{Random, scaled};
 use spp_testkit::site::Site;
-use spp_testkit::wait::eventually;
+use spp_testkit::wait::{eventually, eventually_blocking};
 
 #[tokio::test]
 async fn every_answer_is_the_same_before_and_after_a_kill() {
@@ -95,6 +95,21 @@ async fn a_worker_that_is_killed_while_it_starts_is_replaced_soon() {
         known.insert(worker);
     }
     assemble(&mut site.station().await, &phone(1)).await.expect("the call waits for the next worker");
+}
+
+/// A module may hang in any call, also before the worker reads its first request; it has the PIN, and must not outlive the daemon.
+#[test]
+fn worker_that_hangs_in_its_module_ends_with_the_daemon() {
+    let mut site = Site::new();
+    site.use_faulty_module();
+    site.fail("C_Initialize hang");
+    site.spawn();
+    let worker = eventually_blocking("the worker hangs", || {
+        site.path("hsm/faults.fired").exists().then(|| site.worker_pid()).flatten()
+    });
+    assert!(is_running(worker));
+    site.kill();
+    eventually_blocking("the worker has ended", || !is_running(worker));
 }
 
 /// SoftHSM rewrites a token's file in place at each login; a kill between truncation and writing leaves it empty.

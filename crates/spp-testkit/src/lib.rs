@@ -31,6 +31,8 @@
 //! compiled a second time, so its types are others than those that this crate names: unit tests use [`wait`], [`random`],
 //! [`process`], [`files`] and [`ports`], which name none.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::missing_panics_doc, reason = "test support fails by a panic")]
+#![expect(clippy::disallowed_types, reason = "tests are gRPC clients: they read statuses")]
+#![allow(clippy::new_without_default, reason = "making a site is an act, and no default value")]
 #![allow(missing_docs, reason = "the fields and methods of sites, devices and loads are named by what they are")]
 
 pub mod authority;

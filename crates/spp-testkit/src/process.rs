@@ -177,3 +177,43 @@ fn spawn(command: Command) -> io::Result<Child> {
     launcher.send((command, reply)).expect("the launcher never ends");
     child.recv().expect("the launcher answers")
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead as _, BufReader};
+
+    use super::*;
+
+    /// Set for the process that starts another one and is killed then.
+    const STARTS_ANOTHER: &str = "SPP_TESTKIT_STARTS_ANOTHER";
+
+    #[test]
+    fn process_ends_when_its_test_is_killed() {
+        if std::env::var_os(STARTS_ANOTHER).is_some() {
+            let mut sleep = tethered("sleep");
+            sleep.arg("1000").stdout(Stdio::null()).stderr(Stdio::null());
+            println!("started {}", Process::spawn(sleep).id());
+            std::thread::sleep(std::time::Duration::from_secs(1000));
+        }
+        let mut test = tethered(std::env::current_exe().unwrap());
+        test.args(["--exact", "process::tests::process_ends_when_its_test_is_killed", "--nocapture"]);
+        test.env(STARTS_ANOTHER, "1").stdout(Stdio::piped()).stderr(Stdio::null());
+        let mut test = Process::spawn(test);
+        let lines = BufReader::new(test.child().stdout.take().unwrap()).lines();
+        let started = lines.map(Result::unwrap).find_map(|line| line.strip_prefix("started ")?.parse().ok()).unwrap();
+        assert!(is_running(started));
+        test.kill();
+        eventually_blocking("the process has ended", || !is_running(started));
+    }
+
+    #[test]
+    fn dropped_process_is_killed_with_its_children() {
+        let mut shell = tethered("sh");
+        shell.args(["-c", "sleep 1000 & wait"]).stdin(Stdio::null());
+        let process = Process::spawn(shell);
+        let child = eventually_blocking("it has a child", || children_of(process.id()).first().copied());
+        send(child, Signal::STOP);
+        drop(process);
+        eventually_blocking("the child has ended", || !is_running(child));
+    }
+}

@@ -156,7 +156,8 @@ async fn after_a_torn_batch_the_log_goes_on_in_its_place() {
     grow(&public, 300..320).await;
     closed(public, &log).await;
     let after = fs::read(edge_file(&log.dir(), 256)).unwrap();
-    for cut in [1, 9, 300, (after.len() - before.len()) / 2, after.len() - before.len() - 1] {
+    let added = after.len() - before.len();
+    for cut in scaled(vec![9, added - 1], vec![1, 9, 300, added / 2, added - 1]) {
         fs::remove_dir_all(log.dir()).unwrap();
         copy_directory(&copy, &log.dir());
         fs::write(edge_file(&log.dir(), 256), &after[..before.len() + cut]).unwrap();

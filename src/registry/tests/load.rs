@@ -76,10 +76,13 @@ async fn many_publish_and_read_at_once_and_everything_acknowledged_is_proven() {
     }
 }
 
+/// Far longer than anything takes here, so that whoever waited for its end is told apart on a slow machine, too.
+const PERIOD: Duration = Duration::from_secs(100);
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn those_who_are_on_the_way_share_a_batch_and_nobody_waits_for_nobody() {
     let (log, faults) = (Log::new(), Arc::new(Faults::default()));
-    let settings = LogSettings { batch_period: Duration::from_secs(3), ..LogSettings::default() };
+    let settings = LogSettings { batch_period: PERIOD, ..LogSettings::default() };
     let opened =
         TransparencyLog::open_through(&log.dir(), &options(), log.signer.clone(), settings, faults.clone()).await;
     let public = Arc::new(opened.unwrap());
@@ -88,13 +91,13 @@ async fn those_who_are_on_the_way_share_a_batch_and_nobody_waits_for_nobody() {
     let announced = public.announce();
     public.publish(&record(1)).await.unwrap();
     drop(announced);
-    assert!(begun.elapsed() < Duration::from_secs(2), "alone it waits for nobody");
+    assert!(begun.elapsed() < PERIOD, "alone it waits for nobody");
     let alone = faults.syncs.load(SeqCst);
     let begun = Instant::now();
     grow(&public, 2..1000).await;
     let shared = faults.syncs.load(SeqCst) - alone;
     assert_eq!(shared, 4, "998 publications in batches of up to 256");
-    assert!(begun.elapsed() < Duration::from_secs(20));
+    assert!(begun.elapsed() < PERIOD);
 
     // Those who come one after the other share one, too: each of them was announced.
     let before = faults.syncs.load(SeqCst);
@@ -120,7 +123,7 @@ async fn those_who_are_on_the_way_share_a_batch_and_nobody_waits_for_nobody() {
     });
     left.0.unwrap();
     let waited = begun.elapsed();
-    assert!((300..2500).contains(&waited.as_millis()), "{waited:?}");
+    assert!((Duration::from_millis(300)..PERIOD).contains(&waited), "{waited:?}");
     drop(announced.1);
 }
 

@@ -1,6 +1,5 @@
 //! What the daemon makes on the token by itself: batch keys, and pairs that are kept there.
 
-
 use cryptoki::object::Attribute;
 
 use super::{Place, in_module, object_counts};

@@ -98,13 +98,12 @@ fn a_station_waits_for_an_empty_pool_and_completes_every_device() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn pool_or_generate_does_not_wait_for_an_empty_pool() {
     let mut site = Site::new();
-    use_rsa_routers(&site);
     add_profile(&site, "hurried", "router", &[("source = \"pool\"", "source = \"pool-or-generate\"")]);
     site.start();
     until_pools(&site, "two routers' pairs are ready", is_full).await;
     let line = site.station().await;
     let hurried = |n| AssembleRequest { profile: "hurried".to_owned(), ..router(n) };
-    let at_once = (1..=8).map(|n| {
+    let at_once = (1..=16).map(|n| {
         let (mut line, order) = (line.clone(), hurried(n));
         tokio::spawn(async move { assemble(&mut line, &order).await })
     });
@@ -115,7 +114,7 @@ async fn pool_or_generate_does_not_wait_for_an_empty_pool() {
     let status = until_pools(&site, "it is full again", is_full).await;
     let (pooled, made) = (status.kinds[0].reserved, status.session_pairs);
     assert!(pooled >= 2 && made >= 1, "{status:?}");
-    assert_eq!(pooled + made, 8, "{status:?}");
+    assert_eq!(pooled + made, 16, "{status:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,5 +1,5 @@
 //! A PKCS#11 module for tests: everything goes on to a real module (`FAULTY_HSM_MODULE`), and fails as the control file
-//! (`FAULTY_HSM_CONTROL`) says at that moment. The file's form is in [`control`].
+//! (`FAULTY_HSM_CONTROL`) says at that moment. The file's form is in `control`.
 #![allow(non_snake_case, reason = "the functions have the names of the standard")]
 #![allow(unsafe_op_in_unsafe_fn, reason = "each function is a C call that passes its arguments on")]
 

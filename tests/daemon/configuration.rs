@@ -14,7 +14,7 @@ use spp_testkit::files::write_private;
 use spp_testkit::floor::{Refusal, assemble, phone};
 use spp_testkit::process::{output, tethered};
 use spp_testkit::site::Site;
-use spp_testkit::wait::eventually;
+use spp_testkit::wait::{eventually, never};
 
 fn sppd(site: &Site, words: &str) -> Output {
     site.run("sppd", words)
@@ -175,15 +175,16 @@ async fn a_wrong_pin_is_tried_once_and_an_officer_is_asked_for() {
         assert!(Refusal::of(&refused).is(Code::Unavailable, "HSM_NEEDS_OFFICER"), "{refused:?}");
         assert!(refused.get_error_details().retry_info().is_some());
     }
-    // Longer than the first waits between starts.
-    tokio::time::sleep(Duration::from_secs(1)).await;
+    // Told once by the HSM, the pools and the health service, and with each refusal; and that is all, for longer than the first
+    // waits between starts.
+    let told = || site.log().matches("CKR_PIN_INCORRECT").count();
+    eventually("all have told", async || if told() < 3 + 3 { Err(site.log()) } else { Ok(()) }).await;
+    never("it is told or tried again", Duration::from_secs(1), async || told() > 3 + 3).await;
     let status = site.status().await;
     assert_eq!(
         (status.ready, status.hsm.unwrap().members[0].worker_starts, status.sessions.unwrap().reserved),
         (false, 1, 0)
     );
-    // Told once by the HSM, the pools and the health service, and with each refusal.
-    assert_eq!(site.log().matches("CKR_PIN_INCORRECT").count(), 3 + 3, "{}", site.log());
     assert!(!site.log().contains("000000000000"));
     assert!(tokio::task::block_in_place(|| site.stop()).success());
     write_private(&site.path("hsm/user.pin"), &right);

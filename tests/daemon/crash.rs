@@ -69,8 +69,8 @@ async fn a_killed_hsm_worker_is_replaced_and_no_call_fails_for_good() {
     let mut line = Line::new(persistent(&site));
     let tasks = start_shift(&shift, &line, 12);
     let mut workers = HashSet::new();
-    for _ in 0..3 {
-        tokio::time::sleep(Duration::from_millis(300)).await;
+    for round in 1..=3 {
+        eventually("devices are made", async || shift.count() >= 4 * round).await;
         let worker = worker_other_than(&site, &workers).await;
         send(worker, Signal::KILL);
         workers.insert(worker);
@@ -190,7 +190,7 @@ async fn sigterm_lets_calls_in_flight_end_and_closes_idle_connections() {
     let mut line = Line::new(persistent(&site));
     let _idle = site.station().await;
     let tasks = start_shift(&shift, &line, 8);
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    eventually("devices are made", async || shift.count() >= 8).await;
     let status = tokio::task::block_in_place(|| site.stop());
     assert!(status.success() && site.log().contains("drained"), "{status}");
     assert!(!site.log().contains("still in flight"), "an idle connection held the drain up");

@@ -11,6 +11,7 @@ use spp_testkit::point::House;
 use spp_testkit::point::assert_pool_is_whole;
 use spp_testkit::point::breaking::{Break, Write};
 use spp_testkit::point::device::{Kind, OnTheLine};
+use spp_testkit::wait::never;
 
 fn rules(keeping: Keeping, low: u64, high: u64) -> PoolRules {
     PoolRules { keeping, pools: [(KeyKind::P256, Marks { low, high })].into(), ..PoolRules::default() }
@@ -169,6 +170,9 @@ async fn an_empty_pool_says_so_until_it_is_filled_and_a_profile_may_do_without_i
     assert_pool_is_whole(&point, &[&waiting, &other]).await;
 }
 
+/// Many times as long as the pool's tasks wait between two looks.
+const LONG: std::time::Duration = std::time::Duration::from_millis(800);
+
 /// What the background does not do by itself, an officer may order; the marks are kept without one.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_pool_is_filled_below_its_low_mark_and_on_an_order() {
@@ -178,12 +182,10 @@ async fn a_pool_is_filled_below_its_low_mark_and_on_an_order() {
     for n in 0..3 {
         OnTheLine::new(&house, Kind::Pooled, n).assemble(&point).await.unwrap();
     }
-    tokio::time::sleep(std::time::Duration::from_millis(1500)).await;
-    assert_eq!(point.p256().await.ready, 2, "the low mark is not undercut yet");
+    never("it is filled above its low mark", LONG, async || point.p256().await.ready != 2).await;
     assert_eq!(point.pool().order_fill(KeyKind::P256, Some(3)).unwrap(), 3);
     point.filled(3).await;
-    tokio::time::sleep(std::time::Duration::from_millis(1500)).await;
-    assert_eq!(point.p256().await.ready, 3, "an order goes no further than it says");
+    never("an order goes further than it says", LONG, async || point.p256().await.ready != 3).await;
     OnTheLine::new(&house, Kind::Pooled, 4).assemble(&point).await.unwrap();
     OnTheLine::new(&house, Kind::Pooled, 3).assemble(&point).await.unwrap();
     point.filled(5).await;

@@ -1,7 +1,7 @@
 //! The worker process: loads the vendor's module, holds the PIN, serves requests over a socket pair.
 //!
-//! It dies with its parent (a hang-up of the socket, also while the module hangs) and by SIGKILL on itself, since a module with busy threads crashes
-//! in its destructors. Nothing is lost by that: what must last is on the token or with the parent.
+//! It dies with its parent (a hang-up of the socket, also while the module hangs) and by SIGKILL on itself, since a module with
+//! busy threads crashes in its destructors. Nothing is lost by that: what must last is on the token or with the parent.
 
 use std::io::{BufReader, Read, Write as _};
 use std::os::fd::AsFd as _;

@@ -11,7 +11,9 @@ const COUNT: u32 = 17_000;
 /// A port that is this process's until it ends. Tests run in several processes, so each port has a lock file.
 pub fn free_port() -> u16 {
     static HELD: Mutex<(u32, Vec<File>)> = Mutex::new((0, Vec::new()));
-    let directory = std::env::temp_dir().join("spp-testkit-ports");
+    // Of each user's own: nobody else may open these files.
+    let user = rustix::process::getuid().as_raw();
+    let directory = std::env::temp_dir().join(format!("spp-testkit-ports-{user}"));
     std::fs::create_dir_all(&directory).unwrap();
     let mut held = HELD.lock().unwrap();
     let begin = std::process::id().wrapping_mul(97);

@@ -192,7 +192,11 @@ mod tests {
         if std::env::var_os(STARTS_ANOTHER).is_some() {
             let mut sleep = tethered("sleep");
             sleep.arg("1000").stdout(Stdio::null()).stderr(Stdio::null());
-            println!("started {}", Process::spawn(sleep).id());
+            let sleep = Process::spawn(sleep);
+            // Until setpriv has made way for the program, the kernel may not have been told yet.
+            let name = || std::fs::read_to_string(format!("/proc/{}/comm", sleep.id())).unwrap_or_default();
+            eventually_blocking("setpriv has started the program", || name().trim() == "sleep");
+            println!("started {}", sleep.id());
             std::thread::sleep(std::time::Duration::from_secs(1000));
         }
         let mut test = tethered(std::env::current_exe().unwrap());

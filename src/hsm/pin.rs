@@ -6,6 +6,7 @@ use std::io::Read as _;
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
+use rustix::termios::{LocalModes, OptionalActions, Termios, tcgetattr, tcsetattr};
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroize as _;
 
@@ -44,6 +45,33 @@ pub enum PinError {
     NotTyped(#[source] std::io::Error),
 }
 
+/// The terminal of this process, which shows nothing of what is typed until this is dropped.
+///
+/// `rpassword` prompts first and only then turns the echo off; what a program or a quick person types in between is shown.
+struct SilentTerminal {
+    terminal: File,
+    before: Termios,
+}
+
+impl SilentTerminal {
+    fn new() -> std::io::Result<Self> {
+        let terminal = File::options().read(true).write(true).open("/dev/tty")?;
+        let before = tcgetattr(&terminal)?;
+        let mut silent = before.clone();
+        silent.local_modes.remove(LocalModes::ECHO);
+        tcsetattr(&terminal, OptionalActions::Flush, &silent)?;
+        Ok(Self { terminal, before })
+    }
+}
+
+impl Drop for SilentTerminal {
+    fn drop(&mut self) {
+        if let Err(e) = tcsetattr(&self.terminal, OptionalActions::Now, &self.before) {
+            tracing::warn!(error = %e, "the terminal does not show what is typed; `stty sane` mends it");
+        }
+    }
+}
+
 fn open_credential(path: &Path) -> Result<File, PrivateFileError> {
     File::open(path).map_err(|cause| PrivateFileError::Unreadable { path: path.display().to_string(), cause })
 }
@@ -74,6 +102,7 @@ impl PinSource {
                 Self::read_line(File::from(handed), "the PIN that was typed").map(Some)
             }
             Self::Prompt => {
+                let _silent = SilentTerminal::new().map_err(PinError::NotTyped)?;
                 let typed = rpassword::prompt_password("user PIN of the token: ").map_err(PinError::NotTyped)?;
                 let typed = SecretBytes::new(typed.into_bytes());
                 if typed.expose().is_empty() || typed.expose().len() > Self::MAX_LEN {

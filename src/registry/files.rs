@@ -219,7 +219,9 @@ impl LogFiles {
         let base = growing.size();
         let rest = entries.split_off(full);
         let batch = Batch { first: base, note: checkpoint.note().to_vec(), entries: rest };
-        debug_assert_eq!(checkpoint.size(), base + batch.entries.len() as u64, "the checkpoint covers the entries");
+        if checkpoint.size() != base + batch.entries.len() as u64 {
+            return Err(io::Error::other("the checkpoint does not cover exactly the entries to be written"));
+        }
         let octets = batch.to_bytes().map_err(io::Error::other)?;
         write_new(&edge_path(dir, base), &octets)?;
         let file = OpenOptions::new().read(true).write(true).open(edge_path(dir, base))?;

@@ -127,7 +127,7 @@ impl Journal {
 
     /// Step 4, intend. Once this returns, a crash finds the session with its keys and the octets to be signed.
     pub async fn intend(&self, session: Session, pair: Option<&PairToReserve>) -> Result<Intent, ReserveError> {
-        debug_assert_eq!(session.state, SessionState::Reserved);
+        assert_eq!(session.state, SessionState::Reserved);
         self.0.reserve(&session, pair).await?;
         Ok(Intent(session))
     }

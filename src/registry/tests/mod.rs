@@ -132,10 +132,20 @@ async fn try_grow(
     tasks.join_all().await
 }
 
-/// Everything that was told is true: each record is found by each of its values where it was said to be, its proof verifies, it
-/// cannot be published again, and nobody else gets one of its values.
+/// Whether an entry is checked in full: all are in a long run; the ends of bundles and every seventh are otherwise.
+fn checked_in_full(index: u64) -> bool {
+    scaled(index.is_multiple_of(7) || matches!(index % 256, 0 | 1 | 255), true)
+}
+
+/// Every publication is found by its chip ID at its index. Those checked in full are found by each of their values, their proof
+/// verifies, they cannot be published again, and no other record can take one of their values.
 async fn must_be_there(log: &Log, public: &TransparencyLog, told: &Told) {
     for (n, publication) in told {
+        if !checked_in_full(publication.index) {
+            let found = public.find(&UniqueKey::of_chip(&record(*n).chip)).await.unwrap();
+            assert_eq!(found.map(|found| found.publication).as_ref(), Some(publication), "{n}");
+            continue;
+        }
         for key in UniqueKey::of_record(&record(*n)) {
             let found = public.find(&key).await.unwrap();
             let found = found.unwrap_or_else(|| panic!("the {} of {n} is not found", key.what()));

@@ -137,7 +137,9 @@ pub(super) async fn ask(shared: Weak<Shared>, witnesses: Vec<Witness>, key: LogK
         }
         match SignedCheckpoint::verify(published.note(), &key) {
             Ok(_) => cosigned.publish(&published),
-            Err(e) => tracing::error!(error = %e, "the checkpoint does not verify with its cosignatures; it is not published"),
+            Err(e) => {
+                tracing::error!(error = %e, "the checkpoint does not verify with its cosignatures; it is not published")
+            }
         }
         status.sort_by(|a, b| a.name.cmp(&b.name));
         cosigned.state().witnesses = status;

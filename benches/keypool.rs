@@ -18,12 +18,12 @@ use spp::clock::Clock;
 use spp::config::DaemonConfig;
 use spp::hsm::Hsm;
 use spp::keypool::{KeyPool, Marks, PoolRules};
-use spp::keys::{BatchName, KeptKey, KeyKind, SignatureAlgorithm, WrappedKey};
+use spp::keys::{BatchName, KeyKind, SignatureAlgorithm, StoredKey, WrappedKey};
 use spp::names::{ChipId, SessionId};
 use spp::registry::{HsmSigner, TransparencyLog};
 use spp::store::{
-    BatchStep, CertificateToSign, Journal, Keeping, PairToReserve, PooledPair, Purpose, Registry, SecretStore, Session,
-    SessionState, SledStateStore, StateStore, StoreOptions,
+    BatchStep, CertificateToSign, Journal, KeyStorage, PairToReserve, PooledPair, Purpose, Registry, SecretStore,
+    Session, SessionState, SledStateStore, StateStore, StoreOptions,
 };
 use spp_testkit::site::Site;
 
@@ -93,15 +93,18 @@ async fn make_pool(
     let (id, _) = store.origin().await?;
     let mut left = pairs;
     while left > 0 {
-        let batch = store.plan_batch(Purpose::Pool(kind), Keeping::Wrapped, 0, 0).await?;
+        let batch = store.plan_batch(Purpose::Pool(kind), KeyStorage::Wrapped, 0, 0).await?;
         store.step_batch(batch.number, BatchStep::Open).await?;
         let wrapping_key = BatchName { store: id, number: batch.number }.key();
         for _ in 0..8 {
             let count = left.min(125);
             left -= count;
             let pair = |n: usize| PooledPair {
-                public_key: octets(left + n, spki),
-                kept: KeptKey::Wrapped(WrappedKey { wrapping_key: wrapping_key.clone(), blob: octets(left + n, blob) }),
+                public_key: bytes(left + n, spki),
+                kept: StoredKey::Wrapped(WrappedKey {
+                    wrapping_key: wrapping_key.clone(),
+                    blob: bytes(left + n, blob),
+                }),
             };
             store.add_pairs(batch.number, (0..count).map(pair).collect()).await?;
         }
@@ -111,7 +114,7 @@ async fn make_pool(
 }
 
 /// As different as random ones.
-fn octets(n: usize, len: usize) -> Vec<u8> {
+fn bytes(n: usize, len: usize) -> Vec<u8> {
     let mut state = n as u64 ^ 0x9E37_79B9_7F4A_7C15;
     let mut next = || {
         state ^= state << 13;

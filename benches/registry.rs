@@ -113,7 +113,7 @@ async fn fill(log: &Arc<TransparencyLog>, maker: &Arc<Maker>, count: u64) -> Res
                     return Ok::<_, Failure>(());
                 }
                 let record = maker.record(n)?;
-                let announced = log.announce();
+                let announced = log.reserve_slot();
                 log.publish(&record).await?;
                 drop(announced);
             }

@@ -15,7 +15,7 @@ use spp::keys::SignatureAlgorithm;
 use spp::names::{ChipId, SessionId};
 use spp::registry::{LogSettings, TransparencyLog};
 use spp::store::{
-    BatchStep, CertificateToSign, DeviceRecord, Keeping, PairToReserve, PublicDatabase, Publication, Purpose,
+    BatchStep, CertificateToSign, DeviceRecord, KeyStorage, PairToReserve, PublicDatabase, Publication, Purpose,
     SecretStore, Session, SessionState, SledStateStore, StateName, StateStore, StoreOptions,
 };
 
@@ -34,7 +34,7 @@ async fn main() -> Result<(), Failure> {
     for callers in [1, 8, 64] {
         let dir = base.path().join(format!("state-{callers}"));
         let store = Arc::new(SledStateStore::create(&dir, &StoreOptions::default())?);
-        store.plan_batch(Purpose::Sessions, Keeping::Wrapped, 0, 0).await?;
+        store.plan_batch(Purpose::Sessions, KeyStorage::Wrapped, 0, 0).await?;
         store.step_batch(1, BatchStep::Open).await?;
         let devices = measure(callers, RUN, move |n| {
             let store = store.clone();

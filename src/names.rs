@@ -274,22 +274,22 @@ given_name!(
     KeyName, "key name", separators: false
 );
 
-/// One device's way through the processing point: 16 random octets of the HSM, shown in lower-case hex.
+/// One device's way through the processing point: 16 random bytes of the HSM, shown in lower-case hex.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SessionId([u8; 16]);
 
 impl SessionId {
-    /// Octets of a session identifier.
+    /// Bytes of a session identifier.
     pub const LEN: usize = 16;
 
-    /// Accepts exactly 16 octets.
+    /// Accepts exactly 16 bytes.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, NameError> {
         bytes.try_into().map(Self).map_err(|_| {
             NameError::new(format!("a session ID has exactly {} bytes, this one has {}", Self::LEN, bytes.len()))
         })
     }
 
-    /// The octets.
+    /// The bytes.
     pub const fn as_bytes(&self) -> &[u8; 16] {
         &self.0
     }

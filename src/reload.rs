@@ -8,14 +8,14 @@ use std::sync::Arc;
 
 use tokio::sync::Mutex;
 
-use crate::access::{AccessError, Desk};
+use crate::access::{AccessControl, AccessError};
 use crate::audit::{AuditError, AuditLog, Entry, Outcome};
 use crate::config::{DaemonConfig, Faults};
 use crate::connections::TlsInForce;
 use crate::logging::LogLevel;
-use crate::provisioning::{Provisioner, Rules};
+use crate::provisioning::{Policy, Provisioner};
 
-/// Octets that changes or faults may have in an answer or on record: a line of the audit log, and what HTTP/2 takes as the head of an
+/// Bytes that changes or faults may have in an answer or on record: a line of the audit log, and what HTTP/2 takes as the head of an
 /// answer, have an end. More of them are counted.
 const WORDS: usize = 4096;
 
@@ -55,7 +55,7 @@ pub struct Exchanged {
     /// Profiles and stations.
     pub provisioner: Arc<Provisioner>,
     /// Quotas and the rules of approval.
-    pub desk: Arc<Desk>,
+    pub desk: Arc<AccessControl>,
     /// Certificates.
     pub tls: TlsInForce,
     /// The log's level.
@@ -96,7 +96,7 @@ impl Reloader {
             }
         }
         // 5. Put it in force: nothing here can fail.
-        self.exchanged.provisioner.exchange(Rules::new(&new));
+        self.exchanged.provisioner.exchange(Policy::new(&new));
         self.exchanged.tls.exchange(&new.tls);
         self.exchanged.log.exchange(&new.log);
         let reloaded = Reloaded { changes, fingerprint: new.fingerprint };

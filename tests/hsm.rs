@@ -37,9 +37,9 @@ async fn mixed(hsm: &Hsm, number: usize) -> Result<(), HsmError> {
         1 => {
             let order = || vec![derivation(number), derivation(number + 1)];
             let (first, again) = (hsm.derive(order()).await?, hsm.derive(order()).await?);
-            let octets =
+            let bytes =
                 |keys: Vec<spp::secret::SecretBytes>| keys.iter().map(|k| k.expose().clone()).collect::<Vec<_>>();
-            assert_eq!(octets(first), octets(again));
+            assert_eq!(bytes(first), bytes(again));
         }
         2 => drop(pair(hsm, KeyKind::P256, number).await?),
         _ => {

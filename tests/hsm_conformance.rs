@@ -10,7 +10,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use spp::hsm::{
-    Derivation, DeviceKeyOrder, HeldKeyOrder, Hsm, HsmConfig, HsmError, KeepIn, KeyRegister, ModuleProfile, PairOrder,
+    Derivation, DeviceKeyOrder, HeldKeyOrder, Hsm, HsmConfig, HsmError, KeepIn, KeyManifest, ModuleProfile, PairOrder,
     PinSource, SupervisorPacing,
 };
 use spp::keys::{BatchName, KeyKind, SignatureAlgorithm, StoreId};
@@ -160,7 +160,7 @@ impl Place {
     }
 
     /// A key of every kind that signs, and master keys.
-    fn ceremony(&self) -> KeyRegister {
+    fn ceremony(&self) -> KeyManifest {
         let mut file = CeremonyFile::new();
         for kind in self.module.signs {
             let kind = kind.to_string();
@@ -174,7 +174,7 @@ impl Place {
         }
         std::fs::write(self.path("ceremony.toml"), file.text()).unwrap();
         self.sppctl("ceremony run ceremony.toml --hsm hsm.toml --out keys");
-        KeyRegister::load(&self.path("keys/keys.toml")).unwrap()
+        KeyManifest::load(&self.path("keys/keys.toml")).unwrap()
     }
 
     fn prfs(&self) -> Vec<&'static str> {
@@ -184,7 +184,7 @@ impl Place {
             .collect()
     }
 
-    fn config(&self, keys: KeyRegister) -> HsmConfig {
+    fn config(&self, keys: KeyManifest) -> HsmConfig {
         HsmConfig {
             name: "main".to_owned(),
             module: ModuleProfile::load(&self.path("module.toml"), &self.path("hsm")).unwrap(),
@@ -224,16 +224,16 @@ async fn pair_of(hsm: &Hsm, kind: KeyKind) {
     let signature = pair.private.sign(algorithm, b"works").unwrap();
     pair.private.public().verify(algorithm, b"works", &signature).unwrap();
     let public = pair.private.public().clone();
-    let held = async |kept: spp::keys::KeptKey| {
+    let held = async |kept: spp::keys::StoredKey| {
         let order = HeldKeyOrder { pair: Some((public.clone(), kept)), derivations: Vec::new() };
         hsm.held_keys(&order).await.unwrap().pair.unwrap().secrets()[0].expose().clone()
     };
     let secret = pair.private.secrets()[0].expose().clone();
     assert_eq!(held(pair.kept.clone()).await, secret, "{kind}");
-    let spp::keys::KeptKey::Wrapped(wrapped) = pair.kept else { panic!("{kind} is not wrapped") };
+    let spp::keys::StoredKey::Wrapped(wrapped) = pair.kept else { panic!("{kind} is not wrapped") };
     let moved = hsm.move_keys(batch(1), batch(2), vec![(kind, wrapped.blob)]).await.unwrap().remove(0);
     let wrapped = spp::keys::WrappedKey { wrapping_key: batch(2).key(), blob: moved };
-    assert_eq!(held(spp::keys::KeptKey::Wrapped(wrapped)).await, secret, "{kind} after its move");
+    assert_eq!(held(spp::keys::StoredKey::Wrapped(wrapped)).await, secret, "{kind} after its move");
 }
 
 async fn conforms(module: Module) {

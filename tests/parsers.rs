@@ -1,4 +1,4 @@
-//! Everything that reads octets from outside, with damaged samples: the bodies of `fuzz/`, for a moment, with every test run.
+//! Everything that reads bytes from outside, with damaged samples: the bodies of `fuzz/`, for a moment, with every test run.
 //!
 //! `SPP_WRITE_SEEDS=1 cargo test --test integration parsers` writes the samples to `fuzz/corpus/`, for libFuzzer to begin from.
 
@@ -63,9 +63,9 @@ fn no_damage_makes_a_parser_panic_or_accept_what_does_not_hold() {
         let config = Config { source_file: Some(file!()), ..cases(CASES, 200 * CASES) };
         let damaged = (any::<Index>(), vec(damage(), 1..4));
         let outcome = TestRunner::new(config).run(&damaged, |(sample, damages)| {
-            let mut octets = sample.get(&samples).clone();
-            damages.iter().for_each(|damage| damage.apply(&mut octets, &samples));
-            (target.reads)(&octets);
+            let mut bytes = sample.get(&samples).clone();
+            damages.iter().for_each(|damage| damage.apply(&mut bytes, &samples));
+            (target.reads)(&bytes);
             Ok(())
         });
         outcome.unwrap_or_else(|failure| panic!("{}: {failure}", target.name));
@@ -94,11 +94,11 @@ fn damage() -> impl Strategy<Value = Damage> {
     let length = prop_oneof![Just(0), Just(1), Just(u32::MAX), Just(1 << 31), Just(0xffff), any::<u32>()];
     prop_oneof![
         4 => (at(), 0..8u8).prop_map(|(at, bit)| Damage::Flip(at, 1 << bit)),
-        4 => (at(), telling).prop_map(|(at, octet)| Damage::Set(at, octet)),
+        4 => (at(), telling).prop_map(|(at, byte)| Damage::Set(at, byte)),
         2 => (at(), length).prop_map(|(at, length)| Damage::Length(at, length)),
         1 => at().prop_map(Damage::Cut),
         2 => (at(), at()).prop_map(|(from, to)| Damage::Remove(from, to)),
-        2 => (at(), vec(any::<u8>(), 1..9)).prop_map(|(at, octets)| Damage::Insert(at, octets)),
+        2 => (at(), vec(any::<u8>(), 1..9)).prop_map(|(at, bytes)| Damage::Insert(at, bytes)),
         1 => (at(), at()).prop_map(|(from, to)| Damage::Repeat(from, to)),
         1 => (at(), at(), at()).prop_map(|(at, other, from)| Damage::Splice(at, other, from)),
         1 => vec(any::<u8>(), 0..64).prop_map(Damage::Replace),
@@ -106,27 +106,27 @@ fn damage() -> impl Strategy<Value = Damage> {
 }
 
 impl Damage {
-    fn apply(&self, octets: &mut Vec<u8>, samples: &[Vec<u8>]) {
-        let len = octets.len();
+    fn apply(&self, bytes: &mut Vec<u8>, samples: &[Vec<u8>]) {
+        let len = bytes.len();
         let place = |at: &Index| at.index(len + 1);
         let range = |from: &Index, to: &Index| place(from).min(place(to))..place(from).max(place(to));
         match self {
-            Self::Flip(at, mask) if len > 0 => octets[at.index(len)] ^= mask,
-            Self::Set(at, octet) if len > 0 => octets[at.index(len)] = *octet,
+            Self::Flip(at, mask) if len > 0 => bytes[at.index(len)] ^= mask,
+            Self::Set(at, byte) if len > 0 => bytes[at.index(len)] = *byte,
             Self::Length(at, length) if len > 4 => {
-                octets[at.index(len - 4)..][..4].copy_from_slice(&length.to_be_bytes());
+                bytes[at.index(len - 4)..][..4].copy_from_slice(&length.to_be_bytes());
             }
             Self::Flip(..) | Self::Set(..) | Self::Length(..) => {}
-            Self::Cut(at) => octets.truncate(place(at)),
-            Self::Remove(from, to) => drop(octets.drain(range(from, to))),
-            Self::Insert(at, new) => drop(octets.splice(place(at)..place(at), new.iter().copied())),
-            Self::Repeat(from, to) => octets.extend_from_within(range(from, to)),
+            Self::Cut(at) => bytes.truncate(place(at)),
+            Self::Remove(from, to) => drop(bytes.drain(range(from, to))),
+            Self::Insert(at, new) => drop(bytes.splice(place(at)..place(at), new.iter().copied())),
+            Self::Repeat(from, to) => bytes.extend_from_within(range(from, to)),
             Self::Splice(at, other, from) => {
                 let other = other.get(samples);
-                octets.truncate(place(at));
-                octets.extend_from_slice(&other[from.index(other.len())..]);
+                bytes.truncate(place(at));
+                bytes.extend_from_slice(&other[from.index(other.len())..]);
             }
-            Self::Replace(new) => octets.clone_from(new),
+            Self::Replace(new) => bytes.clone_from(new),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The test vectors for firmware authors in `tests/vectors/`: the way of one device in octets.
+//! The test vectors for firmware authors in `tests/vectors/`: the way of one device in bytes.
 //!
 //! What is deterministic is made again and compared; what is not (ephemeral keys, ECDSA and PSS signatures) is opened
 //! or verified. `SPP_WRITE_VECTORS=1 cargo test --test integration vectors` writes the outputs anew, from the inputs in the files.
@@ -14,7 +14,7 @@ use spp::package::{
 };
 use spp::secret::{Secret, SecretBytes};
 
-/// One file. All octets are in hex.
+/// One file. All bytes are in hex.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Vector {
@@ -103,7 +103,7 @@ fn check(name: &str) {
 /// What the inputs make.
 struct Made {
     package: DataPackage,
-    octets: SecretBytes,
+    bytes: SecretBytes,
     chip_key: Secret<[u8; 32]>,
     transport: TransportPrivateKey,
     backup: Vec<u8>,
@@ -113,26 +113,26 @@ struct Made {
 impl Made {
     fn from_inputs(inputs: &Inputs) -> Self {
         let package = package(inputs);
-        let octets = package.encode().unwrap();
-        let chip_key = Secret::new(bytes(&inputs.chip_key).try_into().unwrap());
-        let iv = BackupIv::fixed_for_test_vectors_only(bytes(&inputs.backup_iv).try_into().unwrap());
+        let bytes = package.encode().unwrap();
+        let chip_key = Secret::new(from_hex(&inputs.chip_key).try_into().unwrap());
+        let iv = BackupIv::fixed_for_test_vectors_only(from_hex(&inputs.backup_iv).try_into().unwrap());
         let certificate = package.certificate.device_certificate();
-        let backup = make_backup(&octets, &chip_key, &package.chip, certificate, iv).unwrap();
-        let claims = ConfirmationClaims::about(package.session, package.chip.clone(), &octets, &backup);
+        let backup = make_backup(&bytes, &chip_key, &package.chip, certificate, iv).unwrap();
+        let claims = ConfirmationClaims::about(package.session, package.chip.clone(), &bytes, &backup);
         let curve = if inputs.transport_curve == "p256" { TransportCurve::P256 } else { TransportCurve::X25519 };
-        let transport = SecretBytes::new(bytes(&inputs.transport_private_key));
-        let transport = TransportPrivateKey::from_octets(curve, &transport).unwrap();
-        Self { package, octets, chip_key, transport, backup, claims }
+        let transport = SecretBytes::new(from_hex(&inputs.transport_private_key));
+        let transport = TransportPrivateKey::from_bytes(curve, &transport).unwrap();
+        Self { package, bytes, chip_key, transport, backup, claims }
     }
 
     fn outputs(&self, inputs: &Inputs) -> Outputs {
         let package = package(inputs);
         let to = self.transport.public().unwrap();
         Outputs {
-            package: hex::encode(self.octets.expose()),
+            package: hex::encode(self.bytes.expose()),
             backup: hex::encode(&self.backup),
             confirmation: hex::encode(self.confirmation()),
-            sealed: hex::encode(seal(&self.octets, &to, &package.session, &package.chip).unwrap()),
+            sealed: hex::encode(seal(&self.bytes, &to, &package.session, &package.chip).unwrap()),
         }
     }
 
@@ -146,19 +146,19 @@ impl Made {
 
     fn compare(&self, outputs: &Outputs) {
         let (chip, session) = (&self.package.chip, &self.package.session);
-        assert_eq!(hex::encode(self.octets.expose()), outputs.package);
-        let read = DataPackage::decode(&bytes(&outputs.package)).unwrap();
-        assert_eq!(read.encode().unwrap().expose(), self.octets.expose());
+        assert_eq!(hex::encode(self.bytes.expose()), outputs.package);
+        let read = DataPackage::decode(&from_hex(&outputs.package)).unwrap();
+        assert_eq!(read.encode().unwrap().expose(), self.bytes.expose());
 
         assert_eq!(hex::encode(&self.backup), outputs.backup);
-        let backup = bytes(&outputs.backup);
+        let backup = from_hex(&outputs.backup);
         let certificate = self.package.certificate.device_certificate();
         let opened = open_backup(&backup, &self.chip_key, chip, certificate).unwrap();
-        assert_eq!(opened.expose(), self.octets.expose());
+        assert_eq!(opened.expose(), self.bytes.expose());
         let rules = BackupRules { format: BackupFormat::Cose, max_bytes: MAX_BACKUP_LEN };
-        BackupPackage::accept(&backup, &rules, chip, &self.octets, &self.package.secrets()).unwrap();
+        BackupPackage::accept(&backup, &rules, chip, &self.bytes, &self.package.secrets()).unwrap();
 
-        let confirmation = bytes(&outputs.confirmation);
+        let confirmation = from_hex(&outputs.confirmation);
         let kind = self.package.key_pair.as_ref().map(|pair| pair.public().kind());
         if matches!(kind, None | Some(KeyKind::Ed25519)) {
             assert_eq!(self.confirmation(), confirmation);
@@ -169,22 +169,22 @@ impl Made {
         };
         verify_confirmation(&confirmation, &self.claims, &key).unwrap();
 
-        let opened = open(&bytes(&outputs.sealed), &self.transport, session, chip).unwrap();
-        assert_eq!(opened.expose(), self.octets.expose());
+        let opened = open(&from_hex(&outputs.sealed), &self.transport, session, chip).unwrap();
+        assert_eq!(opened.expose(), self.bytes.expose());
     }
 }
 
 fn package(inputs: &Inputs) -> DataPackage {
-    let mut certificates = inputs.certificates.iter().map(|certificate| bytes(certificate));
+    let mut certificates = inputs.certificates.iter().map(|certificate| from_hex(certificate));
     let certificate = match &inputs.cwt {
-        Some(cwt) => CertificateChain::Cwt(bytes(cwt)),
+        Some(cwt) => CertificateChain::Cwt(from_hex(cwt)),
         None => CertificateChain::X509 { device: certificates.next().unwrap(), issuers: certificates.collect() },
     };
     let key_pair = inputs.private_key.as_ref().zip(inputs.public_key.as_ref()).map(|(private, public)| {
-        let public = PublicKey::from_spki_der(&bytes(public)).unwrap();
-        DevicePrivateKey::from_unwrapped(public, &SecretBytes::new(bytes(private))).unwrap()
+        let public = PublicKey::from_spki_der(&from_hex(public)).unwrap();
+        DevicePrivateKey::from_unwrapped(public, &SecretBytes::new(from_hex(private))).unwrap()
     });
-    let symmetric = |input: &SymmetricInput| SymmetricKey::new(&input.purpose, SecretBytes::new(bytes(&input.key)));
+    let symmetric = |input: &SymmetricInput| SymmetricKey::new(&input.purpose, SecretBytes::new(from_hex(&input.key)));
     DataPackage {
         chip: inputs.chip.parse().unwrap(),
         identity: inputs.identity.parse().unwrap(),
@@ -197,6 +197,6 @@ fn package(inputs: &Inputs) -> DataPackage {
     }
 }
 
-fn bytes(text: &str) -> Vec<u8> {
+fn from_hex(text: &str) -> Vec<u8> {
     hex::decode(text).unwrap()
 }

@@ -1,7 +1,7 @@
-//! What is done to octets from outside, one function for each parser. None may panic, and what is accepted must hold.
+//! What is done to bytes from outside, one function for each parser. None may panic, and what is accepted must hold.
 //!
 //! The same functions run under libFuzzer (`fuzz_targets/`) and, with damaged samples, in `cargo test --test integration parsers`. Each
-//! says whether it accepted the octets, so that a test can tell that its samples are good ones.
+//! says whether it accepted the bytes, so that a test can tell that its samples are good ones.
 
 pub mod samples;
 
@@ -21,9 +21,9 @@ use samples::{CONTEXT, MAC_CONTEXT};
 pub struct Target {
     /// Its name, as of its file in `fuzz_targets/`.
     pub name: &'static str,
-    /// Reads octets; whether it accepted them.
+    /// Reads bytes; whether it accepted them.
     pub reads: fn(&[u8]) -> bool,
-    /// Octets that it accepts.
+    /// Bytes that it accepts.
     pub samples: fn() -> Vec<Vec<u8>>,
 }
 
@@ -51,46 +51,46 @@ pub const TARGETS: &[Target] = &[
 ];
 
 /// There is one encoding of a package: what was read is written the same.
-pub fn data_package(octets: &[u8]) -> bool {
-    let Ok(package) = DataPackage::decode(octets) else { return false };
+pub fn data_package(bytes: &[u8]) -> bool {
+    let Ok(package) = DataPackage::decode(bytes) else { return false };
     let written = package.encode().expect("what was read fits");
-    assert!(written.expose() == octets, "the encoding must be deterministic");
+    assert!(written.expose() == bytes, "the encoding must be deterministic");
     true
 }
 
 /// What opens was sealed to this chip for this session, and is the package.
-pub fn sealed_package(octets: &[u8]) -> bool {
-    let Ok(opened) = open(octets, &CONTEXT.transport, &CONTEXT.package.session, &CONTEXT.package.chip) else {
+pub fn sealed_package(bytes: &[u8]) -> bool {
+    let Ok(opened) = open(bytes, &CONTEXT.transport, &CONTEXT.package.session, &CONTEXT.package.chip) else {
         return false;
     };
-    assert!(opened.expose() == CONTEXT.octets.expose(), "only the package was ever sealed");
+    assert!(opened.expose() == CONTEXT.bytes.expose(), "only the package was ever sealed");
     true
 }
 
 /// An accepted backup is published as it came, and has no secret in it.
-pub fn backup(octets: &[u8]) -> bool {
+pub fn backup(bytes: &[u8]) -> bool {
     let package = &CONTEXT.package;
     let certificate = package.certificate.device_certificate();
-    if let Ok(opened) = open_backup(octets, &CONTEXT.chip_key, &package.chip, certificate) {
-        assert!(opened.expose() == CONTEXT.octets.expose(), "only the package was ever encrypted");
+    if let Ok(opened) = open_backup(bytes, &CONTEXT.chip_key, &package.chip, certificate) {
+        assert!(opened.expose() == CONTEXT.bytes.expose(), "only the package was ever encrypted");
     }
     let accept = |format| {
         let rules = BackupRules { format, max_bytes: MAX_BACKUP_LEN };
-        BackupPackage::accept(octets, &rules, &package.chip, &CONTEXT.octets, &package.secrets())
+        BackupPackage::accept(bytes, &rules, &package.chip, &CONTEXT.bytes, &package.secrets())
     };
     let opaque = accept(BackupFormat::Opaque);
     let Ok(accepted) = accept(BackupFormat::Cose) else { return false };
     assert!(opaque.is_ok(), "the opaque rules ask for less");
-    assert!(accepted.as_bytes() == octets && octets.len() <= MAX_BACKUP_LEN);
+    assert!(accepted.as_bytes() == bytes && bytes.len() <= MAX_BACKUP_LEN);
     true
 }
 
 /// What is verified confirms exactly what was delivered.
-pub fn confirmation(octets: &[u8]) -> bool {
+pub fn confirmation(bytes: &[u8]) -> bool {
     let pair = CONTEXT.package.key_pair.as_ref().expect("the sample has a pair");
     let symmetric = MAC_CONTEXT.package.symmetric_keys[0].key();
-    let by_pair = verify_confirmation(octets, &CONTEXT.claims, &ConfirmationKey::Pair(pair.public()));
-    let by_mac = verify_confirmation(octets, &MAC_CONTEXT.claims, &ConfirmationKey::Symmetric(symmetric));
+    let by_pair = verify_confirmation(bytes, &CONTEXT.claims, &ConfirmationKey::Pair(pair.public()));
+    let by_mac = verify_confirmation(bytes, &MAC_CONTEXT.claims, &ConfirmationKey::Symmetric(symmetric));
     match (by_pair, by_mac) {
         (Ok(confirmed), Err(_)) => assert!(*confirmed.claims() == CONTEXT.claims),
         (Err(_), Ok(confirmed)) => assert!(*confirmed.claims() == MAC_CONTEXT.claims),
@@ -101,60 +101,60 @@ pub fn confirmation(octets: &[u8]) -> bool {
 }
 
 /// The key of an accepted request can be stored and read back.
-pub fn csr(octets: &[u8]) -> bool {
-    let Ok(key) = verify_csr(octets) else { return false };
+pub fn csr(bytes: &[u8]) -> bool {
+    let Ok(key) = verify_csr(bytes) else { return false };
     assert!(PublicKey::from_spki_der(key.spki_der()).as_ref() == Ok(&key));
     true
 }
 
 /// Whose client certificate it is.
-pub fn caller(octets: &[u8]) -> bool {
-    caller_of(octets).is_ok()
+pub fn caller(bytes: &[u8]) -> bool {
+    caller_of(bytes).is_ok()
 }
 
 /// An X.509 device certificate of the manufacturer.
-pub fn x509(octets: &[u8]) -> bool {
-    device_certificate(octets, false)
+pub fn x509(bytes: &[u8]) -> bool {
+    device_certificate(bytes, false)
 }
 
 /// A CWT of the manufacturer.
-pub fn cwt(octets: &[u8]) -> bool {
-    device_certificate(octets, true)
+pub fn cwt(bytes: &[u8]) -> bool {
+    device_certificate(bytes, true)
 }
 
-fn device_certificate(octets: &[u8], is_cwt: bool) -> bool {
+fn device_certificate(bytes: &[u8], is_cwt: bool) -> bool {
     let package = &CONTEXT.package;
-    let verified = verify_device_certificate(octets, is_cwt, samples::manufacturer(), &package.chip);
+    let verified = verify_device_certificate(bytes, is_cwt, samples::manufacturer(), &package.chip);
     let Ok(certificate) = verified else { return false };
     assert!(certificate.is_for(&package.identity), "the manufacturer signed no other identity");
     true
 }
 
 /// There is one encoding of a record: what was read is written the same.
-pub fn record(octets: &[u8]) -> bool {
-    let Ok(record) = DeviceRecord::from_bytes(octets) else { return false };
-    assert!(record.to_bytes().as_deref() == Ok(octets), "the encoding must be deterministic");
-    assert!(matches!(LogEntry::from_bytes(octets), Ok(LogEntry::Device(_))), "it is no other entry");
+pub fn record(bytes: &[u8]) -> bool {
+    let Ok(record) = DeviceRecord::from_bytes(bytes) else { return false };
+    assert!(record.to_bytes().as_deref() == Ok(bytes), "the encoding must be deterministic");
+    assert!(matches!(LogEntry::from_bytes(bytes), Ok(LogEntry::Device(_))), "it is no other entry");
     true
 }
 
 /// There is one encoding of an audit checkpoint, and it is no record.
-pub fn audit_checkpoint(octets: &[u8]) -> bool {
-    let Ok(checkpoint) = AuditCheckpoint::from_bytes(octets) else { return false };
-    assert!(checkpoint.to_bytes().as_deref() == Ok(octets), "the encoding must be deterministic");
-    assert!(matches!(LogEntry::from_bytes(octets), Ok(LogEntry::Audit(_))), "it is no other entry");
+pub fn audit_checkpoint(bytes: &[u8]) -> bool {
+    let Ok(checkpoint) = AuditCheckpoint::from_bytes(bytes) else { return false };
+    assert!(checkpoint.to_bytes().as_deref() == Ok(bytes), "the encoding must be deterministic");
+    assert!(matches!(LogEntry::from_bytes(bytes), Ok(LogEntry::Audit(_))), "it is no other entry");
     true
 }
 
 /// Every name has one text form.
-pub fn names(octets: &[u8]) -> bool {
+pub fn names(bytes: &[u8]) -> bool {
     fn stable<T: std::str::FromStr + ToString + PartialEq>(text: &str) -> bool {
         let Ok(name) = text.parse::<T>() else { return false };
         assert!(name.to_string().parse::<T>().is_ok_and(|again| again == name), "a name's own text must be its name");
         true
     }
-    let from_octets = ChipId::from_bytes(octets).is_ok() | SessionId::from_bytes(octets).is_ok();
-    let Ok(text) = std::str::from_utf8(octets) else { return from_octets };
+    let from_bytes = ChipId::from_bytes(bytes).is_ok() | SessionId::from_bytes(bytes).is_ok();
+    let Ok(text) = std::str::from_utf8(bytes) else { return from_bytes };
     let accepted = [
         stable::<ChipId>(text),
         stable::<DeviceIdentity>(text),
@@ -168,8 +168,8 @@ pub fn names(octets: &[u8]) -> bool {
 }
 
 /// A profile, or all its faults.
-pub fn profile(octets: &[u8]) -> bool {
-    let Ok(text) = std::str::from_utf8(octets) else { return false };
+pub fn profile(bytes: &[u8]) -> bool {
+    let Ok(text) = std::str::from_utf8(bytes) else { return false };
     let name: ProfileName = "fuzz".parse().expect("it is a name");
     match Profile::from_toml(name, "fuzz.toml", text) {
         Ok(_) => true,
@@ -181,17 +181,17 @@ pub fn profile(octets: &[u8]) -> bool {
 }
 
 /// A chain of issuers, as an offline root sends it.
-pub fn issuer(octets: &[u8]) -> bool {
-    let Ok(text) = std::str::from_utf8(octets) else { return false };
+pub fn issuer(bytes: &[u8]) -> bool {
+    let Ok(text) = std::str::from_utf8(bytes) else { return false };
     IssuerCertificate::from_pem(text, SignatureAlgorithm::EcdsaP256Sha256).is_ok()
 }
 
 /// Public keys, of devices and for sealing.
-pub fn keys(octets: &[u8]) -> bool {
+pub fn keys(bytes: &[u8]) -> bool {
     let curves = [TransportCurve::P256, TransportCurve::X25519];
-    let transport = curves.into_iter().any(|curve| TransportPublicKey::new(curve, octets).is_ok());
-    let point = [KeyKind::P256, KeyKind::P384].into_iter().any(|kind| PublicKey::from_ec_point(kind, octets).is_ok());
-    let spki = PublicKey::from_spki_der(octets);
+    let transport = curves.into_iter().any(|curve| TransportPublicKey::new(curve, bytes).is_ok());
+    let point = [KeyKind::P256, KeyKind::P384].into_iter().any(|kind| PublicKey::from_ec_point(kind, bytes).is_ok());
+    let spki = PublicKey::from_spki_der(bytes);
     if let Ok(key) = &spki {
         assert!(PublicKey::from_spki_der(key.spki_der()).as_ref() == Ok(key));
     }
@@ -199,8 +199,8 @@ pub fn keys(octets: &[u8]) -> bool {
 }
 
 /// A proof is written as it was read, but for extra data; and it proves the one record of the samples or nothing.
-pub fn log_proof(octets: &[u8]) -> bool {
-    let Ok(proof) = LogProof::from_bytes(octets) else { return false };
+pub fn log_proof(bytes: &[u8]) -> bool {
+    let Ok(proof) = LogProof::from_bytes(bytes) else { return false };
     let written = proof.to_bytes();
     assert!(LogProof::from_bytes(&written).as_ref() == Ok(&proof), "what was written is read back");
     if let Ok(proven) = proof.verify(samples::LOG_RECORD, &samples::log_key()) {
@@ -211,8 +211,8 @@ pub fn log_proof(octets: &[u8]) -> bool {
 }
 
 /// Nobody but the log signs its checkpoints: only the tree of the samples is accepted.
-pub fn checkpoint(octets: &[u8]) -> bool {
-    let Ok(checkpoint) = SignedCheckpoint::verify(octets, &samples::log_key()) else { return false };
+pub fn checkpoint(bytes: &[u8]) -> bool {
+    let Ok(checkpoint) = SignedCheckpoint::verify(bytes, &samples::log_key()) else { return false };
     let [sample] = samples::checkpoints().try_into().expect("there is one");
     let sample = SignedCheckpoint::verify(&sample, &samples::log_key()).expect("it is right");
     assert!(checkpoint.is_same_tree(&sample), "only that tree was ever signed");
@@ -220,29 +220,29 @@ pub fn checkpoint(octets: &[u8]) -> bool {
 }
 
 /// A tile has one path.
-pub fn tile(octets: &[u8]) -> bool {
-    let Some(tile) = std::str::from_utf8(octets).ok().and_then(|path| path.parse::<TileId>().ok()) else {
+pub fn tile(bytes: &[u8]) -> bool {
+    let Some(tile) = std::str::from_utf8(bytes).ok().and_then(|path| path.parse::<TileId>().ok()) else {
         return false;
     };
-    assert!(tile.to_string().as_bytes() == octets, "there is one form");
+    assert!(tile.to_string().as_bytes() == bytes, "there is one form");
     assert!((1..=256).contains(&tile.width()), "it has hashes or entries");
     true
 }
 
 /// The entries of a bundle, put together again, are the bundle.
-pub fn bundle(octets: &[u8]) -> bool {
-    let Ok(entries) = tlog::bundle::entries(octets).collect::<Result<Vec<_>, _>>() else { return false };
+pub fn bundle(bytes: &[u8]) -> bool {
+    let Ok(entries) = tlog::bundle::entries(bytes).collect::<Result<Vec<_>, _>>() else { return false };
     let mut written = Vec::new();
     for entry in &entries {
         tlog::bundle::push(&mut written, entry).expect("it was an entry");
     }
-    assert!(written == octets && tlog::bundle::exactly(octets, entries.len()).is_ok(), "nothing is lost");
+    assert!(written == bytes && tlog::bundle::exactly(bytes, entries.len()).is_ok(), "nothing is lost");
     true
 }
 
 /// Public keys of logs and witnesses, and the names of logs.
-pub fn vkey(octets: &[u8]) -> bool {
-    let Ok(text) = std::str::from_utf8(octets) else { return false };
+pub fn vkey(bytes: &[u8]) -> bool {
+    let Ok(text) = std::str::from_utf8(bytes) else { return false };
     let log = text.parse::<LogKey>().map(|key| key.to_string());
     let witness = text.parse::<WitnessKey>().map(|key| key.to_string());
     let origin = text.parse::<Origin>().map(|origin| origin.to_string());

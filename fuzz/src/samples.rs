@@ -1,4 +1,4 @@
-//! Octets that the parsers accept, to begin from: those of the test vectors, and certificates made with their key.
+//! Bytes that the parsers accept, to begin from: those of the test vectors, and certificates made with their key.
 
 use std::sync::LazyLock;
 
@@ -29,7 +29,7 @@ const ALGORITHM: SignatureAlgorithm = SignatureAlgorithm::EcdsaP256Sha256;
 /// The device of a test vector, and what is known of it here.
 pub struct Context {
     pub package: DataPackage,
-    pub octets: SecretBytes,
+    pub bytes: SecretBytes,
     pub chip_key: Secret<[u8; 32]>,
     pub transport: TransportPrivateKey,
     pub claims: ConfirmationClaims,
@@ -47,20 +47,20 @@ static ISSUER: LazyLock<IssuerCertificate> = LazyLock::new(|| {
 
 impl Context {
     fn of(vector: &str) -> Self {
-        let (octets, backup) = (output(vector, "package"), output(vector, "backup"));
-        let package = DataPackage::decode(&octets).expect("the vector's package is one");
-        let octets = SecretBytes::new(octets);
-        let claims = ConfirmationClaims::about(package.session, package.chip.clone(), &octets, &backup);
+        let (bytes, backup) = (output(vector, "package"), output(vector, "backup"));
+        let package = DataPackage::decode(&bytes).expect("the vector's package is one");
+        let bytes = SecretBytes::new(bytes);
+        let claims = ConfirmationClaims::about(package.session, package.chip.clone(), &bytes, &backup);
         let curve = match input(vector, "transport_curve").as_str() {
             "p256" => TransportCurve::P256,
             _ => TransportCurve::X25519,
         };
-        let transport = SecretBytes::new(bytes(&input(vector, "transport_private_key")));
+        let transport = SecretBytes::new(from_hex(&input(vector, "transport_private_key")));
         Self {
             package,
-            octets,
-            chip_key: Secret::new(bytes(&input(vector, "chip_key")).try_into().expect("32 octets")),
-            transport: TransportPrivateKey::from_octets(curve, &transport).expect("the vector's key is one"),
+            bytes,
+            chip_key: Secret::new(from_hex(&input(vector, "chip_key")).try_into().expect("32 bytes")),
+            transport: TransportPrivateKey::from_bytes(curve, &transport).expect("the vector's key is one"),
             claims,
         }
     }
@@ -177,7 +177,7 @@ pub fn issuers() -> Vec<Vec<u8>> {
 }
 
 pub fn keys() -> Vec<Vec<u8>> {
-    let spki = |vector| bytes(&input(vector, "public_key"));
+    let spki = |vector| from_hex(&input(vector, "public_key"));
     let transport = CONTEXT.transport.public().expect("it has a public half").as_bytes().to_vec();
     vec![spki(P256), spki(ED25519), spki(RSA), transport]
 }
@@ -229,7 +229,7 @@ fn input(vector: &str, field: &str) -> String {
 }
 
 fn output(vector: &str, field: &str) -> Vec<u8> {
-    bytes(&text(vector, "outputs", field))
+    from_hex(&text(vector, "outputs", field))
 }
 
 fn text(vector: &str, part: &str, field: &str) -> String {
@@ -237,7 +237,7 @@ fn text(vector: &str, part: &str, field: &str) -> String {
     vector[part][field].as_str().expect("the vector has the field").to_owned()
 }
 
-fn bytes(text: &str) -> Vec<u8> {
+fn from_hex(text: &str) -> Vec<u8> {
     hex::decode(text).expect("vectors are in hex")
 }
 

@@ -1,27 +1,27 @@
 //! Who may call, what two officers must agree on, and how much a station may make.
 //!
 //! The pure parts say what may become of a request, a quota, a range; the state store keeps them, each change in one
-//! transaction; the [`Desk`] is what officers and callers come to.
+//! transaction; the [`AccessControl`] is what officers and callers come to.
 
-mod act;
-mod desk;
+mod action;
+mod control;
 mod quota;
 mod range;
 mod request;
+mod revocation_list;
 mod rules;
-mod standing;
 mod statement;
 
 use serde::{Deserialize, Serialize};
 
-pub use act::{Act, ActKind, MAX_CEREMONY_LEN, MAX_REASON_LEN};
-pub use desk::{AccessAuthority, Asked, Decision, Desk, Enrolled};
+pub use action::{MAX_CEREMONY_LEN, MAX_REASON_LEN, ProtectedAction, ProtectedActionKind};
+pub use control::{AccessAuthority, AccessControl, Asked, Decision, Enrolled};
 pub use quota::{Exceeded, NeedsApproval, Quota, SettledQuota, Usage};
 pub use range::IdentityRange;
-pub use request::{Request, RequestError, RequestId, RequestState};
+pub use request::{ApprovalRequest, RequestError, RequestId, RequestState};
+pub use revocation_list::RevocationList;
 pub use rules::ApprovalRules;
-pub use standing::Standing;
-pub use statement::{Signed, Statement, Verdict, verify as verify_statement};
+pub use statement::{ApprovalStatement, SignedStatement, Verdict, verify as verify_statement};
 
 #[cfg(test)]
 pub(crate) use request::tests::{request, signed};

@@ -5,22 +5,22 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use super::act::Act;
-use super::statement::Signed;
+use super::action::ProtectedAction;
+use super::statement::SignedStatement;
 use crate::certificate::Role;
 use crate::names::{NameError, OfficerName};
 
-/// The name of a request: random octets that the officer who makes it chooses, so that a repeat is the same request.
+/// The name of a request: random bytes that the officer who makes it chooses, so that a repeat is the same request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct RequestId([u8; 8]);
 
 impl RequestId {
-    /// From random octets.
-    pub const fn from_bytes(octets: [u8; 8]) -> Self {
-        Self(octets)
+    /// From random bytes.
+    pub const fn from_bytes(bytes: [u8; 8]) -> Self {
+        Self(bytes)
     }
 
-    /// Its octets.
+    /// Its bytes.
     pub const fn as_bytes(&self) -> &[u8; 8] {
         &self.0
     }
@@ -35,26 +35,26 @@ impl fmt::Display for RequestId {
 impl FromStr for RequestId {
     type Err = NameError;
     fn from_str(text: &str) -> Result<Self, NameError> {
-        let octets = hex::decode(text).ok().and_then(|octets| octets.try_into().ok());
-        octets.map(Self).ok_or_else(|| NameError::new("a request has a name of 16 hex digits; sppctl approvals list"))
+        let bytes = hex::decode(text).ok().and_then(|bytes| bytes.try_into().ok());
+        bytes.map(Self).ok_or_else(|| NameError::new("a request has a name of 16 hex digits; sppctl approvals list"))
     }
 }
 
 /// What one officer wants and others must approve.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Request {
+pub struct ApprovalRequest {
     /// Its name.
     pub id: RequestId,
     /// What shall be done.
-    pub act: Act,
+    pub act: ProtectedAction,
     /// Who asks for it.
-    pub requested: Signed,
+    pub requested: SignedStatement,
     /// Seconds since the Unix epoch; after that nothing comes of it.
     pub expires: u64,
     /// How many others must approve.
     pub needed: u8,
     /// Who has approved.
-    pub approvals: Vec<Signed>,
+    pub approvals: Vec<SignedStatement>,
     /// How it stands.
     pub state: RequestState,
 }
@@ -71,7 +71,7 @@ pub enum RequestState {
     /// Somebody has said no.
     Rejected {
         /// Who, and his signature.
-        by: Signed,
+        by: SignedStatement,
         /// Why.
         reason: String,
     },
@@ -129,7 +129,7 @@ impl RequestState {
     }
 }
 
-impl Request {
+impl ApprovalRequest {
     /// Whether its time is over before it came to anything.
     pub const fn has_expired(&self, now: u64) -> bool {
         matches!(self.state, RequestState::Pending | RequestState::Approved) && self.expires <= now
@@ -153,7 +153,7 @@ impl Request {
     /// Whoever is to be revoked does not decide on it.
     fn must_not_be_about(&self, officer: &OfficerName) -> Result<(), RequestError> {
         match &self.act {
-            Act::Revoke { role: Role::Officer, name, .. } if name == officer.as_str() => {
+            ProtectedAction::Revoke { role: Role::Officer, name, .. } if name == officer.as_str() => {
                 Err(RequestError::OwnRevocation(officer.clone()))
             }
             _ => Ok(()),
@@ -161,7 +161,7 @@ impl Request {
     }
 
     /// One more approval; the last one makes it done, or a ceremony ready to be held. The same officer's again changes nothing.
-    pub fn approve(mut self, by: Signed) -> Result<Self, RequestError> {
+    pub fn approve(mut self, by: SignedStatement) -> Result<Self, RequestError> {
         if by.officer == self.requested.officer {
             return Err(RequestError::OwnRequest(by.officer));
         }
@@ -180,7 +180,7 @@ impl Request {
     }
 
     /// One officer's no is enough, the own one included.
-    pub fn reject(mut self, by: Signed, reason: String) -> Result<Self, RequestError> {
+    pub fn reject(mut self, by: SignedStatement, reason: String) -> Result<Self, RequestError> {
         if by.officer != self.requested.officer {
             self.must_not_be_about(&by.officer)?;
         }
@@ -242,29 +242,29 @@ pub(crate) mod tests {
 
     use super::*;
 
-    pub(crate) fn signed(officer: &str, at: u64) -> Signed {
+    pub(crate) fn signed(officer: &str, at: u64) -> SignedStatement {
         let officer = officer.parse().unwrap();
-        Signed { officer, at, statement: String::new(), signature: Vec::new(), certificate: Vec::new() }
+        SignedStatement { officer, at, statement: String::new(), signature: Vec::new(), certificate: Vec::new() }
     }
 
-    pub(crate) fn request(act: Act, needed: u8) -> Request {
+    pub(crate) fn request(act: ProtectedAction, needed: u8) -> ApprovalRequest {
         let (requested, approvals) = (signed("o-1", 100), Vec::new());
         let id = RequestId::from_bytes([7; 8]);
-        Request { id, act, requested, expires: 1000, needed, approvals, state: RequestState::Pending }
+        ApprovalRequest { id, act, requested, expires: 1000, needed, approvals, state: RequestState::Pending }
     }
 
-    fn ceremony() -> Act {
-        Act::Ceremony { destroys: true, file: "x".to_owned() }
+    fn ceremony() -> ProtectedAction {
+        ProtectedAction::Ceremony { destroys: true, file: "x".to_owned() }
     }
 
-    fn raise() -> Act {
-        Act::RaiseQuota { station: "line-1/a".parse().unwrap(), quota: super::super::Quota::default() }
+    fn raise() -> ProtectedAction {
+        ProtectedAction::RaiseQuota { station: "line-1/a".parse().unwrap(), quota: super::super::Quota::default() }
     }
 
     #[test]
     fn nobody_approves_what_he_asked_for_and_nobody_counts_twice() {
         let asked = request(raise(), 2);
-        let about = Act::Revoke { role: Role::Officer, name: "o-3".to_owned(), reason: "left".to_owned() };
+        let about = ProtectedAction::Revoke { role: Role::Officer, name: "o-3".to_owned(), reason: "left".to_owned() };
         let about = request(about, 1);
         assert!(matches!(about.clone().approve(signed("o-3", 200)), Err(RequestError::OwnRevocation(_))));
         assert!(matches!(about.reject(signed("o-3", 200), "no".to_owned()), Err(RequestError::OwnRevocation(_))));

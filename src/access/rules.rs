@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::act::ActKind;
+use super::action::ProtectedActionKind;
 
 /// Most approvals that can be asked for.
 const MOST: u8 = 9;
@@ -39,14 +39,14 @@ impl Default for ApprovalRules {
 
 impl ApprovalRules {
     /// How many must approve such an act.
-    pub const fn needed(&self, kind: ActKind) -> u8 {
+    pub const fn needed(&self, kind: ProtectedActionKind) -> u8 {
         match kind {
-            ActKind::Revoke => self.revoke,
-            ActKind::Enroll => self.enroll,
-            ActKind::RaiseQuota => self.raise_quota,
-            ActKind::ChangeRules => self.change_rules,
-            ActKind::Destroy => self.destroy,
-            ActKind::Rotate => self.rotate,
+            ProtectedActionKind::Revoke => self.revoke,
+            ProtectedActionKind::Enroll => self.enroll,
+            ProtectedActionKind::RaiseQuota => self.raise_quota,
+            ProtectedActionKind::ChangeRules => self.change_rules,
+            ProtectedActionKind::Destroy => self.destroy,
+            ProtectedActionKind::Rotate => self.rotate,
         }
     }
 

@@ -5,22 +5,22 @@ use std::time::{Duration, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 
 use super::RequestId;
-use super::act::Act;
+use super::action::ProtectedAction;
 use crate::certificate::public_key_of;
 use crate::keys::{SignatureAlgorithm, sha256};
 use crate::names::OfficerName;
 
-/// What is signed, as octets: requests and decisions can never be taken for each other.
+/// What is signed, as bytes: requests and decisions can never be taken for each other.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Statement(String);
+pub struct ApprovalStatement(String);
 
 /// Of the year 9999: later ones have no RFC 3339 form.
 const LAST_SECOND: u64 = 253_402_300_799;
 const TITLE: &str = "spp officer statement v1";
 
-impl Statement {
+impl ApprovalStatement {
     /// "I ask for this act on this node, until then."
-    pub fn request(node: &str, id: RequestId, officer: &OfficerName, expires: u64, act: &Act) -> Self {
+    pub fn request(node: &str, id: RequestId, officer: &OfficerName, expires: u64, act: &ProtectedAction) -> Self {
         let at = humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_secs(expires.min(LAST_SECOND)));
         let content = act.to_json();
         Self(format!(
@@ -28,7 +28,7 @@ impl Statement {
         ))
     }
 
-    /// "I approve", or "I reject", of what that request says, to the last octet.
+    /// "I approve", or "I reject", of what that request says, to the last byte.
     pub fn decision(node: &str, id: RequestId, officer: &OfficerName, request: &Self, verdict: &Verdict) -> Self {
         let (hash, verb) = (request.hash(), verdict.verb());
         let mut text = format!(
@@ -40,7 +40,7 @@ impl Statement {
         Self(text)
     }
 
-    /// The octets to be signed.
+    /// The bytes to be signed.
     pub fn as_bytes(&self) -> &[u8] {
         self.0.as_bytes()
     }
@@ -77,7 +77,7 @@ impl Verdict {
 
 /// A statement that an officer has signed, with all that is needed to verify it ever after.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Signed {
+pub struct SignedStatement {
     /// Who.
     pub officer: OfficerName,
     /// When it came; seconds since the Unix epoch.
@@ -90,12 +90,12 @@ pub struct Signed {
     pub certificate: Vec<u8>,
 }
 
-impl Signed {
+impl SignedStatement {
     /// The statement as signed, if that certificate's key has signed it.
     pub fn verified(
         officer: OfficerName,
         at: u64,
-        statement: &Statement,
+        statement: &ApprovalStatement,
         signature: &[u8],
         certificate: &[u8],
     ) -> Result<Self, String> {

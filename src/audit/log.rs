@@ -11,7 +11,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::oneshot;
 
-use super::chain::{Head, MAX_LINE, TAIL};
+use super::chain::{ChainHead, MAX_LINE, TAIL};
 use super::{AuditError, Entry, FILE, Outcome};
 use crate::keys::sha256;
 
@@ -59,7 +59,7 @@ pub struct LogHead {
     pub hash: [u8; 32],
 }
 
-/// Octets that are read from the file at once.
+/// Bytes that are read from the file at once.
 const CHUNK: usize = 64 * 1024;
 
 impl AuditLog {
@@ -87,7 +87,7 @@ impl AuditLog {
 
     fn open_within(patience: Duration, dir: &Path, node: &str) -> Result<Self, AuditError> {
         let mut writer = Writer { path: dir.join(FILE), node: node.to_owned(), patience, file: None, known: None };
-        let (file, head) = writer.take_up()?;
+        let (file, head) = writer.load()?;
         (writer.file, writer.known) = (Some(file), Some(head));
         let (writer, queue, broken) = (Mutex::new(writer), Mutex::default(), AtomicBool::new(false));
         Ok(Self { shared: Arc::new(Shared { node: node.to_owned(), writer, queue, broken }) })
@@ -98,7 +98,7 @@ impl AuditLog {
         &self.shared.node
     }
 
-    /// The octets from that one on, at most so many as are sent at once, of what is durable; empty at its end, none beyond it.
+    /// The bytes from that one on, at most so many as are sent at once, of what is durable; empty at its end, none beyond it.
     pub async fn read(&self, offset: u64) -> Result<Option<Vec<u8>>, AuditError> {
         let shared = Arc::clone(&self.shared);
         let read = move || -> Result<Option<Vec<u8>>, AuditError> {
@@ -107,10 +107,10 @@ impl AuditLog {
                 (writer.path.clone(), writer.known.map_or(0, |known| known.end))
             };
             let Some(left) = end.checked_sub(offset) else { return Ok(None) };
-            let mut octets = vec![0; usize::try_from(left).unwrap_or(CHUNK).min(CHUNK)];
-            let file = File::open(&path).and_then(|file| file.read_exact_at(&mut octets, offset));
+            let mut bytes = vec![0; usize::try_from(left).unwrap_or(CHUNK).min(CHUNK)];
+            let file = File::open(&path).and_then(|file| file.read_exact_at(&mut bytes, offset));
             file.map_err(|cause| AuditError::Failed { doing: "reading", path, cause: Arc::new(cause) })?;
-            Ok(Some(octets))
+            Ok(Some(bytes))
         };
         tokio::task::spawn_blocking(read).await.map_err(|e| AuditError::Interrupted(e.to_string()))?
     }
@@ -213,7 +213,7 @@ struct Writer {
     /// None after a write that failed: nobody knows what such a handle still writes.
     file: Option<File>,
     /// Up to where the log is known to be on the disk; none before it was opened first.
-    known: Option<Head>,
+    known: Option<ChainHead>,
 }
 
 impl Writer {
@@ -222,16 +222,16 @@ impl Writer {
         // Taken and put back: every other way out leaves none.
         let (file, mut head) = match (self.file.take(), self.known) {
             (Some(file), Some(head)) => (file, head),
-            _ => self.take_up()?,
+            _ => self.load()?,
         };
-        let (time, mut octets) = (now(), Vec::new());
+        let (time, mut bytes) = (now(), Vec::new());
         let recorded = entries.into_iter().map(|entry| {
             let (line, next) = head.next_line(&self.node, time, entry)?;
-            octets.extend_from_slice(&line);
+            bytes.extend_from_slice(&line);
             Ok(std::mem::replace(&mut head, next).lines)
         });
         let recorded = recorded.collect();
-        self.write(&file, &octets)?;
+        self.write(&file, &bytes)?;
         // Nobody else writes it: another length is somebody's work.
         if file.metadata().map_err(self.failed("looking at"))?.len() != head.end {
             return Err(self.damaged("it has not the length of what was written"));
@@ -241,10 +241,10 @@ impl Writer {
     }
 
     /// Opens the file and finds the end of the chain, so that the next line follows from what the disk has.
-    fn take_up(&mut self) -> Result<(File, Head), AuditError> {
+    fn load(&mut self) -> Result<(File, ChainHead), AuditError> {
         let file = self.open_and_lock()?;
         let length = file.metadata().map_err(self.failed("looking at"))?.len();
-        // After a failed sync the system may show octets that never reach the disk, and call them written. They were told to
+        // After a failed sync the system may show bytes that never reach the disk, and call them written. They were told to
         // nobody: what is known to be durable counts, and the rest goes as if it had been cut off.
         let end = self.known.map_or(length, |known| known.end);
         if length < end {
@@ -256,14 +256,14 @@ impl Writer {
         }
         let cut = length - head.end;
         if cut > 0 {
-            // A crash between the two loses the entry that tells of the cut: of octets that were told to nobody.
+            // A crash between the two loses the entry that tells of the cut: of bytes that were told to nobody.
             file.set_len(head.end).map_err(self.failed("cutting an unfinished line off"))?;
-            let entry = Entry::new("sppd", "audit.cut", Outcome::Done).with("octets", cut);
+            let entry = Entry::new("sppd", "audit.cut", Outcome::Done).with("bytes", cut);
             let (line, next) = head.next_line(&self.node, now(), entry)?;
             self.write(&file, &line)?;
             head = next;
             self.known = Some(head);
-            tracing::warn!(log = %self.path.display(), octets = cut, "an unfinished line was cut off the audit log");
+            tracing::warn!(log = %self.path.display(), bytes = cut, "an unfinished line was cut off the audit log");
         }
         Ok((file, head))
     }
@@ -287,15 +287,15 @@ impl Writer {
         }
     }
 
-    fn read_head(&self, file: &File, end: u64) -> Result<Head, AuditError> {
+    fn read_head(&self, file: &File, end: u64) -> Result<ChainHead, AuditError> {
         let begin = end.saturating_sub(TAIL);
         let mut tail = vec![0; (end - begin) as usize];
         file.read_exact_at(&mut tail, begin).map_err(self.failed("reading"))?;
-        match Head::node_of_tail(&tail) {
+        match ChainHead::node_of_tail(&tail) {
             Some(node) if node != self.node => {
                 Err(self.damaged(&format!("it is the log of the node {node}, not of {}", self.node)))
             }
-            _ => Head::of_tail(&tail, begin).map_err(|why| self.damaged(&why)),
+            _ => ChainHead::of_tail(&tail, begin).map_err(|why| self.damaged(&why)),
         }
     }
 
@@ -346,8 +346,8 @@ mod tests {
         Entry::new("officer o-1", "pool.fill", Outcome::Begun).with("number", n).with("text", "two\nlines")
     }
 
-    fn append(dir: &Path, octets: &[u8]) {
-        OpenOptions::new().append(true).open(dir.join(FILE)).unwrap().write_all(octets).unwrap();
+    fn append(dir: &Path, bytes: &[u8]) {
+        OpenOptions::new().append(true).open(dir.join(FILE)).unwrap().write_all(bytes).unwrap();
     }
 
     #[tokio::test]
@@ -402,7 +402,7 @@ mod tests {
             let verified = verify(&dir).unwrap();
             assert_eq!((verified.entries, verified.unfinished), (whole_lines + 2, 0));
             let text = fs::read_to_string(dir.join(FILE)).unwrap();
-            assert!(text.contains("\"act\":\"audit.cut\",\"details\":{\"octets\":\"13\"}"), "{text}");
+            assert!(text.contains("\"act\":\"audit.cut\",\"details\":{\"bytes\":\"13\"}"), "{text}");
         }
     }
 
@@ -430,7 +430,7 @@ mod tests {
         log.record(entry(3)).await.unwrap();
         let after = fs::read(dir.join(FILE)).unwrap();
         fs::write(dir.join(FILE), &before).unwrap();
-        log.shared.writer.lock().unwrap().known = Some(Head::of_tail(&before, 0).unwrap());
+        log.shared.writer.lock().unwrap().known = Some(ChainHead::of_tail(&before, 0).unwrap());
         lose_handle();
         log.record(entry(4)).await.unwrap_err();
         append(&dir, &after[before.len()..]);

@@ -5,17 +5,17 @@
 //! disk: whoever is about to act records that it begins, and does not act if that fails.
 //!
 //! What the chain alone cannot show: that lines are missing at the end, that the last one was changed, or that the whole file
-//! was written anew. For that the [`AuditKeeper`] has the end signed in the HSM every now and then, and published in the public
+//! was written anew. For that the [`AuditCheckpointer`] has the end signed in the HSM every now and then, and published in the public
 //! database, where nobody can take it back: [`verify_with`] compares.
 
 mod auditor;
 mod chain;
 mod checkpoint;
+mod checkpointer;
 mod entry;
-mod keeper;
 mod log;
+mod offline_events;
 mod read;
-mod spool;
 mod verify;
 
 use std::path::PathBuf;
@@ -23,11 +23,11 @@ use std::sync::Arc;
 
 pub use auditor::{Auditor, CheckpointStatus};
 pub use checkpoint::Checkpoint;
+pub use checkpointer::{AuditCheckpointer, CheckpointRules};
 pub use entry::{Entry, Outcome, UnknownOutcome};
-pub use keeper::{AuditKeeper, CheckpointRules};
 pub use log::{AuditLog, LogHead};
+pub use offline_events::OfflineEvent;
 pub use read::{Entries, Recorded};
-pub use spool::TokenAct;
 pub use verify::{Published, PublishedTrail, Trust, Verified, verified_json, verify, verify_with};
 
 /// The log's file in its directory.
@@ -97,8 +97,8 @@ pub enum AuditError {
         /// What is missing or another.
         why: String,
     },
-    /// The entry has more octets than a line may have.
-    #[error("audit log: an entry of {0} octets is too long; at most {max} are written", max = chain::MAX_LINE)]
+    /// The entry has more bytes than a line may have.
+    #[error("audit log: an entry of {0} bytes is too long; at most {max} are written", max = chain::MAX_LINE)]
     TooLong(usize),
     /// The entry cannot be written as JSON, or the task that writes was ended.
     #[error("audit log: recording an entry: {0}; what was to be recorded must not be done, try again")]

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use super::chain::{Head, MAX_LINE, TOO_LONG};
+use super::chain::{ChainHead, MAX_LINE, TOO_LONG};
 use super::{AuditError, FILE, Outcome};
 
 /// An entry with its place in the chain.
@@ -34,8 +34,8 @@ pub struct Recorded {
 /// Reads entries one after the other; at the end it can be asked again later.
 pub struct Entries {
     path: PathBuf,
-    octets: BufReader<File>,
-    head: Head,
+    bytes: BufReader<File>,
+    head: ChainHead,
     /// What was read of a line that has no end yet.
     begun: Vec<u8>,
 }
@@ -48,13 +48,13 @@ impl Entries {
             io::ErrorKind::NotFound => AuditError::Missing { path: path.clone(), cause: Arc::new(cause) },
             _ => AuditError::Failed { doing: "opening", path: path.clone(), cause: Arc::new(cause) },
         })?;
-        Ok(Self { path, octets: BufReader::new(file), head: Head::default(), begun: Vec::new() })
+        Ok(Self { path, bytes: BufReader::new(file), head: ChainHead::default(), begun: Vec::new() })
     }
 
     /// The next entry; none if there is none yet.
     pub fn next_entry(&mut self) -> Result<Option<Recorded>, AuditError> {
         let room = MAX_LINE.saturating_sub(self.begun.len()) as u64;
-        let read = self.octets.by_ref().take(room).read_until(b'\n', &mut self.begun);
+        let read = self.bytes.by_ref().take(room).read_until(b'\n', &mut self.begun);
         read.map_err(|cause| AuditError::Failed { doing: "reading", path: self.path.clone(), cause: Arc::new(cause) })?;
         let broken = |why| AuditError::Broken { path: self.path.clone(), line: self.head.lines() + 1, why };
         let Some(line) = self.begun.strip_suffix(b"\n") else {
@@ -77,11 +77,11 @@ impl Entries {
     }
 
     /// Where the chain is after the last entry that was read.
-    pub(super) const fn head(&self) -> Head {
+    pub(super) const fn head(&self) -> ChainHead {
         self.head
     }
 
-    /// Octets of a line that has no end yet.
+    /// Bytes of a line that has no end yet.
     pub(super) const fn unfinished(&self) -> u64 {
         self.begun.len() as u64
     }

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde_json::json;
 
-use super::chain::Head;
+use super::chain::ChainHead;
 use super::{AuditError, Checkpoint, Entries, Outcome, Recorded};
 use crate::access::verify_statement;
 use crate::certificate::{caller_of, verify_caller};
@@ -21,7 +21,7 @@ pub struct Verified {
     /// SHA-256 of the last line, in hex; zeros if there is none. Whoever keeps it elsewhere can tell later that the log up to
     /// here is still the same.
     pub head: String,
-    /// Octets after the last whole line: an entry that is being written, or one that a crash cut off before anybody was told of
+    /// Bytes after the last whole line: an entry that is being written, or one that a crash cut off before anybody was told of
     /// it. The daemon cuts them off when it opens the log.
     pub unfinished: u64,
     /// Checkpoints in the log whose signature and content are right; 0 without a key.
@@ -52,7 +52,7 @@ impl fmt::Display for Verified {
         }
         match self.unfinished {
             0 => Ok(()),
-            octets => write!(f, "; {octets} octets of an unfinished line follow"),
+            bytes => write!(f, "; {bytes} bytes of an unfinished line follow"),
         }
     }
 }
@@ -186,8 +186,8 @@ impl<'a> FirstReading<'a> {
     /// What an officer has signed is signed by him, and is what the entry says.
     fn take_statement(&mut self, entry: &Recorded, verb: &str) -> Result<(), String> {
         let detail = |name: &str| entry.details.get(name).ok_or_else(|| format!("it has no {name} of the officer"));
-        let octets = |text: &str| hex::decode(text).map_err(|e| e.to_string());
-        let (statement, certificate) = (detail("statement")?, octets(detail("certificate")?)?);
+        let bytes = |text: &str| hex::decode(text).map_err(|e| e.to_string());
+        let (statement, certificate) = (detail("statement")?, bytes(detail("certificate")?)?);
         let of = match self.trust.authorities.as_slice() {
             [] => caller_of(&certificate),
             authorities => verify_caller(&certificate, authorities),
@@ -210,7 +210,7 @@ impl<'a> FirstReading<'a> {
                 return Err(format!("the officer's statement does not say {line:?}"));
             }
         }
-        verify_statement(statement.as_bytes(), &octets(detail("signature")?)?, &certificate)?;
+        verify_statement(statement.as_bytes(), &bytes(detail("signature")?)?, &certificate)?;
         self.verified.statements += 1;
         Ok(())
     }
@@ -277,7 +277,7 @@ impl<'a> FirstReading<'a> {
         }
     }
 
-    fn must_fit(&self, head: Head) -> Result<(), String> {
+    fn must_fit(&self, head: ChainHead) -> Result<(), String> {
         let claims = self.claims.get(&head.lines()).map(Vec::as_slice).unwrap_or_default();
         match claims.iter().find(|(hash, _)| *hash != head.hash) {
             Some((_, by)) => {

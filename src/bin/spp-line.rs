@@ -6,6 +6,6 @@ use clap::Parser as _;
 
 fn main() -> ExitCode {
     // Packages with keys in them pass through this process.
-    spp::process::forbid_core_dumps();
+    spp::hardening::forbid_core_dumps();
     spp::line::run(spp::line::Arguments::parse())
 }

@@ -9,9 +9,9 @@ use std::time::Duration;
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
 use spp::audit::AuditLog;
 use spp::certificate::{AccessName, Caller, Role};
+use spp::cli_docs::CliDocs;
 use spp::config::{AuditConfig, HsmAccess, StoreConfig};
-use spp::description::Describe;
-use spp::hsm::{KeyRegister, ModuleProfile, PinSource, initialise_token};
+use spp::hsm::{KeyManifest, ModuleProfile, PinSource, initialise_token};
 use spp::names::{AuditorName, BackOfficeName, MonitorName, NameError, OfficerName, StationName};
 use spp::officer::{
     self, ApprovalsCommand, AskArgs, CeremonyCommand, DaemonArgs, DeviceCommand, Enrolment, HsmCommand,
@@ -115,7 +115,7 @@ enum Command {
     #[command(subcommand)]
     Hsm(HsmCommand),
     #[command(flatten)]
-    Describe(Describe),
+    CliDocs(CliDocs),
     /// Have the running daemon read its configuration again: profiles, stations, TLS, log level. All of it takes effect, or nothing.
     Reload {
         /// Which daemon.
@@ -281,9 +281,9 @@ struct EnrollArgs {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    spp::process::forbid_core_dumps();
+    spp::hardening::forbid_core_dumps();
     // Shares of backup keys and PINs pass through it.
-    spp::process::lock_memory();
+    spp::hardening::lock_memory();
     match run(cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(message) => {
@@ -306,7 +306,7 @@ fn run(command: Command) -> Result<(), String> {
         Command::Audit(AuditCommand::Verify(args)) => args.run(),
         Command::Station(command) => command.run(Role::Station, Caller::Station),
         Command::Request { out, json } => request(&out, json),
-        Command::Describe(what) => what.run(Cli::command()),
+        Command::CliDocs(what) => what.run(Cli::command()),
         Command::Auditor(command) => command.run(Role::Auditor, Caller::Auditor),
         Command::BackOffice(command) => command.run(Role::BackOffice, Caller::BackOffice),
         Command::Monitor(command) => command.run(Role::Monitor, Caller::Monitor),
@@ -396,7 +396,7 @@ fn enroll(name: AccessName, args: EnrollArgs) -> Result<(), String> {
     let config = args.config.ok_or("the daemon's own certificate is made on the token: give --config")?;
     let audit = AuditConfig::load(&config).map_err(|e| e.to_string())?;
     let access = HsmAccess::load(&config, args.hsm.as_deref(), args.pin_file).map_err(|e| e.to_string())?;
-    let register = KeyRegister::load(&access.keys).map_err(|e| e.to_string())?;
+    let register = KeyManifest::load(&access.keys).map_err(|e| e.to_string())?;
     access.module.enter_environment().map_err(|e| e.to_string())?;
     let enrolment = Enrolment { name, days: args.days, out: args.out, csr: args.csr };
     let made = officer::on_record(&audit.directory, enrolment.describe(), || {

@@ -8,16 +8,16 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use clap::{CommandFactory as _, Parser};
 use clap_complete::Shell;
 use sd_notify::NotifyState;
-use spp::access::Desk;
-use spp::audit::{self, AuditKeeper, AuditLog, Auditor, CheckpointRules, Entry, Outcome, Trust};
+use spp::access::AccessControl;
+use spp::audit::{self, AuditCheckpointer, AuditLog, Auditor, CheckpointRules, Entry, Outcome, Trust};
+use spp::cli_docs;
 use spp::clock::Clock;
 use spp::config::DaemonConfig;
 use spp::connections::TlsInForce;
-use spp::description;
-use spp::hsm::{Hsm, PinKeeper, PinSource, keeper, worker};
+use spp::hsm::{Hsm, PinAgent, PinSource, pin_agent, worker};
 use spp::keypool::KeyPool;
 use spp::logging::{self, LogLevel};
-use spp::provisioning::{Provisioner, Rules, keep_tidy};
+use spp::provisioning::{Policy, Provisioner, recovery_loop};
 use spp::registry::{HsmSigner, TransparencyLog, published_checkpoints};
 use spp::reload::{Exchanged, Reloader};
 use spp::rpc::{House, Listening, NodeInfo};
@@ -55,17 +55,17 @@ const CHECK_LIMIT: Duration = Duration::from_secs(30);
 fn main() -> ExitCode {
     match std::env::args_os().nth(1) {
         Some(argument) if argument == worker::ARGUMENT => return ended(worker::run()),
-        Some(argument) if argument == keeper::ARGUMENT => return ended(keeper::run()),
+        Some(argument) if argument == pin_agent::ARGUMENT => return ended(pin_agent::run()),
         _ => {}
     }
     let cli = Cli::parse();
-    let undumpable = spp::process::forbid_core_dumps();
-    let locked = spp::process::lock_memory();
+    let undumpable = spp::hardening::forbid_core_dumps();
+    let locked = spp::hardening::lock_memory();
     if let Some(shell) = cli.completions {
-        return ended(description::completions(shell, Cli::command()).map_err(|e| e.to_string()));
+        return ended(cli_docs::completions(shell, Cli::command()).map_err(|e| e.to_string()));
     }
     if let Some(dir) = cli.man {
-        return ended(description::man(&dir, Cli::command()).map_err(|e| e.to_string()));
+        return ended(cli_docs::man(&dir, Cli::command()).map_err(|e| e.to_string()));
     }
     let Some(path) = cli.config else { return ended(Err("give --config".to_owned())) };
     let mut config = match DaemonConfig::load(&path) {
@@ -102,7 +102,7 @@ fn ask_for_pins(config: &mut DaemonConfig) -> Result<(), String> {
         if several {
             eprintln!("HSM {}:", hsm.name);
         }
-        let keeper = PinKeeper::ask(&hsm.worker_program).map_err(|e| e.to_string())?;
+        let keeper = PinAgent::ask(&hsm.worker_program).map_err(|e| e.to_string())?;
         hsm.pin_keeper = Some(Arc::new(keeper));
     }
     Ok(())
@@ -154,20 +154,20 @@ async fn run(
     let auditor = Arc::new(Auditor::new(Arc::clone(audit)));
     let keeper = Arc::new(audit_keeper(&config, &auditor, &hsm, &registry));
     keeper.compare(config.audit.accepted_loss).await?;
-    keeper.take_in_token_acts().await.map_err(|e| e.to_string())?;
+    keeper.import_offline_events().await.map_err(|e| e.to_string())?;
     // Not before: each start that is refused would make a log that was cut off longer, until it had as many entries as it should.
     record_start(audit, &config).await?;
-    let desk = Desk::open(state.clone(), hsm.clone(), config.authority.clone(), &config.node).await;
+    let desk = AccessControl::open(state.clone(), hsm.clone(), config.authority.clone(), &config.node).await;
     let desk = Arc::new(desk.map_err(|e| e.to_string())?);
     settle(&desk, &config, audit).await?;
     let (rules, clock) = (config.key_pool.clone(), Clock::system());
     let pool = KeyPool::new(hsm.clone(), state.clone(), journal.clone(), registry.clone(), rules, clock);
     let keeping = tokio::spawn(Arc::clone(&pool).run());
     let lifetime = config.session_lifetime;
-    let provisioner = Arc::new(Provisioner::new(hsm, journal, registry, pool, state, Rules::new(&config), lifetime));
+    let provisioner = Arc::new(Provisioner::new(hsm, journal, registry, pool, state, Policy::new(&config), lifetime));
     let tidying = tokio::spawn({
         let provisioner = Arc::clone(&provisioner);
-        async move { keep_tidy(&provisioner).await }
+        async move { recovery_loop(&provisioner).await }
     });
     let stop = stop_on_signal()?;
     let public = Public::new(Arc::clone(&provisioner), &config.public, &config.registry);
@@ -206,14 +206,14 @@ async fn run(
     served
 }
 
-fn audit_keeper(config: &DaemonConfig, auditor: &Arc<Auditor>, hsm: &Hsm, registry: &Registry) -> AuditKeeper {
+fn audit_keeper(config: &DaemonConfig, auditor: &Arc<Auditor>, hsm: &Hsm, registry: &Registry) -> AuditCheckpointer {
     let rules = CheckpointRules { entries: config.audit.checkpoint_entries, every: config.audit.checkpoint_every };
-    AuditKeeper::new(Arc::clone(auditor), hsm.clone(), config.registry.key.clone(), registry.clone(), rules)
+    AuditCheckpointer::new(Arc::clone(auditor), hsm.clone(), config.registry.key.clone(), registry.clone(), rules)
 }
 
 /// Takes over what the configuration says of rules and quotas. What needs the approval of another officer stays as it was, and is
 /// said: a daemon that did not start for it could not be asked for that approval.
-async fn settle(desk: &Desk, config: &DaemonConfig, audit: &AuditLog) -> Result<(), String> {
+async fn settle(desk: &AccessControl, config: &DaemonConfig, audit: &AuditLog) -> Result<(), String> {
     let settled = desk.settle(config.approvals, config.stations.quotas(), false).await;
     for kept in settled.map_err(|e| e.to_string())? {
         tracing::warn!(%kept, "the configuration is not in force as a whole");
@@ -356,7 +356,7 @@ async fn check(config: DaemonConfig) -> Result<(), String> {
         let ready: u64 = of_kind.map(Batch::offered).sum();
         println!("pool           {kind}: {ready} pairs ready, kept between {} and {}", marks.low, marks.high);
     }
-    println!("disk           {free} octets free, new devices need {floor}");
+    println!("disk           {free} bytes free, new devices need {floor}");
     if free < floor {
         return Err("the disk has less room than the floor: no new device would be accepted".to_owned());
     }

@@ -19,7 +19,7 @@ const RSASSA_PSS: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.11354
 /// `id-Ed25519`, RFC 8410 §3.
 const ED25519: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.101.112");
 
-/// `RSASSA-PSS-params` (RFC 4055 §3.1): SHA-256, MGF1 with SHA-256, salt of 32 octets; hash parameters NULL, as written
+/// `RSASSA-PSS-params` (RFC 4055 §3.1): SHA-256, MGF1 with SHA-256, salt of 32 bytes; hash parameters NULL, as written
 /// by everybody.
 const PSS_SHA256_PARAMETERS: [u8; 54] = *b"\x30\x34\
     \xa0\x0f\x30\x0d\x06\x09\x60\x86\x48\x01\x65\x03\x04\x02\x01\x05\x00\

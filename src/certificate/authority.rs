@@ -136,7 +136,7 @@ pub fn access_request(key: &TlsKey) -> Result<UnsignedDocument, CertificateError
     Ok(UnsignedDocument::new("CERTIFICATE REQUEST", to_be_signed, algorithm, public))
 }
 
-/// Octets for a key elsewhere to sign, and what becomes of them then.
+/// Bytes for a key elsewhere to sign, and what becomes of them then.
 #[derive(Debug)]
 pub struct UnsignedDocument {
     label: &'static str,
@@ -155,7 +155,7 @@ impl UnsignedDocument {
         Self { label, to_be_signed, algorithm, signer: signer.clone() }
     }
 
-    /// The octets to be signed.
+    /// The bytes to be signed.
     pub fn to_be_signed(&self) -> &[u8] {
         &self.to_be_signed
     }
@@ -211,14 +211,14 @@ fn authority_extensions(below: u8) -> Result<Extensions, CertificateError> {
 
 /// subjectKeyIdentifier and authorityKeyIdentifier.
 pub(super) fn key_identifiers(key: &PublicKey, issuer: &[u8]) -> Result<Extensions, CertificateError> {
-    let octets = OctetString::new(issuer).map_err(CertificateError::unwritable("key identifier"))?;
-    let authority = AuthorityKeyIdentifier { key_identifier: Some(octets), ..AuthorityKeyIdentifier::default() };
+    let bytes = OctetString::new(issuer).map_err(CertificateError::unwritable("key identifier"))?;
+    let authority = AuthorityKeyIdentifier { key_identifier: Some(bytes), ..AuthorityKeyIdentifier::default() };
     Ok(vec![subject_key_identifier(key)?, tbs::extension(false, &authority)?])
 }
 
 fn subject_key_identifier(key: &PublicKey) -> Result<Extension, CertificateError> {
-    let octets = OctetString::new(tbs::key_identifier(key)).map_err(CertificateError::unwritable("key identifier"))?;
-    tbs::extension(false, &SubjectKeyIdentifier(octets))
+    let bytes = OctetString::new(tbs::key_identifier(key)).map_err(CertificateError::unwritable("key identifier"))?;
+    tbs::extension(false, &SubjectKeyIdentifier(bytes))
 }
 
 /// The end of a validity that has a beginning before it.

@@ -6,14 +6,14 @@ use x509_cert::request::CertReqInfo;
 use super::{CertificateError, signed};
 use crate::keys::{KeyError, PublicKey};
 
-/// Most octets of a request.
+/// Most bytes of a request.
 pub const MAX_CSR_LEN: usize = 4096;
 
 /// Why a request was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum CsrError {
     /// Too long to be looked at.
-    #[error("the certificate request has {0} octets, at most {MAX_CSR_LEN} are read")]
+    #[error("the certificate request has {0} bytes, at most {MAX_CSR_LEN} are read")]
     TooLong(usize),
     /// Not PKCS#10, or signed in a way that is not supported.
     #[error("the certificate request could not be read: {0}")]

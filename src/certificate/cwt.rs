@@ -2,7 +2,7 @@
 //!
 //! The claims: `iss` the issuer's common name, `sub` the identity in canonical form, `exp` if the profile limits the
 //! validity, `iat`, `cti` the serial number, and two of our own. RFC 9711 §4.2.1 registers `ueid` for a hardware
-//! identifier, but with 33 octets at most and a type octet in front, so that a chip ID of 64 octets does not fit.
+//! identifier, but with 33 bytes at most and a type byte in front, so that a chip ID of 64 bytes does not fit.
 
 use ciborium::Value;
 use coset::cwt::{ClaimName, ClaimsSet, Timestamp};
@@ -67,15 +67,15 @@ impl SigStructure {
     }
 
     /// Reads a Sig_structure of a COSE_Sign1 with empty external_aad; another encoding of the same is refused.
-    pub(super) fn decode(octets: &[u8]) -> Result<Self, CertificateError> {
-        let parts = Value::from_slice(octets).map_err(cwt_error)?.into_array().unwrap_or_default();
+    pub(super) fn decode(bytes: &[u8]) -> Result<Self, CertificateError> {
+        let parts = Value::from_slice(bytes).map_err(cwt_error)?.into_array().unwrap_or_default();
         let Ok([Value::Text(context), Value::Bytes(protected), Value::Bytes(aad), Value::Bytes(payload)]) =
             <[Value; 4]>::try_from(parts)
         else {
             return Err(CertificateError::Cwt("not a Sig_structure of four parts".into()));
         };
         let read = Self { protected, payload };
-        if context != CONTEXT || !aad.is_empty() || read.encode()? != octets {
+        if context != CONTEXT || !aad.is_empty() || read.encode()? != bytes {
             return Err(CertificateError::Cwt("not a COSE_Sign1 Sig_structure with empty external_aad".into()));
         }
         Ok(read)
@@ -104,8 +104,8 @@ pub(super) fn assemble(
 }
 
 /// Verifies a COSE_Sign1 (tag 18) by this key and gives what was signed and its claims.
-pub(super) fn verify(octets: &[u8], key: &PublicKey) -> Result<(Vec<u8>, ClaimsSet), CertificateError> {
-    let message = CoseSign1::from_tagged_slice(octets).map_err(cwt_error)?;
+pub(super) fn verify(bytes: &[u8], key: &PublicKey) -> Result<(Vec<u8>, ClaimsSet), CertificateError> {
+    let message = CoseSign1::from_tagged_slice(bytes).map_err(cwt_error)?;
     // RFC 9052 §3.1: who does not know what `crit` lists must refuse, and none is known here.
     if !message.unprotected.is_empty() || !message.protected.header.crit.is_empty() {
         return Err(CertificateError::refused("its headers say more than how it is signed"));

@@ -18,16 +18,16 @@ pub struct Statement {
     pub name: &'static str,
     /// What.
     pub value: String,
-    /// Whether it is octets, in hex.
-    pub is_octets: bool,
+    /// Whether it is bytes, in hex.
+    pub is_bytes: bool,
 }
 
 fn words(name: &'static str, value: impl ToString) -> Statement {
-    Statement { name, value: value.to_string(), is_octets: false }
+    Statement { name, value: value.to_string(), is_bytes: false }
 }
 
-fn octets(name: &'static str, value: &[u8]) -> Statement {
-    Statement { name, value: hex::encode(value), is_octets: true }
+fn bytes(name: &'static str, value: &[u8]) -> Statement {
+    Statement { name, value: hex::encode(value), is_bytes: true }
 }
 
 /// What the certificate says, in the order in which it says it.
@@ -43,13 +43,13 @@ fn describe_x509(der: &[u8]) -> Result<Vec<Statement>, CertificateError> {
     let mut said = vec![
         words("Subject", name(tbs.subject())),
         words("Issuer", name(tbs.issuer())),
-        octets("Serial number", tbs.serial_number().as_bytes()),
+        bytes("Serial number", tbs.serial_number().as_bytes()),
         words("Valid from", tbs.validity().not_before),
         words("Valid until", tbs.validity().not_after),
     ];
     if let Ok(key) = PublicKey::from_spki_der(&spki) {
         said.push(words("Public key", key.kind().name()));
-        said.push(octets("SHA-256 of the public key", &key.fingerprint()));
+        said.push(bytes("SHA-256 of the public key", &key.fingerprint()));
     }
     if let Ok(Some((_, names))) = tbs.get_extension::<SubjectAltName>() {
         for found in &names.0 {
@@ -57,7 +57,7 @@ fn describe_x509(der: &[u8]) -> Result<Vec<Statement>, CertificateError> {
                 GeneralName::OtherName(other) => {
                     if let Ok(Some(module)) = HardwareModuleName::from_other_name(other) {
                         said.push(words("Hardware type", module.hw_type));
-                        said.push(octets("Hardware serial number", module.hw_serial_num.as_bytes()));
+                        said.push(bytes("Hardware serial number", module.hw_serial_num.as_bytes()));
                     }
                 }
                 GeneralName::UniformResourceIdentifier(uri) => said.push(words("Alternative name", uri)),
@@ -79,13 +79,13 @@ fn name(name: &Name) -> String {
     parts.join(", ")
 }
 
-fn describe_cwt(octets_of: &[u8]) -> Result<Vec<Statement>, CertificateError> {
-    let message = CoseSign1::from_tagged_slice(octets_of).map_err(cwt::cwt_error)?;
+fn describe_cwt(bytes_of: &[u8]) -> Result<Vec<Statement>, CertificateError> {
+    let message = CoseSign1::from_tagged_slice(bytes_of).map_err(cwt::cwt_error)?;
     let claims = ClaimsSet::from_slice(message.payload.as_deref().unwrap_or_default()).map_err(cwt::cwt_error)?;
     let mut said = Vec::new();
     said.extend(claims.subject.map(|subject| words("Subject", subject)));
     said.extend(claims.issuer.map(|issuer| words("Issuer", issuer)));
-    said.extend(claims.cwt_id.map(|id| octets("Serial number", &id)));
+    said.extend(claims.cwt_id.map(|id| bytes("Serial number", &id)));
     let time = |time: Timestamp| match time {
         Timestamp::WholeSeconds(seconds) => time::OffsetDateTime::from_unix_timestamp(seconds).ok(),
         Timestamp::FractionalSeconds(_) => None,
@@ -96,7 +96,7 @@ fn describe_cwt(octets_of: &[u8]) -> Result<Vec<Statement>, CertificateError> {
         if *claim == ClaimName::PrivateUse(cwt::CHIP_ID_CLAIM)
             && let Some(chip) = value.as_bytes()
         {
-            said.push(octets("Hardware serial number", chip));
+            said.push(bytes("Hardware serial number", chip));
         }
     }
     Ok(said)

@@ -117,7 +117,7 @@ fn a_cwt_expires_when_its_profile_says_so() {
 }
 
 #[test]
-fn the_same_request_gives_the_same_octets() {
+fn the_same_request_gives_the_same_bytes() {
     for text in [PHONE.to_owned(), symmetric_profile()] {
         let order = Order::new(P256, &text);
         let once = || prepare(&order.request()).unwrap().lint().unwrap().into_to_sign();
@@ -209,9 +209,8 @@ fn no_damaged_certificate_is_accepted_and_none_panics() {
     for text in [PHONE.to_owned(), symmetric_profile()] {
         let order = Order::new(SignatureAlgorithm::Ed25519, &text);
         let issued = issue(&order);
-        let verify = |octets: &[u8]| {
-            verify_device_certificate(octets, issued.is_cwt(), order.manufacturer.public(), &order.chip)
-        };
+        let verify =
+            |bytes: &[u8]| verify_device_certificate(bytes, issued.is_cwt(), order.manufacturer.public(), &order.chip);
         for length in 0..issued.as_bytes().len() {
             assert!(verify(&issued.as_bytes()[..length]).is_err());
         }
@@ -220,7 +219,7 @@ fn no_damaged_certificate_is_accepted_and_none_panics() {
             flipped[bit / 8] ^= 1 << (bit % 8);
             assert!(verify(&flipped).is_err(), "bit {bit}");
         }
-        assert!(verify(&[issued.as_bytes(), &[0]].concat()).is_err(), "trailing octets");
+        assert!(verify(&[issued.as_bytes(), &[0]].concat()).is_err(), "trailing bytes");
     }
 }
 
@@ -274,11 +273,11 @@ proptest! {
     }
 
     #[test]
-    fn no_octets_make_a_parser_panic(octets in proptest::collection::vec(any::<u8>(), 0..300), cwt in any::<bool>()) {
+    fn no_bytes_make_a_parser_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300), cwt in any::<bool>()) {
         let order = &*SHARED;
-        prop_assert!(verify_device_certificate(&octets, cwt, order.manufacturer.public(), &order.chip).is_err());
-        prop_assert!(super::caller_of(&octets).is_err());
-        prop_assert!(super::verify_csr(&octets).is_err());
+        prop_assert!(verify_device_certificate(&bytes, cwt, order.manufacturer.public(), &order.chip).is_err());
+        prop_assert!(super::caller_of(&bytes).is_err());
+        prop_assert!(super::verify_csr(&bytes).is_err());
     }
 }
 

@@ -1,6 +1,6 @@
-//! Every rule a device certificate must keep, checked on the octets that will be signed.
+//! Every rule a device certificate must keep, checked on the bytes that will be signed.
 //!
-//! The lint reads the octets again with another decoder than the one that wrote them and compares with the request,
+//! The lint reads the bytes again with another decoder than the one that wrote them and compares with the request,
 //! sharing no helper with `prepare`: a fault in the builder does not hide itself.
 
 use std::fmt;
@@ -52,7 +52,7 @@ impl PreparedCertificate<'_> {
     }
 }
 
-/// A certificate that keeps every rule: the only one whose octets can be had to sign them.
+/// A certificate that keeps every rule: the only one whose bytes can be had to sign them.
 #[derive(Debug, PartialEq, Eq)]
 pub struct LintedCertificate {
     issuer: KeyName,
@@ -63,7 +63,7 @@ pub struct LintedCertificate {
 }
 
 impl LintedCertificate {
-    /// The octets to be signed: a TBSCertificate, or the Sig_structure of a CWT.
+    /// The bytes to be signed: a TBSCertificate, or the Sig_structure of a CWT.
     pub fn to_be_signed(&self) -> &[u8] {
         &self.to_be_signed
     }
@@ -145,9 +145,9 @@ struct Lint<'a> {
 }
 
 impl Lint<'_> {
-    fn all(&mut self, octets: &[u8]) {
+    fn all(&mut self, bytes: &[u8]) {
         self.must(
-            self.tbs.to_der().is_ok_and(|der| der == octets),
+            self.tbs.to_der().is_ok_and(|der| der == bytes),
             "structure",
             "the encoding is not the distinguished one",
         );
@@ -167,16 +167,16 @@ impl Lint<'_> {
         self.findings.must(holds, rule, problem);
     }
 
-    /// RFC 5280 §4.1.2.2, and 16 octets at least before any sign octet.
+    /// RFC 5280 §4.1.2.2, and 16 bytes at least before any sign byte.
     fn serial_number(&mut self) {
         let rule = "serial-number";
         let encoded = self.tbs.serial_number().to_der().unwrap_or_default();
-        let octets = encoded.get(2..).unwrap_or_default();
-        self.must(octets.first().is_some_and(|first| first & 0x80 == 0), rule, "it is not positive");
-        self.must(octets.len() <= 20, rule, "it has more than 20 octets");
-        let without_sign = octets.strip_prefix(&[0]).unwrap_or(octets);
-        self.must(without_sign.len() >= 16, rule, "it has fewer than 16 octets");
-        self.must(octets == self.request.serial.as_bytes(), rule, "it is not the requested one");
+        let bytes = encoded.get(2..).unwrap_or_default();
+        self.must(bytes.first().is_some_and(|first| first & 0x80 == 0), rule, "it is not positive");
+        self.must(bytes.len() <= 20, rule, "it has more than 20 bytes");
+        let without_sign = bytes.strip_prefix(&[0]).unwrap_or(bytes);
+        self.must(without_sign.len() >= 16, rule, "it has fewer than 16 bytes");
+        self.must(bytes == self.request.serial.as_bytes(), rule, "it is not the requested one");
     }
 
     fn algorithm(&mut self) {

@@ -23,18 +23,18 @@ pub(super) fn all(request: &CertificateRequest<'_>, to_be_signed: &[u8], finding
 }
 
 /// RFC 9052 §3.1: alg and kid.
-fn header(request: &CertificateRequest<'_>, octets: &[u8], findings: &mut LintFindings) {
+fn header(request: &CertificateRequest<'_>, bytes: &[u8], findings: &mut LintFindings) {
     let expected = [
         (1, "algorithm", Value::from(algorithm::cose(request.algorithm()) as i64)),
         (4, "key-id", Value::Bytes(request.issuer.key_identifier().to_vec())),
     ];
-    compare("header", octets, &expected, findings);
+    compare("header", bytes, &expected, findings);
     let fits = request.algorithm().fits(request.issuer.public_key().kind());
     findings.must(fits, "algorithm", "the issuer's key cannot make it");
 }
 
 /// RFC 8392 §3.1.
-fn claims(request: &CertificateRequest<'_>, octets: &[u8], findings: &mut LintFindings) {
+fn claims(request: &CertificateRequest<'_>, bytes: &[u8], findings: &mut LintFindings) {
     let days = request.profile.certificate().validity_days;
     let expiry = days.map(|days| Value::from(request.not_before.saturating_add(86_400 * u64::from(days))));
     let hardware_type = Value::Bytes(request.profile.hardware_type().as_bytes().to_vec());
@@ -49,11 +49,11 @@ fn claims(request: &CertificateRequest<'_>, octets: &[u8], findings: &mut LintFi
         (CHIP_ID_CLAIM, "chip-id", Value::Bytes(request.chip.as_bytes().to_vec())),
         (HARDWARE_TYPE_CLAIM, "hardware-type", Value::Tag(OID_TAG, Box::new(hardware_type))),
     ]);
-    compare("claims", octets, &expected, findings);
+    compare("claims", bytes, &expected, findings);
 }
 
-fn compare(what: &str, octets: &[u8], expected: &[(i64, &'static str, Value)], findings: &mut LintFindings) {
-    let Some(found) = Value::from_slice(octets).ok().and_then(|value| value.into_map().ok()) else {
+fn compare(what: &str, bytes: &[u8], expected: &[(i64, &'static str, Value)], findings: &mut LintFindings) {
+    let Some(found) = Value::from_slice(bytes).ok().and_then(|value| value.into_map().ok()) else {
         return findings.add("structure", format!("the {what} are not a map"));
     };
     let keys = |(key, _): &(Value, Value)| key.clone();
@@ -65,6 +65,6 @@ fn compare(what: &str, octets: &[u8], expected: &[(i64, &'static str, Value)], f
             findings.add(rule, format!("{what} {key:?} is not what was requested"));
         }
     }
-    let same = Value::Map(found).to_vec().is_ok_and(|encoded| encoded == octets);
+    let same = Value::Map(found).to_vec().is_ok_and(|encoded| encoded == bytes);
     findings.must(same, "structure", "the encoding is not the deterministic one (RFC 8949 §4.2.1)");
 }

@@ -23,7 +23,7 @@ use super::testing::{Order, PHONE, SignWith, serial, symmetric_profile};
 use super::{algorithm, prepare};
 use crate::keys::SignatureAlgorithm;
 
-/// The rules that these octets break.
+/// The rules that these bytes break.
 fn rules(order: &Order, to_be_signed: Vec<u8>) -> Vec<&'static str> {
     match (PreparedCertificate { request: order.request(), to_be_signed }).lint() {
         Ok(_) => Vec::new(),
@@ -47,9 +47,9 @@ fn broken_in(profile: &str, expected: &[&str], change: impl FnOnce(&mut TbsCerti
     assert_eq!(rules(&order, tbs.to_der().unwrap()), expected);
 }
 
-/// The same for what the structure cannot express: elements of the TBSCertificate are exchanged as octets.
+/// The same for what the structure cannot express: elements of the TBSCertificate are exchanged as bytes.
 #[track_caller]
-fn broken_octets(expected: &[&str], change: impl FnOnce(&mut Vec<Any>)) {
+fn broken_bytes(expected: &[&str], change: impl FnOnce(&mut Vec<Any>)) {
     let order = Order::new(SignatureAlgorithm::EcdsaP256Sha256, PHONE);
     let good = prepare(&order.request()).unwrap().to_be_signed;
     let mut reader = SliceReader::new(&good).unwrap();
@@ -102,9 +102,9 @@ fn another_version_is_found() {
 fn a_bad_serial_number_is_found() {
     broken(&["serial-number", "serial-number"], |tbs| tbs.serial = SerialNumber::new(&[1; 15]).unwrap());
     broken(&["serial-number"], |tbs| tbs.serial = SerialNumber::new(serial(1).as_bytes()).unwrap());
-    let of = |octets: &[u8]| Any::new(der::Tag::Integer, octets).unwrap();
-    broken_octets(&["serial-number", "serial-number"], |parts| parts[1] = of(&[0x80; 20]));
-    broken_octets(&["serial-number", "serial-number"], |parts| parts[1] = of(&[0x7f; 21]));
+    let of = |bytes: &[u8]| Any::new(der::Tag::Integer, bytes).unwrap();
+    broken_bytes(&["serial-number", "serial-number"], |parts| parts[1] = of(&[0x80; 20]));
+    broken_bytes(&["serial-number", "serial-number"], |parts| parts[1] = of(&[0x7f; 21]));
 }
 
 #[test]
@@ -154,7 +154,7 @@ fn a_wrong_validity_is_found() {
     broken(&["validity"], |tbs| tbs.validity = Validity::new(start, time("2030-01-01T00:00:00Z")));
     broken(&["validity"], |tbs| tbs.validity = Validity::new(time("2026-01-01T00:00:01Z"), end));
     broken(&["validity", "validity"], |tbs| tbs.validity = Validity::new(end, end));
-    broken_octets(&["validity"], |parts| {
+    broken_bytes(&["validity"], |parts| {
         let general = Any::new(der::Tag::GeneralizedTime, &b"20260101000000Z"[..]).unwrap();
         let both =
             vec![general, Any::encode_from(&der::asn1::GeneralizedTime::from_date_time(end.to_date_time())).unwrap()];
@@ -171,7 +171,7 @@ fn another_public_key_is_found() {
 
 #[test]
 fn unique_identifiers_are_found() {
-    broken_octets(&["unique-id"], |parts| {
+    broken_bytes(&["unique-id"], |parts| {
         let implicit = AnyRef::from_der(&[0x81, 2, 0, 1]).map(Any::from).unwrap();
         parts.insert(7, implicit);
     });
@@ -216,9 +216,9 @@ fn wrong_criticality_is_found() {
 fn wrong_key_identifiers_are_found() {
     broken(&["authority-key-identifier"], |tbs| {
         let extension = &mut extensions(tbs)[AUTHORITY_KEY_IDENTIFIER];
-        let mut octets = extension.extn_value.as_bytes().to_vec();
-        *octets.last_mut().unwrap() ^= 1;
-        extension.extn_value = OctetString::new(octets).unwrap();
+        let mut bytes = extension.extn_value.as_bytes().to_vec();
+        *bytes.last_mut().unwrap() ^= 1;
+        extension.extn_value = OctetString::new(bytes).unwrap();
     });
     let own = || tbs::extension(false, &SubjectKeyIdentifier(OctetString::new([1; 20]).unwrap())).unwrap();
     broken(&["unexpected-extension", "subject-key-identifier"], |tbs| extensions(tbs).push(own()));
@@ -261,7 +261,7 @@ fn wrong_uris_are_found() {
 }
 
 #[test]
-fn octets_that_are_no_certificate_are_found() {
+fn bytes_that_are_no_certificate_are_found() {
     let order = Order::new(SignatureAlgorithm::EcdsaP256Sha256, PHONE);
     assert_eq!(rules(&order, Vec::new()), ["structure"]);
     broken(&["structure"], |tbs| {
@@ -276,11 +276,11 @@ fn broken_cwt(expected: &[&str], change: impl FnOnce(&mut Vec<(Value, Value)>, &
     let good = prepare(&order.request()).unwrap().to_be_signed;
     assert_eq!(rules(&order, good.clone()), Vec::<&str>::new());
     let parts = SigStructure::decode(&good).unwrap();
-    let map = |octets: &[u8]| Value::from_slice(octets).unwrap().into_map().unwrap();
+    let map = |bytes: &[u8]| Value::from_slice(bytes).unwrap().into_map().unwrap();
     let (mut header, mut claims) = (map(&parts.protected), map(&parts.payload));
     change(&mut header, &mut claims);
-    let octets = |map| Value::Bytes(Value::Map(map).to_vec().unwrap());
-    let structure = vec![Value::from("Signature1"), octets(header), Value::Bytes(vec![]), octets(claims)];
+    let bytes = |map| Value::Bytes(Value::Map(map).to_vec().unwrap());
+    let structure = vec![Value::from("Signature1"), bytes(header), Value::Bytes(vec![]), bytes(claims)];
     assert_eq!(rules(&order, Value::Array(structure).to_vec().unwrap()), expected);
 }
 

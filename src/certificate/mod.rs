@@ -1,8 +1,8 @@
 //! Device certificates and those around the system. Pure: no I/O, no clock, no HSM.
 //!
 //! A device certificate goes profile → [`prepare`] → [`PreparedCertificate`] → [`PreparedCertificate::lint`] →
-//! [`LintedCertificate`] → signed elsewhere, from exactly its octets → [`IssuedCertificate`]. Each step eats the one
-//! before; only a linted certificate has octets to be signed. Times and serial numbers are parameters.
+//! [`LintedCertificate`] → signed elsewhere, from exactly its bytes → [`IssuedCertificate`]. Each step eats the one
+//! before; only a linted certificate has bytes to be signed. Times and serial numbers are parameters.
 
 mod access;
 mod algorithm;
@@ -57,7 +57,7 @@ use crate::keys::{KeyError, KeyKind, SignatureAlgorithm};
 /// Why a certificate could not be made, or is not to be trusted. Nothing in it is secret.
 #[derive(Debug, thiserror::Error)]
 pub enum CertificateError {
-    /// Octets that are not the DER structure they should be.
+    /// Bytes that are not the DER structure they should be.
     #[error("{what} could not be read: {source}")]
     Unreadable {
         /// What was being read.
@@ -73,7 +73,7 @@ pub enum CertificateError {
         /// The encoder's words.
         source: der::Error,
     },
-    /// Octets that are not the CBOR or COSE structure they should be.
+    /// Bytes that are not the CBOR or COSE structure they should be.
     #[error("the CWT could not be read: {0}")]
     Cwt(String),
     /// The PEM text has no certificate or a damaged one.

@@ -1,4 +1,4 @@
-//! A request becomes the octets of a certificate, X.509 or CWT, not yet to be trusted and not yet to be signed.
+//! A request becomes the bytes of a certificate, X.509 or CWT, not yet to be trusted and not yet to be signed.
 
 use der::asn1::OctetString;
 use x509_cert::ext::pkix::crl::dp::DistributionPoint;
@@ -47,21 +47,21 @@ impl CertificateRequest<'_> {
     }
 }
 
-/// A certificate's serial number: 20 octets, positive (RFC 5280 §4.1.2.2), 158 bits of them random.
+/// A certificate's serial number: 20 bytes, positive (RFC 5280 §4.1.2.2), 158 bits of them random.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CertificateSerial([u8; Self::LEN]);
 
 impl CertificateSerial {
-    /// Octets: the most that RFC 5280 §4.1.2.2 allows.
+    /// Bytes: the most that RFC 5280 §4.1.2.2 allows.
     pub const LEN: usize = 20;
 
-    /// From the HSM's random octets. The first two bits become `01`: positive, and never shorter than 20 octets.
+    /// From the HSM's random bytes. The first two bits become `01`: positive, and never shorter than 20 bytes.
     pub const fn from_random(mut random: [u8; Self::LEN]) -> Self {
         random[0] = random[0] & 0x7f | 0x40;
         Self(random)
     }
 
-    /// The octets, big-endian, as stored and as encoded.
+    /// The bytes, big-endian, as stored and as encoded.
     pub const fn as_bytes(&self) -> &[u8; Self::LEN] {
         &self.0
     }

@@ -60,7 +60,7 @@ impl Profile {
     ///
     /// [[symmetric_key]]
     /// purpose = "channel"                       # 1 to 32 of a-z 0-9 -; part of the derivation label
-    /// length = 32                               # octets: 16, 24 or 32 (default)
+    /// length = 32                               # bytes: 16, 24 or 32 (default)
     /// master_key = "master"                     # one for all keys of a profile: a record holds one version
     ///
     /// [delivery]
@@ -275,7 +275,7 @@ impl KeyPairRule {
 pub struct SymmetricKeyRule {
     /// What it is for: 1 to 32 characters `a-z 0-9 -`. The derivation's label is `spp/v1/` and this.
     pub purpose: String,
-    /// Octets: 16, 24 or 32.
+    /// Bytes: 16, 24 or 32.
     pub length: u16,
     /// From which master key.
     pub master_key: KeyName,

@@ -255,7 +255,7 @@ impl Reader<'_> {
             }
             let length = fields.length.unwrap_or(32);
             if ![16, 24, 32].contains(&length) {
-                self.add(&at("length"), format!("{length} octets; 16, 24 and 32 are possible"));
+                self.add(&at("length"), format!("{length} bytes; 16, 24 and 32 are possible"));
             }
             if all[0].master_key != fields.master_key {
                 self.add(

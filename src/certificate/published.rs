@@ -61,7 +61,7 @@ fn x509(certificate: &[u8], issuer: &IssuerCertificate, findings: &mut LintFindi
     };
     findings.must(tbs.issuer() == issuer.subject(), "issuer", "it is not the subject of the issuer's certificate");
     let serial = tbs.serial_number().as_bytes();
-    findings.must((8..=20).contains(&serial.len()), "serial-number", "it has not 8 to 20 octets");
+    findings.must((8..=20).contains(&serial.len()), "serial-number", "it has not 8 to 20 bytes");
     findings.must(serial.first().is_some_and(|first| first & 0x80 == 0), "serial-number", "it is not positive");
     let all = tbs.extensions().map(Vec::as_slice).unwrap_or_default();
     for (index, extension) in all.iter().enumerate() {

@@ -8,7 +8,7 @@ use x509_cert::certificate::TbsCertificate;
 use super::{CertificateError, algorithm};
 use crate::keys::{PublicKey, SignatureAlgorithm};
 
-/// The three parts as they stand in the octets, nothing re-encoded.
+/// The three parts as they stand in the bytes, nothing re-encoded.
 #[derive(Debug)]
 pub(super) struct Signed<'a> {
     /// What the signature is over.
@@ -18,7 +18,7 @@ pub(super) struct Signed<'a> {
     signature: &'a [u8],
 }
 
-/// Takes the shell apart; trailing octets are refused.
+/// Takes the shell apart; trailing bytes are refused.
 pub(super) fn split<'a>(what: &'static str, der: &'a [u8]) -> Result<Signed<'a>, CertificateError> {
     let unreadable = CertificateError::unreadable(what);
     let parts = || -> der::Result<(&'a [u8], AlgorithmIdentifierRef<'a>, BitStringRef<'a>)> {
@@ -53,7 +53,7 @@ impl Signed<'_> {
     }
 }
 
-/// Puts the shell around exactly these octets.
+/// Puts the shell around exactly these bytes.
 pub(super) fn join(
     to_be_signed: &[u8],
     algorithm: SignatureAlgorithm,

@@ -49,7 +49,7 @@ pub(super) struct TbsFields<'a> {
     pub(super) extensions: Extensions,
 }
 
-/// The octets to be signed.
+/// The bytes to be signed.
 pub(super) fn encode(fields: TbsFields<'_>) -> Result<Vec<u8>, CertificateError> {
     let algorithm = algorithm::identifier(fields.algorithm)?;
     let build = || {
@@ -82,8 +82,8 @@ pub(super) fn key_identifier(key: &PublicKey) -> [u8; 20] {
 
 /// An extension of a type that knows its OID.
 pub(super) fn extension<T: AssociatedOid + Encode>(critical: bool, value: &T) -> Result<Extension, CertificateError> {
-    let octets = value.to_der().and_then(OctetString::new).map_err(CertificateError::unwritable("extension"))?;
-    Ok(Extension { extn_id: <T as AssociatedOid>::OID, critical, extn_value: octets })
+    let bytes = value.to_der().and_then(OctetString::new).map_err(CertificateError::unwritable("extension"))?;
+    Ok(Extension { extn_id: <T as AssociatedOid>::OID, critical, extn_value: bytes })
 }
 
 /// A URI as a GeneralName.

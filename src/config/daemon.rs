@@ -20,7 +20,7 @@ use super::tls::{self, TlsConfig, TlsShape};
 use super::{Faults, read_toml};
 use crate::access::{AccessAuthority, ApprovalRules};
 use crate::certificate::{IssuerCertificate, Profile};
-use crate::hsm::{Hsms, KeyRegister, SigningKey, SigningUse};
+use crate::hsm::{Hsms, KeyManifest, SigningKey, SigningUse};
 use crate::keypool::PoolRules;
 use crate::keys::{SignatureAlgorithm, sha256};
 use crate::names::{KeyName, ProfileName};
@@ -272,7 +272,7 @@ fn load_profiles(directory: &Path, faults: &mut Faults) -> (Vec<ProfileName>, BT
 }
 
 /// The key that signs access certificates: the newest of the register that has its certificate.
-fn load_authority(keys: &KeyRegister, faults: &mut Faults) -> Option<AccessAuthority> {
+fn load_authority(keys: &KeyManifest, faults: &mut Faults) -> Option<AccessAuthority> {
     let mut of_access = keys.signing.iter().rev().filter(|key| key.use_ == SigningUse::Access);
     let newest = of_access.clone().next();
     let key = of_access.find(|key| key.certificate.exists()).or(newest)?;
@@ -292,7 +292,7 @@ fn load_authority(keys: &KeyRegister, faults: &mut Faults) -> Option<AccessAutho
 /// The issuers' certificates; every key that a profile names must be in the register.
 fn load_issuers(
     profiles: &BTreeMap<ProfileName, Profile>,
-    keys: &KeyRegister,
+    keys: &KeyManifest,
     faults: &mut Faults,
 ) -> BTreeMap<ProfileName, IssuerCertificate> {
     let mut issuers = BTreeMap::new();
@@ -327,7 +327,7 @@ fn load_issuers(
 }
 
 /// A certificate that is not there, or is wrong, is a fault only where a profile names its key.
-fn load_signers(keys: &KeyRegister) -> BTreeMap<KeyName, IssuerCertificate> {
+fn load_signers(keys: &KeyManifest) -> BTreeMap<KeyName, IssuerCertificate> {
     let of_devices = keys.signing.iter().filter(|key| key.use_ == SigningUse::Device);
     let certificate = |key: &SigningKey| {
         let pem = std::fs::read_to_string(&key.certificate).ok()?;

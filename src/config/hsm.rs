@@ -10,7 +10,7 @@ use serde::{Deserialize, Deserializer};
 
 use super::daemon::{base_of, read_shape};
 use super::{Faults, store};
-use crate::hsm::{HsmConfig, Hsms, KeyRegister, ModuleProfile, PinSource, SupervisorPacing};
+use crate::hsm::{HsmConfig, Hsms, KeyManifest, ModuleProfile, PinSource, SupervisorPacing};
 
 /// One table, or a list of them.
 pub(super) struct HsmShapes(Vec<HsmShape>);
@@ -107,7 +107,7 @@ impl HsmShapes {
         base: &Path,
         pin_refused: impl Fn(Option<&str>) -> PathBuf,
         faults: &mut Faults,
-    ) -> (Option<KeyRegister>, Option<Hsms>) {
+    ) -> (Option<KeyManifest>, Option<Hsms>) {
         let (mut members, mut call, mut keys) = (Vec::new(), None, None);
         for (number, placed) in self.placed(place, faults).into_iter().enumerate() {
             let refused = pin_refused((number > 0).then_some(placed.name));
@@ -115,7 +115,7 @@ impl HsmShapes {
                 None => *call.insert(placed.call(faults)),
                 Some(call) => placed.same_call(call, faults),
             };
-            let register = faults.keep(KeyRegister::load(&base.join(&placed.shape.keys)));
+            let register = faults.keep(KeyManifest::load(&base.join(&placed.shape.keys)));
             if keys.is_none() {
                 keys.clone_from(&register);
             }
@@ -164,7 +164,7 @@ impl Placed<'_> {
     fn check(
         &self,
         base: &Path,
-        keys: Option<KeyRegister>,
+        keys: Option<KeyManifest>,
         (call_timeout, queue): (Duration, usize),
         pin_refused: PathBuf,
         faults: &mut Faults,

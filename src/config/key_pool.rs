@@ -11,7 +11,7 @@ use crate::hsm::ModuleProfile;
 use crate::keypool::{MOST_PAIRS, Marks, PoolPacing, PoolRules};
 use crate::keys::KeyKind;
 use crate::names::ProfileName;
-use crate::store::Keeping;
+use crate::store::KeyStorage;
 
 /// Batch keys are token objects, and all batches are looked through now and again: they must stay few.
 const MOST_BATCHES: u64 = 500;
@@ -19,7 +19,7 @@ const MOST_BATCHES: u64 = 500;
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct KeyPoolShape {
-    store: KeepingShape,
+    store: KeyStorageShape,
     #[serde(with = "humantime_serde")]
     shred_after: Duration,
     batch_size: u64,
@@ -36,7 +36,7 @@ struct PoolShape {
 
 #[derive(Deserialize, Clone, Copy, PartialEq, Eq)]
 #[serde(rename_all = "kebab-case")]
-enum KeepingShape {
+enum KeyStorageShape {
     /// In the state store, wrapped by the HSM.
     Wrapped,
     /// As objects of the token.
@@ -46,7 +46,7 @@ enum KeepingShape {
 impl Default for KeyPoolShape {
     fn default() -> Self {
         let PoolRules { shred_after, batch_size, .. } = PoolRules::default();
-        Self { store: KeepingShape::Wrapped, shred_after, batch_size, pool: Vec::new() }
+        Self { store: KeyStorageShape::Wrapped, shred_after, batch_size, pool: Vec::new() }
     }
 }
 
@@ -82,12 +82,12 @@ pub(super) fn check<'a>(
         faults.add(at("batch_size"), problem);
     }
     let keeping = match shape.store {
-        KeepingShape::Wrapped => Keeping::Wrapped,
-        KeepingShape::Hsm => Keeping::Hsm,
+        KeyStorageShape::Wrapped => KeyStorage::Wrapped,
+        KeyStorageShape::Hsm => KeyStorage::Hsm,
     };
     let all: u64 = shape.pool.iter().map(|pool| pool.high.min(MOST_PAIRS)).sum();
     // Of several HSMs one may have to keep them all.
-    if keeping == Keeping::Hsm
+    if keeping == KeyStorage::Hsm
         && let Some(module) = modules.find(|module| all > module.token_pairs)
     {
         let problem = format!(

@@ -8,7 +8,7 @@ use serde::Deserialize;
 use super::daemon::{base_of, read_shape};
 use super::{Faults, store};
 use crate::certificate::IssuerCertificate;
-use crate::hsm::{CheckpointKey, DestroyedKey, KeyRegister, SigningUse};
+use crate::hsm::{CheckpointKey, DestroyedKey, KeyManifest, SigningUse};
 use crate::keys::PublicKey;
 use crate::names::KeyName;
 use crate::registry::{LogSettings, Witness};
@@ -60,7 +60,7 @@ pub(super) fn check(
     shape: RegistryShape,
     place: &str,
     base: &Path,
-    keys: &KeyRegister,
+    keys: &KeyManifest,
     faults: &mut Faults,
 ) -> Option<RegistryConfig> {
     let at = |field: &str| format!("{place}: registry.{field}");
@@ -97,7 +97,7 @@ pub(super) fn check(
 }
 
 /// The certificates of keys that were destroyed, where they are still beside the register: what those signed is verified ever after.
-fn destroyed(keys: &KeyRegister, dir: &Path) -> Vec<(PathBuf, PublicKey)> {
+fn destroyed(keys: &KeyManifest, dir: &Path) -> Vec<(PathBuf, PublicKey)> {
     let certificate = |key: &DestroyedKey| {
         let path = dir.join(format!("{}-ca.pem", key.name));
         let certificate = IssuerCertificate::from_pem_alone(&std::fs::read_to_string(&path).ok()?).ok()?;
@@ -130,7 +130,7 @@ impl RegistryAccess {
         let access = read_shape(path, &place, &mut faults).and_then(|shape| {
             let base = base_of(path);
             let store = store::check(&shape.store, &place, base, &mut faults);
-            let keys = faults.keep(KeyRegister::load(&shape.hsm.keys(base)))?;
+            let keys = faults.keep(KeyManifest::load(&shape.hsm.keys(base)))?;
             let key = check(shape.registry, &place, base, &keys, &mut faults)?.key.key;
             let of_devices = keys.signing.iter().filter(|key| key.use_ == SigningUse::Device);
             let mut issuers: Vec<_> = of_devices.map(|key| key.certificate.clone()).collect();

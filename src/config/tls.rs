@@ -71,10 +71,10 @@ struct Files<'a> {
 impl Files<'_> {
     fn read(&mut self, name: &str, path: &Path, faults: &mut Faults) -> Option<Vec<u8>> {
         let path = self.base.join(path);
-        let octets = std::fs::read(&path).map_err(|e| format!("{}: {e}; {HINT}", path.display()));
-        let octets = faults.note(format!("{}: {name}", self.place), octets)?;
-        self.read.insert(name.to_owned(), sha256(&octets));
-        Some(octets)
+        let bytes = std::fs::read(&path).map_err(|e| format!("{}: {e}; {HINT}", path.display()));
+        let bytes = faults.note(format!("{}: {name}", self.place), bytes)?;
+        self.read.insert(name.to_owned(), sha256(&bytes));
+        Some(bytes)
     }
 
     /// A certificate and its key, which belong together.

@@ -7,10 +7,10 @@ use crate::names::ChipId;
 
 /// Verifies that the manufacturer bound an identity to this chip.
 pub(super) fn verify_certificate(
-    octets: &[u8],
+    bytes: &[u8],
     is_cwt: bool,
     manufacturer: &PublicKey,
     chip: &ChipId,
 ) -> Result<VerifiedCertificate, DeviceError> {
-    verify_device_certificate(octets, is_cwt, manufacturer, chip).map_err(|e| DeviceError::Certificate(e.to_string()))
+    verify_device_certificate(bytes, is_cwt, manufacturer, chip).map_err(|e| DeviceError::Certificate(e.to_string()))
 }

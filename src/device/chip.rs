@@ -26,8 +26,8 @@ pub struct ChipKey(Secret<[u8; 32]>);
 
 impl ChipKey {
     /// Burns the key in, once, when the silicon is made.
-    pub const fn burn_in(octets: Secret<[u8; 32]>) -> Self {
-        Self(octets)
+    pub const fn burn_in(bytes: Secret<[u8; 32]>) -> Self {
+        Self(bytes)
     }
 
     pub(super) fn encrypt(
@@ -67,7 +67,7 @@ impl Chip {
     }
 }
 
-/// HKDF-SHA-256 (RFC 5869) of a secret of the silicon: 32 octets for one purpose of one chip.
+/// HKDF-SHA-256 (RFC 5869) of a secret of the silicon: 32 bytes for one purpose of one chip.
 pub(super) fn derive(
     secret: &Secret<[u8; 32]>,
     purpose: &str,

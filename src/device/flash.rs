@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::DeviceError;
 
-/// Most octets a flash holds.
+/// Most bytes a flash holds.
 pub(super) const CAPACITY: usize = 64 * 1024;
 
 /// What an erased flash cell reads as.

@@ -7,21 +7,21 @@
 //!   what the public database holds too: the certificate and the backup package.
 //!
 //! On the line: [`Device::install`], [`Device::backup`], [`Device::confirmation`]. Later, when the flash was lost: ask the
-//! public database for the chip ID's record and [`Device::recover`]. Both end in the same flash, octet for octet.
+//! public database for the chip ID's record and [`Device::recover`]. Both end in the same flash, byte for byte.
 //!
 //! Trust: the station, the network and the public database may lie. A device believes its ROM alone, and all else only
 //! as far as the manufacturer's signature and its own chip key reach.
 
 mod certificate;
 mod chip;
-mod fab;
 mod flash;
+mod simulated_fab;
 #[cfg(test)]
 mod tests;
 
 pub use chip::{Chip, ChipKey, Rom};
-pub use fab::Fab;
 pub use flash::Flash;
+pub use simulated_fab::SimulatedFab;
 
 use std::path::PathBuf;
 
@@ -91,7 +91,7 @@ pub enum DeviceError {
     },
     /// The simulated fab cannot be made or opened.
     #[error("the fab in {path}: {problem}")]
-    Fab {
+    SimulatedFab {
         /// Its file.
         path: PathBuf,
         /// What is wrong and what to do.
@@ -191,7 +191,7 @@ impl Device {
     pub fn install(&mut self, session: &SessionId, delivery: &Delivery<'_>) -> Result<Installed, DeviceError> {
         // 1. Open it.
         let opened = match delivery {
-            Delivery::Clear(octets) => SecretBytes::copy_of(octets.expose()),
+            Delivery::Clear(bytes) => SecretBytes::copy_of(bytes.expose()),
             Delivery::Sealed(sealed) => {
                 let transport = self.chip.transport.as_ref().ok_or(DeviceError::NoTransportKey)?;
                 package::open(sealed, transport, session, self.chip_id())?
@@ -211,7 +211,7 @@ impl Device {
         Ok(installed)
     }
 
-    /// The backup package of what is installed; the same octets every time.
+    /// The backup package of what is installed; the same bytes every time.
     ///
     /// # Errors
     /// If nothing is installed, or the flash is damaged.
@@ -225,9 +225,9 @@ impl Device {
     /// If nothing is installed, or the flash is damaged.
     pub fn confirmation(&self) -> Result<Vec<u8>, DeviceError> {
         let backup = self.backup()?;
-        let octets = self.decrypted()?;
-        let package = DataPackage::decode(octets.expose())?;
-        let claims = ConfirmationClaims::about(package.session, self.chip_id().clone(), &octets, &backup);
+        let bytes = self.decrypted()?;
+        let package = DataPackage::decode(bytes.expose())?;
+        let claims = ConfirmationClaims::about(package.session, self.chip_id().clone(), &bytes, &backup);
         if package.certificate.is_cwt() {
             let key = package.symmetric_keys.first().ok_or(DeviceError::KeyMismatch("data package"))?;
             return Ok(package::confirm(&claims, &ConfirmationSigner::Symmetric(key.key()))?);
@@ -302,8 +302,8 @@ impl Device {
     /// # Errors
     /// If the record is not of this chip, or was altered. The flash is unchanged then.
     pub fn recover(&mut self, record: &PublicRecord<'_>) -> Result<Installed, DeviceError> {
-        let octets = self.chip.key.decrypt(record.backup, self.chip_id(), record.certificate)?;
-        let package = DataPackage::decode(octets.expose())?;
+        let bytes = self.chip.key.decrypt(record.backup, self.chip_id(), record.certificate)?;
+        let package = DataPackage::decode(bytes.expose())?;
         let certificate = &package.certificate;
         if certificate.device_certificate() != record.certificate || certificate.is_cwt() != record.is_cwt {
             return Err(DeviceError::Certificate("the record's is not the one in the backup".into()));
@@ -317,9 +317,9 @@ impl Device {
     /// What must be true of every package before it is stored, wherever it came from.
     fn check(&self, package: &DataPackage) -> Result<Installed, DeviceError> {
         expect("data package", "chip", &package.chip, self.chip_id())?;
-        let octets = package.certificate.device_certificate();
+        let bytes = package.certificate.device_certificate();
         let certificate = certificate::verify_certificate(
-            octets,
+            bytes,
             package.certificate.is_cwt(),
             &self.chip.rom.manufacturer,
             self.chip_id(),
@@ -342,7 +342,7 @@ impl Device {
             session: package.session,
             identity: package.identity.clone(),
             profile: package.profile.clone(),
-            certificate: octets.to_vec(),
+            certificate: bytes.to_vec(),
             is_cwt: package.certificate.is_cwt(),
             public_key: certificate.public_key().cloned(),
             purposes: package.symmetric_keys.iter().map(|key| key.purpose().to_owned()).collect(),
@@ -351,9 +351,9 @@ impl Device {
     }
 
     /// Whether exactly this package is stored; a damaged flash holds nothing.
-    fn holds(&self, octets: &SecretBytes) -> bool {
+    fn holds(&self, bytes: &SecretBytes) -> bool {
         self.decrypted()
-            .is_ok_and(|held| aws_lc_rs::constant_time::verify_slices_are_equal(held.expose(), octets.expose()).is_ok())
+            .is_ok_and(|held| aws_lc_rs::constant_time::verify_slices_are_equal(held.expose(), bytes.expose()).is_ok())
     }
 
     fn decrypted(&self) -> Result<SecretBytes, DeviceError> {
@@ -362,8 +362,8 @@ impl Device {
     }
 
     fn stored(&self) -> Result<Stored, DeviceError> {
-        let octets = self.flash.read()?.ok_or(DeviceError::Empty)?;
-        Stored::from_bytes(&octets).map_err(|e| DeviceError::Damaged(e.to_string()))
+        let bytes = self.flash.read()?.ok_or(DeviceError::Empty)?;
+        Stored::from_bytes(&bytes).map_err(|e| DeviceError::Damaged(e.to_string()))
     }
 }
 
@@ -380,8 +380,8 @@ impl Stored {
         out.finish_public().ok_or_else(|| DeviceError::Damaged("the content would be too large".into()))
     }
 
-    fn from_bytes(octets: &[u8]) -> Result<Self, CborError> {
-        let mut reader = Reader::new(octets);
+    fn from_bytes(bytes: &[u8]) -> Result<Self, CborError> {
+        let mut reader = Reader::new(bytes);
         let mut map = reader.map()?;
         let certificate = if map.key(1)? { map.reader.bytes()? } else { return Err(CborError::MissingKey(1)) };
         let backup = if map.key(2)? { map.reader.bytes()? } else { return Err(CborError::MissingKey(2)) };

@@ -22,7 +22,7 @@ const X25519: Option<TransportCurve> = Some(TransportCurve::X25519);
 /// A manufacturer with a fab.
 struct Factory {
     manufacturer: DevicePrivateKey,
-    fab: Fab,
+    fab: SimulatedFab,
     _directory: TempDir,
 }
 
@@ -30,7 +30,7 @@ impl Factory {
     fn new() -> Self {
         let directory = spp_testkit::files::temp_dir();
         let manufacturer = generate_p256().unwrap();
-        let fab = Fab::create(directory.path(), manufacturer.public().clone(), None).unwrap();
+        let fab = SimulatedFab::create(directory.path(), manufacturer.public().clone(), None).unwrap();
         Self { manufacturer, fab, _directory: directory }
     }
 
@@ -80,14 +80,14 @@ fn a_device_is_installed_confirmed_wiped_and_recovered() {
     for kind in [KeyKind::P256, KeyKind::P384, KeyKind::Ed25519, KeyKind::Rsa2048] {
         let mut device = factory.device(kind as u8);
         let package = factory.package(kind as u8, kind);
-        let octets = package.encode().unwrap();
+        let bytes = package.encode().unwrap();
         let installed = install(&mut device, &package).unwrap();
         assert_eq!((installed.session, installed.identity.to_string()), (package.session, IDENTITY.to_owned()));
 
         let backup = device.backup().unwrap();
         let rules = BackupRules { format: BackupFormat::Cose, max_bytes: 8192 };
-        BackupPackage::accept(&backup, &rules, &package.chip, &octets, &package.secrets()).unwrap();
-        let claims = ConfirmationClaims::about(package.session, package.chip.clone(), &octets, &backup);
+        BackupPackage::accept(&backup, &rules, &package.chip, &bytes, &package.secrets()).unwrap();
+        let claims = ConfirmationClaims::about(package.session, package.chip.clone(), &bytes, &backup);
         let key = ConfirmationKey::Pair(installed.public_key.as_ref().unwrap());
         verify_confirmation(&device.confirmation().unwrap(), &claims, &key).unwrap();
 
@@ -95,7 +95,7 @@ fn a_device_is_installed_confirmed_wiped_and_recovered() {
         assert!(matches!(device.installed(), Err(DeviceError::Empty)));
         let record = PublicRecord { certificate: &installed.certificate, is_cwt: false, backup: &backup };
         assert_eq!(device.recover(&record).unwrap(), installed);
-        assert_eq!(device.package().unwrap().encode().unwrap().expose(), octets.expose());
+        assert_eq!(device.package().unwrap().encode().unwrap().expose(), bytes.expose());
         assert_eq!(device.backup().unwrap(), backup);
     }
 }
@@ -107,8 +107,8 @@ fn a_device_without_a_pair_confirms_with_its_symmetric_key() {
     let package = factory.symmetric_package(1);
     let installed = install(&mut device, &package).unwrap();
     assert_eq!((installed.is_cwt, installed.public_key), (true, None));
-    let (octets, backup) = (package.encode().unwrap(), device.backup().unwrap());
-    let claims = ConfirmationClaims::about(package.session, package.chip.clone(), &octets, &backup);
+    let (bytes, backup) = (package.encode().unwrap(), device.backup().unwrap());
+    let claims = ConfirmationClaims::about(package.session, package.chip.clone(), &bytes, &backup);
     let key = ConfirmationKey::Symmetric(package.symmetric_keys[0].key());
     verify_confirmation(&device.confirmation().unwrap(), &claims, &key).unwrap();
 }
@@ -155,8 +155,8 @@ fn a_package_for_something_else_is_refused() {
     let factory = Factory::new();
     let mut device = factory.device(1);
     assert!(refusal(&mut device, &factory.package(2, KeyKind::P256)).contains("for chip 0202"));
-    let octets = factory.package(1, KeyKind::P256).encode().unwrap();
-    let refused = device.install(&session(9), &Delivery::Clear(&octets)).unwrap_err().to_string();
+    let bytes = factory.package(1, KeyKind::P256).encode().unwrap();
+    let refused = device.install(&session(9), &Delivery::Clear(&bytes)).unwrap_err().to_string();
     assert!(refused.contains("for session 0101"), "{refused}");
     let mut other_identity = factory.package(1, KeyKind::P256);
     other_identity.identity = "serial:SN-0002".parse().unwrap();
@@ -188,7 +188,7 @@ fn the_same_package_again_keeps_its_backup() {
     install(&mut device, &package).unwrap();
     assert_eq!(device.backup().unwrap(), backup);
     // A device that was switched off and on again, from the same fab.
-    let fab = Fab::open(factory._directory.path()).unwrap();
+    let fab = SimulatedFab::open(factory._directory.path()).unwrap();
     assert_eq!(fab.device(&chip(1), X25519).unwrap().backup().unwrap(), backup);
     // A new session of the same device replaces it.
     install(&mut device, &DataPackage { session: session(7), ..factory.package(1, KeyKind::Ed25519) }).unwrap();
@@ -235,34 +235,36 @@ fn a_fab_is_made_once_and_kept_private() {
     let factory = Factory::new();
     let directory = factory._directory.path();
     let manufacturer = factory.manufacturer.public().clone();
-    let again = Fab::create(directory, manufacturer, None).map(|_| ()).unwrap_err().to_string();
+    let again = SimulatedFab::create(directory, manufacturer, None).map(|_| ()).unwrap_err().to_string();
     assert!(again.contains("there already"), "{again}");
     let file = directory.join("fab.cbor");
     assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
     std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o640)).unwrap();
-    assert!(Fab::open(directory).map(|_| ()).unwrap_err().to_string().contains("chmod 600"));
-    assert!(Fab::open(directory.join("nowhere")).map(|_| ()).unwrap_err().to_string().contains("create it first"));
+    assert!(SimulatedFab::open(directory).map(|_| ()).unwrap_err().to_string().contains("chmod 600"));
+    assert!(
+        SimulatedFab::open(directory.join("nowhere")).map(|_| ()).unwrap_err().to_string().contains("create it first")
+    );
     std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).unwrap();
     std::fs::write(&file, [0xa0]).unwrap();
-    assert!(Fab::open(directory).map(|_| ()).unwrap_err().to_string().contains("damaged"));
+    assert!(SimulatedFab::open(directory).map(|_| ()).unwrap_err().to_string().contains("damaged"));
 }
 
 proptest! {
     #![proptest_config(spp_testkit::random::cases(32, 1600))]
 
     #[test]
-    fn whatever_is_delivered_a_device_does_not_panic(octets: Vec<u8>, as_record: Vec<u8>) {
+    fn whatever_is_delivered_a_device_does_not_panic(bytes: Vec<u8>, as_record: Vec<u8>) {
         let factory = Factory::new();
         let mut device = factory.device(1);
-        prop_assert!(device.install(&session(1), &Delivery::Clear(&SecretBytes::copy_of(&octets))).is_err());
-        prop_assert!(device.install(&session(1), &Delivery::Sealed(&octets)).is_err());
-        let record = PublicRecord { certificate: &octets, is_cwt: false, backup: &as_record };
+        prop_assert!(device.install(&session(1), &Delivery::Clear(&SecretBytes::copy_of(&bytes))).is_err());
+        prop_assert!(device.install(&session(1), &Delivery::Sealed(&bytes)).is_err());
+        let record = PublicRecord { certificate: &bytes, is_cwt: false, backup: &as_record };
         prop_assert!(device.recover(&record).is_err());
         for is_cwt in [true, false] {
             let manufacturer = factory.manufacturer.public();
-            prop_assert!(certificate::verify_certificate(&octets, is_cwt, manufacturer, &chip(1)).is_err());
+            prop_assert!(certificate::verify_certificate(&bytes, is_cwt, manufacturer, &chip(1)).is_err());
         }
-        device.flash.write(&octets).unwrap();
+        device.flash.write(&bytes).unwrap();
         prop_assert!(device.installed().is_err());
     }
 }
@@ -301,7 +303,7 @@ fn tlv(tag: u8, parts: &[&[u8]]) -> Vec<u8> {
         short @ 0..=0x7f => vec![u8::try_from(short).unwrap()],
         long => [&[0x82][..], &u16::try_from(long).unwrap().to_be_bytes()].concat(),
     };
-    // Lengths from 128 to 255 take one octet in DER.
+    // Lengths from 128 to 255 take one byte in DER.
     let length = if length.len() == 3 && length[1] == 0 { vec![0x81, length[2]] } else { length };
     [&[tag], length.as_slice(), &content].concat()
 }
@@ -333,10 +335,10 @@ fn cwt(manufacturer: &DevicePrivateKey, chip: &ChipId, identity: &str) -> Vec<u8
 fn a_device_believes_the_receipt_of_its_own_record_and_no_other() {
     let directory = spp_testkit::files::temp_dir();
     let (manufacturer, log) = (generate_p256().unwrap(), LocalSigner::new("log.example/test"));
-    let fab = Fab::create(directory.path(), manufacturer.public().clone(), Some(log.key().clone())).unwrap();
+    let fab = SimulatedFab::create(directory.path(), manufacturer.public().clone(), Some(log.key().clone())).unwrap();
     drop(fab);
     // The log's key is in the ROM, which outlives the process.
-    let fab = Fab::open(directory.path()).unwrap();
+    let fab = SimulatedFab::open(directory.path()).unwrap();
     let factory = Factory { manufacturer, fab, _directory: directory };
     let mut device = factory.device(1);
     let package = factory.package(1, KeyKind::P256);

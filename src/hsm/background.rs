@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use super::connection::BACKGROUND_LIMIT;
 use super::failure::HsmError;
-use super::handle::{Hsm, Terms, unexpected};
+use super::handle::{CallOptions, Hsm, unexpected};
 use super::objects::public_key;
-use super::wire::{Answer, Keep, Kept, Lane, Operation};
-use crate::keys::{BatchName, KeptKey, KeyKind, PublicKey, TokenPair, WrappedKey};
+use super::wire::{Answer, Keep, Kept, Operation, Priority};
+use crate::keys::{BatchName, KeyKind, PublicKey, StoredKey, TokenPair, WrappedKey};
 
 /// How long what takes no processor may take, behind a pair that is being made perhaps: one HSM that hangs must not stop everything.
 const SHORT: Duration = Duration::from_secs(60);
@@ -44,7 +44,7 @@ impl Hsm {
         keep: KeepIn,
         at_most: u32,
         within: Duration,
-    ) -> Result<Vec<(PublicKey, KeptKey)>, HsmError> {
+    ) -> Result<Vec<(PublicKey, StoredKey)>, HsmError> {
         let within_ms = u32::try_from(within.as_millis()).unwrap_or(u32::MAX);
         let order = match keep {
             KeepIn::Wrapped(batch) => Keep::Wrapped(batch.key()),
@@ -59,9 +59,9 @@ impl Hsm {
         let pair = |pair: super::wire::MadePair| {
             let kept = match (pair.kept, &order) {
                 (Kept::Blob(blob), Keep::Wrapped(key)) => {
-                    KeptKey::Wrapped(WrappedKey { wrapping_key: key.clone(), blob })
+                    StoredKey::Wrapped(WrappedKey { wrapping_key: key.clone(), blob })
                 }
-                (Kept::Id(id), Keep::OnToken(label)) => KeptKey::OnToken(TokenPair { label: label.clone(), id }),
+                (Kept::Id(id), Keep::OnToken(label)) => StoredKey::OnToken(TokenPair { label: label.clone(), id }),
                 _ => return Err(unexpected()),
             };
             Ok((public_key(kind, pair.public)?, kept))
@@ -140,7 +140,7 @@ impl Hsm {
         operation: impl Fn() -> Operation,
     ) -> Result<Answer, HsmError> {
         let operations = || vec![operation()];
-        let terms = Terms { lane: Lane::Background, limit, attempts, about: None, impatient: false };
+        let terms = CallOptions { lane: Priority::Background, limit, attempts, about: None, impatient: false };
         self.call_on(terms, operations, |mut answers, _| answers.next()).await
     }
 }

@@ -14,23 +14,23 @@ use zeroize::Zeroizing;
 use super::attributes::{KeyRole, Provenance, pair_generation};
 use super::failure::{Doing as _, Failure, FailureClass, HsmError};
 use super::kdf::Prf;
+use super::key_manifest::BackupKey;
 use super::module::{ModuleProfile, WrapMechanism};
 use super::objects::{Ceremony, CreatedKey, Made, master_generation, public_template, refused};
-use super::register::BackupKey;
+use super::operations::TokenOperations;
 use super::token::find_one;
-use super::verbs::Verbs;
 use super::wire::WirePublicKey;
 use crate::keys::{KeyKind, PublicKey};
 use crate::names::KeyName;
 use crate::secret::SecretBytes;
 
-/// Octets of a backup key: AES-256.
+/// Bytes of a backup key: AES-256.
 pub const BACKUP_KEY_LEN: u32 = 32;
-/// Octets of its check value.
+/// Bytes of its check value.
 const CHECK_LEN: usize = 8;
 /// What the check value is made of.
 const CHECKED: [u8; 32] = [0; 32];
-/// Octets of what a seal is made of, SHA-384: no key that is backed up has so many, so that neither passes for the other.
+/// Bytes of what a seal is made of, SHA-384: no key that is backed up has so many, so that neither passes for the other.
 pub const SEALED_LEN: usize = 48;
 
 /// What a wrapped key is, as far as the token must be told.
@@ -42,7 +42,7 @@ pub enum Restorable {
     Master(Prf),
 }
 
-/// The check value of a backup key that is in this process: the first 8 octets of what RFC 5649 makes of 32 zero octets under it.
+/// The check value of a backup key that is in this process: the first 8 bytes of what RFC 5649 makes of 32 zero bytes under it.
 pub fn backup_check_value(key: &SecretBytes) -> Result<Vec<u8>, HsmError> {
     let mut wrapped = [0; 40];
     // Exposed to be used as a key once; the cipher's own copy is wiped by its library.
@@ -58,7 +58,7 @@ pub fn is_sealed(key: &SecretBytes, seal: &[u8], digest: &[u8; SEALED_LEN]) -> b
 }
 
 fn unusable() -> HsmError {
-    HsmError::Wrong("a backup key has exactly 32 octets".to_owned())
+    HsmError::Wrong("a backup key has exactly 32 bytes".to_owned())
 }
 
 impl ModuleProfile {
@@ -74,7 +74,7 @@ impl ModuleProfile {
 }
 
 impl Ceremony {
-    /// Random octets of the HSM that are secret.
+    /// Random bytes of the HSM that are secret.
     pub fn random_secret(&self, len: u32) -> Result<SecretBytes, HsmError> {
         self.random(len).map(SecretBytes::new)
     }
@@ -93,21 +93,21 @@ impl Ceremony {
 
     /// The check value of a backup key on the token.
     pub fn check_value_of_backup_key(&self, key: &BackupKey) -> Result<Vec<u8>, HsmError> {
-        let mut wrapped = self.wrap_octets(key, &CHECKED)?;
+        let mut wrapped = self.wrap_bytes(key, &CHECKED)?;
         wrapped.truncate(CHECK_LEN);
         Ok(wrapped)
     }
 
     /// Binds a digest to a backup key. AES-KWP authenticates: without the key nobody makes a seal that [`is_sealed`] takes.
     pub fn seal(&self, under: &BackupKey, digest: &[u8; SEALED_LEN]) -> Result<Vec<u8>, HsmError> {
-        self.wrap_octets(under, digest)
+        self.wrap_bytes(under, digest)
     }
 
-    /// Octets that are not secret, wrapped under a backup key of the token.
-    fn wrap_octets(&self, key: &BackupKey, octets: &[u8]) -> Result<Vec<u8>, HsmError> {
-        let run = |verbs: &mut Verbs| -> Result<Vec<u8>, Failure> {
+    /// Bytes that are not secret, wrapped under a backup key of the token.
+    fn wrap_bytes(&self, key: &BackupKey, bytes: &[u8]) -> Result<Vec<u8>, HsmError> {
+        let run = |verbs: &mut TokenOperations| -> Result<Vec<u8>, Failure> {
             let kek = find_one(verbs.session(), ObjectClass::SECRET_KEY, &key.name, &key.id)?;
-            let passing = verbs.session_secret(KeyType::GENERIC_SECRET, octets)?;
+            let passing = verbs.session_secret(KeyType::GENERIC_SECRET, bytes)?;
             let wrapped = verbs.wrap_under(kek, passing);
             verbs.forget(passing)?;
             wrapped
@@ -153,7 +153,7 @@ impl Ceremony {
 
     fn make_pair(
         &self,
-        verbs: &Verbs,
+        verbs: &TokenOperations,
         (name, id): (&KeyName, &[u8]),
         kind: KeyKind,
         kek: ObjectHandle,
@@ -170,7 +170,12 @@ impl Ceremony {
         Ok(Made { public, provenance: Provenance::BackedUp, wrapped: Some(wrapped?) })
     }
 
-    fn wrap_and_keep(verbs: &Verbs, name: &KeyName, made: ObjectHandle, kek: ObjectHandle) -> Result<Vec<u8>, Failure> {
+    fn wrap_and_keep(
+        verbs: &TokenOperations,
+        name: &KeyName,
+        made: ObjectHandle,
+        kek: ObjectHandle,
+    ) -> Result<Vec<u8>, Failure> {
         let wrapped = verbs.wrap_under(kek, made)?;
         // CKA_COPYABLE stays as it was: SoftHSM takes no other value for a copy. What cannot be extracted has no copy that can.
         let kept = [Attribute::Token(true), Attribute::Extractable(false), Attribute::Modifiable(false)];
@@ -181,7 +186,7 @@ impl Ceremony {
     /// Of a kind that the module cannot wrap: the pair is made here of the HSM's random numbers, and its seed is wrapped.
     fn make_seed(
         &self,
-        verbs: &Verbs,
+        verbs: &TokenOperations,
         (name, id): (&KeyName, &[u8]),
         kind: KeyKind,
         kek: ObjectHandle,
@@ -194,13 +199,13 @@ impl Ceremony {
         let WirePublicKey::Ed25519(point) = &public else {
             return Err(Failure::new(FailureClass::Rejected, "a seed makes ed25519 pairs alone"));
         };
-        create_public(verbs, (name, id), kind, octet_string(point)?)?;
+        create_public(verbs, (name, id), kind, byte_string(point)?)?;
         Ok(Made { public: Some(public), provenance: Provenance::Imported, wrapped: Some(wrapped?) })
     }
 
     fn import_seed_pair(
         &self,
-        verbs: &Verbs,
+        verbs: &TokenOperations,
         (name, id): (&KeyName, &[u8]),
         kind: KeyKind,
         seed: &[u8],
@@ -248,7 +253,7 @@ impl Ceremony {
 
     fn unwrap_inside(
         &self,
-        verbs: &Verbs,
+        verbs: &TokenOperations,
         (name, id): (&KeyName, &[u8]),
         role: KeyRole,
         wrapped: &[u8],
@@ -305,7 +310,7 @@ fn unwrap_here(key: &SecretBytes, wrapped: &[u8]) -> Result<Zeroizing<Vec<u8>>, 
 }
 
 fn create_public(
-    verbs: &Verbs,
+    verbs: &TokenOperations,
     (name, id): (&KeyName, &[u8]),
     kind: KeyKind,
     part: Vec<Attribute>,
@@ -331,12 +336,12 @@ fn create_public(
 fn public_part(public: &PublicKey) -> Result<Vec<Attribute>, Failure> {
     match public.rsa_components() {
         Some((modulus, exponent)) => Ok(vec![Attribute::Modulus(modulus), Attribute::PublicExponent(exponent)]),
-        None => octet_string(public.key_bits()),
+        None => byte_string(public.key_bits()),
     }
 }
 
 /// CKA_EC_POINT is a DER OCTET STRING (PKCS#11 v2.40 §2.3.3).
-fn octet_string(point: &[u8]) -> Result<Vec<Attribute>, Failure> {
+fn byte_string(point: &[u8]) -> Result<Vec<Attribute>, Failure> {
     use der::Encode as _;
     let point = der::asn1::OctetStringRef::new(point).and_then(|point| point.to_der());
     let point = point.map_err(|e| Failure::new(FailureClass::Rejected, e.to_string()))?;

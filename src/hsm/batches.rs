@@ -11,16 +11,16 @@ use cryptoki::session::SessionState;
 use super::attributes::{KeyRole, Provenance, audit};
 use super::durable::sync_changed;
 use super::failure::{Doing as _, Failure, FailureClass};
+use super::operations::TokenOperations;
 use super::token::find_one;
-use super::verbs::Verbs;
 use super::wire::{Answer, Kept, KeyOnToken, MadePair};
 use crate::keys::{BatchName, KeyKind, TokenPair, batch_key_id};
 use crate::names::KeyName;
 
-/// Octets of the CKA_ID of a pair.
+/// Bytes of the CKA_ID of a pair.
 const ID_LEN: u32 = 16;
 
-impl Verbs {
+impl TokenOperations {
     /// AES-256, not extractable, for wrapping and unwrapping alone.
     pub(super) fn create_batch_key(&mut self, name: &KeyName) -> Result<(), Failure> {
         let begun = SystemTime::now();
@@ -117,8 +117,8 @@ impl Verbs {
                 let (mut label, mut id) = (None, Vec::new());
                 for attribute in shown {
                     match attribute {
-                        Attribute::Label(octets) => label = String::from_utf8(octets).ok(),
-                        Attribute::Id(octets) => id = octets,
+                        Attribute::Label(bytes) => label = String::from_utf8(bytes).ok(),
+                        Attribute::Id(bytes) => id = bytes,
                         _ => {}
                     }
                 }

@@ -14,7 +14,7 @@ use super::failure::{Failure, FailureClass};
 use super::statistics::CallStatistics;
 use super::token::TokenIdentity;
 use super::transport::TransportKey;
-use super::wire::{self, Answer, Lane, Operation, Reply, Request, Started};
+use super::wire::{self, Answer, Operation, Priority, Reply, Request, Started};
 use crate::names::KeyName;
 
 /// How long a call may take, waiting for a processor that the line needs included: one RSA-4096 pair takes seconds of it.
@@ -52,7 +52,7 @@ pub(crate) struct Connection {
 
 /// A call that is with the worker.
 struct Waiting {
-    lane: Lane,
+    lane: Priority,
     verbs: Vec<&'static str>,
     since: Instant,
     waiter: oneshot::Sender<Result<Vec<Answer>, Failure>>,
@@ -74,7 +74,7 @@ impl Pending {
     fn wait_for(
         &self,
         id: u64,
-        lane: Lane,
+        lane: Priority,
         verbs: Vec<&'static str>,
     ) -> oneshot::Receiver<Result<Vec<Answer>, Failure>> {
         let (waiter, answer) = oneshot::channel();
@@ -93,19 +93,19 @@ impl Pending {
         *self.map() = None;
     }
 
-    pub(super) fn count(&self, lane: Lane) -> usize {
+    pub(super) fn count(&self, lane: Priority) -> usize {
         self.map().as_ref().map_or(0, |map| map.values().filter(|call| call.lane == lane).count())
     }
 
     /// Whether a call of the line waits so long that another HSM is asked first, if there is one.
     fn is_late(&self) -> bool {
-        let late = |call: &Waiting| call.lane == Lane::Line && call.since.elapsed() > LATE;
+        let late = |call: &Waiting| call.lane == Priority::Line && call.since.elapsed() > LATE;
         self.map().as_ref().is_some_and(|map| map.values().any(late))
     }
 
     /// Whether a call waits longer than any should.
     pub(super) fn has_one_that_hangs(&self, hang_after: Duration) -> bool {
-        let limit = |lane| if lane == Lane::Line { hang_after } else { BACKGROUND_LIMIT.max(hang_after) };
+        let limit = |lane| if lane == Priority::Line { hang_after } else { BACKGROUND_LIMIT.max(hang_after) };
         self.map().as_ref().is_some_and(|map| map.values().any(|call| call.since.elapsed() > limit(call.lane)))
     }
 }
@@ -155,7 +155,7 @@ async fn receive_replies(
         counters.operations.fetch_add(reply.result.as_ref().map_or(1, |answers| weight(answers)), Ordering::Relaxed);
         if let Some(call) = pending.take(reply.id) {
             counters.calls.count(&call.verbs, &reply);
-            if call.lane == Lane::Line {
+            if call.lane == Priority::Line {
                 counters.answered.fetch_add(1, Ordering::Relaxed);
             }
             let _ = call.waiter.send(reply.result);
@@ -210,7 +210,7 @@ impl Connection {
     /// Sends operations and waits; `None` if the worker was lost meanwhile.
     pub(crate) async fn call(
         &self,
-        lane: Lane,
+        lane: Priority,
         operations: Vec<Operation>,
         until: Instant,
     ) -> Option<Result<Vec<Answer>, Failure>> {
@@ -309,7 +309,7 @@ mod tests {
         let (connection, closed) = connect(BufReader::new(read), write, transport, started, counters);
         let call = async || {
             let call = connection.call(
-                Lane::Line,
+                Priority::Line,
                 vec![Operation::Random { len: 1 }],
                 Instant::now() + Duration::from_secs(30),
             );
@@ -322,6 +322,6 @@ mod tests {
         for _ in 0..3 {
             assert!(matches!(call().await, Ok(None)), "a late call waits for an answer that nobody will give");
         }
-        assert_eq!(connection.pending.count(Lane::Line), 0);
+        assert_eq!(connection.pending.count(Priority::Line), 0);
     }
 }

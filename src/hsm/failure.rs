@@ -7,7 +7,7 @@ use std::time::Duration;
 use cryptoki::error::{Error, RvError};
 use serde::{Deserialize, Serialize};
 
-use super::ckr::meaning;
+use super::return_codes::meaning;
 
 /// What helps against a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -10,12 +10,14 @@ use tracing::Instrument as _;
 use super::connection::Connection;
 use super::failure::{FailureClass, HsmError};
 use super::kdf::Derivation;
-use super::members::{Chosen, HsmMember, Hsms, Members};
+use super::key_manifest::KeyManifest;
+use super::members::{Chosen, HsmId, Hsms, Members};
 use super::objects::{public_key, to_x509_form};
-use super::register::KeyRegister;
 use super::supervisor::{State, supervise};
-use super::wire::{Answer, Lane, Operation};
-use crate::keys::{BatchName, DevicePrivateKey, KeptKey, KeyError, KeyKind, PublicKey, SignatureAlgorithm, WrappedKey};
+use super::wire::{Answer, Operation, Priority};
+use crate::keys::{
+    BatchName, DevicePrivateKey, KeyError, KeyKind, PublicKey, SignatureAlgorithm, StoredKey, WrappedKey,
+};
 use crate::names::KeyName;
 use crate::secret::SecretBytes;
 
@@ -28,12 +30,12 @@ pub struct Hsm {
     pub(super) members: Arc<Members>,
     pub(super) states: watch::Receiver<Vec<State>>,
     /// The only one that is asked, for a handle of [`Hsm::at`].
-    pub(super) only: Option<HsmMember>,
+    pub(super) only: Option<HsmId>,
 }
 
 /// How a call is made.
-pub(super) struct Terms {
-    pub(super) lane: Lane,
+pub(super) struct CallOptions {
+    pub(super) lane: Priority,
     /// Within which it is answered.
     pub(super) limit: Duration,
     /// How often it is tried at most.
@@ -50,7 +52,7 @@ pub struct DeviceKeyOrder {
     pub pair: Option<PairOrder>,
     /// The symmetric keys.
     pub derivations: Vec<Derivation>,
-    /// Octets of public randomness: session identifier, certificate serial number.
+    /// Bytes of public randomness: session identifier, certificate serial number.
     pub random: usize,
 }
 
@@ -59,7 +61,7 @@ pub enum PairOrder {
     /// It is made, and kept wrapped under this key.
     Make(KeyKind, KeyName),
     /// It was made in advance.
-    Kept(PublicKey, KeptKey),
+    Kept(PublicKey, StoredKey),
 }
 
 /// What a new device gets from the HSM.
@@ -77,13 +79,13 @@ pub struct DeliveredPair {
     /// The pair in memory.
     pub private: DevicePrivateKey,
     /// How it is kept until the device has confirmed.
-    pub kept: KeptKey,
+    pub kept: StoredKey,
 }
 
 /// Keys that a session has already.
 pub struct HeldKeyOrder {
     /// The pair in the secret store.
-    pub pair: Option<(PublicKey, KeptKey)>,
+    pub pair: Option<(PublicKey, StoredKey)>,
     /// The symmetric keys.
     pub derivations: Vec<Derivation>,
 }
@@ -112,33 +114,33 @@ impl Hsm {
     }
 
     /// The HSMs.
-    pub fn each(&self) -> impl Iterator<Item = HsmMember> + use<> {
+    pub fn each(&self) -> impl Iterator<Item = HsmId> + use<> {
         let only = self.only;
         self.members.each().filter(move |member| only.is_none_or(|only| only == *member))
     }
 
     /// A handle that asks this one alone.
-    pub fn at(&self, member: HsmMember) -> Self {
+    pub fn at(&self, member: HsmId) -> Self {
         Self { only: Some(member), ..self.clone() }
     }
 
     /// Those that serve calls at this moment, who has least to do first.
-    pub fn at_hand(&self) -> Vec<HsmMember> {
-        self.members.ready(&self.states.borrow(), Lane::Line)
+    pub fn ready_members(&self) -> Vec<HsmId> {
+        self.members.ready(&self.states.borrow(), Priority::Line)
     }
 
     /// Who keeps a batch, as far as that is on record.
-    pub fn keepers(&self, batch: BatchName) -> BTreeSet<HsmMember> {
+    pub fn keepers(&self, batch: BatchName) -> BTreeSet<HsmId> {
         self.members.keepers(batch)
     }
 
     /// Puts it on record that this HSM keeps a batch.
-    pub fn add_keeper(&self, batch: BatchName, keeper: HsmMember) {
+    pub fn add_keeper(&self, batch: BatchName, keeper: HsmId) {
         self.members.add_keeper(batch, keeper);
     }
 
     /// Puts it on record that this HSM keeps a batch, if nobody else does. Whether it does now.
-    pub fn adopt(&self, batch: BatchName, keeper: HsmMember) -> bool {
+    pub fn adopt(&self, batch: BatchName, keeper: HsmId) -> bool {
         self.members.adopt(batch, keeper)
     }
 
@@ -151,7 +153,7 @@ impl Hsm {
     pub async fn ready(&self, within: Duration) -> Result<(), HsmError> {
         let asked = self.members.may_be_asked(None, self.only);
         let until = Instant::now() + within;
-        self.members.choose(&self.states, Lane::Line, &asked, false, until).await.map(drop)
+        self.members.choose(&self.states, Priority::Line, &asked, false, until).await.map(drop)
     }
 
     /// Within which every call of the line is answered.
@@ -160,12 +162,12 @@ impl Hsm {
     }
 
     /// A worker's threads for what nobody waits for.
-    pub fn background_threads(&self, member: HsmMember) -> usize {
+    pub fn background_threads(&self, member: HsmId) -> usize {
         self.members.get(member).map_or(1, |member| member.config.module.background_threads)
     }
 
     /// The register that the tokens were checked against; all have the same keys.
-    pub fn keys(&self) -> &KeyRegister {
+    pub fn keys(&self) -> &KeyManifest {
         &self.members.keys
     }
 
@@ -294,7 +296,7 @@ impl Hsm {
                 .master_key(name)
                 .ok_or_else(|| HsmError::Refused(format!("the master key {name} is not in the register of keys")))?;
             if !(1..=Derivation::MAX_LEN).contains(&derivation.length) {
-                return Err(HsmError::Refused(format!("a derived key of {} octets", derivation.length)));
+                return Err(HsmError::Refused(format!("a derived key of {} bytes", derivation.length)));
             }
             prfs.push(key.prf);
         }
@@ -323,30 +325,31 @@ impl Hsm {
     ) -> Result<T, HsmError> {
         let places = self.members.places;
         let _place = self.members.queue.try_acquire().map_err(|_| HsmError::Busy { waiting: places })?;
-        let terms = Terms { lane: Lane::Line, limit: self.call_timeout(), attempts: u32::MAX, about, impatient };
+        let terms =
+            CallOptions { lane: Priority::Line, limit: self.call_timeout(), attempts: u32::MAX, about, impatient };
         self.call_on(terms, operations, read).await
     }
 
     /// The same on other terms, without a place in the line's queue.
     pub(super) async fn call_on<T>(
         &self,
-        terms: Terms,
+        terms: CallOptions,
         operations: impl Fn() -> Vec<Operation>,
         read: impl Fn(Answers, &Connection) -> Result<T, HsmError>,
     ) -> Result<T, HsmError> {
-        let Terms { lane, limit, attempts, about, impatient } = terms;
+        let CallOptions { lane, limit, attempts, about, impatient } = terms;
         let until = Instant::now() + limit;
         let mut asked = self.members.may_be_asked(about, self.only);
         let mut attempt = 0;
         let (mut was_wrong, mut was_refused) = (false, false);
         loop {
             // Whoever works in the background looks again later; the line has nothing better to do than to wait.
-            let patience = if lane == Lane::Line { until } else { until.min(Instant::now() + BACKGROUND_PATIENCE) };
+            let patience = if lane == Priority::Line { until } else { until.min(Instant::now() + BACKGROUND_PATIENCE) };
             let chosen = self.members.choose(&self.states, lane, &asked, impatient, patience).await?;
             let Chosen { member, connection, others } = chosen;
             // One that hangs must not have all the time where another one could answer.
             let left = until.saturating_duration_since(Instant::now());
-            let share = if others && !impatient && lane == Lane::Line { left / 2 } else { left };
+            let share = if others && !impatient && lane == Priority::Line { left / 2 } else { left };
             let begun = Instant::now();
             let answer = tokio::time::timeout(share, connection.call(lane, operations(), begun + share)).await;
             let failed = match answer {
@@ -385,7 +388,7 @@ impl Hsm {
                         }
                         FailureClass::Permanent => return Err(HsmError::Stopped(failure.message)),
                         FailureClass::Rejected => return Err(HsmError::Refused(failure.message)),
-                        FailureClass::Absent if asked.has_not(member) => Failed::NotHere,
+                        FailureClass::Absent if asked.exclude(member) => Failed::NotHere,
                         FailureClass::Absent => return Err(HsmError::Absent(failure.message)),
                     }
                 }
@@ -429,13 +432,13 @@ impl Answers {
     }
 }
 
-fn delivery(public: &PublicKey, kept: &KeptKey) -> Operation {
+fn delivery(public: &PublicKey, kept: &StoredKey) -> Operation {
     let kind = public.kind();
     match kept {
-        KeptKey::Wrapped(WrappedKey { wrapping_key, blob }) => {
+        StoredKey::Wrapped(WrappedKey { wrapping_key, blob }) => {
             Operation::Rewrap { kind, wrapping_key: wrapping_key.clone(), blob: blob.clone() }
         }
-        KeptKey::OnToken(pair) => Operation::DeliverPair { kind, pair: pair.clone() },
+        StoredKey::OnToken(pair) => Operation::DeliverPair { kind, pair: pair.clone() },
     }
 }
 
@@ -455,7 +458,7 @@ fn new_pair(
     let public = public_key(kind, public)?;
     let plain = connection.transport.unwrap(&delivered)?;
     let private = DevicePrivateKey::from_unwrapped(public, &plain).map_err(wrong_key)?;
-    let kept = KeptKey::Wrapped(WrappedKey { wrapping_key: wrapping_key.clone(), blob: kept });
+    let kept = StoredKey::Wrapped(WrappedKey { wrapping_key: wrapping_key.clone(), blob: kept });
     Ok(DeliveredPair { private, kept })
 }
 

@@ -7,7 +7,7 @@ use crate::names::KeyName;
 /// The pseudorandom function of a master key; fixed when the key is made, since the key type depends on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Prf {
-    /// HMAC-SHA-256 (FIPS 198-1); the key is a generic secret of 32 octets.
+    /// HMAC-SHA-256 (FIPS 198-1); the key is a generic secret of 32 bytes.
     #[serde(rename = "hmac-sha-256")]
     HmacSha256,
     /// AES-256-CMAC (SP 800-38B).
@@ -25,7 +25,7 @@ impl std::fmt::Display for Prf {
 }
 
 impl Prf {
-    /// Octets that one call gives.
+    /// Bytes that one call gives.
     pub const fn output_len(self) -> usize {
         match self {
             Self::HmacSha256 => 32,
@@ -43,12 +43,12 @@ pub struct Derivation {
     pub label: String,
     /// The canonical device identity.
     pub context: Vec<u8>,
-    /// Octets wanted; at most [`Derivation::MAX_LEN`].
+    /// Bytes wanted; at most [`Derivation::MAX_LEN`].
     pub length: usize,
 }
 
 impl Derivation {
-    /// Most octets of a derived key.
+    /// Most bytes of a derived key.
     pub const MAX_LEN: usize = 64;
 
     /// A device's symmetric key for a purpose.
@@ -61,7 +61,7 @@ impl Derivation {
         Self { master_key, label: format!("spp/v1/{purpose}"), context: identity.to_string().into_bytes(), length }
     }
 
-    /// What a master key is recognised by: 8 octets that tell nothing about device keys.
+    /// What a master key is recognised by: 8 bytes that tell nothing about device keys.
     pub(crate) fn check_value(master_key: KeyName) -> Self {
         Self { master_key, label: "spp/v1/check-value".to_owned(), context: Vec::new(), length: 8 }
     }

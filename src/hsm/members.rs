@@ -11,14 +11,14 @@ use tokio::sync::{Semaphore, watch};
 
 use super::connection::{Connection, Counters};
 use super::failure::HsmError;
-use super::register::KeyRegister;
+use super::key_manifest::KeyManifest;
 use super::supervisor::{HsmConfig, State};
-use super::wire::Lane;
+use super::wire::Priority;
 use crate::keys::BatchName;
 
 /// One of the HSMs of a handle.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct HsmMember(usize);
+pub struct HsmId(usize);
 
 /// The HSMs of a daemon: at least one, each with a name of its own, all with the same keys.
 #[derive(Debug, Clone)]
@@ -56,7 +56,7 @@ impl Hsms {
     }
 
     /// The register of keys; every HSM's has the same keys.
-    pub fn keys(&self) -> &KeyRegister {
+    pub fn keys(&self) -> &KeyManifest {
         &self.first().keys
     }
 
@@ -67,12 +67,12 @@ impl Hsms {
 }
 
 /// A supervisor's place among the states that everybody sees.
-pub(super) struct Seat {
+pub(super) struct StatePublisher {
     states: watch::Sender<Vec<State>>,
     member: usize,
 }
 
-impl Seat {
+impl StatePublisher {
     pub(super) fn tell(&self, state: State) {
         self.states.send_modify(|states| {
             if let Some(mine) = states.get_mut(self.member) {
@@ -97,13 +97,13 @@ pub(super) struct Member {
 pub(super) struct Members {
     pub(super) all: Vec<Member>,
     /// The keys that all of them have.
-    pub(super) keys: KeyRegister,
+    pub(super) keys: KeyManifest,
     pub(super) queue: Semaphore,
     pub(super) places: usize,
     /// Within which every call of the line is answered.
     pub(super) call_timeout: Duration,
     /// Which HSM has a batch's key, or its pairs, as far as that is on record. More than one, where a token was copied too late.
-    keepers: Mutex<HashMap<BatchName, BTreeSet<HsmMember>>>,
+    keepers: Mutex<HashMap<BatchName, BTreeSet<HsmId>>>,
     /// Who of those is asked that have equally much to do.
     lots: RandomState,
     turn: AtomicU64,
@@ -112,14 +112,14 @@ pub(super) struct Members {
 /// Whom one call has asked so far.
 pub(super) struct Asked {
     /// Those it may go to at all.
-    allowed: BTreeSet<HsmMember>,
+    allowed: BTreeSet<HsmId>,
     /// Asked last, in vain: another one is preferred.
-    pub(super) last: Option<HsmMember>,
+    pub(super) last: Option<HsmId>,
 }
 
 impl Asked {
     /// It does not have what is asked for. Whether anybody is left who might.
-    pub(super) fn has_not(&mut self, member: HsmMember) -> bool {
+    pub(super) fn exclude(&mut self, member: HsmId) -> bool {
         self.allowed.remove(&member);
         !self.allowed.is_empty()
     }
@@ -127,59 +127,61 @@ impl Asked {
 
 /// Who answers a call.
 pub(super) struct Chosen {
-    pub(super) member: HsmMember,
+    pub(super) member: HsmId,
     pub(super) connection: Arc<Connection>,
     /// Whether another one that is ready could answer it, too, or give an impatient caller another answer.
     pub(super) others: bool,
 }
 
 impl Members {
-    pub(super) fn new(hsms: Hsms) -> (Self, watch::Receiver<Vec<State>>, Vec<Seat>) {
+    pub(super) fn new(hsms: Hsms) -> (Self, watch::Receiver<Vec<State>>, Vec<StatePublisher>) {
         let (call_timeout, places) = (hsms.first().call_timeout, hsms.first().queue);
         let keys = hsms.keys().clone();
         let one = |config| Member { config: Arc::new(config), counters: Arc::new(Counters::default()) };
         let all: Vec<_> = hsms.0.into_iter().map(one).collect();
-        let begun =
-            || State::Away { why: "the worker is being started".to_owned(), retry_after: Duration::from_secs(1) };
+        let begun = || State::Unavailable {
+            why: "the worker is being started".to_owned(),
+            retry_after: Duration::from_secs(1),
+        };
         let (sender, states) = watch::channel(all.iter().map(|_| begun()).collect());
-        let seats = (0..all.len()).map(|member| Seat { states: sender.clone(), member }).collect();
+        let seats = (0..all.len()).map(|member| StatePublisher { states: sender.clone(), member }).collect();
         let (queue, keepers) = (Semaphore::new(places), Mutex::default());
         let (lots, turn) = (RandomState::new(), AtomicU64::new(0));
         (Self { all, keys, queue, places, call_timeout, keepers, lots, turn }, states, seats)
     }
 
-    pub(super) fn each(&self) -> impl Iterator<Item = HsmMember> + use<> {
-        (0..self.all.len()).map(HsmMember)
+    pub(super) fn each(&self) -> impl Iterator<Item = HsmId> + use<> {
+        (0..self.all.len()).map(HsmId)
     }
 
-    pub(super) fn get(&self, member: HsmMember) -> Option<&Member> {
+    pub(super) fn get(&self, member: HsmId) -> Option<&Member> {
         self.all.get(member.0)
     }
 
     /// The name of one, where there is more than one to be told apart.
-    fn name(&self, member: HsmMember) -> Option<&str> {
+    fn name(&self, member: HsmId) -> Option<&str> {
         let name = || self.get(member).map(|member| member.config.name.as_str());
         (self.all.len() > 1).then(name).flatten()
     }
 
     /// The same with the HSM's name before it, where there are several.
-    pub(super) fn told(&self, member: HsmMember, what: &str) -> String {
+    pub(super) fn told(&self, member: HsmId, what: &str) -> String {
         self.name(member).map_or_else(|| what.to_owned(), |name| format!("HSM {name}: {what}"))
     }
 
-    fn records(&self) -> MutexGuard<'_, HashMap<BatchName, BTreeSet<HsmMember>>> {
+    fn records(&self) -> MutexGuard<'_, HashMap<BatchName, BTreeSet<HsmId>>> {
         self.keepers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn keepers(&self, batch: BatchName) -> BTreeSet<HsmMember> {
+    pub(super) fn keepers(&self, batch: BatchName) -> BTreeSet<HsmId> {
         self.records().get(&batch).cloned().unwrap_or_default()
     }
 
-    pub(super) fn add_keeper(&self, batch: BatchName, keeper: HsmMember) {
+    pub(super) fn add_keeper(&self, batch: BatchName, keeper: HsmId) {
         self.records().entry(batch).or_default().insert(keeper);
     }
 
-    pub(super) fn adopt(&self, batch: BatchName, keeper: HsmMember) -> bool {
+    pub(super) fn adopt(&self, batch: BatchName, keeper: HsmId) -> bool {
         let mut records = self.records();
         let keepers = records.entry(batch).or_default();
         if keepers.is_empty() {
@@ -194,9 +196,9 @@ impl Members {
 
     /// Whom a call may ask: who keeps the batch that it is about, or all. Of a batch whose keeper is not on record all are asked, one
     /// after the other.
-    pub(super) fn may_be_asked(&self, about: Option<BatchName>, only: Option<HsmMember>) -> Asked {
+    pub(super) fn may_be_asked(&self, about: Option<BatchName>, only: Option<HsmId>) -> Asked {
         let keepers = about.map(|batch| self.keepers(batch)).unwrap_or_default();
-        let may = |member: &HsmMember| match only {
+        let may = |member: &HsmId| match only {
             Some(only) => only == *member,
             None => keepers.is_empty() || keepers.contains(member),
         };
@@ -204,14 +206,14 @@ impl Members {
     }
 
     /// Those that are ready: who has not just failed and is not late, and has least to do, first.
-    pub(super) fn ready(&self, states: &[State], lane: Lane) -> Vec<HsmMember> {
+    pub(super) fn ready(&self, states: &[State], lane: Priority) -> Vec<HsmId> {
         // By lot, else each HSM would get always the same of a device's questions.
         let turn = self.lots.hash_one(self.turn.fetch_add(1, Ordering::Relaxed)) % states.len().max(1) as u64;
         let several = states.len() > 1;
         let ready = states.iter().enumerate().filter_map(|(at, state)| {
             let State::Ready(connection) = state else { return None };
             let load = several.then(|| (connection.is_avoided(), connection.pending.count(lane)));
-            Some((load, (at as u64 + turn) % states.len() as u64, HsmMember(at)))
+            Some((load, (at as u64 + turn) % states.len() as u64, HsmId(at)))
         });
         let mut ready: Vec<_> = ready.collect();
         ready.sort_unstable();
@@ -223,7 +225,7 @@ impl Members {
     pub(super) async fn choose(
         &self,
         states: &watch::Receiver<Vec<State>>,
-        lane: Lane,
+        lane: Priority,
         asked: &Asked,
         impatient: bool,
         until: Instant,
@@ -255,12 +257,12 @@ impl Members {
     }
 
     /// Why none of them is ready, and when one may be; an error if only an officer helps.
-    fn why_away(&self, states: &[State], members: &BTreeSet<HsmMember>) -> Result<(String, Duration), HsmError> {
-        let of = |member: &HsmMember| states.get(member.0).map(|state| (*member, state));
+    fn why_away(&self, states: &[State], members: &BTreeSet<HsmId>) -> Result<(String, Duration), HsmError> {
+        let of = |member: &HsmId| states.get(member.0).map(|state| (*member, state));
         let (mut away, mut stopped) = (None::<(String, Duration)>, Vec::new());
         for (member, state) in members.iter().filter_map(of) {
             match state {
-                State::Away { why, retry_after } => {
+                State::Unavailable { why, retry_after } => {
                     away.get_or_insert((self.told(member, why), *retry_after));
                 }
                 State::Stopped { why } => stopped.push(self.told(member, why)),

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::failure::FailureClass;
-use super::guard::GuardedFile;
+use super::token_file_backup::TokenFileBackup;
 use crate::config::{Faults, read_toml};
 use crate::keys::KeyKind;
 
@@ -48,7 +48,7 @@ pub struct ModuleProfile {
     /// Most key pairs that may be kept as objects of the token; 0 if none should.
     pub token_pairs: u64,
     /// A file that the module rewrites in place, at each login say, so that a kill in the middle would lose it.
-    pub guarded_file: Option<GuardedFile>,
+    pub guarded_file: Option<TokenFileBackup>,
     /// Return values that this module means otherwise than the standard, by name.
     pub failures: BTreeMap<String, FailureClass>,
     /// A session that had nothing to do for so long is used once, so that neither it nor the login is ended.
@@ -65,9 +65,9 @@ pub struct ModuleProfile {
 pub enum WrapMechanism {
     /// CKM_AES_KEY_WRAP_PAD (0x210A), where the module means RFC 5649 by it.
     AesKeyWrapPad,
-    /// CKM_AES_GCM with a random IV of 12 octets before the octets and a tag of 16 behind them.
+    /// CKM_AES_GCM with a random IV of 12 bytes before the bytes and a tag of 16 behind them.
     AesGcm,
-    /// CKM_AES_CBC_PAD with a random IV before the octets, for modules that have nothing else. It does not authenticate what it
+    /// CKM_AES_CBC_PAD with a random IV before the bytes, for modules that have nothing else. It does not authenticate what it
     /// wraps: a pair that was tampered with is found by its public key, not before.
     AesCbcPad,
 }
@@ -142,7 +142,7 @@ struct KdfShape {
     route: KdfRoute,
 }
 
-/// How keys are derived (SP 800-108r1 §4.1, the same octets by each route).
+/// How keys are derived (SP 800-108r1 §4.1, the same bytes by each route).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum KdfRoute {
     /// The counter mode runs in the worker, with C_Sign of the master key as its PRF.
@@ -207,7 +207,7 @@ impl ModuleProfile {
 
     /// Looks after the files that the module rewrites in place; before it is loaded.
     pub(super) fn look_after_files(&self) -> std::io::Result<()> {
-        self.guarded_file.as_ref().map_or(Ok(()), GuardedFile::look)
+        self.guarded_file.as_ref().map_or(Ok(()), TokenFileBackup::look)
     }
 
     /// Makes sure that this process has the environment that the module needs, by starting its own program again with it if
@@ -261,7 +261,7 @@ impl ModuleProfile {
         }
         let guarded_file = shape.objects.guarded_file.map(expand).and_then(|pattern| {
             let problem = "must be a directory, /*/ and a file name, for example {directory}/tokens/*/token.object";
-            faults.note(format!("{place}: objects.guarded_file"), GuardedFile::parse(&pattern).ok_or(problem))
+            faults.note(format!("{place}: objects.guarded_file"), TokenFileBackup::parse(&pattern).ok_or(problem))
         });
         Self {
             name: shape.name,

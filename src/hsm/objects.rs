@@ -11,14 +11,14 @@ use super::attributes::{KeyRole, Provenance, audit};
 use super::failure::{Doing as _, Failure, FailureClass, HsmError, learn};
 use super::kdf::{Derivation, Prf};
 use super::module::ModuleProfile;
+use super::operations::{Shared, TokenOperations};
 use super::pin::PinSource;
 use super::token::{Token, TokenIdentity, find_one};
-use super::verbs::{Shared, Verbs};
 use super::wire::{KeyOnToken, WirePublicKey};
 use crate::keys::{KeyKind, PublicKey, SignatureAlgorithm, ecdsa_der_from_fixed};
 use crate::names::KeyName;
 
-/// Octets of a CKA_ID.
+/// Bytes of a CKA_ID.
 const ID_LEN: u32 = 16;
 
 /// A token opened for a ceremony, in the officer's own process: the daemon is not involved.
@@ -135,7 +135,7 @@ impl Ceremony {
         &self,
         name: &KeyName,
         role: KeyRole,
-        make: impl FnOnce(&mut Verbs, &[u8]) -> Result<Made, Failure>,
+        make: impl FnOnce(&mut TokenOperations, &[u8]) -> Result<Made, Failure>,
     ) -> Result<CreatedKey, HsmError> {
         let id = self.random(ID_LEN)?;
         self.create_with_id(name, &id, role, make)
@@ -147,7 +147,7 @@ impl Ceremony {
         name: &KeyName,
         id: &[u8],
         role: KeyRole,
-        make: impl FnOnce(&mut Verbs, &[u8]) -> Result<Made, Failure>,
+        make: impl FnOnce(&mut TokenOperations, &[u8]) -> Result<Made, Failure>,
     ) -> Result<CreatedKey, HsmError> {
         if !self.is_free(name)? {
             let message = format!("the token has an object named {name} already; nothing is ever overwritten");
@@ -173,10 +173,10 @@ impl Ceremony {
         Ok(CreatedKey { name: name.clone(), id: id.to_vec(), public, provenance, wrapped, attributes })
     }
 
-    /// The check value of a master key, 8 octets.
+    /// The check value of a master key, 8 bytes.
     pub fn check_value(&self, name: &KeyName, id: &[u8], prf: Prf) -> Result<Vec<u8>, HsmError> {
         let check = Derivation::check_value(name.clone());
-        let mut verbs = self.verbs_for(name, id, KeyRole::master(prf, self.profile.kdf))?;
+        let mut verbs = self.operations_for(name, id, KeyRole::master(prf, self.profile.kdf))?;
         verbs.derive(name, prf, &check.fixed_input(), check.length).map_err(refused)
     }
 
@@ -199,7 +199,8 @@ impl Ceremony {
     pub fn destroy(&self, name: &KeyName, id: &[u8]) -> Result<(), HsmError> {
         let run = || -> Result<(), Failure> {
             let begun = SystemTime::now();
-            let verbs = Verbs::new(self.token.session()?, Shared::alone(&self.profile, BTreeMap::new()), None);
+            let verbs =
+                TokenOperations::new(self.token.session()?, Shared::alone(&self.profile, BTreeMap::new()), None);
             for object in named(verbs.session(), name, id)? {
                 verbs.session().destroy_object(object).doing(|| format!("destroying {name}"))?;
             }
@@ -221,23 +222,23 @@ impl Ceremony {
         algorithm: SignatureAlgorithm,
         message: &[u8],
     ) -> Result<Vec<u8>, HsmError> {
-        let mut verbs = self.verbs_for(name, id, KeyRole::Signing(kind))?;
+        let mut verbs = self.operations_for(name, id, KeyRole::Signing(kind))?;
         let raw = verbs.sign(name, algorithm, message).map_err(refused)?;
         to_x509_form(algorithm, raw)
     }
 
-    /// Random octets of the HSM.
+    /// Random bytes of the HSM.
     pub fn random(&self, len: u32) -> Result<Vec<u8>, HsmError> {
         self.verbs(BTreeMap::new())?.random(len).map_err(refused)
     }
 
-    fn verbs_for(&self, name: &KeyName, id: &[u8], role: KeyRole) -> Result<Verbs, HsmError> {
+    fn operations_for(&self, name: &KeyName, id: &[u8], role: KeyRole) -> Result<TokenOperations, HsmError> {
         self.verbs(BTreeMap::from([(name.clone(), KeyOnToken { id: id.to_vec(), role, provenance: Provenance::Made })]))
     }
 
-    pub(super) fn verbs(&self, keys: BTreeMap<KeyName, KeyOnToken>) -> Result<Verbs, HsmError> {
+    pub(super) fn verbs(&self, keys: BTreeMap<KeyName, KeyOnToken>) -> Result<TokenOperations, HsmError> {
         let shared = Shared::alone(&self.profile, keys);
-        Ok(Verbs::new(self.token.session().map_err(refused)?, shared, None))
+        Ok(TokenOperations::new(self.token.session().map_err(refused)?, shared, None))
     }
 }
 
@@ -281,7 +282,7 @@ fn named(session: &Session, name: &KeyName, id: &[u8]) -> Result<Vec<ObjectHandl
     session.find_objects(&template).doing(|| format!("looking for {name}"))
 }
 
-fn shown_attributes(verbs: &Verbs, object: ObjectHandle) -> Result<BTreeMap<String, String>, Failure> {
+fn shown_attributes(verbs: &TokenOperations, object: ObjectHandle) -> Result<BTreeMap<String, String>, Failure> {
     let wanted = [
         AttributeType::Class,
         AttributeType::KeyType,
@@ -323,7 +324,7 @@ pub(crate) fn public_key(kind: KeyKind, public: WirePublicKey) -> Result<PublicK
 pub(crate) fn to_x509_form(algorithm: SignatureAlgorithm, raw: Vec<u8>) -> Result<Vec<u8>, HsmError> {
     match algorithm {
         SignatureAlgorithm::EcdsaP256Sha256 | SignatureAlgorithm::EcdsaP384Sha384 => ecdsa_der_from_fixed(&raw)
-            .ok_or_else(|| HsmError::Wrong(format!("an ECDSA signature of {} octets", raw.len()))),
+            .ok_or_else(|| HsmError::Wrong(format!("an ECDSA signature of {} bytes", raw.len()))),
         _ => Ok(raw),
     }
 }

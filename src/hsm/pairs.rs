@@ -10,21 +10,21 @@ use zeroize::Zeroizing;
 use super::attributes::pair_generation;
 use super::failure::{Doing as _, Failure, FailureClass};
 use super::module::WrapMechanism;
-use super::verbs::Verbs;
+use super::operations::TokenOperations;
 use super::wire::{Answer, Keep, Kept, MadePair, WirePublicKey};
 use crate::keys::KeyKind;
 use crate::names::KeyName;
 
-/// Octets of the IV of AES-CBC.
+/// Bytes of the IV of AES-CBC.
 pub(super) const IV_LEN: usize = 16;
-/// Octets of the IV of AES-GCM.
+/// Bytes of the IV of AES-GCM.
 pub(super) const GCM_IV_LEN: usize = 12;
 
 fn gcm(iv: &mut [u8; GCM_IV_LEN]) -> cryptoki::error::Result<Mechanism<'_>> {
     Ok(Mechanism::AesGcm(GcmParams::new(iv, &[], 128.into())?))
 }
 
-impl Verbs {
+impl TokenOperations {
     pub(super) fn generate_pair(&mut self, kind: KeyKind, wrapping_key: &KeyName) -> Result<Answer, Failure> {
         self.with_session_pair(kind, |verbs, public, private| {
             let keeping = verbs.key(wrapping_key)?;
@@ -123,11 +123,11 @@ impl Verbs {
         Ok((WirePublicKey::Ed25519(public), seed))
     }
 
-    /// Octets as a session object that can be wrapped.
-    pub(super) fn session_secret(&self, key_type: KeyType, octets: &[u8]) -> Result<ObjectHandle, Failure> {
+    /// Bytes as a session object that can be wrapped.
+    pub(super) fn session_secret(&self, key_type: KeyType, bytes: &[u8]) -> Result<ObjectHandle, Failure> {
         let mut template = secret_template(key_type);
-        // cryptoki's attribute is not wiped: a copy of the octets stays in the process's heap until it is reused.
-        template.push(Attribute::Value(octets.to_vec()));
+        // cryptoki's attribute is not wiped: a copy of the bytes stays in the process's heap until it is reused.
+        template.push(Attribute::Value(bytes.to_vec()));
         self.session.create_object(&template).doing(|| "importing a secret".to_owned())
     }
 

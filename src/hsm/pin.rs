@@ -35,7 +35,7 @@ pub enum PinError {
     #[error("PIN file {0}")]
     File(#[from] PrivateFileError),
     /// Empty, or more than a PIN.
-    #[error("{path} must hold one line of 1 to {max} octets of UTF-8", max = PinSource::MAX_LEN)]
+    #[error("{path} must hold one line of 1 to {max} bytes of UTF-8", max = PinSource::MAX_LEN)]
     NotAPin {
         /// Which.
         path: String,
@@ -77,7 +77,7 @@ fn open_credential(path: &Path) -> Result<File, PrivateFileError> {
 }
 
 impl PinSource {
-    /// Most octets of a PIN.
+    /// Most bytes of a PIN.
     pub const MAX_LEN: usize = 256;
 
     /// Checks that the file is there and closed to others, without reading it.

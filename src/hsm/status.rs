@@ -3,10 +3,10 @@
 use std::sync::atomic::Ordering;
 
 use super::handle::Hsm;
-use super::members::HsmMember;
+use super::members::HsmId;
 use super::statistics::CallStatistic;
 use super::supervisor::State;
-use super::wire::Lane;
+use super::wire::Priority;
 
 /// The HSMs at this moment.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -68,7 +68,7 @@ impl Hsm {
         }
     }
 
-    fn of(&self, member: HsmMember, state: &State) -> MemberStatus {
+    fn of(&self, member: HsmId, state: &State) -> MemberStatus {
         let mut status = MemberStatus::default();
         if let Some(member) = self.members.get(member) {
             status.name.clone_from(&member.config.name);
@@ -82,10 +82,10 @@ impl Hsm {
                 status.module.clone_from(&connection.module);
                 status.token_label.clone_from(&connection.token.label);
                 status.token_serial.clone_from(&connection.token.serial);
-                status.calls_in_flight = connection.pending.count(Lane::Line) as u64;
-                status.background_calls_in_flight = connection.pending.count(Lane::Background) as u64;
+                status.calls_in_flight = connection.pending.count(Priority::Line) as u64;
+                status.background_calls_in_flight = connection.pending.count(Priority::Background) as u64;
             }
-            State::Away { why, .. } | State::Stopped { why } => status.trouble.clone_from(why),
+            State::Unavailable { why, .. } | State::Stopped { why } => status.trouble.clone_from(why),
         }
         status
     }

@@ -13,18 +13,18 @@ use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
 use tokio::sync::oneshot;
 
-use super::attempts::{PinAttempts, version};
 use super::connection::{Connection, Counters, connect, read_frame, write_frame};
 use super::failure::{Failure, FailureClass, HsmError};
 use super::kdf::Derivation;
-use super::keeper::PinKeeper;
-use super::members::Seat;
+use super::key_manifest::KeyManifest;
+use super::members::StatePublisher;
 use super::module::ModuleProfile;
 use super::objects::to_x509_form;
 use super::pin::PinSource;
-use super::register::KeyRegister;
+use super::pin_agent::PinAgent;
+use super::pin_attempts::{PinAttempts, version};
 use super::transport::TransportReceiver;
-use super::wire::{self, Answer, KeyOnToken, Lane, Operation, Start, Started};
+use super::wire::{self, Answer, KeyOnToken, Operation, Priority, Start, Started};
 use super::worker;
 use crate::keys::SignatureAlgorithm;
 
@@ -38,11 +38,11 @@ pub struct HsmConfig {
     /// Where the user PIN is read, by the worker.
     pub pin: PinSource,
     /// Who keeps a PIN that was typed; with [`PinSource::Prompt`].
-    pub pin_keeper: Option<Arc<PinKeeper>>,
+    pub pin_keeper: Option<Arc<PinAgent>>,
     /// Where it is remembered that a PIN was refused.
     pub pin_refused: PathBuf,
     /// What the token must hold.
-    pub keys: KeyRegister,
+    pub keys: KeyManifest,
     /// Every call is answered within this.
     pub call_timeout: Duration,
     /// Calls that may wait at once; more are refused.
@@ -91,7 +91,7 @@ const BACKGROUND_DRAIN: Duration = Duration::from_millis(200);
 #[derive(Clone)]
 pub(crate) enum State {
     /// Being started, the first time or again.
-    Away { why: String, retry_after: Duration },
+    Unavailable { why: String, retry_after: Duration },
     /// Serving.
     Ready(Arc<Connection>),
     /// Only an officer helps.
@@ -99,7 +99,7 @@ pub(crate) enum State {
 }
 
 /// Runs until nobody holds the handle any more.
-pub(crate) async fn supervise(config: Arc<HsmConfig>, seat: Seat, counters: Arc<Counters>) {
+pub(crate) async fn supervise(config: Arc<HsmConfig>, seat: StatePublisher, counters: Arc<Counters>) {
     let pacing = config.pacing;
     let mut wait = pacing.first_backoff;
     let attempts = PinAttempts::new(config.pin_refused.clone());
@@ -112,7 +112,10 @@ pub(crate) async fn supervise(config: Arc<HsmConfig>, seat: Seat, counters: Arc<
                 () = seat.closed() => return,
             }
             tracing::info!("an officer has acted; the HSM is tried again");
-            seat.tell(State::Away { why: "the worker is being started".to_owned(), retry_after: pacing.first_backoff });
+            seat.tell(State::Unavailable {
+                why: "the worker is being started".to_owned(),
+                retry_after: pacing.first_backoff,
+            });
         }
         let tried = version(&config.pin);
         counters.starts.fetch_add(1, Ordering::Relaxed);
@@ -124,7 +127,7 @@ pub(crate) async fn supervise(config: Arc<HsmConfig>, seat: Seat, counters: Arc<
             Ended::Replaced => continue,
             Ended::Lost(why) => {
                 tracing::warn!(%why, retry_in = ?wait, "the HSM worker is gone; it is started again");
-                seat.tell(State::Away { why, retry_after: wait });
+                seat.tell(State::Unavailable { why, retry_after: wait });
             }
             Ended::Permanent(why) => {
                 let mut remembered = attempts.remember(tried, &why);
@@ -182,7 +185,7 @@ impl From<HsmError> for Ended {
 }
 
 /// Starts a worker, checks it, lets it serve, and says why it ended.
-async fn one_life(config: &HsmConfig, seat: &Seat, counters: &Arc<Counters>, wait: &mut Duration) -> Ended {
+async fn one_life(config: &HsmConfig, seat: &StatePublisher, counters: &Arc<Counters>, wait: &mut Duration) -> Ended {
     // A person at the HSM takes longer than a module.
     let limit = if config.pin == PinSource::Protected { PERSON_LIMIT } else { START_LIMIT };
     let started = tokio::time::timeout(limit, start(config, counters)).await;
@@ -236,7 +239,7 @@ async fn one_life(config: &HsmConfig, seat: &Seat, counters: &Arc<Counters>, wai
         }
         if limit > 0 && counters.operations.load(Ordering::Relaxed) - done_before >= limit {
             let retry_after = config.pacing.first_backoff;
-            seat.tell(State::Away { why: "the worker is being replaced".to_owned(), retry_after });
+            seat.tell(State::Unavailable { why: "the worker is being replaced".to_owned(), retry_after });
             drain(&connection, config.module.hang_after).await;
             tracing::info!(after = limit, "the HSM worker has done its share and is replaced");
             return Ended::Replaced;
@@ -249,7 +252,7 @@ async fn one_life(config: &HsmConfig, seat: &Seat, counters: &Arc<Counters>, wai
 async fn drain(connection: &Connection, limit: Duration) {
     let begun = Instant::now();
     let busy = |lane, limit| connection.pending.count(lane) > 0 && begun.elapsed() < limit;
-    while busy(Lane::Line, limit) || busy(Lane::Background, BACKGROUND_DRAIN.min(limit)) {
+    while busy(Priority::Line, limit) || busy(Priority::Background, BACKGROUND_DRAIN.min(limit)) {
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
 }
@@ -336,7 +339,7 @@ fn start_order(config: &HsmConfig, counters: &Counters, transport_rsa: wire::Tra
 /// their check values. Not certificates or checkpoints are signed here, but a text that neither can be.
 async fn check_keys(config: &HsmConfig, connection: &Connection) -> Result<(), HsmError> {
     let until = Instant::now() + START_LIMIT;
-    let one = async |operation| match connection.call(Lane::Line, vec![operation], until).await {
+    let one = async |operation| match connection.call(Priority::Line, vec![operation], until).await {
         Some(Ok(answers)) => answers.into_iter().next().ok_or_else(|| HsmError::Wrong("an empty answer".to_owned())),
         Some(Err(failure)) => Err(HsmError::Wrong(failure.message)),
         None => Err(HsmError::Wrong("the worker ended while its keys were checked".to_owned())),

@@ -57,7 +57,7 @@ impl TransportReceiver {
             .map_err(|_| HsmError::Wrong("the transport key could not be opened".to_owned()))?
             .len();
         if len != 32 {
-            return Err(HsmError::Wrong(format!("the transport key has {len} octets instead of 32")));
+            return Err(HsmError::Wrong(format!("the transport key has {len} bytes instead of 32")));
         }
         Ok(TransportKey::new(SecretBytes::copy_of(&plain.expose()[..len]), wrap))
     }
@@ -77,7 +77,7 @@ impl TransportKey {
             WrapMechanism::AesGcm => self.open_gcm(blob),
         };
         unwrapped.map_err(|_| {
-            HsmError::Wrong(format!("a delivered key of {} wrapped octets could not be unwrapped", blob.len()))
+            HsmError::Wrong(format!("a delivered key of {} wrapped bytes could not be unwrapped", blob.len()))
         })
     }
 

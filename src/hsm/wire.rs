@@ -17,10 +17,10 @@ use crate::keys::{KeyKind, SignatureAlgorithm, TokenPair};
 use crate::names::KeyName;
 use crate::secret::SecretBytes;
 
-/// Most octets of a frame; larger ones are a fault of the peer.
+/// Most bytes of a frame; larger ones are a fault of the peer.
 pub(crate) const MAX_FRAME: usize = 1 << 20;
 
-/// Secret octets in a message; wiped when dropped, never printed.
+/// Secret bytes in a message; wiped when dropped, never printed.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct WireSecret(Vec<u8>);
 
@@ -75,7 +75,7 @@ pub(crate) struct Started {
 
 /// Who waits for a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) enum Lane {
+pub(crate) enum Priority {
     /// A device on the line, or an officer.
     Line,
     /// Nobody: pools are filled, batches moved. Done by threads of its own, which the system runs when the line needs no
@@ -87,7 +87,7 @@ pub(crate) enum Lane {
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Request {
     pub(crate) id: u64,
-    pub(crate) lane: Lane,
+    pub(crate) lane: Priority,
     /// Milliseconds until nobody waits for the answer.
     pub(crate) budget_ms: u32,
     pub(crate) operations: Vec<Operation>,
@@ -225,7 +225,7 @@ pub(crate) struct MadePair {
 
 #[derive(Serialize, Deserialize)]
 pub(crate) enum Kept {
-    /// Wrapped octets.
+    /// Wrapped bytes.
     Blob(Vec<u8>),
     /// CKA_ID.
     Id(Vec<u8>),
@@ -255,7 +255,7 @@ pub(crate) fn frame<T: Serialize>(value: &T) -> Result<Zeroizing<Vec<u8>>, Strin
     let text = |e: postcard::Error| e.to_string();
     let len = postcard::experimental::serialized_size(value).map_err(text)?;
     if len > MAX_FRAME {
-        return Err(format!("a message of {len} octets is over the limit of {MAX_FRAME}"));
+        return Err(format!("a message of {len} bytes is over the limit of {MAX_FRAME}"));
     }
     // Of the right size from the start: a buffer that grows leaves copies of secrets behind.
     let mut bytes = Zeroizing::new(vec![0; 4 + len]);
@@ -265,10 +265,10 @@ pub(crate) fn frame<T: Serialize>(value: &T) -> Result<Zeroizing<Vec<u8>>, Strin
     Ok(bytes)
 }
 
-/// The length that a frame's first four octets announce, if it is allowed.
+/// The length that a frame's first four bytes reserve_slot, if it is allowed.
 pub(crate) fn frame_len(prefix: [u8; 4]) -> Result<usize, String> {
     let len = u32::from_le_bytes(prefix) as usize;
-    if len > MAX_FRAME { Err(format!("a message announces {len} octets, the limit is {MAX_FRAME}")) } else { Ok(len) }
+    if len > MAX_FRAME { Err(format!("a message announces {len} bytes, the limit is {MAX_FRAME}")) } else { Ok(len) }
 }
 
 /// A frame's value.
@@ -284,7 +284,8 @@ mod tests {
 
     #[test]
     fn a_frame_is_read_back() {
-        let request = Request { id: 7, lane: Lane::Line, budget_ms: 9, operations: vec![Operation::Random { len: 3 }] };
+        let request =
+            Request { id: 7, lane: Priority::Line, budget_ms: 9, operations: vec![Operation::Random { len: 3 }] };
         let bytes = frame(&request).unwrap();
         let len = frame_len(bytes[..4].try_into().unwrap()).unwrap();
         assert_eq!(len, bytes.len() - 4);
@@ -307,7 +308,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn octets_from_a_broken_worker_do_not_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+        fn bytes_from_a_broken_worker_do_not_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
             let _ = parse::<Reply>(&bytes);
             let _ = parse::<Started>(&bytes);
         }

@@ -15,9 +15,9 @@ use rustix::event::{PollFd, PollFlags, poll};
 use zeroize::Zeroizing;
 
 use super::failure::{Failure, FailureClass, learn};
+use super::operations::{Shared, TokenOperations};
 use super::token::Token;
-use super::verbs::{Shared, Verbs};
-use super::wire::{self, Answer, Lane, Reply, Request, Start, Started};
+use super::wire::{self, Answer, Priority, Reply, Request, Start, Started};
 
 /// The hidden first argument with which `sppd` starts itself again as a worker.
 pub const ARGUMENT: &str = "hsm-worker";
@@ -27,8 +27,8 @@ const QUEUE: usize = 4096;
 
 /// Runs the worker on the socket that is its standard input; returns only if that is none.
 pub fn run() -> Result<(), String> {
-    crate::process::forbid_core_dumps();
-    crate::process::lock_memory();
+    crate::hardening::forbid_core_dumps();
+    crate::hardening::lock_memory();
     // What `ps` shows; the program was started as /proc/self/exe. Only for people, so a failure does not matter.
     let _ = rustix::thread::set_name(c"spp-hsm-worker");
     let socket = std::io::stdin().as_fd().try_clone_to_owned().map_err(|e| e.to_string())?;
@@ -62,7 +62,7 @@ struct Opened {
     token: Token,
     shared: Arc<Shared>,
     /// Whose session has the transport key: it dies with it.
-    maker: Verbs,
+    maker: TokenOperations,
     transport_key: ObjectHandle,
     started: Started,
 }
@@ -71,8 +71,8 @@ fn open(start: Start) -> Result<Opened, Failure> {
     learn(start.module.failures.clone());
     let token = Token::open(&start.module, &start.token, &start.pin)?;
     let shared = Shared::new(start.module, start.keys);
-    Verbs::new(token.session()?, Arc::clone(&shared), None).check_keys()?;
-    let mut maker = Verbs::new(token.session()?, Arc::clone(&shared), None);
+    TokenOperations::new(token.session()?, Arc::clone(&shared), None).check_keys()?;
+    let mut maker = TokenOperations::new(token.session()?, Arc::clone(&shared), None);
     let (transport_key, wrapped) = maker.make_transport_key(&start.transport_rsa)?;
     let started =
         Started { module: token.description().to_owned(), token: token.identity().clone(), transport_key: wrapped };
@@ -92,15 +92,15 @@ fn serve(opened: Opened, socket: &UnixStream) -> Result<(), String> {
         let (queue, waiting) = bounded(QUEUE);
         for _ in 0..count {
             let session = lock(&held.token).session().map_err(|f| f.message)?;
-            let verbs = Verbs::new(session, Arc::clone(&opened.shared), Some(opened.transport_key));
+            let verbs = TokenOperations::new(session, Arc::clone(&opened.shared), Some(opened.transport_key));
             let (waiting, out, held) = (waiting.clone(), Arc::clone(&out), Arc::clone(&held));
             Thread { lane, waiting, out, held, keep_alive: module.keep_alive, nice: module.background_nice }
                 .start(verbs)?;
         }
         Ok(queue)
     };
-    let line = start(Lane::Line, module.threads)?;
-    let background = start(Lane::Background, module.background_threads)?;
+    let line = start(Priority::Line, module.threads)?;
+    let background = start(Priority::Background, module.background_threads)?;
     read_requests(&mut BufReader::new(socket), &line, &background)
 }
 
@@ -109,7 +109,7 @@ type Queue = Sender<(Request, Instant)>;
 /// What no thread works with and must stay open: the login, and the session of the transport key.
 struct Held {
     token: Mutex<Token>,
-    maker: Mutex<Verbs>,
+    maker: Mutex<TokenOperations>,
     used: Mutex<Instant>,
 }
 
@@ -118,8 +118,8 @@ fn read_requests(socket: &mut impl Read, line: &Queue, background: &Queue) -> Re
         let request: Request = wire::parse(&body)?;
         let until = Instant::now() + Duration::from_millis(u64::from(request.budget_ms));
         let queue = match request.lane {
-            Lane::Line => line,
-            Lane::Background => background,
+            Priority::Line => line,
+            Priority::Background => background,
         };
         queue.send((request, until)).map_err(|e| e.to_string())?;
     }
@@ -127,7 +127,7 @@ fn read_requests(socket: &mut impl Read, line: &Queue, background: &Queue) -> Re
 }
 
 struct Thread {
-    lane: Lane,
+    lane: Priority,
     waiting: Receiver<(Request, Instant)>,
     out: Arc<Mutex<UnixStream>>,
     held: Arc<Held>,
@@ -136,18 +136,18 @@ struct Thread {
 }
 
 impl Thread {
-    fn start(self, verbs: Verbs) -> Result<(), String> {
+    fn start(self, verbs: TokenOperations) -> Result<(), String> {
         let name = match self.lane {
-            Lane::Line => "hsm-session",
-            Lane::Background => "hsm-background",
+            Priority::Line => "hsm-session",
+            Priority::Background => "hsm-background",
         };
         let thread = std::thread::Builder::new().name(name.to_owned());
         thread.spawn(move || self.work(verbs)).map_err(|e| e.to_string())?;
         Ok(())
     }
 
-    fn work(self, verbs: Verbs) {
-        if self.lane == Lane::Background {
+    fn work(self, verbs: TokenOperations) {
+        if self.lane == Priority::Background {
             lower_priority(self.nice);
         }
         let mut verbs = Some(verbs);
@@ -155,7 +155,7 @@ impl Thread {
             let (request, until) = match self.waiting.recv_timeout(self.keep_alive) {
                 Ok(next) => next,
                 Err(RecvTimeoutError::Timeout) => {
-                    let used = verbs.as_mut().map_or(Ok(()), Verbs::keep_alive);
+                    let used = verbs.as_mut().map_or(Ok(()), TokenOperations::keep_alive);
                     self.end_if_lost(used.map_err(|failure| self.heal(&mut verbs, failure)));
                     self.use_held();
                     continue;
@@ -176,7 +176,7 @@ impl Thread {
     /// Does the operations in order.
     fn answer(
         &self,
-        verbs: &mut Option<Verbs>,
+        verbs: &mut Option<TokenOperations>,
         request: Request,
         until: Instant,
         took_us: &mut Vec<u32>,
@@ -198,12 +198,12 @@ impl Thread {
     }
 
     /// A lost session is opened again, once, then the module counts as lost.
-    fn heal(&self, verbs: &mut Option<Verbs>, failure: Failure) -> Failure {
+    fn heal(&self, verbs: &mut Option<TokenOperations>, failure: Failure) -> Failure {
         if failure.class != FailureClass::SessionLost {
             return failure;
         }
         *verbs = verbs.take().and_then(|old| Some(old.renewed(lock(&self.held.token).session().ok()?)));
-        let class = match verbs.as_mut().map(Verbs::check_keys) {
+        let class = match verbs.as_mut().map(TokenOperations::check_keys) {
             Some(Ok(())) => FailureClass::Transient,
             _ => FailureClass::ModuleLost,
         };

@@ -1,28 +1,28 @@
 //! Batches that take pairs: begun with a key of their own in the HSM.
 
 use super::{KeyPool, PoolError};
-use crate::hsm::HsmMember;
+use crate::hsm::HsmId;
 use crate::keys::BatchName;
-use crate::store::{Batch, BatchState, BatchStep, Keeping, Purpose};
+use crate::store::{Batch, BatchState, BatchStep, KeyStorage, Purpose};
 
 impl KeyPool {
     /// The batch of a purpose that takes an HSM's pairs; a new one if there is none.
-    pub(super) async fn open_batch(&self, purpose: Purpose, on: HsmMember) -> Result<Batch, PoolError> {
+    pub(super) async fn open_batch(&self, purpose: Purpose, on: HsmId) -> Result<Batch, PoolError> {
         self.find_or_begin(purpose, self.keeping_of(purpose), None, on).await
     }
 
     /// A batch that takes the pairs of this one: of the same purpose, on the same HSM, and kept alike, whatever the configuration
     /// says by now.
-    pub(super) async fn open_batch_beside(&self, batch: &Batch, on: HsmMember) -> Result<Batch, PoolError> {
+    pub(super) async fn open_batch_beside(&self, batch: &Batch, on: HsmId) -> Result<Batch, PoolError> {
         self.find_or_begin(batch.purpose, batch.keeping, Some(batch.number), on).await
     }
 
     async fn find_or_begin(
         &self,
         purpose: Purpose,
-        keeping: Keeping,
+        keeping: KeyStorage,
         except: Option<u64>,
-        on: HsmMember,
+        on: HsmId,
     ) -> Result<Batch, PoolError> {
         let _alone = self.bench(on)?.planning.lock().await;
         let closing = self.closing().clone();
@@ -43,7 +43,7 @@ impl KeyPool {
         }
     }
 
-    async fn begin_batch(&self, purpose: Purpose, keeping: Keeping, on: HsmMember) -> Result<Batch, PoolError> {
+    async fn begin_batch(&self, purpose: Purpose, keeping: KeyStorage, on: HsmId) -> Result<Batch, PoolError> {
         let above = self.notes().highest_on_token;
         let store = self.store.origin().await?.0;
         // A crash or a failure from here on leaves the plan, and a key of that name or none: see `forget_plans`.
@@ -54,7 +54,7 @@ impl KeyPool {
             planned
         };
         let name = BatchName { store, number: planned.number };
-        if keeping == Keeping::Wrapped {
+        if keeping == KeyStorage::Wrapped {
             self.hsm.at(on).create_batch_key(name).await?;
         }
         let batch = self.store.step_batch(planned.number, BatchStep::Open).await?;
@@ -63,7 +63,7 @@ impl KeyPool {
     }
 
     /// Plans that came to nothing: nothing was ever wrapped under a key whose batch was not open.
-    pub(super) async fn forget_plans(&self, member: HsmMember) -> Result<(), PoolError> {
+    pub(super) async fn forget_plans(&self, member: HsmId) -> Result<(), PoolError> {
         let _alone = self.bench(member)?.planning.lock().await;
         let keepers = self.keepers().await?;
         let given_up: Vec<_> = {
@@ -82,7 +82,7 @@ impl KeyPool {
     }
 
     /// New sessions find a batch for their pairs, on each HSM.
-    pub(super) async fn keep_a_batch_for_sessions(&self, member: HsmMember) -> Result<(), PoolError> {
+    pub(super) async fn keep_a_batch_for_sessions(&self, member: HsmId) -> Result<(), PoolError> {
         let current = self.for_sessions.borrow().get(&member).map(|current| current.number);
         let takes = |batch: &Batch| {
             current == Some(batch.number) && batch.state == BatchState::Open && batch.quarantined.is_none()
@@ -96,7 +96,7 @@ impl KeyPool {
         Ok(())
     }
 
-    pub(super) async fn use_for_sessions(&self, batch: &Batch, on: HsmMember) -> Result<(), PoolError> {
+    pub(super) async fn use_for_sessions(&self, batch: &Batch, on: HsmId) -> Result<(), PoolError> {
         let name = self.name(batch.number).await?;
         self.for_sessions.send_modify(|batches| {
             batches.insert(on, name);
@@ -110,9 +110,9 @@ impl KeyPool {
     }
 
     /// Pairs of sessions are always kept wrapped: they come and go with the line.
-    const fn keeping_of(&self, purpose: Purpose) -> Keeping {
+    const fn keeping_of(&self, purpose: Purpose) -> KeyStorage {
         match purpose {
-            Purpose::Sessions => Keeping::Wrapped,
+            Purpose::Sessions => KeyStorage::Wrapped,
             Purpose::Pool(_) => self.rules.keeping,
         }
     }

@@ -36,9 +36,9 @@ pub enum PoolError {
         most: u64,
     },
     /// There is less room on the disk than new pairs need.
-    #[error("the disk has only {free} octets free and new pairs need {floor}; it goes on by itself when there is room")]
+    #[error("the disk has only {free} bytes free and new pairs need {floor}; it goes on by itself when there is room")]
     NoRoom {
-        /// Free octets.
+        /// Free bytes.
         free: u64,
         /// The floor.
         floor: u64,

@@ -9,9 +9,9 @@ use tokio::task::JoinSet;
 
 use super::rate::FillRate;
 use super::{KeyPool, MOST_PAIRS, Pool, PoolError, Share};
-use crate::hsm::{HsmError, HsmMember, KeepIn};
-use crate::keys::{KeptKey, KeyKind, PublicKey};
-use crate::store::{Batch, BatchStep, Keeping, PooledPair, Purpose};
+use crate::hsm::{HsmError, HsmId, KeepIn};
+use crate::keys::{KeyKind, PublicKey, StoredKey};
+use crate::store::{Batch, BatchStep, KeyStorage, PooledPair, Purpose};
 
 /// Calls to the HSM at once for one kind, so that its threads have work while pairs are being stored.
 const AT_ONCE: usize = 4;
@@ -47,7 +47,7 @@ impl Share {
     /// Pairs were made for the batch that nobody may know of. Wrapped ones are nothing without their row; those on the token
     /// would stay there.
     fn suspect(&self, batch: &Batch) {
-        if batch.keeping == Keeping::Hsm {
+        if batch.keeping == KeyStorage::Hsm {
             self.filling().suspects.insert(batch.number);
         }
     }
@@ -71,7 +71,7 @@ impl Pool {
 
     /// How many pairs an HSM lacks, if it is to be filled now. `ready` are those of each HSM in service: each has its share of the
     /// marks, so that there are pairs left when one is lost.
-    fn lacks(&self, member: HsmMember, ready: &BTreeMap<HsmMember, u64>) -> Option<u64> {
+    fn lacks(&self, member: HsmId, ready: &BTreeMap<HsmId, u64>) -> Option<u64> {
         let (share, place) = (self.shares.get(&member)?, ready.keys().position(|other| *other == member)? as u64);
         let (mine, count) = (ready.get(&member).copied()?, ready.len() as u64);
         let of = |all: u64| all / count + u64::from(place < all % count);
@@ -97,7 +97,7 @@ impl KeyPool {
         let pool = self.pools.get(&kind).ok_or(PoolError::NoPool(kind))?;
         let to = to.unwrap_or(pool.marks.high);
         // A token is good for what the marks were checked against.
-        let most = if self.rules.keeping == Keeping::Hsm { pool.marks.high } else { MOST_PAIRS };
+        let most = if self.rules.keeping == KeyStorage::Hsm { pool.marks.high } else { MOST_PAIRS };
         if to > most {
             return Err(PoolError::TooMany { kind, most });
         }
@@ -116,7 +116,7 @@ impl KeyPool {
     }
 
     /// One HSM keeps its share filled, whatever the others do.
-    pub(super) async fn keep_filled(self: Arc<Self>, kind: KeyKind, member: HsmMember) {
+    pub(super) async fn keep_filled(self: Arc<Self>, kind: KeyKind, member: HsmId) {
         let Some(pool) = self.pools.get(&kind) else { return };
         let Some(share) = pool.shares.get(&member) else { return };
         // The sender lives as long as this value.
@@ -143,7 +143,7 @@ impl KeyPool {
     }
 
     /// Fills the share if it is below its low mark or ordered to be filled; returns when nothing is left to do.
-    async fn fill(&self, kind: KeyKind, pool: &Pool, member: HsmMember, share: &Share) -> Result<(), PoolError> {
+    async fn fill(&self, kind: KeyKind, pool: &Pool, member: HsmId, share: &Share) -> Result<(), PoolError> {
         let mut begun = false;
         loop {
             let ready = self.offered(kind).await?;
@@ -158,7 +158,7 @@ impl KeyPool {
                 share.filling().suspects.remove(&batch);
             }
             // Whoever cannot fill its share leaves it to the others.
-            let can = |other: &HsmMember| {
+            let can = |other: &HsmId| {
                 pool.shares.get(other).is_some_and(|share| *other == member || share.filling().paused.is_none())
             };
             let ready: BTreeMap<_, _> = ready.into_iter().filter(|(other, _)| can(other)).collect();
@@ -180,14 +180,14 @@ impl KeyPool {
         &self,
         kind: KeyKind,
         pool: &Pool,
-        (member, share): (HsmMember, &Share),
+        (member, share): (HsmId, &Share),
         mut batch: Batch,
         wanted: u64,
     ) -> Result<Batch, PoolError> {
         let name = self.name(batch.number).await?;
         let keep = match batch.keeping {
-            Keeping::Wrapped => KeepIn::Wrapped(name),
-            Keeping::Hsm => KeepIn::OnToken(name),
+            KeyStorage::Wrapped => KeepIn::Wrapped(name),
+            KeyStorage::Hsm => KeepIn::OnToken(name),
         };
         let mut left = wanted.min(self.rules.batch_size.saturating_sub(batch.taken_in)).max(1);
         let making = &self.bench(member)?.making;
@@ -237,9 +237,9 @@ impl KeyPool {
         &self,
         share: &Share,
         batch: &Batch,
-        made: Vec<(PublicKey, KeptKey)>,
+        made: Vec<(PublicKey, StoredKey)>,
     ) -> Result<(Batch, u64), PoolError> {
-        let pair = |(public, kept): (PublicKey, KeptKey)| PooledPair { public_key: public.spki_der().to_vec(), kept };
+        let pair = |(public, kept): (PublicKey, StoredKey)| PooledPair { public_key: public.spki_der().to_vec(), kept };
         let pairs: Vec<_> = made.into_iter().map(pair).collect();
         let count = pairs.len() as u64;
         let added = self.store.add_pairs(batch.number, pairs).await;
@@ -250,7 +250,7 @@ impl KeyPool {
     }
 
     /// Ready pairs of a kind that may be offered now, of each HSM in service.
-    async fn offered(&self, kind: KeyKind) -> Result<BTreeMap<HsmMember, u64>, PoolError> {
+    async fn offered(&self, kind: KeyKind) -> Result<BTreeMap<HsmId, u64>, PoolError> {
         let batches = self.store.batches().await?;
         let keepers = self.keepers().await?;
         let of_kind = || batches.iter().filter(|batch| batch.purpose == Purpose::Pool(kind));

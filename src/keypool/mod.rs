@@ -15,16 +15,16 @@
 //! For each HSM one task looks after what it keeps, and one for each pool fills its share: [`KeyPool::run`]. What a crash left is put
 //! right by the same steps.
 
+mod batch_owners;
 mod batches;
-mod claim;
 mod error;
 mod fill;
-mod keepers;
+mod lease;
 mod rate;
+mod readers_barrier;
 mod reconcile;
 mod shred;
 mod status;
-mod users;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::AtomicU32;
@@ -34,18 +34,18 @@ use std::time::Duration;
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 
-pub use claim::{Claim, SessionLease};
 pub use error::PoolError;
+pub use lease::{PoolLease, SessionLease};
 pub use shred::{ShredOrder, Shredded};
 pub use status::{KindStatus, PoolStatus};
 
 use crate::clock::Clock;
-use crate::hsm::{Hsm, HsmError, HsmMember};
+use crate::hsm::{Hsm, HsmError, HsmId};
 use crate::keys::{BatchName, KeyKind};
-use crate::store::{Journal, Keeping, Registry, SecretStore};
-use claim::Shelf;
+use crate::store::{Journal, KeyStorage, Registry, SecretStore};
 use fill::{Filling, ShareFilling};
-use users::{User, Users};
+use lease::ReadyQueue;
+use readers_barrier::{ReaderGuard, ReadersBarrier};
 
 /// More pairs than any line uses before its pool is filled again; no pool may have more.
 pub const MOST_PAIRS: u64 = 10_000_000;
@@ -54,7 +54,7 @@ pub const MOST_PAIRS: u64 = 10_000_000;
 #[derive(Debug, Clone)]
 pub struct PoolRules {
     /// How pairs are kept.
-    pub keeping: Keeping,
+    pub keeping: KeyStorage,
     /// The longest time from an erasure to the end of the key that could open the pair.
     pub shred_after: Duration,
     /// Pairs of a batch.
@@ -92,7 +92,7 @@ pub struct Marks {
 impl Default for PoolRules {
     fn default() -> Self {
         Self {
-            keeping: Keeping::Wrapped,
+            keeping: KeyStorage::Wrapped,
             shred_after: Duration::from_secs(3600),
             batch_size: 1000,
             pools: BTreeMap::new(),
@@ -111,9 +111,9 @@ pub struct KeyPool {
     clock: Clock,
     pools: BTreeMap<KeyKind, Pool>,
     /// Who uses a batch's key or has a pair in hand.
-    users: Users,
+    users: ReadersBarrier,
     /// The batch of each HSM that takes the pairs of new sessions.
-    for_sessions: watch::Sender<BTreeMap<HsmMember, BatchName>>,
+    for_sessions: watch::Sender<BTreeMap<HsmId, BatchName>>,
     /// Whether what the store and a token say of each other has been looked at.
     reconciled: watch::Sender<bool>,
     /// Batches that take nothing more, since they are being emptied.
@@ -121,7 +121,7 @@ pub struct KeyPool {
     /// Between a plan and its keeper's being on record nobody looks for plans that came to nothing.
     plans: tokio::sync::Mutex<()>,
     /// What is done with one HSM at a time. One that hangs stops nothing of the others.
-    benches: BTreeMap<HsmMember, Bench>,
+    benches: BTreeMap<HsmId, Bench>,
     /// Whoever waits for the users of batches does so alone.
     letting_finish: tokio::sync::Mutex<()>,
     /// What the tokens say is judged one after the other.
@@ -146,7 +146,7 @@ struct Bench {
 /// One kind's pool.
 struct Pool {
     marks: Marks,
-    shares: BTreeMap<HsmMember, Share>,
+    shares: BTreeMap<HsmId, Share>,
     /// Told when pairs have come.
     more: Arc<Notify>,
     /// Callers who found nothing since the last pair came.
@@ -156,7 +156,7 @@ struct Pool {
 
 /// One HSM's share of a pool.
 struct Share {
-    shelf: Shelf,
+    shelf: ReadyQueue,
     filling: Mutex<ShareFilling>,
     wake: Notify,
 }
@@ -169,7 +169,7 @@ struct Notes {
     /// The highest number of a batch that a token knows.
     highest_on_token: u64,
     /// The HSMs whose token has been compared with the store.
-    compared: BTreeSet<HsmMember>,
+    compared: BTreeSet<HsmId>,
 }
 
 impl KeyPool {
@@ -185,7 +185,7 @@ impl KeyPool {
         let pool = |(kind, marks): (&KeyKind, &Marks)| {
             let more = Arc::new(Notify::new());
             let share = |member| {
-                let shelf = Shelf::new(*kind, member, Arc::clone(&more));
+                let shelf = ReadyQueue::new(*kind, member, Arc::clone(&more));
                 let (filling, wake) = (Mutex::default(), Notify::new());
                 (member, Share { shelf, filling, wake })
             };
@@ -211,7 +211,7 @@ impl KeyPool {
             rules,
             clock,
             pools,
-            users: Users::default(),
+            users: ReadersBarrier::default(),
             for_sessions: watch::channel(BTreeMap::new()).0,
             reconciled: watch::channel(false).0,
             closing: Mutex::default(),
@@ -239,7 +239,7 @@ impl KeyPool {
     }
 
     /// Looks after what one HSM keeps.
-    async fn look_after(self: Arc<Self>, member: HsmMember) {
+    async fn look_after(self: Arc<Self>, member: HsmId) {
         let Some(bench) = self.benches.get(&member) else { return };
         let mut hsm = self.hsm.clone();
         loop {
@@ -261,7 +261,7 @@ impl KeyPool {
     }
 
     /// Everything that may be due; what fails does not keep the rest from being done.
-    async fn look(&self, member: HsmMember) -> Result<(), PoolError> {
+    async fn look(&self, member: HsmId) -> Result<(), PoolError> {
         self.reconcile(member).await?;
         if !self.in_service().contains(&member) {
             return Ok(());
@@ -281,7 +281,7 @@ impl KeyPool {
     }
 
     /// The bench of one of the handle's HSMs.
-    fn bench(&self, member: HsmMember) -> Result<&Bench, PoolError> {
+    fn bench(&self, member: HsmId) -> Result<&Bench, PoolError> {
         let none = || HsmError::Refused("an HSM that is none of this pool".to_owned());
         self.benches.get(&member).ok_or_else(|| none().into())
     }
@@ -304,7 +304,7 @@ impl KeyPool {
 
     /// Whoever reads a pair from the store and opens it in the HSM holds this in between, so that its batch's key is not
     /// destroyed meanwhile.
-    pub fn hold(&self) -> User {
+    pub fn hold(&self) -> ReaderGuard {
         self.users.join()
     }
 

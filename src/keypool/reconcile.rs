@@ -6,9 +6,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use super::{KeyPool, Pool, PoolError};
-use crate::hsm::{HsmMember, OwnObjects};
-use crate::keys::{BatchName, KeptKey, StoreId};
-use crate::store::{Batch, BatchState, BatchStep, Keeping, Purpose, StoreError};
+use crate::hsm::{HsmId, OwnObjects};
+use crate::keys::{BatchName, StoreId, StoredKey};
+use crate::store::{Batch, BatchState, BatchStep, KeyStorage, Purpose, StoreError};
 
 /// Pairs on the token that are compared at once: more than any module is good for.
 const ALL: usize = 1_000_000;
@@ -17,7 +17,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 impl KeyPool {
     /// Compares an HSM's token with the store, if that was not done before. Waits a moment for one that is not there.
-    pub(super) async fn reconcile(&self, member: HsmMember) -> Result<(), PoolError> {
+    pub(super) async fn reconcile(&self, member: HsmId) -> Result<(), PoolError> {
         if self.notes().compared.contains(&member) {
             return Ok(());
         }
@@ -31,7 +31,7 @@ impl KeyPool {
     }
 
     /// Nothing of an HSM is offered, filled or shredded before this is done: nobody works meanwhile on what is compared.
-    async fn compare(&self, member: HsmMember) -> Result<(), PoolError> {
+    async fn compare(&self, member: HsmId) -> Result<(), PoolError> {
         let own = self.hsm.at(member).own_objects().await?;
         let (store, _) = self.store.origin().await?;
         let own = of_store(own, store);
@@ -60,7 +60,7 @@ impl KeyPool {
             }
         };
         if let Some(batches) = &batches {
-            self.tidy_up(member, &own, batches).await?;
+            self.recover_sessions(member, &own, batches).await?;
         }
         let _alone = self.comparing.lock().await;
         let all = self.store.batches().await?;
@@ -81,7 +81,7 @@ impl KeyPool {
     }
 
     /// Whether every other token has been looked at.
-    fn is_last(&self, member: HsmMember) -> bool {
+    fn is_last(&self, member: HsmId) -> bool {
         let notes = self.notes();
         self.hsm.each().all(|other| other == member || notes.compared.contains(&other))
     }
@@ -91,7 +91,7 @@ impl KeyPool {
         &self,
         on_token: &BTreeSet<u64>,
         store: StoreId,
-        member: HsmMember,
+        member: HsmId,
     ) -> Result<Option<String>, PoolError> {
         // What is on record of this very HSM is of a life before, when it had the key.
         let found = |number| {
@@ -100,7 +100,7 @@ impl KeyPool {
         };
         let lost = |batch: &Batch| {
             let lives = matches!(batch.state, BatchState::Open | BatchState::Sealed);
-            lives && batch.keeping == Keeping::Wrapped && batch.quarantined.is_none() && !found(batch.number)
+            lives && batch.keeping == KeyStorage::Wrapped && batch.quarantined.is_none() && !found(batch.number)
         };
         let suspect = self.store.batches().await?.into_iter().find(lost);
         let Some(number) = suspect.map(|batch| batch.number) else { return Ok(None) };
@@ -118,7 +118,7 @@ impl KeyPool {
         &self,
         on_token: &BTreeSet<u64>,
         (store, highest): (StoreId, u64),
-        member: HsmMember,
+        member: HsmId,
     ) -> Result<Option<String>, PoolError> {
         let later = self.notes().highest_on_token;
         if later > highest {
@@ -172,7 +172,7 @@ impl KeyPool {
     }
 
     /// What a crash left.
-    async fn tidy_up(&self, member: HsmMember, own: &OwnObjects, batches: &[Batch]) -> Result<(), PoolError> {
+    async fn recover_sessions(&self, member: HsmId, own: &OwnObjects, batches: &[Batch]) -> Result<(), PoolError> {
         let known: BTreeSet<_> = batches.iter().map(|batch| batch.number).collect();
         for key in own.keys.iter().filter(|key| !known.contains(&key.number)) {
             // A batch is forgotten after its key is gone; one that came back was not destroyed durably.
@@ -188,15 +188,15 @@ impl KeyPool {
 
     /// Destroys the pairs of a batch that are on the token and in no row: their making was cut off before anybody knew of them.
     /// Nobody makes pairs for the batch meanwhile.
-    pub(super) async fn destroy_strays(&self, number: u64, member: HsmMember) -> Result<(), PoolError> {
+    pub(super) async fn destroy_strays(&self, number: u64, member: HsmId) -> Result<(), PoolError> {
         let (store, _) = self.store.origin().await?;
         let hsm = self.hsm.at(member);
         let own = of_store(hsm.own_objects().await?, store);
         let held = self.store.pairs_of_batch(number, ALL).await?;
         let condemned = self.store.condemned(ALL).await?;
         let kept = held.into_iter().filter_map(|held| match held.kept {
-            KeptKey::OnToken(pair) => Some(pair),
-            KeptKey::Wrapped(_) => None,
+            StoredKey::OnToken(pair) => Some(pair),
+            StoredKey::Wrapped(_) => None,
         });
         let named: BTreeSet<_> = kept.chain(condemned.into_iter().map(|condemned| condemned.pair)).collect();
         let purpose = self.store.batches().await?.into_iter().find(|batch| batch.number == number);

@@ -3,12 +3,12 @@
 
 use std::time::Duration;
 
-use super::keepers::Keepers;
+use super::batch_owners::BatchOwners;
 use super::{KeyPool, PoolError};
-use crate::hsm::{HsmError, HsmMember};
-use crate::keys::{BatchName, KeptKey, KeyKind, PublicKey};
+use crate::hsm::{HsmError, HsmId};
+use crate::keys::{BatchName, KeyKind, PublicKey, StoredKey};
 use crate::store::{
-    Batch, BatchState, BatchStep, CondemnedPair, HeldPair, Holder, Keeping, MovedPair, PairId, Purpose, StoreError,
+    Batch, BatchState, BatchStep, CondemnedPair, HeldPair, Holder, KeyStorage, MovedPair, PairId, Purpose, StoreError,
 };
 
 /// Pairs that are moved in one call and one transaction.
@@ -84,7 +84,7 @@ impl KeyPool {
     }
 
     /// Why a batch must wait for the HSM that keeps it.
-    async fn keeper_away(&self, keepers: &Keepers<'_>, number: u64) -> PoolError {
+    async fn keeper_away(&self, keepers: &BatchOwners<'_>, number: u64) -> PoolError {
         let of_batch = self.hsm.keepers(keepers.name(number));
         for member in self.hsm.each().filter(|member| of_batch.is_empty() || of_batch.contains(member)) {
             if let Err(error) = self.hsm.at(member).ready(Duration::ZERO).await {
@@ -97,7 +97,7 @@ impl KeyPool {
 
     /// Shreds the full batches that are used up, and those whose first erasure was so long ago. What is in quarantine waits for
     /// an officer: the right store, should it be put back, needs the same keys.
-    pub(super) async fn shred_what_is_due(&self, member: HsmMember) -> Result<(), PoolError> {
+    pub(super) async fn shred_what_is_due(&self, member: HsmId) -> Result<(), PoolError> {
         let mut failed = None;
         let keepers = self.keepers().await?;
         for batch in self.store.batches().await?.into_iter().filter(|batch| batch.quarantined.is_none()) {
@@ -155,7 +155,7 @@ impl KeyPool {
         done
     }
 
-    async fn shred_steps(&self, batch: &Batch, member: HsmMember, shredded: &mut Shredded) -> Result<(), PoolError> {
+    async fn shred_steps(&self, batch: &Batch, member: HsmId, shredded: &mut Shredded) -> Result<(), PoolError> {
         let name = self.name(batch.number).await?;
         if batch.state != BatchState::Emptied {
             // 1. Another batch takes its place: from now on nothing new comes in.
@@ -174,7 +174,7 @@ impl KeyPool {
             if let Some(next) = next {
                 shredded.moved += self.move_what_is_left(batch, name, next.number).await?;
             }
-            if batch.keeping == Keeping::Hsm {
+            if batch.keeping == KeyStorage::Hsm {
                 self.destroy_condemned(member).await?;
             }
             // 4. Whoever read a pair before it was moved has opened it.
@@ -183,7 +183,7 @@ impl KeyPool {
             self.store.step_batch(batch.number, BatchStep::Empty).await?;
         }
         // 6. C_DestroyObject; the key is looked for and not found, and stays away after a power loss.
-        if batch.keeping == Keeping::Wrapped {
+        if batch.keeping == KeyStorage::Wrapped {
             self.hsm.destroy_batch_key(name).await?;
         }
         // 7. The file is overwritten, then the batch is forgotten.
@@ -196,11 +196,10 @@ impl KeyPool {
 
     /// Where the rest goes; none if there is no rest.
     async fn next_batch(&self, batch: &Batch) -> Result<Option<Batch>, PoolError> {
-        let of_sessions =
-            |(member, current): (&HsmMember, &BatchName)| (current.number == batch.number).then_some(*member);
+        let of_sessions = |(member, current): (&HsmId, &BatchName)| (current.number == batch.number).then_some(*member);
         let current = self.for_sessions.borrow().iter().find_map(of_sessions);
         // What comes into a batch that was used up a moment ago is found when it cannot be emptied, and moved at the next look.
-        if (current.is_none() && batch.is_used_up()) || batch.keeping == Keeping::Hsm {
+        if (current.is_none() && batch.is_used_up()) || batch.keeping == KeyStorage::Hsm {
             return Ok(None);
         }
         // Only the HSM that has its key can move it. One that none of them has is in quarantine, and nothing of it is moved.
@@ -247,16 +246,17 @@ impl KeyPool {
     }
 
     /// Pairs on the token that are erased here.
-    pub(super) async fn destroy_condemned(&self, member: HsmMember) -> Result<(), PoolError> {
+    pub(super) async fn destroy_condemned(&self, member: HsmId) -> Result<(), PoolError> {
         let mut failed = None;
         let keepers = self.keepers().await?;
-        let at_hand = |condemned: &CondemnedPair| {
+        let ready_members = |condemned: &CondemnedPair| {
             let batch = BatchName::of_pairs(&condemned.pair.label);
             let mine =
                 |batch: BatchName| keepers.looks_after(member, batch.number) && keepers.are_at_hand(batch.number);
             batch.is_none_or(mine)
         };
-        for condemned in self.store.condemned(CONDEMNED_OF_ALL).await?.into_iter().filter(at_hand).take(CONDEMNED) {
+        for condemned in self.store.condemned(CONDEMNED_OF_ALL).await?.into_iter().filter(ready_members).take(CONDEMNED)
+        {
             let destroyed = self.hsm.destroy_pair(condemned.kind, &condemned.pair).await.map_err(PoolError::from);
             // A crash before this finds it condemned still, and not on the token: that is no error.
             let noted = match destroyed {
@@ -286,7 +286,7 @@ fn blob_of(held: &HeldPair) -> Result<(KeyKind, Vec<u8>), PoolError> {
     };
     let public = PublicKey::from_spki_der(&held.public_key).map_err(|e| damaged(e.to_string()))?;
     match &held.kept {
-        KeptKey::Wrapped(wrapped) => Ok((public.kind(), wrapped.blob.clone())),
-        KeptKey::OnToken(_) => Err(damaged("it is on the token and cannot be moved".to_owned())),
+        StoredKey::Wrapped(wrapped) => Ok((public.kind(), wrapped.blob.clone())),
+        StoredKey::OnToken(_) => Err(damaged("it is on the token and cannot be moved".to_owned())),
     }
 }

@@ -2,16 +2,16 @@
 
 use std::collections::BTreeSet;
 
-use super::keepers::Keepers;
+use super::batch_owners::BatchOwners;
 use super::{KeyPool, PoolError};
 use crate::keys::KeyKind;
-use crate::store::{Batch, Keeping, PairCounts, Purpose};
+use crate::store::{Batch, KeyStorage, PairCounts, Purpose};
 
 /// The pools at this moment.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PoolStatus {
     /// How pairs are kept.
-    pub keeping: Keeping,
+    pub keeping: KeyStorage,
     /// Whether store and token have been compared, and pairs are given out.
     pub serving: bool,
     /// One for each kind that has a pool, or had one and still has pairs.
@@ -97,11 +97,17 @@ impl KeyPool {
         })
     }
 
-    async fn kind_status(&self, kind: KeyKind, all: &[Batch], keepers: &Keepers<'_>) -> Result<KindStatus, PoolError> {
+    async fn kind_status(
+        &self,
+        kind: KeyKind,
+        all: &[Batch],
+        keepers: &BatchOwners<'_>,
+    ) -> Result<KindStatus, PoolError> {
         let counts = self.store.pair_counts(kind).await?;
         let batches = || all.iter().filter(|batch| batch.purpose == Purpose::Pool(kind));
-        let offered =
-            |at_hand| batches().filter(|batch| keepers.are_at_hand(batch.number) == at_hand).map(Batch::offered).sum();
+        let offered = |ready_members| {
+            batches().filter(|batch| keepers.are_at_hand(batch.number) == ready_members).map(Batch::offered).sum()
+        };
         let pool = self.pools.get(&kind);
         let shares = || pool.into_iter().flat_map(|pool| pool.shares.values());
         let paused: BTreeSet<_> = shares().filter_map(|share| share.filling().paused.clone()).collect();

@@ -1,9 +1,9 @@
 //! Keys as every room means them: kinds, public keys, signatures, and a device's private key.
 
-mod kept;
 mod private;
 mod public;
 mod signature;
+mod stored;
 
 use std::fmt;
 use std::str::FromStr;
@@ -11,10 +11,10 @@ use std::str::FromStr;
 use aws_lc_rs::signature::{self as provider, VerificationAlgorithm};
 use serde::{Deserialize, Serialize};
 
-pub use kept::{BatchName, KeptKey, StoreId, TokenPair, WrappedKey, batch_key_id};
 pub use private::{DevicePrivateKey, PrivateParts, RsaPrivateParts, TlsKey, generate_p256};
 pub use public::PublicKey;
 pub use signature::{ecdsa_der_from_fixed, ecdsa_fixed_from_der};
+pub use stored::{BatchName, StoreId, StoredKey, TokenPair, WrappedKey, batch_key_id};
 
 /// What kind of key pair a device gets, or the manufacturer signs with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -88,7 +88,7 @@ pub enum SignatureAlgorithm {
     EcdsaP384Sha384,
     /// RSASSA-PKCS1-v1_5 with SHA-256 (RFC 8017 §8.2).
     RsaPkcs1Sha256,
-    /// RSASSA-PSS with SHA-256, MGF1-SHA-256 and a salt of 32 octets (RFC 8017 §8.1).
+    /// RSASSA-PSS with SHA-256, MGF1-SHA-256 and a salt of 32 bytes (RFC 8017 §8.1).
     RsaPssSha256,
     /// Ed25519 (RFC 8032).
     Ed25519,

@@ -30,7 +30,7 @@ pub struct RsaPrivateParts {
 pub enum PrivateParts {
     /// The scalar of an EC key, as long as the group order.
     Ec(SecretBytes),
-    /// The 32-octet seed (RFC 8032 calls it the private key).
+    /// The 32-byte seed (RFC 8032 calls it the private key).
     Ed25519(SecretBytes),
     /// RSA.
     Rsa(Box<RsaPrivateParts>),
@@ -56,8 +56,8 @@ impl DevicePrivateKey {
         Self { public, parts, signer: OnceLock::new() }
     }
 
-    /// From what an HSM gives when a wrapped key is unwrapped: PKCS#8 (RFC 5958), or 32 raw octets for Ed25519.
-    /// Zero octets behind the DER are allowed, since some modules pad before they wrap.
+    /// From what an HSM gives when a wrapped key is unwrapped: PKCS#8 (RFC 5958), or 32 raw bytes for Ed25519.
+    /// Zero bytes behind the DER are allowed, since some modules pad before they wrap.
     ///
     /// An RSA key brings its modulus with it, which is compared; that its numbers fit together is the HSM's word, kept by the
     /// integrity check of the wrapping (RFC 5649 §3), and the device looks at them again. To compute it here costs as much as
@@ -197,7 +197,7 @@ impl Signer {
     }
 }
 
-/// The first DER value of the bytes; what follows it must be fewer than 8 zero octets (RFC 5649 padding kept by the module).
+/// The first DER value of the bytes; what follows it must be fewer than 8 zero bytes (RFC 5649 padding kept by the module).
 pub(super) fn der_prefix(bytes: &[u8]) -> Option<&[u8]> {
     let reader = der::SliceReader::new(bytes).ok()?;
     let header = der::Header::peek(&reader).ok()?;

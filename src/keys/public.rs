@@ -51,7 +51,7 @@ impl PublicKey {
         Self::assemble(EC_PUBLIC_KEY, Some(der::Any::from(curve)), point)
     }
 
-    /// From the 32 octets of an Ed25519 public key (RFC 8032 §5.1.5).
+    /// From the 32 bytes of an Ed25519 public key (RFC 8032 §5.1.5).
     pub fn from_ed25519(raw: &[u8]) -> Result<Self, KeyError> {
         Self::assemble(ED25519, None, raw)
     }
@@ -85,7 +85,7 @@ impl PublicKey {
         &self.spki
     }
 
-    /// The content of the BIT STRING: an EC point, an `RSAPublicKey`, or 32 octets of Ed25519.
+    /// The content of the BIT STRING: an EC point, an `RSAPublicKey`, or 32 bytes of Ed25519.
     pub fn key_bits(&self) -> &[u8] {
         // Parsed when the value was made; an empty slice is not reachable.
         SubjectPublicKeyInfoRef::from_der(&self.spki).ok().and_then(|s| s.subject_public_key.as_bytes()).unwrap_or(&[])

@@ -8,7 +8,6 @@ use clap::{ArgGroup, Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
 use tonic::transport::Uri;
 
 use super::LineError;
-use super::book::Ended;
 use super::connection::parse_server;
 use super::devices;
 use super::orders::Numbering;
@@ -16,9 +15,10 @@ use super::provision::{Provision, Source, log_key, provision};
 use super::recover::{Place, Public, recover};
 use super::report::ReportFile;
 use super::retry::Patience;
+use super::run_log::Ended;
 use super::show::{Show, show};
-use crate::description::Describe;
-use crate::device::Fab;
+use crate::cli_docs::CliDocs;
+use crate::device::SimulatedFab;
 use crate::names::{ChipId, ProfileName};
 use crate::package::TransportCurve;
 
@@ -65,7 +65,7 @@ enum Command {
     /// List the simulated devices and their state
     Devices(DevicesArguments),
     #[command(flatten)]
-    Describe(Describe),
+    CliDocs(CliDocs),
 }
 
 #[derive(Args)]
@@ -204,7 +204,7 @@ impl PublicArguments {
     fn public(&self, devices: Option<&Path>) -> Result<Public, LineError> {
         let key = match (&self.log, devices) {
             (Some(path), _) => Some(log_key(path)?),
-            (None, Some(devices)) => Fab::open(devices)?.rom_keys().1.cloned(),
+            (None, Some(devices)) => SimulatedFab::open(devices)?.rom_keys().1.cloned(),
             (None, None) => None,
         };
         let authority = self.ca.clone();
@@ -251,7 +251,7 @@ async fn dispatch(command: Command) -> Result<ExitCode, LineError> {
             show(&Show { chip: &chip, public: public.public(None)?, certificate_out, json }).await?
         }
         Command::Devices(DevicesArguments { devices }) => devices::table(&devices)?,
-        Command::Describe(what) => {
+        Command::CliDocs(what) => {
             what.run(Arguments::command()).map_err(LineError::Usage)?;
             return Ok(ExitCode::SUCCESS);
         }

@@ -6,13 +6,13 @@ use std::path::Path;
 use comfy_table::{ContentArrangement, Table, presets};
 
 use super::LineError;
-use super::{book, journal, orders};
-use crate::device::{DeviceError, Fab};
+use super::{journal, orders, run_log};
+use crate::device::{DeviceError, SimulatedFab};
 use crate::names::ChipId;
 
 /// Empties a device's flash, as an accident would.
 pub(super) fn wipe(chip: &ChipId, devices: &Path) -> Result<String, LineError> {
-    let mut device = Fab::open(devices)?.device(chip, None)?;
+    let mut device = SimulatedFab::open(devices)?.device(chip, None)?;
     let before = match device.installed() {
         Ok(installed) => format!("it was {}", installed.identity),
         Err(DeviceError::Empty) => "it was empty before".to_owned(),
@@ -51,7 +51,7 @@ pub(super) fn table(devices: &Path) -> Result<String, LineError> {
 }
 
 fn known(devices: &Path) -> Result<BTreeMap<ChipId, Known>, LineError> {
-    let fab = Fab::open(devices)?;
+    let fab = SimulatedFab::open(devices)?;
     let mut known: BTreeMap<ChipId, Known> = BTreeMap::new();
     let list = orders::list_in(devices);
     for order in if list.exists() { orders::read(&list)? } else { Vec::new() } {
@@ -70,7 +70,7 @@ fn known(devices: &Path) -> Result<BTreeMap<ChipId, Known>, LineError> {
             },
         );
     }
-    for chip in book::flashes(devices)? {
+    for chip in run_log::flashes(devices)? {
         let installed = fab.device(&chip, None)?.installed();
         let device = known.entry(chip).or_default();
         match installed {

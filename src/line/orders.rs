@@ -198,9 +198,9 @@ fn make_up(
 }
 
 fn random<const N: usize>() -> Result<[u8; N], LineError> {
-    let mut octets = [0; N];
-    aws_lc_rs::rand::fill(&mut octets).map_err(|_| LineError::Usage("the system has no random numbers".into()))?;
-    Ok(octets)
+    let mut bytes = [0; N];
+    aws_lc_rs::rand::fill(&mut bytes).map_err(|_| LineError::Usage("the system has no random numbers".into()))?;
+    Ok(bytes)
 }
 
 /// Replaces the list. A crash leaves the old one or the new one, whole.

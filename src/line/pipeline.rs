@@ -9,9 +9,9 @@ use tokio::task::JoinSet;
 use tonic::transport::Channel;
 
 use super::LineError;
-use super::book::{Book, Ended};
+use super::device_flow::{DeviceFlow, Failure, Station};
 use super::orders::Order;
-use super::way::{Failure, Station, Way};
+use super::run_log::{Ended, RunLog};
 use crate::proto::line_client::LineClient;
 
 /// A run: who, over what, for whom.
@@ -21,7 +21,7 @@ pub(super) struct Run {
     pub(super) orders: Vec<Order>,
     /// Devices that are worked on at the same time.
     pub(super) parallel: usize,
-    pub(super) book: Book,
+    pub(super) book: RunLog,
 }
 
 /// Works through the orders. Ends early, with what was begun finished, when nobody answers any more or Ctrl-C is pressed.
@@ -77,7 +77,7 @@ impl Line {
     }
 }
 
-type Told = (Order, Way);
+type Told = (Order, DeviceFlow);
 
 async fn work(line: Arc<Line>, client: LineClient<Channel>, tell: mpsc::Sender<Told>) {
     while let Some(order) = line.next() {
@@ -92,7 +92,7 @@ async fn work(line: Arc<Line>, client: LineClient<Channel>, tell: mpsc::Sender<T
     }
 }
 
-fn keep(mut book: Book, line: &Line, mut told: mpsc::Receiver<Told>) -> Result<Book, LineError> {
+fn keep(mut book: RunLog, line: &Line, mut told: mpsc::Receiver<Told>) -> Result<RunLog, LineError> {
     book.show_progress(line.orders.len());
     while let Some((order, way)) = told.blocking_recv() {
         book.enter(&order, way)?;

@@ -6,15 +6,15 @@ use std::sync::Arc;
 use tonic::transport::Uri;
 
 use super::LineError;
-use super::book::{Book, Ended};
 use super::connection::{Tls, connect, greet};
+use super::device_flow::Station;
 use super::orders::{self, Numbering, Order};
 use super::pipeline;
 use super::report::ReportFile;
 use super::retry::Patience;
-use super::way::Station;
+use super::run_log::{Ended, RunLog};
 use crate::certificate::IssuerCertificate;
-use crate::device::Fab;
+use crate::device::SimulatedFab;
 use crate::keys::PublicKey;
 use crate::names::ProfileName;
 use crate::package::TransportCurve;
@@ -56,7 +56,7 @@ pub(super) async fn provision(asked: Provision) -> Result<Ended, LineError> {
             "spp-line: the chips know no log, so receipts are kept unverified; give --log FILE.vkey with new chips"
         );
     }
-    let book = Book::open(&asked.devices, asked.report.as_ref())?;
+    let book = RunLog::open(&asked.devices, asked.report.as_ref())?;
     // 2. The orders, on the disk before a chip of them is known to anybody else.
     let orders = orders(&asked.devices, &asked.source)?;
     // 3. A few connections carry all devices in flight.
@@ -80,7 +80,7 @@ fn orders(devices: &Path, source: &Source) -> Result<Vec<Order>, LineError> {
 }
 
 /// The directory's fab, made when there is none. One fab for a run: its devices are a function of it.
-fn open_fab(devices: &Path, manufacturer: Option<&Path>, log: Option<&Path>) -> Result<Fab, LineError> {
+fn open_fab(devices: &Path, manufacturer: Option<&Path>, log: Option<&Path>) -> Result<SimulatedFab, LineError> {
     let manufacturer = manufacturer.map(manufacturer_key).transpose()?;
     let log = log.map(log_key).transpose()?;
     if !devices.join("fab.cbor").exists() {
@@ -91,9 +91,9 @@ fn open_fab(devices: &Path, manufacturer: Option<&Path>, log: Option<&Path>) -> 
                 devices.display()
             ))
         })?;
-        return Ok(Fab::create(devices, key, log)?);
+        return Ok(SimulatedFab::create(devices, key, log)?);
     }
-    let fab = Fab::open(devices)?;
+    let fab = SimulatedFab::open(devices)?;
     let (known, known_log) = fab.rom_keys();
     let other = |what: &str, option: &str| {
         LineError::Usage(format!(

@@ -8,7 +8,7 @@ use tonic::transport::Uri;
 use super::LineError;
 use super::connection::{Tls, connect};
 use super::retry::Patience;
-use crate::device::{Fab, Installed, PublicRecord};
+use crate::device::{Installed, PublicRecord, SimulatedFab};
 use crate::names::ChipId;
 use crate::proto::get_proof_request::Record;
 use crate::proto::recovery_client::RecoveryClient;
@@ -22,7 +22,7 @@ pub(super) struct Found {
     pub(super) record: DeviceRecord,
     /// Its place, counted from 0.
     pub(super) index: u64,
-    /// SHA-256 of its octets.
+    /// SHA-256 of its bytes.
     pub(super) hash: [u8; 32],
     /// That it is in the log, if the log's key is known.
     pub(super) proven: Option<VerifiedProof>,
@@ -54,7 +54,7 @@ pub(super) enum Place {
 }
 
 impl Public {
-    /// The newest record of the chip. Its octets are read, not the message's fields: they are what was hashed.
+    /// The newest record of the chip. Its bytes are read, not the message's fields: they are what was hashed.
     pub(super) async fn record(&self, chip: &ChipId) -> Result<Found, LineError> {
         let doubt = |problem: String| LineError::Record { chip: chip.clone(), problem };
         let (found, proof) = match &self.place {
@@ -65,7 +65,7 @@ impl Public {
             return Err(doubt(format!("it is of chip {}", found.record.chip)));
         }
         let proven = match (&self.key, proof) {
-            (Some(key), Some(proof)) => Some(proof.verify(&found.octets, key).map_err(|e| doubt(e.to_string()))?),
+            (Some(key), Some(proof)) => Some(proof.verify(&found.bytes, key).map_err(|e| doubt(e.to_string()))?),
             _ => None,
         };
         let index = proven.as_ref().map_or(found.publication.index, |proven| proven.index);
@@ -89,10 +89,10 @@ impl Public {
         let answer = patience.call("GetRecord", &mut 0, attempt).await?;
         let doubt = |problem: String| LineError::Record { chip: chip.clone(), problem };
         let receipt = answer.receipt.ok_or_else(|| doubt("it has no receipt".to_owned()))?;
-        let found = PublishedRecord::from_octets(receipt.record_index, answer.record_bytes);
+        let found = PublishedRecord::from_bytes(receipt.record_index, answer.record_bytes);
         let found = found.map_err(|e| doubt(e.to_string()))?;
         if receipt.record_hash != found.publication.record_hash {
-            return Err(doubt("its octets do not have the hash of the receipt".to_owned()));
+            return Err(doubt("its bytes do not have the hash of the receipt".to_owned()));
         }
         if self.key.is_none() {
             return Ok((found, None));
@@ -117,17 +117,17 @@ impl Public {
         let (asked, place, authority) = (chip.clone(), place.to_owned(), authority.map(Path::to_owned));
         let read = tokio::task::spawn_blocking(move || read_chip(&place, &asked, authority.as_deref())).await;
         let read = read.map_err(|e| LineError::Usage(format!("reading the mirror stopped: {e}")))?;
-        let (octets, proof) = read.map_err(|e| LineError::Mirror(e.to_string()))?;
+        let (bytes, proof) = read.map_err(|e| LineError::Mirror(e.to_string()))?;
         let doubt = |problem: String| LineError::Record { chip: chip.clone(), problem };
         let proof = LogProof::from_bytes(&proof).map_err(|e| doubt(e.to_string()))?;
-        let found = PublishedRecord::from_octets(proof.index(), octets).map_err(|e| doubt(e.to_string()))?;
+        let found = PublishedRecord::from_bytes(proof.index(), bytes).map_err(|e| doubt(e.to_string()))?;
         Ok((found, Some(proof)))
     }
 }
 
 /// Brings back what a simulated device had; the device itself verifies and decrypts it.
 pub(super) async fn recover(chip: &ChipId, devices: &Path, public: &Public) -> Result<String, LineError> {
-    let mut device = Fab::open(devices)?.device(chip, None)?;
+    let mut device = SimulatedFab::open(devices)?.device(chip, None)?;
     let found = public.record(chip).await?;
     let record = &found.record;
     let public_record =

@@ -9,8 +9,8 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::LineError;
+use super::device_flow::{DeviceFlow, Failure, Outcome};
 use super::orders::Order;
-use super::way::{Failure, Outcome, Way};
 
 /// Where the rows go, and how they are written.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,7 +82,7 @@ impl Report {
         Ok(Self { path, rows })
     }
 
-    pub(super) fn add(&mut self, order: &Order, way: &Way) -> Result<(), LineError> {
+    pub(super) fn add(&mut self, order: &Order, way: &DeviceFlow) -> Result<(), LineError> {
         let row = row(order, way);
         let written = match &mut self.rows {
             Rows::Csv(writer) => writer.serialize(row).map_err(std::io::Error::other),
@@ -106,7 +106,7 @@ impl Report {
     }
 }
 
-fn row<'a>(order: &'a Order, way: &'a Way) -> Row<'a> {
+fn row<'a>(order: &'a Order, way: &'a DeviceFlow) -> Row<'a> {
     let receipt = way.outcome.as_ref().ok().map(Outcome::receipt);
     let failure = way.outcome.as_ref().err();
     Row {
@@ -201,7 +201,7 @@ pub(super) struct Tally {
 }
 
 impl Tally {
-    pub(super) fn add(&mut self, way: &Way) {
+    pub(super) fn add(&mut self, way: &DeviceFlow) {
         self.retries += u64::from(way.times.retries);
         match &way.outcome {
             Err(_) => self.failed += 1,
@@ -285,8 +285,8 @@ impl Summary {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::line::device_flow::Times;
     use crate::line::journal::Receipt;
-    use crate::line::way::Times;
     use crate::names::{ChipId, SessionId};
 
     fn order() -> Order {
@@ -297,7 +297,7 @@ mod tests {
         }
     }
 
-    fn done() -> Way {
+    fn done() -> DeviceFlow {
         let receipt = Receipt {
             session: SessionId::from_bytes(&[1; 16]).unwrap(),
             record_index: 4,
@@ -306,11 +306,11 @@ mod tests {
         };
         let assemble = Some(Duration::from_micros(1_500));
         let times = Times { assemble, total: Duration::from_millis(4), ..Times::default() };
-        Way { outcome: Ok(Outcome::Done(receipt)), times }
+        DeviceFlow { outcome: Ok(Outcome::Done(receipt)), times }
     }
 
-    fn failed() -> Way {
-        Way { outcome: Err(Failure::Station("no \"luck\"".into())), times: Times::default() }
+    fn failed() -> DeviceFlow {
+        DeviceFlow { outcome: Err(Failure::Station("no \"luck\"".into())), times: Times::default() }
     }
 
     #[test]

@@ -201,9 +201,9 @@ fn pause(tries: u32, advice: Advice) -> Duration {
 
 /// A number from 0 to 1. Without random numbers the stations are merely less spread.
 fn chance() -> f64 {
-    let mut octets = [0; 4];
-    let filled = aws_lc_rs::rand::fill(&mut octets).is_ok();
-    if filled { f64::from(u32::from_be_bytes(octets)) / f64::from(u32::MAX) } else { 0.5 }
+    let mut bytes = [0; 4];
+    let filled = aws_lc_rs::rand::fill(&mut bytes).is_ok();
+    if filled { f64::from(u32::from_be_bytes(bytes)) / f64::from(u32::MAX) } else { 0.5 }
 }
 
 #[cfg(test)]

@@ -99,7 +99,7 @@ fn text(found: &Found, certificate: &DeviceCertificate) -> String {
     rows.push(("master key", master));
     let backup = &record.backup;
     rows.push(("log", found.proven_text()));
-    rows.push(("backup", format!("{} octets, sha256:{}", backup.len(), hex::encode(sha256(backup)))));
+    rows.push(("backup", format!("{} bytes, sha256:{}", backup.len(), hex::encode(sha256(backup)))));
     lines(&rows)
 }
 

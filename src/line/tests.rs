@@ -11,16 +11,16 @@ use tonic::transport::{Channel, Endpoint, Server};
 use tonic::{Code, Request, Response, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
-use super::book::{Book, Ended, flashes};
+use super::device_flow::Station;
 use super::orders::{self, Order};
 use super::pipeline::{Run, run};
 use super::retry::Patience;
-use super::way::Station;
+use super::run_log::{Ended, RunLog, flashes};
 use crate::certificate::{
     AuthorityCertificate, CertificateRequest, CertificateSerial, IssuedCertificate, IssuerCertificate, Profile,
     SubjectName, authority_certificate, prepare,
 };
-use crate::device::Fab;
+use crate::device::SimulatedFab;
 use crate::keys::{DevicePrivateKey, SignatureAlgorithm, generate_p256, sha256};
 use crate::names::{ChipId, SessionId};
 use crate::package::{CertificateChain, DataPackage};
@@ -85,7 +85,7 @@ async fn a_complete_device_without_its_flash_is_to_be_recovered() {
     let site = Site::new().await;
     site.run(3).await;
     let chip = site.orders(3)[1].chip.clone();
-    Fab::open(site.directory.path()).unwrap().device(&chip, None).unwrap().wipe().unwrap();
+    SimulatedFab::open(site.directory.path()).unwrap().device(&chip, None).unwrap().wipe().unwrap();
     for journal in [None, Some("")] {
         if let Some(text) = journal {
             std::fs::write(site.directory.path().join("line.jsonl"), text).unwrap();
@@ -146,7 +146,7 @@ impl Site {
     async fn new() -> Self {
         let directory = spp_testkit::files::temp_dir();
         let spp = Arc::new(Spp::new());
-        Fab::create(directory.path(), spp.manufacturer.public().clone(), None).unwrap();
+        SimulatedFab::create(directory.path(), spp.manufacturer.public().clone(), None).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());
         let service = LineServer::new(Arc::clone(&spp));
@@ -170,9 +170,9 @@ impl Site {
 
     async fn run_orders(&self, orders: Vec<Order>, parallel: usize) -> Ended {
         let patience = Patience { deadline: Duration::from_secs(5), retry_for: Duration::from_secs(2) };
-        let fab = Arc::new(Fab::open(self.directory.path()).unwrap());
+        let fab = Arc::new(SimulatedFab::open(self.directory.path()).unwrap());
         let station = Station { fab, sealed: None, own_pair: false, patience };
-        let book = Book::open(self.directory.path(), None).unwrap();
+        let book = RunLog::open(self.directory.path(), None).unwrap();
         run(Run { station, channels: vec![self.channel.clone()], orders, parallel, book }).await.unwrap()
     }
 }

@@ -9,12 +9,12 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use serde_json::json;
 
+use super::access_client::{OfficerClient, Seen, authority_of, now, request_in};
 use super::ceremony_cli::act_of;
-use super::desk::{AtDesk, Seen, authority_of, now, request_in};
 use super::pool_cli::DaemonArgs;
 use super::status::StatusError;
 use super::text::{at, printable, table, trimmed};
-use crate::access::{Act, ApprovalRules, Quota, RequestId, Verdict};
+use crate::access::{ApprovalRules, ProtectedAction, Quota, RequestId, Verdict};
 use crate::certificate::{Caller, Role};
 use crate::keys::sha256;
 use crate::names::StationName;
@@ -191,7 +191,7 @@ impl RequestCommand {
             Self::Revoke { role, name, reason, ask } => revoke(role, &name, reason, &ask).await,
             Self::Enroll { role, name, csr, days, ask } => {
                 let csr_sha256 = hex::encode(sha256(&request_in(&csr)?));
-                request(&Act::Enroll { role, name, days, csr_sha256 }, &ask).await
+                request(&ProtectedAction::Enroll { role, name, days, csr_sha256 }, &ask).await
             }
             Self::Quota { station, devices_per_hour, devices_total, ask } => {
                 let known = ask.connect().await?.callers().await?.stations;
@@ -200,7 +200,7 @@ impl RequestCommand {
                     devices_per_hour: devices_per_hour.map_or(known.devices_per_hour, |limit| limit.0),
                     devices_total: devices_total.map_or(known.devices_total, |limit| limit.0),
                 };
-                request(&Act::RaiseQuota { station, quota }, &ask).await
+                request(&ProtectedAction::RaiseQuota { station, quota }, &ask).await
             }
             Self::Rules { revoke, enroll, raise_quota, change_rules, destroy, rotate, longest, ask } => {
                 if [revoke, enroll, raise_quota, change_rules, destroy, rotate].iter().all(Option::is_none)
@@ -221,7 +221,7 @@ impl RequestCommand {
                     rotate: count(rotate, known.rotate),
                     valid_for: longest.map_or(known.valid_for_seconds, |longest| longest.as_secs()),
                 };
-                request(&Act::ChangeRules { rules }, &ask).await
+                request(&ProtectedAction::ChangeRules { rules }, &ask).await
             }
             Self::Ceremony { file, ask } => {
                 let act = act_of(&file).map_err(StatusError::Unfit)?;
@@ -232,20 +232,20 @@ impl RequestCommand {
 }
 
 impl AskArgs {
-    async fn connect(&self) -> Result<AtDesk, StatusError> {
-        AtDesk::connect(&self.daemon.server, &self.daemon.tls).await
+    async fn connect(&self) -> Result<OfficerClient, StatusError> {
+        OfficerClient::connect(&self.daemon.server, &self.daemon.tls).await
     }
 }
 
 /// Asks other officers to approve the revocation of a caller.
 pub async fn revoke(role: Role, name: &str, reason: String, ask: &AskArgs) -> Result<(), StatusError> {
     Caller::new(role, name).map_err(|e| StatusError::Unfit(e.to_string()))?;
-    request(&Act::Revoke { role, name: name.to_owned(), reason }, ask).await
+    request(&ProtectedAction::Revoke { role, name: name.to_owned(), reason }, ask).await
 }
 
-async fn request(act: &Act, ask: &AskArgs) -> Result<(), StatusError> {
+async fn request(act: &ProtectedAction, ask: &AskArgs) -> Result<(), StatusError> {
     // Read as the daemon reads it, so that a fault is told before anything is signed.
-    Act::from_json(&act.to_json()).map_err(StatusError::Unfit)?;
+    ProtectedAction::from_json(&act.to_json()).map_err(StatusError::Unfit)?;
     let filed = ask.connect().await?.request(act, ask.valid_for).await?;
     if ask.daemon.json {
         println!("{:#}", approval_json(&filed));
@@ -259,7 +259,7 @@ async fn request(act: &Act, ask: &AskArgs) -> Result<(), StatusError> {
 }
 
 async fn list(daemon: &DaemonArgs, all: bool) -> Result<(), StatusError> {
-    let listed = AtDesk::connect(&daemon.server, &daemon.tls).await?.approvals().await?;
+    let listed = OfficerClient::connect(&daemon.server, &daemon.tls).await?.approvals().await?;
     let open = |approval: &&proto::Approval| all || matches!(approval.state.as_str(), "pending" | "approved");
     let shown: Vec<_> = listed.approvals.iter().filter(open).collect();
     if daemon.json {
@@ -292,7 +292,7 @@ async fn list(daemon: &DaemonArgs, all: bool) -> Result<(), StatusError> {
 }
 
 async fn show(id: RequestId, daemon: &DaemonArgs) -> Result<(), StatusError> {
-    let mut desk = AtDesk::connect(&daemon.server, &daemon.tls).await?;
+    let mut desk = OfficerClient::connect(&daemon.server, &daemon.tls).await?;
     let (node, approval) = (desk.approvals().await?.node, desk.approval(id).await?);
     let seen = Seen::of(&node, &approval, &[authority_of(&daemon.tls)?])?;
     match daemon.json {
@@ -303,7 +303,7 @@ async fn show(id: RequestId, daemon: &DaemonArgs) -> Result<(), StatusError> {
 }
 
 async fn decide(id: RequestId, verdict: Verdict, daemon: &DaemonArgs) -> Result<(), StatusError> {
-    let mut desk = AtDesk::connect(&daemon.server, &daemon.tls).await?;
+    let mut desk = OfficerClient::connect(&daemon.server, &daemon.tls).await?;
     let (node, approval) = (desk.approvals().await?.node, desk.approval(id).await?);
     let seen = Seen::of(&node, &approval, &[authority_of(&daemon.tls)?])?;
     eprint!("{}", describe(&approval, &seen));
@@ -357,7 +357,7 @@ fn describe(approval: &proto::Approval, seen: &Seen) -> String {
         row("rejected", &format!("{}: {}", signer(signed), printable(&approval.reason)));
     }
     row("hash", &seen.hash());
-    if let Act::Ceremony { file, .. } = &seen.act {
+    if let ProtectedAction::Ceremony { file, .. } = &seen.act {
         row("file", "");
         for line in file.lines() {
             row("", &printable(line));

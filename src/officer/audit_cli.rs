@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::desk::AtDesk;
+use super::access_client::OfficerClient;
 use super::files::make_directory;
 use super::pool_cli::DaemonArgs;
 use super::status::StatusError;
@@ -198,15 +198,15 @@ pub async fn fetch_audit(out: &Path, daemon: &DaemonArgs) -> Result<(), StatusEr
     let opened = OpenOptions::new().append(true).create(true).mode(0o600).open(out.join(audit::FILE));
     let mut file = opened.map_err(failed)?;
     let before = file.metadata().map_err(failed)?.len();
-    let mut desk = AtDesk::connect(&daemon.server, &daemon.tls).await?;
-    desk.read_audit_log(before, |octets| file.write_all(octets)).await?;
+    let mut desk = OfficerClient::connect(&daemon.server, &daemon.tls).await?;
+    desk.read_audit_log(before, |bytes| file.write_all(bytes)).await?;
     file.sync_all().map_err(failed)?;
     let (now, place) = (file.metadata().map_err(failed)?.len(), out.display());
     let new = now - before;
     match daemon.json {
-        true => println!("{:#}", serde_json::json!({ "directory": out, "octets": now, "new": new })),
+        true => println!("{:#}", serde_json::json!({ "directory": out, "bytes": now, "new": new })),
         false => println!(
-            "{now} octets in {place}, {new} of them new; sppctl audit verify --directory {place} --key LOG.vkey looks at them"
+            "{now} bytes in {place}, {new} of them new; sppctl audit verify --directory {place} --key LOG.vkey looks at them"
         ),
     }
     Ok(())

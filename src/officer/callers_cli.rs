@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 use comfy_table::Table;
 use serde_json::json;
 
-use super::desk::{AtDesk, life_left, now};
+use super::access_client::{OfficerClient, life_left, now};
 use super::pool_cli::DaemonArgs;
 use super::status::StatusError;
 use super::text::{at, duration, printable, table, tell_written, trimmed};
@@ -52,7 +52,8 @@ impl IdentitiesCommand {
                 let (profile, first) = (profile.to_string(), first.to_string());
                 let last = last.map(|last| last.to_string()).unwrap_or_default();
                 let request = proto::LoadIdentitiesRequest { profile, first, count: count.unwrap_or_default(), last };
-                let loaded = AtDesk::connect(&daemon.server, &daemon.tls).await?.load_identities(request).await?;
+                let loaded =
+                    OfficerClient::connect(&daemon.server, &daemon.tls).await?.load_identities(request).await?;
                 match daemon.json {
                     true => println!("{:#}", range_json(&loaded)),
                     false => println!(
@@ -63,7 +64,7 @@ impl IdentitiesCommand {
                 Ok(())
             }
             Self::List { daemon } => {
-                let ranges = AtDesk::connect(&daemon.server, &daemon.tls).await?.identities().await?;
+                let ranges = OfficerClient::connect(&daemon.server, &daemon.tls).await?.identities().await?;
                 match daemon.json {
                     true => println!("{:#}", ranges.iter().map(range_json).collect::<serde_json::Value>()),
                     false if ranges.is_empty() => println!("none is loaded; sppctl identities load"),
@@ -136,7 +137,7 @@ pub async fn renew(args: RenewArgs) -> Result<(), StatusError> {
         }
         return Ok(());
     }
-    let (paths, until) = AtDesk::connect(&args.server, &args.tls).await?.renew(args.out.as_deref()).await?;
+    let (paths, until) = OfficerClient::connect(&args.server, &args.tls).await?.renew(args.out.as_deref()).await?;
     if args.json {
         println!("{:#}", json!({ "wrote": paths, "not_after": until }));
         return Ok(());
@@ -155,12 +156,12 @@ pub async fn enroll_at_desk(
     days: u32,
     out: &Path,
 ) -> Result<Vec<PathBuf>, StatusError> {
-    AtDesk::connect(server, tls).await?.enroll(caller, csr, days, out).await
+    OfficerClient::connect(server, tls).await?.enroll(caller, csr, days, out).await
 }
 
 /// Tells who is known of a role: stations with their quotas, others with their certificates.
 pub async fn list_callers(role: Role, daemon: &DaemonArgs) -> Result<(), StatusError> {
-    let known = AtDesk::connect(&daemon.server, &daemon.tls).await?.callers().await?;
+    let known = OfficerClient::connect(&daemon.server, &daemon.tls).await?.callers().await?;
     if daemon.json {
         println!("{:#}", callers_json(role, &known));
         return Ok(());

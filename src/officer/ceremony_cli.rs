@@ -5,16 +5,16 @@ use std::path::{Path, PathBuf};
 use clap::Subcommand;
 
 use super::OfficerError;
+use super::access_client::OfficerClient;
 use super::ceremony::{CeremonyPlan, Held, PlannedAct};
-use super::desk::AtDesk;
 use super::hsm_file::HsmFile;
 use super::permit::Permit;
 use super::text::{table, trimmed};
 use super::transcript::verify_transcript;
-use crate::access::{Act, RequestId};
-use crate::audit::{Outcome, TokenAct};
+use crate::access::{ProtectedAction, RequestId};
+use crate::audit::{OfflineEvent, Outcome};
 use crate::config::AuditConfig;
-use crate::hsm::{Ceremony, KeyRegister, PinSource};
+use crate::hsm::{Ceremony, KeyManifest, PinSource};
 use crate::keys::sha256;
 use crate::names::OfficerName;
 use crate::proto;
@@ -107,7 +107,9 @@ impl CeremonyCommand {
             Self::Run { file, hsm, out, so_pin_file, pin_file, officer, server, tls, config, json } => {
                 let plan = CeremonyPlan::load(&file).map_err(|e| e.to_string())?;
                 let desk = match server.zip(tls) {
-                    Some((server, tls)) => Some(AtDesk::connect(&server, &tls).await.map_err(|e| e.to_string())?),
+                    Some((server, tls)) => {
+                        Some(OfficerClient::connect(&server, &tls).await.map_err(|e| e.to_string())?)
+                    }
                     None => None,
                 };
                 let audit = config.as_deref().map(AuditConfig::load).transpose().map_err(|e| e.to_string())?;
@@ -125,12 +127,12 @@ impl CeremonyCommand {
 }
 
 /// The act that officers approve, for a ceremony that one alone may not hold.
-pub(super) fn act_of(path: &Path) -> Result<Act, String> {
+pub(super) fn act_of(path: &Path) -> Result<ProtectedAction, String> {
     if !CeremonyPlan::load(path).map_err(|e| e.to_string())?.may_need_approval() {
         return Err(format!("{} neither destroys, rotates nor restores keys: one officer may hold it", path.display()));
     }
     let file = std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?;
-    Ok(Act::ceremony(file))
+    Ok(ProtectedAction::ceremony(file))
 }
 
 /// Holds it: looked at, approved where that is needed, done, and on record where there is a daemon.
@@ -139,7 +141,7 @@ async fn hold(
     token: &Ceremony,
     out: &Path,
     officers: &[OfficerName],
-    (mut desk, audit): (Option<AtDesk>, Option<PathBuf>),
+    (mut desk, audit): (Option<OfficerClient>, Option<PathBuf>),
     json: bool,
 ) -> Result<(), String> {
     if let Some(log) = &audit {
@@ -173,14 +175,14 @@ async fn hold(
 }
 
 /// For the audit log, where no daemon is asked.
-fn token_act(plan: &CeremonyPlan, officers: &[OfficerName]) -> TokenAct {
+fn token_act(plan: &CeremonyPlan, officers: &[OfficerName]) -> OfflineEvent {
     let officers = officers.iter().map(OfficerName::as_str).collect::<Vec<_>>().join(" ");
     let details = [("file_sha256", hex::encode(plan.file_sha256())), ("officers", officers)];
     let details = details.map(|(name, value)| (name.to_owned(), value)).into();
-    TokenAct { act: "ceremony".to_owned(), details, outcome: Outcome::Begun }
+    OfflineEvent { act: "ceremony".to_owned(), details, outcome: Outcome::Begun }
 }
 
-fn ended(mut act: TokenAct, record: &proto::RecordCeremonyRequest) -> TokenAct {
+fn ended(mut act: OfflineEvent, record: &proto::RecordCeremonyRequest) -> OfflineEvent {
     act.outcome = match record.failure.as_str() {
         "" => Outcome::Done,
         why => Outcome::Failed(why.to_owned()),
@@ -221,13 +223,17 @@ fn tell(Held { transcript: report, signed }: Held, json: bool) -> Result<(), Str
 const READING: [&str; 2] = ["checked", "certificate imported"];
 
 /// The approval of this very file, used up by this.
-async fn use_approval(desk: &mut AtDesk, plan: &CeremonyPlan, out: &Path) -> Result<(Permit, RequestId), String> {
+async fn use_approval(
+    desk: &mut OfficerClient,
+    plan: &CeremonyPlan,
+    out: &Path,
+) -> Result<(Permit, RequestId), String> {
     let hash = plan.file_sha256();
-    let register = KeyRegister::load(&out.join("keys.toml")).map_err(|e| e.to_string())?;
+    let register = KeyManifest::load(&out.join("keys.toml")).map_err(|e| e.to_string())?;
     let proto::ListApprovalsResponse { approvals: known, node, .. } =
         desk.approvals().await.map_err(|e| e.to_string())?;
     let is_of_it = |approval: &&proto::Approval| {
-        let act = Act::from_json(&approval.act).ok();
+        let act = ProtectedAction::from_json(&approval.act).ok();
         approval.state == "approved" && act.and_then(|act| act.ceremony_hash()).as_ref() == Some(hash)
     };
     let found = known.iter().find(is_of_it).ok_or_else(|| {

@@ -115,7 +115,7 @@ fn published_rows(published: &proto::PublishedDevice, alone: bool) -> Vec<(&'sta
     rows.extend([
         ("record", place),
         ("published", at(seconds(receipt.published.as_ref()))),
-        ("backup", format!("{} octets", published.backup_octets)),
+        ("backup", format!("{} bytes", published.backup_bytes)),
     ]);
     rows
 }
@@ -165,7 +165,7 @@ pub(super) fn as_json(device: &proto::GetDeviceResponse, audit: Option<&[Recorde
             "profile": published.profile,
             "certificate_is_cwt": published.certificate_format() == proto::CertificateFormat::Cwt,
             "master_key_version": published.master_key_version,
-            "backup_octets": published.backup_octets,
+            "backup_bytes": published.backup_bytes,
         })
     };
     let said = |one: &proto::CertificateStatement| json!({ "name": one.name, "value": one.value });

@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 use super::ceremony::random_serial;
 use super::files::{make_directory, must_be_new, write_new, write_new_private};
 use super::{OfficerError, now};
-use crate::audit::{Outcome, TokenAct};
+use crate::audit::{OfflineEvent, Outcome};
 use crate::certificate::{
     AccessCertificate, AccessName, IssuerCertificate, access_certificate, access_request, verify_csr_pem,
 };
 use crate::config::HsmAccess;
-use crate::hsm::{Ceremony, KeyRegister, SigningUse};
+use crate::hsm::{Ceremony, KeyManifest, SigningUse};
 use crate::keys::{SignatureAlgorithm, TlsKey};
 
 /// Who is enrolled, for how long, and where the files go.
@@ -27,7 +27,7 @@ pub struct Enrolment {
 
 impl Enrolment {
     /// For the record: the act and with what.
-    pub fn describe(&self) -> TokenAct {
+    pub fn describe(&self) -> OfflineEvent {
         let (act, name) = match &self.name {
             AccessName::Client(caller) => (format!("{}.enroll", caller.role()), caller.name().to_owned()),
             AccessName::Server { dns, ips } => {
@@ -37,16 +37,16 @@ impl Enrolment {
         };
         let details = [("name", name), ("days", self.days.to_string()), ("out", self.out.display().to_string())];
         let details = details.map(|(name, value)| (name.to_owned(), value)).into();
-        TokenAct { act, details, outcome: Outcome::Begun }
+        OfflineEvent { act, details, outcome: Outcome::Begun }
     }
 }
 
 /// Does on the token what is written down beside the audit log before and after, so that the daemon takes both into it.
-pub fn on_record<T>(audit: &Path, act: TokenAct, work: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
+pub fn on_record<T>(audit: &Path, act: OfflineEvent, work: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
     act.write_down(audit).map_err(|e| e.to_string())?;
     let done = work();
     let outcome = done.as_ref().map_or_else(|why| Outcome::Failed(why.clone()), |_| Outcome::Done);
-    TokenAct { outcome, ..act }.write_down(audit).map_err(|e| format!("it is done, and not on record: {e}"))?;
+    OfflineEvent { outcome, ..act }.write_down(audit).map_err(|e| format!("it is done, and not on record: {e}"))?;
     done
 }
 
@@ -67,7 +67,7 @@ pub fn request(out: &Path) -> Result<Vec<PathBuf>, OfficerError> {
 }
 
 /// Makes a certificate signed in the HSM and writes it, for the key of a request, or for one that is made and written here.
-pub fn enroll(access: &HsmAccess, register: &KeyRegister, enrolment: &Enrolment) -> Result<Vec<PathBuf>, OfficerError> {
+pub fn enroll(access: &HsmAccess, register: &KeyManifest, enrolment: &Enrolment) -> Result<Vec<PathBuf>, OfficerError> {
     let key = register.current(SigningUse::Access).ok_or_else(|| {
         OfficerError::Other("the register has no access key; run a ceremony with [access_ca]".to_owned())
     })?;

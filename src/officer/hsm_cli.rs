@@ -15,7 +15,9 @@ use super::pool_cli::DaemonArgs;
 use super::status::{connect_and_ask, hsm_json};
 use crate::certificate::{KeyPairRule, Profile};
 use crate::config::pin_refusals;
-use crate::hsm::{Examination, ModuleProfile, Needs, PinAttempts, PinSource, Prf, Survey, TokenIdentity, examine};
+use crate::hsm::{
+    Inventory, ModuleProfile, Needs, PinAttempts, PinSource, Prf, SelfTestReport, TokenIdentity, examine,
+};
 use crate::keys::KeyKind;
 use crate::names::ProfileName;
 use crate::proto;
@@ -159,7 +161,7 @@ fn right(table: &mut Table, columns: &[usize]) {
 }
 
 fn slots(profile: &ModuleProfile, json: bool) -> Result<(), String> {
-    let survey = Survey::of(profile).map_err(|e| e.to_string())?;
+    let survey = Inventory::of(profile).map_err(|e| e.to_string())?;
     let slots = survey.slots().map_err(|e| e.to_string())?;
     if json {
         println!("{:#}", json!({ "module": survey.description, "slots": slots }));
@@ -189,7 +191,7 @@ fn slots(profile: &ModuleProfile, json: bool) -> Result<(), String> {
 }
 
 fn mechanisms(profile: &ModuleProfile, label: Option<&str>, json: bool) -> Result<(), String> {
-    let survey = Survey::of(profile).map_err(|e| e.to_string())?;
+    let survey = Inventory::of(profile).map_err(|e| e.to_string())?;
     let mechanisms = survey.mechanisms(label).map_err(|e| e.to_string())?;
     if json {
         println!("{:#}", json!({ "module": survey.description, "mechanisms": mechanisms }));
@@ -244,7 +246,7 @@ fn check(
     }
 }
 
-fn print_examination(found: &Examination, rates: &[(String, Rate)]) {
+fn print_examination(found: &SelfTestReport, rates: &[(String, Rate)]) {
     println!("{}, token {}", found.module, found.token);
     let mut rows = table(&["", "what", "takes", "needed for"]);
     for finding in &found.findings {
@@ -291,7 +293,7 @@ impl Rate {
 }
 
 /// The verbs that one device costs: those of its assembly, and the making of a pair that came from a pool.
-fn rate(found: &Examination, product: &Profile) -> Rate {
+fn rate(found: &SelfTestReport, product: &Profile) -> Rate {
     let mut verbs = vec!["random".to_owned()];
     verbs.push(format!("sign {}", issuer_kind(product)));
     match product.key_pair() {

@@ -1,11 +1,11 @@
 //! What security officers do: key ceremonies on the token, enrolment of callers, the stores' creation, a look at the daemon, reports.
 
+mod access_client;
 mod approvals_cli;
 mod audit_cli;
 mod callers_cli;
 mod ceremony;
 mod ceremony_cli;
-mod desk;
 mod device;
 mod enroll;
 mod files;
@@ -74,7 +74,7 @@ pub enum OfficerError {
         /// The ceremony file.
         file: String,
     },
-    /// The approval was given for other octets than the file has.
+    /// The approval was given for other bytes than the file has.
     #[error(
         "the approval is not of {file} as it is now: it was changed since; sppctl approvals request ceremony {file} …"
     )]

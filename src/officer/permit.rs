@@ -1,10 +1,10 @@
 //! The approval of a ceremony that one officer alone may not hold.
 
-use super::desk::Seen;
+use super::access_client::Seen;
 use super::now;
 use super::transcript::{Approval, OfficerStatement};
 use crate::certificate::{Caller, certificate_pem, verify_caller};
-use crate::hsm::KeyRegister;
+use crate::hsm::KeyManifest;
 use crate::keys::PublicKey;
 use crate::proto;
 
@@ -22,7 +22,7 @@ impl Permit {
         node: &str,
         shown: &proto::Approval,
         file_sha256: &[u8; 32],
-        register: &KeyRegister,
+        register: &KeyManifest,
     ) -> Result<Self, String> {
         let wrong = |why: String| format!("the request {}: {why}; nothing was done", shown.id);
         let authorities = register.access_keys();
@@ -86,7 +86,7 @@ fn statement(signed: &proto::OfficerSignature, authorities: &[PublicKey]) -> Res
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::access::{Act, RequestId, Statement, Verdict};
+    use crate::access::{ApprovalStatement, ProtectedAction, RequestId, Verdict};
     use crate::certificate::{
         AccessCertificate, AccessName, AuthorityCertificate, CertificateSerial, IssuerCertificate, SubjectName,
         access_certificate, authority_certificate,
@@ -144,8 +144,8 @@ pub(super) mod tests {
             (key, der)
         }
 
-        fn register(&self) -> KeyRegister {
-            let mut register = KeyRegister::empty(TokenIdentity { label: "t".to_owned(), serial: String::new() });
+        fn register(&self) -> KeyManifest {
+            let mut register = KeyManifest::empty(TokenIdentity { label: "t".to_owned(), serial: String::new() });
             register.signing.push(SigningKey {
                 name: "access".parse().unwrap(),
                 id: vec![1],
@@ -163,7 +163,7 @@ pub(super) mod tests {
         by: &Authority,
         caller: &Caller,
         until: u64,
-        say: impl Fn(&OfficerName) -> Statement,
+        say: impl Fn(&OfficerName) -> ApprovalStatement,
     ) -> proto::OfficerSignature {
         let name: OfficerName = caller.name().parse().unwrap();
         let (key, certificate) = by.certifies(caller, until);
@@ -195,10 +195,10 @@ pub(super) mod tests {
         }
 
         fn shown(&self) -> proto::Approval {
-            let (id, act) = (RequestId::from_bytes([7; 8]), Act::ceremony(FILE.to_owned()));
-            let request = |name: &OfficerName| Statement::request("spp-a", id, name, self.expires, &act);
+            let (id, act) = (RequestId::from_bytes([7; 8]), ProtectedAction::ceremony(FILE.to_owned()));
+            let request = |name: &OfficerName| ApprovalStatement::request("spp-a", id, name, self.expires, &act);
             let asked = request(&"o-1".parse().unwrap());
-            let decision = |name: &OfficerName| Statement::decision("spp-a", id, name, &asked, &self.verdict);
+            let decision = |name: &OfficerName| ApprovalStatement::decision("spp-a", id, name, &asked, &self.verdict);
             proto::Approval {
                 id: id.to_string(),
                 act: act.to_json(),
@@ -244,7 +244,10 @@ pub(super) mod tests {
         refused(&change(&|shown| shown.approvals.push(shown.approvals[0].clone())), "o-2 counts once");
         refused(&change(&|shown| shown.needed = 2), "which is not enough");
         refused(&change(&|shown| shown.approvals[0].signature[9] ^= 1), "not signed with the key of the certificate");
-        refused(&change(&|shown| shown.act = Act::ceremony(format!("{FILE}#")).to_json()), "is not what its officer");
+        refused(
+            &change(&|shown| shown.act = ProtectedAction::ceremony(format!("{FILE}#")).to_json()),
+            "is not what its officer",
+        );
         assert!(Permit::verified("spp-b", &right, &hash, &register).unwrap_err().contains("is not what its officer"));
         assert!(Permit::verified("spp-a", &right, &[0; 32], &register).unwrap_err().contains("not of this file"));
     }

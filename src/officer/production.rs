@@ -80,8 +80,8 @@ pub(super) fn as_csv(asked: &Asked, told: &proto::GetProductionResponse) -> Resu
     for row in &told.rows {
         csv.write_record(cells(&name(row), row.counts))?;
     }
-    let octets = csv.into_inner().map_err(|e| e.into_error())?;
-    Ok(String::from_utf8_lossy(&octets).into_owned())
+    let bytes = csv.into_inner().map_err(|e| e.into_error())?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 /// For programs.

@@ -14,17 +14,17 @@ use crate::keys::sha256;
 use crate::names::ChipId;
 use crate::secret::{Secret, SecretBytes};
 
-/// Octets of the package's key area that must not be found in clear.
+/// Bytes of the package's key area that must not be found in clear.
 const KEY_AREA_PROBE: usize = 64;
 
-/// Why octets are not accepted as a backup package, or do not open. Never says what a secret is.
+/// Why bytes are not accepted as a backup package, or do not open. Never says what a secret is.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum BackupRefused {
-    /// More octets than the profile, or any profile, allows.
-    #[error("the backup package has {octets} octets, at most {max} are allowed")]
+    /// More bytes than the profile, or any profile, allows.
+    #[error("the backup package has {bytes} bytes, at most {max} are allowed")]
     TooLarge {
         /// How many it has.
-        octets: usize,
+        bytes: usize,
         /// How many are allowed.
         max: usize,
     },
@@ -60,7 +60,7 @@ pub enum BackupRefused {
 pub struct BackupRules {
     /// The format.
     pub format: BackupFormat,
-    /// Most octets; never more than [`MAX_BACKUP_LEN`].
+    /// Most bytes; never more than [`MAX_BACKUP_LEN`].
     pub max_bytes: usize,
 }
 
@@ -82,15 +82,15 @@ impl BackupIv {
     /// # Errors
     /// If the provider has no random numbers.
     pub fn random() -> Result<Self, BackupRefused> {
-        let mut octets = [0; gcm::IV_LEN];
-        aws_lc_rs::rand::fill(&mut octets).map_err(|_| BackupRefused::Provider)?;
-        Ok(Self(octets))
+        let mut bytes = [0; gcm::IV_LEN];
+        aws_lc_rs::rand::fill(&mut bytes).map_err(|_| BackupRefused::Provider)?;
+        Ok(Self(bytes))
     }
 
     /// For the test vectors only: a key that sees an IV twice is lost.
     #[doc(hidden)]
-    pub const fn fixed_for_test_vectors_only(octets: [u8; gcm::IV_LEN]) -> Self {
-        Self(octets)
+    pub const fn fixed_for_test_vectors_only(bytes: [u8; gcm::IV_LEN]) -> Self {
+        Self(bytes)
     }
 }
 
@@ -128,7 +128,7 @@ pub fn open_backup(
 /// A backup that may be published: everything that can be checked without the chip key was checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BackupPackage {
-    octets: Vec<u8>,
+    bytes: Vec<u8>,
 }
 
 impl BackupPackage {
@@ -138,7 +138,7 @@ impl BackupPackage {
     /// # Errors
     /// Says which part is wrong and why; the station may try again with a better one.
     pub fn accept(
-        octets: &[u8],
+        bytes: &[u8],
         rules: &BackupRules,
         chip: &ChipId,
         package: &SecretBytes,
@@ -147,29 +147,29 @@ impl BackupPackage {
         let max = rules.max_bytes.min(MAX_BACKUP_LEN);
         match rules.format {
             BackupFormat::Cose => {
-                let parts = Parts::read(octets, max, chip)?;
+                let parts = Parts::read(bytes, max, chip)?;
                 // Exposed for its length.
                 let expected = package.expose().len() + gcm::TAG_LEN;
                 if parts.ciphertext.len() != expected {
                     let found = parts.ciphertext.len();
-                    let problem = format!("{found} octets, the delivered package encrypts to {expected}");
+                    let problem = format!("{found} bytes, the delivered package encrypts to {expected}");
                     return Err(BackupRefused::Field { field: "ciphertext", problem });
                 }
             }
-            BackupFormat::Opaque => check_size(octets, max)?,
+            BackupFormat::Opaque => check_size(bytes, max)?,
         }
-        refuse_clear_secrets(octets, package, secrets)?;
-        Ok(Self { octets: octets.to_vec() })
+        refuse_clear_secrets(bytes, package, secrets)?;
+        Ok(Self { bytes: bytes.to_vec() })
     }
 
-    /// The octets as they will be published.
+    /// The bytes as they will be published.
     pub fn as_bytes(&self) -> &[u8] {
-        &self.octets
+        &self.bytes
     }
 
-    /// The octets, to be published.
+    /// The bytes, to be published.
     pub fn into_bytes(self) -> Vec<u8> {
-        self.octets
+        self.bytes
     }
 }
 
@@ -180,9 +180,9 @@ struct Parts {
 }
 
 impl Parts {
-    fn read(octets: &[u8], max: usize, chip: &ChipId) -> Result<Self, BackupRefused> {
-        check_size(octets, max)?;
-        let cose = CoseEncrypt0::from_tagged_slice(octets).map_err(field("COSE_Encrypt0"))?;
+    fn read(bytes: &[u8], max: usize, chip: &ChipId) -> Result<Self, BackupRefused> {
+        check_size(bytes, max)?;
+        let cose = CoseEncrypt0::from_tagged_slice(bytes).map_err(field("COSE_Encrypt0"))?;
         let protected = &cose.protected.header;
         if protected.alg != Some(Algorithm::Assigned(iana::Algorithm::A256GCM)) {
             return Err(field("algorithm (1)")("the protected header does not say 3 (A256GCM)"));
@@ -191,34 +191,34 @@ impl Parts {
             let named: String = hex::encode(&protected.key_id).chars().take(2 * ChipId::MAX_LEN).collect();
             return Err(field("kid (4)")(format!("it names chip \"{named}\", this is chip {chip}")));
         }
-        let iv = cose.unprotected.iv.as_slice().try_into().map_err(|_| field("IV (5)")("it has not 12 octets"))?;
+        let iv = cose.unprotected.iv.as_slice().try_into().map_err(|_| field("IV (5)")("it has not 12 bytes"))?;
         let ciphertext = cose.ciphertext.ok_or_else(|| field("ciphertext")("it is missing"))?;
         // Written again by ourselves it must be the same: no other headers, no other encoding, no second form.
-        if envelope(chip, cose.unprotected.iv, ciphertext.clone())? != octets {
+        if envelope(chip, cose.unprotected.iv, ciphertext.clone())? != bytes {
             return Err(field("COSE_Encrypt0")("it has other headers, or is not in the deterministic form"));
         }
         Ok(Self { iv, ciphertext })
     }
 }
 
-fn check_size(octets: &[u8], max: usize) -> Result<(), BackupRefused> {
-    if octets.len() > max {
-        return Err(BackupRefused::TooLarge { octets: octets.len(), max });
+fn check_size(bytes: &[u8], max: usize) -> Result<(), BackupRefused> {
+    if bytes.len() > max {
+        return Err(BackupRefused::TooLarge { bytes: bytes.len(), max });
     }
-    if octets.is_empty() {
+    if bytes.is_empty() {
         return Err(field("all of it")("it is empty"));
     }
     Ok(())
 }
 
-fn refuse_clear_secrets(octets: &[u8], package: &SecretBytes, secrets: &[&SecretBytes]) -> Result<(), BackupRefused> {
-    if let Some(form) = secrets.iter().find_map(|secret| clear::find(secret, octets)) {
+fn refuse_clear_secrets(bytes: &[u8], package: &SecretBytes, secrets: &[&SecretBytes]) -> Result<(), BackupRefused> {
+    if let Some(form) = secrets.iter().find_map(|secret| clear::find(secret, bytes)) {
         return Err(BackupRefused::SecretInClear { form });
     }
     // Exposed to be searched for.
     let keys = data::key_area(package.expose()).unwrap_or_default();
     let probe = &keys[..keys.len().min(KEY_AREA_PROBE)];
-    if !probe.is_empty() && memchr::memmem::find(octets, probe).is_some() {
+    if !probe.is_empty() && memchr::memmem::find(bytes, probe).is_some() {
         return Err(BackupRefused::PackageInClear);
     }
     Ok(())
@@ -271,10 +271,10 @@ mod tests {
         open_backup(backup, &chip_key(key), &chip(of), certificate).map(|package| package.expose().clone())
     }
 
-    /// Accepts octets for the sample package with all its secrets.
-    fn accepted(octets: &[u8], rules: &BackupRules) -> Result<BackupPackage, BackupRefused> {
+    /// Accepts bytes for the sample package with all its secrets.
+    fn accepted(bytes: &[u8], rules: &BackupRules) -> Result<BackupPackage, BackupRefused> {
         let package = samples::package(Some(KeyKind::P256));
-        BackupPackage::accept(octets, rules, &chip(1), &package.encode().unwrap(), &package.secrets())
+        BackupPackage::accept(bytes, rules, &chip(1), &package.encode().unwrap(), &package.secrets())
     }
 
     #[test]
@@ -301,9 +301,9 @@ mod tests {
     #[test]
     fn a_good_backup_is_accepted_as_it_is() {
         let package = samples::package(Some(KeyKind::Rsa2048));
-        let octets = package.encode().unwrap();
-        let backup = backup_of(&octets);
-        let accepted = BackupPackage::accept(&backup, &RULES, &chip(1), &octets, &package.secrets()).unwrap();
+        let bytes = package.encode().unwrap();
+        let backup = backup_of(&bytes);
+        let accepted = BackupPackage::accept(&backup, &RULES, &chip(1), &bytes, &package.secrets()).unwrap();
         assert_eq!(accepted.as_bytes(), backup);
     }
 
@@ -358,21 +358,21 @@ mod tests {
 
     #[test]
     fn a_package_in_clear_is_found_even_without_its_secrets() {
-        let octets = samples::package(Some(KeyKind::P256)).encode().unwrap();
-        let accept = |rules| BackupPackage::accept(octets.expose(), rules, &chip(1), &octets, &[]);
+        let bytes = samples::package(Some(KeyKind::P256)).encode().unwrap();
+        let accept = |rules| BackupPackage::accept(bytes.expose(), rules, &chip(1), &bytes, &[]);
         assert_eq!(accept(&OPAQUE).unwrap_err(), BackupRefused::PackageInClear);
         // The same within the right envelope: a device that forgot to encrypt.
-        let plain = [octets.expose().as_slice(), &[0; 16]].concat();
+        let plain = [bytes.expose().as_slice(), &[0; 16]].concat();
         let forgot = envelope(&chip(1), vec![0; 12], plain).unwrap();
-        let refused = BackupPackage::accept(&forgot, &RULES, &chip(1), &octets, &[]).unwrap_err();
+        let refused = BackupPackage::accept(&forgot, &RULES, &chip(1), &bytes, &[]).unwrap_err();
         assert_eq!(refused, BackupRefused::PackageInClear);
     }
 
     proptest! {
         #[test]
-        fn reading_never_panics(octets: Vec<u8>) {
-            prop_assert!(opened(&octets, 7, 1, b"").is_err());
-            prop_assert!(accepted(&[&[0xd0, 0x83], octets.as_slice()].concat(), &RULES).is_err());
+        fn reading_never_panics(bytes: Vec<u8>) {
+            prop_assert!(opened(&bytes, 7, 1, b"").is_err());
+            prop_assert!(accepted(&[&[0xd0, 0x83], bytes.as_slice()].concat(), &RULES).is_err());
         }
     }
 }

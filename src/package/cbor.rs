@@ -1,8 +1,8 @@
-//! Deterministic CBOR (RFC 8949 §4.2.1) for octets with keys in them.
+//! Deterministic CBOR (RFC 8949 §4.2.1) for bytes with keys in them.
 //!
 //! A general library reads into values and writes through buffers of its own, which nobody wipes. Here the writer owns
 //! one buffer that never grows (so that no copy is left behind by a reallocation) and is wiped, and the reader borrows.
-//! What is read has a fixed shape: nothing recurses, and no length is believed before the octets are there. The same
+//! What is read has a fixed shape: nothing recurses, and no length is believed before the bytes are there. The same
 //! few lines are what a microcontroller needs.
 
 use crate::secret::SecretBytes;
@@ -18,7 +18,7 @@ const TAG: u8 = 6;
 /// What is wrong with an encoding. The caller says where.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum CborError {
-    #[error("the octets end too early")]
+    #[error("the bytes end too early")]
     Truncated,
     #[error("a number or length is not in its shortest form, or a length is indefinite")]
     NotDeterministic,
@@ -32,7 +32,7 @@ pub(crate) enum CborError {
     UnexpectedKey(i64),
     #[error("key {0} is missing, or a key before it is unknown")]
     MissingKey(i64),
-    #[error("{0} octets follow the value")]
+    #[error("{0} bytes follow the value")]
     Trailing(usize),
 }
 
@@ -44,7 +44,7 @@ pub(crate) struct Writer {
 }
 
 impl Writer {
-    /// A writer of at most so many octets.
+    /// A writer of at most so many bytes.
     pub(crate) fn with_limit(limit: usize) -> Self {
         Self { out: SecretBytes::new(Vec::with_capacity(limit)), limit, overflow: false }
     }
@@ -70,7 +70,7 @@ impl Writer {
         self.head(MAP, entries as u64)
     }
 
-    /// A byte string of `size` octets: zeros, then the value. The caller knows that the value fits.
+    /// A byte string of `size` bytes: zeros, then the value. The caller knows that the value fits.
     pub(crate) fn padded_bytes(&mut self, value: &[u8], size: usize) -> &mut Self {
         self.head(BYTES, size as u64);
         for _ in value.len()..size {
@@ -102,13 +102,13 @@ impl Writer {
         }
     }
 
-    fn put(&mut self, octets: &[u8]) -> &mut Self {
+    fn put(&mut self, bytes: &[u8]) -> &mut Self {
         // Exposed to be filled; within its capacity, so it is never moved.
         let out = self.out.expose_mut();
-        if self.overflow || octets.len() > self.limit - out.len() {
+        if self.overflow || bytes.len() > self.limit - out.len() {
             self.overflow = true;
         } else {
-            out.extend_from_slice(octets);
+            out.extend_from_slice(bytes);
         }
         self
     }
@@ -120,8 +120,8 @@ pub(crate) struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    pub(crate) const fn new(octets: &'a [u8]) -> Self {
-        Self { rest: octets }
+    pub(crate) const fn new(bytes: &'a [u8]) -> Self {
+        Self { rest: bytes }
     }
 
     pub(crate) fn int(&mut self) -> Result<i64, CborError> {
@@ -206,8 +206,8 @@ impl<'a> Reader<'a> {
         if value < least { Err(CborError::NotDeterministic) } else { Ok((first >> 5, value)) }
     }
 
-    fn argument(&mut self, octets: u64) -> Result<u64, CborError> {
-        Ok(self.take(octets)?.iter().fold(0, |value, octet| value << 8 | u64::from(*octet)))
+    fn argument(&mut self, bytes: u64) -> Result<u64, CborError> {
+        Ok(self.take(bytes)?.iter().fold(0, |value, byte| value << 8 | u64::from(*byte)))
     }
 
     fn take(&mut self, length: u64) -> Result<&'a [u8], CborError> {
@@ -290,9 +290,9 @@ mod tests {
         }
 
         #[test]
-        fn skipping_never_panics_and_steps_over_what_was_written(octets: Vec<u8>) {
-            let _ = Reader::new(&octets).skip();
-            let item = written(|w| { w.map(1).int(-1).array(2).bytes(&octets).text(""); });
+        fn skipping_never_panics_and_steps_over_what_was_written(bytes: Vec<u8>) {
+            let _ = Reader::new(&bytes).skip();
+            let item = written(|w| { w.map(1).int(-1).array(2).bytes(&bytes).text(""); });
             let mut reader = Reader::new(&item);
             prop_assert_eq!(reader.skip(), Ok(()));
             prop_assert_eq!(reader.end(), Ok(()));
@@ -312,8 +312,8 @@ mod tests {
 
     #[test]
     fn a_map_is_read_in_its_order_and_without_strangers() {
-        let read = |octets: &[u8]| {
-            let mut reader = Reader::new(octets);
+        let read = |bytes: &[u8]| {
+            let mut reader = Reader::new(bytes);
             let mut map = reader.map()?;
             let found = (map.key(1)? && map.reader.int()? == 0, map.key(2)? && map.reader.int()? == 0);
             map.end().map(|()| found)

@@ -1,26 +1,26 @@
-//! Whether a secret stands in octets that will be public: as it is, backwards, in hex, or in base64.
+//! Whether a secret stands in bytes that will be public: as it is, backwards, in hex, or in base64.
 
 use memchr::memmem;
 
 use crate::secret::SecretBytes;
 
-/// Shorter octets are found by chance.
+/// Shorter bytes are found by chance.
 const SHORTEST: usize = 8;
 
 const BASE64: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 const BASE64_URL: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
 
-/// In which form the secret stands in the octets; `None` if it does not. At most 10 searches.
-pub(super) fn find(secret: &SecretBytes, octets: &[u8]) -> Option<&'static str> {
+/// In which form the secret stands in the bytes; `None` if it does not. At most 10 searches.
+pub(super) fn find(secret: &SecretBytes, bytes: &[u8]) -> Option<&'static str> {
     // Exposed to be searched for. Each form is a secret of its own, wiped after its search.
     let secret = secret.expose().as_slice();
     if secret.len() < SHORTEST {
         return None;
     }
-    let has = |form: SecretBytes| memmem::find(octets, form.expose()).is_some();
+    let has = |form: SecretBytes| memmem::find(bytes, form.expose()).is_some();
     let hex =
-        |digits: &[u8; 16]| encoded(secret, |octet| [digits[usize::from(octet >> 4)], digits[usize::from(octet & 15)]]);
-    if memmem::find(octets, secret).is_some() {
+        |digits: &[u8; 16]| encoded(secret, |byte| [digits[usize::from(byte >> 4)], digits[usize::from(byte & 15)]]);
+    if memmem::find(bytes, secret).is_some() {
         return Some("as it is");
     }
     if has(SecretBytes::new(secret.iter().rev().copied().collect())) {
@@ -30,8 +30,8 @@ pub(super) fn find(secret: &SecretBytes, octets: &[u8]) -> Option<&'static str> 
         return Some("in hex");
     }
     for alphabet in [BASE64, BASE64_URL] {
-        // Base64 of the secret within other octets depends on where in a group of three it starts. Leaving out up to
-        // two octets at each end leaves what is the same whatever stands beside it.
+        // Base64 of the secret within other bytes depends on where in a group of three it starts. Leaving out up to
+        // two bytes at each end leaves what is the same whatever stands beside it.
         for skipped in 0..3 {
             let inner = &secret[skipped..];
             if has(base64(&inner[..inner.len() / 3 * 3], alphabet)) {
@@ -42,10 +42,10 @@ pub(super) fn find(secret: &SecretBytes, octets: &[u8]) -> Option<&'static str> 
     None
 }
 
-fn encoded<const N: usize>(octets: &[u8], encode: impl Fn(u8) -> [u8; N]) -> SecretBytes {
-    let mut out = SecretBytes::new(Vec::with_capacity(octets.len() * N));
-    for octet in octets {
-        out.expose_mut().extend_from_slice(&encode(*octet));
+fn encoded<const N: usize>(bytes: &[u8], encode: impl Fn(u8) -> [u8; N]) -> SecretBytes {
+    let mut out = SecretBytes::new(Vec::with_capacity(bytes.len() * N));
+    for byte in bytes {
+        out.expose_mut().extend_from_slice(&encode(*byte));
     }
     out
 }
@@ -54,7 +54,7 @@ fn encoded<const N: usize>(octets: &[u8], encode: impl Fn(u8) -> [u8; N]) -> Sec
 fn base64(groups: &[u8], alphabet: &[u8; 64]) -> SecretBytes {
     let mut out = SecretBytes::new(Vec::with_capacity(groups.len() / 3 * 4));
     for group in groups.chunks_exact(3) {
-        let bits = group.iter().fold(0usize, |bits, octet| bits << 8 | usize::from(*octet));
+        let bits = group.iter().fold(0usize, |bits, byte| bits << 8 | usize::from(*byte));
         out.expose_mut().extend([18, 12, 6, 0].map(|shift| alphabet[bits >> shift & 63]));
     }
     out
@@ -66,8 +66,8 @@ mod tests {
     use proptest::prelude::*;
 
     /// Base64 by another hand: the one of PEM.
-    fn pem_base64(octets: &[u8]) -> String {
-        let pem = der::pem::encode_string("X", der::pem::LineEnding::LF, octets).unwrap();
+    fn pem_base64(bytes: &[u8]) -> String {
+        let pem = der::pem::encode_string("X", der::pem::LineEnding::LF, bytes).unwrap();
         pem.lines().filter(|line| !line.starts_with('-')).collect()
     }
 

@@ -97,11 +97,11 @@ impl KeyConfirmation {
     }
 }
 
-/// Why octets do not confirm what they should.
+/// Why bytes do not confirm what they should.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ConfirmationRefused {
-    /// More octets than any confirmation has.
-    #[error("the key confirmation has {0} octets, at most {MAX_CONFIRMATION_LEN} are allowed")]
+    /// More bytes than any confirmation has.
+    #[error("the key confirmation has {0} bytes, at most {MAX_CONFIRMATION_LEN} are allowed")]
     TooLarge(usize),
     /// Not a COSE_Sign1 or COSE_Mac0 of claims.
     #[error("not a key confirmation: {0}")]
@@ -154,24 +154,24 @@ pub fn confirm(claims: &ConfirmationClaims, with: &ConfirmationSigner<'_>) -> Re
 /// # Errors
 /// Says which claim differs, or that the algorithm or the signature is wrong.
 pub fn verify_confirmation(
-    octets: &[u8],
+    bytes: &[u8],
     expected: &ConfirmationClaims,
     key: &ConfirmationKey<'_>,
 ) -> Result<KeyConfirmation, ConfirmationRefused> {
-    if octets.len() > MAX_CONFIRMATION_LEN {
-        return Err(ConfirmationRefused::TooLarge(octets.len()));
+    if bytes.len() > MAX_CONFIRMATION_LEN {
+        return Err(ConfirmationRefused::TooLarge(bytes.len()));
     }
     // The claims first: they tell a mixed-up device from a wrong key. Nothing of them is used before the key is checked.
     match key {
         ConfirmationKey::Pair(public) => {
-            let cose = CoseSign1::from_tagged_slice(octets).map_err(shape)?;
+            let cose = CoseSign1::from_tagged_slice(bytes).map_err(shape)?;
             let (wanted, algorithm) = algorithms(public.kind());
             expect_algorithm(&cose.protected.header, wanted)?;
             expected.expect(attached(cose.payload.as_deref())?)?;
             cose.verify_signature(&[], |signature, message| verify(public, algorithm, message, signature))?;
         }
         ConfirmationKey::Symmetric(key) => {
-            let cose = CoseMac0::from_tagged_slice(octets).map_err(shape)?;
+            let cose = CoseMac0::from_tagged_slice(bytes).map_err(shape)?;
             expect_algorithm(&cose.protected.header, iana::Algorithm::HMAC_256_256)?;
             let payload = attached(cose.payload.as_deref())?;
             expected.expect(payload)?;
@@ -210,13 +210,13 @@ fn verify(
     message: &[u8],
     signature: &[u8],
 ) -> Result<(), ConfirmationRefused> {
-    let ecdsa_octets = match public.kind() {
+    let ecdsa_bytes = match public.kind() {
         KeyKind::P256 => Some(64),
         KeyKind::P384 => Some(96),
         _ => None,
     };
-    let signature = match ecdsa_octets {
-        Some(octets) if signature.len() != octets => None,
+    let signature = match ecdsa_bytes {
+        Some(bytes) if signature.len() != bytes => None,
         Some(_) => ecdsa_der_from_fixed(signature),
         None => Some(signature.to_vec()),
     };
@@ -261,38 +261,38 @@ mod tests {
         ConfirmationClaims::about(session(1), chip(2), &SecretBytes::copy_of(b"package"), b"backup")
     }
 
-    fn refused(octets: &[u8], expected: &ConfirmationClaims, key: &ConfirmationKey<'_>) -> ConfirmationRefused {
-        verify_confirmation(octets, expected, key).unwrap_err()
+    fn refused(bytes: &[u8], expected: &ConfirmationClaims, key: &ConfirmationKey<'_>) -> ConfirmationRefused {
+        verify_confirmation(bytes, expected, key).unwrap_err()
     }
 
     #[test]
     fn every_kind_of_key_confirms() {
         for kind in KINDS {
             let (pair, other) = (samples::pair(kind), samples::pair(kind));
-            let octets = confirm(&claims(), &ConfirmationSigner::Pair(&pair)).unwrap();
-            let proof = verify_confirmation(&octets, &claims(), &ConfirmationKey::Pair(pair.public())).unwrap();
+            let bytes = confirm(&claims(), &ConfirmationSigner::Pair(&pair)).unwrap();
+            let proof = verify_confirmation(&bytes, &claims(), &ConfirmationKey::Pair(pair.public())).unwrap();
             assert_eq!(proof.claims(), &claims());
-            let by_other = refused(&octets, &claims(), &ConfirmationKey::Pair(other.public()));
+            let by_other = refused(&bytes, &claims(), &ConfirmationKey::Pair(other.public()));
             assert_eq!(by_other, ConfirmationRefused::BadSignature, "{kind}");
         }
         let (key, other) = (SecretBytes::new(vec![1; 32]), SecretBytes::new(vec![2; 32]));
-        let octets = confirm(&claims(), &ConfirmationSigner::Symmetric(&key)).unwrap();
-        assert!(verify_confirmation(&octets, &claims(), &ConfirmationKey::Symmetric(&key)).is_ok());
-        let by_other = refused(&octets, &claims(), &ConfirmationKey::Symmetric(&other));
+        let bytes = confirm(&claims(), &ConfirmationSigner::Symmetric(&key)).unwrap();
+        assert!(verify_confirmation(&bytes, &claims(), &ConfirmationKey::Symmetric(&key)).is_ok());
+        let by_other = refused(&bytes, &claims(), &ConfirmationKey::Symmetric(&other));
         assert_eq!(by_other, ConfirmationRefused::BadSignature);
     }
 
     #[test]
     fn a_confirmation_of_something_else_says_what_differs() {
         let pair = samples::pair(KeyKind::P256);
-        let octets = confirm(&claims(), &ConfirmationSigner::Pair(&pair)).unwrap();
+        let bytes = confirm(&claims(), &ConfirmationSigner::Pair(&pair)).unwrap();
         for (expected, differs) in [
             (ConfirmationClaims { session: session(9), ..claims() }, "session"),
             (ConfirmationClaims { chip: chip(9), ..claims() }, "chip"),
             (ConfirmationClaims { package_hash: [9; 32], ..claims() }, "package hash"),
             (ConfirmationClaims { backup_hash: [9; 32], ..claims() }, "backup hash"),
         ] {
-            let refused = refused(&octets, &expected, &ConfirmationKey::Pair(pair.public()));
+            let refused = refused(&bytes, &expected, &ConfirmationKey::Pair(pair.public()));
             assert_eq!(refused, ConfirmationRefused::OtherClaim(differs));
         }
     }
@@ -301,8 +301,8 @@ mod tests {
     fn the_algorithm_must_fit_the_key() {
         let key = SecretBytes::new(vec![1; 32]);
         let (p256, ed25519) = (samples::pair(KeyKind::P256), samples::pair(KeyKind::Ed25519));
-        let octets = confirm(&claims(), &ConfirmationSigner::Pair(&p256)).unwrap();
-        let refused_by = |key| refused(&octets, &claims(), &key);
+        let bytes = confirm(&claims(), &ConfirmationSigner::Pair(&p256)).unwrap();
+        let refused_by = |key| refused(&bytes, &claims(), &key);
         let expected = ConfirmationRefused::WrongAlgorithm { expected: -8 };
         assert_eq!(refused_by(ConfirmationKey::Pair(ed25519.public())), expected);
         let mac_expected = refused_by(ConfirmationKey::Symmetric(&key));
@@ -317,25 +317,25 @@ mod tests {
             (ConfirmationSigner::Pair(&pair), ConfirmationKey::Pair(pair.public())),
             (ConfirmationSigner::Symmetric(&key), ConfirmationKey::Symmetric(&key)),
         ] {
-            let octets = confirm(&claims(), &signer).unwrap();
-            for at in 0..octets.len() {
-                let mut altered = octets.clone();
+            let bytes = confirm(&claims(), &signer).unwrap();
+            for at in 0..bytes.len() {
+                let mut altered = bytes.clone();
                 altered[at] ^= 1;
                 assert!(verify_confirmation(&altered, &claims(), &verifier).is_err(), "{at}");
-                assert!(verify_confirmation(&octets[..at], &claims(), &verifier).is_err(), "{at}");
+                assert!(verify_confirmation(&bytes[..at], &claims(), &verifier).is_err(), "{at}");
             }
-            assert!(verify_confirmation(&[&octets[..], &[0]].concat(), &claims(), &verifier).is_err());
-            let large = [&octets[..], &[0; MAX_CONFIRMATION_LEN]].concat();
+            assert!(verify_confirmation(&[&bytes[..], &[0]].concat(), &claims(), &verifier).is_err());
+            let large = [&bytes[..], &[0; MAX_CONFIRMATION_LEN]].concat();
             assert!(matches!(refused(&large, &claims(), &verifier), ConfirmationRefused::TooLarge(_)));
         }
     }
 
     proptest! {
         #[test]
-        fn verifying_never_panics(octets: Vec<u8>) {
+        fn verifying_never_panics(bytes: Vec<u8>) {
             let key = SecretBytes::new(vec![1; 32]);
-            for octets in [octets.clone(), [&[0xd1, 0x84], octets.as_slice()].concat()] {
-                prop_assert!(verify_confirmation(&octets, &claims(), &ConfirmationKey::Symmetric(&key)).is_err());
+            for bytes in [bytes.clone(), [&[0xd1, 0x84], bytes.as_slice()].concat()] {
+                prop_assert!(verify_confirmation(&bytes, &claims(), &ConfirmationKey::Symmetric(&key)).is_err());
             }
         }
     }

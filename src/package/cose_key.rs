@@ -92,8 +92,8 @@ fn read_ec(map: &mut MapReader<'_, '_>) -> Result<DevicePrivateKey, PackageError
         other => return Err(at(PRIVATE_KEY)(format!("curve {other} is not 1 (P-256) or 2 (P-384)"))),
     };
     let mut number = |label| {
-        let octets = expect_bytes(map, label).map_err(at(PRIVATE_KEY))?;
-        if octets.len() == size { Ok(octets) } else { Err(at(PRIVATE_KEY)(format!("{label} has not {size} octets"))) }
+        let bytes = expect_bytes(map, label).map_err(at(PRIVATE_KEY))?;
+        if bytes.len() == size { Ok(bytes) } else { Err(at(PRIVATE_KEY)(format!("{label} has not {size} bytes"))) }
     };
     let (x, y, d) = (number(-2)?, number(-3)?, number(-4)?);
     let public = PublicKey::from_ec_point(kind, &[&[4], x, y].concat()).map_err(key_error)?;
@@ -111,9 +111,9 @@ fn read_okp(map: &mut MapReader<'_, '_>) -> Result<DevicePrivateKey, PackageErro
 }
 
 fn read_rsa(map: &mut MapReader<'_, '_>) -> Result<DevicePrivateKey, PackageError> {
-    // RFC 8230 §4: the least number of octets, so no leading zeros.
+    // RFC 8230 §4: the least number of bytes, so no leading zeros.
     let mut number = |label| match expect_bytes(map, label).map_err(at(PRIVATE_KEY))? {
-        octets @ [first, ..] if *first != 0 => Ok(octets),
+        bytes @ [first, ..] if *first != 0 => Ok(bytes),
         _ => Err(at(PRIVATE_KEY)(format!("{label} is zero or has leading zeros"))),
     };
     let public = PublicKey::from_rsa(number(-1)?, number(-2)?).map_err(key_error)?;
@@ -138,7 +138,7 @@ fn expect_bytes<'a>(map: &mut MapReader<'_, 'a>, label: i64) -> Result<&'a [u8],
 }
 
 fn without_leading_zeros(number: &[u8]) -> &[u8] {
-    let zeros = number.iter().take_while(|octet| **octet == 0).count();
+    let zeros = number.iter().take_while(|byte| **byte == 0).count();
     &number[zeros..]
 }
 

@@ -14,7 +14,7 @@ const MAX_SYMMETRIC_KEYS: usize = 8;
 /// The first key of the map under which there are keys of the device.
 const FIRST_SECRET_KEY: i64 = 9;
 
-/// What one device gets: its certificate and its keys. The same values always give the same octets.
+/// What one device gets: its certificate and its keys. The same values always give the same bytes.
 pub struct DataPackage {
     /// The chip it is for.
     pub chip: ChipId,
@@ -49,11 +49,11 @@ pub enum CertificateChain {
 }
 
 impl CertificateChain {
-    /// The device's own certificate: DER, or the octets of the CWT.
+    /// The device's own certificate: DER, or the bytes of the CWT.
     pub fn device_certificate(&self) -> &[u8] {
         match self {
             Self::X509 { device, .. } => device,
-            Self::Cwt(octets) => octets,
+            Self::Cwt(bytes) => bytes,
         }
     }
 
@@ -70,13 +70,13 @@ pub struct SymmetricKey {
 }
 
 impl SymmetricKey {
-    /// A purpose is written as a key's name; a key has 16 to 64 octets.
+    /// A purpose is written as a key's name; a key has 16 to 64 bytes.
     pub fn new(purpose: &str, key: SecretBytes) -> Result<Self, PackageError> {
         let field = "symmetric keys (10)";
         let purpose = purpose.parse().map_err(at(field))?;
         // Exposed for its length.
         if !(16..=64).contains(&key.expose().len()) {
-            return Err(at(field)("a symmetric key has 16 to 64 octets"));
+            return Err(at(field)("a symmetric key has 16 to 64 bytes"));
         }
         Ok(Self { purpose, key })
     }
@@ -93,7 +93,7 @@ impl SymmetricKey {
 }
 
 impl DataPackage {
-    /// The package in deterministic CBOR (RFC 8949 §4.2.1), at most [`MAX_PACKAGE_LEN`] octets.
+    /// The package in deterministic CBOR (RFC 8949 §4.2.1), at most [`MAX_PACKAGE_LEN`] bytes.
     ///
     /// # Errors
     /// If the parts do not fit together, or the package is too large.
@@ -123,11 +123,11 @@ impl DataPackage {
     ///
     /// # Errors
     /// Names the field that is wrong. A private key that does not belong to its public key is refused.
-    pub fn decode(octets: &[u8]) -> Result<Self, PackageError> {
-        if octets.len() > MAX_PACKAGE_LEN {
+    pub fn decode(bytes: &[u8]) -> Result<Self, PackageError> {
+        if bytes.len() > MAX_PACKAGE_LEN {
             return Err(TOO_LARGE);
         }
-        let mut reader = Reader::new(octets);
+        let mut reader = Reader::new(bytes);
         let mut map = reader.map().map_err(at("package"))?;
         let package = Self::read(&mut map)?;
         map.end().map_err(at("package"))?;
@@ -242,8 +242,8 @@ fn write_certificate(out: &mut Writer, certificate: &CertificateChain) {
                 out.bytes(issuer);
             });
         }
-        CertificateChain::Cwt(octets) => {
-            out.int(8).bytes(octets);
+        CertificateChain::Cwt(bytes) => {
+            out.int(8).bytes(bytes);
         }
     }
 }
@@ -251,8 +251,8 @@ fn write_certificate(out: &mut Writer, certificate: &CertificateChain) {
 fn read_certificate(map: &mut MapReader<'_, '_>) -> Result<CertificateChain, PackageError> {
     let field = "certificate chain (7)";
     if !map.key(7).map_err(at(field))? {
-        let octets = require(map, 8, "CWT (8)")?.reader.bytes().map_err(at("CWT (8)"))?;
-        return Ok(CertificateChain::Cwt(octets.to_vec()));
+        let bytes = require(map, 8, "CWT (8)")?.reader.bytes().map_err(at("CWT (8)"))?;
+        return Ok(CertificateChain::Cwt(bytes.to_vec()));
     }
     if !map.reader.at_array() {
         let device = map.reader.bytes().map_err(at(field))?.to_vec();
@@ -301,29 +301,29 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// The octets of a package, in the open for a test.
+    /// The bytes of a package, in the open for a test.
     fn encoded(package: &DataPackage) -> Vec<u8> {
         package.encode().unwrap().expose().clone()
     }
 
-    fn refusal(octets: &[u8]) -> String {
-        DataPackage::decode(octets).err().map(|e| e.to_string()).unwrap()
+    fn refusal(bytes: &[u8]) -> String {
+        DataPackage::decode(bytes).err().map(|e| e.to_string()).unwrap()
     }
 
     proptest! {
         #![proptest_config(spp_testkit::random::cases(64, 3200))]
 
         #[test]
-        fn a_package_is_the_same_after_the_way_through_its_octets(package in samples::any_package()) {
-            let octets = encoded(&package);
-            let read = DataPackage::decode(&octets).unwrap();
+        fn a_package_is_the_same_after_the_way_through_its_bytes(package in samples::any_package()) {
+            let bytes = encoded(&package);
+            let read = DataPackage::decode(&bytes).unwrap();
             prop_assert_eq!(&read.chip, &package.chip);
             prop_assert_eq!(&read.identity, &package.identity);
             prop_assert_eq!(&read.profile, &package.profile);
             prop_assert_eq!(read.session, package.session);
             prop_assert_eq!(&read.certificate, &package.certificate);
             prop_assert_eq!(read.secrets().len(), package.secrets().len());
-            prop_assert_eq!(encoded(&read), octets);
+            prop_assert_eq!(encoded(&read), bytes);
         }
 
         #[test]
@@ -334,9 +334,9 @@ mod tests {
         }
 
         #[test]
-        fn decoding_never_panics(octets: Vec<u8>, at in any::<prop::sample::Index>(), byte: u8) {
-            let _ = DataPackage::decode(&octets);
-            let _ = key_area(&octets);
+        fn decoding_never_panics(bytes: Vec<u8>, at in any::<prop::sample::Index>(), byte: u8) {
+            let _ = DataPackage::decode(&bytes);
+            let _ = key_area(&bytes);
             let mut altered = encoded(&samples::package(Some(crate::keys::KeyKind::P256)));
             let at = at.index(altered.len());
             altered[at] = byte;
@@ -346,33 +346,33 @@ mod tests {
     }
 
     #[test]
-    fn every_kind_of_key_pair_survives_its_octets() {
+    fn every_kind_of_key_pair_survives_its_bytes() {
         for kind in KINDS {
             let package = samples::package(Some(kind));
-            let octets = encoded(&package);
-            let read = DataPackage::decode(&octets).unwrap();
+            let bytes = encoded(&package);
+            let read = DataPackage::decode(&bytes).unwrap();
             assert_eq!(read.key_pair.as_ref().unwrap().public(), package.key_pair.as_ref().unwrap().public());
-            assert_eq!(encoded(&read), octets, "{kind}");
+            assert_eq!(encoded(&read), bytes, "{kind}");
         }
     }
 
     #[test]
     fn a_cut_package_or_one_with_a_tail_is_refused() {
-        let octets = encoded(&samples::package(None));
-        for end in 0..octets.len() {
-            assert!(DataPackage::decode(&octets[..end]).is_err(), "{end}");
+        let bytes = encoded(&samples::package(None));
+        for end in 0..bytes.len() {
+            assert!(DataPackage::decode(&bytes[..end]).is_err(), "{end}");
         }
-        assert!(refusal(&[&octets[..], &[0]].concat()).contains("1 octets follow"));
+        assert!(refusal(&[&bytes[..], &[0]].concat()).contains("1 bytes follow"));
         assert!(refusal(&vec![0; MAX_PACKAGE_LEN + 1]).contains("more than 16384"));
     }
 
     #[test]
     fn unknown_keys_and_versions_are_refused() {
-        let octets = encoded(&samples::package(None));
-        let mut more = octets.clone();
+        let bytes = encoded(&samples::package(None));
+        let mut more = bytes.clone();
         more[0] += 1;
         assert!(refusal(&[&more[..], &[11, 0]].concat()).contains("key 11 is unknown"));
-        let mut newer = octets.clone();
+        let mut newer = bytes.clone();
         newer[2] = 2;
         assert!(refusal(&newer).contains("version (1): only version 1"));
     }
@@ -380,11 +380,11 @@ mod tests {
     #[test]
     fn a_private_key_of_another_pair_is_refused() {
         let one = samples::package(Some(crate::keys::KeyKind::P256));
-        let mut octets = encoded(&one);
+        let mut bytes = encoded(&one);
         let crate::keys::PrivateParts::Ec(d) = one.key_pair.as_ref().unwrap().parts() else { unreachable!() };
-        let at = octets.windows(32).position(|window| window == d.expose().as_slice()).unwrap();
-        octets[at + 31] ^= 1;
-        assert!(refusal(&octets).contains("private key (9)"));
+        let at = bytes.windows(32).position(|window| window == d.expose().as_slice()).unwrap();
+        bytes[at + 31] ^= 1;
+        assert!(refusal(&bytes).contains("private key (9)"));
     }
 
     #[test]

@@ -1,12 +1,12 @@
-//! A256GCM as COSE uses it (RFC 9053 §4.1): 12 octets of IV, 16 octets of tag behind the ciphertext.
+//! A256GCM as COSE uses it (RFC 9053 §4.1): 12 bytes of IV, 16 bytes of tag behind the ciphertext.
 
 use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 
 use crate::secret::{Secret, SecretBytes};
 
-/// Octets of an IV.
+/// Bytes of an IV.
 pub(super) const IV_LEN: usize = 12;
-/// Octets that the ciphertext is longer than the plaintext.
+/// Bytes that the ciphertext is longer than the plaintext.
 pub(super) const TAG_LEN: usize = 16;
 
 /// Encrypts; the caller never uses an IV twice with a key. `None` if the provider fails.

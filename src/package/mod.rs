@@ -1,6 +1,6 @@
 //! Data package, sealed delivery, backup package, key confirmation: CBOR and COSE. Pure: no I/O, no clock, no HSM.
 //!
-//! The way of the octets, as `proto/data-package.cddl` draws it:
+//! The way of the bytes, as `proto/data-package.cddl` draws it:
 //! 1. the processing point [encodes](DataPackage::encode) what the device gets, and may [`seal`] it to the chip;
 //! 2. the device [`open`]s and [decodes](DataPackage::decode) it, encrypts it under its chip key ([`make_backup`]) and
 //!    proves that it holds the key ([`confirm`]);
@@ -32,23 +32,23 @@ pub use transport::{TransportCurve, TransportPrivateKey, TransportPublicKey};
 
 use crate::keys::KeyError;
 
-/// Most octets of a data package.
+/// Most bytes of a data package.
 pub const MAX_PACKAGE_LEN: usize = 16 * 1024;
-/// Most octets of a sealed package: the package and its envelope.
+/// Most bytes of a sealed package: the package and its envelope.
 pub const MAX_SEALED_LEN: usize = MAX_PACKAGE_LEN + 512;
-/// Most octets of a backup package; a profile may allow fewer.
+/// Most bytes of a backup package; a profile may allow fewer.
 pub const MAX_BACKUP_LEN: usize = 32 * 1024;
-/// Most octets of a key confirmation.
+/// Most bytes of a key confirmation.
 pub const MAX_CONFIRMATION_LEN: usize = 4096;
 
-/// Why octets are no data package, values cannot become one, or a package cannot be sealed or opened.
+/// Why bytes are no data package, values cannot become one, or a package cannot be sealed or opened.
 /// Names fields and never says what a key is.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PackageError {
     /// Larger than a device must be able to hold.
-    #[error("the {what} has more than {max} octets; use fewer issuers or shorter keys")]
+    #[error("the {what} has more than {max} bytes; use fewer issuers or shorter keys")]
     TooLarge {
-        /// Which octets.
+        /// Which bytes.
         what: &'static str,
         /// The limit.
         max: usize,
@@ -56,7 +56,7 @@ pub enum PackageError {
     /// A field is missing, malformed or does not fit the others.
     #[error("{what}, {field}: {problem}")]
     Field {
-        /// Which octets.
+        /// Which bytes.
         what: &'static str,
         /// The field, in the words of `proto/data-package.cddl`.
         field: &'static str,
@@ -82,7 +82,7 @@ pub enum PackageError {
     Provider(&'static str),
 }
 
-/// An error constructor for one field of one kind of octets.
+/// An error constructor for one field of one kind of bytes.
 fn field_error<E: std::fmt::Display>(what: &'static str, field: &'static str) -> impl FnOnce(E) -> PackageError {
     move |problem| PackageError::Field { what, field, problem: problem.to_string() }
 }

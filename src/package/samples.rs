@@ -80,10 +80,10 @@ pub(crate) fn any_package() -> impl Strategy<Value = DataPackage> {
         prop_oneof![Just(None), Just(Some(KeyKind::P256)), Just(Some(KeyKind::P384)), Just(Some(KeyKind::Ed25519))];
     let names =
         (prop::collection::vec(any::<u8>(), 8..=64), any::<[u8; 16]>(), "[0-9A-Za-z -]{1,64}", "[a-z][a-z0-9-]{0,30}");
-    let octets = || prop::collection::vec(any::<u8>(), 0..600);
-    let issuers = prop::collection::vec(octets(), 0..=4);
+    let bytes = || prop::collection::vec(any::<u8>(), 0..600);
+    let issuers = prop::collection::vec(bytes(), 0..=4);
     let keys = prop::collection::vec(prop::collection::vec(any::<u8>(), 16..=64), 0..=8);
-    (kind, names, octets(), issuers, keys, 1..=u32::MAX).prop_map(|(kind, names, device, issuers, keys, version)| {
+    (kind, names, bytes(), issuers, keys, 1..=u32::MAX).prop_map(|(kind, names, device, issuers, keys, version)| {
         let purposes = (1..).map(|n| format!("purpose-{n}"));
         let keys = if kind.is_none() && keys.is_empty() { vec![vec![9; 32]] } else { keys };
         DataPackage {

@@ -19,10 +19,10 @@ use crate::secret::{Secret, SecretBytes};
 
 /// The recipient's header parameter for the sender's public key, RFC 9053 Table 20.
 const EPHEMERAL_KEY: i64 = -1;
-/// Octets of a wrapped content key (RFC 3394).
+/// Bytes of a wrapped content key (RFC 3394).
 const WRAPPED_LEN: usize = 40;
 
-/// Seals a package to a chip's transport key; bound to the session and the chip. Different octets at each call.
+/// Seals a package to a chip's transport key; bound to the session and the chip. Different bytes at each call.
 ///
 /// # Errors
 /// If the package is too large, or the provider fails.
@@ -69,7 +69,7 @@ pub fn open(
     let envelope = CoseEncrypt::from_tagged_slice(sealed).map_err(shape("envelope"))?;
     expect_algorithm(&envelope.protected.header, iana::Algorithm::A256GCM, "content algorithm")?;
     expect_nothing_else(&Header { iv: Vec::new(), ..envelope.unprotected.clone() }, "unprotected header")?;
-    let iv = envelope.unprotected.iv.as_slice().try_into().map_err(|_| shape("IV")("it has not 12 octets"))?;
+    let iv = envelope.unprotected.iv.as_slice().try_into().map_err(|_| shape("IV")("it has not 12 bytes"))?;
     let ciphertext = envelope.ciphertext.as_deref().ok_or_else(|| shape("ciphertext")("it is missing"))?;
     let [recipient] = envelope.recipients.as_slice() else {
         return Err(shape("recipients")("exactly one is expected"));
@@ -117,13 +117,13 @@ fn content_key(recipient: &CoseRecipient, with: &TransportPrivateKey) -> Result<
     let known = Header { key_id: Vec::new(), rest: Vec::new(), ..recipient.unprotected.clone() };
     expect_nothing_else(&known, "recipient")?;
     let wrapped = recipient.ciphertext.as_deref().filter(|wrapped| wrapped.len() == WRAPPED_LEN);
-    let wrapped = wrapped.ok_or_else(|| shape("recipient")("the wrapped key has not 40 octets"))?;
+    let wrapped = wrapped.ok_or_else(|| shape("recipient")("the wrapped key has not 40 bytes"))?;
 
     let kek = with
         .derive_with(&ephemeral, &kdf_context(recipient.protected.clone())?)
         .ok_or_else(|| shape("ephemeral key")("no agreement with it is possible"))?;
     let mut key = Secret::new([0; 32]);
-    // The first exposed to the provider, the second to be filled. The provider wants 8 octets more room than it fills.
+    // The first exposed to the provider, the second to be filled. The provider wants 8 bytes more room than it fills.
     let mut room = Secret::new([0; WRAPPED_LEN]);
     let unwrapped = AesKek::new(&AES_256, kek.expose())
         .and_then(|wrapper| wrapper.unwrap(wrapped, room.expose_mut()))
@@ -176,11 +176,11 @@ fn read_cose_public(key: Value, curve: TransportCurve) -> Result<TransportPublic
     if key.kty != KeyType::Assigned(kty) || parameter(-1) != Some(&Value::from(crv as i64)) {
         return Err(wrong());
     }
-    let octets = match curve {
+    let bytes = match curve {
         TransportCurve::P256 => [&[4], coordinate(-2)?.as_slice(), coordinate(-3)?.as_slice()].concat(),
         TransportCurve::X25519 => coordinate(-2)?.clone(),
     };
-    TransportPublicKey::new(curve, &octets).map_err(|_| wrong())
+    TransportPublicKey::new(curve, &bytes).map_err(|_| wrong())
 }
 
 fn expect_algorithm(header: &Header, wanted: iana::Algorithm, field: &'static str) -> Result<(), PackageError> {
@@ -199,9 +199,9 @@ fn protected_of(header: &Header) -> ProtectedHeader {
 }
 
 fn random<const N: usize>() -> Result<[u8; N], PackageError> {
-    let mut octets = [0; N];
-    aws_lc_rs::rand::fill(&mut octets).map_err(|_| PackageError::Provider("drawing random numbers"))?;
-    Ok(octets)
+    let mut bytes = [0; N];
+    aws_lc_rs::rand::fill(&mut bytes).map_err(|_| PackageError::Provider("drawing random numbers"))?;
+    Ok(bytes)
 }
 
 const WHAT: &str = "sealed package";
@@ -279,10 +279,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn opening_never_panics(octets: Vec<u8>) {
+        fn opening_never_panics(bytes: Vec<u8>) {
             let key = TransportPrivateKey::generate(TransportCurve::X25519).unwrap();
-            prop_assert!(opened(&octets, &key, 1, 2).is_err());
-            prop_assert!(opened(&[&[0xd8, 0x60, 0x84], &octets[..]].concat(), &key, 1, 2).is_err());
+            prop_assert!(opened(&bytes, &key, 1, 2).is_err());
+            prop_assert!(opened(&[&[0xd8, 0x60, 0x84], &bytes[..]].concat(), &key, 1, 2).is_err());
         }
 
         #[test]

@@ -28,23 +28,23 @@ impl TransportCurve {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TransportPublicKey {
     curve: TransportCurve,
-    octets: Vec<u8>,
+    bytes: Vec<u8>,
 }
 
 impl TransportPublicKey {
-    /// From the uncompressed point of 65 octets (SEC 1 §2.3.3), or the 32 octets of X25519 (RFC 7748 §5).
+    /// From the uncompressed point of 65 bytes (SEC 1 §2.3.3), or the 32 bytes of X25519 (RFC 7748 §5).
     ///
     /// # Errors
     /// For other lengths, a point off the curve, and the points of small order (RFC 7748 §6.1).
-    pub fn new(curve: TransportCurve, octets: &[u8]) -> Result<Self, PackageError> {
+    pub fn new(curve: TransportCurve, bytes: &[u8]) -> Result<Self, PackageError> {
         let shape_ok = match curve {
-            TransportCurve::P256 => octets.len() == 65 && octets[0] == 4,
-            TransportCurve::X25519 => octets.len() == 32,
+            TransportCurve::P256 => bytes.len() == 65 && bytes[0] == 4,
+            TransportCurve::X25519 => bytes.len() == 32,
         };
         if !shape_ok {
-            return Err(PackageError::TransportKey("P-256 has 65 octets and starts with 04, X25519 has 32"));
+            return Err(PackageError::TransportKey("P-256 has 65 bytes and starts with 04, X25519 has 32"));
         }
-        let key = Self { curve, octets: octets.to_vec() };
+        let key = Self { curve, bytes: bytes.to_vec() };
         // A trial, since what the provider refuses must be refused before a session is opened for it.
         let trial = TransportPrivateKey::generate(curve)?;
         trial.agree(&key, |_| ()).ok_or(PackageError::TransportKey("it is not a point of the curve's large group"))?;
@@ -56,18 +56,18 @@ impl TransportPublicKey {
         self.curve
     }
 
-    /// SHA-256 of the curve and the octets: the key's name in the journal.
+    /// SHA-256 of the curve and the bytes: the key's name in the journal.
     pub fn fingerprint(&self) -> [u8; 32] {
         let curve: u8 = match self.curve {
             TransportCurve::P256 => 1,
             TransportCurve::X25519 => 2,
         };
-        crate::keys::sha256(&[&[curve], self.octets.as_slice()].concat())
+        crate::keys::sha256(&[&[curve], self.bytes.as_slice()].concat())
     }
 
-    /// The octets as the wire carries them.
+    /// The bytes as the wire carries them.
     pub fn as_bytes(&self) -> &[u8] {
-        &self.octets
+        &self.bytes
     }
 }
 
@@ -78,13 +78,13 @@ pub struct TransportPrivateKey {
 }
 
 impl TransportPrivateKey {
-    /// From 32 octets: the scalar, or what RFC 7748 §5 makes one of.
+    /// From 32 bytes: the scalar, or what RFC 7748 §5 makes one of.
     ///
     /// # Errors
-    /// If the octets are no private key of the curve.
-    pub fn from_octets(curve: TransportCurve, octets: &SecretBytes) -> Result<Self, PackageError> {
+    /// If the bytes are no private key of the curve.
+    pub fn from_bytes(curve: TransportCurve, bytes: &SecretBytes) -> Result<Self, PackageError> {
         // Exposed to the provider, which keeps and wipes its own form.
-        let key = PrivateKey::from_private_key(curve.algorithm(), octets.expose())
+        let key = PrivateKey::from_private_key(curve.algorithm(), bytes.expose())
             .map_err(|_| PackageError::TransportKey("the private key is not one of the curve"))?;
         Ok(Self { curve, key })
     }
@@ -106,10 +106,10 @@ impl TransportPrivateKey {
     /// If the provider fails.
     pub fn public(&self) -> Result<TransportPublicKey, PackageError> {
         let public = self.key.compute_public_key().map_err(|_| PackageError::Provider("computing a public key"))?;
-        Ok(TransportPublicKey { curve: self.curve, octets: public.as_ref().to_vec() })
+        Ok(TransportPublicKey { curve: self.curve, bytes: public.as_ref().to_vec() })
     }
 
-    /// HKDF-SHA-256 without salt over the shared secret (RFC 9053 §5.1), 32 octets. `None` if the keys do not agree.
+    /// HKDF-SHA-256 without salt over the shared secret (RFC 9053 §5.1), 32 bytes. `None` if the keys do not agree.
     pub(super) fn derive_with(&self, other: &TransportPublicKey, context: &[u8]) -> Option<Secret<[u8; 32]>> {
         self.agree(other, |shared| {
             let mut key = Secret::new([0; 32]);
@@ -121,7 +121,7 @@ impl TransportPrivateKey {
     }
 
     fn agree<T>(&self, other: &TransportPublicKey, derive: impl FnOnce(&[u8]) -> T) -> Option<T> {
-        let other = UnparsedPublicKey::new(other.curve.algorithm(), &other.octets);
+        let other = UnparsedPublicKey::new(other.curve.algorithm(), &other.bytes);
         agreement::agree(&self.key, other, (), |shared| Ok(derive(shared))).ok()
     }
 }

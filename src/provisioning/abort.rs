@@ -3,7 +3,7 @@
 use super::complete::wrong_state;
 use super::{ProvisionError, Provisioner};
 use crate::names::{ChipId, SessionId, StationName};
-use crate::store::{Abortable, Session, SessionState, TakenUp};
+use crate::store::{Abortable, Loaded, Session, SessionState};
 
 /// Which session is asked for.
 pub enum SessionView {
@@ -18,7 +18,7 @@ impl Provisioner {
     pub async fn abort(&self, station: &StationName, id: SessionId, reason: String) -> Result<(), ProvisionError> {
         let rules = self.rules();
         let _chip = self.chips.hold(&self.chip_of(&id).await?).await?;
-        let taken_up = self.take_up(&id).await?;
+        let taken_up = self.load(&id).await?;
         rules.permit(station, taken_up.session())?;
         self.give_up(taken_up, reason).await.map(drop)
     }
@@ -26,23 +26,23 @@ impl Provisioner {
     /// The same for an officer, who is confined to nothing. Answers with the session as it is then.
     pub async fn abort_any(&self, id: SessionId, reason: String) -> Result<Session, ProvisionError> {
         let _chip = self.chips.hold(&self.chip_of(&id).await?).await?;
-        let taken_up = self.take_up(&id).await?;
+        let taken_up = self.load(&id).await?;
         self.give_up(taken_up, reason).await
     }
 
     /// The caller holds the chip.
-    async fn give_up(&self, taken_up: TakenUp, reason: String) -> Result<Session, ProvisionError> {
+    async fn give_up(&self, taken_up: Loaded, reason: String) -> Result<Session, ProvisionError> {
         let known = taken_up.session().clone();
         let id = known.id;
         let abortable = match taken_up {
-            TakenUp::Intent(intent) => Abortable::Intent(intent),
+            Loaded::Intent(intent) => Abortable::Intent(intent),
             // Published before a crash, not yet journaled: it is too late.
-            TakenUp::Issued(issued) => match self.registry.receipt_of(&known.chip, id).await? {
+            Loaded::Issued(issued) => match self.registry.receipt_of(&known.chip, id).await? {
                 None => Abortable::Issued(issued),
                 Some(_) => return Err(wrong_state(issued.session(), ", but its record is public: repeat Complete")),
             },
-            TakenUp::Final(session) if matches!(session.state, SessionState::Aborted { .. }) => return Ok(session),
-            TakenUp::Published(_) | TakenUp::Final(_) => {
+            Loaded::Final(session) if matches!(session.state, SessionState::Aborted { .. }) => return Ok(session),
+            Loaded::Published(_) | Loaded::Final(_) => {
                 return Err(wrong_state(&known, ": a published device cannot be aborted"));
             }
         };
@@ -57,9 +57,9 @@ impl Provisioner {
     pub async fn view(&self, station: &StationName, which: &SessionView) -> Result<Session, ProvisionError> {
         let rules = self.rules();
         let session = match which {
-            SessionView::Id(id) => self.take_up(id).await?.session().clone(),
+            SessionView::Id(id) => self.load(id).await?.session().clone(),
             SessionView::Chip(chip) => {
-                let found = self.journal.take_up_chip(chip).await?;
+                let found = self.journal.load_chip(chip).await?;
                 let none = || ProvisionError::NoSession(format!("of the chip {chip}"));
                 found.map(|known| known.session().clone()).ok_or_else(none)?
             }

@@ -1,12 +1,12 @@
 //! Step 1 of the way: may the caller, does the order fit its profile, are chip and identity free.
 
-use super::restart::Step;
+use super::session_recovery::Step;
 use super::{FieldViolation, Order, ProvisionError, Provisioner};
 use crate::certificate::{KeyPairRule, Profile, Sealing};
 use crate::keys::PublicKey;
 use crate::names::ProfileName;
 use crate::package::TransportPublicKey;
-use crate::store::{Intent, Issued, PublishedRecord, Session, SessionState, TakenUp};
+use crate::store::{Intent, Issued, Loaded, PublishedRecord, Session, SessionState};
 
 /// What the journal knows of an admitted order.
 pub(super) enum Admitted {
@@ -24,7 +24,7 @@ impl Provisioner {
     pub(super) async fn admit_device(&self, order: &Order) -> Result<Admitted, ProvisionError> {
         // All four at once: the stores answer them together.
         let (known, identity_session, chip_record, identity_record) = tokio::try_join!(
-            self.journal.take_up_chip(&order.chip),
+            self.journal.load_chip(&order.chip),
             self.journal.session_of_identity(&order.identity),
             self.registry.find_by_chip(&order.chip),
             self.registry.find_by_identity(&order.identity),
@@ -38,7 +38,7 @@ impl Provisioner {
                 && is_same_order(known.session(), order)
             {
                 if record.session == known.session().id {
-                    self.take_further(&order.chip, record.session).await?;
+                    self.resume(&order.chip, record.session).await?;
                 }
                 return Err(ProvisionError::AlreadyComplete { chip: order.chip.clone(), session: record.session });
             }
@@ -65,7 +65,7 @@ impl Provisioner {
     }
 
     /// An order for a chip that has a session; none if that session has just ended and the chip is free again.
-    async fn admit_again(&self, order: &Order, known: TakenUp) -> Result<Option<Admitted>, ProvisionError> {
+    async fn admit_again(&self, order: &Order, known: Loaded) -> Result<Option<Admitted>, ProvisionError> {
         if !is_same_order(known.session(), order) {
             return Err(taken_by(known.session()));
         }
@@ -75,19 +75,19 @@ impl Provisioner {
         let session = known.session().id;
         let complete = || ProvisionError::AlreadyComplete { chip: order.chip.clone(), session };
         match known {
-            TakenUp::Intent(intent) if !intent.session().has_expired(self.clock.now()) => {
+            Loaded::Intent(intent) if !intent.session().has_expired(self.clock.now()) => {
                 Ok(Some(Admitted::Intended(intent)))
             }
-            TakenUp::Issued(issued) if !issued.session().has_expired(self.clock.now()) => {
+            Loaded::Issued(issued) if !issued.session().has_expired(self.clock.now()) => {
                 Ok(Some(Admitted::Known(issued)))
             }
             // Ended as the restart ends it: its record may be public though the journal does not know, and then its pair was
             // delivered and confirmed; a second one for the chip must not be.
-            TakenUp::Intent(_) | TakenUp::Issued(_) => match self.take_further(&order.chip, session).await? {
+            Loaded::Intent(_) | Loaded::Issued(_) => match self.resume(&order.chip, session).await? {
                 Step::Erased => Err(complete()),
                 Step::Expired | Step::Signed | Step::Waits => Ok(None),
             },
-            TakenUp::Published(_) | TakenUp::Final(_) => Err(complete()),
+            Loaded::Published(_) | Loaded::Final(_) => Err(complete()),
         }
     }
 }

@@ -14,7 +14,7 @@ use crate::store::{CertificateToSign, MasterKeyUse, Session, SessionState};
 use super::admit::Admitted;
 use super::deliver::{PackageKeys, package};
 use super::name::Wanted;
-use super::pair::{PairInHand, PairSource};
+use super::pair_supplier::{PairSource, UnstoredPair};
 use super::{Product, ProvisionError, Provisioner};
 
 /// What a station orders for a chip; every name is parsed, the CSR verified.
@@ -59,7 +59,7 @@ pub enum Delivery {
 
 /// Before another HSM is asked for what one did not give.
 const PAUSE: Duration = Duration::from_millis(10);
-/// Octets of randomness per device: the session's name and the certificate's serial number.
+/// Bytes of randomness per device: the session's name and the certificate's serial number.
 const RANDOM_LEN: usize = SessionId::LEN + CertificateSerial::LEN;
 
 impl Provisioner {
@@ -72,7 +72,7 @@ impl Provisioner {
         let product = rules.admit_order(&order)?;
         let (issued, keys) = match self.admit_device(&order).await? {
             Admitted::Known(issued) => (issued, None),
-            // A crash or a lost HSM came between the intent and the journaled signature: the same octets are signed again.
+            // A crash or a lost HSM came between the intent and the journaled signature: the same bytes are signed again.
             Admitted::Intended(intent) => {
                 let signed = rules.signer_of(&intent)?.sign(&self.hsm, intent).await?;
                 (self.journal.issue(signed).await?, None)
@@ -80,9 +80,9 @@ impl Provisioner {
             Admitted::New => {
                 // 2. Keys: made in the HSM, or a pair of the pool. Nothing is written yet; a crash leaves nothing.
                 let made = self.make_keys(&order, product).await?;
-                // 3. Prepare the certificate, linted: no unlinted octets can be signed.
+                // 3. Prepare the certificate, linted: no unlinted bytes can be signed.
                 let session = self.prepare_session(&order, product, &made)?;
-                // 4. Intend. From here a crash finds the session, its pair and the octets to be signed; a pair of the pool is
+                // 4. Intend. From here a crash finds the session, its pair and the bytes to be signed; a pair of the pool is
                 //    this session's in the same transaction.
                 let intent = self.intend(session, made.pair).await?;
                 // 5. Sign: uses the intent up and verifies the signature.
@@ -125,7 +125,7 @@ impl Provisioner {
     ) -> Result<MadeKeys, ProvisionError> {
         loop {
             let made = self.make_keys_once(order, product).await;
-            let others = self.hsm.each().nth(1).is_some() && !self.hsm.at_hand().is_empty();
+            let others = self.hsm.each().nth(1).is_some() && !self.hsm.ready_members().is_empty();
             match made {
                 Err(ProvisionError::Hsm(HsmError::Unavailable { .. })) if others && Instant::now() < until => {
                     tokio::time::sleep(PAUSE).await;
@@ -144,7 +144,7 @@ impl Provisioner {
         let (private, kept) = made.pair.map(|pair| (pair.private, pair.kept)).unzip();
         let pair = source.zip(kept).map(|(source, kept)| source.take(&kept)).transpose()?;
         let public_key = private.as_ref().map(|pair| pair.public().clone()).or_else(|| order.own_key.clone());
-        let short = || ProvisionError::Internal { doing: "drawing random octets", cause: "too few came".to_owned() };
+        let short = || ProvisionError::Internal { doing: "drawing random bytes", cause: "too few came".to_owned() };
         let (session, serial) = made.random.split_first_chunk::<{ SessionId::LEN }>().ok_or_else(short)?;
         let serial = serial.first_chunk::<{ CertificateSerial::LEN }>().ok_or_else(short)?;
         Ok(MadeKeys {
@@ -203,7 +203,7 @@ struct MadeKeys {
     session: SessionId,
     serial: CertificateSerial,
     public_key: Option<PublicKey>,
-    pair: Option<PairInHand>,
+    pair: Option<UnstoredPair>,
     package_keys: PackageKeys,
 }
 

@@ -1,12 +1,13 @@
 //! The way of a device, second half: from the backup to the receipt.
 
 use super::deliver::public_key;
-use super::in_flight::PackageInHand;
+use super::in_flight::InFlightPackage;
 use super::{Product, ProvisionError, Provisioner};
 use crate::names::{ChipId, SessionId, StationName};
 use crate::package::{BackupPackage, ConfirmationClaims, ConfirmationKey, KeyConfirmation, verify_confirmation};
 use crate::store::{
-    Announced, DeviceRecord, Issued, Publication, PublicationReceipt, PublishError, Session, SessionState, TakenUp,
+    DeviceRecord, InFlightPublication, Issued, Loaded, Publication, PublicationReceipt, PublishError, Session,
+    SessionState,
 };
 use crate::tlog::LogProof;
 
@@ -28,14 +29,14 @@ impl Provisioner {
         // 1. Find the session; one that is finished has its answer already.
         let rules = self.rules();
         let _chip = self.chips.hold(&self.chip_of(&completion.session).await?).await?;
-        let known = self.take_up(&completion.session).await?;
+        let known = self.load(&completion.session).await?;
         let product = rules.permitted_product(&completion.station, known.session())?;
         let issued = match self.find_issued(known).await? {
             Found::Issued(issued) => issued,
             Found::Answered(publication) => return self.receipt(publication).await,
         };
         // 2. Accept the backup and the confirmation. A wrong one changes nothing; the station may try again.
-        let on_the_way = self.registry.announce();
+        let on_the_way = self.registry.reserve_slot();
         let record = self.accept(&completion, &issued, product).await?;
         // 3. Publish: on the disk and under a signed checkpoint before it returns. A crash from here on is finished by a repeat or by
         //    the restart.
@@ -82,7 +83,7 @@ impl Provisioner {
     async fn publish(
         &self,
         record: &DeviceRecord,
-        on_the_way: Announced,
+        on_the_way: InFlightPublication,
     ) -> Result<PublicationReceipt, ProvisionError> {
         let published = self.registry.publish(record).await;
         drop(on_the_way);
@@ -104,12 +105,12 @@ impl Provisioner {
     }
 
     /// The session if it may be completed, or its answer if it was.
-    async fn find_issued(&self, known: TakenUp) -> Result<Found, ProvisionError> {
+    async fn find_issued(&self, known: Loaded) -> Result<Found, ProvisionError> {
         match known {
-            TakenUp::Issued(issued) if !issued.session().has_expired(self.clock.now()) => {
+            Loaded::Issued(issued) if !issued.session().has_expired(self.clock.now()) => {
                 Ok(Found::Issued(Box::new(issued)))
             }
-            TakenUp::Issued(expired) => {
+            Loaded::Issued(expired) => {
                 let (chip, id) = (expired.session().chip.clone(), expired.session().id);
                 let receipt = self.registry.receipt_of(&chip, id).await?;
                 // Published before a crash, not yet journaled: finished as the restart would.
@@ -119,16 +120,16 @@ impl Provisioner {
                 self.journal.erase(receipt).await?;
                 Ok(Found::Answered(publication))
             }
-            TakenUp::Published(published) => {
+            Loaded::Published(published) => {
                 let (chip, id) = (published.session().chip.clone(), published.session().id);
                 let publication = self.finish_erasure(&chip, id).await?;
                 Ok(Found::Answered(publication))
             }
-            TakenUp::Final(session) => match session.state {
+            Loaded::Final(session) => match session.state {
                 SessionState::Erased { publication } => Ok(Found::Answered(publication)),
                 _ => Err(wrong_state(&session, ": its key pair is destroyed; assemble the device again")),
             },
-            TakenUp::Intent(intent) => {
+            Loaded::Intent(intent) => {
                 Err(wrong_state(intent.session(), ": no certificate was delivered; repeat Assemble first"))
             }
         }
@@ -138,12 +139,12 @@ impl Provisioner {
     pub(super) async fn chip_of(&self, id: &SessionId) -> Result<ChipId, ProvisionError> {
         match self.in_flight.chip_of(id) {
             Some(chip) => Ok(chip),
-            None => Ok(self.take_up(id).await?.session().chip.clone()),
+            None => Ok(self.load(id).await?.session().chip.clone()),
         }
     }
 
-    pub(super) async fn take_up(&self, id: &SessionId) -> Result<TakenUp, ProvisionError> {
-        self.journal.take_up(id).await?.ok_or_else(|| ProvisionError::NoSession(id.to_string()))
+    pub(super) async fn load(&self, id: &SessionId) -> Result<Loaded, ProvisionError> {
+        self.journal.load(id).await?.ok_or_else(|| ProvisionError::NoSession(id.to_string()))
     }
 }
 
@@ -152,16 +153,16 @@ fn check(
     completion: &Completion,
     issued: &Issued,
     product: &Product,
-    in_hand: &PackageInHand,
+    in_hand: &InFlightPackage,
 ) -> Result<Accepted, ProvisionError> {
     let session = issued.session();
-    let PackageInHand { package, octets } = in_hand;
+    let InFlightPackage { package, bytes } = in_hand;
     let rules = product.profile.backup();
-    let backup = BackupPackage::accept(&completion.backup, &rules, &session.chip, octets, &package.secrets())?;
+    let backup = BackupPackage::accept(&completion.backup, &rules, &session.chip, bytes, &package.secrets())?;
     if !product.profile.confirmation_required() && completion.confirmation.is_empty() {
         return Ok(Accepted { backup, _confirmed: Confirmed::Waived });
     }
-    let claims = ConfirmationClaims::about(session.id, session.chip.clone(), octets, &completion.backup);
+    let claims = ConfirmationClaims::about(session.id, session.chip.clone(), bytes, &completion.backup);
     let device_key = session.public_key.as_deref().map(public_key).transpose()?;
     let key = match (&device_key, package.symmetric_keys.first()) {
         (Some(pair), _) => ConfirmationKey::Pair(pair),

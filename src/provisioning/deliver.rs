@@ -1,7 +1,7 @@
-//! The data package of a session: the same octets each time, from the journal, the secret store and the HSM.
+//! The data package of a session: the same bytes each time, from the journal, the secret store and the HSM.
 
 use super::assemble::{Assembled, Delivery, derivations};
-use super::in_flight::PackageInHand;
+use super::in_flight::InFlightPackage;
 use super::{Product, ProvisionError, Provisioner};
 use crate::hsm::HeldKeyOrder;
 use crate::keys::{DevicePrivateKey, PublicKey};
@@ -20,14 +20,14 @@ impl Provisioner {
     pub(super) fn deliver(
         &self,
         issued: &Issued,
-        package: PackageInHand,
+        package: InFlightPackage,
         transport_key: Option<&TransportPublicKey>,
     ) -> Result<Assembled, ProvisionError> {
         let session = issued.session();
         let delivery = match transport_key {
-            Some(key) => Delivery::Sealed(seal(&package.octets, key, &session.id, &session.chip)?),
+            Some(key) => Delivery::Sealed(seal(&package.bytes, key, &session.id, &session.chip)?),
             // Exposed to be copied for the way out; both copies are wiped.
-            None => Delivery::Plain(SecretBytes::copy_of(package.octets.expose())),
+            None => Delivery::Plain(SecretBytes::copy_of(package.bytes.expose())),
         };
         self.in_flight.keep(session.id, package);
         Ok(Assembled {
@@ -45,7 +45,7 @@ impl Provisioner {
         &self,
         issued: &Issued,
         product: &Product,
-    ) -> Result<PackageInHand, ProvisionError> {
+    ) -> Result<InFlightPackage, ProvisionError> {
         if let Some(package) = self.in_flight.take(&issued.session().id) {
             return Ok(package);
         }
@@ -81,8 +81,12 @@ pub(super) fn public_key(spki: &[u8]) -> Result<PublicKey, ProvisionError> {
     PublicKey::from_spki_der(spki).map_err(ProvisionError::internal("reading a journaled public key"))
 }
 
-/// The package as values and as octets.
-pub(super) fn package(issued: &Issued, product: &Product, keys: PackageKeys) -> Result<PackageInHand, ProvisionError> {
+/// The package as values and as bytes.
+pub(super) fn package(
+    issued: &Issued,
+    product: &Product,
+    keys: PackageKeys,
+) -> Result<InFlightPackage, ProvisionError> {
     let session = issued.session();
     let certificate = if session.certificate.is_cwt {
         CertificateChain::Cwt(issued.certificate().to_vec())
@@ -102,5 +106,5 @@ pub(super) fn package(issued: &Issued, product: &Product, keys: PackageKeys) -> 
         symmetric_keys: symmetric_keys.collect::<Result<_, _>>()?,
         master_key_version: session.master_key.as_ref().map_or(0, |master| master.version),
     };
-    Ok(PackageInHand { octets: package.encode()?, package })
+    Ok(InFlightPackage { bytes: package.encode()?, package })
 }

@@ -103,7 +103,7 @@ pub enum ProvisionError {
     ChipBusy(ChipId),
     /// So many calls are being answered that this one is not begun.
     #[error("{0} calls are being answered already")]
-    HouseFull(usize),
+    Overloaded(usize),
     /// The station has begun as many devices as it may.
     #[error("the station {station} {exceeded}")]
     QuotaExceeded {

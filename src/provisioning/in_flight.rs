@@ -16,26 +16,26 @@ const PLACES: usize = 1024;
 /// A package that nobody came back for is wiped after so long.
 const KEPT_FOR: Duration = Duration::from_secs(60);
 
-/// A package as values and as the octets that the device got.
-pub(super) struct PackageInHand {
+/// A package as values and as the bytes that the device got.
+pub(super) struct InFlightPackage {
     pub(super) package: DataPackage,
-    pub(super) octets: SecretBytes,
+    pub(super) bytes: SecretBytes,
 }
 
 /// The packages of the last minute. What is removed is wiped.
 #[derive(Default)]
-pub(super) struct InFlight(Mutex<Shelf>);
+pub(super) struct InFlight(Mutex<PackageCache>);
 
 #[derive(Default)]
-struct Shelf {
-    packages: HashMap<SessionId, PackageInHand>,
+struct PackageCache {
+    packages: HashMap<SessionId, InFlightPackage>,
     /// In the order they came; some are taken already.
     order: VecDeque<(Instant, SessionId)>,
 }
 
 impl InFlight {
     /// Keeps a package for the next call of its session.
-    pub(super) fn keep(&self, session: SessionId, package: PackageInHand) {
+    pub(super) fn keep(&self, session: SessionId, package: InFlightPackage) {
         let mut shelf = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         shelf.clear_old(Instant::now(), PLACES - 1);
         if shelf.packages.insert(session, package).is_none() {
@@ -44,14 +44,14 @@ impl InFlight {
     }
 
     /// Takes the package of a session, if it is still there.
-    pub(super) fn take(&self, session: &SessionId) -> Option<PackageInHand> {
+    pub(super) fn take(&self, session: &SessionId) -> Option<InFlightPackage> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).packages.remove(session)
     }
 
     /// The chip of a session whose package is here.
     pub(super) fn chip_of(&self, session: &SessionId) -> Option<ChipId> {
         let shelf = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        shelf.packages.get(session).map(|at_hand| at_hand.package.chip.clone())
+        shelf.packages.get(session).map(|ready_members| ready_members.package.chip.clone())
     }
 
     /// Wipes what is too old.
@@ -60,7 +60,7 @@ impl InFlight {
     }
 }
 
-impl Shelf {
+impl PackageCache {
     /// A session that was taken and kept again stands at its first time: it is wiped early, never late.
     fn clear_old(&mut self, now: Instant, places: usize) {
         while let Some((since, session)) = self.order.front() {
@@ -83,7 +83,7 @@ mod tests {
         SessionId::from_bytes(&[[0; 12].as_slice(), &n.to_be_bytes()].concat()).unwrap()
     }
 
-    fn package(n: u32) -> PackageInHand {
+    fn package(n: u32) -> InFlightPackage {
         let package = DataPackage {
             chip: ChipId::from_bytes(&[1; 8]).unwrap(),
             identity: "serial:A".parse().unwrap(),
@@ -94,14 +94,14 @@ mod tests {
             symmetric_keys: vec![SymmetricKey::new("channel", SecretBytes::new(vec![7; 32])).unwrap()],
             master_key_version: 1,
         };
-        PackageInHand { package, octets: SecretBytes::new(n.to_be_bytes().to_vec()) }
+        InFlightPackage { package, bytes: SecretBytes::new(n.to_be_bytes().to_vec()) }
     }
 
     #[test]
     fn a_package_is_taken_once() {
         let shelf = InFlight::default();
         shelf.keep(session(1), package(1));
-        assert_eq!(shelf.take(&session(1)).unwrap().octets.expose(), &1u32.to_be_bytes());
+        assert_eq!(shelf.take(&session(1)).unwrap().bytes.expose(), &1u32.to_be_bytes());
         assert!(shelf.take(&session(1)).is_none());
     }
 

@@ -15,11 +15,11 @@ mod in_flight;
 mod issuer;
 mod locks;
 mod name;
-mod pair;
+mod pair_supplier;
+mod policy;
 mod recover;
 mod report;
-mod restart;
-mod rules;
+mod session_recovery;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -32,9 +32,9 @@ pub use assemble::{Assembled, Delivery, Order};
 pub use complete::{Completion, Receipt};
 pub use error::{FieldViolation, ProvisionError};
 pub use name::Wanted;
+pub use policy::Policy;
 pub use report::{DeviceReport, DeviceView, KeyPairPlace, ProductionBy, ProductionOf, SessionFilter, SessionPage};
-pub use restart::{Tidied, keep_tidy};
-pub use rules::Rules;
+pub use session_recovery::{RecoveryReport, recovery_loop};
 
 use crate::certificate::Profile;
 use crate::hsm::Hsm;
@@ -52,7 +52,7 @@ pub struct Provisioner {
     registry: Registry,
     pool: Arc<KeyPool>,
     access: Arc<dyn AccessStore>,
-    rules: ArcSwap<Rules>,
+    rules: ArcSwap<Policy>,
     session_lifetime: Duration,
     chips: ChipLocks,
     in_flight: InFlight,
@@ -68,7 +68,7 @@ struct Product {
 }
 
 impl Product {
-    /// What decides a package's octets beside the session itself: see [`Session::recipe`](crate::store::Session).
+    /// What decides a package's bytes beside the session itself: see [`Session::recipe`](crate::store::Session).
     fn recipe(&self) -> [u8; 32] {
         let mut parts = Vec::new();
         for rule in self.profile.symmetric_keys() {
@@ -91,7 +91,7 @@ impl Provisioner {
         registry: Registry,
         pool: Arc<KeyPool>,
         access: Arc<dyn AccessStore>,
-        rules: Rules,
+        rules: Policy,
         session_lifetime: Duration,
     ) -> Self {
         Self {
@@ -135,12 +135,12 @@ impl Provisioner {
     }
 
     /// The rules at this moment. What goes on for longer keeps them, and is under one configuration.
-    pub fn rules(&self) -> Arc<Rules> {
+    pub fn rules(&self) -> Arc<Policy> {
         self.rules.load_full()
     }
 
     /// From now on it goes by these rules; calls in flight end under those that they began with.
-    pub fn exchange(&self, rules: Rules) {
+    pub fn exchange(&self, rules: Policy) {
         self.rules.store(Arc::new(rules.after(&self.rules())));
     }
 }

@@ -1,6 +1,6 @@
 //! The identity of a device that is ordered without one.
 
-use super::{Order, ProvisionError, Provisioner, Rules};
+use super::{Order, Policy, ProvisionError, Provisioner};
 use crate::keys::PublicKey;
 use crate::names::{ChipId, DeviceIdentity, ProfileName, StationName};
 use crate::package::TransportPublicKey;
@@ -34,7 +34,7 @@ impl From<Order> for Wanted {
 
 impl Provisioner {
     /// The order with the device's identity. A chip that has one keeps it, however often it is ordered; the caller holds the chip.
-    pub(super) async fn name(&self, wanted: Wanted, rules: &Rules) -> Result<Order, ProvisionError> {
+    pub(super) async fn name(&self, wanted: Wanted, rules: &Policy) -> Result<Order, ProvisionError> {
         let identity = match &wanted.identity {
             Some(identity) => identity.clone(),
             None => self.identity_of(&wanted, rules).await?,
@@ -43,9 +43,9 @@ impl Provisioner {
         Ok(Order { station, chip, identity, profile, own_key, transport_key })
     }
 
-    async fn identity_of(&self, wanted: &Wanted, rules: &Rules) -> Result<DeviceIdentity, ProvisionError> {
+    async fn identity_of(&self, wanted: &Wanted, rules: &Policy) -> Result<DeviceIdentity, ProvisionError> {
         let (session, record) =
-            tokio::try_join!(self.journal.take_up_chip(&wanted.chip), self.registry.find_by_chip(&wanted.chip))?;
+            tokio::try_join!(self.journal.load_chip(&wanted.chip), self.registry.find_by_chip(&wanted.chip))?;
         let session = session.map(|known| known.session().clone());
         if let Some(known) = session.filter(|known| !matches!(known.state, SessionState::Aborted { .. })) {
             return Ok(known.identity);

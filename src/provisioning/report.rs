@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use super::{ProvisionError, Provisioner};
-use crate::keys::KeptKey;
+use crate::keys::StoredKey;
 use crate::names::{ChipId, DeviceIdentity, ProfileName, StationName};
 use crate::store::{
     Listed, ProductionCounts, ProductionSlot, PublishedRecord, Session, SessionPlace, SessionState, StateName,
@@ -129,8 +129,8 @@ impl Provisioner {
 
     async fn key_pair_of(&self, session: &Session) -> Result<KeyPairPlace, ProvisionError> {
         Ok(match self.journal.kept_key(&session.id).await? {
-            Some(KeptKey::Wrapped(_)) => KeyPairPlace::Wrapped,
-            Some(KeptKey::OnToken(_)) => KeyPairPlace::Token,
+            Some(StoredKey::Wrapped(_)) => KeyPairPlace::Wrapped,
+            Some(StoredKey::OnToken(_)) => KeyPairPlace::Token,
             None if session.public_key.is_none() => KeyPairPlace::None,
             None if session.own_key_pair => KeyPairPlace::Device,
             None => KeyPairPlace::Gone,

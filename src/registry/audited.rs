@@ -70,15 +70,14 @@ pub fn audit_checkpoints(
     for number in 0..checkpoint.size().div_ceil(BUNDLE) {
         let id = TileId::in_tree(TileKind::Entries, number, checkpoint.size());
         let id = id.unwrap_or(TileId::full(TileKind::Entries, number));
-        let octets = source.tile(id)?;
-        let entries =
-            bundle::exactly(&octets, id.width().into()).map_err(|e| damaged(id.to_string(), e.to_string()))?;
-        for (index, octets) in (number * BUNDLE..).zip(entries) {
-            tree.push(leaf_hash(octets));
-            if !LogEntry::is_audit(octets) {
+        let bytes = source.tile(id)?;
+        let entries = bundle::exactly(&bytes, id.width().into()).map_err(|e| damaged(id.to_string(), e.to_string()))?;
+        for (index, bytes) in (number * BUNDLE..).zip(entries) {
+            tree.push(leaf_hash(bytes));
+            if !LogEntry::is_audit(bytes) {
                 continue;
             }
-            let audited = AuditCheckpoint::from_bytes(octets);
+            let audited = AuditCheckpoint::from_bytes(bytes);
             let audited = audited.map_err(|e| damaged(format!("entry {index}"), e.to_string()))?;
             if audited.node == node {
                 found.push((index, audited));

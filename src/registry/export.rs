@@ -240,7 +240,7 @@ fn leaf_tile(source: &dyn LogSource, number: u64, size: u64) -> Result<Vec<u8>, 
     match hashes.len() == usize::from(tile.width()) * 32 {
         true => Ok(hashes),
         false => {
-            let problem = format!("it has {} octets", hashes.len());
+            let problem = format!("it has {} bytes", hashes.len());
             Err(ExportError::Damaged { what: tile.to_string(), problem })
         }
     }
@@ -260,8 +260,8 @@ fn copy_bundle(
     if !leaves.are(number, &hashes) {
         return Err(damaged("its hashes changed while it was read".to_owned()));
     }
-    let octets = source.tile(id)?;
-    let entries = bundle::exactly(&octets, id.width().into()).map_err(|e| damaged(e.to_string()))?;
+    let bytes = source.tile(id)?;
+    let entries = bundle::exactly(&bytes, id.width().into()).map_err(|e| damaged(e.to_string()))?;
     for (entry, hash) in entries.iter().zip(hashes.as_chunks::<32>().0) {
         if leaf_hash(entry) != *hash {
             return Err(damaged(format!("entry {} is not the one of the tree", tree.size())));
@@ -272,7 +272,7 @@ fn copy_bundle(
         }
     }
     let path = dir.join(id.to_string());
-    write_unsynced(&path, &octets).map_err(file("writing", &path))
+    write_unsynced(&path, &bytes).map_err(file("writing", &path))
 }
 
 /// Removes partial ones of earlier checkpoints whose full one is on the disk: whoever still wants one reads the full one instead.
@@ -325,9 +325,9 @@ fn chips(
     for number in before / BUNDLE..size.div_ceil(BUNDLE) {
         let id = TileId::in_tree(TileKind::Entries, number, size).unwrap_or(TileId::full(TileKind::Entries, number));
         let path = dir.join(id.to_string());
-        let octets = fs::read(&path).map_err(file("reading", &path))?;
+        let bytes = fs::read(&path).map_err(file("reading", &path))?;
         let damaged = |problem: String| ExportError::Damaged { what: id.to_string(), problem };
-        let entries = bundle::exactly(&octets, id.width().into()).map_err(|e| damaged(e.to_string()))?;
+        let entries = bundle::exactly(&bytes, id.width().into()).map_err(|e| damaged(e.to_string()))?;
         for (index, entry) in (number * BUNDLE..).zip(entries).skip_while(|(index, _)| *index < before) {
             let known = LogEntry::from_bytes(entry).map_err(|e| damaged(format!("entry {index}: {e}")))?;
             let LogEntry::Device(record) = known else { continue };
@@ -335,9 +335,9 @@ fn chips(
             let hashes = hashes.map_err(|e| damaged(format!("entry {index}: {e}")))?;
             let proof = LogProof::new(index, hashes, checkpoint).to_bytes();
             let (record_file, proof_file) = chip_files(&record.chip);
-            for (name, octets) in [(proof_file, &proof[..]), (record_file, entry)] {
+            for (name, bytes) in [(proof_file, &proof[..]), (record_file, entry)] {
                 let path = dir.join(name);
-                replace_unsynced(&path, octets).map_err(file("writing", &path))?;
+                replace_unsynced(&path, bytes).map_err(file("writing", &path))?;
             }
         }
         let done = (number * BUNDLE + BUNDLE).min(size).max(before) - before;
@@ -347,19 +347,19 @@ fn chips(
 }
 
 /// Writes what is never changed; the sync comes for all files at once.
-fn write_unsynced(path: &Path, octets: &[u8]) -> io::Result<()> {
+fn write_unsynced(path: &Path, bytes: &[u8]) -> io::Result<()> {
     match fs::read(path) {
-        Ok(found) if found == octets => Ok(()),
+        Ok(found) if found == bytes => Ok(()),
         // Left half-written by a crash, or by a checkpoint that was never published.
-        _ => replace_unsynced(path, octets),
+        _ => replace_unsynced(path, bytes),
     }
 }
 
-fn replace_unsynced(path: &Path, octets: &[u8]) -> io::Result<()> {
+fn replace_unsynced(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let directory = path.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(directory)?;
     let mut staged = path.as_os_str().to_owned();
     staged.push(".new");
-    fs::write(&staged, octets)?;
+    fs::write(&staged, bytes)?;
     fs::rename(staged, path)
 }

@@ -71,7 +71,7 @@ impl Fetcher {
         Ok(Self(config.into()))
     }
 
-    /// GET; at most so many octets are read. A server that says it has too much to do is asked again after the pause it wants.
+    /// GET; at most so many bytes are read. A server that says it has too much to do is asked again after the pause it wants.
     pub(super) fn get(&self, url: &str, most: u64) -> Result<Answer, String> {
         let mut attempt = 0;
         loop {

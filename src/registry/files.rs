@@ -8,9 +8,9 @@ use std::sync::Arc;
 
 use rustix::fs::Advice;
 
-use super::edge::{self, Batch};
-use super::signed::{self, SignedSize};
-use crate::store::place::{Door, LAST_ROOM, Place, StoreKind, sync_dir};
+use super::first_checkpoints::{self, SignedSize};
+use super::partial_bundle::{self, Batch};
+use crate::store::directory::{Fs, LAST_ROOM, StoreDir, StoreKind, sync_dir};
 use crate::store::{LogEntry, StoreError, StoreOptions};
 use crate::tlog::{
     FULL_WIDTH, FullTile, HashSource, LogKey, SignedCheckpoint, TileId, TileKind, Tree, TreeHash, bundle, leaf_hash,
@@ -26,13 +26,13 @@ pub(super) const BUNDLE: u64 = FULL_WIDTH as u64;
 
 /// The files of a log. What is full may be read by anybody at any time; only the sequencer writes.
 pub(super) struct LogFiles {
-    place: Place,
+    place: StoreDir,
 }
 
 /// The file that batches are appended to.
-pub(super) struct EdgeFile {
+pub(super) struct PartialBundleFile {
     file: File,
-    /// Octets of whole batches.
+    /// Bytes of whole batches.
     length: u64,
     /// The index of its first entry; a multiple of 256.
     base: u64,
@@ -51,7 +51,7 @@ pub(super) struct Found {
     /// The checkpoints that covered them first.
     pub(super) signed: Vec<SignedSize>,
     /// Where the next batch goes.
-    pub(super) edge: EdgeFile,
+    pub(super) edge: PartialBundleFile,
 }
 
 /// Why a batch was not written.
@@ -75,8 +75,8 @@ fn is_full(error: &io::Error) -> bool {
 
 impl LogFiles {
     /// Makes the directory of an empty log, without its index.
-    pub(super) fn create(dir: &Path, options: &StoreOptions, door: Arc<dyn Door>) -> Result<Self, StoreError> {
-        let files = Self { place: Place::make(&KIND, dir, options, door)? };
+    pub(super) fn create(dir: &Path, options: &StoreOptions, door: Arc<dyn Fs>) -> Result<Self, StoreError> {
+        let files = Self { place: StoreDir::make(&KIND, dir, options, door)? };
         let make = || {
             for directory in [TILE, EDGE] {
                 fs::create_dir(dir.join(directory))?;
@@ -94,11 +94,11 @@ impl LogFiles {
     }
 
     /// Takes over the directory of an existing log.
-    pub(super) fn take(dir: &Path, options: &StoreOptions, door: Arc<dyn Door>) -> Result<Self, StoreError> {
-        Ok(Self { place: Place::take(&KIND, dir, options, door)? })
+    pub(super) fn take(dir: &Path, options: &StoreOptions, door: Arc<dyn Fs>) -> Result<Self, StoreError> {
+        Ok(Self { place: StoreDir::take(&KIND, dir, options, door)? })
     }
 
-    pub(super) const fn place(&self) -> &Place {
+    pub(super) const fn place(&self) -> &StoreDir {
         &self.place
     }
 
@@ -135,12 +135,12 @@ impl LogFiles {
         // then. After a failed sync the cache may hold what never reached it and counts as clean: it is read anew.
         file.sync_all().and_then(|()| sync_dir(&dir.join(EDGE))).map_err(failed)?;
         rustix::fs::fadvise(&file, 0, None, Advice::DontNeed).map_err(|e| failed(e.into()))?;
-        let mut octets = Vec::new();
-        (&file).read_to_end(&mut octets).map_err(failed)?;
+        let mut bytes = Vec::new();
+        (&file).read_to_end(&mut bytes).map_err(failed)?;
         let what = || path.display().to_string();
         let damaged = |cause: String| StoreError::Damaged { store: KIND.name, what: what(), cause };
         let mut tree = Tree::read(base, &FullTiles(dir)).map_err(|e| damaged(e.to_string()))?;
-        let edge = edge::read(&octets, &tree, key).map_err(damaged)?;
+        let edge = partial_bundle::read(&bytes, &tree, key).map_err(damaged)?;
         if edge.batches.is_empty() && base > 0 {
             return Err(damaged(
                 "it has no checkpoint that the log key has signed; was another key configured, or is the file damaged?"
@@ -163,27 +163,28 @@ impl LogFiles {
             )));
         }
         let length = edge.length as u64;
-        let cut = octets.len() as u64 - length;
+        let cut = bytes.len() as u64 - length;
         if cut > 0 {
             // Nobody was told of it: an answer follows the sync of the whole batch.
-            tracing::warn!(file = %what(), octets = cut, "a batch that a crash cut off is removed");
+            tracing::warn!(file = %what(), bytes = cut, "a batch that a crash cut off is removed");
             file.set_len(length).and_then(|()| file.sync_all()).map_err(failed)?;
         }
         remove_older_edges(dir, base).map_err(failed)?;
-        let records = signed::records_below(dir, base).map_err(|e| self.failed("counting the device records", &e))?;
-        Ok(Found { tree, checkpoint, entries, signed, edge: EdgeFile { file, length, base, records } })
+        let records =
+            first_checkpoints::records_below(dir, base).map_err(|e| self.failed("counting the device records", &e))?;
+        Ok(Found { tree, checkpoint, entries, signed, edge: PartialBundleFile { file, length, base, records } })
     }
 
     /// Appends a batch and makes it durable: the commit of its entries and its checkpoint, both or neither.
-    pub(super) fn append(&self, edge: &mut EdgeFile, batch: &Batch) -> Result<(), AppendError> {
-        let octets = batch.to_bytes().map_err(|e| AppendError::Failed(io::Error::other(e)))?;
+    pub(super) fn append(&self, edge: &mut PartialBundleFile, batch: &Batch) -> Result<(), AppendError> {
+        let bytes = batch.to_bytes().map_err(|e| AppendError::Failed(io::Error::other(e)))?;
         self.place.door.before_apply().map_err(AppendError::of)?;
         // A crash up to the sync leaves nothing, all, or a part that is no batch and is removed at the next start. Nobody was told
         // anything, and the checkpoint's signature has not left this process.
-        edge.file.write_all_at(&octets, edge.length).map_err(AppendError::of)?;
+        edge.file.write_all_at(&bytes, edge.length).map_err(AppendError::of)?;
         // Never tried again on this file: after a failed sync the kernel calls the lost pages clean.
         self.place.door.sync(&edge.file).map_err(AppendError::of)?;
-        edge.length += octets.len() as u64;
+        edge.length += bytes.len() as u64;
         Ok(())
     }
 
@@ -194,27 +195,27 @@ impl LogFiles {
         checkpoint: Option<&SignedCheckpoint>,
         entries: &mut Vec<Vec<u8>>,
         signed: &[SignedSize],
-        edge: &mut EdgeFile,
+        edge: &mut PartialBundleFile,
     ) -> io::Result<()> {
         let dir = &self.place.dir;
         let Some(checkpoint) = checkpoint.filter(|_| entries.len() as u64 >= BUNDLE) else { return Ok(()) };
         let mut growing = Tree::read(edge.base, &FullTiles(dir)).map_err(io::Error::other)?;
         let full = entries.len() / BUNDLE as usize * BUNDLE as usize;
-        let (mut octets, mut records) = (Vec::new(), edge.records);
+        let (mut bytes, mut records) = (Vec::new(), edge.records);
         for entry in entries.get(..full).unwrap_or_default() {
-            bundle::push(&mut octets, entry).map_err(io::Error::other)?;
+            bundle::push(&mut bytes, entry).map_err(io::Error::other)?;
             records += u64::from(!LogEntry::is_audit(entry));
             let tiles = growing.push(leaf_hash(entry));
             if tiles.is_empty() {
                 continue;
             }
             let index = growing.size() / BUNDLE - 1;
-            signed::keep(dir, index, signed, records)?;
-            write_once(&dir.join(TileId::full(TileKind::Entries, index).to_string()), &octets)?;
+            first_checkpoints::keep(dir, index, signed, records)?;
+            write_once(&dir.join(TileId::full(TileKind::Entries, index).to_string()), &bytes)?;
             for FullTile { id, hashes } in tiles {
                 write_once(&dir.join(id.to_string()), &hashes)?;
             }
-            octets.clear();
+            bytes.clear();
         }
         let base = growing.size();
         let rest = entries.split_off(full);
@@ -222,10 +223,10 @@ impl LogFiles {
         if checkpoint.size() != base + batch.entries.len() as u64 {
             return Err(io::Error::other("the checkpoint does not cover exactly the entries to be written"));
         }
-        let octets = batch.to_bytes().map_err(io::Error::other)?;
-        write_new(&edge_path(dir, base), &octets)?;
+        let bytes = batch.to_bytes().map_err(io::Error::other)?;
+        write_new(&edge_path(dir, base), &bytes)?;
         let file = OpenOptions::new().read(true).write(true).open(edge_path(dir, base))?;
-        let old = std::mem::replace(edge, EdgeFile { file, length: octets.len() as u64, base, records });
+        let old = std::mem::replace(edge, PartialBundleFile { file, length: bytes.len() as u64, base, records });
         *entries = batch.entries;
         // From here on the new edge counts, since it is the newest one: the old one is only in the way.
         fs::remove_file(edge_path(dir, old.base))?;
@@ -241,15 +242,15 @@ impl LogFiles {
     /// The checkpoint that was the first to cover an entry of a full bundle, if it was kept: a log that was put together from a mirror
     /// has none.
     pub(super) fn first_signed(&self, index: u64) -> io::Result<Option<SignedSize>> {
-        signed::first_to_cover(&self.place.dir, index)
+        first_checkpoints::first_to_cover(&self.place.dir, index)
     }
 
-    /// Some octets of a full bundle.
+    /// Some bytes of a full bundle.
     pub(super) fn part(&self, bundle: u64, offset: u32, length: u16) -> io::Result<Vec<u8>> {
         let path = self.place.dir.join(TileId::full(TileKind::Entries, bundle).to_string());
-        let mut octets = vec![0; length.into()];
-        File::open(path)?.read_exact_at(&mut octets, offset.into())?;
-        Ok(octets)
+        let mut bytes = vec![0; length.into()];
+        File::open(path)?.read_exact_at(&mut bytes, offset.into())?;
+        Ok(bytes)
     }
 
     /// An error that names the log; a full disk is told as that.
@@ -263,7 +264,7 @@ impl LogFiles {
     }
 }
 
-impl EdgeFile {
+impl PartialBundleFile {
     pub(super) const fn base(&self) -> u64 {
         self.base
     }
@@ -284,10 +285,10 @@ impl FullTiles<'_> {
 
 impl HashSource for FullTiles<'_> {
     fn tile(&self, tile: TileId) -> Result<Vec<u8>, String> {
-        let octets = self.read(tile).map_err(|e| format!("{}: {e}", tile.as_full()))?;
-        match octets.len() == usize::from(FULL_WIDTH) * size_of::<TreeHash>() {
-            true => Ok(octets),
-            false => Err(format!("{}: it has {} octets", tile.as_full(), octets.len())),
+        let bytes = self.read(tile).map_err(|e| format!("{}: {e}", tile.as_full()))?;
+        match bytes.len() == usize::from(FULL_WIDTH) * size_of::<TreeHash>() {
+            true => Ok(bytes),
+            false => Err(format!("{}: it has {} bytes", tile.as_full(), bytes.len())),
         }
     }
 }
@@ -321,10 +322,10 @@ fn edge_path(dir: &Path, base: u64) -> PathBuf {
 }
 
 /// Writes a file that is never changed again. The same once more, after a crash, is no change.
-pub(super) fn write_once(path: &Path, octets: &[u8]) -> io::Result<()> {
+pub(super) fn write_once(path: &Path, bytes: &[u8]) -> io::Result<()> {
     match fs::read(path) {
         // Whoever wrote it may have been killed before it was synced.
-        Ok(found) if found == octets => {
+        Ok(found) if found == bytes => {
             File::open(path)?.sync_all()?;
             sync_dir(path.parent().unwrap_or(Path::new(".")))
         }
@@ -332,20 +333,20 @@ pub(super) fn write_once(path: &Path, octets: &[u8]) -> io::Result<()> {
             let problem = format!("{} is there already and is different; it is never changed", path.display());
             Err(io::Error::new(io::ErrorKind::AlreadyExists, problem))
         }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => write_new(path, octets),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => write_new(path, bytes),
         Err(error) => Err(error),
     }
 }
 
 /// Writes a file under another name, syncs it, gives it its name and syncs the directory: after a crash it is there whole or not at all.
-pub(super) fn write_new(path: &Path, octets: &[u8]) -> io::Result<()> {
+pub(super) fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let directory = path.parent().unwrap_or(Path::new("."));
     make_directories(directory)?;
     let mut name = path.as_os_str().to_owned();
     name.push(".new");
     let staged = PathBuf::from(name);
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o644).open(&staged)?;
-    file.write_all(octets)?;
+    file.write_all(bytes)?;
     file.sync_all()?;
     fs::rename(&staged, path)?;
     sync_dir(directory)

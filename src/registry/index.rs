@@ -1,12 +1,12 @@
-//! Keeping the index level with the files: catching up after a crash, and making it anew.
+//! KeyStorage the index level with the files: catching up after a crash, and making it anew.
 
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
 use super::files::{BUNDLE, FullTiles, KIND, LogFiles};
-use super::head::damaged;
-use crate::store::place::System;
+use super::snapshot::damaged;
+use crate::store::directory::System;
 use crate::store::{IndexEntry, IndexMark, Location, LogEntry, SledIndex, StoreError, StoreOptions, UniqueKey};
 use crate::tlog::{LogKey, TileId, TileKind, bundle, leaf_hash};
 
@@ -83,32 +83,32 @@ impl<'a> Builder<'a> {
     /// Takes a full bundle.
     pub(super) async fn add_bundle(&mut self, files: &LogFiles, number: u64) -> Result<(), StoreError> {
         let id = TileId::full(TileKind::Entries, number);
-        let octets = files.full(id).map_err(|e| files.failed("reading an entry bundle", &e))?;
+        let bytes = files.full(id).map_err(|e| files.failed("reading an entry bundle", &e))?;
         let damaged = |cause: String| StoreError::Damaged { store: KIND.name, what: id.to_string(), cause };
-        let entries = bundle::exactly(&octets, BUNDLE as usize).map_err(|e| damaged(e.to_string()))?;
+        let entries = bundle::exactly(&bytes, BUNDLE as usize).map_err(|e| damaged(e.to_string()))?;
         self.add_all(&entries).await
     }
 
     /// Takes entries.
     pub(super) async fn add_all(&mut self, entries: &[impl AsRef<[u8]>]) -> Result<(), StoreError> {
         for entry in entries {
-            let octets = entry.as_ref();
-            let known = LogEntry::from_bytes(octets).map_err(|e| damaged(self.next, e))?;
-            self.push(&known.keys(), octets);
+            let bytes = entry.as_ref();
+            let known = LogEntry::from_bytes(bytes).map_err(|e| damaged(self.next, e))?;
+            self.push(&known.keys(), bytes);
         }
         if self.waiting.len() >= CHUNK { self.flush().await } else { Ok(()) }
     }
 
     /// Takes an entry whose keys are known.
-    pub(super) fn push(&mut self, keys: &[UniqueKey], octets: &[u8]) {
+    pub(super) fn push(&mut self, keys: &[UniqueKey], bytes: &[u8]) {
         if self.next.is_multiple_of(BUNDLE) {
             self.offset = 0;
         }
-        let length = u16::try_from(octets.len()).unwrap_or(u16::MAX);
+        let length = u16::try_from(bytes.len()).unwrap_or(u16::MAX);
         let head = bundle::HEAD as u32;
         let location = Location { index: self.next, offset: self.offset + head, length };
         self.waiting.push(IndexEntry { keys: keys.to_vec(), location });
-        self.leaf = leaf_hash(octets);
+        self.leaf = leaf_hash(bytes);
         self.offset += head + u32::from(length);
         self.next += 1;
     }

@@ -10,16 +10,16 @@ use async_trait::async_trait;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::files::{BUNDLE, LogFiles};
-use super::head::{Head, damaged};
 use super::index::is_of_this_log;
 use super::read::Found;
 use super::sequencer::{Sequencer, Waiting};
 use super::signer::CheckpointSigner;
+use super::snapshot::{Snapshot, damaged};
 use super::witness::{self, Cosigned, Witness};
-use crate::store::place::{Door, System};
+use crate::store::directory::{Fs, System};
 use crate::store::{
-    Announced, Announcements, AuditCheckpoint, DeviceRecord, LogEntry, PublicDatabase, Publication, PublishError,
-    PublishedRecord, RegistryStatus, SledIndex, StoreError, StoreOptions, UniqueKey,
+    AuditCheckpoint, DeviceRecord, InFlightPublication, InFlightPublications, LogEntry, PublicDatabase, Publication,
+    PublishError, PublishedRecord, RegistryStatus, SledIndex, StoreError, StoreOptions, UniqueKey,
 };
 use crate::tlog::{LogKey, LogProof, SignedCheckpoint, TileId};
 
@@ -60,7 +60,7 @@ impl Default for LogSettings {
 pub struct TransparencyLog {
     shared: Arc<Shared>,
     queue: mpsc::Sender<Waiting>,
-    announcements: Arc<Announcements>,
+    announcements: Arc<InFlightPublications>,
     cosigned: Cosigned,
     /// The newest checkpoint that was shown to anybody: none is shown that is older.
     shown: Mutex<Option<SignedCheckpoint>>,
@@ -71,11 +71,11 @@ pub struct TransparencyLog {
 pub(super) struct Shared {
     pub(super) files: LogFiles,
     pub(super) options: StoreOptions,
-    head: RwLock<Arc<Head>>,
+    head: RwLock<Arc<Snapshot>>,
     /// The index, once it is level with the files; until then why it is not.
     pub(super) index: watch::Sender<Result<Arc<SledIndex>, String>>,
     /// Why nothing can be published, while that is so.
-    pub(super) away: RwLock<Option<Away>>,
+    pub(super) away: RwLock<Option<Unavailable>>,
     /// Batches that were committed.
     pub(super) batches: AtomicU64,
     /// The unique values of a batch of which it is not known yet whether it gets in.
@@ -84,14 +84,14 @@ pub(super) struct Shared {
 
 /// Why nothing can be published.
 #[derive(Debug, Clone)]
-pub(super) enum Away {
+pub(super) enum Unavailable {
     /// The disk is full.
     Full,
     /// Anything else.
     Failed(String),
 }
 
-impl Away {
+impl Unavailable {
     pub(super) fn of(error: &StoreError) -> Self {
         match error {
             StoreError::Full { .. } => Self::Full,
@@ -101,14 +101,14 @@ impl Away {
 }
 
 impl TransparencyLog {
-    /// Makes the directory of an empty log. [`StoreError::Place`] where anything is already. For `sppctl init`.
+    /// Makes the directory of an empty log. [`StoreError::Directory`] where anything is already. For `sppctl init`.
     pub fn create(dir: &Path, options: &StoreOptions) -> Result<(), StoreError> {
         let files = LogFiles::create(dir, options, Arc::new(System))?;
         SledIndex::create(&files.index_dir(), options)?;
         files.finish()
     }
 
-    /// Opens an existing log; [`StoreError::Place`] if there is none, or one of another kind, or if another process has it. Never makes
+    /// Opens an existing log; [`StoreError::Directory`] if there is none, or one of another kind, or if another process has it. Never makes
     /// one. Needs a tokio runtime, on which its sequencer runs until the value is dropped.
     pub async fn open(
         dir: &Path,
@@ -124,7 +124,7 @@ impl TransparencyLog {
         options: &StoreOptions,
         signer: Arc<dyn CheckpointSigner>,
         settings: LogSettings,
-        door: Arc<dyn Door>,
+        door: Arc<dyn Fs>,
     ) -> Result<Self, StoreError> {
         let files = LogFiles::take(dir, options, door)?;
         let index = match SledIndex::open(&files.index_dir(), options) {
@@ -150,7 +150,7 @@ impl TransparencyLog {
             doubted: watch::Sender::default(),
         });
         let (queue, waiting) = mpsc::channel(QUEUE);
-        let announcements = Arc::new(Announcements::default());
+        let announcements = Arc::new(InFlightPublications::default());
         let key = signer.key().clone();
         let cosigned = witness::Cosigned::default();
         let sequencer = Sequencer {
@@ -167,7 +167,7 @@ impl TransparencyLog {
         tokio::spawn(async move {
             if let Err(error) = run.await {
                 tracing::error!(%error, "the sequencer of the public database has ended; restart the daemon");
-                watched.set_away(Some(Away::Failed("its sequencer has ended; restart the daemon".into())));
+                watched.set_away(Some(Unavailable::Failed("its sequencer has ended; restart the daemon".into())));
             }
         });
         if !settings.witnesses.is_empty() {
@@ -186,11 +186,11 @@ impl TransparencyLog {
         done.map_err(|e| self.shared.files.place().failed("reading the log", e))?
     }
 
-    /// Has the sequencer append an entry, which has these octets.
-    async fn append(&self, entry: LogEntry, octets: Vec<u8>) -> Result<Publication, PublishError> {
+    /// Has the sequencer append an entry, which has these bytes.
+    async fn append(&self, entry: LogEntry, bytes: Vec<u8>) -> Result<Publication, PublishError> {
         self.must_be_open()?;
         let (answer, answered) = oneshot::channel();
-        let waiting = Waiting { entry, octets, answer };
+        let waiting = Waiting { entry, bytes, answer };
         let published = async {
             self.queue.send(waiting).await.map_err(|_| "its sequencer has ended")?;
             answered.await.map_err(|_| "its sequencer has ended")
@@ -209,7 +209,7 @@ impl TransparencyLog {
     }
 
     /// What the newest published checkpoint covers, and the tree it is of: with cosignatures if there are witnesses.
-    fn published(&self) -> (Arc<Head>, Option<SignedCheckpoint>) {
+    fn published(&self) -> (Arc<Snapshot>, Option<SignedCheckpoint>) {
         let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
         let cosigned = self.cosigned.newest();
         let head = self.shared.head();
@@ -224,20 +224,20 @@ impl TransparencyLog {
 
 impl Shared {
     /// An error that tells why nothing can be published.
-    pub(super) fn error(&self, why: &Away) -> StoreError {
+    pub(super) fn error(&self, why: &Unavailable) -> StoreError {
         match why {
-            Away::Full => self.files.full_disk(),
-            Away::Failed(cause) => self.files.place().failed("publishing", cause),
+            Unavailable::Full => self.files.full_disk(),
+            Unavailable::Failed(cause) => self.files.place().failed("publishing", cause),
         }
     }
 
     /// The log as it is now.
-    pub(super) fn head(&self) -> Arc<Head> {
+    pub(super) fn head(&self) -> Arc<Snapshot> {
         Arc::clone(&self.head.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Shows another picture of it.
-    pub(super) fn show(&self, head: Head) {
+    pub(super) fn show(&self, head: Snapshot) {
         *self.head.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(head);
     }
 
@@ -255,7 +255,7 @@ impl Shared {
     }
 
     /// Why nothing can be published, or that it can.
-    pub(super) fn set_away(&self, why: Option<Away>) {
+    pub(super) fn set_away(&self, why: Option<Unavailable>) {
         *self.away.write().unwrap_or_else(PoisonError::into_inner) = why;
     }
 
@@ -281,8 +281,8 @@ impl PublicDatabase for TransparencyLog {
         self.append(LogEntry::Audit(checkpoint.clone()), checkpoint.to_bytes()?).await
     }
 
-    fn announce(&self) -> Announced {
-        self.announcements.announce()
+    fn reserve_slot(&self) -> InFlightPublication {
+        self.announcements.reserve_slot()
     }
 
     async fn find(&self, key: &UniqueKey) -> Result<Option<PublishedRecord>, StoreError> {

@@ -28,18 +28,18 @@
 //! keeps a checkpoint ([`verify`]).
 
 mod audited;
-mod edge;
 mod export;
 mod fetch;
 mod files;
-mod head;
+mod first_checkpoints;
 mod index;
-mod level;
+mod index_sync;
 mod log;
+mod partial_bundle;
 mod read;
 mod sequencer;
-mod signed;
 mod signer;
+mod snapshot;
 mod source;
 mod verify;
 mod witness;

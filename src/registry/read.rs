@@ -1,8 +1,8 @@
 //! Reading the log while it grows: entries by what is unique of them, proofs, tiles.
 
 use super::files::BUNDLE;
-use super::head::{Head, damaged};
 use super::log::{FOUND_WITHIN, Shared};
+use super::snapshot::{Snapshot, damaged};
 use crate::store::{Location, LogEntry, Publication, PublishedRecord, StoreError, UniqueKey};
 use crate::tlog::{
     HashSource, LogKey, LogProof, SignedCheckpoint, TileId, TileKind, TlogError, Tree, UnsignedCheckpoint, bundle,
@@ -41,20 +41,20 @@ impl Shared {
         Ok(newest.collect())
     }
 
-    /// The octets of an entry that was found.
-    pub(super) fn octets(&self, found: &Found) -> Result<Vec<u8>, StoreError> {
+    /// The bytes of an entry that was found.
+    pub(super) fn bytes(&self, found: &Found) -> Result<Vec<u8>, StoreError> {
         let head = self.head();
         if let Some(entry) = head.recent(found.index()) {
-            return Ok(entry.octets.clone());
+            return Ok(entry.bytes.clone());
         }
         let failed = |e: std::io::Error| self.files.failed("reading an entry", &e);
         let number = found.index() / BUNDLE;
         match found {
             Found::Indexed(at) => self.files.part(number, at.offset, at.length).map_err(failed),
             Found::Recent(index) => {
-                let octets = self.files.full(TileId::full(TileKind::Entries, number)).map_err(failed)?;
+                let bytes = self.files.full(TileId::full(TileKind::Entries, number)).map_err(failed)?;
                 let at = usize::try_from(index % BUNDLE).unwrap_or(0);
-                let entry = bundle::entries(&octets).nth(at).transpose().map_err(|e| damaged(*index, e))?;
+                let entry = bundle::entries(&bytes).nth(at).transpose().map_err(|e| damaged(*index, e))?;
                 entry.map(<[u8]>::to_vec).ok_or_else(|| damaged(*index, "its bundle ends before it"))
             }
         }
@@ -62,31 +62,31 @@ impl Shared {
 
     /// An entry that was found, and where it stands.
     pub(super) fn entry(&self, found: &Found) -> Result<(LogEntry, Publication), StoreError> {
-        let octets = self.octets(found)?;
-        let entry = LogEntry::from_bytes(&octets).map_err(|e| damaged(found.index(), e))?;
-        let publication = entry.publication(found.index(), &octets);
+        let bytes = self.bytes(found)?;
+        let entry = LogEntry::from_bytes(&bytes).map_err(|e| damaged(found.index(), e))?;
+        let publication = entry.publication(found.index(), &bytes);
         Ok((entry, publication))
     }
 
     /// The device record that was found; none if the entry is something else.
     pub(super) fn record(&self, found: &Found) -> Result<Option<PublishedRecord>, StoreError> {
-        let octets = self.octets(found)?;
-        if LogEntry::is_audit(&octets) {
+        let bytes = self.bytes(found)?;
+        if LogEntry::is_audit(&bytes) {
             return Ok(None);
         }
-        PublishedRecord::from_octets(found.index(), octets).map(Some).map_err(|e| damaged(found.index(), e))
+        PublishedRecord::from_bytes(found.index(), bytes).map(Some).map_err(|e| damaged(found.index(), e))
     }
 
     /// The newest device record of that picture.
-    pub(super) fn newest(&self, head: &Head) -> Result<Option<PublishedRecord>, StoreError> {
+    pub(super) fn newest(&self, head: &Snapshot) -> Result<Option<PublishedRecord>, StoreError> {
         if let Some(index) = head.newest_recent() {
             return self.record(&Found::Recent(index));
         }
         // Bundle by bundle, since a daemon that provisions nothing for long still appends audit checkpoints.
         for number in (0..head.base / BUNDLE).rev() {
-            let octets = self.files.full(TileId::full(TileKind::Entries, number));
-            let octets = octets.map_err(|e| self.files.failed("reading an entry bundle", &e))?;
-            let entries = bundle::exactly(&octets, BUNDLE as usize).map_err(|e| damaged(number * BUNDLE, e))?;
+            let bytes = self.files.full(TileId::full(TileKind::Entries, number));
+            let bytes = bytes.map_err(|e| self.files.failed("reading an entry bundle", &e))?;
+            let entries = bundle::exactly(&bytes, BUNDLE as usize).map_err(|e| damaged(number * BUNDLE, e))?;
             if let Some(at) = entries.iter().rposition(|entry| !LogEntry::is_audit(entry)) {
                 return self.record(&Found::Recent(number * BUNDLE + at as u64));
             }
@@ -95,7 +95,7 @@ impl Shared {
     }
 
     /// The proof that the tree of the first checkpoint with the entry has it; against the newest one if that was not kept.
-    pub(super) fn receipt(&self, head: &Head, index: u64, key: &LogKey) -> Result<Option<LogProof>, StoreError> {
+    pub(super) fn receipt(&self, head: &Snapshot, index: u64, key: &LogKey) -> Result<Option<LogProof>, StoreError> {
         let Some(newest) = head.checkpoint.as_ref().filter(|newest| index < newest.size()) else { return Ok(None) };
         let kept = match index >= head.base {
             true => head.signed.iter().find(|signed| signed.size > index).copied(),
@@ -123,7 +123,12 @@ impl Shared {
     }
 
     /// The proof that the tree of that checkpoint, which is the picture's or an older one, has the entry.
-    pub(super) fn prove(&self, head: &Head, index: u64, checkpoint: &SignedCheckpoint) -> Result<LogProof, StoreError> {
+    pub(super) fn prove(
+        &self,
+        head: &Snapshot,
+        index: u64,
+        checkpoint: &SignedCheckpoint,
+    ) -> Result<LogProof, StoreError> {
         let tiles = Tiles(self, head);
         let older = |size| Tree::read(size, &tiles);
         let proven = match checkpoint.size() {
@@ -135,7 +140,7 @@ impl Shared {
     }
 
     /// A tile as the tree of that picture has it.
-    pub(super) fn tile(&self, head: &Head, tile: TileId) -> Result<Option<Vec<u8>>, StoreError> {
+    pub(super) fn tile(&self, head: &Snapshot, tile: TileId) -> Result<Option<Vec<u8>>, StoreError> {
         let widest = TileId::in_tree(tile.kind(), tile.index(), head.tree.size());
         if widest.is_none_or(|widest| widest.width() < tile.width()) {
             return Ok(None);
@@ -156,17 +161,17 @@ impl Shared {
                 if first >= head.base {
                     return Ok(Some(recent_bundle(head, first, width)));
                 }
-                let octets = self.files.full(tile).map_err(failed)?;
+                let bytes = self.files.full(tile).map_err(failed)?;
                 let damaged = |e| damaged(first, e);
-                let length = bundle::entries(&octets).take(width).map(|entry| entry.map(|e| e.len() + bundle::HEAD));
+                let length = bundle::entries(&bytes).take(width).map(|entry| entry.map(|e| e.len() + bundle::HEAD));
                 let length = length.sum::<Result<usize, _>>().map_err(damaged)?;
-                Ok(octets.get(..length).map(<[u8]>::to_vec))
+                Ok(bytes.get(..length).map(<[u8]>::to_vec))
             }
         }
     }
 
     /// A full tile of hashes. One that was filled a moment ago may not be a file yet.
-    fn hashes(&self, head: &Head, tile: TileId) -> std::io::Result<Vec<u8>> {
+    fn hashes(&self, head: &Snapshot, tile: TileId) -> std::io::Result<Vec<u8>> {
         match head.filled.iter().find(|filled| filled.id == tile.as_full()) {
             Some(filled) => Ok(filled.hashes.clone()),
             None => self.files.full(tile),
@@ -174,13 +179,13 @@ impl Shared {
     }
 }
 
-fn recent_bundle(head: &Head, first: u64, width: usize) -> Vec<u8> {
-    let mut octets = Vec::new();
+fn recent_bundle(head: &Snapshot, first: u64, width: usize) -> Vec<u8> {
+    let mut bytes = Vec::new();
     for entry in (first..).take(width).filter_map(|index| head.recent(index)) {
         // An entry over the limit never becomes one.
-        let _ = bundle::push(&mut octets, &entry.octets);
+        let _ = bundle::push(&mut bytes, &entry.bytes);
     }
-    octets
+    bytes
 }
 
 /// An entry that was found, and how.
@@ -200,7 +205,7 @@ impl Found {
 }
 
 /// The tiles of a picture.
-pub(super) struct Tiles<'a>(pub(super) &'a Shared, pub(super) &'a Head);
+pub(super) struct Tiles<'a>(pub(super) &'a Shared, pub(super) &'a Snapshot);
 
 impl HashSource for Tiles<'_> {
     fn tile(&self, tile: TileId) -> Result<Vec<u8>, String> {

@@ -7,14 +7,14 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::edge::Batch;
-use super::files::{AppendError, BUNDLE, EdgeFile};
-use super::head::{Entry, Head};
-use super::log::{Away, Shared};
+use super::files::{AppendError, BUNDLE, PartialBundleFile};
+use super::first_checkpoints::SignedSize;
+use super::log::{Shared, Unavailable};
+use super::partial_bundle::Batch;
 use super::read::Found;
-use super::signed::SignedSize;
 use super::signer::CheckpointSigner;
-use crate::store::{Announcements, LogEntry, Publication, PublishError, SledIndex, UniqueKey};
+use super::snapshot::{Entry, Snapshot};
+use crate::store::{InFlightPublications, LogEntry, Publication, PublishError, SledIndex, UniqueKey};
 use crate::tlog::{SignedCheckpoint, UnsignedCheckpoint};
 
 /// How long to wait before something that failed is tried again.
@@ -27,7 +27,7 @@ type Answer = oneshot::Sender<Result<Publication, PublishError>>;
 /// An entry that waits to be published.
 pub(super) struct Waiting {
     pub(super) entry: LogEntry,
-    pub(super) octets: Vec<u8>,
+    pub(super) bytes: Vec<u8>,
     pub(super) answer: Answer,
 }
 
@@ -47,9 +47,9 @@ pub(super) struct Sequencer {
     pub(super) batch_size: usize,
     pub(super) batch_period: Duration,
     pub(super) index_patience: Duration,
-    pub(super) announcements: Arc<Announcements>,
-    /// Away while it is not known what the disk holds.
-    pub(super) edge: Option<EdgeFile>,
+    pub(super) announcements: Arc<InFlightPublications>,
+    /// Unavailable while it is not known what the disk holds.
+    pub(super) edge: Option<PartialBundleFile>,
 }
 
 impl Sequencer {
@@ -68,7 +68,7 @@ impl Sequencer {
     async fn collect(&mut self, queue: &mut mpsc::Receiver<Waiting>) -> Option<Vec<Waiting>> {
         let head = self.shared.head();
         if queue.is_empty() && head.indexed < head.tree.size() {
-            self.index(&mut Head::clone(&head)).await;
+            self.index(&mut Snapshot::clone(&head)).await;
         }
         let first = loop {
             if self.shared.head().checkpoint.is_some() {
@@ -105,15 +105,15 @@ impl Sequencer {
     }
 
     /// Publishes a batch. An error means that it is not known what the disk holds: everybody was told, and it must be looked at.
-    async fn sequence(&mut self, waiting: Vec<Waiting>) -> Result<(), Away> {
+    async fn sequence(&mut self, waiting: Vec<Waiting>) -> Result<(), Unavailable> {
         // 1. What is public already has its answer, what is taken is refused; nothing is signed for either.
-        let new = self.weed(waiting).await;
+        let new = self.dedupe(waiting).await;
         let head = self.shared.head();
         if new.is_empty() && head.checkpoint.is_some() {
             return Ok(());
         }
         // 2. The tree with the new entries, in memory.
-        let mut grown = Head::clone(&head);
+        let mut grown = Snapshot::clone(&head);
         for new in &new {
             grown.push(Arc::clone(&new.entry));
         }
@@ -138,7 +138,7 @@ impl Sequencer {
         self.shared.settle();
         // 6. Those who waited are told.
         let first = head.tree.size();
-        answer(new, |at, new| Ok(new.says.publication(first + at as u64, &new.entry.octets)));
+        answer(new, |at, new| Ok(new.says.publication(first + at as u64, &new.entry.bytes)));
         // 7. Bundles that are full become files of their own.
         match grown.recent.len() < BUNDLE as usize {
             true => Ok(()),
@@ -147,7 +147,7 @@ impl Sequencer {
     }
 
     /// The new ones among those that wait; everybody else is answered.
-    async fn weed(&self, mut waiting: Vec<Waiting>) -> Vec<New> {
+    async fn dedupe(&self, mut waiting: Vec<Waiting>) -> Vec<New> {
         // Whoever stopped waiting may have been told that nothing was published: doubted before it is seen that they went, so that
         // nobody is told so afterwards.
         self.shared.doubt(waiting.iter().flat_map(|waiting| waiting.entry.keys()));
@@ -157,7 +157,7 @@ impl Sequencer {
         let known = match self.shared.look_up(keys.concat()).await {
             Ok(known) => known,
             Err(error) => {
-                let why = Away::of(&error);
+                let why = Unavailable::of(&error);
                 waiting.into_iter().for_each(|one| drop(one.answer.send(Err(self.shared.error(&why).into()))));
                 return Vec::new();
             }
@@ -165,7 +165,7 @@ impl Sequencer {
         let mut known = known.into_iter();
         let mut new: Vec<New> = Vec::new();
         let mut in_batch: HashMap<UniqueKey, usize> = HashMap::new();
-        for (Waiting { entry: says, octets, answer }, keys) in waiting.into_iter().zip(keys) {
+        for (Waiting { entry: says, bytes, answer }, keys) in waiting.into_iter().zip(keys) {
             let known: Vec<_> = known.by_ref().take(keys.len()).collect();
             let taken = keys.iter().zip(known).find_map(|(key, found)| Some((key, found?)));
             if let Some((key, found)) = taken {
@@ -185,7 +185,7 @@ impl Sequencer {
                 continue;
             }
             in_batch.extend(keys.iter().map(|key| (*key, new.len())));
-            let entry = Arc::new(Entry { keys: says.keys(), octets });
+            let entry = Arc::new(Entry { keys: says.keys(), bytes });
             new.push(New { says, entry, answers: vec![answer], rivals: Vec::new() });
         }
         new
@@ -200,7 +200,7 @@ impl Sequencer {
         }
     }
 
-    async fn sign(&self, grown: &Head) -> Result<SignedCheckpoint, String> {
+    async fn sign(&self, grown: &Snapshot) -> Result<SignedCheckpoint, String> {
         let key = self.signer.key();
         let unsigned = UnsignedCheckpoint::new(key.origin(), grown.tree.size(), grown.tree.root());
         let unsigned = unsigned.map_err(|e| e.to_string())?;
@@ -208,10 +208,10 @@ impl Sequencer {
         unsigned.signed(key, &signature).map_err(|e| e.to_string())
     }
 
-    async fn append(&mut self, head: &Head, checkpoint: &SignedCheckpoint, new: &[New]) -> Result<(), Away> {
-        let entries = new.iter().map(|new| new.entry.octets.clone()).collect();
+    async fn append(&mut self, head: &Snapshot, checkpoint: &SignedCheckpoint, new: &[New]) -> Result<(), Unavailable> {
+        let entries = new.iter().map(|new| new.entry.bytes.clone()).collect();
         let batch = Batch { first: head.tree.size(), note: checkpoint.note().to_vec(), entries };
-        let Some(mut edge) = self.edge.take() else { return Err(Away::Failed("the edge is not open".into())) };
+        let Some(mut edge) = self.edge.take() else { return Err(Unavailable::Failed("the edge is not open".into())) };
         let appended = self.on_the_disk(move |shared| shared.files.append(&mut edge, &batch).map(|()| edge)).await?;
         match appended {
             Ok(edge) => {
@@ -220,21 +220,21 @@ impl Sequencer {
             }
             Err(AppendError::Full(error)) => {
                 tracing::warn!(%error, "there is no room for a batch");
-                Err(Away::Full)
+                Err(Unavailable::Full)
             }
-            Err(AppendError::Failed(error)) => Err(Away::Failed(error.to_string())),
+            Err(AppendError::Failed(error)) => Err(Unavailable::Failed(error.to_string())),
         }
     }
 
-    async fn turn_over(&mut self, mut head: Head) -> Result<(), Away> {
+    async fn turn_over(&mut self, mut head: Snapshot) -> Result<(), Unavailable> {
         // What leaves the picture is found by the index alone.
         self.index(&mut head).await;
-        let Some(mut edge) = self.edge.take() else { return Err(Away::Failed("the edge is not open".into())) };
-        let mut entries: Vec<_> = head.recent.iter().map(|entry| entry.octets.clone()).collect();
+        let Some(mut edge) = self.edge.take() else { return Err(Unavailable::Failed("the edge is not open".into())) };
+        let mut entries: Vec<_> = head.recent.iter().map(|entry| entry.bytes.clone()).collect();
         let (checkpoint, signed) = (head.checkpoint.clone(), head.signed.clone());
         let turned = self.on_the_disk(move |shared| {
             let turned = shared.files.turn_over(checkpoint.as_ref(), &mut entries, &signed, &mut edge);
-            turned.map(|()| edge).map_err(|e| Away::of(&shared.files.failed("writing full tiles", &e)))
+            turned.map(|()| edge).map_err(|e| Unavailable::of(&shared.files.failed("writing full tiles", &e)))
         });
         let edge = turned.await??;
         let gone = usize::try_from(edge.base() - head.base).unwrap_or(head.recent.len());
@@ -248,7 +248,7 @@ impl Sequencer {
     }
 
     /// Reads the files again, however long it takes, since it is not known what they hold. Whoever waits is told meanwhile.
-    async fn heal(&mut self, why: Away, queue: &mut mpsc::Receiver<Waiting>) {
+    async fn heal(&mut self, why: Unavailable, queue: &mut mpsc::Receiver<Waiting>) {
         tracing::error!(?why, "the public database failed; its files are read again");
         self.shared.set_away(Some(why.clone()));
         let mut backoff = BACKOFF.0;
@@ -266,9 +266,9 @@ impl Sequencer {
             self.edge = None;
             let size = head.tree.size();
             let found =
-                self.on_the_disk(move |shared| shared.files.recover(&key, size).map_err(|e| Away::of(&e))).await;
+                self.on_the_disk(move |shared| shared.files.recover(&key, size).map_err(|e| Unavailable::of(&e))).await;
             let taken = found.and_then(|found| found).and_then(|found| {
-                let (head, edge) = found.into_head().map_err(|e| Away::of(&e))?;
+                let (head, edge) = found.into_head().map_err(|e| Unavailable::of(&e))?;
                 self.edge = Some(edge);
                 Ok(head)
             });
@@ -294,9 +294,9 @@ impl Sequencer {
     pub(super) async fn on_the_disk<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Shared) -> T + Send + 'static,
-    ) -> Result<T, Away> {
+    ) -> Result<T, Unavailable> {
         let shared = Arc::clone(&self.shared);
-        tokio::task::spawn_blocking(move || work(&shared)).await.map_err(|e| Away::Failed(e.to_string()))
+        tokio::task::spawn_blocking(move || work(&shared)).await.map_err(|e| Unavailable::Failed(e.to_string()))
     }
 }
 

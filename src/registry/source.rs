@@ -4,16 +4,16 @@ use std::fs;
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
-use super::edge;
 use super::export::{CHIPS, chip_files};
 use super::fetch::Fetcher;
 use super::files::{BUNDLE, FullTiles, newest_edge};
+use super::partial_bundle;
 use crate::names::ChipId;
 use crate::tlog::{FullTile, LogKey, TileId, TileKind, Tree, bundle, leaf_hash};
 
-/// Most octets of an entry bundle: 256 entries of the largest kind.
+/// Most bytes of an entry bundle: 256 entries of the largest kind.
 const MAX_BUNDLE: u64 = 256 * 65_537;
-/// Most octets of a checkpoint, a record or a proof.
+/// Most bytes of a checkpoint, a record or a proof.
 const MAX_FILE: u64 = 128 * 1024;
 
 /// A part of a log could not be had.
@@ -53,7 +53,7 @@ impl SourceError {
 pub trait LogSource: Send {
     /// How messages call it.
     fn name(&self) -> String;
-    /// A file of a mirror, by its path; at most so many octets.
+    /// A file of a mirror, by its path; at most so many bytes.
     fn file(&self, path: &str, most: u64) -> Result<Vec<u8>, SourceError>;
     /// Whether it is at hand and has a record and a proof for each chip, which are read with the log then.
     fn has_chips(&self) -> bool {
@@ -113,7 +113,7 @@ impl LogSource for Mirror {
     fn file(&self, path: &str, most: u64) -> Result<Vec<u8>, SourceError> {
         let length = fs::metadata(self.0.join(path)).map_err(|e| SourceError::of(path, &e))?.len();
         if length > most {
-            let cause = format!("it has {length} octets, at most {most} are read");
+            let cause = format!("it has {length} bytes, at most {most} are read");
             return Err(SourceError::Failed { what: path.to_owned(), cause });
         }
         fs::read(self.0.join(path)).map_err(|e| SourceError::of(path, &e))
@@ -158,11 +158,11 @@ impl LogSource for Website {
 pub struct StoreDirectory {
     dir: PathBuf,
     key: LogKey,
-    edge: Option<ReadEdge>,
+    edge: Option<ReadPartialBundle>,
 }
 
 /// The edge as it was when the checkpoint was read.
-struct ReadEdge {
+struct ReadPartialBundle {
     base: u64,
     entries: Vec<Vec<u8>>,
     tree: Tree,
@@ -176,26 +176,26 @@ impl StoreDirectory {
         Self { dir: dir.to_owned(), key: key.clone(), edge: None }
     }
 
-    fn read_edge(&self) -> Result<(ReadEdge, Option<Vec<u8>>), SourceError> {
+    fn read_edge(&self) -> Result<(ReadPartialBundle, Option<Vec<u8>>), SourceError> {
         let (base, path) = newest_edge(&self.dir).map_err(|e| SourceError::of("edge", &e))?;
         let what = format!("edge/{base:020}");
         // A batch that the daemon has written and not synced yet is nobody's to show: a power cut could take it back.
         let read = fs::File::open(&path).and_then(|file| {
-            let mut octets = Vec::new();
-            (&file).read_to_end(&mut octets)?;
-            file.sync_data().map(|()| octets)
+            let mut bytes = Vec::new();
+            (&file).read_to_end(&mut bytes)?;
+            file.sync_data().map(|()| bytes)
         });
-        let octets = read.map_err(|e| SourceError::of(&what, &e))?;
+        let bytes = read.map_err(|e| SourceError::of(&what, &e))?;
         let damaged = |cause: String| SourceError::Failed { what: what.clone(), cause };
         let mut tree = Tree::read(base, &FullTiles(&self.dir)).map_err(|e| damaged(e.to_string()))?;
-        let edge = edge::read(&octets, &tree, &self.key).map_err(damaged)?;
+        let edge = partial_bundle::read(&bytes, &tree, &self.key).map_err(damaged)?;
         let (mut entries, mut filled, mut note) = (Vec::new(), Vec::new(), None);
         for (batch, checkpoint) in edge.batches {
             filled.extend(batch.entries.iter().flat_map(|entry| tree.push(leaf_hash(entry))));
             entries.extend(batch.entries);
             note = Some(checkpoint.note().to_vec());
         }
-        Ok((ReadEdge { base, entries, tree, filled }, note))
+        Ok((ReadPartialBundle { base, entries, tree, filled }, note))
     }
 }
 
@@ -224,13 +224,13 @@ impl LogSource for StoreDirectory {
             let first = tile.index() * BUNDLE;
             if tile.kind() == TileKind::Entries && first >= edge.base {
                 let from = usize::try_from(first - edge.base).unwrap_or(usize::MAX);
-                let mut octets = Vec::new();
+                let mut bytes = Vec::new();
                 for entry in edge.entries.iter().skip(from).take(tile.width().into()) {
                     let cause =
                         |e: crate::tlog::TlogError| SourceError::Failed { what: what.clone(), cause: e.to_string() };
-                    bundle::push(&mut octets, entry).map_err(cause)?;
+                    bundle::push(&mut bytes, entry).map_err(cause)?;
                 }
-                return Ok(octets);
+                return Ok(bytes);
             }
             if let Some(hashes) = edge.tree.partial(tile).filter(|_| !tile.is_full()) {
                 return Ok(hashes.get(..usize::from(tile.width()) * 32).unwrap_or(hashes).to_vec());
@@ -258,9 +258,9 @@ fn beginning_of(tile: TileId, full: Vec<u8>) -> Result<Vec<u8>, SourceError> {
             length.map_err(|e| SourceError::Failed { what: tile.to_string(), cause: e.to_string() })?
         }
     };
-    let mut octets = full;
-    octets.truncate(length);
-    Ok(octets)
+    let mut bytes = full;
+    bytes.truncate(length);
+    Ok(bytes)
 }
 
 /// A chip's record and its proof from a mirror: a directory or a web address. Neither is believed.

@@ -185,13 +185,13 @@ impl Walk<'_> {
         let width = usize::from(entries_id.width());
         let told = self.source.tile(leaves_id).map_err(|e| found.unread(leaves_id, &e)).unwrap_or_default();
         if told.len() != width * 32 {
-            found.add(leaves_id, format!("it has {} octets and should have {}", told.len(), width * 32));
+            found.add(leaves_id, format!("it has {} bytes and should have {}", told.len(), width * 32));
         }
-        let octets = self.source.tile(entries_id).map_err(|e| found.unread(entries_id, &e)).unwrap_or_default();
-        let entries: Vec<&[u8]> = bundle::entries(&octets).map_while(Result::ok).collect();
+        let bytes = self.source.tile(entries_id).map_err(|e| found.unread(entries_id, &e)).unwrap_or_default();
+        let entries: Vec<&[u8]> = bundle::entries(&bytes).map_while(Result::ok).collect();
         let taken = entries.iter().map(|entry| entry.len() + bundle::HEAD).sum::<usize>();
-        if entries.len() == width && taken < octets.len() {
-            found.add(entries_id, format!("{} octets that are no entry follow its last one", octets.len() - taken));
+        if entries.len() == width && taken < bytes.len() {
+            found.add(entries_id, format!("{} bytes that are no entry follow its last one", bytes.len() - taken));
         }
         if entries.len() != width {
             let problem = format!(
@@ -279,9 +279,9 @@ impl Walk<'_> {
         }
     }
 
-    fn entry(&mut self, index: u64, octets: &[u8], found: &mut Verification) {
+    fn entry(&mut self, index: u64, bytes: &[u8], found: &mut Verification) {
         let at = format!("entry {index}");
-        let entry = match LogEntry::from_bytes(octets) {
+        let entry = match LogEntry::from_bytes(bytes) {
             Ok(entry) => entry,
             Err(error) => return found.add(at, error),
         };
@@ -300,14 +300,14 @@ impl Walk<'_> {
         match entry {
             LogEntry::Device(record) => {
                 found.records += 1;
-                self.record(index, octets, &record, found);
+                self.record(index, bytes, &record, found);
             }
             // Whether the audit log is as long as that only its owner can tell: sppctl audit verify.
             LogEntry::Audit(_) => found.audit_checkpoints += 1,
         }
     }
 
-    fn record(&self, index: u64, octets: &[u8], record: &DeviceRecord, found: &mut Verification) {
+    fn record(&self, index: u64, bytes: &[u8], record: &DeviceRecord, found: &mut Verification) {
         let at = format!("entry {index}");
         let claims = PublishedClaims {
             chip: &record.chip,
@@ -320,7 +320,7 @@ impl Walk<'_> {
             found.add(&at, format!("certificate, {}: {}", finding.rule, finding.problem));
         }
         if self.chips {
-            self.chip(index, octets, &record.chip, found);
+            self.chip(index, bytes, &record.chip, found);
         }
     }
 

@@ -9,9 +9,9 @@ use base64::prelude::{BASE64_STANDARD, Engine as _};
 use tokio::task::JoinSet;
 
 use super::fetch::Fetcher;
-use super::head::Head;
 use super::log::Shared;
 use super::read::Tiles;
+use super::snapshot::Snapshot;
 use crate::store::WitnessStatus;
 use crate::tlog::{LogKey, SignedCheckpoint, WitnessKey, prove_consistency};
 
@@ -23,7 +23,7 @@ const AGAIN: Duration = Duration::from_secs(15);
 const LIMIT: Duration = Duration::from_secs(5);
 /// How long a checkpoint waits for cosignatures before it is published; those that come later are added to it.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// Most octets of an answer.
+/// Most bytes of an answer.
 const MAX_ANSWER: u64 = 16 * 1024;
 
 /// A witness that is asked.
@@ -148,7 +148,7 @@ pub(super) async fn ask(shared: Weak<Shared>, witnesses: Vec<Witness>, key: LogK
 
 impl Asked {
     /// The witness's cosignature lines.
-    fn cosign(&mut self, shared: &Shared, head: &Head, checkpoint: &SignedCheckpoint) -> Result<Vec<u8>, String> {
+    fn cosign(&mut self, shared: &Shared, head: &Snapshot, checkpoint: &SignedCheckpoint) -> Result<Vec<u8>, String> {
         let first = self.add_checkpoint(shared, head, checkpoint)?;
         // It knows another tree than we thought: after a restart of this log we do not know what it has seen.
         let answer = match first {
@@ -167,7 +167,7 @@ impl Asked {
         }
     }
 
-    fn add_checkpoint(&self, shared: &Shared, head: &Head, checkpoint: &SignedCheckpoint) -> Result<Reply, String> {
+    fn add_checkpoint(&self, shared: &Shared, head: &Snapshot, checkpoint: &SignedCheckpoint) -> Result<Reply, String> {
         let proof = match self.size {
             size if size == checkpoint.size() => Vec::new(),
             size => prove_consistency(&head.tree, size, &Tiles(shared, head)).map_err(|e| e.to_string())?,

@@ -6,9 +6,9 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, async_trait};
 
-use super::door::{Act, Door};
-use super::{callers, desk};
-use crate::access::{self, AccessError, Desk};
+use super::call_gate::{AuditedCall, CallGate};
+use super::{access_messages, callers};
+use crate::access::{self, AccessControl, AccessError};
 use crate::audit::{Auditor, Entry, Outcome};
 use crate::certificate::Caller;
 use crate::keys::sha256;
@@ -20,25 +20,25 @@ use crate::provisioning::{ProvisionError, Provisioner};
 const CHUNKS: usize = 4;
 
 pub(super) struct AccessService {
-    pub(super) desk: Arc<Desk>,
+    pub(super) desk: Arc<AccessControl>,
     pub(super) provisioner: Arc<Provisioner>,
     pub(super) auditor: Arc<Auditor>,
-    pub(super) door: Door,
+    pub(super) door: CallGate,
 }
 
 /// What an officer signed is on record, whole, before it counts; and then how it stands.
 async fn on_record(
     auditor: &Auditor,
     begun: Entry,
-    work: impl Future<Output = Result<access::Request, AccessError>>,
-) -> Result<access::Request, ProvisionError> {
+    work: impl Future<Output = Result<access::ApprovalRequest, AccessError>>,
+) -> Result<access::ApprovalRequest, ProvisionError> {
     auditor.record(begun.clone()).await?;
     let done = work.await.map_err(ProvisionError::from);
     let ended = match &done {
         Ok(request) => begun.ended(Outcome::Done).with("state", request.state.name()),
         Err(error) => begun.ended(Outcome::Refused(error.to_string())),
     };
-    auditor.record(ended.without(desk::SIGNED)).await?;
+    auditor.record(ended.without(access_messages::SIGNED)).await?;
     done
 }
 
@@ -49,12 +49,12 @@ impl Access for AccessService {
         request: Request<proto::RenewCertificateRequest>,
     ) -> Result<Response<proto::RenewCertificateResponse>, Status> {
         let (present, desk) = (callers::certificate(&request)?, Arc::clone(&self.desk));
-        let act = Act::new("Access.RenewCertificate", "certificate.renew", &present.caller)
-            .announced()
-            .tell(|made: &proto::RenewCertificateResponse| desk::told_of_certificate(made.certificate.as_ref()));
+        let act = AuditedCall::new("Access.RenewCertificate", "certificate.renew", &present.caller).announced().tell(
+            |made: &proto::RenewCertificateResponse| access_messages::told_of_certificate(made.certificate.as_ref()),
+        );
         let work = async move {
             let made = desk.renew(&present, &request.get_ref().csr).await?;
-            Ok(proto::RenewCertificateResponse { certificate: Some(desk::certificate(made)) })
+            Ok(proto::RenewCertificateResponse { certificate: Some(access_messages::certificate(made)) })
         };
         self.door.act(act, work).await
     }
@@ -65,16 +65,16 @@ impl Access for AccessService {
     ) -> Result<Response<proto::EnrollCallerResponse>, Status> {
         let (officer, desk) = (callers::officer(&request)?, Arc::clone(&self.desk));
         let asked = request.get_ref();
-        let act = Act::new("Access.EnrollCaller", "caller.enroll", &Caller::Officer(officer.clone()))
+        let act = AuditedCall::new("Access.EnrollCaller", "caller.enroll", &Caller::Officer(officer.clone()))
             .with("csr_sha256", hex::encode(sha256(&asked.csr)))
             .with("role", &asked.role)
             .with("name", &asked.name)
             .announced()
-            .tell(|made: &proto::EnrollCallerResponse| desk::told_of_certificate(made.certificate.as_ref()));
+            .tell(|made: &proto::EnrollCallerResponse| access_messages::told_of_certificate(made.certificate.as_ref()));
         let work = async move {
-            let (caller, days) = desk::enrolment(request.get_ref())?;
+            let (caller, days) = access_messages::enrolment(request.get_ref())?;
             let made = desk.enroll(caller, &request.get_ref().csr, days, &officer).await?;
-            Ok(proto::EnrollCallerResponse { certificate: Some(desk::certificate(made)) })
+            Ok(proto::EnrollCallerResponse { certificate: Some(access_messages::certificate(made)) })
         };
         self.door.act(act, work).await
     }
@@ -85,7 +85,7 @@ impl Access for AccessService {
     ) -> Result<Response<proto::ListCallersResponse>, Status> {
         let caller = callers::any(&request)?.to_string();
         let (desk, provisioner) = (Arc::clone(&self.desk), Arc::clone(&self.provisioner));
-        let work = async move { desk::callers(&desk, &provisioner).await };
+        let work = async move { access_messages::callers(&desk, &provisioner).await };
         self.door.call("Access.ListCallers", caller, work).await
     }
 
@@ -98,10 +98,17 @@ impl Access for AccessService {
             (Arc::clone(&self.desk), Arc::clone(&self.auditor), Caller::Officer(officer.clone()));
         let by = caller.to_string();
         let work = async move {
-            let ready = desk.prepare_request(desk::asked(officer, certificate, request.into_inner())?).await?;
-            let entry = desk::entry_of_statement(&caller, "approval.request", ready.id, &ready.act, &ready.requested);
+            let ready =
+                desk.prepare_request(access_messages::asked(officer, certificate, request.into_inner())?).await?;
+            let entry = access_messages::entry_of_statement(
+                &caller,
+                "approval.request",
+                ready.id,
+                &ready.act,
+                &ready.requested,
+            );
             let filed = on_record(&auditor, entry, desk.file(ready)).await?;
-            Ok(proto::RequestApprovalResponse { approval: Some(desk::approval(filed, desk.now())) })
+            Ok(proto::RequestApprovalResponse { approval: Some(access_messages::approval(filed, desk.now())) })
         };
         self.door.call("Access.RequestApproval", by, work).await
     }
@@ -114,8 +121,8 @@ impl Access for AccessService {
         let work = async move {
             let (requests, rules, now) = (desk.requests().await?, desk.rules().await?, desk.now());
             Ok(proto::ListApprovalsResponse {
-                approvals: requests.into_iter().map(|request| desk::listed(request, now)).collect(),
-                rules: Some(desk::rules(&rules)),
+                approvals: requests.into_iter().map(|request| access_messages::listed(request, now)).collect(),
+                rules: Some(access_messages::rules(&rules)),
                 node: desk.node().to_owned(),
             })
         };
@@ -128,8 +135,8 @@ impl Access for AccessService {
     ) -> Result<Response<proto::GetApprovalResponse>, Status> {
         let (caller, desk) = (callers::any(&request)?.to_string(), Arc::clone(&self.desk));
         let work = async move {
-            let found = desk.request_named(desk::request_id("id", &request.get_ref().id)?).await?;
-            Ok(proto::GetApprovalResponse { approval: Some(desk::approval(found, desk.now())) })
+            let found = desk.request_named(access_messages::request_id("id", &request.get_ref().id)?).await?;
+            Ok(proto::GetApprovalResponse { approval: Some(access_messages::approval(found, desk.now())) })
         };
         self.door.call("Access.GetApproval", caller, work).await
     }
@@ -144,12 +151,12 @@ impl Access for AccessService {
         let by = caller.to_string();
         let work = async move {
             let asked = request.into_inner();
-            let (id, verdict) = desk::decision(&asked)?;
+            let (id, verdict) = access_messages::decision(&asked)?;
             let ready = desk.prepare_decision(officer, &certificate, id, verdict, &asked.signature).await?;
             let act = if asked.approve { "approval.approve" } else { "approval.reject" };
-            let entry = desk::entry_of_statement(&caller, act, id, &ready.act, &ready.signed);
+            let entry = access_messages::entry_of_statement(&caller, act, id, &ready.act, &ready.signed);
             let decided = on_record(&auditor, entry.with("reason", asked.reason), desk.decide(ready)).await?;
-            Ok(proto::DecideApprovalResponse { approval: Some(desk::approval(decided, desk.now())) })
+            Ok(proto::DecideApprovalResponse { approval: Some(access_messages::approval(decided, desk.now())) })
         };
         self.door.call("Access.DecideApproval", by, work).await
     }
@@ -159,14 +166,14 @@ impl Access for AccessService {
         request: Request<proto::UseApprovalRequest>,
     ) -> Result<Response<proto::UseApprovalResponse>, Status> {
         let (officer, desk, asked) = (callers::officer(&request)?, Arc::clone(&self.desk), request.get_ref());
-        let act = Act::new("Access.UseApproval", "ceremony.begin", &Caller::Officer(officer.clone()))
+        let act = AuditedCall::new("Access.UseApproval", "ceremony.begin", &Caller::Officer(officer.clone()))
             .with("request", hex::encode(&asked.id))
             .with("file_sha256", hex::encode(&asked.file_sha256))
             .announced();
         let work = async move {
-            let id = desk::request_id("id", &request.get_ref().id)?;
+            let id = access_messages::request_id("id", &request.get_ref().id)?;
             let used = desk.use_up(&officer, id, &request.get_ref().file_sha256).await?;
-            Ok(proto::UseApprovalResponse { approval: Some(desk::approval(used, desk.now())) })
+            Ok(proto::UseApprovalResponse { approval: Some(access_messages::approval(used, desk.now())) })
         };
         self.door.act(act, work).await
     }
@@ -176,9 +183,12 @@ impl Access for AccessService {
         request: Request<proto::RecordCeremonyRequest>,
     ) -> Result<Response<proto::RecordCeremonyResponse>, Status> {
         let officer = Caller::Officer(callers::officer(&request)?);
-        let act = desk::ceremony(Act::new("Access.RecordCeremony", "ceremony.end", &officer), request.get_ref());
+        let act = access_messages::ceremony(
+            AuditedCall::new("Access.RecordCeremony", "ceremony.end", &officer),
+            request.get_ref(),
+        );
         let work = async move {
-            desk::check_ceremony(request.get_ref())?;
+            access_messages::check_ceremony(request.get_ref())?;
             Ok(proto::RecordCeremonyResponse {})
         };
         self.door.act(act, work).await
@@ -196,11 +206,11 @@ impl Access for AccessService {
             let first = log.read(offset).await?.ok_or_else(|| {
                 ProvisionError::invalid(
                     "offset",
-                    "the log does not have so many octets: it is another log, or was cut off",
+                    "the log does not have so many bytes: it is another log, or was cut off",
                 )
             })?;
             let (sender, stream) = mpsc::channel(CHUNKS);
-            tokio::spawn(desk::send_log(log, offset, first, sender));
+            tokio::spawn(access_messages::send_log(log, offset, first, sender));
             Ok(ReceiverStream::new(stream))
         };
         self.door.call("Access.ReadAuditLog", caller, work).await
@@ -212,15 +222,15 @@ impl Access for AccessService {
     ) -> Result<Response<proto::LoadIdentitiesResponse>, Status> {
         let officer = Caller::Officer(callers::officer(&request)?);
         let (desk, provisioner, asked) = (Arc::clone(&self.desk), Arc::clone(&self.provisioner), request.get_ref());
-        let act = Act::new("Access.LoadIdentities", "identities.load", &officer)
+        let act = AuditedCall::new("Access.LoadIdentities", "identities.load", &officer)
             .with("profile", &asked.profile)
             .with("first", &asked.first)
             .announced()
-            .tell(|loaded: &proto::LoadIdentitiesResponse| desk::told_of_range(loaded.range.as_ref()));
+            .tell(|loaded: &proto::LoadIdentitiesResponse| access_messages::told_of_range(loaded.range.as_ref()));
         let work = async move {
-            let (profile, range) = desk::identities(request.get_ref(), &provisioner)?;
+            let (profile, range) = access_messages::identities(request.get_ref(), &provisioner)?;
             let loaded = desk.load_range(profile, range, &officer).await?;
-            Ok(proto::LoadIdentitiesResponse { range: Some(desk::range(loaded)) })
+            Ok(proto::LoadIdentitiesResponse { range: Some(access_messages::range(loaded)) })
         };
         self.door.act(act, work).await
     }
@@ -231,7 +241,7 @@ impl Access for AccessService {
     ) -> Result<Response<proto::ListIdentitiesResponse>, Status> {
         let (caller, desk) = (callers::any(&request)?.to_string(), Arc::clone(&self.desk));
         let work = async move {
-            let ranges = desk.ranges().await?.into_iter().map(desk::range).collect();
+            let ranges = desk.ranges().await?.into_iter().map(access_messages::range).collect();
             Ok(proto::ListIdentitiesResponse { ranges })
         };
         self.door.call("Access.ListIdentities", caller, work).await

@@ -9,7 +9,7 @@ use tonic::transport::server::{TcpConnectInfo, TlsConnectInfo};
 use tonic::{Code, Request, Status};
 
 use super::status::refusal;
-use crate::access::Standing;
+use crate::access::RevocationList;
 use crate::certificate::{Caller, CallerCertificate, caller_of};
 use crate::names::{OfficerName, StationName};
 
@@ -21,7 +21,7 @@ pub(super) fn any<T>(request: &Request<T>) -> Result<Caller, Status> {
 /// What its certificate says.
 pub(super) fn certificate<T>(request: &Request<T>) -> Result<CallerCertificate, Status> {
     let (certificate, standing) =
-        (request.extensions().get::<CallerCertificate>(), request.extensions().get::<Arc<Standing>>());
+        (request.extensions().get::<CallerCertificate>(), request.extensions().get::<Arc<RevocationList>>());
     let (certificate, standing) = certificate.zip(standing).ok_or_else(|| nobody("no door was passed".to_owned()))?;
     // A message may end long after its head, which the door has looked at.
     if standing.is_revoked(certificate) {
@@ -55,7 +55,10 @@ pub(super) fn officer<T>(request: &Request<T>) -> Result<OfficerName, Status> {
 
 /// TLS has verified the chain when the connection was made; a connection may outlive its certificate, so time and revocation are
 /// looked at with each call.
-pub(super) fn of_connection(extensions: &http::Extensions, standing: &Standing) -> Result<CallerCertificate, NoCaller> {
+pub(super) fn of_connection(
+    extensions: &http::Extensions,
+    standing: &RevocationList,
+) -> Result<CallerCertificate, NoCaller> {
     let der = peer_certificate(extensions).ok_or(NoCaller::None)?;
     let certificate = caller_of(&der).map_err(|e| NoCaller::Unreadable(e.to_string()))?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());

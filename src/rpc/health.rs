@@ -30,7 +30,7 @@ pub(crate) fn missing(provisioner: &Provisioner) -> [(&'static str, Vec<Missing>
     let hsm = provisioner.hsm().status();
     let log = provisioner.registry().status();
     let (store, disk) = match provisioner.journal().room() {
-        Ok((free, floor)) if free < floor => (None, Some(format!("{free} octets are free, {floor} are needed"))),
+        Ok((free, floor)) if free < floor => (None, Some(format!("{free} bytes are free, {floor} are needed"))),
         Ok(_) => (None, None),
         Err(error) => (Some(error.to_string()), None),
     };

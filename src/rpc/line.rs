@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tonic::{Request, Response, Status, async_trait};
 
-use super::door::{Act, Door};
+use super::call_gate::{AuditedCall, CallGate};
 use super::{callers, messages};
 use crate::certificate::Caller;
 use crate::proto;
@@ -13,7 +13,7 @@ use crate::provisioning::Provisioner;
 
 pub(super) struct LineService {
     pub(super) provisioner: Arc<Provisioner>,
-    pub(super) door: Door,
+    pub(super) door: CallGate,
 }
 
 #[async_trait]
@@ -24,7 +24,7 @@ impl Line for LineService {
     ) -> Result<Response<proto::AssembleResponse>, Status> {
         let station = callers::station(&request)?;
         let (provisioner, asked) = (Arc::clone(&self.provisioner), request.get_ref());
-        let act = Act::new("Line.Assemble", "line.assemble", &Caller::Station(station.clone()))
+        let act = AuditedCall::new("Line.Assemble", "line.assemble", &Caller::Station(station.clone()))
             .with("chip", hex::encode(&asked.chip_id))
             .with("identity", &asked.identity)
             .with("profile", &asked.profile)
@@ -42,7 +42,7 @@ impl Line for LineService {
     ) -> Result<Response<proto::CompleteResponse>, Status> {
         let station = callers::station(&request)?;
         let provisioner = Arc::clone(&self.provisioner);
-        let act = Act::new("Line.Complete", "line.complete", &Caller::Station(station.clone()))
+        let act = AuditedCall::new("Line.Complete", "line.complete", &Caller::Station(station.clone()))
             .with("session", hex::encode(&request.get_ref().session_id))
             .tell(messages::told_of_completion);
         let work = async move {
@@ -56,7 +56,7 @@ impl Line for LineService {
     async fn abort(&self, request: Request<proto::AbortRequest>) -> Result<Response<proto::AbortResponse>, Status> {
         let station = callers::station(&request)?;
         let (provisioner, asked) = (Arc::clone(&self.provisioner), request.get_ref());
-        let act = Act::new("Line.Abort", "line.abort", &Caller::Station(station.clone()))
+        let act = AuditedCall::new("Line.Abort", "line.abort", &Caller::Station(station.clone()))
             .with("session", hex::encode(&asked.session_id))
             .with("reason", &asked.reason);
         let work = async move {

@@ -90,9 +90,9 @@ pub(super) fn completion(station: StationName, request: proto::CompleteRequest) 
     let (backup, confirmation) = (request.backup_package, request.key_confirmation);
     violations.check("backup_package", !backup.is_empty(), "must not be empty");
     let (len, max) = (backup.len(), MAX_BACKUP_LEN);
-    violations.check("backup_package", len <= max, format!("has {len} octets, at most {max} are allowed"));
+    violations.check("backup_package", len <= max, format!("has {len} bytes, at most {max} are allowed"));
     let (len, max) = (confirmation.len(), MAX_CONFIRMATION_LEN);
-    violations.check("key_confirmation", len <= max, format!("has {len} octets, at most {max} are allowed"));
+    violations.check("key_confirmation", len <= max, format!("has {len} bytes, at most {max} are allowed"));
     violations.end(session.map(|session| Completion { station, session, backup, confirmation }))
 }
 
@@ -115,8 +115,8 @@ pub(super) fn session_view(request: &proto::GetSessionRequest) -> Result<Session
     }
 }
 
-pub(super) fn chip_id(octets: &[u8]) -> Result<ChipId, ProvisionError> {
-    ChipId::from_bytes(octets).map_err(|e| ProvisionError::invalid("chip_id", e))
+pub(super) fn chip_id(bytes: &[u8]) -> Result<ChipId, ProvisionError> {
+    ChipId::from_bytes(bytes).map_err(|e| ProvisionError::invalid("chip_id", e))
 }
 
 pub(super) fn assembled(made: Assembled) -> proto::AssembleResponse {
@@ -214,10 +214,10 @@ pub(super) const fn publication(session: &Session) -> Option<&Publication> {
 }
 
 pub(super) fn record(published: PublishedRecord) -> proto::GetRecordResponse {
-    let PublishedRecord { record, octets, publication } = published;
+    let PublishedRecord { record, bytes, publication } = published;
     proto::GetRecordResponse {
         receipt: Some(receipt(&publication)),
-        record_bytes: octets,
+        record_bytes: bytes,
         record: Some(proto::DeviceRecord {
             chip_id: record.chip.as_bytes().to_vec(),
             identity: record.identity.to_string(),

@@ -5,9 +5,9 @@
 #![expect(clippy::disallowed_types, reason = "this is the room of gRPC")]
 
 mod access;
+mod access_messages;
+mod call_gate;
 mod callers;
-mod desk;
-mod door;
 mod health;
 mod line;
 mod messages;

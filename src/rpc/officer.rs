@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use tonic::{Request, Response, Status, async_trait};
 
-use super::door::Door;
+use super::call_gate::CallGate;
 use super::health::{Missing, line_trouble, missing};
 use super::{callers, messages, pool};
-use crate::access::Desk;
+use crate::access::AccessControl;
 use crate::audit::Auditor;
 use crate::certificate::Caller;
 use crate::hsm::{CallStatistic, MemberStatus};
@@ -34,7 +34,7 @@ pub struct House {
     /// Where acts are recorded before they are done. To tell a status is none.
     pub auditor: Arc<Auditor>,
     /// What officers agree on.
-    pub desk: Arc<Desk>,
+    pub desk: Arc<AccessControl>,
     /// Its configuration.
     pub reloader: Arc<Reloader>,
 }
@@ -42,7 +42,7 @@ pub struct House {
 pub(super) struct OfficerService {
     pub(super) provisioner: Arc<Provisioner>,
     pub(super) house: House,
-    pub(super) door: Door,
+    pub(super) door: CallGate,
 }
 
 #[async_trait]

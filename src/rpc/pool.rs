@@ -15,7 +15,7 @@ use crate::keys::KeyKind;
 use crate::names::OfficerName;
 use crate::proto;
 use crate::provisioning::ProvisionError;
-use crate::store::Keeping;
+use crate::store::KeyStorage;
 
 /// How often a stream tells how far a filling is.
 const TELL: Duration = Duration::from_millis(250);
@@ -147,8 +147,8 @@ pub(super) fn outcome<T>(result: &Result<T, ProvisionError>) -> Outcome {
 pub(super) fn status(status: PoolStatus) -> proto::GetPoolStatusResponse {
     proto::GetPoolStatusResponse {
         store: match status.keeping {
-            Keeping::Wrapped => "wrapped",
-            Keeping::Hsm => "hsm",
+            KeyStorage::Wrapped => "wrapped",
+            KeyStorage::Hsm => "hsm",
         }
         .to_owned(),
         serving: status.serving,

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tonic::{Request, Response, Status, async_trait};
 
-use super::door::Door;
+use super::call_gate::CallGate;
 use super::pool::outcome;
 use super::{callers, reports};
 use crate::audit::{AuditLog, Entry, Outcome};
@@ -18,7 +18,7 @@ use crate::store::Session;
 pub(super) struct ProductionService {
     pub(super) provisioner: Arc<Provisioner>,
     /// The officers' own: all of them together are let in so many at once.
-    pub(super) door: Door,
+    pub(super) door: CallGate,
     pub(super) audit: Arc<AuditLog>,
 }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tonic::{Request, Response, Status, async_trait};
 
-use super::door::Door;
+use super::call_gate::CallGate;
 use super::messages::{self, ProofOf};
 use crate::proto;
 use crate::proto::recovery_server::Recovery;
@@ -12,7 +12,7 @@ use crate::provisioning::{ProvisionError, Provisioner};
 
 pub(super) struct RecoveryService {
     pub(super) provisioner: Arc<Provisioner>,
-    pub(super) door: Door,
+    pub(super) door: CallGate,
 }
 
 #[async_trait]

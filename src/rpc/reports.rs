@@ -123,7 +123,7 @@ fn published(found: &PublishedRecord) -> proto::PublishedDevice {
         profile: record.profile.to_string(),
         certificate_format: certificate_format(record.certificate_is_cwt),
         master_key_version: record.master_key_version,
-        backup_octets: record.backup.len() as u64,
+        backup_bytes: record.backup.len() as u64,
     }
 }
 
@@ -221,11 +221,11 @@ fn token(place: SessionPlace) -> Vec<u8> {
 }
 
 /// The reverse of [`token`].
-fn place(octets: &[u8]) -> Result<Option<SessionPlace>, String> {
-    if octets.is_empty() {
+fn place(bytes: &[u8]) -> Result<Option<SessionPlace>, String> {
+    if bytes.is_empty() {
         return Ok(None);
     }
-    let parts = octets.split_first_chunk().and_then(|(created, id)| Some((created, SessionId::from_bytes(id).ok()?)));
+    let parts = bytes.split_first_chunk().and_then(|(created, id)| Some((created, SessionId::from_bytes(id).ok()?)));
     let (created, id) = parts.ok_or("it is not one that an answer had; begin without one")?;
     Ok(Some(SessionPlace { created: u64::from_be_bytes(*created), id }))
 }

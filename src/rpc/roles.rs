@@ -7,7 +7,7 @@ use tonic::{Code, Status};
 
 use super::callers;
 use super::status::refusal;
-use crate::access::Standing;
+use crate::access::RevocationList;
 use crate::audit::{Auditor, Entry, Outcome};
 use crate::certificate::{Caller, Role};
 
@@ -63,7 +63,7 @@ const TABLE: &[(&str, Whom)] = {
 /// that there is a certificate, also where anybody is served.
 #[derive(Clone)]
 pub(super) struct Guard {
-    pub(super) standing: Arc<Standing>,
+    pub(super) standing: Arc<RevocationList>,
     pub(super) auditor: Arc<Auditor>,
 }
 

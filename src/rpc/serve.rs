@@ -14,7 +14,7 @@ use tonic::transport::Server;
 use tower::filter::FilterLayer;
 
 use super::access::AccessService;
-use super::door::Door;
+use super::call_gate::CallGate;
 use super::line::LineService;
 use super::officer::{House, OfficerService};
 use super::production::ProductionService;
@@ -32,7 +32,7 @@ use crate::proto::recovery_server::RecoveryServer;
 use crate::provisioning::Provisioner;
 use crate::web::Public;
 
-/// Most octets of a request: a backup, a confirmation, and what is around them.
+/// Most bytes of a request: a backup, a confirmation, and what is around them.
 const MAX_REQUEST: usize = 64 * 1024;
 /// Calls at once on one connection; a station needs one per device it works on.
 const MAX_STREAMS: u32 = 256;
@@ -96,10 +96,10 @@ impl Listening {
         let (reporter, health) = tonic_health::server::health_reporter();
         let reporting = tokio::spawn(health::report(reporter, Arc::clone(provisioner)));
         let auditor = &Arc::clone(&house.auditor);
-        let of_line = Door::line(auditor);
+        let of_line = CallGate::line(auditor);
         let line = LineServer::new(LineService { provisioner: Arc::clone(provisioner), door: of_line.clone() })
             .max_decoding_message_size(MAX_REQUEST);
-        let door = Door::officer(auditor);
+        let door = CallGate::officer(auditor);
         let (desk, audit) = (Arc::clone(&house.desk), Arc::clone(auditor.log()));
         let production = ProductionService { provisioner: Arc::clone(provisioner), door: door.clone(), audit };
         let production = ProductionServer::new(production).max_decoding_message_size(MAX_REQUEST);
@@ -112,7 +112,7 @@ impl Listening {
             AccessServer::new(AccessService { desk, provisioner, auditor, door }).max_decoding_message_size(MAX_REQUEST)
         };
         let recovery =
-            RecoveryServer::new(RecoveryService { provisioner: Arc::clone(provisioner), door: Door::public() })
+            RecoveryServer::new(RecoveryService { provisioner: Arc::clone(provisioner), door: CallGate::public() })
                 .max_decoding_message_size(MAX_REQUEST);
 
         let guarded = || {

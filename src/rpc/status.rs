@@ -20,7 +20,7 @@ const DOMAIN: &str = "spp";
 const SOON: Duration = Duration::from_millis(500);
 
 /// When a call that the HSM refused may be tried again.
-const HSM_LOOKED_AT: Duration = Duration::from_secs(1);
+const HSM_PROBE: Duration = Duration::from_secs(1);
 
 /// What a caller is told.
 struct Told {
@@ -56,10 +56,10 @@ fn table(error: &ProvisionError) -> Told {
         E::Pool(PoolError::TooMany { .. }) => told(Code::InvalidArgument, "INVALID"),
         E::Pool(PoolError::NoPool(_)) => told(Code::NotFound, "NO_POOL"),
         E::Pool(PoolError::RolledBack(_)) => told(Code::FailedPrecondition, "STATE_STORE_ROLLED_BACK"),
-        E::Pool(PoolError::Hsm(_) | PoolError::Store(_)) => again(Code::Unavailable, "POOL_AWAY", SOON),
+        E::Pool(PoolError::Hsm(_) | PoolError::Store(_)) => again(Code::Unavailable, "POOL_UNAVAILABLE", SOON),
         E::PairGone => again(Code::Aborted, "OVERTAKEN", SOON),
         E::ChipBusy(_) => again(Code::Aborted, "CHIP_BUSY", SOON),
-        E::HouseFull(_) => again(Code::ResourceExhausted, "HOUSE_FULL", SOON),
+        E::Overloaded(_) => again(Code::ResourceExhausted, "OVERLOADED", SOON),
         E::Hsm(error) => hsm(error),
         E::Store(error) => store(error),
         E::QuotaExceeded { exceeded: Exceeded::PerHour(_, after), .. } => {
@@ -71,19 +71,19 @@ fn table(error: &ProvisionError) -> Told {
         E::Unsigned(_) => again(Code::Unavailable, "CHECKPOINT_UNSIGNED", SOON),
         E::Reload(ReloadError::Refused(_)) => told(Code::FailedPrecondition, "CONFIGURATION_REFUSED"),
         E::Reload(ReloadError::Access(error)) => access(error),
-        E::Reload(ReloadError::Audit(_)) | E::Audit(_) => again(Code::Unavailable, "AUDIT_AWAY", SOON),
+        E::Reload(ReloadError::Audit(_)) | E::Audit(_) => again(Code::Unavailable, "AUDIT_LOG_UNAVAILABLE", SOON),
         E::Internal { .. } => told(Code::Internal, "FAULT"),
     }
 }
 
 const fn hsm(error: &HsmError) -> Told {
     match error {
-        HsmError::Unavailable { retry_after, .. } => again(Code::Unavailable, "HSM_AWAY", *retry_after),
+        HsmError::Unavailable { retry_after, .. } => again(Code::Unavailable, "HSM_UNAVAILABLE", *retry_after),
         HsmError::Busy { .. } => again(Code::ResourceExhausted, "HSM_BUSY", SOON),
         HsmError::Deadline(_) => again(Code::Unavailable, "HSM_SLOW", SOON),
         HsmError::Stopped(_) => again(Code::Unavailable, "HSM_NEEDS_OFFICER", Duration::from_secs(30)),
         // Nothing is wrong with the device: it may come again once somebody has looked at the HSM.
-        HsmError::Refused(_) | HsmError::Wrong(_) => again(Code::Unavailable, "HSM_FAULT", HSM_LOOKED_AT),
+        HsmError::Refused(_) | HsmError::Wrong(_) => again(Code::Unavailable, "HSM_FAULT", HSM_PROBE),
         HsmError::Absent(_) => told(Code::Internal, "HSM_FAULT"),
     }
 }
@@ -91,9 +91,9 @@ const fn hsm(error: &HsmError) -> Told {
 const fn store(error: &StoreError) -> Told {
     match error {
         StoreError::Full { .. } => again(Code::ResourceExhausted, "DISK_FULL", Duration::from_secs(10)),
-        StoreError::Failed { .. } => again(Code::Unavailable, "STORE_AWAY", SOON),
+        StoreError::Failed { .. } => again(Code::Unavailable, "STORE_UNAVAILABLE", SOON),
         StoreError::OtherState { .. } | StoreError::WrongBatch { .. } => again(Code::Aborted, "OVERTAKEN", SOON),
-        StoreError::Damaged { .. } | StoreError::Place(_) => told(Code::Internal, "STORE_FAULT"),
+        StoreError::Damaged { .. } | StoreError::Directory(_) => told(Code::Internal, "STORE_FAULT"),
     }
 }
 
@@ -193,7 +193,7 @@ pub(crate) fn too_fast(after: Duration) -> Status {
 
 /// So many requests of the public are being answered.
 pub(crate) fn busy(places: usize) -> Status {
-    status_of(&ProvisionError::HouseFull(places))
+    status_of(&ProvisionError::Overloaded(places))
 }
 
 /// A refusal that has no error of an inner room: the caller has the wrong role, or none.

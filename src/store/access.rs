@@ -4,8 +4,8 @@ use async_trait::async_trait;
 
 use super::StoreError;
 use crate::access::{
-    AccessError, ApprovalRules, IdentityRange, IssuedAccess, LoadedRange, Quota, Request, RequestId, Revocation,
-    SettledRules, Signed, StationUse, Verdict,
+    AccessError, ApprovalRequest, ApprovalRules, IdentityRange, IssuedAccess, LoadedRange, Quota, RequestId,
+    Revocation, SettledRules, SignedStatement, StationUse, Verdict,
 };
 use crate::certificate::Caller;
 use crate::names::{ChipId, DeviceIdentity, ProfileName, StationName};
@@ -43,19 +43,24 @@ pub trait AccessStore: Send + Sync {
     async fn stations(&self) -> Result<Vec<StationUse>, StoreError>;
 
     /// Puts in a request that is pending. The very same again is answered as it stands.
-    async fn file_request(&self, request: Request) -> Result<Request, AccessError>;
+    async fn file_request(&self, request: ApprovalRequest) -> Result<ApprovalRequest, AccessError>;
 
     /// All requests that are kept, newest first.
-    async fn requests(&self) -> Result<Vec<Request>, StoreError>;
+    async fn requests(&self) -> Result<Vec<ApprovalRequest>, StoreError>;
 
     /// A request by its name.
-    async fn request(&self, id: RequestId) -> Result<Option<Request>, StoreError>;
+    async fn request(&self, id: RequestId) -> Result<Option<ApprovalRequest>, StoreError>;
 
     /// Takes one officer's decision. The approval that completes an act does it in the same transaction, or makes a ceremony ready.
-    async fn decide(&self, id: RequestId, verdict: Verdict, by: Signed) -> Result<Request, AccessError>;
+    async fn decide(
+        &self,
+        id: RequestId,
+        verdict: Verdict,
+        by: SignedStatement,
+    ) -> Result<ApprovalRequest, AccessError>;
 
     /// A ceremony is about to be held: its approval is used up.
-    async fn use_up(&self, id: RequestId, at: u64) -> Result<Request, AccessError>;
+    async fn use_up(&self, id: RequestId, at: u64) -> Result<ApprovalRequest, AccessError>;
 
     /// All revocations, the newest of each caller.
     async fn revocations(&self) -> Result<Vec<Revocation>, StoreError>;

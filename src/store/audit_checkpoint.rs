@@ -21,11 +21,11 @@ pub struct AuditCheckpoint {
 }
 
 impl AuditCheckpoint {
-    /// Most octets of an encoded checkpoint.
+    /// Most bytes of an encoded checkpoint.
     pub const MAX_LEN: usize = 4200;
-    /// Most octets of a node's name; it has one at least.
+    /// Most bytes of a node's name; it has one at least.
     pub const MAX_NODE: usize = 64;
-    /// Most octets of a note; it has one at least.
+    /// Most bytes of a note; it has one at least.
     pub const MAX_NOTE: usize = 4096;
 
     /// Whether it says the same of the same audit log; a repetition may have another time.
@@ -33,13 +33,13 @@ impl AuditCheckpoint {
         (&self.node, self.entries, &self.note) == (&other.node, other.entries, &other.note)
     }
 
-    /// The checkpoint as deterministic CBOR (RFC 8949 §4.2.1): the octets that are stored, hashed and served.
+    /// The checkpoint as deterministic CBOR (RFC 8949 §4.2.1): the bytes that are stored, hashed and served.
     pub fn to_bytes(&self) -> Result<Vec<u8>, RecordError> {
         for (what, length, most) in
             [("node", self.node.len(), Self::MAX_NODE), ("note", self.note.len(), Self::MAX_NOTE)]
         {
             if !(1..=most).contains(&length) {
-                return Err(FORM.error(format!("its {what} has {length} octets, 1 to {most} are allowed")));
+                return Err(FORM.error(format!("its {what} has {length} bytes, 1 to {most} are allowed")));
             }
         }
         FORM.write(vec![

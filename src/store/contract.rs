@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 
 use super::*;
-use crate::keys::{KeptKey, SignatureAlgorithm};
+use crate::keys::{SignatureAlgorithm, StoredKey};
 use crate::names::{ChipId, DeviceIdentity, SessionId};
 
 /// All of the state store.
@@ -97,18 +97,18 @@ pub(super) fn blob(n: u64) -> Vec<u8> {
     n.to_be_bytes().repeat(9)
 }
 
-/// The wrapped octets that are kept for a session.
+/// The wrapped bytes that are kept for a session.
 pub(super) async fn kept(store: &dyn StateStore, session: &SessionId) -> Option<Vec<u8>> {
     store.kept_key(session).await.unwrap().map(|kept| match kept {
-        KeptKey::Wrapped(wrapped) => wrapped.blob,
-        KeptKey::OnToken(_) => panic!("it is wrapped"),
+        StoredKey::Wrapped(wrapped) => wrapped.blob,
+        StoredKey::OnToken(_) => panic!("it is wrapped"),
     })
 }
 
 /// Begins batch 1. Its runtime is its own: a factory is not async.
 pub(super) fn begin_a_batch_for_sessions(store: impl SecretStore + 'static) {
     let begin = async move {
-        let batch = store.plan_batch(Purpose::Sessions, Keeping::Wrapped, 1000, 0).await.unwrap();
+        let batch = store.plan_batch(Purpose::Sessions, KeyStorage::Wrapped, 1000, 0).await.unwrap();
         assert_eq!(batch.number, 1);
         store.step_batch(1, BatchStep::Open).await.unwrap();
     };
@@ -256,12 +256,12 @@ pub(super) async fn of_many_racing_for_a_chip_one_wins(engine: &impl Factory) {
 
 pub(super) async fn a_large_session_is_kept_whole(engine: &impl Factory) {
     let store = engine.state();
-    let octets: Vec<u8> = (0..60_000u32).map(|n| n.to_le_bytes()[0]).collect();
+    let bytes: Vec<u8> = (0..60_000u32).map(|n| n.to_le_bytes()[0]).collect();
     let mut large = session(1);
-    large.certificate.to_be_signed = octets.clone();
+    large.certificate.to_be_signed = bytes.clone();
     store.reserve(&large, None).await.unwrap();
     assert_eq!(store.session(&id(1)).await.unwrap(), Some(large));
-    let to = SessionState::Issued { certificate: octets };
+    let to = SessionState::Issued { certificate: bytes };
     let moved = store.advance(&id(1), StateName::Reserved, to).await.unwrap();
     assert_eq!(store.session(&id(1)).await.unwrap(), Some(moved));
 }

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use super::contract::{Factory, chip, session};
 use super::*;
 use crate::access::{
-    AccessError, Act, ApprovalRules, Exceeded, IdentityRange, Quota, Refused, Request, RequestError, RequestId,
-    RequestState, SettledQuota, Signed, Verdict, request, signed,
+    AccessError, ApprovalRequest, ApprovalRules, Exceeded, IdentityRange, ProtectedAction, Quota, Refused,
+    RequestError, RequestId, RequestState, SettledQuota, SignedStatement, Verdict, request, signed,
 };
 use crate::certificate::{Caller, Role};
 use crate::names::{DeviceIdentity, StationName};
@@ -49,27 +49,31 @@ fn total(limit: u64) -> Quota {
     Quota { devices_per_hour: None, devices_total: Some(limit) }
 }
 
-fn named(n: u8, act: Act, needed: u8) -> Request {
-    Request { id: RequestId::from_bytes([n; 8]), ..request(act, needed) }
+fn named(n: u8, act: ProtectedAction, needed: u8) -> ApprovalRequest {
+    ApprovalRequest { id: RequestId::from_bytes([n; 8]), ..request(act, needed) }
 }
 
-fn raise(quota: Quota) -> Act {
-    Act::RaiseQuota { station: station(), quota }
+fn raise(quota: Quota) -> ProtectedAction {
+    ProtectedAction::RaiseQuota { station: station(), quota }
 }
 
-fn revoke(role: Role, name: &str) -> Act {
-    Act::Revoke { role, name: name.to_owned(), reason: "lost".to_owned() }
+fn revoke(role: Role, name: &str) -> ProtectedAction {
+    ProtectedAction::Revoke { role, name: name.to_owned(), reason: "lost".to_owned() }
 }
 
-fn ceremony() -> Act {
-    Act::Ceremony { destroys: true, file: "[[destroy]]".to_owned() }
+fn ceremony() -> ProtectedAction {
+    ProtectedAction::Ceremony { destroys: true, file: "[[destroy]]".to_owned() }
 }
 
-async fn approve(store: &dyn AccessStore, request: &Request, by: Signed) -> Result<Request, AccessError> {
+async fn approve(
+    store: &dyn AccessStore,
+    request: &ApprovalRequest,
+    by: SignedStatement,
+) -> Result<ApprovalRequest, AccessError> {
     store.decide(request.id, Verdict::Approve, by).await
 }
 
-fn refused(result: Result<Request, AccessError>) -> RequestError {
+fn refused(result: Result<ApprovalRequest, AccessError>) -> RequestError {
     match result {
         Err(AccessError::Refused(Refused::Request(error))) => error,
         other => panic!("not refused: {other:?}"),
@@ -117,7 +121,7 @@ pub(super) async fn the_first_configuration_is_in_force_and_more_takes_an_approv
     assert_eq!(known.quota, SettledQuota { configured: per_hour(3), in_force: per_hour(3) });
     assert_eq!(store.rules().await.unwrap().unwrap().in_force, rules);
     // The approved rules are in force, and the file may say so.
-    let asked = store.file_request(named(1, Act::ChangeRules { rules: other }, 1)).await.unwrap();
+    let asked = store.file_request(named(1, ProtectedAction::ChangeRules { rules: other }, 1)).await.unwrap();
     approve(&*store, &asked, signed("o-2", 200)).await.unwrap();
     assert_eq!(store.rules().await.unwrap().unwrap().in_force, other);
     assert!(settle(other, per_hour(3), true).await.is_empty());
@@ -157,12 +161,12 @@ pub(super) async fn a_request_is_filed_once_and_not_without_end(engine: &impl Fa
     }
     assert!(matches!(refused(store.file_request(named(21, raise(total(2)), 1)).await), RequestError::TooMany(_)));
     for n in 0..5 {
-        let of_others = Request { requested: signed("o-7", 100), ..named(30 + n, raise(total(2)), 1) };
+        let of_others = ApprovalRequest { requested: signed("o-7", 100), ..named(30 + n, raise(total(2)), 1) };
         store.file_request(of_others).await.unwrap();
     }
-    let full = Request { requested: signed("o-7", 100), ..named(40, raise(total(2)), 1) };
+    let full = ApprovalRequest { requested: signed("o-7", 100), ..named(40, raise(total(2)), 1) };
     assert!(matches!(refused(store.file_request(full).await), RequestError::TooMany(25)));
-    let revocation = Request { requested: signed("o-7", 100), ..named(41, revoke(Role::Officer, "o-1"), 1) };
+    let revocation = ApprovalRequest { requested: signed("o-7", 100), ..named(41, revoke(Role::Officer, "o-1"), 1) };
     store.file_request(revocation).await.expect("there is always room for a revocation");
     let no = Verdict::Reject("no".to_owned());
     store.decide(asked.id, no, signed("o-1", 200)).await.unwrap();
@@ -174,10 +178,10 @@ pub(super) async fn a_request_is_filed_once_and_not_without_end(engine: &impl Fa
 pub(super) async fn what_a_revoked_officer_signed_is_void(engine: &impl Factory) {
     let store = engine.state();
     let his = store.file_request(named(1, raise(total(2)), 1)).await.unwrap();
-    let others = Request { requested: signed("o-5", 100), ..named(2, raise(total(3)), 2) };
+    let others = ApprovalRequest { requested: signed("o-5", 100), ..named(2, raise(total(3)), 2) };
     let others = store.file_request(others).await.unwrap();
     approve(&*store, &others, signed("o-1", 150)).await.unwrap();
-    let revocation = Request { requested: signed("o-5", 100), ..named(3, revoke(Role::Officer, "o-1"), 1) };
+    let revocation = ApprovalRequest { requested: signed("o-5", 100), ..named(3, revoke(Role::Officer, "o-1"), 1) };
     let revocation = store.file_request(revocation).await.unwrap();
     approve(&*store, &revocation, signed("o-6", 200)).await.unwrap();
     assert!(matches!(refused(approve(&*store, &his, signed("o-2", 300)).await), RequestError::Decided { .. }));
@@ -193,7 +197,7 @@ pub(super) async fn rules_that_became_stricter_count(engine: &impl Factory) {
     let store = engine.state();
     store.settle(ApprovalRules::default(), Vec::new(), true).await.unwrap();
     let early = store.file_request(named(1, raise(total(2)), 1)).await.unwrap();
-    let stricter = Act::ChangeRules { rules: ApprovalRules { raise_quota: 2, ..ApprovalRules::default() } };
+    let stricter = ProtectedAction::ChangeRules { rules: ApprovalRules { raise_quota: 2, ..ApprovalRules::default() } };
     let change = store.file_request(named(2, stricter, 1)).await.unwrap();
     approve(&*store, &change, signed("o-2", 200)).await.unwrap();
     assert_eq!(approve(&*store, &early, signed("o-2", 300)).await.unwrap().state, RequestState::Pending);

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::contract::{Factory, PrivateStore, blob, chip, erased, id, identity, issued, published, session};
 use super::*;
-use crate::keys::{BatchName, KeptKey, KeyKind, TokenPair, WrappedKey};
+use crate::keys::{BatchName, KeyKind, StoredKey, TokenPair, WrappedKey};
 
 pub(super) use holders::*;
 pub(super) use steps::any_sequence_agrees_with_the_model_and_accounts_for_every_pair;
@@ -58,7 +58,7 @@ pub(super) const P256: Purpose = Purpose::Pool(KeyKind::P256);
 /// More pairs than any test has.
 pub(super) const ALL: usize = 100_000;
 
-/// The public key of pair `n`: its last octets say which.
+/// The public key of pair `n`: its last bytes say which.
 pub(super) fn public_key(n: u64) -> Vec<u8> {
     [&[4; 83], n.to_be_bytes().as_slice()].concat()
 }
@@ -72,14 +72,14 @@ pub(super) fn given_up(at: u64) -> SessionState {
     SessionState::Aborted { at, reason: "expired".into() }
 }
 
-pub(super) async fn open_batch(store: &dyn SecretStore, purpose: Purpose, keeping: Keeping) -> u64 {
+pub(super) async fn open_batch(store: &dyn SecretStore, purpose: Purpose, keeping: KeyStorage) -> u64 {
     let batch = store.plan_batch(purpose, keeping, 1000, 0).await.unwrap().number;
     store.step_batch(batch, BatchStep::Open).await.unwrap();
     batch
 }
 
 pub(super) async fn open_pool(store: &dyn SecretStore) -> u64 {
-    open_batch(store, P256, Keeping::Wrapped).await
+    open_batch(store, P256, KeyStorage::Wrapped).await
 }
 
 pub(super) async fn batch(store: &dyn SecretStore, number: u64) -> Batch {
@@ -90,20 +90,20 @@ pub(super) async fn name(store: &dyn SecretStore, number: u64) -> BatchName {
     BatchName { store: store.origin().await.unwrap().0, number }
 }
 
-pub(super) fn wrapped(batch: BatchName, blob: Vec<u8>) -> KeptKey {
-    KeptKey::Wrapped(WrappedKey { wrapping_key: batch.key(), blob })
+pub(super) fn wrapped(batch: BatchName, blob: Vec<u8>) -> StoredKey {
+    StoredKey::Wrapped(WrappedKey { wrapping_key: batch.key(), blob })
 }
 
-fn on_token(batch: BatchName, n: u64) -> KeptKey {
-    KeptKey::OnToken(TokenPair { label: batch.pairs(), id: n.to_be_bytes().to_vec() })
+fn on_token(batch: BatchName, n: u64) -> StoredKey {
+    StoredKey::OnToken(TokenPair { label: batch.pairs(), id: n.to_be_bytes().to_vec() })
 }
 
 /// Adds pairs of these numbers, each with its own public key and private half.
 pub(super) async fn add(store: &dyn SecretStore, number: u64, pairs: Range<u64>) -> Batch {
     let name = name(store, number).await;
-    let kept: fn(BatchName, u64) -> KeptKey = match batch(store, number).await.keeping {
-        Keeping::Wrapped => |name, n| wrapped(name, blob(n)),
-        Keeping::Hsm => on_token,
+    let kept: fn(BatchName, u64) -> StoredKey = match batch(store, number).await.keeping {
+        KeyStorage::Wrapped => |name, n| wrapped(name, blob(n)),
+        KeyStorage::Hsm => on_token,
     };
     let pairs = pairs.map(|n| PooledPair { public_key: public_key(n), kept: kept(name, n) }).collect();
     store.add_pairs(number, pairs).await.unwrap()
@@ -180,9 +180,9 @@ pub(super) async fn a_batch_goes_its_way_and_no_other(engine: &impl Factory) {
             vec![BatchStep::Open, BatchStep::Seal, quarantine, BatchStep::Discard],
         ),
     ];
-    let mut expected = store.plan_batch(P256, Keeping::Wrapped, 1234, 0).await.unwrap();
+    let mut expected = store.plan_batch(P256, KeyStorage::Wrapped, 1234, 0).await.unwrap();
     let number = expected.number;
-    assert_eq!((expected.purpose, expected.keeping, expected.created), (P256, Keeping::Wrapped, 1234));
+    assert_eq!((expected.purpose, expected.keeping, expected.created), (P256, KeyStorage::Wrapped, 1234));
     for (step, state, refused) in way {
         for _ in 0..2 {
             let Some(step) = step.clone() else { continue };
@@ -199,7 +199,7 @@ pub(super) async fn a_batch_goes_its_way_and_no_other(engine: &impl Factory) {
         }
         assert_eq!(batch(&*store, number).await, expected);
     }
-    let planned = store.plan_batch(P256, Keeping::Wrapped, 1000, 0).await.unwrap().number;
+    let planned = store.plan_batch(P256, KeyStorage::Wrapped, 1000, 0).await.unwrap().number;
     for number in [number, planned, 99] {
         for _ in 0..2 {
             store.forget_batch(number).await.unwrap();
@@ -215,7 +215,7 @@ pub(super) async fn a_number_of_a_batch_is_never_used_twice(engine: &impl Factor
     let mut store = engine.state();
     let (origin, mut last) = store.origin().await.unwrap();
     for (above, number) in [(0, 2), (9, 10), (3, 11), (11, 12)] {
-        last = store.plan_batch(P256, Keeping::Hsm, 1000, above).await.unwrap().number;
+        last = store.plan_batch(P256, KeyStorage::Hsm, 1000, above).await.unwrap().number;
         assert_eq!(last, number);
     }
     for number in [12, 11, 2] {
@@ -226,7 +226,7 @@ pub(super) async fn a_number_of_a_batch_is_never_used_twice(engine: &impl Factor
     assert_eq!(store.origin().await.unwrap(), (origin, last));
     let plans = (0..16).map(|_| {
         let store = store.clone();
-        tokio::spawn(async move { store.plan_batch(P256, Keeping::Wrapped, 1000, 5).await.unwrap().number })
+        tokio::spawn(async move { store.plan_batch(P256, KeyStorage::Wrapped, 1000, 5).await.unwrap().number })
     });
     let mut numbers = Vec::new();
     for plan in plans.collect::<Vec<_>>() {
@@ -240,7 +240,7 @@ pub(super) async fn a_number_of_a_batch_is_never_used_twice(engine: &impl Factor
 
 pub(super) async fn a_batch_with_a_pair_cannot_be_emptied(engine: &impl Factory) {
     let store = engine.state();
-    let (here, there) = (open_pool(&*store).await, open_batch(&*store, P256, Keeping::Hsm).await);
+    let (here, there) = (open_pool(&*store).await, open_batch(&*store, P256, KeyStorage::Hsm).await);
     for (n, number) in [(1, here), (2, there)] {
         let empty = || store.step_batch(number, BatchStep::Empty);
         add(&*store, number, n..n + 1).await;
@@ -266,7 +266,7 @@ pub(super) async fn a_batch_with_a_pair_cannot_be_emptied(engine: &impl Factory)
 pub(super) async fn a_batch_takes_pairs_of_its_own_while_it_is_open(engine: &impl Factory) {
     let store = engine.state();
     let (one, other) = (open_pool(&*store).await, open_pool(&*store).await);
-    let token = open_batch(&*store, P256, Keeping::Hsm).await;
+    let token = open_batch(&*store, P256, KeyStorage::Hsm).await;
     let kept = |batch| name(&*store, batch);
     let add_one = |batch, kept| {
         let good = PooledPair { public_key: public_key(7), kept: wrapped(kept, blob(7)) };
@@ -280,7 +280,7 @@ pub(super) async fn a_batch_takes_pairs_of_its_own_while_it_is_open(engine: &imp
     assert!(is_wrong(store.add_pairs(one, mixed.into()).await), "all or none");
     store.step_batch(one, BatchStep::Seal).await.unwrap();
     store.step_batch(other, BatchStep::Quarantine("why".into())).await.unwrap();
-    let planned = store.plan_batch(P256, Keeping::Wrapped, 1000, 0).await.unwrap().number;
+    let planned = store.plan_batch(P256, KeyStorage::Wrapped, 1000, 0).await.unwrap().number;
     for closed in [one, other, planned] {
         assert!(is_wrong(add_one(closed, kept(closed).await).await));
         assert_eq!(batch(&*store, closed).await.taken_in, 0);
@@ -361,7 +361,7 @@ pub(super) async fn paging_beside_concurrent_adds_sees_each_pair_once(engine: &i
 pub(super) async fn quarantined_pairs_and_other_kinds_are_not_offered_and_sealed_ones_are(engine: &impl Factory) {
     let store = engine.state();
     let (bad, sealed) = (open_pool(&*store).await, open_pool(&*store).await);
-    let other = open_batch(&*store, Purpose::Pool(KeyKind::P384), Keeping::Wrapped).await;
+    let other = open_batch(&*store, Purpose::Pool(KeyKind::P384), KeyStorage::Wrapped).await;
     for (batch, pairs) in [(bad, 0..3), (sealed, 3..6), (other, 6..9)] {
         add(&*store, batch, pairs).await;
     }

@@ -106,7 +106,7 @@ pub(super) async fn production_is_told_by_hours_and_in_pages(engine: &impl Facto
     let store = engine.state();
     let mut expected = BTreeMap::new();
     let names = [("line-1", "phone"), ("line-1", "phone-s"), ("line-1/a", "p"), ("line-10", "phone")];
-    // 255 and 256: the hour's octets carry.
+    // 255 and 256: the hour's bytes carry.
     for (n, hour) in [0, 1, 254, 255, 256, 1000].into_iter().enumerate() {
         for (m, (station, profile)) in names.into_iter().enumerate() {
             store.reserve(&opened((n * 10 + m) as u64, hour, station, profile), None).await.unwrap();

@@ -86,10 +86,10 @@ pub(crate) async fn a_record_is_found_as_it_was_published(engine: &impl PublicFa
     let public = engine.public().await;
     assert_eq!(by_chip(&*public, 0).await, None);
     for n in 0..3 {
-        let octets = record(n).to_bytes().unwrap();
-        let publication = Publication { index: n, record_hash: sha256(&octets), published: 2000 + n };
+        let bytes = record(n).to_bytes().unwrap();
+        let publication = Publication { index: n, record_hash: sha256(&bytes), published: 2000 + n };
         assert_eq!(public.publish(&record(n)).await.unwrap(), publication);
-        let published = PublishedRecord { record: record(n), octets, publication };
+        let published = PublishedRecord { record: record(n), bytes, publication };
         let keys = UniqueKey::of_record(&record(n));
         assert_eq!(keys.len(), 5);
         for key in keys {
@@ -185,8 +185,8 @@ pub(crate) async fn the_largest_record_fits(engine: &impl PublicFactory) {
 pub(crate) async fn an_audit_checkpoint_is_an_entry_and_no_record(engine: &impl PublicFactory) {
     let public = engine.public().await;
     assert_eq!((public.newest().await.unwrap(), public.newest_audit("a").await.unwrap()), (None, None));
-    let octets = audit_of("a", 7).to_bytes().unwrap();
-    let publication = Publication { index: 0, record_hash: sha256(&octets), published: 3007 };
+    let bytes = audit_of("a", 7).to_bytes().unwrap();
+    let publication = Publication { index: 0, record_hash: sha256(&bytes), published: 3007 };
     assert_eq!(public.append_audit(&audit_of("a", 7)).await.unwrap(), publication);
     assert_eq!((public.newest().await.unwrap(), public.len().await.unwrap()), (None, 0));
     assert_eq!(public.publish(&record(1)).await.unwrap().index, 1);
@@ -198,14 +198,14 @@ pub(crate) async fn an_audit_checkpoint_is_an_entry_and_no_record(engine: &impl 
     let of_the_device = public.record(1).await.unwrap();
     assert_eq!(of_the_device.as_ref().map(|found| &found.record), Some(&record(1)));
     assert_eq!(public.newest().await.unwrap(), of_the_device);
-    for (index, octets) in
-        [octets, record(1).to_bytes().unwrap(), audit_of("a", 9).to_bytes().unwrap()].iter().enumerate()
+    for (index, bytes) in
+        [bytes, record(1).to_bytes().unwrap(), audit_of("a", 9).to_bytes().unwrap()].iter().enumerate()
     {
         for proof in [public.prove(index as u64).await.unwrap(), public.receipt(index as u64).await.unwrap()] {
             assert_eq!(proof.unwrap().index(), index as u64);
         }
         let bundle = public.tile(TileId::in_tree(TileKind::Entries, 0, 3).unwrap()).await.unwrap().unwrap();
-        assert_eq!(crate::tlog::bundle::entries(&bundle).nth(index).unwrap().unwrap(), octets);
+        assert_eq!(crate::tlog::bundle::entries(&bundle).nth(index).unwrap().unwrap(), bytes);
     }
 }
 

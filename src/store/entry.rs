@@ -14,17 +14,17 @@ pub enum LogEntry {
 
 impl LogEntry {
     /// Reads an entry; anything else than what was written is refused.
-    pub fn from_bytes(octets: &[u8]) -> Result<Self, RecordError> {
-        match Self::is_audit(octets) {
-            true => AuditCheckpoint::from_bytes(octets).map(Self::Audit),
-            false => DeviceRecord::from_bytes(octets).map(|record| Self::Device(Box::new(record))),
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, RecordError> {
+        match Self::is_audit(bytes) {
+            true => AuditCheckpoint::from_bytes(bytes).map(Self::Audit),
+            false => DeviceRecord::from_bytes(bytes).map(|record| Self::Device(Box::new(record))),
         }
     }
 
-    /// Whether these octets, if they are an entry at all, are an audit checkpoint. All entries are small maps whose first key is 1, the
-    /// version, so the third octet tells them apart; whoever must be sure reads the entry.
-    pub fn is_audit(octets: &[u8]) -> bool {
-        octets.get(1..3) == Some(&[1, 2])
+    /// Whether these bytes, if they are an entry at all, are an audit checkpoint. All entries are small maps whose first key is 1, the
+    /// version, so the third byte tells them apart; whoever must be sure reads the entry.
+    pub fn is_audit(bytes: &[u8]) -> bool {
+        bytes.get(1..3) == Some(&[1, 2])
     }
 
     /// The values by which it is found.
@@ -47,13 +47,13 @@ impl LogEntry {
         }
     }
 
-    /// Where it stands, if it is at that place in these octets.
-    pub(crate) fn publication(&self, index: u64, octets: &[u8]) -> Publication {
+    /// Where it stands, if it is at that place in these bytes.
+    pub(crate) fn publication(&self, index: u64, bytes: &[u8]) -> Publication {
         let published = match self {
             Self::Device(record) => record.published,
             Self::Audit(checkpoint) => checkpoint.recorded,
         };
-        Publication { index, record_hash: sha256(octets), published }
+        Publication { index, record_hash: sha256(bytes), published }
     }
 
     /// That it has a value which another entry wants, at that place.
@@ -94,22 +94,22 @@ mod tests {
 
         #[test]
         fn an_audit_checkpoint_is_read_as_it_was_written_and_is_no_device_record(checkpoint in any_checkpoint()) {
-            let octets = checkpoint.to_bytes().unwrap();
-            prop_assert!(LogEntry::is_audit(&octets));
-            prop_assert!(DeviceRecord::from_bytes(&octets).is_err());
-            prop_assert_eq!(AuditCheckpoint::from_bytes(&octets), Ok(checkpoint.clone()));
-            prop_assert_eq!(LogEntry::from_bytes(&octets), Ok(LogEntry::Audit(checkpoint)));
+            let bytes = checkpoint.to_bytes().unwrap();
+            prop_assert!(LogEntry::is_audit(&bytes));
+            prop_assert!(DeviceRecord::from_bytes(&bytes).is_err());
+            prop_assert_eq!(AuditCheckpoint::from_bytes(&bytes), Ok(checkpoint.clone()));
+            prop_assert_eq!(LogEntry::from_bytes(&bytes), Ok(LogEntry::Audit(checkpoint)));
         }
 
         #[test]
         fn nothing_is_read_that_would_be_written_otherwise(
-            checkpoint in any_checkpoint(), at in any::<prop::sample::Index>(), octet in any::<u8>(), more in vec(any::<u8>(), 0..3)
+            checkpoint in any_checkpoint(), at in any::<prop::sample::Index>(), byte in any::<u8>(), more in vec(any::<u8>(), 0..3)
         ) {
-            let mut octets = checkpoint.to_bytes().unwrap();
-            *at.get_mut(&mut octets) = octet;
-            octets.extend(more);
-            match LogEntry::from_bytes(&octets) {
-                Ok(LogEntry::Audit(read)) => prop_assert_eq!(read.to_bytes().unwrap(), octets),
+            let mut bytes = checkpoint.to_bytes().unwrap();
+            *at.get_mut(&mut bytes) = byte;
+            bytes.extend(more);
+            match LogEntry::from_bytes(&bytes) {
+                Ok(LogEntry::Audit(read)) => prop_assert_eq!(read.to_bytes().unwrap(), bytes),
                 Ok(LogEntry::Device(_)) => prop_assert!(false, "it has other fields"),
                 Err(_) => {}
             }
@@ -118,17 +118,17 @@ mod tests {
 
     #[test]
     fn a_device_record_is_read_as_that_and_is_no_audit_checkpoint() {
-        let octets = record(1).to_bytes().unwrap();
-        assert!(!LogEntry::is_audit(&octets));
-        assert_eq!(LogEntry::from_bytes(&octets), Ok(LogEntry::Device(Box::new(record(1)))));
-        let error = AuditCheckpoint::from_bytes(&octets).unwrap_err();
+        let bytes = record(1).to_bytes().unwrap();
+        assert!(!LogEntry::is_audit(&bytes));
+        assert_eq!(LogEntry::from_bytes(&bytes), Ok(LogEntry::Device(Box::new(record(1)))));
+        let error = AuditCheckpoint::from_bytes(&bytes).unwrap_err();
         assert_eq!(error.to_string(), "not an audit checkpoint: version 1 is not known");
     }
 
     #[test]
     fn an_audit_checkpoint_has_limits() {
-        let octets = largest().to_bytes().unwrap();
-        assert_eq!(AuditCheckpoint::from_bytes(&octets), Ok(largest()));
+        let bytes = largest().to_bytes().unwrap();
+        assert_eq!(AuditCheckpoint::from_bytes(&bytes), Ok(largest()));
         for (what, wrong) in [
             ("node has 0", AuditCheckpoint { node: String::new(), ..largest() }),
             ("node has 65", AuditCheckpoint { node: "n".repeat(65), ..largest() }),
@@ -136,7 +136,7 @@ mod tests {
             ("note has 4097", AuditCheckpoint { note: vec![9; 4097], ..largest() }),
         ] {
             let refused = wrong.to_bytes().unwrap_err().to_string();
-            assert!(refused.starts_with(&format!("not an audit checkpoint: its {what} octets")), "{refused}");
+            assert!(refused.starts_with(&format!("not an audit checkpoint: its {what} bytes")), "{refused}");
         }
     }
 
@@ -148,10 +148,10 @@ mod tests {
         six.extend([6, 0]);
         let mut four = five.clone();
         four[0] -= 1;
-        // The last field is 10 octets: its key, and a number of 8 behind its head.
+        // The last field is 10 bytes: its key, and a number of 8 behind its head.
         four.truncate(five.len() - 10);
-        for octets in [six, four] {
-            assert!(AuditCheckpoint::from_bytes(&octets).is_err());
+        for bytes in [six, four] {
+            assert!(AuditCheckpoint::from_bytes(&bytes).is_err());
         }
     }
 }

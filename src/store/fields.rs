@@ -2,7 +2,7 @@
 
 use ciborium::Value;
 
-/// The octets are not what they should be, or the values do not fit.
+/// The bytes are not what they should be, or the values do not fit.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("not {what}: {cause}")]
 pub struct RecordError {
@@ -16,7 +16,7 @@ pub(super) struct Form {
     pub(super) what: &'static str,
     /// The value of key 1.
     pub(super) version: u64,
-    /// Most octets.
+    /// Most bytes.
     pub(super) most: usize,
 }
 
@@ -33,11 +33,11 @@ impl Form {
         ciborium::into_writer(&Value::Map(map), &mut bytes).map_err(|e| self.error(e))?;
         match bytes.len() <= self.most {
             true => Ok(bytes),
-            false => Err(self.error(format!("{} octets, at most {} are allowed", bytes.len(), self.most))),
+            false => Err(self.error(format!("{} bytes, at most {} are allowed", bytes.len(), self.most))),
         }
     }
 
-    /// The fields behind the version. Whoever reads them must still compare the octets with what it would write.
+    /// The fields behind the version. Whoever reads them must still compare the bytes with what it would write.
     pub(super) fn read(&'static self, bytes: &[u8]) -> Result<Fields, RecordError> {
         let value: Value = ciborium::from_reader(bytes).map_err(|e| self.error(e))?;
         let map = value.into_map().map_err(|_| self.error("no map"))?;

@@ -7,7 +7,7 @@ use super::production::{ProductionCounts, ProductionSlot};
 use super::secret::PairToReserve;
 use super::session::{Listed, ReserveError, Session, SessionCounts, SessionPlace, SessionState, StateName, StateStore};
 use super::{PublicationReceipt, StoreError};
-use crate::keys::KeptKey;
+use crate::keys::StoredKey;
 use crate::names::{ChipId, DeviceIdentity, SessionId};
 
 /// The state store as the stories see it.
@@ -58,8 +58,8 @@ pub struct Intent(Session);
 /// and outside this program's own rooms the HSM signs nothing at all:
 /// ```compile_fail,E0624
 /// # use spp::{hsm::Hsm, keys::SignatureAlgorithm, names::KeyName};
-/// async fn anything(hsm: &Hsm, key: &KeyName, octets: &[u8]) {
-///     let _ = hsm.sign(key, SignatureAlgorithm::EcdsaP256Sha256, octets).await;
+/// async fn anything(hsm: &Hsm, key: &KeyName, bytes: &[u8]) {
+///     let _ = hsm.sign(key, SignatureAlgorithm::EcdsaP256Sha256, bytes).await;
 /// }
 /// ```
 #[derive(Debug)]
@@ -125,7 +125,7 @@ impl Journal {
         Self(engine)
     }
 
-    /// Step 4, intend. Once this returns, a crash finds the session with its keys and the octets to be signed.
+    /// Step 4, intend. Once this returns, a crash finds the session with its keys and the bytes to be signed.
     pub async fn intend(&self, session: Session, pair: Option<&PairToReserve>) -> Result<Intent, ReserveError> {
         assert_eq!(session.state, SessionState::Reserved);
         self.0.reserve(&session, pair).await?;
@@ -184,13 +184,13 @@ impl Journal {
     }
 
     /// A session by name, taken up in the state the journal has.
-    pub async fn take_up(&self, id: &SessionId) -> Result<Option<TakenUp>, StoreError> {
-        Ok(self.0.session(id).await?.map(TakenUp::of))
+    pub async fn load(&self, id: &SessionId) -> Result<Option<Loaded>, StoreError> {
+        Ok(self.0.session(id).await?.map(Loaded::of))
     }
 
     /// The newest session of a chip, taken up in the state the journal has.
-    pub async fn take_up_chip(&self, chip: &ChipId) -> Result<Option<TakenUp>, StoreError> {
-        Ok(self.0.session_of_chip(chip).await?.map(TakenUp::of))
+    pub async fn load_chip(&self, chip: &ChipId) -> Result<Option<Loaded>, StoreError> {
+        Ok(self.0.session_of_chip(chip).await?.map(Loaded::of))
     }
 
     /// The session that holds an identity, to name it in a refusal.
@@ -199,7 +199,7 @@ impl Journal {
     }
 
     /// The key pair of a session, while it is in the secret store.
-    pub async fn kept_key(&self, session: &SessionId) -> Result<Option<KeptKey>, StoreError> {
+    pub async fn kept_key(&self, session: &SessionId) -> Result<Option<StoredKey>, StoreError> {
         self.0.kept_key(session).await
     }
 
@@ -209,8 +209,8 @@ impl Journal {
     }
 
     /// All sessions that are not final, oldest first.
-    pub async fn unfinished(&self) -> Result<Vec<TakenUp>, StoreError> {
-        Ok(self.0.unfinished().await?.into_iter().map(TakenUp::of).collect())
+    pub async fn unfinished(&self) -> Result<Vec<Loaded>, StoreError> {
+        Ok(self.0.unfinished().await?.into_iter().map(Loaded::of).collect())
     }
 
     /// A session as it is, for people to read.
@@ -248,7 +248,7 @@ impl Journal {
         self.0.counts().await
     }
 
-    /// Free octets and the floor.
+    /// Free bytes and the floor.
     pub fn room(&self) -> Result<(u64, u64), StoreError> {
         self.0.room()
     }
@@ -256,7 +256,7 @@ impl Journal {
 
 /// A journaled session, taken up again as the proof that its state is.
 #[derive(Debug)]
-pub enum TakenUp {
+pub enum Loaded {
     /// Intended, no signature recorded.
     Intent(Intent),
     /// Issued.
@@ -267,7 +267,7 @@ pub enum TakenUp {
     Final(Session),
 }
 
-impl TakenUp {
+impl Loaded {
     /// The session.
     pub const fn session(&self) -> &Session {
         match self {

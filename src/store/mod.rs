@@ -16,10 +16,10 @@ mod contract_pairs;
 mod contract_production;
 #[cfg(test)]
 pub(crate) mod contract_public;
+pub(crate) mod directory;
 mod entry;
 mod fields;
 mod journal;
-pub(crate) mod place;
 mod production;
 mod public;
 mod record;
@@ -34,18 +34,18 @@ pub use self::access::AccessStore;
 pub use self::sled::SledStateStore;
 pub(crate) use self::sled::{IndexEntry, IndexMark, Location, SledIndex};
 pub use audit_checkpoint::AuditCheckpoint;
+pub use directory::StoreOptions;
 pub use entry::LogEntry;
 pub use fields::RecordError;
-pub use journal::{Abortable, Intent, Issued, Journal, Published, Signed, TakenUp};
-pub use place::StoreOptions;
+pub use journal::{Abortable, Intent, Issued, Journal, Loaded, Published, Signed};
 pub use production::{HOUR, ProductionCounts, ProductionSlot};
 pub use public::{
-    Announced, Announcements, PublicDatabase, Publication, PublicationReceipt, PublishError, PublishedRecord, Registry,
-    RegistryStatus, Taken, WitnessStatus,
+    InFlightPublication, InFlightPublications, PublicDatabase, Publication, PublicationReceipt, PublishError,
+    PublishedRecord, Registry, RegistryStatus, Taken, WitnessStatus,
 };
 pub use record::DeviceRecord;
 pub use secret::{
-    Batch, BatchState, BatchStep, CondemnedPair, HeldPair, Holder, Keeping, MovedPair, PairCounts, PairId,
+    Batch, BatchState, BatchStep, CondemnedPair, HeldPair, Holder, KeyStorage, MovedPair, PairCounts, PairId,
     PairToReserve, PooledPair, Purpose, SecretStore,
 };
 pub use session::{
@@ -62,7 +62,7 @@ pub enum StoreError {
     Full {
         /// Which store.
         store: &'static str,
-        /// Free octets now.
+        /// Free bytes now.
         free: u64,
         /// The floor that applies.
         floor: u64,
@@ -89,7 +89,7 @@ pub enum StoreError {
     },
     /// The store is not there (the daemon never creates one), or it already is (`sppctl init` never overwrites one).
     #[error("{0}")]
-    Place(String),
+    Directory(String),
     /// The batch is not in a state that allows the step: a concurrent one was faster.
     #[error("batch {batch} {problem}")]
     WrongBatch {

@@ -18,7 +18,7 @@ use crate::tlog::{LogProof, SignedCheckpoint, TileId};
 pub struct Publication {
     /// Its place among all entries, counted from 0.
     pub index: u64,
-    /// SHA-256 of its octets.
+    /// SHA-256 of its bytes.
     pub record_hash: [u8; 32],
     /// Seconds since the Unix epoch.
     pub published: u64,
@@ -29,18 +29,18 @@ pub struct Publication {
 pub struct PublishedRecord {
     /// What it says.
     pub record: DeviceRecord,
-    /// Its octets, as they are stored and hashed.
-    pub octets: Vec<u8>,
+    /// Its bytes, as they are stored and hashed.
+    pub bytes: Vec<u8>,
     /// Where it stands.
     pub publication: Publication,
 }
 
 impl PublishedRecord {
-    /// The record in these octets, at that place.
-    pub fn from_octets(index: u64, octets: Vec<u8>) -> Result<Self, RecordError> {
-        let record = DeviceRecord::from_bytes(&octets)?;
-        let publication = Publication { index, record_hash: sha256(&octets), published: record.published };
-        Ok(Self { record, octets, publication })
+    /// The record in these bytes, at that place.
+    pub fn from_bytes(index: u64, bytes: Vec<u8>) -> Result<Self, RecordError> {
+        let record = DeviceRecord::from_bytes(&bytes)?;
+        let publication = Publication { index, record_hash: sha256(&bytes), published: record.published };
+        Ok(Self { record, bytes, publication })
     }
 }
 
@@ -84,16 +84,16 @@ pub enum PublishError {
 /// Somebody is about to publish. Records share a checkpoint, so a log waits a moment for those that are on the way, and for nobody
 /// else.
 #[derive(Debug, Default)]
-pub struct Announcements {
+pub struct InFlightPublications {
     count: AtomicUsize,
     fewer: Notify,
 }
 
-impl Announcements {
+impl InFlightPublications {
     /// One more is on the way, until the value is dropped.
-    pub fn announce(self: &Arc<Self>) -> Announced {
+    pub fn reserve_slot(self: &Arc<Self>) -> InFlightPublication {
         self.count.fetch_add(1, Ordering::SeqCst);
-        Announced(Arc::clone(self))
+        InFlightPublication(Arc::clone(self))
     }
 
     /// How many are on the way.
@@ -109,9 +109,9 @@ impl Announcements {
 
 /// A place among those on the way.
 #[derive(Debug)]
-pub struct Announced(Arc<Announcements>);
+pub struct InFlightPublication(Arc<InFlightPublications>);
 
-impl Drop for Announced {
+impl Drop for InFlightPublication {
     fn drop(&mut self) {
         self.0.count.fetch_sub(1, Ordering::SeqCst);
         self.0.fewer.notify_one();
@@ -137,7 +137,7 @@ pub trait PublicDatabase: Send + Sync {
     async fn append_audit(&self, checkpoint: &AuditCheckpoint) -> Result<Publication, PublishError>;
 
     /// Tells that a record is on the way; for as long as the value lives.
-    fn announce(&self) -> Announced;
+    fn reserve_slot(&self) -> InFlightPublication;
 
     /// The newest record with that value.
     async fn find(&self, key: &UniqueKey) -> Result<Option<PublishedRecord>, StoreError>;
@@ -241,9 +241,9 @@ impl Registry {
         Ok(found.map(|found| PublicationReceipt { session, publication: found.publication }))
     }
 
-    /// See [`PublicDatabase::announce`].
-    pub fn announce(&self) -> Announced {
-        self.0.announce()
+    /// See [`PublicDatabase::reserve_slot`].
+    pub fn reserve_slot(&self) -> InFlightPublication {
+        self.0.reserve_slot()
     }
 
     /// The newest record of a chip.

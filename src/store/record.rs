@@ -37,7 +37,7 @@ pub struct DeviceRecord {
 }
 
 impl DeviceRecord {
-    /// Most octets of an encoded record: an entry of the log has at most 65,535 (C2SP tlog-tiles).
+    /// Most bytes of an encoded record: an entry of the log has at most 65,535 (C2SP tlog-tiles).
     pub const MAX_LEN: usize = 65_535;
 
     /// Whether it says the same of the same device; a repeated publication may have another time.
@@ -45,7 +45,7 @@ impl DeviceRecord {
         *self == Self { published: self.published, ..other.clone() }
     }
 
-    /// The record as deterministic CBOR (RFC 8949 §4.2.1): the octets that are stored, hashed and served.
+    /// The record as deterministic CBOR (RFC 8949 §4.2.1): the bytes that are stored, hashed and served.
     pub fn to_bytes(&self) -> Result<Vec<u8>, RecordError> {
         FORM.write(vec![
             Value::Bytes(self.chip.as_bytes().to_vec()),
@@ -62,7 +62,7 @@ impl DeviceRecord {
         ])
     }
 
-    /// The record as JSON, for programs: octets in hex, times in RFC 3339.
+    /// The record as JSON, for programs: bytes in hex, times in RFC 3339.
     pub fn to_json(&self, index: u64, hash: &[u8; 32]) -> serde_json::Value {
         serde_json::json!({
             "chip_id": self.chip,

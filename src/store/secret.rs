@@ -4,7 +4,7 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
 use super::StoreError;
-use crate::keys::{BatchName, KeptKey, KeyKind, StoreId, TokenPair};
+use crate::keys::{BatchName, KeyKind, StoreId, StoredKey, TokenPair};
 use crate::names::SessionId;
 
 /// What a batch's pairs are for.
@@ -19,7 +19,7 @@ pub enum Purpose {
 /// How a batch keeps its pairs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Keeping {
+pub enum KeyStorage {
     /// Here, wrapped under the batch's key in the HSM.
     Wrapped,
     /// As objects of the token.
@@ -47,7 +47,7 @@ pub struct Batch {
     /// What its pairs are for.
     pub purpose: Purpose,
     /// How they are kept.
-    pub keeping: Keeping,
+    pub keeping: KeyStorage,
     /// How far it is.
     pub state: BatchState,
     /// Why none of its pairs is offered, if so.
@@ -109,7 +109,7 @@ pub struct PooledPair {
     /// SubjectPublicKeyInfo in DER.
     pub public_key: Vec<u8>,
     /// Its private half.
-    pub kept: KeptKey,
+    pub kept: StoredKey,
 }
 
 /// The pair that a new session takes.
@@ -119,7 +119,7 @@ pub enum PairToReserve {
     Made {
         /// Which batch.
         batch: u64,
-        /// The wrapped octets.
+        /// The wrapped bytes.
         blob: Vec<u8>,
     },
     /// Made in advance.
@@ -134,7 +134,7 @@ pub struct HeldPair {
     /// SubjectPublicKeyInfo in DER.
     pub public_key: Vec<u8>,
     /// Its private half.
-    pub kept: KeptKey,
+    pub kept: StoredKey,
 }
 
 /// Who has a pair.
@@ -151,7 +151,7 @@ pub enum Holder {
 pub struct MovedPair {
     /// Who had it when it was wrapped.
     pub holder: Holder,
-    /// The new wrapped octets.
+    /// The new wrapped bytes.
     pub blob: Vec<u8>,
 }
 
@@ -189,13 +189,14 @@ pub trait SecretStore: Send + Sync {
 
     /// A new batch in state `Planned`. Its number is higher than that of any batch before, and higher than `above`: what a
     /// token knows of a later life of this store.
-    async fn plan_batch(&self, purpose: Purpose, keeping: Keeping, at: u64, above: u64) -> Result<Batch, StoreError>;
+    async fn plan_batch(&self, purpose: Purpose, keeping: KeyStorage, at: u64, above: u64)
+    -> Result<Batch, StoreError>;
 
     /// Takes a batch a step further. A step that was taken already is answered as it was; one that the batch's state does not
     /// allow is `WrongBatch`.
     async fn step_batch(&self, number: u64, step: BatchStep) -> Result<Batch, StoreError>;
 
-    /// Forgets a batch that is `Planned` or `Emptied`, and every octet that was wrapped under its key: they are overwritten
+    /// Forgets a batch that is `Planned` or `Emptied`, and every byte that was wrapped under its key: they are overwritten
     /// where the engine can do that. A batch that is not there is forgotten already.
     async fn forget_batch(&self, number: u64) -> Result<(), StoreError>;
 

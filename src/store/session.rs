@@ -10,7 +10,7 @@ use super::production::{ProductionCounts, ProductionSlot};
 use super::public::Publication;
 use super::secret::PairToReserve;
 use crate::access::Exceeded;
-use crate::keys::{KeptKey, SignatureAlgorithm};
+use crate::keys::{SignatureAlgorithm, StoredKey};
 use crate::names::{ChipId, DeviceIdentity, KeyName, ProfileName, SessionId, StationName};
 
 /// One device's way, as journaled. Contains no secret: key pairs are in the secret store, wrapped.
@@ -36,12 +36,12 @@ pub struct Session {
     pub own_key_pair: bool,
     /// SHA-256 of the chip's transport public key, if the package is sealed to it: a repeat is sealed to the same key or refused.
     pub sealed_to: Option<[u8; 32]>,
-    /// SHA-256 of what else decides the package's octets: the profile's symmetric keys and the issuer's chain. A repeat after
+    /// SHA-256 of what else decides the package's bytes: the profile's symmetric keys and the issuer's chain. A repeat after
     /// these were changed could not give the same package, so it is refused.
     pub recipe: [u8; 32],
     /// From which master key the symmetric keys are derived.
     pub master_key: Option<MasterKeyUse>,
-    /// The certificate that will be signed, exactly these octets.
+    /// The certificate that will be signed, exactly these bytes.
     pub certificate: CertificateToSign,
     /// How far it is.
     pub state: SessionState,
@@ -93,11 +93,11 @@ pub struct CertificateToSign {
     pub issuer: KeyName,
     /// How it is signed.
     pub algorithm: SignatureAlgorithm,
-    /// Whether the octets are a COSE Sig_structure of a CWT (RFC 9052 §4.4) rather than an X.509 TBSCertificate.
+    /// Whether the bytes are a COSE Sig_structure of a CWT (RFC 9052 §4.4) rather than an X.509 TBSCertificate.
     pub is_cwt: bool,
     /// The certificate's serial number (or `cti`), unique among published records.
     pub serial: Vec<u8>,
-    /// The octets to be signed.
+    /// The bytes to be signed.
     pub to_be_signed: Vec<u8>,
 }
 
@@ -266,7 +266,7 @@ pub trait StateStore: Send + Sync {
     async fn session_of_identity(&self, identity: &DeviceIdentity) -> Result<Option<Session>, StoreError>;
 
     /// The key pair of a session, while it is in the secret store.
-    async fn kept_key(&self, session: &SessionId) -> Result<Option<KeptKey>, StoreError>;
+    async fn kept_key(&self, session: &SessionId) -> Result<Option<StoredKey>, StoreError>;
 
     /// All sessions that are not final, oldest first. Costs as much as there are unfinished ones.
     async fn unfinished(&self) -> Result<Vec<Session>, StoreError>;
@@ -296,6 +296,6 @@ pub trait StateStore: Send + Sync {
         limit: usize,
     ) -> Result<Vec<(ProductionSlot, ProductionCounts)>, StoreError>;
 
-    /// Free octets where the store lives, and the floor under which new devices are refused.
+    /// Free bytes where the store lives, and the floor under which new devices are refused.
     fn room(&self) -> Result<(u64, u64), StoreError>;
 }

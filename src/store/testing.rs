@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::time::Duration;
 
-use super::place::Door;
+use super::directory::Fs;
 
 /// What goes wrong, as long as it is told to.
 #[derive(Default)]
@@ -23,7 +23,7 @@ pub(crate) struct Faults {
     pub(crate) slow: AtomicU64,
 }
 
-impl Door for Faults {
+impl Fs for Faults {
     fn before_apply(&self) -> io::Result<()> {
         if self.full.load(SeqCst) {
             return Err(io::ErrorKind::StorageFull.into());
@@ -44,7 +44,7 @@ impl Door for Faults {
     fn free(&self, _: &Path) -> io::Result<u64> {
         match self.free.load(SeqCst) {
             0 => Ok(1 << 40),
-            octets => Ok(octets),
+            bytes => Ok(bytes),
         }
     }
 }

@@ -71,7 +71,7 @@ impl UniqueKey {
         }
     }
 
-    /// Its octets.
+    /// Its bytes.
     pub const fn as_bytes(&self) -> &[u8; 33] {
         &self.0
     }

@@ -1,17 +1,17 @@
-//! Entry bundles: up to 256 entries, each after its length in two octets (C2SP tlog-tiles, Log entries).
+//! Entry bundles: up to 256 entries, each after its length in two bytes (C2SP tlog-tiles, Log entries).
 
 use super::TlogError;
 
-/// Most octets of an entry: its length has two octets.
+/// Most bytes of an entry: its length has two bytes.
 pub const MAX_ENTRY: usize = u16::MAX as usize;
 
-/// Octets before each entry.
+/// Bytes before each entry.
 pub const HEAD: usize = 2;
 
 /// Adds an entry; one over the limit is refused and nothing is added.
 pub fn push(bundle: &mut Vec<u8>, entry: &[u8]) -> Result<(), TlogError> {
     let length = u16::try_from(entry.len());
-    let length = length.map_err(|_| TlogError::malformed("log entry", format!("it has {} octets", entry.len())))?;
+    let length = length.map_err(|_| TlogError::malformed("log entry", format!("it has {} bytes", entry.len())))?;
     bundle.extend_from_slice(&length.to_be_bytes());
     bundle.extend_from_slice(entry);
     Ok(())
@@ -21,8 +21,8 @@ pub fn push(bundle: &mut Vec<u8>, entry: &[u8]) -> Result<(), TlogError> {
 pub fn entries(bundle: &[u8]) -> impl Iterator<Item = Result<&[u8], TlogError>> {
     let mut rest = Some(bundle);
     std::iter::from_fn(move || {
-        let octets = rest.take().filter(|octets| !octets.is_empty())?;
-        let split = octets
+        let bytes = rest.take().filter(|bytes| !bytes.is_empty())?;
+        let split = bytes
             .split_first_chunk::<HEAD>()
             .and_then(|(length, after)| after.split_at_checked(usize::from(u16::from_be_bytes(*length))));
         match split {

@@ -6,7 +6,7 @@ use tlog_tiles::tlog::Hash;
 
 use super::{LogKey, Origin, TlogError, TreeHash, WitnessKey};
 
-/// Most octets of a signed checkpoint that is accepted.
+/// Most bytes of a signed checkpoint that is accepted.
 const MAX_NOTE: usize = 64 * 1024;
 
 /// What a log is about to sign.
@@ -22,7 +22,7 @@ impl UnsignedCheckpoint {
         Ok(Self { text: checkpoint.map_err(|e| TlogError::malformed("checkpoint", e))?.to_bytes() })
     }
 
-    /// The octets to be signed: the note's text with its final newline.
+    /// The bytes to be signed: the note's text with its final newline.
     pub fn to_be_signed(&self) -> &[u8] {
         &self.text
     }
@@ -48,7 +48,7 @@ impl SignedCheckpoint {
     /// Reads a signed note and verifies that it is a checkpoint of that log. Signatures of unknown keys are left alone.
     pub fn verify(note: &[u8], key: &LogKey) -> Result<Self, TlogError> {
         if note.len() > MAX_NOTE {
-            let problem = format!("it has {} octets, at most {MAX_NOTE} are read", note.len());
+            let problem = format!("it has {} bytes, at most {MAX_NOTE} are read", note.len());
             return Err(TlogError::malformed("checkpoint", problem));
         }
         let parsed = Note::from_bytes(note).map_err(|e| TlogError::malformed("checkpoint", e))?;
@@ -98,7 +98,7 @@ impl SignedCheckpoint {
     #[must_use]
     pub fn cosigned(&self, lines: &[u8], witnesses: &[&WitnessKey]) -> Self {
         let mut cosigned = self.clone();
-        let lines = lines.split_inclusive(|octet| *octet == b'\n').take(witnesses.len() * 4);
+        let lines = lines.split_inclusive(|byte| *byte == b'\n').take(witnesses.len() * 4);
         for line in lines.filter(|line| line.ends_with(b"\n")) {
             let with = Self { note: [&cosigned.note, line].concat(), ..*self };
             if with.cosigners(witnesses).len() > cosigned.cosigners(witnesses).len() {

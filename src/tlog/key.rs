@@ -140,8 +140,8 @@ impl<const TYPE: u8> FromStr for NoteKey<TYPE> {
         let (Some(name), Some(id), Some(key)) = (parts.next(), parts.next(), parts.next()) else {
             return Err(wrong(form));
         };
-        let octets = BASE64_STANDARD.decode(key).map_err(|_| wrong(form))?;
-        let Some((&kind, raw)) = octets.split_first() else { return Err(wrong(form)) };
+        let bytes = BASE64_STANDARD.decode(key).map_err(|_| wrong(form))?;
+        let Some((&kind, raw)) = bytes.split_first() else { return Err(wrong(form)) };
         if kind != TYPE {
             return Err(wrong(&format!("its signatures are of type {kind:#04x}, {TYPE:#04x} is needed here")));
         }

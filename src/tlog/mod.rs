@@ -38,7 +38,7 @@ pub fn leaf_hash(entry: &[u8]) -> TreeHash {
 /// Something is not what the format or a signature says it must be.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TlogError {
-    /// The octets are not of the format.
+    /// The bytes are not of the format.
     #[error("not a {what}: {problem}")]
     Malformed {
         /// Which format.

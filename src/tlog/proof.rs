@@ -7,7 +7,7 @@ use super::{LogKey, SignedCheckpoint, TlogError, TreeHash, leaf_hash};
 
 /// The first line.
 const HEADER: &str = "c2sp.org/tlog-proof@v1";
-/// Most octets of a proof that is read: 64 hashes and a checkpoint.
+/// Most bytes of a proof that is read: 64 hashes and a checkpoint.
 const MAX_LEN: usize = 128 * 1024;
 /// A tree of 2^64 entries has no longer proofs.
 const MAX_HASHES: usize = 64;
@@ -69,12 +69,12 @@ impl LogProof {
     }
 
     /// Reads the text form. Extra data is passed over: nothing vouches for it.
-    pub fn from_bytes(octets: &[u8]) -> Result<Self, TlogError> {
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, TlogError> {
         let wrong = |problem: &str| TlogError::malformed("log proof", problem);
-        if octets.len() > MAX_LEN {
+        if bytes.len() > MAX_LEN {
             return Err(wrong("it is too long"));
         }
-        let text = std::str::from_utf8(octets).map_err(|_| wrong("it is not UTF-8"))?;
+        let text = std::str::from_utf8(bytes).map_err(|_| wrong("it is not UTF-8"))?;
         let (head, checkpoint) = text.split_once("\n\n").ok_or_else(|| wrong("no empty line ends the hashes"))?;
         let mut lines = head.split('\n').peekable();
         if lines.next() != Some(HEADER) {
@@ -85,8 +85,8 @@ impl LogProof {
         let index = index.and_then(|digits| digits.parse::<u64>().ok().filter(|index| index.to_string() == *digits));
         let index = index.ok_or_else(|| wrong("the index is missing or no number"))?;
         let hash = |line: &str| {
-            let octets = BASE64_STANDARD.decode(line).ok().and_then(|octets| octets.try_into().ok());
-            octets.ok_or_else(|| wrong("a line is not the base64 of 32 octets"))
+            let bytes = BASE64_STANDARD.decode(line).ok().and_then(|bytes| bytes.try_into().ok());
+            bytes.ok_or_else(|| wrong("a line is not the base64 of 32 bytes"))
         };
         let hashes = lines.map(hash).collect::<Result<Vec<_>, _>>()?;
         if hashes.len() > MAX_HASHES {

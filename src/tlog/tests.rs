@@ -171,7 +171,7 @@ fn a_forged_checkpoint_or_proof_is_told_apart() {
     for at in 0..note.len() {
         let mut flipped = note.clone();
         flipped[at] ^= 1;
-        assert!(SignedCheckpoint::verify(&flipped, signer.key()).is_err(), "octet {at}");
+        assert!(SignedCheckpoint::verify(&flipped, signer.key()).is_err(), "byte {at}");
     }
 }
 
@@ -200,14 +200,14 @@ fn vkeys_are_read_and_written_and_checked() {
 
 #[test]
 fn a_bundle_holds_its_entries_exactly() {
-    let mut octets = Vec::new();
+    let mut bytes = Vec::new();
     for entry in [b"".as_slice(), b"one", &[7; bundle::MAX_ENTRY]] {
-        bundle::push(&mut octets, entry).unwrap();
+        bundle::push(&mut bytes, entry).unwrap();
     }
-    assert!(bundle::push(&mut octets, &vec![0; bundle::MAX_ENTRY + 1]).is_err());
-    assert_eq!(bundle::exactly(&octets, 3).unwrap()[1], b"one");
-    assert!(bundle::exactly(&octets, 2).is_err());
-    assert!(bundle::exactly(&octets[..octets.len() - 1], 3).is_err());
+    assert!(bundle::push(&mut bytes, &vec![0; bundle::MAX_ENTRY + 1]).is_err());
+    assert_eq!(bundle::exactly(&bytes, 3).unwrap()[1], b"one");
+    assert!(bundle::exactly(&bytes, 2).is_err());
+    assert!(bundle::exactly(&bytes[..bytes.len() - 1], 3).is_err());
 }
 
 #[test]
@@ -248,15 +248,15 @@ proptest! {
         prop_assert!(check_consistency(&proof, (size, [7; 32]), then).is_err());
         if let Some(first) = proof.first() {
             let mut forged = proof.clone();
-            forged[0] = first.map(|octet| octet ^ 1);
+            forged[0] = first.map(|byte| byte ^ 1);
             prop_assert!(check_consistency(&forged, now, then).is_err());
         }
     }
 
     #[test]
-    fn no_octets_are_a_proof_that_verifies(octets in proptest::collection::vec(any::<u8>(), 0..300)) {
-        prop_assert!(LogProof::from_bytes(&octets).is_err());
-        let _ = bundle::entries(&octets).count();
-        let _ = String::from_utf8_lossy(&octets).parse::<TileId>();
+    fn no_bytes_are_a_proof_that_verifies(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+        prop_assert!(LogProof::from_bytes(&bytes).is_err());
+        let _ = bundle::entries(&bytes).count();
+        let _ = String::from_utf8_lossy(&bytes).parse::<TileId>();
     }
 }

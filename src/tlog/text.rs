@@ -17,7 +17,7 @@ impl UnsignedText {
         Ok(Self(format!("{title}\n{}\n", body.trim_end_matches('\n'))))
     }
 
-    /// The octets to be signed.
+    /// The bytes to be signed.
     pub fn to_be_signed(&self) -> &[u8] {
         self.0.as_bytes()
     }

@@ -14,7 +14,7 @@ const HEIGHT: u8 = 8;
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Tree {
     size: u64,
-    /// By level, each below 256 hashes of 32 octets.
+    /// By level, each below 256 hashes of 32 bytes.
     edge: Vec<Vec<u8>>,
 }
 
@@ -52,7 +52,7 @@ impl Tree {
                 }
                 .map_err(TlogError::Unreadable)?;
                 if hashes.len() < width * HASH_SIZE {
-                    return Err(TlogError::Unreadable(format!("{tile} has only {} octets", hashes.len())));
+                    return Err(TlogError::Unreadable(format!("{tile} has only {} bytes", hashes.len())));
                 }
                 hashes.truncate(width * HASH_SIZE);
             }
@@ -176,15 +176,15 @@ impl Reader<'_, '_> {
             let needed = Tile::from_index(HEIGHT, *index);
             let kind = TileKind::Hashes(needed.level());
             let tile = TileId::in_tree(kind, needed.level_index(), self.tree.size).ok_or("it is not in the tree")?;
-            let octets = match found.take() {
-                Some((id, octets)) if id == tile => octets,
+            let bytes = match found.take() {
+                Some((id, bytes)) if id == tile => bytes,
                 _ => match self.tree.partial(tile) {
                     Some(hashes) => hashes.to_vec(),
                     None => (self.tiles)(tile)?,
                 },
             };
-            hashes.push(needed.hash_at_index(&octets, *index).map_err(|e| format!("{tile}: {e}"))?);
-            found = Some((tile, octets));
+            hashes.push(needed.hash_at_index(&bytes, *index).map_err(|e| format!("{tile}: {e}"))?);
+            found = Some((tile, bytes));
         }
         Ok(hashes)
     }

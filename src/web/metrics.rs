@@ -213,8 +213,8 @@ fn hsm(told: &mut Registry, provisioner: &Provisioner) {
 
 fn room(told: &mut Registry, provisioner: &Provisioner) -> Result<(), StoreError> {
     let (free, floor) = provisioner.journal().room()?;
-    told.register_with_unit("store_free", "Free octets where the state store is", Unit::Bytes, ConstGauge::new(free));
-    gauge(told, "store_free_bytes_floor", "Free octets below which no new device is taken", floor);
+    told.register_with_unit("store_free", "Free bytes where the state store is", Unit::Bytes, ConstGauge::new(free));
+    gauge(told, "store_free_bytes_floor", "Free bytes below which no new device is taken", floor);
     Ok(())
 }
 

@@ -166,7 +166,7 @@ async fn look_up(State(site): State<Arc<Site>>, Query(asked): Query<LookUp>) -> 
             let wrong = digits.chars().find(|c| !c.is_ascii_hexdigit());
             let problem = match wrong {
                 Some(c) => format!("{c:?} is no hex digit; a chip ID has the digits 0 to 9 and a to f alone"),
-                None => format!("it has {} digits; a chip ID has 16 to 128, two for each of its octets", digits.len()),
+                None => format!("it has {} digits; a chip ID has 16 to 128, two for each of its bytes", digits.len()),
             };
             let typed = asked.chip.chars().take(TYPED).collect();
             front_with(&site, StatusCode::BAD_REQUEST, typed, Some(problem)).await
@@ -180,7 +180,7 @@ async fn device(State(site): State<Arc<Site>>, Path(chip): Path<String>) -> Resp
         Err(error) => return site.refused(&error),
     };
     let proven = match site.provisioner.prove(found.publication.index).await {
-        Ok(proof) => proof.verify(&found.octets, &site.key).map_err(|error| {
+        Ok(proof) => proof.verify(&found.bytes, &site.key).map_err(|error| {
             tracing::error!(chip, %error, "a record's proof does not verify");
             error.to_string()
         }),
@@ -200,7 +200,7 @@ async fn device(State(site): State<Arc<Site>>, Path(chip): Path<String>) -> Resp
 }
 
 async fn backup(State(site): State<Arc<Site>>, Path(chip): Path<String>) -> Response {
-    let content = |found: PublishedRecord| (found.record.backup, "application/octet-stream", "backup");
+    let content = |found: PublishedRecord| (found.record.backup, "application/byte-stream", "backup");
     site.file(&chip, content).await
 }
 
@@ -213,7 +213,7 @@ async fn certificate(State(site): State<Arc<Site>>, Path(chip): Path<String>) ->
 }
 
 async fn record(State(site): State<Arc<Site>>, Path(chip): Path<String>) -> Response {
-    site.file(&chip, |found| (found.octets, "application/cbor", "cbor")).await
+    site.file(&chip, |found| (found.bytes, "application/cbor", "cbor")).await
 }
 
 async fn proof(State(site): State<Arc<Site>>, Path(chip): Path<String>) -> Response {
@@ -272,8 +272,8 @@ impl Site {
         match self.find(chip).await {
             Ok(found) => {
                 let chip = found.record.chip.clone();
-                let (octets, kind, ending) = content(found);
-                download(&chip, octets, kind, ending)
+                let (bytes, kind, ending) = content(found);
+                download(&chip, bytes, kind, ending)
             }
             Err(error) => self.refused(&error),
         }
@@ -319,7 +319,7 @@ impl Site {
 }
 
 fn record_view(found: &PublishedRecord) -> RecordView {
-    let PublishedRecord { record, octets, publication } = found;
+    let PublishedRecord { record, bytes, publication } = found;
     let kind = match &record.identity {
         DeviceIdentity::Imei(_) => "IMEI",
         DeviceIdentity::Meid(_) => "MEID",
@@ -327,7 +327,7 @@ fn record_view(found: &PublishedRecord) -> RecordView {
         DeviceIdentity::Eui64(_) => "EUI-64",
         DeviceIdentity::Serial(_) => "Serial number",
     };
-    let size = |octets: &[u8]| format!("{} bytes", HumanCount(octets.len() as u64));
+    let size = |bytes: &[u8]| format!("{} bytes", HumanCount(bytes.len() as u64));
     RecordView {
         identity_kind: kind.to_owned(),
         identity_value: record.identity.value(),
@@ -337,7 +337,7 @@ fn record_view(found: &PublishedRecord) -> RecordView {
         session: record.session.to_string(),
         master_key_version: Some(record.master_key_version).filter(|version| *version > 0),
         record_hash: hex::encode(publication.record_hash),
-        record_size: size(octets),
+        record_size: size(bytes),
         backup_size: size(&record.backup),
     }
 }
@@ -346,8 +346,8 @@ fn certificate_view(record: &DeviceRecord) -> CertificateView {
     let kind = if record.certificate_is_cwt { "CWT (RFC 8392)" } else { "X.509 certificate" };
     let said = describe(&record.certificate, record.certificate_is_cwt);
     let said =
-        said.unwrap_or_else(|error| vec![Statement { name: "Problem", value: error.to_string(), is_octets: false }]);
-    let row = |said: Statement| Row { name: said.name.to_owned(), value: said.value, mono: said.is_octets };
+        said.unwrap_or_else(|error| vec![Statement { name: "Problem", value: error.to_string(), is_bytes: false }]);
+    let row = |said: Statement| Row { name: said.name.to_owned(), value: said.value, mono: said.is_bytes };
     CertificateView { kind: kind.to_owned(), rows: said.into_iter().map(row).collect(), pem: record.certificate_pem() }
 }
 
@@ -371,8 +371,8 @@ fn page(status: StatusCode, template: &impl Template) -> Response {
 }
 
 /// A file to be kept, named after its chip.
-fn download(chip: &ChipId, octets: Vec<u8>, kind: &'static str, ending: &str) -> Response {
-    let mut response = ([(header::CONTENT_TYPE, kind), (header::CACHE_CONTROL, PAGE)], octets).into_response();
+fn download(chip: &ChipId, bytes: Vec<u8>, kind: &'static str, ending: &str) -> Response {
+    let mut response = ([(header::CONTENT_TYPE, kind), (header::CACHE_CONTROL, PAGE)], bytes).into_response();
     let name = format!("attachment; filename=\"{chip}.{ending}\"");
     if let Ok(name) = HeaderValue::from_str(&name) {
         response.headers_mut().insert(header::CONTENT_DISPOSITION, name);

@@ -183,7 +183,7 @@ pub(super) fn refused(error: &ProvisionError) -> Response {
     match error {
         ProvisionError::NoRecord => problem(StatusCode::NOT_FOUND, "there is no such record"),
         ProvisionError::Invalid(_) => {
-            problem(StatusCode::BAD_REQUEST, "a chip ID is written in hex, 16 to 128 digits for its 8 to 64 octets")
+            problem(StatusCode::BAD_REQUEST, "a chip ID is written in hex, 16 to 128 digits for its 8 to 64 bytes")
         }
         other => {
             tracing::warn!(error = %other, "a public request could not be answered");
@@ -274,7 +274,7 @@ async fn record(State(site): State<Arc<Site>>, Path(chip): Path<String>, headers
             let json = found.record.to_json(found.publication.index, &found.publication.record_hash);
             ("application/json", "json", format!("{json:#}\n").into_bytes())
         }
-        Form::Cbor => ("application/cbor", "cbor", found.octets),
+        Form::Cbor => ("application/cbor", "cbor", found.bytes),
         Form::Pem => match found.record.certificate_pem() {
             Some(pem) => ("application/x-pem-file", "pem", pem.into_bytes()),
             None => {
@@ -337,7 +337,7 @@ fn text(cache: &'static str, body: Vec<u8>) -> Response {
 
 async fn hashes(State(site): State<Arc<Site>>, Path((level, path)): Path<(String, String)>) -> Response {
     match site.tile(&format!("tile/{level}/{path}")).await {
-        Ok(octets) => immutable(Body::from(octets)),
+        Ok(bytes) => immutable(Body::from(bytes)),
         Err(refused) => refused,
     }
 }
@@ -347,35 +347,35 @@ async fn entries(
     Extension(peer): Extension<Peer>,
     Path(path): Path<String>,
 ) -> Response {
-    let octets = match site.tile(&format!("tile/entries/{path}")).await {
-        Ok(octets) => octets,
+    let bytes = match site.tile(&format!("tile/entries/{path}")).await {
+        Ok(bytes) => bytes,
         Err(refused) => return refused,
     };
     // A bundle is large: it is counted as more than one request, and takes room until its reader has all of it.
-    let kib = octets.len() / 1024;
+    let kib = bytes.len() / 1024;
     let more = u32::try_from(kib / KIB_OF_A_REQUEST).ok().and_then(NonZeroU32::new);
     if let Some(Err(after)) = more.map(|more| site.rate.charge(peer.0.ip(), more)) {
         return too_fast(false, after);
     }
     let room = Arc::clone(&site.bundles).try_acquire_many_owned(u32::try_from(kib).unwrap_or(u32::MAX));
     let Ok(room) = room else { return busy(false) };
-    immutable(Body::from(Bytes::from_owner(OnTheWay { octets, _room: room })))
+    immutable(Body::from(Bytes::from_owner(OnTheWay { bytes, _room: room })))
 }
 
 /// A bundle that somebody is reading.
 struct OnTheWay {
-    octets: Vec<u8>,
+    bytes: Vec<u8>,
     _room: OwnedSemaphorePermit,
 }
 
 impl AsRef<[u8]> for OnTheWay {
     fn as_ref(&self) -> &[u8] {
-        &self.octets
+        &self.bytes
     }
 }
 
 fn immutable(body: Body) -> Response {
-    let head = [(header::CONTENT_TYPE, "application/octet-stream"), (header::CACHE_CONTROL, IMMUTABLE)];
+    let head = [(header::CONTENT_TYPE, "application/byte-stream"), (header::CACHE_CONTROL, IMMUTABLE)];
     (head, body).into_response()
 }
 
@@ -400,7 +400,7 @@ async fn chip_file(
     match site.find(chip).await {
         Ok(found) => {
             let tag = format!("\"{}\"", hex::encode(found.publication.record_hash));
-            tagged(&headers, &tag, MINUTE, "application/cbor", found.octets)
+            tagged(&headers, &tag, MINUTE, "application/cbor", found.bytes)
         }
         Err(error) => refused(&error),
     }

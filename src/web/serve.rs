@@ -22,7 +22,7 @@ use crate::connections::{Tls, next, stopped};
 
 /// How long TLS and the head of a request may take.
 const HEAD_LIMIT: Duration = Duration::from_secs(5);
-/// Most octets of a request's head.
+/// Most bytes of a request's head.
 const HEAD_SIZE: usize = 16 * 1024;
 /// Requests at once on one connection of HTTP/2.
 const STREAMS: u32 = 100;
@@ -112,13 +112,13 @@ async fn answer(
         request.extensions_mut().insert(Peer(peer));
         router.clone().oneshot(request)
     });
-    // The library waits for the first octet as long as it takes: which version of HTTP it is to be is not known before.
+    // The library waits for the first byte as long as it takes: which version of HTTP it is to be is not known before.
     let mut stream = BufReader::new(stream);
     let first = tokio::select! {
         first = tokio::time::timeout(HEAD_LIMIT, stream.fill_buf()) => first,
         () = stopped(stop.clone()) => return,
     };
-    if !first.is_ok_and(|first| first.is_ok_and(|octets| !octets.is_empty())) {
+    if !first.is_ok_and(|first| first.is_ok_and(|bytes| !bytes.is_empty())) {
         return tracing::debug!(%peer, "nothing was asked");
     }
     let connection = builder.serve_connection(TokioIo::new(stream), service);

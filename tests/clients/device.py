@@ -78,8 +78,8 @@ class Chip:
 
     def confirm(self, package: "Package", session: bytes, backup: bytes) -> bytes:
         """Proves that the device holds its key, the package and the backup."""
-        hash_of = lambda octets: hashlib.sha256(octets).digest()  # noqa: E731
-        claims = cbor2.dumps({1: session, 2: self.chip_id, 3: hash_of(package.octets), 4: hash_of(backup)})
+        hash_of = lambda data: hashlib.sha256(data).digest()  # noqa: E731
+        claims = cbor2.dumps({1: session, 2: self.chip_id, 3: hash_of(package.data), 4: hash_of(backup)})
         if package.is_cwt:
             key = COSEKey.from_symmetric_key(package.symmetric_keys[0][1], alg="HS256")
             return COSE.new().encode_and_mac(claims, key, protected={ALG: HMAC_256_256})
@@ -94,7 +94,7 @@ class Chip:
 class Package:
     """A data package, taken apart and checked."""
 
-    octets: bytes
+    data: bytes
     identity: str
     certificate: bytes
     is_cwt: bool
@@ -102,9 +102,9 @@ class Package:
     symmetric_keys: list[tuple[str, bytes]]
 
     @classmethod
-    def read(cls, octets: bytes, chip: Chip, session: bytes, identity: str, profile: str) -> "Package":
-        fields = cbor2.loads(octets)
-        require(cbor2.dumps(fields, canonical=True) == octets, "the package is not in deterministic CBOR")
+    def read(cls, data: bytes, chip: Chip, session: bytes, identity: str, profile: str) -> "Package":
+        fields = cbor2.loads(data)
+        require(cbor2.dumps(fields, canonical=True) == data, "the package is not in deterministic CBOR")
         require(set(fields) <= set(range(1, 11)), f"the package has unknown keys: {sorted(fields)}")
         expected = {1: 1, 2: session, 3: chip.chip_id, 4: identity, 5: profile}
         for key, value in expected.items():
@@ -112,7 +112,7 @@ class Package:
         require((7 in fields) != (8 in fields), "the package has not exactly one of certificate chain and CWT")
         chain = fields.get(7, fields.get(8))
         return cls(
-            octets=octets,
+            data=data,
             identity=identity,
             certificate=chain[0] if isinstance(chain, list) else chain,
             is_cwt=8 in fields,
@@ -151,10 +151,10 @@ class Package:
             alg="ES256",
             kid=chip.manufacturer.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value.digest,
         )
-        octets = self.certificate
-        if octets.startswith(b"\xd8\x3d"):  # the CWT tag 61, RFC 8392 §6
-            octets = octets[2:]
-        values = list(leaves(cbor2.loads(COSE.new().decode(octets, key))))
+        data = self.certificate
+        if data.startswith(b"\xd8\x3d"):  # the CWT tag 61, RFC 8392 §6
+            data = data[2:]
+        values = list(leaves(cbor2.loads(COSE.new().decode(data, key))))
         require(chip.chip_id in values, "the CWT is for another chip")
         require(self.identity in values, "the CWT is for another identity")
 
@@ -169,7 +169,7 @@ def private_key(cose: dict) -> ec.EllipticCurvePrivateKey:
 
 def symmetric_key(cose: dict) -> tuple[str, bytes]:
     require(cose.get(1) == 4, "a symmetric key has another key type than 4")
-    require(16 <= len(cose[-1]) <= 64, "a symmetric key has not 16 to 64 octets")
+    require(16 <= len(cose[-1]) <= 64, "a symmetric key has not 16 to 64 bytes")
     return cose[2].decode(), cose[-1]
 
 

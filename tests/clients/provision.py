@@ -68,7 +68,7 @@ class Tour:
         say(f"chip {self.chip.chip_id.hex()}, {self.identity}, profile {self.profile}")
         self.refuses_bad_orders()
         order, package, session = self.assemble()
-        backup = self.chip.back_up(package.octets, package.certificate)
+        backup = self.chip.back_up(package.data, package.certificate)
         self.refuses_a_wrong_confirmation(package, session, backup)
         receipts = self.complete(order, package, session, backup)
         found = self.recover(package, session, backup)
@@ -87,7 +87,7 @@ class Tour:
     def refuses_bad_orders(self) -> None:
         good = self.order()
         for what, change in {
-            "a chip ID of 7 octets": {"chip_id": bytes(7)},
+            "a chip ID of 7 bytes": {"chip_id": bytes(7)},
             "an IMEI with a wrong check digit": {"identity": "imei:490154203237519"},
             "an unknown kind of identity": {"identity": "name:x"},
         }.items():
@@ -109,18 +109,18 @@ class Tour:
 
         again = self.line.Assemble(order, timeout=30)
         require(again.session_id == answer.session_id, "the same order again opened another session")
-        require(self.read(again).octets == package.octets, "the same order again got another package")
+        require(self.read(again).data == package.data, "the same order again got another package")
         say("the same order again gets the same package again")
         return order, package, answer.session_id
 
     def read(self, answer) -> Package:
         sealed = answer.WhichOneof("delivery") == "sealed_package"
         require(sealed == self.arguments.sealed, "the package came sealed, or not sealed, against the order")
-        octets = answer.data_package
+        data = answer.data_package
         if sealed:
-            octets = self.chip.unseal(answer.sealed_package, answer.session_id)
+            data = self.chip.unseal(answer.sealed_package, answer.session_id)
             say("the sealed package opens in the chip")
-        return Package.read(octets, self.chip, answer.session_id, self.identity, self.profile)
+        return Package.read(data, self.chip, answer.session_id, self.identity, self.profile)
 
     def refuses_a_wrong_confirmation(self, package: Package, session: bytes, backup: bytes) -> None:
         confirmation = self.chip.confirm(package, session, backup + b"\0")
@@ -169,8 +169,8 @@ class Tour:
         hash_of_record = hashlib.sha256(found.record_bytes).digest()
         require(hash_of_record == found.receipt.record_hash, "the receipt is for another record")
         restored = self.chip.restore(record.backup_package, record.certificate)
-        require(restored == package.octets, "the backup does not hold the package")
-        say("the backup from the public database restores the package, octet for octet")
+        require(restored == package.data, "the backup does not hold the package")
+        say("the backup from the public database restores the package, byte for byte")
         return found
 
     def verify_receipts(self, receipts: list, found) -> None:
@@ -194,8 +194,8 @@ class Tour:
         require(len(roots) == len(dict(roots)), "the log has signed two trees of the same size")
         say(f"the newest checkpoint verifies and covers them all: {newest.size} entries")
 
-    def verify_proof(self, octets: bytes, found) -> Checkpoint:
-        proof = Proof.read(octets)
+    def verify_proof(self, data: bytes, found) -> Checkpoint:
+        proof = Proof.read(data)
         index = found.receipt.record_index
         require(proof.index == index, f"the proof is for record {proof.index}, not {index}")
         return proof.verify(found.record_bytes, self.log_key)
@@ -210,10 +210,10 @@ class Tour:
     def write_certificate(self, package: Package) -> None:
         if self.arguments.certificate_out is None:
             return
-        octets = package.certificate
+        data = package.certificate
         if not package.is_cwt:
-            octets = x509.load_der_x509_certificate(octets).public_bytes(Encoding.PEM)
-        self.arguments.certificate_out.write_bytes(octets)
+            data = x509.load_der_x509_certificate(data).public_bytes(Encoding.PEM)
+        self.arguments.certificate_out.write_bytes(data)
 
 
 def place(receipt) -> tuple:

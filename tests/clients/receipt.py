@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 HEADER = "c2sp.org/tlog-proof@v1"
 ED25519 = b"\x01"  # the signature type, C2SP signed-note
-MAX_OCTETS = 128 * 1024  # 64 hashes and a checkpoint with all the cosignatures that anybody needs
+MAX_BYTES = 128 * 1024  # 64 hashes and a checkpoint with all the cosignatures that anybody needs
 MAX_NUMBER = 2**64 - 1
 
 
@@ -54,9 +54,9 @@ class LogKey:
         well_formed(len(parts) == 3, "the vkey is not NAME+ID+KEY")
         name, key_id, key = parts
         well_formed(is_key_name(name), "the vkey's name is not one")
-        octets = base64_of(key, "the vkey's key")
-        well_formed(octets[:1] == ED25519 and len(octets) == 33, "the vkey's key is not an Ed25519 key of 32 octets")
-        found = cls(name, octets[1:])
+        data = base64_of(key, "the vkey's key")
+        well_formed(data[:1] == ED25519 and len(data) == 33, "the vkey's key is not an Ed25519 key of 32 bytes")
+        found = cls(name, data[1:])
         well_formed(found.key_id.hex() == key_id, "the vkey's ID does not belong to its name and key")
         return found
 
@@ -93,9 +93,9 @@ def signature_line(line: str) -> tuple[str, bytes, bytes]:
     """Name, key ID and signature."""
     parts = line.split(" ")
     well_formed(len(parts) == 3 and parts[0] == "\N{EM DASH}" and is_key_name(parts[1]), "a signature line is not one")
-    octets = base64_of(parts[2], "a signature")
-    well_formed(len(octets) > 4, "a signature has no octets after its key ID")
-    return parts[1], octets[:4], octets[4:]
+    data = base64_of(parts[2], "a signature")
+    well_formed(len(data) > 4, "a signature has no bytes after its key ID")
+    return parts[1], data[:4], data[4:]
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ class Proof:
     checkpoint: bytes
 
     @classmethod
-    def read(cls, octets: bytes) -> "Proof":
-        head, empty_line, checkpoint = text_of(octets, "proof").partition("\n\n")
+    def read(cls, data: bytes) -> "Proof":
+        head, empty_line, checkpoint = text_of(data, "proof").partition("\n\n")
         well_formed(empty_line != "", "no empty line ends the proof's hashes")
         header, *lines = head.split("\n")
         well_formed(header == HEADER, f"the proof's first line is not {HEADER}")
@@ -179,10 +179,10 @@ def well_formed(condition: bool, otherwise: str) -> None:
         raise Malformed(otherwise)
 
 
-def text_of(octets: bytes, what: str) -> str:
-    well_formed(len(octets) <= MAX_OCTETS, f"the {what} has more than {MAX_OCTETS} octets")
+def text_of(data: bytes, what: str) -> str:
+    well_formed(len(data) <= MAX_BYTES, f"the {what} has more than {MAX_BYTES} bytes")
     try:
-        text = octets.decode("utf-8")
+        text = data.decode("utf-8")
     except UnicodeDecodeError:
         raise Malformed(f"the {what} is not UTF-8") from None
     well_formed(all(character >= " " or character == "\n" for character in text), f"the {what} has control characters")
@@ -202,15 +202,15 @@ def number(digits: str, what: str) -> int:
 
 def base64_of(text: str, what: str) -> bytes:
     try:
-        octets = base64.b64decode(text, validate=True)
+        data = base64.b64decode(text, validate=True)
     except ValueError:
         raise Malformed(f"{what} is not base64") from None
     # b64decode overlooks bits that are left over, so that several texts would be one value.
-    well_formed(base64.b64encode(octets).decode() == text, f"{what} is not in the one form of base64")
-    return octets
+    well_formed(base64.b64encode(data).decode() == text, f"{what} is not in the one form of base64")
+    return data
 
 
 def hash_of_base64(text: str, what: str) -> bytes:
-    octets = base64_of(text, what)
-    well_formed(len(octets) == 32, f"{what} is not a hash of 32 octets")
-    return octets
+    data = base64_of(text, what)
+    well_formed(len(data) == 32, f"{what} is not a hash of 32 bytes")
+    return data

@@ -62,7 +62,7 @@ class ForeignDevice(unittest.TestCase):
         package = device.Package(b"package", "serial:1", CERTIFICATE, True, None, keys)
         tagged = cbor2.loads(self.chip.confirm(package, SESSION, b"backup"))
         self.assertEqual(tagged.tag, 17)
-        hash_of = lambda octets: hashlib.sha256(octets).digest()  # noqa: E731
+        hash_of = lambda data: hashlib.sha256(data).digest()  # noqa: E731
         expected = {1: SESSION, 2: self.chip.chip_id, 3: hash_of(b"package"), 4: hash_of(b"backup")}
         self.assertEqual(cbor2.loads(tagged.value[2]), expected)
 

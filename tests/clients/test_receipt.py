@@ -62,8 +62,8 @@ class Log:
         return f"{text}\n{self.signature(text)}"
 
     def signature(self, text: str, name: str | None = None, key_id: bytes | None = None) -> str:
-        octets = (key_id or key_id_by_hand(self.name, self.public)) + self._key.sign(text.encode())
-        return f"— {name or self.name} {base64.b64encode(octets).decode()}\n"
+        data = (key_id or key_id_by_hand(self.name, self.public)) + self._key.sign(text.encode())
+        return f"— {name or self.name} {base64.b64encode(data).decode()}\n"
 
     def checkpoint(self, size: int, root: bytes, origin: str | None = None) -> str:
         return self.note(f"{origin or self.name}\n{size}\n{base64.b64encode(root).decode()}\n")
@@ -156,8 +156,8 @@ class Receipts(unittest.TestCase):
         with self.subTest("signature"), self.assertRaises(BadSignature):
             self.verify(self.replaced(proof, self.log.signature(signed), other), entry(2))
         for cut in (1, 32, 63):
-            octets = base64.b64decode(self.log.signature(signed).split(" ")[2])[:-cut]
-            short = f"— {NAME} {base64.b64encode(octets).decode()}\n"
+            data = base64.b64decode(self.log.signature(signed).split(" ")[2])[:-cut]
+            short = f"— {NAME} {base64.b64encode(data).decode()}\n"
             with self.subTest("cut off", cut=cut), self.assertRaises(BadSignature):
                 self.verify(self.replaced(proof, self.log.signature(signed), short), entry(2))
         other = self.log.signature(signed, key_id=b"\1\2\3\4")
@@ -184,23 +184,23 @@ class Receipts(unittest.TestCase):
         with self.assertRaises(Malformed):
             self.verify(proof + "— no signature\n", entry(2))
 
-    def test_no_changed_octet_leaves_a_proof_that_verifies(self):
-        octets = self.log.proof(2, 5).encode()
-        for at in range(len(octets)):
+    def test_no_changed_byte_leaves_a_proof_that_verifies(self):
+        data = self.log.proof(2, 5).encode()
+        for at in range(len(data)):
             for mask in (1, 0x20, 0x80):
-                changed = octets[:at] + bytes([octets[at] ^ mask]) + octets[at + 1 :]
+                changed = data[:at] + bytes([data[at] ^ mask]) + data[at + 1 :]
                 with self.subTest(at=at, mask=mask), self.assertRaises(ReceiptError):
                     Proof.read(changed).verify(entry(2), self.key)
-        for end in range(len(octets)):
+        for end in range(len(data)):
             with self.subTest(end=end), self.assertRaises(ReceiptError):
-                Proof.read(octets[:end]).verify(entry(2), self.key)
+                Proof.read(data[:end]).verify(entry(2), self.key)
 
     def test_a_proof_has_one_form(self):
         proof = self.log.proof(2, 5)
         with_extra = self.replaced(proof, "\nindex", "\nextra AAAA\nindex")
         self.assertEqual(self.verify(with_extra, entry(2)).size, 5)
         last_hash = proof.split("\n\n")[0].split("\n")[-1]
-        # The last character of 32 octets in base64 carries four bits of them and two of nothing.
+        # The last character of 32 bytes in base64 carries four bits of them and two of nothing.
         loose = last_hash[:-2] + chr(ord(last_hash[-2]) + 1) + "="
         self.assertEqual(base64.b64decode(loose), base64.b64decode(last_hash))
         for old, new in [
@@ -239,7 +239,7 @@ class Receipts(unittest.TestCase):
         with self.assertRaises(Malformed):
             Proof.read(b"\xff" + proof.encode())
         with self.assertRaises(Malformed):
-            Proof.read(proof.encode() + b"\n" * receipt.MAX_OCTETS)
+            Proof.read(proof.encode() + b"\n" * receipt.MAX_BYTES)
 
     def test_a_signed_checkpoint_has_one_form(self):
         root = base64.b64encode(bytes(32)).decode()

@@ -151,9 +151,9 @@ fn the_audit_log_keeps_both_signatures() {
     for (act, caller) in [("approval.request", "officer o-1"), ("approval.approve", "officer o-2")] {
         assert_eq!(of(act, "done")["caller"], caller);
         let details = of(act, "begun")["details"].clone();
-        let octets = |name: &str| hex::decode(details[name].as_str().unwrap()).unwrap();
+        let bytes = |name: &str| hex::decode(details[name].as_str().unwrap()).unwrap();
         let statement = details["statement"].as_str().unwrap();
-        spp::access::verify_statement(statement.as_bytes(), &octets("signature"), &octets("certificate")).unwrap();
+        spp::access::verify_statement(statement.as_bytes(), &bytes("signature"), &bytes("certificate")).unwrap();
         assert!(statement.contains(asked["id"].as_str().unwrap()), "{statement}");
     }
 }

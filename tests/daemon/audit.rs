@@ -338,7 +338,7 @@ async fn what_cannot_be_recorded_is_not_answered_and_then_not_begun() {
     std::fs::OpenOptions::new().write(true).open(site.path("audit/audit.jsonl")).unwrap().set_len(7).unwrap();
     for n in [2, 3, 3] {
         let refused = Refusal::of(&assemble(&mut line, &phone(n)).await.unwrap_err());
-        assert!(refused.is(Code::Unavailable, "AUDIT_AWAY"), "{refused:?}");
+        assert!(refused.is(Code::Unavailable, "AUDIT_LOG_UNAVAILABLE"), "{refused:?}");
     }
     let issued = site.status().await.sessions.unwrap().issued;
     assert_eq!(issued, 2, "the first was made and not delivered, the others were not begun");
@@ -391,7 +391,7 @@ async fn an_auditor_copies_the_log_and_verifies_it_elsewhere() {
     let mut line = site.station().await;
     for n in 1..=3 {
         assemble(&mut line, &phone(n)).await.unwrap();
-        assert!(site.sppctl(&fetch).contains("octets in copy"));
+        assert!(site.sppctl(&fetch).contains("bytes in copy"));
     }
     let verify = "audit verify --directory copy --log public --key keys/log-1.vkey --access-ca keys/access-ca.pem";
     eventually_blocking("the copy has a checkpoint", || {
@@ -408,5 +408,5 @@ async fn an_auditor_copies_the_log_and_verifies_it_elsewhere() {
     // A copy of another log is not gone on with.
     std::fs::write(site.path("copy/audit.jsonl"), vec![b'x'; 1 << 20]).unwrap();
     let output = site.try_sppctl(&fetch);
-    assert!(String::from_utf8_lossy(&output.stderr).contains("does not have so many octets"), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("does not have so many bytes"), "{output:?}");
 }

@@ -339,8 +339,8 @@ async fn whoever_says_nothing_holds_up_nobody_and_is_sent_away() {
     }
     assemble(&mut site.station().await, &phone(1)).await.expect("their handshakes are waited for by nobody else");
     for mut stream in silent {
-        let mut octet = [0; 1];
-        let read = tokio::io::AsyncReadExt::read(&mut stream, &mut octet);
+        let mut byte = [0; 1];
+        let read = tokio::io::AsyncReadExt::read(&mut stream, &mut byte);
         let ended = tokio::time::timeout(Duration::from_secs(20), read).await;
         assert!(matches!(ended, Ok(Ok(0) | Err(_))), "{ended:?}");
     }

@@ -4,7 +4,7 @@ use std::process::Output;
 use std::time::Duration;
 
 use spp::certificate::{IssuerCertificate, verify_csr_pem};
-use spp::hsm::{Derivation, Hsm, HsmConfig, KeyRegister, SigningUse};
+use spp::hsm::{Derivation, Hsm, HsmConfig, KeyManifest, SigningUse};
 use spp::keys::SignatureAlgorithm;
 use spp::secret::SecretBytes;
 
@@ -140,7 +140,7 @@ fn a_check_value_that_is_not_the_one_of_the_register_ends_the_ceremony() {
     let site = Site::new();
     write(&site, "more.toml", CeremonyFile::new().check_value("master-1").check_value("manufacturer").text());
     site.sppctl(HELD);
-    let register = KeyRegister::load(&site.path("keys/keys.toml")).unwrap();
+    let register = KeyManifest::load(&site.path("keys/keys.toml")).unwrap();
     let value = hex::encode(&register.master[0].check_value);
     let text = site.sppctl("ceremony verify keys/transcript-2.txt --log keys/log-1.vkey");
     assert!(text.contains("checked at") && text.contains(&value), "{text}");
@@ -202,7 +202,7 @@ fn write_restore(site: &Site, shares: &[&str]) {
 }
 
 fn config(site: &Site, keys: &str) -> HsmConfig {
-    HsmConfig { keys: KeyRegister::load(&site.path(keys)).unwrap(), ..site.hsm_config() }
+    HsmConfig { keys: KeyManifest::load(&site.path(keys)).unwrap(), ..site.hsm_config() }
 }
 
 async fn device_key(hsm: &Hsm) -> SecretBytes {
@@ -217,7 +217,7 @@ fn three_of_five_shares_bring_every_key_to_another_token_and_the_daemon_serves_w
     write_restore(&site, &["o-5", "night-o-4", "o-2"]);
     site.sppctl(RESTORED);
     let [first, second] =
-        ["keys", "keys-b"].map(|out| KeyRegister::load(&site.path(&format!("{out}/keys.toml"))).unwrap());
+        ["keys", "keys-b"].map(|out| KeyManifest::load(&site.path(&format!("{out}/keys.toml"))).unwrap());
     assert_eq!(first.master[0].check_value, second.master[0].check_value);
     assert_eq!(second.current(SigningUse::Device).unwrap().id, first.current(SigningUse::Device).unwrap().id);
     assert_eq!(site.read("keys/manufacturer-ca.pem"), site.read("keys-b/manufacturer-ca.pem"));
@@ -279,13 +279,13 @@ fn too_few_wrong_or_damaged_shares_restore_nothing_and_say_why() {
     restore(&["o-1", "o-2", "o-2"]);
     refused(&site, held, "is there twice; each counts once");
     let right = std::fs::read_to_string(&share).unwrap();
-    let octets = right.lines().find_map(|line| line.strip_prefix("share ")).unwrap();
-    let changed = if octets.ends_with("00") { "01" } else { "00" };
-    let wrong = format!("{}{changed}", &octets[..octets.len() - 2]);
+    let bytes = right.lines().find_map(|line| line.strip_prefix("share ")).unwrap();
+    let changed = if bytes.ends_with("00") { "01" } else { "00" };
+    let wrong = format!("{}{changed}", &bytes[..bytes.len() - 2]);
     restore(&["o-1", "o-2", "o-3"]);
-    std::fs::write(&share, right.replace(octets, &wrong)).unwrap();
+    std::fs::write(&share, right.replace(bytes, &wrong)).unwrap();
     refused(&site, held, "backup-1-o-3.share: the share is damaged: its checksum does not fit");
-    let body = right.replace(octets, &wrong);
+    let body = right.replace(bytes, &wrong);
     let body = body.split_once("checksum ").unwrap().0;
     let sum = hex::encode(&spp::keys::sha256(body.as_bytes())[..8]);
     std::fs::write(&share, format!("{body}checksum {sum}\n")).unwrap();

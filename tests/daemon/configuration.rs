@@ -218,7 +218,7 @@ async fn another_key_under_a_known_name_is_refused() {
     start_in_trouble(&mut site).await;
     trouble_with(&site, "the master key master-1 has another check value than the register").await;
     let refused = assemble(&mut site.station().await, &phone(1)).await.unwrap_err();
-    assert!(Refusal::of(&refused).is(Code::Unavailable, "HSM_AWAY"), "{refused:?}");
+    assert!(Refusal::of(&refused).is(Code::Unavailable, "HSM_UNAVAILABLE"), "{refused:?}");
     assert!(refused.get_error_details().retry_info().is_some());
     tokio::task::block_in_place(|| site.stop());
 

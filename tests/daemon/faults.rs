@@ -67,10 +67,10 @@ const LOST_LOGIN: &[Fault] = &[
 const WRONG_ANSWERS: &[Fault] = &[
     ("some signatures are wrong", "C_Sign every=6 flip"),
     ("all signatures are wrong", "C_Sign flip"),
-    ("some signatures are an octet short", "C_Sign every=6 short"),
+    ("some signatures are a byte short", "C_Sign every=6 short"),
     ("some wrapped keys are wrong", "C_WrapKey every=3 flip"),
-    ("some wrapped keys are an octet short", "C_WrapKey every=3 short"),
-    ("some public keys are an octet short", "C_GetAttributeValue every=4 short"),
+    ("some wrapped keys are a byte short", "C_WrapKey every=3 short"),
+    ("some public keys are a byte short", "C_GetAttributeValue every=4 short"),
 ];
 
 /// A site whose module fails as its file `hsm/faults` says.

@@ -132,11 +132,11 @@ fn a_mirror_is_brought_up_to_date_while_the_daemon_runs_and_everybody_can_verify
     let of_mirror = "registry export second --from mirror --log keys/log-1.vkey";
     assert!(site.sppctl(of_mirror).contains("307 entries, 307 of them new"));
 
-    // Somebody changes one octet of one entry in the mirror.
+    // Somebody changes one byte of one entry in the mirror.
     let bundle = site.path("mirror/tile/entries/000");
-    let mut octets = std::fs::read(&bundle).unwrap();
-    octets[5000] ^= 1;
-    std::fs::write(&bundle, octets).unwrap();
+    let mut bytes = std::fs::read(&bundle).unwrap();
+    bytes[5000] ^= 1;
+    std::fs::write(&bundle, bytes).unwrap();
     let found = site.try_sppctl(&format!("{VERIFY}-mirror mirror"));
     let said = String::from_utf8_lossy(&found.stdout).into_owned();
     assert!(said.contains("its hash is not the one in tile/0/000"), "{said}");

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use spp::device::Device;
 use spp::hsm::{HeldKeyOrder, Hsm};
-use spp::keys::{KeptKey, KeyKind, PublicKey, SignatureAlgorithm};
+use spp::keys::{KeyKind, PublicKey, SignatureAlgorithm, StoredKey};
 use spp::proto::{AssembleRequest, AssembleResponse};
-use spp::store::{HeldPair, Keeping, PairCounts, SecretStore as _, SledStateStore, StateStore as _};
+use spp::store::{HeldPair, KeyStorage, PairCounts, SecretStore as _, SledStateStore, StateStore as _};
 
 use spp_testkit::floor::{Floor, Line, install, package, phone};
 use spp_testkit::load::{Done, Shift, at_least, end_shift, everything_is_public_once, persistent, start_shift};
@@ -151,7 +151,7 @@ impl HalfWay {
 }
 
 /// Devices go the whole way while batches are used up and shredded, and the daemon is killed again and again.
-async fn a_killed_day(mut site: Site, keeping: Keeping, kills: u64) {
+async fn a_killed_day(mut site: Site, keeping: KeyStorage, kills: u64) {
     let mut moments = Random::new();
     site.edit("sppd.toml", "batch_size = 1000", "batch_size = 20");
     site.edit("sppd.toml", "shred_after = \"1h\"", "shred_after = \"1s\"");
@@ -190,7 +190,7 @@ async fn a_killed_day(mut site: Site, keeping: Keeping, kills: u64) {
 }
 
 /// What is on the token, in the store and in its files is the same, and every private half can be opened.
-async fn store_and_token_agree(site: &Site, keeping: Keeping) -> Vec<HeldPair> {
+async fn store_and_token_agree(site: &Site, keeping: KeyStorage) -> Vec<HeldPair> {
     let store = open_store(site);
     let (id, _) = store.origin().await.unwrap();
     let batches = store.batches().await.unwrap();
@@ -203,7 +203,7 @@ async fn store_and_token_agree(site: &Site, keeping: Keeping) -> Vec<HeldPair> {
     hsm.ready(LIMIT).await.unwrap();
     let own = hsm.own_objects().await.unwrap();
 
-    let with_key = batches.iter().filter(|batch| batch.keeping == Keeping::Wrapped).map(|batch| batch.number);
+    let with_key = batches.iter().filter(|batch| batch.keeping == KeyStorage::Wrapped).map(|batch| batch.number);
     let on_token: Vec<_> = own.keys.iter().filter(|key| key.store == id).map(|key| key.number).collect();
     assert_eq!(on_token.len(), own.keys.len(), "nobody else makes batch keys here");
     assert_eq!(on_token.iter().copied().collect::<BTreeSet<_>>(), with_key.collect(), "batch keys on the token");
@@ -212,7 +212,7 @@ async fn store_and_token_agree(site: &Site, keeping: Keeping) -> Vec<HeldPair> {
     let named: BTreeSet<_> = pairs.iter().filter_map(|pair| on_token_as(&pair.kept)).collect();
     let there: BTreeSet<_> = own.pairs.iter().map(|(_, pair)| pair.clone()).collect();
     assert_eq!(there, named, "pairs on the token");
-    assert_eq!((there.len(), named.is_empty()), (own.pairs.len(), keeping == Keeping::Wrapped));
+    assert_eq!((there.len(), named.is_empty()), (own.pairs.len(), keeping == KeyStorage::Wrapped));
 
     let known: BTreeSet<_> = batches.iter().map(|batch| batch.number.to_string()).collect();
     for file in std::fs::read_dir(site.path("state/pairs")).unwrap() {
@@ -226,10 +226,10 @@ async fn store_and_token_agree(site: &Site, keeping: Keeping) -> Vec<HeldPair> {
     pairs
 }
 
-fn on_token_as(kept: &KeptKey) -> Option<spp::keys::TokenPair> {
+fn on_token_as(kept: &StoredKey) -> Option<spp::keys::TokenPair> {
     match kept {
-        KeptKey::OnToken(pair) => Some(pair.clone()),
-        KeptKey::Wrapped(_) => None,
+        StoredKey::OnToken(pair) => Some(pair.clone()),
+        StoredKey::Wrapped(_) => None,
     }
 }
 
@@ -245,12 +245,12 @@ async fn can_be_opened(hsm: &Hsm, pair: &HeldPair) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn killed_while_batches_are_shredded_it_loses_no_pair_and_keeps_no_key_too_many() {
-    a_killed_day(pooled_site(40, 80), Keeping::Wrapped, scaled(3, 12)).await;
+    a_killed_day(pooled_site(40, 80), KeyStorage::Wrapped, scaled(3, 12)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn killed_with_pairs_on_the_token_it_leaves_none_there_that_nobody_knows() {
     let site = pooled_site(30, 60);
     site.edit("sppd.toml", "store = \"wrapped\"", "store = \"hsm\"");
-    a_killed_day(site, Keeping::Hsm, scaled(2, 6)).await;
+    a_killed_day(site, KeyStorage::Hsm, scaled(2, 6)).await;
 }

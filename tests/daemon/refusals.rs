@@ -66,8 +66,8 @@ fn openssl_csr(directory: &Path, key: &[&str]) -> Vec<u8> {
     output.stdout
 }
 
-fn transport(kind: i32, octets: &[u8]) -> Option<TransportKey> {
-    Some(TransportKey { r#type: kind, public_key: octets.to_vec() })
+fn transport(kind: i32, bytes: &[u8]) -> Option<TransportKey> {
+    Some(TransportKey { r#type: kind, public_key: bytes.to_vec() })
 }
 
 #[tokio::test]
@@ -178,12 +178,12 @@ async fn half_way(line: &mut Line, floor: &Floor, n: u64, profile: &str) -> Half
     let answer = assemble(line, &order).await.unwrap();
     let mut device = floor.device(n);
     let right = install(&mut device, &answer);
-    let octets = package(&device);
+    let bytes = package(&device);
     let installed = device.package().unwrap();
     let own = installed.key_pair.unwrap();
     let PrivateParts::Ec(scalar) = own.parts() else { panic!("a phone has a P-256 pair") };
     let (scalar, symmetric) = (scalar.expose().clone(), installed.symmetric_keys[0].key().expose().clone());
-    HalfWay { right, package: octets, scalar, symmetric, own }
+    HalfWay { right, package: bytes, scalar, symmetric, own }
 }
 
 impl HalfWay {
@@ -223,8 +223,8 @@ impl HalfWay {
     }
 }
 
-fn base64(octets: &[u8]) -> Vec<u8> {
-    let pem = der::pem::encode_string("X", der::pem::LineEnding::LF, octets).unwrap();
+fn base64(bytes: &[u8]) -> Vec<u8> {
+    let pem = der::pem::encode_string("X", der::pem::LineEnding::LF, bytes).unwrap();
     pem.lines().filter(|line| !line.starts_with('-')).collect::<String>().into_bytes()
 }
 
@@ -281,11 +281,11 @@ async fn a_bad_backup_changes_nothing_and_the_right_one_still_succeeds() {
     }
 }
 
-fn hex(octets: &[u8]) -> Vec<u8> {
-    hex::encode_upper(octets).into_bytes()
+fn hex(bytes: &[u8]) -> Vec<u8> {
+    hex::encode_upper(bytes).into_bytes()
 }
 
-/// Within other octets.
+/// Within other bytes.
 fn hidden(form: &[u8]) -> Vec<u8> {
     [&[0x55; 333][..], form, &[0xaa; 111]].concat()
 }
@@ -324,8 +324,8 @@ async fn a_bad_confirmation_changes_nothing_and_the_right_one_still_succeeds() {
     refused_and_then_completed(&site, &mut line, "an oversized confirmation", (1, &device), wrong).await;
 }
 
-fn altered(octets: &[u8]) -> Vec<u8> {
-    let mut altered = octets.to_vec();
+fn altered(bytes: &[u8]) -> Vec<u8> {
+    let mut altered = bytes.to_vec();
     *altered.last_mut().unwrap() ^= 1;
     altered
 }
@@ -376,7 +376,7 @@ async fn a_session_that_is_none_is_refused_by_every_call() {
             assert_eq!(&Refusal::of(&status), expected, "{status:?}");
         }
     }
-    let by_chip = |octets: &[u8]| GetSessionRequest { session: Some(Which::ChipId(octets.to_vec())) };
+    let by_chip = |bytes: &[u8]| GetSessionRequest { session: Some(Which::ChipId(bytes.to_vec())) };
     let mut refusal = async |request| Refusal::of(&line.get_session(request).await.unwrap_err());
     assert_eq!(refusal(by_chip(&[1; 8])).await, unknown);
     assert_eq!(refusal(by_chip(&[1; 7])).await, invalid(&["chip_id"]));

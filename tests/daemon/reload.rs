@@ -74,8 +74,7 @@ async fn a_changed_profile_is_for_new_devices_and_one_that_is_half_way_completes
     let answer = assemble(&mut line, &phone(2)).await.unwrap();
     let request = install(&mut second, &answer);
     complete(&mut line, &request).await.unwrap();
-    let names =
-        |certificate: &[u8], name: &str| certificate.windows(name.len()).any(|octets| octets == name.as_bytes());
+    let names = |certificate: &[u8], name: &str| certificate.windows(name.len()).any(|bytes| bytes == name.as_bytes());
     assert!(names(&answer.certificate, "Another Phone") && !names(&answer.certificate, "Example Phone"));
     let lengths = [&first, &second].map(|device| device.package().unwrap().symmetric_keys[0].key().expose().len());
     assert_eq!(lengths, [32, 16]);
@@ -121,7 +120,7 @@ async fn what_was_intended_under_a_key_that_no_profile_names_any_more_is_still_s
     let mut site = site_with_two_manufacturers();
     // A phone without keys that C_Sign would derive, so that it fails for the certificate alone.
     let derived =
-        "[[symmetric_key]]\npurpose = \"channel\"\n# Octets: 16, 24 or 32.\nlength = 32\nmaster_key = \"master-1\"\n";
+        "[[symmetric_key]]\npurpose = \"channel\"\n# Bytes: 16, 24 or 32.\nlength = 32\nmaster_key = \"master-1\"\n";
     site.edit("profiles/phone.toml", derived, "");
     site.use_faulty_module();
     site.fail("");
@@ -138,7 +137,7 @@ async fn what_was_intended_under_a_key_that_no_profile_names_any_more_is_still_s
         site.edit(&format!("profiles/{profile}.toml"), "issuer = \"manufacturer\"", "issuer = \"manufacturer-2\"");
     }
     assert_eq!(reload(&site).await.unwrap().len(), 4);
-    // The same octets are signed with the earlier key; the chain of the package would be another one.
+    // The same bytes are signed with the earlier key; the chain of the package would be another one.
     let refused = assemble(&mut line, &phone(1)).await.unwrap_err();
     assert!(refused.message().contains("abort the session and assemble the device anew"), "{refused:?}");
     assert_eq!(state_of(&mut line, &chip(1)).await, SessionState::Issued);

@@ -32,20 +32,20 @@ impl Wanted {
         Self { what: what.into(), forms }
     }
 
-    fn is_in(&self, octets: &[u8]) -> bool {
-        self.forms.iter().any(|form| memchr::memmem::find(octets, form).is_some())
+    fn is_in(&self, bytes: &[u8]) -> bool {
+        self.forms.iter().any(|form| memchr::memmem::find(bytes, form).is_some())
     }
 }
 
 fn forms(piece: &[u8]) -> Vec<Vec<u8>> {
     let list = |separator: &str| piece.iter().map(ToString::to_string).collect::<Vec<_>>().join(separator);
-    let escaped = |octet: &u8| std::ascii::escape_default(*octet).collect::<Vec<_>>();
+    let escaped = |byte: &u8| std::ascii::escape_default(*byte).collect::<Vec<_>>();
     let mut forms = vec![
         piece.to_vec(),
         piece.iter().rev().copied().collect(),
         hex::encode(piece).into_bytes(),
         hex::encode_upper(piece).into_bytes(),
-        piece.iter().map(|octet| format!("{octet:02x}")).collect::<Vec<_>>().join(":").into_bytes(),
+        piece.iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().join(":").into_bytes(),
         // Debug of a Vec, JSON, and Debug of the HTTP/2 library's buffers.
         list(", ").into_bytes(),
         list(",").into_bytes(),
@@ -78,9 +78,9 @@ fn pins(site: &Site) -> Vec<Wanted> {
     ["user", "so"].map(|whose| Wanted::new(format!("the {whose} PIN"), &site.read(&format!("hsm/{whose}.pin")))).into()
 }
 
-fn in_none(place: &str, octets: &[u8], wanted: &[Wanted]) {
+fn in_none(place: &str, bytes: &[u8], wanted: &[Wanted]) {
     for secret in wanted {
-        assert!(!secret.is_in(octets), "{} is in {place}", secret.what);
+        assert!(!secret.is_in(bytes), "{} is in {place}", secret.what);
     }
 }
 
@@ -104,7 +104,7 @@ fn in_no_file(directory: &Path, wanted: &[Wanted]) {
 /// What the system shows of a process; what it refuses to show is not seen by others either.
 fn of_process(pid: u32, file: &str) -> Vec<u8> {
     match std::fs::read(format!("/proc/{pid}/{file}")) {
-        Ok(octets) => octets,
+        Ok(bytes) => bytes,
         Err(e) => {
             assert_eq!(e.kind(), std::io::ErrorKind::PermissionDenied, "{file} of {pid}");
             Vec::new()
@@ -123,10 +123,10 @@ fn memory_of(pid: u32) -> Vec<u8> {
     {
         let (from, to) = line.split_whitespace().next().unwrap().split_once('-').unwrap();
         let at = |text: &str| u64::from_str_radix(text, 16).unwrap();
-        let mut octets = vec![0; (at(to) - at(from)) as usize];
+        let mut bytes = vec![0; (at(to) - at(from)) as usize];
         // A mapping may have gone meanwhile.
-        if memory.read_exact_at(&mut octets, at(from)).is_ok() {
-            all.extend(octets);
+        if memory.read_exact_at(&mut bytes, at(from)).is_ok() {
+            all.extend(bytes);
         }
     }
     all

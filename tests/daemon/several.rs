@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use spp::config::DaemonConfig;
-use spp::hsm::{HeldKeyOrder, Hsm, HsmError, HsmMember, KeepIn};
+use spp::hsm::{HeldKeyOrder, Hsm, HsmError, HsmId, KeepIn};
 use spp::keys::{BatchName, KeyKind, StoreId};
 use spp::proto::{HsmMember as MemberTold, PoolKind};
 use tonic::Code;
@@ -421,7 +421,7 @@ async fn whoever_has_a_batch_is_found_and_who_is_away_is_not_taken_for_one_witho
     const BATCH: BatchName = BatchName { store: StoreId::from_random([9; 8]), number: 3 };
     let site = two_hsms();
     let hsm = handle(&site);
-    let [a, b]: [HsmMember; 2] = hsm.each().collect::<Vec<_>>().try_into().unwrap();
+    let [a, b]: [HsmId; 2] = hsm.each().collect::<Vec<_>>().try_into().unwrap();
     let ready = async |member| hsm.at(member).ready(Duration::from_secs(60)).await.unwrap();
     ready(a).await;
     ready(b).await;
@@ -437,7 +437,7 @@ async fn whoever_has_a_batch_is_found_and_who_is_away_is_not_taken_for_one_witho
     fail(&site, "hsm", "* away");
     eventually("HSM a is known to be away", async || {
         let _ = hsm.random(1).await;
-        if hsm.at_hand() == [b] { Ok(()) } else { Err(hsm.status()) }
+        if hsm.ready_members() == [b] { Ok(()) } else { Err(hsm.status()) }
     })
     .await;
     let away = hsm.held_keys(&held).await.err();

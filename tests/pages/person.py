@@ -290,7 +290,7 @@ class Visit:
         say("the page says that the proof is verified")
 
         record = self.site.get(f"/devices/{self.chip}/record").body
-        require(hashlib.sha256(record).hexdigest() == self.expected["record_hash"], "the record's octets are others")
+        require(hashlib.sha256(record).hexdigest() == self.expected["record_hash"], "the record's bytes are others")
         result = leaf_hash(record)
         require(result == self.hex("leaf"), "the leaf is not the record's")
         steps = self.browser.driver.find_elements(By.CSS_SELECTOR, "#steps tbody tr")
@@ -324,10 +324,10 @@ class Visit:
         backup = self.browser.download("download-backup")
         published = bytes.fromhex(self.expected["backup_package"])
         require(hashlib.sha256(backup).digest() == hashlib.sha256(published).digest(), "the downloaded backup is another")
-        octets = self.browser.download("download-certificate")
-        load = x509.load_pem_x509_certificate if octets.startswith(b"-----") else x509.load_der_x509_certificate
-        require(load(octets) == self.certificate, "the downloaded certificate is another")
-        say(f"backup ({len(backup)} octets) and certificate can be downloaded, and are the device's")
+        data = self.browser.download("download-certificate")
+        load = x509.load_pem_x509_certificate if data.startswith(b"-----") else x509.load_der_x509_certificate
+        require(load(data) == self.certificate, "the downloaded certificate is another")
+        say(f"backup ({len(backup)} bytes) and certificate can be downloaded, and are the device's")
 
     def types_nonsense(self) -> None:
         self.browser.open("/")

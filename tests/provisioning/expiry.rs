@@ -1,6 +1,6 @@
 //! What time ends: a session that was not completed gives its chip and identity back, and its pair to nobody.
 
-use spp::provisioning::{ProvisionError, Tidied};
+use spp::provisioning::{ProvisionError, RecoveryReport};
 use spp::store::{PublicDatabase as _, StateName, StateStore as _};
 
 use spp_testkit::point::breaking::{Break, Write};
@@ -18,7 +18,10 @@ async fn an_expired_pair_is_destroyed_and_its_chip_and_identity_are_free() {
     intended.assemble(&point).await.unwrap_err();
     point.let_sessions_expire();
 
-    assert_eq!(point.provisioner().restart().await.unwrap(), Tidied { expired: 2, ..Tidied::default() });
+    assert_eq!(
+        point.provisioner().restart().await.unwrap(),
+        RecoveryReport { expired: 2, ..RecoveryReport::default() }
+    );
     assert_eq!(device.state(&point).await, Some(StateName::Aborted));
     assert_eq!(intended.state(&point).await, Some(StateName::Aborted));
     assert!(point.state().kept_key(&expired.session).await.unwrap().is_none());
@@ -76,7 +79,10 @@ async fn an_expired_session_whose_record_is_public_is_complete() {
                 assert!(matches!(error, ProvisionError::AlreadyComplete { .. }), "{error}");
             }
             "complete" => drop(device.complete(&point).await.unwrap()),
-            _ => assert_eq!(point.provisioner().restart().await.unwrap(), Tidied { erased: 1, ..Tidied::default() }),
+            _ => assert_eq!(
+                point.provisioner().restart().await.unwrap(),
+                RecoveryReport { erased: 1, ..RecoveryReport::default() }
+            ),
         }
         let answer = device.complete(&point).await.unwrap();
         device.assert_complete(&point, answer).await;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use spp::provisioning::{ProvisionError, Tidied};
+use spp::provisioning::{ProvisionError, RecoveryReport};
 use spp::store::StateName;
 
 use spp_testkit::point::breaking::{Break, Write};
@@ -10,7 +10,7 @@ use spp_testkit::point::device::{Kind, OnTheLine, is_over};
 use spp_testkit::point::{House, Point};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_hsm_lost_before_the_signature_signs_the_same_octets_when_it_is_back() {
+async fn an_hsm_lost_before_the_signature_signs_the_same_bytes_when_it_is_back() {
     let house = House::with_call_timeout(Duration::from_secs(3)).await;
     for restarts in [false, true] {
         let mut point = house.point();
@@ -23,12 +23,15 @@ async fn an_hsm_lost_before_the_signature_signs_the_same_octets_when_it_is_back(
         assert!(device.has_wrapped_key(&point).await);
         // While it is away nothing else is tried, and nothing is lost by trying.
         assert!(matches!(device.assemble(&point).await.unwrap_err(), ProvisionError::Hsm(_)));
-        assert_eq!(point.provisioner().restart().await.unwrap(), Tidied { waiting: 1, ..Tidied::default() });
+        assert_eq!(
+            point.provisioner().restart().await.unwrap(),
+            RecoveryReport { waiting: 1, ..RecoveryReport::default() }
+        );
         assert_eq!(device.session(&point).await.unwrap(), intended);
 
         bring_the_hsm_back(&house).await;
         if restarts {
-            assert_eq!(point.restart().await, Tidied { signed: 1, ..Tidied::default() });
+            assert_eq!(point.restart().await, RecoveryReport { signed: 1, ..RecoveryReport::default() });
             assert_eq!(device.state(&point).await, Some(StateName::Issued));
         }
         let installed = device.assemble(&point).await.unwrap();

@@ -6,11 +6,11 @@
 mod expiry;
 mod hsm;
 mod model;
+mod policy;
 mod pool;
 mod pool_breaks;
 mod pool_life;
 mod remanence;
 mod reports;
 mod rollback;
-mod rules;
 mod writes;

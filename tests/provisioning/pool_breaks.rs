@@ -4,7 +4,7 @@
 use spp::hsm::KeepIn;
 use spp::keypool::{Marks, PoolRules, ShredOrder};
 use spp::keys::{BatchName, KeyKind};
-use spp::store::{Keeping, Purpose, SecretStore as _};
+use spp::store::{KeyStorage, Purpose, SecretStore as _};
 
 use spp_testkit::point::breaking::{Break, PoolWrite};
 use spp_testkit::point::device::{Kind, OnTheLine};
@@ -18,7 +18,7 @@ fn restarts(turn: usize) -> Vec<bool> {
     scaled(vec![turn % 2 == 1], vec![false, true])
 }
 
-fn rules(keeping: Keeping, high: u64) -> PoolRules {
+fn rules(keeping: KeyStorage, high: u64) -> PoolRules {
     let pools = [(KeyKind::P256, Marks { low: 1, high })].into();
     PoolRules { keeping, batch_size: 8, pools, ..PoolRules::default() }
 }
@@ -32,7 +32,7 @@ async fn a_shredding_is_whole_whichever_write_breaks() {
         for how in BOTH {
             for restarts in restarts(write as usize + how as usize) {
                 println!("{write:?} {how:?}, restarts: {restarts}");
-                let mut point = house.point_with(rules(Keeping::Wrapped, 6));
+                let mut point = house.point_with(rules(KeyStorage::Wrapped, 6));
                 point.filled(6).await;
                 let mut devices: Vec<_> = (0..3).map(|n| OnTheLine::new(&house, Kind::Pooled, n)).collect();
                 devices[0].walk(&point).await;
@@ -63,7 +63,7 @@ async fn a_shredding_is_whole_whichever_write_breaks() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_filling_is_whole_whichever_write_breaks() {
     let house = House::new().await;
-    for keeping in [Keeping::Wrapped, Keeping::Hsm] {
+    for keeping in [KeyStorage::Wrapped, KeyStorage::Hsm] {
         for write in [PoolWrite::Plan, PoolWrite::Open, PoolWrite::Add, PoolWrite::Seal] {
             for how in BOTH {
                 for restarts in restarts(write as usize + how as usize) {
@@ -91,7 +91,7 @@ async fn a_pair_on_the_token_is_destroyed_whichever_write_breaks() {
         for how in BOTH {
             for restarts in restarts(write as usize + how as usize) {
                 println!("{write:?} {how:?}, restarts: {restarts}");
-                let mut point = house.point_with(PoolRules { batch_size: 2, ..rules(Keeping::Hsm, 4) });
+                let mut point = house.point_with(PoolRules { batch_size: 2, ..rules(KeyStorage::Hsm, 4) });
                 point.filled(4).await;
                 point.pool_faults.break_next(write, how);
                 let mut devices: Vec<_> = (0..2).map(|n| OnTheLine::new(&house, Kind::Pooled, n)).collect();
@@ -118,12 +118,12 @@ async fn a_pair_on_the_token_is_destroyed_whichever_write_breaks() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_left_on_the_token_is_destroyed_at_the_next_start() {
     let house = House::new().await;
-    let mut point = house.point_with(rules(Keeping::Hsm, 4));
+    let mut point = house.point_with(rules(KeyStorage::Hsm, 4));
     point.filled(4).await;
     let (store, _) = point.state().origin().await.unwrap();
     let pools: Vec<_> = point.state().batches().await.unwrap();
     let number = pools.iter().find(|batch| batch.purpose != Purpose::Sessions).unwrap().number;
-    let over = point.state().plan_batch(Purpose::Sessions, Keeping::Wrapped, 0, 0).await.unwrap();
+    let over = point.state().plan_batch(Purpose::Sessions, KeyStorage::Wrapped, 0, 0).await.unwrap();
     point.state().forget_batch(over.number).await.unwrap();
     point.stop();
     house.hsm.create_batch_key(BatchName { store, number: over.number }).await.unwrap();

@@ -4,13 +4,13 @@ use std::time::Duration;
 
 use spp::keypool::{Marks, PoolRules, ShredOrder};
 use spp::keys::KeyKind;
-use spp::store::{Keeping, SecretStore as _};
+use spp::store::{KeyStorage, SecretStore as _};
 
 use spp_testkit::point::assert_pool_is_whole;
 use spp_testkit::point::device::{Kind, OnTheLine};
 use spp_testkit::point::{House, Point};
 
-fn rules(keeping: Keeping, high: u64) -> PoolRules {
+fn rules(keeping: KeyStorage, high: u64) -> PoolRules {
     PoolRules { keeping, pools: [(KeyKind::P256, Marks { low: 1, high })].into(), ..PoolRules::default() }
 }
 
@@ -18,7 +18,7 @@ fn rules(keeping: Keeping, high: u64) -> PoolRules {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_that_dies_while_it_makes_pairs_on_the_token_leaves_none_behind() {
     let house = House::new().await;
-    let point = house.point_with(rules(Keeping::Hsm, 120));
+    let point = house.point_with(rules(KeyStorage::Hsm, 120));
     for milliseconds in [150, 250, 350] {
         tokio::time::sleep(Duration::from_millis(milliseconds)).await;
         house.worker().kill();
@@ -32,7 +32,7 @@ async fn a_worker_that_dies_while_it_makes_pairs_on_the_token_leaves_none_behind
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_pool_that_is_kept_otherwise_from_now_on_loses_nothing_and_shreds_what_was() {
     let house = House::new().await;
-    for (before, after) in [(Keeping::Wrapped, Keeping::Hsm), (Keeping::Hsm, Keeping::Wrapped)] {
+    for (before, after) in [(KeyStorage::Wrapped, KeyStorage::Hsm), (KeyStorage::Hsm, KeyStorage::Wrapped)] {
         let mut point = house.point_with(rules(before, 6));
         point.filled(6).await;
         let mut devices: Vec<_> = (0..8).map(|n| OnTheLine::new(&house, Kind::Pooled, n)).collect();
@@ -58,7 +58,7 @@ async fn a_pool_that_is_kept_otherwise_from_now_on_loses_nothing_and_shreds_what
 async fn the_right_store_can_be_put_back_after_an_old_copy_ran_for_a_while() {
     let house = House::new().await;
     let soon = Duration::from_secs(10);
-    let mut point = house.point_with(PoolRules { shred_after: soon, ..rules(Keeping::Wrapped, 4) });
+    let mut point = house.point_with(PoolRules { shred_after: soon, ..rules(KeyStorage::Wrapped, 4) });
     point.filled(4).await;
     let old = point.copy_of_state("old");
     let mut used = OnTheLine::new(&house, Kind::Pooled, 1);
@@ -88,14 +88,14 @@ async fn the_right_store_can_be_put_back_after_an_old_copy_ran_for_a_while() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_pair_that_rotted_on_the_disk_costs_one_call() {
     let house = House::with_call_timeout(Duration::from_secs(1)).await;
-    let mut point = house.point_with(rules(Keeping::Wrapped, 4));
+    let mut point = house.point_with(rules(KeyStorage::Wrapped, 4));
     point.filled(4).await;
     let first = point.state().ready_pairs(KeyKind::P256, None, 1).await.unwrap()[0].0;
     point.stop();
     let path = point.state_directory().join(format!("pairs/{}", first.batch));
-    let mut octets = std::fs::read(&path).unwrap();
-    octets[20] ^= 1;
-    std::fs::write(&path, octets).unwrap();
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes[20] ^= 1;
+    std::fs::write(&path, bytes).unwrap();
     point.start();
     point.filled(4).await;
     let mut device = OnTheLine::new(&house, Kind::Pooled, 1);
@@ -108,7 +108,7 @@ async fn a_pair_that_rotted_on_the_disk_costs_one_call() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn pairs_of_a_pool_that_is_not_configured_any_more_are_told() {
     let house = House::new().await;
-    let mut point: Point<'_> = house.point_with(rules(Keeping::Wrapped, 4));
+    let mut point: Point<'_> = house.point_with(rules(KeyStorage::Wrapped, 4));
     point.filled(4).await;
     point.rules.pools = [(KeyKind::Ed25519, Marks { low: 1, high: 2 })].into();
     point.restart().await;

@@ -1,27 +1,27 @@
-//! Deleted means gone: after a device is complete and its batch is shredded, every octet that is left anywhere is looked at, and
+//! Deleted means gone: after a device is complete and its batch is shredded, every byte that is left anywhere is looked at, and
 //! the old disk is tried with the HSM of today. The same without the shredding must find the key: else the search is worth nothing.
 
 use std::path::Path;
 
 use spp::hsm::{HeldKeyOrder, HsmError};
 use spp::keypool::{Marks, PoolRules, ShredOrder};
-use spp::keys::{DevicePrivateKey, KeptKey, KeyKind};
-use spp::store::{Keeping, SledStateStore, StateStore as _};
+use spp::keys::{DevicePrivateKey, KeyKind, StoredKey};
+use spp::store::{KeyStorage, SledStateStore, StateStore as _};
 
 use spp_testkit::point::device::{Kind, OnTheLine};
 use spp_testkit::point::{House, SMALL};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_pair_made_in_advance_is_gone_after_its_shredding_and_not_before() {
-    gone_after_shredding(Kind::Pooled, Keeping::Wrapped).await;
+    gone_after_shredding(Kind::Pooled, KeyStorage::Wrapped).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_pair_made_on_the_spot_is_gone_after_its_shredding_and_not_before() {
-    gone_after_shredding(Kind::Phone, Keeping::Wrapped).await;
+    gone_after_shredding(Kind::Phone, KeyStorage::Wrapped).await;
 }
 
-async fn gone_after_shredding(kind: Kind, keeping: Keeping) {
+async fn gone_after_shredding(kind: Kind, keeping: KeyStorage) {
     let house = House::new().await;
     for shreds in [false, true] {
         let pools = [(KeyKind::P256, Marks { low: 1, high: 4 })].into();
@@ -31,7 +31,7 @@ async fn gone_after_shredding(kind: Kind, keeping: Keeping) {
         let session = device.assemble(&point).await.unwrap().session;
         // The disk as a thief or a backup has it: while the device was on the line.
         let old = point.copy_of_state("old");
-        let Some(KeptKey::Wrapped(kept)) = point.state().kept_key(&session).await.unwrap() else {
+        let Some(StoredKey::Wrapped(kept)) = point.state().kept_key(&session).await.unwrap() else {
             panic!("not wrapped")
         };
         let package = device.device.package().unwrap();
@@ -44,8 +44,8 @@ async fn gone_after_shredding(kind: Kind, keeping: Keeping) {
 
         point.stop();
         let places = [point.state_directory(), point.public_directory(), house.tokens()];
-        for (what, octets) in [("scalar", scalar(private)), ("PKCS#8", pkcs8(private))] {
-            assert!(places.iter().all(|place| !is_below(place, &octets)), "its {what} is on the disk in clear");
+        for (what, bytes) in [("scalar", scalar(private)), ("PKCS#8", pkcs8(private))] {
+            assert!(places.iter().all(|place| !is_below(place, &bytes)), "its {what} is on the disk in clear");
         }
         let found = places.iter().any(|place| is_below(place, &kept.blob));
         assert_eq!(found, !shreds, "its wrapped form, after shredding: {shreds}");
@@ -71,7 +71,7 @@ async fn gone_after_shredding(kind: Kind, keeping: Keeping) {
 async fn a_pair_on_the_token_is_gone_once_its_device_is_complete() {
     let house = House::new().await;
     let pools = [(KeyKind::P256, Marks { low: 1, high: 4 })].into();
-    let mut point = house.point_with(PoolRules { keeping: Keeping::Hsm, pools, ..PoolRules::default() });
+    let mut point = house.point_with(PoolRules { keeping: KeyStorage::Hsm, pools, ..PoolRules::default() });
     point.filled(4).await;
     let mut device = OnTheLine::new(&house, Kind::Pooled, 1);
     let session = device.assemble(&point).await.unwrap().session;
@@ -101,13 +101,13 @@ fn pkcs8(private: &DevicePrivateKey) -> Vec<u8> {
     [hex::decode(head).unwrap(), scalar(private)].concat()
 }
 
-/// Whether the octets are in any file below the directory.
-fn is_below(directory: &Path, octets: &[u8]) -> bool {
+/// Whether the bytes are in any file below the directory.
+fn is_below(directory: &Path, bytes: &[u8]) -> bool {
     std::fs::read_dir(directory).unwrap().any(|entry| {
         let path = entry.unwrap().path();
         match path.is_dir() {
-            true => is_below(&path, octets),
-            false => memchr::memmem::find(&std::fs::read(&path).unwrap(), octets).is_some(),
+            true => is_below(&path, bytes),
+            false => memchr::memmem::find(&std::fs::read(&path).unwrap(), bytes).is_some(),
         }
     })
 }

@@ -1,7 +1,7 @@
 //! Somebody puts an old copy of a store back. The public database knows what the state store forgot, and the other way
 //! round; between them nothing is given twice and nothing is erased that is not public.
 
-use spp::provisioning::{ProvisionError, Tidied};
+use spp::provisioning::{ProvisionError, RecoveryReport};
 use spp::store::{PublicDatabase as _, StateName};
 
 use spp_testkit::point::House;
@@ -28,7 +28,7 @@ async fn a_state_store_of_before_completion_is_healed_by_the_public_database() {
     device.assert_complete(&point, answer).await;
 
     point.put_state_back(&old);
-    assert_eq!(point.provisioner().restart().await.unwrap(), Tidied { erased: 1, ..Tidied::default() });
+    assert_eq!(point.provisioner().restart().await.unwrap(), RecoveryReport { erased: 1, ..RecoveryReport::default() });
     device.assert_complete(&point, answer).await;
 }
 
@@ -95,7 +95,7 @@ async fn a_pair_is_kept_when_the_public_database_lost_its_record() {
     point.start();
     let error = device.complete(&point).await.unwrap_err().to_string();
     assert!(error.contains("rolled back") && error.contains("the pair is kept"), "{error}");
-    assert_eq!(point.provisioner().restart().await.unwrap(), Tidied { failed: 1, ..Tidied::default() });
+    assert_eq!(point.provisioner().restart().await.unwrap(), RecoveryReport { failed: 1, ..RecoveryReport::default() });
     assert_eq!(device.state(&point).await, Some(StateName::Published));
     assert!(device.has_wrapped_key(&point).await);
 }

@@ -1,7 +1,7 @@
 //! A floor for tests: simulated devices, their orders, and what a station does with an answer.
 
 use spp::certificate::IssuerCertificate;
-use spp::device::{Delivery, Device, Fab, PublicRecord};
+use spp::device::{Delivery, Device, PublicRecord, SimulatedFab};
 use spp::keys::{DevicePrivateKey, PublicKey, SignatureAlgorithm, sha256};
 use spp::names::{ChipId, Imei, SessionId};
 use spp::package::TransportCurve;
@@ -23,12 +23,12 @@ use crate::site::Site;
 pub type Line = LineClient<Channel>;
 
 /// Makes the chips of a site.
-pub struct Floor(Fab);
+pub struct Floor(SimulatedFab);
 
 impl Floor {
     /// A fab whose chips have the site's manufacturer in their ROM.
     pub fn new(site: &Site) -> Self {
-        Self(Fab::create(site.path("devices"), manufacturer(site), None).unwrap())
+        Self(SimulatedFab::create(site.path("devices"), manufacturer(site), None).unwrap())
     }
 
     /// Device number `n`, without a transport key.
@@ -106,11 +106,11 @@ pub fn csr(pair: &DevicePrivateKey) -> Vec<u8> {
 pub fn install(device: &mut Device, answer: &AssembleResponse) -> CompleteRequest {
     let session = SessionId::from_bytes(&answer.session_id).unwrap();
     match answer.delivery.as_ref().unwrap() {
-        Delivered::DataPackage(octets) => {
-            device.install(&session, &Delivery::Clear(&SecretBytes::copy_of(octets))).unwrap();
+        Delivered::DataPackage(bytes) => {
+            device.install(&session, &Delivery::Clear(&SecretBytes::copy_of(bytes))).unwrap();
         }
-        Delivered::SealedPackage(octets) => {
-            device.install(&session, &Delivery::Sealed(octets)).unwrap();
+        Delivered::SealedPackage(bytes) => {
+            device.install(&session, &Delivery::Sealed(bytes)).unwrap();
         }
     }
     CompleteRequest {
@@ -120,7 +120,7 @@ pub fn install(device: &mut Device, answer: &AssembleResponse) -> CompleteReques
     }
 }
 
-/// The octets of the data package that the device has installed.
+/// The bytes of the data package that the device has installed.
 pub fn package(device: &Device) -> Vec<u8> {
     device.package().unwrap().encode().unwrap().expose().clone()
 }
@@ -146,7 +146,7 @@ pub fn unproven(receipt: &Receipt) -> Option<Receipt> {
     Some(Receipt { tlog_proof: Vec::new(), ..receipt.clone() })
 }
 
-/// The receipt proves that these octets are in the site's log.
+/// The receipt proves that these bytes are in the site's log.
 pub fn assert_proven(site: &Site, receipt: &Receipt, record: &[u8]) {
     let key: LogKey = String::from_utf8(site.read("keys/log-1.vkey")).unwrap().parse().unwrap();
     let proven = LogProof::from_bytes(&receipt.tlog_proof).unwrap().verify(record, &key).unwrap();

@@ -14,7 +14,7 @@
 //! | start and signal processes | [`process`] |
 //! | use a TCP port | [`ports::free_port`] |
 //!
-//! # Rules
+//! # Policy
 //!
 //! - Tests run in any order, several at once, each in a process of its own (cargo-nextest), and also as threads of one process
 //!   (`cargo test`). Nothing is shared but the template of a site, which is copied.

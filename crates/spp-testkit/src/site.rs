@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Output, Stdio};
 use std::time::Duration;
 
-use spp::hsm::{HsmConfig, KeyRegister, ModuleProfile, PinSource, SupervisorPacing};
+use spp::hsm::{HsmConfig, KeyManifest, ModuleProfile, PinSource, SupervisorPacing};
 use spp::proto;
 use spp::proto::line_client::LineClient;
 use spp::proto::officer_client::OfficerClient;
@@ -217,7 +217,7 @@ impl Site {
             pin: PinSource::File(self.path("hsm/user.pin")),
             pin_keeper: None,
             pin_refused: self.path("pin-refused.json"),
-            keys: KeyRegister::load(&self.path("keys/keys.toml")).unwrap(),
+            keys: KeyManifest::load(&self.path("keys/keys.toml")).unwrap(),
             call_timeout: Duration::from_secs(10),
             queue: 256,
             worker_program: program("sppd"),

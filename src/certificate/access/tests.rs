@@ -108,7 +108,7 @@ fn a_caller_is_believed_whom_one_of_the_authorities_has_certified_as_a_client() 
     for position in 0..made.as_der().len() {
         let mut changed = made.as_der().to_vec();
         changed[position] ^= 1;
-        assert!(verify_caller(&changed, std::slice::from_ref(&own)).is_err(), "octet {position}");
+        assert!(verify_caller(&changed, std::slice::from_ref(&own)).is_err(), "byte {position}");
     }
     let server = access.issue(&AccessName::Server { dns: vec!["spp.example".into()], ips: vec![] });
     assert!(verify_caller(server.as_der(), &[own]).unwrap_err().to_string().contains("not for a client"));

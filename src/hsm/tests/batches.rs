@@ -7,8 +7,8 @@ use crate::hsm::Ceremony;
 use crate::hsm::attributes::{KeyRole, Provenance};
 use crate::hsm::failure::FailureClass;
 use crate::hsm::objects::public_key;
+use crate::hsm::operations::TokenOperations;
 use crate::hsm::transport::TransportKey;
-use crate::hsm::verbs::Verbs;
 use crate::hsm::wire::{Answer, Keep, Kept, MadePair, Operation};
 use crate::keys::{BatchName, DevicePrivateKey, KeyKind, PublicKey, StoreId, TokenPair, batch_key_id};
 use crate::names::KeyName;
@@ -21,13 +21,13 @@ fn batch(number: u64) -> BatchName {
 
 struct Workshop {
     ceremony: Ceremony,
-    verbs: Verbs,
+    verbs: TokenOperations,
     transport: TransportKey,
 }
 
 fn workshop(place: &Place) -> Workshop {
     let ceremony = place.open();
-    let (verbs, transport) = place.verbs_with_transport(&ceremony, super::Register::new());
+    let (verbs, transport) = place.operations_with_transport(&ceremony, super::Register::new());
     Workshop { ceremony, verbs, transport }
 }
 
@@ -157,7 +157,8 @@ fn a_pair_on_the_token_is_delivered_by_any_session_until_it_is_destroyed() {
                 let delivered = workshop.deliver(order()).unwrap();
                 workshop.open(&public, &delivered);
                 // A worker that was just started has looked nothing up.
-                let (mut other, transport) = place.verbs_with_transport(&workshop.ceremony, super::Register::new());
+                let (mut other, transport) =
+                    place.operations_with_transport(&workshop.ceremony, super::Register::new());
                 let Ok(Answer::Rewrapped(delivered)) = other.perform(order()) else { panic!("{kind}: not found") };
                 let plain = transport.unwrap(&delivered).unwrap();
                 DevicePrivateKey::from_unwrapped(public, &plain).unwrap();
@@ -213,7 +214,7 @@ fn nothing_is_told_as_destroyed_while_the_token_is_away() {
         let ceremony = place.open();
         let wrap = super::create_wrapping_key(&ceremony, &super::name("wrap")).unwrap();
         let register = || super::register([(&wrap, KeyRole::Wrapping)]);
-        let (verbs, transport) = place.verbs_with_transport(&ceremony, register());
+        let (verbs, transport) = place.operations_with_transport(&ceremony, register());
         let mut workshop = Workshop { ceremony, verbs, transport };
         workshop.create(&batch(1).key());
         let kept = workshop.make(KeyKind::P256, &Keep::Wrapped(batch(1).key()), 1, 0).pop().unwrap().kept;
@@ -227,7 +228,7 @@ fn nothing_is_told_as_destroyed_while_the_token_is_away() {
             [Operation::Rewrap { kind, wrapping_key, blob: blob.clone() }, Operation::DeliverPair { kind, pair }]
         };
         // Sessions that have looked nothing up.
-        let fresh = || place.verbs_with_transport(&workshop.ceremony, register()).0;
+        let fresh = || place.operations_with_transport(&workshop.ceremony, register()).0;
         let mut looking: Vec<_> = orders().into_iter().map(|order| (fresh(), order)).collect();
         looking.push((fresh(), Operation::ListOwn));
         let (there, away) = (place.directory.join("tokens"), place.directory.join("tokens-away"));

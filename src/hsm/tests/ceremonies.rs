@@ -18,7 +18,7 @@ fn keys_of_every_algorithm_sign_what_their_public_half_verifies() {
             let key = ceremony.create_signing_key(&name(kind.name()), kind).unwrap();
             let public = key.public.unwrap();
             for algorithm in algorithms {
-                // Often enough that r or s of ECDSA has a leading zero octet now and then.
+                // Often enough that r or s of ECDSA has a leading zero byte now and then.
                 for message in (0..100u8).map(|i| vec![i; usize::from(i)]) {
                     let signature = ceremony.sign(&key.name, &key.id, kind, *algorithm, &message).unwrap();
                     assert_eq!(public.verify(*algorithm, &message, &signature), Ok(()), "{algorithm:?}");
@@ -106,8 +106,8 @@ fn a_destroyed_key_is_gone_for_every_session() {
         let doomed = create_wrapping_key(&ceremony, &name("doomed")).unwrap();
         let other = create_wrapping_key(&ceremony, &name("other")).unwrap();
         let keys = || register([(&doomed, KeyRole::Wrapping), (&other, KeyRole::Wrapping)]);
-        let (mut one, _) = place.verbs_with_transport(&ceremony, keys());
-        let (mut two, _) = place.verbs_with_transport(&ceremony, keys());
+        let (mut one, _) = place.operations_with_transport(&ceremony, keys());
+        let (mut two, _) = place.operations_with_transport(&ceremony, keys());
         let pair = |key| Operation::GeneratePair { kind: KeyKind::P256, wrapping_key: name(key) };
         two.perform(pair("doomed")).map(drop).unwrap();
 

@@ -19,7 +19,7 @@ struct Case {
     /// The key.
     ki: String,
     fixed_input: String,
-    /// The derived octets.
+    /// The derived bytes.
     ko: String,
 }
 
@@ -30,7 +30,7 @@ fn vectors() -> Vec<Case> {
 }
 
 #[test]
-fn the_counter_mode_gives_the_octets_of_nist() {
+fn the_counter_mode_gives_the_bytes_of_nist() {
     in_module(|place| {
         let ceremony = place.open();
         let session = ceremony.token.session().unwrap();

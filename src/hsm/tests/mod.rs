@@ -19,8 +19,8 @@ use cryptoki::mechanism::Mechanism;
 use cryptoki::object::{Attribute, ObjectHandle};
 use cryptoki::session::Session;
 
+use super::operations::{Shared, TokenOperations};
 use super::transport::{TransportKey, TransportReceiver};
-use super::verbs::{Shared, Verbs};
 use super::wire::KeyOnToken;
 use super::{
     Ceremony, CreatedKey, HsmError, KeyRole, ModuleProfile, PinSource, Provenance, TokenIdentity, initialise_token,
@@ -116,13 +116,13 @@ impl Place {
     }
 
     /// A worker thread's session with these keys in its register.
-    fn verbs(&self, ceremony: &Ceremony, keys: Register, transport_key: Option<ObjectHandle>) -> Verbs {
+    fn verbs(&self, ceremony: &Ceremony, keys: Register, transport_key: Option<ObjectHandle>) -> TokenOperations {
         let shared = Shared::alone(&self.profile, keys);
-        Verbs::new(ceremony.token.session().unwrap(), shared, transport_key)
+        TokenOperations::new(ceremony.token.session().unwrap(), shared, transport_key)
     }
 
     /// The same with a transport key, as the worker and the handle make it together.
-    fn verbs_with_transport(&self, ceremony: &Ceremony, keys: Register) -> (Verbs, TransportKey) {
+    fn operations_with_transport(&self, ceremony: &Ceremony, keys: Register) -> (TokenOperations, TransportKey) {
         let mut verbs = self.verbs(ceremony, keys, None);
         let receiver = TransportReceiver::generate().unwrap();
         let (_, wrapped) = verbs.make_transport_key(&receiver.public_copy()).unwrap();

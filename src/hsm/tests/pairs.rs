@@ -5,15 +5,15 @@ use cryptoki::object::Attribute;
 use super::{Place, create_wrapping_key, in_module, name, object_counts, register};
 use crate::hsm::failure::FailureClass;
 use crate::hsm::objects::public_key;
+use crate::hsm::operations::TokenOperations;
 use crate::hsm::transport::TransportKey;
-use crate::hsm::verbs::Verbs;
 use crate::hsm::wire::{Answer, KeyOnToken, Operation};
 use crate::hsm::{Ceremony, KeyRole, Provenance};
 use crate::keys::{DevicePrivateKey, KeyKind, PublicKey, SignatureAlgorithm};
 
 struct Workshop {
     ceremony: Ceremony,
-    verbs: Verbs,
+    verbs: TokenOperations,
     transport: TransportKey,
 }
 
@@ -23,7 +23,7 @@ fn workshop(place: &Place) -> Workshop {
     let wrap = create_wrapping_key(&ceremony, &name("wrap")).unwrap();
     let mut keys = register([(&wrap, KeyRole::Wrapping)]);
     keys.insert(name("lost"), KeyOnToken { id: vec![7; 16], role: KeyRole::Wrapping, provenance: Provenance::Made });
-    let (verbs, transport) = place.verbs_with_transport(&ceremony, keys);
+    let (verbs, transport) = place.operations_with_transport(&ceremony, keys);
     Workshop { ceremony, verbs, transport }
 }
 
@@ -145,7 +145,7 @@ fn a_session_whose_transport_key_is_gone_does_not_pass_the_check() {
     in_module(|place| {
         let ceremony = place.open();
         let wrap = create_wrapping_key(&ceremony, &name("wrap")).unwrap();
-        let (mut verbs, _) = place.verbs_with_transport(&ceremony, register([(&wrap, KeyRole::Wrapping)]));
+        let (mut verbs, _) = place.operations_with_transport(&ceremony, register([(&wrap, KeyRole::Wrapping)]));
         verbs.check_keys().unwrap();
         let session = ceremony.token.session().unwrap();
         let transport_key = session.find_objects(&[Attribute::Token(false)]).unwrap();

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use super::backup_file::{BackupFile, What};
 use super::{Act, Before, Holding, PlannedAct, shares};
 use crate::config::Faults;
-use crate::hsm::{BACKUP_KEY_LEN, BackupKey, Ceremony, CreatedKey, KeyRegister, backup_check_value};
+use crate::hsm::{BACKUP_KEY_LEN, BackupKey, Ceremony, CreatedKey, KeyManifest, backup_check_value};
 use crate::keys::{KeyKind, sha256};
 use crate::names::{KeyName, OfficerName};
 use crate::officer::OfficerError;
@@ -47,7 +47,7 @@ impl Act for NewBackupKey {
         self.officers.iter().map(|officer| shares::file_name(&self.name, officer)).collect()
     }
 
-    fn planned(&self, _: Option<&KeyRegister>) -> PlannedAct {
+    fn planned(&self, _: Option<&KeyManifest>) -> PlannedAct {
         PlannedAct {
             act: "make",
             name: self.name.clone(),
@@ -66,14 +66,14 @@ impl Act for NewBackupKey {
     /// The shares come first, read back from their files: a backup key that nobody can put together again would be none.
     fn hold(&self, holding: &mut Holding<'_>) -> Result<(), OfficerError> {
         let token = holding.token;
-        let octets = token.random_secret(BACKUP_KEY_LEN)?;
-        let check_value = backup_check_value(&octets)?;
-        let given = shares::deal(token, &octets, self, &check_value)?;
+        let bytes = token.random_secret(BACKUP_KEY_LEN)?;
+        let check_value = backup_check_value(&bytes)?;
+        let given = shares::deal(token, &bytes, self, &check_value)?;
         let mut written = Vec::new();
         let made = self
             .give_out(holding, &given, &check_value, &mut written)
-            .and_then(|()| self.put(token, &octets, &check_value));
-        drop(octets);
+            .and_then(|()| self.put(token, &bytes, &check_value));
+        drop(bytes);
         let (key, entry) = match made {
             Ok(made) => made,
             Err(e) => {
@@ -117,10 +117,10 @@ impl NewBackupKey {
     fn put(
         &self,
         token: &Ceremony,
-        octets: &SecretBytes,
+        bytes: &SecretBytes,
         check: &[u8],
     ) -> Result<(CreatedKey, BackupKey), OfficerError> {
-        let key = token.create_backup_key(&self.name, octets)?;
+        let key = token.create_backup_key(&self.name, bytes)?;
         let entry = self.entry(key.id.clone(), check);
         match token.check_value_of_backup_key(&entry) {
             Ok(value) if value == check => Ok((key, entry)),
@@ -158,7 +158,7 @@ pub(super) fn look(under: Option<&KeyName>, before: &Before<'_>, faults: &mut Fa
     }
 }
 
-pub(super) fn key_of(register: &KeyRegister, under: Option<&KeyName>) -> Result<Option<BackupKey>, OfficerError> {
+pub(super) fn key_of(register: &KeyManifest, under: Option<&KeyName>) -> Result<Option<BackupKey>, OfficerError> {
     let found = |under| register.backup_key(under).cloned().ok_or_else(|| super::proof::not_there(under));
     under.map(found).transpose()
 }

@@ -19,7 +19,7 @@ pub(super) struct BackupFile {
     pub(super) name: KeyName,
     /// `CKA_ID`.
     pub(super) id: Vec<u8>,
-    /// RFC 5649: a secret key's octets, a private key as PKCS#8, or the seed of an Ed25519 pair.
+    /// RFC 5649: a secret key's bytes, a private key as PKCS#8, or the seed of an Ed25519 pair.
     pub(super) wrapped: Vec<u8>,
     pub(super) under: BackupKey,
     pub(super) what: What,
@@ -143,7 +143,7 @@ impl BackupFile {
         Some(Self { name: shape.name, id: id?, wrapped: wrapped?, under, what: what?, seal: seal? })
     }
 
-    /// What the seal is made of: SHA-384 over everything but the seal, as JSON without spaces, which is always the same octets.
+    /// What the seal is made of: SHA-384 over everything but the seal, as JSON without spaces, which is always the same bytes.
     pub(super) fn digest(&self) -> Result<[u8; SEALED_LEN], OfficerError> {
         let json = serde_json::to_vec(&self.shape(&[])).map_err(|e| OfficerError::Other(e.to_string()))?;
         Ok(sha384(&[SEAL_DOMAIN, &json].concat()))

@@ -3,7 +3,7 @@
 use super::proof::id_of;
 use super::{Act, Before, Holding, PlannedAct};
 use crate::config::Faults;
-use crate::hsm::{DestroyedKey, KeyRegister};
+use crate::hsm::{DestroyedKey, KeyManifest};
 use crate::names::KeyName;
 use crate::officer::{OfficerError, now};
 
@@ -41,11 +41,11 @@ impl Act for DestroyKey {
         Some(&self.key)
     }
 
-    fn needs_approval(&self, _register: Option<&KeyRegister>) -> Option<&'static str> {
+    fn needs_approval(&self, _register: Option<&KeyManifest>) -> Option<&'static str> {
         Some("destroys keys")
     }
 
-    fn planned(&self, _: Option<&KeyRegister>) -> PlannedAct {
+    fn planned(&self, _: Option<&KeyManifest>) -> PlannedAct {
         PlannedAct {
             act: "destroy",
             name: self.key.clone(),
@@ -75,7 +75,7 @@ impl Act for DestroyKey {
     }
 }
 
-pub(super) fn move_to_destroyed(register: &mut KeyRegister, name: &KeyName, id: &[u8], fingerprint: &str) {
+pub(super) fn move_to_destroyed(register: &mut KeyManifest, name: &KeyName, id: &[u8], fingerprint: &str) {
     if register.destroyed.iter().any(|gone| gone.name == *name) {
         return;
     }

@@ -6,7 +6,7 @@ use super::proof::prove;
 use super::{Act, Before, Holding, PlannedAct};
 use crate::certificate::check_answer;
 use crate::config::Faults;
-use crate::hsm::{KeyRegister, SigningKey, SigningUse};
+use crate::hsm::{KeyManifest, SigningKey, SigningUse};
 use crate::names::KeyName;
 use crate::officer::files::{must_be_new, write_new};
 use crate::officer::{OfficerError, now};
@@ -19,7 +19,7 @@ pub(super) struct ImportCertificate {
 }
 
 impl ImportCertificate {
-    fn entry<'a>(&self, register: &'a KeyRegister) -> Result<&'a SigningKey, OfficerError> {
+    fn entry<'a>(&self, register: &'a KeyManifest) -> Result<&'a SigningKey, OfficerError> {
         let missing = || OfficerError::Other(format!("the register has no signing key {}", self.key));
         register.signing_key(&self.key).ok_or_else(missing)
     }
@@ -27,7 +27,7 @@ impl ImportCertificate {
     /// The chain, once it is certain that it belongs to the key on the token, and that the root has issued it.
     fn checked(
         &self,
-        register: &KeyRegister,
+        register: &KeyManifest,
         prove: impl FnOnce(&KeyName) -> Result<String, OfficerError>,
     ) -> Result<String, OfficerError> {
         let key = self.entry(register)?;
@@ -44,7 +44,7 @@ impl ImportCertificate {
 }
 
 impl Act for ImportCertificate {
-    fn planned(&self, register: Option<&KeyRegister>) -> PlannedAct {
+    fn planned(&self, register: Option<&KeyManifest>) -> PlannedAct {
         let key = register.and_then(|register| register.signing_key(&self.key));
         let file = key.and_then(|key| key.certificate.file_name()).map(PathBuf::from);
         PlannedAct {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use super::backup_file::What;
 use super::{Act, Before, Holding, PlannedAct, backup, public_half};
 use crate::config::Faults;
-use crate::hsm::{CheckpointKey, KeyRegister};
+use crate::hsm::{CheckpointKey, KeyManifest};
 use crate::keys::KeyKind;
 use crate::names::KeyName;
 use crate::officer::OfficerError;
@@ -35,7 +35,7 @@ impl Act for NewLogKey {
         std::iter::once(Self::vkey(&self.name)).chain(backup).collect()
     }
 
-    fn planned(&self, _: Option<&KeyRegister>) -> PlannedAct {
+    fn planned(&self, _: Option<&KeyManifest>) -> PlannedAct {
         PlannedAct {
             act: "make",
             name: self.name.clone(),

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use super::backup_file::What;
 use super::{Act, Before, Holding, PlannedAct, backup};
 use crate::config::Faults;
-use crate::hsm::{KeyRegister, MasterKey, Prf};
+use crate::hsm::{KeyManifest, MasterKey, Prf};
 use crate::names::KeyName;
 use crate::officer::OfficerError;
 
@@ -32,7 +32,7 @@ impl NewMasterKey {
     }
 
     /// The key's version and function; the reason if it cannot take over that work.
-    fn line_in(&self, register: &KeyRegister) -> Result<(u32, Prf), String> {
+    fn line_in(&self, register: &KeyManifest) -> Result<(u32, Prf), String> {
         let older = match &self.line {
             Line::Begins { version, prf } => return Ok((*version, *prf)),
             Line::GoesOn(older) => older,
@@ -55,11 +55,11 @@ impl Act for NewMasterKey {
         self.backup.as_ref().map(|_| backup::file_name(&self.name)).into_iter().collect()
     }
 
-    fn needs_approval(&self, _register: Option<&KeyRegister>) -> Option<&'static str> {
+    fn needs_approval(&self, _register: Option<&KeyManifest>) -> Option<&'static str> {
         self.replaces().map(|_| "rotates keys")
     }
 
-    fn planned(&self, register: Option<&KeyRegister>) -> PlannedAct {
+    fn planned(&self, register: Option<&KeyManifest>) -> PlannedAct {
         let known = match (&self.line, register) {
             (Line::Begins { version, prf }, _) => Some((*version, *prf)),
             (Line::GoesOn(_), register) => register.and_then(|register| self.line_in(register).ok()),

@@ -28,7 +28,7 @@ use super::permit::Permit;
 use super::transcript::{Approval, Subject, Transcript};
 use crate::certificate::CertificateSerial;
 use crate::config::Faults;
-use crate::hsm::{Ceremony, CreatedKey, KeyRegister, ModuleProfile, TokenIdentity};
+use crate::hsm::{Ceremony, CreatedKey, KeyManifest, ModuleProfile, TokenIdentity};
 use crate::keys::PublicKey;
 use crate::names::{KeyName, OfficerName};
 
@@ -66,7 +66,7 @@ trait Act {
     }
 
     /// What it does to keys that are there, if one officer alone may not do that. Without a register: as far as it needs none to tell.
-    fn needs_approval(&self, _register: Option<&KeyRegister>) -> Option<&'static str> {
+    fn needs_approval(&self, _register: Option<&KeyManifest>) -> Option<&'static str> {
         None
     }
 
@@ -76,7 +76,7 @@ trait Act {
     }
 
     /// What it would do, for a look at it before; more exactly with the register.
-    fn planned(&self, register: Option<&KeyRegister>) -> PlannedAct;
+    fn planned(&self, register: Option<&KeyManifest>) -> PlannedAct;
 
     /// Notes everything that would be in its way. Nothing is changed.
     fn look(&self, before: &Before<'_>, faults: &mut Faults) -> Result<(), OfficerError>;
@@ -90,7 +90,7 @@ struct Before<'a> {
     module: &'a ModuleProfile,
     /// Absent as long as the ceremony has not initialised it.
     token: Option<&'a Ceremony>,
-    register: &'a KeyRegister,
+    register: &'a KeyManifest,
     acts: &'a [Box<dyn Act>],
 }
 
@@ -119,7 +119,7 @@ impl Before<'_> {
 struct Holding<'a> {
     token: &'a Ceremony,
     out: &'a Path,
-    register: KeyRegister,
+    register: KeyManifest,
     report: Transcript,
 }
 
@@ -140,7 +140,7 @@ impl CeremonyPlan {
         Ok(self.needed(register_in(out)?.as_ref()))
     }
 
-    fn needed(&self, register: Option<&KeyRegister>) -> Vec<&'static str> {
+    fn needed(&self, register: Option<&KeyManifest>) -> Vec<&'static str> {
         let needed: BTreeSet<_> = self.acts.iter().filter_map(|act| act.needs_approval(register)).collect();
         needed.into_iter().collect()
     }
@@ -180,7 +180,7 @@ impl CeremonyPlan {
         Held { signed: matches!(written, Ok(true)), transcript: report }.unless(failed, written.err())
     }
 
-    fn approval(&self, permit: Option<Permit>, register: &KeyRegister) -> Result<Option<Approval>, OfficerError> {
+    fn approval(&self, permit: Option<Permit>, register: &KeyManifest) -> Result<Option<Approval>, OfficerError> {
         let needed = self.needed(Some(register));
         let file = self.file.display().to_string();
         match permit {
@@ -262,17 +262,17 @@ impl Holding<'_> {
 }
 
 /// The register of an earlier ceremony, if there was one.
-fn register_in(out: Option<&Path>) -> Result<Option<KeyRegister>, OfficerError> {
+fn register_in(out: Option<&Path>) -> Result<Option<KeyManifest>, OfficerError> {
     let path = out.map(|out| out.join("keys.toml")).filter(|path| path.exists());
-    Ok(path.map(|path| KeyRegister::load(&path)).transpose()?)
+    Ok(path.map(|path| KeyManifest::load(&path)).transpose()?)
 }
 
 /// The register of an earlier ceremony on this token, or an empty one.
-fn register_to_add_to(path: &Path, token: &TokenIdentity) -> Result<KeyRegister, OfficerError> {
+fn register_to_add_to(path: &Path, token: &TokenIdentity) -> Result<KeyManifest, OfficerError> {
     if !path.exists() {
-        return Ok(KeyRegister::empty(token.clone()));
+        return Ok(KeyManifest::empty(token.clone()));
     }
-    let register = KeyRegister::load(path)?;
+    let register = KeyManifest::load(path)?;
     if register.token != *token {
         let (path, label, serial) = (path.display(), &register.token.label, &register.token.serial);
         return Err(OfficerError::Other(format!("{path} is of the token {label} ({serial}); give another --out")));
@@ -288,7 +288,7 @@ fn public_half(key: &CreatedKey) -> Result<PublicKey, OfficerError> {
 /// A certificate serial number from the HSM's random numbers.
 pub(super) fn random_serial(token: &Ceremony) -> Result<CertificateSerial, OfficerError> {
     let random = token.random(20)?;
-    let random = random.try_into().map_err(|_| OfficerError::Other("the HSM gave too few random octets".to_owned()))?;
+    let random = random.try_into().map_err(|_| OfficerError::Other("the HSM gave too few random bytes".to_owned()))?;
     Ok(CertificateSerial::from_random(random))
 }
 

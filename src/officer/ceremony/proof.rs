@@ -2,12 +2,12 @@
 
 use super::{Act, Before, Holding, PlannedAct};
 use crate::config::Faults;
-use crate::hsm::{Ceremony, KeyRegister};
+use crate::hsm::{Ceremony, KeyManifest};
 use crate::names::KeyName;
 use crate::officer::OfficerError;
 
 /// Proves a key of the register and says what it is known by.
-pub(super) fn prove(token: &Ceremony, register: &KeyRegister, name: &KeyName) -> Result<String, OfficerError> {
+pub(super) fn prove(token: &Ceremony, register: &KeyManifest, name: &KeyName) -> Result<String, OfficerError> {
     let known_by = register.known_by(name).ok_or_else(|| not_there(name))?;
     let pairs = register.signing.iter().map(|key| (&key.name, &key.id, &key.public_key));
     let mut pairs = pairs.chain(register.log.iter().map(|key| (&key.name, &key.id, &key.public_key)));
@@ -34,7 +34,7 @@ pub(super) fn not_there(name: &KeyName) -> OfficerError {
 }
 
 /// The CKA_ID of a key of the register.
-pub(super) fn id_of(register: &KeyRegister, name: &KeyName) -> Result<Vec<u8>, OfficerError> {
+pub(super) fn id_of(register: &KeyManifest, name: &KeyName) -> Result<Vec<u8>, OfficerError> {
     let mut given = register.given().filter(|(given, _)| *given == name);
     given.next().map(|(_, id)| id.to_vec()).ok_or_else(|| not_there(name))
 }
@@ -45,7 +45,7 @@ pub(super) struct CheckKey {
 }
 
 impl Act for CheckKey {
-    fn planned(&self, register: Option<&KeyRegister>) -> PlannedAct {
+    fn planned(&self, register: Option<&KeyManifest>) -> PlannedAct {
         PlannedAct {
             act: "check",
             name: self.key.clone(),

@@ -9,7 +9,7 @@ use super::signing::certificate_file;
 use super::{Act, Before, Holding, PlannedAct, shares};
 use crate::certificate::IssuerCertificate;
 use crate::config::Faults;
-use crate::hsm::{CheckpointKey, CreatedKey, KeyRegister, MasterKey, SigningKey, SigningUse, is_sealed};
+use crate::hsm::{CheckpointKey, CreatedKey, KeyManifest, MasterKey, SigningKey, SigningUse, is_sealed};
 use crate::names::KeyName;
 use crate::officer::OfficerError;
 use crate::officer::files::write_new;
@@ -53,7 +53,7 @@ impl RestoreKey {
         Ok(key)
     }
 
-    fn enter(&self, register: &mut KeyRegister, key: &CreatedKey, out: &std::path::Path) {
+    fn enter(&self, register: &mut KeyManifest, key: &CreatedKey, out: &std::path::Path) {
         let (name, id, provenance) = (key.name.clone(), key.id.clone(), key.provenance);
         match &self.backup.what {
             What::Signing { use_, public_key, replaces, .. } => {
@@ -83,7 +83,7 @@ impl Act for RestoreKey {
     }
 
     /// A key that comes to others may take over their work, as in a rotation; a new token has none.
-    fn needs_approval(&self, register: Option<&KeyRegister>) -> Option<&'static str> {
+    fn needs_approval(&self, register: Option<&KeyManifest>) -> Option<&'static str> {
         register.filter(|register| register.given().next().is_some()).map(|_| "restores keys to others")
     }
 
@@ -95,7 +95,7 @@ impl Act for RestoreKey {
         self.public_file().map(|(file, _)| file).into_iter().collect()
     }
 
-    fn planned(&self, register: Option<&KeyRegister>) -> PlannedAct {
+    fn planned(&self, register: Option<&KeyManifest>) -> PlannedAct {
         let (kind, what) = match &self.backup.what {
             What::Signing { public_key, .. } => (public_key.kind().to_string(), public_key.known_by()),
             What::Log { key, public_key } => (public_key.kind().to_string(), key.to_string()),

@@ -16,7 +16,7 @@ use crate::officer::OfficerError;
 use crate::secret::SecretBytes;
 
 const TITLE: &str = "spp key share v1";
-/// Octets of a share: the point, and the value of each octet's polynomial there.
+/// Bytes of a share: the point, and the value of each byte's polynomial there.
 const SHARE_LEN: usize = 1 + BACKUP_KEY_LEN as usize;
 /// More than any file with a share has, whatever the names in it.
 const MAX_FILE_LEN: usize = 2048;
@@ -29,7 +29,7 @@ pub(super) struct Share {
     check_value: Vec<u8>,
     pub(super) officer: OfficerName,
     pub(super) number: u8,
-    octets: SecretBytes,
+    bytes: SecretBytes,
 }
 
 /// The file with an officer's share. Names of officers may have parts.
@@ -47,24 +47,24 @@ pub(super) fn deal(
 ) -> Result<Vec<Share>, OfficerError> {
     // A coefficient takes a 32-bit number.
     let coefficients = BACKUP_KEY_LEN * u32::from(plan.threshold - 1);
-    let mut random = Drawn { octets: token.random_secret(4 * coefficients)?, used: 0, too_few: false };
+    let mut random = Drawn { bytes: token.random_secret(4 * coefficients)?, used: 0, too_few: false };
     // Exposed to be split; the dealer wipes its polynomials.
     let dealt: Vec<_> =
         Sharks(plan.threshold).dealer_rng(key.expose(), &mut random).take(plan.officers.len()).collect();
     if random.too_few {
-        return Err(OfficerError::Other("the HSM gave too few random octets".to_owned()));
+        return Err(OfficerError::Other("the HSM gave too few random bytes".to_owned()));
     }
     let shares = plan.officers.iter().zip(1..).zip(&dealt).map(|((officer, number), share)| Share {
         key: plan.name.clone(),
         check_value: check_value.to_vec(),
         officer: officer.clone(),
         number,
-        octets: SecretBytes::new(share.into()),
+        bytes: SecretBytes::new(share.into()),
     });
     let shares: Vec<_> = shares.collect();
     let threshold = usize::from(plan.threshold);
     for some in [&shares[..threshold], &shares[shares.len() - threshold..]] {
-        let again = recover(plan.threshold, some.iter().map(|share| &share.octets))?;
+        let again = recover(plan.threshold, some.iter().map(|share| &share.bytes))?;
         if backup_check_value(&again)? != check_value {
             return Err(OfficerError::Other(
                 "the shares do not give the key again; hold the ceremony again".to_owned(),
@@ -84,7 +84,7 @@ pub(super) fn combine(under: &BackupKey, files: &[PathBuf]) -> Result<SecretByte
             let message = format!("{at}: it is a share of another key than the {} of this backup", under.name);
             return Err(OfficerError::Other(message));
         }
-        if shares.iter().any(|other| other.octets.expose().first() == share.octets.expose().first()) {
+        if shares.iter().any(|other| other.bytes.expose().first() == share.bytes.expose().first()) {
             let message = format!("{at}: the share {} is there twice; each counts once", share.number);
             return Err(OfficerError::Other(message));
         }
@@ -100,7 +100,7 @@ pub(super) fn combine(under: &BackupKey, files: &[PathBuf]) -> Result<SecretByte
         );
         return Err(OfficerError::Other(message));
     }
-    let key = recover(under.threshold, shares.iter().map(|share| &share.octets))?;
+    let key = recover(under.threshold, shares.iter().map(|share| &share.bytes))?;
     if backup_check_value(&key)? != under.check_value {
         let numbers: Vec<_> = shares.iter().map(|share| format!("{} ({})", share.number, share.officer)).collect();
         let message = format!(
@@ -134,8 +134,8 @@ impl Share {
             self.officer, self.number
         );
         body.extend_from_slice(head.as_bytes());
-        for octet in self.octets.expose() {
-            body.extend([octet >> 4, octet & 15].map(|digit| HEX[usize::from(digit)]));
+        for byte in self.bytes.expose() {
+            body.extend([byte >> 4, byte & 15].map(|digit| HEX[usize::from(digit)]));
         }
         body.push(b'\n');
         let sum = checksum(body);
@@ -163,14 +163,14 @@ impl Share {
             line.ok_or_else(|| failed(&format!("has no line {name}")))
         };
         let wrong = |name: &str| failed(&format!("the line {name} cannot be read"));
-        let mut octets = SecretBytes::new(vec![0; SHARE_LEN]);
-        hex::decode_to_slice(field("share")?, octets.expose_mut()).map_err(|_| wrong("share"))?;
+        let mut bytes = SecretBytes::new(vec![0; SHARE_LEN]);
+        hex::decode_to_slice(field("share")?, bytes.expose_mut()).map_err(|_| wrong("share"))?;
         Ok(Self {
             key: field("key")?.parse().map_err(|_| wrong("key"))?,
             check_value: hex::decode(field("check-value")?).map_err(|_| wrong("check-value"))?,
             officer: field("officer")?.parse().map_err(|_| wrong("officer"))?,
             number: field("number")?.parse().map_err(|_| wrong("number"))?,
-            octets,
+            bytes,
         })
     }
 }
@@ -182,7 +182,7 @@ fn checksum(body: &[u8]) -> String {
 
 /// Random numbers that were drawn in the HSM before.
 struct Drawn {
-    octets: SecretBytes,
+    bytes: SecretBytes,
     used: usize,
     too_few: bool,
 }
@@ -190,7 +190,7 @@ struct Drawn {
 impl Drawn {
     fn next<const N: usize>(&mut self) -> [u8; N] {
         // Exposed to become a polynomial.
-        let next = self.octets.expose().get(self.used..self.used + N).and_then(|octets| octets.try_into().ok());
+        let next = self.bytes.expose().get(self.used..self.used + N).and_then(|bytes| bytes.try_into().ok());
         self.used += N;
         self.too_few |= next.is_none();
         next.unwrap_or([0; N])
@@ -208,8 +208,8 @@ impl TryRng for Drawn {
         Ok(u64::from_le_bytes(self.next()))
     }
 
-    fn try_fill_bytes(&mut self, octets: &mut [u8]) -> Result<(), Infallible> {
-        octets.iter_mut().for_each(|octet| [*octet] = self.next());
+    fn try_fill_bytes(&mut self, bytes: &mut [u8]) -> Result<(), Infallible> {
+        bytes.iter_mut().for_each(|byte| [*byte] = self.next());
         Ok(())
     }
 }

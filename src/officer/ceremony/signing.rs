@@ -9,7 +9,7 @@ use crate::certificate::{
     certificate_pem, root_certificate, root_request, subordinate_certificate,
 };
 use crate::config::Faults;
-use crate::hsm::{Ceremony, CreatedKey, KeyRegister, SigningKey, SigningUse};
+use crate::hsm::{Ceremony, CreatedKey, KeyManifest, SigningKey, SigningUse};
 use crate::keys::{KeyKind, PublicKey, SignatureAlgorithm};
 use crate::names::KeyName;
 use crate::officer::files::write_new;
@@ -51,7 +51,7 @@ impl NewSigningKey {
     }
 
     /// What it will sign; the reason if it cannot take over that work.
-    fn use_in(&self, register: &KeyRegister) -> Result<SigningUse, String> {
+    fn use_in(&self, register: &KeyManifest) -> Result<SigningUse, String> {
         let older = match &self.work {
             Work::Begins(use_) => return Ok(*use_),
             Work::GoesOn(older) => older,
@@ -111,11 +111,11 @@ impl Act for NewSigningKey {
         std::iter::once(self.file_name()).chain(backup).collect()
     }
 
-    fn needs_approval(&self, _register: Option<&KeyRegister>) -> Option<&'static str> {
+    fn needs_approval(&self, _register: Option<&KeyManifest>) -> Option<&'static str> {
         self.replaces().map(|_| "rotates keys")
     }
 
-    fn planned(&self, register: Option<&KeyRegister>) -> PlannedAct {
+    fn planned(&self, register: Option<&KeyManifest>) -> PlannedAct {
         let use_ = match &self.work {
             Work::Begins(use_) => Some(*use_),
             Work::GoesOn(_) => register.and_then(|register| self.use_in(register).ok()),
@@ -204,7 +204,7 @@ fn issue(holding: &Holding<'_>, issuer: &KeyName, wanted: &AuthorityCertificate<
 }
 
 /// A root of the register with its certificate; the reason if it cannot issue.
-fn root_in<'a>(register: &'a KeyRegister, name: &KeyName) -> Result<(&'a SigningKey, IssuerCertificate), String> {
+fn root_in<'a>(register: &'a KeyManifest, name: &KeyName) -> Result<(&'a SigningKey, IssuerCertificate), String> {
     let root = register.signing_key(name).filter(|key| key.use_ == SigningUse::Root);
     let root = root.ok_or_else(|| format!("the register has no signing key {name} with use = \"root\""))?;
     let certificate = read_certificate(&root.certificate, &root.public_key)?;

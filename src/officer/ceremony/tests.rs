@@ -7,7 +7,7 @@ use spp_testkit::ceremony::CeremonyFile;
 use super::{CeremonyPlan, Held};
 use crate::certificate::IssuerCertificate;
 use crate::hsm::tests::{Place, in_module};
-use crate::hsm::{Ceremony, KeyRegister};
+use crate::hsm::{Ceremony, KeyManifest};
 use crate::officer::permit::Permit;
 use crate::officer::{OfficerError, verify_transcript};
 
@@ -74,8 +74,8 @@ impl<'a> Office<'a> {
         plan.run(&self.token, &self.out().join(out), &["o-1".parse().unwrap()], approved.then(permit))
     }
 
-    pub(super) fn register(&self) -> KeyRegister {
-        KeyRegister::load(&self.out().join("keys/keys.toml")).unwrap()
+    pub(super) fn register(&self) -> KeyManifest {
+        KeyManifest::load(&self.out().join("keys/keys.toml")).unwrap()
     }
 
     pub(super) fn known_by(&self, key: &str) -> String {
@@ -233,6 +233,6 @@ fn an_issuer_is_a_root_that_has_its_certificate_and_signs_as_that_says() {
         let issuer = IssuerCertificate::from_pem_alone(&pem).unwrap();
         // id-RSASSA-PSS, RFC 4055 §3.1; the key in the certificate is none of RSA.
         let pss = hex::decode("06092a864886f70d01010a").unwrap();
-        assert!(issuer.as_der().windows(pss.len()).any(|octets| octets == pss));
+        assert!(issuer.as_der().windows(pss.len()).any(|bytes| bytes == pss));
     });
 }

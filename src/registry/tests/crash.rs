@@ -59,19 +59,19 @@ fn acknowledged(out: impl Read, enough: usize, stop: &mut dyn FnMut()) -> BTreeM
     told
 }
 
-/// A record that takes so many octets.
-fn large(n: u64, octets: usize) -> DeviceRecord {
-    DeviceRecord { backup: vec![n as u8; octets], ..record(n) }
+/// A record that takes so many bytes.
+fn large(n: u64, bytes: usize) -> DeviceRecord {
+    DeviceRecord { backup: vec![n as u8; bytes], ..record(n) }
 }
 
-async fn publish_until_it_fails(public: &Arc<TransparencyLog>, first: u64, octets: usize) {
+async fn publish_until_it_fails(public: &Arc<TransparencyLog>, first: u64, bytes: usize) {
     let mut writers = JoinSet::new();
     for writer in 0..16 {
         let public = public.clone();
         writers.spawn(async move {
             for n in (first + writer..).step_by(16) {
-                let announced = public.announce();
-                let Ok(publication) = public.publish(&large(n, octets)).await else { return };
+                let announced = public.reserve_slot();
+                let Ok(publication) = public.publish(&large(n, bytes)).await else { return };
                 drop(announced);
                 tell(n, &publication);
             }
@@ -91,7 +91,7 @@ async fn must_have_kept(log: &Log, told: &BTreeMap<u64, (u64, String)>, record: 
         let found = public.record(*index).await.unwrap().unwrap_or_else(|| panic!("{n} is lost"));
         assert_eq!((&found.record, &hex::encode(found.publication.record_hash)), (&record(*n), hash));
         let proof = public.prove(*index).await.unwrap().unwrap();
-        assert_eq!(proof.verify(&found.octets, log.signer.key()).unwrap().index, *index);
+        assert_eq!(proof.verify(&found.bytes, log.signer.key()).unwrap().index, *index);
         let by_chip = public.find(&UniqueKey::of_chip(&record(*n).chip)).await.unwrap();
         assert_eq!(by_chip.unwrap().publication, found.publication);
         assert_eq!(public.publish(&record(*n)).await.unwrap(), found.publication);

@@ -59,9 +59,9 @@ impl Made {
 
     fn some_chips_are_proven(&self, dir: &Path, size: usize, step: usize) {
         for n in (0..size as u64).rev().step_by(step) {
-            let (octets, proof) = read_chip(dir.to_str().unwrap(), &record(n).chip, None).unwrap();
-            assert_eq!(octets, self.entries[n as usize]);
-            let verified = LogProof::from_bytes(&proof).unwrap().verify(&octets, self.signer.key()).unwrap();
+            let (bytes, proof) = read_chip(dir.to_str().unwrap(), &record(n).chip, None).unwrap();
+            assert_eq!(bytes, self.entries[n as usize]);
+            let verified = LogProof::from_bytes(&proof).unwrap().verify(&bytes, self.signer.key()).unwrap();
             assert_eq!(verified.index, n);
         }
     }
@@ -93,7 +93,7 @@ fn a_mirror_is_exactly_what_the_specification_says_and_every_chip_is_proven() {
         assert_eq!(exported, Exported { before: 0, now: size as u64 });
         let files = files_of(dir.path());
         assert_eq!(names(&files), expected(&source, size), "{size}");
-        assert!(source.files.iter().all(|(name, octets)| files[name] == *octets), "{size}");
+        assert!(source.files.iter().all(|(name, bytes)| files[name] == *bytes), "{size}");
         assert_eq!(files["checkpoint"], source.note);
         assert_eq!(files["log.vkey"], format!("{}\n", made.signer.key()).as_bytes());
         made.chips_are_proven(dir.path(), size);
@@ -138,7 +138,7 @@ fn what_is_full_is_written_once_and_outgrown_parts_are_gone() {
         assert!(known.iter().all(|name| files.contains_key(name)), "{size}");
         let extra: Vec<_> = names(&files).into_iter().filter(|name| !known.contains(name)).collect();
         assert!(extra.iter().all(|name| partial.contains(name)), "{extra:?} at {size}");
-        assert!(source.files.iter().all(|(name, octets)| files[name] == *octets), "{size}");
+        assert!(source.files.iter().all(|(name, bytes)| files[name] == *bytes), "{size}");
         made.chips_are_proven(dir.path(), size);
         before = size as u64;
     }
@@ -188,7 +188,7 @@ fn an_interrupted_export_is_finished_by_the_next_one() {
             let mut known = files_of(whole.path());
             known.retain(|name, _| files.contains_key(name) || !name.contains(".p/"));
             assert_eq!(names(&files), names(&known), "{what}");
-            assert!(made.of(520).files.iter().all(|(name, octets)| files[name] == *octets), "{what}");
+            assert!(made.of(520).files.iter().all(|(name, bytes)| files[name] == *bytes), "{what}");
             made.some_chips_are_proven(dir.path(), 520, 7);
         }
     }
@@ -242,9 +242,9 @@ fn a_damaged_log_is_refused_and_the_mirrors_checkpoint_stays() {
     made.export(&mut made.of(260), old.path()).unwrap();
     for name in ["tile/entries/001", "tile/entries/002.p/8", "tile/0/001", "tile/0/002.p/8"] {
         let harms: [(&str, Harm); 4] = [
-            ("flipped", |octets| octets[100] ^= 4),
-            ("cut off", |octets| octets.truncate(octets.len() - 1)),
-            ("longer", |octets| octets.push(0)),
+            ("flipped", |bytes| bytes[100] ^= 4),
+            ("cut off", |bytes| bytes.truncate(bytes.len() - 1)),
+            ("longer", |bytes| bytes.push(0)),
             ("empty", Vec::clear),
         ];
         for (what, harm) in harms {
@@ -263,7 +263,7 @@ fn a_damaged_log_is_refused_and_the_mirrors_checkpoint_stays() {
                 continue;
             }
             assert_eq!(made.export(&mut good.clone(), dir.path()).unwrap(), Exported { before: 260, now: 520 });
-            assert!(good.files.iter().all(|(name, octets)| fs::read(dir.path().join(name)).unwrap() == *octets));
+            assert!(good.files.iter().all(|(name, bytes)| fs::read(dir.path().join(name)).unwrap() == *bytes));
             made.some_chips_are_proven(dir.path(), 520, 9);
         }
     }
@@ -273,8 +273,8 @@ fn a_damaged_log_is_refused_and_the_mirrors_checkpoint_stays() {
 fn must_still_be_of_260(made: &Made, dir: &Path) {
     assert_eq!(fs::read(dir.join("checkpoint")).unwrap(), made.of(260).note);
     let mirror = Mirror::new(dir);
-    for (name, octets) in made.of(260).files {
-        assert_eq!(mirror.tile(name.parse().unwrap()).unwrap(), octets, "{name}");
+    for (name, bytes) in made.of(260).files {
+        assert_eq!(mirror.tile(name.parse().unwrap()).unwrap(), bytes, "{name}");
     }
     made.some_chips_are_proven(dir, 260, 9);
 }

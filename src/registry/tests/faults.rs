@@ -59,8 +59,8 @@ async fn full_tiles_that_cannot_be_written_stop_publication_and_lose_nothing() {
             must_be_proven(&log, &public, *n, publication).await;
         }
         let entries: Vec<_> = (0..260).map(|index| entry_at(&told, index)).collect();
-        for (name, octets) in tiles_of(&entries) {
-            assert_eq!(public.tile(name.parse().unwrap()).await.unwrap(), Some(octets), "{name} meanwhile");
+        for (name, bytes) in tiles_of(&entries) {
+            assert_eq!(public.tile(name.parse().unwrap()).await.unwrap(), Some(bytes), "{name} meanwhile");
         }
         if name == "tile/entries" {
             fs::remove_file(&in_the_way).unwrap()
@@ -120,7 +120,7 @@ impl CheckpointSigner for Moody {
         match self.mood.load(SeqCst) {
             0 => Ok(right),
             1 => Err("the token is gone".to_owned()),
-            2 => Ok(right.iter().map(|octet| octet ^ 1).collect()),
+            2 => Ok(right.iter().map(|byte| byte ^ 1).collect()),
             3 => Ok(self.other.sign_now(checkpoint)),
             _ => Ok(right[..63].to_vec()),
         }
@@ -170,7 +170,7 @@ async fn nobody_is_told_that_a_value_is_taken_by_an_entry_that_did_not_get_in() 
             faults.before_apply.store(true, SeqCst)
         }
         let rival = DeviceRecord { chip: record(1).chip, ..record(2) };
-        let on_the_way = (public.announce(), public.announce());
+        let on_the_way = (public.reserve_slot(), public.reserve_slot());
         let one = record(1);
         let (first, second) = tokio::join!(public.publish(&one), public.publish(&rival));
         drop(on_the_way);

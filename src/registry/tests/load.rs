@@ -14,7 +14,7 @@ async fn many_publish_and_read_at_once_and_everything_acknowledged_is_proven() {
         writers.spawn(async move {
             let mut told = Told::new();
             for n in task * EACH..task * EACH + EACH {
-                let announced = public.announce();
+                let announced = public.reserve_slot();
                 let publication = public.publish(&record(n)).await.unwrap();
                 drop(announced);
                 // Its own record at once, as every caller asks for it.
@@ -39,7 +39,7 @@ async fn many_publish_and_read_at_once_and_everything_acknowledged_is_proven() {
                 for index in [0, size / 2, size.saturating_sub(1)] {
                     let Some(found) = public.record(index).await.unwrap() else { continue };
                     let proof = public.prove(index).await.unwrap().unwrap();
-                    proof.verify(&found.octets, &key).unwrap();
+                    proof.verify(&found.bytes, &key).unwrap();
                     reads += 1;
                 }
                 let checkpoint = public.checkpoint().await.unwrap();
@@ -88,7 +88,7 @@ async fn those_who_are_on_the_way_share_a_batch_and_nobody_waits_for_nobody() {
     let public = Arc::new(opened.unwrap());
     let begun = Instant::now();
     public.publish(&record(0)).await.unwrap();
-    let announced = public.announce();
+    let announced = public.reserve_slot();
     public.publish(&record(1)).await.unwrap();
     drop(announced);
     assert!(begun.elapsed() < PERIOD, "alone it waits for nobody");
@@ -102,7 +102,7 @@ async fn those_who_are_on_the_way_share_a_batch_and_nobody_waits_for_nobody() {
     // Those who come one after the other share one, too: each of them was announced.
     let before = faults.syncs.load(SeqCst);
     let mut tasks = JoinSet::new();
-    for (n, announced) in (1000..1020).map(|n| (n, public.announce())).collect::<Vec<_>>() {
+    for (n, announced) in (1000..1020).map(|n| (n, public.reserve_slot())).collect::<Vec<_>>() {
         let public = public.clone();
         tasks.spawn(async move {
             tokio::time::sleep(Duration::from_millis((n - 1000) * 10)).await;
@@ -114,7 +114,7 @@ async fn those_who_are_on_the_way_share_a_batch_and_nobody_waits_for_nobody() {
     assert_eq!(faults.syncs.load(SeqCst) - before, 1);
 
     // Somebody who said that he comes and does not is waited for as long as the period, and no longer once he has left.
-    let announced = (public.announce(), public.announce());
+    let announced = (public.reserve_slot(), public.reserve_slot());
     let begun = Instant::now();
     let late = record(1020);
     let left = tokio::join!(public.publish(&late), async {
@@ -129,9 +129,9 @@ async fn those_who_are_on_the_way_share_a_batch_and_nobody_waits_for_nobody() {
 
 async fn proofs_of_all(log: &Log, public: &TransparencyLog, size: u64) {
     for index in (0..size).filter(|index| checked_in_full(*index) || index + 3 > size) {
-        let octets = public.record(index).await.unwrap().unwrap().octets;
+        let bytes = public.record(index).await.unwrap().unwrap().bytes;
         let proof = public.prove(index).await.unwrap().unwrap();
-        let verified = proof.verify(&octets, log.signer.key()).unwrap();
+        let verified = proof.verify(&bytes, log.signer.key()).unwrap();
         assert_eq!((verified.index, verified.checkpoint.size()), (index, size));
     }
     assert_eq!(public.prove(size).await.unwrap(), None);
@@ -165,9 +165,9 @@ async fn every_tile_of_every_earlier_checkpoint_is_served() {
         for size in (1..=to).rev().step_by(scaled(13, if to < 500 { 7 } else { 1 })) {
             // Most tiles of a size are those of all others; the last ones are its own.
             let all = tiles_of(&entries[..size as usize]);
-            for (name, octets) in all.into_iter().filter(|(name, _)| size == to || name.contains(".p/")) {
+            for (name, bytes) in all.into_iter().filter(|(name, _)| size == to || name.contains(".p/")) {
                 let tile: TileId = name.parse().unwrap();
-                assert_eq!(public.tile(tile).await.unwrap(), Some(octets), "{name} of {size} at {to}");
+                assert_eq!(public.tile(tile).await.unwrap(), Some(bytes), "{name} of {size} at {to}");
             }
         }
         for kind in [TileKind::Entries, TileKind::Hashes(0), TileKind::Hashes(1), TileKind::Hashes(2)] {

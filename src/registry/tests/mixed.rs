@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::super::export::chip_files;
-use super::super::signed;
+use super::super::first_checkpoints;
 use super::real::{Shown, found as found_in, with};
 use super::*;
 use crate::store::contract_public::audit_of;
@@ -23,7 +23,7 @@ fn audit(n: u64) -> AuditCheckpoint {
     audit_of(node(n), n)
 }
 
-fn octets(n: u64) -> Vec<u8> {
+fn bytes(n: u64) -> Vec<u8> {
     if is_audit(n) { audit(n).to_bytes().unwrap() } else { record(n).to_bytes().unwrap() }
 }
 
@@ -53,7 +53,7 @@ async fn must_be_mixed(log: &Log, public: &TransparencyLog, size: u64) {
         let found = public.record(n).await.unwrap();
         assert_eq!(found.is_none(), is_audit(n), "{n}");
         for proof in [public.prove(n).await.unwrap(), public.receipt(n).await.unwrap()] {
-            assert_eq!(proof.unwrap().verify(&octets(n), log.signer.key()).unwrap().index, n);
+            assert_eq!(proof.unwrap().verify(&bytes(n), log.signer.key()).unwrap().index, n);
         }
         match is_audit(n) {
             true => assert_eq!(public.append_audit(&audit(n)).await.unwrap().index, n),
@@ -102,21 +102,21 @@ async fn the_number_of_records_is_read_and_counted_only_where_it_was_not_kept() 
     mix(&public, 0..520).await;
     closed(public, &log).await;
     let (bundle, kept) = (log.dir().join("tile/entries/000"), log.dir().join("signed/001"));
-    let octets = fs::read(&bundle).unwrap();
+    let bytes = fs::read(&bundle).unwrap();
     // With a bundle away it cannot be counted.
     fs::remove_file(&bundle).unwrap();
-    assert_eq!(signed::records_below(&log.dir(), 512).unwrap(), records_below(512));
+    assert_eq!(first_checkpoints::records_below(&log.dir(), 512).unwrap(), records_below(512));
     fs::remove_file(&kept).unwrap();
     let refused = log.try_open().await.err().unwrap();
     assert!(refused.to_string().contains("tile/entries/000"), "{refused}");
     assert!(refused.to_string().contains("put the same file of a mirror in its place"), "{refused}");
-    fs::write(&bundle, octets).unwrap();
+    fs::write(&bundle, bytes).unwrap();
     must_be_mixed(&log, &*log.open().await, 520).await;
     assert_eq!(fs::read(&kept).unwrap(), records_below(512).to_be_bytes(), "it is kept from now on");
     // What is damaged is counted again, and left as it is.
     for damaged in [&513u64.to_be_bytes()[..], &[7; 5]] {
         fs::write(&kept, damaged).unwrap();
-        assert_eq!(signed::records_below(&log.dir(), 512).unwrap(), records_below(512));
+        assert_eq!(first_checkpoints::records_below(&log.dir(), 512).unwrap(), records_below(512));
         assert_eq!(fs::read(&kept).unwrap(), damaged);
     }
 }
@@ -129,7 +129,7 @@ async fn a_log_of_records_alone_has_the_files_that_it_always_had() {
     closed(public, &log).await;
     let kept = fs::read(log.dir().join("signed/000")).unwrap();
     assert!(!kept.is_empty() && kept.len().is_multiple_of(72), "{}", kept.len());
-    assert_eq!(signed::records_below(&log.dir(), 256).unwrap(), 256);
+    assert_eq!(first_checkpoints::records_below(&log.dir(), 256).unwrap(), 256);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -207,14 +207,14 @@ async fn a_mirror_has_both_kinds_and_files_for_the_devices_alone_and_gives_the_a
     mix(&public, 300..520).await;
     let exported = export(&mut StoreDirectory::new(&log.dir(), key), key, &mirror, &mut |_, _| ()).unwrap();
     assert_eq!(exported, Exported { before: 300, now: 520 });
-    let all: Vec<_> = (0..520).map(octets).collect();
+    let all: Vec<_> = (0..520).map(bytes).collect();
     let files = files_of(&mirror);
-    assert!(tiles_of(&all).iter().all(|(name, octets)| files[name] == *octets));
+    assert!(tiles_of(&all).iter().all(|(name, bytes)| files[name] == *bytes));
     let of_chips = files.keys().filter(|name| name.starts_with("chip/")).count() as u64;
     assert_eq!(of_chips, 2 * records_below(520));
     for n in (0..520).filter(|n| !is_audit(*n)) {
         let proof = LogProof::from_bytes(&files[&chip_files(&record(n).chip).1]).unwrap();
-        assert_eq!(proof.verify(&octets(n), key).unwrap().index, n);
+        assert_eq!(proof.verify(&bytes(n), key).unwrap().index, n);
     }
     for source in [&mut Mirror::new(&mirror) as &mut dyn LogSource, &mut StoreDirectory::new(&log.dir(), key)] {
         for of in ["even", "odd", "nobody"] {
@@ -246,11 +246,11 @@ fn an_audit_checkpoint_that_is_there_twice_or_is_not_as_it_must_be_is_named() {
     let words = "its number of audit entries is that of entry 3 already";
     Shown::signed(&twice).found().has("entry 400", words).and_nothing_else();
     let damages: [fn(&mut Vec<u8>); 4] = [
-        |octets| octets.push(0),
-        |octets| octets.truncate(octets.len() - 1),
-        |octets| octets[0] += 1,
-        // The number 7 in two octets.
-        |octets| drop(octets.splice(7..8, [0x18, 7])),
+        |bytes| bytes.push(0),
+        |bytes| bytes.truncate(bytes.len() - 1),
+        |bytes| bytes[0] += 1,
+        // The number 7 in two bytes.
+        |bytes| drop(bytes.splice(7..8, [0x18, 7])),
     ];
     for damage in damages {
         let mut entries = honest.clone();

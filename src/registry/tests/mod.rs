@@ -17,7 +17,7 @@ use spp_testkit::random::{cases, scaled};
 use spp_testkit::wait::eventually;
 
 use crate::store::contract_public::{PublicFactory, contract_of_publication, record};
-use crate::store::place::System;
+use crate::store::directory::System;
 use crate::store::testing::Faults;
 use crate::store::{
     DeviceRecord, PublicDatabase, Publication, PublishError, StoreError, StoreOptions, UniqueKey, WitnessStatus,
@@ -119,7 +119,7 @@ async fn try_grow(
     public: &Arc<TransparencyLog>,
     numbers: impl IntoIterator<Item = u64>,
 ) -> Vec<(u64, Result<Publication, PublishError>)> {
-    let on_the_way: Vec<_> = numbers.into_iter().map(|n| (n, public.announce())).collect();
+    let on_the_way: Vec<_> = numbers.into_iter().map(|n| (n, public.reserve_slot())).collect();
     let mut tasks = JoinSet::new();
     for (n, announced) in on_the_way {
         let public = public.clone();
@@ -161,10 +161,10 @@ async fn must_be_there(log: &Log, public: &TransparencyLog, told: &Told) {
 }
 
 async fn must_be_proven(log: &Log, public: &TransparencyLog, n: u64, publication: &Publication) {
-    let octets = public.record(publication.index).await.unwrap().unwrap().octets;
-    assert_eq!(octets, record(n).to_bytes().unwrap());
+    let bytes = public.record(publication.index).await.unwrap().unwrap().bytes;
+    assert_eq!(bytes, record(n).to_bytes().unwrap());
     let proof = public.prove(publication.index).await.unwrap().unwrap();
-    let verified = proof.verify(&octets, log.signer.key()).unwrap_or_else(|e| panic!("{n}: {e}"));
+    let verified = proof.verify(&bytes, log.signer.key()).unwrap_or_else(|e| panic!("{n}: {e}"));
     assert_eq!(verified.index, publication.index);
 }
 

@@ -90,7 +90,7 @@ pub(super) static REAL: LazyLock<Real> = LazyLock::new(|| {
         let public = log.open().await;
         // In batches of their own sizes, as they come to a daemon.
         for records in [&records[..90], &records[90..91], &records[91..300], &records[300..590], &records[590..]] {
-            let on_the_way: Vec<_> = records.iter().map(|_| public.announce()).collect();
+            let on_the_way: Vec<_> = records.iter().map(|_| public.reserve_slot()).collect();
             let mut tasks = JoinSet::new();
             for record in records {
                 let (public, record) = (public.clone(), record.clone());
@@ -150,9 +150,9 @@ impl Shown {
 
     /// Other tiles.
     pub(super) fn show(&self, entries: &[Vec<u8>]) {
-        for (name, octets) in tiles_of(entries) {
+        for (name, bytes) in tiles_of(entries) {
             fs::create_dir_all(self.path(&name).parent().unwrap()).unwrap();
-            fs::write(self.path(&name), octets).unwrap();
+            fs::write(self.path(&name), bytes).unwrap();
         }
     }
 
@@ -161,17 +161,17 @@ impl Shown {
     }
 
     pub(super) fn change(self, name: &str, change: impl FnOnce(&mut Vec<u8>)) -> Self {
-        let mut octets = fs::read(self.path(name)).unwrap();
-        change(&mut octets);
-        fs::write(self.path(name), octets).unwrap();
+        let mut bytes = fs::read(self.path(name)).unwrap();
+        change(&mut bytes);
+        fs::write(self.path(name), bytes).unwrap();
         self
     }
 
     pub(super) fn change_entries(self, name: &str, change: impl FnOnce(&mut Vec<Vec<u8>>)) -> Self {
-        self.change(name, |octets| {
-            let mut entries = entries_of(octets);
+        self.change(name, |bytes| {
+            let mut entries = entries_of(bytes);
             change(&mut entries);
-            *octets = bundle_of(&entries);
+            *bytes = bundle_of(&entries);
         })
     }
 
@@ -215,8 +215,8 @@ pub(super) fn found(source: &mut dyn LogSource, seen: Option<&[u8]>) -> Found {
     Found(verification.findings)
 }
 
-pub(super) fn flip(octets: &mut [u8], at: usize) {
-    octets[at] ^= 1 << (at % 8);
+pub(super) fn flip(bytes: &mut [u8], at: usize) {
+    bytes[at] ^= 1 << (at % 8);
 }
 
 /// The checkpoint of the first entries.

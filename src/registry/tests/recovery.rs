@@ -2,7 +2,7 @@
 
 use super::super::files::LogFiles;
 use super::*;
-use crate::store::place::System;
+use crate::store::directory::System;
 use crate::tlog::LogKey;
 
 /// What becomes of an index.
@@ -26,9 +26,9 @@ async fn an_index_that_is_missing_damaged_behind_or_anothers_is_made_anew() {
         }),
         ("damaged", |index, old| {
             copy_directory(old, index);
-            let mut octets = fs::read(index.join("db")).unwrap();
-            octets.iter_mut().skip(20).for_each(|octet| *octet = 0xEE);
-            fs::write(index.join("db"), octets).unwrap();
+            let mut bytes = fs::read(index.join("db")).unwrap();
+            bytes.iter_mut().skip(20).for_each(|byte| *byte = 0xEE);
+            fs::write(index.join("db"), bytes).unwrap();
         }),
         ("behind", |index, old| copy_directory(old, index)),
         ("another log's", |_, _| ()),
@@ -93,7 +93,7 @@ async fn an_old_copy_of_the_files_is_refused_until_its_loss_is_accepted() {
     }
 }
 
-/// Records so small that every octet of a batch can be tried.
+/// Records so small that every byte of a batch can be tried.
 fn small(n: u64) -> DeviceRecord {
     DeviceRecord { certificate: vec![1], backup: vec![2], public_key: None, ..record(n) }
 }
@@ -132,9 +132,9 @@ async fn a_torn_last_batch_is_cut_off_wherever_it_was_torn() {
     for round in 0..400 {
         let mut torn = edge.clone();
         let from = last + round % (edge.len() - last);
-        for octet in &mut torn[from..] {
+        for byte in &mut torn[from..] {
             random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            *octet = if round % 2 == 0 { 0 } else { (random >> 56) as u8 };
+            *byte = if round % 2 == 0 { 0 } else { (random >> 56) as u8 };
         }
         torn.extend(vec![0xA5; round % 3 * 500]);
         fs::write(&file, torn).unwrap();
@@ -181,8 +181,8 @@ async fn any_flipped_bit_before_the_last_batch_is_refused_and_nothing_is_cut_off
         flipped[at] ^= 1 << (at % 8);
         fs::write(&file, &flipped).unwrap();
         let refused = recovered(&log.dir(), log.signer.key(), 0);
-        assert!(matches!(refused, Err(StoreError::Damaged { .. })), "octet {at}: {refused:?}");
-        assert_eq!(fs::read(&file).unwrap(), flipped, "octet {at}");
+        assert!(matches!(refused, Err(StoreError::Damaged { .. })), "byte {at}: {refused:?}");
+        assert_eq!(fs::read(&file).unwrap(), flipped, "byte {at}");
     }
     // The last one may have been cut off by a crash, but not if the index has it.
     for at in begins[2]..edge.len() {
@@ -190,8 +190,8 @@ async fn any_flipped_bit_before_the_last_batch_is_refused_and_nothing_is_cut_off
         flipped[at] ^= 1 << (at % 8);
         fs::write(&file, &flipped).unwrap();
         let refused = recovered(&log.dir(), log.signer.key(), 3);
-        assert!(matches!(refused, Err(StoreError::Damaged { .. })), "octet {at}: {refused:?}");
-        assert_eq!(fs::read(&file).unwrap(), flipped, "octet {at}");
+        assert!(matches!(refused, Err(StoreError::Damaged { .. })), "byte {at}: {refused:?}");
+        assert_eq!(fs::read(&file).unwrap(), flipped, "byte {at}");
     }
     let refused = log.try_open().await.err().unwrap();
     assert!(refused.to_string().contains("it ends with entry 2, and 3 are known"), "{refused}");

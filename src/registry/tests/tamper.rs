@@ -48,7 +48,7 @@ fn a_flipped_bit_in_an_entry_is_named() {
 #[test]
 fn a_flipped_bit_in_a_tile_of_leaves_is_named() {
     for (tile, first, at) in [("tile/0/000", 0, 0), ("tile/0/001", 256, 100), ("tile/0/002.p/88", 512, 87)] {
-        let shown = Shown::mirror().change(tile, |octets| flip(octets, at * 32 + 5));
+        let shown = Shown::mirror().change(tile, |bytes| flip(bytes, at * 32 + 5));
         let words = format!("its hash is not the one in {tile}: one of them was changed");
         shown.found().has(&format!("entry {}", first + at), &words).and_nothing_else();
     }
@@ -56,7 +56,7 @@ fn a_flipped_bit_in_a_tile_of_leaves_is_named() {
 
 #[test]
 fn a_flipped_bit_in_an_upper_tile_is_named() {
-    let shown = Shown::mirror().change("tile/1/000.p/2", |octets| flip(octets, 37));
+    let shown = Shown::mirror().change("tile/1/000.p/2", |bytes| flip(bytes, 37));
     shown.found().has("tile/1/000.p/2", "its hashes are not those of the tiles below it").and_nothing_else();
 }
 
@@ -65,17 +65,17 @@ fn any_flipped_bit_in_the_checkpoint_is_named() {
     let note = fs::read(REAL.mirror.join("checkpoint")).unwrap();
     let text = note.windows(2).position(|two| two == b"\n\n").unwrap();
     for bit in 0..note.len() * 8 {
-        let shown = Shown::mirror_checkpoint_only(|octets| octets[bit / 8] ^= 1 << (bit % 8));
+        let shown = Shown::mirror_checkpoint_only(|bytes| bytes[bit / 8] ^= 1 << (bit % 8));
         let findings = shown.found().0;
         assert_eq!(findings.len(), 1, "bit {bit}: {findings:?}");
         assert_eq!(findings[0].at, "checkpoint", "bit {bit}");
     }
-    let shown = Shown::mirror().change("checkpoint", |octets| octets[text - 46] ^= 1);
+    let shown = Shown::mirror().change("checkpoint", |bytes| bytes[text - 46] ^= 1);
     let words = "the signature of log.example/test on the checkpoint does not verify";
     shown.found().has("checkpoint", words).and_nothing_else();
     let signature = note.len() - 20;
-    let shown = Shown::mirror().change("checkpoint", |octets| {
-        octets[signature] = if octets[signature] == b'A' { b'B' } else { b'A' };
+    let shown = Shown::mirror().change("checkpoint", |bytes| {
+        bytes[signature] = if bytes[signature] == b'A' { b'B' } else { b'A' };
     });
     shown.found().has("checkpoint", words).and_nothing_else();
 }
@@ -134,14 +134,14 @@ fn a_missing_file_is_named() {
 }
 
 #[test]
-fn octets_that_are_no_entry_are_named() {
+fn bytes_that_are_no_entry_are_named() {
     for name in ["tile/entries/000", "tile/entries/002.p/88"] {
         for more in [&[0u8][..], &[0, 9, 1], &[0, 0]] {
-            let shown = Shown::mirror().change(name, |octets| octets.extend(more));
+            let shown = Shown::mirror().change(name, |bytes| bytes.extend(more));
             let found = shown.found();
             assert!(found.0.iter().any(|finding| finding.at == name), "{more:?}: {found:?}");
         }
-        let shown = Shown::mirror().change(name, |octets| octets.truncate(octets.len() - 1));
+        let shown = Shown::mirror().change(name, |bytes| bytes.truncate(bytes.len() - 1));
         shown.found().has(name, "entries are missing or cut off");
     }
     let mut entries = REAL.entries[..3].to_vec();
@@ -254,17 +254,17 @@ fn damage_in_the_daemons_own_directory_is_named() {
         let shown = Shown(dir).change(name, change);
         (found(&mut StoreDirectory::new(shown.0.path(), key), None), shown)
     };
-    let (found, _) = damaged("tile/entries/001", |octets| flip(octets, 1000));
+    let (found, _) = damaged("tile/entries/001", |bytes| flip(bytes, 1000));
     found.has("checkpoint", ROOT);
-    let (found, _) = damaged("tile/0/001", |octets| flip(octets, 40));
+    let (found, _) = damaged("tile/0/001", |bytes| flip(bytes, 40));
     assert!(!found.0.is_empty());
     let edge = "edge/00000000000000000512";
-    let (found, _) = damaged(edge, |octets| flip(octets, 2000));
-    found.has("checkpoint", "the batch at octet 0 is damaged, and others follow it").and_nothing_else();
+    let (found, _) = damaged(edge, |bytes| flip(bytes, 2000));
+    found.has("checkpoint", "the batch at byte 0 is damaged, and others follow it").and_nothing_else();
     // The last batch is like one that a crash cut off: only whoever has seen more can tell.
-    let (found_without, shown) = damaged(edge, |octets| {
-        let last = octets.len() - 9;
-        flip(octets, last);
+    let (found_without, shown) = damaged(edge, |bytes| {
+        let last = bytes.len() - 9;
+        flip(bytes, last);
     });
     found_without.and_nothing_else();
     let found_with = super::tamper::found(&mut StoreDirectory::new(shown.0.path(), key), Some(&earlier(600)));
@@ -283,9 +283,9 @@ proptest! {
         let copy = spp_testkit::files::temp_dir();
         copy_directory(SMALL.0.path(), copy.path());
         prop_assert_eq!(files_of(copy.path()).len(), names.len());
-        let shown = Shown(copy).change(names[file], |octets| {
-            let at = (octets.len() as f64 * place) as usize;
-            octets[at] ^= 1 << bit;
+        let shown = Shown(copy).change(names[file], |bytes| {
+            let at = (bytes.len() as f64 * place) as usize;
+            bytes[at] ^= 1 << bit;
         });
         prop_assert!(!shown.found().0.is_empty());
     }
@@ -299,7 +299,7 @@ fn files_of_a_chip_that_are_missing_or_changed_or_anothers_are_named() {
     let chip = |n: usize| DeviceRecord::from_bytes(&REAL.entries[n]).unwrap().chip;
     let (record, proof) = (|n| chip_files(&chip(n)).0, |n| chip_files(&chip(n)).1);
     let at = |n| format!("the files of chip {}", chip(n));
-    let shown = shown.without(&record(3)).change(&record(500), |octets| flip(octets, 100)).without(&proof(9));
+    let shown = shown.without(&record(3)).change(&record(500), |bytes| flip(bytes, 100)).without(&proof(9));
     fs::copy(shown.path(&proof(7)), shown.path(&proof(9))).unwrap();
     fs::copy(shown.path(&proof(7)), shown.path(&proof(11))).unwrap();
     fs::copy(shown.path(&record(7)), shown.path(&record(11))).unwrap();

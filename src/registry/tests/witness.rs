@@ -60,7 +60,7 @@ impl Notary {
         self.answers.lock().unwrap().clone()
     }
 
-    /// SHA-256(name ‖ 0x0A ‖ type ‖ public key), its first four octets.
+    /// SHA-256(name ‖ 0x0A ‖ type ‖ public key), its first four bytes.
     fn key_id(&self) -> [u8; 4] {
         let text = [self.name.as_bytes(), b"\n", &[4], self.pair.public_key().as_ref()].concat();
         Sha256::digest(text)[..4].try_into().unwrap()
@@ -84,7 +84,7 @@ impl Notary {
         let mut lines = head.split('\n');
         let old = lines.next().and_then(|line| line.strip_prefix("old "));
         let old = old.and_then(|digits| digits.parse::<u64>().ok().filter(|old| old.to_string() == digits));
-        let hash = |line| BASE64_STANDARD.decode(line).ok().and_then(|octets| <[u8; 32]>::try_from(octets).ok());
+        let hash = |line| BASE64_STANDARD.decode(line).ok().and_then(|bytes| <[u8; 32]>::try_from(bytes).ok());
         let proof = lines.map(hash).collect::<Option<Vec<_>>>().filter(|proof| proof.len() <= 63);
         let (Some(old), Some(proof)) = (old, proof) else { return plain(400) };
         let Some(key) = self.logs.iter().find(|key| note.starts_with(&format!("{}\n", key.origin()))) else {
@@ -122,8 +122,8 @@ impl Notary {
         let time = 1_767_225_600u64;
         let mut signature = self.pair.sign(format!("cosignature/v1\ntime {time}\n{text}").as_bytes()).as_ref().to_vec();
         signature[0] ^= u8::from(*self.mood.lock().unwrap() == Mood::WrongSignature);
-        let octets = [&self.key_id()[..], &time.to_be_bytes(), &signature].concat();
-        format!("— {} {}\n", self.name, BASE64_STANDARD.encode(octets))
+        let bytes = [&self.key_id()[..], &time.to_be_bytes(), &signature].concat();
+        format!("— {} {}\n", self.name, BASE64_STANDARD.encode(bytes))
     }
 
     async fn answer(&self, request: Request<Incoming>) -> Response<Body> {
@@ -217,8 +217,8 @@ async fn checkpoints_and_proofs_carry_the_cosignature_and_a_restarted_log_goes_o
         until_cosigned(&log, &public, size, &[&key]).await;
         assert!(is_well(&public, NAME, size));
         let proof = public.prove(size - 1).await.unwrap().unwrap();
-        let octets = public.record(size - 1).await.unwrap().unwrap().octets;
-        let proven = proof.verify(&octets, log.signer.key()).unwrap();
+        let bytes = public.record(size - 1).await.unwrap().unwrap().bytes;
+        let proven = proof.verify(&bytes, log.signer.key()).unwrap();
         assert_eq!(proven.checkpoint.cosigners(&[&key]), [NAME]);
     }
     assert_eq!(notary.answers(), [200, 200, 200], "it never forgot what the witness knows");

@@ -4,7 +4,7 @@ use super::*;
 
 pub(in crate::store) async fn a_pooled_pair_goes_to_its_session_in_one_transaction(engine: &impl Factory) {
     let store = engine.state();
-    let token = open_batch(&*store, P256, Keeping::Hsm).await;
+    let token = open_batch(&*store, P256, KeyStorage::Hsm).await;
     let here = open_pool(&*store).await;
     for (n, number) in [(10, here), (20, token)] {
         add(&*store, number, n..n + 3).await;
@@ -79,10 +79,10 @@ pub(in crate::store) async fn of_many_racing_for_a_pair_one_wins(engine: &impl F
 pub(in crate::store) async fn a_pair_made_on_the_spot_needs_an_open_batch_for_sessions(engine: &impl Factory) {
     let store = engine.state();
     let made = |batch| PairToReserve::Made { batch, blob: blob(1) };
-    let planned = store.plan_batch(Purpose::Sessions, Keeping::Wrapped, 1000, 0).await.unwrap().number;
-    let sealed = open_batch(&*store, Purpose::Sessions, Keeping::Wrapped).await;
+    let planned = store.plan_batch(Purpose::Sessions, KeyStorage::Wrapped, 1000, 0).await.unwrap().number;
+    let sealed = open_batch(&*store, Purpose::Sessions, KeyStorage::Wrapped).await;
     store.step_batch(sealed, BatchStep::Seal).await.unwrap();
-    let emptied = open_batch(&*store, Purpose::Sessions, Keeping::Wrapped).await;
+    let emptied = open_batch(&*store, Purpose::Sessions, KeyStorage::Wrapped).await;
     store.step_batch(emptied, BatchStep::Empty).await.unwrap();
     let pool = open_pool(&*store).await;
     let before = everything(&*store).await;
@@ -128,16 +128,16 @@ pub(in crate::store) async fn an_erased_pair_is_never_ready_again(engine: &impl 
 pub(in crate::store) async fn an_erased_pair_on_the_token_is_condemned_until_it_is_destroyed(engine: &impl Factory) {
     let store = engine.state();
     let numbers = [
-        open_batch(&*store, P256, Keeping::Hsm).await,
-        open_batch(&*store, Purpose::Pool(KeyKind::Ed25519), Keeping::Hsm).await,
+        open_batch(&*store, P256, KeyStorage::Hsm).await,
+        open_batch(&*store, Purpose::Pool(KeyKind::Ed25519), KeyStorage::Hsm).await,
     ];
     let mut expected = Vec::new();
     for (number, kind, n) in [(numbers[0], KeyKind::P256, 10), (numbers[1], KeyKind::Ed25519, 20)] {
         add(&*store, number, n..n + 3).await;
         for at in 0..2 {
             store.reserve(&session_with(n + at, n + at), Some(&pooled(number, at))).await.unwrap();
-            let KeptKey::OnToken(pair) = store.kept_key(&id(n + at)).await.unwrap().unwrap() else { panic!() };
-            assert_eq!(KeptKey::OnToken(pair.clone()), on_token(name(&*store, number).await, n + at));
+            let StoredKey::OnToken(pair) = store.kept_key(&id(n + at)).await.unwrap().unwrap() else { panic!() };
+            assert_eq!(StoredKey::OnToken(pair.clone()), on_token(name(&*store, number).await, n + at));
             expected.push(CondemnedPair { kind, pair });
         }
         end(&*store, n).await;
@@ -161,8 +161,8 @@ pub(in crate::store) async fn an_erased_pair_on_the_token_is_condemned_until_it_
 
 /// What a rewrapped pair becomes: the same pair under another key.
 pub(in crate::store) fn rewrapped(held: &HeldPair) -> MovedPair {
-    let KeptKey::Wrapped(WrappedKey { blob, .. }) = &held.kept else { panic!("it is wrapped") };
-    MovedPair { holder: held.holder, blob: blob.iter().map(|octet| octet ^ 0xA5).chain([1]).collect() }
+    let StoredKey::Wrapped(WrappedKey { blob, .. }) = &held.kept else { panic!("it is wrapped") };
+    MovedPair { holder: held.holder, blob: blob.iter().map(|byte| byte ^ 0xA5).chain([1]).collect() }
 }
 
 pub(in crate::store) async fn moved_pairs_keep_their_holders_and_get_their_new_blobs(engine: &impl Factory) {
@@ -230,12 +230,12 @@ pub(in crate::store) async fn what_changed_before_a_move_is_left(engine: &impl F
 
 pub(in crate::store) async fn pairs_move_only_to_an_open_batch_of_the_same_purpose(engine: &impl Factory) {
     let store = engine.state();
-    let (from, token) = (open_pool(&*store).await, open_batch(&*store, P256, Keeping::Hsm).await);
+    let (from, token) = (open_pool(&*store).await, open_batch(&*store, P256, KeyStorage::Hsm).await);
     add(&*store, from, 0..2).await;
     add(&*store, token, 2..4).await;
     store.reserve(&session_with(1, 1), Some(&pooled(from, 1))).await.unwrap();
-    let planned = store.plan_batch(P256, Keeping::Wrapped, 1000, 0).await.unwrap().number;
-    let other = open_batch(&*store, Purpose::Pool(KeyKind::P384), Keeping::Wrapped).await;
+    let planned = store.plan_batch(P256, KeyStorage::Wrapped, 1000, 0).await.unwrap().number;
+    let other = open_batch(&*store, Purpose::Pool(KeyKind::P384), KeyStorage::Wrapped).await;
     let [sealed, emptied, bad, good] =
         [open_pool(&*store).await, open_pool(&*store).await, open_pool(&*store).await, open_pool(&*store).await];
     store.step_batch(sealed, BatchStep::Seal).await.unwrap();
@@ -256,7 +256,7 @@ pub(in crate::store) async fn pairs_move_only_to_an_open_batch_of_the_same_purpo
 pub(in crate::store) async fn a_moved_reservation_is_answered_again(engine: &impl Factory) {
     let store = engine.state();
     let (pool, next_pool) = (open_pool(&*store).await, open_pool(&*store).await);
-    let next = open_batch(&*store, Purpose::Sessions, Keeping::Wrapped).await;
+    let next = open_batch(&*store, Purpose::Sessions, KeyStorage::Wrapped).await;
     add(&*store, pool, 1..2).await;
     let made = PairToReserve::Made { batch: 1, blob: blob(2) };
     for (n, pair, from, to) in [(1, pooled(pool, 0), pool, next_pool), (2, made, 1, next)] {
@@ -292,7 +292,7 @@ pub(in crate::store) async fn pairs_of_sessions_are_listed_first_and_no_more_tha
 
 pub(in crate::store) async fn only_ready_pairs_are_discarded(engine: &impl Factory) {
     let store = engine.state();
-    let (here, token) = (open_pool(&*store).await, open_batch(&*store, P256, Keeping::Hsm).await);
+    let (here, token) = (open_pool(&*store).await, open_batch(&*store, P256, KeyStorage::Hsm).await);
     for (number, n) in [(here, 10), (token, 20)] {
         add(&*store, number, n..n + 4).await;
         store.reserve(&session_with(n, n), Some(&pooled(number, 0))).await.unwrap();
@@ -307,7 +307,8 @@ pub(in crate::store) async fn only_ready_pairs_are_discarded(engine: &impl Facto
         assert_eq!(left.iter().map(|held| held.holder).collect::<Vec<_>>(), [Holder::Session(id(n))]);
         assert!(is_gone(&store.reserve(&session_with(n + 1, n + 1), Some(&pooled(number, 1))).await));
     }
-    let condemned: Vec<_> = store.condemned(ALL).await.unwrap().into_iter().map(|c| KeptKey::OnToken(c.pair)).collect();
+    let condemned: Vec<_> =
+        store.condemned(ALL).await.unwrap().into_iter().map(|c| StoredKey::OnToken(c.pair)).collect();
     let name = name(&*store, token).await;
     assert_eq!(condemned, [21, 22, 23].map(|n| on_token(name, n)));
     assert_eq!(store.pair_counts(KeyKind::P256).await.unwrap(), PairCounts { made: 8, reserved: 2, discarded: 6 });

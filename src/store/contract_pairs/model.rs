@@ -22,7 +22,7 @@ pub(super) struct Pair {
     /// Where it is, or was last, in a pool.
     pub(super) id: PairId,
     /// As it is known to whoever holds it.
-    pub(super) kept: KeptKey,
+    pub(super) kept: StoredKey,
     /// Made in advance, of this kind.
     pub(super) kind: Option<KeyKind>,
     pub(super) place: Place,
@@ -109,7 +109,7 @@ impl Model {
         }
         if *step == BatchStep::Discard {
             for pair in self.pairs.iter_mut().filter(|p| p.id.batch == number && p.place == Place::Ready) {
-                (pair.place, pair.condemned) = (Place::Discarded, matches!(pair.kept, KeptKey::OnToken(_)));
+                (pair.place, pair.condemned) = (Place::Discarded, matches!(pair.kept, StoredKey::OnToken(_)));
             }
         }
         true
@@ -132,7 +132,7 @@ impl Model {
         known.session.state = state;
         let pair = &mut self.pairs[known.pair];
         pair.place = Place::Erased;
-        pair.condemned = matches!(pair.kept, KeptKey::OnToken(_));
+        pair.condemned = matches!(pair.kept, StoredKey::OnToken(_));
         if !pair.condemned {
             let since = &mut self.batches.get_mut(&pair.id.batch).unwrap().erased_since;
             *since = Some(since.map_or(at, |since| since.min(at)));
@@ -141,7 +141,7 @@ impl Model {
 
     pub(super) fn may_move(&self, from: u64, to: u64) -> bool {
         let (Some(source), Some(target)) = (self.batches.get(&from), self.batches.get(&to)) else { return false };
-        let wrapped = [source, target].iter().all(|batch| batch.keeping == Keeping::Wrapped);
+        let wrapped = [source, target].iter().all(|batch| batch.keeping == KeyStorage::Wrapped);
         from != to && wrapped && source.purpose == target.purpose && self.takes_pairs(to)
     }
 
@@ -154,7 +154,7 @@ impl Model {
             let mut found = store.pairs_of_batch(batch.number, ALL).await.unwrap();
             expected.sort_by_key(by_holder);
             found.sort_by_key(by_holder);
-            assert_eq!(found, expected, "each pair in one place, with the octets that were put in last");
+            assert_eq!(found, expected, "each pair in one place, with the bytes that were put in last");
         }
         for (n, known) in &self.sessions {
             let pair = &self.pairs[known.pair];
@@ -167,7 +167,7 @@ impl Model {
             self.check_kind(store, kind).await;
         }
         let condemned = |pair: &Pair| match &pair.kept {
-            KeptKey::OnToken(token) if pair.condemned => Some((pair.kind.unwrap().name(), token.clone())),
+            StoredKey::OnToken(token) if pair.condemned => Some((pair.kind.unwrap().name(), token.clone())),
             _ => None,
         };
         let expected: BTreeSet<_> = self.pairs.iter().filter_map(condemned).collect();

@@ -18,7 +18,7 @@ pub(in crate::store) fn any_sequence_agrees_with_the_model_and_accounts_for_ever
 #[derive(Debug, Clone)]
 enum Step {
     /// And opened right away, mostly.
-    Plan(Purpose, Keeping, bool),
+    Plan(Purpose, KeyStorage, bool),
     Batch(Index, BatchStep),
     Forget(Index),
     Add(Index, u64),
@@ -43,13 +43,13 @@ enum Step {
 }
 
 const P384: Purpose = Purpose::Pool(KeyKind::P384);
-const PLANS: [(Purpose, Keeping); 6] = [
-    (P256, Keeping::Wrapped),
-    (P256, Keeping::Wrapped),
-    (P256, Keeping::Hsm),
-    (Purpose::Sessions, Keeping::Wrapped),
-    (P384, Keeping::Wrapped),
-    (P384, Keeping::Hsm),
+const PLANS: [(Purpose, KeyStorage); 6] = [
+    (P256, KeyStorage::Wrapped),
+    (P256, KeyStorage::Wrapped),
+    (P256, KeyStorage::Hsm),
+    (Purpose::Sessions, KeyStorage::Wrapped),
+    (P384, KeyStorage::Wrapped),
+    (P384, KeyStorage::Hsm),
 ];
 
 fn any_step() -> impl Strategy<Value = Step> {
@@ -156,7 +156,7 @@ async fn take(store: &dyn PrivateStore, model: &mut Model, step: Step) {
             }
             let at = pair.index(condemned.len());
             let Some(pair) = condemned.into_iter().nth(at) else { return };
-            let KeptKey::OnToken(token) = &pair.kept else { panic!("it is on the token") };
+            let StoredKey::OnToken(token) = &pair.kept else { panic!("it is on the token") };
             store.destroyed(token).await.unwrap();
             pair.condemned = false;
         }
@@ -167,19 +167,19 @@ async fn take(store: &dyn PrivateStore, model: &mut Model, step: Step) {
 async fn add_pairs(store: &dyn PrivateStore, model: &mut Model, batch: &Index, pairs: u64) {
     let number = model.pick(batch, |batch| batch.state == BatchState::Open);
     let name = name(store, number).await;
-    let keeping = model.batches.get(&number).map_or(Keeping::Wrapped, |batch| batch.keeping);
+    let keeping = model.batches.get(&number).map_or(KeyStorage::Wrapped, |batch| batch.keeping);
     let purpose = model.batches.get(&number).map_or(P256, |batch| batch.purpose);
     let mut new = Vec::new();
     for _ in 0..pairs {
-        let octets = model.new_blob();
+        let bytes = model.new_blob();
         let public = model.blobs;
         let kept = match keeping {
-            Keeping::Wrapped => wrapped(name, octets),
-            Keeping::Hsm => on_token(name, public),
+            KeyStorage::Wrapped => wrapped(name, bytes),
+            KeyStorage::Hsm => on_token(name, public),
         };
         new.push((public, kept));
     }
-    let pooled = |(public, kept): &(u64, KeptKey)| PooledPair { public_key: public_key(*public), kept: kept.clone() };
+    let pooled = |(public, kept): &(u64, StoredKey)| PooledPair { public_key: public_key(*public), kept: kept.clone() };
     let answer = store.add_pairs(number, new.iter().map(pooled).collect()).await;
     let Purpose::Pool(kind) = purpose else { return assert!(is_wrong(answer)) };
     assert_eq!(answer.is_ok(), model.takes_pairs(number), "{answer:?}");
@@ -217,14 +217,14 @@ async fn reserve_pooled(store: &dyn PrivateStore, model: &mut Model, n: u64, pai
 async fn reserve_made(store: &dyn PrivateStore, model: &mut Model, n: u64, batch: &Index) {
     let open = |batch: &Batch| batch.state == BatchState::Open && batch.purpose == Purpose::Sessions;
     let number = model.pick(batch, open);
-    let octets = model.new_blob();
+    let bytes = model.new_blob();
     let public = model.blobs;
     let new = session_of(n, public);
     let may = model.admits(&new) && model.batches.get(&number).is_some_and(open);
-    let answer = store.reserve(&new, Some(&PairToReserve::Made { batch: number, blob: octets.clone() })).await;
+    let answer = store.reserve(&new, Some(&PairToReserve::Made { batch: number, blob: bytes.clone() })).await;
     assert_eq!(answer.is_ok(), model.repeats(n, &new).unwrap_or(may), "{answer:?}");
     if answer.is_ok() {
-        let (id, kept) = (model.new_id(number), wrapped(name(store, number).await, octets));
+        let (id, kept) = (model.new_id(number), wrapped(name(store, number).await, bytes));
         let place = Place::Held(n);
         model.sessions.insert(n, ModelSession { session: new, pair: model.pairs.len() });
         model.pairs.push(Pair { public, id, kept, kind: None, place, condemned: false });

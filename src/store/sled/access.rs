@@ -8,7 +8,7 @@
 //! | `Au` + station | what it has begun |
 //! | `Av` + caller | revocation |
 //! | `Ac` + caller | newest certificate |
-//! | `Ag` + number, 8 octets | range of identities |
+//! | `Ag` + number, 8 bytes | range of identities |
 //! | `Aa` + chip ID in hex, `/`, profile | identity given out to the chip |
 
 use async_trait::async_trait;
@@ -19,8 +19,9 @@ use super::SledStateStore;
 use super::state::{identity_key, named_session};
 use super::view::View;
 use crate::access::{
-    AccessError, Act, ApprovalRules, IdentityRange, IssuedAccess, LoadedRange, Quota, Refused, Request, RequestError,
-    RequestId, RequestState, Revocation, SettledQuota, SettledRules, Signed, StationUse, Usage, Verdict,
+    AccessError, ApprovalRequest, ApprovalRules, IdentityRange, IssuedAccess, LoadedRange, ProtectedAction, Quota,
+    Refused, RequestError, RequestId, RequestState, Revocation, SettledQuota, SettledRules, SignedStatement,
+    StationUse, Usage, Verdict,
 };
 use crate::certificate::{Caller, caller_of};
 use crate::names::{ChipId, DeviceIdentity, OfficerName, ProfileName, StationName};
@@ -49,23 +50,28 @@ impl AccessStore for SledStateStore {
         self.0.run("reading the quotas", |view| stations(view)).await
     }
 
-    async fn file_request(&self, request: Request) -> Result<Request, AccessError> {
+    async fn file_request(&self, request: ApprovalRequest) -> Result<ApprovalRequest, AccessError> {
         self.0.run("filing a request", move |view| file_request(view, request)).await
     }
 
-    async fn requests(&self) -> Result<Vec<Request>, StoreError> {
+    async fn requests(&self) -> Result<Vec<ApprovalRequest>, StoreError> {
         self.0.run("listing requests", |view| requests(view)).await
     }
 
-    async fn request(&self, id: RequestId) -> Result<Option<Request>, StoreError> {
+    async fn request(&self, id: RequestId) -> Result<Option<ApprovalRequest>, StoreError> {
         self.0.run("reading a request", move |view| request(view, id)).await
     }
 
-    async fn decide(&self, id: RequestId, verdict: Verdict, by: Signed) -> Result<Request, AccessError> {
+    async fn decide(
+        &self,
+        id: RequestId,
+        verdict: Verdict,
+        by: SignedStatement,
+    ) -> Result<ApprovalRequest, AccessError> {
         self.0.run("deciding a request", move |view| decide(view, id, verdict, by)).await
     }
 
-    async fn use_up(&self, id: RequestId, at: u64) -> Result<Request, AccessError> {
+    async fn use_up(&self, id: RequestId, at: u64) -> Result<ApprovalRequest, AccessError> {
         let use_up = move |view: &mut View<'_>| {
             let known = stricter(view, request(view, id)?.ok_or(RequestError::Unknown(id))?)?;
             let used = known.use_up(at)?;
@@ -198,7 +204,7 @@ pub(super) fn count_device(view: &mut View<'_>, session: &Session) -> Result<(),
     Ok(view.put(&station_key(b"Au", &session.station), &usage)?)
 }
 
-fn file_request(view: &mut View<'_>, new: Request) -> Result<Request, AccessError> {
+fn file_request(view: &mut View<'_>, new: ApprovalRequest) -> Result<ApprovalRequest, AccessError> {
     if let Some(known) = request(view, new.id)? {
         let same = known.act == new.act
             && known.requested.officer == new.requested.officer
@@ -208,11 +214,12 @@ fn file_request(view: &mut View<'_>, new: Request) -> Result<Request, AccessErro
     must_not_be_revoked(view, &new.requested)?;
     let known = requests(view)?;
     let now = new.requested.at;
-    let is_open = |request: &&Request| matches!(request.standing(now), "pending" | "approved");
+    let is_open = |request: &&ApprovalRequest| matches!(request.standing(now), "pending" | "approved");
     let open = known.iter().filter(is_open).count();
     let own = known.iter().filter(is_open).filter(|known| known.requested.officer == new.requested.officer).count();
     // Nobody can keep the others from asking, least of all for a revocation.
-    let room = if matches!(new.act, Act::Revoke { .. }) { MAX_OPEN_REQUESTS } else { MAX_OPEN_REQUESTS / 2 };
+    let room =
+        if matches!(new.act, ProtectedAction::Revoke { .. }) { MAX_OPEN_REQUESTS } else { MAX_OPEN_REQUESTS / 2 };
     if own >= MAX_OWN_REQUESTS || open >= room {
         return Err(RequestError::TooMany(open).into());
     }
@@ -224,7 +231,12 @@ fn file_request(view: &mut View<'_>, new: Request) -> Result<Request, AccessErro
     Ok(new)
 }
 
-fn decide(view: &mut View<'_>, id: RequestId, verdict: Verdict, by: Signed) -> Result<Request, AccessError> {
+fn decide(
+    view: &mut View<'_>,
+    id: RequestId,
+    verdict: Verdict,
+    by: SignedStatement,
+) -> Result<ApprovalRequest, AccessError> {
     must_not_be_revoked(view, &by)?;
     let known = stricter(view, request(view, id)?.ok_or(RequestError::Unknown(id))?)?;
     let before = known.state.clone();
@@ -243,7 +255,7 @@ fn decide(view: &mut View<'_>, id: RequestId, verdict: Verdict, by: Signed) -> R
 }
 
 /// Rules that became stricter since it was asked for count.
-fn stricter(view: &View<'_>, mut known: Request) -> Result<Request, StoreError> {
+fn stricter(view: &View<'_>, mut known: ApprovalRequest) -> Result<ApprovalRequest, StoreError> {
     if let Some(rules) = view.get::<SettledRules>(RULES, || "the rules".into())? {
         known.needed = known.needed.max(rules.in_force.needed(known.act.kind()));
     }
@@ -251,7 +263,7 @@ fn stricter(view: &View<'_>, mut known: Request) -> Result<Request, StoreError> 
 }
 
 /// A revocation that came between the call and this transaction counts.
-fn must_not_be_revoked(view: &View<'_>, by: &Signed) -> Result<(), AccessError> {
+fn must_not_be_revoked(view: &View<'_>, by: &SignedStatement) -> Result<(), AccessError> {
     let key = caller_key(b"Av", &Caller::Officer(by.officer.clone()));
     let revoked: Option<Revocation> = view.get(&key, || format!("the revocation of {}", by.officer))?;
     let began = caller_of(&by.certificate).map_or(0, |certificate| certificate.not_before);
@@ -261,9 +273,9 @@ fn must_not_be_revoked(view: &View<'_>, by: &Signed) -> Result<(), AccessError> 
     }
 }
 
-fn carry_out(view: &mut View<'_>, request: &Request, at: u64) -> Result<(), AccessError> {
+fn carry_out(view: &mut View<'_>, request: &ApprovalRequest, at: u64) -> Result<(), AccessError> {
     match &request.act {
-        Act::Revoke { role, name, reason } => {
+        ProtectedAction::Revoke { role, name, reason } => {
             let caller = Caller::new(*role, name).map_err(|e| Refused::Unfit(e.to_string()))?;
             // Whatever a clock said when they were made: every certificate so far is of no use any more.
             let newest: Option<IssuedAccess> = view.get(&caller_key(b"Ac", &caller), || format!("{caller}"))?;
@@ -276,17 +288,17 @@ fn carry_out(view: &mut View<'_>, request: &Request, at: u64) -> Result<(), Acce
             }
             Ok(())
         }
-        Act::RaiseQuota { station, quota: wanted } => {
+        ProtectedAction::RaiseQuota { station, quota: wanted } => {
             let known = quota(view, station)?;
             let configured = known.map_or(*wanted, |known| known.configured);
             Ok(view.put(&station_key(b"Aq", station), &SettledQuota { configured, in_force: *wanted })?)
         }
-        Act::ChangeRules { rules } => {
+        ProtectedAction::ChangeRules { rules } => {
             let known: Option<SettledRules> = view.get(RULES, || "the rules".into())?;
             let configured = known.map_or(*rules, |known| known.configured);
             Ok(view.put(RULES, &SettledRules { configured, in_force: *rules })?)
         }
-        Act::Ceremony { .. } | Act::Enroll { .. } => Ok(()),
+        ProtectedAction::Ceremony { .. } | ProtectedAction::Enroll { .. } => Ok(()),
     }
 }
 
@@ -301,22 +313,22 @@ fn void_what_was_signed_by(view: &mut View<'_>, officer: &OfficerName) -> Result
 }
 
 /// Newest first.
-fn requests(view: &View<'_>) -> Result<Vec<Request>, StoreError> {
+fn requests(view: &View<'_>) -> Result<Vec<ApprovalRequest>, StoreError> {
     let mut found = Vec::new();
     for key in view.keys(b"Ar")? {
-        let octets = key.get(2..).and_then(|id| id.try_into().ok());
-        let id = RequestId::from_bytes(octets.ok_or_else(|| view.damaged("a request".into(), "its name is none"))?);
+        let bytes = key.get(2..).and_then(|id| id.try_into().ok());
+        let id = RequestId::from_bytes(bytes.ok_or_else(|| view.damaged("a request".into(), "its name is none"))?);
         found.extend(request(view, id)?);
     }
     found.sort_by_key(|request| std::cmp::Reverse((request.requested.at, request.id)));
     Ok(found)
 }
 
-fn request(view: &View<'_>, id: RequestId) -> Result<Option<Request>, StoreError> {
+fn request(view: &View<'_>, id: RequestId) -> Result<Option<ApprovalRequest>, StoreError> {
     view.get(&request_key(id), || format!("the request {id}"))
 }
 
-fn put_request(view: &mut View<'_>, request: &Request) -> Result<(), StoreError> {
+fn put_request(view: &mut View<'_>, request: &ApprovalRequest) -> Result<(), StoreError> {
     view.put(&request_key(request.id), request)
 }
 
@@ -381,7 +393,7 @@ fn allocate(
                 break;
             }
             loaded.used += 1;
-            if view.get_octets(&identity_key(&identity))?.is_none() {
+            if view.get_bytes(&identity_key(&identity))?.is_none() {
                 found = Some(identity);
                 break;
             }

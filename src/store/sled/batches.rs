@@ -3,7 +3,7 @@
 //! | key | value |
 //! |---|---|
 //! | `o` | the store's name on tokens, and the highest number of a batch |
-//! | `b` + number, 8 octets | batch |
+//! | `b` + number, 8 bytes | batch |
 //! | `e` + number | the end of the batch's file, as far as it counts |
 //! | `k` + kind | pairs of the kind since the store was made |
 
@@ -15,8 +15,8 @@ use super::view::View;
 use crate::keys::{BatchName, KeyKind, StoreId, TokenPair};
 use crate::store::secret::name_of;
 use crate::store::{
-    Batch, BatchState, BatchStep, CondemnedPair, HeldPair, Keeping, MovedPair, PairCounts, PairId, PooledPair, Purpose,
-    SecretStore, StoreError,
+    Batch, BatchState, BatchStep, CondemnedPair, HeldPair, KeyStorage, MovedPair, PairCounts, PairId, PooledPair,
+    Purpose, SecretStore, StoreError,
 };
 
 #[async_trait]
@@ -29,7 +29,13 @@ impl SecretStore for SledStateStore {
         self.0.run("listing batches", |view| all(view)).await
     }
 
-    async fn plan_batch(&self, purpose: Purpose, keeping: Keeping, at: u64, above: u64) -> Result<Batch, StoreError> {
+    async fn plan_batch(
+        &self,
+        purpose: Purpose,
+        keeping: KeyStorage,
+        at: u64,
+        above: u64,
+    ) -> Result<Batch, StoreError> {
         self.0.run("planning a batch", move |view| plan(view, purpose, keeping, at, above)).await
     }
 
@@ -88,7 +94,7 @@ pub(super) fn check(view: &View<'_>) -> Result<(), StoreError> {
     view.trim_blobs()
 }
 
-fn plan(view: &mut View<'_>, purpose: Purpose, keeping: Keeping, at: u64, above: u64) -> Result<Batch, StoreError> {
+fn plan(view: &mut View<'_>, purpose: Purpose, keeping: KeyStorage, at: u64, above: u64) -> Result<Batch, StoreError> {
     let (id, last) = origin(view)?;
     let number = last.max(above) + 1;
     view.put(ORIGIN, &(id, number))?;
@@ -136,7 +142,7 @@ fn forget(view: &mut View<'_>, number: u64) -> Result<(), StoreError> {
     if view.is_pending(&batch_key(number)) {
         return Err(wrong(&batch, "is only now being emptied; once that is answered it can be forgotten".into()));
     }
-    // Its state is durable: nothing needs an octet of the file any more. A crash before the row is gone finds it and comes
+    // Its state is durable: nothing needs a byte of the file any more. A crash before the row is gone finds it and comes
     // here again.
     view.remove_blobs(number)?;
     view.remove(&batch_key(number))
@@ -145,8 +151,8 @@ fn forget(view: &mut View<'_>, number: u64) -> Result<(), StoreError> {
 fn all(view: &View<'_>) -> Result<Vec<Batch>, StoreError> {
     let numbers = view.keys(b"b")?;
     let one = |key: Vec<u8>| {
-        let octets = key.get(1..).and_then(|octets| octets.try_into().ok());
-        let number = octets.ok_or_else(|| view.damaged("a batch's number".into(), "it has not 8 octets"))?;
+        let bytes = key.get(1..).and_then(|bytes| bytes.try_into().ok());
+        let number = bytes.ok_or_else(|| view.damaged("a batch's number".into(), "it has not 8 bytes"))?;
         existing(view, u64::from_be_bytes(number))
     };
     numbers.into_iter().map(one).collect()

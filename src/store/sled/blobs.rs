@@ -1,7 +1,7 @@
 //! The wrapped private halves, in one file for each batch beside the database: `pairs/NUMBER`.
 //!
 //! sled keeps deleted values for long, and nobody can tell it to let go of one. A file can be overwritten and removed: with
-//! the end of a batch not only its key is gone, but every octet that was wrapped under it. The database says which octets of
+//! the end of a batch not only its key is gone, but every byte that was wrapped under it. The database says which bytes of
 //! which file belong to whom; what it does not name does not count, so the file is written and synced first.
 
 use std::cell::RefCell;
@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::place::{Place, sync_dir};
+use super::directory::{StoreDir, sync_dir};
 
 /// Where a blob is in its batch's file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,7 +24,7 @@ pub(super) struct BlobPlace {
 }
 
 impl BlobPlace {
-    /// The octet behind it.
+    /// The byte behind it.
     pub(super) const fn end(self) -> u64 {
         self.at + self.len as u64
     }
@@ -32,7 +32,7 @@ impl BlobPlace {
 
 /// The files of the batches. Only the committer's thread uses them.
 pub(super) struct Blobs {
-    place: Arc<Place>,
+    place: Arc<StoreDir>,
     directory: PathBuf,
     open: RefCell<BTreeMap<u64, BlobFile>>,
 }
@@ -49,13 +49,13 @@ pub(super) struct Appends(BTreeMap<u64, Append>);
 
 struct Append {
     begin: u64,
-    octets: Vec<u8>,
-    /// How many of the octets belong to transactions that were accepted.
+    bytes: Vec<u8>,
+    /// How many of the bytes belong to transactions that were accepted.
     kept: usize,
 }
 
 impl Blobs {
-    pub(super) fn new(place: &Arc<Place>) -> Self {
+    pub(super) fn new(place: &Arc<StoreDir>) -> Self {
         Self { place: Arc::clone(place), directory: place.dir.join("pairs"), open: RefCell::default() }
     }
 
@@ -65,12 +65,12 @@ impl Blobs {
             std::collections::btree_map::Entry::Occupied(entry) => entry.into_mut(),
             std::collections::btree_map::Entry::Vacant(entry) => {
                 let begin = self.with_file(batch, true, |file| Ok(file.end))?;
-                entry.insert(Append { begin, octets: Vec::new(), kept: 0 })
+                entry.insert(Append { begin, bytes: Vec::new(), kept: 0 })
             }
         };
         let len = u32::try_from(blob.len()).map_err(io::Error::other)?;
-        let at = append.begin + append.octets.len() as u64;
-        append.octets.extend_from_slice(blob);
+        let at = append.begin + append.bytes.len() as u64;
+        append.bytes.extend_from_slice(blob);
         Ok(BlobPlace { at, len })
     }
 
@@ -81,7 +81,7 @@ impl Blobs {
             && let Some(begin) = place.at.checked_sub(append.begin)
         {
             let begin = usize::try_from(begin).map_err(io::Error::other)?;
-            let pending = append.octets.get(begin..begin.saturating_add(len));
+            let pending = append.bytes.get(begin..begin.saturating_add(len));
             return pending.map(<[u8]>::to_vec).ok_or_else(|| io::ErrorKind::UnexpectedEof.into());
         }
         self.with_file(batch, false, |file| {
@@ -91,21 +91,21 @@ impl Blobs {
         })
     }
 
-    /// Writes what the accepted transactions added, and syncs it. A crash after it leaves octets that nobody names.
+    /// Writes what the accepted transactions added, and syncs it. A crash after it leaves bytes that nobody names.
     pub(super) fn write(&self, appends: Appends) -> io::Result<()> {
         for (batch, append) in appends.0.into_iter().filter(|(_, append)| append.kept > 0) {
             self.with_file(batch, true, |file| {
-                let octets = &append.octets[..append.kept];
-                file.file.write_all_at(octets, append.begin)?;
+                let bytes = &append.bytes[..append.kept];
+                file.file.write_all_at(bytes, append.begin)?;
                 self.place.door.sync(&file.file)?;
-                file.end = append.begin + octets.len() as u64;
+                file.end = append.begin + bytes.len() as u64;
                 Ok(())
             })?;
         }
         Ok(())
     }
 
-    /// Overwrites and cuts off what a crash left behind the octets that count: pairs that were being moved to another batch's
+    /// Overwrites and cuts off what a crash left behind the bytes that count: pairs that were being moved to another batch's
     /// key, say, and were erased where they came from. `ends` has the end of every file that counts.
     pub(super) fn trim(&self, ends: &BTreeMap<u64, u64>) -> io::Result<()> {
         let entries = match fs::read_dir(&self.directory) {
@@ -195,14 +195,14 @@ impl Appends {
     /// The transaction is accepted.
     pub(super) fn keep(&mut self) {
         for append in self.0.values_mut() {
-            append.kept = append.octets.len();
+            append.kept = append.bytes.len();
         }
     }
 
     /// The transaction is refused.
     pub(super) fn forget(&mut self) {
         for append in self.0.values_mut() {
-            append.octets.truncate(append.kept);
+            append.bytes.truncate(append.kept);
         }
     }
 

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 
 use super::StoreOptions;
+use super::directory::{Fs, StoreDir};
 use super::engine::{Engine, Kind};
-use super::place::{Door, Place};
 use super::view::View;
 use crate::store::StoreError;
 
@@ -27,15 +27,15 @@ const CLOSE_WITHIN: Duration = Duration::from_secs(10);
 
 /// A database behind its committer. Dropping it finishes what is queued and closes the database.
 pub(super) struct Committer {
-    place: Arc<Place>,
+    place: Arc<StoreDir>,
     kind: &'static Kind,
     queue: Option<mpsc::Sender<Box<dyn Job>>>,
-    away: Away,
+    away: Unavailable,
     closed: Mutex<Receiver<()>>,
 }
 
 /// Why the database is away, while it is.
-type Away = Arc<Mutex<Option<String>>>;
+type Unavailable = Arc<Mutex<Option<String>>>;
 
 impl Committer {
     /// Makes a new database in a directory that does not exist, and opens it.
@@ -43,9 +43,9 @@ impl Committer {
         kind: &'static Kind,
         dir: &Path,
         options: &StoreOptions,
-        door: Arc<dyn Door>,
+        door: Arc<dyn Fs>,
     ) -> Result<Self, StoreError> {
-        let place = Arc::new(Place::make(&kind.store, dir, options, door)?);
+        let place = Arc::new(StoreDir::make(&kind.store, dir, options, door)?);
         Engine::found(place.clone(), kind)?;
         place.finish()?;
         Self::start(kind, place)
@@ -56,16 +56,16 @@ impl Committer {
         kind: &'static Kind,
         dir: &Path,
         options: &StoreOptions,
-        door: Arc<dyn Door>,
+        door: Arc<dyn Fs>,
     ) -> Result<Self, StoreError> {
-        Self::start(kind, Arc::new(Place::take(&kind.store, dir, options, door)?))
+        Self::start(kind, Arc::new(StoreDir::take(&kind.store, dir, options, door)?))
     }
 
-    fn start(kind: &'static Kind, place: Arc<Place>) -> Result<Self, StoreError> {
+    fn start(kind: &'static Kind, place: Arc<StoreDir>) -> Result<Self, StoreError> {
         let engine = Engine::open(&place, kind)?;
         let (queue, jobs) = mpsc::channel(QUEUE);
         let (closes, closed) = channel();
-        let away = Away::default();
+        let away = Unavailable::default();
         let worker = Worker { kind, place: place.clone(), jobs, away: away.clone(), _closes: closes };
         std::thread::Builder::new()
             .name(format!("commit-{}", kind.store.marker))
@@ -97,7 +97,7 @@ impl Committer {
         }
     }
 
-    /// Free octets (at most a second old) and the floor.
+    /// Free bytes (at most a second old) and the floor.
     pub(super) fn room(&self) -> Result<(u64, u64), StoreError> {
         self.must_be_open("looking at the room on the disk")?;
         Ok((self.place.free()?, self.place.options.floor_bytes))
@@ -169,9 +169,9 @@ where
 /// The thread.
 struct Worker {
     kind: &'static Kind,
-    place: Arc<Place>,
+    place: Arc<StoreDir>,
     jobs: mpsc::Receiver<Box<dyn Job>>,
-    away: Away,
+    away: Unavailable,
     /// Dropped last: tells [`Committer::drop`] that the database is closed.
     _closes: Sender<()>,
 }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::Advice;
 
 use super::blobs::Blobs;
-use super::place::{LAST_ROOM, LOCK_PATIENCE, Place, StoreKind, sync_dir};
+use super::directory::{LAST_ROOM, LOCK_PATIENCE, StoreDir, StoreKind, sync_dir};
 use super::view::{Changes, View};
 use crate::store::StoreError;
 
@@ -27,7 +27,7 @@ pub(super) struct Kind {
 
 /// An open database. Only the committer's thread reads and writes through it.
 pub(super) struct Engine {
-    place: Arc<Place>,
+    place: Arc<StoreDir>,
     /// An own handle of sled's file, for the fsync that sled does not do.
     file: File,
     waker: Waker,
@@ -37,7 +37,7 @@ pub(super) struct Engine {
 
 impl Engine {
     /// Makes the database of a new store, durable with its directory entries when this returns.
-    pub(super) fn found(place: Arc<Place>, kind: &Kind) -> Result<(), StoreError> {
+    pub(super) fn found(place: Arc<StoreDir>, kind: &Kind) -> Result<(), StoreError> {
         let engine = Self::open_db(place)?;
         let mut view = engine.view(kind.store.name);
         (kind.found)(&mut view)?;
@@ -50,7 +50,7 @@ impl Engine {
     }
 
     /// Opens the database and checks that what must be there can be read.
-    pub(super) fn open(place: &Arc<Place>, kind: &Kind) -> Result<Self, StoreError> {
+    pub(super) fn open(place: &Arc<StoreDir>, kind: &Kind) -> Result<Self, StoreError> {
         let engine = match Self::open_db(place.clone()) {
             // sled cannot open without room for a segment and a snapshot. The reserve was kept for this moment.
             Err(error) if place.admit(LAST_ROOM).is_err() && place.give_up_reserve() => {
@@ -97,7 +97,7 @@ impl Engine {
         // From here on a power loss finds it, too, and the callers may be told.
     }
 
-    fn open_db(place: Arc<Place>) -> Result<Self, StoreError> {
+    fn open_db(place: Arc<StoreDir>) -> Result<Self, StoreError> {
         let tidy = || -> io::Result<()> {
             forget_cached_pages(&place)?;
             remove_half_written_snapshots(&place)
@@ -141,7 +141,7 @@ fn open_sled(config: &sled::Config) -> Result<sled::Db, String> {
 }
 
 /// Syncs all that sled has written in its directory, and the directory.
-fn sync_files(place: &Place) -> io::Result<()> {
+fn sync_files(place: &StoreDir) -> io::Result<()> {
     for entry in fs::read_dir(&place.dir)? {
         File::open(entry?.path())?.sync_all()?;
     }
@@ -150,7 +150,7 @@ fn sync_files(place: &Place) -> io::Result<()> {
 
 /// After a failed fsync the cache may hold pages that never reached the disk and count as clean. Reading them back would
 /// acknowledge what a power loss takes away; dropped from the cache, they are read as the disk has them.
-fn forget_cached_pages(place: &Place) -> io::Result<()> {
+fn forget_cached_pages(place: &StoreDir) -> io::Result<()> {
     match File::open(place.dir.join("db")) {
         Ok(file) => Ok(rustix::fs::fadvise(&file, 0, None, Advice::DontNeed)?),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -160,7 +160,7 @@ fn forget_cached_pages(place: &Place) -> io::Result<()> {
 
 /// A kill while sled writes a snapshot leaves `snap.….generating`, and sled takes that for the newest snapshot and calls it
 /// corrupt. Until it is renamed nothing depends on it: the log still has all of it.
-fn remove_half_written_snapshots(place: &Place) -> io::Result<()> {
+fn remove_half_written_snapshots(place: &StoreDir) -> io::Result<()> {
     for entry in fs::read_dir(&place.dir)? {
         let path = entry?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();

@@ -14,8 +14,8 @@ use serde::{Deserialize, Serialize};
 
 use super::StoreOptions;
 use super::committer::Committer;
+use super::directory::{StoreKind, System};
 use super::engine::Kind;
-use super::place::{StoreKind, System};
 use super::view::View;
 use crate::store::{StoreError, UniqueKey};
 use crate::tlog::TreeHash;
@@ -43,7 +43,7 @@ pub(crate) struct IndexMark {
 pub(crate) struct Location {
     /// Its number in the log, from 0.
     pub(crate) index: u64,
-    /// Where its octets begin in their bundle.
+    /// Where its bytes begin in their bundle.
     pub(crate) offset: u32,
     /// How many they are.
     pub(crate) length: u16,

@@ -34,4 +34,4 @@ mod view;
 pub(crate) use index::{IndexEntry, IndexMark, Location, SledIndex};
 pub use state::SledStateStore;
 
-use super::{StoreOptions, place};
+use super::{StoreOptions, directory};

@@ -2,7 +2,7 @@
 //!
 //! | key | value |
 //! |---|---|
-//! | `p` + batch, 8 octets + number, 8 octets | public key, and where the private half of a pair that is ready is kept |
+//! | `p` + batch, 8 bytes + number, 8 bytes | public key, and where the private half of a pair that is ready is kept |
 //! | `w` + session ID | batch, and where the private half of the session's pair is kept |
 //! | `r` + batch + session ID | nothing: the session has a pair of the batch |
 //! | `x` + batch + CKA_ID | nothing: the pair on the token is to be destroyed |
@@ -15,11 +15,11 @@ use super::batches::{self, count, existing, name, put, wrong};
 use super::blobs::BlobPlace;
 use super::state;
 use super::view::View;
-use crate::keys::{BatchName, KeptKey, KeyKind, TokenPair, WrappedKey};
+use crate::keys::{BatchName, KeyKind, StoredKey, TokenPair, WrappedKey};
 use crate::names::SessionId;
 use crate::store::{
-    Batch, BatchState, CondemnedPair, HeldPair, Holder, Keeping, MovedPair, PairId, PairToReserve, PooledPair, Purpose,
-    ReserveError, Session, StoreError,
+    Batch, BatchState, CondemnedPair, HeldPair, Holder, KeyStorage, MovedPair, PairId, PairToReserve, PooledPair,
+    Purpose, ReserveError, Session, StoreError,
 };
 
 /// Where a private half is kept.
@@ -121,7 +121,7 @@ pub(super) fn reserve(view: &mut View<'_>, session: &Session, pair: &PairToReser
     };
     batch.reserved += 1;
     view.put(&session_key(&session.id), &SessionRow { batch: batch.number, kept })?;
-    view.put_octets(&reserved_key(batch.number, &session.id), &[])?;
+    view.put_bytes(&reserved_key(batch.number, &session.id), &[])?;
     Ok(put(view, &batch)?)
 }
 
@@ -134,7 +134,7 @@ pub(super) fn is_reserved_as(
     let row = session_row(view, id)?;
     Ok(match (row, pair) {
         (None, None) => true,
-        // The session's public key, which the caller compares, says which pair it is. Its octets can be compared, too, unless
+        // The session's public key, which the caller compares, says which pair it is. Its bytes can be compared, too, unless
         // it was moved since.
         (Some(SessionRow { batch, kept: Kept::Blob(place) }), Some(PairToReserve::Made { batch: first, blob })) => {
             batch != *first || view.get_blob(batch, place)? == *blob
@@ -144,7 +144,7 @@ pub(super) fn is_reserved_as(
     })
 }
 
-pub(super) fn of_session(view: &View<'_>, id: &SessionId) -> Result<Option<KeptKey>, StoreError> {
+pub(super) fn of_session(view: &View<'_>, id: &SessionId) -> Result<Option<StoredKey>, StoreError> {
     session_row(view, id)?.map(|row| kept_key(view, row.batch, &row.kept)).transpose()
 }
 
@@ -158,7 +158,7 @@ pub(super) fn erase(view: &mut View<'_>, id: &SessionId, at: u64) -> Result<(), 
     match &row.kept {
         // Until the batch's key is gone an old copy of the disk and the HSM could still yield it together.
         Kept::Blob(_) => batch.erased_since = Some(batch.erased_since.map_or(at, |since| since.min(at))),
-        Kept::Id(token) => view.put_octets(&condemned_key(row.batch, token), &[])?,
+        Kept::Id(token) => view.put_bytes(&condemned_key(row.batch, token), &[])?,
     }
     put(view, &batch)
 }
@@ -189,7 +189,7 @@ pub(super) fn move_all(view: &mut View<'_>, from: u64, to: u64, pairs: Vec<Moved
     let (mut source, mut target) = (existing(view, from)?, existing(view, to)?);
     let takes = target.state == BatchState::Open && target.purpose == source.purpose && target.quarantined.is_none();
     // A pair on the token cannot be wrapped again; its row would be lost, and with it the only name of the object.
-    let wrapped = source.keeping == Keeping::Wrapped && target.keeping == Keeping::Wrapped;
+    let wrapped = source.keeping == KeyStorage::Wrapped && target.keeping == KeyStorage::Wrapped;
     if !takes || !wrapped || from == to {
         return Err(wrong(&target, format!("takes no pairs of batch {from}")));
     }
@@ -212,7 +212,7 @@ pub(super) fn move_all(view: &mut View<'_>, from: u64, to: u64, pairs: Vec<Moved
                 let kept = Kept::Blob(view.put_blob(to, &blob)?);
                 view.put(&session_key(&id), &SessionRow { batch: to, kept })?;
                 view.remove(&reserved_key(from, &id))?;
-                view.put_octets(&reserved_key(to, &id), &[])?;
+                view.put_bytes(&reserved_key(to, &id), &[])?;
                 source.reserved = source.reserved.saturating_sub(1);
                 target.reserved += 1;
             }
@@ -230,7 +230,7 @@ pub(super) fn discard(view: &mut View<'_>, mut batch: Batch) -> Result<Batch, St
     for key in view.keys(&ready_prefix(batch.number))? {
         let id = pair_id(view, &key)?;
         if let Some(ReadyRow { kept: Kept::Id(token), .. }) = ready_row(view, id)? {
-            view.put_octets(&condemned_key(batch.number, &token), &[])?;
+            view.put_bytes(&condemned_key(batch.number, &token), &[])?;
         }
         view.remove(&ready_key(id))?;
     }
@@ -268,24 +268,24 @@ pub(super) fn has_condemned(view: &View<'_>, number: u64) -> Result<bool, StoreE
 }
 
 /// Takes a private half into a batch.
-fn keep(view: &mut View<'_>, batch: &Batch, kept: KeptKey) -> Result<Kept, StoreError> {
+fn keep(view: &mut View<'_>, batch: &Batch, kept: StoredKey) -> Result<Kept, StoreError> {
     let name = name(view, batch.number)?;
     match (kept, batch.keeping) {
-        (KeptKey::Wrapped(WrappedKey { wrapping_key, blob }), Keeping::Wrapped) if wrapping_key == name.key() => {
+        (StoredKey::Wrapped(WrappedKey { wrapping_key, blob }), KeyStorage::Wrapped) if wrapping_key == name.key() => {
             Ok(Kept::Blob(view.put_blob(batch.number, &blob)?))
         }
-        (KeptKey::OnToken(TokenPair { label, id }), Keeping::Hsm) if label == name.pairs() => Ok(Kept::Id(id)),
+        (StoredKey::OnToken(TokenPair { label, id }), KeyStorage::Hsm) if label == name.pairs() => Ok(Kept::Id(id)),
         _ => Err(wrong(batch, "does not keep such a pair".into())),
     }
 }
 
-fn kept_key(view: &View<'_>, number: u64, kept: &Kept) -> Result<KeptKey, StoreError> {
+fn kept_key(view: &View<'_>, number: u64, kept: &Kept) -> Result<StoredKey, StoreError> {
     let name = name(view, number)?;
     Ok(match kept {
         Kept::Blob(place) => {
-            KeptKey::Wrapped(WrappedKey { wrapping_key: name.key(), blob: view.get_blob(number, *place)? })
+            StoredKey::Wrapped(WrappedKey { wrapping_key: name.key(), blob: view.get_blob(number, *place)? })
         }
-        Kept::Id(id) => KeptKey::OnToken(TokenPair { label: name.pairs(), id: id.clone() }),
+        Kept::Id(id) => StoredKey::OnToken(TokenPair { label: name.pairs(), id: id.clone() }),
     })
 }
 
@@ -307,7 +307,7 @@ fn session_row(view: &View<'_>, id: &SessionId) -> Result<Option<SessionRow>, St
 
 fn pair_id(view: &View<'_>, key: &[u8]) -> Result<PairId, StoreError> {
     let id = number_at(key, 1).zip(number_at(key, 9)).map(|(batch, number)| PairId { batch, number });
-    id.ok_or_else(|| view.damaged("a pair's place".into(), "it has not 16 octets"))
+    id.ok_or_else(|| view.damaged("a pair's place".into(), "it has not 16 bytes"))
 }
 
 fn lost(view: &View<'_>, id: PairId) -> StoreError {

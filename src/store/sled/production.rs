@@ -2,7 +2,7 @@
 //!
 //! | key | value |
 //! |---|---|
-//! | `h` + hour, 8 octets + station + 0 + profile + 0 | how many were begun, completed, aborted |
+//! | `h` + hour, 8 bytes + station + 0 + profile + 0 | how many were begun, completed, aborted |
 
 use std::ops::Range;
 

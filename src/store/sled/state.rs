@@ -6,7 +6,7 @@
 //! | `w` + session ID | where its key pair is kept, while it is |
 //! | `c` + chip ID | ID of its newest session |
 //! | `i` + identity | ID of the session that holds it |
-//! | `u` + created, 8 octets + session ID | nothing: the session is not final |
+//! | `u` + created, 8 bytes + session ID | nothing: the session is not final |
 //! | `q` + session ID | ID of the chip's session before it, if it had one |
 //! | `n` | sessions per state |
 //!
@@ -23,12 +23,12 @@ use super::StoreOptions;
 use super::access;
 use super::batches;
 use super::committer::Committer;
+use super::directory::{Fs, StoreKind, System};
 use super::engine::Kind;
 use super::pairs;
-use super::place::{Door, StoreKind, System};
 use super::production;
 use super::view::View;
-use crate::keys::{KeptKey, StoreId};
+use crate::keys::{StoreId, StoredKey};
 use crate::names::{ChipId, DeviceIdentity, SessionId};
 use crate::store::{
     Listed, PairToReserve, ProductionCounts, ProductionSlot, ReserveError, Session, SessionCounts, SessionPlace,
@@ -43,29 +43,29 @@ static KIND: Kind = Kind { store: StoreKind { name: "state store", marker: "stat
 pub struct SledStateStore(pub(super) Committer);
 
 impl SledStateStore {
-    /// Makes a new, empty store and opens it. [`StoreError::Place`] where anything is already. For
+    /// Makes a new, empty store and opens it. [`StoreError::Directory`] where anything is already. For
     /// `sppctl init`.
     pub fn create(dir: &Path, options: &StoreOptions) -> Result<Self, StoreError> {
         Committer::create(&KIND, dir, options, Arc::new(System)).map(Self)
     }
 
-    /// Opens an existing store; [`StoreError::Place`] if there is none, or one of another kind, or if another process has it (a
+    /// Opens an existing store; [`StoreError::Directory`] if there is none, or one of another kind, or if another process has it (a
     /// killed predecessor's lock is awaited for some seconds). Never makes one. Calls need a tokio runtime with a timer.
     pub fn open(dir: &Path, options: &StoreOptions) -> Result<Self, StoreError> {
         Self::open_through(dir, options, Arc::new(System))
     }
 
-    pub(super) fn open_through(dir: &Path, options: &StoreOptions, door: Arc<dyn Door>) -> Result<Self, StoreError> {
+    pub(super) fn open_through(dir: &Path, options: &StoreOptions, door: Arc<dyn Fs>) -> Result<Self, StoreError> {
         Committer::open(&KIND, dir, options, door).map(Self)
     }
 }
 
 fn found(view: &mut View<'_>) -> Result<(), StoreError> {
     view.put(COUNTS, &SessionCounts::default())?;
-    let mut octets = [0; 8];
-    let random = aws_lc_rs::rand::fill(&mut octets);
+    let mut bytes = [0; 8];
+    let random = aws_lc_rs::rand::fill(&mut bytes);
     random.map_err(|e| view.damaged("the system's random numbers".into(), e))?;
-    batches::found(view, StoreId::from_random(octets))
+    batches::found(view, StoreId::from_random(bytes))
 }
 
 fn check(view: &View<'_>) -> Result<(), StoreError> {
@@ -105,7 +105,7 @@ impl StateStore for SledStateStore {
         self.0.run("reading an identity's session", move |view| named_session(view, &key)).await
     }
 
-    async fn kept_key(&self, session: &SessionId) -> Result<Option<KeptKey>, StoreError> {
+    async fn kept_key(&self, session: &SessionId) -> Result<Option<StoredKey>, StoreError> {
         let id = *session;
         self.0.run("reading a session's key pair", move |view| pairs::of_session(view, &id)).await
     }
@@ -174,11 +174,11 @@ fn reserve(view: &mut View<'_>, new: &Session, pair: Option<&PairToReserve>) -> 
         pairs::reserve(view, new, pair)?;
     }
     if let Some(before) = before {
-        view.put_octets(&before_key(&new.id), before.id.as_bytes())?;
+        view.put_bytes(&before_key(&new.id), before.id.as_bytes())?;
     }
-    view.put_octets(&chip_key(&new.chip), new.id.as_bytes())?;
-    view.put_octets(&identity_key(&new.identity), new.id.as_bytes())?;
-    view.put_octets(&unfinished_key(&new.place()), &[])?;
+    view.put_bytes(&chip_key(&new.chip), new.id.as_bytes())?;
+    view.put_bytes(&identity_key(&new.identity), new.id.as_bytes())?;
+    view.put_bytes(&unfinished_key(&new.place()), &[])?;
     production::count(view, new)?;
     let mut counts = counts(view)?;
     *counts.of_mut(StateName::Reserved) += 1;
@@ -189,7 +189,7 @@ fn advance(view: &mut View<'_>, id: SessionId, from: StateName, to: SessionState
     let absent =
         || view.damaged(format!("session {id}"), "it is not there; an older copy of the store may have been put back");
     let mut session = session(view, &id)?.ok_or_else(absent)?;
-    // The same step again: its first answer was lost. Equal to the last octet, so nobody is told that another certificate,
+    // The same step again: its first answer was lost. Equal to the last byte, so nobody is told that another certificate,
     // place or reason than his own stands.
     if session.state == to {
         return Ok(session);
@@ -232,7 +232,7 @@ pub(super) fn session(view: &View<'_>, id: &SessionId) -> Result<Option<Session>
 
 /// The session whose ID a key holds.
 pub(super) fn named_session(view: &View<'_>, key: &[u8]) -> Result<Option<Session>, StoreError> {
-    view.get_octets(key)?.map(|id| session_that_must_be(view, &id)).transpose()
+    view.get_bytes(key)?.map(|id| session_that_must_be(view, &id)).transpose()
 }
 
 fn list(view: &View<'_>, which: Listed, after: Option<SessionPlace>, limit: usize) -> Result<Vec<Session>, StoreError> {

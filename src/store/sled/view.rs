@@ -6,17 +6,17 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::blobs::{Appends, BlobPlace, Blobs};
-use super::place::{LAST_ROOM, Place};
+use super::directory::{LAST_ROOM, StoreDir};
 use crate::store::StoreError;
 
 /// What a batch changes: keys as sled has them, `None` for removed ones.
 pub(super) type Writes = BTreeMap<Vec<u8>, Option<Vec<u8>>>;
 
-/// Octets of a value's piece. A leaf of sled's tree has up to 17 entries and must stay below 128 KiB (a quarter of a segment):
+/// Bytes of a value's piece. A leaf of sled's tree has up to 17 entries and must stay below 128 KiB (a quarter of a segment):
 /// above that sled puts it into a blob file, which it never syncs.
 const PIECE: usize = 4096;
 
-/// A format of stored values, the first octet of each.
+/// A format of stored values, the first byte of each.
 const VERSION: u8 = 1;
 
 /// What a batch of transactions changes.
@@ -39,7 +39,7 @@ impl Changes {
 /// a check made here still holds when the batch is applied.
 pub(super) struct View<'a> {
     db: &'a sled::Db,
-    place: &'a Place,
+    place: &'a StoreDir,
     blobs: &'a Blobs,
     store: &'static str,
     batch: Writes,
@@ -49,7 +49,7 @@ pub(super) struct View<'a> {
 }
 
 impl<'a> View<'a> {
-    pub(super) fn new(db: &'a sled::Db, place: &'a Place, blobs: &'a Blobs, store: &'static str) -> Self {
+    pub(super) fn new(db: &'a sled::Db, place: &'a StoreDir, blobs: &'a Blobs, store: &'static str) -> Self {
         let (broken, appends) = (std::cell::RefCell::default(), Appends::default());
         Self { db, place, blobs, store, batch: Writes::new(), transaction: Writes::new(), appends, broken }
     }
@@ -65,15 +65,15 @@ impl<'a> View<'a> {
         key: &[u8],
         what: impl FnOnce() -> String,
     ) -> Result<Option<T>, StoreError> {
-        let Some(octets) = self.get_octets(key)? else { return Ok(None) };
-        let read = match octets.split_first() {
+        let Some(bytes) = self.get_bytes(key)? else { return Ok(None) };
+        let read = match bytes.split_first() {
             Some((&VERSION, rest)) => postcard::take_from_bytes(rest).map_err(|e| e.to_string()),
             Some((version, _)) => Err(format!("format {version} is not known; a newer version wrote it")),
             None => Err("it is empty".into()),
         };
         match read {
             Ok((value, [])) => Ok(Some(value)),
-            Ok(_) => Err(self.damaged(what(), "octets are left over")),
+            Ok(_) => Err(self.damaged(what(), "bytes are left over")),
             Err(cause) => Err(self.damaged(what(), cause)),
         }
     }
@@ -86,34 +86,34 @@ impl<'a> View<'a> {
 
     /// Sets the value of a key.
     pub(super) fn put<T: Serialize>(&mut self, key: &[u8], value: &T) -> Result<(), StoreError> {
-        let octets = postcard::to_extend(value, vec![VERSION]).map_err(|e| StoreError::Failed {
+        let bytes = postcard::to_extend(value, vec![VERSION]).map_err(|e| StoreError::Failed {
             store: self.store,
             doing: "encoding a value",
             cause: e.to_string(),
         })?;
-        self.put_octets(key, &octets)
+        self.put_bytes(key, &bytes)
     }
 
     /// A value as it is, put together from its pieces.
-    pub(super) fn get_octets(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
+    pub(super) fn get_bytes(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
         let Some(first) = self.raw(&piece_key(key, 0))? else { return Ok(None) };
-        let (pieces, mut octets) = self.first_piece(key, &first)?;
+        let (pieces, mut bytes) = self.first_piece(key, &first)?;
         for n in 1..pieces {
             let next = self.raw(&piece_key(key, n))?.ok_or_else(|| self.damaged(name(key), "a piece is missing"))?;
-            octets.extend_from_slice(&next);
+            bytes.extend_from_slice(&next);
         }
-        Ok(Some(octets))
+        Ok(Some(bytes))
     }
 
     /// Sets a value as it is.
-    pub(super) fn put_octets(&mut self, key: &[u8], octets: &[u8]) -> Result<(), StoreError> {
+    pub(super) fn put_bytes(&mut self, key: &[u8], bytes: &[u8]) -> Result<(), StoreError> {
         self.remove(key)?;
-        let pieces = u16::try_from(octets.len().div_ceil(PIECE).max(1)).map_err(|_| StoreError::Failed {
+        let pieces = u16::try_from(bytes.len().div_ceil(PIECE).max(1)).map_err(|_| StoreError::Failed {
             store: self.store,
             doing: "storing a value",
-            cause: format!("it has {} octets", octets.len()),
+            cause: format!("it has {} bytes", bytes.len()),
         })?;
-        let mut rest = octets;
+        let mut rest = bytes;
         for n in 0..pieces {
             let (piece, more) = rest.split_at(rest.len().min(PIECE));
             let head: &[u8] = if n == 0 { &pieces.to_be_bytes() } else { &[] };
@@ -186,12 +186,12 @@ impl<'a> View<'a> {
         Ok(place)
     }
 
-    /// Ends every batch's file where the octets that count do. When the database is opened.
+    /// Ends every batch's file where the bytes that count do. When the database is opened.
     pub(super) fn trim_blobs(&self) -> Result<(), StoreError> {
         let mut ends = BTreeMap::new();
         for key in self.keys(BLOB_END)? {
-            let number = key.get(BLOB_END.len()..).and_then(|octets| octets.try_into().ok());
-            let number = number.ok_or_else(|| self.damaged(name(&key), "it has not 8 octets"))?;
+            let number = key.get(BLOB_END.len()..).and_then(|bytes| bytes.try_into().ok());
+            let number = number.ok_or_else(|| self.damaged(name(&key), "it has not 8 bytes"))?;
             let end = self.get(&key, || name(&key))?.ok_or_else(|| self.damaged(name(&key), "it is not there"))?;
             ends.insert(u64::from_be_bytes(number), end);
         }
@@ -250,9 +250,9 @@ impl<'a> View<'a> {
     }
 
     fn first_piece(&self, key: &[u8], first: &[u8]) -> Result<(u16, Vec<u8>), StoreError> {
-        let (count, octets) =
+        let (count, bytes) =
             first.split_first_chunk().ok_or_else(|| self.damaged(name(key), "its first piece is too short"))?;
-        Ok((u16::from_be_bytes(*count), octets.to_vec()))
+        Ok((u16::from_be_bytes(*count), bytes.to_vec()))
     }
 
     /// Damage concerns the one who reads it; any other error concerns the whole handle.

@@ -39,7 +39,7 @@ pub(crate) enum Action {
     Idle(Duration),
     /// The PIN is entered at the HSM, and by no program.
     Keypad,
-    /// What comes back is an octet shorter, and the call says that this is all.
+    /// What comes back is a byte shorter, and the call says that this is all.
     Short,
 }
 

@@ -185,13 +185,13 @@ unsafe extern "C" fn login(session: CK_SESSION_HANDLE, user: CK_USER_TYPE, pin: 
 /// Changes what came back.
 ///
 /// # Safety
-/// `octets` is null, or has `len` octets, as the module said.
-unsafe fn spoil(action: &Action, octets: *mut CK_BYTE, len: *mut CK_ULONG) {
+/// `bytes` is null, or has `len` bytes, as the module said.
+unsafe fn spoil(action: &Action, bytes: *mut CK_BYTE, len: *mut CK_ULONG) {
     if len.is_null() || *len == 0 {
         return;
     }
     match action {
-        Action::Flip if !octets.is_null() => *octets.add(*len as usize / 2) ^= 1,
+        Action::Flip if !bytes.is_null() => *bytes.add(*len as usize / 2) ^= 1,
         // Where the caller only asks how long it will be, that is what is told.
         Action::Short => *len -= 1,
         _ => {}
@@ -347,5 +347,5 @@ functions! {
         count: CK_ULONG,
         key: *mut CK_OBJECT_HANDLE
     );
-    C_GenerateRandom(session: CK_SESSION_HANDLE, octets: *mut CK_BYTE, len: CK_ULONG);
+    C_GenerateRandom(session: CK_SESSION_HANDLE, bytes: *mut CK_BYTE, len: CK_ULONG);
 }

@@ -5,13 +5,13 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
-use spp::keys::{KeptKey, KeyKind, StoreId, TokenPair};
+use spp::keys::{KeyKind, StoreId, StoredKey, TokenPair};
 use spp::names::{ChipId, DeviceIdentity, SessionId};
 use spp::store::{
-    Announced, AuditCheckpoint, Batch, BatchStep, CondemnedPair, DeviceRecord, HeldPair, Keeping, Listed, MovedPair,
-    PairCounts, PairId, PairToReserve, PooledPair, ProductionCounts, ProductionSlot, PublicDatabase, Publication,
-    PublishError, PublishedRecord, Purpose, RegistryStatus, ReserveError, SecretStore, Session, SessionCounts,
-    SessionPlace, SessionState, StateName, StateStore, StoreError, UniqueKey,
+    AuditCheckpoint, Batch, BatchStep, CondemnedPair, DeviceRecord, HeldPair, InFlightPublication, KeyStorage, Listed,
+    MovedPair, PairCounts, PairId, PairToReserve, PooledPair, ProductionCounts, ProductionSlot, PublicDatabase,
+    Publication, PublishError, PublishedRecord, Purpose, RegistryStatus, ReserveError, SecretStore, Session,
+    SessionCounts, SessionPlace, SessionState, StateName, StateStore, StoreError, UniqueKey,
 };
 use spp::tlog::{LogProof, SignedCheckpoint, TileId};
 
@@ -132,7 +132,7 @@ impl<S: StateStore> StateStore for Breaking<S> {
         self.engine.session_of_identity(identity).await
     }
 
-    async fn kept_key(&self, session: &SessionId) -> Result<Option<KeptKey>, StoreError> {
+    async fn kept_key(&self, session: &SessionId) -> Result<Option<StoredKey>, StoreError> {
         self.engine.kept_key(session).await
     }
 
@@ -182,8 +182,8 @@ impl<S: PublicDatabase> PublicDatabase for Breaking<S> {
         self.engine.append_audit(checkpoint).await
     }
 
-    fn announce(&self) -> Announced {
-        self.engine.announce()
+    fn reserve_slot(&self) -> InFlightPublication {
+        self.engine.reserve_slot()
     }
 
     async fn find(&self, key: &UniqueKey) -> Result<Option<PublishedRecord>, StoreError> {
@@ -288,7 +288,13 @@ impl<S: SecretStore> SecretStore for BreakingPool<S> {
         self.engine.batches().await
     }
 
-    async fn plan_batch(&self, purpose: Purpose, keeping: Keeping, at: u64, above: u64) -> Result<Batch, StoreError> {
+    async fn plan_batch(
+        &self,
+        purpose: Purpose,
+        keeping: KeyStorage,
+        at: u64,
+        above: u64,
+    ) -> Result<Batch, StoreError> {
         self.faults.write(PoolWrite::Plan, self.engine.plan_batch(purpose, keeping, at, above)).await
     }
 

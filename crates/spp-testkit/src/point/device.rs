@@ -85,7 +85,7 @@ impl OnTheLine {
         let receipt = point.provisioner().complete(self.completion(session)).await?;
         // Whoever has the record and the log's key need believe nobody.
         let found = point.record_of(&self.chip).await.expect("what was acknowledged is public");
-        let proven = receipt.proof.verify(&found.octets, &point.log_key()).unwrap();
+        let proven = receipt.proof.verify(&found.bytes, &point.log_key()).unwrap();
         assert_eq!((proven.index, found.publication), (receipt.publication.index, receipt.publication));
         Ok(receipt.publication)
     }
@@ -139,9 +139,9 @@ impl OnTheLine {
         self.assert_the_journal_has_one_session(point, &session, answer).await;
         self.assert_one_certificate(&session);
         let found = point.record_of(&self.chip).await.unwrap();
-        let PublishedRecord { record, octets, publication } = found.clone();
+        let PublishedRecord { record, bytes, publication } = found.clone();
         assert_eq!(point.public().len().await.unwrap(), 1);
-        assert_eq!((publication, publication.record_hash), (answer, sha256(&octets)));
+        assert_eq!((publication, publication.record_hash), (answer, sha256(&bytes)));
         let of_identity = point.public().find(&UniqueKey::of_identity(&self.identity)).await.unwrap();
         assert_eq!(of_identity, Some(found));
         assert_eq!((&record.chip, &record.identity, record.session), (&self.chip, &self.identity, session.id));
@@ -167,25 +167,25 @@ impl OnTheLine {
         assert!(point.state().kept_key(&session.id).await.unwrap().is_none(), "the pair must be erased");
     }
 
-    /// However often it was delivered, it was one certificate, over the octets that were intended.
+    /// However often it was delivered, it was one certificate, over the bytes that were intended.
     fn assert_one_certificate(&self, session: &Session) {
         let (_, certificate) = &self.delivered[0];
         assert!(self.delivered.iter().all(|delivered| *delivered == (session.id, certificate.clone())));
-        assert!(is_over(certificate, session), "the certificate must be over the journaled octets");
+        assert!(is_over(certificate, session), "the certificate must be over the journaled bytes");
     }
 }
 
-/// Whether a certificate holds exactly the octets that the journal had for it before they were signed.
+/// Whether a certificate holds exactly the bytes that the journal had for it before they were signed.
 pub fn is_over(certificate: &[u8], session: &Session) -> bool {
     let to_be_signed = session.certificate.to_be_signed.clone();
-    let octets = if session.certificate.is_cwt {
+    let bytes = if session.certificate.is_cwt {
         // The payload of the Sig_structure (RFC 9052 §4.4) is the payload of the CWT.
         let structure: ciborium::Value = ciborium::from_reader(to_be_signed.as_slice()).unwrap();
         structure.into_array().unwrap().pop().unwrap().into_bytes().unwrap()
     } else {
         to_be_signed
     };
-    certificate.windows(octets.len()).any(|window| window == octets)
+    certificate.windows(bytes.len()).any(|window| window == bytes)
 }
 
 pub fn profile(kind: Kind) -> ProfileName {

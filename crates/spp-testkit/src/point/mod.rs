@@ -13,12 +13,12 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use spp::config::DaemonConfig;
-use spp::device::Fab;
+use spp::device::SimulatedFab;
 use spp::hsm::Hsm;
 use spp::keypool::{KeyPool, KindStatus, Marks, PoolPacing, PoolRules};
 use spp::keys::KeyKind;
 use spp::names::{ChipId, StationName};
-use spp::provisioning::{Clock, Provisioner, Rules};
+use spp::provisioning::{Clock, Policy, Provisioner};
 use spp::registry::{HsmSigner, TransparencyLog};
 use spp::store::{
     Batch, BatchState, Journal, PublicDatabase as _, PublishedRecord, Purpose, Registry, SecretStore as _,
@@ -40,7 +40,7 @@ const LIFETIME: Duration = Duration::from_secs(3600);
 pub struct House {
     site: Site,
     pub hsm: Hsm,
-    pub fab: Fab,
+    pub fab: SimulatedFab,
     points: AtomicU32,
 }
 
@@ -56,7 +56,7 @@ impl House {
         config.call_timeout = call_timeout;
         config.worker_program = worker_that_tells_its_pid(&site);
         let manufacturer = config.keys.signing_key(&"manufacturer".parse().unwrap()).unwrap().public_key.clone();
-        let fab = Fab::create(site.path("fab"), manufacturer, None).unwrap();
+        let fab = SimulatedFab::create(site.path("fab"), manufacturer, None).unwrap();
         let hsm = Hsm::start(config);
         hsm.ready(Duration::from_secs(60)).await.unwrap();
         Self { site, hsm, fab, points: AtomicU32::new(0) }
@@ -238,7 +238,7 @@ impl Point<'_> {
     }
 
     /// A new process that takes up what the old one left, as `sppd` does when it starts.
-    pub async fn restart(&mut self) -> spp::provisioning::Tidied {
+    pub async fn restart(&mut self) -> spp::provisioning::RecoveryReport {
         self.stop();
         // A worker ends with its daemon; the one of the house goes on, and what it is doing is done.
         eventually("the HSM is idle", async || self.house.hsm.status().members[0].background_calls_in_flight == 0)
@@ -303,7 +303,7 @@ impl Point<'_> {
         let faults = &self.faults;
         let journal = Journal::new(Arc::new(Breaking { engine: state.clone(), faults: faults.clone() }));
         let registry = Registry::new(Arc::new(Breaking { engine: public.clone(), faults: faults.clone() }));
-        let devices = Rules::new(&self.house.config());
+        let devices = Policy::new(&self.house.config());
         let hsm = self.house.hsm.clone();
         let ahead = Arc::clone(&self.time);
         let clock = Clock::of(move || 1_800_000_000 + ahead.load(Ordering::Relaxed));

@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 
 use spp::hsm::HeldKeyOrder;
-use spp::keys::{KeptKey, PublicKey, StoreId};
-use spp::store::{Batch, BatchState, HeldPair, Holder, Keeping, SecretStore as _};
+use spp::keys::{PublicKey, StoreId, StoredKey};
+use spp::store::{Batch, BatchState, HeldPair, Holder, KeyStorage, SecretStore as _};
 
 use super::Point;
 use super::device::OnTheLine;
@@ -21,7 +21,7 @@ pub async fn assert_pool_is_whole(point: &Point<'_>, delivered: &[&OnTheLine]) {
             let batches = point.state().batches().await.unwrap();
             let on_token: BTreeSet<_> =
                 own.keys.iter().filter(|key| key.store == store).map(|key| key.number).collect();
-            let wrapped = batches.iter().filter(|batch| batch.keeping == Keeping::Wrapped);
+            let wrapped = batches.iter().filter(|batch| batch.keeping == KeyStorage::Wrapped);
             let destroyed = point.state().condemned(1).await.unwrap().is_empty();
             let settled = destroyed && batches.iter().all(|b| matches!(b.state, BatchState::Open | BatchState::Sealed));
             settled && on_token == wrapped.map(|batch| batch.number).collect::<BTreeSet<_>>()
@@ -62,7 +62,7 @@ async fn ready_keys(point: &Point<'_>, store: StoreId) -> Result<BTreeSet<Vec<u8
             if matches!(pair.holder, Holder::Ready(_)) {
                 ready.insert(pair.public_key);
             }
-            if let KeptKey::OnToken(on_token) = &pair.kept
+            if let StoredKey::OnToken(on_token) = &pair.kept
                 && !pairs_on_token.remove(on_token)
             {
                 return Err(format!("{on_token:?} is not on the token"));

@@ -13,7 +13,7 @@ use crate::store::contract_pairs::{
     wrapped,
 };
 use crate::store::{
-    BatchStep, HeldPair, Holder, Keeping, MovedPair, PairId, PairToReserve, PooledPair, Purpose, SecretStore,
+    BatchStep, HeldPair, Holder, KeyStorage, MovedPair, PairId, PairToReserve, PooledPair, Purpose, SecretStore,
 };
 
 /// A store whose disk does what it is told.
@@ -27,12 +27,12 @@ fn file_of(sled: &Sled, batch: u64) -> PathBuf {
 }
 
 fn random() -> Vec<u8> {
-    let mut octets = vec![0; 48];
-    aws_lc_rs::rand::fill(&mut octets).unwrap();
-    octets
+    let mut bytes = vec![0; 48];
+    aws_lc_rs::rand::fill(&mut bytes).unwrap();
+    bytes
 }
 
-/// In which files the blobs are, all files of the store searched octet by octet.
+/// In which files the blobs are, all files of the store searched byte by byte.
 fn places(dir: &Path, blobs: &[Vec<u8>]) -> Vec<Vec<PathBuf>> {
     let begins: BTreeMap<&[u8], usize> = blobs.iter().enumerate().map(|(at, blob)| (&blob[..8], at)).collect();
     let (mut found, mut directories) = (vec![Vec::new(); blobs.len()], vec![dir.to_owned()]);
@@ -59,11 +59,11 @@ fn are_in(dir: &Path, blobs: &[Vec<u8>], files: &[PathBuf]) {
 }
 
 #[tokio::test]
-async fn a_forgotten_batch_leaves_no_octet_of_a_blob_and_the_database_never_had_one() {
+async fn a_forgotten_batch_leaves_no_byte_of_a_blob_and_the_database_never_had_one() {
     let sled = Sled::new();
     let store = sled.state();
     let (pool, next_pool) = (open_pool(&*store).await, open_pool(&*store).await);
-    let next = store.plan_batch(Purpose::Sessions, Keeping::Wrapped, 1000, 0).await.unwrap().number;
+    let next = store.plan_batch(Purpose::Sessions, KeyStorage::Wrapped, 1000, 0).await.unwrap().number;
     store.step_batch(next, BatchStep::Open).await.unwrap();
     let old: Vec<_> = (0..12).map(|_| random()).collect();
     let of_pool = name(&*store, pool).await;
@@ -95,13 +95,13 @@ async fn a_forgotten_batch_leaves_no_octet_of_a_blob_and_the_database_never_had_
     // A second name of the file shows what is left where it was.
     let remains = sled.0.path().join("remains");
     fs::hard_link(file_of(&sled, pool), &remains).unwrap();
-    let octets = fs::metadata(&remains).unwrap().len();
+    let bytes = fs::metadata(&remains).unwrap().len();
     are_in(&sled.dir(), &old, &files);
     store.forget_batch(pool).await.unwrap();
     store.forget_batch(1).await.unwrap();
     let gone = vec![Vec::<PathBuf>::new(); old.len()];
     assert_eq!(places(sled.0.path(), &old), gone);
-    assert_eq!(fs::read(&remains).unwrap(), vec![0; usize::try_from(octets).unwrap()], "overwritten, not only removed");
+    assert_eq!(fs::read(&remains).unwrap(), vec![0; usize::try_from(bytes).unwrap()], "overwritten, not only removed");
     assert!(!file_of(&sled, pool).exists() && !file_of(&sled, 1).exists());
     are_in(&sled.dir(), &new, &new_files);
     drop(store);
@@ -145,7 +145,7 @@ async fn a_failed_sync_of_a_file_loses_the_whole_transaction() {
 }
 
 #[tokio::test]
-async fn octets_behind_the_last_named_blob_do_no_harm() {
+async fn bytes_behind_the_last_named_blob_do_no_harm() {
     let sled = Sled::new();
     let mut store = sled.state();
     let pool = open_pool(&*store).await;
@@ -217,7 +217,7 @@ async fn while_busy(store: &Arc<SledStateStore>, faults: &Faults) {
     let syncs = faults.syncs.load(SeqCst);
     faults.slow.store(300, SeqCst);
     let busy = store.clone();
-    tokio::spawn(async move { busy.plan_batch(P256, Keeping::Hsm, 1000, 0).await.unwrap() });
+    tokio::spawn(async move { busy.plan_batch(P256, KeyStorage::Hsm, 1000, 0).await.unwrap() });
     eventually("the committer syncs", async || faults.syncs.load(SeqCst) > syncs).await;
     faults.slow.store(0, SeqCst);
 }
@@ -295,7 +295,7 @@ async fn a_file_is_not_removed_before_its_batch_is_durably_empty() {
         if fails {
             assert!(forgotten.is_err());
             until_healed(&*store).await;
-            assert_eq!(ready(&*store).await, before, "with their octets");
+            assert_eq!(ready(&*store).await, before, "with their bytes");
         } else {
             emptied.unwrap();
             assert!(is_wrong(forgotten), "nobody was told yet that it is empty");
@@ -342,7 +342,7 @@ async fn below_the_floor_no_pair_comes_in_or_goes_out_and_what_exists_goes_on() 
 
 /// It could be a pair that was being moved when the process was killed, and that is erased since.
 #[tokio::test]
-async fn what_a_crash_left_behind_the_octets_that_count_is_gone_when_the_store_is_opened() {
+async fn what_a_crash_left_behind_the_bytes_that_count_is_gone_when_the_store_is_opened() {
     let sled = Sled::new();
     sled.state().reserve(&session(1), Some(&key(1))).await.unwrap();
     let pairs = sled.dir().join("pairs");
@@ -352,11 +352,11 @@ async fn what_a_crash_left_behind_the_octets_that_count_is_gone_when_the_store_i
     for path in [&known, &unknown] {
         OpenOptions::new().create(true).append(true).open(path).unwrap().write_all(&left).unwrap();
     }
-    let other_name = sled.0.path().join("same-octets");
+    let other_name = sled.0.path().join("same-bytes");
     fs::hard_link(&known, &other_name).unwrap();
     let store = sled.state();
     assert_eq!(fs::metadata(&known).unwrap().len(), counted);
     assert!(!unknown.exists());
-    assert!(!fs::read(&other_name).unwrap().windows(8).any(|octets| octets == &left[..8]));
+    assert!(!fs::read(&other_name).unwrap().windows(8).any(|bytes| bytes == &left[..8]));
     assert_eq!(kept(&*store, &id(1)).await, Some(blob(1)));
 }

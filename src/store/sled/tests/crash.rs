@@ -12,7 +12,7 @@ use rustix::process::{Resource, Rlimit};
 use spp_testkit::process::{Process, tethered};
 
 use super::{Sled, options, until_healed};
-use crate::keys::{BatchName, KeptKey, KeyKind};
+use crate::keys::{BatchName, KeyKind, StoredKey};
 use crate::store::contract::{Factory, PrivateStore, blob, id, issued, kept, key, session};
 use crate::store::contract_pairs::{ALL, given_up, name, open_pool, public_key, session_with, wrapped};
 use crate::store::contract_production::assert_adds_up;
@@ -160,7 +160,7 @@ fn tell(what: u64, n: u64) {
 }
 
 /// The private half of pair `n` in a batch: it tells what it is and under which key.
-fn half(batch: BatchName, n: u64) -> KeptKey {
+fn half(batch: BatchName, n: u64) -> StoredKey {
     wrapped(batch, [n, batch.number].map(u64::to_be_bytes).concat().repeat(3))
 }
 
@@ -239,8 +239,8 @@ async fn shred(store: &SledStateStore, from: u64, state: BatchState, to: u64) {
                 break;
             }
             let moved = held.into_iter().map(|held| match half(target, number_of(&held.public_key)) {
-                KeptKey::Wrapped(wrapped) => MovedPair { holder: held.holder, blob: wrapped.blob },
-                KeptKey::OnToken(_) => panic!("it is wrapped"),
+                StoredKey::Wrapped(wrapped) => MovedPair { holder: held.holder, blob: wrapped.blob },
+                StoredKey::OnToken(_) => panic!("it is wrapped"),
             });
             store.move_pairs(from, to, moved.collect()).await.unwrap();
         }
@@ -250,7 +250,7 @@ async fn shred(store: &SledStateStore, from: u64, state: BatchState, to: u64) {
     tell(FORGOTTEN, from);
 }
 
-/// Everybody who has a pair; each pair is in one place, with its own octets under its batch's key.
+/// Everybody who has a pair; each pair is in one place, with its own bytes under its batch's key.
 async fn holders(store: &dyn PrivateStore) -> BTreeMap<u64, Holder> {
     let mut holders = BTreeMap::new();
     for batch in store.batches().await.unwrap() {

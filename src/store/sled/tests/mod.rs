@@ -205,7 +205,7 @@ fn a_store_is_made_once_and_opened_only_where_it_is() {
     let sled = Sled::new();
     let refused = |result: Result<SledStateStore, StoreError>, words: &str| {
         let error = result.err().unwrap();
-        assert!(matches!(error, StoreError::Place(_)) && error.to_string().contains(words), "{error}");
+        assert!(matches!(error, StoreError::Directory(_)) && error.to_string().contains(words), "{error}");
     };
     refused(SledStateStore::create(&sled.dir(), &options()), "never overwritten");
     refused(SledStateStore::create(sled.0.path(), &options()), "never overwritten");
@@ -274,9 +274,9 @@ async fn damage_is_reported_when_the_store_is_opened() {
     let sled = Sled::new();
     sled.state().reserve(&session(1), None).await.unwrap();
     let db = sled.dir().join("db");
-    let mut octets = fs::read(&db).unwrap();
-    octets.iter_mut().skip(20).for_each(|octet| *octet = 0xEE);
-    OpenOptions::new().write(true).open(&db).unwrap().write_all(&octets).unwrap();
+    let mut bytes = fs::read(&db).unwrap();
+    bytes.iter_mut().skip(20).for_each(|byte| *byte = 0xEE);
+    OpenOptions::new().write(true).open(&db).unwrap().write_all(&bytes).unwrap();
     let error = SledStateStore::open(&sled.dir(), &options()).err().unwrap();
     assert!(matches!(error, StoreError::Damaged { .. } | StoreError::Failed { .. }), "{error}");
 }

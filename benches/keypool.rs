@@ -1,9 +1,9 @@
-//! What pairs in advance cost: `cargo bench --bench keypool [-- store|fill]`.
+//! Benchmarks of the key pool: `cargo bench --bench keypool [-- store|fill]`.
 //!
-//! `store`: a pool of a hundred and one of a hundred thousand pairs: opening, a reservation, the disk. No HSM.
-//! `fill`: pairs per second that the module generates, alone and on as many threads as the worker has for it, and that the pool
-//! is filled with while the line is idle. On a SoftHSM of its own.
-#![expect(clippy::disallowed_types, reason = "the module's own rate is measured without this program between")]
+//! `store`: pools of 100 and 100,000 pairs: opening, reservation latency, disk usage. Without an HSM. `fill`: pairs per second
+//! that the module generates, single-threaded and on all worker threads, compared with the fill rate of an idle line's pool. On
+//! its own SoftHSM.
+#![expect(clippy::disallowed_types, reason = "measures the module's rate without this program in between")]
 
 use std::path::Path;
 use std::sync::Arc;
@@ -27,7 +27,7 @@ use spp::store::{
 };
 use spp_testkit::site::Site;
 
-/// Set for the child that measures the module alone.
+/// Set for the child process that measures the module without this program.
 const RAW: &str = "SPP_BENCH_RAW";
 const RUN: Duration = Duration::from_secs(20);
 const KINDS: [KeyKind; 3] = [KeyKind::P256, KeyKind::Rsa2048, KeyKind::Rsa3072];
@@ -40,12 +40,12 @@ fn main() -> Result<(), Failure> {
         return Ok(());
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    // cargo passes `--bench` itself.
-    let which = std::env::args().skip(1).find(|argument| !argument.starts_with('-'));
-    if which.as_deref() != Some("fill") {
+    // cargo passes `--bench`.
+    let selected = std::env::args().skip(1).find(|argument| !argument.starts_with('-'));
+    if selected.as_deref() != Some("fill") {
         runtime.block_on(store())?;
     }
-    if which.as_deref() != Some("store") {
+    if selected.as_deref() != Some("store") {
         for kind in KINDS {
             runtime.block_on(fill(kind))?;
         }
@@ -101,7 +101,7 @@ async fn make_pool(
             left -= count;
             let pair = |n: usize| PooledPair {
                 public_key: bytes(left + n, spki),
-                kept: StoredKey::Wrapped(WrappedKey {
+                private_key: StoredKey::Wrapped(WrappedKey {
                     wrapping_key: wrapping_key.clone(),
                     blob: bytes(left + n, blob),
                 }),
@@ -113,7 +113,7 @@ async fn make_pool(
     Ok(())
 }
 
-/// As different as random ones.
+/// Pseudo-random bytes.
 fn bytes(n: usize, len: usize) -> Vec<u8> {
     let mut state = n as u64 ^ 0x9E37_79B9_7F4A_7C15;
     let mut next = || {
@@ -125,7 +125,7 @@ fn bytes(n: usize, len: usize) -> Vec<u8> {
     (0..len).map(|_| next()).collect()
 }
 
-/// Durations of so many reservations, so many at once.
+/// Durations of `count` reservations, `at_once` of them concurrently.
 async fn reserve(
     store: &Arc<SledStateStore>,
     kind: KeyKind,
@@ -181,7 +181,7 @@ fn size_of(dir: &Path) -> Result<u64, Failure> {
     let mut size = 0;
     for entry in std::fs::read_dir(dir)? {
         let entry = entry?;
-        // The reserve is there whatever the pool's size.
+        // The reserve file has the same size for every pool.
         if entry.file_type()?.is_dir() {
             size += size_of(&entry.path())?;
         } else if entry.file_name() != "reserve" {
@@ -191,7 +191,7 @@ fn size_of(dir: &Path) -> Result<u64, Failure> {
     Ok(size)
 }
 
-/// The pool's rate against the module's.
+/// Compares the fill rate of the pool with the module's rate.
 async fn fill(kind: KeyKind) -> Result<(), Failure> {
     let site = Site::new();
     let config = DaemonConfig::load(&site.path("sppd.toml")).map_err(|faults| faults.to_string())?;

@@ -1,8 +1,8 @@
-//! What the log costs: `cargo bench --bench registry [-- log N | reads]`.
+//! Benchmarks of the log: `cargo bench --bench registry [-- log N | reads]`.
 //!
-//! `log N`: a log of N real records (100,000 unless N says otherwise), its key in memory: publishing, proofs, the index made anew,
-//! the whole log verified, a mirror of it. No HSM.
-//! `reads`: records, proofs and unknown chips asked of a running daemon over gRPC, on a SoftHSM of its own.
+//! `log N`: a log of N real records (default 100,000) with an in-memory key: publication, proofs, index rebuild, verification and
+//! export of a mirror. No HSM.
+//! `reads`: gRPC look-ups of records, proofs and unknown chips against a running daemon with its own SoftHSM.
 
 #[path = "common/load.rs"]
 mod load;
@@ -48,14 +48,14 @@ const DEVICES: u32 = 1000;
 
 fn main() -> Result<(), Failure> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    // cargo passes `--bench` itself.
-    let mut words = std::env::args().skip(1).filter(|argument| !argument.starts_with('-'));
-    let which = words.next();
-    if which.as_deref() != Some("reads") {
-        let count = words.next().map_or(Ok(100_000), |count| count.parse())?;
+    // cargo adds `--bench`.
+    let mut arguments = std::env::args().skip(1).filter(|argument| !argument.starts_with('-'));
+    let benchmark = arguments.next();
+    if benchmark.as_deref() != Some("reads") {
+        let count = arguments.next().map_or(Ok(100_000), |count| count.parse())?;
         runtime.block_on(log(count))?;
     }
-    if which.as_deref() != Some("log") {
+    if benchmark.as_deref() != Some("log") {
         runtime.block_on(reads())?;
     }
     Ok(())
@@ -68,54 +68,54 @@ async fn log(count: u64) -> Result<(), Failure> {
     let signer = Arc::new(Signer::new()?);
     let log = TransparencyLog::open(&dir, &options, signer.clone(), LogSettings::default()).await?;
     let log = Arc::new(log);
-    let maker = Arc::new(Maker::new()?);
-    let begun = Instant::now();
-    fill(&log, &maker, count).await?;
-    println!("published {count} records in {:.0?}, certificates made meanwhile", begun.elapsed());
+    let factory = Arc::new(RecordFactory::new()?);
+    let started = Instant::now();
+    fill(&log, &factory, count).await?;
+    println!("published {count} records in {:.0?}, including certificate issuance", started.elapsed());
     proofs(&*log, count).await?;
     drop(log);
 
-    let begun = Instant::now();
-    let made = reindex(&dir, &options, signer.key(), false, |_, _| {}).await?;
-    println!("index made anew, {} entries: {:.1?}", made.entries, begun.elapsed());
-    let begun = Instant::now();
+    let started = Instant::now();
+    let report = reindex(&dir, &options, signer.key(), false, |_, _| {}).await?;
+    println!("index rebuilt, {} entries: {:.1?}", report.entries, started.elapsed());
+    let started = Instant::now();
     drop(TransparencyLog::open(&dir, &options, signer.clone(), LogSettings::default()).await?);
-    println!("opened in {:.1?}", begun.elapsed());
+    println!("opened in {:.1?}", started.elapsed());
     tokio::time::sleep(Duration::from_secs(1)).await;
 
-    let issuers = [maker.issuer.clone()];
+    let issuers = [factory.issuer.clone()];
     let verify_options = VerifyOptions { key: signer.key(), issuers: &issuers, seen: None };
-    let begun = Instant::now();
+    let started = Instant::now();
     let found = verify(&mut StoreDirectory::new(&dir, signer.key()), &verify_options, &mut |_, _| {});
     println!(
         "verified {} entries on one core: {:.1?}, {} findings",
         found.entries,
-        begun.elapsed(),
+        started.elapsed(),
         found.findings.len()
     );
-    let begun = Instant::now();
+    let started = Instant::now();
     let mirror = base.path().join("mirror");
     let exported = export(&mut StoreDirectory::new(&dir, signer.key()), signer.key(), &mirror, &mut |_, _| {})?;
-    println!("mirrored {} entries: {:.1?}", exported.now, begun.elapsed());
-    println!("disk: {} MB, of them the index {} MB", size_of(&dir)? >> 20, size_of(&dir.join("index"))? >> 20);
+    println!("mirrored {} entries: {:.1?}", exported.entries, started.elapsed());
+    println!("disk: {} MB, including {} MB of index", size_of(&dir)? >> 20, size_of(&dir.join("index"))? >> 20);
     Ok(())
 }
 
-/// Many at a time, as a line does, so that batches are full.
-async fn fill(log: &Arc<TransparencyLog>, maker: &Arc<Maker>, count: u64) -> Result<(), Failure> {
+/// Publishes many records concurrently, as a production line does, so that batches are full.
+async fn fill(log: &Arc<TransparencyLog>, factory: &Arc<RecordFactory>, count: u64) -> Result<(), Failure> {
     let next = Arc::new(AtomicU64::new(0));
     let tasks = (0..512).map(|_| {
-        let (log, maker, next) = (Arc::clone(log), Arc::clone(maker), Arc::clone(&next));
+        let (log, factory, next) = (Arc::clone(log), Arc::clone(factory), Arc::clone(&next));
         tokio::spawn(async move {
             loop {
                 let n = next.fetch_add(1, Relaxed);
                 if n >= count {
                     return Ok::<_, Failure>(());
                 }
-                let record = maker.record(n)?;
-                let announced = log.reserve_slot();
+                let record = factory.record(n)?;
+                let slot = log.reserve_slot();
                 log.publish(&record).await?;
-                drop(announced);
+                drop(slot);
             }
         })
     });
@@ -130,15 +130,15 @@ async fn proofs(log: &dyn PublicDatabase, count: u64) -> Result<(), Failure> {
     for n in 0..2000u64 {
         let index = n.wrapping_mul(0x9E37_79B9_7F4A_7C15) % count;
         for (times, prove) in [(&mut proofs, false), (&mut receipts, true)] {
-            let begun = Instant::now();
+            let started = Instant::now();
             let proof = if prove { log.receipt(index).await? } else { log.prove(index).await? };
             proof.ok_or("no proof")?;
-            times.push(begun.elapsed());
+            times.push(started.elapsed());
         }
-        let begun = Instant::now();
-        let found = log.find(&UniqueKey::of_chip(&Maker::chip(index)?)).await?;
+        let started = Instant::now();
+        let found = log.find(&UniqueKey::of_chip(&RecordFactory::chip(index)?)).await?;
         found.ok_or("not found")?;
-        finds.push(begun.elapsed());
+        finds.push(started.elapsed());
     }
     for (what, mut times) in [("proof", proofs), ("receipt", receipts), ("record by chip", finds)] {
         times.sort_unstable();
@@ -147,14 +147,14 @@ async fn proofs(log: &dyn PublicDatabase, count: u64) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Makes records whose certificates are real.
-struct Maker {
+/// Creates records with real certificates.
+struct RecordFactory {
     manufacturer: DevicePrivateKey,
     issuer: IssuerCertificate,
     profile: Profile,
 }
 
-impl Maker {
+impl RecordFactory {
     fn new() -> Result<Self, Failure> {
         let manufacturer = generate_p256()?;
         let unsigned = authority_certificate(&AuthorityCertificate {
@@ -212,15 +212,15 @@ impl Maker {
 
 async fn reads() -> Result<(), Failure> {
     let mut site = Site::new();
-    // What is measured is the daemon, not the limit for one address.
+    // Measure the daemon, not its rate limit per address.
     site.edit("sppd.toml", "requests_per_second = 100\nburst = 400", "requests_per_second = 1000000\nburst = 1000000");
     site.start();
-    let words = format!(
+    let command = format!(
         "provision --simulate {DEVICES} --profile phone --parallel 64 --server https://127.0.0.1:{} --tls tls/line-1-a --devices \
          simulated --manufacturer keys/manufacturer-ca.pem --log keys/log-1.vkey --report report.csv",
         site.line
     );
-    let provisioned = site.spp_line(&words);
+    let provisioned = site.spp_line(&command);
     if !provisioned.status.success() {
         return Err(String::from_utf8_lossy(&provisioned.stderr).into_owned().into());
     }
@@ -234,11 +234,11 @@ async fn reads() -> Result<(), Failure> {
     for _ in 0..8 {
         clients.push(RecoveryClient::new(site.connect(site.public, site.public_tls()).await?));
     }
-    println!("one machine for daemon, SoftHSM and reader; {} devices, 8 connections, 64 in flight", chips.len());
+    println!("daemon, SoftHSM and client on one machine; {} devices, 8 connections, 64 calls in flight", chips.len());
     let client = move |n: u64| clients[n as usize % clients.len()].clone();
-    let (client_of, of) = (client.clone(), Arc::clone(&chips));
+    let (client_of, known_chips) = (client.clone(), Arc::clone(&chips));
     read("GetRecord", move |n| {
-        let (mut client, chip_id) = (client_of(n), of[n as usize % of.len()].clone());
+        let (mut client, chip_id) = (client_of(n), known_chips[n as usize % known_chips.len()].clone());
         async move { Ok(client.get_record(GetRecordRequest { chip_id }).await.map(drop)?) }
     })
     .await?;
@@ -253,7 +253,7 @@ async fn reads() -> Result<(), Failure> {
         async move {
             match client.get_record(GetRecordRequest { chip_id }).await {
                 Err(status) if status.code() == tonic::Code::NotFound => Ok(()),
-                other => Err(format!("it is unknown, and yet: {other:?}").into()),
+                other => Err(format!("unknown chip: expected NOT_FOUND, got {other:?}").into()),
             }
         }
     })
@@ -266,8 +266,8 @@ where
     O: Future<Output = Result<(), Failure>> + Send,
 {
     let times = measure(64, RUN, call).await?;
-    let (per_second, at) = (times.len() as f64 / RUN.as_secs_f64(), |percent| percentile(&times, percent));
-    println!("{what:15} {per_second:6.0}/s, p50 {:.1?}, p99 {:.1?}", at(50), at(99));
+    let (per_second, latency) = (times.len() as f64 / RUN.as_secs_f64(), |percent| percentile(&times, percent));
+    println!("{what:15} {per_second:6.0}/s, p50 {:.1?}, p99 {:.1?}", latency(50), latency(99));
     Ok(())
 }
 

@@ -1,6 +1,6 @@
-//! Commits per second of the embedded stores, by number of concurrent callers: `cargo bench --bench store [-- DIR]`.
+//! Measures commits per second of the embedded stores by number of concurrent callers: `cargo bench --bench store [-- DIR]`.
 //!
-//! DIR should be on the disk that the daemon will use: nearly all of the time is the disk's sync.
+//! DIR should be on the daemon's disk: syncs dominate the results.
 
 #[path = "common/load.rs"]
 mod load;
@@ -38,9 +38,9 @@ async fn main() -> Result<(), Failure> {
         store.step_batch(1, BatchStep::Open).await?;
         let devices = measure(callers, RUN, move |n| {
             let store = store.clone();
-            async move { way_of_one_device(&*store, n).await }
+            async move { process_device(&*store, n).await }
         });
-        report("way of one device (4 commits)", callers, 4, devices.await?);
+        report("full session (4 commits)", callers, 4, devices.await?);
 
         let public: Arc<dyn PublicDatabase> = Arc::new(open_public(base.path(), callers).await?);
         let records = measure(callers, RUN, move |n| {
@@ -52,20 +52,20 @@ async fn main() -> Result<(), Failure> {
     Ok(())
 }
 
-fn report(what: &str, callers: u64, commits: u32, times: Vec<Duration>) {
+fn report(label: &str, callers: u64, commits: u32, times: Vec<Duration>) {
     let per_second = f64::from(u32::try_from(times.len()).unwrap_or(u32::MAX)) / RUN.as_secs_f64();
-    let at = |percent| percentile(&times, percent);
+    let percentile_of = |percent| percentile(&times, percent);
     println!(
-        "{what:32} {callers:3} callers: {per_second:8.0}/s, {:8.0} commits/s, p50 {:.2?}, p99 {:.2?}",
+        "{label:32} {callers:3} callers: {per_second:8.0}/s, {:8.0} commits/s, p50 {:.2?}, p99 {:.2?}",
         per_second * f64::from(commits),
-        at(50),
-        at(99)
+        percentile_of(50),
+        percentile_of(99)
     );
 }
 
-async fn way_of_one_device(store: &dyn StateStore, n: u64) -> Result<(), Failure> {
+async fn process_device(store: &dyn StateStore, n: u64) -> Result<(), Failure> {
     let session = session(n)?;
-    let pair = PairToReserve::Made { batch: 1, blob: vec![5; 80] };
+    let pair = PairToReserve::OnDemand { batch: 1, blob: vec![5; 80] };
     let publication = Publication { index: n, record_hash: [9; 32], published: n };
     store.reserve(&session, Some(&pair)).await?;
     let steps = [
@@ -126,7 +126,7 @@ fn record(n: u64) -> Result<DeviceRecord, Failure> {
     })
 }
 
-/// Spread like random names: those of neighbours in time are not neighbours in the tree.
+/// A deterministic name, distributed like a random one: consecutive names are not neighbors in the tree.
 fn name_of(n: u64) -> [u8; 16] {
     let mut name = [0; 16];
     name[..8].copy_from_slice(&n.wrapping_mul(0x9E37_79B9_7F4A_7C15).to_be_bytes());

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Runs each fuzz target for SECONDS (default 30) and prints what it did; TARGETS="a b" chooses. Works with stable Rust, without
-# AddressSanitizer: the code has no unsafe parts, and what is looked for are panics, hangs, memory, and broken promises.
+# # Runs each fuzz target for SECONDS_EACH seconds (default 30) and prints the result; TARGETS="a b" selects targets. Uses
+# stable Rust
+# # without AddressSanitizer: the code has no unsafe parts; the targets find panics, hangs, memory growth and violated
+# assertions.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 seconds=${SECONDS_EACH:-${1:-30}}
@@ -11,10 +13,10 @@ command -v cargo-fuzz >/dev/null || {
     echo 'fuzz: building cargo-fuzz into target/tools' >&2
     cargo install --quiet cargo-fuzz --version 0.13.2 --locked --debug --root target/tools
 }
-command -v c++ >/dev/null || { echo 'fuzz: libFuzzer needs a C++ compiler. As root, run: apt-get install -y g++' >&2; exit 1; }
+command -v c++ >/dev/null || { echo 'fuzz: libFuzzer requires a C++ compiler; as root, run: apt-get install -y g++' >&2; exit 1; }
 
-# Valid samples to begin from.
-SPP_WRITE_SEEDS=1 cargo test --quiet --locked --test integration parsers::every_sample_is_accepted >/dev/null
+# Write valid samples as seeds.
+SPP_WRITE_SEEDS=1 cargo test --quiet --locked --test integration parsers::samples_accepted_by_their_parser >/dev/null
 cargo fuzz build --sanitizer none >&2
 targets=${TARGETS:-$(cargo fuzz list)}
 log=$(mktemp)
@@ -33,7 +35,7 @@ for target in $targets; do
     if [ "$result" != ok ]; then
         status=1
         tail -n 20 "$log" >&2
-        echo "fuzz: keep the finding: cp fuzz/artifacts/$target/FILE fuzz/regressions/$target/; the test suite tries it from then on" >&2
+        echo "fuzz: save the finding: cp fuzz/artifacts/$target/FILE fuzz/regressions/$target/; the test suite runs it from then on" >&2
     fi
 done
 exit "$status"

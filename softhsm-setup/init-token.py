@@ -1,7 +1,7 @@
 """Initialises a SoftHSM token with softhsm2-util without a PIN on a command line.
 
-softhsm2-util takes PINs as arguments, which every user of the machine can read, or asks for them, but only on a
-terminal. So it gets a pseudo-terminal, and its four questions are answered there.
+softhsm2-util takes PINs as arguments, which every user of the machine can read, or prompts for them on a terminal.
+This script runs it on a pseudo-terminal and answers its four prompts.
 
 usage: init-token.py LABEL --free|--token=LABEL SO-PIN-FILE PIN-FILE
 """
@@ -29,7 +29,7 @@ def main() -> int:
 
 
 def answer(command: list[str], answers: list[bytes]) -> tuple[int, str]:
-    """Runs the command on a pseudo-terminal; each question that ends in "PIN: " gets the next answer."""
+    """Runs the command on a pseudo-terminal and answers each prompt that ends in "PIN: " with the next answer."""
     child, terminal = pty.fork()
     if child == 0:
         os.execvp(command[0], command)
@@ -40,7 +40,7 @@ def answer(command: list[str], answers: list[bytes]) -> tuple[int, str]:
                 screen += os.read(terminal, 4096)
             except OSError:  # EIO: the command has ended
                 break
-        # What is typed before the command turns the echo off is thrown away; so the question alone is not enough.
+        # The command discards input that arrives before it turns the echo off, so waiting for the prompt is not enough.
         elif given < len(answers) and screen.count(b"PIN: ") > given and not echoes(terminal):
             os.write(terminal, answers[given] + b"\n")
             given += 1

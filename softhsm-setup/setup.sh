@@ -1,28 +1,28 @@
 #!/bin/sh
-# Makes a SoftHSM token of one's own: no root (but for installing SoftHSM itself), nothing system-wide.
-# Can be repeated: what is there stays, what an interrupted run left undone is finished. See --help and README.md.
+# Creates a private SoftHSM token without root (except for installing SoftHSM) and without system-wide changes.
+# Can be repeated: existing files remain, and an interrupted run is completed. See --help and README.md.
 set -eu
 
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 
 usage() {
     cat <<'END'
-Makes a private SoftHSM token directory with one token in it.
+Create a private SoftHSM token directory with one token.
 
 usage: setup.sh --dir DIR [--label LABEL] [--pin-file FILE] [--so-pin-file FILE] [--sppctl PATH]
        setup.sh --install-only
        setup.sh --print-module
 
-  --dir DIR            where everything goes: DIR/tokens, DIR/softhsm2.conf, DIR/user.pin, DIR/so.pin
+  --dir DIR            output directory: DIR/tokens, DIR/softhsm2.conf, DIR/user.pin, DIR/so.pin
   --label LABEL        the token's label, 1 to 32 characters (default: spp)
-  --pin-file FILE      the user PIN; made with a random PIN if it does not exist (default: DIR/user.pin)
-  --so-pin-file FILE   the security officer's PIN, likewise (default: DIR/so.pin)
-  --sppctl PATH        initialise the token with `PATH token init`; otherwise softhsm2-util does it, its questions
-                       answered over a pseudo-terminal (needs python3)
+  --pin-file FILE      the user PIN; created with a random PIN if it does not exist (default: DIR/user.pin)
+  --so-pin-file FILE   the security officer's PIN; created likewise (default: DIR/so.pin)
+  --sppctl PATH        initialise the token with `PATH token init`; otherwise with softhsm2-util on a pseudo-terminal
+                       (needs python3)
   --install-only       only install SoftHSM if it is missing (Debian and Ubuntu: apt-get, Fedora: dnf)
   --print-module       print the path of libsofthsm2.so
 
-A PIN is never given on a command line, where every user of the machine could read it.
+PINs are never passed on a command line, where every user of the machine could read them.
 END
 }
 
@@ -48,7 +48,7 @@ main() {
                     --sppctl) sppctl=$2 ;;
                 esac
                 shift ;;
-            *) fail "$1 is not an option; see --help" ;;
+            *) fail "unknown option $1; see --help" ;;
         esac
         shift
     done
@@ -95,23 +95,23 @@ install_softhsm() {
 
     become=''
     if [ "$(id -u)" -ne 0 ]; then
-        # Without a terminal nobody could answer sudo's question: it must not wait for one then.
+        # Without a terminal sudo must not prompt, because nobody could answer.
         if [ -t 0 ]; then become='sudo'; else become='sudo -n'; fi
         command -v sudo >/dev/null || fail "SoftHSM is not installed. As root, run: $install"
     fi
     echo "softhsm-setup: installing SoftHSM: ${become:+$become }$install" >&2
-    # The package lists of a fresh container are empty; then they are fetched and it is tried once more.
+    # A new container has no package lists: fetch them and try again.
     # shellcheck disable=SC2086  # commands, to be split into words
     DEBIAN_FRONTEND=noninteractive $become $install >&2 ||
         { [ -n "$refresh" ] && $become $refresh >&2 && DEBIAN_FRONTEND=noninteractive $become $install >&2; } ||
-        fail "SoftHSM could not be installed. As root, run: ${refresh:+$refresh && }$install"
-    is_installed || fail "SoftHSM was installed, but softhsm2-util or libsofthsm2.so is not where it was looked for"
+        fail "cannot install SoftHSM. As root, run: ${refresh:+$refresh && }$install"
+    is_installed || fail "SoftHSM was installed, but softhsm2-util or libsofthsm2.so was not found"
 }
 
 # --- the token ------------------------------------------------------------------------------------------------------
 
 make_token() {
-    [ -n "$dir" ] || fail 'where? Give --dir DIR; see --help'
+    [ -n "$dir" ] || fail 'missing option --dir DIR; see --help'
     [ ${#label} -le 32 ] || fail 'a token label has at most 32 characters'
     umask 077
     mkdir -p -- "$dir/tokens"
@@ -123,7 +123,7 @@ make_token() {
     chmod 700 -- "$dir/tokens"
     : "${pin_file:=$dir/user.pin}" "${so_pin_file:=$dir/so.pin}"
 
-    # Two runs at a time would make two tokens of the same label.
+    # Two concurrent runs would create two tokens with the same label.
     exec 9>"$dir/.lock"
     if command -v flock >/dev/null; then
         flock 9
@@ -133,7 +133,7 @@ make_token() {
     state=$(token_state)
     if [ "$state" != absent ] && ! { [ -s "$pin_file" ] && [ -s "$so_pin_file" ]; }; then
         fail "the token '$label' exists in $dir/tokens, but a PIN file does not ($pin_file, $so_pin_file):" \
-            'put it back, or remove the directory and everything in it, and run this again'
+            'restore the PIN file, or remove the directory with its content, and run this again'
     fi
     make_pin "$pin_file"
     make_pin "$so_pin_file"
@@ -145,7 +145,7 @@ make_token() {
 }
 
 write_configuration() {
-    # removable=false: a missing token directory is an error and not an empty reader. ERROR: at INFO every call goes to syslog.
+    # removable=false: a missing token directory is an error, not an empty slot. ERROR: at INFO every call is logged to syslog.
     cat >"$dir/softhsm2.conf.new" <<END
 directories.tokendir = $dir/tokens
 objectstore.backend = file
@@ -170,15 +170,15 @@ token_state() {
         END { print found == 0 ? "absent" : found == 1 ? state : "several" }'
 }
 
-# A random PIN of 32 hex digits (128 bits), written whole or not at all.
+# Writes a random PIN of 32 hex digits (128 bits) atomically.
 make_pin() {
     if [ -s "$1" ]; then
         chmod go= -- "$1"
         return
     fi
     pin=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
-    [ ${#pin} -eq 32 ] || fail 'no random numbers could be read from /dev/urandom'
-    # printf is part of the shell: the PIN is in no argument list.
+    [ ${#pin} -eq 32 ] || fail 'cannot read random numbers from /dev/urandom'
+    # printf is a shell builtin, so the PIN is not in any process's argument list.
     printf '%s' "$pin" >"$1.new"
     mv -- "$1.new" "$1"
 }
@@ -189,16 +189,16 @@ initialise_token() {
             --so-pin-file "$so_pin_file" --pin-file "$pin_file"
     else
         command -v python3 >/dev/null ||
-            fail 'give --sppctl PATH, or install python3 to have softhsm2-util initialise the token'
-        # The one without a user PIN is empty, so that making it anew loses nothing.
+            fail 'cannot initialise the token: specify --sppctl PATH, or install python3'
+        # A token without a user PIN is empty, so initialising it again loses nothing.
         if [ "$state" = half ]; then which_token="--token=$label"; else which_token=--free; fi
         python3 "$here/init-token.py" "$label" "$which_token" "$so_pin_file" "$pin_file"
     fi
     state=$(token_state)
-    [ "$state" = ready ] || fail "the token was initialised, but is '$state' afterwards: look at $dir/tokens"
-    # SoftHSM itself never syncs what it writes.
+    [ "$state" = ready ] || fail "the token was initialised, but is '$state' afterwards: check $dir/tokens"
+    # SoftHSM never syncs the files that it writes.
     sync -- "$dir"/tokens/*/* "$dir" "$pin_file" "$so_pin_file"
-    echo "softhsm-setup: made token '$label' in $dir"
+    echo "softhsm-setup: created token '$label' in $dir"
 }
 
 main "$@"

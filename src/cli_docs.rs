@@ -1,4 +1,4 @@
-//! Man pages and shell completions, made from what a program says of itself.
+//! Generates man pages and shell completions from the clap definitions.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -6,23 +6,23 @@ use std::path::{Path, PathBuf};
 use clap::{Command, Subcommand};
 use clap_complete::Shell;
 
-/// What can be made of it.
+/// The documentation subcommands.
 #[derive(Subcommand)]
 pub enum CliDocs {
-    /// Print the completions for a shell.
+    /// Print shell completions.
     Completions {
-        /// Which shell.
+        /// The shell.
         shell: Shell,
     },
-    /// Write the man pages, one for each command.
+    /// Write one man page per command.
     Man {
-        /// Where to; it is made if it is not there.
+        /// The output directory; created if it does not exist.
         dir: PathBuf,
     },
 }
 
 impl CliDocs {
-    /// Makes it.
+    /// Generates the requested output.
     pub fn run(self, program: Command) -> Result<(), String> {
         match self {
             Self::Completions { shell } => completions(shell, program),
@@ -32,7 +32,7 @@ impl CliDocs {
     }
 }
 
-/// Prints the completions.
+/// Prints shell completions.
 pub fn completions(shell: Shell, mut program: Command) -> io::Result<()> {
     let name = program.get_name().to_owned();
     let mut text = Vec::new();
@@ -40,7 +40,7 @@ pub fn completions(shell: Shell, mut program: Command) -> io::Result<()> {
     io::Write::write_all(&mut io::stdout().lock(), &text)
 }
 
-/// Writes the man pages of the program and of all its commands.
+/// Writes the man pages of the program and of all its subcommands.
 pub fn man(dir: &Path, program: Command) -> io::Result<()> {
     std::fs::create_dir_all(dir)?;
     clap_mangen::generate_to(program, dir)

@@ -1,9 +1,9 @@
-//! Where everything that waits for a time takes it from.
+//! The clock that all time-dependent code uses.
 
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Gives seconds since the Unix epoch.
+/// A replaceable clock in seconds since the Unix epoch.
 #[derive(Clone)]
 pub struct Clock(Arc<dyn Fn() -> u64 + Send + Sync>);
 
@@ -13,7 +13,7 @@ impl Clock {
         Self::of(|| SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()))
     }
 
-    /// Another one, so that a test need not wait for a day to be over.
+    /// A clock for tests, which need not wait for real time to pass.
     pub fn of(seconds_since_epoch: impl Fn() -> u64 + Send + Sync + 'static) -> Self {
         Self(Arc::new(seconds_since_epoch))
     }

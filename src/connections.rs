@@ -1,4 +1,4 @@
-//! Connections as every listener takes them: accepted one by one, TLS within a time and with the certificate of the moment, until the stop.
+//! Accepts connections for all listeners, with a connection limit and a TLS handshake timeout, until shutdown.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -13,38 +13,38 @@ use tokio_rustls::server::TlsStream;
 
 use crate::config::TlsConfig;
 
-/// How long it waits after the system gave no connection, as when the process has no file descriptor left.
-const PAUSE: Duration = Duration::from_secs(1);
+/// Pause after a failed accept, for example when the process has no file descriptor left.
+const ACCEPT_RETRY_PAUSE: Duration = Duration::from_secs(1);
 
-/// The TLS of all listeners, which a reload exchanges. A connection goes on with what it was made with.
+/// The current TLS configurations of all listeners. A reload replaces them; existing connections keep theirs.
 #[derive(Clone)]
-pub struct TlsInForce {
-    /// Stations' and officers'.
+pub struct ActiveTls {
+    /// For stations and officers: mutual TLS.
     pub(crate) mutual: Tls,
-    /// The public's.
+    /// For the public listener.
     pub(crate) public: Tls,
 }
 
-impl TlsInForce {
-    /// As the configuration says.
+impl ActiveTls {
+    /// Creates the TLS configurations of a daemon configuration.
     pub fn new(config: &TlsConfig) -> Self {
         let tls = |config: &Arc<ServerConfig>| Tls(Arc::new(ArcSwap::new(Arc::clone(config))));
         Self { mutual: tls(&config.mutual), public: tls(&config.public) }
     }
 
-    /// From now on as this configuration says. What a client kept of earlier sessions opens none of these.
-    pub fn exchange(&self, config: &TlsConfig) {
+    /// Replaces the TLS configurations. Session tickets of earlier configurations are not accepted any more.
+    pub fn replace(&self, config: &TlsConfig) {
         self.mutual.0.store(Arc::clone(&config.mutual));
         self.public.0.store(Arc::clone(&config.public));
     }
 }
 
-/// The TLS of a listener.
+/// The current TLS configuration of one listener.
 #[derive(Clone)]
 pub(crate) struct Tls(Arc<ArcSwap<ServerConfig>>);
 
 impl Tls {
-    /// The handshake; none if it fails or takes longer.
+    /// Performs the handshake; `None` if it fails or exceeds `limit`.
     pub(crate) async fn accept(
         &self,
         stream: TcpStream,
@@ -54,29 +54,29 @@ impl Tls {
         let acceptor = TlsAcceptor::from(self.0.load_full());
         match tokio::time::timeout(limit, acceptor.accept(stream)).await {
             Ok(Ok(stream)) => return Some(stream),
-            Ok(Err(error)) => tracing::debug!(%error, %peer, "no TLS"),
-            Err(_) => tracing::debug!(%peer, "TLS took too long"),
+            Ok(Err(error)) => tracing::debug!(%error, %peer, "TLS handshake failed"),
+            Err(_) => tracing::debug!(%peer, "TLS handshake timed out"),
         }
         None
     }
 }
 
-/// The next connection, once there is a place for it. More wait with the system.
+/// Waits for a free slot, then for the next connection. Further connections wait in the system's backlog.
 pub(crate) async fn next(
     listener: &TcpListener,
-    places: &Arc<Semaphore>,
+    slots: &Arc<Semaphore>,
 ) -> (Option<OwnedSemaphorePermit>, TcpStream, SocketAddr) {
-    // It is never closed, so there always is a place in the end.
-    let place = Arc::clone(places).acquire_owned().await.ok();
+    // The semaphore is never closed, so `ok()` is always `Some`.
+    let slot = Arc::clone(slots).acquire_owned().await.ok();
     loop {
         match listener.accept().await {
             Ok((stream, peer)) => {
                 let _ = stream.set_nodelay(true);
-                return (place, stream, peer);
+                return (slot, stream, peer);
             }
             Err(error) => {
-                tracing::warn!(%error, "a connection could not be accepted");
-                tokio::time::sleep(PAUSE).await;
+                tracing::warn!(%error, "accepting a connection failed");
+                tokio::time::sleep(ACCEPT_RETRY_PAUSE).await;
             }
         }
     }
@@ -84,6 +84,6 @@ pub(crate) async fn next(
 
 /// Resolves when `stop` is true.
 pub(crate) async fn stopped(mut stop: watch::Receiver<bool>) {
-    // An error means that the sender is gone, which is a stop as well.
+    // An error means that the sender was dropped, which is a shutdown as well.
     let _ = stop.wait_for(|stop| *stop).await;
 }

@@ -1,4 +1,4 @@
-//! The daemon's log, on standard error.
+//! Logging to standard error.
 
 use std::io::IsTerminal as _;
 
@@ -8,10 +8,10 @@ use tracing_subscriber::{EnvFilter, Layer as _, Registry, fmt, reload};
 
 use crate::config::{LogConfig, LogFormat};
 
-/// How much is logged, which may be changed meanwhile.
+/// The log filter, which a reload can change.
 pub struct LogLevel(reload::Handle<EnvFilter, Registry>);
 
-/// From now on this process logs, in this form.
+/// Starts logging in the configured format.
 pub fn start(log: &LogConfig) -> LogLevel {
     let (filter, level) = reload::Layer::new(filter(log));
     let lines = fmt::layer().with_writer(std::io::stderr);
@@ -24,15 +24,15 @@ pub fn start(log: &LogConfig) -> LogLevel {
 }
 
 impl LogLevel {
-    /// From now on so much.
-    pub fn exchange(&self, log: &LogConfig) {
+    /// Replaces the log filter.
+    pub fn replace(&self, log: &LogConfig) {
         if let Err(error) = self.0.reload(filter(log)) {
-            tracing::warn!(%error, "the log level stays as it is");
+            tracing::warn!(%error, "log level not changed");
         }
     }
 }
 
 fn filter(log: &LogConfig) -> EnvFilter {
-    // The configuration has checked it.
+    // The configuration has validated the filter.
     EnvFilter::try_new(&log.level).unwrap_or_default()
 }

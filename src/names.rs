@@ -1,14 +1,14 @@
-//! The names of things, each parsed once where it enters (configuration, command line, wire alike).
+//! Identifier types, parsed once at each input (configuration, command line, wire).
 //!
-//! Inside the daemon there are no `String` identifiers to swap: a value of these types is valid by construction, has
-//! one text form, and that form is what logs, files and the wire carry.
+//! The daemon uses these types instead of `String`, so that identifiers cannot be swapped. A value is valid by construction and
+//! has one text form, which logs, files and the wire use.
 
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// Why a name was refused. The message says what a valid one looks like.
+/// Why a name was refused. The message describes a valid one.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct NameError(String);
@@ -24,9 +24,9 @@ impl NameError {
 pub struct ChipId(Vec<u8>);
 
 impl ChipId {
-    /// Fewest bytes of a chip identifier.
+    /// Minimum bytes of a chip ID.
     pub const MIN_LEN: usize = 8;
-    /// Most bytes of a chip identifier.
+    /// Maximum bytes of a chip ID.
     pub const MAX_LEN: usize = 64;
 
     /// Accepts 8 to 64 bytes.
@@ -35,7 +35,7 @@ impl ChipId {
             Ok(Self(bytes.to_vec()))
         } else {
             Err(NameError::new(format!(
-                "a chip ID has {} to {} bytes, this one has {}",
+                "invalid chip ID: expected {} to {} bytes, found {}",
                 Self::MIN_LEN,
                 Self::MAX_LEN,
                 bytes.len()
@@ -43,7 +43,7 @@ impl ChipId {
         }
     }
 
-    /// The bytes as the chip's ROM holds them.
+    /// The bytes as in the chip's ROM.
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
     }
@@ -52,7 +52,7 @@ impl ChipId {
 impl FromStr for ChipId {
     type Err = NameError;
     fn from_str(text: &str) -> Result<Self, NameError> {
-        let bytes = hex::decode(text).map_err(|e| NameError::new(format!("a chip ID is written in hex: {e}")))?;
+        let bytes = hex::decode(text).map_err(|e| NameError::new(format!("invalid chip ID: expected hex: {e}")))?;
         Self::from_bytes(&bytes)
     }
 }
@@ -63,7 +63,7 @@ impl fmt::Display for ChipId {
     }
 }
 
-/// The device identity that the certificate binds to the chip. One canonical text form each, as shown.
+/// The device identity that the certificate binds to the chip. Each kind has one canonical text form, shown below.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum DeviceIdentity {
     /// `imei:490154203237518`: 15 digits, the last of them the Luhn check digit (3GPP TS 23.003 §6.2.1).
@@ -78,7 +78,7 @@ pub enum DeviceIdentity {
     Serial(String),
 }
 
-/// An IMEI whose length and check digit are right.
+/// An IMEI with valid length and check digit.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Imei(String);
 
@@ -116,7 +116,7 @@ impl Imei {
 }
 
 impl DeviceIdentity {
-    /// The kind, as the canonical form starts: `imei`, `meid`, `eui48`, `eui64` or `serial`.
+    /// The kind, which is the prefix of the canonical form: `imei`, `meid`, `eui48`, `eui64` or `serial`.
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Imei(_) => "imei",
@@ -148,26 +148,26 @@ impl FromStr for DeviceIdentity {
     type Err = NameError;
     fn from_str(text: &str) -> Result<Self, NameError> {
         let (kind, value) = text.split_once(':').ok_or_else(|| {
-            NameError::new("a device identity is written kind:value, for example imei:490154203237518")
+            NameError::new("invalid device identity: expected KIND:VALUE, for example imei:490154203237518")
         })?;
         match kind {
             "imei" => parse_imei(value).map(Self::Imei),
             "meid" => parse_meid(value).map(Self::Meid),
-            "eui48" => parse_hex_exact(value, "an EUI-48").map(Self::Eui48),
-            "eui64" => parse_hex_exact(value, "an EUI-64").map(Self::Eui64),
+            "eui48" => parse_hex_exact(value, "EUI-48").map(Self::Eui48),
+            "eui64" => parse_hex_exact(value, "EUI-64").map(Self::Eui64),
             "serial" => parse_serial(value).map(Self::Serial),
-            _ => Err(NameError::new("the kind of a device identity is imei, meid, eui48, eui64 or serial")),
+            _ => Err(NameError::new("unknown kind of device identity: expected imei, meid, eui48, eui64 or serial")),
         }
     }
 }
 
 fn parse_imei(value: &str) -> Result<Imei, NameError> {
     if value.len() != 15 || !value.bytes().all(|b| b.is_ascii_digit()) {
-        return Err(NameError::new("an IMEI has exactly 15 digits, the check digit included"));
+        return Err(NameError::new("invalid IMEI: expected exactly 15 digits, including the check digit"));
     }
     let expected = Imei::check_digit(&value[..14]);
     if expected.map(|d| d + b'0') != value.bytes().last() {
-        return Err(NameError::new("the IMEI's last digit is not the Luhn check digit of the 14 before it"));
+        return Err(NameError::new("invalid IMEI: the last digit is not the Luhn check digit of the first 14"));
     }
     Ok(Imei(value.to_owned()))
 }
@@ -176,15 +176,16 @@ fn parse_meid(value: &str) -> Result<String, NameError> {
     let lower = value.to_ascii_lowercase();
     let hex_digits = lower.len() == 14 && lower.bytes().all(|b| b.is_ascii_hexdigit());
     if !hex_digits || lower.as_bytes()[0] < b'a' {
-        return Err(NameError::new("a MEID has 14 hex digits, the first from a to f"));
+        return Err(NameError::new("invalid MEID: expected 14 hex digits, the first from a to f"));
     }
     Ok(lower)
 }
 
-fn parse_hex_exact<const N: usize>(value: &str, what: &str) -> Result<[u8; N], NameError> {
+fn parse_hex_exact<const N: usize>(value: &str, type_name: &str) -> Result<[u8; N], NameError> {
     let mut bytes = [0; N];
-    hex::decode_to_slice(value, &mut bytes)
-        .map_err(|_| NameError::new(format!("{what} has exactly {} hex digits without separators", 2 * N)))?;
+    hex::decode_to_slice(value, &mut bytes).map_err(|_| {
+        NameError::new(format!("invalid {type_name}: expected exactly {} hex digits without separators", 2 * N))
+    })?;
     Ok(bytes)
 }
 
@@ -194,36 +195,37 @@ fn parse_serial(value: &str) -> Result<String, NameError> {
         Ok(value.to_owned())
     } else {
         Err(NameError::new(
-            "a serial has 1 to 64 characters of PrintableString: letters, digits, space and '()+,-./:=?",
+            "invalid serial: expected 1 to 64 characters of PrintableString: letters, digits, space and '()+,-./:=?",
         ))
     }
 }
 
-/// Names that people give: lower-case letters, digits, `-`, `_` and `.`, parts separated by `/` where allowed.
-fn check_given_name(text: &str, what: &str, separators: bool) -> Result<(), NameError> {
-    let part_ok = |part: &str| {
+/// Checks an assigned name: lower-case letters, digits, `-`, `_` and `.`, with parts separated by `/` if allowed.
+fn check_assigned_name(text: &str, type_name: &str, separators: bool) -> Result<(), NameError> {
+    let is_valid_part = |part: &str| {
         !part.is_empty()
             && part.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-_.".contains(&b))
             && part.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric())
     };
-    let ok = text.len() <= 64 && if separators { text.split('/').all(part_ok) } else { part_ok(text) };
-    if ok {
+    let is_valid =
+        text.len() <= 64 && if separators { text.split('/').all(is_valid_part) } else { is_valid_part(text) };
+    if is_valid {
         return Ok(());
     }
     let slash = if separators { ", parts separated by /" } else { "" };
     Err(NameError::new(format!(
-        "a {what} has 1 to 64 characters: lower-case letters, digits, - _ . and starts with a letter or digit{slash}"
+        "invalid {type_name}: expected 1 to 64 lower-case letters, digits and - _ . starting with a letter or digit{slash}"
     )))
 }
 
-macro_rules! given_name {
-    ($(#[$doc:meta])* $name:ident, $what:literal, separators: $separators:literal) => {
+macro_rules! assigned_name {
+    ($(#[$doc:meta])* $name:ident, $type_name:literal, separators: $separators:literal) => {
         $(#[$doc])*
         #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
         pub struct $name(String);
 
         impl $name {
-            /// The name as it was given.
+            /// The name as text.
             pub fn as_str(&self) -> &str {
                 &self.0
             }
@@ -232,7 +234,7 @@ macro_rules! given_name {
         impl FromStr for $name {
             type Err = NameError;
             fn from_str(text: &str) -> Result<Self, NameError> {
-                check_given_name(text, $what, $separators)?;
+                check_assigned_name(text, $type_name, $separators)?;
                 Ok(Self(text.to_owned()))
             }
         }
@@ -245,47 +247,47 @@ macro_rules! given_name {
     };
 }
 
-given_name!(
-    /// The name of a station, `line-3/a` say; the part after `spp://station/` in its certificate.
+assigned_name!(
+    /// The name of a station, for example `line-3/a`; the part after `spp://station/` in its certificate.
     StationName, "station name", separators: true
 );
-given_name!(
+assigned_name!(
     /// The name of an officer; the part after `spp://officer/` in the certificate.
     OfficerName, "officer name", separators: true
 );
-given_name!(
+assigned_name!(
     /// The name of an auditor; the part after `spp://auditor/` in the certificate.
     AuditorName, "auditor name", separators: true
 );
-given_name!(
-    /// The name of a system of the back office; the part after `spp://back-office/` in its certificate.
+assigned_name!(
+    /// The name of a back office system; the part after `spp://back-office/` in its certificate.
     BackOfficeName, "back office name", separators: true
 );
-given_name!(
+assigned_name!(
     /// The name of a monitor; the part after `spp://monitor/` in its certificate.
     MonitorName, "monitor name", separators: true
 );
-given_name!(
-    /// The name of a profile: what a product gets.
+assigned_name!(
+    /// The name of a profile.
     ProfileName, "profile name", separators: false
 );
-given_name!(
+assigned_name!(
     /// The name of a key in the HSM: its `CKA_LABEL`, unique on the token for its object class.
     KeyName, "key name", separators: false
 );
 
-/// One device's way through the processing point: 16 random bytes of the HSM, shown in lower-case hex.
+/// The identifier of a session: 16 random bytes from the HSM, shown in lower-case hex.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SessionId([u8; 16]);
 
 impl SessionId {
-    /// Bytes of a session identifier.
+    /// Bytes of a session ID.
     pub const LEN: usize = 16;
 
     /// Accepts exactly 16 bytes.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, NameError> {
         bytes.try_into().map(Self).map_err(|_| {
-            NameError::new(format!("a session ID has exactly {} bytes, this one has {}", Self::LEN, bytes.len()))
+            NameError::new(format!("invalid session ID: expected {} bytes, found {}", Self::LEN, bytes.len()))
         })
     }
 
@@ -298,7 +300,7 @@ impl SessionId {
 impl FromStr for SessionId {
     type Err = NameError;
     fn from_str(text: &str) -> Result<Self, NameError> {
-        parse_hex_exact(text, "a session ID").map(Self)
+        parse_hex_exact(text, "session ID").map(Self)
     }
 }
 
@@ -308,7 +310,7 @@ impl fmt::Display for SessionId {
     }
 }
 
-/// Names are shown and stored as their text form.
+/// Implements `Debug`, `Serialize` and `Deserialize` with the text form.
 macro_rules! text_form {
     ($($name:ty),+) => {$(
         impl fmt::Debug for $name {
@@ -339,7 +341,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn an_imei_needs_fifteen_digits_and_the_right_check_digit() {
+    fn imei_with_wrong_length_or_check_digit_is_refused() {
         assert!("imei:490154203237518".parse::<DeviceIdentity>().is_ok());
         for wrong in ["imei:490154203237517", "imei:49015420323751", "imei:4901542032375180", "imei:49015420323751x"] {
             assert!(wrong.parse::<DeviceIdentity>().is_err(), "{wrong}");
@@ -347,20 +349,20 @@ mod tests {
     }
 
     #[test]
-    fn an_imei_has_a_tac_and_a_serial_number() {
+    fn imei_has_tac_and_serial_number() {
         let Ok(DeviceIdentity::Imei(imei)) = "imei:490154203237518".parse() else { unreachable!() };
         assert_eq!((imei.tac(), imei.snr()), ("49015420", "323751"));
     }
 
     #[test]
-    fn each_identity_has_one_text_form() {
-        for (given, canonical) in [
+    fn identity_has_one_canonical_text_form() {
+        for (input, canonical) in [
             ("meid:A0000000002329", "meid:a0000000002329"),
             ("eui48:0123456789AB", "eui48:0123456789ab"),
             ("eui64:0123456789ABCDEF", "eui64:0123456789abcdef"),
             ("serial:SN-0001/A", "serial:SN-0001/A"),
         ] {
-            assert_eq!(given.parse::<DeviceIdentity>().map(|i| i.to_string()), Ok(canonical.to_owned()));
+            assert_eq!(input.parse::<DeviceIdentity>().map(|i| i.to_string()), Ok(canonical.to_owned()));
         }
         for wrong in ["", "imei", "mac:00", "eui48:01:23:45:67:89:ab", "serial:", "serial:a@b", "meid:10000000002329"] {
             assert!(wrong.parse::<DeviceIdentity>().is_err(), "{wrong}");
@@ -368,7 +370,7 @@ mod tests {
     }
 
     #[test]
-    fn a_chip_id_has_eight_to_sixty_four_bytes() {
+    fn chip_id_length_is_8_to_64_bytes() {
         assert!(ChipId::from_bytes(&[1; 7]).is_err());
         assert!(ChipId::from_bytes(&[1; 8]).is_ok());
         assert!(ChipId::from_bytes(&[1; 64]).is_ok());
@@ -376,7 +378,7 @@ mod tests {
     }
 
     #[test]
-    fn only_station_and_officer_names_have_parts() {
+    fn profile_name_with_separator_is_refused() {
         assert!("line-3/a".parse::<StationName>().is_ok());
         for wrong in ["", "/a", "a/", "a//b", "A", "a b", "../x", "-a"] {
             assert!(wrong.parse::<StationName>().is_err(), "{wrong}");
@@ -386,20 +388,20 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_printed_is_parsed_back(bytes in proptest::collection::vec(any::<u8>(), 8..=64)) {
+        fn chip_id_text_form_roundtrips(bytes in proptest::collection::vec(any::<u8>(), 8..=64)) {
             let chip = ChipId::from_bytes(&bytes).unwrap();
             prop_assert_eq!(chip.to_string().parse::<ChipId>().unwrap(), chip);
         }
 
         #[test]
-        fn any_identity_that_parses_is_stable(text in "(imei|meid|eui48|eui64|serial):[ -~]{0,70}") {
+        fn identity_text_form_roundtrips(text in "(imei|meid|eui48|eui64|serial):[ -~]{0,70}") {
             if let Ok(identity) = text.parse::<DeviceIdentity>() {
                 prop_assert_eq!(identity.to_string().parse::<DeviceIdentity>().unwrap(), identity);
             }
         }
 
         #[test]
-        fn every_wrong_check_digit_is_refused(first in "[0-9]{14}", wrong in 0u8..10) {
+        fn imei_with_wrong_check_digit_is_refused(first in "[0-9]{14}", wrong in 0u8..10) {
             let right = Imei::check_digit(&first).unwrap();
             let parsed = format!("imei:{first}{wrong}").parse::<DeviceIdentity>();
             prop_assert_eq!(parsed.is_ok(), wrong == right);

@@ -1,7 +1,7 @@
-//! The configuration in force, and a new one in its place without a restart.
+//! Reloads the configuration of a running daemon.
 //!
-//! What the daemon has built upon since its start stays (see [`DaemonConfig::changes`]); profiles, stations, TLS and the log level are
-//! exchanged. Calls and connections that have begun end as they began.
+//! Settings that need a restart stay unchanged (see [`DaemonConfig::changes`]); profiles, stations, TLS and the log level are
+//! replaced. Calls and connections in progress finish under the earlier configuration.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,21 +11,21 @@ use tokio::sync::Mutex;
 use crate::access::{AccessControl, AccessError};
 use crate::audit::{AuditError, AuditLog, Entry, Outcome};
 use crate::config::{DaemonConfig, Faults};
-use crate::connections::TlsInForce;
+use crate::connections::ActiveTls;
 use crate::logging::LogLevel;
 use crate::provisioning::{Policy, Provisioner};
 
-/// Bytes that changes or faults may have in an answer or on record: a line of the audit log, and what HTTP/2 takes as the head of an
-/// answer, have an end. More of them are counted.
-const WORDS: usize = 4096;
+/// Maximum length in bytes of the list of changes or faults. It is bounded by an audit log line and by the HTTP/2 header size;
+/// entries beyond it are counted.
+const MAX_SUMMARY_LEN: usize = 4096;
 
-/// Why the configuration is still the earlier one.
+/// The reason why the earlier configuration stays in force.
 #[derive(Debug, thiserror::Error)]
 pub enum ReloadError {
-    /// The new one is not usable, or needs a restart.
-    #[error("the configuration is refused, the earlier one stays in force: {0}")]
+    /// The new configuration is invalid or needs a restart.
+    #[error("configuration refused, the earlier one stays in force: {0}")]
     Refused(String),
-    /// What cannot be recorded is not done.
+    /// The reload could not be recorded in the audit log, so it was not performed.
     #[error(transparent)]
     Audit(#[from] AuditError),
     /// The state store.
@@ -33,46 +33,46 @@ pub enum ReloadError {
     Access(#[from] AccessError),
 }
 
-/// What a reload did.
+/// The result of a reload.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reloaded {
-    /// What is another now, in words: `station line-1/b: new`.
+    /// The changes as text, for example `station line-1/b: new`.
     pub changes: Vec<String>,
-    /// SHA-256 of the file that is in force now.
+    /// SHA-256 of the configuration file in force.
     pub fingerprint: [u8; 32],
 }
 
-/// Exchanges the configuration of a running daemon.
+/// Reloads the configuration file of a running daemon.
 pub struct Reloader {
     path: PathBuf,
     in_force: Mutex<DaemonConfig>,
-    exchanged: Exchanged,
+    targets: ReloadTargets,
     audit: Arc<AuditLog>,
 }
 
-/// What goes by the configuration, and may be told of another one.
-pub struct Exchanged {
+/// The components that a reload updates.
+pub struct ReloadTargets {
     /// Profiles and stations.
     pub provisioner: Arc<Provisioner>,
-    /// Quotas and the rules of approval.
-    pub desk: Arc<AccessControl>,
-    /// Certificates.
-    pub tls: TlsInForce,
-    /// The log's level.
+    /// Quotas and approval rules.
+    pub access: Arc<AccessControl>,
+    /// TLS configurations of the listeners.
+    pub tls: ActiveTls,
+    /// The log level.
     pub log: LogLevel,
 }
 
 impl Reloader {
-    /// For the daemon that was started with this configuration, of this file.
-    pub fn new(path: PathBuf, in_force: DaemonConfig, exchanged: Exchanged, audit: Arc<AuditLog>) -> Self {
-        Self { path, in_force: Mutex::new(in_force), exchanged, audit }
+    /// Creates the reloader of a daemon that started with configuration `in_force`, read from `path`.
+    pub fn new(path: PathBuf, in_force: DaemonConfig, targets: ReloadTargets, audit: Arc<AuditLog>) -> Self {
+        Self { path, in_force: Mutex::new(in_force), targets, audit }
     }
 
-    /// Reads the file again and puts it in force as a whole, or not at all. The caller is a role and a name, for the record.
+    /// Reads the file and puts it in force as a whole, or not at all. `caller` is a role and a name, for the audit log.
     pub async fn reload(&self, caller: &str) -> Result<Reloaded, ReloadError> {
-        // 1. One after the other: whoever comes second is compared with what the first one put in force.
+        // 1. Serialise reloads: each one is compared with the configuration that the previous one put in force.
         let mut in_force = self.in_force.lock().await;
-        // 2. Read and check: the new one by itself, then against what is in force.
+        // 2. Read and check the new configuration, then compare it with the one in force.
         let admitted = match read(&self.path).await {
             Ok(new) => in_force.changes(&new).map(|changes| (new, changes)),
             Err(faults) => Err(faults),
@@ -84,56 +84,56 @@ impl Reloader {
         // 3. Record.
         let entry = Entry::new(caller, "config.reload", Outcome::Begun)
             .with("configuration", hex::encode(new.fingerprint))
-            .with("changes", brief(&changes));
+            .with("changes", summarize(&changes));
         self.audit.record(entry.clone()).await?;
-        // 4. Settle with what officers have agreed on: durable, all of it or nothing.
-        match self.exchanged.desk.settle(new.approvals, new.stations.quotas(), true).await {
-            Ok(kept) if kept.is_empty() => {}
-            Ok(kept) => return Err(self.refuse(caller, kept).await?),
+        // 4. Apply approval rules and quotas, within what officers have approved: durable, all or nothing.
+        match self.targets.access.settle(new.approvals, new.stations.quotas(), true).await {
+            Ok(refused) if refused.is_empty() => {}
+            Ok(refused) => return Err(self.refuse(caller, refused).await?),
             Err(error) => {
                 self.audit.record(entry.ended(Outcome::Failed(error.to_string()))).await?;
                 return Err(error.into());
             }
         }
-        // 5. Put it in force: nothing here can fail.
-        self.exchanged.provisioner.exchange(Policy::new(&new));
-        self.exchanged.tls.exchange(&new.tls);
-        self.exchanged.log.exchange(&new.log);
+        // 5. Put it in force. These steps cannot fail.
+        self.targets.provisioner.replace_policy(Policy::new(&new));
+        self.targets.tls.replace(&new.tls);
+        self.targets.log.replace(&new.log);
         let reloaded = Reloaded { changes, fingerprint: new.fingerprint };
         *in_force = new;
-        tracing::info!(caller, changes = ?reloaded.changes, "the configuration was read again");
+        tracing::info!(caller, changes = ?reloaded.changes, "configuration reloaded");
         self.audit.record(entry.ended(Outcome::Done)).await?;
         Ok(reloaded)
     }
 
     async fn refuse(&self, caller: &str, faults: Vec<String>) -> Result<ReloadError, AuditError> {
-        let why = brief(&faults);
-        tracing::warn!(caller, %why, "the configuration is refused, the earlier one stays in force");
+        let why = summarize(&faults);
+        tracing::warn!(caller, reason = %why, "configuration refused, the earlier one stays in force");
         self.audit.record(Entry::new(caller, "config.reload", Outcome::Refused(why.clone()))).await?;
         Ok(ReloadError::Refused(why))
     }
 }
 
-/// The files are read where waiting for a disk holds up no call.
+/// Reads the files on a blocking thread, so that a slow disk delays no call.
 async fn read(path: &Path) -> Result<DaemonConfig, Faults> {
-    let (file, place) = (path.to_owned(), path.display().to_string());
+    let (file, location) = (path.to_owned(), path.display().to_string());
     let read = tokio::task::spawn_blocking(move || DaemonConfig::load(&file)).await;
     read.unwrap_or_else(|error| {
         let mut faults = Faults::default();
-        faults.add(place, error);
+        faults.add(location, error);
         Err(faults)
     })
 }
 
-/// As many as there is room for.
-fn brief(all: &[String]) -> String {
+/// Joins the entries up to the maximum length, and counts the rest.
+fn summarize(all: &[String]) -> String {
     let mut text = String::new();
-    for (told, one) in all.iter().enumerate() {
-        if text.len() + one.len() > WORDS {
-            return format!("{text}; and {} more: sppd --config FILE --check tells all", all.len() - told);
+    for (count, entry) in all.iter().enumerate() {
+        if text.len() + entry.len() > MAX_SUMMARY_LEN {
+            return format!("{text}; and {} more: run sppd --config FILE --check for all", all.len() - count);
         }
-        text.push_str(if told > 0 { "; " } else { "" });
-        text.push_str(one);
+        text.push_str(if count > 0 { "; " } else { "" });
+        text.push_str(entry);
     }
     text
 }
@@ -143,13 +143,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_has_no_room_is_counted() {
-        assert_eq!(brief(&[]), "");
-        assert_eq!(brief(&["a: new".to_owned(), "b: changed".to_owned()]), "a: new; b: changed");
+    fn summary_counts_entries_beyond_limit() {
+        assert_eq!(summarize(&[]), "");
+        assert_eq!(summarize(&["a: new".to_owned(), "b: changed".to_owned()]), "a: new; b: changed");
         let many: Vec<_> = (0..1000).map(|n| format!("station line-{n:03}: new")).collect();
-        let text = brief(&many);
-        assert!(text.len() < WORDS + 100 && text.starts_with("station line-000: new; station line-001"), "{text}");
-        let told = text.matches(": new").count();
-        assert!(text.contains(&format!("; and {} more: ", 1000 - told)), "{text}");
+        let text = summarize(&many);
+        assert!(
+            text.len() < MAX_SUMMARY_LEN + 100 && text.starts_with("station line-000: new; station line-001"),
+            "{text}"
+        );
+        let listed = text.matches(": new").count();
+        assert!(text.contains(&format!("; and {} more: ", 1000 - listed)), "{text}");
     }
 }

@@ -1,21 +1,21 @@
-//! [`Secret<T>`]: a value that must not be seen, copied or left behind.
+//! [`Secret<T>`]: a value that is wiped when dropped, and that cannot be logged, copied or compared.
 
 use zeroize::Zeroize;
 
 /// A secret that is wiped when it is dropped.
 ///
-/// There is no `Debug`, `Display`, `Clone`, `Serialize`, `PartialEq` or `Deref`: a secret cannot reach a log line, an
-/// error, a second place in memory or a comparison by accident. [`Secret::expose`] is the one way to the value, so
+/// It implements no `Debug`, `Display`, `Clone`, `Serialize`, `PartialEq` or `Deref`: a secret cannot reach a log line, an
+/// error, a second place in memory or a comparison by accident. [`Secret::expose`] is the only access to the value, so
 /// that every use can be found by searching for that word.
 pub struct Secret<T: Zeroize>(T);
 
 impl<T: Zeroize> Secret<T> {
-    /// Takes the value over. The caller must not keep a copy.
+    /// Takes ownership of the value. The caller must not retain a copy.
     pub const fn new(value: T) -> Self {
         Self(value)
     }
 
-    /// The value, for the moment of its use. The use should say why it may see it.
+    /// The value, for the moment of its use. A comment at the use should justify it.
     pub const fn expose(&self) -> &T {
         &self.0
     }
@@ -32,11 +32,11 @@ impl<T: Zeroize> Drop for Secret<T> {
     }
 }
 
-/// Bytes that must not be seen: keys, PINs, packages with keys in them.
+/// Secret bytes: keys, PINs, packages that contain keys.
 pub type SecretBytes = Secret<Vec<u8>>;
 
 impl SecretBytes {
-    /// A copy of bytes that somebody else owns and wipes.
+    /// Copies bytes whose owner wipes the original.
     pub fn copy_of(bytes: &[u8]) -> Self {
         Self::new(bytes.to_vec())
     }
@@ -46,23 +46,23 @@ impl SecretBytes {
 mod tests {
     use super::*;
 
-    struct Witness<'a>(&'a std::cell::Cell<bool>);
-    impl Zeroize for Witness<'_> {
+    struct ZeroizeProbe<'a>(&'a std::cell::Cell<bool>);
+    impl Zeroize for ZeroizeProbe<'_> {
         fn zeroize(&mut self) {
             self.0.set(true);
         }
     }
 
     #[test]
-    fn a_secret_is_wiped_when_dropped() {
+    fn secret_is_wiped_when_dropped() {
         let wiped = std::cell::Cell::new(false);
-        drop(Secret::new(Witness(&wiped)));
+        drop(Secret::new(ZeroizeProbe(&wiped)));
         assert!(wiped.get());
     }
 
     /// `Secret<Vec<u8>>` must implement none of these traits; the blanket impl would make the call ambiguous.
     #[test]
-    fn a_secret_has_no_debug_clone_or_comparison() {
+    fn secret_implements_no_debug_clone_or_comparison() {
         trait Silent<Marker> {
             fn ok() {}
         }

@@ -1,28 +1,29 @@
-//! The handle of the HSM with a real worker process: nothing that happens to the worker costs a call or needs a restart by
-//! hand.
+//! The HSM handle with a real worker process: worker failures do not fail calls and need no manual restart.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use spp::hsm::{Derivation, DeviceKeyOrder, HeldKeyOrder, Hsm, HsmConfig, HsmError, PairOrder, PinAttempts, PinSource};
+use spp::hsm::{
+    Derivation, DeviceKeyRequest, Hsm, HsmConfig, HsmError, KeyReloadRequest, PairSource, PinAttempts, PinSource,
+};
 use spp::keys::{BatchName, KeyKind, SignatureAlgorithm, StoreId};
 use spp_testkit::files::write_private;
 use spp_testkit::process::{Signal, send};
 use spp_testkit::site::Site;
 use spp_testkit::wait::{LIMIT, eventually, never};
 
-/// Several times as long as the supervisor of a test's site waits before its next step.
-const A_MOMENT: Duration = Duration::from_millis(600);
+/// Several times the supervisor's longest interval in tests: long enough for an unexpected step to happen.
+const SETTLE_TIME: Duration = Duration::from_millis(600);
 
-/// A handle that serves.
-async fn serving(config: HsmConfig) -> Hsm {
+/// A ready handle with a batch key.
+async fn ready_hsm(config: HsmConfig) -> Hsm {
     let hsm = Hsm::start(config);
     hsm.ready(LIMIT).await.unwrap();
     hsm.create_batch_key(BATCH).await.unwrap();
     hsm
 }
 
-/// Under whose key pairs are wrapped here.
+/// The batch whose key wraps the pairs of these tests.
 const BATCH: BatchName = BatchName { store: StoreId::from_random([7; 8]), number: 1 };
 
 fn derivation(number: usize) -> Derivation {
@@ -30,36 +31,35 @@ fn derivation(number: usize) -> Derivation {
     Derivation::device_key("master-1".parse().unwrap(), "channel", &identity, 32)
 }
 
-/// One task's share of a mixed load; every answer is checked.
-async fn mixed(hsm: &Hsm, number: usize) -> Result<(), HsmError> {
+/// One call of a mixed load. Every answer is checked.
+async fn mixed_call(hsm: &Hsm, number: usize) -> Result<(), HsmError> {
     match number % 4 {
         0 => assert_eq!(hsm.random(20).await?.len(), 20),
         1 => {
             let order = || vec![derivation(number), derivation(number + 1)];
-            let (first, again) = (hsm.derive(order()).await?, hsm.derive(order()).await?);
+            let (first, second) = (hsm.derive(order()).await?, hsm.derive(order()).await?);
             let bytes =
                 |keys: Vec<spp::secret::SecretBytes>| keys.iter().map(|k| k.expose().clone()).collect::<Vec<_>>();
-            assert_eq!(bytes(first), bytes(again));
+            assert_eq!(bytes(first), bytes(second));
         }
         2 => drop(pair(hsm, KeyKind::P256, number).await?),
         _ => {
-            let kept = pair(hsm, KeyKind::Ed25519, number).await?;
-            let order = HeldKeyOrder {
-                pair: Some((kept.private.public().clone(), kept.kept)),
+            let made = pair(hsm, KeyKind::Ed25519, number).await?;
+            let order = KeyReloadRequest {
+                pair: Some((made.private.public().clone(), made.stored)),
                 derivations: vec![derivation(number)],
             };
-            let held = hsm.held_keys(&order).await?;
-            let (first, again) = (kept.private.secrets()[0].expose().clone(), held.pair.unwrap());
-            assert_eq!(&first, again.secrets()[0].expose());
+            let reloaded = hsm.reload_keys(&order).await?.pair.unwrap();
+            assert_eq!(made.private.secrets()[0].expose(), reloaded.secrets()[0].expose());
         }
     }
     Ok(())
 }
 
-/// A new pair whose private half works.
+/// Requests a new pair and verifies that its private key works.
 async fn pair(hsm: &Hsm, kind: KeyKind, number: usize) -> Result<spp::hsm::DeliveredPair, HsmError> {
-    let wrapped = Some(PairOrder::Make(kind, BATCH.key()));
-    let order = DeviceKeyOrder { pair: wrapped, derivations: vec![derivation(number)], random: 16 };
+    let wrapped = Some(PairSource::Generate(kind, BATCH.key()));
+    let order = DeviceKeyRequest { pair: wrapped, derivations: vec![derivation(number)], random: 16 };
     let keys = hsm.device_keys(&order).await?;
     assert_eq!((keys.derived[0].expose().len(), keys.random.len()), (32, 16));
     let pair = keys.pair.unwrap();
@@ -69,7 +69,7 @@ async fn pair(hsm: &Hsm, kind: KeyKind, number: usize) -> Result<spp::hsm::Deliv
     Ok(pair)
 }
 
-/// Tasks that call without a pause until they are told to stop.
+/// Tasks that call without a pause until they are stopped.
 struct Load {
     stop: tokio::sync::watch::Sender<bool>,
     tasks: Vec<tokio::task::JoinHandle<Result<usize, HsmError>>>,
@@ -83,7 +83,7 @@ impl Load {
             tokio::spawn(async move {
                 let mut done = 0;
                 while !*stopped.borrow() {
-                    mixed(&hsm, number + done).await?;
+                    mixed_call(&hsm, number + done).await?;
                     done += 1;
                 }
                 Ok(done)
@@ -92,8 +92,8 @@ impl Load {
         Self { stop, tasks: (0..tasks).map(one).collect() }
     }
 
-    /// Calls done; every one of them must have succeeded.
-    async fn end(self) -> usize {
+    /// Stops the tasks and returns the number of calls. Every call must have succeeded.
+    async fn stop(self) -> usize {
         self.stop.send(true).unwrap();
         let mut done = 0;
         for task in self.tasks {
@@ -103,13 +103,13 @@ impl Load {
     }
 }
 
-/// The worker processes of this site: other tests have workers in this process too.
+/// The worker processes of this site. Other tests may run workers at the same time.
 fn workers(site: &Site) -> BTreeSet<u32> {
-    let of_site = format!("SOFTHSM2_CONF={}", site.path("hsm/softhsm2.conf").display());
+    let site_variable = format!("SOFTHSM2_CONF={}", site.path("hsm/softhsm2.conf").display());
     let is_worker = |pid: &u32| {
         let read = |what: &str| std::fs::read(format!("/proc/{pid}/{what}")).unwrap_or_default();
-        let has = |bytes: Vec<u8>, wanted: &str| bytes.split(|b| *b == 0).any(|word| word == wanted.as_bytes());
-        has(read("cmdline"), "hsm-worker") && has(read("environ"), &of_site)
+        let contains = |bytes: Vec<u8>, wanted: &str| bytes.split(|b| *b == 0).any(|word| word == wanted.as_bytes());
+        contains(read("cmdline"), "hsm-worker") && contains(read("environ"), &site_variable)
     };
     let processes = std::fs::read_dir("/proc").unwrap();
     let pids = processes.filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok());
@@ -123,14 +123,14 @@ fn worker(site: &Site) -> u32 {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sixty_four_tasks_share_the_worker() {
+async fn concurrent_tasks_share_one_worker() {
     let site = Site::new();
-    let hsm = serving(site.hsm_config()).await;
+    let hsm = ready_hsm(site.hsm_config()).await;
     let tasks = (0..64).map(|number| {
         let hsm = hsm.clone();
         tokio::spawn(async move {
             for round in 0..4 {
-                mixed(&hsm, number + round).await.unwrap();
+                mixed_call(&hsm, number + round).await.unwrap();
             }
         })
     });
@@ -140,48 +140,48 @@ async fn sixty_four_tasks_share_the_worker() {
     let status = hsm.status();
     assert!(status.ready && status.trouble.is_empty());
     assert_eq!((status.members[0].worker_starts, status.calls_in_flight), (1, 0));
-    // Two keys of the register sign and one derives when the worker is checked; a quarter of the tasks calls once.
+    // The key check calls two signing keys and one master key. Each task makes at least one call per round.
     assert!(status.members[0].calls_answered >= 3 + 64 * 4, "{status:?}");
     assert_eq!(status.members[0].token_label, "spp-demo");
     assert_eq!(status.members[0].token_serial.len(), 16);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_killed_worker_costs_no_call() {
+async fn killed_worker_fails_no_call() {
     let site = Site::new();
-    let hsm = serving(site.hsm_config()).await;
+    let hsm = ready_hsm(site.hsm_config()).await;
     let load = Load::start(&hsm, 16);
     for kills in 1..=5 {
         let answered = hsm.status().members[0].calls_answered;
-        eventually("it works", async || hsm.status().members[0].calls_answered > answered + 20).await;
+        eventually("calls are answered", async || hsm.status().members[0].calls_answered > answered + 20).await;
         send(worker(&site), Signal::KILL);
-        eventually("there is a new worker", async || {
+        eventually("a new worker is ready", async || {
             let status = hsm.status();
             status.ready && status.members[0].worker_starts > kills
         })
         .await;
     }
-    assert!(load.end().await > 100);
+    assert!(load.stop().await > 100);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_worker_that_has_done_its_share_is_replaced_without_a_failed_call() {
+async fn worker_at_operation_limit_is_replaced_without_failed_call() {
     let site = Site::new();
     let mut config = site.hsm_config();
     config.module.recycle_after_operations = 100;
-    let hsm = serving(config).await;
+    let hsm = ready_hsm(config).await;
     let load = Load::start(&hsm, 16);
-    eventually("five workers", async || hsm.status().members[0].worker_starts >= 5).await;
-    assert!(load.end().await >= 200, "four workers did their share, of which the supervisor's checks are a part");
-    eventually("one is left", async || workers(&site).len() == 1).await;
+    eventually("five workers were started", async || hsm.status().members[0].worker_starts >= 5).await;
+    assert!(load.stop().await >= 200, "four workers reached their limit, key checks included");
+    eventually("one worker is left", async || workers(&site).len() == 1).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_full_queue_refuses_at_once_and_serves_again() {
+async fn full_queue_refuses_at_once_and_recovers() {
     let site = Site::new();
     let mut config = site.hsm_config();
     config.queue = 4;
-    let hsm = serving(config).await;
+    let hsm = ready_hsm(config).await;
     send(worker(&site), Signal::STOP);
     let waiting: Vec<_> = (0..4)
         .map(|_| {
@@ -192,7 +192,7 @@ async fn a_full_queue_refuses_at_once_and_serves_again() {
         })
         .collect();
     eventually("four calls wait", async || hsm.status().calls_in_flight == 4).await;
-    // The four that wait are in nobody's way: the worker stands still, and the answer comes all the same.
+    // The worker is stopped, so the refusal comes from the handle, without waiting.
     assert_eq!(hsm.random(8).await, Err(HsmError::Busy { waiting: 4 }));
     send(worker(&site), Signal::CONT);
     for call in waiting {
@@ -202,98 +202,99 @@ async fn a_full_queue_refuses_at_once_and_serves_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_hanging_worker_costs_a_deadline_and_is_replaced() {
+async fn hung_worker_times_out_and_is_replaced() {
     let site = Site::new();
     let mut config = site.hsm_config();
     config.call_timeout = Duration::from_millis(700);
     config.module.hang_after = Duration::from_millis(1500);
-    let hsm = serving(config).await;
-    let hanging = worker(&site);
-    send(hanging, Signal::STOP);
-    let asked = Instant::now();
+    let hsm = ready_hsm(config).await;
+    let hung = worker(&site);
+    send(hung, Signal::STOP);
+    let started = Instant::now();
     assert_eq!(hsm.random(8).await, Err(HsmError::Deadline(Duration::from_millis(700))));
-    assert!(asked.elapsed() >= Duration::from_millis(700), "{:?}", asked.elapsed());
-    eventually("there is a new worker", async || {
+    assert!(started.elapsed() >= Duration::from_millis(700), "{:?}", started.elapsed());
+    eventually("a new worker is ready", async || {
         let status = hsm.status();
         status.ready && status.members[0].worker_starts == 2
     })
     .await;
     hsm.random(8).await.unwrap();
-    eventually("the old one is dead", async || workers(&site).len() == 1).await;
-    assert_ne!(worker(&site), hanging);
+    eventually("the hung worker has ended", async || workers(&site).len() == 1).await;
+    assert_ne!(worker(&site), hung);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn dropping_the_last_handle_ends_the_worker() {
+async fn worker_ends_when_last_handle_drops() {
     let site = Site::new();
-    let hsm = serving(site.hsm_config()).await;
+    let hsm = ready_hsm(site.hsm_config()).await;
     let clone = hsm.clone();
     let pid = worker(&site);
     drop(hsm);
-    never("the worker of a clone ends", A_MOMENT, async || worker(&site) != pid).await;
+    never("the worker ends while a clone exists", SETTLE_TIME, async || worker(&site) != pid).await;
     clone.random(8).await.unwrap();
     drop(clone);
     eventually("no worker", async || workers(&site).is_empty()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_wrong_check_value_keeps_the_hsm_from_serving_and_says_so() {
+async fn wrong_check_value_prevents_service() {
     let site = Site::new();
     let mut config = site.hsm_config();
     config.keys.master[0].check_value[0] ^= 1;
     config.call_timeout = Duration::from_millis(300);
     let hsm = Hsm::start(config);
-    eventually("it says why", async || hsm.status().trouble.contains("check value")).await;
-    let error = hsm.ready(A_MOMENT).await.unwrap_err();
-    let HsmError::Unavailable { why, .. } = &error else { panic!("{error}") };
-    assert!(why.contains("the master key master-1 has another check value than the register"), "{why}");
+    eventually("the status shows the reason", async || hsm.status().trouble.contains("check value")).await;
+    let error = hsm.ready(SETTLE_TIME).await.unwrap_err();
+    let HsmError::Unavailable { reason, .. } = &error else { panic!("{error}") };
+    assert!(reason.contains("the check value of the master key master-1 differs from the key manifest"), "{reason}");
     assert!(!hsm.status().ready);
-    assert_eq!(&hsm.status().trouble, why);
+    assert_eq!(&hsm.status().trouble, reason);
     assert!(matches!(hsm.random(8).await, Err(HsmError::Unavailable { .. })));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_signing_key_of_another_pair_keeps_the_hsm_from_serving_and_says_so() {
+async fn wrong_signing_key_prevents_service() {
     let site = Site::new();
     let mut config = site.hsm_config();
     assert_eq!(config.keys.signing.len(), 2);
     config.keys.signing[0].public_key = config.keys.signing[1].public_key.clone();
     let name = config.keys.signing[0].name.clone();
     let hsm = Hsm::start(config);
-    eventually("it says why", async || hsm.status().trouble.contains("is not the one")).await;
-    let why = hsm.ready(A_MOMENT).await.unwrap_err().to_string();
-    assert!(why.contains(&format!("the key {name} is not the one of the register")), "{why}");
+    eventually("the status shows the reason", async || hsm.status().trouble.contains("does not match")).await;
+    let error = hsm.ready(SETTLE_TIME).await.unwrap_err().to_string();
+    assert!(error.contains(&format!("the key {name} does not match the key manifest")), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_wrong_pin_is_tried_once_and_stops_the_hsm() {
+async fn wrong_pin_is_tried_once_and_stops_hsm() {
     let site = Site::new();
     write_private(&site.path("hsm/wrong.pin"), "000000");
     let mut config = site.hsm_config();
     config.pin = PinSource::File(site.path("hsm/wrong.pin"));
     let hsm = Hsm::start(config);
-    let Err(HsmError::Stopped(why)) = hsm.ready(LIMIT).await else { panic!("not stopped") };
-    assert!(why.contains("CKR_PIN_INCORRECT") && !why.contains("000000"), "{why}");
-    never("a second start makes a second attempt", A_MOMENT, async || hsm.status().members[0].worker_starts > 1).await;
+    let Err(HsmError::Stopped(reason)) = hsm.ready(LIMIT).await else { panic!("not stopped") };
+    assert!(reason.contains("CKR_PIN_INCORRECT") && !reason.contains("000000"), "{reason}");
+    never("a second start makes a second attempt", SETTLE_TIME, async || hsm.status().members[0].worker_starts > 1)
+        .await;
     assert!(matches!(hsm.random(8).await, Err(HsmError::Stopped(_))));
     eventually("no worker", async || workers(&site).is_empty()).await;
 
-    // Nor by another process, after a restart.
+    // No second attempt by another process after a restart.
     let mut config = site.hsm_config();
     config.pin = PinSource::File(site.path("hsm/wrong.pin"));
     drop(hsm);
     let hsm = Hsm::start(config.clone());
-    let Err(HsmError::Stopped(again)) = hsm.ready(LIMIT).await else { panic!("not stopped") };
-    assert_eq!(again, why);
-    never("a start makes a second attempt", A_MOMENT, async || hsm.status().members[0].worker_starts > 0).await;
+    let Err(HsmError::Stopped(recorded)) = hsm.ready(LIMIT).await else { panic!("not stopped") };
+    assert_eq!(recorded, reason);
+    never("a start makes a second attempt", SETTLE_TIME, async || hsm.status().members[0].worker_starts > 0).await;
 
-    // An officer puts the right one into its file: service goes on without a restart.
+    // An officer writes the correct PIN to the file: service resumes without a restart.
     write_private(&site.path("hsm/wrong.pin"), "482910375566");
-    eventually("it serves", async || hsm.status().ready).await;
+    eventually("the HSM is ready", async || hsm.status().ready).await;
     hsm.random(8).await.unwrap();
     assert_eq!(hsm.status().members[0].worker_starts, 1);
 
-    // Another way: an officer says so. The PIN is still wrong, so one attempt is made, and no more.
+    // An officer allows one more attempt. The PIN is still wrong, so exactly one attempt is made.
     drop(hsm);
     eventually("no worker", async || workers(&site).is_empty()).await;
     write_private(&site.path("hsm/wrong.pin"), "000000");
@@ -301,14 +302,14 @@ async fn a_wrong_pin_is_tried_once_and_stops_the_hsm() {
     assert!(matches!(hsm.ready(LIMIT).await, Err(HsmError::Stopped(_))));
     assert_eq!(hsm.status().members[0].worker_starts, 1);
     assert!(PinAttempts::new(config.pin_refused).allow().unwrap().unwrap().contains("CKR_PIN_INCORRECT"));
-    eventually("one more attempt", async || hsm.status().members[0].worker_starts == 2).await;
-    never("there is a third attempt", A_MOMENT, async || hsm.status().members[0].worker_starts > 2).await;
+    eventually("one more attempt is made", async || hsm.status().members[0].worker_starts == 2).await;
+    never("there is a third attempt", SETTLE_TIME, async || hsm.status().members[0].worker_starts > 2).await;
     assert!(matches!(hsm.random(8).await, Err(HsmError::Stopped(_))));
 }
 
-/// A full disk, say: what cannot be remembered is not tried again by this process either.
+/// If the refusal cannot be recorded, for example on a full disk, this process does not try the PIN again either.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_wrong_pin_is_tried_once_even_if_that_cannot_be_written_down() {
+async fn wrong_pin_is_tried_once_without_writable_record() {
     let site = Site::new();
     write_private(&site.path("hsm/wrong.pin"), "000000");
     let mut config = site.hsm_config();
@@ -316,30 +317,30 @@ async fn a_wrong_pin_is_tried_once_even_if_that_cannot_be_written_down() {
     config.pin_refused = site.path("no-such-directory/pin-refused.json");
     let hsm = Hsm::start(config);
     assert!(matches!(hsm.ready(LIMIT).await, Err(HsmError::Stopped(_))));
-    never("there is a second attempt", A_MOMENT, async || hsm.status().members[0].worker_starts > 1).await;
+    never("there is a second attempt", SETTLE_TIME, async || hsm.status().members[0].worker_starts > 1).await;
     std::fs::create_dir(site.path("no-such-directory")).unwrap();
-    eventually("it is remembered", async || site.path("no-such-directory/pin-refused.json").exists()).await;
-    never("there is a second attempt", A_MOMENT, async || hsm.status().members[0].worker_starts > 1).await;
+    eventually("the refusal is recorded", async || site.path("no-such-directory/pin-refused.json").exists()).await;
+    never("there is a second attempt", SETTLE_TIME, async || hsm.status().members[0].worker_starts > 1).await;
 }
 
-/// A wrong key is the one thing that nobody notices: its device has it for life.
+/// A wrong derived key cannot be detected later, and its device would keep it for life.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_module_that_sometimes_answers_wrongly_never_gives_a_wrong_key_or_an_unreadable_pair() {
+async fn bit_flips_never_yield_wrong_key_or_lost_pair() {
     let site = Site::new();
     site.use_faulty_module();
-    let hsm = serving(site.hsm_config()).await;
+    let hsm = ready_hsm(site.hsm_config()).await;
     let derive =
         async |number| hsm.derive(vec![derivation(number)]).await.map(|mut keys| keys.remove(0).expose().clone());
-    let mut right = Vec::new();
+    let mut expected = Vec::new();
     for number in 0..40 {
-        right.push(derive(number).await.unwrap());
+        expected.push(derive(number).await.unwrap());
     }
     let starts = hsm.status().members[0].worker_starts;
     site.fail("C_Sign every=23 flip");
-    for (number, right) in right.iter().enumerate() {
-        assert_eq!(derive(number).await.as_ref(), Ok(right), "{number}");
+    for (number, expected) in expected.iter().enumerate() {
+        assert_eq!(derive(number).await.as_ref(), Ok(expected), "{number}");
     }
-    assert!(hsm.status().members[0].worker_starts > starts, "no answer was wrong");
+    assert!(hsm.status().members[0].worker_starts > starts, "the fault did not occur");
 
     let starts = hsm.status().members[0].worker_starts;
     site.fail("C_WrapKey every=17 flip");
@@ -347,135 +348,138 @@ async fn a_module_that_sometimes_answers_wrongly_never_gives_a_wrong_key_or_an_u
     for number in 0..20 {
         pairs.push(pair(&hsm, KeyKind::P256, number).await.unwrap());
     }
-    assert!(hsm.status().members[0].worker_starts > starts, "no pair was wrapped wrongly");
+    assert!(hsm.status().members[0].worker_starts > starts, "the fault did not occur");
     site.fail("");
     for pair in pairs {
-        let order = HeldKeyOrder { pair: Some((pair.private.public().clone(), pair.kept)), derivations: Vec::new() };
-        let held = hsm.held_keys(&order).await.expect("it can be delivered again").pair.unwrap();
-        assert_eq!(held.secrets()[0].expose(), pair.private.secrets()[0].expose());
+        let order =
+            KeyReloadRequest { pair: Some((pair.private.public().clone(), pair.stored)), derivations: Vec::new() };
+        let reloaded = hsm.reload_keys(&order).await.expect("the stored pair unwraps").pair.unwrap();
+        assert_eq!(reloaded.secrets()[0].expose(), pair.private.secrets()[0].expose());
     }
 }
 
-/// Fails a verb for as long as the worker lives, and calls until there is another worker.
-async fn until_replaced(rules: &str, verb: impl AsyncFn(&Hsm, usize) -> Result<(), HsmError>) {
+/// Makes an operation fail for the life of the worker, and calls it until the worker is replaced.
+async fn call_until_replaced(rules: &str, operation: impl AsyncFn(&Hsm, usize) -> Result<(), HsmError>) {
     let site = Site::new();
     site.use_faulty_module();
     let mut config = site.hsm_config();
     config.call_timeout = Duration::from_secs(2);
-    let hsm = serving(config).await;
+    let hsm = ready_hsm(config).await;
     site.fail(rules);
     eventually("the worker is replaced", async || {
-        let call = |number| verb(&hsm, number);
+        let call = |number| operation(&hsm, number);
         let _ = tokio::join!(call(0), call(1), call(2), call(3), call(4), call(5));
         let status = hsm.status();
         if status.members[0].worker_starts < 2 { Err(status) } else { Ok(()) }
     })
     .await;
-    verb(&hsm, 6).await.unwrap();
+    operation(&hsm, 6).await.unwrap();
     assert_eq!(hsm.status().members[0].worker_starts, 2);
 }
 
-/// It says that it may be tried again, and never gets well: only another process helps.
+/// The return value is transient, but the failure persists until the process is replaced.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_module_that_does_nothing_but_fail_is_replaced() {
+async fn always_failing_module_is_replaced() {
     let derived = async |hsm: &Hsm, number| hsm.derive(vec![derivation(number)]).await.map(drop);
-    until_replaced("C_Sign times=1 lasts=1 return CKR_GENERAL_ERROR", derived).await;
+    call_until_replaced("C_Sign times=1 lasts=1 return CKR_GENERAL_ERROR", derived).await;
 }
 
-/// What the supervisor looks at works, and what the line needs does not.
+/// The supervisor's key check passes, but an operation that the line needs fails.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_module_whose_one_verb_does_nothing_but_fail_is_replaced() {
+async fn module_with_one_failing_operation_is_replaced() {
     let made = async |hsm: &Hsm, number| pair(hsm, KeyKind::P256, number).await.map(drop);
-    until_replaced("C_GenerateKeyPair times=1 lasts=1 return CKR_DEVICE_MEMORY", made).await;
+    call_until_replaced("C_GenerateKeyPair times=1 lasts=1 return CKR_DEVICE_MEMORY", made).await;
 }
 
-/// Modules end sessions that nobody uses, and with the session of the transport key that key.
+/// Modules close idle sessions; the transport key would end with its session.
 #[tokio::test(flavor = "multi_thread")]
-async fn sessions_are_used_before_the_module_ends_them() {
+async fn idle_sessions_are_kept_alive() {
     let site = Site::new();
     site.use_faulty_module();
     let mut config = site.hsm_config();
     config.module.keep_alive = Duration::from_millis(100);
     site.fail("* idle 1500");
-    let hsm = serving(config).await;
-    // The fault is that time passes, so time has to pass.
+    let hsm = ready_hsm(config).await;
+    // A real delay is needed, because idle time causes the fault.
     tokio::time::sleep(Duration::from_secs(4)).await;
-    mixed(&hsm, 2).await.unwrap();
-    // Those of the background have had nothing to do at all.
+    mixed_call(&hsm, 2).await.unwrap();
+    // The background sessions have been idle for the whole time.
     for _ in 0..4 {
-        let looks = tokio::join!(hsm.own_objects(), hsm.own_objects(), hsm.own_objects(), hsm.own_objects());
-        assert!(looks.0.is_ok() && looks.1.is_ok() && looks.2.is_ok() && looks.3.is_ok());
+        let lists =
+            tokio::join!(hsm.daemon_objects(), hsm.daemon_objects(), hsm.daemon_objects(), hsm.daemon_objects());
+        assert!(lists.0.is_ok() && lists.1.is_ok() && lists.2.is_ok() && lists.3.is_ok());
     }
-    // A busy line uses the sessions of its threads, and neither the login's nor the transport key's.
+    // Load uses the sessions of the line threads, but not those of the login and of the transport key.
     let load = Load::start(&hsm, 4);
     tokio::time::sleep(Duration::from_secs(4)).await;
-    assert!(load.end().await > 100);
+    assert!(load.stop().await > 100);
     let status = hsm.status();
     assert_eq!(status.members[0].worker_starts, 1, "{}", status.trouble);
-    let lost: Vec<_> = status.members[0].calls.iter().filter(|call| call.outcome != "ok").collect();
-    assert!(lost.is_empty(), "{lost:?}");
+    let failed: Vec<_> = status.members[0].calls.iter().filter(|call| call.outcome != "ok").collect();
+    assert!(failed.is_empty(), "{failed:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_idle_hsm_that_loses_its_token_is_noticed() {
+async fn token_loss_on_idle_hsm_is_detected() {
     let site = Site::new();
     let mut config = site.hsm_config();
     config.module.keep_alive = Duration::from_millis(100);
-    let hsm = serving(config).await;
-    never("an idle worker is replaced", A_MOMENT, async || hsm.status().members[0].worker_starts > 1).await;
-    let (there, away) = (site.path("hsm/tokens"), site.path("hsm/tokens-away"));
-    std::fs::rename(&there, &away).unwrap();
+    let hsm = ready_hsm(config).await;
+    never("an idle worker is replaced", SETTLE_TIME, async || hsm.status().members[0].worker_starts > 1).await;
+    let (present, removed) = (site.path("hsm/tokens"), site.path("hsm/tokens-away"));
+    std::fs::rename(&present, &removed).unwrap();
     eventually("not ready", async || !hsm.status().ready).await;
-    std::fs::rename(&away, &there).unwrap();
+    std::fs::rename(&removed, &present).unwrap();
     eventually("ready", async || hsm.status().ready).await;
-    mixed(&hsm, 3).await.unwrap();
+    mixed_call(&hsm, 3).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_token_that_went_away_and_came_back_serves_again() {
+async fn returned_token_serves_again() {
     let site = Site::new();
     let mut config = site.hsm_config();
     config.call_timeout = Duration::from_millis(1500);
-    let hsm = serving(config).await;
-    let (there, away) = (site.path("hsm/tokens"), site.path("hsm/tokens-away"));
-    std::fs::rename(&there, &away).unwrap();
-    // Cached keys may serve a while longer; a new worker does not get past C_Initialize.
+    let hsm = ready_hsm(config).await;
+    let (present, removed) = (site.path("hsm/tokens"), site.path("hsm/tokens-away"));
+    std::fs::rename(&present, &removed).unwrap();
+    // Cached keys may still work for a while. A new worker fails in C_Initialize.
     send(worker(&site), Signal::KILL);
-    eventually("away", async || hsm.status().trouble.contains("initialising")).await;
+    eventually("the token is unavailable", async || hsm.status().trouble.contains("initialising")).await;
     let error = hsm.random(8).await.unwrap_err();
-    assert!(matches!(&error, HsmError::Unavailable { why, .. } if why.contains("CKR_GENERAL_ERROR")), "{error}");
-    // The wait between two attempts has grown to its longest.
+    assert!(matches!(&error, HsmError::Unavailable { reason, .. } if reason.contains("CKR_GENERAL_ERROR")), "{error}");
+    // After this number of starts the restart delay has reached its maximum.
     let starts = hsm.status().members[0].worker_starts;
-    eventually("it was tried again and again", async || hsm.status().members[0].worker_starts >= starts + 6).await;
-    std::fs::rename(&away, &there).unwrap();
+    eventually("the worker was restarted several times", async || hsm.status().members[0].worker_starts >= starts + 6)
+        .await;
+    std::fs::rename(&removed, &present).unwrap();
     hsm.ready(LIMIT).await.unwrap();
-    mixed(&hsm, 3).await.unwrap();
+    mixed_call(&hsm, 3).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_token_that_vanishes_under_a_serving_worker_heals_itself() {
+async fn token_loss_under_load_recovers() {
     let site = Site::new();
     let mut config = site.hsm_config();
     config.call_timeout = Duration::from_secs(8);
-    let hsm = serving(config).await;
-    let (there, away) = (site.path("hsm/tokens"), site.path("hsm/tokens-away"));
-    std::fs::rename(&there, &away).unwrap();
+    let hsm = ready_hsm(config).await;
+    let (present, removed) = (site.path("hsm/tokens"), site.path("hsm/tokens-away"));
+    std::fs::rename(&present, &removed).unwrap();
     let load = Load::start(&hsm, 8);
     tokio::time::sleep(Duration::from_millis(500)).await;
-    std::fs::rename(&away, &there).unwrap();
+    std::fs::rename(&removed, &present).unwrap();
     let answered = hsm.status().members[0].calls_answered;
-    eventually("it works", async || hsm.status().members[0].calls_answered > answered + 50).await;
-    load.end().await;
-    mixed(&hsm, 2).await.unwrap();
+    eventually("calls are answered", async || hsm.status().members[0].calls_answered > answered + 50).await;
+    load.stop().await;
+    mixed_call(&hsm, 2).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_destroyed_key_is_gone_and_the_others_serve_on() {
+async fn destroyed_key_leaves_other_keys_serving() {
     let site = Site::new();
-    let hsm = serving(site.hsm_config()).await;
+    let hsm = ready_hsm(site.hsm_config()).await;
     pair(&hsm, KeyKind::P256, 0).await.unwrap();
     let unknown = hsm.destroy(&"unheard-of".parse().unwrap()).await;
-    assert!(matches!(unknown, Err(HsmError::Refused(why)) if why.contains("not in the register")));
+    assert!(matches!(unknown, Err(HsmError::Refused(why)) if why.contains("is not in the key manifest")));
     hsm.destroy(&"access".parse().unwrap()).await.unwrap();
     for number in 0..50 {
         hsm.derive(vec![derivation(number)]).await.unwrap();
@@ -483,7 +487,7 @@ async fn a_destroyed_key_is_gone_and_the_others_serve_on() {
     assert_eq!(hsm.status().members[0].worker_starts, 1);
     drop(hsm);
     let hsm = Hsm::start(site.hsm_config());
-    eventually("it says why", async || hsm.status().trouble.contains("is not on the token")).await;
-    let why = hsm.ready(A_MOMENT).await.unwrap_err().to_string();
-    assert!(why.contains("the key access") && why.contains("is not on the token"), "{why}");
+    eventually("the status shows the reason", async || hsm.status().trouble.contains("is not on the token")).await;
+    let error = hsm.ready(SETTLE_TIME).await.unwrap_err().to_string();
+    assert!(error.contains("the key access") && error.contains("is not on the token"), "{error}");
 }

@@ -1,9 +1,9 @@
-//! All tests that see the system from outside, in one program: linking one is quicker than linking many.
+//! All black-box tests in one program, because linking one program is faster than linking many.
 //!
-//! What they share is in the crate `spp-testkit`; its documentation says how a test is written.
-#![allow(missing_docs, unreachable_pub, reason = "tests are named by what must be true")]
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test's helpers are part of the test")]
-#![expect(clippy::disallowed_types, reason = "tests are gRPC clients: they read statuses")]
+//! Shared code is in the crate `spp-testkit`; its documentation explains how to write a test.
+#![allow(missing_docs, unreachable_pub, reason = "test names describe the tests")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "test helpers may panic")]
+#![expect(clippy::disallowed_types, reason = "tests are gRPC clients and inspect statuses")]
 
 mod daemon;
 mod hsm;

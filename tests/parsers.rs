@@ -1,8 +1,8 @@
-//! Everything that reads bytes from outside, with damaged samples: the bodies of `fuzz/`, for a moment, with every test run.
+//! Runs the fuzz targets of `fuzz/` briefly on damaged samples, with every test run.
 //!
-//! `SPP_WRITE_SEEDS=1 cargo test --test integration parsers` writes the samples to `fuzz/corpus/`, for libFuzzer to begin from.
+//! `SPP_WRITE_SEEDS=1 cargo test --test integration parsers` writes the samples to `fuzz/corpus/`, as seeds for libFuzzer.
 
-#[allow(unreachable_pub, reason = "a crate of its own elsewhere")]
+#[allow(unreachable_pub, reason = "a separate crate in fuzz/")]
 #[path = "../fuzz/src/lib.rs"]
 mod fuzz;
 
@@ -14,15 +14,15 @@ use proptest::sample::Index;
 use proptest::test_runner::{Config, TestRunner};
 use spp_testkit::random::cases;
 
-/// Damaged samples for each parser. All together take about two seconds in a debug build.
+/// Damaged samples per parser. All together take about two seconds in a debug build.
 const CASES: u32 = 1500;
 
 #[test]
-fn every_sample_is_accepted() {
+fn samples_accepted_by_their_parser() {
     for target in fuzz::TARGETS {
         let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target.name);
         for (n, sample) in (target.samples)().iter().enumerate() {
-            assert!((target.reads)(sample), "sample {n} of {}", target.name);
+            assert!((target.parse)(sample), "sample {n} of {}", target.name);
             if std::env::var_os("SPP_WRITE_SEEDS").is_some() {
                 std::fs::create_dir_all(&corpus).unwrap();
                 std::fs::write(corpus.join(format!("sample-{n}")), sample).unwrap();
@@ -32,7 +32,7 @@ fn every_sample_is_accepted() {
 }
 
 #[test]
-fn every_parser_has_a_target_of_libfuzzer() {
+fn every_parser_has_libfuzzer_target() {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/fuzz_targets");
     let files = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
     let mut files: Vec<_> = files.map(|path| path.file_stem().unwrap().to_str().unwrap().to_owned()).collect();
@@ -42,14 +42,14 @@ fn every_parser_has_a_target_of_libfuzzer() {
     assert_eq!(files, names);
 }
 
-/// What a fuzz target once failed on, and inputs that reach deep into a parser: `fuzz/regressions/`, tried with every run.
+/// `fuzz/regressions/` contains inputs that made a fuzz target fail, and inputs that reach deep into a parser.
 #[test]
-fn no_regression_makes_a_parser_panic() {
+fn regression_inputs_do_not_panic() {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/regressions");
     let mut tried = 0;
     for target in fuzz::TARGETS {
         for input in std::fs::read_dir(directory.join(target.name)).into_iter().flatten() {
-            (target.reads)(&std::fs::read(input.unwrap().path()).unwrap());
+            (target.parse)(&std::fs::read(input.unwrap().path()).unwrap());
             tried += 1;
         }
     }
@@ -57,7 +57,7 @@ fn no_regression_makes_a_parser_panic() {
 }
 
 #[test]
-fn no_damage_makes_a_parser_panic_or_accept_what_does_not_hold() {
+fn damaged_samples_do_not_panic_or_violate_assertions() {
     for target in fuzz::TARGETS {
         let samples = (target.samples)();
         let config = Config { source_file: Some(file!()), ..cases(CASES, 200 * CASES) };
@@ -65,7 +65,7 @@ fn no_damage_makes_a_parser_panic_or_accept_what_does_not_hold() {
         let outcome = TestRunner::new(config).run(&damaged, |(sample, damages)| {
             let mut bytes = sample.get(&samples).clone();
             damages.iter().for_each(|damage| damage.apply(&mut bytes, &samples));
-            (target.reads)(&bytes);
+            (target.parse)(&bytes);
             Ok(())
         });
         outcome.unwrap_or_else(|failure| panic!("{}: {failure}", target.name));
@@ -76,31 +76,31 @@ fn no_damage_makes_a_parser_panic_or_accept_what_does_not_hold() {
 enum Damage {
     Flip(Index, u8),
     Set(Index, u8),
-    /// Lengths and counts of CBOR and DER stand before what they count.
+    /// Overwrites a CBOR or DER length or count.
     Length(Index, u32),
     Cut(Index),
     Remove(Index, Index),
     Insert(Index, Vec<u8>),
     Repeat(Index, Index),
-    /// The end of another sample.
+    /// Appends the end of another sample.
     Splice(Index, Index, Index),
     Replace(Vec<u8>),
 }
 
 fn damage() -> impl Strategy<Value = Damage> {
-    let at = any::<Index>;
-    let telling =
+    let index = any::<Index>;
+    let significant =
         prop_oneof![Just(0), Just(0x7f), Just(0x80), Just(0x9f), Just(0xbf), Just(0xf6), Just(0xff), any::<u8>()];
     let length = prop_oneof![Just(0), Just(1), Just(u32::MAX), Just(1 << 31), Just(0xffff), any::<u32>()];
     prop_oneof![
-        4 => (at(), 0..8u8).prop_map(|(at, bit)| Damage::Flip(at, 1 << bit)),
-        4 => (at(), telling).prop_map(|(at, byte)| Damage::Set(at, byte)),
-        2 => (at(), length).prop_map(|(at, length)| Damage::Length(at, length)),
-        1 => at().prop_map(Damage::Cut),
-        2 => (at(), at()).prop_map(|(from, to)| Damage::Remove(from, to)),
-        2 => (at(), vec(any::<u8>(), 1..9)).prop_map(|(at, bytes)| Damage::Insert(at, bytes)),
-        1 => (at(), at()).prop_map(|(from, to)| Damage::Repeat(from, to)),
-        1 => (at(), at(), at()).prop_map(|(at, other, from)| Damage::Splice(at, other, from)),
+        4 => (index(), 0..8u8).prop_map(|(position, bit)| Damage::Flip(position, 1 << bit)),
+        4 => (index(), significant).prop_map(|(position, byte)| Damage::Set(position, byte)),
+        2 => (index(), length).prop_map(|(position, length)| Damage::Length(position, length)),
+        1 => index().prop_map(Damage::Cut),
+        2 => (index(), index()).prop_map(|(from, to)| Damage::Remove(from, to)),
+        2 => (index(), vec(any::<u8>(), 1..9)).prop_map(|(position, bytes)| Damage::Insert(position, bytes)),
+        1 => (index(), index()).prop_map(|(from, to)| Damage::Repeat(from, to)),
+        1 => (index(), index(), index()).prop_map(|(position, other, from)| Damage::Splice(position, other, from)),
         1 => vec(any::<u8>(), 0..64).prop_map(Damage::Replace),
     ]
 }
@@ -108,22 +108,22 @@ fn damage() -> impl Strategy<Value = Damage> {
 impl Damage {
     fn apply(&self, bytes: &mut Vec<u8>, samples: &[Vec<u8>]) {
         let len = bytes.len();
-        let place = |at: &Index| at.index(len + 1);
+        let place = |position: &Index| position.index(len + 1);
         let range = |from: &Index, to: &Index| place(from).min(place(to))..place(from).max(place(to));
         match self {
-            Self::Flip(at, mask) if len > 0 => bytes[at.index(len)] ^= mask,
-            Self::Set(at, byte) if len > 0 => bytes[at.index(len)] = *byte,
-            Self::Length(at, length) if len > 4 => {
-                bytes[at.index(len - 4)..][..4].copy_from_slice(&length.to_be_bytes());
+            Self::Flip(position, mask) if len > 0 => bytes[position.index(len)] ^= mask,
+            Self::Set(position, byte) if len > 0 => bytes[position.index(len)] = *byte,
+            Self::Length(position, length) if len > 4 => {
+                bytes[position.index(len - 4)..][..4].copy_from_slice(&length.to_be_bytes());
             }
             Self::Flip(..) | Self::Set(..) | Self::Length(..) => {}
-            Self::Cut(at) => bytes.truncate(place(at)),
+            Self::Cut(position) => bytes.truncate(place(position)),
             Self::Remove(from, to) => drop(bytes.drain(range(from, to))),
-            Self::Insert(at, new) => drop(bytes.splice(place(at)..place(at), new.iter().copied())),
+            Self::Insert(position, new) => drop(bytes.splice(place(position)..place(position), new.iter().copied())),
             Self::Repeat(from, to) => bytes.extend_from_within(range(from, to)),
-            Self::Splice(at, other, from) => {
+            Self::Splice(position, other, from) => {
                 let other = other.get(samples);
-                bytes.truncate(place(at));
+                bytes.truncate(place(position));
                 bytes.extend_from_slice(&other[from.index(other.len())..]);
             }
             Self::Replace(new) => bytes.clone_from(new),

@@ -1,7 +1,7 @@
-//! The test vectors for firmware authors in `tests/vectors/`: the way of one device in bytes.
+//! Test vectors for firmware authors in `tests/vectors/`: the messages of one device in bytes.
 //!
-//! What is deterministic is made again and compared; what is not (ephemeral keys, ECDSA and PSS signatures) is opened
-//! or verified. `SPP_WRITE_VECTORS=1 cargo test --test integration vectors` writes the outputs anew, from the inputs in the files.
+//! Deterministic outputs are recomputed and compared; the others (ephemeral keys, ECDSA and PSS signatures) are decrypted or
+//! verified. `SPP_WRITE_VECTORS=1 cargo test --test integration vectors` regenerates the outputs from the inputs in the files.
 
 use std::path::Path;
 
@@ -14,7 +14,7 @@ use spp::package::{
 };
 use spp::secret::{Secret, SecretBytes};
 
-/// One file. All bytes are in hex.
+/// One file. All byte strings are in hex.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Vector {
@@ -31,7 +31,7 @@ struct Inputs {
     profile: String,
     session: String,
     master_key_version: u32,
-    /// The device's own certificate first, in DER.
+    /// The device certificate first, in DER.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     certificates: Vec<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -39,7 +39,7 @@ struct Inputs {
     /// SubjectPublicKeyInfo.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     public_key: Option<String>,
-    /// PKCS#8, or the seed of Ed25519.
+    /// PKCS#8, or the Ed25519 seed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     private_key: Option<String>,
     symmetric_keys: Vec<SymmetricInput>,
@@ -65,7 +65,7 @@ struct Outputs {
     backup: String,
     /// Deterministic for Ed25519 and HMAC.
     confirmation: String,
-    /// Made with an ephemeral key: opens to the package.
+    /// Uses an ephemeral key: decrypts to the package.
     sealed: String,
 }
 
@@ -85,23 +85,23 @@ fn rsa_2048() {
 }
 
 #[test]
-fn symmetric_keys_alone() {
+fn symmetric_keys_only() {
     check("symmetric");
 }
 
 fn check(name: &str) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/vectors").join(format!("{name}.json"));
     let mut vector: Vector = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
-    let made = Made::from_inputs(&vector.inputs);
+    let computed = Computed::from_inputs(&vector.inputs);
     if std::env::var_os("SPP_WRITE_VECTORS").is_some() {
-        vector.outputs = made.outputs(&vector.inputs);
+        vector.outputs = computed.outputs(&vector.inputs);
         std::fs::write(&path, serde_json::to_string_pretty(&vector).unwrap() + "\n").unwrap();
     }
-    made.compare(&vector.outputs);
+    computed.compare(&vector.outputs);
 }
 
-/// What the inputs make.
-struct Made {
+/// Values computed from the inputs.
+struct Computed {
     package: DataPackage,
     bytes: SecretBytes,
     chip_key: Secret<[u8; 32]>,
@@ -110,7 +110,7 @@ struct Made {
     claims: ConfirmationClaims,
 }
 
-impl Made {
+impl Computed {
     fn from_inputs(inputs: &Inputs) -> Self {
         let package = package(inputs);
         let bytes = package.encode().unwrap();
@@ -118,7 +118,7 @@ impl Made {
         let iv = BackupIv::fixed_for_test_vectors_only(from_hex(&inputs.backup_iv).try_into().unwrap());
         let certificate = package.certificate.device_certificate();
         let backup = make_backup(&bytes, &chip_key, &package.chip, certificate, iv).unwrap();
-        let claims = ConfirmationClaims::about(package.session, package.chip.clone(), &bytes, &backup);
+        let claims = ConfirmationClaims::new(package.session, package.chip.clone(), &bytes, &backup);
         let curve = if inputs.transport_curve == "p256" { TransportCurve::P256 } else { TransportCurve::X25519 };
         let transport = SecretBytes::new(from_hex(&inputs.transport_private_key));
         let transport = TransportPrivateKey::from_bytes(curve, &transport).unwrap();
@@ -127,12 +127,12 @@ impl Made {
 
     fn outputs(&self, inputs: &Inputs) -> Outputs {
         let package = package(inputs);
-        let to = self.transport.public().unwrap();
+        let transport_key = self.transport.public().unwrap();
         Outputs {
             package: hex::encode(self.bytes.expose()),
             backup: hex::encode(&self.backup),
             confirmation: hex::encode(self.confirmation()),
-            sealed: hex::encode(seal(&self.bytes, &to, &package.session, &package.chip).unwrap()),
+            sealed: hex::encode(seal(&self.bytes, &transport_key, &package.session, &package.chip).unwrap()),
         }
     }
 
@@ -147,8 +147,8 @@ impl Made {
     fn compare(&self, outputs: &Outputs) {
         let (chip, session) = (&self.package.chip, &self.package.session);
         assert_eq!(hex::encode(self.bytes.expose()), outputs.package);
-        let read = DataPackage::decode(&from_hex(&outputs.package)).unwrap();
-        assert_eq!(read.encode().unwrap().expose(), self.bytes.expose());
+        let decoded = DataPackage::decode(&from_hex(&outputs.package)).unwrap();
+        assert_eq!(decoded.encode().unwrap().expose(), self.bytes.expose());
 
         assert_eq!(hex::encode(&self.backup), outputs.backup);
         let backup = from_hex(&outputs.backup);

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole way of a device on one machine: token, key ceremony, daemon, 100 devices, one wiped and recovered.
-# Everything it makes is under target/demo/ and stays there to be looked at; a second run begins afresh.
+# Runs the complete device flow on one machine: token, key ceremony, daemon, 100 devices, one wiped and recovered.
+# All files are kept under target/demo/ for inspection; the next run deletes them first.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.."
 
@@ -9,14 +9,14 @@ usage() {
 usage: deploy/demo/demo.sh [--keep-running] [--devices N] [--directory DIR] [--port N] [--profile release|dev | --bin DIR]
                            [-- COMMAND...]
 
-  --keep-running   leave the daemon running and print what to try; Ctrl-C ends it
-  --devices N      how many devices to provision (default: 100)
-  --directory DIR  where everything goes (default: target/demo); removed first if a demo made it
-  --port N         the first of three ports (default: 7443; the next that are free are taken)
-  --profile NAME   the cargo profile to build with (default: release)
-  --bin DIR        take sppd, sppctl and spp-line from there and build nothing
-  -- COMMAND...    run this against the daemon instead of the tour; it finds SPP_DIRECTORY, SPP_LINE, SPP_OFFICER,
-                   SPP_PUBLIC (host:port) and SPP_BIN in its environment
+  --keep-running   keep the daemon running and print commands to try; Ctrl-C stops it
+  --devices N      number of devices to provision (default: 100)
+  --directory DIR  output directory (default: target/demo); deleted first if a demo created it
+  --port N         first of three consecutive ports (default: 7443; if in use, the next free ones)
+  --profile NAME   cargo profile to build with (default: release)
+  --bin DIR        directory of sppd, sppctl and spp-line; skips the build
+  -- COMMAND...    run this command against the daemon instead of the demo; its environment has SPP_DIRECTORY, SPP_LINE,
+                   SPP_OFFICER, SPP_PUBLIC (host:port) and SPP_BIN
 END
 }
 
@@ -71,7 +71,7 @@ fail() {
     exit 1
 }
 
-# Shows a command as one would type it, also when its output goes to a file, then runs it.
+# Prints a command as a user would type it, even if its output goes to a file, then runs it.
 run() {
     { printf '   $'; printf ' %s' "${@/#"$PWD/"/}"; printf '\n'; } >&3
     "$@"
@@ -79,11 +79,11 @@ run() {
 
 begin_afresh() {
     mkdir -p -- "$(dirname -- "$dir")"
-    # Whoever holds this lock uses the directory: this script, and the daemon that inherits it.
+    # The lock protects the directory while this script or the daemon, which inherits the lock, is running.
     exec 8>"$dir.lock"
-    flock -n 8 || fail "another demo is running from $dir: end it first"
+    flock -n 8 || fail "another demo uses $dir: stop it first"
     if [ -e "$dir" ] && [ ! -e "$dir/.made-by-demo" ]; then
-        fail "$dir was not made by the demo: remove it yourself, or give another --directory"
+        fail "$dir was not created by the demo: remove it yourself, or use another --directory"
     fi
     rm -rf -- "$dir"
     mkdir -p -- "$dir"
@@ -95,7 +95,7 @@ begin_afresh() {
     choose_ports
 }
 
-# The first port and the two behind it, or the next three that are free.
+# Selects the first port and the two after it, or the next three that are free.
 choose_ports() {
     local base
     for base in $(seq "$first_port" 10 $((first_port + 200))); do
@@ -105,7 +105,7 @@ choose_ports() {
             return
         fi
     done
-    fail "no three neighbouring ports from $first_port to $((first_port + 202)) are free on 127.0.0.1"
+    fail "no three consecutive ports from $first_port to $((first_port + 202)) are free on 127.0.0.1"
 }
 
 port_is_free() {
@@ -114,8 +114,8 @@ port_is_free() {
 
 build() {
     if [ -n "$bin" ]; then return; fi
-    step "Building (profile $profile; the first time this takes some minutes)"
-    command -v cargo >/dev/null || fail 'Rust is missing: see https://rustup.rs'
+    step "Build (profile $profile; the first build takes some minutes)"
+    command -v cargo >/dev/null || fail 'Rust is not installed: see https://rustup.rs'
     run cargo build --locked --bins --profile "$profile" 8>&-
     local folder=$profile
     if [ "$profile" = dev ]; then folder=debug; fi
@@ -124,13 +124,13 @@ build() {
 }
 
 make_token() {
-    step 'A SoftHSM token of our own'
+    step 'SoftHSM token'
     deploy/setup.sh demo
     run softhsm-setup/setup.sh --dir "$dir/hsm" --label spp-demo --sppctl "$bin/sppctl"
 }
 
 run_ceremony() {
-    step 'The key ceremony: manufacturer key, master key, access CA, all inside the token'
+    step 'Key ceremony: manufacturer key, master key, access CA, all inside the token'
     run "$bin/sppctl" ceremony run "$dir/ceremony.toml" --hsm "$dir/hsm.toml" --out "$dir/keys"
     run "$bin/sppctl" init --config "$dir/sppd.toml"
 }
@@ -143,18 +143,18 @@ enroll_callers() {
 }
 
 start_daemon() {
-    step 'The daemon'
+    step 'Daemon'
     run "$bin/sppd" --config "$dir/sppd.toml" --check
     "$bin/sppd" --config "$dir/sppd.toml" >"$dir/sppd.log" 2>&1 &
     daemon=$!
     printf '   started sppd (pid %s), log in %s\n' "$daemon" "${dir#"$PWD/"}/sppd.log"
     run "$bin/sppctl" status --server "https://$officer" --tls "$dir/tls/officer" --wait 30s &
     local ready=$!
-    # Whichever ends first: a daemon that dies is not waited for.
+    # Waits for the first of the two, so that a daemon that exits is noticed at once.
     wait -n "$daemon" "$ready" || true
     if ! kill -0 "$daemon" 2>/dev/null; then
         kill "$ready" 2>/dev/null || true
-        fail 'sppd ended before it was ready'
+        fail 'sppd exited before it was ready'
     fi
     wait "$ready" || fail 'sppd was not ready within 30 s'
 }
@@ -165,7 +165,7 @@ run_command() {
 }
 
 provision() {
-    step "$devices phones, 32 in flight"
+    step "Provision $devices phones, 32 in parallel"
     run "$bin/spp-line" provision --simulate "$devices" --parallel 32 --profile phone \
         --server "https://$line" --tls "$dir/tls/line-1-a" \
         --devices "$dir/devices" --manufacturer "$dir/keys/manufacturer-ca.pem" --log "$dir/keys/log-1.vkey" \
@@ -176,33 +176,33 @@ provision() {
 wipe_and_recover() {
     chip=$(first_chip "$dir/report.csv")
     [ -n "$chip" ] || fail "no chip ID found in $dir/report.csv"
-    step "Chip $chip loses its flash, and gets everything back from the public database"
+    step "Wipe chip $chip and recover it from the public database"
     run "$bin/spp-line" wipe --chip "$chip" --devices "$dir/devices"
     run "$bin/spp-line" recover --chip "$chip" --devices "$dir/devices" \
         --server "https://$public" --ca "$dir/tls/server/ca.pem" | tee "$dir/recover.txt"
 }
 
-# The chip_id of the first device in the report, wherever that column is.
+# Prints the chip_id of the first device in the report. The column may be at any position.
 first_chip() {
     awk -F, 'NR == 1 { for (i = 1; i <= NF; i++) if ($i == "chip_id") column = i }
              NR == 2 && column { gsub(/["\r]/, "", $column); print $column }' "$1"
 }
 
 verify_certificate() {
-    step 'Its certificate, checked by OpenSSL'
+    step 'Verify the device certificate with OpenSSL'
     run "$bin/spp-line" show --chip "$chip" --server "https://$public" --ca "$dir/tls/server/ca.pem" \
         --certificate-out "$dir/one.pem"
     run openssl verify -x509_strict -CAfile "$dir/keys/manufacturer-ca.pem" "$dir/one.pem"
 }
 
 mirror() {
-    step 'The whole database, as anybody can check and copy it'
+    step 'Verify and mirror the public database'
     run "$bin/sppctl" registry verify "https://$public" --ca "$dir/tls/server/ca.pem" \
         --log "$dir/keys/log-1.vkey" --issuer "$dir/keys/manufacturer-ca.pem" --seen "$dir/seen.checkpoint"
     run "$bin/sppctl" registry export "$dir/mirror" --config "$dir/sppd.toml"
     run "$bin/spp-line" wipe --chip "$chip" --devices "$dir/devices"
     run "$bin/spp-line" recover --chip "$chip" --devices "$dir/devices" --from "$dir/mirror" >"$dir/from-mirror.txt"
-    printf '   %s\n' 'wiped once more, and recovered from the mirror alone'
+    printf '   %s\n' 'wiped again and recovered from the mirror only'
 }
 
 summary() {
@@ -211,15 +211,15 @@ summary() {
     sed 's/^/   /' "$dir/provision.txt" "$dir/recover.txt"
     cat <<END
 
-   $here/report.csv             one line for each device
+   $here/report.csv             one line per device
    $here/devices/               the devices: ROM and flash, as files
    $here/one.pem                the certificate of $chip
-   $here/keys/                  what the ceremony made: certificates, key names, transcript
+   $here/keys/                  results of the ceremony: certificates, key manifest, transcript
    $here/sppd.toml, profiles/   the configuration
    $here/state/, public/        the stores
    $here/mirror/                a copy of the public database for any web server
    $here/hsm/                   the SoftHSM token and its PINs
-   $here/sppd.log               what the daemon said
+   $here/sppd.log               the daemon's log
 END
 }
 
@@ -227,7 +227,7 @@ stay() {
     local here=${dir#"$PWD/"} tool=${bin#"$PWD/"}
     cat <<END
 
-== The daemon is running: line $line, officers $officer, public $public. Ctrl-C ends it. To try:
+== Daemon running: line $line, officers $officer, public $public. Ctrl-C stops it. Commands to try:
 
    $tool/spp-line provision --simulate 1000 --parallel 32 --profile phone --server https://$line \\
        --tls $here/tls/line-1-a --devices $here/devices --manufacturer $here/keys/manufacturer-ca.pem \\
@@ -243,7 +243,7 @@ END
     wait "$daemon"
 }
 
-# Runs at every exit: stops what was started, and says where to look when something failed.
+# Runs at every exit: stops the daemon and, after a failure, prints the end of its log.
 finish() {
     local status=$?
     trap - EXIT INT TERM HUP
@@ -256,10 +256,10 @@ finish() {
     fi
     if [ "$begun" = yes ] && [ "$status" -ne 0 ] && [ "$status" -ne 130 ]; then
         if [ -s "$dir/sppd.log" ]; then
-            printf '\ndemo: the end of %s:\n' "$dir/sppd.log" >&2
+            printf '\ndemo: end of %s:\n' "$dir/sppd.log" >&2
             tail -n 25 -- "$dir/sppd.log" >&2
         fi
-        printf 'demo: failed (status %s); everything is still in %s\n' "$status" "$dir" >&2
+        printf 'demo: failed (status %s); all files are kept in %s\n' "$status" "$dir" >&2
     fi
     exit "$status"
 }

@@ -1,4 +1,4 @@
-//! Bytes that the parsers accept, to begin from: those of the test vectors, and certificates made with their key.
+//! Valid inputs for the parsers: the test vectors, and certificates signed with their key.
 
 use std::sync::LazyLock;
 
@@ -26,7 +26,7 @@ const GATEWAY: &str = include_str!("../../deploy/demo/profiles/gateway.toml");
 const NOW: u64 = 1_767_225_600;
 const ALGORITHM: SignatureAlgorithm = SignatureAlgorithm::EcdsaP256Sha256;
 
-/// The device of a test vector, and what is known of it here.
+/// The device of a test vector and its keys.
 pub struct Context {
     pub package: DataPackage,
     pub bytes: SecretBytes,
@@ -35,22 +35,22 @@ pub struct Context {
     pub claims: ConfirmationClaims,
 }
 
-/// A device with a pair.
-pub static CONTEXT: LazyLock<Context> = LazyLock::new(|| Context::of(P256));
+/// A device with a key pair.
+pub static CONTEXT: LazyLock<Context> = LazyLock::new(|| Context::from_vector(P256));
 /// A device that confirms with a symmetric key.
-pub static MAC_CONTEXT: LazyLock<Context> = LazyLock::new(|| Context::of(SYMMETRIC));
+pub static MAC_CONTEXT: LazyLock<Context> = LazyLock::new(|| Context::from_vector(SYMMETRIC));
 
 static ISSUER: LazyLock<IssuerCertificate> = LazyLock::new(|| {
-    let pem = authority().to_pem().expect("it is a certificate");
-    IssuerCertificate::from_pem(&pem, ALGORITHM).expect("an authority may issue")
+    let pem = authority().to_pem().expect("a valid certificate");
+    IssuerCertificate::from_pem(&pem, ALGORITHM).expect("a CA may issue")
 });
 
 impl Context {
-    fn of(vector: &str) -> Self {
+    fn from_vector(vector: &str) -> Self {
         let (bytes, backup) = (output(vector, "package"), output(vector, "backup"));
-        let package = DataPackage::decode(&bytes).expect("the vector's package is one");
+        let package = DataPackage::decode(&bytes).expect("a valid package");
         let bytes = SecretBytes::new(bytes);
-        let claims = ConfirmationClaims::about(package.session, package.chip.clone(), &bytes, &backup);
+        let claims = ConfirmationClaims::new(package.session, package.chip.clone(), &bytes, &backup);
         let curve = match input(vector, "transport_curve").as_str() {
             "p256" => TransportCurve::P256,
             _ => TransportCurve::X25519,
@@ -60,18 +60,18 @@ impl Context {
             package,
             bytes,
             chip_key: Secret::new(from_hex(&input(vector, "chip_key")).try_into().expect("32 bytes")),
-            transport: TransportPrivateKey::from_bytes(curve, &transport).expect("the vector's key is one"),
+            transport: TransportPrivateKey::from_bytes(curve, &transport).expect("a valid key"),
             claims,
         }
     }
 
-    /// Its pair stands for all keys here, the manufacturer's too: a fixed one, so that findings can be repeated.
+    /// The device's key pair also serves as the manufacturer's. It is fixed, so that findings are reproducible.
     fn pair(&self) -> &DevicePrivateKey {
         self.package.key_pair.as_ref().expect("the vector has a pair")
     }
 }
 
-/// The key that signs the samples' certificates.
+/// The key that signs the sample certificates.
 pub fn manufacturer() -> &'static PublicKey {
     CONTEXT.pair().public()
 }
@@ -93,15 +93,15 @@ pub fn confirmations() -> Vec<Vec<u8>> {
 }
 
 pub fn csrs() -> Vec<Vec<u8>> {
-    let request = authority_request(&subject(), manufacturer(), ALGORITHM).expect("it can be requested");
+    let request = authority_request(&subject(), manufacturer(), ALGORITHM).expect("a valid request");
     vec![signed(request).as_der().to_vec()]
 }
 
 pub fn callers() -> Vec<Vec<u8>> {
-    let station = AccessName::Client(Caller::Station("line-1/a".parse().expect("a name")));
-    let officer = AccessName::Client(Caller::Officer("o-1".parse().expect("a name")));
+    let station = AccessName::Client(Caller::Station("line-1/a".parse().expect("a valid name")));
+    let officer = AccessName::Client(Caller::Officer("o-1".parse().expect("a valid name")));
     let certificate = |name: &AccessName| {
-        let wanted = AccessCertificate {
+        let template = AccessCertificate {
             name,
             public_key: manufacturer(),
             issuer: &ISSUER,
@@ -109,7 +109,7 @@ pub fn callers() -> Vec<Vec<u8>> {
             not_before: NOW,
             not_after: NOW + 86_400,
         };
-        signed(access_certificate(&wanted).expect("it can be made")).as_der().to_vec()
+        signed(access_certificate(&template).expect("a valid template")).as_der().to_vec()
     };
     vec![certificate(&station), certificate(&officer)]
 }
@@ -119,7 +119,7 @@ pub fn x509() -> Vec<Vec<u8>> {
 }
 
 pub fn cwts() -> Vec<Vec<u8>> {
-    // The sensor of the demo takes no IMEI; the sample's device has one.
+    // The demo's sensor profile does not allow an IMEI, but the sample device has one.
     let any_identity = SENSOR.replace(r#"["eui48", "serial"]"#, r#"["imei"]"#);
     vec![device_certificate(&any_identity, None)]
 }
@@ -140,7 +140,7 @@ pub fn records() -> Vec<Vec<u8>> {
         published: NOW,
     };
     let without_pair = DeviceRecord { certificate_is_cwt: true, public_key: None, ..record.clone() };
-    [record, without_pair].map(|record| record.to_bytes().expect("it fits")).to_vec()
+    [record, without_pair].map(|record| record.to_bytes().expect("within the size limit")).to_vec()
 }
 
 pub fn audit_checkpoints() -> Vec<Vec<u8>> {
@@ -151,7 +151,7 @@ pub fn audit_checkpoints() -> Vec<Vec<u8>> {
         recorded: NOW,
     };
     let first = AuditCheckpoint { entries: 1, note: vec![b'n'], recorded: 0, ..checkpoint.clone() };
-    [checkpoint, first].map(|checkpoint| checkpoint.to_bytes().expect("it fits")).to_vec()
+    [checkpoint, first].map(|checkpoint| checkpoint.to_bytes().expect("within the size limit")).to_vec()
 }
 
 pub fn names() -> Vec<Vec<u8>> {
@@ -173,18 +173,18 @@ pub fn profiles() -> Vec<Vec<u8>> {
 }
 
 pub fn issuers() -> Vec<Vec<u8>> {
-    vec![authority().to_pem().expect("it is a certificate").into_bytes()]
+    vec![authority().to_pem().expect("a valid certificate").into_bytes()]
 }
 
 pub fn keys() -> Vec<Vec<u8>> {
     let spki = |vector| from_hex(&input(vector, "public_key"));
-    let transport = CONTEXT.transport.public().expect("it has a public half").as_bytes().to_vec();
+    let transport = CONTEXT.transport.public().expect("a public key").as_bytes().to_vec();
     vec![spki(P256), spki(ED25519), spki(RSA), transport]
 }
 
 fn device_certificate(profile: &str, public_key: Option<&PublicKey>) -> Vec<u8> {
-    let name = "sample".parse().expect("a name");
-    let profile = Profile::from_toml(name, "sample.toml", profile).expect("a profile of the demo");
+    let name = "sample".parse().expect("a valid name");
+    let profile = Profile::from_toml(name, "sample.toml", profile).expect("a valid demo profile");
     let request = CertificateRequest {
         profile: &profile,
         issuer: &ISSUER,
@@ -194,13 +194,13 @@ fn device_certificate(profile: &str, public_key: Option<&PublicKey>) -> Vec<u8> 
         serial: serial(),
         not_before: NOW,
     };
-    let to_sign = prepare(&request).expect("it can be prepared").lint().expect("it keeps the rules").into_to_sign();
+    let to_sign = prepare(&request).expect("a valid request").lint().expect("no lint findings").into_to_sign();
     let signature = CONTEXT.pair().sign(ALGORITHM, &to_sign.to_be_signed).expect("the key signs");
-    IssuedCertificate::assemble(&to_sign, &ISSUER, &signature).expect("the signature fits").into_bytes()
+    IssuedCertificate::assemble(&to_sign, &ISSUER, &signature).expect("the signature verifies").into_bytes()
 }
 
 fn authority() -> SignedDocument {
-    let wanted = AuthorityCertificate {
+    let template = AuthorityCertificate {
         subject: &subject(),
         public_key: manufacturer(),
         algorithm: ALGORITHM,
@@ -208,16 +208,16 @@ fn authority() -> SignedDocument {
         not_before: NOW,
         not_after: None,
     };
-    signed(authority_certificate(&wanted).expect("it can be made"))
+    signed(authority_certificate(&template).expect("a valid template"))
 }
 
 fn signed(document: UnsignedDocument) -> SignedDocument {
     let signature = CONTEXT.pair().sign(ALGORITHM, document.to_be_signed()).expect("the key signs");
-    document.assemble(&signature).expect("the signature fits")
+    document.assemble(&signature).expect("the signature verifies")
 }
 
 fn subject() -> SubjectName {
-    SubjectName::with_common_name("Sample").expect("a name")
+    SubjectName::with_common_name("Sample").expect("a valid name")
 }
 
 fn serial() -> CertificateSerial {
@@ -233,30 +233,30 @@ fn output(vector: &str, field: &str) -> Vec<u8> {
 }
 
 fn text(vector: &str, part: &str, field: &str) -> String {
-    let vector: Value = serde_json::from_str(vector).expect("a vector is JSON");
+    let vector: Value = serde_json::from_str(vector).expect("valid JSON");
     vector[part][field].as_str().expect("the vector has the field").to_owned()
 }
 
 fn from_hex(text: &str) -> Vec<u8> {
-    hex::decode(text).expect("vectors are in hex")
+    hex::decode(text).expect("valid hex")
 }
 
-/// A record of a log that was made once, with its proof and the log's key.
+/// A record of a log that was created once, with its proof and the log's key.
 pub const LOG_RECORD: &[u8] = include_bytes!("log/record.cbor");
 const LOG_PROOF: &[u8] = include_bytes!("log/record.tlog-proof");
 const LOG_KEY: &str = include_str!("log/log.vkey");
 
 pub fn log_key() -> LogKey {
-    LOG_KEY.parse().expect("it is one")
+    LOG_KEY.parse().expect("a valid key")
 }
 
 pub fn log_proofs() -> Vec<Vec<u8>> {
-    let text = std::str::from_utf8(LOG_PROOF).expect("it is text");
+    let text = std::str::from_utf8(LOG_PROOF).expect("UTF-8");
     vec![LOG_PROOF.to_vec(), text.replacen("index", "extra AAAA\nindex", 1).into_bytes()]
 }
 
 pub fn checkpoints() -> Vec<Vec<u8>> {
-    let text = std::str::from_utf8(LOG_PROOF).expect("it is text");
+    let text = std::str::from_utf8(LOG_PROOF).expect("UTF-8");
     vec![text.split_once("\n\n").expect("the checkpoint follows").1.as_bytes().to_vec()]
 }
 

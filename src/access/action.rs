@@ -1,4 +1,4 @@
-//! What no officer can do alone.
+//! Protected actions: operations that need the approval of several officers.
 
 use std::fmt;
 
@@ -10,59 +10,59 @@ use crate::certificate::Role;
 use crate::keys::sha256;
 use crate::names::StationName;
 
-/// Most bytes of a ceremony's file.
+/// Maximum length of a ceremony file, in bytes.
 pub const MAX_CEREMONY_LEN: usize = 8 * 1024;
-/// Most bytes of an act's text: it is in the audit log whole, where quotes and line ends take more room.
+/// Maximum length of an action's JSON, in bytes. An audit line must hold all of it, and escaping makes it longer there.
 const MAX_LEN: usize = 16 * 1024;
-/// Most characters of a reason.
+/// Maximum length of a reason, in characters.
 pub const MAX_REASON_LEN: usize = 200;
 
-/// An act that one officer requests and others approve, with everything that it will do.
+/// An action that one officer requests and others approve, with all its parameters.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum ProtectedAction {
-    /// Every certificate that a caller has so far is of no use any more.
+    /// Revoke all certificates that a caller has so far.
     Revoke {
-        /// What the caller is.
+        /// The caller's role.
         role: Role,
-        /// What it is called.
+        /// The caller's name.
         name: String,
-        /// Why.
+        /// The reason.
         reason: String,
     },
-    /// A station may make more devices.
+    /// Raise a station's quota.
     RaiseQuota {
-        /// Which one.
+        /// The station.
         station: StationName,
-        /// From then on.
+        /// The new quota.
         quota: Quota,
     },
-    /// How many must approve what, and for how long a request stands.
+    /// Change the number of approvals per action and the lifetime of requests.
     ChangeRules {
-        /// From then on.
+        /// The new rules.
         rules: ApprovalRules,
     },
-    /// A certificate for somebody whom one officer alone does not let in: another officer, or who was revoked.
+    /// Issue a certificate to an officer, or to a caller that was revoked. One officer alone cannot do either.
     Enroll {
-        /// What the caller is.
+        /// The caller's role.
         role: Role,
-        /// What it is called.
+        /// The caller's name.
         name: String,
-        /// Days until the certificate ends.
+        /// Lifetime of the certificate, in days.
         days: u32,
-        /// SHA-256 of the request (PKCS#10, DER) in hex: of the key that it is for.
+        /// SHA-256 of the CSR (PKCS#10, DER) in hex. It binds the approval to the caller's key.
         csr_sha256: String,
     },
-    /// A ceremony on the token that destroys or replaces keys, once.
+    /// Run a ceremony that destroys or replaces keys, once.
     Ceremony {
-        /// Whether it destroys: else it replaces.
+        /// True if the ceremony destroys keys, false if it replaces keys.
         destroys: bool,
-        /// The ceremony's file, word for word.
+        /// The ceremony file, byte for byte.
         file: String,
     },
 }
 
-/// What kind of act it is, for the rules.
+/// The kind of an action; each kind has its own rule in [`ApprovalRules`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ProtectedActionKind {
     /// [`ProtectedAction::Revoke`].
@@ -80,12 +80,12 @@ pub enum ProtectedActionKind {
 }
 
 impl ProtectedAction {
-    /// The ceremony of that file.
+    /// The action that runs this ceremony file.
     pub fn ceremony(file: String) -> Self {
         Self::Ceremony { destroys: destroys_keys(&file), file }
     }
 
-    /// What kind it is.
+    /// The kind of the action.
     pub const fn kind(&self) -> ProtectedActionKind {
         match self {
             Self::Revoke { .. } => ProtectedActionKind::Revoke,
@@ -97,20 +97,20 @@ impl ProtectedAction {
         }
     }
 
-    /// The one text form: what is signed, sent and stored.
+    /// The canonical JSON form. It is signed, sent and stored.
     pub fn to_json(&self) -> String {
-        // A value of names, numbers and texts has a JSON form.
+        // Cannot fail: names, numbers and strings always have a JSON form.
         serde_json::to_string(self).unwrap_or_default()
     }
 
-    /// Reads [`Self::to_json`]; another form of the same value is refused, so that what is signed is what is read.
+    /// Parses [`Self::to_json`]. Refuses other JSON forms of the same value, so that the parsed bytes are the signed bytes.
     pub fn from_json(json: &str) -> Result<Self, String> {
         if json.len() > MAX_LEN {
-            return Err(format!("at most {MAX_LEN} bytes are read"));
+            return Err(format!("{} bytes exceed the limit of {MAX_LEN}", json.len()));
         }
-        let act: Self = serde_json::from_str(json).map_err(|e| e.to_string())?;
-        act.check()?;
-        if act.to_json() == json { Ok(act) } else { Err("it is not in the canonical form".to_owned()) }
+        let action: Self = serde_json::from_str(json).map_err(|e| e.to_string())?;
+        action.check()?;
+        if action.to_json() == json { Ok(action) } else { Err("JSON is not in canonical form".to_owned()) }
     }
 
     fn check(&self) -> Result<(), String> {
@@ -119,33 +119,33 @@ impl ProtectedAction {
                 crate::certificate::Caller::new(*role, name).map_err(|e| e.to_string())?;
                 let length = reason.chars().count();
                 let fits = (1..=MAX_REASON_LEN).contains(&length) && !reason.chars().any(char::is_control);
-                if fits { Ok(()) } else { Err(format!("a reason has 1 to {MAX_REASON_LEN} printable characters")) }
+                if fits { Ok(()) } else { Err(format!("reason must have 1 to {MAX_REASON_LEN} printable characters")) }
             }
             Self::Enroll { role, name, days, csr_sha256 } => {
                 crate::certificate::Caller::new(*role, name).map_err(|e| e.to_string())?;
                 let hash = hex::decode(csr_sha256).is_ok_and(|hash| hash.len() == 32);
                 let fits = (1..=3650).contains(days) && hash;
-                if fits { Ok(()) } else { Err("it needs 1 to 3650 days and the SHA-256 of the request".to_owned()) }
+                if fits { Ok(()) } else { Err("days must be 1 to 3650, and csr_sha256 a SHA-256 in hex".to_owned()) }
             }
             Self::RaiseQuota { .. } => Ok(()),
             Self::ChangeRules { rules } => rules.check(),
             Self::Ceremony { file, .. } if file.len() > MAX_CEREMONY_LEN => {
-                Err(format!("a ceremony's file has at most {MAX_CEREMONY_LEN} bytes"))
+                Err(format!("ceremony file has {} bytes; the limit is {MAX_CEREMONY_LEN}", file.len()))
             }
-            // Else a destruction could pass for a rotation, which fewer may have to approve.
+            // Otherwise a destruction could be declared as a rotation, which may need fewer approvals.
             Self::Ceremony { destroys, file } if *destroys != destroys_keys(file) => {
-                Err("the ceremony's file says something else of destroying keys".to_owned())
+                Err(format!("destroys is {destroys}, which contradicts the ceremony file"))
             }
             Self::Ceremony { .. } => Ok(()),
         }
     }
 
-    /// Whether the approval waits to be used, once, by who does it: everything else is done with the last approval.
-    pub const fn is_used_later(&self) -> bool {
+    /// True if an officer uses the approval later, once. All other actions take effect with the last approval.
+    pub const fn is_single_use(&self) -> bool {
         matches!(self, Self::Ceremony { .. } | Self::Enroll { .. })
     }
 
-    /// SHA-256 of a ceremony's file.
+    /// SHA-256 of the ceremony file; `None` for other actions.
     pub fn ceremony_hash(&self) -> Option<[u8; 32]> {
         match self {
             Self::Ceremony { file, .. } => Some(sha256(file.as_bytes())),
@@ -154,24 +154,24 @@ impl ProtectedAction {
     }
 }
 
-/// A file that is none does not pass for one that destroys nothing.
+/// True if the ceremony file destroys keys. A file that is no valid TOML counts as destroying, the stricter kind.
 fn destroys_keys(file: &str) -> bool {
     file.parse::<toml::Table>().map_or(true, |table| table.contains_key("destroy"))
 }
 
-/// In a line, for people.
+/// One line for people.
 impl fmt::Display for ProtectedAction {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Revoke { role, name, reason } => write!(f, "revoke the {role} {name}: {reason}"),
             Self::Enroll { role, name, days, csr_sha256 } => {
-                write!(f, "enrol the {role} {name} for {days} days, for the key of the request sha256:{csr_sha256}")
+                write!(f, "enrol the {role} {name} for {days} days, CSR sha256:{csr_sha256}")
             }
-            Self::RaiseQuota { station, quota } => write!(f, "let the station {station} begin these {quota}"),
-            Self::ChangeRules { rules } => write!(f, "change the rules of approval: {rules}"),
+            Self::RaiseQuota { station, quota } => write!(f, "set the quota of the station {station}: {quota}"),
+            Self::ChangeRules { rules } => write!(f, "change the approval rules: {rules}"),
             Self::Ceremony { destroys, file } => {
-                let what = if *destroys { "destroys" } else { "replaces" };
-                write!(f, "run once the ceremony sha256:{}, which {what} keys", hex::encode(sha256(file.as_bytes())))
+                let effect = if *destroys { "destroys" } else { "replaces" };
+                write!(f, "run the ceremony sha256:{} once ({effect} keys)", hex::encode(sha256(file.as_bytes())))
             }
         }
     }

@@ -1,4 +1,4 @@
-//! Where officers and callers come to in the running daemon.
+//! Access control in the running daemon: approvals, enrolment, revocation and identity ranges.
 
 use std::sync::Arc;
 
@@ -17,92 +17,92 @@ use crate::keys::sha256;
 use crate::names::{KeyName, OfficerName, ProfileName, StationName};
 use crate::store::AccessStore;
 
-/// Most seconds of a certificate's life: ten years.
-const LONGEST_LIFE: u64 = 3650 * 24 * 60 * 60;
+/// Maximum lifetime of a certificate, in seconds: ten years.
+const MAX_LIFETIME: u64 = 3650 * 24 * 60 * 60;
 
-/// The key that signs access certificates, with its own one.
+/// The access CA: the key that signs access certificates, and its certificate.
 #[derive(Clone)]
 pub struct AccessAuthority {
     /// The key's name in the HSM.
     pub key: KeyName,
-    /// Its certificate.
+    /// The CA certificate.
     pub issuer: IssuerCertificate,
-    /// The same in PEM, for those who verify others by it.
+    /// The CA certificate in PEM, for callers that verify others with it.
     pub pem: String,
 }
 
-/// The desk: what it is asked is decided here, and kept in the state store.
+/// Decides access requests and stores the decisions in the state store.
 pub struct AccessControl {
     store: Arc<dyn AccessStore>,
     hsm: Hsm,
     authority: Option<AccessAuthority>,
     node: String,
-    standing: Arc<RevocationList>,
+    revocation_list: Arc<RevocationList>,
     clock: Clock,
 }
 
-/// What an officer asks others to approve.
-pub struct Asked {
-    /// Who asks.
+/// An approval request as an officer submits it, not verified yet.
+pub struct SubmittedRequest {
+    /// The officer who submits it.
     pub officer: OfficerName,
-    /// His TLS certificate, DER.
+    /// The officer's TLS certificate, DER.
     pub certificate: Vec<u8>,
-    /// What he calls it.
+    /// The request ID that the officer chose.
     pub id: RequestId,
-    /// What shall be done.
-    pub act: ProtectedAction,
-    /// Until when it stands; seconds since the Unix epoch.
+    /// The action to approve.
+    pub action: ProtectedAction,
+    /// Expiry; seconds since the Unix epoch.
     pub expires: u64,
-    /// His signature over [`ApprovalStatement::request`].
+    /// The officer's signature over [`ApprovalStatement::request`].
     pub signature: Vec<u8>,
 }
 
-/// What an officer says to a request, signed by him.
+/// An officer's verified decision on a request.
 pub struct Decision {
-    /// To which.
+    /// The request.
     pub id: RequestId,
-    /// What the request is about.
-    pub act: ProtectedAction,
-    /// What he signed.
+    /// The action of the request.
+    pub action: ProtectedAction,
+    /// The signed decision.
     pub signed: SignedStatement,
     verdict: Verdict,
 }
 
-/// A certificate that was made for a caller.
+/// A certificate issued to a caller.
 pub struct Enrolled {
     /// The certificate, PEM.
     pub certificate: String,
-    /// Its authority's, PEM.
+    /// The access CA certificate, PEM.
     pub authority: String,
-    /// What is kept of it.
+    /// The stored record of the certificate.
     pub issued: IssuedAccess,
 }
 
 impl AccessControl {
-    /// Opens it, with the revocations that the store knows.
+    /// Creates the service and loads the revocations from the store.
     pub async fn open(
         store: Arc<dyn AccessStore>,
         hsm: Hsm,
         authority: Option<AccessAuthority>,
         node: &str,
     ) -> Result<Self, AccessError> {
-        let standing = Arc::new(RevocationList::default());
-        standing.revoke(store.revocations().await?);
-        Ok(Self { store, hsm, authority, node: node.to_owned(), standing, clock: Clock::system() })
+        let revocation_list = Arc::new(RevocationList::default());
+        revocation_list.revoke(store.revocations().await?);
+        Ok(Self { store, hsm, authority, node: node.to_owned(), revocation_list, clock: Clock::system() })
     }
 
-    /// Who is revoked, for those who admit callers.
-    pub const fn standing(&self) -> &Arc<RevocationList> {
-        &self.standing
+    /// The revocation list, for the code that admits callers.
+    pub const fn revocation_list(&self) -> &Arc<RevocationList> {
+        &self.revocation_list
     }
 
-    /// The node's name, which is part of what officers sign.
+    /// The node name. It is part of every statement that officers sign.
     pub fn node(&self) -> &str {
         &self.node
     }
 
-    /// Takes the configuration's rules and quotas over, as far as that needs nobody's approval: see [`AccessStore::settle`]. Tells, in words,
-    /// what of it is not in force.
+    /// Applies those rules and quotas of the configuration that need no approval: see [`AccessStore::settle`]. Returns a
+    /// description of each setting that is not in force.
     pub async fn settle(
         &self,
         rules: ApprovalRules,
@@ -117,35 +117,35 @@ impl AccessControl {
         Ok(self.store.rules().await?.map(|settled| settled.in_force).unwrap_or_default())
     }
 
-    /// The request of an officer, if its signature is his and it may be filed: what goes on record before it is.
-    pub async fn prepare_request(&self, asked: Asked) -> Result<ApprovalRequest, AccessError> {
-        let Asked { officer, certificate, id, act, expires, signature } = asked;
+    /// Verifies an officer's request without storing it. The caller writes the audit entry before [`Self::file`].
+    pub async fn prepare_request(&self, submitted: SubmittedRequest) -> Result<ApprovalRequest, AccessError> {
+        let SubmittedRequest { officer, certificate, id, action, expires, signature } = submitted;
         let (now, rules) = (self.clock.now(), self.rules().await?);
         let known = self.store.request(id).await?;
-        // A repeat may come late, and is answered as it stands.
+        // A repeated request may arrive late; it gets the stored request as the answer.
         let is_in_time = (now + 1..=now + rules.valid_for).contains(&expires);
         if !is_in_time && known.is_none_or(|known| known.expires != expires) {
-            let problem = format!("a request stands for at most {} seconds from now", rules.valid_for);
+            let problem = format!("expiry must be in the future and at most {} seconds from now", rules.valid_for);
             return Err(Refused::Unfit(problem).into());
         }
-        let statement = ApprovalStatement::request(&self.node, id, &officer, expires, &act);
+        let statement = ApprovalStatement::request(&self.node, id, &officer, expires, &action);
         let requested = SignedStatement::verified(officer, now, &statement, &signature, &certificate);
         let requested = requested.map_err(Refused::Signature)?;
-        if let ProtectedAction::RaiseQuota { station, .. } = &act
+        if let ProtectedAction::RaiseQuota { station, .. } = &action
             && !self.store.stations().await?.iter().any(|known| known.station == *station)
         {
-            return Err(Refused::Unfit(format!("the station {station} is not configured")).into());
+            return Err(Refused::Unfit(format!("station {station} is not configured")).into());
         }
-        let (needed, approvals, state) = (rules.needed(act.kind()), Vec::new(), RequestState::Pending);
-        Ok(ApprovalRequest { id, act, requested, expires, needed, approvals, state })
+        let (needed, approvals, state) = (rules.needed(action.kind()), Vec::new(), RequestState::Pending);
+        Ok(ApprovalRequest { id, action, requested, expires, needed, approvals, state })
     }
 
-    /// Files it. The very same again is answered as it stands now.
+    /// Stores the request. A repeat of the same request returns the stored one.
     pub async fn file(&self, request: ApprovalRequest) -> Result<ApprovalRequest, AccessError> {
         self.store.file_request(request).await
     }
 
-    /// An officer's word on a request, if the signature is his: what goes on record before it counts.
+    /// Verifies an officer's decision without storing it. The caller writes the audit entry before [`Self::decide`].
     pub async fn prepare_decision(
         &self,
         officer: OfficerName,
@@ -154,56 +154,58 @@ impl AccessControl {
         verdict: Verdict,
         signature: &[u8],
     ) -> Result<Decision, AccessError> {
-        let request = self.request_named(id).await?;
-        let of = ApprovalStatement::request(&self.node, id, &request.requested.officer, request.expires, &request.act);
-        let statement = ApprovalStatement::decision(&self.node, id, &officer, &of, &verdict);
+        let request = self.request_by_id(id).await?;
+        let requested =
+            ApprovalStatement::request(&self.node, id, &request.requested.officer, request.expires, &request.action);
+        let statement = ApprovalStatement::decision(&self.node, id, &officer, &requested, &verdict);
         let signed = SignedStatement::verified(officer, self.clock.now(), &statement, signature, certificate);
-        Ok(Decision { id, verdict, act: request.act, signed: signed.map_err(Refused::Signature)? })
+        Ok(Decision { id, verdict, action: request.action, signed: signed.map_err(Refused::Signature)? })
     }
 
-    /// Takes it. A revocation is in force when this returns.
+    /// Stores the decision and carries out a fully approved action. A revocation is in force when this returns.
     pub async fn decide(&self, decision: Decision) -> Result<ApprovalRequest, AccessError> {
         let Decision { id, verdict, signed, .. } = decision;
         let decided = self.store.decide(id, verdict, signed).await?;
-        if let (ProtectedAction::Revoke { role, name, reason }, RequestState::Done(at)) = (&decided.act, &decided.state)
+        if let (ProtectedAction::Revoke { role, name, reason }, RequestState::Done(at)) =
+            (&decided.action, &decided.state)
         {
             let caller = Caller::new(*role, name).map_err(|e| Refused::Unfit(e.to_string()))?;
-            // At once, even if the store cannot be read now; it may know of certificates that begin later.
-            self.standing.revoke([Revocation { caller, at: *at, reason: reason.clone(), request: id }]);
-            self.standing.revoke(self.store.revocations().await?);
+            // Revoke in memory first: this works even if the read fails. The store may hold a later revocation time.
+            self.revocation_list.revoke([Revocation { caller, at: *at, reason: reason.clone(), request: id }]);
+            self.revocation_list.revoke(self.store.revocations().await?);
         }
         Ok(decided)
     }
 
-    /// All requests that are kept, newest first.
+    /// All stored requests, newest first.
     pub async fn requests(&self) -> Result<Vec<ApprovalRequest>, AccessError> {
         Ok(self.store.requests().await?)
     }
 
-    /// A request by its name.
-    pub async fn request_named(&self, id: RequestId) -> Result<ApprovalRequest, AccessError> {
+    /// The request with this ID.
+    pub async fn request_by_id(&self, id: RequestId) -> Result<ApprovalRequest, AccessError> {
         Ok(self.store.request(id).await?.ok_or(RequestError::Unknown(id))?)
     }
 
-    /// Uses up the approval of a ceremony by one of those who signed it; it is held once.
-    pub async fn use_up(
+    /// Consumes the approval of a ceremony. Only an officer who requested or approved it may do so, and only once.
+    pub async fn consume_approval(
         &self,
         officer: &OfficerName,
         id: RequestId,
         file_hash: &[u8],
     ) -> Result<ApprovalRequest, AccessError> {
-        let request = self.request_named(id).await?;
-        if request.act.ceremony_hash().as_ref().map(<[u8; 32]>::as_slice) != Some(file_hash) {
-            return Err(Refused::Unfit(format!("the request {id} is of another ceremony file, or of none")).into());
+        let request = self.request_by_id(id).await?;
+        if request.action.ceremony_hash().as_ref().map(<[u8; 32]>::as_slice) != Some(file_hash) {
+            return Err(Refused::Unfit(format!("request {id} does not approve this ceremony file")).into());
         }
         if !request.is_signed_by(officer) {
-            return Err(Refused::Unfit(format!("{officer} has neither requested nor approved {id}")).into());
+            return Err(Refused::Unfit(format!("{officer} neither requested nor approved {id}")).into());
         }
-        self.store.use_up(id, self.clock.now()).await
+        self.store.consume_approval(id, self.clock.now()).await
     }
 
-    /// Makes a certificate for the key of a request (PKCS#10, DER). One officer alone lets in neither another officer, who would be the
-    /// second pair of eyes, nor anybody who was revoked.
+    /// Issues a certificate for the key of a CSR (PKCS#10, DER). Enrolling an officer or a revoked caller needs an approval:
+    /// otherwise one officer could create their own second officer.
     pub async fn enroll(
         &self,
         caller: Caller,
@@ -211,26 +213,33 @@ impl AccessControl {
         days: u32,
         by: &OfficerName,
     ) -> Result<Enrolled, AccessError> {
-        let revoked = self.standing.revoked_until(&caller);
+        let revoked = self.revocation_list.revoked_until(&caller);
         if revoked.is_some() || caller.role() == Role::Officer {
-            self.use_enrolment(&caller, csr, days, by).await?;
+            self.consume_enrolment(&caller, csr, days, by).await?;
         }
-        // A certificate of the very second of a revocation would be revoked with the others.
+        // A certificate that begins in the second of the revocation would be revoked too.
         let not_before = self.clock.now().max(revoked.map_or(0, |until| until + 1));
         let life = u64::from(days) * 24 * 60 * 60;
         self.issue(caller, csr, not_before, life, &Caller::Officer(by.clone())).await
     }
 
-    async fn use_enrolment(&self, caller: &Caller, csr: &[u8], days: u32, by: &OfficerName) -> Result<(), AccessError> {
+    async fn consume_enrolment(
+        &self,
+        caller: &Caller,
+        csr: &[u8],
+        days: u32,
+        by: &OfficerName,
+    ) -> Result<(), AccessError> {
         let (role, name, csr_sha256) = (caller.role(), caller.name().to_owned(), hex::encode(sha256(csr)));
-        let act = ProtectedAction::Enroll { role, name, days, csr_sha256 };
-        let known = self.store.requests().await?;
-        let is_usable = |known: &&ApprovalRequest| {
-            known.act == act && known.standing(self.clock.now()) == "approved" && known.is_signed_by(by)
+        let action = ProtectedAction::Enroll { role, name, days, csr_sha256 };
+        let requests = self.store.requests().await?;
+        let is_usable = |request: &&ApprovalRequest| {
+            let is_approved = request.effective_state(self.clock.now()) == "approved";
+            request.action == action && is_approved && request.is_signed_by(by)
         };
-        let needed = || Refused::NeedsApproval { caller: caller.clone() };
-        let found = known.iter().find(is_usable).ok_or_else(needed)?;
-        self.store.use_up(found.id, self.clock.now()).await.map(drop)
+        let missing = || Refused::NeedsApproval { caller: caller.clone() };
+        let request = requests.iter().find(is_usable).ok_or_else(missing)?;
+        self.store.consume_approval(request.id, self.clock.now()).await.map(drop)
     }
 
     async fn issue(
@@ -245,9 +254,10 @@ impl AccessControl {
         let public_key = verify_csr(csr).map_err(|e| Refused::Unfit(format!("csr: {e}")))?;
         let serial = self.hsm.random(CertificateSerial::LEN).await?;
         let serial = <[u8; CertificateSerial::LEN]>::try_from(serial);
-        let serial =
-            CertificateSerial::from_random(serial.map_err(|_| Refused::Unfit("the HSM gave too few bytes".into()))?);
-        let not_after = not_before + life.min(LONGEST_LIFE);
+        let serial = CertificateSerial::from_random(
+            serial.map_err(|_| Refused::Unfit("the HSM returned too few random bytes".into()))?,
+        );
+        let not_after = not_before + life.min(MAX_LIFETIME);
         let name = AccessName::Client(caller.clone());
         let document = access_certificate(&AccessCertificate {
             name: &name,
@@ -259,36 +269,36 @@ impl AccessControl {
         })?;
         let issued =
             IssuedAccess { caller, serial: serial.as_bytes().to_vec(), not_before, not_after, by: by.to_string() };
-        // Noted before it is signed: none exists that was newer than the list's.
-        self.store.note_certificate(&issued).await?;
+        // Stored before it is signed, so that no certificate exists that the list does not contain.
+        self.store.record_certificate(&issued).await?;
         let signature = self.hsm.sign(&authority.key, document.algorithm(), document.to_be_signed()).await?;
         let certificate = document.assemble(&signature)?.to_pem()?;
         Ok(Enrolled { certificate, authority: authority.pem.clone(), issued })
     }
 
-    /// Another certificate for a caller who has one, with as long a life.
+    /// Issues a new certificate to a caller, with the same lifetime as the present one.
     pub async fn renew(&self, present: &CallerCertificate, csr: &[u8]) -> Result<Enrolled, AccessError> {
         let life = present.not_after.saturating_sub(present.not_before);
-        // It begins now, not after a revocation that came meanwhile: then it is revoked with the others.
+        // It begins now, so that a revocation that arrives during this call revokes the new certificate too.
         self.issue(present.caller.clone(), csr, self.clock.now(), life, &present.caller).await
     }
 
-    /// Stations with their quotas and what they have begun.
+    /// Stations with their quotas and usage.
     pub async fn stations(&self) -> Result<Vec<StationUse>, AccessError> {
         Ok(self.store.stations().await?)
     }
 
-    /// The newest certificate of each caller that the daemon has made one for.
+    /// The newest certificate that the daemon issued to each caller.
     pub async fn certificates(&self) -> Result<Vec<IssuedAccess>, AccessError> {
         Ok(self.store.certificates().await?)
     }
 
-    /// Who is revoked.
+    /// All revocations.
     pub async fn revocations(&self) -> Result<Vec<Revocation>, AccessError> {
         Ok(self.store.revocations().await?)
     }
 
-    /// Loads identities that the daemon may give out.
+    /// Loads a range of identities for the daemon to assign.
     pub async fn load_range(
         &self,
         profile: ProfileName,
@@ -298,12 +308,12 @@ impl AccessControl {
         self.store.load_range(profile, range, by, self.clock.now()).await
     }
 
-    /// What is loaded, and how far it is used.
+    /// The loaded ranges and how much of each is used.
     pub async fn ranges(&self) -> Result<Vec<LoadedRange>, AccessError> {
         Ok(self.store.ranges().await?)
     }
 
-    /// Now, by the clock that requests are judged by; seconds since the Unix epoch.
+    /// The current time of the clock that decides expiry; seconds since the Unix epoch.
     pub fn now(&self) -> u64 {
         self.clock.now()
     }

@@ -1,7 +1,7 @@
-//! Who may call, what two officers must agree on, and how much a station may make.
+//! Access control: callers, revocation, approvals by several officers, and station quotas.
 //!
-//! The pure parts say what may become of a request, a quota, a range; the state store keeps them, each change in one
-//! transaction; the [`AccessControl`] is what officers and callers come to.
+//! The types of this module define the state transitions of requests, quotas and ranges. The state store commits each
+//! transition in one transaction. [`AccessControl`] is the service that the RPCs use.
 
 mod action;
 mod control;
@@ -15,7 +15,7 @@ mod statement;
 use serde::{Deserialize, Serialize};
 
 pub use action::{MAX_CEREMONY_LEN, MAX_REASON_LEN, ProtectedAction, ProtectedActionKind};
-pub use control::{AccessAuthority, AccessControl, Asked, Decision, Enrolled};
+pub use control::{AccessAuthority, AccessControl, Decision, Enrolled, SubmittedRequest};
 pub use quota::{Exceeded, NeedsApproval, Quota, SettledQuota, Usage};
 pub use range::IdentityRange;
 pub use request::{ApprovalRequest, RequestError, RequestId, RequestState};
@@ -31,73 +31,74 @@ use crate::hsm::HsmError;
 use crate::names::{DeviceIdentity, ProfileName, StationName};
 use crate::store::StoreError;
 
-/// A caller whose certificates up to a moment are of no use any more.
+/// The revocation of a caller's certificates up to a point in time.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Revocation {
-    /// Who.
+    /// The revoked caller.
     pub caller: Caller,
-    /// Certificates that begin at this moment or before are refused; seconds since the Unix epoch.
+    /// Certificates that begin at or before this time are refused; seconds since the Unix epoch.
     pub at: u64,
-    /// Why.
+    /// The reason.
     pub reason: String,
-    /// What it was requested as.
+    /// The approval request that revoked the caller.
     pub request: RequestId,
 }
 
-/// A certificate that the daemon has made for a caller.
+/// A certificate that the daemon issued to a caller.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IssuedAccess {
-    /// For whom.
+    /// The certificate's subject.
     pub caller: Caller,
-    /// Its serial number.
+    /// The serial number.
     pub serial: Vec<u8>,
     /// Seconds since the Unix epoch.
     pub not_before: u64,
     /// Seconds since the Unix epoch.
     pub not_after: u64,
-    /// Who asked for it: an officer, or the caller itself.
+    /// The officer who enrolled the caller, or the caller itself after a renewal.
     pub by: String,
 }
 
-/// What a station may make and has made.
+/// A station's quota and usage.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StationUse {
-    /// Which one.
+    /// The station.
     pub station: StationName,
-    /// Its quota.
+    /// The station's quota.
     pub quota: SettledQuota,
-    /// What it has begun.
+    /// The devices that the station has begun.
     pub usage: Usage,
 }
 
-/// A range that an officer has loaded, and how far it is used.
+/// A range of identities that an officer loaded, and how much of it is used.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LoadedRange {
-    /// Counted from 1.
+    /// Sequence number, from 1.
     pub number: u64,
-    /// For which product.
+    /// The profile that uses the identities.
     pub profile: ProfileName,
-    /// Which identities.
+    /// The identities.
     pub range: IdentityRange,
-    /// So many are given out or passed over, from the first on.
+    /// Number of identities assigned or skipped, from the first on.
     pub used: u64,
-    /// Who loaded it.
+    /// The officer who loaded the range.
     pub by: String,
-    /// Seconds since the Unix epoch.
+    /// Time of loading; seconds since the Unix epoch.
     pub at: u64,
 }
 
-/// The rules in force, beside those that the configuration had when they were settled.
+/// The rules in force, and the configured rules from which they were settled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SettledRules {
-    /// What the configuration said.
+    /// The rules of the configuration when they were settled.
     pub configured: ApprovalRules,
-    /// What counts.
+    /// The rules in force.
     pub in_force: ApprovalRules,
 }
 
 impl SettledRules {
-    /// The first rules are those of the configuration; others take an approval, stricter ones, too: they could lock everybody out.
+    /// Settles configured rules. The first ones take effect as they are. Later changes need an approval, even stricter ones,
+    /// because those could lock all officers out.
     pub fn settle(known: Option<Self>, configured: ApprovalRules) -> Result<Self, NeedsApproval> {
         match known {
             None => Ok(Self { configured, in_force: configured }),
@@ -108,76 +109,77 @@ impl SettledRules {
     }
 }
 
-/// Why something of this room was not done. Nothing has changed then.
+/// A refused access operation. It has changed nothing.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
-    /// A request, or a decision on one.
+    /// An approval request, or a decision on one.
     #[error(transparent)]
     Request(#[from] RequestError),
-    /// The signature under a request or a decision.
-    #[error("the signature is refused: {0}")]
+    /// The signature of a request or a decision does not verify.
+    #[error("invalid signature: {0}")]
     Signature(String),
-    /// Another range has some of the identities.
-    #[error("the range {first} to {last} is loaded already, as number {number}, and has some of these identities")]
+    /// The range overlaps a loaded one.
+    #[error("the range overlaps range {number}, which is loaded already ({first} to {last})")]
     Overlaps {
-        /// The other range.
+        /// Number of the loaded range.
         number: u64,
-        /// Its first identity.
+        /// First identity of the loaded range.
         first: Box<DeviceIdentity>,
-        /// Its last one.
+        /// Last identity of the loaded range.
         last: Box<DeviceIdentity>,
     },
-    /// The station has begun as many devices as it may.
-    #[error("the station {station} {exceeded}")]
+    /// The station's quota is exhausted.
+    #[error("station {station} {exceeded}")]
     Quota {
-        /// Which one.
+        /// The station.
         station: StationName,
-        /// Which limit.
+        /// The exceeded limit.
         exceeded: Exceeded,
     },
-    /// More identities than one call looks at are in use already.
-    #[error("{0} identities of the range are in use already; repeat the call to go on behind them")]
-    PassedOver(usize),
-    /// No identity is left.
+    /// One call skips a limited number of identities that are in use, and all of these are.
+    #[error("{0} identities of the range are in use already; repeat the command to continue after them")]
+    TooManyInUse(usize),
+    /// No unused identity is left.
     #[error(
-        "no identity of the profile {profile} is left that {station} may give out; an officer loads more with sppctl identities load"
+        "no unused identity of profile {profile} is left that station {station} may assign; ask an officer to load more \
+         (sppctl identities load)"
     )]
     NoIdentity {
         /// The profile.
         profile: ProfileName,
-        /// Who asks.
+        /// The calling station.
         station: StationName,
     },
-    /// One officer alone does not let in an officer, or somebody who was revoked.
+    /// Enrolling an officer or a revoked caller needs an approval.
     #[error(
-        "to enrol the {caller} for this key takes the approval of another officer: sppctl approvals request enroll {} {} --csr FILE; then \
-         enrol with the same request and days", .caller.role(), .caller.name()
+        "enrolling the {caller} for this key needs the approval of another officer: run sppctl approvals request enroll {} {} \
+         --csr FILE, then enrol with the same CSR and days", .caller.role(), .caller.name()
     )]
     NeedsApproval {
-        /// Who is to be let in.
+        /// The caller to enrol.
         caller: Caller,
     },
     /// The daemon has no key that signs access certificates.
-    #[error("there is no access key in the register of keys; run a ceremony with [access_ca]")]
+    #[error("the key manifest has no access key; run a ceremony with [access_ca]")]
     NoAuthority,
-    /// There is no such station, profile or request content.
+    /// The station, profile or content of the request is not valid.
     #[error("{0}")]
     Unfit(String),
 }
 
-/// Why something was not done.
+/// A failed access operation.
 #[derive(Debug, thiserror::Error)]
 pub enum AccessError {
-    /// It is refused.
+    /// The operation is refused.
     #[error(transparent)]
     Refused(#[from] Refused),
-    /// The store.
+    /// The state store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// The HSM.
+    /// The HSM failed.
     #[error(transparent)]
     Hsm(#[from] HsmError),
-    /// A certificate could not be made.
+    /// A certificate could not be encoded.
     #[error(transparent)]
     Certificate(#[from] CertificateError),
 }

@@ -1,29 +1,29 @@
-//! How many devices a station may begin.
+//! Station quotas: limits on the number of devices that a station may begin.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
 const MINUTE: u64 = 60;
-/// Minutes of the hour that counts.
+/// Length of the sliding window, in minutes.
 const WINDOW: u64 = 60;
 
-/// How many devices a station may begin in any hour, and at all; without a number there is no limit.
+/// Maximum number of devices that a station may begin, per hour and in total. `None` means no limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Quota {
-    /// In any 60 minutes.
+    /// Devices in any 60 minutes.
     pub devices_per_hour: Option<u64>,
-    /// Since the station is known.
+    /// Devices since the station was first configured.
     pub devices_total: Option<u64>,
 }
 
 impl Quota {
-    /// Whether everything that it permits, the other one does, too.
+    /// True if both limits are at most those of `other`.
     pub fn is_within(&self, other: &Self) -> bool {
-        let within = |mine: Option<u64>, theirs: Option<u64>| match (mine, theirs) {
+        let within = |limit: Option<u64>, max: Option<u64>| match (limit, max) {
             (_, None) => true,
-            (Some(mine), Some(theirs)) => mine <= theirs,
+            (Some(limit), Some(max)) => limit <= max,
             (None, Some(_)) => false,
         };
         within(self.devices_per_hour, other.devices_per_hour) && within(self.devices_total, other.devices_total)
@@ -32,27 +32,27 @@ impl Quota {
 
 impl fmt::Display for Quota {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let number = |number: Option<u64>| number.map_or_else(|| "no limit".to_owned(), |n| n.to_string());
-        write!(f, "devices: {} in any hour, {} in total", number(self.devices_per_hour), number(self.devices_total))
+        let limit = |limit: Option<u64>| limit.map_or_else(|| "no limit".to_owned(), |n| n.to_string());
+        write!(f, "devices per hour: {}, devices in total: {}", limit(self.devices_per_hour), limit(self.devices_total))
     }
 }
 
-/// The quota in force, beside the one that the configuration had when it was settled: an approved raise stands until the
-/// configuration says something else.
+/// The quota in force, and the configured quota from which it was settled. An approved raise stays in force until the
+/// configured quota changes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SettledQuota {
-    /// What the configuration said.
+    /// The quota of the configuration when it was settled.
     pub configured: Quota,
-    /// What counts.
+    /// The quota in force.
     pub in_force: Quota,
 }
 
-/// The configuration gives a station more than what is in force: that takes the approval of another officer.
+/// The configured quota is higher than the one in force, which needs an officer's approval.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NeedsApproval;
 
 impl SettledQuota {
-    /// What is in force with a configuration: the first one as it is, a lower one as it is, a higher one not at all.
+    /// Settles a configured quota. The first one and lower ones take effect as they are; a higher one does not take effect.
     pub fn settle(known: Option<Self>, configured: Quota) -> Result<Self, NeedsApproval> {
         match known {
             None => Ok(Self { configured, in_force: configured }),
@@ -63,33 +63,33 @@ impl SettledQuota {
     }
 }
 
-/// What a station has begun.
+/// The devices that a station has begun.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Usage {
     total: u64,
-    /// Devices by the minute in which they were begun, oldest first, of the last hour.
+    /// Number of devices begun per minute, within the last hour, oldest first.
     minutes: Vec<(u64, u64)>,
 }
 
-/// Which limit is reached.
+/// The limit that is exceeded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exceeded {
-    /// So many in an hour; some will be free after so many seconds.
+    /// The limit per hour, and the seconds until the station may begin another device.
     PerHour(u64, u64),
-    /// So many at all.
+    /// The limit in total.
     Total(u64),
 }
 
 impl fmt::Display for Exceeded {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::PerHour(limit, after) => {
-                write!(f, "has begun {limit} devices in an hour, which is its quota; in {after} s it may begin more")
+            Self::PerHour(limit, seconds) => {
+                write!(f, "has begun {limit} devices in the last hour, its quota; retry in {seconds} s")
             }
             Self::Total(limit) => {
                 write!(
                     f,
-                    "has begun {limit} devices, which is all it may; an officer raises its quota (sppctl approvals request quota)"
+                    "has begun {limit} devices, its quota; ask an officer to raise it (sppctl approvals request quota)"
                 )
             }
         }
@@ -97,8 +97,8 @@ impl fmt::Display for Exceeded {
 }
 
 impl Usage {
-    /// Whether the quota has room for one more at that moment.
-    pub fn has_room(&self, quota: &Quota, now: u64) -> Result<(), Exceeded> {
+    /// Checks that the quota permits one more device at `now`.
+    pub fn check_quota(&self, quota: &Quota, now: u64) -> Result<(), Exceeded> {
         if let Some(limit) = quota.devices_total.filter(|limit| self.total >= *limit) {
             return Err(Exceeded::Total(limit));
         }
@@ -110,12 +110,12 @@ impl Usage {
         Ok(())
     }
 
-    /// One more at that moment, if the quota has room.
+    /// Counts one more device at `now`, if the quota permits it.
     pub fn begin(&mut self, quota: &Quota, now: u64) -> Result<(), Exceeded> {
-        self.has_room(quota, now)?;
+        self.check_quota(quota, now)?;
         let minute = now / MINUTE;
         self.minutes.retain(|(of, _)| of + WINDOW > minute);
-        // What was begun while the clock was ahead was begun by now.
+        // Devices counted while the clock was ahead count as begun now.
         let ahead: u64 = self.minutes.iter().filter(|(of, _)| *of >= minute).map(|(_, count)| count).sum();
         self.minutes.retain(|(of, _)| *of < minute);
         self.minutes.push((minute, ahead + 1));
@@ -123,13 +123,13 @@ impl Usage {
         Ok(())
     }
 
-    /// Begun in the hour before that moment.
+    /// Number of devices begun in the hour before `now`.
     pub fn in_last_hour(&self, now: u64) -> u64 {
         let minute = now / MINUTE;
         self.minutes.iter().filter(|(of, _)| of + WINDOW > minute).map(|(_, count)| count).sum()
     }
 
-    /// Begun at all.
+    /// Number of devices begun in total.
     pub const fn total(&self) -> u64 {
         self.total
     }
@@ -146,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_used_up_is_free_again_after_an_hour_or_never() {
+    fn hourly_quota_recovers_and_total_quota_does_not() {
         let mut usage = Usage::default();
         let (hourly, now) = (quota(2, 3), 1_000_000_020);
         assert_eq!(usage.begin(&hourly, now), Ok(()));
@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_that_was_ahead_holds_nobody_up_for_longer_than_an_hour() {
+    fn clock_set_back_blocks_station_for_at_most_an_hour() {
         let (mut usage, hourly, now) = (Usage::default(), quota(3, None), 1_000_000_000);
         usage.begin(&hourly, now + 86_400).unwrap();
         usage.begin(&hourly, now).unwrap();
@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn the_configuration_lowers_and_only_an_approval_raises() {
+    fn configuration_lowers_quota_and_only_approval_raises_it() {
         let settle = SettledQuota::settle;
         let first = settle(None, quota(10, None)).unwrap();
         assert_eq!(first.in_force, quota(10, None));
@@ -183,7 +183,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_hour_has_more_than_the_quota(steps in proptest::collection::vec(0_u64..900, 1..200), limit in 1_u64..20) {
+        fn devices_in_any_hour_stay_within_quota(steps in proptest::collection::vec(0_u64..900, 1..200), limit in 1_u64..20) {
             let (mut usage, mut now, mut begun) = (Usage::default(), 1_000_000_000, Vec::new());
             for step in steps {
                 now += step;

@@ -1,23 +1,23 @@
-//! Ranges of identities that the daemon gives out by itself, each once.
+//! Ranges of device identities from which the daemon assigns each identity once.
 
 use serde::{Deserialize, Serialize};
 
 use crate::names::{DeviceIdentity, Imei, NameError};
 
-/// Most identities of a range.
-const MOST: u64 = 1_000_000_000;
+/// Maximum number of identities in a range.
+const MAX_COUNT: u64 = 1_000_000_000;
 
-/// Identities that follow each other: `count` of them from the first on. An IMEI is counted without its check digit, a serial
-/// number by the digits at its end, whose number stays the same.
+/// `count` consecutive identities from the first on. An IMEI is counted without its check digit. A serial number is counted
+/// by its trailing digits; their number stays the same.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IdentityRange {
     first: DeviceIdentity,
     count: u64,
 }
 
-/// What an identity is counted by: all of one series differ in the number alone.
+/// An identity as a number within its series. The identities of one series differ only in this number.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Place {
+struct SeriesPosition {
     series: String,
     number: u64,
     /// The highest number of the series.
@@ -25,23 +25,23 @@ struct Place {
 }
 
 impl IdentityRange {
-    /// The range; refused if it has none, too many, or goes beyond the end of its series.
+    /// Creates a range. Fails if it is empty, too long, or extends beyond the end of its series.
     pub fn new(first: DeviceIdentity, count: u64) -> Result<Self, NameError> {
-        if !(1..=MOST).contains(&count) {
-            return Err(NameError::new(format!("a range has 1 to {MOST} identities, this one has {count}")));
+        if !(1..=MAX_COUNT).contains(&count) {
+            return Err(NameError::new(format!("range has {count} identities; the limits are 1 and {MAX_COUNT}")));
         }
-        let place = place_of(&first)?;
-        match place.number.checked_add(count - 1) {
-            Some(last) if last <= place.last => Ok(Self { first, count }),
-            _ => Err(NameError::new(format!("{count} identities from {first} on go beyond the end of the series"))),
+        let position = position_of(&first)?;
+        match position.number.checked_add(count - 1) {
+            Some(last) if last <= position.last => Ok(Self { first, count }),
+            _ => Err(NameError::new(format!("{count} identities from {first} extend beyond the end of the series"))),
         }
     }
 
-    /// The range between two identities of one series, both included.
+    /// The range between two identities of one series, inclusive.
     pub fn between(first: DeviceIdentity, last: &DeviceIdentity) -> Result<Self, NameError> {
-        let (from, to) = (place_of(&first)?, place_of(last)?);
+        let (from, to) = (position_of(&first)?, position_of(last)?);
         if from.series != to.series || to.number < from.number {
-            return Err(NameError::new(format!("{last} does not come after {first} in one series")));
+            return Err(NameError::new(format!("{last} does not follow {first} in the same series")));
         }
         Self::new(first, (to.number - from.number).saturating_add(1))
     }
@@ -51,62 +51,61 @@ impl IdentityRange {
         &self.first
     }
 
-    /// How many there are.
+    /// The number of identities.
     pub const fn count(&self) -> u64 {
         self.count
     }
 
-    /// The identity at that place, counted from 0; none beyond the end.
+    /// The identity at index `n`, from 0; `None` beyond the end.
     pub fn nth(&self, n: u64) -> Option<DeviceIdentity> {
         if n >= self.count {
             return None;
         }
-        let number = place_of(&self.first).ok()?.number.checked_add(n)?;
+        let number = position_of(&self.first).ok()?.number.checked_add(n)?;
         identity_at(&self.first, number)
     }
 
     /// The last identity.
     pub fn last(&self) -> DeviceIdentity {
-        // A range has at least its first one.
+        // A range has at least one identity, the first.
         self.nth(self.count - 1).unwrap_or_else(|| self.first.clone())
     }
 
-    /// Whether some identity is in both.
+    /// True if the ranges share an identity.
     pub fn overlaps(&self, other: &Self) -> bool {
-        let (Ok(one), Ok(two)) = (place_of(&self.first), place_of(&other.first)) else { return false };
+        let (Ok(one), Ok(two)) = (position_of(&self.first), position_of(&other.first)) else { return false };
         one.series == two.series
             && one.number < two.number.saturating_add(other.count)
             && two.number < one.number.saturating_add(self.count)
     }
 }
 
-fn place_of(identity: &DeviceIdentity) -> Result<Place, NameError> {
+fn position_of(identity: &DeviceIdentity) -> Result<SeriesPosition, NameError> {
     let text = identity.to_string();
     let value = text.split_once(':').map_or("", |(_, value)| value);
     let hex = |digits: &str| u64::from_str_radix(digits, 16).map_err(|e| NameError::new(e.to_string()));
     let series = identity.kind().to_owned();
-    let place = match identity {
+    let position = match identity {
         DeviceIdentity::Imei(imei) => {
-            // Allocated to one type by the TAC: a range stays in it.
-            let snr = imei.snr().parse().map_err(|_| NameError::new("an IMEI has digits alone"))?;
-            Place { series: format!("{series}:{}", imei.tac()), number: snr, last: 999_999 }
+            // The TAC is allocated to one device type, so a range must not cross into the next TAC.
+            let snr =
+                imei.snr().parse().map_err(|_| NameError::new(format!("{identity}: an IMEI must have digits only")))?;
+            SeriesPosition { series: format!("{series}:{}", imei.tac()), number: snr, last: 999_999 }
         }
-        DeviceIdentity::Meid(_) => Place { series, number: hex(value)?, last: 0xff_ffff_ffff_ffff },
-        DeviceIdentity::Eui48(_) => Place { series, number: hex(value)?, last: 0xffff_ffff_ffff },
-        DeviceIdentity::Eui64(_) => Place { series, number: hex(value)?, last: u64::MAX },
+        DeviceIdentity::Meid(_) => SeriesPosition { series, number: hex(value)?, last: 0xff_ffff_ffff_ffff },
+        DeviceIdentity::Eui48(_) => SeriesPosition { series, number: hex(value)?, last: 0xffff_ffff_ffff },
+        DeviceIdentity::Eui64(_) => SeriesPosition { series, number: hex(value)?, last: u64::MAX },
         DeviceIdentity::Serial(_) => {
             let (stem, digits) = serial_parts(value);
             let number = digits.parse().map_err(|_| {
-                NameError::new(format!(
-                    "{identity} cannot be counted on: a serial number needs 1 to 18 digits at its end"
-                ))
+                NameError::new(format!("{identity} cannot start a range: the serial number must end in 1 to 18 digits"))
             })?;
-            // At most 18 digits, so it fits.
+            // At most 18 digits, so the value fits into 64 bits.
             let last = 10_u64.saturating_pow(u32::try_from(digits.len()).unwrap_or(u32::MAX)) - 1;
-            Place { series: format!("{series}:{stem}/{}", digits.len()), number, last }
+            SeriesPosition { series: format!("{series}:{stem}/{}", digits.len()), number, last }
         }
     };
-    Ok(place)
+    Ok(position)
 }
 
 fn identity_at(first: &DeviceIdentity, number: u64) -> Option<DeviceIdentity> {
@@ -126,7 +125,7 @@ fn identity_at(first: &DeviceIdentity, number: u64) -> Option<DeviceIdentity> {
     text.parse().ok()
 }
 
-/// What a serial number begins with, and the digits at its end, at most 18 of them.
+/// Splits a serial number into its stem and its trailing digits, at most 18.
 fn serial_parts(value: &str) -> (&str, &str) {
     let digits = value.bytes().rev().take_while(u8::is_ascii_digit).count().min(18);
     value.split_at(value.len() - digits)
@@ -143,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn identities_follow_each_other_in_their_own_way() {
+    fn nth_counts_by_the_rules_of_each_identity_kind() {
         for (first, second, last_of_three) in [
             ("imei:490154203237518", "imei:490154203237526", "imei:490154203237534"),
             ("meid:a00000000000ff", "meid:a0000000000100", "meid:a0000000000101"),
@@ -160,20 +159,20 @@ mod tests {
     }
 
     #[test]
-    fn a_range_stays_in_its_series() {
+    fn range_beyond_its_series_is_rejected() {
         let body = "49015420999999";
         let last = format!("imei:{body}{}", Imei::check_digit(body).unwrap());
         assert!(range(&last, 1).is_ok());
-        assert!(range(&last, 2).unwrap_err().to_string().contains("beyond the end"));
+        assert!(range(&last, 2).unwrap_err().to_string().contains("beyond the end of the series"));
         assert!(range("serial:SN-98", 3).is_err());
-        assert!(range("serial:SN-X", 1).unwrap_err().to_string().contains("digits at its end"));
+        assert!(range("serial:SN-X", 1).unwrap_err().to_string().contains("must end in 1 to 18 digits"));
         assert!(range("serial:SN-1", 0).is_err());
         let other_series = IdentityRange::between("serial:A-1".parse().unwrap(), &"serial:B-2".parse().unwrap());
         assert!(other_series.is_err());
     }
 
     #[test]
-    fn only_ranges_of_one_series_overlap() {
+    fn ranges_of_different_series_do_not_overlap() {
         let of = |first, count| range(first, count).unwrap();
         assert!(of("serial:A-10", 5).overlaps(&of("serial:A-14", 1)));
         assert!(!of("serial:A-10", 5).overlaps(&of("serial:A-15", 1)));
@@ -183,7 +182,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_identity_comes_twice(first in 0_u64..0xffff_ffff, count in 1_u64..200) {
+        fn identities_of_a_range_are_distinct(first in 0_u64..0xffff_ffff, count in 1_u64..200) {
             let range = range(&format!("eui48:{first:012x}"), count).unwrap();
             let all: std::collections::BTreeSet<_> = (0..count).map(|n| range.nth(n).unwrap()).collect();
             prop_assert_eq!(all.len() as u64, count);

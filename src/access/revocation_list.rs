@@ -1,4 +1,4 @@
-//! Who is revoked, as every call is asked for.
+//! The in-memory revocation list that every call is checked against.
 
 use std::collections::HashMap;
 use std::sync::{PoisonError, RwLock};
@@ -6,12 +6,12 @@ use std::sync::{PoisonError, RwLock};
 use super::Revocation;
 use crate::certificate::{Caller, CallerCertificate};
 
-/// The revocations, in memory: looked at with each call, so that an open connection ends with its certificate.
+/// The revocations by caller. They are checked for each call, so a revocation also takes effect on open connections.
 #[derive(Default)]
 pub struct RevocationList(RwLock<HashMap<Caller, u64>>);
 
 impl RevocationList {
-    /// From now on these, and those before.
+    /// Adds revocations.
     pub fn revoke(&self, revocations: impl IntoIterator<Item = Revocation>) {
         let mut revoked = self.0.write().unwrap_or_else(PoisonError::into_inner);
         for Revocation { caller, at, .. } in revocations {
@@ -20,12 +20,12 @@ impl RevocationList {
         }
     }
 
-    /// Whether the certificate is of no use any more.
+    /// True if the certificate is revoked.
     pub fn is_revoked(&self, certificate: &CallerCertificate) -> bool {
         self.revoked_until(&certificate.caller).is_some_and(|until| certificate.not_before <= until)
     }
 
-    /// Up to which moment the caller's certificates are of no use.
+    /// The time up to which the caller's certificates are revoked; seconds since the Unix epoch.
     pub fn revoked_until(&self, caller: &Caller) -> Option<u64> {
         self.0.read().unwrap_or_else(PoisonError::into_inner).get(caller).copied()
     }

@@ -1,4 +1,4 @@
-//! How many officers must approve what.
+//! Approval rules: the number of officers who must approve each kind of action.
 
 use std::fmt;
 
@@ -6,18 +6,18 @@ use serde::{Deserialize, Serialize};
 
 use super::action::ProtectedActionKind;
 
-/// Most approvals that can be asked for.
-const MOST: u8 = 9;
-/// A request stands for at least a minute and at most so long.
-const LONGEST: u64 = 30 * 24 * 60 * 60;
+/// Maximum number of approvals that a rule may require.
+const MAX_APPROVALS: u8 = 9;
+/// Maximum lifetime of a request, in seconds. The minimum is one minute.
+const MAX_VALIDITY: u64 = 30 * 24 * 60 * 60;
 
-/// Officers besides the one who requests, for each kind of act, and how long a request stands.
+/// Number of approvals besides the requesting officer, for each kind of action, and the lifetime of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct ApprovalRules {
     /// Revoking a caller.
     pub revoke: u8,
-    /// Letting in an officer, or somebody who was revoked.
+    /// Enrolling an officer or a revoked caller.
     pub enroll: u8,
     /// Raising a station's quota.
     pub raise_quota: u8,
@@ -27,7 +27,7 @@ pub struct ApprovalRules {
     pub destroy: u8,
     /// Ceremonies that replace keys.
     pub rotate: u8,
-    /// Seconds for which a request stands.
+    /// Lifetime of a request, in seconds.
     pub valid_for: u64,
 }
 
@@ -38,7 +38,7 @@ impl Default for ApprovalRules {
 }
 
 impl ApprovalRules {
-    /// How many must approve such an act.
+    /// Number of approvals that an action of this kind needs.
     pub const fn needed(&self, kind: ProtectedActionKind) -> u8 {
         match kind {
             ProtectedActionKind::Revoke => self.revoke,
@@ -50,16 +50,16 @@ impl ApprovalRules {
         }
     }
 
-    /// Nobody does any of it alone, and no request stands for ever.
+    /// Checks that no action is possible with one officer, and that requests expire.
     pub fn check(&self) -> Result<(), String> {
         let counts = [self.revoke, self.enroll, self.raise_quota, self.change_rules, self.destroy, self.rotate];
-        if counts.iter().any(|count| !(1..=MOST).contains(count)) {
-            return Err(format!("each act needs 1 to {MOST} approvals besides the request"));
+        if counts.iter().any(|count| !(1..=MAX_APPROVALS).contains(count)) {
+            return Err(format!("each action must need 1 to {MAX_APPROVALS} approvals besides the request"));
         }
-        if (60..=LONGEST).contains(&self.valid_for) {
+        if (60..=MAX_VALIDITY).contains(&self.valid_for) {
             Ok(())
         } else {
-            Err("a request stands for 1 minute to 30 days".to_owned())
+            Err("valid-for must be from 1 minute to 30 days".to_owned())
         }
     }
 }
@@ -70,8 +70,8 @@ impl fmt::Display for ApprovalRules {
         let valid = humantime::format_duration(std::time::Duration::from_secs(*valid_for));
         write!(
             f,
-            "approvals besides the request: revoke {revoke}, enroll {enroll}, raise-quota {raise_quota}, change-rules {change_rules}, \
-             destroy {destroy}, rotate {rotate}; a request stands for {valid}"
+            "approvals needed besides the requester: revoke {revoke}, enroll {enroll}, raise-quota {raise_quota}, \
+             change-rules {change_rules}, destroy {destroy}, rotate {rotate}; requests are valid for {valid}"
         )
     }
 }

@@ -1,4 +1,4 @@
-//! What an officer signs: a text that names the act in full, with the key of his TLS certificate.
+//! Officer statements: the texts that officers sign with the key of their TLS certificate. Each contains the whole action.
 
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -6,29 +6,29 @@ use serde::{Deserialize, Serialize};
 
 use super::RequestId;
 use super::action::ProtectedAction;
-use crate::certificate::public_key_of;
+use crate::certificate::certificate_public_key;
 use crate::keys::{SignatureAlgorithm, sha256};
 use crate::names::OfficerName;
 
-/// What is signed, as bytes: requests and decisions can never be taken for each other.
+/// The text to be signed. The `verb` line separates requests from decisions, so neither can be mistaken for the other.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ApprovalStatement(String);
 
-/// Of the year 9999: later ones have no RFC 3339 form.
+/// The last second of the year 9999. Later times have no RFC 3339 form.
 const LAST_SECOND: u64 = 253_402_300_799;
 const TITLE: &str = "spp officer statement v1";
 
 impl ApprovalStatement {
-    /// "I ask for this act on this node, until then."
-    pub fn request(node: &str, id: RequestId, officer: &OfficerName, expires: u64, act: &ProtectedAction) -> Self {
+    /// The statement that requests an action on this node, until `expires`.
+    pub fn request(node: &str, id: RequestId, officer: &OfficerName, expires: u64, action: &ProtectedAction) -> Self {
         let at = humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_secs(expires.min(LAST_SECOND)));
-        let content = act.to_json();
+        let content = action.to_json();
         Self(format!(
             "{TITLE}\nnode      {node}\nverb      request\nrequest   {id}\nofficer   {officer}\nexpires   {at}\ncontent   {content}\n"
         ))
     }
 
-    /// "I approve", or "I reject", of what that request says, to the last byte.
+    /// The statement that approves or rejects a request. It contains the SHA-256 of the request statement.
     pub fn decision(node: &str, id: RequestId, officer: &OfficerName, request: &Self, verdict: &Verdict) -> Self {
         let (hash, verb) = (request.hash(), verdict.verb());
         let mut text = format!(
@@ -50,23 +50,23 @@ impl ApprovalStatement {
         &self.0
     }
 
-    /// SHA-256 of it in hex, by which people compare what they see.
+    /// SHA-256 of the text in hex. Officers compare it before they approve.
     pub fn hash(&self) -> String {
         hex::encode(sha256(self.as_bytes()))
     }
 }
 
-/// What an officer says to another's request.
+/// An officer's decision on a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
-    /// It shall be done.
+    /// Approve.
     Approve,
-    /// It shall not be done, for that reason.
+    /// Reject, with this reason.
     Reject(String),
 }
 
 impl Verdict {
-    /// As it is written.
+    /// The verb in the statement.
     pub const fn verb(&self) -> &'static str {
         match self {
             Self::Approve => "approve",
@@ -75,23 +75,23 @@ impl Verdict {
     }
 }
 
-/// A statement that an officer has signed, with all that is needed to verify it ever after.
+/// A signed statement, with everything that is needed to verify it later.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SignedStatement {
-    /// Who.
+    /// The signer.
     pub officer: OfficerName,
-    /// When it came; seconds since the Unix epoch.
+    /// Time of receipt; seconds since the Unix epoch.
     pub at: u64,
     /// The text.
     pub statement: String,
-    /// By the key of the certificate.
+    /// The signature by the certificate's key.
     pub signature: Vec<u8>,
     /// The officer's TLS certificate, DER.
     pub certificate: Vec<u8>,
 }
 
 impl SignedStatement {
-    /// The statement as signed, if that certificate's key has signed it.
+    /// Verifies the signature with the certificate's key.
     pub fn verified(
         officer: OfficerName,
         at: u64,
@@ -105,11 +105,11 @@ impl SignedStatement {
     }
 }
 
-/// Whether the certificate's key has signed the text.
+/// Verifies that the certificate's key has signed the statement.
 pub fn verify(statement: &[u8], signature: &[u8], certificate: &[u8]) -> Result<(), String> {
-    let key = public_key_of(certificate).map_err(|e| e.to_string())?;
+    let key = certificate_public_key(certificate).map_err(|e| e.to_string())?;
     let algorithm = SignatureAlgorithm::default_for(key.kind());
     key.verify(algorithm, statement, signature).map_err(|_| {
-        "it is not signed with the key of the certificate, or of something else than was sent; ask again with sppctl".to_owned()
+        "signature does not match the statement and the certificate's key; repeat the command with sppctl".to_owned()
     })
 }

@@ -1,16 +1,16 @@
-//! Where a log ended at one moment, as a text that the log key of the public database signs in the HSM.
+//! Audit checkpoints: the head of an audit log as a note that the log key of the public database signs in the HSM.
 
 use super::LogHead;
 use crate::tlog::{LogKey, TlogError, UnsignedText, verify_text};
 
 const TITLE: &str = "spp audit checkpoint v1";
 
-/// The head of a node's audit log. There is no time in it: the same head has the same note, however often it is signed.
+/// The head of a node's audit log. It contains no time, so that the same head always has the same note.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Checkpoint {
-    /// Whose log.
+    /// The node that writes the log.
     pub node: String,
-    /// Where it ended.
+    /// The head of the log.
     pub head: LogHead,
 }
 
@@ -25,15 +25,15 @@ impl Checkpoint {
         format!("node      {node}\nentries   {entries}\nlast      sha256:{hash}\n")
     }
 
-    /// Reads a note that the key has signed, and nothing but what [`Self::text`] writes.
+    /// Verifies a signed note and parses it. Accepts only the exact format of [`Self::text`].
     pub fn verified(note: &[u8], key: &LogKey) -> Result<Self, String> {
         let text = verify_text(note, key).map_err(|e| e.to_string())?;
         let value = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default().to_owned();
         let hash = hex::decode(value("last      sha256:")).ok().and_then(|hash| hash.try_into().ok());
         let entries = value("entries   ").parse().ok();
         let head = entries.zip(hash).map(|(entries, hash)| LogHead { entries, hash });
-        let read = head.map(|head| Self { node: value("node      "), head });
-        let read = read.filter(|read| text == format!("{TITLE}\n{}", read.body()));
-        read.ok_or_else(|| "it is signed, and no checkpoint of an audit log".to_owned())
+        let checkpoint = head.map(|head| Self { node: value("node      "), head });
+        let checkpoint = checkpoint.filter(|checkpoint| text == format!("{TITLE}\n{}", checkpoint.body()));
+        checkpoint.ok_or_else(|| "the signed note is not an audit checkpoint".to_owned())
     }
 }

@@ -1,35 +1,35 @@
-//! What happens to the log without being asked: its end is signed and published, repeated refusals are told, and a clock that jumps.
+//! Background audit work: checkpoints, aggregated refusals, offline events and clock steps.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::watch;
 
-use super::offline_events::take_in;
+use super::offline_events::import_pending;
 use super::{AuditError, Auditor, Checkpoint, Entry, LogHead, Outcome};
 use crate::hsm::{CheckpointKey, Hsm};
 use crate::keys::SignatureAlgorithm;
 use crate::store::{AuditCheckpoint, PublishError, Registry};
 
-/// How often it is looked what is due.
-const LOOK: Duration = Duration::from_secs(1);
-/// How often repeated refusals are told.
-const TELL: Duration = Duration::from_secs(60);
-/// A clock that is off by more than that between two looks has jumped.
-const JUMP: Duration = Duration::from_secs(2);
-/// How long the last checkpoint may take when the daemon stops.
-const LAST: Duration = Duration::from_secs(5);
+/// How often the checkpointer checks for due work.
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
+/// How often repeated refusals are recorded.
+const REPEATS_INTERVAL: Duration = Duration::from_secs(60);
+/// Maximum deviation of the wall clock from the monotonic clock between two polls. A larger one is recorded as a clock step.
+const MAX_CLOCK_STEP: Duration = Duration::from_secs(2);
+/// Timeout of the last checkpoint when the daemon stops.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// When a checkpoint is due.
+/// The rules that decide when a checkpoint is due.
 #[derive(Debug, Clone, Copy)]
 pub struct CheckpointRules {
-    /// After so many entries.
+    /// Number of new entries after which a checkpoint is due.
     pub entries: u64,
-    /// After so long, if there are any.
+    /// Time after which a checkpoint is due, if there are new entries.
     pub every: Duration,
 }
 
-/// Looks after the log while the daemon runs.
+/// Signs and publishes checkpoints of the audit log, and does the other periodic audit work.
 pub struct AuditCheckpointer {
     auditor: Arc<Auditor>,
     hsm: Hsm,
@@ -38,16 +38,16 @@ pub struct AuditCheckpointer {
     rules: CheckpointRules,
 }
 
-/// Up to where the end is signed.
+/// The part of the log that checkpoints cover.
 #[derive(Clone, Copy, Default)]
 struct Covered {
     entries: u64,
-    /// With no more entries than that, there is nothing new but the checkpoint's own one.
-    quiet: u64,
+    /// Number of entries including the checkpoint's own entry. No checkpoint is due while the log has no more entries.
+    idle_entries: u64,
 }
 
 impl AuditCheckpointer {
-    /// For that log, key and public database.
+    /// Creates a checkpointer for this log, key and public database.
     pub const fn new(
         auditor: Arc<Auditor>,
         hsm: Hsm,
@@ -58,57 +58,59 @@ impl AuditCheckpointer {
         Self { auditor, hsm, key, registry, rules }
     }
 
-    /// Compares the log with the newest checkpoint that the public database has of it, before anything is added: a log that does not have
-    /// the entry that it ends with was cut off, changed or put back from an older copy. It is not gone on with unless that very loss is
-    /// accepted, which is recorded.
+    /// Compares the log with its newest published checkpoint, before an entry is added. A log without the last entry of that
+    /// checkpoint was truncated, changed or restored from an old copy. This fails unless the configuration accepts exactly this
+    /// loss, which is then recorded.
     pub async fn compare(&self, accepted_loss: Option<u64>) -> Result<(), String> {
         let log = self.auditor.log();
         let newest = self.registry.newest_audit(log.node()).await.map_err(|e| e.to_string())?;
         let Some((index, published)) = newest else { return Ok(()) };
-        let known = Checkpoint::verified(&published.note, &self.key.key)?.head;
-        let found = log.hash_of_line(known.entries).await.map_err(|e| e.to_string())?;
-        if known.entries == 0 || found == Some(known.hash) {
+        let signed = Checkpoint::verified(&published.note, &self.key.key)?.head;
+        let hash = log.hash_of_line(signed.entries).await.map_err(|e| e.to_string())?;
+        if signed.entries == 0 || hash == Some(signed.hash) {
             return Ok(());
         }
-        let kept = log.head().await.map_err(|e| e.to_string())?.entries;
+        let present = log.head().await.map_err(|e| e.to_string())?.entries;
         if accepted_loss != Some(index) {
             return Err(format!(
-                "the audit log has {kept} entries, and not entry {} as entry {index} of the public database knows it: it was cut off or \
-                 changed, or is an old copy; put the newest one in its place, or accept the loss with accepted_loss = {index} in [audit]",
-                known.entries - 1
+                "the audit log has {present} entries and does not match the checkpoint of {} entries in entry {index} of the \
+                 public database: it was truncated or changed, or is an old \
+                 copy; restore the newest copy, or accept the loss with \
+                 accepted_loss = {index} in [audit]",
+                signed.entries
             ));
         }
         let entry = Entry::new("sppd", "audit.loss", Outcome::Done)
             .with("index", index)
-            .with("known", known.entries)
-            .with("kept", kept);
+            .with("known", signed.entries)
+            .with("kept", present);
         self.auditor.record(entry).await.map(drop).map_err(|e| e.to_string())
     }
 
-    /// Takes in what officers did on the token by themselves, as they wrote it down beside the log.
+    /// Imports the offline events that officers' tools stored beside the log.
     pub async fn import_offline_events(&self) -> Result<(), AuditError> {
-        take_in(self.auditor.log()).await
+        import_pending(self.auditor.log()).await
     }
 
-    /// Looks after it until `stop` is true.
+    /// Runs until `stop` is true.
     pub async fn run(&self, mut stop: watch::Receiver<bool>) {
-        let (mut covered, mut signed_at, mut told_at) = (Covered::default(), Instant::now(), Instant::now());
-        let mut clock = Reading::now();
+        let (mut covered, mut signed_at, mut repeats_at) = (Covered::default(), Instant::now(), Instant::now());
+        let mut clock = ClockReading::now();
         while !*stop.borrow() {
             tokio::select! {
-                () = tokio::time::sleep(LOOK) => {}
-                // An error means that the sender is gone, which is a stop as well.
+                () = tokio::time::sleep(POLL_INTERVAL) => {}
+                // An error means that the sender was dropped, which is also a stop.
                 _ = stop.changed() => break,
             }
-            let now = Reading::now();
+            let now = ClockReading::now();
             self.record_jump(clock, now).await;
             clock = now;
             if let Err(error) = self.import_offline_events().await {
-                tracing::error!(%error, "what was done on the token is not in the audit log; it is tried again");
+                tracing::error!(%error, "audit log: offline events not imported; will retry");
             }
-            if told_at.elapsed() >= TELL {
-                self.auditor.tell_repeats().await;
-                told_at = Instant::now();
+            if repeats_at.elapsed() >= REPEATS_INTERVAL {
+                self.auditor.record_repeats().await;
+                repeats_at = Instant::now();
             }
             if self.is_due(covered, signed_at.elapsed()).await {
                 covered = self.checkpoint(covered).await;
@@ -117,35 +119,35 @@ impl AuditCheckpointer {
         }
     }
 
-    /// The last checkpoint of this life, after its last entry.
+    /// Makes the last checkpoint before the daemon stops.
     pub async fn close(&self) {
-        self.auditor.tell_repeats().await;
-        if tokio::time::timeout(LAST, self.checkpoint(Covered::default())).await.is_err() {
+        self.auditor.record_repeats().await;
+        if tokio::time::timeout(CLOSE_TIMEOUT, self.checkpoint(Covered::default())).await.is_err() {
             tracing::warn!(
-                "the end of the audit log is not signed: the HSM or the public database did not answer in time"
+                "audit checkpoint failed at shutdown: the HSM or the public database did not answer in time"
             );
         }
     }
 
     async fn is_due(&self, covered: Covered, since: Duration) -> bool {
         let Ok(head) = self.auditor.log().head().await else { return false };
-        let new = head.entries > covered.quiet;
-        new && (since >= self.rules.every || head.entries - covered.entries >= self.rules.entries)
+        let has_new = head.entries > covered.idle_entries;
+        has_new && (since >= self.rules.every || head.entries - covered.entries >= self.rules.entries)
     }
 
-    /// Signs where the log ends, publishes that, and then records it. Whatever fails is tried again when the next one is due.
+    /// Signs and publishes a checkpoint, then records it. After a failure the next due checkpoint covers the same entries.
     async fn checkpoint(&self, before: Covered) -> Covered {
         let log = self.auditor.log();
         let Ok(head) = log.head().await else { return before };
         match self.sign_and_publish(head).await {
             Ok(recorded) => {
-                self.auditor.note_checkpoint(head.entries, None);
-                let quiet = if recorded == head.entries { recorded + 1 } else { head.entries };
-                Covered { entries: head.entries, quiet }
+                self.auditor.set_checkpoint_status(head.entries, None);
+                let idle_entries = if recorded == head.entries { recorded + 1 } else { head.entries };
+                Covered { entries: head.entries, idle_entries }
             }
-            Err(why) => {
-                tracing::warn!(%why, "the end of the audit log is not signed and published; it is tried again");
-                self.auditor.note_checkpoint(before.entries, Some(why));
+            Err(error) => {
+                tracing::warn!(%error, "audit checkpoint not published; will retry");
+                self.auditor.set_checkpoint_status(before.entries, Some(error));
                 before
             }
         }
@@ -167,35 +169,35 @@ impl AuditCheckpointer {
         self.auditor.record(entry).await.map_err(|e| e.to_string())
     }
 
-    async fn record_jump(&self, before: Reading, now: Reading) {
-        let Some(seconds) = before.jumped(now) else { return };
-        tracing::warn!(seconds, "the clock has jumped");
+    async fn record_jump(&self, before: ClockReading, now: ClockReading) {
+        let Some(seconds) = before.clock_step(now) else { return };
+        tracing::warn!(seconds, "clock step detected");
         let entry = Entry::new("sppd", "clock.jump", Outcome::Done).with("seconds", format!("{seconds:+}"));
         if let Err(error) = self.auditor.record(entry).await {
-            tracing::error!(%error, "a jump of the clock is not in the audit log");
+            tracing::error!(%error, "audit log: clock step not recorded");
         }
     }
 }
 
-/// What both clocks say: the one that people set, and the one that only goes on.
+/// A simultaneous reading of the wall clock and the monotonic clock.
 #[derive(Clone, Copy)]
-struct Reading {
+struct ClockReading {
     wall: SystemTime,
-    steady: Instant,
+    monotonic: Instant,
 }
 
-impl Reading {
+impl ClockReading {
     fn now() -> Self {
-        Self { wall: SystemTime::now(), steady: Instant::now() }
+        Self { wall: SystemTime::now(), monotonic: Instant::now() }
     }
 
-    /// By how many seconds the wall clock has jumped since, if it has.
-    fn jumped(self, now: Self) -> Option<i64> {
-        let expected = self.wall + now.steady.duration_since(self.steady);
-        let seconds = |off: Duration| i64::try_from(off.as_secs()).unwrap_or(i64::MAX);
+    /// The step of the wall clock since this reading, in seconds; `None` if it is within [`MAX_CLOCK_STEP`].
+    fn clock_step(self, now: Self) -> Option<i64> {
+        let expected = self.wall + now.monotonic.duration_since(self.monotonic);
+        let seconds = |step: Duration| i64::try_from(step.as_secs()).unwrap_or(i64::MAX);
         match now.wall.duration_since(expected) {
-            Ok(ahead) if ahead > JUMP => Some(seconds(ahead)),
-            Err(behind) if behind.duration() > JUMP => Some(-seconds(behind.duration())),
+            Ok(ahead) if ahead > MAX_CLOCK_STEP => Some(seconds(ahead)),
+            Err(behind) if behind.duration() > MAX_CLOCK_STEP => Some(-seconds(behind.duration())),
             _ => None,
         }
     }
@@ -206,13 +208,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_clock_that_is_set_has_jumped_and_one_that_goes_on_has_not() {
-        let before = Reading::now();
-        let later = before.steady + Duration::from_secs(1);
-        let at = |wall| before.jumped(Reading { wall, steady: later });
-        assert_eq!(at(before.wall + Duration::from_secs(1)), None);
-        assert_eq!(at(before.wall + Duration::from_millis(2900)), None, "a slow look is no jump");
-        assert_eq!(at(before.wall + Duration::from_secs(3601)), Some(3600));
-        assert_eq!(at(before.wall - Duration::from_secs(59)), Some(-60));
+    fn clock_step_beyond_tolerance_is_detected() {
+        let before = ClockReading::now();
+        let monotonic = before.monotonic + Duration::from_secs(1);
+        let step_to = |wall| before.clock_step(ClockReading { wall, monotonic });
+        assert_eq!(step_to(before.wall + Duration::from_secs(1)), None);
+        assert_eq!(step_to(before.wall + Duration::from_millis(2900)), None, "a slow poll is not a clock step");
+        assert_eq!(step_to(before.wall + Duration::from_secs(3601)), Some(3600));
+        assert_eq!(step_to(before.wall - Duration::from_secs(59)), Some(-60));
     }
 }

@@ -1,4 +1,4 @@
-//! An entry as the rooms write it: who does what, with what, and how it went.
+//! Audit entries as modules write them: caller, action, details and outcome.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -6,59 +6,59 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// What is to be recorded. The log adds when, on which node, and the place in the chain.
+/// An entry to be recorded. The log adds the time, the node and the position in the chain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
     pub(super) caller: String,
-    pub(super) act: &'static str,
+    pub(super) action: &'static str,
     pub(super) details: BTreeMap<String, String>,
     pub(super) outcome: Outcome,
 }
 
 impl Entry {
-    /// An entry without details. The caller is a role and a name, `officer o-1`, or `sppd` for the daemon itself; the act is
-    /// named once and for all, `pool.fill`.
-    pub fn new(caller: impl fmt::Display, act: &'static str, outcome: Outcome) -> Self {
-        Self { caller: caller.to_string(), act, details: BTreeMap::new(), outcome }
+    /// Creates an entry without details. The caller is a role and a name, `officer o-1`, or `sppd` for the daemon itself. The
+    /// action is a stable name, `pool.fill`.
+    pub fn new(caller: impl fmt::Display, action: &'static str, outcome: Outcome) -> Self {
+        Self { caller: caller.to_string(), action, details: BTreeMap::new(), outcome }
     }
 
-    /// Who acts.
+    /// The caller.
     pub(crate) fn caller(&self) -> &str {
         &self.caller
     }
 
-    /// The same with one more detail. Whoever reads the log reads it, so it is never a secret.
+    /// Adds a detail. Everyone who reads the log sees it, so it must not be a secret.
     #[must_use]
     pub fn with(mut self, name: &str, value: impl fmt::Display) -> Self {
         self.details.insert(name.to_owned(), value.to_string());
         self
     }
 
-    /// The same without these details, which an entry before it has.
+    /// Removes these details, which an earlier entry of the same action already has.
     #[must_use]
     pub(crate) fn without(mut self, names: &[&str]) -> Self {
         self.details.retain(|name, _| !names.contains(&name.as_str()));
         self
     }
 
-    /// The entry that tells how this act ended: same caller, act and details.
+    /// The entry that records the outcome of this action, with the same caller, action and details.
     #[must_use]
     pub fn ended(&self, outcome: Outcome) -> Self {
         Self { outcome, ..self.clone() }
     }
 }
 
-/// How an act went.
+/// The outcome of an action.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub enum Outcome {
-    /// It is about to be done. An act that begins and never ends was cut off by a crash.
+    /// The action is about to start. An action that has only this entry was interrupted by a crash.
     Begun,
-    /// It was done.
+    /// The action is done.
     Done,
-    /// It was not permitted or not possible, and nothing was done.
+    /// The action was not permitted or not possible, and nothing was done.
     Refused(String),
-    /// It was tried and did not succeed; what was done of it is said.
+    /// The action failed; the text says which part was done.
     Failed(String),
 }
 
@@ -76,9 +76,9 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// The text is none of the outcomes.
+/// The text is not an outcome.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no outcome; there are begun, done, refused: WHY and failed: WHY")]
+#[error("unknown outcome {0:?}: expected begun, done, refused: REASON or failed: REASON")]
 pub struct UnknownOutcome(String);
 
 impl FromStr for Outcome {
@@ -116,20 +116,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_outcome_is_read_as_it_was_written() {
+    fn outcome_round_trips_through_text() {
         for outcome in
             [Outcome::Begun, Outcome::Done, Outcome::Refused("failed: no".into()), Outcome::Failed(String::new())]
         {
             assert_eq!(outcome.to_string().parse(), Ok(outcome));
         }
-        assert!("refused".parse::<Outcome>().unwrap_err().to_string().contains("refused: WHY"));
+        assert!("refused".parse::<Outcome>().unwrap_err().to_string().contains("refused: REASON"));
     }
 
     #[test]
-    fn the_end_of_an_act_tells_of_the_same_act() {
+    fn ended_entry_keeps_caller_action_and_details() {
         let begun = Entry::new("officer o-1", "pool.fill", Outcome::Begun).with("profile", "phone").with("keys", 100);
         let ended = begun.ended(Outcome::Failed("7 were made".to_owned()));
-        assert_eq!((&ended.caller, ended.act, &ended.details), (&begun.caller, begun.act, &begun.details));
+        assert_eq!((&ended.caller, ended.action, &ended.details), (&begun.caller, begun.action, &begun.details));
         assert_ne!(ended.outcome, begun.outcome);
     }
 }

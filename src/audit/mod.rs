@@ -1,12 +1,12 @@
-//! The audit log: what officers did and what was refused, in a file that is only ever added to.
+//! The audit log: an append-only, hash-chained file of officers' actions and of refusals.
 //!
-//! `audit.jsonl` has one JSON object per line. Each carries the SHA-256 of the line before it, so that nothing can be
-//! changed, removed, added or moved inside without [`verify`] finding it. [`AuditLog::record`] returns when the line is on the
-//! disk: whoever is about to act records that it begins, and does not act if that fails.
+//! `audit.jsonl` has one JSON object per line. Each line contains the SHA-256 of the previous one, so that [`verify`] detects
+//! every line that was changed, removed, added or moved inside the log. [`AuditLog::record`] returns when the line is durable.
+//! An action is recorded before it begins, and does not begin if that fails.
 //!
-//! What the chain alone cannot show: that lines are missing at the end, that the last one was changed, or that the whole file
-//! was written anew. For that the [`AuditCheckpointer`] has the end signed in the HSM every now and then, and published in the public
-//! database, where nobody can take it back: [`verify_with`] compares.
+//! The chain alone cannot show that lines are missing at the end, that the last line was changed, or that the whole file was
+//! rewritten. For this purpose the [`AuditCheckpointer`] periodically signs the head of the log in the HSM and publishes it in
+//! the append-only public database. [`verify_with`] compares the log with these checkpoints.
 
 mod auditor;
 mod chain;
@@ -27,80 +27,80 @@ pub use checkpointer::{AuditCheckpointer, CheckpointRules};
 pub use entry::{Entry, Outcome, UnknownOutcome};
 pub use log::{AuditLog, LogHead};
 pub use offline_events::OfflineEvent;
-pub use read::{Entries, Recorded};
-pub use verify::{Published, PublishedTrail, Trust, Verified, verified_json, verify, verify_with};
+pub use read::{Entries, RecordedEntry};
+pub use verify::{PublishedCheckpoint, PublishedCheckpoints, Trust, Verified, verified_json, verify, verify_with};
 
-/// The log's file in its directory.
+/// Name of the log file in its directory.
 pub(crate) const FILE: &str = "audit.jsonl";
 
-/// The audit log could not be made, opened, written or followed.
+/// A failure to create, open, write or verify the audit log.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum AuditError {
-    /// Something is where a new log should be.
+    /// The directory of a new log exists already.
     #[error(
-        "audit log: {0} exists already and is never overwritten; choose another place, or remove it if an interrupted sppctl \
-         init left it without {FILE}"
+        "audit log: {0} exists already and is never overwritten; choose another directory, or remove this one if an interrupted \
+         sppctl init left it without {FILE}"
     )]
     Exists(PathBuf),
-    /// The log is not there. The daemon never makes one: an empty log in the place of a lost one would hide what was done.
+    /// The log is missing. The daemon never creates one: an empty log in place of a lost one would hide past actions.
     #[error(
-        "audit log: there is none at {path} ({cause}); if it was never made, make it with sppctl init, or with sppctl audit init \
-         where the stores exist already; if it was, its disk is missing"
+        "audit log: cannot open {path} ({cause}); create a first log with sppctl init, or with sppctl audit init if the stores \
+         exist; if the log existed before, mount its disk"
     )]
     Missing {
         /// The file.
         path: PathBuf,
-        /// What the system says.
+        /// The system error.
         #[source]
         cause: Arc<std::io::Error>,
     },
-    /// Another process writes it.
+    /// Another process has the log open.
     #[error("audit log: {0} is in use by another process; only one daemon may write it, stop the other one")]
     InUse(PathBuf),
-    /// The disk. What was to be recorded may be there or not; nobody was told that it is.
-    #[error("audit log: {doing} {path}: {cause}; see to the disk, then repeat what was refused")]
+    /// An I/O error. The entry may or may not be in the log; its writer received this error.
+    #[error("audit log: {doing} {path}: {cause}; check the disk, then repeat the refused command")]
     Failed {
-        /// What was being done.
+        /// The operation.
         doing: &'static str,
-        /// To which file.
+        /// The file.
         path: PathBuf,
-        /// What the system says.
+        /// The system error.
         #[source]
         cause: Arc<std::io::Error>,
     },
-    /// The end of the log is not what was written there, so nothing can be added.
+    /// The end of the log differs from what was written, so nothing can be appended.
     #[error(
-        "audit log: the end of {path} is damaged: {why}; keep the file as it is, find out who changed it, and name another \
+        "audit log: the end of {path} is damaged: {why}; preserve the file, find out who changed it, and configure another \
          directory for a new log (sppctl audit init)"
     )]
     Damaged {
         /// The file.
         path: PathBuf,
-        /// What is wrong.
+        /// The damage.
         why: String,
     },
-    /// The chain breaks.
+    /// The chain is broken.
     #[error("audit log: {path}, line {line}: {why}")]
     Broken {
         /// The file.
         path: PathBuf,
-        /// The first line that does not fit, counted from 1.
+        /// The first line that does not continue the chain, from 1.
         line: u64,
-        /// What is wrong with it.
+        /// The mismatch.
         why: String,
     },
-    /// The log is not what was signed.
+    /// The log does not match its signed checkpoints.
     #[error("audit log: {path}: {why}")]
-    NotAsSigned {
+    CheckpointMismatch {
         /// The file.
         path: PathBuf,
-        /// What is missing or another.
+        /// The mismatch.
         why: String,
     },
-    /// The entry has more bytes than a line may have.
-    #[error("audit log: an entry of {0} bytes is too long; at most {max} are written", max = chain::MAX_LINE)]
+    /// The entry exceeds the maximum line length.
+    #[error("audit log: an entry of {0} bytes exceeds the limit of {max}", max = chain::MAX_LINE_LEN)]
     TooLong(usize),
-    /// The entry cannot be written as JSON, or the task that writes was ended.
-    #[error("audit log: recording an entry: {0}; what was to be recorded must not be done, try again")]
+    /// The entry has no JSON form, or the writer task was interrupted.
+    #[error("audit log: entry not recorded: {0}; the action was refused, try again")]
     Interrupted(String),
 }

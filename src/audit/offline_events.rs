@@ -1,5 +1,7 @@
-//! What officers do on the token by themselves, while the daemon has the log or there is no daemon yet: written down beside the log before
-//! it is done, and taken into it at the next start or look of the daemon.
+//! Offline events: actions of officers' tools on the token, outside the daemon.
+//!
+//! A tool stores each event beside the log before it acts. The daemon, the only writer of the log, imports the events at its
+//! next start or poll.
 
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -11,37 +13,38 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
-use super::chain::MAX_LINE;
+use super::chain::MAX_LINE_LEN;
 use super::{AuditError, AuditLog, Entry, Outcome};
 
-/// Beside the log's file.
-const SPOOL: &str = "spool";
-/// Most files that are taken in at one look.
-const MOST: usize = 256;
-/// The act of whatever is taken in: the details name it.
-const ACT: &str = "token.act";
+/// Directory of the pending events, beside the log file.
+const SPOOL_DIR: &str = "spool";
+/// Maximum number of files imported per poll.
+const MAX_FILES: usize = 256;
+/// The audit action of imported events. The detail `act` names the event's own action.
+const ACTION: &str = "token.act";
 
-/// An act on the token, as it waits beside the log.
+/// An action on the token that is not in the log yet.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct OfflineEvent {
-    /// Which one, `officer.enroll` for example.
+    /// Name of the action, for example `officer.enroll`.
     pub act: String,
-    /// With what.
+    /// Details of the action.
     pub details: BTreeMap<String, String>,
-    /// How it went.
+    /// Outcome of the action.
     pub outcome: Outcome,
 }
 
 impl OfflineEvent {
-    /// Writes it down beside the log of that directory, durably; nothing where there is no log yet, which its first entries then show.
-    pub fn write_down(&self, log: &Path) -> Result<(), AuditError> {
+    /// Stores the event durably beside the log in this directory. Does nothing if no log exists yet; the log's first entries
+    /// show this.
+    pub fn persist(&self, log: &Path) -> Result<(), AuditError> {
         if !log.join(super::FILE).exists() {
             return Ok(());
         }
-        let (dir, at) =
-            (log.join(SPOOL), SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos()));
-        let name = format!("{at:032}-{}", std::process::id());
+        let (dir, nanos) =
+            (log.join(SPOOL_DIR), SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos()));
+        let name = format!("{nanos:032}-{}", std::process::id());
         let write = || -> io::Result<()> {
             DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
             let new = dir.join(format!("{name}.new"));
@@ -53,21 +56,25 @@ impl OfflineEvent {
             File::open(&dir)?.sync_all()?;
             File::open(log)?.sync_all()
         };
-        write().map_err(|cause| AuditError::Failed { doing: "writing down", path: dir.clone(), cause: Arc::new(cause) })
+        write().map_err(|cause| AuditError::Failed {
+            doing: "storing an offline event in",
+            path: dir.clone(),
+            cause: Arc::new(cause),
+        })
     }
 }
 
-/// Takes in what was written down beside the log, oldest first. A crash between the entry and the removal has it taken in twice, which is
-/// better than not at all.
-pub(super) async fn take_in(log: &AuditLog) -> Result<(), AuditError> {
-    let dir = log.directory().join(SPOOL);
-    for path in waiting(&dir)? {
+/// Imports the pending events, oldest first. A crash between entry and removal imports an event twice, which is better than
+/// losing it.
+pub(super) async fn import_pending(log: &AuditLog) -> Result<(), AuditError> {
+    let dir = log.directory().join(SPOOL_DIR);
+    for path in pending_files(&dir)? {
         let entry = match read(&path) {
             Ok(OfflineEvent { act, details, outcome }) => {
-                let entry = Entry::new("officer at the token", ACT, outcome).with("act", act);
+                let entry = Entry::new("officer at the token", ACTION, outcome).with("act", act);
                 details.into_iter().fold(entry, |entry, (name, value)| entry.with(&name, value))
             }
-            Err(why) => Entry::new("officer at the token", ACT, Outcome::Failed(why)).with("file", path.display()),
+            Err(why) => Entry::new("officer at the token", ACTION, Outcome::Failed(why)).with("file", path.display()),
         };
         log.record(entry).await?;
         let removed = fs::remove_file(&path);
@@ -76,7 +83,7 @@ pub(super) async fn take_in(log: &AuditLog) -> Result<(), AuditError> {
     Ok(())
 }
 
-fn waiting(dir: &Path) -> Result<Vec<PathBuf>, AuditError> {
+fn pending_files(dir: &Path) -> Result<Vec<PathBuf>, AuditError> {
     let failed = |cause| AuditError::Failed { doing: "reading", path: dir.to_owned(), cause: Arc::new(cause) };
     let entries = match fs::read_dir(dir) {
         Ok(entries) => entries,
@@ -87,14 +94,14 @@ fn waiting(dir: &Path) -> Result<Vec<PathBuf>, AuditError> {
     let mut paths = paths.map_err(failed)?;
     paths.retain(|path| path.extension().is_some_and(|extension| extension == "json"));
     paths.sort();
-    paths.truncate(MOST);
+    paths.truncate(MAX_FILES);
     Ok(paths)
 }
 
 fn read(path: &Path) -> Result<OfflineEvent, String> {
     let mut text = String::new();
     let file = File::open(path).map_err(|e| e.to_string())?;
-    file.take(MAX_LINE as u64 / 4).read_to_string(&mut text).map_err(|e| e.to_string())?;
+    file.take(MAX_LINE_LEN as u64 / 4).read_to_string(&mut text).map_err(|e| e.to_string())?;
     serde_json::from_str(&text).map_err(|e| e.to_string())
 }
 
@@ -104,30 +111,30 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn what_waits_beside_the_log_is_taken_in_once_and_in_order() {
-        let place = spp_testkit::files::temp_dir();
-        let dir = place.path().join("audit");
-        let act = |n: u32| OfflineEvent {
+    async fn offline_events_are_imported_once_and_in_order() {
+        let temp = spp_testkit::files::temp_dir();
+        let dir = temp.path().join("audit");
+        let event = |n: u32| OfflineEvent {
             act: "officer.enroll".to_owned(),
             details: BTreeMap::from([("n".to_owned(), n.to_string())]),
             outcome: Outcome::Begun,
         };
-        act(0).write_down(&dir).unwrap();
-        assert!(!dir.exists(), "where there is no log, nothing is made");
+        event(0).persist(&dir).unwrap();
+        assert!(!dir.exists(), "nothing is created without a log");
         AuditLog::create(&dir).unwrap();
         for n in 1..=3 {
-            act(n).write_down(&dir).unwrap();
+            event(n).persist(&dir).unwrap();
         }
         fs::write(dir.join("spool/9.json"), "{}").unwrap();
         fs::write(dir.join("spool/8.new"), "half").unwrap();
         let log = AuditLog::open(&dir, "node-1").unwrap();
-        take_in(&log).await.unwrap();
-        take_in(&log).await.unwrap();
-        let mut entries = Entries::open(&dir).unwrap();
-        let told: Vec<_> = std::iter::from_fn(|| entries.next_entry().unwrap()).collect();
-        let numbers: Vec<_> = told.iter().filter_map(|entry| entry.details.get("n").cloned()).collect();
-        assert_eq!((told.len(), numbers), (4, ["1", "2", "3"].map(str::to_owned).to_vec()));
-        assert!(matches!(told[3].outcome, Outcome::Failed(_)), "what is no act is told as such");
+        import_pending(&log).await.unwrap();
+        import_pending(&log).await.unwrap();
+        let mut reader = Entries::open(&dir).unwrap();
+        let entries: Vec<_> = std::iter::from_fn(|| reader.next_entry().unwrap()).collect();
+        let numbers: Vec<_> = entries.iter().filter_map(|entry| entry.details.get("n").cloned()).collect();
+        assert_eq!((entries.len(), numbers), (4, ["1", "2", "3"].map(str::to_owned).to_vec()));
+        assert!(matches!(entries[3].outcome, Outcome::Failed(_)), "an unreadable event is recorded as failed");
         verify(&dir).unwrap();
     }
 }

@@ -1,5 +1,5 @@
-//! The entries as a person or a program reads them, from the first to the last, also while a daemon writes. Nothing is told that
-//! does not fit the chain.
+//! Reads the entries of an audit log from the first to the last, also while a daemon writes. Each entry is returned only after
+//! its position in the chain is verified.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -9,80 +9,84 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use super::chain::{ChainHead, MAX_LINE, TOO_LONG};
+use super::chain::{ChainHead, LINE_TOO_LONG, MAX_LINE_LEN};
 use super::{AuditError, FILE, Outcome};
 
-/// An entry with its place in the chain.
+/// An entry with its position in the chain.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Recorded {
-    /// Counted from 0.
+pub struct RecordedEntry {
+    /// Sequence number, from 0.
     pub sequence: u64,
-    /// Seconds since the Unix epoch.
+    /// Time of recording; seconds since the Unix epoch.
     pub time: u64,
-    /// Which node wrote it.
+    /// The node that wrote the entry.
     pub node: String,
-    /// Who acted.
+    /// The caller, a role and a name.
     pub caller: String,
-    /// What was done.
+    /// Name of the action.
     pub act: String,
-    /// With what.
+    /// Details of the action.
     pub details: BTreeMap<String, String>,
-    /// How it went.
+    /// Outcome of the action.
     pub outcome: Outcome,
 }
 
-/// Reads entries one after the other; at the end it can be asked again later.
+/// Reads entries in order. At the end of the file, reading can continue later.
 pub struct Entries {
     path: PathBuf,
     bytes: BufReader<File>,
     head: ChainHead,
-    /// What was read of a line that has no end yet.
-    begun: Vec<u8>,
+    /// The part of an incomplete line that was read.
+    partial_line: Vec<u8>,
 }
 
 impl Entries {
-    /// From the first entry on.
+    /// Opens the log of a directory at its first entry.
     pub fn open(dir: &Path) -> Result<Self, AuditError> {
         let path = dir.join(FILE);
         let file = File::open(&path).map_err(|cause| match cause.kind() {
             io::ErrorKind::NotFound => AuditError::Missing { path: path.clone(), cause: Arc::new(cause) },
             _ => AuditError::Failed { doing: "opening", path: path.clone(), cause: Arc::new(cause) },
         })?;
-        Ok(Self { path, bytes: BufReader::new(file), head: ChainHead::default(), begun: Vec::new() })
+        Ok(Self { path, bytes: BufReader::new(file), head: ChainHead::default(), partial_line: Vec::new() })
     }
 
-    /// The next entry; none if there is none yet.
-    pub fn next_entry(&mut self) -> Result<Option<Recorded>, AuditError> {
-        let room = MAX_LINE.saturating_sub(self.begun.len()) as u64;
-        let read = self.bytes.by_ref().take(room).read_until(b'\n', &mut self.begun);
+    /// Reads the next entry; `None` if the log has no further complete entry yet.
+    pub fn next_entry(&mut self) -> Result<Option<RecordedEntry>, AuditError> {
+        let limit = MAX_LINE_LEN.saturating_sub(self.partial_line.len()) as u64;
+        let read = self.bytes.by_ref().take(limit).read_until(b'\n', &mut self.partial_line);
         read.map_err(|cause| AuditError::Failed { doing: "reading", path: self.path.clone(), cause: Arc::new(cause) })?;
         let broken = |why| AuditError::Broken { path: self.path.clone(), line: self.head.lines() + 1, why };
-        let Some(line) = self.begun.strip_suffix(b"\n") else {
-            return if self.begun.len() < MAX_LINE { Ok(None) } else { Err(broken(TOO_LONG.to_owned())) };
+        let Some(line) = self.partial_line.strip_suffix(b"\n") else {
+            return if self.partial_line.len() < MAX_LINE_LEN {
+                Ok(None)
+            } else {
+                Err(broken(LINE_TOO_LONG.to_owned()))
+            };
         };
-        let (head, recorded) = self.head.follow(line).map_err(broken)?;
+        let (head, recorded) = self.head.verify_next(line).map_err(broken)?;
         self.head = head;
-        self.begun.clear();
+        self.partial_line.clear();
         Ok(Some(recorded))
     }
 
-    /// The file.
+    /// Path of the log file.
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// What is wrong with an entry.
+    /// The error for an invalid entry.
     pub(super) fn broken_at(&self, sequence: u64, why: String) -> AuditError {
         AuditError::Broken { path: self.path.clone(), line: sequence + 1, why }
     }
 
-    /// Where the chain is after the last entry that was read.
+    /// The chain head after the last entry that was read.
     pub(super) const fn head(&self) -> ChainHead {
         self.head
     }
 
-    /// Bytes of a line that has no end yet.
+    /// Number of bytes of an incomplete last line.
     pub(super) const fn unfinished(&self) -> u64 {
-        self.begun.len() as u64
+        self.partial_line.len() as u64
     }
 }

@@ -1,11 +1,11 @@
-//! The reference station with simulated devices; what it does is in `spp::line`.
+//! Reference station with simulated devices; implemented in `spp::line`.
 
 use std::process::ExitCode;
 
 use clap::Parser as _;
 
 fn main() -> ExitCode {
-    // Packages with keys in them pass through this process.
+    // This process handles data packages that contain keys.
     spp::hardening::forbid_core_dumps();
     spp::line::run(spp::line::Arguments::parse())
 }

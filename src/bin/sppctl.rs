@@ -1,4 +1,4 @@
-//! `sppctl`: what a security officer does.
+//! `sppctl`, the security officer's command-line tool: argument parsing and dispatch.
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -21,12 +21,12 @@ use spp::officer::{
 use spp::registry::TransparencyLog;
 use spp::store::SledStateStore;
 
-/// The security officer's tool: tokens, key ceremonies, stores, enrolment, status.
+/// Administer the secure provisioning point: tokens, key ceremonies, stores, certificates, approvals, status.
 #[derive(Parser)]
 #[command(
     name = "sppctl",
     version,
-    after_help = "From nothing to a running daemon:\n  \
+    after_help = "First installation, from an empty HSM to a running daemon:\n  \
     sppctl token init --module hsm-config/softhsm2.toml --directory hsm --label spp --so-pin-file so.pin --pin-file user.pin\n  \
     sppctl ceremony run ceremony.toml --hsm hsm.toml --out keys\n  \
     sppctl init --config sppd.toml\n  \
@@ -43,97 +43,98 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Tokens of an HSM.
+    /// Initialise HSM tokens.
     #[command(subcommand)]
     Token(TokenCommand),
-    /// Key ceremonies: keys made inside the HSM.
+    /// Run key ceremonies: create, back up, rotate, restore and destroy keys in the HSM.
     #[command(subcommand)]
     Ceremony(CeremonyCommand),
-    /// Make the state store, the public database and the audit log. The daemon never does, so that a wrong path cannot start a second truth.
+    /// Create the state store, the public database and the audit log. The daemon never creates them, so that a wrong path cannot
+    /// start a second, empty database.
     Init {
-        /// The daemon's configuration.
+        /// Configuration file of the daemon.
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
-        /// Tell it as JSON.
+        /// Print JSON.
         #[arg(long)]
         json: bool,
     },
-    /// The audit log of officers' acts.
+    /// Read, export, copy and verify the audit log.
     #[command(subcommand)]
     Audit(AuditCommand),
-    /// What one officer asks for and others approve.
+    /// Request, list, approve and reject actions that need more than one officer.
     #[command(subcommand)]
     Approvals(ApprovalsCommand),
-    /// Identities that the daemon gives out.
+    /// Load and list the device identities that the daemon assigns.
     #[command(subcommand)]
     Identities(IdentitiesCommand),
-    /// Renew the certificate of whoever calls, before it ends: stations, officers, everybody.
+    /// Renew the caller's own TLS certificate before it expires. Every role may call it.
     Renew(RenewArgs),
-    /// Assembly-line stations.
+    /// Enrol, list and revoke assembly-line stations.
     #[command(subcommand)]
     Station(CallerCommand<StationName>),
-    /// Security officers.
+    /// Enrol, list and revoke security officers.
     #[command(subcommand)]
     Officer(CallerCommand<OfficerName>),
-    /// Make a TLS key where it will be used, and a request for its certificate: the key need not travel. Needs no HSM.
+    /// Generate a TLS key and a certificate request (PKCS#10) on the machine that uses the key. Needs no HSM.
     Request {
-        /// Where key.pem and request.pem go, and later certificate.pem and ca.pem.
+        /// Output directory for key.pem and request.pem; put certificate.pem and ca.pem there later.
         #[arg(long, value_name = "DIR")]
         out: PathBuf,
-        /// Tell it as JSON.
+        /// Print JSON.
         #[arg(long)]
         json: bool,
     },
-    /// Auditors: they read everything and change nothing.
+    /// Enrol, list and revoke auditors (read-only access).
     #[command(subcommand)]
     Auditor(CallerCommand<AuditorName>),
-    /// Systems of the back office.
+    /// Enrol, list and revoke back-office systems.
     #[command(subcommand)]
     BackOffice(CallerCommand<BackOfficeName>),
-    /// Monitors: they see whether everything is well.
+    /// Enrol, list and revoke monitors (status and metrics only).
     #[command(subcommand)]
     Monitor(CallerCommand<MonitorName>),
-    /// The daemon's own TLS certificate.
+    /// Issue the daemon's own TLS certificate.
     #[command(subcommand)]
     Server(ServerCommand),
-    /// Key pairs that are made in advance.
+    /// Show, fill and shred the pools of pregenerated key pairs.
     #[command(subcommand)]
     Pool(PoolCommand),
-    /// Numbers: what was produced.
+    /// Report production numbers.
     #[command(subcommand)]
     Report(ReportCommand),
-    /// One device.
+    /// Show one device.
     #[command(subcommand)]
     Device(DeviceCommand),
-    /// Sessions: devices on their way.
+    /// List and abort device sessions.
     #[command(subcommand)]
     Sessions(SessionsCommand),
-    /// The public database: its index, mirrors of it, and looking at it as a stranger would.
+    /// Reindex, mirror and verify the public database.
     #[command(subcommand)]
     Registry(RegistryCommand),
-    /// The HSM: what it has, whether it is fit, how fast it is.
+    /// List, test and monitor the HSM.
     #[command(subcommand)]
     Hsm(HsmCommand),
     #[command(flatten)]
     CliDocs(CliDocs),
-    /// Have the running daemon read its configuration again: profiles, stations, TLS, log level. All of it takes effect, or nothing.
+    /// Reload the daemon's configuration: profiles, stations, TLS, log level. All changes take effect, or none.
     Reload {
-        /// Which daemon.
+        /// Connection to the daemon.
         #[command(flatten)]
         daemon: DaemonArgs,
     },
-    /// Tell how the running daemon is.
+    /// Show daemon status.
     Status {
-        /// The officer listener, https://HOST:PORT.
+        /// URL of the daemon's officer listener, https://HOST:PORT.
         #[arg(long, value_name = "URL")]
         server: String,
-        /// The officer's directory with certificate.pem, key.pem and ca.pem.
+        /// Directory with the officer's certificate.pem, key.pem and ca.pem.
         #[arg(long, value_name = "DIR")]
         tls: PathBuf,
-        /// Wait so long until the line is served, for example 30s.
+        /// Wait up to this long until the daemon serves the line, for example 30s.
         #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
         wait: Option<Duration>,
-        /// Tell it as JSON.
+        /// Print JSON.
         #[arg(long)]
         json: bool,
     },
@@ -141,24 +142,24 @@ enum Command {
 
 #[derive(Subcommand)]
 enum TokenCommand {
-    /// Initialise a free token: label, security officer's PIN, user PIN. The PINs are read from files.
+    /// Initialise an uninitialised token: set its label, SO PIN and user PIN. PINs are read from files.
     Init {
-        /// The module's profile, hsm-config/*.toml.
+        /// PKCS#11 module profile, one of hsm-config/*.toml.
         #[arg(long, value_name = "FILE")]
         module: PathBuf,
-        /// The module's own directory: {directory} in its profile.
+        /// Module directory, substituted for {directory} in the profile.
         #[arg(long, value_name = "DIR", default_value = ".")]
         directory: PathBuf,
-        /// The new token's label, 1 to 32 characters.
+        /// Label of the new token, 1 to 32 characters.
         #[arg(long)]
         label: String,
-        /// File with the security officer's PIN, readable by nobody else.
+        /// File with the SO PIN; must be readable by its owner only (mode 0600).
         #[arg(long, value_name = "FILE")]
         so_pin_file: PathBuf,
-        /// File with the user PIN, readable by nobody else.
+        /// File with the user PIN; must be readable by its owner only (mode 0600).
         #[arg(long, value_name = "FILE")]
         pin_file: PathBuf,
-        /// Tell it as JSON.
+        /// Print JSON.
         #[arg(long)]
         json: bool,
     },
@@ -166,53 +167,53 @@ enum TokenCommand {
 
 #[derive(Subcommand)]
 enum AuditCommand {
-    /// Make the audit log alone, for a site whose stores exist already. `sppctl init` makes it together with them.
+    /// Create only the audit log, for a site whose stores already exist. `sppctl init` creates all three.
     Init {
-        /// The daemon's configuration.
+        /// Configuration file of the daemon.
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
-        /// Tell it as JSON.
+        /// Print JSON.
         #[arg(long)]
         json: bool,
     },
     #[command(flatten)]
     Read(ReadAuditCommand),
-    /// Copy the log of the running daemon, to be read and verified elsewhere; the same again goes on with the copy.
+    /// Copy the daemon's audit log, to read and verify it elsewhere. Run it again to append new entries to the copy.
     Fetch {
-        /// The copy's directory.
+        /// Directory of the copy.
         #[arg(long, value_name = "DIR")]
         out: PathBuf,
         #[command(flatten)]
         daemon: DaemonArgs,
     },
-    /// Read the whole log and tell whether its chain is whole and all of it is there: as it was signed, and as the public database
-    /// knows it. The daemon may run meanwhile.
+    /// Verify the whole audit log: its hash chain, its signed checkpoints and officers' statements, and its completeness against
+    /// the checkpoints in the public database. The daemon may be running.
     Verify(VerifyAuditArgs),
 }
 
-/// What is done with the callers of one role, whose names are of that type.
+/// Commands for the callers of one role; `N` is the role's name type.
 #[derive(Subcommand)]
 enum CallerCommand<N>
 where
     N: FromStr<Err = NameError> + Clone + Send + Sync + 'static,
 {
-    /// Make a key and TLS certificate (URI SAN spp://ROLE/NAME).
+    /// Issue a TLS certificate (URI SAN spp://ROLE/NAME), for a new key or for a certificate request.
     Enroll {
-        /// The caller's name: line-3/a for a station, o-17 for an officer, for example.
+        /// Name of the caller, for example line-3/a for a station, o-17 for an officer.
         name: N,
         #[command(flatten)]
         common: EnrollArgs,
     },
-    /// Tell who is known: certificates and revocations; of stations the quotas, too, and what they have begun.
+    /// List certificates and revocations; for stations also quotas and devices begun.
     List {
         #[command(flatten)]
         daemon: DaemonArgs,
     },
-    /// Ask other officers to approve that all certificates so far are of no use any more, on open connections too.
+    /// Request approval to revoke all current certificates of a caller. Open connections are closed as well.
     Revoke {
-        /// The caller's name.
+        /// Name of the caller.
         name: String,
-        /// Why.
+        /// Reason, recorded in the audit log.
         #[arg(long, value_name = "TEXT")]
         reason: String,
         #[command(flatten)]
@@ -227,20 +228,20 @@ where
     fn run(self, role: Role, caller: fn(N) -> Caller) -> Result<(), String> {
         match self {
             Self::Enroll { name, common } => enroll(AccessName::Client(caller(name)), common),
-            Self::List { daemon } => at_daemon(officer::list_callers(role, &daemon)),
-            Self::Revoke { name, reason, ask } => at_daemon(officer::revoke(role, &name, reason, &ask)),
+            Self::List { daemon } => run_call(officer::list_callers(role, &daemon)),
+            Self::Revoke { name, reason, ask } => run_call(officer::revoke(role, &name, reason, &ask)),
         }
     }
 }
 
 #[derive(Subcommand)]
 enum ServerCommand {
-    /// Make the daemon's key and TLS certificate.
+    /// Issue the daemon's TLS certificate, signed on the token.
     Enroll {
-        /// A DNS name of the daemon; may be given more than once.
+        /// DNS name of the daemon; repeatable.
         #[arg(long, value_name = "NAME")]
         dns: Vec<String>,
-        /// An IP address of the daemon; may be given more than once.
+        /// IP address of the daemon; repeatable.
         #[arg(long, value_name = "ADDRESS")]
         ip: Vec<IpAddr>,
         #[command(flatten)]
@@ -250,31 +251,31 @@ enum ServerCommand {
 
 #[derive(Args)]
 struct EnrollArgs {
-    /// The daemon's configuration; its hsm section says where the access key is. The certificate is signed here, on the token.
+    /// Configuration file of the daemon: sign on the token named in its hsm section.
     #[arg(long, value_name = "FILE", required_unless_present = "server", conflicts_with = "server")]
     config: Option<PathBuf>,
-    /// The officer listener of the running daemon, https://HOST:PORT, which signs, instead of the token here.
+    /// URL of the daemon's officer listener, https://HOST:PORT: let the running daemon sign.
     #[arg(long, value_name = "URL", requires = "tls")]
     server: Option<String>,
-    /// The officer's directory with certificate.pem, key.pem and ca.pem, for --server.
+    /// Directory with the officer's certificate.pem, key.pem and ca.pem, for --server.
     #[arg(long, value_name = "DIR", requires = "server")]
     tls: Option<PathBuf>,
-    /// Where certificate.pem, key.pem and ca.pem go.
+    /// Output directory for certificate.pem, ca.pem and, without --csr, key.pem.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// A certificate request (PKCS#10, PEM) of whoever has made the key, by `sppctl request` for example; without it a key is made here.
+    /// Certificate request (PKCS#10, PEM), for example of `sppctl request`. If omitted, a key is generated here.
     #[arg(long, value_name = "FILE")]
     csr: Option<PathBuf>,
-    /// Which of several HSMs signs; the first one without it.
+    /// Name of the HSM that signs, if the configuration has several [default: the first].
     #[arg(long, value_name = "NAME")]
     hsm: Option<String>,
-    /// File with the user PIN, instead of the daemon's own source of it.
+    /// File with the user PIN, instead of the PIN source in the configuration.
     #[arg(long, value_name = "FILE")]
     pin_file: Option<PathBuf>,
-    /// Days until the certificate ends.
+    /// Validity of the certificate in days.
     #[arg(long, default_value_t = 365, value_parser = clap::value_parser!(u32).range(1..=3650))]
     days: u32,
-    /// Tell it as JSON.
+    /// Print JSON.
     #[arg(long)]
     json: bool,
 }
@@ -282,7 +283,7 @@ struct EnrollArgs {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     spp::hardening::forbid_core_dumps();
-    // Shares of backup keys and PINs pass through it.
+    // The process handles PINs and shares of backup keys.
     spp::hardening::lock_memory();
     match run(cli.command) {
         Ok(()) => ExitCode::SUCCESS,
@@ -298,33 +299,33 @@ fn run(command: Command) -> Result<(), String> {
         Command::Token(TokenCommand::Init { module, directory, label, so_pin_file, pin_file, json }) => {
             token_init(&module, &directory, &label, (so_pin_file, pin_file), json)
         }
-        Command::Ceremony(command) => wait(command.run())?,
+        Command::Ceremony(command) => block_on(command.run())?,
         Command::Init { config, json } => init(&config, json),
         Command::Audit(AuditCommand::Init { config, json }) => audit_init(&config, json),
-        Command::Audit(AuditCommand::Read(what)) => what.run(),
-        Command::Audit(AuditCommand::Fetch { out, daemon }) => at_daemon(officer::fetch_audit(&out, &daemon)),
+        Command::Audit(AuditCommand::Read(command)) => command.run(),
+        Command::Audit(AuditCommand::Fetch { out, daemon }) => run_call(officer::fetch_audit(&out, &daemon)),
         Command::Audit(AuditCommand::Verify(args)) => args.run(),
         Command::Station(command) => command.run(Role::Station, Caller::Station),
         Command::Request { out, json } => request(&out, json),
-        Command::CliDocs(what) => what.run(Cli::command()),
+        Command::CliDocs(docs) => docs.run(Cli::command()),
         Command::Auditor(command) => command.run(Role::Auditor, Caller::Auditor),
         Command::BackOffice(command) => command.run(Role::BackOffice, Caller::BackOffice),
         Command::Monitor(command) => command.run(Role::Monitor, Caller::Monitor),
         Command::Officer(command) => command.run(Role::Officer, Caller::Officer),
         Command::Server(ServerCommand::Enroll { dns, ip, common }) => {
             if dns.is_empty() && ip.is_empty() {
-                return Err("give at least one --dns or --ip, else no client can verify the daemon".to_owned());
+                return Err("no name for the server certificate: give at least one --dns or --ip".to_owned());
             }
             enroll(AccessName::Server { dns, ips: ip }, common)
         }
-        Command::Approvals(command) => at_daemon(command.run()),
-        Command::Identities(command) => at_daemon(command.run()),
-        Command::Renew(args) => at_daemon(officer::renew(args)),
-        Command::Pool(command) => at_daemon(command.run()),
-        Command::Reload { daemon } => at_daemon(officer::reload(daemon)),
-        Command::Report(command) => wait(command.run())?,
-        Command::Device(command) => wait(command.run())?,
-        Command::Sessions(command) => wait(command.run())?,
+        Command::Approvals(command) => run_call(command.run()),
+        Command::Identities(command) => run_call(command.run()),
+        Command::Renew(args) => run_call(officer::renew(args)),
+        Command::Pool(command) => run_call(command.run()),
+        Command::Reload { daemon } => run_call(officer::reload(daemon)),
+        Command::Report(command) => block_on(command.run())?,
+        Command::Device(command) => block_on(command.run())?,
+        Command::Sessions(command) => block_on(command.run())?,
         Command::Registry(command) => command.run(),
         Command::Hsm(command) => command.run(),
         Command::Status { server, tls, wait, json } => status(&server, &tls, wait, json),
@@ -344,7 +345,7 @@ fn token_init(
     let token = initialise_token(&profile, label, &PinSource::File(so_pin_file), &PinSource::File(pin_file))?;
     match json {
         true => println!("{:#}", serde_json::json!({ "token_label": token.label, "token_serial": token.serial })),
-        false => println!("initialised the token {} (serial {})", token.label, token.serial),
+        false => println!("initialised token {} (serial {})", token.label, token.serial),
     }
     Ok(())
 }
@@ -352,33 +353,34 @@ fn token_init(
 fn init(config: &Path, json: bool) -> Result<(), String> {
     let store = StoreConfig::load(config).map_err(|e| e.to_string())?;
     SledStateStore::create(&store.state, &store.state_options).map_err(|e| e.to_string())?;
-    made("state store", &store.state, json);
+    print_created("state store", &store.state, json);
     TransparencyLog::create(&store.public, &store.public_options).map_err(|e| e.to_string())?;
-    made("public database", &store.public, json);
+    print_created("public database", &store.public, json);
     audit_init(config, json)
 }
 
 fn audit_init(config: &Path, json: bool) -> Result<(), String> {
     let audit = AuditConfig::load(config).map_err(|e| e.to_string())?;
     AuditLog::create(&audit.directory).map_err(|e| e.to_string())?;
-    made("audit log", &audit.directory, json);
+    print_created("audit log", &audit.directory, json);
     Ok(())
 }
 
-/// Told one by one, since a later one may fail.
-fn made(what: &str, directory: &Path, json: bool) {
+/// Prints each created directory at once, because creating a later one may fail.
+fn print_created(what: &str, directory: &Path, json: bool) {
     match json {
         true => println!("{}", serde_json::json!({ "made": what, "directory": directory })),
-        false => println!("made the {what} {}", directory.display()),
+        false => println!("created {what} {}", directory.display()),
     }
 }
 
 fn request(out: &Path, json: bool) -> Result<(), String> {
     let paths = officer::request(out).map_err(|e| e.to_string())?;
-    officer::tell_written(&paths, json);
+    officer::print_written(&paths, json);
     if !json {
         println!(
-            "an officer makes the certificate: sppctl station enroll NAME --csr request.pem …; put certificate.pem and ca.pem beside key.pem"
+            "next: an officer runs sppctl station enroll NAME --csr request.pem …; copy certificate.pem and ca.pem to {}",
+            out.display()
         );
     }
     Ok(())
@@ -386,39 +388,39 @@ fn request(out: &Path, json: bool) -> Result<(), String> {
 
 fn enroll(name: AccessName, args: EnrollArgs) -> Result<(), String> {
     if let (AccessName::Client(caller), Some(server), Some(tls)) = (&name, &args.server, &args.tls) {
-        return at_daemon(async {
+        return run_call(async {
             let csr = args.csr.as_deref();
-            let paths = officer::enroll_at_desk(server, tls, caller, csr, args.days, &args.out).await?;
-            officer::tell_written(&paths, args.json);
+            let paths = officer::enroll_via_daemon(server, tls, caller, csr, args.days, &args.out).await?;
+            officer::print_written(&paths, args.json);
             Ok(())
         });
     }
-    let config = args.config.ok_or("the daemon's own certificate is made on the token: give --config")?;
+    let config = args.config.ok_or("the daemon's own certificate can only be signed on the token: give --config")?;
     let audit = AuditConfig::load(&config).map_err(|e| e.to_string())?;
     let access = HsmAccess::load(&config, args.hsm.as_deref(), args.pin_file).map_err(|e| e.to_string())?;
-    let register = KeyManifest::load(&access.keys).map_err(|e| e.to_string())?;
+    let manifest = KeyManifest::load(&access.keys).map_err(|e| e.to_string())?;
     access.module.enter_environment().map_err(|e| e.to_string())?;
     let enrolment = Enrolment { name, days: args.days, out: args.out, csr: args.csr };
-    let made = officer::on_record(&audit.directory, enrolment.describe(), || {
-        officer::enroll(&access, &register, &enrolment).map_err(|e| e.to_string())
+    let paths = officer::record_offline(&audit.directory, enrolment.describe(), || {
+        officer::enroll(&access, &manifest, &enrolment).map_err(|e| e.to_string())
     });
-    officer::tell_written(&made?, args.json);
+    officer::print_written(&paths?, args.json);
     Ok(())
 }
 
-/// Asks the running daemon.
-fn at_daemon(work: impl Future<Output = Result<(), StatusError>>) -> Result<(), String> {
-    wait(work)?.map_err(|e| e.to_string())
+/// Runs a call to the daemon to completion.
+fn run_call(call: impl Future<Output = Result<(), StatusError>>) -> Result<(), String> {
+    block_on(call)?.map_err(|e| e.to_string())
 }
 
-/// Waits for what is asked of the running daemon.
-fn wait<T>(asking: impl Future<Output = T>) -> Result<T, String> {
+/// Runs a future to completion on a single-threaded runtime.
+fn block_on<T>(call: impl Future<Output = T>) -> Result<T, String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| e.to_string())?;
-    Ok(runtime.block_on(asking))
+    Ok(runtime.block_on(call))
 }
 
-fn status(server: &str, tls: &Path, patience: Option<Duration>, json: bool) -> Result<(), String> {
-    let status = wait(officer::connect_and_ask(server, tls, patience))?.map_err(|e| e.to_string())?;
+fn status(server: &str, tls: &Path, wait: Option<Duration>, json: bool) -> Result<(), String> {
+    let status = block_on(officer::fetch_status(server, tls, wait))?.map_err(|e| e.to_string())?;
     if json {
         println!("{:#}", officer::status_json(&status));
     } else {

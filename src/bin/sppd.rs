@@ -13,38 +13,38 @@ use spp::audit::{self, AuditCheckpointer, AuditLog, Auditor, CheckpointRules, En
 use spp::cli_docs;
 use spp::clock::Clock;
 use spp::config::DaemonConfig;
-use spp::connections::TlsInForce;
+use spp::connections::ActiveTls;
 use spp::hsm::{Hsm, PinAgent, PinSource, pin_agent, worker};
 use spp::keypool::KeyPool;
 use spp::logging::{self, LogLevel};
 use spp::provisioning::{Policy, Provisioner, recovery_loop};
 use spp::registry::{HsmSigner, TransparencyLog, published_checkpoints};
-use spp::reload::{Exchanged, Reloader};
-use spp::rpc::{House, Listening, NodeInfo};
+use spp::reload::{ReloadTargets, Reloader};
+use spp::rpc::{Listening, NodeInfo, OfficerContext};
 use spp::store::{Batch, Journal, Purpose, Registry, SecretStore, SledStateStore};
-use spp::web::{Metrics, Public, Told};
+use spp::web::{Metrics, MetricsSources, Public};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-/// The secure processing point: gives every device on the line its identity and its keys.
+/// Secure processing point: provisions devices on an assembly line with identity and keys.
 #[derive(Parser)]
 #[command(
     name = "sppd",
     version,
-    after_help = "A configuration that is not usable ends it with status 78 (EX_CONFIG) before a socket is opened, anything else with 1."
+    after_help = "Exit status: 78 (EX_CONFIG) if the configuration is invalid, before any socket is opened; 1 for other errors."
 )]
 struct Cli {
-    /// The configuration file, sppd.toml.
+    /// Path of the configuration file, sppd.toml.
     #[arg(long, value_name = "FILE", required_unless_present_any = ["completions", "man"])]
     config: Option<PathBuf>,
-    /// Look at everything, the HSM and its keys included, tell what was found, and end.
+    /// Check the configuration, the HSM with its keys and the stores, print the findings, and exit.
     #[arg(long)]
     check: bool,
-    /// Print the completions for a shell, and end.
+    /// Print shell completions and exit.
     #[arg(long, value_name = "SHELL", exclusive = true)]
     completions: Option<Shell>,
-    /// Write the man page into a directory, and end.
+    /// Write the man page to a directory and exit.
     #[arg(long, value_name = "DIR", exclusive = true)]
     man: Option<PathBuf>,
 }
@@ -54,36 +54,36 @@ const CHECK_LIMIT: Duration = Duration::from_secs(30);
 
 fn main() -> ExitCode {
     match std::env::args_os().nth(1) {
-        Some(argument) if argument == worker::ARGUMENT => return ended(worker::run()),
-        Some(argument) if argument == pin_agent::ARGUMENT => return ended(pin_agent::run()),
+        Some(argument) if argument == worker::ARGUMENT => return exit_code(worker::run()),
+        Some(argument) if argument == pin_agent::ARGUMENT => return exit_code(pin_agent::run()),
         _ => {}
     }
     let cli = Cli::parse();
     let undumpable = spp::hardening::forbid_core_dumps();
     let locked = spp::hardening::lock_memory();
     if let Some(shell) = cli.completions {
-        return ended(cli_docs::completions(shell, Cli::command()).map_err(|e| e.to_string()));
+        return exit_code(cli_docs::completions(shell, Cli::command()).map_err(|e| e.to_string()));
     }
     if let Some(dir) = cli.man {
-        return ended(cli_docs::man(&dir, Cli::command()).map_err(|e| e.to_string()));
+        return exit_code(cli_docs::man(&dir, Cli::command()).map_err(|e| e.to_string()));
     }
-    let Some(path) = cli.config else { return ended(Err("give --config".to_owned())) };
+    let Some(path) = cli.config else { return exit_code(Err("missing option: --config FILE".to_owned())) };
     let mut config = match DaemonConfig::load(&path) {
         Ok(config) => config,
         Err(faults) => {
-            eprint!("sppd: the configuration is not usable:\n{faults}");
+            eprint!("sppd: invalid configuration:\n{faults}");
             return ExitCode::from(78);
         }
     };
     let log = logging::start(&config.log);
     if let Err(message) = ask_for_pins(&mut config) {
-        return ended(Err(message));
+        return exit_code(Err(message));
     }
     if !undumpable {
-        tracing::warn!("core dumps could not be switched off: set LimitCORE=0, or ulimit -c 0");
+        tracing::warn!("core dumps not disabled: set LimitCORE=0, or ulimit -c 0");
     }
     if !locked {
-        tracing::debug!("memory is not locked: set LimitMEMLOCK=infinity where there is swap");
+        tracing::debug!("memory not locked: set LimitMEMLOCK=infinity if the host has swap");
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let result = runtime.map_err(|e| e.to_string()).and_then(|runtime| {
@@ -92,23 +92,23 @@ fn main() -> ExitCode {
         runtime.shutdown_timeout(Duration::from_secs(5));
         result
     });
-    ended(result)
+    exit_code(result)
 }
 
-/// Has the PINs typed that are nowhere else.
+/// Prompts for the PINs that are not configured.
 fn ask_for_pins(config: &mut DaemonConfig) -> Result<(), String> {
     let several = config.hsms.members().len() > 1;
     for hsm in config.hsms.members_mut().iter_mut().filter(|hsm| hsm.pin == PinSource::Prompt) {
         if several {
             eprintln!("HSM {}:", hsm.name);
         }
-        let keeper = PinAgent::ask(&hsm.worker_program).map_err(|e| e.to_string())?;
-        hsm.pin_keeper = Some(Arc::new(keeper));
+        let agent = PinAgent::start(&hsm.worker_program).map_err(|e| e.to_string())?;
+        hsm.pin_agent = Some(Arc::new(agent));
     }
     Ok(())
 }
 
-fn ended(result: Result<(), String>) -> ExitCode {
+fn exit_code(result: Result<(), String>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(message) => {
@@ -118,14 +118,14 @@ fn ended(result: Result<(), String>) -> ExitCode {
     }
 }
 
-/// What was read at the start, and may be read again.
+/// The configuration read at startup, and what a reload needs.
 struct Start {
     path: PathBuf,
     config: DaemonConfig,
     log: LogLevel,
 }
 
-/// Opens the audit log and the listeners, serves, and records both ends of it.
+/// Opens the audit log and the listeners, then serves until shutdown.
 async fn serve(start: Start) -> Result<(), String> {
     let config = &start.config;
     let state = open_state(config)?;
@@ -136,11 +136,11 @@ async fn serve(start: Start) -> Result<(), String> {
         None => None,
     };
     let served = run(start, state, &audit, listening, metrics).await;
-    tracing::info!("drained; goodbye");
+    tracing::info!("drained, exiting");
     served
 }
 
-/// Starts the HSM's worker, opens the public database, takes up what a crash left, serves, drains.
+/// Starts the HSM workers, opens the public database, recovers from a crash, serves, and drains.
 async fn run(
     Start { path, config, log }: Start,
     state: Arc<SledStateStore>,
@@ -152,20 +152,20 @@ async fn run(
     let journal = Journal::new(state.clone());
     let registry = open_registry(&config, &hsm, &journal).await?;
     let auditor = Arc::new(Auditor::new(Arc::clone(audit)));
-    let keeper = Arc::new(audit_keeper(&config, &auditor, &hsm, &registry));
-    keeper.compare(config.audit.accepted_loss).await?;
-    keeper.import_offline_events().await.map_err(|e| e.to_string())?;
-    // Not before: each start that is refused would make a log that was cut off longer, until it had as many entries as it should.
+    let checkpointer = Arc::new(audit_checkpointer(&config, &auditor, &hsm, &registry));
+    checkpointer.compare(config.audit.accepted_loss).await?;
+    checkpointer.import_offline_events().await.map_err(|e| e.to_string())?;
+    // Only now: otherwise each refused start would lengthen a truncated log, until it had its expected number of entries again.
     record_start(audit, &config).await?;
-    let desk = AccessControl::open(state.clone(), hsm.clone(), config.authority.clone(), &config.node).await;
-    let desk = Arc::new(desk.map_err(|e| e.to_string())?);
-    settle(&desk, &config, audit).await?;
+    let access = AccessControl::open(state.clone(), hsm.clone(), config.authority.clone(), &config.node).await;
+    let access = Arc::new(access.map_err(|e| e.to_string())?);
+    settle(&access, &config, audit).await?;
     let (rules, clock) = (config.key_pool.clone(), Clock::system());
     let pool = KeyPool::new(hsm.clone(), state.clone(), journal.clone(), registry.clone(), rules, clock);
-    let keeping = tokio::spawn(Arc::clone(&pool).run());
+    let pool_task = tokio::spawn(Arc::clone(&pool).run());
     let lifetime = config.session_lifetime;
     let provisioner = Arc::new(Provisioner::new(hsm, journal, registry, pool, state, Policy::new(&config), lifetime));
-    let tidying = tokio::spawn({
+    let recovery_task = tokio::spawn({
         let provisioner = Arc::clone(&provisioner);
         async move { recovery_loop(&provisioner).await }
     });
@@ -173,57 +173,62 @@ async fn run(
     let public = Public::new(Arc::clone(&provisioner), &config.public, &config.registry);
     let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let node = NodeInfo { name: config.node.clone(), started };
-    let (tls, listen) = (TlsInForce::new(&config.tls), config.listen);
+    let (tls, listen) = (ActiveTls::new(&config.tls), config.listen);
     let (devices, recorded) = (Arc::clone(&provisioner), Arc::clone(audit));
-    let exchanged = Exchanged { provisioner: devices, desk: Arc::clone(&desk), tls: tls.clone(), log };
-    let reloader = Arc::new(Reloader::new(path, config, exchanged, recorded));
-    let reloading = reload_on_signal(Arc::clone(&reloader))?;
+    let targets = ReloadTargets { provisioner: devices, access: Arc::clone(&access), tls: tls.clone(), log };
+    let reloader = Arc::new(Reloader::new(path, config, targets, recorded));
+    let reload_task = reload_on_signal(Arc::clone(&reloader))?;
     tracing::info!(line = %listen.line, officer = %listen.officer, public = %listen.public, node = %node.name, "listening");
     notify(&[NotifyState::Ready]);
-    let watching = tokio::spawn({
-        let (keeper, stop) = (Arc::clone(&keeper), stop.clone());
-        async move { keeper.run(stop).await }
+    let checkpoint_task = tokio::spawn({
+        let (checkpointer, stop) = (Arc::clone(&checkpointer), stop.clone());
+        async move { checkpointer.run(stop).await }
     });
-    let told = Told { provisioner: Arc::clone(&provisioner), auditor: Arc::clone(&auditor) };
-    let scraping = metrics.map(|metrics| tokio::spawn(metrics.serve(told, stop.clone())));
-    let house = House { node, auditor, desk, reloader };
-    let served = listening.serve(&tls, public, &provisioner, house, stop.clone()).await;
-    reloading.abort();
-    tidying.abort();
-    keeping.abort();
-    if let Some(scraping) = scraping {
-        // A listener that ended without a stop ends everything.
+    let sources = MetricsSources { provisioner: Arc::clone(&provisioner), auditor: Arc::clone(&auditor) };
+    let metrics_task = metrics.map(|metrics| tokio::spawn(metrics.serve(sources, stop.clone())));
+    let context = OfficerContext { node, auditor, access_control: access, reloader };
+    let served = listening.serve(&tls, public, &provisioner, context, stop.clone()).await;
+    reload_task.abort();
+    recovery_task.abort();
+    pool_task.abort();
+    if let Some(metrics_task) = metrics_task {
+        // A listener that fails stops the daemon.
         if !*stop.borrow() {
-            scraping.abort();
+            metrics_task.abort();
         }
-        let _ = scraping.await;
+        let _ = metrics_task.await;
     }
-    // What it waits for may never answer; the last checkpoint has a limit of its own.
-    watching.abort();
+    // Abort, because the HSM may never answer; the last checkpoint has its own time limit.
+    checkpoint_task.abort();
     let served = served.map_err(|e| e.to_string());
     record_stop(audit, &served).await;
-    keeper.close().await;
+    checkpointer.close().await;
     served
 }
 
-fn audit_keeper(config: &DaemonConfig, auditor: &Arc<Auditor>, hsm: &Hsm, registry: &Registry) -> AuditCheckpointer {
+fn audit_checkpointer(
+    config: &DaemonConfig,
+    auditor: &Arc<Auditor>,
+    hsm: &Hsm,
+    registry: &Registry,
+) -> AuditCheckpointer {
     let rules = CheckpointRules { entries: config.audit.checkpoint_entries, every: config.audit.checkpoint_every };
     AuditCheckpointer::new(Arc::clone(auditor), hsm.clone(), config.registry.key.clone(), registry.clone(), rules)
 }
 
-/// Takes over what the configuration says of rules and quotas. What needs the approval of another officer stays as it was, and is
-/// said: a daemon that did not start for it could not be asked for that approval.
-async fn settle(desk: &AccessControl, config: &DaemonConfig, audit: &AuditLog) -> Result<(), String> {
-    let settled = desk.settle(config.approvals, config.stations.quotas(), false).await;
-    for kept in settled.map_err(|e| e.to_string())? {
-        tracing::warn!(%kept, "the configuration is not in force as a whole");
-        let entry = Entry::new("sppd", "config.settle", Outcome::Refused(kept));
+/// Applies the configured approval rules and quotas. A change that needs another officer's approval is logged and not applied.
+/// The daemon starts all the same, because officers need it to give that approval.
+async fn settle(access: &AccessControl, config: &DaemonConfig, audit: &AuditLog) -> Result<(), String> {
+    let settled = access.settle(config.approvals, config.stations.quotas(), false).await;
+    for refusal in settled.map_err(|e| e.to_string())? {
+        tracing::warn!(%refusal, "configuration only partly in force");
+        let entry = Entry::new("sppd", "config.settle", Outcome::Refused(refusal));
         audit.record(entry).await.map_err(|e| e.to_string())?;
     }
     Ok(())
 }
 
-/// A daemon whose start cannot be recorded does not start: nothing that it does could be.
+/// Records the start. If this fails, the daemon does not start, because it could not record any action.
 async fn record_start(audit: &AuditLog, config: &DaemonConfig) -> Result<(), String> {
     let entry = Entry::new("sppd", "start", Outcome::Done)
         .with("version", env!("CARGO_PKG_VERSION"))
@@ -237,7 +242,7 @@ async fn record_start(audit: &AuditLog, config: &DaemonConfig) -> Result<(), Str
 async fn record_stop(audit: &AuditLog, served: &Result<(), String>) {
     let outcome = served.clone().map_or_else(Outcome::Failed, |()| Outcome::Done);
     if let Err(error) = audit.record(Entry::new("sppd", "stop", outcome)).await {
-        tracing::error!(%error, "the stop is not in the audit log");
+        tracing::error!(%error, "stop not recorded in the audit log");
     }
 }
 
@@ -246,8 +251,8 @@ fn open_state(config: &DaemonConfig) -> Result<Arc<SledStateStore>, String> {
     SledStateStore::open(&store.state, &store.state_options).map(Arc::new).map_err(|e| e.to_string())
 }
 
-/// Opens the public database. One with fewer records than the state store knows to be published is an old copy as a whole, with an
-/// index that fits it: nothing is put on top of it.
+/// Opens the public database. If it has fewer records than the state store has published sessions, it is an old copy: refuse to
+/// append to it.
 async fn open_registry(config: &DaemonConfig, hsm: &Hsm, journal: &Journal) -> Result<Registry, String> {
     let (store, registry) = (&config.store, &config.registry);
     let signer = HsmSigner::new(hsm.clone(), registry.key.name.clone(), registry.key.key.clone());
@@ -259,15 +264,15 @@ async fn open_registry(config: &DaemonConfig, hsm: &Hsm, journal: &Journal) -> R
     let published = sessions.published + sessions.erased;
     match published.saturating_sub(records) {
         lost if lost > config.registry.accepted_loss => Err(format!(
-            "the public database in {} has {records} records, and {published} devices were published: it is an old copy; put the \
-             newest one in its place, or accept the loss with accepted_loss = {lost} in [registry]",
+            "the public database in {} has {records} records, but {published} devices were published: it is an old copy; restore the \
+             newest copy, or accept the loss with accepted_loss = {lost} in [registry]",
             store.public.display()
         )),
         _ => Ok(registry),
     }
 }
 
-/// True once SIGTERM or SIGINT came.
+/// Becomes true on SIGTERM or SIGINT.
 fn stop_on_signal() -> Result<watch::Receiver<bool>, String> {
     let mut terminate = signal(SignalKind::terminate()).map_err(|e| e.to_string())?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(|e| e.to_string())?;
@@ -277,21 +282,21 @@ fn stop_on_signal() -> Result<watch::Receiver<bool>, String> {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
-        tracing::info!("stopping: calls in flight are finished, nothing new is accepted");
+        tracing::info!("stopping: finishing calls in progress, accepting no new ones");
         notify(&[NotifyState::Stopping]);
         let _ = sender.send(true);
     });
     Ok(stop)
 }
 
-/// SIGHUP: the configuration is read again. How that ended is in the log and on record.
+/// Reloads the configuration on SIGHUP. The result is in the log and in the audit log.
 fn reload_on_signal(reloader: Arc<Reloader>) -> Result<JoinHandle<()>, String> {
     let mut hang_up = signal(SignalKind::hangup()).map_err(|e| e.to_string())?;
     Ok(tokio::spawn(async move {
         while hang_up.recv().await.is_some() {
             notify(&[NotifyState::Reloading]);
             if let Err(error) = reloader.reload("sppd").await {
-                tracing::error!(%error, "SIGHUP changed nothing");
+                tracing::error!(%error, "reload on SIGHUP failed");
             }
             notify(&[NotifyState::Ready]);
         }
@@ -300,11 +305,11 @@ fn reload_on_signal(reloader: Arc<Reloader>) -> Result<JoinHandle<()>, String> {
 
 fn notify(state: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(state) {
-        tracing::warn!(%error, "systemd could not be told");
+        tracing::warn!(%error, "notifying systemd failed");
     }
 }
 
-/// What `--check` tells: everything that serving would need, without listening.
+/// Runs `--check`: verifies everything that serving needs, without listening.
 async fn check(config: DaemonConfig) -> Result<(), String> {
     println!("configuration  valid: {} profiles, {} stations", config.profiles.len(), config.stations.count());
     for (name, profile) in &config.profiles {
@@ -312,30 +317,30 @@ async fn check(config: DaemonConfig) -> Result<(), String> {
     }
     let keys = config.hsms.keys();
     let hsm = Hsm::start(config.hsms.clone());
-    for (member, of) in hsm.each().zip(config.hsms.members()) {
-        println!("module         {} ({})", of.module.name, of.module.library.display());
-        // Served would be with any of them; what is to be checked is that all are as they should be.
-        hsm.at(member).ready(CHECK_LIMIT).await.map_err(|e| e.to_string())?;
+    for (member, config) in hsm.members().zip(config.hsms.members()) {
+        println!("module         {} ({})", config.module.name, config.module.library.display());
+        // Serving needs only one HSM; `--check` requires all of them.
+        hsm.pinned_to(member).ready(CHECK_LIMIT).await.map_err(|e| e.to_string())?;
     }
     for status in hsm.status().members {
         println!("HSM            {}, token {} ({})", status.module, status.token_label, status.token_serial);
     }
     for key in &keys.signing {
-        // That of an offline root is imported later.
-        let fits =
-            if key.certificate.exists() { "signs and fits its certificate" } else { "signs, has no certificate yet" };
-        println!("signing key    {}: {}, {fits}", key.name, key.public_key.kind());
+        // The certificate of an offline root is imported later.
+        let finding =
+            if key.certificate.exists() { "signs, matches its certificate" } else { "signs, has no certificate yet" };
+        println!("signing key    {}: {}, {finding}", key.name, key.public_key.kind());
     }
     for key in &keys.log {
         println!("log key        {}: signs the checkpoints of {}", key.name, key.key.origin());
     }
     for key in &keys.master {
-        println!("master key     {}: version {}, check value right", key.name, key.version);
+        println!("master key     {}: version {}, check value matches", key.name, key.version);
     }
     let secrets = open_state(&config)?;
     let journal = Journal::new(secrets.clone());
     let registry = open_registry(&config, &hsm, &journal).await?;
-    let (free, floor) = journal.room().map_err(|e| e.to_string())?;
+    let (free, floor) = journal.disk_space().map_err(|e| e.to_string())?;
     let unfinished = journal.unfinished().await.map_err(|e| e.to_string())?.len();
     let records = registry.count().await.map_err(|e| e.to_string())?;
     println!("state store    {}: {unfinished} unfinished sessions", config.store.state.display());
@@ -353,13 +358,13 @@ async fn check(config: DaemonConfig) -> Result<(), String> {
     let batches = secrets.batches().await.map_err(|e| e.to_string())?;
     for (kind, marks) in &config.key_pool.pools {
         let of_kind = batches.iter().filter(|batch| batch.purpose == Purpose::Pool(*kind));
-        let ready: u64 = of_kind.map(Batch::offered).sum();
-        println!("pool           {kind}: {ready} pairs ready, kept between {} and {}", marks.low, marks.high);
+        let ready: u64 = of_kind.map(Batch::available).sum();
+        println!("pool           {kind}: {ready} pairs ready, low mark {}, high mark {}", marks.low, marks.high);
     }
-    println!("disk           {free} bytes free, new devices need {floor}");
+    println!("disk           {free} bytes free, new devices require {floor}");
     if free < floor {
-        return Err("the disk has less room than the floor: no new device would be accepted".to_owned());
+        return Err("free disk space is below the floor: no new device would be accepted".to_owned());
     }
-    println!("everything is right");
+    println!("all checks passed");
     Ok(())
 }

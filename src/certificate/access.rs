@@ -1,4 +1,4 @@
-//! Certificates by which stations, officers and servers know each other over TLS.
+//! Access certificates: the TLS client and server certificates of stations, officers, other callers and servers.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -11,7 +11,7 @@ use x509_cert::Certificate;
 use x509_cert::ext::pkix::name::GeneralName;
 use x509_cert::ext::pkix::{ExtendedKeyUsage, KeyUsage, KeyUsages, SubjectAltName};
 
-use super::authority::{UnsignedDocument, key_identifiers, ordered};
+use super::authority::{UnsignedDocument, check_validity_order, key_identifiers};
 use super::name::SubjectName;
 use super::prepare::CertificateSerial;
 use super::tbs::{self, TbsFields};
@@ -23,47 +23,47 @@ use crate::names::{AuditorName, BackOfficeName, MonitorName, NameError, OfficerN
 const SERVER_AUTH: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.6.1.5.5.7.3.1");
 /// `id-kp-clientAuth`, RFC 5280 §4.2.1.12.
 const CLIENT_AUTH: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.6.1.5.5.7.3.2");
-/// What every caller's URI starts with.
+/// Prefix of every caller's URI.
 const SCHEME: &str = "spp://";
 
-/// For whom an access certificate is.
+/// The subject of an access certificate.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AccessName {
-    /// Whoever calls: URI `spp://station/line-3/a` for example, clientAuth.
+    /// A caller: URI such as `spp://station/line-3/a`, clientAuth.
     Client(Caller),
     /// A server: DNS names and IP addresses, serverAuth.
     Server {
-        /// DNS names, `spp.example` say.
+        /// DNS names such as `spp.example`.
         dns: Vec<String>,
-        /// Addresses.
+        /// IP addresses.
         ips: Vec<IpAddr>,
     },
 }
 
-/// An access certificate to be made.
+/// The content of an access certificate to issue.
 #[derive(Debug)]
 pub struct AccessCertificate<'a> {
-    /// For whom.
+    /// The subject.
     pub name: &'a AccessName,
-    /// Whose key.
+    /// The subject's public key.
     pub public_key: &'a PublicKey,
-    /// The authority for access certificates.
+    /// The access CA.
     pub issuer: &'a IssuerCertificate,
-    /// The certificate's number.
+    /// The serial number.
     pub serial: CertificateSerial,
     /// Seconds since the Unix epoch.
     pub not_before: u64,
-    /// Seconds since the Unix epoch. Access always ends.
+    /// Seconds since the Unix epoch. An access certificate always expires.
     pub not_after: u64,
 }
 
-/// Puts an access certificate together: digitalSignature, one extended key usage, finite validity.
-pub fn access_certificate(wanted: &AccessCertificate<'_>) -> Result<UnsignedDocument, CertificateError> {
-    let not_after = ordered(wanted.not_before, wanted.not_after)?;
+/// Builds an access certificate: digitalSignature, one extended key usage, finite validity.
+pub fn access_certificate(template: &AccessCertificate<'_>) -> Result<UnsignedDocument, CertificateError> {
+    let not_after = check_validity_order(template.not_before, template.not_after)?;
     if not_after == tbs::NO_EXPIRY {
-        return Err(CertificateError::Request("an access certificate must expire; give a validity".into()));
+        return Err(CertificateError::Request("an access certificate must expire; set notAfter".into()));
     }
-    let (common_name, names, usage) = match wanted.name {
+    let (common_name, names, usage) = match template.name {
         AccessName::Client(caller) => {
             let uri = format!("{SCHEME}{}/{}", caller.role(), caller.name());
             (caller.name(), vec![tbs::uri(&uri)?], CLIENT_AUTH)
@@ -76,24 +76,24 @@ pub fn access_certificate(wanted: &AccessCertificate<'_>) -> Result<UnsignedDocu
         tbs::extension(false, &ExtendedKeyUsage(vec![usage]))?,
         tbs::extension(false, &SubjectAltName(names))?,
     ];
-    extensions.extend(key_identifiers(wanted.public_key, wanted.issuer.key_identifier())?);
-    let algorithm = wanted.issuer.algorithm();
+    extensions.extend(key_identifiers(template.public_key, template.issuer.key_identifier())?);
+    let algorithm = template.issuer.algorithm();
     let to_be_signed = tbs::encode(TbsFields {
-        serial: wanted.serial,
+        serial: template.serial,
         algorithm,
-        issuer: wanted.issuer.subject().clone(),
-        not_before: wanted.not_before,
+        issuer: template.issuer.subject().clone(),
+        not_before: template.not_before,
         not_after,
         subject: subject.to_name(None)?,
-        public_key: wanted.public_key,
+        public_key: template.public_key,
         extensions,
     })?;
-    Ok(UnsignedDocument::new("CERTIFICATE", to_be_signed, algorithm, wanted.issuer.public_key()))
+    Ok(UnsignedDocument::new("CERTIFICATE", to_be_signed, algorithm, template.issuer.public_key()))
 }
 
 fn server_names(dns: &[String], ips: &[IpAddr]) -> Result<Vec<GeneralName>, CertificateError> {
     if dns.is_empty() && ips.is_empty() {
-        return Err(CertificateError::Request("a server certificate needs a DNS name or an IP address".into()));
+        return Err(CertificateError::Request("a server certificate requires a DNS name or an IP address".into()));
     }
     let mut names = Vec::new();
     for name in dns {
@@ -104,7 +104,7 @@ fn server_names(dns: &[String], ips: &[IpAddr]) -> Result<Vec<GeneralName>, Cert
                 && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
         };
         if name.len() > 253 || !name.split('.').all(label_ok) {
-            return Err(CertificateError::Request(format!("{name:?} is not a DNS name (RFC 1034 §3.5)")));
+            return Err(CertificateError::Request(format!("invalid DNS name {name:?} (RFC 1034 §3.5)")));
         }
         let name = Ia5String::new(name).map_err(CertificateError::unwritable("DNS name"))?;
         names.push(GeneralName::DnsName(name));
@@ -113,7 +113,7 @@ fn server_names(dns: &[String], ips: &[IpAddr]) -> Result<Vec<GeneralName>, Cert
     Ok(names)
 }
 
-/// What a caller is. The table of the RPCs says what each may call.
+/// The role of a caller. The RPC table defines which calls each role may make.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Role {
@@ -121,19 +121,19 @@ pub enum Role {
     Station,
     /// Manages keys, stations and the daemon.
     Officer,
-    /// Reads everything and changes nothing.
+    /// Read-only access to everything.
     Auditor,
-    /// The maker's systems that talk to devices later.
+    /// The manufacturer's systems that communicate with devices in the field.
     BackOffice,
-    /// Sees whether everything is well.
+    /// Reads health and metrics.
     Monitor,
 }
 
 impl Role {
-    /// All of them.
+    /// All roles.
     pub const ALL: [Self; 5] = [Self::Station, Self::Officer, Self::Auditor, Self::BackOffice, Self::Monitor];
 
-    /// As it is written in certificates.
+    /// The name used in certificates.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Station => "station",
@@ -156,11 +156,11 @@ impl FromStr for Role {
     fn from_str(text: &str) -> Result<Self, NameError> {
         let known = Self::ALL.into_iter().find(|known| known.as_str() == text);
         let roles = Self::ALL.map(Self::as_str).join(", ");
-        known.ok_or_else(|| NameError::new(format!("there is no role {text}; there are: {roles}")))
+        known.ok_or_else(|| NameError::new(format!("unknown role {text:?}: expected one of {roles}")))
     }
 }
 
-/// Who a client certificate is of.
+/// The authenticated owner of a client certificate.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Caller {
@@ -170,14 +170,14 @@ pub enum Caller {
     Officer(OfficerName),
     /// An auditor.
     Auditor(AuditorName),
-    /// A system of the back office.
+    /// A back-office system.
     BackOffice(BackOfficeName),
     /// A monitor.
     Monitor(MonitorName),
 }
 
 impl Caller {
-    /// What it is.
+    /// The caller's role.
     pub const fn role(&self) -> Role {
         match self {
             Self::Station(_) => Role::Station,
@@ -188,7 +188,7 @@ impl Caller {
         }
     }
 
-    /// What it is called.
+    /// The caller's name.
     pub fn name(&self) -> &str {
         match self {
             Self::Station(name) => name.as_str(),
@@ -199,7 +199,7 @@ impl Caller {
         }
     }
 
-    /// A caller of that role.
+    /// Creates a caller of the given role.
     pub fn new(role: Role, name: &str) -> Result<Self, NameError> {
         match role {
             Role::Station => name.parse().map(Self::Station),
@@ -211,27 +211,26 @@ impl Caller {
     }
 }
 
-/// `station line-3/a`, as logs and messages name it.
+/// `station line-3/a`, as used in logs and messages.
 impl fmt::Display for Caller {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} {}", self.role(), self.name())
     }
 }
 
-/// What a client certificate says.
+/// The contents of a client certificate.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CallerCertificate {
-    /// Who.
+    /// The owner.
     pub caller: Caller,
-    /// From when on; seconds since the Unix epoch.
+    /// Start of validity, seconds since the Unix epoch.
     pub not_before: u64,
-    /// Until when; seconds since the Unix epoch.
+    /// End of validity, seconds since the Unix epoch.
     pub not_after: u64,
 }
 
-/// Reads who a client certificate is of. The certificate has been verified by TLS before; exactly one `spp://` URI must name the
-/// caller.
-pub fn caller_of(der: &[u8]) -> Result<CallerCertificate, CertificateError> {
+/// Parses a client certificate whose signature TLS has already verified. Exactly one `spp://` URI must name the caller.
+pub fn parse_caller_certificate(der: &[u8]) -> Result<CallerCertificate, CertificateError> {
     let unreadable = || CertificateError::unreadable("client certificate");
     let certificate = Certificate::from_der(der).map_err(unreadable())?;
     let tbs = certificate.tbs_certificate();
@@ -242,33 +241,31 @@ pub fn caller_of(der: &[u8]) -> Result<CallerCertificate, CertificateError> {
         _ => None,
     });
     let (Some(caller), None) = (callers.next(), callers.next()) else {
-        return Err(CertificateError::refused("it has not exactly one spp:// name; use one made by sppctl"));
+        return Err(CertificateError::refused("expected exactly one spp:// URI; use a certificate issued by sppctl"));
     };
     let not_before = tbs.validity().not_before.to_unix_duration().as_secs();
     let not_after = tbs.validity().not_after.to_unix_duration().as_secs();
     Ok(CallerCertificate { caller: parse_caller(caller)?, not_before, not_after })
 }
 
-/// The same for a certificate that TLS has not verified: one of these authorities for access certificates must have issued it, for a
-/// client. Whether it is in time is for whoever knows the time that matters.
-pub fn verify_caller(der: &[u8], authorities: &[PublicKey]) -> Result<CallerCertificate, CertificateError> {
-    let shell = signed::split("client certificate", der)?;
-    if !authorities.iter().any(|authority| shell.verify(authority).is_ok()) {
-        return Err(CertificateError::refused("none of the authorities for access certificates has issued it"));
+/// Parses and verifies a client certificate that TLS has not verified: one of the access CAs `authorities` must have issued it
+/// for client authentication. The caller checks the validity period, because only the caller knows the relevant time.
+pub fn verify_caller_certificate(der: &[u8], authorities: &[PublicKey]) -> Result<CallerCertificate, CertificateError> {
+    let envelope = signed::split("client certificate", der)?;
+    if !authorities.iter().any(|authority| envelope.verify(authority).is_ok()) {
+        return Err(CertificateError::refused("not issued by a known access CA"));
     }
-    // What the authority has signed may be a certificate of another kind: of a server, or of an authority under it.
-    let usage = shell.certificate()?.get_extension::<ExtendedKeyUsage>();
+    // The access CA also signs server and CA certificates; only clientAuth certificates identify a caller.
+    let usage = envelope.certificate()?.get_extension::<ExtendedKeyUsage>();
     let usage = usage.map_err(CertificateError::unreadable("client certificate"))?;
     if usage.is_none_or(|(_, usage)| usage.0 != [CLIENT_AUTH]) {
-        return Err(CertificateError::refused(
-            "it is not for a client (extendedKeyUsage clientAuth, RFC 5280 §4.2.1.12)",
-        ));
+        return Err(CertificateError::refused("extendedKeyUsage is not clientAuth (RFC 5280 §4.2.1.12)"));
     }
-    caller_of(der)
+    parse_caller_certificate(der)
 }
 
 /// The public key of a certificate.
-pub fn public_key_of(der: &[u8]) -> Result<PublicKey, CertificateError> {
+pub fn certificate_public_key(der: &[u8]) -> Result<PublicKey, CertificateError> {
     let unreadable = || CertificateError::unreadable("certificate");
     let certificate = Certificate::from_der(der).map_err(unreadable())?;
     let spki = certificate.tbs_certificate().subject_public_key_info().to_der().map_err(unreadable())?;

@@ -1,4 +1,4 @@
-//! Signature algorithms as X.509 and COSE write them.
+//! Signature algorithm identifiers of X.509 and COSE.
 
 use coset::iana;
 use der::asn1::ObjectIdentifier;
@@ -19,21 +19,21 @@ const RSASSA_PSS: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.11354
 /// `id-Ed25519`, RFC 8410 §3.
 const ED25519: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.101.112");
 
-/// `RSASSA-PSS-params` (RFC 4055 §3.1): SHA-256, MGF1 with SHA-256, salt of 32 bytes; hash parameters NULL, as written
-/// by everybody.
+/// `RSASSA-PSS-params` (RFC 4055 §3.1): SHA-256, MGF1 with SHA-256, 32-byte salt; hash parameters are NULL, as all common
+/// implementations encode them.
 const PSS_SHA256_PARAMETERS: [u8; 54] = *b"\x30\x34\
     \xa0\x0f\x30\x0d\x06\x09\x60\x86\x48\x01\x65\x03\x04\x02\x01\x05\x00\
     \xa1\x1c\x30\x1a\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x01\x08\
     \x30\x0d\x06\x09\x60\x86\x48\x01\x65\x03\x04\x02\x01\x05\x00\
     \xa2\x03\x02\x01\x20";
-/// The same with absent hash parameters, which RFC 4055 §2.1 wants accepted too.
+/// The same parameters with absent hash parameters, which RFC 4055 §2.1 requires to be accepted.
 const PSS_SHA256_PARAMETERS_WITHOUT_NULL: [u8; 50] = *b"\x30\x30\
     \xa0\x0d\x30\x0b\x06\x09\x60\x86\x48\x01\x65\x03\x04\x02\x01\
     \xa1\x1a\x30\x18\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x01\x08\
     \x30\x0b\x06\x09\x60\x86\x48\x01\x65\x03\x04\x02\x01\
     \xa2\x03\x02\x01\x20";
 
-/// The AlgorithmIdentifier of RFC 5280 §4.1.1.2.
+/// Encodes the AlgorithmIdentifier (RFC 5280 §4.1.1.2).
 pub(super) fn identifier(algorithm: SignatureAlgorithm) -> Result<AlgorithmIdentifierOwned, CertificateError> {
     let (oid, parameters) = match algorithm {
         SignatureAlgorithm::EcdsaP256Sha256 => (ECDSA_WITH_SHA256, None),
@@ -48,13 +48,13 @@ pub(super) fn identifier(algorithm: SignatureAlgorithm) -> Result<AlgorithmIdent
     Ok(AlgorithmIdentifierOwned { oid, parameters })
 }
 
-/// The algorithm that an AlgorithmIdentifier means; other parameters than ours are another algorithm.
+/// Decodes an AlgorithmIdentifier; unsupported parameters make the algorithm unsupported.
 pub(super) fn from_identifier(identifier: &AlgorithmIdentifierRef<'_>) -> Result<SignatureAlgorithm, CertificateError> {
     let parameters = identifier.parameters;
     let algorithm = match identifier.oid {
         ECDSA_WITH_SHA256 if parameters.is_none() => SignatureAlgorithm::EcdsaP256Sha256,
         ECDSA_WITH_SHA384 if parameters.is_none() => SignatureAlgorithm::EcdsaP384Sha384,
-        // RFC 4055 §5: NULL is written, its absence accepted.
+        // RFC 4055 §5: NULL is encoded; absent parameters are accepted.
         SHA256_WITH_RSA if parameters.is_none_or(AnyRef::is_null) => SignatureAlgorithm::RsaPkcs1Sha256,
         RSASSA_PSS if parameters.is_some_and(is_pss_sha256) => SignatureAlgorithm::RsaPssSha256,
         ED25519 if parameters.is_none() => SignatureAlgorithm::Ed25519,
@@ -67,7 +67,7 @@ fn is_pss_sha256(parameters: AnyRef<'_>) -> bool {
     parameters.to_der().is_ok_and(|der| der == PSS_SHA256_PARAMETERS || der == PSS_SHA256_PARAMETERS_WITHOUT_NULL)
 }
 
-/// The algorithm's number in COSE (RFC 9053 §2, RFC 8812 §2, RFC 8230 §2).
+/// The COSE algorithm (RFC 9053 §2, RFC 8812 §2, RFC 8230 §2).
 pub(super) const fn cose(algorithm: SignatureAlgorithm) -> iana::Algorithm {
     match algorithm {
         SignatureAlgorithm::EcdsaP256Sha256 => iana::Algorithm::ES256,
@@ -78,7 +78,7 @@ pub(super) const fn cose(algorithm: SignatureAlgorithm) -> iana::Algorithm {
     }
 }
 
-/// The algorithm of a COSE header.
+/// Decodes the algorithm of a COSE header.
 pub(super) fn from_cose(algorithm: Option<&coset::Algorithm>) -> Result<SignatureAlgorithm, CertificateError> {
     match algorithm {
         Some(coset::Algorithm::Assigned(iana::Algorithm::ES256)) => Ok(SignatureAlgorithm::EcdsaP256Sha256),
@@ -86,7 +86,7 @@ pub(super) fn from_cose(algorithm: Option<&coset::Algorithm>) -> Result<Signatur
         Some(coset::Algorithm::Assigned(iana::Algorithm::RS256)) => Ok(SignatureAlgorithm::RsaPkcs1Sha256),
         Some(coset::Algorithm::Assigned(iana::Algorithm::PS256)) => Ok(SignatureAlgorithm::RsaPssSha256),
         Some(coset::Algorithm::Assigned(iana::Algorithm::EdDSA)) => Ok(SignatureAlgorithm::Ed25519),
-        other => Err(CertificateError::UnknownAlgorithm(format!("{other:?} of COSE"))),
+        other => Err(CertificateError::UnknownAlgorithm(format!("{other:?} (COSE)"))),
     }
 }
 
@@ -96,7 +96,7 @@ mod tests {
     use crate::certificate::testing::ALGORITHMS;
 
     #[test]
-    fn each_algorithm_is_read_back_in_both_worlds() {
+    fn algorithm_encoded_as_x509_and_cose_decodes_to_itself() {
         for algorithm in ALGORITHMS {
             let der = identifier(algorithm).unwrap().to_der().unwrap();
             assert_eq!(from_identifier(&AlgorithmIdentifierRef::from_der(&der).unwrap()).unwrap(), algorithm);
@@ -105,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn pss_with_other_parameters_is_another_algorithm() {
+    fn pss_with_other_parameters_rejected() {
         let mut parameters = PSS_SHA256_PARAMETERS;
         parameters[53] = 20;
         let identifier =

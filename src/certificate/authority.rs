@@ -1,4 +1,4 @@
-//! Certificates of the signing keys themselves, and requests for them. Their keys sign elsewhere.
+//! CA certificates of the signing keys, and certificate requests (PKCS#10). The HSM signs them.
 
 use der::asn1::{OctetString, SetOfVec};
 use der::pem::LineEnding;
@@ -16,103 +16,104 @@ use super::tbs::{self, TbsFields};
 use super::{CertificateError, IssuerCertificate, signed};
 use crate::keys::{PublicKey, SignatureAlgorithm, TlsKey};
 
-/// A self-signed authority: the manufacturer's key, or the one that issues access certificates.
+/// The content of a CA certificate: for a manufacturer key or for the access CA.
 #[derive(Debug)]
 pub struct AuthorityCertificate<'a> {
-    /// Its name.
+    /// The subject.
     pub subject: &'a SubjectName,
-    /// Its public key.
+    /// The subject's public key.
     pub public_key: &'a PublicKey,
-    /// How it signs itself.
+    /// The key's signature algorithm.
     pub algorithm: SignatureAlgorithm,
-    /// The certificate's number.
+    /// The serial number.
     pub serial: CertificateSerial,
     /// Seconds since the Unix epoch.
     pub not_before: u64,
-    /// Seconds since the Unix epoch; `None` for no expiry, as the devices' certificates (RFC 5280 §4.1.2.5).
+    /// Seconds since the Unix epoch; `None` for no expiry, as in device certificates (RFC 5280 §4.1.2.5).
     pub not_after: Option<u64>,
 }
 
-/// Authorities under one of the keys of a token: the keys that issue.
-const ISSUING: u8 = 0;
-/// Authorities under a root: the keys that issue, and those that they issue for.
-const ROOT: u8 = 1;
+/// Path length of an issuing CA: it has no subordinate CAs.
+const ISSUING_PATH_LEN: u8 = 0;
+/// Path length of a root CA: issuing CAs may follow.
+const ROOT_PATH_LEN: u8 = 1;
 
-/// A self-signed CA certificate: path length 0, keyCertSign and cRLSign.
-pub fn authority_certificate(wanted: &AuthorityCertificate<'_>) -> Result<UnsignedDocument, CertificateError> {
-    self_signed(wanted, ISSUING)
+/// Builds a self-signed issuing CA certificate: path length 0, keyCertSign and cRLSign.
+pub fn authority_certificate(template: &AuthorityCertificate<'_>) -> Result<UnsignedDocument, CertificateError> {
+    self_signed(template, ISSUING_PATH_LEN)
 }
 
-/// The same with path length 1: a root, under which the keys that issue have their certificates.
-pub fn root_certificate(wanted: &AuthorityCertificate<'_>) -> Result<UnsignedDocument, CertificateError> {
-    self_signed(wanted, ROOT)
+/// Builds a self-signed root CA certificate: path length 1, so that issuing CAs can be subordinate to it.
+pub fn root_certificate(template: &AuthorityCertificate<'_>) -> Result<UnsignedDocument, CertificateError> {
+    self_signed(template, ROOT_PATH_LEN)
 }
 
-/// A CA certificate with path length 0 that another authority signs, with its own algorithm. It ends with the issuer's at the latest.
+/// Builds an issuing CA certificate (path length 0) that `issuer` signs with its own algorithm. It expires no later than the
+/// issuer.
 pub fn subordinate_certificate(
-    wanted: &AuthorityCertificate<'_>,
+    template: &AuthorityCertificate<'_>,
     issuer: &IssuerCertificate,
 ) -> Result<UnsignedDocument, CertificateError> {
-    let mut extensions = authority_extensions(ISSUING)?;
-    extensions.extend(key_identifiers(wanted.public_key, issuer.key_identifier())?);
-    let not_after = wanted.not_after.unwrap_or(tbs::NO_EXPIRY).min(issuer.not_after()?);
+    let mut extensions = authority_extensions(ISSUING_PATH_LEN)?;
+    extensions.extend(key_identifiers(template.public_key, issuer.key_identifier())?);
+    let not_after = template.not_after.unwrap_or(tbs::NO_EXPIRY).min(issuer.not_after()?);
     let to_be_signed = tbs::encode(TbsFields {
-        serial: wanted.serial,
+        serial: template.serial,
         algorithm: issuer.algorithm(),
         issuer: issuer.subject().clone(),
-        not_before: wanted.not_before,
-        not_after: ordered(wanted.not_before, not_after)?,
-        subject: wanted.subject.to_name(None)?,
-        public_key: wanted.public_key,
+        not_before: template.not_before,
+        not_after: check_validity_order(template.not_before, not_after)?,
+        subject: template.subject.to_name(None)?,
+        public_key: template.public_key,
         extensions,
     })?;
     Ok(UnsignedDocument::new("CERTIFICATE", to_be_signed, issuer.algorithm(), issuer.public_key()))
 }
 
-fn self_signed(wanted: &AuthorityCertificate<'_>, below: u8) -> Result<UnsignedDocument, CertificateError> {
-    must_fit(wanted.public_key, wanted.algorithm)?;
-    let mut extensions = authority_extensions(below)?;
-    extensions.extend(key_identifiers(wanted.public_key, &tbs::key_identifier(wanted.public_key))?);
-    let subject = wanted.subject.to_name(None)?;
+fn self_signed(template: &AuthorityCertificate<'_>, path_len: u8) -> Result<UnsignedDocument, CertificateError> {
+    check_algorithm(template.public_key, template.algorithm)?;
+    let mut extensions = authority_extensions(path_len)?;
+    extensions.extend(key_identifiers(template.public_key, &tbs::key_identifier(template.public_key))?);
+    let subject = template.subject.to_name(None)?;
     let to_be_signed = tbs::encode(TbsFields {
-        serial: wanted.serial,
-        algorithm: wanted.algorithm,
+        serial: template.serial,
+        algorithm: template.algorithm,
         issuer: subject.clone(),
-        not_before: wanted.not_before,
-        not_after: ordered(wanted.not_before, wanted.not_after.unwrap_or(tbs::NO_EXPIRY))?,
+        not_before: template.not_before,
+        not_after: check_validity_order(template.not_before, template.not_after.unwrap_or(tbs::NO_EXPIRY))?,
         subject,
-        public_key: wanted.public_key,
+        public_key: template.public_key,
         extensions,
     })?;
-    Ok(UnsignedDocument::new("CERTIFICATE", to_be_signed, wanted.algorithm, wanted.public_key))
+    Ok(UnsignedDocument::new("CERTIFICATE", to_be_signed, template.algorithm, template.public_key))
 }
 
-/// A PKCS#10 request (RFC 2986) by which an offline root makes the key a subordinate CA.
+/// Builds a PKCS#10 request (RFC 2986) for an issuing CA certificate from an offline root.
 pub fn authority_request(
     subject: &SubjectName,
     public_key: &PublicKey,
     algorithm: SignatureAlgorithm,
 ) -> Result<UnsignedDocument, CertificateError> {
-    request_of(subject, public_key, algorithm, ISSUING)
+    request_of(subject, public_key, algorithm, ISSUING_PATH_LEN)
 }
 
-/// The same for a root of this token that has another one above it: path length 1.
+/// Builds a PKCS#10 request for a root of this token that another root signs: path length 1.
 pub fn root_request(
     subject: &SubjectName,
     public_key: &PublicKey,
     algorithm: SignatureAlgorithm,
 ) -> Result<UnsignedDocument, CertificateError> {
-    request_of(subject, public_key, algorithm, ROOT)
+    request_of(subject, public_key, algorithm, ROOT_PATH_LEN)
 }
 
 fn request_of(
     subject: &SubjectName,
     public_key: &PublicKey,
     algorithm: SignatureAlgorithm,
-    below: u8,
+    path_len: u8,
 ) -> Result<UnsignedDocument, CertificateError> {
-    must_fit(public_key, algorithm)?;
-    let (subject, mut extensions) = (subject.to_name(None)?, authority_extensions(below)?);
+    check_algorithm(public_key, algorithm)?;
+    let (subject, mut extensions) = (subject.to_name(None)?, authority_extensions(path_len)?);
     extensions.push(subject_key_identifier(public_key)?);
     let build = || {
         let mut attributes = SetOfVec::new();
@@ -124,7 +125,7 @@ fn request_of(
     Ok(UnsignedDocument::new("CERTIFICATE REQUEST", to_be_signed, algorithm, public_key))
 }
 
-/// A PKCS#10 request for an access certificate. It names nobody: who it is for is the officer's decision, not the request's.
+/// Builds a PKCS#10 request for an access certificate. Its subject is empty: the officer, not the request, decides the name.
 pub fn access_request(key: &TlsKey) -> Result<UnsignedDocument, CertificateError> {
     let (public, algorithm) = (key.public(), key.algorithm());
     let build = || {
@@ -136,7 +137,7 @@ pub fn access_request(key: &TlsKey) -> Result<UnsignedDocument, CertificateError
     Ok(UnsignedDocument::new("CERTIFICATE REQUEST", to_be_signed, algorithm, public))
 }
 
-/// Bytes for a key elsewhere to sign, and what becomes of them then.
+/// A certificate or request to be signed.
 #[derive(Debug)]
 pub struct UnsignedDocument {
     label: &'static str,
@@ -160,12 +161,12 @@ impl UnsignedDocument {
         &self.to_be_signed
     }
 
-    /// How they are to be signed.
+    /// The signature algorithm.
     pub const fn algorithm(&self) -> SignatureAlgorithm {
         self.algorithm
     }
 
-    /// Puts the signature (ECDSA in DER) to it and verifies it with the signer's public key.
+    /// Attaches the signature (ECDSA in DER) and verifies it with the signer's public key.
     pub fn assemble(self, signature: &[u8]) -> Result<SignedDocument, CertificateError> {
         let der = signed::join(&self.to_be_signed, self.algorithm, signature)?;
         signed::split("signed document", &der)?.verify(&self.signer)?;
@@ -181,18 +182,18 @@ pub struct SignedDocument {
 }
 
 impl SignedDocument {
-    /// In DER.
+    /// The DER encoding.
     pub fn as_der(&self) -> &[u8] {
         &self.der
     }
 
-    /// In PEM (RFC 7468) with a line end at its end, so that files can be put one behind the other.
+    /// The PEM encoding (RFC 7468) with a final newline, so that PEM files can be concatenated.
     pub fn to_pem(&self) -> Result<String, CertificateError> {
         pem(self.label, &self.der)
     }
 }
 
-/// A certificate in PEM (RFC 7468 §5).
+/// Encodes a certificate as PEM (RFC 7468 §5).
 pub fn certificate_pem(der: &[u8]) -> Result<String, CertificateError> {
     pem("CERTIFICATE", der)
 }
@@ -201,10 +202,10 @@ fn pem(label: &'static str, der: &[u8]) -> Result<String, CertificateError> {
     der::pem::encode_string(label, LineEnding::LF, der).map_err(|e| CertificateError::Pem(e.to_string()))
 }
 
-/// `CA:TRUE` with its path length and keyCertSign with cRLSign, both critical (RFC 5280 §4.2.1.9, §4.2.1.3).
-fn authority_extensions(below: u8) -> Result<Extensions, CertificateError> {
+/// `CA:TRUE` with a path length, and keyCertSign with cRLSign; both critical (RFC 5280 §4.2.1.9, §4.2.1.3).
+fn authority_extensions(path_len: u8) -> Result<Extensions, CertificateError> {
     Ok(vec![
-        tbs::extension(true, &BasicConstraints { ca: true, path_len_constraint: Some(below) })?,
+        tbs::extension(true, &BasicConstraints { ca: true, path_len_constraint: Some(path_len) })?,
         tbs::extension(true, &KeyUsage(KeyUsages::KeyCertSign | KeyUsages::CRLSign))?,
     ])
 }
@@ -221,15 +222,15 @@ fn subject_key_identifier(key: &PublicKey) -> Result<Extension, CertificateError
     tbs::extension(false, &SubjectKeyIdentifier(bytes))
 }
 
-/// The end of a validity that has a beginning before it.
-pub(super) fn ordered(not_before: u64, not_after: u64) -> Result<u64, CertificateError> {
+/// Returns `not_after` if it is later than `not_before` and representable.
+pub(super) fn check_validity_order(not_before: u64, not_after: u64) -> Result<u64, CertificateError> {
     if not_before < not_after && not_after <= tbs::NO_EXPIRY {
         return Ok(not_after);
     }
     Err(CertificateError::Request("notAfter must be later than notBefore and before the year 10000".into()))
 }
 
-fn must_fit(key: &PublicKey, algorithm: SignatureAlgorithm) -> Result<(), CertificateError> {
+fn check_algorithm(key: &PublicKey, algorithm: SignatureAlgorithm) -> Result<(), CertificateError> {
     let kind = key.kind();
     if algorithm.fits(kind) { Ok(()) } else { Err(CertificateError::AlgorithmMismatch { kind, algorithm }) }
 }
@@ -237,14 +238,14 @@ fn must_fit(key: &PublicKey, algorithm: SignatureAlgorithm) -> Result<(), Certif
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::certificate::testing::{ALGORITHMS, NOW, SignWith, authority_of, openssl, serial};
+    use crate::certificate::testing::{ALGORITHMS, NOW, SoftwareKey, authority_of, openssl, serial};
     use crate::certificate::{IssuerCertificate, verify_csr};
 
     #[test]
-    fn openssl_accepts_an_authority_under_a_root_of_another_kind() {
-        let (root, key) = (SignWith::new(SignatureAlgorithm::EcdsaP384Sha384), SignWith::p256());
+    fn openssl_accepts_ca_under_root_of_other_key_type() {
+        let (root, key) = (SoftwareKey::new(SignatureAlgorithm::EcdsaP384Sha384), SoftwareKey::p256());
         let [above, subject] = ["Root", "Manufacturer"].map(|name| SubjectName::with_common_name(name).unwrap());
-        let wanted = |subject, key: &SignWith, not_after| {
+        let wanted = |subject, key: &SoftwareKey, not_after| {
             let public_key = key.public().clone();
             (subject, public_key, key.algorithm(), not_after)
         };
@@ -272,9 +273,9 @@ mod tests {
     }
 
     #[test]
-    fn openssl_accepts_a_self_signed_authority_of_every_algorithm() {
+    fn self_signed_ca_of_every_algorithm_accepted_by_openssl() {
         for algorithm in ALGORITHMS {
-            let key = SignWith::new(algorithm);
+            let key = SoftwareKey::new(algorithm);
             let pem = authority_of(&key);
             let text = openssl(&["verify", "-x509_strict", "-CAfile", "ca.pem", "ca.pem"], &[("ca.pem", &pem)]);
             assert!(text.contains("ca.pem: OK"), "{algorithm:?}: {text}");
@@ -283,8 +284,8 @@ mod tests {
     }
 
     #[test]
-    fn a_request_for_an_offline_root_is_signed_by_its_key() {
-        let key = SignWith::p256();
+    fn ca_request_signed_by_its_key_verifies() {
+        let key = SoftwareKey::p256();
         let subject = SubjectName::with_common_name("Manufacturer").unwrap();
         let unsigned = authority_request(&subject, key.public(), key.algorithm()).unwrap();
         let signature = key.sign(unsigned.to_be_signed());
@@ -296,8 +297,8 @@ mod tests {
     }
 
     #[test]
-    fn an_offline_root_makes_the_key_an_issuer() {
-        let key = SignWith::p256();
+    fn ca_request_signed_by_offline_root_yields_issuer() {
+        let key = SoftwareKey::p256();
         let subject = SubjectName::with_common_name("Manufacturer").unwrap();
         let unsigned = authority_request(&subject, key.public(), key.algorithm()).unwrap();
         let signature = key.sign(unsigned.to_be_signed());
@@ -320,12 +321,12 @@ mod tests {
         let issuer = IssuerCertificate::from_pem(&format!("{sub}{root}"), key.algorithm()).unwrap();
         assert_eq!((issuer.chain().len(), issuer.public_key()), (2, key.public()));
         assert_eq!(issuer.display_name(), "Manufacturer");
-        assert!(IssuerCertificate::from_pem(&format!("{root}{sub}"), key.algorithm()).is_err(), "the wrong way round");
+        assert!(IssuerCertificate::from_pem(&format!("{root}{sub}"), key.algorithm()).is_err(), "wrong order");
     }
 
     #[test]
-    fn a_signature_by_another_key_makes_no_certificate() {
-        let (key, other) = (SignWith::p256(), SignWith::p256());
+    fn assemble_with_signature_of_other_key_fails() {
+        let (key, other) = (SoftwareKey::p256(), SoftwareKey::p256());
         let subject = SubjectName::with_common_name("Manufacturer").unwrap();
         let unsigned = authority_request(&subject, key.public(), key.algorithm()).unwrap();
         let signature = other.sign(unsigned.to_be_signed());
@@ -333,8 +334,8 @@ mod tests {
     }
 
     #[test]
-    fn an_authority_ends_after_it_begins() {
-        let key = SignWith::p256();
+    fn ca_certificate_with_empty_validity_rejected() {
+        let key = SoftwareKey::p256();
         let subject = SubjectName::with_common_name("Manufacturer").unwrap();
         let wanted = |not_after| AuthorityCertificate {
             subject: &subject,

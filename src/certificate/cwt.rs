@@ -1,8 +1,8 @@
-//! The certificate of a device without a key pair: a CWT (RFC 8392) in COSE_Sign1, binding identity and chip ID.
+//! The certificate of a device without a key pair: a CWT (RFC 8392) in COSE_Sign1 that binds identity and chip ID.
 //!
-//! The claims: `iss` the issuer's common name, `sub` the identity in canonical form, `exp` if the profile limits the
-//! validity, `iat`, `cti` the serial number, and two of our own. RFC 9711 §4.2.1 registers `ueid` for a hardware
-//! identifier, but with 33 bytes at most and a type byte in front, so that a chip ID of 64 bytes does not fit.
+//! The claims: `iss` is the issuer's common name, `sub` the identity in canonical form, `exp` is present if the profile limits
+//! the validity, `iat`, `cti` is the serial number, and two private claims follow. RFC 9711 §4.2.1 registers `ueid` for a
+//! hardware identifier, but it holds at most 33 bytes including a type byte; a chip ID of 64 bytes does not fit.
 
 use ciborium::Value;
 use coset::cwt::{ClaimName, ClaimsSet, Timestamp};
@@ -21,7 +21,7 @@ pub(super) const OID_TAG: u64 = 111;
 /// The context string of a COSE_Sign1 signature, RFC 9052 §4.4.
 const CONTEXT: &str = "Signature1";
 
-/// The Sig_structure of RFC 9052 §4.4, external_aad empty, in deterministic CBOR.
+/// Builds the Sig_structure (RFC 9052 §4.4) with empty external_aad, in deterministic CBOR.
 pub(super) fn to_be_signed(request: &CertificateRequest<'_>) -> Result<Vec<u8>, CertificateError> {
     let seconds =
         |unix: u64| i64::try_from(unix).map(Timestamp::WholeSeconds).map_err(|e| CertificateError::Cwt(e.to_string()));
@@ -32,7 +32,7 @@ pub(super) fn to_be_signed(request: &CertificateRequest<'_>) -> Result<Vec<u8>, 
         expiration_time: request.not_after().map(seconds).transpose()?,
         issued_at: Some(seconds(request.not_before)?),
         cwt_id: Some(request.serial.as_bytes().to_vec()),
-        // In the order of their encodings, as deterministic CBOR wants (RFC 8949 §4.2.1).
+        // Ordered by encoding, as deterministic CBOR requires (RFC 8949 §4.2.1).
         rest: vec![
             (ClaimName::PrivateUse(CHIP_ID_CLAIM), Value::Bytes(request.chip.as_bytes().to_vec())),
             (ClaimName::PrivateUse(HARDWARE_TYPE_CLAIM), Value::Tag(OID_TAG, Box::new(hardware_type))),
@@ -66,7 +66,7 @@ impl SigStructure {
         Value::Array(parts).to_vec().map_err(cwt_error)
     }
 
-    /// Reads a Sig_structure of a COSE_Sign1 with empty external_aad; another encoding of the same is refused.
+    /// Decodes the Sig_structure of a COSE_Sign1 with empty external_aad; a non-deterministic encoding is rejected.
     pub(super) fn decode(bytes: &[u8]) -> Result<Self, CertificateError> {
         let parts = Value::from_slice(bytes).map_err(cwt_error)?.into_array().unwrap_or_default();
         let Ok([Value::Text(context), Value::Bytes(protected), Value::Bytes(aad), Value::Bytes(payload)]) =
@@ -82,7 +82,7 @@ impl SigStructure {
     }
 }
 
-/// Puts a COSE_Sign1 (tag 18) together around a Sig_structure's parts; an ECDSA signature comes in DER.
+/// Assembles a COSE_Sign1 (tag 18) from a Sig_structure and a signature; an ECDSA signature is given in DER.
 pub(super) fn assemble(
     to_be_signed: &[u8],
     algorithm: SignatureAlgorithm,
@@ -91,7 +91,7 @@ pub(super) fn assemble(
 ) -> Result<Vec<u8>, CertificateError> {
     let parts = SigStructure::decode(to_be_signed)?;
     let signature = if is_ecdsa(algorithm) {
-        // RFC 9053 §2.1: r and s with the length of the group order each.
+        // RFC 9053 §2.1: r and s each have the length of the group order.
         ecdsa_fixed_from_der(signature, key.kind())
             .ok_or_else(|| CertificateError::refused("the signature is not an Ecdsa-Sig-Value of the issuer's curve"))?
     } else {
@@ -103,12 +103,12 @@ pub(super) fn assemble(
         .map_err(cwt_error)
 }
 
-/// Verifies a COSE_Sign1 (tag 18) by this key and gives what was signed and its claims.
+/// Verifies a COSE_Sign1 (tag 18) with this key and returns the signed bytes and the claims.
 pub(super) fn verify(bytes: &[u8], key: &PublicKey) -> Result<(Vec<u8>, ClaimsSet), CertificateError> {
     let message = CoseSign1::from_tagged_slice(bytes).map_err(cwt_error)?;
-    // RFC 9052 §3.1: who does not know what `crit` lists must refuse, and none is known here.
+    // RFC 9052 §3.1: a receiver must reject parameters in `crit` that it does not know; this code knows none.
     if !message.unprotected.is_empty() || !message.protected.header.crit.is_empty() {
-        return Err(CertificateError::refused("its headers say more than how it is signed"));
+        return Err(CertificateError::refused("unexpected COSE headers: only alg and kid are allowed"));
     }
     let algorithm = algorithm::from_cose(message.protected.header.alg.as_ref())?;
     let to_be_signed = message.tbs_data(&[]);
@@ -121,7 +121,7 @@ pub(super) fn verify(bytes: &[u8], key: &PublicKey) -> Result<(Vec<u8>, ClaimsSe
 fn der_signature(fixed: &[u8], key: &PublicKey) -> Result<Vec<u8>, CertificateError> {
     ecdsa_der_from_fixed(fixed)
         .filter(|der| ecdsa_fixed_from_der(der, key.kind()).as_deref() == Some(fixed))
-        .ok_or_else(|| CertificateError::refused("its signature has not the length of the curve"))
+        .ok_or_else(|| CertificateError::refused("the signature does not have the length of the curve"))
 }
 
 const fn is_ecdsa(algorithm: SignatureAlgorithm) -> bool {

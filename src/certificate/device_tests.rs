@@ -1,8 +1,8 @@
-//! What must be true of a device certificate on its whole way, from the request to the one who verifies it.
+//! Device certificates from the request to verification.
 
 use proptest::prelude::*;
 
-use super::testing::{ALGORITHMS, NOW, Order, PHONE, SignWith, authority_of, openssl, profile, symmetric_profile};
+use super::testing::{ALGORITHMS, NOW, Order, PHONE, SoftwareKey, authority_of, openssl, profile, symmetric_profile};
 use super::{
     CertificateError, IssuedCertificate, IssuerCertificate, certificate_pem, prepare, verify_device_certificate,
 };
@@ -18,7 +18,7 @@ fn issue(order: &Order) -> IssuedCertificate {
 }
 
 #[test]
-fn a_device_accepts_its_certificate_of_every_algorithm_and_openssl_does_too() {
+fn certificate_of_every_algorithm_verifies() {
     for algorithm in ALGORITHMS {
         let order = Order::new(algorithm, PHONE);
         let issued = issue(&order);
@@ -38,7 +38,7 @@ fn a_device_accepts_its_certificate_of_every_algorithm_and_openssl_does_too() {
 }
 
 #[test]
-fn openssl_reads_the_names_of_the_device() {
+fn certificate_names_read_by_openssl() {
     let text = PHONE.to_owned() + "[subject]\ncountry = \"FI\"\norganization = \"A, B\"\n";
     let leaf = certificate_pem(issue(&Order::new(P256, &text)).as_bytes()).unwrap();
     let line = ["x509", "-in", "device.pem", "-noout", "-text", "-nameopt", "RFC2253"];
@@ -46,7 +46,7 @@ fn openssl_reads_the_names_of_the_device() {
     for expected in [
         "Subject: serialNumber=490154203237518,O=A\\, B,C=FI",
         "Not After : Dec 31 23:59:59 9999 GMT",
-        // RFC 7254: the spare digit 0 stands where the check digit 8 was.
+        // RFC 7254: spare digit 0 instead of check digit 8.
         "URI:urn:gsma:imei:49015420-323751-0",
         "X509v3 Key Usage: critical",
     ] {
@@ -56,7 +56,7 @@ fn openssl_reads_the_names_of_the_device() {
 }
 
 #[test]
-fn what_a_profile_asks_for_is_there() {
+fn optional_extensions_of_profile_present() {
     let text = PHONE.to_owned()
         + "[certificate]\nsubject_key_identifier = true\nvalidity_days = 10\nextended_key_usages = [\"1.3.6.1.5.5.7.3.2\"]\n\
            crl_distribution_points = [\"http://pki.example/a.crl\"]\n\
@@ -80,7 +80,7 @@ fn what_a_profile_asks_for_is_there() {
 }
 
 #[test]
-fn a_device_without_a_key_pair_gets_a_cwt_of_every_algorithm() {
+fn cwt_of_every_algorithm_verified_by_device() {
     for algorithm in ALGORITHMS {
         let order = Order::new(algorithm, &symmetric_profile());
         let issued = issue(&order);
@@ -98,17 +98,17 @@ fn a_device_without_a_key_pair_gets_a_cwt_of_every_algorithm() {
 }
 
 #[test]
-fn an_rsa_device_may_have_key_encipherment() {
+fn rsa_certificate_has_key_encipherment() {
     let text = PHONE.replace("\"p256\"", "\"rsa-2048\"") + "[certificate]\nkey_encipherment = true\n";
     let mut order = Order::new(P256, &text);
-    order.device = Some(SignWith::new(SignatureAlgorithm::RsaPkcs1Sha256));
+    order.device = Some(SoftwareKey::new(SignatureAlgorithm::RsaPkcs1Sha256));
     let leaf = certificate_pem(issue(&order).as_bytes()).unwrap();
     let text = openssl(&["x509", "-in", "device.pem", "-noout", "-text"], &[("device.pem", &leaf)]);
     assert!(text.contains("Digital Signature, Key Encipherment"), "{text}");
 }
 
 #[test]
-fn a_cwt_expires_when_its_profile_says_so() {
+fn cwt_expires_after_validity_days() {
     let order = Order::new(P256, &(symmetric_profile() + "[certificate]\nvalidity_days = 1\n"));
     let issued = issue(&order);
     let verified =
@@ -117,7 +117,7 @@ fn a_cwt_expires_when_its_profile_says_so() {
 }
 
 #[test]
-fn the_same_request_gives_the_same_bytes() {
+fn equal_requests_give_equal_bytes() {
     for text in [PHONE.to_owned(), symmetric_profile()] {
         let order = Order::new(P256, &text);
         let once = || prepare(&order.request()).unwrap().lint().unwrap().into_to_sign();
@@ -126,21 +126,21 @@ fn the_same_request_gives_the_same_bytes() {
 }
 
 #[test]
-fn a_certificate_that_names_two_algorithms_is_refused() {
+fn certificate_with_two_algorithms_rejected() {
     let order = Order::new(SignatureAlgorithm::RsaPkcs1Sha256, PHONE);
     let mut to_sign = prepare(&order.request()).unwrap().lint().unwrap().into_to_sign();
     to_sign.algorithm = SignatureAlgorithm::RsaPssSha256;
     let pss = order.manufacturer.sign_with(to_sign.algorithm, &to_sign.to_be_signed);
-    let refused = IssuedCertificate::assemble(&to_sign, &order.issuer, &pss);
-    assert!(matches!(refused, Err(CertificateError::Refused(_))));
+    let rejected = IssuedCertificate::assemble(&to_sign, &order.issuer, &pss);
+    assert!(matches!(rejected, Err(CertificateError::Refused(_))));
 }
 
 #[test]
-fn a_wrong_signature_makes_no_certificate() {
+fn assemble_with_wrong_signature_fails() {
     for text in [PHONE.to_owned(), symmetric_profile()] {
         let order = Order::new(P256, &text);
         let to_sign = prepare(&order.request()).unwrap().lint().unwrap().into_to_sign();
-        let foreign = SignWith::p256().sign(&to_sign.to_be_signed);
+        let foreign = SoftwareKey::p256().sign(&to_sign.to_be_signed);
         assert!(matches!(
             IssuedCertificate::assemble(&to_sign, &order.issuer, &foreign),
             Err(CertificateError::Key { .. })
@@ -150,30 +150,30 @@ fn a_wrong_signature_makes_no_certificate() {
 }
 
 #[test]
-fn a_certificate_is_for_its_chip_and_manufacturer_only() {
+fn certificate_of_other_chip_or_manufacturer_rejected() {
     for text in [PHONE.to_owned(), symmetric_profile()] {
         let order = Order::new(P256, &text);
         let issued = issue(&order);
-        let verify = |key: &SignWith, chip: &ChipId| {
+        let verify = |key: &SoftwareKey, chip: &ChipId| {
             verify_device_certificate(issued.as_bytes(), issued.is_cwt(), key.public(), chip)
         };
         assert!(verify(&order.manufacturer, &order.chip).is_ok());
-        assert!(verify(&SignWith::p256(), &order.chip).is_err());
+        assert!(verify(&SoftwareKey::p256(), &order.chip).is_err());
         let other = ChipId::from_bytes(&[0xc6; 16]).unwrap();
         assert!(matches!(verify(&order.manufacturer, &other), Err(CertificateError::Refused(_))));
     }
 }
 
 #[test]
-fn a_request_that_does_not_fit_its_profile_is_refused() {
+fn request_not_matching_profile_rejected() {
     let mut order = Order::new(P256, PHONE);
-    order.device = Some(SignWith::new(SignatureAlgorithm::Ed25519));
-    assert!(matches!(prepare(&order.request()), Err(CertificateError::Request(_))), "another kind of key");
+    order.device = Some(SoftwareKey::new(SignatureAlgorithm::Ed25519));
+    assert!(matches!(prepare(&order.request()), Err(CertificateError::Request(_))), "wrong key type");
     order.device = None;
     assert!(matches!(prepare(&order.request()), Err(CertificateError::Request(_))), "no key");
     let mut order = Order::new(P256, &symmetric_profile());
-    order.device = Some(SignWith::p256());
-    assert!(matches!(prepare(&order.request()), Err(CertificateError::Request(_))), "a key too many");
+    order.device = Some(SoftwareKey::p256());
+    assert!(matches!(prepare(&order.request()), Err(CertificateError::Request(_))), "unexpected key");
     let serial_only = PHONE.replace("\"imei\", \"meid\", \"eui48\", \"eui64\", ", "");
     assert!(matches!(prepare(&Order::new(P256, &serial_only).request()), Err(CertificateError::Request(_))));
     let rsa = format!("signature = \"rsa-pss-sha256\"\n{PHONE}");
@@ -181,7 +181,7 @@ fn a_request_that_does_not_fit_its_profile_is_refused() {
 }
 
 #[test]
-fn a_profile_can_choose_pss_for_an_rsa_issuer() {
+fn profile_selects_pss_for_rsa_issuer() {
     let mut order = Order::new(SignatureAlgorithm::RsaPkcs1Sha256, PHONE);
     order.profile = profile(&format!("signature = \"rsa-pss-sha256\"\n{PHONE}"));
     let linted = prepare(&order.request()).unwrap().lint().unwrap();
@@ -189,7 +189,7 @@ fn a_profile_can_choose_pss_for_an_rsa_issuer() {
 }
 
 #[test]
-fn only_an_authority_can_be_an_issuer() {
+fn issuer_must_be_a_ca() {
     let order = Order::new(P256, PHONE);
     let leaf = certificate_pem(issue(&order).as_bytes()).unwrap();
     assert!(matches!(IssuerCertificate::from_pem(&leaf, P256), Err(CertificateError::Issuer(_))));
@@ -199,13 +199,13 @@ fn only_an_authority_can_be_an_issuer() {
         Err(CertificateError::AlgorithmMismatch { .. })
     ));
     assert!(matches!(IssuerCertificate::from_pem("", P256), Err(CertificateError::Pem(_))));
-    // The same name, another key: the link does not verify.
-    let stranger = authority_of(&SignWith::p256());
-    assert!(matches!(IssuerCertificate::from_pem(&(ca + &stranger), P256), Err(CertificateError::Issuer(_))));
+    // Same name, other key: the chain does not verify.
+    let other_ca = authority_of(&SoftwareKey::p256());
+    assert!(matches!(IssuerCertificate::from_pem(&(ca + &other_ca), P256), Err(CertificateError::Issuer(_))));
 }
 
 #[test]
-fn no_damaged_certificate_is_accepted_and_none_panics() {
+fn damaged_certificate_rejected_without_panic() {
     for text in [PHONE.to_owned(), symmetric_profile()] {
         let order = Order::new(SignatureAlgorithm::Ed25519, &text);
         let issued = issue(&order);
@@ -241,7 +241,7 @@ proptest! {
     #![proptest_config(spp_testkit::random::cases(64, 3200))]
 
     #[test]
-    fn any_identity_and_chip_give_a_certificate_that_is_accepted_for_its_chip_only(
+    fn certificate_accepted_only_for_its_chip_and_identity(
         identity in any_identity(),
         other in any_identity(),
         chip in proptest::collection::vec(any::<u8>(), 8..=64),
@@ -262,21 +262,21 @@ proptest! {
             verify_device_certificate(issued.as_bytes(), cwt, order.manufacturer.public(), chip)
         };
         let verified = verify(&order.chip).unwrap();
-        prop_assert!(verified.is_for(&order.identity));
+        prop_assert!(verified.binds_identity(&order.identity));
         prop_assert_eq!(verified.identity_value(), order.identity.value());
         prop_assert_eq!(verified.serial(), to_sign.serial.as_slice());
         if other.value() != order.identity.value() {
-            prop_assert!(!verified.is_for(&other));
+            prop_assert!(!verified.binds_identity(&other));
         }
         let other_chip = ChipId::from_bytes(&other_chip).unwrap();
         prop_assert_eq!(verify(&other_chip).is_ok(), other_chip == order.chip);
     }
 
     #[test]
-    fn no_bytes_make_a_parser_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300), cwt in any::<bool>()) {
+    fn arbitrary_bytes_rejected_without_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300), cwt in any::<bool>()) {
         let order = &*SHARED;
         prop_assert!(verify_device_certificate(&bytes, cwt, order.manufacturer.public(), &order.chip).is_err());
-        prop_assert!(super::caller_of(&bytes).is_err());
+        prop_assert!(super::parse_caller_certificate(&bytes).is_err());
         prop_assert!(super::verify_csr(&bytes).is_err());
     }
 }

@@ -1,9 +1,9 @@
-//! A signature made elsewhere becomes a certificate, if it is the right one.
+//! Assembles a device certificate from its linted bytes and the HSM's signature.
 
 use super::{CertificateError, IssuerCertificate, cwt, signed};
 use crate::store::CertificateToSign;
 
-/// A signed device certificate. Its signature has been verified.
+/// A signed device certificate whose signature has been verified.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct IssuedCertificate {
     bytes: Vec<u8>,
@@ -11,8 +11,8 @@ pub struct IssuedCertificate {
 }
 
 impl IssuedCertificate {
-    /// Puts the certificate together around exactly the bytes that were signed, and verifies it with the issuer's public
-    /// key as a device would. The signature is as X.509 has it: ECDSA in DER.
+    /// Assembles the certificate from exactly the signed bytes and verifies it with the issuer's public key, as a device would.
+    /// The signature is in X.509 form: ECDSA in DER.
     pub fn assemble(
         to_sign: &CertificateToSign,
         issuer: &IssuerCertificate,
@@ -26,14 +26,14 @@ impl IssuedCertificate {
             (bytes, signed)
         } else {
             let bytes = signed::join(to_be_signed, *algorithm, signature)?;
-            let shell = signed::split("issued certificate", &bytes)?;
-            shell.verify(key)?;
-            shell.certificate()?;
-            let signed = shell.to_be_signed.to_vec();
+            let envelope = signed::split("issued certificate", &bytes)?;
+            envelope.verify(key)?;
+            envelope.certificate()?;
+            let signed = envelope.to_be_signed.to_vec();
             (bytes, signed)
         };
         if signed != *to_be_signed {
-            return Err(CertificateError::refused("what it contains is not what was signed"));
+            return Err(CertificateError::refused("the certificate does not contain the bytes that were signed"));
         }
         Ok(Self { bytes, is_cwt: *is_cwt })
     }
@@ -43,12 +43,12 @@ impl IssuedCertificate {
         &self.bytes
     }
 
-    /// Whether it is a CWT.
+    /// Whether the certificate is a CWT.
     pub const fn is_cwt(&self) -> bool {
         self.is_cwt
     }
 
-    /// The bytes alone.
+    /// The certificate's bytes.
     pub fn into_bytes(self) -> Vec<u8> {
         self.bytes
     }

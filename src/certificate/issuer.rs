@@ -1,4 +1,4 @@
-//! The certificate of a signing key: the manufacturer's, or that of the authority for access certificates.
+//! The certificate chain of a signing key: a manufacturer key or the access CA.
 
 use der::asn1::{PrintableStringRef, Utf8StringRef};
 use der::{Decode, Encode};
@@ -12,7 +12,7 @@ use super::name::COMMON_NAME;
 use super::{CertificateError, signed};
 use crate::keys::{KeyKind, PublicKey, SignatureAlgorithm};
 
-/// A certificate that may issue, with what stands above it as far as it is given.
+/// A CA certificate that may issue, with the part of its chain that is available.
 #[derive(Debug, Clone)]
 pub struct IssuerCertificate {
     chain: Vec<Vec<u8>>,
@@ -23,34 +23,34 @@ pub struct IssuerCertificate {
 }
 
 impl IssuerCertificate {
-    /// Reads PEM blocks: the issuer first, then each one's issuer up to the root (all of them optional; text between
-    /// the blocks is allowed). Each must be a CA that may sign certificates, and each link must verify; the issuer needs a
-    /// subjectKeyIdentifier, and its key must fit the algorithm.
+    /// Parses PEM: the issuer first, then optionally each certificate's issuer up to the root (text between the blocks is
+    /// allowed). Each must be a CA with keyCertSign and each signature must verify; the issuer needs a subjectKeyIdentifier,
+    /// and its key must match the algorithm.
     pub fn from_pem(pem: &str, algorithm: SignatureAlgorithm) -> Result<Self, CertificateError> {
         let mut chain = Vec::new();
         for block in CertificateDer::pem_slice_iter(pem.as_bytes()) {
             chain.push(block.map_err(|e| CertificateError::Pem(e.to_string()))?.to_vec());
         }
         if chain.is_empty() {
-            return Err(CertificateError::Pem("there is no BEGIN CERTIFICATE block".into()));
+            return Err(CertificateError::Pem("no BEGIN CERTIFICATE block".into()));
         }
         Self::from_der_chain(chain, algorithm)
     }
 
-    /// As [`Self::from_pem`], from the certificates in DER.
+    /// Like [`Self::from_pem`], from DER certificates.
     pub fn from_der_chain(chain: Vec<Vec<u8>>, algorithm: SignatureAlgorithm) -> Result<Self, CertificateError> {
         let mut authorities = Vec::new();
-        for (below, der) in chain.iter().enumerate() {
-            authorities.push(Authority::read(der, below)?);
+        for (subordinates, der) in chain.iter().enumerate() {
+            authorities.push(ChainCertificate::parse(der, subordinates)?);
         }
         for (lower, upper) in authorities.iter().zip(authorities.iter().skip(1)) {
-            lower.must_be_issued_by(upper)?;
+            lower.check_issued_by(upper)?;
         }
         let Some(first) = authorities.into_iter().next() else {
             return Err(CertificateError::Issuer("the chain is empty".into()));
         };
         let key_identifier = first.key_identifier()?;
-        let Authority { certificate, public_key, .. } = first;
+        let ChainCertificate { certificate, public_key, .. } = first;
         if !algorithm.fits(public_key.kind()) {
             return Err(CertificateError::AlgorithmMismatch { kind: public_key.kind(), algorithm });
         }
@@ -58,68 +58,68 @@ impl IssuerCertificate {
         Ok(Self { public_key, algorithm, subject, key_identifier, chain })
     }
 
-    /// Reads a PEM chain of which nothing else is known: the algorithm is the usual one of its key.
-    pub fn from_pem_alone(pem: &str) -> Result<Self, CertificateError> {
+    /// Parses a PEM chain and uses the default algorithm of the issuer's key type.
+    pub fn from_pem_with_default_algorithm(pem: &str) -> Result<Self, CertificateError> {
         let kinds = KeyKind::ALL.into_iter().map(SignatureAlgorithm::default_for);
-        let mut refused = CertificateError::refused("its key is of no kind that signs here");
+        let mut refused = CertificateError::refused("unsupported key type");
         for algorithm in kinds {
             match Self::from_pem(pem, algorithm) {
                 Err(error @ CertificateError::AlgorithmMismatch { .. }) => refused = error,
-                read => return read,
+                parsed => return parsed,
             }
         }
         Err(refused)
     }
 
-    /// Reads a PEM chain that begins with a root: one that has signed itself says so how its key signs.
-    pub fn from_pem_of_root(pem: &str) -> Result<Self, CertificateError> {
-        let mut read = Self::from_pem_alone(pem)?;
-        let shell = signed::split("issuer certificate", read.as_der())?;
-        if shell.verify(&read.public_key).is_ok() {
-            read.algorithm = shell.algorithm;
+    /// Parses a PEM chain; if the first certificate is self-signed, its signature algorithm is used instead of the default.
+    pub fn from_root_pem(pem: &str) -> Result<Self, CertificateError> {
+        let mut issuer = Self::from_pem_with_default_algorithm(pem)?;
+        let envelope = signed::split("issuer certificate", issuer.as_der())?;
+        if envelope.verify(&issuer.public_key).is_ok() {
+            issuer.algorithm = envelope.algorithm;
         }
-        Ok(read)
+        Ok(issuer)
     }
 
-    /// The public half of the signing key.
+    /// The public key of the signing key.
     pub const fn public_key(&self) -> &PublicKey {
         &self.public_key
     }
 
-    /// How it signs, unless a profile says otherwise.
+    /// The signature algorithm, unless a profile overrides it.
     pub const fn algorithm(&self) -> SignatureAlgorithm {
         self.algorithm
     }
 
-    /// The issuer's certificate in DER.
+    /// The issuer certificate in DER.
     pub fn as_der(&self) -> &[u8] {
-        // A chain has at least one certificate; an empty slice is not reachable.
+        // A chain has at least one certificate, so the empty slice is unreachable.
         self.chain.first().map_or(&[], Vec::as_slice)
     }
 
-    /// The issuer's certificate and those above it, in DER.
+    /// The issuer certificate and its issuers, in DER.
     pub fn chain(&self) -> &[Vec<u8>] {
         &self.chain
     }
 
-    /// When the issuer's certificate ends; seconds since the Unix epoch.
+    /// The issuer certificate's notAfter, seconds since the Unix epoch.
     pub fn not_after(&self) -> Result<u64, CertificateError> {
         let certificate = Certificate::from_der(self.as_der());
         let certificate = certificate.map_err(CertificateError::unreadable("issuer certificate"))?;
         Ok(certificate.tbs_certificate().validity().not_after.to_unix_duration().as_secs())
     }
 
-    /// The subjectKeyIdentifier: what the authorityKeyIdentifier (RFC 5280 §4.2.1.1) of an issued certificate holds.
+    /// The subjectKeyIdentifier, used as authorityKeyIdentifier (RFC 5280 §4.2.1.1) of issued certificates.
     pub fn key_identifier(&self) -> &[u8] {
         &self.key_identifier
     }
 
-    /// The issuer for people and for the `iss` of a CWT: the common name, or the whole name in RFC 4514 form.
+    /// The issuer's display name, also used as `iss` of a CWT: the common name, or the whole name in RFC 4514 form.
     pub fn display_name(&self) -> String {
         self.common_name().unwrap_or_else(|| self.subject.to_string())
     }
 
-    /// The subject, which becomes the issuer of what is issued.
+    /// The subject, used as issuer of issued certificates.
     pub(super) const fn subject(&self) -> &Name {
         &self.subject
     }
@@ -133,51 +133,52 @@ impl IssuerCertificate {
 }
 
 /// One certificate of the chain.
-struct Authority<'a> {
+struct ChainCertificate<'a> {
     der: &'a [u8],
     certificate: Certificate,
     public_key: PublicKey,
 }
 
-impl<'a> Authority<'a> {
-    /// Reads a certificate that has `below` CA certificates under it (RFC 5280 §4.2.1.9).
-    fn read(der: &'a [u8], below: usize) -> Result<Self, CertificateError> {
+impl<'a> ChainCertificate<'a> {
+    /// Parses a certificate that has `subordinates` CA certificates below it (RFC 5280 §4.2.1.9).
+    fn parse(der: &'a [u8], subordinates: usize) -> Result<Self, CertificateError> {
         let unreadable = || CertificateError::unreadable("issuer certificate");
         let certificate = Certificate::from_der(der).map_err(unreadable())?;
         let tbs = certificate.tbs_certificate();
-        let refused = |why: &str| Err(CertificateError::Issuer(format!("{}: {why}", tbs.subject())));
+        let refused = |reason: &str| Err(CertificateError::Issuer(format!("{}: {reason}", tbs.subject())));
         match tbs.get_extension::<BasicConstraints>().map_err(unreadable())? {
             Some((_, constraints)) if constraints.ca => {
-                if constraints.path_len_constraint.is_some_and(|most| usize::from(most) < below) {
-                    return refused("its path length constraint forbids the authorities under it");
+                if constraints.path_len_constraint.is_some_and(|max| usize::from(max) < subordinates) {
+                    return refused("the path length constraint forbids its subordinate CAs");
                 }
             }
-            _ => return refused("it is not a CA (basicConstraints)"),
+            _ => return refused("not a CA (basicConstraints)"),
         }
         match tbs.get_extension::<KeyUsage>().map_err(unreadable())? {
             Some((_, usage)) if usage.key_cert_sign() => {}
-            // RFC 5280 §6.1.4 (n): where it is present it must allow signing. Some roots have none; the issuer must.
-            None if below > 0 => {}
-            _ => return refused("its keyUsage has no keyCertSign"),
+            // RFC 5280 §6.1.4 (n): keyUsage, if present, must include keyCertSign. Some roots have no keyUsage; the issuer must
+            // have it.
+            None if subordinates > 0 => {}
+            _ => return refused("keyUsage lacks keyCertSign"),
         }
         let spki = tbs.subject_public_key_info().to_der().map_err(unreadable())?;
-        let public_key =
-            PublicKey::from_spki_der(&spki).map_err(CertificateError::key("reading the issuer certificate's key"))?;
+        let public_key = PublicKey::from_spki_der(&spki)
+            .map_err(CertificateError::key("parsing the issuer certificate's public key"))?;
         Ok(Self { der, certificate, public_key })
     }
 
-    fn must_be_issued_by(&self, upper: &Self) -> Result<(), CertificateError> {
+    fn check_issued_by(&self, upper: &Self) -> Result<(), CertificateError> {
         let (lower_name, upper_name) =
             (self.certificate.tbs_certificate().issuer(), upper.certificate.tbs_certificate().subject());
         if lower_name != upper_name {
             return Err(CertificateError::Issuer(format!(
-                "the file goes on with {upper_name} where {lower_name} should follow"
+                "the chain continues with {upper_name}, expected {lower_name}"
             )));
         }
         signed::split("issuer certificate", self.der)?.verify(&upper.public_key).map_err(|cause| {
             CertificateError::Issuer(format!(
-                "the signature by {upper_name} cannot be confirmed: {cause}; \
-                 what stands above the issuer may be left out of the file"
+                "cannot verify the signature of {upper_name}: {cause}; \
+                 the certificates after the issuer's may be omitted from the file"
             ))
         })
     }
@@ -186,7 +187,7 @@ impl<'a> Authority<'a> {
         let found = self.certificate.tbs_certificate().get_extension::<SubjectKeyIdentifier>();
         match found.map_err(CertificateError::unreadable("issuer certificate"))? {
             Some((_, identifier)) => Ok(identifier.0.as_bytes().to_vec()),
-            None => Err(CertificateError::Issuer("it has no subjectKeyIdentifier (RFC 5280 §4.2.1.2)".into())),
+            None => Err(CertificateError::Issuer("no subjectKeyIdentifier (RFC 5280 §4.2.1.2)".into())),
         }
     }
 }

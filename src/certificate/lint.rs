@@ -1,7 +1,7 @@
-//! Every rule a device certificate must keep, checked on the bytes that will be signed.
+//! Lint of device certificates: checks every rule on the bytes to be signed.
 //!
-//! The lint reads the bytes again with another decoder than the one that wrote them and compares with the request,
-//! sharing no helper with `prepare`: a fault in the builder does not hide itself.
+//! The lint decodes the bytes with another decoder than the one that encoded them and compares them with the request. It shares
+//! no helper with `prepare`, so that an error in the builder cannot hide itself.
 
 use std::fmt;
 
@@ -25,7 +25,7 @@ use crate::names::{DeviceIdentity, KeyName};
 use crate::store::CertificateToSign;
 
 impl PreparedCertificate<'_> {
-    /// Checks every rule; only a certificate that breaks none becomes one that can be signed.
+    /// Checks every rule. Only a certificate without findings can be signed.
     pub fn lint(self) -> Result<LintedCertificate, LintFindings> {
         let Self { request, to_be_signed } = self;
         let mut findings = LintFindings::default();
@@ -33,11 +33,11 @@ impl PreparedCertificate<'_> {
         match request.public_key {
             Some(public_key) => match Tbs::from_der(&to_be_signed) {
                 Ok(tbs) => {
-                    Lint { request: &request, public_key, tbs: &tbs, findings: &mut findings }.all(&to_be_signed)
+                    Lint { request: &request, public_key, tbs: &tbs, findings: &mut findings }.check_all(&to_be_signed)
                 }
                 Err(cause) => findings.add("structure", cause),
             },
-            None => lint_cwt::all(&request, &to_be_signed, &mut findings),
+            None => lint_cwt::check_all(&request, &to_be_signed, &mut findings),
         }
         if !findings.0.is_empty() {
             return Err(findings);
@@ -52,7 +52,7 @@ impl PreparedCertificate<'_> {
     }
 }
 
-/// A certificate that keeps every rule: the only one whose bytes can be had to sign them.
+/// A certificate that passed the lint: the only type that exposes bytes to sign.
 #[derive(Debug, PartialEq, Eq)]
 pub struct LintedCertificate {
     issuer: KeyName,
@@ -73,17 +73,17 @@ impl LintedCertificate {
         &self.serial
     }
 
-    /// Whether it is a CWT.
+    /// Whether the certificate is a CWT.
     pub const fn is_cwt(&self) -> bool {
         self.is_cwt
     }
 
-    /// How it is to be signed.
+    /// The signature algorithm.
     pub const fn algorithm(&self) -> SignatureAlgorithm {
         self.algorithm
     }
 
-    /// What the journal keeps of it.
+    /// Converts into the form that the journal stores.
     pub fn into_to_sign(self) -> CertificateToSign {
         CertificateToSign {
             issuer: self.issuer,
@@ -95,21 +95,21 @@ impl LintedCertificate {
     }
 }
 
-/// One broken rule.
+/// A violated rule.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LintFinding {
-    /// Which rule: `serial-number` say. Stable, for tests and metrics.
+    /// The rule's name, for example `serial-number`. Stable, for tests and metrics.
     pub rule: &'static str,
-    /// What is wrong.
+    /// Description of the violation.
     pub problem: String,
 }
 
-/// All broken rules of a certificate. A finding is a fault of the profile or of this program, never of a station.
+/// All violated rules of a certificate. A finding is an error in the profile or in this program, never in a station's input.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct LintFindings(Vec<LintFinding>);
 
 impl LintFindings {
-    /// The findings in the order they were found.
+    /// The findings in the order of detection.
     pub fn iter(&self) -> impl Iterator<Item = &LintFinding> {
         self.0.iter()
     }
@@ -118,7 +118,7 @@ impl LintFindings {
         self.0.push(LintFinding { rule, problem: problem.to_string() });
     }
 
-    pub(super) fn must(&mut self, holds: bool, rule: &'static str, problem: &str) {
+    pub(super) fn require(&mut self, holds: bool, rule: &'static str, problem: &str) {
         if !holds {
             self.add(rule, problem);
         }
@@ -127,14 +127,14 @@ impl LintFindings {
 
 impl fmt::Display for LintFindings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the certificate breaks rules and was not signed:")?;
+        f.write_str("certificate not signed, lint failed:")?;
         self.0.iter().try_for_each(|finding| write!(f, " [{}] {};", finding.rule, finding.problem))
     }
 }
 
 impl std::error::Error for LintFindings {}
 
-/// The library's decoder without its leniency: nothing is adjusted.
+/// Decodes without the library's leniency: nothing is normalised.
 type Tbs = TbsCertificateInner<Raw>;
 
 struct Lint<'a> {
@@ -145,38 +145,38 @@ struct Lint<'a> {
 }
 
 impl Lint<'_> {
-    fn all(&mut self, bytes: &[u8]) {
-        self.must(
-            self.tbs.to_der().is_ok_and(|der| der == bytes),
-            "structure",
-            "the encoding is not the distinguished one",
-        );
-        self.must(self.tbs.version() == Version::V3, "version", "it is not version 3");
+    fn check_all(&mut self, bytes: &[u8]) {
+        self.require(self.tbs.to_der().is_ok_and(|der| der == bytes), "structure", "not DER");
+        self.require(self.tbs.version() == Version::V3, "version", "not version 3");
         let unique_ids = self.tbs.issuer_unique_id().is_some() || self.tbs.subject_unique_id().is_some();
-        self.must(!unique_ids, "unique-id", "it has unique identifiers, which RFC 5280 §4.1.2.8 forbids");
+        self.require(!unique_ids, "unique-id", "unique identifiers are forbidden (RFC 5280 §4.1.2.8)");
         self.serial_number();
         self.algorithm();
         self.names();
         self.validity();
         let spki = self.tbs.subject_public_key_info().to_der();
-        self.must(spki.is_ok_and(|der| der == self.public_key.spki_der()), "public-key", "it is not the device's");
+        self.require(
+            spki.is_ok_and(|der| der == self.public_key.spki_der()),
+            "public-key",
+            "not the device's public key",
+        );
         self.extensions();
     }
 
-    fn must(&mut self, holds: bool, rule: &'static str, problem: &str) {
-        self.findings.must(holds, rule, problem);
+    fn require(&mut self, holds: bool, rule: &'static str, problem: &str) {
+        self.findings.require(holds, rule, problem);
     }
 
-    /// RFC 5280 §4.1.2.2, and 16 bytes at least before any sign byte.
+    /// RFC 5280 §4.1.2.2; at least 16 bytes without a sign byte.
     fn serial_number(&mut self) {
         let rule = "serial-number";
         let encoded = self.tbs.serial_number().to_der().unwrap_or_default();
         let bytes = encoded.get(2..).unwrap_or_default();
-        self.must(bytes.first().is_some_and(|first| first & 0x80 == 0), rule, "it is not positive");
-        self.must(bytes.len() <= 20, rule, "it has more than 20 bytes");
+        self.require(bytes.first().is_some_and(|first| first & 0x80 == 0), rule, "not positive");
+        self.require(bytes.len() <= 20, rule, "more than 20 bytes");
         let without_sign = bytes.strip_prefix(&[0]).unwrap_or(bytes);
-        self.must(without_sign.len() >= 16, rule, "it has fewer than 16 bytes");
-        self.must(bytes == self.request.serial.as_bytes(), rule, "it is not the requested one");
+        self.require(without_sign.len() >= 16, rule, "fewer than 16 bytes");
+        self.require(bytes == self.request.serial.as_bytes(), rule, "not the requested serial number");
     }
 
     fn algorithm(&mut self) {
@@ -184,14 +184,18 @@ impl Lint<'_> {
         let expected = self.request.algorithm();
         let der = self.tbs.signature().to_der().unwrap_or_default();
         let found = AlgorithmIdentifierRef::from_der(&der).ok().and_then(|id| algorithm::from_identifier(&id).ok());
-        self.must(found == Some(expected), rule, "it is not the one of the profile and its issuer");
-        self.must(expected.fits(self.request.issuer.public_key().kind()), rule, "the issuer's key cannot make it");
+        self.require(found == Some(expected), rule, "not the algorithm of the profile or its issuer");
+        self.require(
+            expected.fits(self.request.issuer.public_key().kind()),
+            rule,
+            "does not match the issuer's key type",
+        );
     }
 
-    /// IEEE 802.1AR §8.6: the subject names the device in exactly one serialNumber.
+    /// IEEE 802.1AR §8.6: the subject identifies the device in exactly one serialNumber.
     fn names(&mut self) {
         let issuer_fits = self.tbs.issuer() == self.request.issuer.subject();
-        self.must(issuer_fits, "issuer", "it is not the subject of the issuer's certificate");
+        self.require(issuer_fits, "issuer", "not the subject of the issuer certificate");
         let mut serial_numbers = Vec::new();
         let mut others = Vec::new();
         for attribute in self.tbs.subject().iter() {
@@ -201,22 +205,22 @@ impl Lint<'_> {
                 others.push((attribute.oid, String::from_utf8_lossy(attribute.value.value()).into_owned()));
             }
         }
-        let one = if let [value] = serial_numbers.as_slice() {
+        let identity = if let [value] = serial_numbers.as_slice() {
             let text = value.decode_as::<PrintableStringRef<'_>>().map(|text| text.as_str().to_owned());
             let bounded = text.as_ref().is_ok_and(|text| (1..=64).contains(&text.len()));
-            self.must(
+            self.require(
                 value.tag() == Tag::PrintableString && bounded,
                 "subject",
-                "serialNumber is no PrintableString of 1 to 64",
+                "serialNumber is not a PrintableString of 1 to 64 characters",
             );
             text.ok()
         } else {
             None
         };
-        self.must(
-            one == Some(self.request.identity.value()),
+        self.require(
+            identity == Some(self.request.identity.value()),
             "subject",
-            "it has not the identity as its one serialNumber",
+            "the identity is not its only serialNumber",
         );
         let fields = self.request.profile.subject().fields();
         let expected: Vec<_> = [
@@ -228,7 +232,7 @@ impl Lint<'_> {
         .into_iter()
         .filter_map(|(oid, text)| Some((oid, text.clone()?)))
         .collect();
-        self.must(others == expected, "subject", "its constant attributes are not the profile's");
+        self.require(others == expected, "subject", "the constant attributes differ from the profile");
     }
 
     /// RFC 5280 §4.1.2.5.
@@ -236,19 +240,15 @@ impl Lint<'_> {
         let rule = "validity";
         let (from, to) = (self.tbs.validity().not_before, self.tbs.validity().not_after);
         let seconds = |time: Time| time.to_unix_duration().as_secs();
-        self.must(seconds(from) < seconds(to), rule, "notBefore is not before notAfter");
-        self.must(seconds(from) == self.request.not_before, rule, "notBefore is not the requested time");
+        self.require(seconds(from) < seconds(to), rule, "notBefore is not before notAfter");
+        self.require(seconds(from) == self.request.not_before, rule, "notBefore is not the requested time");
         let expected = match self.request.profile.certificate().validity_days {
             Some(days) => self.request.not_before.checked_add(u64::from(days) * 86_400),
             None => Some(tbs::NO_EXPIRY),
         };
-        self.must(Some(seconds(to)) == expected, rule, "notAfter is not what the profile says");
+        self.require(Some(seconds(to)) == expected, rule, "notAfter does not match the profile");
         let form_fits = |time: Time| matches!(time, Time::UtcTime(_)) == (time.to_date_time().year() < 2050);
-        self.must(
-            form_fits(from) && form_fits(to),
-            rule,
-            "UTCTime is for years before 2050, GeneralizedTime for later ones",
-        );
+        self.require(form_fits(from) && form_fits(to), rule, "expected UTCTime before 2050, GeneralizedTime from 2050");
     }
 
     fn extensions(&mut self) {
@@ -267,17 +267,17 @@ impl Lint<'_> {
         for (index, extension) in all.iter().enumerate() {
             let oid = extension.extn_id;
             if all[..index].iter().any(|earlier| earlier.extn_id == oid) {
-                self.findings.add("duplicate-extension", format!("{oid} is there twice"));
+                self.findings.add("duplicate-extension", format!("{oid} is duplicated"));
             }
             if !allowed.contains(&(oid, true)) {
-                self.findings.add("unexpected-extension", format!("{oid} is not what the profile asks for"));
+                self.findings.add("unexpected-extension", format!("{oid} is not in the profile"));
             }
             if extension.critical != (oid == KeyUsage::OID) {
-                self.findings.add("criticality", format!("{oid}: keyUsage is critical, everything else is not"));
+                self.findings.add("criticality", format!("{oid}: only keyUsage may be critical, and must be"));
             }
         }
-        for (oid, _) in allowed.iter().filter(|(oid, wanted)| *wanted && !all.iter().any(|e| e.extn_id == *oid)) {
-            self.findings.add("missing-extension", format!("{oid} is not there"));
+        for (oid, _) in allowed.iter().filter(|(oid, required)| *required && !all.iter().any(|e| e.extn_id == *oid)) {
+            self.findings.add("missing-extension", format!("{oid} is missing"));
         }
         self.key_identifiers();
         self.key_usage();
@@ -285,7 +285,7 @@ impl Lint<'_> {
         self.optional_extensions();
     }
 
-    /// The extension's value; absence and doubles are found elsewhere.
+    /// The decoded value of an extension. [`Self::extensions`] reports missing and duplicate extensions.
     fn value<T: for<'d> Decode<'d, Error = der::Error> + AssociatedOid>(&mut self) -> Option<T> {
         let all = self.tbs.extensions().map(Vec::as_slice).unwrap_or_default();
         let extension = all.iter().find(|extension| extension.extn_id == <T as AssociatedOid>::OID)?;
@@ -300,14 +300,14 @@ impl Lint<'_> {
                 .as_ref()
                 .is_some_and(|id| id.as_bytes() == self.request.issuer.key_identifier());
             let alone = authority.authority_cert_issuer.is_none() && authority.authority_cert_serial_number.is_none();
-            self.must(same && alone, "authority-key-identifier", "it is not the issuer's subjectKeyIdentifier alone");
+            self.require(same && alone, "authority-key-identifier", "not exactly the issuer's subjectKeyIdentifier");
         }
-        if let Some(own) = self.value::<SubjectKeyIdentifier>() {
+        if let Some(identifier) = self.value::<SubjectKeyIdentifier>() {
             let expected = &sha256(self.public_key.key_bits())[..20];
-            self.must(
-                own.0.as_bytes() == expected,
+            self.require(
+                identifier.0.as_bytes() == expected,
                 "subject-key-identifier",
-                "it is not that of the public key (RFC 7093 §2)",
+                "not the identifier of the public key (RFC 7093 §2)",
             );
         }
     }
@@ -315,12 +315,16 @@ impl Lint<'_> {
     fn key_usage(&mut self) {
         let Some(usage) = self.value::<KeyUsage>() else { return };
         let encipherment = self.request.profile.certificate().key_encipherment;
-        self.must(usage.digital_signature(), "key-usage", "digitalSignature is missing");
-        self.must(usage.key_encipherment() == encipherment, "key-usage", "keyEncipherment is not as the profile says");
+        self.require(usage.digital_signature(), "key-usage", "digitalSignature is missing");
+        self.require(usage.key_encipherment() == encipherment, "key-usage", "keyEncipherment differs from the profile");
         let rsa = self.public_key.kind().rsa_bits().is_some();
-        self.must(!usage.key_encipherment() || rsa, "key-usage", "keyEncipherment is for RSA keys (RFC 5480 §3)");
+        self.require(
+            !usage.key_encipherment() || rsa,
+            "key-usage",
+            "keyEncipherment requires an RSA key (RFC 5480 §3)",
+        );
         let expected = if encipherment { 2 } else { 1 };
-        self.must(usage.0.into_iter().count() == expected, "key-usage", "it has more usages than the profile says");
+        self.require(usage.0.into_iter().count() == expected, "key-usage", "more usages than the profile allows");
     }
 
     fn alternative_names(&mut self) {
@@ -331,24 +335,28 @@ impl Lint<'_> {
             match name {
                 GeneralName::OtherName(other) => match HardwareModuleName::from_other_name(other) {
                     Ok(Some(module)) => modules.push(module),
-                    _ => self.findings.add("alternative-names", format!("otherName {} is not expected", other.type_id)),
+                    _ => self.findings.add("alternative-names", format!("unexpected otherName {}", other.type_id)),
                 },
                 GeneralName::UniformResourceIdentifier(uri) => uris.push(uri.to_string()),
-                _ => self.findings.add("alternative-names", "a name is neither hardwareModuleName nor URI"),
+                _ => self.findings.add("alternative-names", "expected only hardwareModuleName and URI"),
             }
         }
         let rule = "hardware-module-name";
         if let [module] = modules.as_slice() {
-            self.must(
+            self.require(
                 module.hw_serial_num.as_bytes() == self.request.chip.as_bytes(),
                 rule,
                 "hwSerialNum is not the chip ID",
             );
-            self.must(module.hw_type == self.request.profile.hardware_type(), rule, "hwType is not the profile's");
+            self.require(
+                module.hw_type == self.request.profile.hardware_type(),
+                rule,
+                "hwType differs from the profile",
+            );
         } else {
-            self.findings.add(rule, format!("there must be exactly one, there are {}", modules.len()));
+            self.findings.add(rule, format!("expected exactly one, found {}", modules.len()));
         }
-        // RFC 7254 §4.2.3: TAC, SNR and the spare digit 0.
+        // RFC 7254 §4.2.3: TAC, SNR and spare digit 0.
         let expected: Vec<String> = match self.request.identity {
             DeviceIdentity::Imei(imei) => {
                 let digits = imei.digits();
@@ -356,13 +364,13 @@ impl Lint<'_> {
             }
             _ => Vec::new(),
         };
-        self.must(uris == expected, "imei-urn", "the URIs are not exactly the IMEI's URN with spare digit 0, or none");
+        self.require(uris == expected, "imei-urn", "expected exactly the IMEI's URN with spare digit 0, or no URI");
     }
 
     fn optional_extensions(&mut self) {
         let template = self.request.profile.certificate();
         if let Some(usages) = self.value::<ExtendedKeyUsage>() {
-            self.must(usages.0 == template.extended_key_usages, "extended-key-usage", "it is not the profile's");
+            self.require(usages.0 == template.extended_key_usages, "extended-key-usage", "differs from the profile");
         }
         if let Some(points) = self.value::<CrlDistributionPoints>() {
             let urls = points.0.iter().map(|point| match &point.distribution_point {
@@ -370,17 +378,17 @@ impl Lint<'_> {
                 _ => None,
             });
             let same = urls.eq(template.crl_distribution_points.iter().cloned().map(Some));
-            self.must(same, "crl-distribution-points", "they are not the profile's");
+            self.require(same, "crl-distribution-points", "differ from the profile");
         }
         if let Some(access) = self.value::<AuthorityInfoAccessSyntax>() {
-            let of = |method| -> Vec<String> {
+            let urls = |method| -> Vec<String> {
                 let described = access.0.iter().filter(|description| description.access_method == method);
                 described.filter_map(|d| only_uri(std::slice::from_ref(&d.access_location))).collect()
             };
             let expected = &template.authority_info_access;
-            let same = of(tbs::CA_ISSUERS) == expected.ca_issuers && of(tbs::OCSP) == expected.ocsp;
+            let same = urls(tbs::CA_ISSUERS) == expected.ca_issuers && urls(tbs::OCSP) == expected.ocsp;
             let count = expected.ca_issuers.len() + expected.ocsp.len();
-            self.must(same && access.0.len() == count, "authority-info-access", "it is not the profile's");
+            self.require(same && access.0.len() == count, "authority-info-access", "differs from the profile");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The rules of a CWT, checked on the Sig_structure that will be signed, with a plain CBOR decoder.
+//! Lint of CWTs: checks the Sig_structure to be signed with a generic CBOR decoder.
 
 use ciborium::Value;
 use coset::CborSerializable;
@@ -8,15 +8,15 @@ use super::cwt::{CHIP_ID_CLAIM, HARDWARE_TYPE_CLAIM, OID_TAG, SigStructure};
 use super::lint::LintFindings;
 use super::prepare::CertificateRequest;
 
-/// Header parameters and claims must be exactly the expected ones in exactly this order, so that there is no room for
-/// doubles, extras or another encoding.
-pub(super) fn all(request: &CertificateRequest<'_>, to_be_signed: &[u8], findings: &mut LintFindings) {
+/// Checks that header parameters and claims are exactly the expected ones in exactly this order, which excludes duplicates,
+/// additions and other encodings.
+pub(super) fn check_all(request: &CertificateRequest<'_>, to_be_signed: &[u8], findings: &mut LintFindings) {
     let parts = match SigStructure::decode(to_be_signed) {
         Ok(parts) => parts,
         Err(cause) => return findings.add("structure", cause),
     };
     if !request.profile.is_cwt() {
-        findings.add("public-key", "the profile has a key pair, the certificate has no public key");
+        findings.add("public-key", "the profile requires a key pair, but the certificate has no public key");
     }
     header(request, &parts.protected, findings);
     claims(request, &parts.payload, findings);
@@ -30,7 +30,7 @@ fn header(request: &CertificateRequest<'_>, bytes: &[u8], findings: &mut LintFin
     ];
     compare("header", bytes, &expected, findings);
     let fits = request.algorithm().fits(request.issuer.public_key().kind());
-    findings.must(fits, "algorithm", "the issuer's key cannot make it");
+    findings.require(fits, "algorithm", "does not match the issuer's key type");
 }
 
 /// RFC 8392 §3.1.
@@ -54,17 +54,17 @@ fn claims(request: &CertificateRequest<'_>, bytes: &[u8], findings: &mut LintFin
 
 fn compare(what: &str, bytes: &[u8], expected: &[(i64, &'static str, Value)], findings: &mut LintFindings) {
     let Some(found) = Value::from_slice(bytes).ok().and_then(|value| value.into_map().ok()) else {
-        return findings.add("structure", format!("the {what} are not a map"));
+        return findings.add("structure", format!("the {what} is not a CBOR map"));
     };
     let keys = |(key, _): &(Value, Value)| key.clone();
     if !found.iter().map(keys).eq(expected.iter().map(|(key, ..)| Value::from(*key))) {
-        return findings.add("structure", format!("the {what} are not exactly the expected ones in their order"));
+        return findings.add("structure", format!("the {what} map does not have exactly the expected keys in order"));
     }
-    for ((key, value), (_, rule, wanted)) in found.iter().zip(expected) {
-        if value != wanted {
-            findings.add(rule, format!("{what} {key:?} is not what was requested"));
+    for ((key, value), (_, rule, expected)) in found.iter().zip(expected) {
+        if value != expected {
+            findings.add(rule, format!("{what} {key:?} differs from the request"));
         }
     }
     let same = Value::Map(found).to_vec().is_ok_and(|encoded| encoded == bytes);
-    findings.must(same, "structure", "the encoding is not the deterministic one (RFC 8949 §4.2.1)");
+    findings.require(same, "structure", "not deterministic CBOR (RFC 8949 §4.2.1)");
 }

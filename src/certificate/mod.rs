@@ -1,8 +1,9 @@
-//! Device certificates and those around the system. Pure: no I/O, no clock, no HSM.
+//! Certificates: device certificates (IDevID and CWT), access certificates and CA certificates. Pure: no I/O, no clock, no HSM.
 //!
-//! A device certificate goes profile → [`prepare`] → [`PreparedCertificate`] → [`PreparedCertificate::lint`] →
-//! [`LintedCertificate`] → signed elsewhere, from exactly its bytes → [`IssuedCertificate`]. Each step eats the one
-//! before; only a linted certificate has bytes to be signed. Times and serial numbers are parameters.
+//! A device certificate passes through these types: profile → [`prepare`] → [`PreparedCertificate`] →
+//! [`PreparedCertificate::lint`] → [`LintedCertificate`] → signature by the HSM over exactly its bytes →
+//! [`IssuedCertificate`]. Each step consumes the previous type; only a linted certificate exposes bytes to sign. Times and
+//! serial numbers are parameters.
 
 mod access;
 mod algorithm;
@@ -31,16 +32,16 @@ mod testing;
 mod verify;
 
 pub use access::{
-    AccessCertificate, AccessName, Caller, CallerCertificate, Role, access_certificate, caller_of, public_key_of,
-    verify_caller,
+    AccessCertificate, AccessName, Caller, CallerCertificate, Role, access_certificate, certificate_public_key,
+    parse_caller_certificate, verify_caller_certificate,
 };
-pub use answer::check_answer;
+pub use answer::verify_issued_chain;
 pub use authority::{
     AuthorityCertificate, SignedDocument, UnsignedDocument, access_request, authority_certificate, authority_request,
     certificate_pem, root_certificate, root_request, subordinate_certificate,
 };
 pub use csr::{CsrError, MAX_CSR_LEN, verify_csr, verify_csr_pem};
-pub use describe::{Statement, describe};
+pub use describe::{CertificateField, describe};
 pub use issued::IssuedCertificate;
 pub use issuer::IssuerCertificate;
 pub use lint::{LintFinding, LintFindings, LintedCertificate};
@@ -54,58 +55,62 @@ pub use verify::{VerifiedCertificate, verify_device_certificate};
 
 use crate::keys::{KeyError, KeyKind, SignatureAlgorithm};
 
-/// Why a certificate could not be made, or is not to be trusted. Nothing in it is secret.
+/// Why a certificate could not be built or was rejected. Contains no secret.
 #[derive(Debug, thiserror::Error)]
 pub enum CertificateError {
-    /// Bytes that are not the DER structure they should be.
-    #[error("{what} could not be read: {source}")]
+    /// Invalid DER.
+    #[error("invalid {what}: {source}")]
     Unreadable {
-        /// What was being read.
+        /// The structure being decoded.
         what: &'static str,
-        /// The decoder's words.
+        /// The decoder's error.
         source: der::Error,
     },
-    /// A structure that could not be written: a value too long for its field, say.
-    #[error("the {what} could not be encoded: {source}; shorten or correct the value")]
+    /// A structure that could not be encoded, for example because a value is too long for its field.
+    #[error("cannot encode the {what}: {source}; shorten or correct the value")]
     Unwritable {
-        /// What was being written.
+        /// The structure being encoded.
         what: &'static str,
-        /// The encoder's words.
+        /// The encoder's error.
         source: der::Error,
     },
-    /// Bytes that are not the CBOR or COSE structure they should be.
-    #[error("the CWT could not be read: {0}")]
+    /// Invalid CBOR, COSE or CWT structure.
+    #[error("invalid CWT: {0}")]
     Cwt(String),
-    /// The PEM text has no certificate or a damaged one.
-    #[error("the PEM text could not be read: {0}; give BEGIN CERTIFICATE blocks, the issuer first")]
+    /// The PEM text contains no certificate or an invalid one.
+    #[error("invalid PEM: {0}; provide BEGIN CERTIFICATE blocks, the issuer first")]
     Pem(String),
-    /// The key in the certificate, or a signature.
-    #[error("{doing}: {source}")]
+    /// An invalid key or signature.
+    #[error("{operation}: {source}")]
     Key {
-        /// What was being done.
-        doing: &'static str,
-        /// What is wrong.
+        /// The operation that failed.
+        operation: &'static str,
+        /// The error of the key module.
         source: KeyError,
     },
-    /// A signature algorithm that this system does not use.
-    #[error("signature algorithm {0} is not one of ECDSA P-256/P-384, RSA (PKCS#1 v1.5 or PSS) with SHA-256, Ed25519")]
+    /// An unsupported signature algorithm.
+    #[error(
+        "unsupported signature algorithm {0}: expected ECDSA P-256/P-384, RSA (PKCS#1 v1.5 or PSS) with SHA-256, or Ed25519"
+    )]
     UnknownAlgorithm(String),
-    /// The signing key cannot make this kind of signature.
-    #[error("a {kind} key cannot sign with {algorithm:?}; correct the profile's or the issuer's signature algorithm")]
+    /// The signature algorithm does not match the key type.
+    #[error(
+        "a {kind} key cannot sign with {algorithm:?}; correct the signature algorithm of the profile or the issuer"
+    )]
     AlgorithmMismatch {
-        /// The issuer's key.
+        /// The type of the issuer's key.
         kind: KeyKind,
-        /// What was asked for.
+        /// The requested algorithm.
         algorithm: SignatureAlgorithm,
     },
-    /// The issuer's certificate is not one that may issue.
-    #[error("the issuer certificate cannot be used: {0}")]
+    /// The issuer certificate must not be used to issue.
+    #[error("unusable issuer certificate: {0}")]
     Issuer(String),
-    /// The request does not fit the profile, or the profile not the request.
-    #[error("the certificate cannot be prepared: {0}")]
+    /// The request and the profile do not match.
+    #[error("cannot prepare the certificate: {0}")]
     Request(String),
-    /// The certificate is authentic in form, but it says something else than it must.
-    #[error("the certificate is refused: {0}")]
+    /// The certificate is well-formed, but its content is not acceptable.
+    #[error("certificate rejected: {0}")]
     Refused(String),
 }
 
@@ -118,11 +123,11 @@ impl CertificateError {
         move |source| Self::Unwritable { what, source }
     }
 
-    fn key(doing: &'static str) -> impl FnOnce(KeyError) -> Self {
-        move |source| Self::Key { doing, source }
+    fn key(operation: &'static str) -> impl FnOnce(KeyError) -> Self {
+        move |source| Self::Key { operation, source }
     }
 
-    fn refused(why: impl Into<String>) -> Self {
-        Self::Refused(why.into())
+    fn refused(reason: impl Into<String>) -> Self {
+        Self::Refused(reason.into())
     }
 }

@@ -1,4 +1,5 @@
-//! Distinguished names, built from attributes. Never from RFC 4514 text: a comma in a name must not become an attribute.
+//! Distinguished names, built from attributes rather than from RFC 4514 text, so that a comma in a value cannot become an
+//! attribute.
 
 use der::asn1::{ObjectIdentifier, PrintableStringRef, SetOfVec, Utf8StringRef};
 use der::{Any, Tag};
@@ -22,11 +23,11 @@ pub(super) const ORGANIZATIONAL_UNIT: ObjectIdentifier = ObjectIdentifier::new_u
 /// `ub-common-name`, `ub-organization-name`, `ub-organizational-unit-name`: 64 characters (RFC 5280 Appendix A.1).
 const MAX_TEXT: usize = 64;
 
-/// The attributes of a name as people write them.
+/// The attributes of a name in a configuration file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SubjectFields {
-    /// Two letters of ISO 3166.
+    /// ISO 3166 country code, two letters.
     pub country: Option<String>,
     /// 1 to 64 characters.
     pub organization: Option<String>,
@@ -36,12 +37,12 @@ pub struct SubjectFields {
     pub common_name: Option<String>,
 }
 
-/// The constant part of a distinguished name, validated; its order is country, organization, unit, common name.
+/// The validated constant part of a distinguished name, in the order country, organization, unit, common name.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct SubjectName(SubjectFields);
 
 impl SubjectName {
-    /// Checks the attributes; a fault's place is `place` and the attribute's name.
+    /// Validates the attributes. The place of a fault is `place` followed by the attribute's name.
     pub fn from_fields(place: &str, fields: SubjectFields) -> Result<Self, Faults> {
         let mut faults = Faults::default();
         if let Some(country) = &fields.country
@@ -54,15 +55,15 @@ impl SubjectName {
             ("organizational_unit", &fields.organizational_unit),
             ("common_name", &fields.common_name),
         ] {
-            let fits = |t: &str| (1..=MAX_TEXT).contains(&t.chars().count()) && !t.chars().any(char::is_control);
-            if text.as_deref().is_some_and(|t| !fits(t)) {
-                faults.add(format!("{place}.{key}"), "write 1 to 64 characters without control characters");
+            let is_valid = |t: &str| (1..=MAX_TEXT).contains(&t.chars().count()) && !t.chars().any(char::is_control);
+            if text.as_deref().is_some_and(|t| !is_valid(t)) {
+                faults.add(format!("{place}.{key}"), "expected 1 to 64 characters without control characters");
             }
         }
-        faults.ok_or_all(Some(Self(fields)))
+        faults.into_result(Some(Self(fields)))
     }
 
-    /// Only a common name.
+    /// Creates a name with a common name only.
     pub fn with_common_name(common_name: &str) -> Result<Self, Faults> {
         let fields = SubjectFields { common_name: Some(common_name.to_owned()), ..SubjectFields::default() };
         Self::from_fields("subject", fields)
@@ -73,7 +74,7 @@ impl SubjectName {
         &self.0
     }
 
-    /// The name, with a `serialNumber` as its last attribute if one is given.
+    /// Encodes the name, with `serial_number` as its last attribute if given.
     pub(super) fn to_name(&self, serial_number: Option<&str>) -> Result<Name, CertificateError> {
         let attributes = [
             (COUNTRY, Tag::PrintableString, self.0.country.as_deref()),
@@ -108,7 +109,7 @@ mod tests {
     use der::Encode;
 
     #[test]
-    fn a_comma_in_a_name_stays_in_its_attribute() {
+    fn attribute_with_comma_stays_one_attribute() {
         let fields = SubjectFields { organization: Some("A, CN=evil".into()), ..SubjectFields::default() };
         let name = SubjectName::from_fields("subject", fields).unwrap().to_name(Some("1")).unwrap();
         assert_eq!(name.len(), 2);
@@ -116,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_attributes_are_all_reported_with_their_place() {
+    fn invalid_attributes_all_reported_with_place() {
         let fields = SubjectFields {
             country: Some("fi".into()),
             organization: Some(String::new()),

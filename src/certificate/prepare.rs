@@ -1,4 +1,4 @@
-//! A request becomes the bytes of a certificate, X.509 or CWT, not yet to be trusted and not yet to be signed.
+//! Builds the bytes to be signed of a device certificate, X.509 or CWT, from a request. The result is not linted yet.
 
 use der::asn1::OctetString;
 use x509_cert::ext::pkix::crl::dp::DistributionPoint;
@@ -15,27 +15,27 @@ use super::{CertificateError, IssuerCertificate, cwt};
 use crate::keys::{PublicKey, SignatureAlgorithm};
 use crate::names::{ChipId, DeviceIdentity};
 
-/// What a certificate is to say.
+/// The content of a device certificate.
 #[derive(Debug, Clone, Copy)]
 pub struct CertificateRequest<'a> {
-    /// The rules.
+    /// The profile.
     pub profile: &'a Profile,
-    /// Who will sign: the certificate of the profile's issuer.
+    /// The issuer certificate of the profile's signing key.
     pub issuer: &'a IssuerCertificate,
     /// The chip.
     pub chip: &'a ChipId,
-    /// The identity bound to it.
+    /// The identity to bind to the chip.
     pub identity: &'a DeviceIdentity,
-    /// The device's public key; none gives a CWT, and the profile must say so.
+    /// The device's public key; `None` requests a CWT, which the profile must allow.
     pub public_key: Option<&'a PublicKey>,
-    /// The certificate's number.
+    /// The serial number.
     pub serial: CertificateSerial,
     /// Seconds since the Unix epoch.
     pub not_before: u64,
 }
 
 impl CertificateRequest<'_> {
-    /// How the certificate will be signed.
+    /// The signature algorithm.
     pub fn algorithm(&self) -> SignatureAlgorithm {
         self.profile.signature().unwrap_or(self.issuer.algorithm())
     }
@@ -47,36 +47,36 @@ impl CertificateRequest<'_> {
     }
 }
 
-/// A certificate's serial number: 20 bytes, positive (RFC 5280 §4.1.2.2), 158 bits of them random.
+/// A certificate's serial number: 20 bytes, positive (RFC 5280 §4.1.2.2), 158 of its bits random.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CertificateSerial([u8; Self::LEN]);
 
 impl CertificateSerial {
-    /// Bytes: the most that RFC 5280 §4.1.2.2 allows.
+    /// Length in bytes: the maximum of RFC 5280 §4.1.2.2.
     pub const LEN: usize = 20;
 
-    /// From the HSM's random bytes. The first two bits become `01`: positive, and never shorter than 20 bytes.
+    /// Creates a serial number from the HSM's random bytes. The first two bits become `01`: positive, and always 20 bytes long.
     pub const fn from_random(mut random: [u8; Self::LEN]) -> Self {
         random[0] = random[0] & 0x7f | 0x40;
         Self(random)
     }
 
-    /// The bytes, big-endian, as stored and as encoded.
+    /// The bytes, big-endian, as stored and encoded.
     pub const fn as_bytes(&self) -> &[u8; Self::LEN] {
         &self.0
     }
 }
 
-/// A certificate that is put together but not looked at yet. [`PreparedCertificate::lint`] is its only way on.
+/// A certificate that has been built but not linted. Only [`PreparedCertificate::lint`] makes it signable.
 #[derive(Debug)]
 pub struct PreparedCertificate<'a> {
     pub(super) request: CertificateRequest<'a>,
     pub(super) to_be_signed: Vec<u8>,
 }
 
-/// Puts a device certificate together: an IEEE 802.1AR IDevID in X.509, or a CWT where there is no public key.
+/// Builds a device certificate: an IEEE 802.1AR IDevID in X.509, or a CWT if there is no public key.
 pub fn prepare<'a>(request: &CertificateRequest<'a>) -> Result<PreparedCertificate<'a>, CertificateError> {
-    must_fit(request)?;
+    check_request(request)?;
     let to_be_signed = match request.public_key {
         Some(public_key) => idevid(request, public_key)?,
         None => cwt::to_be_signed(request)?,
@@ -84,18 +84,18 @@ pub fn prepare<'a>(request: &CertificateRequest<'a>) -> Result<PreparedCertifica
     Ok(PreparedCertificate { request: *request, to_be_signed })
 }
 
-fn must_fit(request: &CertificateRequest<'_>) -> Result<(), CertificateError> {
+fn check_request(request: &CertificateRequest<'_>) -> Result<(), CertificateError> {
     let (profile, identity) = (request.profile, request.identity);
-    let refused = |why: String| Err(CertificateError::Request(format!("profile {}: {why}", profile.name())));
+    let invalid = |reason: String| Err(CertificateError::Request(format!("profile {}: {reason}", profile.name())));
     if !profile.allows(identity) {
-        return refused(format!("an identity of kind {} is not among its identities", identity.kind()));
+        return invalid(format!("identity type {} is not allowed", identity.kind()));
     }
     match request.public_key {
-        Some(_) if profile.is_cwt() => return refused("it has no key pair, but there is a public key".into()),
+        Some(_) if profile.is_cwt() => return invalid("unexpected public key: the profile has no key pair".into()),
         Some(key) if !profile.key_pair().accepts(key.kind()) => {
-            return refused(format!("a key of kind {} is not what it accepts", key.kind()));
+            return invalid(format!("key type {} is not accepted", key.kind()));
         }
-        None if !profile.is_cwt() => return refused("the device's public key is missing".into()),
+        None if !profile.is_cwt() => return invalid("the device's public key is missing".into()),
         _ => {}
     }
     let (kind, algorithm) = (request.issuer.public_key().kind(), request.algorithm());
@@ -139,7 +139,7 @@ fn extensions(request: &CertificateRequest<'_>, public_key: &PublicKey) -> Resul
     Ok(extensions)
 }
 
-/// The hardwareModuleName, and for an IMEI its URN.
+/// The hardwareModuleName and, for an IMEI, its URN.
 fn alternative_names(request: &CertificateRequest<'_>) -> Result<Vec<GeneralName>, CertificateError> {
     let hardware = || -> der::Result<GeneralName> {
         let name = HardwareModuleName {
@@ -150,13 +150,13 @@ fn alternative_names(request: &CertificateRequest<'_>) -> Result<Vec<GeneralName
     };
     let mut names = vec![hardware().map_err(CertificateError::unwritable("hardwareModuleName"))?];
     if let DeviceIdentity::Imei(imei) = request.identity {
-        // RFC 7254 §4.2.3: the last digit is the spare digit, always 0, not the check digit.
+        // RFC 7254 §4.2.3: the last digit is the spare digit, which is always 0, not the check digit.
         names.push(tbs::uri(&format!("urn:gsma:imei:{}-{}-0", imei.tac(), imei.snr()))?);
     }
     Ok(names)
 }
 
-/// What only a profile that asks for it gets.
+/// The extensions that depend on the profile.
 fn optional_extensions(profile: &Profile) -> Result<Vec<Extension>, CertificateError> {
     let template = profile.certificate();
     let mut extensions = Vec::new();

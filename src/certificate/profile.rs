@@ -1,4 +1,4 @@
-//! A profile: what every device of a product gets. Valid by construction; the file's shape is in `profile_file`.
+//! Profiles: what every device of a product receives. A `Profile` is valid by construction; `profile_file` parses the file.
 
 use der::asn1::ObjectIdentifier;
 
@@ -9,7 +9,7 @@ use crate::keys::{KeyKind, SignatureAlgorithm};
 use crate::names::{DeviceIdentity, KeyName, ProfileName};
 use crate::package::BackupRules;
 
-/// What a product gets: certificate template, keys, delivery, backup and confirmation rules.
+/// A product's profile: certificate template, keys, delivery, backup and confirmation rules.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Profile {
     pub(super) name: ProfileName,
@@ -28,15 +28,15 @@ pub struct Profile {
 }
 
 impl Profile {
-    /// Reads a profile. `place` is the file's name as people know it, `profiles/phone.toml` say; all faults that can be
-    /// found are returned together, each with its place in the file. An example of every key:
+    /// Parses a profile. `place` names the file in messages, for example `profiles/phone.toml`. All detectable faults are
+    /// returned together, each with its place in the file. An example with every key:
     ///
     /// ```toml
-    /// description = "Phone, model 7"            # for people
+    /// description = "Phone, model 7"            # shown to operators
     /// identities = ["imei"]                     # imei, meid, eui48, eui64, serial
     /// hardware_type = "1.3.6.1.4.1.32473.1.7"   # hwType of RFC 4108 §5: model and revision
     /// issuer = "manufacturer-2026"              # the signing key's name in the HSM
-    /// signature = "ecdsa-p256-sha256"           # default: what the issuer is configured with
+    /// signature = "ecdsa-p256-sha256"           # default: the issuer's configured algorithm
     ///
     /// [subject]                                 # all optional; serialNumber is always the identity
     /// country = "FI"
@@ -44,7 +44,7 @@ impl Profile {
     /// organizational_unit = "Phones"
     /// common_name = "Model 7"
     ///
-    /// [certificate]                             # X.509 only, but for validity_days
+    /// [certificate]                             # X.509 only, except validity_days
     /// subject_key_identifier = false            # IEEE 802.1AR advises against it
     /// validity_days = 3650                      # default: no expiry, 99991231235959Z
     /// extended_key_usages = ["1.3.6.1.5.5.7.3.2"]
@@ -53,25 +53,25 @@ impl Profile {
     /// key_encipherment = false                  # RSA only
     ///
     /// [key_pair]
-    /// source = "generate"                       # generate (in the HSM), pool (made in advance; the station waits for one),
-    ///                                           # pool-or-generate, csr (the device's own), none
+    /// source = "generate"                       # generate (in the HSM), pool (pregenerated; the station waits),
+    ///                                           # pool-or-generate, csr (the device generates its own), none
     /// kind = "p256"                             # for generate and pool: p256, p384, ed25519, rsa-2048, rsa-3072, rsa-4096
-    /// # accepted = ["p256", "p384"]             # for csr: default all kinds
+    /// # accepted = ["p256", "p384"]             # for csr; default: all
     ///
     /// [[symmetric_key]]
     /// purpose = "channel"                       # 1 to 32 of a-z 0-9 -; part of the derivation label
     /// length = 32                               # bytes: 16, 24 or 32 (default)
-    /// master_key = "master"                     # one for all keys of a profile: a record holds one version
+    /// master_key = "master"                     # the same for all keys: a record holds one version
     ///
     /// [delivery]
-    /// sealed = "optional"                       # or required: the station then sees no secret
+    /// sealed = "optional"                       # or required: the station sees no secret
     ///
     /// [backup]
-    /// format = "cose"                           # or opaque: the chip's own
-    /// max_bytes = 32768                         # at most this many
+    /// format = "cose"                           # or opaque: the chip's own format
+    /// max_bytes = 32768                         # upper limit
     ///
     /// [confirmation]
-    /// required = true                           # the device proves that it holds a delivered key
+    /// required = true                           # the device proves possession of a delivered key
     /// ```
     pub fn from_toml(name: ProfileName, place: &str, text: &str) -> Result<Self, Faults> {
         profile_file::read(name, place, text)
@@ -82,22 +82,22 @@ impl Profile {
         &self.name
     }
 
-    /// For people.
+    /// Description shown to operators.
     pub fn description(&self) -> &str {
         &self.description
     }
 
-    /// Which kinds of identity its devices may have; at least one.
+    /// Identity types that its devices may have; at least one.
     pub fn identities(&self) -> &[IdentityKind] {
         &self.identities
     }
 
-    /// Whether a device of this profile may have such an identity.
+    /// Whether a device of this profile may have this identity.
     pub fn allows(&self, identity: &DeviceIdentity) -> bool {
         self.identities.contains(&IdentityKind::of(identity))
     }
 
-    /// `hwType` of the hardwareModuleName (RFC 4108 §5): what model and revision of hardware it is.
+    /// `hwType` of the hardwareModuleName (RFC 4108 §5): the hardware's model and revision.
     pub const fn hardware_type(&self) -> ObjectIdentifier {
         self.hardware_type
     }
@@ -107,7 +107,7 @@ impl Profile {
         &self.issuer
     }
 
-    /// How certificates are signed, if not as the issuer is configured.
+    /// The signature algorithm, if it overrides the issuer's.
     pub const fn signature(&self) -> Option<SignatureAlgorithm> {
         self.signature
     }
@@ -117,48 +117,48 @@ impl Profile {
         &self.subject
     }
 
-    /// What the certificate contains beyond the fixed rules.
+    /// Optional content of the certificate.
     pub const fn certificate(&self) -> &CertificateTemplate {
         &self.certificate
     }
 
-    /// Where the key pair comes from.
+    /// The source of the key pair.
     pub const fn key_pair(&self) -> &KeyPairRule {
         &self.key_pair
     }
 
-    /// The symmetric keys, each of another purpose, all from one master key.
+    /// The symmetric keys, with unique purposes, all derived from one master key.
     pub fn symmetric_keys(&self) -> &[SymmetricKeyRule] {
         &self.symmetric_keys
     }
 
-    /// The one master key of the symmetric keys, if there are any.
+    /// The master key of the symmetric keys, if there are any.
     pub fn master_key(&self) -> Option<&KeyName> {
         self.symmetric_keys.first().map(|key| &key.master_key)
     }
 
-    /// Whether a package may leave unsealed.
+    /// Whether the data package must be sealed.
     pub const fn sealing(&self) -> Sealing {
         self.sealing
     }
 
-    /// What backup is accepted.
+    /// The accepted backup format and size.
     pub const fn backup(&self) -> BackupRules {
         self.backup
     }
 
-    /// Whether the device must prove that it holds a delivered key. It always can: a profile without any key is refused.
+    /// Whether the device must prove possession of a delivered key. It always can: a profile without any key is rejected.
     pub const fn confirmation_required(&self) -> bool {
         self.confirmation_required
     }
 
-    /// Whether the certificate is a CWT: there is no key pair that an X.509 certificate could be for.
+    /// Whether the certificate is a CWT: without a key pair an X.509 certificate is impossible.
     pub const fn is_cwt(&self) -> bool {
         matches!(self.key_pair, KeyPairRule::None)
     }
 }
 
-/// A kind of device identity, without a value.
+/// A type of device identity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum IdentityKind {
     /// See [`DeviceIdentity::Imei`].
@@ -174,7 +174,7 @@ pub enum IdentityKind {
 }
 
 impl IdentityKind {
-    /// The kind of an identity.
+    /// The type of an identity.
     pub const fn of(identity: &DeviceIdentity) -> Self {
         match identity {
             DeviceIdentity::Imei(_) => Self::Imei,
@@ -185,7 +185,7 @@ impl IdentityKind {
         }
     }
 
-    /// The kind as the canonical form of an identity starts: `imei` say.
+    /// The prefix of an identity's canonical form, for example `imei`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Imei => "imei",
@@ -196,30 +196,30 @@ impl IdentityKind {
         }
     }
 
-    /// The kind of that name.
+    /// Looks up a type by name.
     pub fn from_name(name: &str) -> Option<Self> {
         [Self::Imei, Self::Meid, Self::Eui48, Self::Eui64, Self::Serial].into_iter().find(|kind| kind.name() == name)
     }
 }
 
-/// What the certificate contains beyond the fixed rules of IEEE 802.1AR.
+/// Optional content of the certificate, in addition to the fixed rules of IEEE 802.1AR.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct CertificateTemplate {
-    /// Whether there is a subjectKeyIdentifier (802.1AR advises against it, RFC 5280 §4.2.1.2 for it).
+    /// Whether to include a subjectKeyIdentifier (802.1AR advises against it, RFC 5280 §4.2.1.2 for it).
     pub subject_key_identifier: bool,
-    /// Days from notBefore to notAfter; none for 99991231235959Z (RFC 5280 §4.1.2.5).
+    /// Days from notBefore to notAfter; `None` for 99991231235959Z (RFC 5280 §4.1.2.5).
     pub validity_days: Option<u32>,
-    /// Extended key usages; the extension is absent if there are none.
+    /// Extended key usages; if empty, the extension is absent.
     pub extended_key_usages: Vec<ObjectIdentifier>,
-    /// URLs of CRLs; the extension is absent if there are none.
+    /// URLs of CRLs; if empty, the extension is absent.
     pub crl_distribution_points: Vec<String>,
-    /// URLs of the issuer; the extension is absent if there are none.
+    /// URLs about the issuer; if empty, the extension is absent.
     pub authority_info_access: AuthorityInfoAccess,
     /// Whether keyUsage has keyEncipherment besides digitalSignature. RSA only.
     pub key_encipherment: bool,
 }
 
-/// Where to learn about the issuer (RFC 5280 §4.2.2.1).
+/// Authority information access (RFC 5280 §4.2.2.1).
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct AuthorityInfoAccess {
     /// URLs of the issuer's certificate.
@@ -229,63 +229,63 @@ pub struct AuthorityInfoAccess {
 }
 
 impl AuthorityInfoAccess {
-    /// Whether there is nothing to say.
+    /// Whether both lists are empty.
     pub const fn is_empty(&self) -> bool {
         self.ca_issuers.is_empty() && self.ocsp.is_empty()
     }
 }
 
-/// Where the device's key pair comes from.
+/// The source of the device's key pair.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum KeyPairRule {
-    /// Generated in the HSM during assembly and delivered.
+    /// Generated in the HSM during assembly and delivered to the device.
     Generate {
-        /// Which kind.
+        /// The key type.
         kind: KeyKind,
     },
-    /// Generated in advance, waiting in the secret store.
+    /// Pregenerated and taken from the secret store.
     Pool {
-        /// Which kind.
+        /// The key type.
         kind: KeyKind,
-        /// Whether one is generated on the spot when none is ready.
+        /// Whether to generate a pair during assembly if the pool is empty.
         or_generate: bool,
     },
-    /// The device makes its own and sends a PKCS#10 request.
+    /// Generated by the device, which sends a PKCS#10 request.
     Csr {
-        /// Which kinds are accepted; at least one.
+        /// Accepted key types; at least one.
         accepted: Vec<KeyKind>,
     },
-    /// There is none; the certificate is a CWT.
+    /// No key pair; the certificate is a CWT.
     None,
 }
 
 impl KeyPairRule {
-    /// Whether a certificate of this profile may hold a key of this kind.
+    /// Whether a certificate of this profile may contain a key of this type.
     pub fn accepts(&self, kind: KeyKind) -> bool {
         match self {
-            Self::Generate { kind: made } | Self::Pool { kind: made, .. } => *made == kind,
+            Self::Generate { kind: expected } | Self::Pool { kind: expected, .. } => *expected == kind,
             Self::Csr { accepted } => accepted.contains(&kind),
             Self::None => false,
         }
     }
 }
 
-/// A symmetric key, derived in the HSM from a master key and the identity.
+/// A symmetric key that the HSM derives from a master key and the identity.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SymmetricKeyRule {
-    /// What it is for: 1 to 32 characters `a-z 0-9 -`. The derivation's label is `spp/v1/` and this.
+    /// Purpose: 1 to 32 characters `a-z 0-9 -`. The derivation label is `spp/v1/` followed by the purpose.
     pub purpose: String,
-    /// Bytes: 16, 24 or 32.
+    /// Length in bytes: 16, 24 or 32.
     pub length: u16,
-    /// From which master key.
+    /// The master key to derive from.
     pub master_key: KeyName,
 }
 
-/// Whether a package may leave unsealed.
+/// Whether the data package must be sealed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sealing {
-    /// Sealed when the chip gives a transport key.
+    /// Sealed if the chip provides a transport key.
     Optional,
-    /// Without a transport key the order is refused.
+    /// Orders without a transport key are rejected.
     Required,
 }

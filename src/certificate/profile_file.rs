@@ -1,4 +1,4 @@
-//! A profile as people write it in TOML, and its way to a valid one. Everything wrong is reported at once.
+//! Parsing of profile files (TOML). All faults are reported together.
 
 use der::asn1::ObjectIdentifier;
 use serde::Deserialize;
@@ -12,15 +12,15 @@ use crate::keys::{KeyKind, SignatureAlgorithm};
 use crate::names::{KeyName, ProfileName};
 use crate::package::{BackupFormat, BackupRules, MAX_BACKUP_LEN};
 
-/// A hundred years; who wants more wants no expiry.
+/// A hundred years. A longer validity should be expressed as no expiry.
 const MAX_VALIDITY_DAYS: u32 = 36_525;
 
-/// Reads and validates; see [`Profile::from_toml`].
+/// Parses and validates a profile; see [`Profile::from_toml`].
 pub(super) fn read(name: ProfileName, place: &str, text: &str) -> Result<Profile, Faults> {
     let mut faults = Faults::default();
     let file: Option<ProfileFile> = read_toml(place, text, &mut faults);
     let profile = file.and_then(|file| Reader { place, faults: &mut faults }.profile(name, file));
-    faults.ok_or_all(profile)
+    faults.into_result(profile)
 }
 
 #[derive(Deserialize)]
@@ -100,7 +100,7 @@ struct ConfirmationFields {
     required: Option<bool>,
 }
 
-/// Turns texts into values; where one cannot be turned, notes why and goes on.
+/// Parses the values of a profile file; records a fault for each invalid value and continues.
 struct Reader<'a> {
     place: &'a str,
     faults: &'a mut Faults,
@@ -112,13 +112,16 @@ impl Reader<'_> {
         let hardware_type = self.oid("hardware_type", &file.hardware_type);
         let issuer = self.key_name("issuer", &file.issuer);
         let signature = file.signature.as_deref().and_then(|text| self.signature(text));
-        let subject = self.faults.keep(SubjectName::from_fields(&self.at("subject"), file.subject));
+        let subject = self.faults.merge(SubjectName::from_fields(&self.at("subject"), file.subject));
         let key_pair = self.key_pair(&file.key_pair);
         let symmetric_keys = self.symmetric_keys(&file.symmetric_keys);
         if let Some(rule) = &key_pair {
-            self.certificate_fits(rule, &file.certificate);
+            self.check_certificate_settings(rule, &file.certificate);
             if *rule == KeyPairRule::None && file.symmetric_keys.is_empty() {
-                self.add("key_pair.source", "none and no [[symmetric_key]]: the device would get no key; give it one");
+                self.add(
+                    "key_pair.source",
+                    "none without [[symmetric_key]] leaves the device without any key; add one",
+                );
             }
         }
         let certificate = self.certificate(file.certificate);
@@ -151,13 +154,13 @@ impl Reader<'_> {
 
     fn identities(&mut self, names: &[String]) -> Vec<IdentityKind> {
         if names.is_empty() {
-            self.add("identities", "name at least one of imei, meid, eui48, eui64, serial");
+            self.add("identities", "list at least one of imei, meid, eui48, eui64, serial");
         }
         let mut kinds = Vec::new();
         for name in names {
             match IdentityKind::from_name(name) {
                 None => self.add("identities", format!("{name:?} is not one of imei, meid, eui48, eui64, serial")),
-                Some(kind) if kinds.contains(&kind) => self.add("identities", format!("{name} is there twice")),
+                Some(kind) if kinds.contains(&kind) => self.add("identities", format!("{name} is listed twice")),
                 Some(kind) => kinds.push(kind),
             }
         }
@@ -167,7 +170,7 @@ impl Reader<'_> {
     fn oid(&mut self, key: &str, text: &str) -> Option<ObjectIdentifier> {
         let parsed = ObjectIdentifier::new(text);
         if parsed.is_err() {
-            self.add(key, format!("{text:?} is not an object identifier; write it as 1.3.6.1.4.1.32473.1.1"));
+            self.add(key, format!("{text:?} is not an object identifier such as 1.3.6.1.4.1.32473.1.1"));
         }
         parsed.ok()
     }
@@ -199,15 +202,15 @@ impl Reader<'_> {
     }
 
     fn key_pair(&mut self, fields: &KeyPairFields) -> Option<KeyPairRule> {
-        let made_here = ["generate", "pool", "pool-or-generate"].contains(&fields.source.as_str());
-        if fields.kind.is_some() && !made_here {
-            self.add("key_pair.kind", "only a pair that is made here has a kind; leave it out");
+        let has_kind = ["generate", "pool", "pool-or-generate"].contains(&fields.source.as_str());
+        if fields.kind.is_some() && !has_kind {
+            self.add("key_pair.kind", "only the sources generate, pool and pool-or-generate have a kind; remove it");
         }
         if fields.accepted.is_some() && fields.source != "csr" {
-            self.add("key_pair.accepted", "only source = \"csr\" has accepted kinds; leave it out");
+            self.add("key_pair.accepted", "only source = \"csr\" has accepted kinds; remove it");
         }
         match fields.source.as_str() {
-            source if made_here => match &fields.kind {
+            source if has_kind => match &fields.kind {
                 Some(kind) => {
                     let kind = self.key_kind("key_pair.kind", kind)?;
                     Some(match source {
@@ -216,7 +219,7 @@ impl Reader<'_> {
                     })
                 }
                 None => {
-                    self.add("key_pair.kind", format!("source = {source:?} needs a kind, p256 for example"));
+                    self.add("key_pair.kind", format!("source = {source:?} requires a kind such as p256"));
                     None
                 }
             },
@@ -236,7 +239,7 @@ impl Reader<'_> {
         use KeyKind::{Ed25519, P256, P384, Rsa2048, Rsa3072, Rsa4096};
         let Some(names) = names else { return Some(vec![P256, P384, Ed25519, Rsa2048, Rsa3072, Rsa4096]) };
         if names.is_empty() {
-            self.add("key_pair.accepted", "no kind is accepted; name one, or leave the key out to accept all");
+            self.add("key_pair.accepted", "the list is empty; list a kind, or remove the key to accept all");
         }
         let kinds: Vec<_> = names.iter().map(|name| self.key_kind("key_pair.accepted", name)).collect();
         kinds.into_iter().collect()
@@ -248,19 +251,19 @@ impl Reader<'_> {
             let at = |key: &str| format!("symmetric_key[{index}].{key}");
             let letters = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
             if !(1..=32).contains(&fields.purpose.len()) || !fields.purpose.bytes().all(letters) {
-                self.add(&at("purpose"), "write 1 to 32 characters: lower-case letters, digits and -");
+                self.add(&at("purpose"), "expected 1 to 32 characters: lower-case letters, digits and -");
             }
             if all[..index].iter().any(|earlier| earlier.purpose == fields.purpose) {
-                self.add(&at("purpose"), "another key has this purpose; they would be the same key");
+                self.add(&at("purpose"), "duplicate purpose; both keys would have the same value");
             }
             let length = fields.length.unwrap_or(32);
             if ![16, 24, 32].contains(&length) {
-                self.add(&at("length"), format!("{length} bytes; 16, 24 and 32 are possible"));
+                self.add(&at("length"), format!("unsupported length {length}: expected 16, 24 or 32 bytes"));
             }
             if all[0].master_key != fields.master_key {
                 self.add(
                     &at("master_key"),
-                    "all symmetric keys of a profile come from one master key: a record has one version",
+                    "all symmetric keys of a profile must use the same master key: a record holds one version",
                 );
             }
             if let Some(master_key) = self.key_name(&at("master_key"), &fields.master_key) {
@@ -270,11 +273,11 @@ impl Reader<'_> {
         rules
     }
 
-    /// What makes sense for this key pair only.
-    fn certificate_fits(&mut self, rule: &KeyPairRule, fields: &CertificateFields) {
+    /// Checks settings that require a certain key pair.
+    fn check_certificate_settings(&mut self, rule: &KeyPairRule, fields: &CertificateFields) {
         let only_validity = CertificateFields { validity_days: fields.validity_days, ..CertificateFields::default() };
         if *rule == KeyPairRule::None && *fields != only_validity {
-            self.add("certificate", "without a key pair the certificate is a CWT: only validity_days can be given");
+            self.add("certificate", "without a key pair the certificate is a CWT: only validity_days is allowed");
             return;
         }
         let rsa_only = match rule {
@@ -283,7 +286,7 @@ impl Reader<'_> {
             KeyPairRule::None => false,
         };
         if fields.key_encipherment && !rsa_only {
-            self.add("certificate.key_encipherment", "only for profiles whose key pairs are all RSA (RFC 5480 §3)");
+            self.add("certificate.key_encipherment", "requires that all key pairs are RSA (RFC 5480 §3)");
         }
     }
 
@@ -291,14 +294,14 @@ impl Reader<'_> {
         if fields.validity_days.is_some_and(|days| !(1..=MAX_VALIDITY_DAYS).contains(&days)) {
             self.add(
                 "certificate.validity_days",
-                format!("write 1 to {MAX_VALIDITY_DAYS} days, or leave it out for no expiry"),
+                format!("expected 1 to {MAX_VALIDITY_DAYS} days; remove it for no expiry"),
             );
         }
         let mut extended_key_usages = Vec::new();
         for text in &fields.extended_key_usages {
             match self.oid("certificate.extended_key_usages", text) {
                 Some(oid) if extended_key_usages.contains(&oid) => {
-                    self.add("certificate.extended_key_usages", format!("{oid} is there twice"));
+                    self.add("certificate.extended_key_usages", format!("{oid} is listed twice"));
                 }
                 Some(oid) => extended_key_usages.push(oid),
                 None => {}
@@ -351,13 +354,13 @@ impl Reader<'_> {
         };
         let max_bytes = fields.max_bytes.unwrap_or(MAX_BACKUP_LEN);
         if !(1..=MAX_BACKUP_LEN).contains(&max_bytes) {
-            self.add("backup.max_bytes", format!("write 1 to {}", MAX_BACKUP_LEN));
+            self.add("backup.max_bytes", format!("expected 1 to {}", MAX_BACKUP_LEN));
         }
         BackupRules { format, max_bytes }
     }
 }
 
-/// The value that serde knows under this name.
+/// Parses a value by its serde name.
 fn from_name<T: serde::de::DeserializeOwned>(name: &str) -> Option<T> {
     use serde::de::value::{Error, StrDeserializer};
     T::deserialize(StrDeserializer::<Error>::new(name)).ok()
@@ -374,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn a_short_profile_gets_the_safe_defaults() {
+    fn minimal_profile_has_safe_defaults() {
         let phone = profile(PHONE);
         assert_eq!(*phone.key_pair(), KeyPairRule::Generate { kind: KeyKind::P256 });
         assert_eq!(*phone.certificate(), CertificateTemplate::default());
@@ -384,7 +387,7 @@ mod tests {
     }
 
     #[test]
-    fn the_documented_example_is_valid() {
+    fn documented_example_is_valid() {
         let source = include_str!("profile.rs");
         let example = source.split("```toml").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
         let text: Vec<_> = example.lines().map(|line| line.trim().trim_start_matches("///")).collect();
@@ -392,7 +395,7 @@ mod tests {
     }
 
     #[test]
-    fn every_fault_is_reported_at_once_with_its_place() {
+    fn all_faults_reported_with_place() {
         let text = r#"
             identities = ["imei", "imsi", "imei"]
             hardware_type = "phone"
@@ -448,12 +451,12 @@ mod tests {
     }
 
     #[test]
-    fn unknown_keys_are_refused() {
+    fn unknown_keys_rejected() {
         assert_eq!(faults(&format!("{PHONE}\nkindd = 1")), ["p.toml"]);
     }
 
     #[test]
-    fn a_device_without_any_key_is_refused() {
+    fn profile_without_any_key_rejected() {
         let none = PHONE.replace("\"generate\"\nkey_pair.kind = \"p256\"", "\"none\"");
         assert_eq!(faults(&none), ["p.toml: key_pair.source"]);
         let symmetric = format!("{none}\n[[symmetric_key]]\npurpose = \"channel\"\nmaster_key = \"m\"");
@@ -465,7 +468,7 @@ mod tests {
     }
 
     #[test]
-    fn a_csr_alone_is_enough_and_key_encipherment_needs_rsa() {
+    fn csr_profile_is_valid_and_key_encipherment_requires_rsa() {
         let csr = PHONE.replace("\"generate\"\nkey_pair.kind = \"p256\"", "\"csr\"");
         assert!(profile(&csr).key_pair().accepts(KeyKind::Ed25519));
         let encipher = format!("{csr}\n[certificate]\nkey_encipherment = true");

@@ -1,4 +1,4 @@
-//! What X.509 signs: the TBSCertificate (RFC 5280 §4.1) and the pieces that all our certificates share.
+//! Encoding of the TBSCertificate (RFC 5280 §4.1) and of parts that all certificate types share.
 
 use std::time::Duration;
 
@@ -17,10 +17,10 @@ use super::prepare::CertificateSerial;
 use super::{CertificateError, algorithm};
 use crate::keys::{PublicKey, SignatureAlgorithm, sha256};
 
-/// Seconds of 99991231235959Z, which means "no well-defined expiration" (RFC 5280 §4.1.2.5).
+/// Seconds of 99991231235959Z, which means "no well-defined expiration date" (RFC 5280 §4.1.2.5).
 pub(super) const NO_EXPIRY: u64 = 253_402_300_799;
 
-/// The structure that is signed. Ours, because the fields of the library's are closed to builders.
+/// The TBSCertificate. Defined here because the library's builder cannot set its fields.
 #[derive(Clone, Sequence)]
 pub(super) struct TbsCertificate {
     #[asn1(context_specific = "0", default = "Default::default")]
@@ -35,7 +35,7 @@ pub(super) struct TbsCertificate {
     pub(super) extensions: Option<Extensions>,
 }
 
-/// What differs between our certificates.
+/// The variable content of a certificate.
 pub(super) struct TbsFields<'a> {
     pub(super) serial: CertificateSerial,
     pub(super) algorithm: SignatureAlgorithm,
@@ -49,7 +49,7 @@ pub(super) struct TbsFields<'a> {
     pub(super) extensions: Extensions,
 }
 
-/// The bytes to be signed.
+/// Encodes the bytes to be signed.
 pub(super) fn encode(fields: TbsFields<'_>) -> Result<Vec<u8>, CertificateError> {
     let algorithm = algorithm::identifier(fields.algorithm)?;
     let build = || {
@@ -68,25 +68,25 @@ pub(super) fn encode(fields: TbsFields<'_>) -> Result<Vec<u8>, CertificateError>
     build().map_err(CertificateError::unwritable("certificate"))
 }
 
-/// UTCTime through 2049, GeneralizedTime after it (RFC 5280 §4.1.2.5).
+/// Encodes a time: UTCTime through 2049, GeneralizedTime from 2050 (RFC 5280 §4.1.2.5).
 fn time(unix: u64) -> der::Result<Time> {
     Ok(Time::from(DateTime::from_unix_duration(Duration::from_secs(unix))?))
 }
 
-/// The key identifier of a public key: the leftmost 160 bits of the SHA-256 of its BIT STRING (RFC 7093 §2 method 1).
+/// Computes a key identifier: the leftmost 160 bits of the SHA-256 of the public key's BIT STRING (RFC 7093 §2 method 1).
 pub(super) fn key_identifier(key: &PublicKey) -> [u8; 20] {
     let mut identifier = [0; 20];
     identifier.copy_from_slice(&sha256(key.key_bits())[..20]);
     identifier
 }
 
-/// An extension of a type that knows its OID.
+/// Encodes an extension.
 pub(super) fn extension<T: AssociatedOid + Encode>(critical: bool, value: &T) -> Result<Extension, CertificateError> {
     let bytes = value.to_der().and_then(OctetString::new).map_err(CertificateError::unwritable("extension"))?;
     Ok(Extension { extn_id: <T as AssociatedOid>::OID, critical, extn_value: bytes })
 }
 
-/// A URI as a GeneralName.
+/// Encodes a URI as a GeneralName.
 pub(super) fn uri(text: &str) -> Result<GeneralName, CertificateError> {
     Ia5String::new(text)
         .map(GeneralName::UniformResourceIdentifier)

@@ -1,4 +1,4 @@
-//! What this room's tests share: software keys of every algorithm, an authority, requests, and the openssl command.
+//! Test helpers of the certificate module: software keys of every algorithm, a CA, requests, and the openssl command.
 
 use std::process::Command;
 
@@ -39,8 +39,8 @@ pub(super) fn serial(first: u8) -> CertificateSerial {
     CertificateSerial::from_random([first; 20])
 }
 
-/// A key pair in memory with its algorithm.
-pub(super) struct SignWith {
+/// A software key pair with its signature algorithm.
+pub(super) struct SoftwareKey {
     pair: Pair,
     public: PublicKey,
     algorithm: SignatureAlgorithm,
@@ -52,7 +52,7 @@ enum Pair {
     Rsa(aws_lc_rs::rsa::KeyPair),
 }
 
-impl SignWith {
+impl SoftwareKey {
     pub(super) fn p256() -> Self {
         Self::new(SignatureAlgorithm::EcdsaP256Sha256)
     }
@@ -103,16 +103,16 @@ impl SignWith {
                     SignatureAlgorithm::RsaPssSha256 => &signature::RSA_PSS_SHA256,
                     _ => &signature::RSA_PKCS1_SHA256,
                 };
-                let mut made = vec![0; pair.public_modulus_len()];
-                pair.sign(encoding, &rng, message, &mut made).unwrap();
-                made
+                let mut signature_bytes = vec![0; pair.public_modulus_len()];
+                pair.sign(encoding, &rng, message, &mut signature_bytes).unwrap();
+                signature_bytes
             }
         }
     }
 }
 
-/// A self-signed authority without expiry, in PEM.
-pub(super) fn authority_of(key: &SignWith) -> String {
+/// A self-signed CA certificate without expiry, in PEM.
+pub(super) fn authority_of(key: &SoftwareKey) -> String {
     let subject = SubjectName::with_common_name("Manufacturer").unwrap();
     let unsigned = authority_certificate(&AuthorityCertificate {
         subject: &subject,
@@ -128,29 +128,29 @@ pub(super) fn authority_of(key: &SignWith) -> String {
 }
 
 /// A PKCS#10 request signed by its own key.
-pub(super) fn request_of(key: &SignWith) -> Vec<u8> {
+pub(super) fn request_of(key: &SoftwareKey) -> Vec<u8> {
     let subject = SubjectName::with_common_name("device").unwrap();
     let unsigned = authority_request(&subject, key.public(), key.algorithm()).unwrap();
     let signature = key.sign(unsigned.to_be_signed());
     unsigned.assemble(&signature).unwrap().as_der().to_vec()
 }
 
-/// Everything a request borrows.
+/// Owns everything that a certificate request borrows.
 pub(super) struct Order {
-    pub(super) manufacturer: SignWith,
+    pub(super) manufacturer: SoftwareKey,
     pub(super) issuer: IssuerCertificate,
     pub(super) profile: Profile,
     pub(super) chip: ChipId,
     pub(super) identity: DeviceIdentity,
-    pub(super) device: Option<SignWith>,
+    pub(super) device: Option<SoftwareKey>,
 }
 
 impl Order {
     pub(super) fn new(algorithm: SignatureAlgorithm, profile_text: &str) -> Self {
-        let manufacturer = SignWith::new(algorithm);
+        let manufacturer = SoftwareKey::new(algorithm);
         let issuer = IssuerCertificate::from_pem(&authority_of(&manufacturer), algorithm).unwrap();
         let profile = profile(profile_text);
-        let device = (!profile.is_cwt()).then(SignWith::p256);
+        let device = (!profile.is_cwt()).then(SoftwareKey::p256);
         let chip = ChipId::from_bytes(&[0xc5; 16]).unwrap();
         Self { manufacturer, issuer, profile, chip, identity: "imei:490154203237518".parse().unwrap(), device }
     }
@@ -161,20 +161,20 @@ impl Order {
             issuer: &self.issuer,
             chip: &self.chip,
             identity: &self.identity,
-            public_key: self.device.as_ref().map(SignWith::public),
+            public_key: self.device.as_ref().map(SoftwareKey::public),
             serial: serial(0xff),
             not_before: NOW,
         }
     }
 }
 
-/// The profile without a key pair.
+/// The profile of a device without a key pair.
 pub(super) fn symmetric_profile() -> String {
     let text = PHONE.replace("\"generate\"", "\"none\"").replace("key_pair.kind = \"p256\"\n", "");
     format!("{text}\n[[symmetric_key]]\npurpose = \"channel\"\nmaster_key = \"master\"\n")
 }
 
-/// What `openssl` says, run among these files.
+/// Runs `openssl` in a directory with these files and returns its output.
 pub(super) fn openssl(arguments: &[&str], files: &[(&str, &str)]) -> String {
     let directory = spp_testkit::files::temp_dir();
     for (name, text) in files {

@@ -1,4 +1,4 @@
-//! What a device, or anyone, does with a device certificate: parse, verify, look whether it is for this chip.
+//! Verification of device certificates: signature, and binding to the chip.
 
 use ciborium::Value;
 use coset::cwt::{ClaimName, ClaimsSet, Timestamp};
@@ -13,7 +13,7 @@ use super::{CertificateError, cwt, signed, tbs};
 use crate::keys::PublicKey;
 use crate::names::{ChipId, DeviceIdentity};
 
-/// What a certificate says whose signature is the manufacturer's and which is for the chip in question.
+/// The content of a certificate that the manufacturer signed for the expected chip.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VerifiedCertificate {
     identity: Option<DeviceIdentity>,
@@ -26,26 +26,26 @@ pub struct VerifiedCertificate {
 }
 
 impl VerifiedCertificate {
-    /// The identity, where the certificate says of which kind it is: a CWT always does, X.509 for an IMEI.
+    /// The identity, if the certificate states its type: always in a CWT, in X.509 only for an IMEI.
     pub const fn identity(&self) -> Option<&DeviceIdentity> {
         self.identity.as_ref()
     }
 
-    /// The identity's value without its kind: the subject's serialNumber.
+    /// The identity's value without its type: the subject's serialNumber.
     pub fn identity_value(&self) -> &str {
         &self.subject_serial_number
     }
 
-    /// Whether the certificate binds this identity.
-    pub fn is_for(&self, identity: &DeviceIdentity) -> bool {
+    /// Whether the certificate binds `identity`.
+    pub fn binds_identity(&self, identity: &DeviceIdentity) -> bool {
         match &self.identity {
-            Some(own) => own == identity,
-            // An IMEI would have had its URN.
+            Some(certified) => certified == identity,
+            // An IMEI certificate would contain the IMEI's URN.
             None => !matches!(identity, DeviceIdentity::Imei(_)) && identity.value() == self.subject_serial_number,
         }
     }
 
-    /// The device's public key; none in a CWT.
+    /// The device's public key; `None` for a CWT.
     pub const fn public_key(&self) -> Option<&PublicKey> {
         self.public_key.as_ref()
     }
@@ -55,56 +55,56 @@ impl VerifiedCertificate {
         &self.serial
     }
 
-    /// `hwType`: model and revision of the hardware (RFC 4108 §5).
+    /// `hwType`: the hardware's model and revision (RFC 4108 §5).
     pub const fn hardware_type(&self) -> ObjectIdentifier {
         self.hardware_type
     }
 
-    /// Seconds since the Unix epoch. Who has a clock compares.
+    /// Seconds since the Unix epoch. Not compared with the current time.
     pub const fn not_before(&self) -> u64 {
         self.not_before
     }
 
-    /// Seconds since the Unix epoch; `None` for no expiry.
+    /// Seconds since the Unix epoch; `None` for no expiry. Not compared with the current time.
     pub const fn not_after(&self) -> Option<u64> {
         self.not_after
     }
 }
 
-/// Verifies a device certificate: signed by the manufacturer's key, with an algorithm of that key, for this chip. Times are
-/// given back, not judged.
+/// Verifies that the manufacturer's key signed the certificate, with an algorithm of that key, and that it is for this chip.
+/// Validity times are returned, not checked.
 pub fn verify_device_certificate(
     bytes: &[u8],
     is_cwt: bool,
     manufacturer: &PublicKey,
     chip: &ChipId,
 ) -> Result<VerifiedCertificate, CertificateError> {
-    let (found_chip, certificate) = if is_cwt {
+    let (certified_chip, certificate) = if is_cwt {
         let (_, claims) = cwt::verify(bytes, manufacturer)?;
         from_claims(claims)?
     } else {
-        let shell = signed::split("device certificate", bytes)?;
-        shell.verify(manufacturer)?;
-        from_x509(&shell.certificate()?)?
+        let envelope = signed::split("device certificate", bytes)?;
+        envelope.verify(manufacturer)?;
+        from_x509(&envelope.certificate()?)?
     };
-    if found_chip == chip.as_bytes() {
+    if certified_chip == chip.as_bytes() {
         Ok(certificate)
     } else {
-        Err(CertificateError::refused("it is for another chip"))
+        Err(CertificateError::refused("issued for another chip"))
     }
 }
 
 fn from_x509(tbs: &TbsCertificate) -> Result<(Vec<u8>, VerifiedCertificate), CertificateError> {
     let unreadable = || CertificateError::unreadable("device certificate");
     if tbs.version() != Version::V3 {
-        return Err(CertificateError::refused("it is not an X.509 version 3 certificate"));
+        return Err(CertificateError::refused("not X.509 version 3"));
     }
     let (module, uris) = alternative_names(tbs)?;
     let subject_serial_number = subject_serial_number(tbs)?;
-    let identity = imei_of(&uris, &subject_serial_number)?;
+    let identity = parse_imei(&uris, &subject_serial_number)?;
     let spki = tbs.subject_public_key_info().to_der().map_err(unreadable())?;
     let public_key =
-        PublicKey::from_spki_der(&spki).map_err(CertificateError::key("reading the device's public key"))?;
+        PublicKey::from_spki_der(&spki).map_err(CertificateError::key("parsing the device's public key"))?;
     let seconds = |time: x509_cert::time::Time| time.to_unix_duration().as_secs();
     let validity = tbs.validity();
     let certificate = VerifiedCertificate {
@@ -135,7 +135,7 @@ fn alternative_names(tbs: &TbsCertificate) -> Result<(HardwareModuleName, Vec<St
     }
     match <[HardwareModuleName; 1]>::try_from(modules) {
         Ok([module]) => Ok((module, uris)),
-        Err(_) => Err(CertificateError::refused("it has not exactly one hardwareModuleName (RFC 4108 §5)")),
+        Err(_) => Err(CertificateError::refused("expected exactly one hardwareModuleName (RFC 4108 §5)")),
     }
 }
 
@@ -147,16 +147,16 @@ fn subject_serial_number(tbs: &TbsCertificate) -> Result<String, CertificateErro
             .decode_as::<PrintableStringRef<'_>>()
             .map(|text| text.as_str().to_owned())
             .map_err(CertificateError::unreadable("subject's serialNumber")),
-        _ => Err(CertificateError::refused("its subject has not exactly one serialNumber")),
+        _ => Err(CertificateError::refused("expected exactly one serialNumber in the subject")),
     }
 }
 
-/// The IMEI, if there is an IMEI's URN; then the serialNumber must be that IMEI.
-fn imei_of(uris: &[String], serial_number: &str) -> Result<Option<DeviceIdentity>, CertificateError> {
+/// The IMEI if there is an IMEI URN, which must match the serialNumber.
+fn parse_imei(uris: &[String], serial_number: &str) -> Result<Option<DeviceIdentity>, CertificateError> {
     let mut urns = uris.iter().filter_map(|uri| uri.strip_prefix("urn:gsma:imei:"));
     let (Some(urn), None) = (urns.next(), urns.next()) else {
         return if uris.iter().any(|uri| uri.starts_with("urn:gsma:imei:")) {
-            Err(CertificateError::refused("it names several IMEIs"))
+            Err(CertificateError::refused("more than one IMEI URN"))
         } else {
             Ok(None)
         };
@@ -165,12 +165,12 @@ fn imei_of(uris: &[String], serial_number: &str) -> Result<Option<DeviceIdentity
         Ok(DeviceIdentity::Imei(imei)) if urn == format!("{}-{}-0", imei.tac(), imei.snr()) => {
             Ok(Some(DeviceIdentity::Imei(imei)))
         }
-        _ => Err(CertificateError::refused("its IMEI URN and its serialNumber do not say the same")),
+        _ => Err(CertificateError::refused("the IMEI URN and the serialNumber differ")),
     }
 }
 
 fn from_claims(claims: ClaimsSet) -> Result<(Vec<u8>, VerifiedCertificate), CertificateError> {
-    let missing = |what: &str| CertificateError::Cwt(format!("the claim {what} is missing or of another type"));
+    let missing = |what: &str| CertificateError::Cwt(format!("claim {what} is missing or has the wrong type"));
     let subject = claims.subject.as_deref().ok_or_else(|| missing("sub"))?;
     let identity: DeviceIdentity = subject.parse().map_err(|e| CertificateError::Cwt(format!("sub: {e}")))?;
     let private = |key: i64| claims.rest.iter().find(|(name, _)| *name == ClaimName::PrivateUse(key)).map(|(_, v)| v);

@@ -1,4 +1,4 @@
-//! `[approvals]` of `sppd.toml`: how many officers must approve what, besides the one who asks.
+//! `[approvals]` of `sppd.toml`: the number of officers who must approve each kind of action, besides the requester.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! `[audit]` of `sppd.toml`.
+//! `[audit]` of `sppd.toml`: the audit log and its checkpoints.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -7,19 +7,18 @@ use serde::Deserialize;
 
 use super::Faults;
 
-/// Where the audit log is, and how often its end is signed and published.
+/// Location of the audit log and frequency of its checkpoints.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AuditConfig {
-    /// Its directory.
+    /// Directory of the log.
     pub directory: PathBuf,
-    /// Whose log it is: the node's name.
+    /// Name of the node that writes the log.
     pub node: String,
-    /// After so many entries.
+    /// Number of new entries after which a checkpoint is due.
     pub checkpoint_entries: u64,
-    /// After so long, if there are any.
+    /// Time after which a checkpoint is due, if there are new entries.
     pub checkpoint_every: Duration,
-    /// What of the log the checkpoint in that entry of the public database covers and the log does not have is known to be lost: it is gone
-    /// on with.
+    /// Index of a checkpoint in the public database. Entries that it covers and that the log lacks are accepted as lost.
     pub accepted_loss: Option<u64>,
 }
 
@@ -45,7 +44,7 @@ impl Default for AuditShape {
 }
 
 impl AuditShape {
-    /// The value, for a file in that directory.
+    /// Validates the section. Relative paths start at `base`.
     pub(super) fn check(self, node: &str, place: &str, base: &Path, faults: &mut Faults) -> AuditConfig {
         if self.checkpoint_entries == 0 {
             faults.add(format!("{place}: audit.checkpoint_entries"), "must be at least 1");

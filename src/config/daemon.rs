@@ -1,4 +1,4 @@
-//! The daemon's configuration, `sppd.toml`, with everything it names: profiles, key register, certificates, PIN file.
+//! The daemon's configuration: `sppd.toml` and the files that it names (profiles, key manifest, certificates, PIN file).
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -25,49 +25,49 @@ use crate::keypool::PoolRules;
 use crate::keys::{SignatureAlgorithm, sha256};
 use crate::names::{KeyName, ProfileName};
 
-/// Everything the daemon needs to start, valid by construction.
+/// The complete, validated configuration of the daemon.
 pub struct DaemonConfig {
-    /// The node's name, for status and logs.
+    /// The node name, for status, logs and officers' statements.
     pub node: String,
-    /// Where it listens.
+    /// Listen addresses.
     pub listen: Listen,
-    /// Its TLS identity, and who may be a client.
+    /// TLS certificates and client verification.
     pub tls: TlsConfig,
-    /// The HSM, or several.
+    /// One HSM, or several with the same keys.
     pub hsms: Hsms,
     /// The stores.
     pub store: StoreConfig,
     /// The log of the public database.
     pub registry: RegistryConfig,
-    /// How the public is served.
+    /// The public listener's pages and rate limits.
     pub public: PublicConfig,
-    /// Which key pairs are made in advance.
+    /// The pools of pregenerated key pairs.
     pub key_pool: PoolRules,
-    /// After so long an unfinished session's key pair is destroyed.
+    /// Lifetime of a session. After it, the key pair of an unfinished session is destroyed.
     pub session_lifetime: Duration,
-    /// What products get.
+    /// The product profiles.
     pub profiles: BTreeMap<ProfileName, Profile>,
-    /// The certificates of the manufacturer's signing keys, by the profile that uses them.
+    /// The issuer certificate of each profile.
     pub issuers: BTreeMap<ProfileName, IssuerCertificate>,
-    /// The certificates of all keys of the register that sign devices, as far as they are there: a session may be one of a key that no
-    /// profile names any more.
+    /// The available certificates of all device-signing keys in the key manifest. A session may use a key that no profile names
+    /// any more.
     pub signers: BTreeMap<KeyName, IssuerCertificate>,
-    /// What stations may do.
+    /// The permissions of each station.
     pub stations: Stations,
-    /// How many officers must approve what.
+    /// The number of officers who must approve each kind of action.
     pub approvals: ApprovalRules,
-    /// The key that signs access certificates, if there is one.
+    /// The access CA, if the key manifest has one.
     pub authority: Option<AccessAuthority>,
-    /// How it logs.
+    /// Log format and level.
     pub log: LogConfig,
-    /// Where it records what officers do.
+    /// The audit log.
     pub audit: AuditConfig,
-    /// SHA-256 of the file, which tells in the audit log what was in force.
+    /// SHA-256 of the file. The audit log contains it, to show which configuration was in force.
     pub fingerprint: [u8; 32],
     pub(super) settings: Settings,
 }
 
-/// The listeners.
+/// Listen addresses.
 #[derive(Debug, Clone, Copy, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Listen {
@@ -75,23 +75,23 @@ pub struct Listen {
     pub line: SocketAddr,
     /// Officers, mutual TLS.
     pub officer: SocketAddr,
-    /// Anybody, TLS.
+    /// The public, TLS without client certificates.
     pub public: SocketAddr,
-    /// Metrics, plain HTTP, on this machine alone; none if absent.
+    /// Metrics, plain HTTP, on a loopback address only. `None` disables metrics.
     pub metrics: Option<SocketAddr>,
 }
 
-/// How the daemon logs.
+/// Log format and level.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LogConfig {
-    /// For people or for machines.
+    /// The log format.
     pub format: LogFormat,
-    /// A filter of tracing: `info`, `spp=debug,info`.
+    /// A `tracing` filter: `info`, `spp=debug,info`.
     pub level: String,
 }
 
-/// The form of a log line.
+/// The format of a log line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum LogFormat {
@@ -131,7 +131,7 @@ pub(super) struct Shape {
     audit: AuditShape,
     #[serde(default)]
     approvals: ApprovalsShape,
-    /// Of the text that this was read from.
+    /// SHA-256 of the file.
     #[serde(skip)]
     fingerprint: [u8; 32],
     #[serde(skip)]
@@ -158,16 +158,16 @@ impl Default for SessionsShape {
 }
 
 impl DaemonConfig {
-    /// Reads the file and all it names; paths in it are relative to its directory. Reports every fault at once.
+    /// Loads the file and all files that it names. Relative paths start at the file's directory. Reports all faults at once.
     pub fn load(path: &Path) -> Result<Self, Faults> {
         let place = path.display().to_string();
         let mut faults = Faults::default();
         let shape = read_shape(path, &place, &mut faults);
         let config = shape.and_then(|shape| Self::check(shape, &place, base_of(path), &mut faults));
-        faults.ok_or_all(config)
+        faults.into_result(config)
     }
 
-    /// Everything is looked at before anything is given up, so that one run tells all faults.
+    /// Validates everything before it returns an error, so that one run reports all faults.
     fn check(shape: Shape, place: &str, base: &Path, faults: &mut Faults) -> Option<Self> {
         let store = store::check(&shape.store, place, base, faults);
         let tls = tls::check(&shape.tls, shape.public.own_identity(), place, base, faults);
@@ -178,11 +178,12 @@ impl DaemonConfig {
             faults.add(format!("{place}: node.name"), "must have 1 to 64 printable characters");
         }
         if let Err(e) = shape.log.level.parse::<tracing_subscriber::EnvFilter>() {
-            faults.add(format!("{place}: log.level"), format!("{e}; write for example info or spp=debug,info"));
+            let problem = format!("{e}; expected a tracing filter, for example info or spp=debug,info");
+            faults.add(format!("{place}: log.level"), problem);
         }
         if shape.listen.metrics.is_some_and(|address| !address.ip().is_loopback()) {
-            let problem = "must be an address of this machine alone, 127.0.0.1:7446 or [::1]:7446: it is plain HTTP; for others, \
-                           put a proxy with TLS before it";
+            let problem = "must be a loopback address, for example 127.0.0.1:7446 or [::1]:7446, because it is plain HTTP; for \
+                           remote access use a TLS proxy";
             faults.add(format!("{place}: listen.metrics"), problem);
         }
         let seconds = shape.sessions.lifetime.as_secs();
@@ -196,7 +197,7 @@ impl DaemonConfig {
         let issuers = keys.as_ref().map(|keys| load_issuers(&profiles, keys, faults)).unwrap_or_default();
         let registry = keys.as_ref().and_then(|keys| registry::check(shape.registry, place, base, keys, faults));
         shape.public.check(place, faults);
-        let modules = hsms.iter().flat_map(|hsms| hsms.members()).map(|hsm| &hsm.module);
+        let modules = hsms.iter().flat_map(|hsms| hsms.members()).map(|member| &member.module);
         let key_pool = key_pool::check(shape.keypool, place, modules, &profiles, faults);
         Some(Self {
             node: shape.node.name,
@@ -225,26 +226,26 @@ impl DaemonConfig {
 pub(super) fn read_shape(path: &Path, place: &str, faults: &mut Faults) -> Option<Shape> {
     let text = faults.note(place, std::fs::read_to_string(path))?;
     let shape: Shape = read_toml(place, &text, faults)?;
-    Some(Shape { fingerprint: sha256(text.as_bytes()), settings: Settings::of(&text), ..shape })
+    Some(Shape { fingerprint: sha256(text.as_bytes()), settings: Settings::parse(&text), ..shape })
 }
 
-/// Where relative paths of a file begin.
+/// The directory at which relative paths of a file start.
 pub(super) fn base_of(path: &Path) -> &Path {
     path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 impl AuditConfig {
-    /// Reads `[audit]` of `sppd.toml`, for making and verifying the log.
+    /// Loads `[audit]` of `sppd.toml`, to create and verify the log.
     pub fn load(path: &Path) -> Result<Self, Faults> {
         let (place, mut faults) = (path.display().to_string(), Faults::default());
         let shape = read_shape(path, &place, &mut faults);
         let audit = shape.map(|shape| shape.audit.check(&shape.node.name, &place, base_of(path), &mut faults));
-        faults.ok_or_all(audit)
+        faults.into_result(audit)
     }
 }
 
-/// Every `NAME.toml` of the directory is the profile NAME. The names of all, since a faulty one is no unknown one, and those
-/// that are valid.
+/// Loads every `NAME.toml` of the directory as the profile NAME. Returns the names of all profiles, because a profile with faults
+/// is not an unknown one, and the valid profiles.
 fn load_profiles(directory: &Path, faults: &mut Faults) -> (Vec<ProfileName>, BTreeMap<ProfileName, Profile>) {
     let place = directory.display().to_string();
     let (mut names, mut profiles) = (Vec::new(), BTreeMap::new());
@@ -260,36 +261,36 @@ fn load_profiles(directory: &Path, faults: &mut Faults) -> (Vec<ProfileName>, BT
         let text = faults.note(&place, std::fs::read_to_string(&path));
         names.extend(name.clone());
         if let (Some(name), Some(text)) = (name, text)
-            && let Some(profile) = faults.keep(Profile::from_toml(name.clone(), &place, &text))
+            && let Some(profile) = faults.merge(Profile::from_toml(name.clone(), &place, &text))
         {
             profiles.insert(name, profile);
         }
     }
     if profiles.is_empty() && faults.is_empty() {
-        faults.add(place, "has no profile; write one NAME.toml per product");
+        faults.add(place, "contains no profile; add one NAME.toml per product");
     }
     (names, profiles)
 }
 
-/// The key that signs access certificates: the newest of the register that has its certificate.
+/// Loads the access CA: the newest access key of the key manifest whose certificate exists.
 fn load_authority(keys: &KeyManifest, faults: &mut Faults) -> Option<AccessAuthority> {
-    let mut of_access = keys.signing.iter().rev().filter(|key| key.use_ == SigningUse::Access);
-    let newest = of_access.clone().next();
-    let key = of_access.find(|key| key.certificate.exists()).or(newest)?;
-    let at = format!("access key {}", key.name);
-    let hint = "for a key with a CSR, import the offline root's answer in a ceremony";
+    let mut access_keys = keys.signing.iter().rev().filter(|key| key.use_ == SigningUse::Access);
+    let newest = access_keys.clone().next();
+    let key = access_keys.find(|key| key.certificate.exists()).or(newest)?;
+    let place = format!("access key {}", key.name);
+    let hint = "for a key with a CSR, import the certificate of the offline root in a ceremony";
     let pem = std::fs::read_to_string(&key.certificate);
-    let pem = faults.note(&at, pem.map_err(|e| format!("{}: {e}; {hint}", key.certificate.display())))?;
+    let pem = faults.note(&place, pem.map_err(|e| format!("{}: {e}; {hint}", key.certificate.display())))?;
     let algorithm = SignatureAlgorithm::default_for(key.public_key.kind());
-    let issuer = faults.note(&at, IssuerCertificate::from_pem(&pem, algorithm))?;
+    let issuer = faults.note(&place, IssuerCertificate::from_pem(&pem, algorithm))?;
     if issuer.public_key() != &key.public_key {
-        faults.add(&at, format!("{} is not the certificate of this key", key.certificate.display()));
+        faults.add(&place, format!("{} is not the certificate of this key", key.certificate.display()));
         return None;
     }
     Some(AccessAuthority { key: key.name.clone(), issuer, pem })
 }
 
-/// The issuers' certificates; every key that a profile names must be in the register.
+/// Loads the issuer certificate of each profile. Every key that a profile names must be in the key manifest.
 fn load_issuers(
     profiles: &BTreeMap<ProfileName, Profile>,
     keys: &KeyManifest,
@@ -297,28 +298,28 @@ fn load_issuers(
 ) -> BTreeMap<ProfileName, IssuerCertificate> {
     let mut issuers = BTreeMap::new();
     for (name, profile) in profiles {
-        let at = format!("profile {name}");
+        let place = format!("profile {name}");
         for spec in profile.symmetric_keys() {
             if keys.master_key(&spec.master_key).is_none() {
-                let problem = format!("the master key {} is not in the register of keys", spec.master_key);
-                faults.add(format!("{at}: symmetric_key.master_key"), problem);
+                let problem = format!("master key {} is not in the key manifest", spec.master_key);
+                faults.add(format!("{place}: symmetric_key.master_key"), problem);
             }
         }
         let Some(key) = keys.signing_key(profile.issuer()).filter(|key| key.use_ == SigningUse::Device) else {
-            let problem = format!("the signing key {} is not in the register of keys", profile.issuer());
-            faults.add(format!("{at}: issuer"), problem);
+            let problem = format!("signing key {} is not in the key manifest", profile.issuer());
+            faults.add(format!("{place}: issuer"), problem);
             continue;
         };
         let algorithm = profile.signature().unwrap_or(SignatureAlgorithm::default_for(key.public_key.kind()));
-        let hint = "for a key with a CSR, put the offline root's answer there";
+        let hint = "for a key with a CSR, store the certificate of the offline root there";
         let pem = std::fs::read_to_string(&key.certificate);
         let pem = pem.map_err(|e| format!("{}: {e}; {hint}", key.certificate.display()));
-        let Some(pem) = faults.note(format!("{at}: issuer"), pem) else { continue };
-        let issuer = faults.note(format!("{at}: issuer"), IssuerCertificate::from_pem(&pem, algorithm));
+        let Some(pem) = faults.note(format!("{place}: issuer"), pem) else { continue };
+        let issuer = faults.note(format!("{place}: issuer"), IssuerCertificate::from_pem(&pem, algorithm));
         if let Some(issuer) = issuer {
             if issuer.public_key() != &key.public_key {
-                let problem = format!("{} is not the certificate of the key {}", key.certificate.display(), key.name);
-                faults.add(format!("{at}: issuer"), problem);
+                let problem = format!("{} is not the certificate of key {}", key.certificate.display(), key.name);
+                faults.add(format!("{place}: issuer"), problem);
             }
             issuers.insert(name.clone(), issuer);
         }
@@ -326,14 +327,15 @@ fn load_issuers(
     issuers
 }
 
-/// A certificate that is not there, or is wrong, is a fault only where a profile names its key.
+/// Loads the certificates of all device-signing keys. Skips missing and invalid certificates: they are faults only if a profile
+/// names their key.
 fn load_signers(keys: &KeyManifest) -> BTreeMap<KeyName, IssuerCertificate> {
-    let of_devices = keys.signing.iter().filter(|key| key.use_ == SigningUse::Device);
+    let device_keys = keys.signing.iter().filter(|key| key.use_ == SigningUse::Device);
     let certificate = |key: &SigningKey| {
         let pem = std::fs::read_to_string(&key.certificate).ok()?;
         let algorithm = SignatureAlgorithm::default_for(key.public_key.kind());
         let issuer = IssuerCertificate::from_pem(&pem, algorithm).ok()?;
         (issuer.public_key() == &key.public_key).then(|| (key.name.clone(), issuer))
     };
-    of_devices.filter_map(certificate).collect()
+    device_keys.filter_map(certificate).collect()
 }

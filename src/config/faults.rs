@@ -1,53 +1,53 @@
-//! What is wrong with the files people write, all of it together.
+//! Collects the faults of configuration files, so that they are reported together.
 
 use std::fmt;
 
-/// One thing that is wrong, and where.
+/// A fault and its location.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fault {
     /// File and key: `profiles/phone.toml: key_pair.kind`.
     pub place: String,
-    /// What is wrong and what would be right.
+    /// The problem and what is expected.
     pub problem: String,
 }
 
-/// All faults that were found; empty means that nothing is wrong.
+/// The faults found so far.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Faults(Vec<Fault>);
 
 impl Faults {
-    /// Notes a fault and goes on.
+    /// Adds a fault.
     pub fn add(&mut self, place: impl Into<String>, problem: impl fmt::Display) {
         self.0.push(Fault { place: place.into(), problem: problem.to_string() });
     }
 
-    /// Takes over what another check found.
+    /// Adds the faults of another check.
     pub fn extend(&mut self, other: Self) {
         self.0.extend(other.0);
     }
 
-    /// The value of a check that may have failed; its faults are noted.
-    pub fn keep<T>(&mut self, checked: Result<T, Self>) -> Option<T> {
+    /// Returns the value of a check, or adds its faults.
+    pub fn merge<T>(&mut self, checked: Result<T, Self>) -> Option<T> {
         checked.map_err(|faults| self.extend(faults)).ok()
     }
 
-    /// The value of a single check, its error noted at the place.
+    /// Returns the value of a check, or adds its error as a fault at `place`.
     pub fn note<T, E: fmt::Display>(&mut self, place: impl Into<String>, checked: Result<T, E>) -> Option<T> {
         checked.map_err(|e| self.add(place, e)).ok()
     }
 
-    /// Whether nothing is wrong.
+    /// True if no fault was found.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// The faults in the order they were found.
+    /// The faults in the order in which they were found.
     pub fn iter(&self) -> impl Iterator<Item = &Fault> {
         self.0.iter()
     }
 
-    /// The value if nothing was found to be wrong.
-    pub fn ok_or_all<T>(self, value: Option<T>) -> Result<T, Self> {
+    /// Returns the value if no fault was found, otherwise the faults.
+    pub fn into_result<T>(self, value: Option<T>) -> Result<T, Self> {
         match value {
             Some(value) if self.is_empty() => Ok(value),
             _ => Err(self),

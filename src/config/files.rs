@@ -1,39 +1,39 @@
-//! Reading files that people name in configuration.
+//! Opens files with secrets that a configuration names.
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
-/// Why a file with a secret in it was refused. Never says what is in it.
+/// A refused file with a secret. The error never contains the content.
 #[derive(Debug, thiserror::Error)]
 pub enum PrivateFileError {
-    /// It cannot be read.
+    /// The file cannot be read.
     #[error("{path}: {cause}")]
     Unreadable {
-        /// Which.
+        /// The file.
         path: String,
-        /// Why.
+        /// The system error.
         cause: std::io::Error,
     },
-    /// Others may read it.
-    #[error("{path} may be read by others (mode {mode:04o}): chmod 0400 {path}")]
+    /// Other users may read the file.
+    #[error("{path} is readable by other users (mode {mode:04o}): run chmod 0400 {path}")]
     Open {
-        /// Which.
+        /// The file.
         path: String,
-        /// Its mode.
+        /// Mode of the file.
         mode: u32,
     },
-    /// It belongs to somebody else.
-    #[error("{path} belongs to user {owner}, not to the user who runs this: chown it")]
+    /// The file belongs to another user.
+    #[error("{path} belongs to user {owner}, not to the user of this process or root: change its owner with chown")]
     Foreign {
-        /// Which.
+        /// The file.
         path: String,
-        /// Its owner.
+        /// User ID of the owner.
         owner: u32,
     },
 }
 
-/// Opens a file that only its owner, who runs this process or is root, may read.
+/// Opens a file that only its owner may access. The owner must be the user of this process or root.
 pub fn open_private(path: &Path) -> Result<File, PrivateFileError> {
     let name = path.display().to_string();
     let unreadable = |cause| PrivateFileError::Unreadable { path: name.clone(), cause };
@@ -42,8 +42,8 @@ pub fn open_private(path: &Path) -> Result<File, PrivateFileError> {
     if meta.mode() & 0o077 != 0 {
         return Err(PrivateFileError::Open { path: name, mode: meta.mode() & 0o7777 });
     }
-    let me = rustix::process::geteuid().as_raw();
-    if meta.uid() != me && meta.uid() != 0 {
+    let user = rustix::process::geteuid().as_raw();
+    if meta.uid() != user && meta.uid() != 0 {
         return Err(PrivateFileError::Foreign { path: name, owner: meta.uid() });
     }
     Ok(file)

@@ -1,4 +1,4 @@
-//! `[keypool]` of `sppd.toml`: which key pairs are made in advance.
+//! `[keypool]` of `sppd.toml`: the pools of pregenerated key pairs.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -8,13 +8,13 @@ use serde::Deserialize;
 use super::Faults;
 use crate::certificate::{KeyPairRule, Profile};
 use crate::hsm::ModuleProfile;
-use crate::keypool::{MOST_PAIRS, Marks, PoolPacing, PoolRules};
+use crate::keypool::{MAX_POOL_PAIRS, Marks, PoolPacing, PoolRules};
 use crate::keys::KeyKind;
 use crate::names::ProfileName;
 use crate::store::KeyStorage;
 
-/// Batch keys are token objects, and all batches are looked through now and again: they must stay few.
-const MOST_BATCHES: u64 = 500;
+/// Maximum number of batches. Batch keys are token objects, and background work scans all batches periodically.
+const MAX_BATCHES: u64 = 500;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -50,7 +50,7 @@ impl Default for KeyPoolShape {
     }
 }
 
-/// The rules, and whether the modules can keep them and every profile has its pool.
+/// Validates the section. Checks that the modules can hold the pairs and that every profile has its pool.
 pub(super) fn check<'a>(
     shape: KeyPoolShape,
     place: &str,
@@ -58,56 +58,60 @@ pub(super) fn check<'a>(
     profiles: &BTreeMap<ProfileName, Profile>,
     faults: &mut Faults,
 ) -> PoolRules {
-    let at = |key: &str| format!("{place}: keypool.{key}");
+    let setting = |key: &str| format!("{place}: keypool.{key}");
     if !(1..=7 * 24 * 3600).contains(&shape.shred_after.as_secs()) {
-        faults.add(at("shred_after"), "must be from 1 second to 7 days, for example \"1h\"");
+        faults.add(setting("shred_after"), "must be from 1 second to 7 days, for example \"1h\"");
     }
     if !(1..=1_000_000).contains(&shape.batch_size) {
-        faults.add(at("batch_size"), "must be from 1 to 1000000 pairs");
+        faults.add(setting("batch_size"), "must be from 1 to 1000000 pairs");
     }
     let mut pools = BTreeMap::new();
     for pool in &shape.pool {
-        let at = at(&format!("pool {}", pool.kind));
-        if pool.low == 0 || pool.low > pool.high || pool.high > MOST_PAIRS {
-            faults.add(&at, format!("low must be at least 1 and at most high, and high at most {MOST_PAIRS}"));
+        let pool_setting = setting(&format!("pool {}", pool.kind));
+        if pool.low == 0 || pool.low > pool.high || pool.high > MAX_POOL_PAIRS {
+            faults.add(
+                &pool_setting,
+                format!("low must be at least 1 and at most high, and high at most {MAX_POOL_PAIRS}"),
+            );
         }
         if pools.insert(pool.kind, Marks { low: pool.low, high: pool.high }).is_some() {
-            faults.add(at, "is there twice");
+            faults.add(pool_setting, "is configured twice");
         }
     }
     let batches: u64 = shape.pool.iter().map(|pool| pool.high / shape.batch_size.max(1)).sum();
-    if batches > MOST_BATCHES {
-        let problem =
-            format!("the pools would have {batches} batches, each with a key on the token; {MOST_BATCHES} are enough");
-        faults.add(at("batch_size"), problem);
+    if batches > MAX_BATCHES {
+        let problem = format!(
+            "the pools need {batches} batches, each with a key on the token; the limit is {MAX_BATCHES}: increase it"
+        );
+        faults.add(setting("batch_size"), problem);
     }
-    let keeping = match shape.store {
+    let storage = match shape.store {
         KeyStorageShape::Wrapped => KeyStorage::Wrapped,
         KeyStorageShape::Hsm => KeyStorage::Hsm,
     };
-    let all: u64 = shape.pool.iter().map(|pool| pool.high.min(MOST_PAIRS)).sum();
-    // Of several HSMs one may have to keep them all.
-    if keeping == KeyStorage::Hsm
-        && let Some(module) = modules.find(|module| all > module.token_pairs)
+    let total: u64 = shape.pool.iter().map(|pool| pool.high.min(MAX_POOL_PAIRS)).sum();
+    // With several HSMs, one of them may have to hold all pairs.
+    if storage == KeyStorage::Hsm
+        && let Some(module) = modules.find(|module| total > module.token_pairs)
     {
         let problem = format!(
-            "the pools may have {all} pairs together, and {} is good for {} on its token (objects.token_pairs of its file); \
-             use lower marks, or store = \"wrapped\"",
+            "the pools may hold {total} pairs, but {} supports {} on its token (objects.token_pairs of its file); lower the \
+             high marks, or use store = \"wrapped\"",
             module.name, module.token_pairs
         );
-        faults.add(at("store"), problem);
+        faults.add(setting("store"), problem);
     }
     for (name, profile) in profiles {
         if let KeyPairRule::Pool { kind, .. } = profile.key_pair()
             && !pools.contains_key(kind)
         {
             let problem =
-                format!("takes {kind} pairs from a pool; add [[keypool.pool]] with kind = \"{kind}\" to {place}");
+                format!("uses a pool of {kind} pairs; add [[keypool.pool]] with kind = \"{kind}\" to {place}");
             faults.add(format!("profile {name}: key_pair"), problem);
         }
     }
     PoolRules {
-        keeping,
+        storage,
         shred_after: shape.shred_after,
         batch_size: shape.batch_size,
         pools,

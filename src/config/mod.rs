@@ -1,4 +1,4 @@
-//! Files people write: the file's shape and the validated value are two types, and every fault is reported at once.
+//! Configuration files. The parsed shape of a file and its validated value are separate types; all faults are reported at once.
 
 mod approvals;
 mod audit;

@@ -1,4 +1,4 @@
-//! `[public]` of `sppd.toml`: how anybody is served.
+//! `[public]` of `sppd.toml`: the public listener.
 
 use std::path::PathBuf;
 
@@ -6,17 +6,17 @@ use serde::Deserialize;
 
 use super::Faults;
 
-/// The public listener: its page, and how much one address may ask.
+/// The public listener's pages, rate limits and certificate.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct PublicConfig {
-    /// Whose devices these are: the head of the pages.
+    /// Title of the pages: the owner of the devices.
     pub title: String,
-    /// Requests a second that one address may make on average; an IPv6 address counts with its /64.
+    /// Average number of requests per second from one address. An IPv6 address counts with its /64 prefix.
     pub requests_per_second: u32,
-    /// Requests that it may make at once.
+    /// Maximum number of requests at once from one address.
     pub burst: u32,
-    /// A certificate that browsers know, with its key; that of `[tls]` if there is none.
+    /// A certificate that browsers trust; `key` is its key. Without both, the certificate of `[tls]` is used.
     certificate: Option<PathBuf>,
     key: Option<PathBuf>,
 }
@@ -28,7 +28,7 @@ impl Default for PublicConfig {
 }
 
 impl PublicConfig {
-    /// Where a certificate of its own is, and its key.
+    /// Paths of the public listener's own certificate and key.
     pub(super) fn own_identity(&self) -> Option<(&PathBuf, &PathBuf)> {
         self.certificate.as_ref().zip(self.key.as_ref())
     }
@@ -38,7 +38,7 @@ impl PublicConfig {
             faults.add(format!("{place}: public.title"), "must have 1 to 80 characters");
         }
         if self.certificate.is_some() != self.key.is_some() {
-            faults.add(format!("{place}: public.certificate"), "give certificate and key, or neither");
+            faults.add(format!("{place}: public.certificate"), "set both certificate and key, or neither");
         }
         for (name, value) in [("requests_per_second", self.requests_per_second), ("burst", self.burst)] {
             if !(1..=1_000_000).contains(&value) {

@@ -1,20 +1,21 @@
-//! `sppd.toml` setting by setting: what a reload may exchange, and what the daemon has built upon since its start.
+//! Compares `sppd.toml` setting by setting, to find changes that a reload cannot apply.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use toml::{Table, Value};
 
-/// These, and what is in them, may be another at a reload. Nothing else may, so that a setting that is new to this program needs a restart
-/// until somebody has thought about it.
-const FREE: [&str; 7] = ["profiles", "station", "approvals", "tls", "log.level", "public.certificate", "public.key"];
+/// The settings that a reload applies, including their subkeys. All other settings need a restart, so a new setting needs one
+/// until it is listed here.
+const RELOADABLE: [&str; 7] =
+    ["profiles", "station", "approvals", "tls", "log.level", "public.certificate", "public.key"];
 
-/// Every setting that the file has, `listen.line`, with its value as it is written.
+/// The settings of a file by their full name, `listen.line`, with their values as TOML text.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Settings(BTreeMap<String, String>);
 
 impl Settings {
-    /// Those of a text that has been read before, so that it is TOML.
-    pub(super) fn of(text: &str) -> Self {
+    /// Parses a text that is known to be valid TOML.
+    pub(super) fn parse(text: &str) -> Self {
         let mut all = BTreeMap::new();
         for (name, value) in text.parse::<Table>().unwrap_or_default() {
             collect(name, value, &mut all);
@@ -22,16 +23,16 @@ impl Settings {
         Self(all)
     }
 
-    /// The settings that are another there, or only in one of the two, and may not be.
+    /// The settings that differ, or exist in only one of the two files, and that a reload cannot apply.
     pub(super) fn fixed_changes<'a>(&'a self, new: &'a Self) -> impl Iterator<Item = &'a str> {
         let names: BTreeSet<_> = self.0.keys().chain(new.0.keys()).collect();
         let changed = names.into_iter().filter(|name| self.0.get(*name) != new.0.get(*name));
-        changed.map(String::as_str).filter(|name| !FREE.iter().any(|free| is_in(name, free)))
+        changed.map(String::as_str).filter(|name| !RELOADABLE.iter().any(|reloadable| is_within(name, reloadable)))
     }
 }
 
-fn is_in(name: &str, free: &str) -> bool {
-    name.strip_prefix(free).is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
+fn is_within(name: &str, prefix: &str) -> bool {
+    name.strip_prefix(prefix).is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
 }
 
 fn collect(name: String, value: Value, all: &mut BTreeMap<String, String>) {
@@ -57,11 +58,11 @@ mod tests {
     use super::*;
 
     fn fixed(old: &str, new: &str) -> Vec<String> {
-        Settings::of(old).fixed_changes(&Settings::of(new)).map(str::to_owned).collect()
+        Settings::parse(old).fixed_changes(&Settings::parse(new)).map(str::to_owned).collect()
     }
 
     #[test]
-    fn what_needs_a_restart_is_named() {
+    fn fixed_changes_lists_settings_that_need_a_restart() {
         let old = "[listen]\nline = \"a\"\npublic = \"b\"\n[[keypool.pool]]\nlow = 1\n[public]\ntitle = \"t\"\n[log]\nformat = \"human\"\n";
         assert_eq!(fixed(old, old), Vec::<String>::new());
         assert_eq!(fixed(old, &old.replace("\"a\"", "\"x\"")), ["listen.line"]);
@@ -75,7 +76,7 @@ mod tests {
     }
 
     #[test]
-    fn what_may_be_exchanged_is_not_named() {
+    fn fixed_changes_omits_reloadable_settings() {
         let old = "profiles = \"p\"\n[tls]\nkey = \"k\"\n[log]\nlevel = \"info\"\n[[station]]\nname = \"a\"\n";
         let new = "profiles = \"q\"\n[tls]\nkey = \"l\"\ncertificate = \"c\"\n[log]\nlevel = \"debug\"\n[public]\ncertificate = \"c\"\nkey = \"k\"\n";
         assert_eq!(fixed(old, new), Vec::<String>::new());

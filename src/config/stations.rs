@@ -1,4 +1,4 @@
-//! What each station may do: profiles and identity ranges. Nothing listed means nothing allowed.
+//! `[[station]]` of `sppd.toml`: the permissions of each station. An unlisted profile or identity is not permitted.
 
 use std::collections::BTreeMap;
 
@@ -8,7 +8,7 @@ use super::Faults;
 use crate::access::Quota;
 use crate::names::{DeviceIdentity, ProfileName, StationName};
 
-/// The confinement of every station.
+/// The permitted profiles, identity prefixes and quota of every station.
 #[derive(Debug, Clone, Default)]
 pub struct Stations(BTreeMap<StationName, Station>);
 
@@ -19,17 +19,17 @@ pub(super) struct Station {
     quota: Quota,
 }
 
-/// Why a station may not do what it asked.
+/// A request that a station may not make.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NotPermitted {
-    /// It is in no configuration.
-    #[error("the station {0} is not configured; an officer must add a [[station]] for it")]
+    /// The station is not configured.
+    #[error("station {0} is not configured; ask an officer to add a [[station]] for it")]
     Unknown(StationName),
-    /// The profile is not in its list.
-    #[error("the station {0} may not use the profile {1}")]
+    /// The station's list does not contain the profile.
+    #[error("station {0} may not use profile {1}")]
     Profile(StationName, ProfileName),
-    /// No range of its own has the identity.
-    #[error("the station {0} may not provision {1}: it is in none of its identity ranges")]
+    /// None of the station's prefixes matches the identity.
+    #[error("station {0} may not provision {1}: none of its identity prefixes matches")]
     Identity(StationName, DeviceIdentity),
 }
 
@@ -47,29 +47,30 @@ impl Stations {
     pub(super) fn check(shapes: Vec<StationShape>, place: &str, known: &[ProfileName], faults: &mut Faults) -> Self {
         let mut stations = BTreeMap::new();
         for shape in shapes {
-            let at = format!("{place}: station {}", shape.name);
+            let place = format!("{place}: station {}", shape.name);
             for profile in &shape.profiles {
                 if !known.contains(profile) {
-                    faults.add(format!("{at}: profiles"), format!("there is no profile {profile}"));
+                    faults.add(format!("{place}: profiles"), format!("unknown profile {profile}"));
                 }
             }
-            for range in &shape.identities {
-                let kind = range.split_once(':').map(|(kind, _)| kind);
+            for prefix in &shape.identities {
+                let kind = prefix.split_once(':').map(|(kind, _)| kind);
                 if !kind.is_some_and(|kind| ["imei", "meid", "eui48", "eui64", "serial"].contains(&kind)) {
-                    let problem = format!("{range:?} is not a prefix of an identity; write imei:49015420 or serial:");
-                    faults.add(format!("{at}: identities"), problem);
+                    let problem =
+                        format!("{prefix:?} is not an identity prefix; expected for example imei:49015420 or serial:");
+                    faults.add(format!("{place}: identities"), problem);
                 }
             }
             let quota = Quota { devices_per_hour: shape.devices_per_hour, devices_total: shape.devices_total };
             let station = Station { profiles: shape.profiles, identities: shape.identities, quota };
             if stations.insert(shape.name.clone(), station).is_some() {
-                faults.add(at, "is there twice");
+                faults.add(place, "is configured twice");
             }
         }
         Self(stations)
     }
 
-    /// Whether the station may give this profile to this identity.
+    /// Checks that the station may provision this identity with this profile.
     pub fn permit(
         &self,
         name: &StationName,
@@ -83,22 +84,22 @@ impl Stations {
         self.permit_identity(name, identity)
     }
 
-    /// Whether the station may work on this identity, whatever the profile.
+    /// Checks that the station may provision this identity with any profile.
     pub fn permit_identity(&self, name: &StationName, identity: &DeviceIdentity) -> Result<(), NotPermitted> {
         let station = self.find(name)?;
         let text = identity.to_string();
-        if !station.identities.iter().any(|range| text.starts_with(range)) {
+        if !station.identities.iter().any(|prefix| text.starts_with(prefix)) {
             return Err(NotPermitted::Identity(name.clone(), identity.clone()));
         }
         Ok(())
     }
 
-    /// The profiles and identity prefixes of a station; none if it is not configured.
+    /// The profiles and identity prefixes of a station; `None` if it is not configured.
     pub fn confinement(&self, name: &StationName) -> Option<(Vec<ProfileName>, Vec<String>)> {
         self.0.get(name).map(|station| (station.profiles.clone(), station.identities.clone()))
     }
 
-    /// The quota of each.
+    /// The quotas of all stations.
     pub fn quotas(&self) -> Vec<(StationName, Quota)> {
         self.0.iter().map(|(name, station)| (name.clone(), station.quota)).collect()
     }
@@ -107,12 +108,12 @@ impl Stations {
         self.0.get(name).ok_or_else(|| NotPermitted::Unknown(name.clone()))
     }
 
-    /// Each with what it may do.
-    pub(super) const fn each(&self) -> &BTreeMap<StationName, Station> {
+    /// The stations by name.
+    pub(super) const fn by_name(&self) -> &BTreeMap<StationName, Station> {
         &self.0
     }
 
-    /// How many are configured.
+    /// Number of configured stations.
     pub fn count(&self) -> usize {
         self.0.len()
     }

@@ -1,4 +1,4 @@
-//! `[store]` of `sppd.toml`.
+//! `[store]` of `sppd.toml`: the state store and the public database.
 
 use std::path::{Path, PathBuf};
 
@@ -9,7 +9,7 @@ use super::Faults;
 use super::daemon::{base_of, read_shape};
 use crate::store::StoreOptions;
 
-/// Where the stores are.
+/// Directories and disk options of the stores.
 #[derive(Debug, Clone)]
 pub struct StoreConfig {
     /// The state store's directory.
@@ -18,8 +18,8 @@ pub struct StoreConfig {
     pub public: PathBuf,
     /// Options of the state store.
     pub state_options: StoreOptions,
-    /// Options of the public database. Its floor is half as high, so that what is reserved can still be published when
-    /// nothing new is admitted.
+    /// Options of the public database. Its free-space floor is half of the state store's, so that reserved sessions can still be
+    /// published when no new session is admitted.
     pub public_options: StoreOptions,
 }
 
@@ -49,25 +49,26 @@ const fn default_cache() -> ByteSize {
 }
 
 impl StoreConfig {
-    /// Where it is remembered that the HSM refused the PIN, by its name if it is not the first one: in a directory that the daemon writes anyway.
+    /// Path of the file that records a PIN refused by an HSM. `hsm` is its name, `None` for the first one. The file is in the
+    /// directory of the state store, which the daemon can write in any case.
     pub fn pin_refused(&self, hsm: Option<&str>) -> PathBuf {
         self.state.join(hsm.map_or_else(|| "pin-refused.json".to_owned(), |name| format!("pin-refused-{name}.json")))
     }
 
-    /// Reads `[store]` of `sppd.toml`, for making the stores: neither the HSM nor the PIN is needed for that.
+    /// Loads `[store]` of `sppd.toml`, to create the stores. Neither the HSM nor the PIN is needed.
     pub fn load(path: &Path) -> Result<Self, Faults> {
         let place = path.display().to_string();
         let mut faults = Faults::default();
         let shape = read_shape(path, &place, &mut faults);
         let store = shape.map(|shape| check(&shape.store, &place, base_of(path), &mut faults));
-        faults.ok_or_all(store)
+        faults.into_result(store)
     }
 }
 
 pub(super) fn check(shape: &StoreShape, place: &str, base: &Path, faults: &mut Faults) -> StoreConfig {
     let (state, public) = (base.join(&shape.state), base.join(&shape.public));
     if state == public {
-        faults.add(format!("{place}: store"), "state and public must be two directories");
+        faults.add(format!("{place}: store"), "state and public must be different directories");
     }
     let options = |floor_bytes| StoreOptions {
         floor_bytes,

@@ -1,4 +1,4 @@
-//! `[tls]` of `sppd.toml`: who the daemon is, and whose certificates its callers show.
+//! `[tls]` of `sppd.toml`: the daemon's certificates and the CA of client certificates.
 
 use std::collections::BTreeMap;
 use std::io::Read as _;
@@ -18,15 +18,15 @@ use super::{Faults, open_private};
 use crate::keys::sha256;
 use crate::secret::SecretBytes;
 
-/// Who the daemon is, and whose certificates its callers show, as the TLS library takes it: what is not usable is a fault of the
-/// configuration.
+/// The TLS configurations of the listeners. They are built while the configuration is loaded, so that unusable certificates and
+/// keys are reported as faults.
 pub struct TlsConfig {
-    /// For stations and officers: both sides show certificates, and speak gRPC.
+    /// For stations and officers: mutual TLS, gRPC.
     pub mutual: Arc<ServerConfig>,
-    /// For the public, who shows no certificate and speaks HTTP as well. Browsers know other authorities than stations, so that the
-    /// daemon may be somebody else here.
+    /// For the public: no client certificate, gRPC and HTTP. The certificate may differ, because browsers and stations trust
+    /// different CAs.
     pub public: Arc<ServerConfig>,
-    /// SHA-256 of the files that this was made of, by setting.
+    /// SHA-256 of each file, by setting.
     pub(super) files: BTreeMap<String, [u8; 32]>,
 }
 
@@ -45,27 +45,28 @@ pub(super) fn check(
     base: &Path,
     faults: &mut Faults,
 ) -> Option<TlsConfig> {
-    let mut files = Files { place, base, read: BTreeMap::new() };
-    let inner = files.identity("tls", &shape.certificate, &shape.key, faults);
+    let mut files = Files { place, base, hashes: BTreeMap::new() };
+    let mutual_identity = files.identity("tls", &shape.certificate, &shape.key, faults);
     let client_ca = files.read("tls.client_ca", &shape.client_ca, faults);
-    let clients = client_ca.and_then(|pem| faults.note(format!("{place}: tls"), clients_of(&pem)));
-    let outer = match public {
+    let clients = client_ca.and_then(|pem| faults.note(format!("{place}: tls"), client_verifier(&pem)));
+    let public_identity = match public {
         Some((certificate, key)) => files.identity("public", certificate, key, faults),
-        None => inner.clone(),
+        None => mutual_identity.clone(),
     };
-    let mutual = faults.note(format!("{place}: tls"), server_config(inner?, clients?, &[b"h2"]))?;
-    let nobody = WebPkiClientVerifier::no_client_auth();
-    let public = faults.note(format!("{place}: public"), server_config(outer?, nobody, &[b"h2", b"http/1.1"]))?;
-    Some(TlsConfig { mutual, public, files: files.read })
+    let mutual = faults.note(format!("{place}: tls"), server_config(mutual_identity?, clients?, &[b"h2"]))?;
+    let no_clients = WebPkiClientVerifier::no_client_auth();
+    let public = server_config(public_identity?, no_clients, &[b"h2", b"http/1.1"]);
+    let public = faults.note(format!("{place}: public"), public)?;
+    Some(TlsConfig { mutual, public, files: files.hashes })
 }
 
-const HINT: &str = "make it with sppctl server enroll";
+const HINT: &str = "create it with sppctl server enroll";
 
-/// The files of one configuration, and the hashes of those that were read.
+/// Reads the files of one configuration and records their hashes.
 struct Files<'a> {
     place: &'a str,
     base: &'a Path,
-    read: BTreeMap<String, [u8; 32]>,
+    hashes: BTreeMap<String, [u8; 32]>,
 }
 
 impl Files<'_> {
@@ -73,11 +74,11 @@ impl Files<'_> {
         let path = self.base.join(path);
         let bytes = std::fs::read(&path).map_err(|e| format!("{}: {e}; {HINT}", path.display()));
         let bytes = faults.note(format!("{}: {name}", self.place), bytes)?;
-        self.read.insert(name.to_owned(), sha256(&bytes));
+        self.hashes.insert(name.to_owned(), sha256(&bytes));
         Some(bytes)
     }
 
-    /// A certificate and its key, which belong together.
+    /// Reads a certificate and its key, and checks that they match.
     fn identity(
         &mut self,
         section: &str,
@@ -88,13 +89,13 @@ impl Files<'_> {
         let place = self.place;
         let certificate = self.read(&format!("{section}.certificate"), certificate, faults);
         let name = format!("{section}.key");
-        let at = format!("{place}: {name}");
-        let opened = faults.note(&at, open_private(&self.base.join(key)).map_err(|e| format!("{e}; {HINT}")))?;
+        let key_place = format!("{place}: {name}");
+        let opened = faults.note(&key_place, open_private(&self.base.join(key)).map_err(|e| format!("{e}; {HINT}")))?;
         let mut key = SecretBytes::new(Vec::with_capacity(8192));
-        faults.note(&at, opened.take(8192).read_to_end(key.expose_mut()))?;
-        // Exposed to be hashed: a reload tells whether it is another one.
-        self.read.insert(name, sha256(key.expose()));
-        faults.note(format!("{place}: {section}"), certified(&certificate?, &key))
+        faults.note(&key_place, opened.take(8192).read_to_end(key.expose_mut()))?;
+        // Exposed for hashing: a reload uses the hash to detect a new key.
+        self.hashes.insert(name, sha256(key.expose()));
+        faults.note(format!("{place}: {section}"), certified_key(&certificate?, &key))
     }
 }
 
@@ -102,18 +103,20 @@ fn provider() -> CryptoProvider {
     rustls::crypto::aws_lc_rs::default_provider()
 }
 
-/// The certificate and the key are a pair that TLS can use.
-fn certified(certificate: &[u8], key: &SecretBytes) -> Result<Arc<CertifiedKey>, String> {
+/// Checks that the certificate and the key are a pair that TLS can use.
+fn certified_key(certificate: &[u8], key: &SecretBytes) -> Result<Arc<CertifiedKey>, String> {
     let chain = certificates("certificate", certificate)?;
-    // Exposed to the TLS library, which keeps its own form of it and looks whether it belongs to the certificate.
+    // Exposed to the TLS library, which stores its own copy and checks that it matches the certificate.
     let key = PrivateKeyDer::from_pem_slice(key.expose());
-    let key = key.map_err(|_| "key is no private key in PEM".to_owned())?;
-    let certified = CertifiedKey::from_der(chain, key, &provider());
-    certified.map(Arc::new).map_err(|e| format!("certificate and key: {e}; make both anew with sppctl server enroll"))
+    let key = key.map_err(|_| "key is not a private key in PEM".to_owned())?;
+    let certified_key = CertifiedKey::from_der(chain, key, &provider());
+    certified_key
+        .map(Arc::new)
+        .map_err(|e| format!("certificate and key: {e}; create a new pair with sppctl server enroll"))
 }
 
-/// Lets in whoever has a certificate of these authorities.
-fn clients_of(client_ca: &[u8]) -> Result<Arc<dyn ClientCertVerifier>, String> {
+/// A verifier that accepts client certificates of these CAs.
+fn client_verifier(client_ca: &[u8]) -> Result<Arc<dyn ClientCertVerifier>, String> {
     let mut authorities = RootCertStore::empty();
     for authority in certificates("client_ca", client_ca)? {
         authorities.add(authority).map_err(|e| format!("client_ca: {e}"))?;
@@ -136,10 +139,10 @@ fn server_config(
     Ok(Arc::new(config))
 }
 
-fn certificates(what: &str, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
-    let read: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
-    match read {
-        Ok(chain) if chain.is_empty() => Err(format!("{what} has no BEGIN CERTIFICATE block")),
-        read => read.map_err(|e| format!("{what} is no PEM: {e}")),
+fn certificates(setting: &str, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
+    let parsed: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
+    match parsed {
+        Ok(chain) if chain.is_empty() => Err(format!("{setting} has no BEGIN CERTIFICATE block")),
+        parsed => parsed.map_err(|e| format!("{setting} is not PEM: {e}")),
     }
 }

@@ -1,4 +1,4 @@
-//! TOML that people write, read so that one run tells everything that is wrong with it.
+//! Parses TOML files so that one run reports as many faults as possible.
 
 use std::ops::Range;
 
@@ -7,11 +7,11 @@ use toml::de::{DeTable, DeValue};
 
 use super::Faults;
 
-/// How serde begins its words about a key that no field of a `deny_unknown_fields` shape has.
+/// The beginning of serde's error message for an unknown key.
 const UNKNOWN: &str = "unknown field";
 
-/// The shape in a text. An unknown key is a fault and is then left out, so that the others, and whatever is wrong with the
-/// values, are told in the same run. Any other fault of the shape ends the reading: there is no value to look at.
+/// Deserializes a text. An unknown key is a fault; it is removed and the text is parsed again, so that further faults are
+/// reported in the same run. Any other fault ends parsing, because there is no value to validate.
 pub(crate) fn read_toml<T: DeserializeOwned>(place: &str, text: &str, faults: &mut Faults) -> Option<T> {
     let mut document = faults.note(place, DeTable::parse(text))?;
     loop {
@@ -19,29 +19,29 @@ pub(crate) fn read_toml<T: DeserializeOwned>(place: &str, text: &str, faults: &m
             Ok(shape) => return Some(shape),
             Err(error) => error,
         };
-        // With the text the message shows the line.
+        // With the input text, the message shows the line.
         error.set_input(Some(text));
         faults.add(place, error.to_string().trim_end());
         let unknown = error.span().filter(|_| error.message().starts_with(UNKNOWN))?;
-        if !leave_out(document.get_mut(), &unknown) {
+        if !remove_key(document.get_mut(), &unknown) {
             return None;
         }
     }
 }
 
-/// Takes the key that stands there out of the table; `false` if there is none.
-fn leave_out(table: &mut DeTable<'_>, at: &Range<usize>) -> bool {
-    let here = table.keys().find(|key| key.span() == *at).map(|key| key.get_ref().to_string());
-    match here {
+/// Removes the key at `span` from the table or its subtables; returns `false` if there is none.
+fn remove_key(table: &mut DeTable<'_>, span: &Range<usize>) -> bool {
+    let key = table.keys().find(|key| key.span() == *span).map(|key| key.get_ref().to_string());
+    match key {
         Some(key) => table.remove(key.as_str()).is_some(),
-        None => table.iter_mut().any(|(_, value)| leave_out_below(value.get_mut(), at)),
+        None => table.iter_mut().any(|(_, value)| remove_key_below(value.get_mut(), span)),
     }
 }
 
-fn leave_out_below(value: &mut DeValue<'_>, at: &Range<usize>) -> bool {
+fn remove_key_below(value: &mut DeValue<'_>, span: &Range<usize>) -> bool {
     match value {
-        DeValue::Table(table) => leave_out(table, at),
-        DeValue::Array(items) => items.iter_mut().any(|item| leave_out_below(item.get_mut(), at)),
+        DeValue::Table(table) => remove_key(table, span),
+        DeValue::Array(items) => items.iter_mut().any(|item| remove_key_below(item.get_mut(), span)),
         _ => false,
     }
 }
@@ -73,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn every_unknown_key_is_told_with_its_line_and_the_rest_is_read() {
+    fn unknown_keys_are_all_reported_with_their_lines() {
         let text = "name = \"a\"\ncolour = \"\"\"\nname\n\"\"\"\n[[inner]]\nsize = 1\n[[inner]]\nsize = 2\ndepth.a.b = 3\n[extra]\nx = 1\n";
         let (shape, faults) = read(text);
         assert_eq!(shape, Some(Shape { name: "a".into(), inner: vec![Inner { size: 1 }, Inner { size: 2 }] }));
@@ -88,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_ends_the_reading() {
+    fn invalid_value_or_syntax_ends_parsing() {
         for text in ["name = 3\n", "inner = []\n", "name = \n", "name = \"a\"\nname = \"b\"\n"] {
             let (shape, faults) = read(text);
             assert!(shape.is_none() && faults.len() == 1, "{text}: {faults:?}");
@@ -98,7 +98,7 @@ mod tests {
     }
 
     #[test]
-    fn a_right_text_has_no_fault() {
+    fn valid_text_has_no_faults() {
         assert_eq!(read("name = \"a\"\n"), (Some(Shape { name: "a".into(), inner: Vec::new() }), Vec::new()));
     }
 }

@@ -1,4 +1,4 @@
-//! The one place where the device verifies a certificate.
+//! Certificate verification in the device.
 
 use super::DeviceError;
 use crate::certificate::{VerifiedCertificate, verify_device_certificate};

@@ -1,4 +1,4 @@
-//! The flash, as a file. A power cut during a write leaves the old content or the new one, whole.
+//! Simulated flash in a file. A power failure during a write leaves either the old content or the new content complete.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 
 use super::DeviceError;
 
-/// Most bytes a flash holds.
+/// Capacity in bytes.
 pub(super) const CAPACITY: usize = 64 * 1024;
 
-/// What an erased flash cell reads as.
+/// The value of an erased flash cell.
 const ERASED: u8 = 0xff;
 
 /// A device's flash.
@@ -18,38 +18,38 @@ pub struct Flash {
 }
 
 impl Flash {
-    /// The flash in this file; no file is an empty flash.
-    pub fn at(path: impl Into<PathBuf>) -> Self {
+    /// Creates a flash that is stored in this file; a missing file is an empty flash.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
         Self { path: path.into() }
     }
 
-    /// The content; `None` if the flash is empty.
+    /// Reads the content; `None` if the flash is empty.
     ///
     /// # Errors
-    /// If the file cannot be read, or is larger than a flash.
+    /// If the file cannot be read, or exceeds the capacity.
     pub fn read(&self) -> Result<Option<Vec<u8>>, DeviceError> {
         let file = match File::open(&self.path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-            opened => self.done("opening", opened)?,
+            opened => self.with_context("opening", opened)?,
         };
         let mut content = Vec::new();
-        self.done("reading", file.take(CAPACITY as u64 + 1).read_to_end(&mut content))?;
+        self.with_context("reading", file.take(CAPACITY as u64 + 1).read_to_end(&mut content))?;
         if content.len() > CAPACITY {
-            return Err(DeviceError::Damaged(format!("{} is larger than a flash", self.path.display())));
+            return Err(DeviceError::Damaged(format!("{} exceeds the flash capacity", self.path.display())));
         }
         Ok(Some(content))
     }
 
-    /// Replaces the content. It is on the disk when this returns.
+    /// Replaces the content durably.
     ///
     /// # Errors
-    /// If the file cannot be written; the old content is still there then.
+    /// If the file cannot be written; the old content then remains.
     pub fn write(&mut self, content: &[u8]) -> Result<(), DeviceError> {
         self.stage(content)?;
         self.commit()
     }
 
-    /// Empties the flash, the remains of an interrupted write included. An empty flash stays empty.
+    /// Erases the flash, including leftovers of an interrupted write. Erasing an empty flash is a no-op.
     ///
     /// # Errors
     /// If a file cannot be overwritten or removed.
@@ -57,30 +57,31 @@ impl Flash {
         for path in [self.staging(), self.path.clone()] {
             match erase(&path) {
                 Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-                erased => self.done("wiping", erased)?,
+                erased => self.with_context("wiping", erased)?,
             }
         }
         self.sync_directory()
     }
 
-    /// Writes the new content beside the old one. A power cut here leaves the old one; the next write overwrites the rest.
+    /// Writes the new content to a staging file. A power failure here leaves the old content; the next write overwrites the
+    /// file.
     fn stage(&self, content: &[u8]) -> Result<(), DeviceError> {
         let written = File::create(self.staging()).and_then(|mut file| {
             file.write_all(content)?;
             file.sync_all()
         });
-        self.done("writing", written)
+        self.with_context("writing", written)
     }
 
-    /// Puts the new content in the place of the old one: rename is atomic, and durable when the directory is synced.
+    /// Replaces the old content with the staging file: rename is atomic, and durable once the directory is synced.
     fn commit(&self) -> Result<(), DeviceError> {
-        self.done("replacing", std::fs::rename(self.staging(), &self.path))?;
+        self.with_context("replacing", std::fs::rename(self.staging(), &self.path))?;
         self.sync_directory()
     }
 
     fn sync_directory(&self) -> Result<(), DeviceError> {
         let directory = self.path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        self.done("syncing the directory of", File::open(directory).and_then(|directory| directory.sync_all()))
+        self.with_context("syncing the directory of", File::open(directory).and_then(|directory| directory.sync_all()))
     }
 
     fn staging(&self) -> PathBuf {
@@ -89,8 +90,8 @@ impl Flash {
         name.into()
     }
 
-    fn done<T>(&self, doing: &'static str, result: io::Result<T>) -> Result<T, DeviceError> {
-        result.map_err(|source| DeviceError::File { doing, path: self.path.clone(), source })
+    fn with_context<T>(&self, operation: &'static str, result: io::Result<T>) -> Result<T, DeviceError> {
+        result.map_err(|source| DeviceError::File { operation, path: self.path.clone(), source })
     }
 }
 
@@ -107,11 +108,11 @@ mod tests {
     use super::*;
 
     fn flash(directory: &tempfile::TempDir) -> Flash {
-        Flash::at(directory.path().join("device.flash"))
+        Flash::new(directory.path().join("device.flash"))
     }
 
     #[test]
-    fn a_flash_holds_what_was_written_last() {
+    fn flash_returns_last_written_content() {
         let directory = spp_testkit::files::temp_dir();
         let mut flash = flash(&directory);
         assert_eq!(flash.read().unwrap(), None);
@@ -124,11 +125,11 @@ mod tests {
     }
 
     #[test]
-    fn an_interrupted_write_leaves_the_old_content() {
+    fn interrupted_write_leaves_old_content() {
         let directory = spp_testkit::files::temp_dir();
         let mut flash = flash(&directory);
         flash.write(b"old").unwrap();
-        // The power goes between the two steps, with the new content complete or half written.
+        // Power fails between the two steps, with the staging file complete or half written.
         flash.stage(b"new").unwrap();
         assert_eq!(flash.read().unwrap().as_deref(), Some(&b"old"[..]));
         std::fs::write(flash.staging(), b"ne").unwrap();
@@ -141,18 +142,18 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_write_says_what_failed_and_leaves_the_old_content() {
+    fn failed_write_names_operation_and_leaves_old_content() {
         let directory = spp_testkit::files::temp_dir();
         let mut flash = flash(&directory);
         flash.write(b"old").unwrap();
         std::fs::create_dir(flash.staging()).unwrap();
-        let refused = flash.write(b"new").unwrap_err().to_string();
-        assert!(refused.starts_with("writing") && refused.contains("device.flash"), "{refused}");
+        let message = flash.write(b"new").unwrap_err().to_string();
+        assert!(message.starts_with("writing") && message.contains("device.flash"), "{message}");
         assert_eq!(flash.read().unwrap().as_deref(), Some(&b"old"[..]));
     }
 
     #[test]
-    fn no_more_than_a_flash_is_read() {
+    fn file_over_capacity_rejected() {
         let directory = spp_testkit::files::temp_dir();
         let flash = flash(&directory);
         std::fs::write(&flash.path, vec![0; CAPACITY + 1]).unwrap();

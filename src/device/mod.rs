@@ -1,16 +1,16 @@
-//! The personal device: what a chip does with what the processing point gives it.
+//! Reference implementation of a device: installs, backs up, confirms and recovers what the SPP delivers.
 //!
-//! Written to be read by firmware authors as the reference. A device has three things:
-//! - a **ROM** with its chip ID and the manufacturer's public key: nobody can change them ([`Rom`]);
+//! Intended as a reference for firmware authors. A device has three components:
+//! - a **ROM** with its chip ID and the manufacturer's public key, which cannot be modified ([`Rom`]);
 //! - a **chip key** that never leaves the chip ([`ChipKey`]);
-//! - a **flash** that can be read, wiped and lost by anybody ([`Flash`]); so nothing in it is in clear. It holds
-//!   what the public database holds too: the certificate and the backup package.
+//! - a **flash** that anyone can read, erase or lose ([`Flash`]), so it contains nothing in clear. It has_stored the certificate
+//!   and the backup package, which the public database has_stored as well.
 //!
-//! On the line: [`Device::install`], [`Device::backup`], [`Device::confirmation`]. Later, when the flash was lost: ask the
-//! public database for the chip ID's record and [`Device::recover`]. Both end in the same flash, byte for byte.
+//! On the line: [`Device::install`], [`Device::backup`], [`Device::confirmation`]. After the flash is lost: fetch the record of
+//! the chip ID from the public database and call [`Device::recover`]. Both lead to the same flash content, byte for byte.
 //!
-//! Trust: the station, the network and the public database may lie. A device believes its ROM alone, and all else only
-//! as far as the manufacturer's signature and its own chip key reach.
+//! Trust: the station, the network and the public database may be malicious. A device trusts only its ROM; everything else is
+//! accepted only if the manufacturer's signature or the chip key authenticates it.
 
 mod certificate;
 mod chip;
@@ -29,122 +29,122 @@ use crate::keys::{DevicePrivateKey, PublicKey, sha256};
 use crate::names::{ChipId, DeviceIdentity, ProfileName, SessionId};
 use crate::package::cbor::{CborError, Reader, Writer};
 use crate::package::{
-    self, BackupRefused, ConfirmationClaims, ConfirmationRefused, ConfirmationSigner, DataPackage, PackageError,
+    self, BackupError, ConfirmationClaims, ConfirmationError, ConfirmationSigner, DataPackage, PackageError,
     TransportPublicKey,
 };
 use crate::secret::SecretBytes;
 use crate::store::DeviceRecord;
 use crate::tlog::{LogProof, TlogError, VerifiedProof};
 
-/// Why a device did not do what it was asked. Its flash is as it was before.
+/// Why a device operation failed. The flash is unchanged.
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
-    /// A package, certificate or record of another device, session or identity.
-    #[error("the {what} is for {field} {found}, this device expects {expected}; nothing was stored")]
+    /// A package, certificate or record for another device, session or identity.
+    #[error("{what} for {field} {found}, expected {expected}; nothing stored")]
     NotForThisDevice {
-        /// What was given.
+        /// The rejected object.
         what: &'static str,
-        /// Which field differs.
+        /// The field that differs.
         field: &'static str,
-        /// What the field says.
+        /// The field's value.
         found: String,
-        /// What it should say.
+        /// The expected value.
         expected: String,
     },
-    /// The certificate is not one of the manufacturer for this chip.
-    #[error("the certificate was refused: {0}; nothing was stored")]
+    /// The manufacturer did not issue the certificate for this chip.
+    #[error("certificate rejected: {0}; nothing stored")]
     Certificate(String),
-    /// The package cannot be opened or read.
-    #[error("the data package was refused: {0}")]
+    /// The package cannot be decrypt_package or decoded.
+    #[error("data package rejected: {0}")]
     Package(#[from] PackageError),
-    /// The backup cannot be made or opened.
+    /// The backup cannot be encrypted or decrypt_package.
     #[error(transparent)]
-    Backup(#[from] BackupRefused),
-    /// The certificate's public key is not the one of the device's private key.
-    #[error("the private key of the {0} does not belong to the certificate; nothing was stored")]
+    Backup(#[from] BackupError),
+    /// The certificate's public key does not match the device's private key.
+    #[error("the private key of the {0} does not match the certificate; nothing stored")]
     KeyMismatch(&'static str),
-    /// The chip has no transport key, so nothing can be sealed to it.
-    #[error("this chip has no transport key; ask for a delivery that is not sealed")]
+    /// The chip has no transport key, so it cannot open a sealed package.
+    #[error("this chip has no transport key; request an unsealed delivery")]
     NoTransportKey,
-    /// The receipt does not prove that this device, as it is, is in the log.
-    #[error("the receipt was refused: {0}; ask for it again, and if that does not help, the log is not what it says")]
+    /// The receipt does not prove that this device's record is in the log.
+    #[error("receipt rejected: {0}; request it again; if it is rejected again, the log is inconsistent")]
     Receipt(#[from] TlogError),
-    /// The confirmation could not be made.
+    /// The confirmation cannot be created.
     #[error(transparent)]
-    Confirmation(#[from] ConfirmationRefused),
-    /// Wiped, or never personalized.
-    #[error("the flash is empty; install a package or recover the device")]
+    Confirmation(#[from] ConfirmationError),
+    /// Erased, or never personalized.
+    #[error("flash empty; install a package or recover the device")]
     Empty,
-    /// The flash holds something else.
-    #[error("the flash is damaged ({0}); wipe and recover the device")]
+    /// The flash content is invalid.
+    #[error("flash damaged ({0}); wipe and recover the device")]
     Damaged(String),
-    /// The file that stands for flash or silicon cannot be used.
-    #[error("{doing} {path} failed: {source}")]
+    /// The file that simulates flash or silicon is not accessible.
+    #[error("{operation} {path} failed: {source}")]
     File {
-        /// What was done.
-        doing: &'static str,
-        /// To which file.
+        /// The operation.
+        operation: &'static str,
+        /// The file.
         path: PathBuf,
-        /// Why it failed.
+        /// The I/O error.
         #[source]
         source: std::io::Error,
     },
-    /// The simulated fab cannot be made or opened.
-    #[error("the fab in {path}: {problem}")]
+    /// The simulated fab cannot be created or opened.
+    #[error("simulated fab {path}: {problem}")]
     SimulatedFab {
-        /// Its file.
+        /// The fab's file.
         path: PathBuf,
-        /// What is wrong and what to do.
+        /// Description of the problem and its remedy.
         problem: String,
     },
-    /// The provider failed to make a key.
-    #[error("deriving a key of the chip failed: {0}")]
+    /// The provider failed to derive a key.
+    #[error("cannot derive a chip key: {0}")]
     Derivation(String),
 }
 
-/// A data package on its way into the device.
+/// A delivered data package.
 pub enum Delivery<'a> {
-    /// As it is; whoever carries it sees the keys.
+    /// Unencrypted; every party that transports it sees the keys.
     Clear(&'a SecretBytes),
     /// Sealed to the chip's transport key.
     Sealed(&'a [u8]),
 }
 
-/// What the public database knows of a chip, as far as its recovery needs it.
+/// The part of a public record that recovery needs.
 pub struct PublicRecord<'a> {
     /// The device certificate: DER, or a CWT.
     pub certificate: &'a [u8],
-    /// Whether it is a CWT.
+    /// Whether the certificate is a CWT.
     pub is_cwt: bool,
     /// The backup package.
     pub backup: &'a [u8],
 }
 
-/// What is installed, without its secrets.
+/// The installed package without its secrets.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Installed {
-    /// The session that made it.
+pub struct InstalledPackage {
+    /// The session that assembled it.
     pub session: SessionId,
     /// The identity of the device.
     pub identity: DeviceIdentity,
-    /// What the product got.
+    /// The profile.
     pub profile: ProfileName,
     /// The device certificate: DER, or a CWT.
     pub certificate: Vec<u8>,
-    /// Whether it is a CWT.
+    /// Whether the certificate is a CWT.
     pub is_cwt: bool,
     /// The device's public key, if it has a pair.
     pub public_key: Option<PublicKey>,
-    /// What the symmetric keys are for, in their order.
+    /// The purposes of the symmetric keys, in order.
     pub purposes: Vec<String>,
-    /// The version of the master key behind them; 0 if there are none.
+    /// The version of the master key from which they are derived; 0 if there are none.
     pub master_key_version: u32,
 }
 
-/// A receipt that proves its own device.
+/// The result of verifying a receipt for this device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VerifiedReceipt {
-    /// Where the record is, and in which tree.
+    /// The record's position in the log and the tree that contains it.
     pub proof: VerifiedProof,
     /// The SHA-256 of the record.
     pub record_hash: [u8; 32],
@@ -157,7 +157,7 @@ pub struct Device {
 }
 
 impl Device {
-    /// Switches a device on.
+    /// Creates a device.
     pub const fn new(chip: Chip, flash: Flash) -> Self {
         Self { chip, flash }
     }
@@ -167,7 +167,7 @@ impl Device {
         &self.chip.rom.chip
     }
 
-    /// Where a package can be sealed to; `None` if the chip has no transport key.
+    /// The key to which packages can be sealed; `None` if the chip has no transport key.
     ///
     /// # Errors
     /// If the provider fails.
@@ -175,21 +175,21 @@ impl Device {
         Ok(self.chip.transport.as_ref().map(package::TransportPrivateKey::public).transpose()?)
     }
 
-    /// The key pair that the chip made for itself, for profiles that take a certificate request: derived from the chip
-    /// key, so that it needs no place in the flash and survives a wipe.
+    /// The chip's own key pair, for profiles that accept a certificate request. It is derived from the chip key, so it needs no
+    /// flash and survives a wipe.
     ///
     /// # Errors
     /// If the provider fails.
     pub fn own_key_pair(&self) -> Result<DevicePrivateKey, DeviceError> {
-        self.chip.key.own_pair(self.chip_id())
+        self.chip.key.derive_own_pair(self.chip_id())
     }
 
-    /// Takes a delivered package in. The same package again changes nothing: its backup stays the same.
+    /// Installs a delivered package. Installing the same package again changes nothing; its backup stays the same.
     ///
     /// # Errors
-    /// If the package is not for this device and session, or its certificate or key is wrong. The flash is unchanged then.
-    pub fn install(&mut self, session: &SessionId, delivery: &Delivery<'_>) -> Result<Installed, DeviceError> {
-        // 1. Open it.
+    /// If the package is not for this device and session, or its certificate or key is wrong. The flash is then unchanged.
+    pub fn install(&mut self, session: &SessionId, delivery: &Delivery<'_>) -> Result<InstalledPackage, DeviceError> {
+        // 1. Decrypt.
         let opened = match delivery {
             Delivery::Clear(bytes) => SecretBytes::copy_of(bytes.expose()),
             Delivery::Sealed(sealed) => {
@@ -197,53 +197,53 @@ impl Device {
                 package::open(sealed, transport, session, self.chip_id())?
             }
         };
-        // 2. Read it; every number of the private key is checked against the public one.
+        // 2. Decode; this checks every private value against the public key.
         let package = DataPackage::decode(opened.expose())?;
-        // 3. It must be for this session, this chip, this identity, and signed by the manufacturer.
+        // 3. Check session, chip, identity and the manufacturer's signature.
         expect("data package", "session", &package.session, session)?;
         let installed = self.check(&package)?;
-        // 4. Store it, encrypted: what is stored is the backup.
-        if !self.holds(&opened) {
+        // 4. Store it encrypted: the stored form is the backup.
+        if !self.has_stored(&opened) {
             let certificate = package.certificate.device_certificate();
             let backup = self.chip.key.encrypt(&opened, self.chip_id(), certificate)?;
-            self.flash.write(&Stored { certificate: certificate.to_vec(), backup }.to_bytes()?)?;
+            self.flash.write(&FlashContent { certificate: certificate.to_vec(), backup }.to_bytes()?)?;
         }
         Ok(installed)
     }
 
-    /// The backup package of what is installed; the same bytes every time.
+    /// The backup of the installed package; returns the same bytes every time.
     ///
     /// # Errors
     /// If nothing is installed, or the flash is damaged.
     pub fn backup(&self) -> Result<Vec<u8>, DeviceError> {
-        Ok(self.stored()?.backup)
+        Ok(self.flash_content()?.backup)
     }
 
-    /// Proves to the manufacturer that this device holds its key, this package and this backup.
+    /// Proves to the manufacturer that this device has_stored its key, this package and this backup.
     ///
     /// # Errors
     /// If nothing is installed, or the flash is damaged.
     pub fn confirmation(&self) -> Result<Vec<u8>, DeviceError> {
         let backup = self.backup()?;
-        let bytes = self.decrypted()?;
+        let bytes = self.decrypt_package()?;
         let package = DataPackage::decode(bytes.expose())?;
-        let claims = ConfirmationClaims::about(package.session, self.chip_id().clone(), &bytes, &backup);
+        let claims = ConfirmationClaims::new(package.session, self.chip_id().clone(), &bytes, &backup);
         if package.certificate.is_cwt() {
             let key = package.symmetric_keys.first().ok_or(DeviceError::KeyMismatch("data package"))?;
             return Ok(package::confirm(&claims, &ConfirmationSigner::Symmetric(key.key()))?);
         }
         let pair = match package.key_pair {
-            Some(delivered) => delivered,
+            Some(pair) => pair,
             None => self.own_key_pair()?,
         };
         Ok(package::confirm(&claims, &ConfirmationSigner::Pair(&pair))?)
     }
 
-    /// What is installed, checked against the ROM again.
+    /// The installed package, verified against the ROM again.
     ///
     /// # Errors
     /// If nothing is installed, or the flash is damaged.
-    pub fn installed(&self) -> Result<Installed, DeviceError> {
+    pub fn installed(&self) -> Result<InstalledPackage, DeviceError> {
         self.check(&self.package()?)
     }
 
@@ -252,44 +252,45 @@ impl Device {
     /// # Errors
     /// If nothing is installed, or the flash is damaged.
     pub fn package(&self) -> Result<DataPackage, DeviceError> {
-        Ok(DataPackage::decode(self.decrypted()?.expose())?)
+        Ok(DataPackage::decode(self.decrypt_package()?.expose())?)
     }
 
-    /// Verifies a receipt: this very device, with the certificate and the backup that are in its flash, is in a tree that the log
-    /// has signed. `published` is the time that the receipt names; it is part of the record. A chip that knows no log says `None`.
+    /// Verifies a receipt: it proves that a tree signed by the log contains the record of this device with the certificate and
+    /// backup in its flash. `published` is the receipt's timestamp, which is part of the record. Returns `None` if the ROM has
+    /// no log key.
     ///
     /// # Errors
-    /// If the flash cannot be read, or the receipt proves something else.
+    /// If the flash cannot be read, or the receipt does not prove this.
     pub fn verify_receipt(&self, published: u64, proof: &[u8]) -> Result<Option<VerifiedReceipt>, DeviceError> {
         let Some(log) = &self.chip.rom.log else { return Ok(None) };
-        let record = self.record(published)?.to_bytes().map_err(|e| DeviceError::Damaged(e.to_string()))?;
+        let record = self.expected_record(published)?.to_bytes().map_err(|e| DeviceError::Damaged(e.to_string()))?;
         let proof = LogProof::from_bytes(proof)?.verify(&record, log)?;
         Ok(Some(VerifiedReceipt { proof, record_hash: sha256(&record) }))
     }
 
-    /// The record of this device as it must be in the public database, put together from what the device holds.
-    fn record(&self, published: u64) -> Result<DeviceRecord, DeviceError> {
-        let stored = self.stored()?;
+    /// Rebuilds this device's public record from its flash.
+    fn expected_record(&self, published: u64) -> Result<DeviceRecord, DeviceError> {
+        let content = self.flash_content()?;
         let package = self.package()?;
         let is_cwt = package.certificate.is_cwt();
         let certificate =
-            certificate::verify_certificate(&stored.certificate, is_cwt, &self.chip.rom.manufacturer, self.chip_id())?;
+            certificate::verify_certificate(&content.certificate, is_cwt, &self.chip.rom.manufacturer, self.chip_id())?;
         Ok(DeviceRecord {
             chip: self.chip_id().clone(),
             identity: package.identity.clone(),
             profile: package.profile.clone(),
-            certificate: stored.certificate,
+            certificate: content.certificate,
             certificate_is_cwt: is_cwt,
             serial: certificate.serial().to_vec(),
             public_key: certificate.public_key().map(|key| key.spki_der().to_vec()),
-            backup: stored.backup,
+            backup: content.backup,
             master_key_version: package.master_key_version,
             session: package.session,
             published,
         })
     }
 
-    /// Empties the flash. ROM and chip key stay.
+    /// Erases the flash. ROM and chip key are unaffected.
     ///
     /// # Errors
     /// If the flash cannot be written.
@@ -297,25 +298,25 @@ impl Device {
         self.flash.wipe()
     }
 
-    /// Makes a wiped device whole again with its record from the public database, whoever brought it.
+    /// Restores an erased device from its public record. The record may come from any source.
     ///
     /// # Errors
-    /// If the record is not of this chip, or was altered. The flash is unchanged then.
-    pub fn recover(&mut self, record: &PublicRecord<'_>) -> Result<Installed, DeviceError> {
+    /// If the record is for another chip, or was modified. The flash is then unchanged.
+    pub fn recover(&mut self, record: &PublicRecord<'_>) -> Result<InstalledPackage, DeviceError> {
         let bytes = self.chip.key.decrypt(record.backup, self.chip_id(), record.certificate)?;
         let package = DataPackage::decode(bytes.expose())?;
         let certificate = &package.certificate;
         if certificate.device_certificate() != record.certificate || certificate.is_cwt() != record.is_cwt {
-            return Err(DeviceError::Certificate("the record's is not the one in the backup".into()));
+            return Err(DeviceError::Certificate("the record's certificate differs from the one in the backup".into()));
         }
         let installed = self.check(&package)?;
-        let stored = Stored { certificate: record.certificate.to_vec(), backup: record.backup.to_vec() };
-        self.flash.write(&stored.to_bytes()?)?;
+        let content = FlashContent { certificate: record.certificate.to_vec(), backup: record.backup.to_vec() };
+        self.flash.write(&content.to_bytes()?)?;
         Ok(installed)
     }
 
-    /// What must be true of every package before it is stored, wherever it came from.
-    fn check(&self, package: &DataPackage) -> Result<Installed, DeviceError> {
+    /// Verifies a package before it is stored, regardless of its source.
+    fn check(&self, package: &DataPackage) -> Result<InstalledPackage, DeviceError> {
         expect("data package", "chip", &package.chip, self.chip_id())?;
         let bytes = package.certificate.device_certificate();
         let certificate = certificate::verify_certificate(
@@ -324,21 +325,21 @@ impl Device {
             &self.chip.rom.manufacturer,
             self.chip_id(),
         )?;
-        if !certificate.is_for(&package.identity) {
+        if !certificate.binds_identity(&package.identity) {
             let found = package.identity.value();
             expect("data package", "identity", &*found, certificate.identity_value())?;
-            return Err(DeviceError::Certificate("it binds an identity of another kind".into()));
+            return Err(DeviceError::Certificate("it binds another type of identity".into()));
         }
         if let Some(certified) = certificate.public_key() {
-            let (whose, held) = match &package.key_pair {
-                Some(delivered) => ("data package", delivered.public().clone()),
+            let (owner, public_key) = match &package.key_pair {
+                Some(pair) => ("data package", pair.public().clone()),
                 None => ("chip", self.own_key_pair()?.public().clone()),
             };
-            if held != *certified {
-                return Err(DeviceError::KeyMismatch(whose));
+            if public_key != *certified {
+                return Err(DeviceError::KeyMismatch(owner));
             }
         }
-        Ok(Installed {
+        Ok(InstalledPackage {
             session: package.session,
             identity: package.identity.clone(),
             profile: package.profile.clone(),
@@ -350,34 +351,35 @@ impl Device {
         })
     }
 
-    /// Whether exactly this package is stored; a damaged flash holds nothing.
-    fn holds(&self, bytes: &SecretBytes) -> bool {
-        self.decrypted()
-            .is_ok_and(|held| aws_lc_rs::constant_time::verify_slices_are_equal(held.expose(), bytes.expose()).is_ok())
+    /// Whether exactly this package is stored; `false` if the flash is damaged.
+    fn has_stored(&self, bytes: &SecretBytes) -> bool {
+        self.decrypt_package().is_ok_and(|stored| {
+            aws_lc_rs::constant_time::verify_slices_are_equal(stored.expose(), bytes.expose()).is_ok()
+        })
     }
 
-    fn decrypted(&self) -> Result<SecretBytes, DeviceError> {
-        let stored = self.stored()?;
-        self.chip.key.decrypt(&stored.backup, self.chip_id(), &stored.certificate)
+    fn decrypt_package(&self) -> Result<SecretBytes, DeviceError> {
+        let content = self.flash_content()?;
+        self.chip.key.decrypt(&content.backup, self.chip_id(), &content.certificate)
     }
 
-    fn stored(&self) -> Result<Stored, DeviceError> {
+    fn flash_content(&self) -> Result<FlashContent, DeviceError> {
         let bytes = self.flash.read()?.ok_or(DeviceError::Empty)?;
-        Stored::from_bytes(&bytes).map_err(|e| DeviceError::Damaged(e.to_string()))
+        FlashContent::from_bytes(&bytes).map_err(|e| DeviceError::Damaged(e.to_string()))
     }
 }
 
-/// The content of the flash: `{1: certificate, 2: backup package}` in deterministic CBOR. Nothing in it is secret.
-struct Stored {
+/// The content of the flash: `{1: certificate, 2: backup package}` in deterministic CBOR. Contains no secret.
+struct FlashContent {
     certificate: Vec<u8>,
     backup: Vec<u8>,
 }
 
-impl Stored {
+impl FlashContent {
     fn to_bytes(&self) -> Result<Vec<u8>, DeviceError> {
         let mut out = Writer::with_limit(flash::CAPACITY);
         out.map(2).int(1).bytes(&self.certificate).int(2).bytes(&self.backup);
-        out.finish_public().ok_or_else(|| DeviceError::Damaged("the content would be too large".into()))
+        out.finish_public().ok_or_else(|| DeviceError::Damaged("content too large".into()))
     }
 
     fn from_bytes(bytes: &[u8]) -> Result<Self, CborError> {

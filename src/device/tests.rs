@@ -1,4 +1,4 @@
-//! A manufacturer, its fab, and devices that are installed, wiped, recovered and lied to.
+//! Devices that are installed, confirmed, wiped, recovered and attacked.
 
 use ciborium::Value;
 use coset::{CoseSign1Builder, HeaderBuilder, TaggedCborSerializable as _, iana};
@@ -19,7 +19,7 @@ use crate::tlog::{HashSource, LogProof, TileId, Tree, leaf_hash, prove_inclusion
 const IDENTITY: &str = "serial:SN-0001";
 const X25519: Option<TransportCurve> = Some(TransportCurve::X25519);
 
-/// A manufacturer with a fab.
+/// A manufacturer key and a simulated fab.
 struct Factory {
     manufacturer: DevicePrivateKey,
     fab: SimulatedFab,
@@ -38,14 +38,14 @@ impl Factory {
         self.fab.device(&chip(byte), X25519).unwrap()
     }
 
-    /// A package with a delivered pair of the kind.
+    /// A package with a delivered key pair of this type.
     fn package(&self, byte: u8, kind: KeyKind) -> DataPackage {
         let pair = pair(kind);
         let device = certificate(&self.manufacturer, &chip(byte), IDENTITY, pair.public());
         self.package_with(byte, CertificateChain::X509 { device, issuers: vec![] }, Some(pair))
     }
 
-    /// A package with symmetric keys alone.
+    /// A package with symmetric keys only.
     fn symmetric_package(&self, byte: u8) -> DataPackage {
         self.package_with(byte, CertificateChain::Cwt(cwt(&self.manufacturer, &chip(byte), IDENTITY)), None)
     }
@@ -64,18 +64,18 @@ impl Factory {
     }
 }
 
-fn install(device: &mut Device, package: &DataPackage) -> Result<Installed, DeviceError> {
+fn install(device: &mut Device, package: &DataPackage) -> Result<InstalledPackage, DeviceError> {
     device.install(&package.session, &Delivery::Clear(&package.encode().unwrap()))
 }
 
-fn refusal(device: &mut Device, package: &DataPackage) -> String {
-    let refused = install(device, package).unwrap_err().to_string();
-    assert!(matches!(device.backup(), Err(DeviceError::Empty)), "nothing is stored after: {refused}");
-    refused
+fn rejection(device: &mut Device, package: &DataPackage) -> String {
+    let message = install(device, package).unwrap_err().to_string();
+    assert!(matches!(device.backup(), Err(DeviceError::Empty)), "nothing is stored after: {message}");
+    message
 }
 
 #[test]
-fn a_device_is_installed_confirmed_wiped_and_recovered() {
+fn device_with_every_key_type_installs_confirms_and_recovers() {
     let factory = Factory::new();
     for kind in [KeyKind::P256, KeyKind::P384, KeyKind::Ed25519, KeyKind::Rsa2048] {
         let mut device = factory.device(kind as u8);
@@ -87,7 +87,7 @@ fn a_device_is_installed_confirmed_wiped_and_recovered() {
         let backup = device.backup().unwrap();
         let rules = BackupRules { format: BackupFormat::Cose, max_bytes: 8192 };
         BackupPackage::accept(&backup, &rules, &package.chip, &bytes, &package.secrets()).unwrap();
-        let claims = ConfirmationClaims::about(package.session, package.chip.clone(), &bytes, &backup);
+        let claims = ConfirmationClaims::new(package.session, package.chip.clone(), &bytes, &backup);
         let key = ConfirmationKey::Pair(installed.public_key.as_ref().unwrap());
         verify_confirmation(&device.confirmation().unwrap(), &claims, &key).unwrap();
 
@@ -101,20 +101,20 @@ fn a_device_is_installed_confirmed_wiped_and_recovered() {
 }
 
 #[test]
-fn a_device_without_a_pair_confirms_with_its_symmetric_key() {
+fn device_without_key_pair_confirms_with_symmetric_key() {
     let factory = Factory::new();
     let mut device = factory.device(1);
     let package = factory.symmetric_package(1);
     let installed = install(&mut device, &package).unwrap();
     assert_eq!((installed.is_cwt, installed.public_key), (true, None));
     let (bytes, backup) = (package.encode().unwrap(), device.backup().unwrap());
-    let claims = ConfirmationClaims::about(package.session, package.chip.clone(), &bytes, &backup);
+    let claims = ConfirmationClaims::new(package.session, package.chip.clone(), &bytes, &backup);
     let key = ConfirmationKey::Symmetric(package.symmetric_keys[0].key());
     verify_confirmation(&device.confirmation().unwrap(), &claims, &key).unwrap();
 }
 
 #[test]
-fn a_device_that_made_its_own_pair_confirms_with_it_and_recovers_it() {
+fn device_with_own_key_pair_confirms_and_recovers() {
     let factory = Factory::new();
     let mut device = factory.device(1);
     let own = device.own_key_pair().unwrap();
@@ -122,64 +122,65 @@ fn a_device_that_made_its_own_pair_confirms_with_it_and_recovers_it() {
     let package = factory.package_with(1, CertificateChain::X509 { device: leaf, issuers: vec![] }, None);
     install(&mut device, &package).unwrap();
     let backup = device.backup().unwrap();
-    let claims = ConfirmationClaims::about(package.session, chip(1), &package.encode().unwrap(), &backup);
+    let claims = ConfirmationClaims::new(package.session, chip(1), &package.encode().unwrap(), &backup);
     verify_confirmation(&device.confirmation().unwrap(), &claims, &ConfirmationKey::Pair(own.public())).unwrap();
-    // Another chip has another pair, and the certificate is not for it.
+    // Another chip derives another key pair; a certificate for it is rejected.
     let other = factory.device(2).own_key_pair().unwrap();
     let leaf = certificate(&factory.manufacturer, &chip(1), IDENTITY, other.public());
     let foreign = factory.package_with(1, CertificateChain::X509 { device: leaf, issuers: vec![] }, None);
     assert!(matches!(install(&mut device, &foreign), Err(DeviceError::KeyMismatch("chip"))));
-    assert_eq!(device.backup().unwrap(), backup, "a refused package leaves the installed one");
+    assert_eq!(device.backup().unwrap(), backup, "a rejected package leaves the installed one unchanged");
 }
 
 #[test]
-fn a_sealed_package_is_installed_by_its_chip_only() {
+fn sealed_package_installs_only_on_its_chip() {
     let factory = Factory::new();
     for curve in [TransportCurve::P256, TransportCurve::X25519] {
         let device = |byte| factory.fab.device(&chip(byte), Some(curve)).unwrap();
         let package = factory.package(1, KeyKind::P256);
-        let to = device(1).transport_public_key().unwrap().unwrap();
-        let sealed = seal(&package.encode().unwrap(), &to, &package.session, &package.chip).unwrap();
-        let install = |byte, of| device(byte).install(&session(of), &Delivery::Sealed(&sealed));
+        let transport_key = device(1).transport_public_key().unwrap().unwrap();
+        let sealed = seal(&package.encode().unwrap(), &transport_key, &package.session, &package.chip).unwrap();
+        let install =
+            |chip_byte, session_byte| device(chip_byte).install(&session(session_byte), &Delivery::Sealed(&sealed));
         assert!(install(2, 1).is_err());
         assert!(install(1, 2).is_err());
         assert!(install(1, 1).is_ok());
-        let mut bare = factory.fab.device(&chip(1), None).unwrap();
-        let refused = bare.install(&session(1), &Delivery::Sealed(&sealed));
-        assert!(matches!(refused, Err(DeviceError::NoTransportKey)));
+        let mut unsealed = factory.fab.device(&chip(1), None).unwrap();
+        let result = unsealed.install(&session(1), &Delivery::Sealed(&sealed));
+        assert!(matches!(result, Err(DeviceError::NoTransportKey)));
     }
 }
 
 #[test]
-fn a_package_for_something_else_is_refused() {
+fn package_of_other_chip_session_or_identity_rejected() {
     let factory = Factory::new();
     let mut device = factory.device(1);
-    assert!(refusal(&mut device, &factory.package(2, KeyKind::P256)).contains("for chip 0202"));
+    assert!(rejection(&mut device, &factory.package(2, KeyKind::P256)).contains("for chip 0202"));
     let bytes = factory.package(1, KeyKind::P256).encode().unwrap();
-    let refused = device.install(&session(9), &Delivery::Clear(&bytes)).unwrap_err().to_string();
-    assert!(refused.contains("for session 0101"), "{refused}");
+    let message = device.install(&session(9), &Delivery::Clear(&bytes)).unwrap_err().to_string();
+    assert!(message.contains("for session 0101"), "{message}");
     let mut other_identity = factory.package(1, KeyKind::P256);
     other_identity.identity = "serial:SN-0002".parse().unwrap();
-    assert!(refusal(&mut device, &other_identity).contains("for identity SN-0002"));
+    assert!(rejection(&mut device, &other_identity).contains("for identity SN-0002"));
 }
 
 #[test]
-fn a_certificate_that_the_rom_does_not_vouch_for_is_refused() {
-    let (factory, stranger) = (Factory::new(), Factory::new());
+fn package_with_wrong_certificate_or_key_rejected() {
+    let (factory, other) = (Factory::new(), Factory::new());
     let mut device = factory.device(1);
-    assert!(refusal(&mut device, &stranger.package(1, KeyKind::P256)).contains("the signature does not verify"));
-    assert!(refusal(&mut device, &stranger.symmetric_package(1)).contains("the signature does not verify"));
+    assert!(rejection(&mut device, &other.package(1, KeyKind::P256)).contains("the signature does not verify"));
+    assert!(rejection(&mut device, &other.symmetric_package(1)).contains("the signature does not verify"));
 
     let other_chip = DataPackage { chip: chip(1), session: session(1), ..factory.package(2, KeyKind::P256) };
-    assert!(refusal(&mut device, &other_chip).contains("it is for another chip"));
+    assert!(rejection(&mut device, &other_chip).contains("issued for another chip"));
     let other_chip = DataPackage { chip: chip(1), session: session(1), ..factory.symmetric_package(2) };
-    assert!(refusal(&mut device, &other_chip).contains("it is for another chip"));
+    assert!(rejection(&mut device, &other_chip).contains("issued for another chip"));
     let other_key = DataPackage { key_pair: Some(pair(KeyKind::P256)), ..factory.package(1, KeyKind::P256) };
-    assert!(refusal(&mut device, &other_key).contains("private key of the data package does not belong"));
+    assert!(rejection(&mut device, &other_key).contains("private key of the data package does not match"));
 }
 
 #[test]
-fn the_same_package_again_keeps_its_backup() {
+fn reinstalled_package_keeps_its_backup() {
     let factory = Factory::new();
     let mut device = factory.device(1);
     let package = factory.package(1, KeyKind::Ed25519);
@@ -187,16 +188,16 @@ fn the_same_package_again_keeps_its_backup() {
     let backup = device.backup().unwrap();
     install(&mut device, &package).unwrap();
     assert_eq!(device.backup().unwrap(), backup);
-    // A device that was switched off and on again, from the same fab.
+    // The same device after a power cycle.
     let fab = SimulatedFab::open(factory._directory.path()).unwrap();
     assert_eq!(fab.device(&chip(1), X25519).unwrap().backup().unwrap(), backup);
-    // A new session of the same device replaces it.
+    // A package of another session replaces the stored one.
     install(&mut device, &DataPackage { session: session(7), ..factory.package(1, KeyKind::Ed25519) }).unwrap();
     assert_ne!(device.backup().unwrap(), backup);
 }
 
 #[test]
-fn a_record_of_another_chip_or_an_altered_one_does_not_recover() {
+fn recover_with_wrong_or_altered_record_fails() {
     let factory = Factory::new();
     let (mut one, mut other) = (factory.device(1), factory.device(2));
     let installed = install(&mut one, &factory.package(1, KeyKind::P256)).unwrap();
@@ -205,44 +206,44 @@ fn a_record_of_another_chip_or_an_altered_one_does_not_recover() {
     assert!(other.recover(&record).unwrap_err().to_string().contains("kid"));
     let leaf = certificate(&factory.manufacturer, &chip(1), IDENTITY, generate_p256().unwrap().public());
     let swapped = PublicRecord { certificate: &leaf, ..record };
-    assert!(matches!(one.recover(&swapped), Err(DeviceError::Backup(BackupRefused::DoesNotOpen))));
+    assert!(matches!(one.recover(&swapped), Err(DeviceError::Backup(BackupError::DoesNotOpen))));
     let as_cwt = PublicRecord { is_cwt: true, ..record };
     assert!(matches!(one.recover(&as_cwt), Err(DeviceError::Certificate(_))));
-    assert!(one.installed().is_ok(), "refused records leave the flash as it was");
+    assert!(one.installed().is_ok(), "rejected records leave the flash unchanged");
 }
 
 #[test]
-fn a_damaged_flash_is_told_and_can_be_recovered() {
+fn damaged_flash_detected_and_recovered() {
     let factory = Factory::new();
     let mut device = factory.device(1);
     let package = factory.package(1, KeyKind::P256);
     let installed = install(&mut device, &package).unwrap();
     let backup = device.backup().unwrap();
     let flash = device.flash.read().unwrap().unwrap();
-    for at in (0..flash.len()).step_by(13) {
+    for index in (0..flash.len()).step_by(13) {
         let mut altered = flash.clone();
-        altered[at] ^= 0x10;
+        altered[index] ^= 0x10;
         device.flash.write(&altered).unwrap();
-        assert!(device.installed().is_err(), "{at}");
+        assert!(device.installed().is_err(), "{index}");
     }
     let record = PublicRecord { certificate: &installed.certificate, is_cwt: false, backup: &backup };
     assert_eq!(device.recover(&record).unwrap(), installed);
 }
 
 #[test]
-fn a_fab_is_made_once_and_kept_private() {
+fn fab_file_created_once_and_private() {
     use std::os::unix::fs::PermissionsExt as _;
     let factory = Factory::new();
     let directory = factory._directory.path();
     let manufacturer = factory.manufacturer.public().clone();
     let again = SimulatedFab::create(directory, manufacturer, None).map(|_| ()).unwrap_err().to_string();
-    assert!(again.contains("there already"), "{again}");
+    assert!(again.contains("already exists"), "{again}");
     let file = directory.join("fab.cbor");
     assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
     std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o640)).unwrap();
     assert!(SimulatedFab::open(directory).map(|_| ()).unwrap_err().to_string().contains("chmod 600"));
     assert!(
-        SimulatedFab::open(directory.join("nowhere")).map(|_| ()).unwrap_err().to_string().contains("create it first")
+        SimulatedFab::open(directory.join("missing")).map(|_| ()).unwrap_err().to_string().contains("create it first")
     );
     std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).unwrap();
     std::fs::write(&file, [0xa0]).unwrap();
@@ -253,7 +254,7 @@ proptest! {
     #![proptest_config(spp_testkit::random::cases(32, 1600))]
 
     #[test]
-    fn whatever_is_delivered_a_device_does_not_panic(bytes: Vec<u8>, as_record: Vec<u8>) {
+    fn device_rejects_arbitrary_bytes_without_panic(bytes: Vec<u8>, as_record: Vec<u8>) {
         let factory = Factory::new();
         let mut device = factory.device(1);
         prop_assert!(device.install(&session(1), &Delivery::Clear(&SecretBytes::copy_of(&bytes))).is_err());
@@ -269,7 +270,7 @@ proptest! {
     }
 }
 
-/// A certificate as small as the device needs it: subject serialNumber = identity, hardwareModuleName = chip.
+/// A minimal device certificate: subject serialNumber = identity, hardwareModuleName = chip.
 fn certificate(manufacturer: &DevicePrivateKey, chip: &ChipId, identity: &str, public: &PublicKey) -> Vec<u8> {
     let oid = |hex_text: &str| hex::decode(hex_text).unwrap();
     let algorithm = tlv(0x30, &[&oid("06082a8648ce3d040302")]);
@@ -332,51 +333,51 @@ fn cwt(manufacturer: &DevicePrivateKey, chip: &ChipId, identity: &str) -> Vec<u8
 }
 
 #[test]
-fn a_device_believes_the_receipt_of_its_own_record_and_no_other() {
+fn receipt_verifies_only_for_own_record() {
     let directory = spp_testkit::files::temp_dir();
     let (manufacturer, log) = (generate_p256().unwrap(), LocalSigner::new("log.example/test"));
     let fab = SimulatedFab::create(directory.path(), manufacturer.public().clone(), Some(log.key().clone())).unwrap();
     drop(fab);
-    // The log's key is in the ROM, which outlives the process.
+    // The log's key is part of the ROM file.
     let fab = SimulatedFab::open(directory.path()).unwrap();
     let factory = Factory { manufacturer, fab, _directory: directory };
     let mut device = factory.device(1);
     let package = factory.package(1, KeyKind::P256);
     device.install(&session(1), &Delivery::Clear(&package.encode().unwrap())).unwrap();
 
-    let own = device.record(77).unwrap().to_bytes().unwrap();
-    let entries = [b"another entry".to_vec(), own.clone(), b"one more".to_vec()];
+    let record = device.expected_record(77).unwrap().to_bytes().unwrap();
+    let entries = [b"another entry".to_vec(), record.clone(), b"one more".to_vec()];
     let mut tree = Tree::default();
     entries.iter().for_each(|entry| drop(tree.push(leaf_hash(entry))));
     let checkpoint = log.checkpoint(&tree);
     let no_tiles = NoTiles;
     let proof = |index| LogProof::new(index, prove_inclusion(&tree, index, &no_tiles).unwrap(), &checkpoint).to_bytes();
     let receipt = device.verify_receipt(77, &proof(1)).unwrap().unwrap();
-    assert_eq!(receipt.record_hash, sha256(&own));
-    let proven = receipt.proof;
-    assert_eq!((proven.index, proven.checkpoint.size()), (1, 3));
+    assert_eq!(receipt.record_hash, sha256(&record));
+    let verified = receipt.proof;
+    assert_eq!((verified.index, verified.checkpoint.size()), (1, 3));
 
-    let refused = |published, proof: &[u8]| {
+    let expect_rejected = |published, proof: &[u8]| {
         let error = device.verify_receipt(published, proof).unwrap_err();
         assert!(matches!(error, DeviceError::Receipt(_)), "{error}");
     };
-    refused(78, &proof(1));
-    refused(77, &proof(0));
-    refused(77, b"");
+    expect_rejected(78, &proof(1));
+    expect_rejected(77, &proof(0));
+    expect_rejected(77, b"");
     let other = LocalSigner::new("log.example/test").checkpoint(&tree);
-    refused(77, &LogProof::new(1, prove_inclusion(&tree, 1, &no_tiles).unwrap(), &other).to_bytes());
-    // Another backup of the same package is another record.
+    expect_rejected(77, &LogProof::new(1, prove_inclusion(&tree, 1, &no_tiles).unwrap(), &other).to_bytes());
+    // A new backup of the same package changes the record.
     device.wipe().unwrap();
     device.install(&session(1), &Delivery::Clear(&package.encode().unwrap())).unwrap();
     let error = device.verify_receipt(77, &proof(1)).unwrap_err();
     assert!(matches!(error, DeviceError::Receipt(_)), "{error}");
 }
 
-/// Three entries fill no tile: all hashes are on the tree's edge.
+/// Three entries fill no tile: all hashes are on the tree's right edge.
 struct NoTiles;
 
 impl HashSource for NoTiles {
     fn tile(&self, tile: TileId) -> Result<Vec<u8>, String> {
-        Err(format!("{tile} is not there"))
+        Err(format!("{tile} not found"))
     }
 }

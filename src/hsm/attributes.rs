@@ -1,11 +1,11 @@
-//! What a key on the token must be, by role: the template it is made with and the audit that it still is that.
+//! The attributes of token keys by role: the template for generation, and the audit of existing keys.
 
 use cryptoki::mechanism::Mechanism;
 use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle};
 use cryptoki::session::Session;
 use serde::{Deserialize, Serialize};
 
-use super::failure::{Doing as _, Failure, FailureClass};
+use super::failure::{Failure, FailureClass, FailureContext as _};
 use super::kdf::Prf;
 use super::module::{KdfRoute, ModuleProfile};
 use crate::keys::KeyKind;
@@ -18,31 +18,31 @@ const SECP384R1: &[u8] = &[0x06, 0x05, 0x2b, 0x81, 0x04, 0x00, 0x22];
 /// `id-Ed25519` in DER (RFC 8410 §3).
 const ED25519: &[u8] = &[0x06, 0x03, 0x2b, 0x65, 0x70];
 
-/// What a key on the token is for; each has one purpose only.
+/// The purpose of a key on the token. Each key has exactly one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum KeyRole {
-    /// Signs certificates: CKA_SIGN and nothing else.
+    /// Signs certificates: CKA_SIGN only.
     Signing(KeyKind),
-    /// Derives device keys: CKA_SIGN (the MAC is the PRF) and nothing else.
+    /// Derives device keys: CKA_SIGN only (the MAC is the PRF).
     Master(Prf),
-    /// Derives device keys by the module's own mechanism: CKA_DERIVE and nothing else.
+    /// Derives device keys by the module's own mechanism: CKA_DERIVE only.
     MasterDeriving(Prf),
-    /// Wraps and unwraps key pairs, and nothing else.
+    /// Wraps and unwraps key pairs only.
     Wrapping,
-    /// Wraps other keys for their backup, and nothing else: what it wrapped is unwrapped with its shares alone.
+    /// Wraps other keys for their backup only. Unwrapping requires the key's shares.
     Backup,
 }
 
-/// How a key came onto the token. PKCS#11 remembers it for the life of the object, and so does the register.
+/// The origin of a key on the token. PKCS#11 attributes and the key manifest record it for the life of the object.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Provenance {
-    /// Made there, and could never leave it.
+    /// Generated on the token, never extractable.
     #[default]
     Made,
-    /// Made there; while the ceremony lasted it could leave the token, wrapped under a backup key.
+    /// Generated on the token; extractable during its ceremony, to be wrapped under a backup key.
     BackedUp,
-    /// Brought there: restored from a backup, or of a kind that the module can back up only so.
+    /// Imported: restored from a backup, or of a key type that the module can back up only this way.
     Imported,
 }
 
@@ -52,7 +52,7 @@ impl Provenance {
     }
 }
 
-/// The usage attributes, in the order of PKCS#11's table; all but the role's own must be false.
+/// The usage attributes in the order of PKCS#11's table. All except those of the role must be false.
 const USAGES: [AttributeType; 6] = [
     AttributeType::Sign,
     AttributeType::Encrypt,
@@ -63,7 +63,7 @@ const USAGES: [AttributeType; 6] = [
 ];
 
 impl KeyRole {
-    /// A master key's role where keys are derived by that route.
+    /// The role of a master key for a derivation route.
     pub(crate) const fn master(prf: Prf, route: KdfRoute) -> Self {
         match route {
             KdfRoute::Prf => Self::Master(prf),
@@ -71,15 +71,15 @@ impl KeyRole {
         }
     }
 
-    /// The same role in a module that derives by that route.
-    pub(crate) const fn by(self, route: KdfRoute) -> Self {
+    /// The role adapted to a module's derivation route.
+    pub(crate) const fn with_route(self, route: KdfRoute) -> Self {
         match self {
             Self::Master(prf) | Self::MasterDeriving(prf) => Self::master(prf, route),
             other => other,
         }
     }
 
-    /// The object class and key types that the role's key may have.
+    /// The object class of the role's key.
     pub(crate) fn class(self) -> ObjectClass {
         match self {
             Self::Signing(_) => ObjectClass::PRIVATE_KEY,
@@ -87,6 +87,7 @@ impl KeyRole {
         }
     }
 
+    /// The key types that the role allows.
     pub(crate) fn key_types(self) -> &'static [KeyType] {
         match self {
             Self::Signing(KeyKind::P256 | KeyKind::P384) => &[KeyType::EC],
@@ -110,7 +111,7 @@ impl KeyRole {
         }
     }
 
-    /// The template of a new token object with this role, private half or secret key.
+    /// The template of a new token object with this role: a private key or a secret key.
     pub(crate) fn template(self, name: &KeyName, id: &[u8], module: &ModuleProfile) -> Vec<Attribute> {
         let mut template = vec![
             Attribute::Token(true),
@@ -149,7 +150,7 @@ fn usage_attribute(usage: AttributeType, value: bool) -> Option<Attribute> {
     }
 }
 
-/// The mechanism and the public template's own part for making a pair of a kind.
+/// The mechanism for generating a pair of a key type, and the type-specific attributes of the public template.
 pub(crate) fn pair_generation(kind: KeyKind) -> (Mechanism<'static>, Vec<Attribute>) {
     let curve = |params: &[u8]| vec![Attribute::EcParams(params.to_vec())];
     match kind {
@@ -164,8 +165,8 @@ pub(crate) fn pair_generation(kind: KeyKind) -> (Mechanism<'static>, Vec<Attribu
     }
 }
 
-/// Refuses a key that is extractable, not sensitive, did not come onto the token as its register says, or is usable for more
-/// than its purpose.
+/// Refuses a key that is extractable, not sensitive, usable for more than its purpose, or whose attributes contradict the
+/// provenance in the manifest.
 pub(crate) fn audit(
     session: &Session,
     object: ObjectHandle,
@@ -183,7 +184,7 @@ pub(crate) fn audit(
     ];
     wanted.extend(USAGES);
     let found =
-        session.get_attributes(object, &wanted).doing(|| format!("reading the attributes of the key {name}"))?;
+        session.get_attributes(object, &wanted).context(|| format!("reading the attributes of the key {name}"))?;
     let problems = problems(&found, role, provenance);
     if problems.is_empty() {
         return Ok(());
@@ -191,7 +192,7 @@ pub(crate) fn audit(
     Err(Failure::new(
         FailureClass::Rejected,
         format!(
-            "the key {name} is not fit to be used: {}; make a new one with sppctl ceremony run",
+            "the key {name} fails the attribute audit: {}; generate a new one with `sppctl ceremony run`",
             problems.join(", ")
         ),
     ))
@@ -208,17 +209,17 @@ fn problems(found: &[Attribute], role: KeyRole, provenance: Provenance) -> Vec<S
     must(Attribute::Extractable(false), "CKA_EXTRACTABLE is not false", &mut problems);
     if provenance != Provenance::Imported {
         must(Attribute::AlwaysSensitive(true), "CKA_ALWAYS_SENSITIVE is not true", &mut problems);
-        must(Attribute::Local(true), "CKA_LOCAL is not true: it was not made on this token", &mut problems);
+        must(Attribute::Local(true), "CKA_LOCAL is not true: it was not generated on this token", &mut problems);
     }
     if provenance == Provenance::Made {
         must(Attribute::NeverExtractable(true), "CKA_NEVER_EXTRACTABLE is not true", &mut problems);
     }
     if !role.key_types().iter().any(|t| found.contains(&Attribute::KeyType(*t))) {
-        problems.push("CKA_KEY_TYPE does not fit its role".to_owned());
+        problems.push("CKA_KEY_TYPE does not match its role".to_owned());
     }
     for usage in USAGES {
         let allowed = role.usages().contains(&usage);
-        // An absent usage counts as false: private keys have no CKA_WRAP.
+        // A missing usage attribute counts as false: private keys have no CKA_WRAP.
         let is_set = usage_attribute(usage, true).is_some_and(|set| found.contains(&set));
         if is_set != allowed {
             problems.push(format!("CKA_{} is {is_set}", format!("{usage:?}").to_uppercase()));
@@ -231,7 +232,7 @@ fn problems(found: &[Attribute], role: KeyRole, provenance: Provenance) -> Vec<S
 mod tests {
     use super::*;
 
-    fn fit() -> Vec<Attribute> {
+    fn valid_attributes() -> Vec<Attribute> {
         vec![
             Attribute::Sensitive(true),
             Attribute::Extractable(false),
@@ -246,12 +247,12 @@ mod tests {
     }
 
     #[test]
-    fn a_fit_key_has_no_problems() {
-        assert_eq!(problems(&fit(), KeyRole::Wrapping, Provenance::Made), Vec::<String>::new());
+    fn valid_key_has_no_problems() {
+        assert_eq!(problems(&valid_attributes(), KeyRole::Wrapping, Provenance::Made), Vec::<String>::new());
     }
 
     #[test]
-    fn each_single_departure_is_found() {
+    fn each_wrong_attribute_is_found() {
         for (right, wrong) in [
             (Attribute::Sensitive(true), Attribute::Sensitive(false)),
             (Attribute::Extractable(false), Attribute::Extractable(true)),
@@ -263,16 +264,16 @@ mod tests {
             (Attribute::Sign(false), Attribute::Sign(true)),
             (Attribute::Sign(false), Attribute::Decrypt(true)),
         ] {
-            let mut attributes = fit();
+            let mut attributes = valid_attributes();
             attributes.retain(|a| *a != right);
-            assert!(attributes.len() < fit().len());
+            assert!(attributes.len() < valid_attributes().len());
             attributes.push(wrong.clone());
             assert_eq!(problems(&attributes, KeyRole::Wrapping, Provenance::Made).len(), 1, "{wrong:?}");
         }
     }
 
     #[test]
-    fn only_what_its_provenance_explains_is_forgiven() {
+    fn provenance_allows_only_its_own_attributes() {
         let departures = [
             (Attribute::NeverExtractable(true), 0, 0),
             (Attribute::Local(true), 1, 0),
@@ -280,12 +281,12 @@ mod tests {
             (Attribute::Extractable(false), 1, 1),
             (Attribute::Sensitive(true), 1, 1),
         ];
-        for (gone, backed_up, imported) in departures {
-            let mut attributes = fit();
-            attributes.retain(|a| *a != gone);
+        for (missing, backed_up, imported) in departures {
+            let mut attributes = valid_attributes();
+            attributes.retain(|a| *a != missing);
             let count = |provenance| problems(&attributes, KeyRole::Wrapping, provenance).len();
             let counts = [Provenance::Made, Provenance::BackedUp, Provenance::Imported].map(count);
-            assert_eq!(counts, [1, backed_up, imported], "{gone:?}");
+            assert_eq!(counts, [1, backed_up, imported], "{missing:?}");
         }
     }
 }

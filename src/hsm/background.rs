@@ -1,5 +1,5 @@
-//! The handle's verbs that no device waits for: pairs made in advance, batches of them begun, moved and ended. They are done by
-//! threads of their own in the worker, of the lowest priority.
+//! Background operations of the handle: pregenerates pairs, and creates, rewraps and destroys batches. Separate worker threads
+//! with the lowest priority perform them, so that no device waits for them.
 
 use std::time::Duration;
 
@@ -7,69 +7,71 @@ use super::connection::BACKGROUND_LIMIT;
 use super::failure::HsmError;
 use super::handle::{CallOptions, Hsm, unexpected};
 use super::objects::public_key;
-use super::wire::{Answer, Keep, Kept, Operation, Priority};
+use super::wire::{Answer, Operation, Priority, StorageTarget, StoredForm};
 use crate::keys::{BatchName, KeyKind, PublicKey, StoredKey, TokenPair, WrappedKey};
 
-/// How long what takes no processor may take, behind a pair that is being made perhaps: one HSM that hangs must not stop everything.
+/// Deadline of a short operation, which may wait for a pair being generated. A hung HSM must not block the other HSMs.
 const SHORT: Duration = Duration::from_secs(60);
-/// How long the moving of some pairs may take.
+/// Deadline of rewrapping a group of pairs.
 const MOVE: Duration = Duration::from_secs(5 * 60);
 
-/// How often what failed is tried again before it is said.
+/// Maximum number of attempts before an error is returned.
 const ATTEMPTS: u32 = 5;
 
-/// Where new pairs are kept.
+/// Where new pairs are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum KeepIn {
-    /// Wrapped under the batch's key.
+pub enum PairStorage {
+    /// In the secret store, wrapped under the batch key.
     Wrapped(BatchName),
-    /// As objects of the token.
+    /// As token objects.
     OnToken(BatchName),
 }
 
-/// What daemons made on the token.
+/// Token objects that daemons have generated.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct OwnObjects {
+pub struct DaemonObjects {
     /// Batch keys.
     pub keys: Vec<BatchName>,
-    /// Pairs, by their batch.
+    /// Pairs, each with its batch.
     pub pairs: Vec<(BatchName, TokenPair)>,
 }
 
 impl Hsm {
-    /// Makes pairs for later: one, then as many as are made within the time, at most so many.
+    /// Pregenerates pairs: at least one, then more until `within` has elapsed, up to `at_most`.
     pub async fn make_pairs(
         &self,
         kind: KeyKind,
-        keep: KeepIn,
+        target: PairStorage,
         at_most: u32,
         within: Duration,
     ) -> Result<Vec<(PublicKey, StoredKey)>, HsmError> {
         let within_ms = u32::try_from(within.as_millis()).unwrap_or(u32::MAX);
-        let order = match keep {
-            KeepIn::Wrapped(batch) => Keep::Wrapped(batch.key()),
-            KeepIn::OnToken(batch) => Keep::OnToken(batch.pairs()),
+        let target = match target {
+            PairStorage::Wrapped(batch) => StorageTarget::Wrapped(batch.key()),
+            PairStorage::OnToken(batch) => StorageTarget::OnToken(batch.pairs()),
         };
-        let operation = || Operation::MakePairs { kind, keep: order.clone(), at_most, within_ms };
-        // What a lost call had put on the token stays there; the caller must know of it, to have it destroyed.
-        let attempts = if matches!(order, Keep::OnToken(_)) { 1 } else { ATTEMPTS };
+        let operation = || Operation::MakePairs { kind, target: target.clone(), at_most, within_ms };
+        // A lost call leaves its pairs on the token. The caller must see the error, to have them destroyed.
+        let attempts = if matches!(target, StorageTarget::OnToken(_)) { 1 } else { ATTEMPTS };
         let Answer::Made(made) = self.attempt(attempts, BACKGROUND_LIMIT, operation).await? else {
             return Err(unexpected());
         };
         let pair = |pair: super::wire::MadePair| {
-            let kept = match (pair.kept, &order) {
-                (Kept::Blob(blob), Keep::Wrapped(key)) => {
+            let stored = match (pair.stored, &target) {
+                (StoredForm::Blob(blob), StorageTarget::Wrapped(key)) => {
                     StoredKey::Wrapped(WrappedKey { wrapping_key: key.clone(), blob })
                 }
-                (Kept::Id(id), Keep::OnToken(label)) => StoredKey::OnToken(TokenPair { label: label.clone(), id }),
+                (StoredForm::Id(id), StorageTarget::OnToken(label)) => {
+                    StoredKey::OnToken(TokenPair { label: label.clone(), id })
+                }
                 _ => return Err(unexpected()),
             };
-            Ok((public_key(kind, pair.public)?, kept))
+            Ok((public_key(kind, pair.public)?, stored))
         };
         made.into_iter().map(pair).collect()
     }
 
-    /// Wraps what is wrapped under one batch's key under another's; the keys are in clear inside the HSM alone.
+    /// Rewraps keys from one batch key to another. The keys are in clear only inside the HSM.
     pub async fn move_keys(
         &self,
         from: BatchName,
@@ -84,7 +86,7 @@ impl Hsm {
         }
     }
 
-    /// Makes a batch's key on the token; it is durable when this returns. One that is there already stays.
+    /// Generates a batch key on the token unless it exists. The key is durable when this returns.
     pub async fn create_batch_key(&self, batch: BatchName) -> Result<(), HsmError> {
         let operation = || Operation::CreateBatchKey { key: batch.key() };
         match self.in_background(operation).await? {
@@ -93,35 +95,38 @@ impl Hsm {
         }
     }
 
-    /// Destroys a batch's key (C_DestroyObject); when this returns it was looked for and not found, by its keepers, or by every HSM
-    /// if none is on record.
+    /// Destroys a batch key (C_DestroyObject) on its owners, or on every HSM if no owner is recorded. When this returns, a lookup
+    /// has confirmed that the key no longer exists.
     pub async fn destroy_batch_key(&self, batch: BatchName) -> Result<(), HsmError> {
         self.destroyed(Some(batch), || Operation::DestroyBatchKey { key: batch.key() }).await
     }
 
-    /// Destroys a pair on the token; when this returns it was looked for and not found, likewise.
+    /// Destroys a pair on the token. When this returns, a lookup has confirmed that the pair no longer exists.
     pub async fn destroy_pair(&self, kind: KeyKind, pair: &TokenPair) -> Result<(), HsmError> {
-        let batch = BatchName::of_pairs(&pair.label);
+        let batch = BatchName::from_pair_label(&pair.label);
         self.destroyed(batch, || Operation::DestroyPair { kind, pair: pair.clone() }).await
     }
 
-    /// What daemons made on the tokens, whichever their store.
-    pub async fn own_objects(&self) -> Result<OwnObjects, HsmError> {
-        let mut own = OwnObjects::default();
-        for member in self.each() {
-            let Answer::Own { keys, pairs } = self.at(member).in_background(|| Operation::ListOwn).await? else {
+    /// Lists the objects that daemons have generated on the tokens, for any store.
+    pub async fn daemon_objects(&self) -> Result<DaemonObjects, HsmError> {
+        let mut objects = DaemonObjects::default();
+        for member in self.members() {
+            let Answer::Own { keys, pairs } = self.pinned_to(member).in_background(|| Operation::ListOwn).await? else {
                 return Err(unexpected());
             };
-            own.keys.extend(keys.iter().filter_map(BatchName::of_key));
-            own.pairs.extend(pairs.into_iter().filter_map(|pair| Some((BatchName::of_pairs(&pair.label)?, pair))));
+            objects.keys.extend(keys.iter().filter_map(BatchName::from_key_name));
+            objects
+                .pairs
+                .extend(pairs.into_iter().filter_map(|pair| Some((BatchName::from_pair_label(&pair.label)?, pair))));
         }
-        Ok(own)
+        Ok(objects)
     }
 
     async fn destroyed(&self, batch: Option<BatchName>, operation: impl Fn() -> Operation) -> Result<(), HsmError> {
-        let keepers = batch.filter(|_| self.only.is_none()).map(|batch| self.keepers(batch)).unwrap_or_default();
-        for member in self.each().filter(|member| keepers.is_empty() || keepers.contains(member)) {
-            match self.at(member).in_background(&operation).await? {
+        let batch_owners =
+            batch.filter(|_| self.only.is_none()).map(|batch| self.batch_owners(batch)).unwrap_or_default();
+        for member in self.members().filter(|member| batch_owners.is_empty() || batch_owners.contains(member)) {
+            match self.pinned_to(member).in_background(&operation).await? {
                 Answer::Destroyed => {}
                 _ => return Err(unexpected()),
             }
@@ -140,7 +145,7 @@ impl Hsm {
         operation: impl Fn() -> Operation,
     ) -> Result<Answer, HsmError> {
         let operations = || vec![operation()];
-        let terms = CallOptions { lane: Priority::Background, limit, attempts, about: None, impatient: false };
-        self.call_on(terms, operations, |mut answers, _| answers.next()).await
+        let options = CallOptions { priority: Priority::Background, limit, attempts, batch: None, fail_fast: false };
+        self.call_on(options, operations, |mut answers, _| answers.next()).await
     }
 }

@@ -1,8 +1,8 @@
-//! Backups of ceremony keys: wrapped under a backup key while they are made, unwrapped from there onto another token.
+//! Backs up ceremony keys, wrapped under a backup key at generation, and restores them to another token.
 //!
-//! A key that cannot leave the token cannot be wrapped either. So a key with a backup is made as an extractable session object,
-//! which no other process can see, is wrapped, and is copied to the token as one that cannot be extracted; then the session
-//! object is destroyed. The backup key itself is on the token for wrapping alone: reading a backup needs the officers' shares.
+//! A key that is not extractable cannot be wrapped. Therefore a key with a backup is generated as an extractable session object,
+//! which no other process can see, is wrapped, and is copied to the token as a key that is not extractable. Then the session
+//! object is destroyed. The backup key on the token can only wrap: reading a backup requires the officers' shares.
 
 use std::collections::BTreeMap;
 
@@ -12,11 +12,11 @@ use cryptoki::object::{Attribute, KeyType, ObjectClass, ObjectHandle};
 use zeroize::Zeroizing;
 
 use super::attributes::{KeyRole, Provenance, pair_generation};
-use super::failure::{Doing as _, Failure, FailureClass, HsmError};
+use super::failure::{Failure, FailureClass, FailureContext as _, HsmError};
 use super::kdf::Prf;
 use super::key_manifest::BackupKey;
 use super::module::{ModuleProfile, WrapMechanism};
-use super::objects::{Ceremony, CreatedKey, Made, master_generation, public_template, refused};
+use super::objects::{Ceremony, CreatedKey, NewKeyParts, master_generation, public_template, to_hsm_error};
 use super::operations::TokenOperations;
 use super::token::find_one;
 use super::wire::WirePublicKey;
@@ -24,16 +24,16 @@ use crate::keys::{KeyKind, PublicKey};
 use crate::names::KeyName;
 use crate::secret::SecretBytes;
 
-/// Bytes of a backup key: AES-256.
+/// Length of a backup key in bytes: AES-256.
 pub const BACKUP_KEY_LEN: u32 = 32;
-/// Bytes of its check value.
+/// Length of its check value in bytes.
 const CHECK_LEN: usize = 8;
-/// What the check value is made of.
-const CHECKED: [u8; 32] = [0; 32];
-/// Bytes of what a seal is made of, SHA-384: no key that is backed up has so many, so that neither passes for the other.
+/// The input of the check value.
+const CHECK_INPUT: [u8; 32] = [0; 32];
+/// Length of the digest in a seal, SHA-384. No backed-up key has this length, so a seal and a backup cannot be confused.
 pub const SEALED_LEN: usize = 48;
 
-/// What a wrapped key is, as far as the token must be told.
+/// The type of a wrapped key, which the token needs to unwrap it.
 #[derive(Debug, Clone)]
 pub enum Restorable {
     /// A key pair that signs.
@@ -42,96 +42,96 @@ pub enum Restorable {
     Master(Prf),
 }
 
-/// The check value of a backup key that is in this process: the first 8 bytes of what RFC 5649 makes of 32 zero bytes under it.
+/// The check value of a backup key held by this process: the first 8 bytes of the result of wrapping 32 zero bytes (RFC 5649).
 pub fn backup_check_value(key: &SecretBytes) -> Result<Vec<u8>, HsmError> {
     let mut wrapped = [0; 40];
-    // Exposed to be used as a key once; the cipher's own copy is wiped by its library.
+    // Exposed for one use as a key; the library wipes the cipher's copy.
     let kek = AesKek::new(&AES_256, key.expose()).map_err(|_| unusable())?;
-    let wrapped = kek.wrap_with_padding(&CHECKED, &mut wrapped).map_err(|_| unusable())?;
+    let wrapped = kek.wrap_with_padding(&CHECK_INPUT, &mut wrapped).map_err(|_| unusable())?;
     Ok(wrapped[..CHECK_LEN].to_vec())
 }
 
-/// Whether a seal is that of this digest: it is unwrapped with the key in this process.
+/// Whether a seal contains this digest. The seal is unwrapped in this process.
 pub fn is_sealed(key: &SecretBytes, seal: &[u8], digest: &[u8; SEALED_LEN]) -> bool {
     let unwrapped = unwrap_here(key, seal);
     unwrapped.is_ok_and(|sealed| aws_lc_rs::constant_time::verify_slices_are_equal(&sealed, digest).is_ok())
 }
 
 fn unusable() -> HsmError {
-    HsmError::Wrong("a backup key has exactly 32 bytes".to_owned())
+    HsmError::InvalidAnswer("backup key: expected exactly 32 bytes".to_owned())
 }
 
 impl ModuleProfile {
-    /// Whether this module can make and restore backups; the reason if not.
-    pub fn can_back_up(&self) -> Result<(), HsmError> {
+    /// Checks that this module can create and restore backups.
+    pub fn check_backup_support(&self) -> Result<(), HsmError> {
         if self.wrap == WrapMechanism::AesKeyWrapPad {
             return Ok(());
         }
-        let message =
-            "backups are wrapped with AES-KWP (RFC 5649), which this module has not; use its own means of backup";
+        let message = "the module lacks AES-KWP (RFC 5649), which backups require; use the vendor's backup function";
         Err(HsmError::Refused(message.to_owned()))
     }
 }
 
 impl Ceremony {
-    /// Random bytes of the HSM that are secret.
+    /// Secret random bytes from the HSM.
     pub fn random_secret(&self, len: u32) -> Result<SecretBytes, HsmError> {
         self.random(len).map(SecretBytes::new)
     }
 
-    /// Puts a backup key on the token, for wrapping alone.
+    /// Imports a backup key to the token, for wrapping only.
     pub fn create_backup_key(&self, name: &KeyName, key: &SecretBytes) -> Result<CreatedKey, HsmError> {
-        self.create(name, KeyRole::Backup, |verbs, id| {
+        self.create(name, KeyRole::Backup, |operations, id| {
             let mut template = KeyRole::Backup.template(name, id, &self.profile);
             template.extend([Attribute::Class(ObjectClass::SECRET_KEY), Attribute::KeyType(KeyType::AES)]);
-            // Exposed to be imported; cryptoki's attribute is not wiped, the process ends with the ceremony.
+            // Exposed for the import. cryptoki does not wipe the attribute; the process ends with the ceremony.
             template.push(Attribute::Value(key.expose().clone()));
-            verbs.session().create_object(&template).doing(|| format!("importing {name}"))?;
-            Ok(Made { provenance: Provenance::Imported, ..Made::default() })
+            operations.session().create_object(&template).context(|| format!("importing {name}"))?;
+            Ok(NewKeyParts { provenance: Provenance::Imported, ..NewKeyParts::default() })
         })
     }
 
     /// The check value of a backup key on the token.
     pub fn check_value_of_backup_key(&self, key: &BackupKey) -> Result<Vec<u8>, HsmError> {
-        let mut wrapped = self.wrap_bytes(key, &CHECKED)?;
+        let mut wrapped = self.wrap_bytes(key, &CHECK_INPUT)?;
         wrapped.truncate(CHECK_LEN);
         Ok(wrapped)
     }
 
-    /// Binds a digest to a backup key. AES-KWP authenticates: without the key nobody makes a seal that [`is_sealed`] takes.
+    /// Binds a digest to a backup key. AES-KWP authenticates: a seal that [`is_sealed`] accepts cannot be created without the
+    /// key.
     pub fn seal(&self, under: &BackupKey, digest: &[u8; SEALED_LEN]) -> Result<Vec<u8>, HsmError> {
         self.wrap_bytes(under, digest)
     }
 
-    /// Bytes that are not secret, wrapped under a backup key of the token.
+    /// Wraps bytes that are not secret under a backup key of the token.
     fn wrap_bytes(&self, key: &BackupKey, bytes: &[u8]) -> Result<Vec<u8>, HsmError> {
-        let run = |verbs: &mut TokenOperations| -> Result<Vec<u8>, Failure> {
-            let kek = find_one(verbs.session(), ObjectClass::SECRET_KEY, &key.name, &key.id)?;
-            let passing = verbs.session_secret(KeyType::GENERIC_SECRET, bytes)?;
-            let wrapped = verbs.wrap_under(kek, passing);
-            verbs.forget(passing)?;
+        let run = |operations: &mut TokenOperations| -> Result<Vec<u8>, Failure> {
+            let kek = find_one(operations.session(), ObjectClass::SECRET_KEY, &key.name, &key.id)?;
+            let object = operations.session_secret(KeyType::GENERIC_SECRET, bytes)?;
+            let wrapped = operations.wrap_under(kek, object);
+            operations.destroy_session_object(object)?;
             wrapped
         };
-        run(&mut self.verbs(BTreeMap::new())?).map_err(refused)
+        run(&mut self.operations(BTreeMap::new())?).map_err(to_hsm_error)
     }
 
-    /// Makes a signing pair, and its backup under that key.
+    /// Generates a signing pair and its backup under the given backup key.
     pub fn create_signing_key_with_backup(
         &self,
         name: &KeyName,
         kind: KeyKind,
         under: &BackupKey,
     ) -> Result<CreatedKey, HsmError> {
-        self.create(name, KeyRole::Signing(kind), |verbs, id| {
-            let kek = find_one(verbs.session(), ObjectClass::SECRET_KEY, &under.name, &under.id)?;
+        self.create(name, KeyRole::Signing(kind), |operations, id| {
+            let kek = find_one(operations.session(), ObjectClass::SECRET_KEY, &under.name, &under.id)?;
             match self.profile.unwrappable.contains(&kind) {
-                true => self.make_seed(verbs, (name, id), kind, kek),
-                false => self.make_pair(verbs, (name, id), kind, kek),
+                true => self.make_seed(operations, (name, id), kind, kek),
+                false => self.make_pair(operations, (name, id), kind, kek),
             }
         })
     }
 
-    /// Makes a master key, and its backup under that key.
+    /// Generates a master key and its backup under the given backup key.
     pub fn create_master_key_with_backup(
         &self,
         name: &KeyName,
@@ -139,73 +139,75 @@ impl Ceremony {
         under: &BackupKey,
     ) -> Result<CreatedKey, HsmError> {
         let role = KeyRole::master(prf, self.profile.kdf);
-        self.create(name, role, |verbs, id| {
-            let kek = find_one(verbs.session(), ObjectClass::SECRET_KEY, &under.name, &under.id)?;
-            let mut template = passing(role.template(name, id, &self.profile), Attribute::Extractable(true));
+        self.create(name, role, |operations, id| {
+            let kek = find_one(operations.session(), ObjectClass::SECRET_KEY, &under.name, &under.id)?;
+            let mut template = session_template(role.template(name, id, &self.profile), Attribute::Extractable(true));
             template.push(Attribute::ValueLen(32.into()));
-            let made = verbs.session().generate_key(&master_generation(prf), &template);
-            let made = made.doing(|| format!("generating {name}"))?;
-            let wrapped = Self::wrap_and_keep(verbs, name, made, kek);
-            verbs.forget(made)?;
-            Ok(Made { public: None, provenance: Provenance::BackedUp, wrapped: Some(wrapped?) })
+            let made = operations.session().generate_key(&master_generation(prf), &template);
+            let made = made.context(|| format!("generating {name}"))?;
+            let wrapped = Self::wrap_and_copy(operations, name, made, kek);
+            operations.destroy_session_object(made)?;
+            Ok(NewKeyParts { public: None, provenance: Provenance::BackedUp, wrapped: Some(wrapped?) })
         })
     }
 
     fn make_pair(
         &self,
-        verbs: &TokenOperations,
+        operations: &TokenOperations,
         (name, id): (&KeyName, &[u8]),
         kind: KeyKind,
         kek: ObjectHandle,
-    ) -> Result<Made, Failure> {
+    ) -> Result<NewKeyParts, Failure> {
         let role = KeyRole::Signing(kind);
         let (mechanism, mut public) = pair_generation(kind);
         public.extend(public_template(name, id));
-        let private = passing(role.template(name, id, &self.profile), Attribute::Extractable(true));
-        let pair = verbs.session().generate_key_pair(&mechanism, &public, &private);
-        let (public, private) = pair.doing(|| format!("generating {name}"))?;
-        let wrapped = Self::wrap_and_keep(verbs, name, private, kek);
-        verbs.forget(private)?;
-        let public = Some(verbs.public_key(kind, public)?);
-        Ok(Made { public, provenance: Provenance::BackedUp, wrapped: Some(wrapped?) })
+        let private = session_template(role.template(name, id, &self.profile), Attribute::Extractable(true));
+        let pair = operations.session().generate_key_pair(&mechanism, &public, &private);
+        let (public, private) = pair.context(|| format!("generating {name}"))?;
+        let wrapped = Self::wrap_and_copy(operations, name, private, kek);
+        operations.destroy_session_object(private)?;
+        let public = Some(operations.public_key(kind, public)?);
+        Ok(NewKeyParts { public, provenance: Provenance::BackedUp, wrapped: Some(wrapped?) })
     }
 
-    fn wrap_and_keep(
-        verbs: &TokenOperations,
+    fn wrap_and_copy(
+        operations: &TokenOperations,
         name: &KeyName,
         made: ObjectHandle,
         kek: ObjectHandle,
     ) -> Result<Vec<u8>, Failure> {
-        let wrapped = verbs.wrap_under(kek, made)?;
-        // CKA_COPYABLE stays as it was: SoftHSM takes no other value for a copy. What cannot be extracted has no copy that can.
-        let kept = [Attribute::Token(true), Attribute::Extractable(false), Attribute::Modifiable(false)];
-        verbs.session().copy_object(made, &kept).doing(|| format!("putting {name} on the token"))?;
+        let wrapped = operations.wrap_under(kek, made)?;
+        // CKA_COPYABLE is unchanged, because SoftHSM accepts no other value for a copy. This is safe: a copy of a key that is not
+        // extractable is not extractable either.
+        let template = [Attribute::Token(true), Attribute::Extractable(false), Attribute::Modifiable(false)];
+        operations.session().copy_object(made, &template).context(|| format!("copying {name} to the token"))?;
         Ok(wrapped)
     }
 
-    /// Of a kind that the module cannot wrap: the pair is made here of the HSM's random numbers, and its seed is wrapped.
+    /// Generates a pair of a key type that the module cannot wrap: in this process from the HSM's random numbers. The seed is
+    /// wrapped.
     fn make_seed(
         &self,
-        verbs: &TokenOperations,
+        operations: &TokenOperations,
         (name, id): (&KeyName, &[u8]),
         kind: KeyKind,
         kek: ObjectHandle,
-    ) -> Result<Made, Failure> {
-        let (public, seed) = verbs.seed_outside(kind)?;
-        let passing = verbs.session_secret(KeyType::GENERIC_SECRET, &seed)?;
-        let wrapped = verbs.wrap_under(kek, passing);
-        verbs.forget(passing)?;
-        self.import_seed_pair(verbs, (name, id), kind, &seed)?;
+    ) -> Result<NewKeyParts, Failure> {
+        let (public, seed) = operations.seed_outside(kind)?;
+        let object = operations.session_secret(KeyType::GENERIC_SECRET, &seed)?;
+        let wrapped = operations.wrap_under(kek, object);
+        operations.destroy_session_object(object)?;
+        self.import_seed_pair(operations, (name, id), kind, &seed)?;
         let WirePublicKey::Ed25519(point) = &public else {
-            return Err(Failure::new(FailureClass::Rejected, "a seed makes ed25519 pairs alone"));
+            return Err(Failure::new(FailureClass::Rejected, "only ed25519 pairs can be generated from a seed"));
         };
-        create_public(verbs, (name, id), kind, byte_string(point)?)?;
-        Ok(Made { public: Some(public), provenance: Provenance::Imported, wrapped: Some(wrapped?) })
+        create_public(operations, (name, id), kind, byte_string(point)?)?;
+        Ok(NewKeyParts { public: Some(public), provenance: Provenance::Imported, wrapped: Some(wrapped?) })
     }
 
     fn import_seed_pair(
         &self,
-        verbs: &TokenOperations,
+        operations: &TokenOperations,
         (name, id): (&KeyName, &[u8]),
         kind: KeyKind,
         seed: &[u8],
@@ -213,12 +215,12 @@ impl Ceremony {
         let mut private = KeyRole::Signing(kind).template(name, id, &self.profile);
         private.extend([Attribute::Class(ObjectClass::PRIVATE_KEY), Attribute::KeyType(KeyType::EC_EDWARDS)]);
         private.extend(pair_generation(kind).1);
-        // cryptoki's attribute is not wiped; the process ends with the ceremony.
+        // cryptoki does not wipe the attribute; the process ends with the ceremony.
         private.push(Attribute::Value(seed.to_vec()));
-        verbs.session().create_object(&private).map(drop).doing(|| format!("putting {name} on the token"))
+        operations.session().create_object(&private).map(drop).context(|| format!("importing {name} to the token"))
     }
 
-    /// Unwraps a key onto the token, from which it cannot leave again. Whether it is the right one is for the caller to prove.
+    /// Unwraps a key onto the token as a key that is not extractable. The caller must verify that it is the right key.
     pub fn restore(
         &self,
         name: &KeyName,
@@ -231,18 +233,18 @@ impl Ceremony {
             Restorable::Signing(public) => KeyRole::Signing(public.kind()),
             Restorable::Master(prf) => KeyRole::master(*prf, self.profile.kdf),
         };
-        let restored = self.create_with_id(name, id, role, |verbs, id| {
+        let restored = self.create_with_id(name, id, role, |operations, id| {
             match what {
                 Restorable::Signing(public) if self.profile.unwrappable.contains(&public.kind()) => {
                     let seed = unwrap_here(key, wrapped)?;
-                    self.import_seed_pair(verbs, (name, id), public.kind(), &seed)?;
+                    self.import_seed_pair(operations, (name, id), public.kind(), &seed)?;
                 }
-                _ => self.unwrap_inside(verbs, (name, id), role, wrapped, key)?,
+                _ => self.unwrap_inside(operations, (name, id), role, wrapped, key)?,
             }
             if let Restorable::Signing(public) = what {
-                create_public(verbs, (name, id), public.kind(), public_part(public)?)?;
+                create_public(operations, (name, id), public.kind(), public_part(public)?)?;
             }
-            Ok(Made { provenance: Provenance::Imported, ..Made::default() })
+            Ok(NewKeyParts { provenance: Provenance::Imported, ..NewKeyParts::default() })
         });
         let public = match what {
             Restorable::Signing(public) => Some(public.clone()),
@@ -253,7 +255,7 @@ impl Ceremony {
 
     fn unwrap_inside(
         &self,
-        verbs: &TokenOperations,
+        operations: &TokenOperations,
         (name, id): (&KeyName, &[u8]),
         role: KeyRole,
         wrapped: &[u8],
@@ -267,26 +269,26 @@ impl Ceremony {
             Attribute::Sensitive(true),
             Attribute::Extractable(false),
             Attribute::Unwrap(true),
-            // Exposed to be imported for this one act.
+            // Exposed for this import.
             Attribute::Value(key.expose().clone()),
         ];
-        let kek = verbs.session().create_object(&unwrapping).doing(|| "importing the backup key".to_owned())?;
-        let mut template = passing(role.template(name, id, &self.profile), Attribute::Extractable(false));
+        let kek = operations.session().create_object(&unwrapping).context(|| "importing the backup key".to_owned())?;
+        let mut template = session_template(role.template(name, id, &self.profile), Attribute::Extractable(false));
         template.push(Attribute::Class(role.class()));
         template.extend(role.key_types().first().map(|key_type| Attribute::KeyType(*key_type)));
-        let restored = verbs.session().unwrap_key(&Mechanism::AesKeyWrapPad, kek, wrapped, &template);
-        verbs.forget(kek)?;
-        let restored = restored.doing(|| format!("unwrapping {name}"))?;
-        // By a copy, since SoftHSM lets no unwrapped key be made unmodifiable.
-        let kept = [Attribute::Token(true), Attribute::Modifiable(false)];
-        let copied = verbs.session().copy_object(restored, &kept);
-        verbs.forget(restored)?;
-        copied.map(drop).doing(|| format!("putting {name} on the token"))
+        let restored = operations.session().unwrap_key(&Mechanism::AesKeyWrapPad, kek, wrapped, &template);
+        operations.destroy_session_object(kek)?;
+        let restored = restored.context(|| format!("unwrapping {name}"))?;
+        // A copy, because SoftHSM cannot make an unwrapped key unmodifiable.
+        let token_template = [Attribute::Token(true), Attribute::Modifiable(false)];
+        let copied = operations.session().copy_object(restored, &token_template);
+        operations.destroy_session_object(restored)?;
+        copied.map(drop).context(|| format!("copying {name} to the token"))
     }
 }
 
-/// The same key as a session object that can be copied, and wrapped if it is extractable.
-fn passing(mut template: Vec<Attribute>, extractable: Attribute) -> Vec<Attribute> {
+/// Changes a template to that of a session object that can be copied, and wrapped if it is extractable.
+fn session_template(mut template: Vec<Attribute>, extractable: Attribute) -> Vec<Attribute> {
     let token_only = [
         Attribute::Token(true),
         Attribute::Extractable(false),
@@ -298,19 +300,21 @@ fn passing(mut template: Vec<Attribute>, extractable: Attribute) -> Vec<Attribut
     template
 }
 
-/// For a kind that the module cannot unwrap.
+/// Unwraps a key in this process, for key types that the module cannot unwrap.
 fn unwrap_here(key: &SecretBytes, wrapped: &[u8]) -> Result<Zeroizing<Vec<u8>>, Failure> {
-    let broken = |_| Failure::new(FailureClass::Rejected, "the backup cannot be unwrapped: it was changed");
-    let mut room = Zeroizing::new(vec![0; wrapped.len()]);
-    // Exposed to be used as a key once.
+    let broken = |_| {
+        Failure::new(FailureClass::Rejected, "cannot unwrap the backup: it was modified, or another key wrapped it")
+    };
+    let mut plain = Zeroizing::new(vec![0; wrapped.len()]);
+    // Exposed for one use as a key.
     let kek = AesKek::new(&AES_256, key.expose()).map_err(broken)?;
-    let len = kek.unwrap_with_padding(wrapped, &mut room).map_err(broken)?.len();
-    room.truncate(len);
-    Ok(room)
+    let len = kek.unwrap_with_padding(wrapped, &mut plain).map_err(broken)?.len();
+    plain.truncate(len);
+    Ok(plain)
 }
 
 fn create_public(
-    verbs: &TokenOperations,
+    operations: &TokenOperations,
     (name, id): (&KeyName, &[u8]),
     kind: KeyKind,
     part: Vec<Attribute>,
@@ -326,11 +330,11 @@ fn create_public(
         template.extend(pair_generation(kind).1);
     }
     template.extend(part);
-    verbs
+    operations
         .session()
         .create_object(&template)
         .map(drop)
-        .doing(|| format!("putting the public half of {name} on the token"))
+        .context(|| format!("importing the public key of {name} to the token"))
 }
 
 fn public_part(public: &PublicKey) -> Result<Vec<Attribute>, Failure> {
@@ -340,7 +344,7 @@ fn public_part(public: &PublicKey) -> Result<Vec<Attribute>, Failure> {
     }
 }
 
-/// CKA_EC_POINT is a DER OCTET STRING (PKCS#11 v2.40 §2.3.3).
+/// Encodes CKA_EC_POINT, a DER OCTET STRING (PKCS#11 v2.40 §2.3.3).
 fn byte_string(point: &[u8]) -> Result<Vec<Attribute>, Failure> {
     use der::Encode as _;
     let point = der::asn1::OctetStringRef::new(point).and_then(|point| point.to_der());

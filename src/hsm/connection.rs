@@ -1,4 +1,4 @@
-//! The connection to a worker that serves: calls go out, answers find who waits for them.
+//! The connection to a running worker: sends calls and dispatches the replies to their callers.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,27 +17,27 @@ use super::transport::TransportKey;
 use super::wire::{self, Answer, Operation, Priority, Reply, Request, Started};
 use crate::names::KeyName;
 
-/// How long a call may take, waiting for a processor that the line needs included: one RSA-4096 pair takes seconds of it.
+/// Deadline of a background call. Includes waiting for a processor that the line uses: one RSA-4096 pair takes seconds.
 pub(super) const BACKGROUND_LIMIT: Duration = Duration::from_secs(15 * 60);
 
-/// What handle and supervisor share: figures for the status, and what was destroyed since the register was read.
+/// State shared by handle and supervisor: status counters, and the keys destroyed since the manifest was read.
 #[derive(Default)]
 pub(crate) struct Counters {
-    /// Keys of the register that no worker is to look for any more.
+    /// Destroyed keys of the manifest; workers must no longer look for them.
     pub(crate) destroyed: Mutex<BTreeSet<KeyName>>,
     pub(crate) starts: AtomicU64,
-    /// What was asked of workers, by verb, and what came of it.
+    /// Calls by operation and outcome.
     pub(crate) calls: CallStatistics,
-    /// Calls of the line that were answered.
+    /// Line calls answered.
     pub(crate) answered: AtomicU64,
-    /// What was done by workers, each pair of a batch counted, to replace those that leak.
+    /// Operations performed, each pair of a batch counted. Limits the life of workers whose module leaks memory.
     pub(crate) operations: AtomicU64,
 }
 
-/// A call that waits so long may be one that is never answered.
+/// A line call pending for longer counts as late: it may have hung.
 const LATE: Duration = Duration::from_secs(1);
 
-/// A worker that serves.
+/// The connection to one worker.
 pub(crate) struct Connection {
     outgoing: mpsc::Sender<Zeroizing<Vec<u8>>>,
     pub(super) pending: Arc<Pending>,
@@ -45,72 +45,72 @@ pub(crate) struct Connection {
     pub(crate) transport: TransportKey,
     pub(crate) module: String,
     pub(crate) token: TokenIdentity,
-    /// Why the worker must be replaced, once somebody says so.
-    condemned: watch::Sender<Option<String>>,
+    /// Why the worker must be replaced, once a replacement was requested.
+    replacement: watch::Sender<Option<String>>,
     failures: Mutex<Failures>,
 }
 
-/// A call that is with the worker.
-struct Waiting {
-    lane: Priority,
-    verbs: Vec<&'static str>,
+/// A call sent to the worker and not yet answered.
+struct PendingCall {
+    priority: Priority,
+    names: Vec<&'static str>,
     since: Instant,
-    waiter: oneshot::Sender<Result<Vec<Answer>, Failure>>,
+    reply: oneshot::Sender<Result<Vec<Answer>, Failure>>,
 }
 
-/// Calls that are with the worker; none once its replies have ended, since nobody would answer them.
-pub(super) struct Pending(Mutex<Option<HashMap<u64, Waiting>>>);
+/// The unanswered calls. `None` after the worker has ended, because no reply can arrive any more.
+pub(super) struct Pending(Mutex<Option<HashMap<u64, PendingCall>>>);
 
 impl Pending {
     fn new() -> Self {
         Self(Mutex::new(Some(HashMap::new())))
     }
 
-    fn map(&self) -> std::sync::MutexGuard<'_, Option<HashMap<u64, Waiting>>> {
+    fn map(&self) -> std::sync::MutexGuard<'_, Option<HashMap<u64, PendingCall>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The receiver of the answer; it ends at once if the worker has ended.
+    /// Registers a call and returns the receiver of its answer, which closes at once if the worker has ended.
     fn wait_for(
         &self,
         id: u64,
-        lane: Priority,
-        verbs: Vec<&'static str>,
+        priority: Priority,
+        names: Vec<&'static str>,
     ) -> oneshot::Receiver<Result<Vec<Answer>, Failure>> {
-        let (waiter, answer) = oneshot::channel();
+        let (reply, answer) = oneshot::channel();
         if let Some(map) = self.map().as_mut() {
-            map.insert(id, Waiting { lane, verbs, since: Instant::now(), waiter });
+            map.insert(id, PendingCall { priority, names, since: Instant::now(), reply });
         }
         answer
     }
 
-    fn take(&self, id: u64) -> Option<Waiting> {
+    fn take(&self, id: u64) -> Option<PendingCall> {
         self.map().as_mut()?.remove(&id)
     }
 
-    /// Tells everybody who waits, and who comes later, that the worker has ended.
+    /// Fails all pending and all later calls: the worker has ended.
     pub(super) fn close(&self) {
         *self.map() = None;
     }
 
-    pub(super) fn count(&self, lane: Priority) -> usize {
-        self.map().as_ref().map_or(0, |map| map.values().filter(|call| call.lane == lane).count())
+    pub(super) fn count(&self, priority: Priority) -> usize {
+        self.map().as_ref().map_or(0, |map| map.values().filter(|call| call.priority == priority).count())
     }
 
-    /// Whether a call of the line waits so long that another HSM is asked first, if there is one.
+    /// Whether a line call has been pending for so long that other HSMs are preferred.
     fn is_late(&self) -> bool {
-        let late = |call: &Waiting| call.lane == Priority::Line && call.since.elapsed() > LATE;
+        let late = |call: &PendingCall| call.priority == Priority::Line && call.since.elapsed() > LATE;
         self.map().as_ref().is_some_and(|map| map.values().any(late))
     }
 
-    /// Whether a call waits longer than any should.
-    pub(super) fn has_one_that_hangs(&self, hang_after: Duration) -> bool {
-        let limit = |lane| if lane == Priority::Line { hang_after } else { BACKGROUND_LIMIT.max(hang_after) };
-        self.map().as_ref().is_some_and(|map| map.values().any(|call| call.since.elapsed() > limit(call.lane)))
+    /// Whether a call has been pending for longer than its limit.
+    pub(super) fn has_hung_call(&self, hang_after: Duration) -> bool {
+        let limit = |priority| if priority == Priority::Line { hang_after } else { BACKGROUND_LIMIT.max(hang_after) };
+        self.map().as_ref().is_some_and(|map| map.values().any(|call| call.since.elapsed() > limit(call.priority)))
     }
 }
 
-/// Starts the two tasks that carry frames.
+/// Starts the two tasks that send and receive frames.
 pub(super) fn connect(
     read: BufReader<OwnedReadHalf>,
     write: OwnedWriteHalf,
@@ -122,10 +122,13 @@ pub(super) fn connect(
     let (closing, closed) = oneshot::channel();
     let pending = Arc::new(Pending::new());
     tokio::spawn(send_frames(write, frames));
-    let (condemned, _) = watch::channel(None);
+    let (replacement, _) = watch::channel(None);
     tokio::spawn(receive_replies(read, Arc::clone(&pending), counters, closing));
     let (next_id, Started { module, token, .. }) = (AtomicU64::new(1), started);
-    (Connection { outgoing, pending, next_id, transport, module, token, condemned, failures: Mutex::default() }, closed)
+    (
+        Connection { outgoing, pending, next_id, transport, module, token, replacement, failures: Mutex::default() },
+        closed,
+    )
 }
 
 async fn send_frames(mut write: OwnedWriteHalf, mut frames: mpsc::Receiver<Zeroizing<Vec<u8>>>) {
@@ -142,30 +145,30 @@ async fn receive_replies(
     counters: Arc<Counters>,
     closing: oneshot::Sender<String>,
 ) {
-    let why = loop {
+    let reason = loop {
         let body = match read_frame(&mut read).await {
             Ok(Some(body)) => body,
-            Ok(None) => break "it ended".to_owned(),
+            Ok(None) => break "worker ended".to_owned(),
             Err(e) => break e,
         };
         let reply: Reply = match wire::parse(&body) {
             Ok(reply) => reply,
-            Err(e) => break format!("it sent what cannot be read: {e}"),
+            Err(e) => break format!("unreadable reply: {e}"),
         };
         counters.operations.fetch_add(reply.result.as_ref().map_or(1, |answers| weight(answers)), Ordering::Relaxed);
         if let Some(call) = pending.take(reply.id) {
-            counters.calls.count(&call.verbs, &reply);
-            if call.lane == Priority::Line {
+            counters.calls.count(&call.names, &reply);
+            if call.priority == Priority::Line {
                 counters.answered.fetch_add(1, Ordering::Relaxed);
             }
-            let _ = call.waiter.send(reply.result);
+            let _ = call.reply.send(reply.result);
         }
     };
     pending.close();
-    let _ = closing.send(why);
+    let _ = closing.send(reason);
 }
 
-/// Calls that failed with none in between that did not. A module that only fails is helped by a new worker, whatever it says.
+/// Counts consecutive failed calls. A module that only fails gets a new worker, whatever return value it gives.
 #[derive(Default)]
 struct Failures {
     count: u32,
@@ -174,14 +177,15 @@ struct Failures {
 }
 
 impl Failures {
-    /// So many in a row, over so long.
+    /// The worker is replaced after this number of consecutive failures over at least this time.
     const LIMIT: (u32, Duration) = (8, Duration::from_secs(1));
-    /// So long after a failure others are asked first. Whoever fails at once has always least to do.
-    const AVOIDED: Duration = Duration::from_secs(1);
-    /// So long after one that nothing has come well since, it is looked whether anything would.
-    const DOUBTED: Duration = Duration::from_millis(500);
+    /// Other HSMs are preferred for this time after a failure. An HSM that fails at once would otherwise always have the lowest
+    /// load.
+    const DEPRIORITIZED_FOR: Duration = Duration::from_secs(1);
+    /// The keys are checked if no call has succeeded for this time after a failure.
+    const CHECK_AFTER: Duration = Duration::from_millis(500);
 
-    /// Why the worker must be replaced, if it must.
+    /// Counts a result; returns the reason if the worker must be replaced.
     fn count(&mut self, failure: Option<&Failure>) -> Option<String> {
         let Some(failure) = failure else {
             *self = Self::default();
@@ -192,11 +196,11 @@ impl Failures {
         let since = self.first.get_or_insert_with(Instant::now).elapsed();
         let (count, long) = Self::LIMIT;
         (self.count >= count && since >= long)
-            .then(|| format!("{} calls failed one after the other; the last: {}", self.count, failure.message))
+            .then(|| format!("{} consecutive calls failed, the last with: {}", self.count, failure.message))
     }
 }
 
-/// What a request counts for in a worker's life.
+/// The number of operations that a request counts towards the worker's operation limit.
 fn weight(answers: &[Answer]) -> u64 {
     let one = |answer: &Answer| match answer {
         Answer::Made(pairs) => pairs.len(),
@@ -207,69 +211,69 @@ fn weight(answers: &[Answer]) -> u64 {
 }
 
 impl Connection {
-    /// Sends operations and waits; `None` if the worker was lost meanwhile.
+    /// Sends operations and waits for the answer; `None` if the worker ended before it answered.
     pub(crate) async fn call(
         &self,
-        lane: Priority,
+        priority: Priority,
         operations: Vec<Operation>,
         until: Instant,
     ) -> Option<Result<Vec<Answer>, Failure>> {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let budget_ms = u32::try_from(until.saturating_duration_since(Instant::now()).as_millis()).unwrap_or(u32::MAX);
-        let verbs = operations.iter().map(Operation::verb).collect();
-        let frame = wire::frame(&Request { id, lane, budget_ms, operations });
+        let names = operations.iter().map(Operation::name).collect();
+        let frame = wire::frame(&Request { id, priority, budget_ms, operations });
         let frame = match frame {
             Ok(frame) => frame,
             Err(e) => return Some(Err(Failure::new(FailureClass::Rejected, e))),
         };
-        // Only what is on its way to the worker is waited for: a call that is given up before must not look like a hang.
-        let place = self.outgoing.reserve().await.ok()?;
-        let answer = self.pending.wait_for(id, lane, verbs);
-        place.send(frame);
+        // Register the call only when it can be sent: a call cancelled before that must not look hung.
+        let permit = self.outgoing.reserve().await.ok()?;
+        let answer = self.pending.wait_for(id, priority, names);
+        permit.send(frame);
         answer.await.ok()
     }
 
-    /// A call was answered, or failed at its first attempt. One that is tried again and again counts once: it may be the call's fault.
-    pub(crate) fn note(&self, failure: Option<&Failure>) {
-        let why = self.failures.lock().unwrap_or_else(PoisonError::into_inner).count(failure);
-        why.inspect(|why| self.condemn(why));
+    /// Records that a call succeeded, or failed at its first attempt. Retries do not count: the call itself may be at fault.
+    pub(crate) fn record(&self, failure: Option<&Failure>) {
+        let reason = self.failures.lock().unwrap_or_else(PoisonError::into_inner).count(failure);
+        reason.inspect(|reason| self.request_replacement(reason));
     }
 
-    /// It did not answer in its time.
-    pub(crate) fn note_late(&self) {
+    /// Records that a call was not answered in time.
+    pub(crate) fn record_late(&self) {
         let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
         failures.count += 1;
         failures.last = Some(Instant::now());
     }
 
-    /// Its keys work: whatever failed before, it may be asked again. That calls failed in a row is not forgotten, since other verbs
-    /// may still do nothing else.
-    pub(crate) fn note_checked(&self) {
+    /// Records that the key check passed, so that the HSM is preferred again. The count of consecutive failures stays, because
+    /// other operations may still fail.
+    pub(crate) fn record_check(&self) {
         self.failures.lock().unwrap_or_else(PoisonError::into_inner).last = None;
     }
 
-    /// Whether the last call failed and nobody has asked again: where there are others, nobody does.
-    pub(crate) fn is_doubtful(&self) -> bool {
+    /// Whether the last call failed and no call has followed. With several HSMs none follows, because the others are preferred.
+    pub(crate) fn needs_check(&self) -> bool {
         let failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
-        failures.count > 0 && failures.last.is_some_and(|last| last.elapsed() >= Failures::DOUBTED)
+        failures.count > 0 && failures.last.is_some_and(|last| last.elapsed() >= Failures::CHECK_AFTER)
     }
 
-    /// Whether others are asked first: the last call failed a moment ago, or one is late.
-    pub(crate) fn is_avoided(&self) -> bool {
+    /// Whether other HSMs are preferred: a call failed recently, or one is late.
+    pub(crate) fn is_deprioritized(&self) -> bool {
         let last = self.failures.lock().unwrap_or_else(PoisonError::into_inner).last;
-        last.is_some_and(|last| last.elapsed() < Failures::AVOIDED) || self.pending.is_late()
+        last.is_some_and(|last| last.elapsed() < Failures::DEPRIORITIZED_FOR) || self.pending.is_late()
     }
 
-    /// Has the worker replaced: what it answers is not right.
-    pub(crate) fn condemn(&self, why: &str) {
-        self.condemned.send_if_modified(|condemned| condemned.replace(why.to_owned()).is_none());
+    /// Requests the replacement of the worker because of invalid answers.
+    pub(crate) fn request_replacement(&self, reason: &str) {
+        self.replacement.send_if_modified(|replacement| replacement.replace(reason.to_owned()).is_none());
     }
 
-    /// Resolves once the worker must be replaced, and says why.
-    pub(crate) async fn condemned(&self) -> String {
-        let mut condemned = self.condemned.subscribe();
-        let why = condemned.wait_for(Option::is_some).await;
-        why.ok().and_then(|why| why.clone()).unwrap_or_default()
+    /// Resolves with the reason when a replacement is requested.
+    pub(crate) async fn replacement_requested(&self) -> String {
+        let mut replacement = self.replacement.subscribe();
+        let reason = replacement.wait_for(Option::is_some).await;
+        reason.ok().and_then(|reason| reason.clone()).unwrap_or_default()
     }
 }
 
@@ -296,9 +300,9 @@ mod tests {
     use super::*;
     use crate::secret::SecretBytes;
 
-    /// A call may reach a connection that has just ended, before the supervisor has told everybody.
+    /// A call can reach a connection that has just ended, before the supervisor has published the new state.
     #[tokio::test]
-    async fn a_call_on_an_ended_connection_is_told_at_once() {
+    async fn call_on_ended_connection_fails_at_once() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let (read, write) = ours.into_split();
         let token = TokenIdentity { label: String::new(), serial: String::new() };
@@ -317,10 +321,10 @@ mod tests {
         };
 
         let (waiting, ()) = tokio::join!(call(), async { drop(theirs) });
-        assert!(matches!(waiting, Ok(None)), "it waits for an answer that nobody will give");
-        assert_eq!(closed.await.as_deref(), Ok("it ended"));
+        assert!(matches!(waiting, Ok(None)), "the call waits for an answer that cannot arrive");
+        assert_eq!(closed.await.as_deref(), Ok("worker ended"));
         for _ in 0..3 {
-            assert!(matches!(call().await, Ok(None)), "a late call waits for an answer that nobody will give");
+            assert!(matches!(call().await, Ok(None)), "a late call waits for an answer that cannot arrive");
         }
         assert_eq!(connection.pending.count(Priority::Line), 0);
     }

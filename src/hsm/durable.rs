@@ -1,14 +1,14 @@
-//! Making durable what a module wrote and did not sync.
+//! Syncs files that a PKCS#11 module wrote without syncing them.
 
 use std::fs::{self, File};
 use std::io;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-/// Clocks of file systems are coarse.
+/// Tolerance for coarse file system timestamps.
 const SLACK: Duration = Duration::from_secs(2);
 
-/// Syncs every file and directory below that changed since then; with that, objects that were removed stay removed.
+/// Syncs every directory below `directory`, and every file changed after `since`. This also makes removed files stay removed.
 pub(super) fn sync_changed(directory: &Path, since: SystemTime) -> io::Result<()> {
     let since = since.checked_sub(SLACK).unwrap_or(SystemTime::UNIX_EPOCH);
     sync_below(directory, since)
@@ -26,7 +26,7 @@ fn sync_below(directory: &Path, since: SystemTime) -> io::Result<()> {
             if entry.metadata()?.modified()? >= since { File::open(&path)?.sync_all() } else { Ok(()) }
         };
         match synced() {
-            // Another thread has removed it meanwhile.
+            // Another thread removed the file.
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
             synced => synced?,
         }

@@ -1,4 +1,4 @@
-//! What can go wrong with an HSM, in classes that say what helps.
+//! Failures of an HSM, classified by the recovery action.
 
 use std::collections::BTreeMap;
 use std::sync::OnceLock;
@@ -7,31 +7,31 @@ use std::time::Duration;
 use cryptoki::error::{Error, RvError};
 use serde::{Deserialize, Serialize};
 
-use super::return_codes::meaning;
+use super::return_codes::find_return_code;
 
-/// What helps against a failure.
+/// The recovery action for a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum FailureClass {
-    /// Trying again.
+    /// Retry the call.
     Transient,
-    /// A new session, a login and new handles.
+    /// Open a new session, log in and look up the handles again.
     SessionLost,
-    /// A new worker process.
+    /// Start a new worker process.
     ModuleLost,
-    /// An officer. Trying again could lock the token.
+    /// An officer must act. A retry could lock the token.
     Permanent,
-    /// Nothing: the request itself is wrong for this module.
+    /// None: the module does not accept the request.
     Rejected,
-    /// Nothing: the key that the daemon made on the token is no longer there.
+    /// None: a key that the daemon generated on the token no longer exists.
     Absent,
 }
 
-/// A failure inside the worker, as it travels to the handle.
+/// A failure inside the worker, as sent to the handle.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Failure {
     pub(crate) class: FailureClass,
-    /// What was being done, to what, and the CKR name if the module gave one.
+    /// The failed action, its object, and the CKR name if the module returned one.
     pub(crate) message: String,
 }
 
@@ -40,22 +40,22 @@ impl Failure {
         Self { class, message: message.into() }
     }
 
-    /// What cryptoki says, with what was being done, what happened and what to do.
-    pub(crate) fn of(doing: &str, error: &Error) -> Self {
+    /// Converts a cryptoki error: the failed action, the return value, its cause and the advice.
+    pub(crate) fn of(context: &str, error: &Error) -> Self {
         let (rv, function) = match error {
             Error::Pkcs11(rv, function) => (*rv, function),
             Error::LibraryLoading(cause) => {
-                let message = format!("{doing}: {cause}; check the library path in the module's profile");
+                let message = format!("{context}: {cause}; check the library path in the module's profile");
                 return Self { class: FailureClass::ModuleLost, message };
             }
-            other => return Self { class: FailureClass::Rejected, message: format!("{doing}: {other}") },
+            other => return Self { class: FailureClass::Rejected, message: format!("{context}: {other}") },
         };
         let name = ckr_name(rv);
-        let known = meaning(&name);
+        let known = find_return_code(&name);
         let class = known.map_or(FailureClass::Rejected, |meaning| meaning.class);
-        let class = OF_MODULE.get().and_then(|of_module| of_module.get(&name)).copied().unwrap_or(class);
-        let mut message = format!("{doing}: {name} in C_{function:?}");
-        for words in known.iter().flat_map(|meaning| [meaning.happened, meaning.advice]).filter(|w| !w.is_empty()) {
+        let class = CLASS_OVERRIDES.get().and_then(|overrides| overrides.get(&name)).copied().unwrap_or(class);
+        let mut message = format!("{context}: {name} in C_{function:?}");
+        for words in known.iter().flat_map(|meaning| [meaning.cause, meaning.advice]).filter(|w| !w.is_empty()) {
             message.push_str("; ");
             message.push_str(words);
         }
@@ -63,21 +63,21 @@ impl Failure {
     }
 }
 
-/// The classes of return values that this process's module means otherwise.
-static OF_MODULE: OnceLock<BTreeMap<String, FailureClass>> = OnceLock::new();
+/// Failure classes that the module's profile overrides, by return value.
+static CLASS_OVERRIDES: OnceLock<BTreeMap<String, FailureClass>> = OnceLock::new();
 
-/// From the module's profile, before the module is loaded: a process has one module.
-pub(super) fn learn(of_module: BTreeMap<String, FailureClass>) {
-    let _ = OF_MODULE.set(of_module);
+/// Sets the overrides of the module's profile, before the module is loaded. A process loads one module.
+pub(super) fn set_failure_overrides(overrides: BTreeMap<String, FailureClass>) {
+    let _ = CLASS_OVERRIDES.set(overrides);
 }
 
-/// Adds what was being done to a result of cryptoki.
-pub(crate) trait Doing<T> {
-    fn doing(self, what: impl FnOnce() -> String) -> Result<T, Failure>;
+/// Adds the failed action to a cryptoki error.
+pub(crate) trait FailureContext<T> {
+    fn context(self, what: impl FnOnce() -> String) -> Result<T, Failure>;
 }
 
-impl<T> Doing<T> for cryptoki::error::Result<T> {
-    fn doing(self, what: impl FnOnce() -> String) -> Result<T, Failure> {
+impl<T> FailureContext<T> for cryptoki::error::Result<T> {
+    fn context(self, what: impl FnOnce() -> String) -> Result<T, Failure> {
         self.map_err(|e| Failure::of(&what(), &e))
     }
 }
@@ -97,38 +97,38 @@ fn ckr_name(rv: RvError) -> String {
     name
 }
 
-/// What a caller of [`super::Hsm`] gets when a verb did not work.
+/// An error of an [`super::Hsm`] call.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum HsmError {
-    /// The HSM is away or its worker is being replaced; service resumes without help.
-    #[error("the HSM is not available now: {why}")]
+    /// The HSM is unreachable or its worker is being replaced; service resumes without intervention.
+    #[error("HSM unavailable: {reason}")]
     Unavailable {
-        /// Why, with the CKR name if there is one.
-        why: String,
-        /// When to try again.
+        /// The reason, with the CKR name if there is one.
+        reason: String,
+        /// When to retry.
         retry_after: Duration,
     },
-    /// Too many calls wait already.
-    #[error("the HSM's queue is full ({waiting} calls)")]
+    /// The call queue is full.
+    #[error("HSM queue full: {waiting} calls waiting; retry later")]
     Busy {
-        /// Calls that wait.
+        /// Number of waiting calls.
         waiting: usize,
     },
-    /// The answer did not come in time.
-    #[error("the HSM did not answer within {0:?}")]
+    /// The call timed out.
+    #[error("HSM call timed out after {0:?}")]
     Deadline(Duration),
-    /// An officer has to act: wrong PIN, locked token.
-    #[error("the HSM needs an officer: {0}")]
+    /// An officer must act: wrong PIN, locked token.
+    #[error("HSM stopped, an officer must act: {0}")]
     Stopped(String),
-    /// The module cannot do what was asked.
-    #[error("the HSM refused: {0}")]
+    /// The module rejected the request.
+    #[error("HSM rejected the request: {0}")]
     Refused(String),
-    /// A key that the daemon made on the token is not there: it was destroyed.
+    /// A key that the daemon generated on the token no longer exists: it was destroyed.
     #[error("{0}")]
     Absent(String),
-    /// The register of keys and the token disagree, or what came back is not what was asked for.
-    #[error("the HSM's answer is not right: {0}")]
-    Wrong(String),
+    /// The key manifest and the token differ, or the answer is invalid.
+    #[error("invalid HSM answer: {0}")]
+    InvalidAnswer(String),
 }
 
 #[cfg(test)]
@@ -136,13 +136,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_ckr_keeps_its_name() {
+    fn ckr_name_matches_standard() {
         assert_eq!(ckr_name(RvError::PinIncorrect), "CKR_PIN_INCORRECT");
         assert_eq!(ckr_name(RvError::ObjectHandleInvalid), "CKR_OBJECT_HANDLE_INVALID");
     }
 
     #[test]
-    fn a_wrong_pin_is_permanent_and_a_lost_session_is_not() {
+    fn return_values_map_to_failure_classes() {
         let of = |rv| Failure::of("logging in", &Error::Pkcs11(rv, cryptoki::context::Function::Login));
         for rv in [RvError::PinIncorrect, RvError::PinInvalid, RvError::PinLenRange, RvError::PinLocked] {
             assert_eq!(of(rv).class, FailureClass::Permanent, "{rv:?}");
@@ -153,17 +153,17 @@ mod tests {
         assert_eq!(of(RvError::DeviceRemoved).class, FailureClass::ModuleLost);
         assert_eq!(of(RvError::GeneralError).class, FailureClass::Transient);
         assert_eq!(of(RvError::VendorDefined(0x8000_0001)).class, FailureClass::Rejected);
-        let told = of(RvError::PinIncorrect).message;
+        let message = of(RvError::PinIncorrect).message;
         assert_eq!(
-            told,
-            "logging in: CKR_PIN_INCORRECT in C_Login; the user PIN is wrong; it is not tried again, since the token could \
-             lock: put the right PIN into its file, then `sppctl hsm retry-pin`"
+            message,
+            "logging in: CKR_PIN_INCORRECT in C_Login; the user PIN is wrong; no further attempt is made, because the token \
+             could lock: correct the PIN file, then run `sppctl hsm retry-pin`"
         );
     }
 
-    /// cryptoki's names lead to the table.
+    /// Names derived from cryptoki's enum match the names in the table.
     #[test]
-    fn what_the_line_meets_most_has_a_meaning() {
+    fn cryptoki_names_are_found_in_the_table() {
         for rv in [
             RvError::FipsSelfTestFailed,
             RvError::RandomNoRng,
@@ -172,7 +172,7 @@ mod tests {
             RvError::UserPinNotInitialized,
             RvError::SlotIdInvalid,
         ] {
-            assert!(meaning(&ckr_name(rv)).is_some(), "{rv:?}");
+            assert!(find_return_code(&ckr_name(rv)).is_some(), "{rv:?}");
         }
         assert_eq!(ckr_name(RvError::VendorDefined(0x8000_0001)), "CKR_0x80000001");
     }

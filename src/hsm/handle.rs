@@ -1,4 +1,4 @@
-//! The async handle: few verbs, each with a deadline, behind a queue with an end.
+//! The async handle: HSM operations with deadlines, behind a bounded queue.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, PoisonError};
@@ -11,7 +11,7 @@ use super::connection::Connection;
 use super::failure::{FailureClass, HsmError};
 use super::kdf::Derivation;
 use super::key_manifest::KeyManifest;
-use super::members::{Chosen, HsmId, Hsms, Members};
+use super::members::{HsmId, Hsms, Members, Selection};
 use super::objects::{public_key, to_x509_form};
 use super::supervisor::{State, supervise};
 use super::wire::{Answer, Operation, Priority};
@@ -21,56 +21,57 @@ use crate::keys::{
 use crate::names::KeyName;
 use crate::secret::SecretBytes;
 
-/// How long background work waits for a worker before it says so.
+/// How long a background call waits for a ready worker before it fails.
 const BACKGROUND_PATIENCE: Duration = Duration::from_secs(5);
 
-/// The HSM, or several with the same keys. Clones share one worker for each; they end when the last clone is dropped.
+/// A handle on one HSM, or on several with the same keys. All clones share one worker per HSM; the workers end when the last
+/// clone is dropped.
 #[derive(Clone)]
 pub struct Hsm {
     pub(super) members: Arc<Members>,
     pub(super) states: watch::Receiver<Vec<State>>,
-    /// The only one that is asked, for a handle of [`Hsm::at`].
+    /// The only HSM to use, set by [`Hsm::pinned_to`].
     pub(super) only: Option<HsmId>,
 }
 
-/// How a call is made.
+/// Options of a call.
 pub(super) struct CallOptions {
-    pub(super) lane: Priority,
-    /// Within which it is answered.
+    pub(super) priority: Priority,
+    /// The deadline of the call.
     pub(super) limit: Duration,
-    /// How often it is tried at most.
+    /// Maximum number of attempts.
     pub(super) attempts: u32,
-    /// The batch whose keeper alone can answer; none if the keys of the register are enough, which every HSM has.
-    pub(super) about: Option<BatchName>,
-    /// Whether the caller has another way than to wait for the HSM that keeps what is asked for.
-    pub(super) impatient: bool,
+    /// The batch whose owners alone can serve the call; `None` if the keys of the manifest suffice, which every HSM holds.
+    pub(super) batch: Option<BatchName>,
+    /// Fail instead of waiting for a batch owner, because the caller can use a pair of another HSM.
+    pub(super) fail_fast: bool,
 }
 
-/// What a new device needs from the HSM, in one request.
-pub struct DeviceKeyOrder {
-    /// Where its pair comes from; none for profiles without, or whose device makes its own.
-    pub pair: Option<PairOrder>,
+/// Requests everything that a new device needs from the HSM.
+pub struct DeviceKeyRequest {
+    /// The source of its key pair; `None` if the profile has no pair or the device generates it.
+    pub pair: Option<PairSource>,
     /// The symmetric keys.
     pub derivations: Vec<Derivation>,
-    /// Bytes of public randomness: session identifier, certificate serial number.
+    /// Number of public random bytes: session identifier, certificate serial number.
     pub random: usize,
 }
 
-/// Where a new device's pair comes from.
-pub enum PairOrder {
-    /// It is made, and kept wrapped under this key.
-    Make(KeyKind, KeyName),
-    /// It was made in advance.
-    Kept(PublicKey, StoredKey),
+/// The source of a new device's key pair.
+pub enum PairSource {
+    /// Generate a pair and store it wrapped under this key.
+    Generate(KeyKind, KeyName),
+    /// Use a pregenerated pair.
+    Stored(PublicKey, StoredKey),
 }
 
-/// What a new device gets from the HSM.
+/// The keys of a new device.
 pub struct DeviceKeys {
-    /// The pair, if one was ordered.
+    /// The pair, if one was requested.
     pub pair: Option<DeliveredPair>,
-    /// In the order of the derivations.
+    /// The derived keys, in the order of the request.
     pub derived: Vec<SecretBytes>,
-    /// Public randomness.
+    /// Public random bytes.
     pub random: Vec<u8>,
 }
 
@@ -78,32 +79,32 @@ pub struct DeviceKeys {
 pub struct DeliveredPair {
     /// The pair in memory.
     pub private: DevicePrivateKey,
-    /// How it is kept until the device has confirmed.
-    pub kept: StoredKey,
+    /// Its stored form until the device confirms.
+    pub stored: StoredKey,
 }
 
-/// Keys that a session has already.
-pub struct HeldKeyOrder {
+/// Requests the keys of an existing session.
+pub struct KeyReloadRequest {
     /// The pair in the secret store.
     pub pair: Option<(PublicKey, StoredKey)>,
     /// The symmetric keys.
     pub derivations: Vec<Derivation>,
 }
 
-/// Keys that a session has already, in memory again.
-pub struct HeldKeys {
-    /// The pair, if one was asked for.
+/// The keys of an existing session, in memory.
+pub struct ReloadedKeys {
+    /// The pair, if one was requested.
     pub pair: Option<DevicePrivateKey>,
-    /// In the order of the derivations.
+    /// The derived keys, in the order of the request.
     pub derived: Vec<SecretBytes>,
 }
 
 impl Hsm {
-    /// Starts the supervisors; a dead HSM does not block the start of the daemon. Needs a tokio runtime.
+    /// Starts the supervisors. An unavailable HSM does not delay the start of the daemon. Requires a tokio runtime.
     pub fn start(hsms: impl Into<Hsms>) -> Self {
-        let (members, states, seats) = Members::new(hsms.into());
-        for (member, seat) in members.all.iter().zip(seats) {
-            let supervisor = supervise(Arc::clone(&member.config), seat, Arc::clone(&member.counters));
+        let (members, states, publishers) = Members::new(hsms.into());
+        for (member, publisher) in members.all.iter().zip(publishers) {
+            let supervisor = supervise(Arc::clone(&member.config), publisher, Arc::clone(&member.counters));
             let span = match members.all.len() {
                 1 => tracing::Span::none(),
                 _ => tracing::error_span!("hsm", name = %member.config.name),
@@ -113,71 +114,72 @@ impl Hsm {
         Self { members: Arc::new(members), states, only: None }
     }
 
-    /// The HSMs.
-    pub fn each(&self) -> impl Iterator<Item = HsmId> + use<> {
+    /// The HSMs of this handle.
+    pub fn members(&self) -> impl Iterator<Item = HsmId> + use<> {
         let only = self.only;
-        self.members.each().filter(move |member| only.is_none_or(|only| only == *member))
+        self.members.ids().filter(move |member| only.is_none_or(|only| only == *member))
     }
 
-    /// A handle that asks this one alone.
-    pub fn at(&self, member: HsmId) -> Self {
+    /// A handle that uses this HSM only.
+    pub fn pinned_to(&self, member: HsmId) -> Self {
         Self { only: Some(member), ..self.clone() }
     }
 
-    /// Those that serve calls at this moment, who has least to do first.
+    /// The HSMs that currently serve calls, least loaded first.
     pub fn ready_members(&self) -> Vec<HsmId> {
         self.members.ready(&self.states.borrow(), Priority::Line)
     }
 
-    /// Who keeps a batch, as far as that is on record.
-    pub fn keepers(&self, batch: BatchName) -> BTreeSet<HsmId> {
-        self.members.keepers(batch)
+    /// The recorded owners of a batch.
+    pub fn batch_owners(&self, batch: BatchName) -> BTreeSet<HsmId> {
+        self.members.batch_owners(batch)
     }
 
-    /// Puts it on record that this HSM keeps a batch.
-    pub fn add_keeper(&self, batch: BatchName, keeper: HsmId) {
-        self.members.add_keeper(batch, keeper);
+    /// Records that this HSM owns a batch.
+    pub fn add_batch_owner(&self, batch: BatchName, owner: HsmId) {
+        self.members.add_batch_owner(batch, owner);
     }
 
-    /// Puts it on record that this HSM keeps a batch, if nobody else does. Whether it does now.
-    pub fn adopt(&self, batch: BatchName, keeper: HsmId) -> bool {
-        self.members.adopt(batch, keeper)
+    /// Records that this HSM owns a batch unless another HSM does. Returns whether this HSM owns it now.
+    pub fn claim_batch(&self, batch: BatchName, owner: HsmId) -> bool {
+        self.members.claim_batch(batch, owner)
     }
 
-    /// The batch is over.
-    pub fn forget_keepers(&self, batch: BatchName) {
-        self.members.forget_keepers(batch);
+    /// Removes the owners of a batch that has ended.
+    pub fn forget_batch_owners(&self, batch: BatchName) {
+        self.members.forget_batch_owners(batch);
     }
 
-    /// Waits until calls are served, or says why they are not.
+    /// Waits until an HSM is ready; the error says why none is.
     pub async fn ready(&self, within: Duration) -> Result<(), HsmError> {
-        let asked = self.members.may_be_asked(None, self.only);
+        let candidates = self.members.candidates(None, self.only);
         let until = Instant::now() + within;
-        self.members.choose(&self.states, Priority::Line, &asked, false, until).await.map(drop)
+        self.members.select(&self.states, Priority::Line, &candidates, false, until).await.map(drop)
     }
 
-    /// Within which every call of the line is answered.
+    /// The deadline of a line call.
     pub fn call_timeout(&self) -> Duration {
         self.members.call_timeout
     }
 
-    /// A worker's threads for what nobody waits for.
+    /// The number of background threads of a worker.
     pub fn background_threads(&self, member: HsmId) -> usize {
         self.members.get(member).map_or(1, |member| member.config.module.background_threads)
     }
 
-    /// The register that the tokens were checked against; all have the same keys.
+    /// The key manifest that the tokens were checked against. All HSMs hold the same keys.
     pub fn keys(&self) -> &KeyManifest {
         &self.members.keys
     }
 
-    /// Resolves at the next change of one of them between serving and not serving.
+    /// Resolves when an HSM starts or stops serving.
     pub async fn changed(&mut self) {
-        // The supervisors live as long as this handle; their end is a change too.
+        // An error means that the supervisors have ended, which is a change too.
         let _ = self.states.changed().await;
     }
 
-    /// Signs; ECDSA gives DER. For certificates go through [`crate::provisioning::Issuer`], which asks for the intent.
+    /// Signs; ECDSA signatures are DER. Certificates must be signed through [`crate::provisioning::Issuer`], which requires an
+    /// intent.
     pub(crate) async fn sign(
         &self,
         key: &KeyName,
@@ -189,55 +191,55 @@ impl Hsm {
             .keys()
             .signers()
             .find(|(name, _)| *name == key)
-            .ok_or_else(|| HsmError::Refused(format!("the key {key} is not one of the register that sign")))?;
+            .ok_or_else(|| HsmError::Refused(format!("the key manifest has no signing or log key {key}")))?;
         self.call(None, false, operations, |mut answers, _| {
             let Answer::Signature(raw) = answers.next()? else { return Err(unexpected()) };
             let signature = to_x509_form(algorithm, raw)?;
             let verified = public.verify(algorithm, message, &signature);
-            verified.map_err(|_| HsmError::Wrong(format!("a signature with {key} that does not verify")))?;
+            verified.map_err(|_| HsmError::InvalidAnswer(format!("the signature of {key} does not verify")))?;
             Ok(signature)
         })
         .await
     }
 
-    /// Public randomness of the HSM.
+    /// Public random bytes from the HSM.
     pub async fn random(&self, len: usize) -> Result<Vec<u8>, HsmError> {
-        let order = DeviceKeyOrder { pair: None, derivations: Vec::new(), random: len };
+        let order = DeviceKeyRequest { pair: None, derivations: Vec::new(), random: len };
         self.device_keys(&order).await.map(|keys| keys.random)
     }
 
-    /// Derives keys: SP 800-108 in counter mode.
+    /// Derives keys with the SP 800-108 KDF in counter mode.
     pub async fn derive(&self, derivations: Vec<Derivation>) -> Result<Vec<SecretBytes>, HsmError> {
-        self.held_keys(&HeldKeyOrder { pair: None, derivations }).await.map(|keys| keys.derived)
+        self.reload_keys(&KeyReloadRequest { pair: None, derivations }).await.map(|keys| keys.derived)
     }
 
-    /// Generates, derives and draws what a new device needs, in one request.
-    pub async fn device_keys(&self, order: &DeviceKeyOrder) -> Result<DeviceKeys, HsmError> {
+    /// Provides the keys and random bytes of a new device in one request.
+    pub async fn device_keys(&self, order: &DeviceKeyRequest) -> Result<DeviceKeys, HsmError> {
         let derive = self.derive_operations(&order.derivations)?;
         let random = u32::try_from(order.random).map_err(|e| HsmError::Refused(e.to_string()))?;
         let operations = || {
             let pair = order.pair.iter().map(|pair| match pair {
-                PairOrder::Make(kind, wrapping_key) => {
+                PairSource::Generate(kind, wrapping_key) => {
                     Operation::GeneratePair { kind: *kind, wrapping_key: wrapping_key.clone() }
                 }
-                PairOrder::Kept(public, kept) => delivery(public, kept),
+                PairSource::Stored(public, stored) => delivery(public, stored),
             });
             pair.chain(derive()).chain([Operation::Random { len: random }]).collect()
         };
-        // Another HSM has other pairs.
-        let about = match &order.pair {
-            Some(PairOrder::Make(_, key)) => BatchName::of_key(key),
-            Some(PairOrder::Kept(_, kept)) => kept.batch(),
+        // Only the batch's owners can unwrap its pairs.
+        let batch = match &order.pair {
+            Some(PairSource::Generate(_, key)) => BatchName::from_key_name(key),
+            Some(PairSource::Stored(_, stored)) => stored.batch(),
             None => None,
         };
-        self.call(about, order.pair.is_some(), operations, |mut answers, connection| {
+        self.call(batch, order.pair.is_some(), operations, |mut answers, connection| {
             let pair = match &order.pair {
-                Some(PairOrder::Make(kind, wrapping_key)) => {
+                Some(PairSource::Generate(kind, wrapping_key)) => {
                     Some(new_pair(*kind, wrapping_key, answers.next()?, connection)?)
                 }
-                Some(PairOrder::Kept(public, kept)) => {
+                Some(PairSource::Stored(public, stored)) => {
                     let private = delivered(public, answers.next()?, connection)?;
-                    Some(DeliveredPair { private, kept: kept.clone() })
+                    Some(DeliveredPair { private, stored: stored.clone() })
                 }
                 None => None,
             };
@@ -248,29 +250,29 @@ impl Hsm {
         .await
     }
 
-    /// Unwraps and derives what a session has already, in one request.
-    pub async fn held_keys(&self, order: &HeldKeyOrder) -> Result<HeldKeys, HsmError> {
+    /// Unwraps and derives the keys of an existing session in one request.
+    pub async fn reload_keys(&self, order: &KeyReloadRequest) -> Result<ReloadedKeys, HsmError> {
         let derive = self.derive_operations(&order.derivations)?;
         let operations = || {
-            let pair = order.pair.iter().map(|(public, kept)| delivery(public, kept));
+            let pair = order.pair.iter().map(|(public, stored)| delivery(public, stored));
             pair.chain(derive()).collect()
         };
-        let about = order.pair.as_ref().and_then(|(_, kept)| kept.batch());
-        self.call(about, false, operations, |mut answers, connection| {
+        let batch = order.pair.as_ref().and_then(|(_, stored)| stored.batch());
+        self.call(batch, false, operations, |mut answers, connection| {
             let pair = match &order.pair {
                 Some((public, _)) => Some(delivered(public, answers.next()?, connection)?),
                 None => None,
             };
-            Ok(HeldKeys { pair, derived: answers.derived(order.derivations.len())? })
+            Ok(ReloadedKeys { pair, derived: answers.derived(order.derivations.len())? })
         })
         .await
     }
 
-    /// Destroys a key of the register on every token; it is gone when this returns.
+    /// Destroys a key of the manifest on every token. The key no longer exists when this returns.
     pub async fn destroy(&self, key: &KeyName) -> Result<(), HsmError> {
         let operations = || vec![Operation::Destroy { key: key.clone() }];
-        for member in self.each() {
-            let hsm = self.at(member);
+        for member in self.members() {
+            let hsm = self.pinned_to(member);
             let destroyed = hsm.call(None, false, operations, |mut answers, _| match answers.next()? {
                 Answer::Destroyed => Ok(()),
                 _ => Err(unexpected()),
@@ -283,7 +285,7 @@ impl Hsm {
         Ok(())
     }
 
-    /// The derivations as operations; a closure, since a retry needs them again.
+    /// Converts the derivations to operations. Returns a closure, because a retry needs the operations again.
     fn derive_operations<'a>(
         &self,
         derivations: &'a [Derivation],
@@ -294,9 +296,10 @@ impl Hsm {
             let key = self
                 .keys()
                 .master_key(name)
-                .ok_or_else(|| HsmError::Refused(format!("the master key {name} is not in the register of keys")))?;
+                .ok_or_else(|| HsmError::Refused(format!("the master key {name} is not in the key manifest")))?;
             if !(1..=Derivation::MAX_LEN).contains(&derivation.length) {
-                return Err(HsmError::Refused(format!("a derived key of {} bytes", derivation.length)));
+                let (length, most) = (derivation.length, Derivation::MAX_LEN);
+                return Err(HsmError::Refused(format!("derived key of {length} bytes: expected 1 to {most}")));
             }
             prfs.push(key.prf);
         }
@@ -311,108 +314,112 @@ impl Hsm {
         })
     }
 
-    /// Sends operations to a worker, waits for a new one if none is there, and tries transient failures again, on another HSM if
-    /// there is one, all within the deadline. An answer that is not right costs the worker, and the question is asked once more.
+    /// Sends operations to a worker within the deadline. Waits for a ready worker, and retries transient failures, on another HSM
+    /// if there is one. After an invalid answer the worker is replaced and the call is retried once.
     ///
-    /// Every operation may be repeated: what a lost worker did is gone with its session objects. Only
-    /// a destruction whose answer was lost cannot be told from a key that is missing; it stays an error, for an officer.
+    /// Every operation can be repeated: the session objects of a lost worker are lost with it. The exception is a destruction
+    /// whose answer was lost: it looks like a missing key and remains an error for an officer.
     async fn call<T>(
         &self,
-        about: Option<BatchName>,
-        impatient: bool,
+        batch: Option<BatchName>,
+        fail_fast: bool,
         operations: impl Fn() -> Vec<Operation>,
         read: impl Fn(Answers, &Connection) -> Result<T, HsmError>,
     ) -> Result<T, HsmError> {
-        let places = self.members.places;
-        let _place = self.members.queue.try_acquire().map_err(|_| HsmError::Busy { waiting: places })?;
-        let terms =
-            CallOptions { lane: Priority::Line, limit: self.call_timeout(), attempts: u32::MAX, about, impatient };
-        self.call_on(terms, operations, read).await
+        let queue_capacity = self.members.queue_capacity;
+        let _permit = self.members.queue.try_acquire().map_err(|_| HsmError::Busy { waiting: queue_capacity })?;
+        let options =
+            CallOptions { priority: Priority::Line, limit: self.call_timeout(), attempts: u32::MAX, batch, fail_fast };
+        self.call_on(options, operations, read).await
     }
 
-    /// The same on other terms, without a place in the line's queue.
+    /// Like [`Self::call`], with explicit options and without the limit of the line's queue.
     pub(super) async fn call_on<T>(
         &self,
-        terms: CallOptions,
+        options: CallOptions,
         operations: impl Fn() -> Vec<Operation>,
         read: impl Fn(Answers, &Connection) -> Result<T, HsmError>,
     ) -> Result<T, HsmError> {
-        let CallOptions { lane, limit, attempts, about, impatient } = terms;
+        let CallOptions { priority, limit, attempts, batch, fail_fast } = options;
         let until = Instant::now() + limit;
-        let mut asked = self.members.may_be_asked(about, self.only);
+        let mut candidates = self.members.candidates(batch, self.only);
         let mut attempt = 0;
-        let (mut was_wrong, mut was_refused) = (false, false);
+        let (mut was_invalid, mut was_rejected) = (false, false);
         loop {
-            // Whoever works in the background looks again later; the line has nothing better to do than to wait.
-            let patience = if lane == Priority::Line { until } else { until.min(Instant::now() + BACKGROUND_PATIENCE) };
-            let chosen = self.members.choose(&self.states, lane, &asked, impatient, patience).await?;
-            let Chosen { member, connection, others } = chosen;
-            // One that hangs must not have all the time where another one could answer.
+            // A background job retries later by itself; a line call waits until its deadline.
+            let patience =
+                if priority == Priority::Line { until } else { until.min(Instant::now() + BACKGROUND_PATIENCE) };
+            let selection = self.members.select(&self.states, priority, &candidates, fail_fast, patience).await?;
+            let Selection { member, connection, others } = selection;
+            // A hung HSM must not use up the deadline if another HSM could answer.
             let left = until.saturating_duration_since(Instant::now());
-            let share = if others && !impatient && lane == Priority::Line { left / 2 } else { left };
-            let begun = Instant::now();
-            let answer = tokio::time::timeout(share, connection.call(lane, operations(), begun + share)).await;
+            let share = if others && !fail_fast && priority == Priority::Line { left / 2 } else { left };
+            let started = Instant::now();
+            let answer = tokio::time::timeout(share, connection.call(priority, operations(), started + share)).await;
             let failed = match answer {
                 Err(_) if share == left => return Err(HsmError::Deadline(limit)),
                 Err(_) => {
-                    connection.note_late();
-                    Failed::Here(format!("it did not answer within {share:?}"))
+                    connection.record_late();
+                    AttemptFailure::Retryable(format!("no answer within {share:?}"))
                 }
                 Ok(Some(Ok(answers))) => match read(Answers(answers.into_iter()), &connection) {
-                    // Two workers say the same: it is what they were asked with that is wrong.
-                    Err(HsmError::Wrong(wrong)) if std::mem::replace(&mut was_wrong, true) => {
-                        return Err(HsmError::Wrong(wrong));
+                    // Two workers gave an invalid answer: the input of the call is at fault.
+                    Err(HsmError::InvalidAnswer(reason)) if std::mem::replace(&mut was_invalid, true) => {
+                        return Err(HsmError::InvalidAnswer(reason));
                     }
-                    Err(HsmError::Wrong(wrong)) => {
-                        tracing::error!(%wrong, "the HSM gave an answer that is not right; its worker is replaced");
-                        connection.condemn(&wrong);
-                        Failed::Here(wrong)
+                    Err(HsmError::InvalidAnswer(reason)) => {
+                        tracing::error!(%reason, "invalid HSM answer, replacing the worker");
+                        connection.request_replacement(&reason);
+                        AttemptFailure::Retryable(reason)
                     }
                     answer => {
-                        connection.note(None);
+                        connection.record(None);
                         return answer;
                     }
                 },
                 Ok(Some(Err(failure))) => {
                     if attempt == 0 && failure.class != FailureClass::Absent {
-                        connection.note(Some(&failure));
+                        connection.record(Some(&failure));
                     }
                     match failure.class {
                         FailureClass::Transient | FailureClass::SessionLost | FailureClass::ModuleLost => {
-                            Failed::Here(failure.message)
+                            AttemptFailure::Retryable(failure.message)
                         }
                         FailureClass::Permanent | FailureClass::Rejected
-                            if others && !std::mem::replace(&mut was_refused, true) =>
+                            if others && !std::mem::replace(&mut was_rejected, true) =>
                         {
-                            Failed::Here(failure.message)
+                            AttemptFailure::Retryable(failure.message)
                         }
                         FailureClass::Permanent => return Err(HsmError::Stopped(failure.message)),
                         FailureClass::Rejected => return Err(HsmError::Refused(failure.message)),
-                        FailureClass::Absent if asked.exclude(member) => Failed::NotHere,
+                        FailureClass::Absent if candidates.exclude(member) => AttemptFailure::KeyAbsent,
                         FailureClass::Absent => return Err(HsmError::Absent(failure.message)),
                     }
                 }
-                Ok(None) => Failed::Here("the worker ended".to_owned()),
+                Ok(None) => AttemptFailure::Retryable("worker ended".to_owned()),
             };
-            let Failed::Here(why) = failed else { continue };
-            asked.last = Some(member);
+            let AttemptFailure::Retryable(reason) = failed else { continue };
+            candidates.last = Some(member);
             attempt += 1;
             let pause = Duration::from_millis(10 << attempt.min(5));
-            let other_way = impatient && others;
-            if other_way || Instant::now() + pause >= until || attempt >= attempts {
-                return Err(HsmError::Unavailable { why: self.members.told(member, &why), retry_after: pause });
+            let use_other_pair = fail_fast && others;
+            if use_other_pair || Instant::now() + pause >= until || attempt >= attempts {
+                return Err(HsmError::Unavailable {
+                    reason: self.members.with_member_name(member, &reason),
+                    retry_after: pause,
+                });
             }
             tokio::time::sleep(pause).await;
         }
     }
 }
 
-/// Why an attempt was in vain.
-enum Failed {
-    /// It may be tried again, on another HSM or on this one.
-    Here(String),
-    /// The HSM does not have what was asked for; another one may.
-    NotHere,
+/// Why an attempt failed.
+enum AttemptFailure {
+    /// The call can be retried, on this HSM or another one.
+    Retryable(String),
+    /// This HSM does not hold the key; another one may.
+    KeyAbsent,
 }
 
 /// The answers to one call, in order.
@@ -432,9 +439,9 @@ impl Answers {
     }
 }
 
-fn delivery(public: &PublicKey, kept: &StoredKey) -> Operation {
+fn delivery(public: &PublicKey, stored: &StoredKey) -> Operation {
     let kind = public.kind();
-    match kept {
+    match stored {
         StoredKey::Wrapped(WrappedKey { wrapping_key, blob }) => {
             Operation::Rewrap { kind, wrapping_key: wrapping_key.clone(), blob: blob.clone() }
         }
@@ -454,18 +461,18 @@ fn new_pair(
     answer: Answer,
     connection: &Connection,
 ) -> Result<DeliveredPair, HsmError> {
-    let Answer::Pair { public, kept, delivered } = answer else { return Err(unexpected()) };
+    let Answer::Pair { public, stored, delivered } = answer else { return Err(unexpected()) };
     let public = public_key(kind, public)?;
     let plain = connection.transport.unwrap(&delivered)?;
     let private = DevicePrivateKey::from_unwrapped(public, &plain).map_err(wrong_key)?;
-    let kept = StoredKey::Wrapped(WrappedKey { wrapping_key: wrapping_key.clone(), blob: kept });
-    Ok(DeliveredPair { private, kept })
+    let stored = StoredKey::Wrapped(WrappedKey { wrapping_key: wrapping_key.clone(), blob: stored });
+    Ok(DeliveredPair { private, stored })
 }
 
 fn wrong_key(error: KeyError) -> HsmError {
-    HsmError::Wrong(error.to_string())
+    HsmError::InvalidAnswer(error.to_string())
 }
 
 pub(super) fn unexpected() -> HsmError {
-    HsmError::Wrong("an answer of another kind than the question".to_owned())
+    HsmError::InvalidAnswer("the answer does not match the request".to_owned())
 }

@@ -1,34 +1,34 @@
-//! What a module has: slots, tokens, mechanisms. Nothing is changed and nobody logs in.
+//! Lists a module's slots, tokens and mechanisms, without a login and without changes.
 
 use serde::Serialize;
 
-use super::failure::{Doing as _, Failure, HsmError, learn};
+use super::failure::{Failure, FailureContext as _, HsmError, set_failure_overrides};
 use super::module::ModuleProfile;
 use super::token::load;
 use cryptoki::context::Pkcs11;
 use cryptoki::slot::Slot;
 
-/// A slot and what is in it.
+/// A slot with its token.
 #[derive(Debug, Clone, Serialize)]
 pub struct SlotReport {
-    /// The number that it has now; slots are found by their token's names, never by this.
+    /// The current slot number. The product finds a slot by its token's label and serial number, never by the slot number.
     pub slot: u64,
-    /// Of the slot, for people.
+    /// The slot's description.
     pub description: String,
-    /// What is in it.
+    /// The token in the slot.
     pub token: Option<TokenReport>,
 }
 
 /// A token.
 #[derive(Debug, Clone, Serialize)]
 pub struct TokenReport {
-    /// Its label; empty until it is initialised.
+    /// The label; empty until the token is initialised.
     pub label: String,
-    /// Its serial number.
+    /// The serial number.
     pub serial: String,
-    /// Who made it, and what it is.
+    /// Manufacturer and model.
     pub model: String,
-    /// What is to be known of its state, in words.
+    /// Notable states, as text.
     pub state: Vec<&'static str>,
 }
 
@@ -37,13 +37,13 @@ pub struct TokenReport {
 pub struct MechanismReport {
     /// The standard's name.
     pub name: String,
-    /// Key sizes, in the unit of the mechanism.
+    /// Minimum and maximum key size, in the unit of the mechanism.
     pub key_sizes: (usize, usize),
-    /// What it can do.
+    /// The supported functions.
     pub uses: Vec<&'static str>,
 }
 
-/// A module, loaded by an officer's tool to look at it.
+/// A module loaded for inspection by an officer's tool.
 pub struct Inventory {
     module: Pkcs11,
     nameless: bool,
@@ -52,24 +52,24 @@ pub struct Inventory {
 }
 
 impl Inventory {
-    /// Loads the module. The process must have its environment ([`ModuleProfile::enter_environment`]).
+    /// Loads the module. The process must have the module's environment ([`ModuleProfile::enter_environment`]).
     pub fn of(profile: &ModuleProfile) -> Result<Self, HsmError> {
-        learn(profile.failures.clone());
+        set_failure_overrides(profile.failures.clone());
         let open = || -> Result<Self, Failure> {
             let module = load(&profile.library)?;
-            let info = module.get_library_info().doing(|| "reading the module's description".to_owned())?;
+            let info = module.get_library_info().context(|| "reading the module's description".to_owned())?;
             let (version, name) = (info.library_version(), info.library_description().trim());
             let description =
                 format!("{name} {}.{} ({})", version.major(), version.minor(), info.manufacturer_id().trim());
             Ok(Self { module, nameless: profile.one_nameless_token, description })
         };
-        open().map_err(super::objects::refused)
+        open().map_err(super::objects::to_hsm_error)
     }
 
-    /// Every slot.
+    /// Lists all slots.
     pub fn slots(&self) -> Result<Vec<SlotReport>, HsmError> {
         let slots =
-            self.module.get_all_slots().doing(|| "listing slots".to_owned()).map_err(super::objects::refused)?;
+            self.module.get_all_slots().context(|| "listing slots".to_owned()).map_err(super::objects::to_hsm_error)?;
         Ok(slots.into_iter().map(|slot| self.slot(slot)).collect())
     }
 
@@ -84,19 +84,19 @@ impl Inventory {
                 (token.user_pin_count_low(), "a wrong user PIN was tried"),
                 (token.protected_authentication_path(), "PIN is entered at the HSM"),
                 (token.write_protected(), "write-protected"),
-                (token.error_state(), "failed its self tests"),
+                (token.error_state(), "failed its self-tests"),
             ];
             TokenReport {
                 label: token.label().trim().to_owned(),
                 serial: token.serial_number().trim().to_owned(),
                 model: format!("{} {}", token.manufacturer_id().trim(), token.model().trim()).trim().to_owned(),
-                state: states.into_iter().filter(|(is, _)| *is).map(|(_, words)| words).collect(),
+                state: states.into_iter().filter(|(applies, _)| *applies).map(|(_, text)| text).collect(),
             }
         });
         SlotReport { slot: slot.id(), description: description.unwrap_or_default(), token }
     }
 
-    /// The mechanisms of the token with that label, or of the first slot. Those that PKCS#11 does not name are left out.
+    /// Lists the mechanisms of the token with this label, or of the first slot. Mechanisms without a PKCS#11 name are omitted.
     pub fn mechanisms(&self, label: Option<&str>) -> Result<Vec<MechanismReport>, HsmError> {
         let slots = self.slots()?;
         let wanted = slots.iter().find(|slot| match (label, &slot.token) {
@@ -106,12 +106,15 @@ impl Inventory {
         });
         let wanted = wanted.ok_or_else(|| {
             let labels = slots.iter().filter_map(|slot| slot.token.as_ref()).map(|token| token.label.as_str());
-            let have = labels.filter(|label| !label.is_empty()).collect::<Vec<_>>().join(", ");
-            HsmError::Refused(format!("no token is named {}; there are: {have}", label.unwrap_or("at all")))
+            let labels = labels.filter(|label| !label.is_empty()).collect::<Vec<_>>().join(", ");
+            HsmError::Refused(match label {
+                Some(label) => format!("no token named {label}; the module has: {labels}"),
+                None => "the module has no slot".to_owned(),
+            })
         })?;
         let list = || -> Result<Vec<MechanismReport>, Failure> {
-            let slot = Slot::try_from(wanted.slot).doing(|| "naming a slot".to_owned())?;
-            let mechanisms = self.module.get_mechanism_list(slot).doing(|| "listing mechanisms".to_owned())?;
+            let slot = Slot::try_from(wanted.slot).context(|| "naming a slot".to_owned())?;
+            let mechanisms = self.module.get_mechanism_list(slot).context(|| "listing mechanisms".to_owned())?;
             let mut reports: Vec<_> = mechanisms
                 .into_iter()
                 .map(|mechanism| {
@@ -124,7 +127,7 @@ impl Inventory {
             reports.sort_by(|a, b| a.name.cmp(&b.name));
             Ok(reports)
         };
-        list().map_err(super::objects::refused)
+        list().map_err(super::objects::to_hsm_error)
     }
 }
 
@@ -142,5 +145,5 @@ fn uses(info: &cryptoki::mechanism::MechanismInfo) -> Vec<&'static str> {
         (info.digest(), "digest"),
         (info.hardware(), "in hardware"),
     ];
-    all.into_iter().filter(|(can, _)| *can).map(|(_, name)| name).collect()
+    all.into_iter().filter(|(supported, _)| *supported).map(|(_, name)| name).collect()
 }

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::names::KeyName;
 
-/// The pseudorandom function of a master key; fixed when the key is made, since the key type depends on it.
+/// The pseudorandom function of a master key. Fixed at key generation, because the key type depends on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Prf {
     /// HMAC-SHA-256 (FIPS 198-1); the key is a generic secret of 32 bytes.
@@ -25,7 +25,7 @@ impl std::fmt::Display for Prf {
 }
 
 impl Prf {
-    /// Bytes that one call gives.
+    /// Output length of one call in bytes.
     pub const fn output_len(self) -> usize {
         match self {
             Self::HmacSha256 => 32,
@@ -34,7 +34,7 @@ impl Prf {
     }
 }
 
-/// What is derived from a master key.
+/// The parameters of a derivation from a master key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Derivation {
     /// The master key.
@@ -43,12 +43,12 @@ pub struct Derivation {
     pub label: String,
     /// The canonical device identity.
     pub context: Vec<u8>,
-    /// Bytes wanted; at most [`Derivation::MAX_LEN`].
+    /// Length of the derived key in bytes; at most [`Derivation::MAX_LEN`].
     pub length: usize,
 }
 
 impl Derivation {
-    /// Most bytes of a derived key.
+    /// Maximum length of a derived key in bytes.
     pub const MAX_LEN: usize = 64;
 
     /// A device's symmetric key for a purpose.
@@ -61,19 +61,19 @@ impl Derivation {
         Self { master_key, label: format!("spp/v1/{purpose}"), context: identity.to_string().into_bytes(), length }
     }
 
-    /// What a master key is recognised by: 8 bytes that tell nothing about device keys.
+    /// The check value that identifies a master key: 8 bytes that reveal nothing about device keys.
     pub(crate) fn check_value(master_key: KeyName) -> Self {
         Self { master_key, label: "spp/v1/check-value".to_owned(), context: Vec::new(), length: 8 }
     }
 
-    /// `Label ‖ 00 ‖ Context ‖ [L]`: what follows the counter in each block.
+    /// The fixed input, which follows the counter in each block: `Label ‖ 00 ‖ Context ‖ [L]`.
     pub(crate) fn fixed_input(&self) -> Vec<u8> {
         let bits = u32::try_from(self.length * 8).unwrap_or(u32::MAX);
         [self.label.as_bytes(), &[0], &self.context, &bits.to_be_bytes()].concat()
     }
 }
 
-/// The messages that the PRF authenticates, one per block: `[i] ‖ fixed input`, i a 32-bit counter from 1.
+/// The PRF inputs, one per block: `[i] ‖ fixed input`, where i is a 32-bit counter that starts at 1.
 pub(crate) fn prf_inputs(prf: Prf, fixed_input: &[u8], length: usize) -> impl Iterator<Item = Vec<u8>> {
     let blocks = u32::try_from(length.div_ceil(prf.output_len())).unwrap_or(u32::MAX);
     (1..=blocks).map(move |i| [&i.to_be_bytes(), fixed_input].concat())
@@ -84,7 +84,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_fixed_input_separates_purposes_and_identities() {
+    fn fixed_input_contains_label_context_and_length() {
         let key: KeyName = "master".parse().unwrap();
         let identity = "serial:A".parse().unwrap();
         let channel = Derivation::device_key(key, "channel", &identity, 32);
@@ -92,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn the_counter_starts_at_one_and_covers_the_length() {
+    fn prf_inputs_count_from_one_and_cover_length() {
         let inputs: Vec<_> = prf_inputs(Prf::AesCmac, b"x", 33).collect();
         assert_eq!(inputs, [b"\0\0\0\x01x", b"\0\0\0\x02x", b"\0\0\0\x03x"].map(|b| b.to_vec()));
         assert_eq!(prf_inputs(Prf::HmacSha256, b"x", 32).count(), 1);

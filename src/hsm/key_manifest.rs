@@ -1,4 +1,5 @@
-//! The register of keys (`keys.toml`): written by a ceremony, demanded by the daemon at every start of a worker.
+//! The key manifest (`keys.toml`): lists the keys of a token. A ceremony writes it, and every worker start checks the token
+//! against it.
 
 use std::path::PathBuf;
 
@@ -11,10 +12,10 @@ use crate::keys::{PublicKey, sha256};
 use crate::names::KeyName;
 use crate::tlog::LogKey;
 
-/// What the token must hold, validated: names and CKA_IDs are unique, public keys parse.
+/// The keys that a token must hold. Validated: names and CKA_IDs are unique, public keys parse.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeyManifest {
-    /// Which token.
+    /// The token.
     pub token: TokenIdentity,
     /// Keys that sign certificates.
     pub signing: Vec<SigningKey>,
@@ -22,9 +23,9 @@ pub struct KeyManifest {
     pub log: Vec<CheckpointKey>,
     /// Keys from which device keys are derived.
     pub master: Vec<MasterKey>,
-    /// Keys under which keys leave the token for their backup. The daemon has no use for them.
+    /// Keys that wrap other keys for their backup. The daemon does not use them.
     pub backup: Vec<BackupKey>,
-    /// Keys that were destroyed: their names are never used again.
+    /// Destroyed keys. Their names are never reused.
     pub destroyed: Vec<DestroyedKey>,
 }
 
@@ -35,13 +36,13 @@ pub struct SigningKey {
     pub name: KeyName,
     /// `CKA_ID` of both halves.
     pub id: Vec<u8>,
-    /// What it signs: device certificates, or the TLS certificates of stations and officers.
+    /// Its use: device certificates, TLS certificates of stations and officers, or CA certificates.
     pub use_: SigningUse,
-    /// The public half, against which the token is checked.
+    /// The public key, against which the token is checked.
     pub public_key: PublicKey,
-    /// The certificate chain, PEM, issuer first. For a key with a CSR it appears once the offline root has answered.
+    /// The certificate chain, PEM, issuer first. For a key with a CSR the file exists only after the certificate was imported.
     pub certificate: PathBuf,
-    /// The older key whose work it took over.
+    /// The older key that it replaces.
     pub replaces: Option<KeyName>,
     /// How it came onto the token.
     pub provenance: Provenance,
@@ -54,15 +55,15 @@ pub struct CheckpointKey {
     pub name: KeyName,
     /// `CKA_ID` of both halves.
     pub id: Vec<u8>,
-    /// The log's name and the public half, against which the token is checked.
+    /// The log's origin and the public key, against which the token is checked.
     pub key: LogKey,
-    /// The public half once more.
+    /// The same public key as a SubjectPublicKeyInfo.
     pub public_key: PublicKey,
     /// How it came onto the token.
     pub provenance: Provenance,
 }
 
-/// What a signing key is for.
+/// The use of a signing key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum SigningUse {
@@ -70,7 +71,7 @@ pub enum SigningUse {
     Device,
     /// TLS certificates of stations, officers and the daemon.
     Access,
-    /// Certificates of the other signing keys, in ceremonies alone.
+    /// Certificates of other signing keys, in ceremonies only.
     Root,
 }
 
@@ -81,88 +82,87 @@ pub struct MasterKey {
     pub name: KeyName,
     /// `CKA_ID`.
     pub id: Vec<u8>,
-    /// Counted from 1; part of every record.
+    /// The version, counted from 1; part of every record.
     pub version: u32,
     /// The pseudorandom function.
     pub prf: Prf,
     /// SP 800-108 output for the label `spp/v1/check-value` and an empty context, 8 bytes.
     pub check_value: Vec<u8>,
-    /// The older key whose work it took over.
+    /// The older key that it replaces.
     pub replaces: Option<KeyName>,
     /// How it came onto the token.
     pub provenance: Provenance,
 }
 
-/// A key that wraps others for their backup, and can unwrap nothing: for that its shares are needed.
+/// A key that wraps other keys for their backup. It cannot unwrap them: that requires the key's shares.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BackupKey {
     /// `CKA_LABEL`.
     pub name: KeyName,
     /// `CKA_ID`.
     pub id: Vec<u8>,
-    /// What it makes of 32 zero bytes (RFC 5649), the first 8 bytes.
+    /// The first 8 bytes of the result of wrapping 32 zero bytes (RFC 5649).
     pub check_value: Vec<u8>,
-    /// In how many shares it is given out.
+    /// Number of shares issued.
     pub shares: u8,
-    /// How many of them give it back.
+    /// Number of shares required to reconstruct the key.
     pub threshold: u8,
 }
 
-/// What is remembered of a key that was destroyed.
+/// The record of a destroyed key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DestroyedKey {
-    /// Its name.
+    /// The name.
     pub name: KeyName,
-    /// Its CKA_ID.
+    /// The CKA_ID.
     pub id: Vec<u8>,
-    /// What it was known by: see [`KeyManifest::known_by`].
+    /// The fingerprint: see [`KeyManifest::fingerprint_text`].
     pub fingerprint: String,
-    /// When; seconds since the Unix epoch.
+    /// The time of destruction, in seconds since the Unix epoch.
     pub time: u64,
-    /// The version of a master key: it is not given again in its line.
+    /// The version of a master key. It is not reused within its line of replacements.
     pub version: Option<u32>,
-    /// The older key whose work it had taken over.
+    /// The older key that it replaced.
     pub replaces: Option<KeyName>,
 }
 
 impl KeyManifest {
-    /// The public keys that certify callers, those that were replaced included.
+    /// The public keys that certify callers, including replaced ones.
     pub fn access_keys(&self) -> Vec<PublicKey> {
         let access = self.signing.iter().filter(|key| key.use_ == SigningUse::Access);
         access.map(|key| key.public_key.clone()).collect()
     }
 
-    /// SHA-256 of all that it says.
+    /// SHA-256 of the manifest's text.
     pub fn fingerprint(&self) -> [u8; 32] {
         sha256(self.to_toml().unwrap_or_default().as_bytes())
     }
 
-    /// Whether another token has the same keys, under whatever CKA_ID; the first difference if not.
-    pub(super) fn agrees_with(&self, other: &Self) -> Result<(), String> {
-        self.has_what(other, "is not there")?;
-        other.has_what(self, "is only there")
+    /// Checks that two manifests list the same keys, regardless of their CKA_IDs. The error is the first difference.
+    pub(super) fn check_same_keys(&self, other: &Self) -> Result<(), String> {
+        self.check_contains(other, "is missing")?;
+        other.check_contains(self, "exists only there")
     }
 
-    fn has_what(&self, other: &Self, missing: &str) -> Result<(), String> {
+    fn check_contains(&self, other: &Self, missing: &str) -> Result<(), String> {
         for (name, public) in other.signers() {
-            match self.signers().find(|(mine, _)| *mine == name) {
-                Some((_, mine)) if mine == public => {}
-                Some(_) => return Err(format!("the key pair {name} is another one")),
+            match self.signers().find(|(own_name, _)| *own_name == name) {
+                Some((_, own_public)) if own_public == public => {}
+                Some(_) => return Err(format!("the key pair {name} has another public key")),
                 None => return Err(format!("the key pair {name} {missing}")),
             }
         }
         for key in &other.master {
             match self.master_key(&key.name) {
-                Some(mine)
-                    if (mine.version, mine.prf, &mine.check_value) == (key.version, key.prf, &key.check_value) => {}
-                Some(_) => return Err(format!("the master key {} is another one", key.name)),
+                Some(own) if (own.version, own.prf, &own.check_value) == (key.version, key.prf, &key.check_value) => {}
+                Some(_) => return Err(format!("the master key {} has another version, PRF or check value", key.name)),
                 None => return Err(format!("the master key {} {missing}", key.name)),
             }
         }
         Ok(())
     }
 
-    /// Every key that the daemon must find: name, CKA_ID, role, provenance.
+    /// Every key that the daemon requires: name, CKA_ID, role, provenance.
     pub(crate) fn all(&self) -> impl Iterator<Item = (&KeyName, &[u8], KeyRole, Provenance)> {
         let pair = |public: &PublicKey| KeyRole::Signing(public.kind());
         let signing = self.signing.iter().map(move |k| (&k.name, k.id.as_slice(), pair(&k.public_key), k.provenance));
@@ -171,20 +171,20 @@ impl KeyManifest {
         signing.chain(log).chain(master)
     }
 
-    /// Every name and CKA_ID that was ever given on this token.
-    pub(crate) fn given(&self) -> impl Iterator<Item = (&KeyName, &[u8])> {
+    /// Every name and CKA_ID ever used on this token.
+    pub(crate) fn used_names(&self) -> impl Iterator<Item = (&KeyName, &[u8])> {
         let backup = self.backup.iter().map(|k| (&k.name, k.id.as_slice()));
         let destroyed = self.destroyed.iter().map(|k| (&k.name, k.id.as_slice()));
         self.all().map(|(name, id, ..)| (name, id)).chain(backup).chain(destroyed)
     }
 
-    /// Every key that signs, with its public half.
+    /// Every key pair that signs, with its public key.
     pub fn signers(&self) -> impl Iterator<Item = (&KeyName, &PublicKey)> {
         let signing = self.signing.iter().map(|k| (&k.name, &k.public_key));
         signing.chain(self.log.iter().map(|k| (&k.name, &k.public_key)))
     }
 
-    /// A log's key by name.
+    /// A log key by name.
     pub fn log_key(&self, name: &KeyName) -> Option<&CheckpointKey> {
         self.log.iter().find(|key| key.name == *name)
     }
@@ -199,17 +199,17 @@ impl KeyManifest {
         self.backup.iter().find(|key| key.name == *name)
     }
 
-    /// The key of a use that no other one has replaced.
+    /// The key of a use that no other key replaces.
     pub fn current(&self, use_: SigningUse) -> Option<&SigningKey> {
         let replaced = |key: &SigningKey| self.signing.iter().any(|other| other.replaces.as_ref() == Some(&key.name));
         self.signing.iter().find(|key| key.use_ == use_ && !replaced(key))
     }
 
-    /// The version for a master key that takes over the work of this one: one more than any in its line ever had.
+    /// The version for a key that replaces this master key: one more than the highest version in its line of replacements.
     pub fn next_version(&self, key: &KeyName) -> Option<u32> {
-        let living = self.master.iter().map(|k| (&k.name, k.replaces.as_ref(), Some(k.version)));
-        let gone = self.destroyed.iter().map(|k| (&k.name, k.replaces.as_ref(), k.version));
-        let all: Vec<_> = living.chain(gone).collect();
+        let existing = self.master.iter().map(|k| (&k.name, k.replaces.as_ref(), Some(k.version)));
+        let destroyed = self.destroyed.iter().map(|k| (&k.name, k.replaces.as_ref(), k.version));
+        let all: Vec<_> = existing.chain(destroyed).collect();
         let mut line = std::collections::BTreeSet::from([key]);
         loop {
             let known = line.len();
@@ -227,9 +227,9 @@ impl KeyManifest {
         versions.max()?.checked_add(1)
     }
 
-    /// What people know a key of the register by: the hash of its public half, or its check value.
-    pub fn known_by(&self, name: &KeyName) -> Option<String> {
-        let public = self.signers().find(|(signer, _)| *signer == name).map(|(_, public)| public.known_by());
+    /// The fingerprint of a key as text: the hash of its public key, or its check value.
+    pub fn fingerprint_text(&self, name: &KeyName) -> Option<String> {
+        let public = self.signers().find(|(signer, _)| *signer == name).map(|(_, public)| public.fingerprint_text());
         let master = || self.master_key(name).map(|key| hex::encode(&key.check_value));
         let backup = || self.backup_key(name).map(|key| hex::encode(&key.check_value));
         public.or_else(master).or_else(backup)

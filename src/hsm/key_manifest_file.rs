@@ -1,4 +1,4 @@
-//! The register as a file, `keys.toml`: its shape, its checks, its text.
+//! Reads, validates and writes the key manifest file, `keys.toml`.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -103,7 +103,7 @@ struct DestroyedShape {
 }
 
 impl KeyManifest {
-    /// Of a token on which no ceremony was held.
+    /// The manifest of a token before its first ceremony.
     pub fn empty(token: TokenIdentity) -> Self {
         let (signing, log, master) = (Vec::new(), Vec::new(), Vec::new());
         Self { token, signing, log, master, backup: Vec::new(), destroyed: Vec::new() }
@@ -113,56 +113,56 @@ impl KeyManifest {
     pub fn load(path: &Path) -> Result<Self, Faults> {
         let place = path.display().to_string();
         let mut faults = Faults::default();
-        let hint = "run a ceremony first: sppctl ceremony run";
+        let hint = "create it with `sppctl ceremony run`";
         let text = std::fs::read_to_string(path).map_err(|e| format!("{e}; {hint}"));
         let text = faults.note(&place, text).unwrap_or_default();
         let shape: Option<Shape> = if faults.is_empty() { read_toml(&place, &text, &mut faults) } else { None };
         let base = path.parent().unwrap_or(Path::new("."));
-        let register = shape.map(|shape| Self::check(shape, &place, base, &mut faults));
-        faults.ok_or_all(register)
+        let manifest = shape.map(|shape| Self::check(shape, &place, base, &mut faults));
+        faults.into_result(manifest)
     }
 
     fn check(shape: Shape, place: &str, base: &Path, faults: &mut Faults) -> Self {
-        let mut register = Self::empty(TokenIdentity { label: shape.token.label, serial: shape.token.serial });
+        let mut manifest = Self::empty(TokenIdentity { label: shape.token.label, serial: shape.token.serial });
         for key in shape.signing_key {
-            register.signing.extend(key.check(place, base, faults));
+            manifest.signing.extend(key.check(place, base, faults));
         }
         for key in shape.log_key {
-            register.log.extend(key.check(place, faults));
+            manifest.log.extend(key.check(place, faults));
         }
         for key in shape.master_key {
             let at = format!("{place}: master_key {}", key.name);
             let check_value = bytes(&key.check_value, format!("{at}: check_value"), faults);
             let id = bytes(&key.id, format!("{at}: id"), faults);
             let MasterShape { name, version, prf, replaces, provenance, .. } = key;
-            register.master.push(MasterKey { name, id, version, prf, check_value, replaces, provenance });
+            manifest.master.push(MasterKey { name, id, version, prf, check_value, replaces, provenance });
         }
         for key in shape.backup_key {
             let at = format!("{place}: backup_key {}", key.name);
             let check_value = bytes(&key.check_value, format!("{at}: check_value"), faults);
             let id = bytes(&key.id, format!("{at}: id"), faults);
             let BackupShape { name, shares, threshold, .. } = key;
-            register.backup.push(BackupKey { name, id, check_value, shares, threshold });
+            manifest.backup.push(BackupKey { name, id, check_value, shares, threshold });
         }
         for key in shape.destroyed {
             let at = format!("{place}: destroyed {}", key.name);
             let id = bytes(&key.id, format!("{at}: id"), faults);
             let time = key.time.unix_timestamp().try_into().unwrap_or_default();
             let DestroyedShape { name, fingerprint, version, replaces, .. } = key;
-            register.destroyed.push(DestroyedKey { name, id, fingerprint, time, version, replaces });
+            manifest.destroyed.push(DestroyedKey { name, id, fingerprint, time, version, replaces });
         }
-        register.check_unique(place, faults);
-        register
+        manifest.check_unique(place, faults);
+        manifest
     }
 
     fn check_unique(&self, place: &str, faults: &mut Faults) {
         let mut seen = BTreeSet::new();
-        for (name, id) in self.given() {
+        for (name, id) in self.used_names() {
             if !seen.insert(name.to_string()) {
-                faults.add(place, format!("the key name {name} is there twice"));
+                faults.add(place, format!("duplicate key name {name}"));
             }
             if !seen.insert(hex::encode(id)) {
-                faults.add(place, format!("the CKA_ID {} is there twice", hex::encode(id)));
+                faults.add(place, format!("duplicate CKA_ID {}", hex::encode(id)));
             }
         }
     }
@@ -178,8 +178,7 @@ impl KeyManifest {
             backup_key: self.backup.iter().map(BackupShape::of).collect(),
             destroyed: self.destroyed.iter().map(DestroyedShape::of).collect(),
         };
-        let head =
-            "# Written by `sppctl ceremony run`. The daemon demands to find exactly these keys on the token.\n\n";
+        let head = "# Written by `sppctl ceremony run`. The daemon requires exactly these keys on the token.\n\n";
         Ok(format!("{head}{}", toml::to_string(&shape)?))
     }
 }

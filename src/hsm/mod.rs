@@ -1,14 +1,14 @@
-//! The HSM: the only room with cryptoki.
+//! Access to the HSM through PKCS#11: the only module that uses cryptoki.
 //!
-//! The process that faces the network holds an [`Hsm`]: an async handle with few verbs. Behind it stands a worker
-//! process ([`worker`]), which loads the vendor's module, holds the PIN and serves requests over a socket pair with one
-//! session per thread. The supervisor starts it, checks every key before anything is served, and replaces it when it
-//! hangs, crashes or has done its share; calls wait for the new one within their deadline.
+//! The process that faces the network holds an [`Hsm`], an async handle with few operations. A worker process
+//! ([`worker`]) loads the vendor's module, holds the PIN and serves requests over a socket pair, with one session per
+//! thread. The supervisor starts the worker, checks every key before the worker serves, and replaces a worker that
+//! hangs, crashes or reaches its operation limit. Calls wait for the new worker within their deadline.
 //!
-//! No plaintext private key crosses the PKCS#11 boundary: a transport key made in the HSM at each start wraps device keys
-//! on their way to this process. Where a module cannot wrap a kind of key its profile says so, and the key is made in
-//! the worker from the HSM's random numbers.
-#![expect(clippy::disallowed_types, reason = "this is the room of PKCS#11")]
+//! No plaintext private key crosses the PKCS#11 boundary: device keys leave the HSM wrapped under a transport key that
+//! the HSM generates at each start. If a module cannot wrap a key type, its profile says so, and the worker generates the
+//! key from the HSM's random numbers.
+#![expect(clippy::disallowed_types, reason = "only this module may use PKCS#11")]
 
 mod attributes;
 mod background;
@@ -44,10 +44,10 @@ mod wire;
 pub mod worker;
 
 pub use attributes::{KeyRole, Provenance};
-pub use background::{KeepIn, OwnObjects};
+pub use background::{DaemonObjects, PairStorage};
 pub use backup::{BACKUP_KEY_LEN, Restorable, SEALED_LEN, backup_check_value, is_sealed};
 pub use failure::{FailureClass, HsmError};
-pub use handle::{DeliveredPair, DeviceKeyOrder, DeviceKeys, HeldKeyOrder, HeldKeys, Hsm, PairOrder};
+pub use handle::{DeliveredPair, DeviceKeyRequest, DeviceKeys, Hsm, KeyReloadRequest, PairSource, ReloadedKeys};
 pub use inventory::{Inventory, MechanismReport, SlotReport, TokenReport};
 pub use kdf::{Derivation, Prf};
 pub use key_manifest::{BackupKey, CheckpointKey, DestroyedKey, KeyManifest, MasterKey, SigningKey, SigningUse};
@@ -57,7 +57,7 @@ pub use objects::{Ceremony, CreatedKey};
 pub use pin::PinSource;
 pub use pin_agent::PinAgent;
 pub use pin_attempts::PinAttempts;
-pub use self_test::{Finding, Needs, SelfTestReport, examine};
+pub use self_test::{Finding, HsmRequirements, SelfTestReport, run_self_test};
 pub use statistics::{CallStatistic, LATENCY_BOUNDS_US};
 pub use status::{HsmStatus, MemberStatus};
 pub use supervisor::{HsmConfig, SupervisorPacing};

@@ -1,4 +1,5 @@
-//! A module's profile (`hsm-config/*.toml`): path, mechanisms and quirks as data, so that code knows no vendor.
+//! The profile of a PKCS#11 module (`hsm-config/*.toml`): path, mechanisms and quirks as data, so that the code contains no
+//! vendor specifics.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -10,52 +11,53 @@ use super::token_file_backup::TokenFileBackup;
 use crate::config::{Faults, read_toml};
 use crate::keys::KeyKind;
 
-/// What is known of a PKCS#11 module, validated.
+/// The validated profile of a PKCS#11 module.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ModuleProfile {
-    /// The module's name for people.
+    /// The module's display name.
     pub name: String,
     /// The shared library.
     pub library: PathBuf,
-    /// Threads, each with a session of its own.
+    /// Number of threads for line calls, each with its own session.
     pub threads: usize,
-    /// Threads beside those, for what the line does not wait for: filling pools, moving batches.
+    /// Number of additional threads for background work: filling pools, rewrapping batches.
     pub background_threads: usize,
-    /// The nice value of those threads: 19, the lowest priority, unless the profile says otherwise; 0 leaves it alone.
+    /// The nice value of the background threads: 19, the lowest priority, by default; 0 leaves the priority unchanged.
     pub background_nice: u8,
-    /// Whether the token's names cannot be read: then the module may have one token alone, which is known by its keys.
+    /// Whether the token's label and serial number cannot be read. The module must then have only one token, identified by its
+    /// keys.
     pub one_nameless_token: bool,
-    /// How keys are derived.
+    /// The key derivation route.
     pub kdf: KdfRoute,
-    /// How private keys are wrapped.
+    /// The mechanism that wraps private keys.
     pub wrap: WrapMechanism,
-    /// Whether C_UnwrapKey makes keys extractable by itself and takes no word about it.
+    /// Whether C_UnwrapKey always makes keys extractable and refuses CKA_EXTRACTABLE in its template.
     pub unwraps_extractable: bool,
-    /// Whether the module has CKM_RSA_PKCS alone, and not with SHA-256: then the hash is taken before.
+    /// Whether the module has CKM_RSA_PKCS but not CKM_SHA256_RSA_PKCS: then the worker computes the hash.
     pub rsa_without_hash: bool,
     /// The hash of RSA-OAEP when the transport key leaves the HSM.
     pub oaep_hash: OaepHash,
-    /// Kinds whose private keys the module cannot wrap.
+    /// Key types whose private keys the module cannot wrap.
     pub unwrappable: Vec<KeyKind>,
-    /// Whether the module does not know CKA_COPYABLE (new in PKCS#11 v2.40).
+    /// Whether the module lacks CKA_COPYABLE (new in PKCS#11 v2.40).
     pub no_copyable: bool,
-    /// Whether creating and destroying token objects must exclude look-ups.
+    /// Whether creating and destroying token objects must exclude lookups.
     pub exclusive_changes: bool,
-    /// Set for the worker process before the module is loaded.
+    /// Environment of the worker process, set before the module is loaded.
     pub environment: BTreeMap<String, String>,
-    /// A directory that must be synced after a token object was made, since the module does not.
+    /// A directory to sync after token objects change, because the module does not sync it.
     pub sync_directory: Option<PathBuf>,
-    /// Most key pairs that may be kept as objects of the token; 0 if none should.
+    /// Maximum number of key pairs stored as token objects; 0 if none.
     pub token_pairs: u64,
-    /// A file that the module rewrites in place, at each login say, so that a kill in the middle would lose it.
+    /// A file to back up, because the module rewrites it in place, for example at each login, and a kill would destroy it.
     pub guarded_file: Option<TokenFileBackup>,
-    /// Return values that this module means otherwise than the standard, by name.
+    /// Return values whose failure class differs from the standard's, by name.
     pub failures: BTreeMap<String, FailureClass>,
-    /// A session that had nothing to do for so long is used once, so that neither it nor the login is ended.
+    /// A session idle for this long is used once, so that the module closes neither the session nor the login.
     pub keep_alive: std::time::Duration,
-    /// After so many requests the worker is replaced; 0 = never.
+    /// The worker is replaced after this number of operations; 0 = never.
     pub recycle_after_operations: u64,
-    /// A worker that has not answered a request for so long is killed.
+    /// A worker that has not answered a call for this long is killed.
     pub hang_after: std::time::Duration,
 }
 
@@ -63,19 +65,19 @@ pub struct ModuleProfile {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum WrapMechanism {
-    /// CKM_AES_KEY_WRAP_PAD (0x210A), where the module means RFC 5649 by it.
+    /// CKM_AES_KEY_WRAP_PAD (0x210A), where the module implements it as RFC 5649.
     AesKeyWrapPad,
-    /// CKM_AES_GCM with a random IV of 12 bytes before the bytes and a tag of 16 behind them.
+    /// CKM_AES_GCM with a random 12-byte IV before the ciphertext and a 16-byte tag after it.
     AesGcm,
-    /// CKM_AES_CBC_PAD with a random IV before the bytes, for modules that have nothing else. It does not authenticate what it
-    /// wraps: a pair that was tampered with is found by its public key, not before.
+    /// CKM_AES_CBC_PAD with a random IV before the ciphertext, for modules without an authenticated mechanism. Tampering with a
+    /// pair is detected only by comparison with its public key.
     AesCbcPad,
 }
 
-/// The hash of RSA-OAEP, its MGF1 the same.
+/// The hash of RSA-OAEP and of its MGF1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum OaepHash {
-    /// SHA-1: collisions do not matter in OAEP (RFC 8017 §7.1), and some modules have nothing else.
+    /// SHA-1: collisions do not matter in OAEP (RFC 8017 §7.1), and some modules support nothing else.
     #[serde(rename = "sha-1")]
     Sha1,
     /// SHA-256.
@@ -113,11 +115,11 @@ struct SessionsShape {
     background_threads: ThreadsShape,
     #[serde(default = "lowest_priority")]
     background_nice: u8,
-    #[serde(default = "quarter_of_a_minute", with = "humantime_serde")]
+    #[serde(default = "default_keep_alive", with = "humantime_serde")]
     keep_alive: std::time::Duration,
 }
 
-const fn quarter_of_a_minute() -> std::time::Duration {
+const fn default_keep_alive() -> std::time::Duration {
     std::time::Duration::from_secs(15)
 }
 
@@ -142,10 +144,10 @@ struct KdfShape {
     route: KdfRoute,
 }
 
-/// How keys are derived (SP 800-108r1 §4.1, the same bytes by each route).
+/// The implementation of the KDF (SP 800-108r1 §4.1). Both routes give the same bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum KdfRoute {
-    /// The counter mode runs in the worker, with C_Sign of the master key as its PRF.
+    /// The worker computes the counter mode, with C_Sign of the master key as the PRF.
     #[serde(rename = "prf")]
     Prf,
     /// CKM_SP800_108_COUNTER_KDF (PKCS#11 v3.0 §6.41).
@@ -195,23 +197,23 @@ impl Default for WorkerShape {
 }
 
 impl ModuleProfile {
-    /// Reads the file; `{directory}` in its environment and paths becomes `directory`.
+    /// Reads the file and replaces `{directory}` in its environment and paths with `directory`.
     pub fn load(path: &Path, directory: &Path) -> Result<Self, Faults> {
         let place = path.display().to_string();
         let mut faults = Faults::default();
         let text = faults.note(&place, std::fs::read_to_string(path)).unwrap_or_default();
         let shape: Option<Shape> = if faults.is_empty() { read_toml(&place, &text, &mut faults) } else { None };
         let profile = shape.map(|shape| Self::check(shape, &place, directory, &mut faults));
-        faults.ok_or_all(profile)
+        faults.into_result(profile)
     }
 
-    /// Looks after the files that the module rewrites in place; before it is loaded.
-    pub(super) fn look_after_files(&self) -> std::io::Result<()> {
-        self.guarded_file.as_ref().map_or(Ok(()), TokenFileBackup::look)
+    /// Backs up or restores the files that the module rewrites in place. Called before the module is loaded.
+    pub(super) fn restore_files(&self) -> std::io::Result<()> {
+        self.guarded_file.as_ref().map_or(Ok(()), TokenFileBackup::restore)
     }
 
-    /// Makes sure that this process has the environment that the module needs, by starting its own program again with it if
-    /// not. Only for an officer's tool, before it has done anything; the daemon gives it to its worker.
+    /// Ensures that this process has the module's environment; if not, executes the program again with it. Only for an officer's
+    /// tool, at its start; the daemon sets the environment of its worker instead.
     pub fn enter_environment(&self) -> std::io::Result<()> {
         use std::os::unix::process::CommandExt as _;
         if self.environment.iter().all(|(name, value)| std::env::var(name).as_deref() == Ok(value)) {

@@ -1,4 +1,4 @@
-//! Pairs of devices, in PKCS#11: made, wrapped for keeping and for delivery, moved from one batch to the next, forgotten.
+//! PKCS#11 operations on device key pairs: generation, wrapping for storage and for delivery, rewrapping to another batch key.
 
 use std::time::{Duration, Instant};
 
@@ -8,10 +8,10 @@ use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHan
 use zeroize::Zeroizing;
 
 use super::attributes::pair_generation;
-use super::failure::{Doing as _, Failure, FailureClass};
+use super::failure::{Failure, FailureClass, FailureContext as _};
 use super::module::WrapMechanism;
 use super::operations::TokenOperations;
-use super::wire::{Answer, Keep, Kept, MadePair, WirePublicKey};
+use super::wire::{Answer, MadePair, StorageTarget, StoredForm, WirePublicKey};
 use crate::keys::KeyKind;
 use crate::names::KeyName;
 
@@ -26,57 +26,57 @@ fn gcm(iv: &mut [u8; GCM_IV_LEN]) -> cryptoki::error::Result<Mechanism<'_>> {
 
 impl TokenOperations {
     pub(super) fn generate_pair(&mut self, kind: KeyKind, wrapping_key: &KeyName) -> Result<Answer, Failure> {
-        self.with_session_pair(kind, |verbs, public, private| {
-            let keeping = verbs.key(wrapping_key)?;
-            // A pair that could not be had again must never get a certificate. What is delivered is checked by who receives it, so that
-            // a module that wraps such keys wrongly is found; a single mistake is found by wrapping twice.
-            let kept = verbs.wrap_under(keeping, private)?;
-            let delivered = match verbs.shared.module.wrap {
+        self.with_session_pair(kind, |operations, public, private| {
+            let batch_key = operations.key(wrapping_key)?;
+            // A pair that cannot be unwrapped again must never get a certificate. The receiver checks the delivered key, which
+            // detects a module that always wraps such keys wrongly; wrapping twice detects a single fault.
+            let stored = operations.wrap_under(batch_key, private)?;
+            let delivered = match operations.shared.module.wrap {
                 WrapMechanism::AesKeyWrapPad => {
-                    if verbs.wrap_under(keeping, private)? != kept {
-                        let message = format!("the HSM wrapped one {kind} key in two ways");
+                    if operations.wrap_under(batch_key, private)? != stored {
+                        let message = format!("wrapping a {kind} key twice gave two different results");
                         return Err(Failure::new(FailureClass::ModuleLost, message));
                     }
-                    verbs.wrap_under(verbs.transport()?, private)?
+                    operations.wrap_under(operations.transport()?, private)?
                 }
-                // With a random IV no two are the same: what is delivered goes through what is kept.
-                WrapMechanism::AesGcm | WrapMechanism::AesCbcPad => verbs.rewrap(kind, wrapping_key, &kept)?,
+                // Two results differ because of their random IVs, so the stored key is unwrapped again for the delivery.
+                WrapMechanism::AesGcm | WrapMechanism::AesCbcPad => operations.rewrap(kind, wrapping_key, &stored)?,
             };
-            Ok(Answer::Pair { public, kept, delivered })
+            Ok(Answer::Pair { public, stored, delivered })
         })
     }
 
-    /// One, then as many as the time allows. Wrapped ones are session objects in between; those on the token are synced before
-    /// anybody hears of them.
+    /// Generates at least one pair, then more until `within` has elapsed. Pairs to be wrapped are session objects; pairs on the
+    /// token are synced before they are returned.
     pub(super) fn make_pairs(
         &mut self,
         kind: KeyKind,
-        keep: &Keep,
+        target: &StorageTarget,
         at_most: u32,
         within: Duration,
     ) -> Result<Vec<MadePair>, Failure> {
-        let begun = (Instant::now(), std::time::SystemTime::now());
+        let (started, started_at) = (Instant::now(), std::time::SystemTime::now());
         let mut made = Vec::new();
-        while made.is_empty() || (made.len() < at_most as usize && begun.0.elapsed() < within) {
-            made.push(match keep {
-                Keep::Wrapped(key) => self.with_session_pair(kind, |verbs, public, private| {
-                    let keeping = verbs.key(key)?;
-                    let blob = verbs.wrap_under(keeping, private)?;
-                    if verbs.shared.module.wrap != WrapMechanism::AesKeyWrapPad {
-                        verbs.rewrap(kind, key, &blob)?;
+        while made.is_empty() || (made.len() < at_most as usize && started.elapsed() < within) {
+            made.push(match target {
+                StorageTarget::Wrapped(key) => self.with_session_pair(kind, |operations, public, private| {
+                    let batch_key = operations.key(key)?;
+                    let blob = operations.wrap_under(batch_key, private)?;
+                    if operations.shared.module.wrap != WrapMechanism::AesKeyWrapPad {
+                        operations.rewrap(kind, key, &blob)?;
                     }
-                    Ok(MadePair { public, kept: Kept::Blob(blob) })
+                    Ok(MadePair { public, stored: StoredForm::Blob(blob) })
                 })?,
-                Keep::OnToken(label) => self.make_token_pair(kind, label)?,
+                StorageTarget::OnToken(label) => self.make_token_pair(kind, label)?,
             });
         }
-        if matches!(keep, Keep::OnToken(_)) {
-            self.sync_objects(begun.1)?;
+        if matches!(target, StorageTarget::OnToken(_)) {
+            self.sync_objects(started_at)?;
         }
         Ok(made)
     }
 
-    /// Makes a session pair, does something with it, and forgets it whatever came of that.
+    /// Generates a session pair, runs `work` on it, and destroys the pair whether or not `work` succeeds.
     pub(super) fn with_session_pair<T>(
         &mut self,
         kind: KeyKind,
@@ -85,9 +85,9 @@ impl TokenOperations {
         if self.shared.module.unwrappable.contains(&kind) {
             let (public, seed) = self.seed_outside(kind)?;
             let object = self.session_secret(KeyType::GENERIC_SECRET, &seed)?;
-            let done = work(self, public, object);
-            self.forget(object)?;
-            return done;
+            let result = work(self, public, object);
+            self.destroy_session_object(object)?;
+            return result;
         }
         let (mechanism, mut public_template) = pair_generation(kind);
         public_template.extend([Attribute::Token(false), Attribute::Verify(true)]);
@@ -96,59 +96,60 @@ impl TokenOperations {
             Attribute::Private(true),
             Attribute::Sensitive(true),
             Attribute::Extractable(true),
-            // Only its device signs with it.
+            // Only the device signs with this key.
             Attribute::Sign(false),
         ];
         let (public, private) = self
             .session
             .generate_key_pair(&mechanism, &public_template, &private_template)
-            .doing(|| format!("generating a {kind} pair"))?;
-        let done = self.public_key(kind, public).and_then(|shown| work(self, shown, private));
-        self.forget(private)?;
-        self.forget(public)?;
-        done
+            .context(|| format!("generating a {kind} pair"))?;
+        let result = self.public_key(kind, public).and_then(|public_key| work(self, public_key, private));
+        self.destroy_session_object(private)?;
+        self.destroy_session_object(public)?;
+        result
     }
 
-    /// For kinds that the module cannot wrap: the seed is drawn in the HSM, the pair is made here, and the seed goes back in
-    /// as a generic secret, to be wrapped.
+    /// Generates a pair of a key type that the module cannot wrap: the HSM provides a random seed, the worker computes the public
+    /// key, and the caller imports the seed as a generic secret to wrap it.
     pub(super) fn seed_outside(&self, kind: KeyKind) -> Result<(WirePublicKey, Zeroizing<Vec<u8>>), Failure> {
         if kind != KeyKind::Ed25519 {
-            let message = format!("the module cannot wrap {kind} keys, and only ed25519 can be made outside it");
+            let message = format!("the module cannot wrap {kind} keys; only ed25519 keys can be generated outside it");
             return Err(Failure::new(FailureClass::Rejected, message));
         }
         let seed = Zeroizing::new(self.random(32)?);
         let pair = aws_lc_rs::signature::Ed25519KeyPair::from_seed_unchecked(&seed)
-            .map_err(|e| Failure::new(FailureClass::Transient, format!("making an ed25519 pair: {e}")))?;
+            .map_err(|e| Failure::new(FailureClass::Transient, format!("generating an ed25519 pair: {e}")))?;
         let public = aws_lc_rs::signature::KeyPair::public_key(&pair).as_ref().to_vec();
         Ok((WirePublicKey::Ed25519(public), seed))
     }
 
-    /// Bytes as a session object that can be wrapped.
+    /// Imports bytes as a session object that can be wrapped.
     pub(super) fn session_secret(&self, key_type: KeyType, bytes: &[u8]) -> Result<ObjectHandle, Failure> {
         let mut template = secret_template(key_type);
-        // cryptoki's attribute is not wiped: a copy of the bytes stays in the process's heap until it is reused.
+        // cryptoki does not wipe the attribute: a copy of the bytes remains on the heap until the memory is reused.
         template.push(Attribute::Value(bytes.to_vec()));
-        self.session.create_object(&template).doing(|| "importing a secret".to_owned())
+        self.session.create_object(&template).context(|| "importing a secret".to_owned())
     }
 
     pub(super) fn wrap_under(&self, wrapping: ObjectHandle, object: ObjectHandle) -> Result<Vec<u8>, Failure> {
-        let doing = || "wrapping a key".to_owned();
+        let context = || "wrapping a key".to_owned();
         match self.shared.module.wrap {
             WrapMechanism::AesKeyWrapPad => {
-                self.session.wrap_key(&Mechanism::AesKeyWrapPad, wrapping, object).doing(doing)
+                self.session.wrap_key(&Mechanism::AesKeyWrapPad, wrapping, object).context(context)
             }
             WrapMechanism::AesCbcPad => {
                 let mut iv = [0; IV_LEN];
-                self.session.generate_random_slice(&mut iv).doing(doing)?;
-                let wrapped = self.session.wrap_key(&Mechanism::AesCbcPad(iv), wrapping, object).doing(doing)?;
+                self.session.generate_random_slice(&mut iv).context(context)?;
+                let wrapped = self.session.wrap_key(&Mechanism::AesCbcPad(iv), wrapping, object).context(context)?;
                 Ok([&iv[..], &wrapped].concat())
             }
             WrapMechanism::AesGcm => {
                 let mut iv = [0; GCM_IV_LEN];
-                self.session.generate_random_slice(&mut iv).doing(doing)?;
+                self.session.generate_random_slice(&mut iv).context(context)?;
                 let mut used = iv;
-                let wrapped = self.session.wrap_key(&gcm(&mut used).doing(doing)?, wrapping, object).doing(doing)?;
-                // A module that takes an IV of its own would write it here.
+                let wrapped =
+                    self.session.wrap_key(&gcm(&mut used).context(context)?, wrapping, object).context(context)?;
+                // A module that generates the IV itself writes it here.
                 Ok([&used[..], &wrapped].concat())
             }
         }
@@ -159,23 +160,24 @@ impl TokenOperations {
         wrapping: ObjectHandle,
         blob: &[u8],
         template: &[Attribute],
-        doing: impl FnOnce() -> String,
+        context: impl FnOnce() -> String,
     ) -> Result<ObjectHandle, Failure> {
-        let short = |doing: String| Failure::new(FailureClass::Rejected, format!("{doing}: it is too short"));
+        let short =
+            |context: String| Failure::new(FailureClass::Rejected, format!("{context}: wrapped key is too short"));
         let unwrap =
             |mechanism: &Mechanism<'_>, wrapped: &[u8]| self.session.unwrap_key(mechanism, wrapping, wrapped, template);
         let unwrapped = match self.shared.module.wrap {
             WrapMechanism::AesKeyWrapPad => unwrap(&Mechanism::AesKeyWrapPad, blob),
             WrapMechanism::AesCbcPad => match blob.split_first_chunk::<IV_LEN>() {
                 Some((iv, wrapped)) => unwrap(&Mechanism::AesCbcPad(*iv), wrapped),
-                None => return Err(short(doing())),
+                None => return Err(short(context())),
             },
             WrapMechanism::AesGcm => match blob.split_first_chunk::<GCM_IV_LEN>() {
                 Some((iv, wrapped)) => gcm(&mut { *iv }).and_then(|mechanism| unwrap(&mechanism, wrapped)),
-                None => return Err(short(doing())),
+                None => return Err(short(context())),
             },
         };
-        unwrapped.doing(doing)
+        unwrapped.context(context)
     }
 
     pub(super) fn rewrap(&mut self, kind: KeyKind, wrapping_key: &KeyName, blob: &[u8]) -> Result<Vec<u8>, Failure> {
@@ -183,7 +185,7 @@ impl TokenOperations {
         self.rewrap_under(kind, wrapping_key, transport, blob)
     }
 
-    /// From one key to another; the keys are in clear inside the HSM alone.
+    /// Rewraps keys from one wrapping key to another. The keys are in clear only inside the HSM.
     pub(super) fn move_keys(
         &mut self,
         from: &KeyName,
@@ -201,7 +203,7 @@ impl TokenOperations {
         to: ObjectHandle,
         blob: &[u8],
     ) -> Result<Vec<u8>, Failure> {
-        let keeping = self.key(from)?;
+        let unwrapping_key = self.key(from)?;
         let mut template = if self.shared.module.unwrappable.contains(&kind) {
             secret_template(KeyType::GENERIC_SECRET)
         } else {
@@ -217,18 +219,19 @@ impl TokenOperations {
         if self.shared.module.unwraps_extractable {
             template.retain(|attribute| *attribute != Attribute::Extractable(true));
         }
-        let object = self.unwrap_under(keeping, blob, &template, || format!("unwrapping a {kind} key under {from}"))?;
+        let object =
+            self.unwrap_under(unwrapping_key, blob, &template, || format!("unwrapping a {kind} key under {from}"))?;
         let rewrapped = self.wrap_under(to, object);
-        self.forget(object)?;
+        self.destroy_session_object(object)?;
         rewrapped
     }
 
     pub(super) fn public_key(&self, kind: KeyKind, object: ObjectHandle) -> Result<WirePublicKey, Failure> {
-        let doing = || "reading a new public key".to_owned();
-        let missing = || Failure::new(FailureClass::Rejected, "the module does not show a new public key");
+        let context = || "reading a new public key".to_owned();
+        let missing = || Failure::new(FailureClass::Rejected, "the module does not return the new public key");
         if kind.rsa_bits().is_some() {
             let wanted = [AttributeType::Modulus, AttributeType::PublicExponent];
-            let found = self.session.get_attributes(object, &wanted).doing(doing)?;
+            let found = self.session.get_attributes(object, &wanted).context(context)?;
             let (mut modulus, mut exponent) = (None, None);
             for attribute in found {
                 match attribute {
@@ -240,13 +243,13 @@ impl TokenOperations {
             let (modulus, exponent) = modulus.zip(exponent).ok_or_else(missing)?;
             return Ok(WirePublicKey::Rsa { modulus, exponent });
         }
-        let found = self.session.get_attributes(object, &[AttributeType::EcPoint]).doing(doing)?;
+        let found = self.session.get_attributes(object, &[AttributeType::EcPoint]).context(context)?;
         let Some(Attribute::EcPoint(point)) = found.into_iter().next() else { return Err(missing()) };
         let point = raw_point(point);
         Ok(if kind == KeyKind::Ed25519 { WirePublicKey::Ed25519(point) } else { WirePublicKey::Ec(point) })
     }
 
-    /// Makes a token object with a template; the caller has checked that its names are free.
+    /// Generates a pair as token objects. The caller has checked that label and CKA_ID are unused.
     pub(crate) fn create_token_pair(
         &self,
         kind: KeyKind,
@@ -258,12 +261,12 @@ impl TokenOperations {
         let (object, _) = self
             .session
             .generate_key_pair(&mechanism, &public, private_template)
-            .doing(|| format!("generating a {kind} pair on the token"))?;
+            .context(|| format!("generating a {kind} pair on the token"))?;
         self.public_key(kind, object)
     }
 }
 
-/// A session object's template for a secret that is only passing through.
+/// The template of a temporary session object for a secret.
 fn secret_template(key_type: KeyType) -> Vec<Attribute> {
     vec![
         Attribute::Class(ObjectClass::SECRET_KEY),
@@ -275,7 +278,7 @@ fn secret_template(key_type: KeyType) -> Vec<Attribute> {
     ]
 }
 
-/// CKA_EC_POINT is a DER OCTET STRING (PKCS#11 v2.40 §2.3.3); some modules give the point itself.
+/// Extracts the point from CKA_EC_POINT, a DER OCTET STRING (PKCS#11 v2.40 §2.3.3). Some modules return the bare point.
 fn raw_point(point: Vec<u8>) -> Vec<u8> {
     use der::Decode as _;
     match <&der::asn1::OctetStringRef>::from_der(&point) {

@@ -1,5 +1,5 @@
-//! Where the user PIN comes from. It is read by the worker (or by an officer's tool), never by the process that faces the
-//! network, and never from an argument, the environment or the configuration file.
+//! Reads the user PIN. Only the worker or an officer's tool reads the PIN, never the process that faces the network, and never
+//! from an argument, the environment or the configuration file.
 
 use std::fs::File;
 use std::io::Read as _;
@@ -13,41 +13,42 @@ use zeroize::Zeroize as _;
 use crate::config::{PrivateFileError, open_private};
 use crate::secret::SecretBytes;
 
-/// Where a PIN is read from.
+/// The source of a PIN.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PinSource {
-    /// A file that only its owner, who runs this process or is root, may read.
+    /// A file readable by its owner only, who is the user of this process or root.
     File(PathBuf),
-    /// A credential of systemd (`LoadCredential=`), already unreadable for others; the path below `$CREDENTIALS_DIRECTORY`.
+    /// A systemd credential (`LoadCredential=`), which systemd protects from other users; the path below
+    /// `$CREDENTIALS_DIRECTORY`.
     Credential(PathBuf),
     /// A person types it at the terminal of this process.
     Prompt,
-    /// It comes from the process that keeps what a person typed ([`super::keeper`]), through the worker's standard output.
-    Handed,
-    /// A person enters it at the HSM itself (CKF_PROTECTED_AUTHENTICATION_PATH); no process ever sees it.
+    /// The PIN agent ([`super::pin_agent`]) sends it through the worker's standard output.
+    FromAgent,
+    /// A person enters it at the HSM (CKF_PROTECTED_AUTHENTICATION_PATH); no process sees it.
     Protected,
 }
 
-/// Why a PIN file was refused. Never says what is in it.
+/// Why a PIN cannot be read. Never contains the PIN.
 #[derive(Debug, thiserror::Error)]
 pub enum PinError {
-    /// It cannot be read, or others may read it.
+    /// The file cannot be read, or other users can read it.
     #[error("PIN file {0}")]
     File(#[from] PrivateFileError),
-    /// Empty, or more than a PIN.
-    #[error("{path} must hold one line of 1 to {max} bytes of UTF-8", max = PinSource::MAX_LEN)]
+    /// The content is empty or longer than a PIN.
+    #[error("{path}: expected one line of 1 to {max} bytes of UTF-8", max = PinSource::MAX_LEN)]
     NotAPin {
-        /// Which.
+        /// The source.
         path: String,
     },
-    /// There is no terminal, or nobody typed.
-    #[error("the PIN could not be asked for: {0}; give a PIN file where there is no terminal")]
+    /// There is no terminal, or no PIN was typed.
+    #[error("cannot prompt for the PIN: {0}; without a terminal use a PIN file")]
     NotTyped(#[source] std::io::Error),
 }
 
-/// The terminal of this process, which shows nothing of what is typed until this is dropped.
+/// The terminal of this process, with the echo off until this value is dropped.
 ///
-/// `rpassword` prompts first and only then turns the echo off; what a program or a quick person types in between is shown.
+/// `rpassword` turns the echo off only after the prompt, so input that arrives in between would be shown.
 struct SilentTerminal {
     terminal: File,
     before: Termios,
@@ -67,7 +68,7 @@ impl SilentTerminal {
 impl Drop for SilentTerminal {
     fn drop(&mut self) {
         if let Err(e) = tcsetattr(&self.terminal, OptionalActions::Now, &self.before) {
-            tracing::warn!(error = %e, "the terminal does not show what is typed; `stty sane` mends it");
+            tracing::warn!(error = %e, "cannot turn the terminal echo on again; run `stty sane`");
         }
     }
 }
@@ -77,36 +78,36 @@ fn open_credential(path: &Path) -> Result<File, PrivateFileError> {
 }
 
 impl PinSource {
-    /// Most bytes of a PIN.
+    /// Maximum length of a PIN in bytes.
     pub const MAX_LEN: usize = 256;
 
-    /// Checks that the file is there and closed to others, without reading it.
+    /// Checks that the file exists and that other users cannot read it, without reading it.
     pub fn check(&self) -> Result<(), PinError> {
         match self {
             Self::File(path) => open_private(path).map(drop)?,
             Self::Credential(path) => open_credential(path).map(drop)?,
-            Self::Prompt | Self::Handed | Self::Protected => {}
+            Self::Prompt | Self::FromAgent | Self::Protected => {}
         }
         Ok(())
     }
 
-    /// Reads the PIN; there is none for a program where a person enters it at the HSM.
+    /// Reads the PIN; `None` if a person enters it at the HSM.
     pub fn read(&self) -> Result<Option<SecretBytes>, PinError> {
         match self {
             Self::File(path) => Self::read_line(open_private(path)?, &format!("PIN file {}", path.display())).map(Some),
             Self::Credential(path) => {
                 Self::read_line(open_credential(path)?, &format!("PIN credential {}", path.display())).map(Some)
             }
-            Self::Handed => {
-                let handed = std::io::stdout().as_fd().try_clone_to_owned().map_err(PinError::NotTyped)?;
-                Self::read_line(File::from(handed), "the PIN that was typed").map(Some)
+            Self::FromAgent => {
+                let pipe = std::io::stdout().as_fd().try_clone_to_owned().map_err(PinError::NotTyped)?;
+                Self::read_line(File::from(pipe), "typed PIN").map(Some)
             }
             Self::Prompt => {
                 let _silent = SilentTerminal::new().map_err(PinError::NotTyped)?;
                 let typed = rpassword::prompt_password("user PIN of the token: ").map_err(PinError::NotTyped)?;
                 let typed = SecretBytes::new(typed.into_bytes());
                 if typed.expose().is_empty() || typed.expose().len() > Self::MAX_LEN {
-                    return Err(PinError::NotAPin { path: "what was typed".to_owned() });
+                    return Err(PinError::NotAPin { path: "typed PIN".to_owned() });
                 }
                 Ok(Some(typed))
             }
@@ -114,10 +115,10 @@ impl PinSource {
         }
     }
 
-    /// One line ending at the end is not part of it.
+    /// Reads the PIN without its line ending.
     fn read_line(file: File, path: &str) -> Result<SecretBytes, PinError> {
         let path = path.to_owned();
-        // Room for the longest PIN, so that the buffer never moves and leaves a copy behind.
+        // Capacity for the longest PIN: a reallocation would leave a copy behind.
         let mut pin = SecretBytes::new(Vec::with_capacity(Self::MAX_LEN + 2));
         file.take(Self::MAX_LEN as u64 + 2)
             .read_to_end(pin.expose_mut())
@@ -153,13 +154,13 @@ mod tests {
     }
 
     #[test]
-    fn a_pin_is_one_line_without_its_ending() {
+    fn pin_excludes_line_ending() {
         let (_dir, source) = pin_file("1234\n", 0o600);
         assert_eq!(source.read().unwrap().unwrap().expose(), b"1234");
     }
 
     #[test]
-    fn a_pin_file_that_others_may_read_is_refused_before_it_is_read() {
+    fn pin_file_readable_by_others_is_refused() {
         for mode in [0o644, 0o640, 0o604] {
             let (_dir, source) = pin_file("1234", mode);
             assert!(matches!(source.check(), Err(PinError::File(PrivateFileError::Open { .. }))), "{mode:o}");
@@ -167,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_pin_is_refused_without_showing_it() {
+    fn malformed_pin_is_refused_without_showing_it() {
         for content in ["", "\n", "first\nsecond", &"x".repeat(257)] {
             let (_dir, source) = pin_file(content, 0o400);
             let error = source.read().err().map(|e| e.to_string()).unwrap_or_default();

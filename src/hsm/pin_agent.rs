@@ -1,5 +1,5 @@
-//! A PIN that a person typed, kept for the workers to come in a process of its own: the process that faces the network hands it on
-//! from one to the other without seeing it.
+//! A separate process that holds a typed PIN for later workers. The process that faces the network passes a pipe from the agent
+//! to each worker and never sees the PIN.
 
 use std::io::{self, IoSlice, IoSliceMut, Read as _, Write as _};
 use std::mem::MaybeUninit;
@@ -15,10 +15,10 @@ use rustix::net::{
 
 use super::pin::PinSource;
 
-/// The hidden first argument with which `sppd` starts itself again as the keeper.
+/// The hidden first argument with which `sppd` starts itself again as the PIN agent.
 pub const ARGUMENT: &str = "hsm-pin-keeper";
 
-/// The process that has the PIN. It ends with this one.
+/// The process that holds the PIN. It ends with this process.
 #[derive(Debug)]
 pub struct PinAgent {
     socket: Mutex<UnixStream>,
@@ -26,23 +26,24 @@ pub struct PinAgent {
 }
 
 impl PinAgent {
-    /// Starts it, and waits until a person has typed the PIN.
-    pub fn ask(program: &Path) -> io::Result<Self> {
-        let (ours, theirs) = UnixStream::pair()?;
+    /// Starts the agent and waits until a person has typed the PIN.
+    pub fn start(program: &Path) -> io::Result<Self> {
+        let (socket, agent_socket) = UnixStream::pair()?;
         let process = Command::new(program)
             .arg(ARGUMENT)
             .env_clear()
-            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .stdin(Stdio::from(OwnedFd::from(agent_socket)))
             .stdout(Stdio::null())
             .stderr(Stdio::inherit())
             .spawn()?;
         let mut typed = [0];
-        (&ours).read_exact(&mut typed).map_err(|_| io::Error::other("no PIN was typed; is this a terminal?"))?;
-        Ok(Self { socket: Mutex::new(ours), _process: Mutex::new(process) })
+        let error = |_| io::Error::other("no PIN was typed: run sppd on a terminal, or configure a PIN file");
+        (&socket).read_exact(&mut typed).map_err(error)?;
+        Ok(Self { socket: Mutex::new(socket), _process: Mutex::new(process) })
     }
 
-    /// Where a worker reads the PIN, once.
-    pub(super) fn hand(&self) -> io::Result<OwnedFd> {
+    /// A pipe from which a worker reads the PIN once.
+    pub(super) fn pin_pipe(&self) -> io::Result<OwnedFd> {
         let (read, write) = io::pipe()?;
         let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
@@ -54,7 +55,7 @@ impl PinAgent {
     }
 }
 
-/// Asks a person, then gives the PIN to whoever holds a pipe, until the parent is gone.
+/// Prompts for the PIN, then writes it to each pipe received from the parent, until the parent ends.
 pub fn run() -> Result<(), String> {
     crate::hardening::forbid_core_dumps();
     crate::hardening::lock_memory();
@@ -64,7 +65,7 @@ pub fn run() -> Result<(), String> {
     let pin = PinSource::Prompt.read().map_err(|e| e.to_string())?.ok_or("no PIN")?;
     socket.write_all(&[0]).map_err(|e| e.to_string())?;
     while let Some(pipe) = next_pipe(&socket).map_err(|e| e.to_string())? {
-        // A worker that has gone meanwhile has no use for it. Exposed to the one that reads this pipe.
+        // A write fails if the worker has ended, which needs no handling. Exposed to the worker that reads this pipe.
         let _ = std::fs::File::from(pipe).write_all(pin.expose());
     }
     Ok(())

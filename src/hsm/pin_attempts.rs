@@ -1,5 +1,5 @@
-//! A PIN that was refused is not tried again by the daemon, whichever process it is by then, until an officer has acted: three wrong
-//! ones lock a token. What an officer does with a tool is the officer's own act.
+//! Records a refused PIN durably, so that no daemon process tries it again before an officer acts: three wrong PINs lock a token.
+//! The officer's own tools are not restricted.
 
 use std::fs::{self, File};
 use std::io::{self, Write as _};
@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::pin::PinSource;
 
-/// The file that remembers a refusal. It says nothing of the PIN.
+/// The file that records a refused PIN. It contains nothing about the PIN itself.
 #[derive(Debug, Clone)]
 pub struct PinAttempts(PathBuf);
 
@@ -19,11 +19,11 @@ struct Refused {
     why: String,
     /// Seconds since the Unix epoch.
     at: u64,
-    /// The state of the PIN's file then: one that was written since holds another PIN.
+    /// The version of the PIN file at that time. A file written since holds another PIN.
     pin: Option<Version>,
 }
 
-/// The state of a PIN's file.
+/// The version of a PIN file.
 #[derive(Serialize, Deserialize, PartialEq, Eq, Clone, Copy)]
 pub(super) struct Version {
     inode: u64,
@@ -32,29 +32,29 @@ pub(super) struct Version {
 }
 
 impl PinAttempts {
-    /// Where it is remembered; in a directory that the daemon writes.
+    /// Uses this file, in a directory that the daemon can write.
     pub const fn new(path: PathBuf) -> Self {
         Self(path)
     }
 
-    /// Why the PIN must not be tried, if so. A refusal that cannot be read is one.
+    /// The reason why the PIN must not be tried, if there is one. An unreadable record counts as a refusal.
     pub(super) fn refused(&self, pin: &PinSource) -> Option<String> {
         let refused = match self.read() {
             Ok(None) => return None,
             Ok(Some(refused)) => refused,
-            Err(e) => return Some(format!("{}: {e}; remove it if the PIN is right", self.0.display())),
+            Err(e) => return Some(format!("{}: {e}; remove the file if the PIN is correct", self.0.display())),
         };
-        // A file that cannot be looked at now is not another one.
+        // A PIN file that is missing now does not count as changed.
         match (refused.pin, version(pin)) {
-            (Some(then), Some(now)) if then != now => None,
+            (Some(refused_version), Some(current)) if refused_version != current => None,
             _ => Some(refused.why),
         }
     }
 
-    /// Remembers, durably, that the PIN was refused which was in its file in that state.
-    pub(super) fn remember(&self, tried: Option<Version>, why: &str) -> io::Result<()> {
+    /// Records durably that the PIN in this version of its file was refused.
+    pub(super) fn record(&self, pin_version: Option<Version>, why: &str) -> io::Result<()> {
         let at = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        let text = serde_json::to_vec(&Refused { why: why.to_owned(), at, pin: tried })?;
+        let text = serde_json::to_vec(&Refused { why: why.to_owned(), at, pin: pin_version })?;
         let new = self.0.with_extension("new");
         let mut file = File::create(&new)?;
         file.write_all(&text)?;
@@ -63,7 +63,7 @@ impl PinAttempts {
         self.sync()
     }
 
-    /// Allows one more attempt; tells what had been refused.
+    /// Allows one more attempt. Returns the reason of the recorded refusal.
     pub fn allow(&self) -> io::Result<Option<String>> {
         let refused = self.read().map_or_else(|e| Some(e.to_string()), |refused| Some(refused?.why));
         match fs::remove_file(&self.0) {
@@ -86,7 +86,8 @@ impl PinAttempts {
     }
 }
 
-/// A credential is written anew at each start, whatever is in it: only an officer's word counts there.
+/// The version of the PIN file; `None` for other sources. systemd writes a credential again at each start, so its file version
+/// says nothing about the PIN.
 pub(super) fn version(pin: &PinSource) -> Option<Version> {
     use std::os::unix::fs::MetadataExt as _;
     let PinSource::File(path) = pin else { return None };
@@ -99,7 +100,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_refused_pin_is_remembered_until_its_file_is_another_or_an_officer_says_so() {
+    fn refused_pin_is_blocked_until_file_changes_or_officer_allows() {
         let directory = spp_testkit::files::temp_dir();
         let (path, file) = (directory.path().join("pin-refused"), directory.path().join("pin"));
         fs::write(&file, "1").unwrap();
@@ -107,20 +108,20 @@ mod tests {
         let attempts = PinAttempts::new(path.clone());
         for source in [&pin, &credential] {
             assert_eq!(attempts.refused(source), None);
-            attempts.remember(version(source), "CKR_PIN_INCORRECT").unwrap();
-            for again in [&attempts, &PinAttempts::new(path.clone())] {
-                assert_eq!(again.refused(source).as_deref(), Some("CKR_PIN_INCORRECT"));
+            attempts.record(version(source), "CKR_PIN_INCORRECT").unwrap();
+            for reopened in [&attempts, &PinAttempts::new(path.clone())] {
+                assert_eq!(reopened.refused(source).as_deref(), Some("CKR_PIN_INCORRECT"));
             }
             assert_eq!(attempts.allow().unwrap().as_deref(), Some("CKR_PIN_INCORRECT"));
             assert_eq!(attempts.allow().unwrap(), None);
         }
-        attempts.remember(version(&credential), "wrong").unwrap();
+        attempts.record(version(&credential), "wrong").unwrap();
         fs::remove_file(&file).unwrap();
         fs::write(&file, "2").unwrap();
         assert_eq!(attempts.refused(&credential).as_deref(), Some("wrong"));
-        attempts.remember(version(&pin), "wrong").unwrap();
+        attempts.record(version(&pin), "wrong").unwrap();
         fs::rename(&file, directory.path().join("elsewhere")).unwrap();
-        assert_eq!(attempts.refused(&pin).as_deref(), Some("wrong"), "a file that is away is no other PIN");
+        assert_eq!(attempts.refused(&pin).as_deref(), Some("wrong"), "a missing file does not count as another PIN");
         fs::rename(directory.path().join("elsewhere"), &file).unwrap();
         assert_eq!(attempts.refused(&pin).as_deref(), Some("wrong"));
         let before = fs::metadata(&file).unwrap().modified().unwrap();

@@ -1,4 +1,4 @@
-//! What was asked of an HSM, by verb, and what came of it; for the status and the metrics.
+//! Call statistics of an HSM per operation and outcome, for status and metrics.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
@@ -7,34 +7,34 @@ use std::time::Duration;
 use super::failure::FailureClass;
 use super::wire::Reply;
 
-/// Upper bounds of the latencies that are told apart, in microseconds; one more has all above.
+/// Upper bounds of the latency buckets in microseconds. One more bucket counts the slower calls.
 pub const LATENCY_BOUNDS_US: [u32; 12] =
     [50, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 50_000, 100_000, 500_000, 2_500_000];
 
-/// How a verb ended: `ok`, or the class of its failure.
+/// The outcome of an operation: `ok`, or the class of its failure.
 type Outcome = &'static str;
 
-/// Since the start of the daemon, over all its workers.
+/// Statistics since the start of the daemon, over all workers.
 #[derive(Default)]
 pub(crate) struct CallStatistics(Mutex<BTreeMap<(&'static str, Outcome), CallStatistic>>);
 
-/// One verb with one outcome.
+/// The statistics of one operation with one outcome.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct CallStatistic {
-    /// The verb.
+    /// The operation.
     pub verb: &'static str,
     /// `ok`, or the class of its failure.
     pub outcome: &'static str,
-    /// How often.
+    /// Number of operations.
     pub count: u64,
-    /// All of them together, in the HSM, without waiting for a thread.
+    /// Total time in the HSM, without waiting for a thread.
     pub took: Duration,
-    /// How many took no longer than each of [`LATENCY_BOUNDS_US`], and longer than the one before; the last took longer than all.
+    /// Number of operations per latency bucket of [`LATENCY_BOUNDS_US`]; the last bucket has no upper bound.
     pub by_latency: [u64; LATENCY_BOUNDS_US.len() + 1],
 }
 
 impl CallStatistic {
-    /// How long half of them took at most, as far as the bounds tell.
+    /// The median latency, rounded up to a bucket bound.
     pub fn median(&self) -> Option<Duration> {
         let mut seen = 0;
         let found = self.by_latency.iter().position(|count| {
@@ -47,18 +47,18 @@ impl CallStatistic {
 }
 
 impl CallStatistics {
-    /// Counts the operations that were begun.
-    pub(super) fn count(&self, verbs: &[&'static str], reply: &Reply) {
+    /// Counts the operations that the worker started.
+    pub(super) fn count(&self, names: &[&'static str], reply: &Reply) {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        for (at, (verb, took_us)) in verbs.iter().zip(&reply.took_us).enumerate() {
-            let failed = reply.result.as_ref().err().filter(|_| at + 1 == reply.took_us.len());
+        for (index, (verb, took_us)) in names.iter().zip(&reply.took_us).enumerate() {
+            let failed = reply.result.as_ref().err().filter(|_| index + 1 == reply.took_us.len());
             let outcome = failed.map_or("ok", |failure| class_name(failure.class));
-            let one = all.entry((verb, outcome)).or_default();
-            (one.verb, one.outcome) = (verb, outcome);
-            one.count += 1;
-            one.took += Duration::from_micros((*took_us).into());
+            let statistic = all.entry((verb, outcome)).or_default();
+            (statistic.verb, statistic.outcome) = (verb, outcome);
+            statistic.count += 1;
+            statistic.took += Duration::from_micros((*took_us).into());
             let bucket = LATENCY_BOUNDS_US.iter().position(|bound| took_us <= bound);
-            if let Some(count) = one.by_latency.get_mut(bucket.unwrap_or(LATENCY_BOUNDS_US.len())) {
+            if let Some(count) = statistic.by_latency.get_mut(bucket.unwrap_or(LATENCY_BOUNDS_US.len())) {
                 *count += 1;
             }
         }
@@ -86,16 +86,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_operation_that_failed_counts_as_failed() {
+    fn failed_request_counts_only_its_last_operation_as_failed() {
         let statistics = CallStatistics::default();
-        let verbs = ["generate_pair", "derive", "random"];
+        let names = ["generate_pair", "derive", "random"];
         let failure = Failure::new(FailureClass::Transient, "CKR_GENERAL_ERROR");
-        statistics.count(&verbs, &Reply { id: 1, took_us: vec![900, 40], result: Err(failure) });
-        statistics.count(&verbs, &Reply { id: 2, took_us: vec![800, 60, 5], result: Ok(Vec::new()) });
+        statistics.count(&names, &Reply { id: 1, took_us: vec![900, 40], result: Err(failure) });
+        statistics.count(&names, &Reply { id: 2, took_us: vec![800, 60, 5], result: Ok(Vec::new()) });
         let all = statistics.all();
-        let told: Vec<_> = all.iter().map(|one| (one.verb, one.outcome, one.count, one.took.as_micros())).collect();
+        let counted: Vec<_> = all.iter().map(|one| (one.verb, one.outcome, one.count, one.took.as_micros())).collect();
         assert_eq!(
-            told,
+            counted,
             [
                 ("derive", "ok", 1, 60),
                 ("derive", "transient", 1, 40),

@@ -1,4 +1,4 @@
-//! How the HSMs are, for officers and metrics.
+//! The status of the HSMs, for officers and metrics.
 
 use std::sync::atomic::Ordering;
 
@@ -8,29 +8,29 @@ use super::statistics::CallStatistic;
 use super::supervisor::State;
 use super::wire::Priority;
 
-/// The HSMs at this moment.
+/// The current status of all HSMs.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct HsmStatus {
-    /// Whether calls are served: one HSM is enough.
+    /// Whether at least one HSM serves calls.
     pub ready: bool,
-    /// Why not.
+    /// Why no HSM serves calls; empty if one does.
     pub trouble: String,
-    /// Calls that wait or are with a worker.
+    /// Calls queued or sent to a worker.
     pub calls_in_flight: u64,
-    /// Calls that may wait at once.
+    /// Maximum number of queued calls.
     pub queue: u64,
     /// Each HSM, in the order of the configuration.
     pub members: Vec<MemberStatus>,
 }
 
-/// One HSM at this moment.
+/// The current status of one HSM.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct MemberStatus {
-    /// What the configuration calls it.
+    /// The name in the configuration.
     pub name: String,
     /// Whether it serves calls.
     pub ready: bool,
-    /// Why not.
+    /// Why it does not serve calls; empty if it does.
     pub trouble: String,
     /// The module's description of itself.
     pub module: String,
@@ -38,37 +38,39 @@ pub struct MemberStatus {
     pub token_label: String,
     /// The token's serial number.
     pub token_serial: String,
-    /// How often its worker was started.
+    /// Number of worker starts.
     pub worker_starts: u64,
-    /// Calls of the line that are with its worker.
+    /// Line calls sent to the worker and not yet answered.
     pub calls_in_flight: u64,
-    /// Calls that nobody waits for and are with its worker.
+    /// Background calls sent to the worker and not yet answered.
     pub background_calls_in_flight: u64,
-    /// Calls answered.
+    /// Line calls answered.
     pub calls_answered: u64,
-    /// What was asked of its workers, and what came of it.
+    /// Statistics per operation and outcome.
     pub calls: Vec<CallStatistic>,
 }
 
 impl Hsm {
-    /// How they are.
+    /// The current status.
     pub fn status(&self) -> HsmStatus {
         let states = self.states.borrow();
-        let members: Vec<_> = self.members.each().zip(&*states).map(|(member, state)| self.of(member, state)).collect();
-        let troubles = members.iter().zip(self.members.each());
-        let troubles: Vec<_> = troubles.map(|(one, member)| self.members.told(member, &one.trouble)).collect();
+        let members: Vec<_> =
+            self.members.ids().zip(&*states).map(|(member, state)| self.member_status(member, state)).collect();
+        let troubles = members.iter().zip(self.members.ids());
+        let troubles: Vec<_> =
+            troubles.map(|(status, member)| self.members.with_member_name(member, &status.trouble)).collect();
         let ready = members.iter().any(|member| member.ready);
-        let waiting = self.members.places.saturating_sub(self.members.queue.available_permits()) as u64;
+        let waiting = self.members.queue_capacity.saturating_sub(self.members.queue.available_permits()) as u64;
         HsmStatus {
             ready,
             trouble: if ready { String::new() } else { troubles.join("; ") },
             calls_in_flight: waiting.max(members.iter().map(|member| member.calls_in_flight).sum()),
-            queue: self.members.places as u64,
+            queue: self.members.queue_capacity as u64,
             members,
         }
     }
 
-    fn of(&self, member: HsmId, state: &State) -> MemberStatus {
+    fn member_status(&self, member: HsmId, state: &State) -> MemberStatus {
         let mut status = MemberStatus::default();
         if let Some(member) = self.members.get(member) {
             status.name.clone_from(&member.config.name);
@@ -85,7 +87,7 @@ impl Hsm {
                 status.calls_in_flight = connection.pending.count(Priority::Line) as u64;
                 status.background_calls_in_flight = connection.pending.count(Priority::Background) as u64;
             }
-            State::Unavailable { why, .. } | State::Stopped { why } => status.trouble.clone_from(why),
+            State::Unavailable { reason, .. } | State::Stopped { reason } => status.trouble.clone_from(reason),
         }
         status
     }

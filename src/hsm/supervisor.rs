@@ -1,4 +1,4 @@
-//! The supervisor of the worker process: starts it, checks its keys, replaces it when it hangs, dies or has done its share.
+//! Supervises the worker process: starts it, checks its keys, and replaces it when it hangs, dies or reaches its operation limit.
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -28,43 +28,43 @@ use super::wire::{self, Answer, KeyOnToken, Operation, Priority, Start, Started}
 use super::worker;
 use crate::keys::SignatureAlgorithm;
 
-/// What the HSM's side of the daemon needs.
+/// Configuration of one HSM.
 #[derive(Debug, Clone)]
 pub struct HsmConfig {
-    /// What it is called where there are several.
+    /// The name of the HSM, unique within the configuration.
     pub name: String,
-    /// The module.
+    /// The profile of the PKCS#11 module.
     pub module: ModuleProfile,
-    /// Where the user PIN is read, by the worker.
+    /// The source of the user PIN, which the worker reads.
     pub pin: PinSource,
-    /// Who keeps a PIN that was typed; with [`PinSource::Prompt`].
-    pub pin_keeper: Option<Arc<PinAgent>>,
-    /// Where it is remembered that a PIN was refused.
+    /// The process that holds a typed PIN, for [`PinSource::Prompt`].
+    pub pin_agent: Option<Arc<PinAgent>>,
+    /// The file that records a refused PIN.
     pub pin_refused: PathBuf,
-    /// What the token must hold.
+    /// The keys that the token must hold.
     pub keys: KeyManifest,
-    /// Every call is answered within this.
+    /// The deadline of a line call.
     pub call_timeout: Duration,
-    /// Calls that may wait at once; more are refused.
+    /// Maximum number of queued calls; further calls are refused.
     pub queue: usize,
-    /// The program that is started as the worker; `sppd` itself.
+    /// The program started as the worker: `sppd` itself.
     pub worker_program: PathBuf,
-    /// How long the supervisor waits between its own steps.
+    /// The supervisor's intervals.
     pub pacing: SupervisorPacing,
 }
 
-/// How long the supervisor waits between its own steps. The default is for production; tests have shorter ones.
+/// The supervisor's intervals. The defaults are for production; tests use shorter ones.
 #[derive(Debug, Clone, Copy)]
 pub struct SupervisorPacing {
-    /// The first wait before a lost worker is started again.
+    /// The first delay before a lost worker is restarted.
     pub first_backoff: Duration,
-    /// The longest such wait, each being twice the one before: how long an HSM that is back may go unnoticed.
+    /// The longest restart delay; the delay doubles after each failure. A recovered HSM may remain unused for this long.
     pub longest_backoff: Duration,
-    /// A worker that served this long resets the wait to the first one.
+    /// A worker that has served for this long resets the restart delay.
     pub steady_after: Duration,
-    /// The interval between two checks for a hanging worker.
+    /// The interval between two checks for a hung worker.
     pub poll_interval: Duration,
-    /// The interval between two checks whether an officer has acted on a refused PIN.
+    /// The interval between two checks for an officer's action after a refused PIN.
     pub officer_poll_interval: Duration,
 }
 
@@ -80,184 +80,190 @@ impl Default for SupervisorPacing {
     }
 }
 
-/// How long a start may take: loading, login and the audit of the keys.
+/// Time limit of a worker start: loading, login and key audit.
 const START_LIMIT: Duration = Duration::from_secs(30);
-/// How long it may take where a person enters the PIN at the HSM.
-const PERSON_LIMIT: Duration = Duration::from_secs(5 * 60);
-/// How long a worker that is replaced may go on with background work.
+/// Time limit of a worker start if a person enters the PIN at the HSM.
+const PIN_ENTRY_LIMIT: Duration = Duration::from_secs(5 * 60);
+/// How long a worker that is being replaced may finish background work.
 const BACKGROUND_DRAIN: Duration = Duration::from_millis(200);
 
-/// What callers see of the worker.
+/// The state of a worker, as callers see it.
 #[derive(Clone)]
 pub(crate) enum State {
     /// Being started, the first time or again.
-    Unavailable { why: String, retry_after: Duration },
+    Unavailable { reason: String, retry_after: Duration },
     /// Serving.
     Ready(Arc<Connection>),
     /// Only an officer helps.
-    Stopped { why: String },
+    Stopped { reason: String },
 }
 
-/// Runs until nobody holds the handle any more.
-pub(crate) async fn supervise(config: Arc<HsmConfig>, seat: StatePublisher, counters: Arc<Counters>) {
+/// Runs until the last handle is dropped.
+pub(crate) async fn supervise(config: Arc<HsmConfig>, publisher: StatePublisher, counters: Arc<Counters>) {
     let pacing = config.pacing;
     let mut wait = pacing.first_backoff;
     let attempts = PinAttempts::new(config.pin_refused.clone());
     loop {
-        if let Some(why) = attempts.refused(&config.pin) {
-            tracing::error!(%why, "the PIN was refused before, and is not tried again until an officer has acted");
-            seat.tell(State::Stopped { why });
+        if let Some(reason) = attempts.refused(&config.pin) {
+            tracing::error!(%reason, "user PIN was refused; no further attempt until an officer acts");
+            publisher.publish(State::Stopped { reason });
             tokio::select! {
-                () = officer_acted(&attempts, &config) => {}
-                () = seat.closed() => return,
+                () = wait_for_officer(&attempts, &config) => {}
+                () = publisher.closed() => return,
             }
-            tracing::info!("an officer has acted; the HSM is tried again");
-            seat.tell(State::Unavailable {
-                why: "the worker is being started".to_owned(),
+            tracing::info!("officer has acted, restarting the HSM worker");
+            publisher.publish(State::Unavailable {
+                reason: "worker starting".to_owned(),
                 retry_after: pacing.first_backoff,
             });
         }
-        let tried = version(&config.pin);
+        let pin_version = version(&config.pin);
         counters.starts.fetch_add(1, Ordering::Relaxed);
-        let ended = tokio::select! {
-            ended = one_life(&config, &seat, &counters, &mut wait) => ended,
-            () = seat.closed() => return,
+        let end = tokio::select! {
+            end = run_worker(&config, &publisher, &counters, &mut wait) => end,
+            () = publisher.closed() => return,
         };
-        match ended {
-            Ended::Replaced => continue,
-            Ended::Lost(why) => {
-                tracing::warn!(%why, retry_in = ?wait, "the HSM worker is gone; it is started again");
-                seat.tell(State::Unavailable { why, retry_after: wait });
+        match end {
+            WorkerEnd::Replaced => continue,
+            WorkerEnd::Lost(reason) => {
+                tracing::warn!(%reason, retry_in = ?wait, "HSM worker lost, restarting");
+                publisher.publish(State::Unavailable { reason, retry_after: wait });
             }
-            Ended::Permanent(why) => {
-                let mut remembered = attempts.remember(tried, &why);
-                seat.tell(State::Stopped { why: why.clone() });
-                // What cannot be remembered is not tried again by this process either.
-                while let Err(error) = remembered {
-                    tracing::error!(%error, "it cannot be remembered that the PIN was refused; do not restart sppd before it is right");
+            WorkerEnd::Permanent(reason) => {
+                let mut recorded = attempts.record(pin_version, &reason);
+                publisher.publish(State::Stopped { reason: reason.clone() });
+                // Without the record, this process must not try the PIN again either.
+                while let Err(error) = recorded {
+                    tracing::error!(%error, "cannot record the refused PIN; do not restart sppd before the PIN is correct");
                     tokio::select! {
                         () = tokio::time::sleep(pacing.officer_poll_interval) => {}
-                        () = seat.closed() => return,
+                        () = publisher.closed() => return,
                     }
-                    remembered = attempts.remember(tried, &why);
+                    recorded = attempts.record(pin_version, &reason);
                 }
-                if !is_read_anew(&config.pin) {
-                    tracing::error!(%why, "the PIN of this process is the wrong one: `sppctl hsm retry-pin`, then restart sppd");
-                    return seat.closed().await;
+                if !rereads_pin(&config.pin) {
+                    tracing::error!(%reason, "user PIN of this process is wrong: run `sppctl hsm retry-pin`, then restart sppd");
+                    return publisher.closed().await;
                 }
                 continue;
             }
         }
         tokio::select! {
             () = tokio::time::sleep(wait) => wait = (wait * 2).min(pacing.longest_backoff),
-            () = seat.closed() => return,
+            () = publisher.closed() => return,
         }
     }
 }
 
-/// Whether another attempt of this process could be one with another PIN: what was typed, or given at the start by systemd, stays.
-const fn is_read_anew(pin: &PinSource) -> bool {
+/// Whether this process can get another PIN from the source. A typed PIN and a systemd credential are fixed until a restart.
+const fn rereads_pin(pin: &PinSource) -> bool {
     matches!(pin, PinSource::File(_) | PinSource::Protected)
 }
 
-/// Resolves when the PIN's file is another one, or an officer has allowed one more attempt.
-async fn officer_acted(attempts: &PinAttempts, config: &HsmConfig) {
+/// Resolves when the PIN file has changed or an officer has allowed one more attempt.
+async fn wait_for_officer(attempts: &PinAttempts, config: &HsmConfig) {
     while attempts.refused(&config.pin).is_some() {
         tokio::time::sleep(config.pacing.officer_poll_interval).await;
     }
 }
 
-/// Why a worker's life ended.
-enum Ended {
-    /// It had done its share.
+/// Why a worker ended.
+enum WorkerEnd {
+    /// It had reached its operation limit.
     Replaced,
+    /// It failed; a new worker may work.
     Lost(String),
+    /// An officer must act before another start.
     Permanent(String),
 }
 
-impl From<HsmError> for Ended {
+impl From<HsmError> for WorkerEnd {
     fn from(error: HsmError) -> Self {
         match error {
-            HsmError::Stopped(why) => Self::Permanent(why),
+            HsmError::Stopped(reason) => Self::Permanent(reason),
             other => Self::Lost(other.to_string()),
         }
     }
 }
 
-/// Starts a worker, checks it, lets it serve, and says why it ended.
-async fn one_life(config: &HsmConfig, seat: &StatePublisher, counters: &Arc<Counters>, wait: &mut Duration) -> Ended {
-    // A person at the HSM takes longer than a module.
-    let limit = if config.pin == PinSource::Protected { PERSON_LIMIT } else { START_LIMIT };
+/// Starts a worker, checks it and monitors it until it ends.
+async fn run_worker(
+    config: &HsmConfig,
+    publisher: &StatePublisher,
+    counters: &Arc<Counters>,
+    wait: &mut Duration,
+) -> WorkerEnd {
+    let limit = if config.pin == PinSource::Protected { PIN_ENTRY_LIMIT } else { START_LIMIT };
     let started = tokio::time::timeout(limit, start(config, counters)).await;
     let (mut child, connection, mut closed) = match started {
         Ok(Ok(worker)) => worker,
-        Ok(Err(ended)) => return ended,
-        Err(_) => return Ended::Lost(format!("the worker was not ready within {limit:?}")),
+        Ok(Err(end)) => return end,
+        Err(_) => return WorkerEnd::Lost(format!("worker not ready within {limit:?}")),
     };
     let connection = Arc::new(connection);
-    tracing::info!(module = %connection.module, token = %connection.token.label, "the HSM is ready");
-    seat.tell(State::Ready(Arc::clone(&connection)));
+    tracing::info!(module = %connection.module, token = %connection.token.label, "HSM ready");
+    publisher.publish(State::Ready(Arc::clone(&connection)));
     let (served_since, mut answered) = (Instant::now(), 0);
-    let mut looked_at = Instant::now();
-    let done_before = counters.operations.load(Ordering::Relaxed);
+    let mut last_activity = Instant::now();
+    let operations_before = counters.operations.load(Ordering::Relaxed);
     let limit = config.module.recycle_after_operations;
     loop {
         tokio::select! {
-            why = &mut closed => {
-                let why = why.unwrap_or_else(|_| "its socket closed".to_owned());
-                return Ended::Lost(format!("{why}{}", exit_of(&mut child).await));
+            reason = &mut closed => {
+                let reason = reason.unwrap_or_else(|_| "worker socket closed".to_owned());
+                return WorkerEnd::Lost(format!("{reason}{}", exit_status(&mut child).await));
             }
-            why = connection.condemned() => {
+            reason = connection.replacement_requested() => {
                 let _ = child.kill().await;
                 connection.pending.close();
-                return Ended::Lost(why);
+                return WorkerEnd::Lost(reason);
             }
             () = tokio::time::sleep(config.pacing.poll_interval) => {}
         }
         if served_since.elapsed() >= config.pacing.steady_after {
             *wait = config.pacing.first_backoff;
         }
-        // A token that is taken away while nobody asks is noticed, too, or one that nobody asks any more.
-        let so_far = counters.answered.load(Ordering::Relaxed);
-        if so_far != std::mem::replace(&mut answered, so_far) {
-            looked_at = Instant::now();
+        // Check the keys of an idle HSM, so that a removed token is detected without a call.
+        let answered_now = counters.answered.load(Ordering::Relaxed);
+        if answered_now != std::mem::replace(&mut answered, answered_now) {
+            last_activity = Instant::now();
         }
-        if looked_at.elapsed() >= config.module.keep_alive || connection.is_doubtful() {
+        if last_activity.elapsed() >= config.module.keep_alive || connection.needs_check() {
             let checked = tokio::time::timeout(config.module.hang_after, check_keys(config, &connection)).await;
             if let Err(error) = checked.unwrap_or(Err(HsmError::Deadline(config.module.hang_after))) {
                 let _ = child.kill().await;
                 connection.pending.close();
-                return Ended::from(error);
+                return WorkerEnd::from(error);
             }
-            connection.note_checked();
-            (looked_at, answered) = (Instant::now(), counters.answered.load(Ordering::Relaxed));
+            connection.record_check();
+            (last_activity, answered) = (Instant::now(), counters.answered.load(Ordering::Relaxed));
         }
-        if connection.pending.has_one_that_hangs(config.module.hang_after) {
+        if connection.pending.has_hung_call(config.module.hang_after) {
             let _ = child.kill().await;
             connection.pending.close();
-            return Ended::Lost(format!("it did not answer for {:?} and was killed", config.module.hang_after));
+            return WorkerEnd::Lost(format!("worker killed: no answer for {:?}", config.module.hang_after));
         }
-        if limit > 0 && counters.operations.load(Ordering::Relaxed) - done_before >= limit {
+        if limit > 0 && counters.operations.load(Ordering::Relaxed) - operations_before >= limit {
             let retry_after = config.pacing.first_backoff;
-            seat.tell(State::Unavailable { why: "the worker is being replaced".to_owned(), retry_after });
+            publisher.publish(State::Unavailable { reason: "worker being replaced".to_owned(), retry_after });
             drain(&connection, config.module.hang_after).await;
-            tracing::info!(after = limit, "the HSM worker has done its share and is replaced");
-            return Ended::Replaced;
+            tracing::info!(operations = limit, "replacing the HSM worker at its operation limit");
+            return WorkerEnd::Replaced;
         }
     }
 }
 
-/// Waits for the line's calls that are with the worker; new ones wait for the next worker already, and so background calls are
-/// waited for only a moment: what they had done is done again.
+/// Waits for the pending line calls. New calls already wait for the next worker, so background calls are cut off after
+/// [`BACKGROUND_DRAIN`] and repeated.
 async fn drain(connection: &Connection, limit: Duration) {
-    let begun = Instant::now();
-    let busy = |lane, limit| connection.pending.count(lane) > 0 && begun.elapsed() < limit;
+    let started = Instant::now();
+    let busy = |priority, limit| connection.pending.count(priority) > 0 && started.elapsed() < limit;
     while busy(Priority::Line, limit) || busy(Priority::Background, BACKGROUND_DRAIN.min(limit)) {
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
 }
 
-async fn exit_of(child: &mut Child) -> String {
+async fn exit_status(child: &mut Child) -> String {
     match tokio::time::timeout(Duration::from_secs(1), child.wait()).await {
         Ok(Ok(status)) => format!(" ({status})"),
         _ => String::new(),
@@ -267,31 +273,32 @@ async fn exit_of(child: &mut Child) -> String {
 async fn start(
     config: &HsmConfig,
     counters: &Arc<Counters>,
-) -> Result<(Child, Connection, oneshot::Receiver<String>), Ended> {
-    let lost = |what: &str, e: &dyn std::fmt::Display| Ended::Lost(format!("{what}: {e}"));
+) -> Result<(Child, Connection, oneshot::Receiver<String>), WorkerEnd> {
+    let lost = |what: &str, e: &dyn std::fmt::Display| WorkerEnd::Lost(format!("{what}: {e}"));
     let module = config.module.clone();
-    let looked = tokio::task::spawn_blocking(move || module.look_after_files()).await;
-    let looked = looked.map_err(|e| lost("looking after the module's files", &e))?;
-    looked.map_err(|e| lost("looking after the module's files", &e))?;
+    let restored = tokio::task::spawn_blocking(move || module.restore_files()).await;
+    let restored = restored.map_err(|e| lost("restoring the module's files", &e))?;
+    restored.map_err(|e| lost("restoring the module's files", &e))?;
     let receiver = tokio::task::spawn_blocking(TransportReceiver::generate)
         .await
-        .map_err(|e| lost("making a transport pair", &e))??;
-    let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(|e| lost("making a socket pair", &e))?;
-    let child = spawn(config, theirs).map_err(|e| lost("starting the HSM worker", &e))?;
-    ours.set_nonblocking(true).map_err(|e| lost("the worker's socket", &e))?;
-    let socket = UnixStream::from_std(ours).map_err(|e| lost("the worker's socket", &e))?;
+        .map_err(|e| lost("generating the transport RSA pair", &e))??;
+    let (socket, worker_socket) =
+        std::os::unix::net::UnixStream::pair().map_err(|e| lost("creating a socket pair", &e))?;
+    let child = spawn(config, worker_socket).map_err(|e| lost("starting the HSM worker", &e))?;
+    socket.set_nonblocking(true).map_err(|e| lost("configuring the worker's socket", &e))?;
+    let socket = UnixStream::from_std(socket).map_err(|e| lost("configuring the worker's socket", &e))?;
     let (read, mut write) = socket.into_split();
     let mut read = BufReader::new(read);
-    let order = start_order(config, counters, receiver.public_copy());
-    write_frame(&mut write, &order).await.map_err(|e| lost("talking to the HSM worker", &e))?;
+    let request = start_request(config, counters, receiver.public_copy());
+    write_frame(&mut write, &request).await.map_err(|e| lost("writing to the HSM worker", &e))?;
     let answer: Result<Started, Failure> = match read_frame(&mut read).await {
         Ok(Some(body)) => wire::parse(&body).map_err(|e| lost("reading the worker's answer", &e))?,
-        Ok(None) => return Err(Ended::Lost("the HSM worker ended while it loaded the module".to_owned())),
+        Ok(None) => return Err(WorkerEnd::Lost("HSM worker ended while loading the module".to_owned())),
         Err(e) => return Err(lost("reading the worker's answer", &e)),
     };
     let started = answer.map_err(|failure| match failure.class {
-        FailureClass::Permanent => Ended::Permanent(failure.message),
-        _ => Ended::Lost(failure.message),
+        FailureClass::Permanent => WorkerEnd::Permanent(failure.message),
+        _ => WorkerEnd::Lost(failure.message),
     })?;
     let transport = receiver.open(config.module.oaep_hash, config.module.wrap, &started.transport_key)?;
     let (connection, closed) = connect(read, write, transport, started, Arc::clone(counters));
@@ -299,11 +306,11 @@ async fn start(
     Ok((child, connection, closed))
 }
 
-/// The worker is this program again; its environment is what the module's profile says and nothing else, its standard
-/// input is the socket. It has a process group of its own, so that Ctrl-C on a terminal drains before it dies.
+/// Starts this program as the worker. Its environment is exactly that of the module's profile; its standard input is the socket.
+/// It gets its own process group, so that Ctrl-C on a terminal does not kill it before the daemon has drained its calls.
 fn spawn(config: &HsmConfig, socket: std::os::unix::net::UnixStream) -> std::io::Result<Child> {
-    let pin = match &config.pin_keeper {
-        Some(keeper) => Stdio::from(keeper.hand()?),
+    let pin = match &config.pin_agent {
+        Some(agent) => Stdio::from(agent.pin_pipe()?),
         None => Stdio::null(),
     };
     Command::new(&config.worker_program)
@@ -318,54 +325,56 @@ fn spawn(config: &HsmConfig, socket: std::os::unix::net::UnixStream) -> std::io:
         .spawn()
 }
 
-fn start_order(config: &HsmConfig, counters: &Counters, transport_rsa: wire::TransportRsa) -> Start {
+fn start_request(config: &HsmConfig, counters: &Counters, transport_rsa: wire::TransportRsa) -> Start {
     let destroyed = counters.destroyed.lock().unwrap_or_else(PoisonError::into_inner);
-    let wanted = config.keys.all().filter(|(name, ..)| !destroyed.contains(*name));
-    let keys: BTreeMap<_, _> = wanted
+    let expected = config.keys.all().filter(|(name, ..)| !destroyed.contains(*name));
+    let keys: BTreeMap<_, _> = expected
         .map(|(name, id, role, provenance)| {
-            (name.clone(), KeyOnToken { id: id.to_vec(), role: role.by(config.module.kdf), provenance })
+            (name.clone(), KeyOnToken { id: id.to_vec(), role: role.with_route(config.module.kdf), provenance })
         })
         .collect();
     Start {
         module: config.module.clone(),
         token: config.keys.token.clone(),
-        pin: if config.pin_keeper.is_some() { PinSource::Handed } else { config.pin.clone() },
+        pin: if config.pin_agent.is_some() { PinSource::FromAgent } else { config.pin.clone() },
         keys,
         transport_rsa,
     }
 }
 
-/// The keys are the ones of the register, and they work: signing keys against their public halves, master keys against
-/// their check values. Not certificates or checkpoints are signed here, but a text that neither can be.
+/// Checks that the keys match the manifest and work: signing keys against their public keys, master keys against their check
+/// values. The signed message can be neither a certificate nor a checkpoint.
 async fn check_keys(config: &HsmConfig, connection: &Connection) -> Result<(), HsmError> {
     let until = Instant::now() + START_LIMIT;
-    let one = async |operation| match connection.call(Priority::Line, vec![operation], until).await {
-        Some(Ok(answers)) => answers.into_iter().next().ok_or_else(|| HsmError::Wrong("an empty answer".to_owned())),
-        Some(Err(failure)) => Err(HsmError::Wrong(failure.message)),
-        None => Err(HsmError::Wrong("the worker ended while its keys were checked".to_owned())),
+    let call = async |operation| match connection.call(Priority::Line, vec![operation], until).await {
+        Some(Ok(answers)) => {
+            answers.into_iter().next().ok_or_else(|| HsmError::InvalidAnswer("empty answer".to_owned()))
+        }
+        Some(Err(failure)) => Err(HsmError::InvalidAnswer(failure.message)),
+        None => Err(HsmError::InvalidAnswer("worker ended during the key check".to_owned())),
     };
     for (key, public) in config.keys.signers() {
         let algorithm = SignatureAlgorithm::default_for(public.kind());
         let message = [b"spp/v1/key-check".as_slice(), key.as_str().as_bytes()].concat();
-        let answer = one(Operation::Sign { key: key.clone(), algorithm, message: message.clone() }).await?;
-        let Answer::Signature(raw) = answer else { return Err(HsmError::Wrong("no signature".to_owned())) };
+        let answer = call(Operation::Sign { key: key.clone(), algorithm, message: message.clone() }).await?;
+        let Answer::Signature(raw) = answer else { return Err(HsmError::InvalidAnswer("no signature".to_owned())) };
         let signature = to_x509_form(algorithm, raw)?;
         public
             .verify(algorithm, &message, &signature)
-            .map_err(|_| HsmError::Wrong(format!("the key {key} is not the one of the register")))?;
+            .map_err(|_| HsmError::InvalidAnswer(format!("the key {key} does not match the key manifest")))?;
     }
     for key in &config.keys.master {
         let check = Derivation::check_value(key.name.clone());
         let len = u32::try_from(check.length).unwrap_or(u32::MAX);
         let operation =
             Operation::Derive { key: key.name.clone(), prf: key.prf, fixed_input: check.fixed_input(), len };
-        let Answer::Derived(value) = one(operation).await? else {
-            return Err(HsmError::Wrong("no check value".to_owned()));
+        let Answer::Derived(value) = call(operation).await? else {
+            return Err(HsmError::InvalidAnswer("no check value".to_owned()));
         };
-        // The check value is public: it is in the register in clear.
+        // The check value is public: the manifest holds it in clear.
         if value.into_secret().expose() != &key.check_value {
-            return Err(HsmError::Wrong(format!(
-                "the master key {} has another check value than the register",
+            return Err(HsmError::InvalidAnswer(format!(
+                "the check value of the master key {} differs from the key manifest",
                 key.name
             )));
         }

@@ -1,4 +1,4 @@
-//! A token in an opened module: found by label and serial number, logged in once, keys found exactly.
+//! Finds a token by label and serial number, logs in once, and looks up keys.
 
 use std::path::Path;
 
@@ -10,38 +10,39 @@ use cryptoki::slot::Slot;
 use cryptoki::types::AuthPin;
 use serde::{Deserialize, Serialize};
 
-use super::failure::{Doing as _, Failure, FailureClass};
+use super::failure::{Failure, FailureClass, FailureContext as _};
 use super::module::ModuleProfile;
 use super::pin::PinSource;
 use crate::names::KeyName;
 use crate::secret::SecretBytes;
 
-/// A token's names. Slot numbers move; these do not.
+/// The identity of a token. Unlike slot numbers, it is stable.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TokenIdentity {
     /// The label, without the padding.
     pub label: String,
-    /// The serial number, without the padding; empty means that the label alone decides.
+    /// The serial number, without the padding. If empty, the label alone identifies the token.
     pub serial: String,
 }
 
-/// A loaded module with one token of it, logged in. One per process.
+/// A loaded module with one logged-in token. One per process.
 pub(crate) struct Token {
     module: Pkcs11,
     slot: Slot,
     identity: TokenIdentity,
-    /// Never closes: closing the last session would log everybody out.
+    /// Stays open: closing the last session would end the login.
     anchor: Session,
     description: String,
 }
 
 impl Token {
-    /// Loads the module, finds the token, logs in. A wrong PIN is tried this once.
+    /// Loads the module, finds the token and logs in. The PIN is tried once.
     pub(crate) fn open(profile: &ModuleProfile, wanted: &TokenIdentity, pin: &PinSource) -> Result<Self, Failure> {
         Self::open_in(load(&profile.library)?, profile, wanted, pin)
     }
 
-    /// Initialises a free token and opens it: a module that is loaded once more in one process does not see it.
+    /// Initialises an uninitialised token and opens it with the same module: a module loaded again in this process would not see
+    /// it.
     pub(crate) fn initialise(
         profile: &ModuleProfile,
         label: &str,
@@ -60,20 +61,20 @@ impl Token {
         pin: &PinSource,
     ) -> Result<Self, Failure> {
         let (slot, identity) = find_token(&module, wanted, profile)?;
-        let info = module.get_library_info().doing(|| "reading the module's description".to_owned())?;
+        let info = module.get_library_info().context(|| "reading the module's description".to_owned())?;
         let version = info.library_version();
         let description = format!("{} {}.{}", info.library_description().trim(), version.major(), version.minor());
         let pin = pin.read().map_err(|e| Failure::new(FailureClass::Rejected, e.to_string()))?;
-        let anchor = module.open_rw_session(slot).doing(|| format!("opening a session on {}", identity.label))?;
+        let anchor = module.open_rw_session(slot).context(|| format!("opening a session on {}", identity.label))?;
         let info = match module.get_token_info(slot) {
             Err(_) if profile.one_nameless_token => None,
-            info => Some(info.doing(|| format!("looking at {}", identity.label))?),
+            info => Some(info.context(|| format!("reading the token information of {}", identity.label))?),
         };
         if let Some(info) = info.filter(|info| info.user_pin_locked() || info.user_pin_final_try()) {
             let message = format!(
-                "the user PIN of {} {}; the token's security officer must look at it first",
+                "the user PIN of {} {}; the token's security officer must act first",
                 identity.label,
-                if info.user_pin_locked() { "is locked" } else { "may be tried once more, and then the token locks" }
+                if info.user_pin_locked() { "is locked" } else { "has one attempt left before the token locks" }
             );
             return Err(Failure::new(FailureClass::Permanent, message));
         }
@@ -81,14 +82,14 @@ impl Token {
         Ok(Self { module, slot, identity, anchor, description })
     }
 
-    /// Another session; it is logged in already, since the login is the token's.
+    /// Opens another session. It is logged in, because a login applies to the token.
     pub(crate) fn session(&self) -> Result<Session, Failure> {
-        self.module.open_rw_session(self.slot).doing(|| format!("opening a session on {}", self.identity.label))
+        self.module.open_rw_session(self.slot).context(|| format!("opening a session on {}", self.identity.label))
     }
 
     /// Uses the session that holds the login.
     pub(crate) fn keep_alive(&self) -> Result<(), Failure> {
-        self.anchor.generate_random_vec(1).map(drop).doing(|| "keeping the login".to_owned())
+        self.anchor.generate_random_vec(1).map(drop).context(|| "keeping the login alive".to_owned())
     }
 
     pub(crate) const fn identity(&self) -> &TokenIdentity {
@@ -100,7 +101,7 @@ impl Token {
     }
 }
 
-/// Exactly one object of the class has this label and this CKA_ID.
+/// Finds the only object of a class with this label and this CKA_ID.
 pub(crate) fn find_one(
     session: &Session,
     class: ObjectClass,
@@ -109,7 +110,7 @@ pub(crate) fn find_one(
 ) -> Result<ObjectHandle, Failure> {
     let template =
         [Attribute::Class(class), Attribute::Label(name.as_str().as_bytes().to_vec()), Attribute::Id(id.to_vec())];
-    let found = session.find_objects(&template).doing(|| format!("looking for the key {name}"))?;
+    let found = session.find_objects(&template).context(|| format!("looking for the key {name}"))?;
     match found.as_slice() {
         [object] => Ok(*object),
         [] => Err(Failure::new(
@@ -118,13 +119,13 @@ pub(crate) fn find_one(
         )),
         more => Err(Failure::new(
             FailureClass::Rejected,
-            format!("{} objects are named {name} with CKA_ID {}; exactly one must be", more.len(), hex::encode(id)),
+            format!("found {} objects named {name} with CKA_ID {}, expected exactly one", more.len(), hex::encode(id)),
         )),
     }
 }
 
-/// Initialises an empty slot's token with a label, a security officer's PIN and a user PIN, so that no PIN needs to be an
-/// argument of a vendor's tool. Refuses a label that exists.
+/// Initialises an uninitialised token with a label, a security officer's PIN and a user PIN, so that no PIN has to be an argument
+/// of a vendor's tool. Refuses a label that exists.
 pub fn initialise_token(
     profile: &ModuleProfile,
     label: &str,
@@ -146,28 +147,29 @@ fn initialise_in(
     let (so_pin, user_pin) = (so_pin.read().map_err(rejected)?, user_pin.read().map_err(rejected)?);
     let wanted = TokenIdentity { label: label.to_owned(), serial: String::new() };
     if let Ok((_, found)) = find_token(module, &wanted, profile) {
-        let message = format!("a token named {label} exists already (serial {})", found.serial);
+        let message = format!("a token named {label} already exists (serial {})", found.serial);
         return Err(Failure::new(FailureClass::Rejected, message));
     }
-    let slots = module.get_slots_with_token().doing(|| "listing slots".to_owned())?;
+    let slots = module.get_slots_with_token().context(|| "listing slots".to_owned())?;
     let free = slots.into_iter().find(|slot| module.get_token_info(*slot).is_ok_and(|t| !t.token_initialized()));
     let slot = free.ok_or_else(|| Failure::new(FailureClass::Rejected, "no slot has an uninitialised token"))?;
-    let typed = || Failure::new(FailureClass::Rejected, "a token is initialised with PINs from files or a terminal");
-    let so_pin = auth_pin(so_pin.as_ref().ok_or_else(typed)?)?;
-    let user_pin = auth_pin(user_pin.as_ref().ok_or_else(typed)?)?;
-    module.init_token(slot, &so_pin, label).doing(|| format!("initialising the token {label}"))?;
+    let no_pin =
+        || Failure::new(FailureClass::Rejected, "initialising a token requires PINs from files or from a terminal");
+    let so_pin = auth_pin(so_pin.as_ref().ok_or_else(no_pin)?)?;
+    let user_pin = auth_pin(user_pin.as_ref().ok_or_else(no_pin)?)?;
+    module.init_token(slot, &so_pin, label).context(|| format!("initialising the token {label}"))?;
     let (slot, identity) = find_token(module, &wanted, profile)?;
-    let session = module.open_rw_session(slot).doing(|| "opening a session".to_owned())?;
-    session.login(UserType::So, Some(&so_pin)).doing(|| "logging in as security officer".to_owned())?;
-    session.init_pin(&user_pin).doing(|| "setting the user PIN".to_owned())?;
+    let session = module.open_rw_session(slot).context(|| "opening a session".to_owned())?;
+    session.login(UserType::So, Some(&so_pin)).context(|| "logging in as security officer".to_owned())?;
+    session.init_pin(&user_pin).context(|| "setting the user PIN".to_owned())?;
     Ok(identity)
 }
 
 pub(super) fn load(library: &Path) -> Result<Pkcs11, Failure> {
-    let module = Pkcs11::new(library).doing(|| format!("loading {}", library.display()))?;
+    let module = Pkcs11::new(library).context(|| format!("loading {}", library.display()))?;
     module
         .initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK))
-        .doing(|| format!("initialising {}", library.display()))?;
+        .context(|| format!("initialising {}", library.display()))?;
     Ok(module)
 }
 
@@ -177,21 +179,21 @@ fn find_token(
     profile: &ModuleProfile,
 ) -> Result<(Slot, TokenIdentity), Failure> {
     if profile.one_nameless_token {
-        let slots = module.get_slots_with_token().doing(|| "listing tokens".to_owned())?;
+        let slots = module.get_slots_with_token().context(|| "listing tokens".to_owned())?;
         return match slots.as_slice() {
             [slot] => Ok((*slot, wanted.clone())),
-            // The one token is away, say: that is what a lost token looks like.
+            // The token may have been removed, so the module counts as lost.
             [] => Err(Failure::new(FailureClass::ModuleLost, "the module has no token")),
             more => {
-                let message = format!("the module has {} tokens, and their names cannot be read", more.len());
+                let message = format!("found {} tokens whose names cannot be read, expected exactly one", more.len());
                 Err(Failure::new(FailureClass::Rejected, message))
             }
         };
     }
     let mut found = Vec::new();
     let mut seen = Vec::new();
-    for slot in module.get_slots_with_initialized_token().doing(|| "listing tokens".to_owned())? {
-        let info = module.get_token_info(slot).doing(|| "reading a token's names".to_owned())?;
+    for slot in module.get_slots_with_initialized_token().context(|| "listing tokens".to_owned())? {
+        let info = module.get_token_info(slot).context(|| "reading a token's names".to_owned())?;
         let identity =
             TokenIdentity { label: info.label().trim().to_owned(), serial: info.serial_number().trim().to_owned() };
         if identity.label == wanted.label && (wanted.serial.is_empty() || identity.serial == wanted.serial) {
@@ -200,14 +202,14 @@ fn find_token(
         seen.push(format!("{} ({})", identity.label, identity.serial));
     }
     if found.len() > 1 {
-        let message = format!("{} tokens are named {}; give the serial number too", found.len(), wanted.label);
+        let message = format!("found {} tokens named {}; specify the serial number", found.len(), wanted.label);
         return Err(Failure::new(FailureClass::Rejected, message));
     }
     found.pop().ok_or_else(|| {
-        let have = if seen.is_empty() { "none".to_owned() } else { seen.join(", ") };
+        let seen = if seen.is_empty() { "none".to_owned() } else { seen.join(", ") };
         Failure::new(
             FailureClass::ModuleLost,
-            format!("no token named {} (serial {}); the module has: {have}", wanted.label, wanted.serial),
+            format!("no token named {} (serial {}); the module has: {seen}", wanted.label, wanted.serial),
         )
     })
 }
@@ -215,11 +217,11 @@ fn find_token(
 fn login(session: &Session, pin: Option<&SecretBytes>, identity: &TokenIdentity) -> Result<(), Failure> {
     let pin = pin.map(auth_pin).transpose()?;
     match session.login(UserType::User, pin.as_ref()) {
-        // Login belongs to the token, not to the session: somebody in this process was first.
+        // A login applies to the token, not to the session: another session of this process has logged in.
         Ok(()) | Err(Error::Pkcs11(RvError::UserAlreadyLoggedIn, _)) => Ok(()),
         Err(e) => {
             let failure = Failure::of(&format!("logging in to the token {}", identity.label), &e);
-            // Whatever a module calls it: a login that was refused is not tried again.
+            // A refused login is never retried, whatever return value the module gives.
             let class = match failure.class {
                 FailureClass::Rejected => FailureClass::Permanent,
                 class => class,
@@ -229,7 +231,7 @@ fn login(session: &Session, pin: Option<&SecretBytes>, identity: &TokenIdentity)
     }
 }
 
-/// Exposed for the one call that takes it; cryptoki's type is wiped when dropped.
+/// Converts a PIN to cryptoki's type, which is wiped when dropped. Exposed for the call that uses it.
 fn auth_pin(pin: &SecretBytes) -> Result<AuthPin, Failure> {
     let text =
         std::str::from_utf8(pin.expose()).map_err(|_| Failure::new(FailureClass::Rejected, "the PIN is not UTF-8"))?;

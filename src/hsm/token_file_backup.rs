@@ -1,5 +1,7 @@
-//! Files that a module rewrites in place, kept whole beside them. What a kill or a power cut in the middle of a rewrite leaves
-//! is put back before the module is loaded again; without that, a token and every key on it would be gone.
+//! Backs up files that a module rewrites in place.
+//!
+//! A kill or a power loss during a rewrite leaves a damaged file. The copy is restored before the module is loaded again;
+//! otherwise the token and every key on it would be lost.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
@@ -8,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-/// One file in each directory below a directory.
+/// Backs up one file in each subdirectory of a directory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TokenFileBackup {
     directory: PathBuf,
@@ -16,31 +18,31 @@ pub struct TokenFileBackup {
 }
 
 impl TokenFileBackup {
-    /// Reads `DIRECTORY/*/NAME`; `None` if it is not of this form.
+    /// Parses `DIRECTORY/*/NAME`; `None` for any other form.
     pub(super) fn parse(pattern: &str) -> Option<Self> {
         let (directory, name) = pattern.split_once("/*/")?;
-        let plain = |text: &str| !text.is_empty() && !text.contains('*');
-        (plain(directory) && plain(name) && !name.contains('/'))
+        let is_literal = |text: &str| !text.is_empty() && !text.contains('*');
+        (is_literal(directory) && is_literal(name) && !name.contains('/'))
             .then(|| Self { directory: directory.into(), name: name.to_owned() })
     }
 
-    /// Keeps a copy of each file that is whole, and puts back each that is not. While a module is at work this is safe too: a
-    /// file that it rewrites at this moment is replaced by what it was before. Nothing is done where there is no directory yet.
-    pub(super) fn look(&self) -> io::Result<()> {
+    /// Copies each intact file, and restores each damaged one. This is safe while a module runs: a file caught during a rewrite
+    /// is replaced by its previous content. Does nothing if the directory does not exist.
+    pub(super) fn restore(&self) -> io::Result<()> {
         let entries = match fs::read_dir(&self.directory) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
             entries => entries?,
         };
         for entry in entries {
             let file = entry?.path().join(&self.name);
-            let kept = file.with_file_name(format!("{}.kept", self.name));
-            let (content, before) = (read(&file)?, read(&kept)?);
-            match (content.filter(is_whole), before.filter(is_whole)) {
-                (Some(content), before) if before.as_ref() != Some(&content) => replace(&kept, &content)?,
-                (None, Some(before)) => {
-                    replace(&file, &before)?;
+            let copy = file.with_file_name(format!("{}.kept", self.name));
+            let (content, copied) = (read(&file)?, read(&copy)?);
+            match (content.filter(is_intact), copied.filter(is_intact)) {
+                (Some(content), copied) if copied.as_ref() != Some(&content) => replace(&copy, &content)?,
+                (None, Some(copied)) => {
+                    replace(&file, &copied)?;
                     let file = file.display();
-                    tracing::warn!(%file, "the module had left it half-written; its kept copy was put back");
+                    tracing::warn!(%file, "token file damaged, restored from its backup");
                 }
                 _ => {}
             }
@@ -49,9 +51,9 @@ impl TokenFileBackup {
     }
 }
 
-/// A rewrite that was cut off leaves nothing; one that a power cut met may leave zeros.
+/// An interrupted rewrite leaves an empty file; a power loss may leave zeros.
 #[expect(clippy::ptr_arg, reason = "it filters options of vectors")]
-fn is_whole(content: &Vec<u8>) -> bool {
+fn is_intact(content: &Vec<u8>) -> bool {
     content.iter().any(|byte| *byte != 0)
 }
 
@@ -62,7 +64,7 @@ fn read(path: &Path) -> io::Result<Option<Vec<u8>>> {
     }
 }
 
-/// In one step: a crash leaves the old or the new one.
+/// Replaces a file atomically: after a crash the old or the new content is there.
 fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     let mut new = path.as_os_str().to_owned();
     new.push(".new");
@@ -79,41 +81,41 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_that_was_left_half_written_is_put_back() {
+    fn damaged_file_is_restored() {
         let directory = spp_testkit::files::temp_dir();
-        let guard = TokenFileBackup::parse(&format!("{}/*/token.object", directory.path().display())).unwrap();
+        let backup = TokenFileBackup::parse(&format!("{}/*/token.object", directory.path().display())).unwrap();
         let file = directory.path().join("one/token.object");
         fs::create_dir(file.parent().unwrap()).unwrap();
         fs::write(directory.path().join("not-a-directory"), b"").unwrap();
-        guard.look().unwrap();
+        backup.restore().unwrap();
         for content in [&b"first"[..], b"second, after another PIN was set"] {
             fs::write(&file, content).unwrap();
-            guard.look().unwrap();
+            backup.restore().unwrap();
             for damaged in [&b""[..], &[0; 320]] {
                 fs::write(&file, damaged).unwrap();
-                guard.look().unwrap();
+                backup.restore().unwrap();
                 assert_eq!(fs::read(&file).unwrap(), content);
             }
             fs::remove_file(&file).unwrap();
-            guard.look().unwrap();
+            backup.restore().unwrap();
             assert_eq!(fs::read(&file).unwrap(), content);
         }
     }
 
     #[test]
-    fn what_was_never_whole_is_left_alone() {
+    fn damaged_file_without_backup_is_unchanged() {
         let directory = spp_testkit::files::temp_dir();
         let file = directory.path().join("one/token.object");
         fs::create_dir(file.parent().unwrap()).unwrap();
         fs::write(&file, b"").unwrap();
-        let guard = TokenFileBackup::parse(&format!("{}/*/token.object", directory.path().display())).unwrap();
-        guard.look().unwrap();
+        let backup = TokenFileBackup::parse(&format!("{}/*/token.object", directory.path().display())).unwrap();
+        backup.restore().unwrap();
         assert_eq!(fs::read_dir(file.parent().unwrap()).unwrap().count(), 1);
-        TokenFileBackup::parse("/nowhere/*/x").unwrap().look().unwrap();
+        TokenFileBackup::parse("/nowhere/*/x").unwrap().restore().unwrap();
     }
 
     #[test]
-    fn only_one_form_of_pattern_is_read() {
+    fn malformed_pattern_is_refused() {
         for pattern in ["", "x", "/a/b", "/a/*", "/*/x", "/a/*/", "/a/*/b/c", "/a/*/*", "/a*/*/b"] {
             assert_eq!(TokenFileBackup::parse(pattern), None, "{pattern}");
         }

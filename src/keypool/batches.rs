@@ -1,4 +1,4 @@
-//! Batches that take pairs: begun with a key of their own in the HSM.
+//! Opens batches for new pairs. Each batch has its own key in the HSM.
 
 use super::{KeyPool, PoolError};
 use crate::hsm::HsmId;
@@ -6,114 +6,114 @@ use crate::keys::BatchName;
 use crate::store::{Batch, BatchState, BatchStep, KeyStorage, Purpose};
 
 impl KeyPool {
-    /// The batch of a purpose that takes an HSM's pairs; a new one if there is none.
+    /// The open batch of a purpose on an HSM; creates one if there is none.
     pub(super) async fn open_batch(&self, purpose: Purpose, on: HsmId) -> Result<Batch, PoolError> {
-        self.find_or_begin(purpose, self.keeping_of(purpose), None, on).await
+        self.find_or_create(purpose, self.storage_of(purpose), None, on).await
     }
 
-    /// A batch that takes the pairs of this one: of the same purpose, on the same HSM, and kept alike, whatever the configuration
-    /// says by now.
+    /// Another open batch for the pairs of `batch`: same purpose, HSM and storage, independent of the current configuration.
     pub(super) async fn open_batch_beside(&self, batch: &Batch, on: HsmId) -> Result<Batch, PoolError> {
-        self.find_or_begin(batch.purpose, batch.keeping, Some(batch.number), on).await
+        self.find_or_create(batch.purpose, batch.storage, Some(batch.number), on).await
     }
 
-    async fn find_or_begin(
+    async fn find_or_create(
         &self,
         purpose: Purpose,
-        keeping: KeyStorage,
-        except: Option<u64>,
+        storage: KeyStorage,
+        excluded: Option<u64>,
         on: HsmId,
     ) -> Result<Batch, PoolError> {
-        let _alone = self.bench(on)?.planning.lock().await;
+        let _guard = self.tasks_of(on)?.planning.lock().await;
         let closing = self.closing().clone();
-        let keepers = self.keepers().await?;
+        let owners = self.batch_owners().await?;
         let fits = |batch: &Batch| {
-            let takes = batch.state == BatchState::Open && batch.quarantined.is_none() && batch.keeping == keeping;
-            let there = keepers.of(batch.number) == Some(on) || keepers.may_be_given_to_any(batch);
-            takes
-                && there
+            let accepts_pairs =
+                batch.state == BatchState::Open && batch.quarantined.is_none() && batch.storage == storage;
+            let is_on_member = owners.owner_of(batch.number) == Some(on) || owners.can_be_claimed(batch);
+            accepts_pairs
+                && is_on_member
                 && batch.purpose == purpose
-                && Some(batch.number) != except
+                && Some(batch.number) != excluded
                 && !closing.contains(&batch.number)
         };
-        // The newest: pairs are offered in the order of the batches.
+        // Use the newest batch, because pairs are offered in the order of the batches.
         match self.store.batches().await?.into_iter().rev().find(fits) {
-            Some(batch) if self.hsm.adopt(keepers.name(batch.number), on) => Ok(batch),
-            _ => self.begin_batch(purpose, keeping, on).await,
+            Some(batch) if self.hsm.claim_batch(owners.name(batch.number), on) => Ok(batch),
+            _ => self.create_batch(purpose, storage, on).await,
         }
     }
 
-    async fn begin_batch(&self, purpose: Purpose, keeping: KeyStorage, on: HsmId) -> Result<Batch, PoolError> {
-        let above = self.notes().highest_on_token;
+    async fn create_batch(&self, purpose: Purpose, storage: KeyStorage, on: HsmId) -> Result<Batch, PoolError> {
+        let above = self.reconcile_state().highest_on_token;
         let store = self.store.origin().await?.0;
-        // A crash or a failure from here on leaves the plan, and a key of that name or none: see `forget_plans`.
+        // A crash or failure from here on leaves the plan, with or without a key of that name: see `forget_abandoned_plans`.
         let planned = {
-            let _unseen = self.plans.lock().await;
-            let planned = self.store.plan_batch(purpose, keeping, self.clock.now(), above).await?;
-            self.hsm.add_keeper(BatchName { store, number: planned.number }, on);
+            let _plan_guard = self.plan_lock.lock().await;
+            let planned = self.store.plan_batch(purpose, storage, self.clock.now(), above).await?;
+            self.hsm.add_batch_owner(BatchName { store, number: planned.number }, on);
             planned
         };
         let name = BatchName { store, number: planned.number };
-        if keeping == KeyStorage::Wrapped {
-            self.hsm.at(on).create_batch_key(name).await?;
+        if storage == KeyStorage::Wrapped {
+            self.hsm.pinned_to(on).create_batch_key(name).await?;
         }
         let batch = self.store.step_batch(planned.number, BatchStep::Open).await?;
-        tracing::info!(batch = batch.number, purpose = ?batch.purpose, "a batch of key pairs is begun");
+        tracing::info!(batch = batch.number, purpose = ?batch.purpose, "batch of key pairs created");
         Ok(batch)
     }
 
-    /// Plans that came to nothing: nothing was ever wrapped under a key whose batch was not open.
-    pub(super) async fn forget_plans(&self, member: HsmId) -> Result<(), PoolError> {
-        let _alone = self.bench(member)?.planning.lock().await;
-        let keepers = self.keepers().await?;
-        let given_up: Vec<_> = {
-            let _unseen = self.plans.lock().await;
+    /// Removes abandoned plans. Nothing was ever wrapped under their keys, because their batches were never open.
+    pub(super) async fn forget_abandoned_plans(&self, member: HsmId) -> Result<(), PoolError> {
+        let _guard = self.tasks_of(member)?.planning.lock().await;
+        let owners = self.batch_owners().await?;
+        let abandoned: Vec<_> = {
+            let _plan_guard = self.plan_lock.lock().await;
             let batches = self.store.batches().await?.into_iter();
             let planned = batches.filter(|batch| batch.state == BatchState::Planned).map(|batch| batch.number);
-            planned.filter(|number| keepers.looks_after(member, *number) && keepers.are_at_hand(*number)).collect()
+            planned.filter(|number| owners.is_maintained_by(member, *number) && owners.is_available(*number)).collect()
         };
-        for number in given_up {
-            let name = keepers.name(number);
+        for number in abandoned {
+            let name = owners.name(number);
             self.hsm.destroy_batch_key(name).await?;
-            self.store.forget_batch(number).await?;
-            self.hsm.forget_keepers(name);
+            self.store.delete_batch(number).await?;
+            self.hsm.forget_batch_owners(name);
         }
         Ok(())
     }
 
-    /// New sessions find a batch for their pairs, on each HSM.
-    pub(super) async fn keep_a_batch_for_sessions(&self, member: HsmId) -> Result<(), PoolError> {
-        let current = self.for_sessions.borrow().get(&member).map(|current| current.number);
-        let takes = |batch: &Batch| {
+    /// Ensures that the HSM has an open batch for the pairs of new sessions.
+    pub(super) async fn ensure_session_batch(&self, member: HsmId) -> Result<(), PoolError> {
+        let current = self.session_batches.borrow().get(&member).map(|current| current.number);
+        let accepts_pairs = |batch: &Batch| {
             current == Some(batch.number) && batch.state == BatchState::Open && batch.quarantined.is_none()
         };
-        if !self.store.batches().await?.iter().any(takes) {
-            // Nobody may end the batch between its being found and its being known as the one for sessions.
-            let _alone = self.bench(member)?.shredding.lock().await;
+        if !self.store.batches().await?.iter().any(accepts_pairs) {
+            // The batch must not be shredded between its selection and its registration as the batch for sessions.
+            let _guard = self.tasks_of(member)?.shredding.lock().await;
             let batch = self.open_batch(Purpose::Sessions, member).await?;
-            self.use_for_sessions(&batch, member).await?;
+            self.set_session_batch(&batch, member).await?;
         }
         Ok(())
     }
 
-    pub(super) async fn use_for_sessions(&self, batch: &Batch, on: HsmId) -> Result<(), PoolError> {
+    pub(super) async fn set_session_batch(&self, batch: &Batch, on: HsmId) -> Result<(), PoolError> {
         let name = self.name(batch.number).await?;
-        self.for_sessions.send_modify(|batches| {
+        self.session_batches.send_modify(|batches| {
             batches.insert(on, name);
         });
         Ok(())
     }
 
-    /// The names of a batch on the token.
+    /// The name of a batch on the token.
     pub(super) async fn name(&self, number: u64) -> Result<BatchName, PoolError> {
         Ok(BatchName { store: self.store.origin().await?.0, number })
     }
 
-    /// Pairs of sessions are always kept wrapped: they come and go with the line.
-    const fn keeping_of(&self, purpose: Purpose) -> KeyStorage {
+    /// Session pairs are always stored wrapped: they are as short-lived as their sessions.
+    const fn storage_of(&self, purpose: Purpose) -> KeyStorage {
         match purpose {
             Purpose::Sessions => KeyStorage::Wrapped,
-            Purpose::Pool(_) => self.rules.keeping,
+            Purpose::Pool(_) => self.rules.storage,
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Why there is no pair, or why a batch could not be looked after.
+//! Errors of the key pool.
 
 use std::time::Duration;
 
@@ -6,44 +6,44 @@ use crate::hsm::HsmError;
 use crate::keys::KeyKind;
 use crate::store::StoreError;
 
-/// What the pool could not do. Nothing is lost by it.
+/// The reason why a pool operation failed. No pair is lost.
 #[derive(Debug, thiserror::Error)]
 pub enum PoolError {
-    /// No pair of the kind is ready.
+    /// No pair of the key type is ready.
     #[error(
-        "no {kind} pair is ready: the pool is empty and is being filled with {fill_rate:.1} pairs per second{}",
-        if *.paused { " (the filling is held up; sppctl pool status tells why)" } else { "" }
+        "no {kind} pair is ready: the pool is empty; refilling at {fill_rate:.1} pairs/s{}",
+        if *.paused { " (filling is paused; sppctl pool status shows the reason)" } else { "" }
     )]
     Empty {
         /// The kind.
         kind: KeyKind,
-        /// Pairs per second while it was filled last.
+        /// Pairs per second of the current or last filling.
         fill_rate: f64,
-        /// When a pair should be ready for this caller.
+        /// The time after which a pair should be ready for this caller.
         retry_after: Duration,
-        /// Whether it is not filled now. Why is the officers' business.
+        /// Whether filling is paused. The reason is shown to officers only.
         paused: bool,
     },
-    /// The configuration has no pool of the kind.
-    #[error("there is no pool of {0} pairs; add a [[keypool.pool]] for it to sppd.toml")]
+    /// The configuration has no pool of the key type.
+    #[error("no pool of {0} pairs; add a [[keypool.pool]] for it to sppd.toml")]
     NoPool(KeyKind),
-    /// More pairs are ordered than the pool may have.
-    #[error("the pool of {kind} pairs may have {most} pairs at most")]
+    /// The ordered number of pairs is above the pool's limit.
+    #[error("the pool of {kind} pairs is limited to {limit} pairs")]
     TooMany {
         /// The kind.
         kind: KeyKind,
-        /// Its limit: with pairs on the token the high mark.
-        most: u64,
+        /// The pool's limit: the high mark if pairs are stored on the token.
+        limit: u64,
     },
-    /// There is less room on the disk than new pairs need.
-    #[error("the disk has only {free} bytes free and new pairs need {floor}; it goes on by itself when there is room")]
-    NoRoom {
-        /// Free bytes.
+    /// Free disk space is below the floor that new pairs require.
+    #[error("the disk has only {free} bytes free, new pairs require {floor}; filling resumes when space is free")]
+    DiskFull {
+        /// Free disk space in bytes.
         free: u64,
-        /// The floor.
+        /// The required free space in bytes.
         floor: u64,
     },
-    /// The token and the store do not fit together.
+    /// The token and the store are inconsistent.
     #[error("{0}")]
     RolledBack(String),
     /// The HSM.

@@ -1,4 +1,5 @@
-//! Taking a pair: each is in one hand at a time, and only the journal's transaction makes it a session's.
+//! Exclusive leases on ready key pairs. A lease prevents two calls from offering the same pair. It is held in memory only: a pair
+//! belongs to a session once the journal has committed the reservation. A crash drops all leases and loses no pair.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::atomic::Ordering;
@@ -14,63 +15,64 @@ use crate::keys::{BatchName, KeyKind, PublicKey, StoredKey, WrappedKey};
 use crate::names::KeyName;
 use crate::store::{PairId, PairToReserve, PooledPair, StoreError};
 
-/// Pairs that are read from the store at once; they wait on the shelf, wrapped.
-const SHELF: usize = 128;
-/// The longest and the shortest time after which a station is asked to come again.
+/// Number of wrapped pairs to prefetch from the store.
+const PREFETCH: usize = 128;
+/// Shortest and longest retry delay for a station.
 const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(30));
 
-/// Ready pairs of one kind and one HSM, the next ones to be given out; the others stay in the store.
+/// Prefetched ready pairs of one key type that one HSM owns. The remaining ready pairs stay in the store.
 pub(super) struct ReadyQueue {
     kind: KeyKind,
-    keeper: HsmId,
-    content: Arc<Mutex<QueueState>>,
-    /// One caller fetches more at a time.
-    fetching: tokio::sync::Mutex<()>,
-    /// Told when pairs that were being moved are so no more. All shelves of a kind have the same.
-    moved: Arc<Notify>,
+    owner: HsmId,
+    state: Arc<Mutex<QueueState>>,
+    /// Serialises prefetches.
+    prefetch_lock: tokio::sync::Mutex<()>,
+    /// Notified when a rewrap ends. All queues of a key type share it.
+    pairs_available: Arc<Notify>,
 }
 
 #[derive(Default)]
 struct QueueState {
-    waiting: VecDeque<(PairId, PooledPair)>,
-    in_hand: BTreeSet<PairId>,
-    /// While the store is being read: pairs that left a hand since. What was read of them may be from before they were taken.
-    left_meanwhile: Option<BTreeSet<PairId>>,
-    /// The last pair that was fetched: those after it are in the store alone.
-    fetched: Option<PairId>,
-    /// Pairs in the hand of the shredder.
-    being_moved: usize,
+    ready: VecDeque<(PairId, PooledPair)>,
+    leased: BTreeSet<PairId>,
+    /// Leases that ended while a prefetch was running. The prefetch may have read these pairs before they were leased, so it must
+    /// not enqueue them.
+    released_during_prefetch: Option<BTreeSet<PairId>>,
+    /// The last prefetched pair. Pairs after it are only in the store.
+    last_prefetched: Option<PairId>,
+    /// Number of pairs leased for rewrapping under another batch key.
+    rewrapping: usize,
 }
 
-/// A pair in the hand of one call. Dropped, it goes back; [`PoolLease::spent`] when it is a session's.
+/// A lease on one ready pair. Dropping it returns the pair to the queue; [`PoolLease::consume`] does not.
 pub struct PoolLease {
     id: PairId,
     public: PublicKey,
-    kept: StoredKey,
+    stored_key: StoredKey,
     pair: Option<PooledPair>,
-    /// Whether it goes behind the others.
-    last: bool,
-    content: Arc<Mutex<QueueState>>,
-    _user: ReaderGuard,
+    /// Whether the pair returns to the end of the queue.
+    demoted: bool,
+    state: Arc<Mutex<QueueState>>,
+    _reader: ReaderGuard,
 }
 
-/// Leave to wrap a session's pair under the key of the batch for sessions, until it is journaled.
+/// Permission to wrap a session's pair under the key of the session batch, until the pair is journaled.
 pub struct SessionLease {
     batch: BatchName,
-    _user: ReaderGuard,
+    _reader: ReaderGuard,
 }
 
 impl SessionLease {
-    /// The key to wrap under.
+    /// The wrapping key.
     pub fn key(&self) -> KeyName {
         self.batch.key()
     }
 
-    /// What the journal is told.
-    pub fn reserve(&self, kept: &StoredKey) -> Option<PairToReserve> {
-        match kept {
+    /// The reservation to journal; `None` if the pair is wrapped under another key.
+    pub fn reservation(&self, stored_key: &StoredKey) -> Option<PairToReserve> {
+        match stored_key {
             StoredKey::Wrapped(WrappedKey { wrapping_key, blob }) if *wrapping_key == self.key() => {
-                Some(PairToReserve::Made { batch: self.batch.number, blob: blob.clone() })
+                Some(PairToReserve::OnDemand { batch: self.batch.number, blob: blob.clone() })
             }
             _ => None,
         }
@@ -78,196 +80,203 @@ impl SessionLease {
 }
 
 impl PoolLease {
-    /// The public half.
+    /// The public key.
     pub const fn public(&self) -> &PublicKey {
         &self.public
     }
 
-    /// How its private half is kept.
-    pub const fn kept(&self) -> &StoredKey {
-        &self.kept
+    /// The stored private key.
+    pub const fn stored_key(&self) -> &StoredKey {
+        &self.stored_key
     }
 
-    /// What the journal is told.
-    pub const fn reserve(&self) -> PairToReserve {
+    /// The reservation to journal.
+    pub const fn reservation(&self) -> PairToReserve {
         PairToReserve::Pooled(self.id)
     }
 
-    /// It is a session's, or it may be: the store's answer was lost. It does not go back. If it is still ready it is found
-    /// again when the shelf is filled from the beginning.
-    pub fn spent(mut self) {
+    /// Ends the lease without returning the pair: the reservation was committed, or its outcome is unknown. If the commit failed,
+    /// the pair is still ready in the store, and the next full prefetch finds it.
+    pub fn consume(mut self) {
         self.pair = None;
     }
 
-    /// It could not be opened: the next device gets another one.
-    pub fn set_aside(mut self) {
-        self.last = true;
+    /// Returns the pair to the end of the queue, because the HSM could not unwrap it. The next device gets another pair.
+    pub fn demote(mut self) {
+        self.demoted = true;
     }
 }
 
 impl Drop for PoolLease {
     fn drop(&mut self) {
-        let mut content = self.content.lock().unwrap_or_else(PoisonError::into_inner);
-        content.leave_hand(&self.id);
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.release(&self.id);
         match self.pair.take() {
-            Some(pair) if self.last => content.waiting.push_back((self.id, pair)),
-            Some(pair) => content.waiting.push_front((self.id, pair)),
+            Some(pair) if self.demoted => state.ready.push_back((self.id, pair)),
+            Some(pair) => state.ready.push_front((self.id, pair)),
             None => {}
         }
     }
 }
 
 impl QueueState {
-    fn leave_hand(&mut self, id: &PairId) {
-        self.in_hand.remove(id);
-        if let Some(left) = &mut self.left_meanwhile {
-            left.insert(*id);
+    fn release(&mut self, id: &PairId) {
+        self.leased.remove(id);
+        if let Some(released) = &mut self.released_during_prefetch {
+            released.insert(*id);
         }
     }
 }
 
-/// Pairs in the hand of the shredder.
+/// Pairs that are leased for rewrapping under another batch key.
 pub(super) struct RewrapGuard {
     ids: BTreeSet<PairId>,
-    content: Arc<Mutex<QueueState>>,
-    moved: Arc<Notify>,
+    state: Arc<Mutex<QueueState>>,
+    pairs_available: Arc<Notify>,
 }
 
 impl RewrapGuard {
-    pub(super) fn has(&self, id: &PairId) -> bool {
+    pub(super) fn contains(&self, id: &PairId) -> bool {
         self.ids.contains(id)
     }
 }
 
 impl Drop for RewrapGuard {
-    /// Those that could not be moved are still in the store, and found when the shelf is filled from the beginning.
+    /// Pairs that were not rewrapped are still in the store, and the next full prefetch finds them.
     fn drop(&mut self) {
-        let mut content = self.content.lock().unwrap_or_else(PoisonError::into_inner);
-        self.ids.iter().for_each(|id| content.leave_hand(id));
-        content.being_moved -= self.ids.len();
-        drop(content);
-        self.moved.notify_waiters();
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        self.ids.iter().for_each(|id| state.release(id));
+        state.rewrapping -= self.ids.len();
+        drop(state);
+        self.pairs_available.notify_waiters();
     }
 }
 
 impl ReadyQueue {
-    pub(super) fn new(kind: KeyKind, keeper: HsmId, moved: Arc<Notify>) -> Self {
-        Self { kind, keeper, moved, content: Arc::default(), fetching: tokio::sync::Mutex::default() }
+    pub(super) fn new(kind: KeyKind, owner: HsmId, pairs_available: Arc<Notify>) -> Self {
+        Self { kind, owner, pairs_available, state: Arc::default(), prefetch_lock: tokio::sync::Mutex::default() }
     }
 
-    /// Takes those of the pairs that are in nobody's hand, until they are moved: their places are others then.
-    pub(super) fn take_to_move(&self, pairs: impl Iterator<Item = PairId>) -> RewrapGuard {
-        let mut content = self.content();
-        let ids: BTreeSet<_> = pairs.filter(|id| content.in_hand.insert(*id)).collect();
-        content.waiting.retain(|(id, _)| !ids.contains(id));
-        content.being_moved += ids.len();
-        RewrapGuard { ids, content: Arc::clone(&self.content), moved: Arc::clone(&self.moved) }
+    /// Leases those of `pairs` that nobody has leased, until they are rewrapped. Rewrapping changes where a pair is stored.
+    pub(super) fn lease_for_rewrap(&self, pairs: impl Iterator<Item = PairId>) -> RewrapGuard {
+        let mut state = self.state();
+        let ids: BTreeSet<_> = pairs.filter(|id| state.leased.insert(*id)).collect();
+        state.ready.retain(|(id, _)| !ids.contains(id));
+        state.rewrapping += ids.len();
+        RewrapGuard { ids, state: Arc::clone(&self.state), pairs_available: Arc::clone(&self.pairs_available) }
     }
 
-    /// Begins again with the oldest pair of the store.
-    pub(super) fn begin_again(&self) {
-        let mut content = self.content();
-        content.waiting.clear();
-        content.fetched = None;
+    /// Clears the queue and restarts the prefetch at the oldest pair of the store.
+    pub(super) fn restart_prefetch(&self) {
+        let mut state = self.state();
+        state.ready.clear();
+        state.last_prefetched = None;
     }
 
-    fn is_being_moved(&self) -> bool {
-        self.content().being_moved > 0
+    fn is_rewrapping(&self) -> bool {
+        self.state().rewrapping > 0
     }
 
-    fn take(&self) -> Option<(PairId, PooledPair)> {
-        let mut content = self.content();
-        let next = content.waiting.pop_front()?;
-        content.in_hand.insert(next.0);
+    fn lease_next(&self) -> Option<(PairId, PooledPair)> {
+        let mut state = self.state();
+        let next = state.ready.pop_front()?;
+        state.leased.insert(next.0);
         Some(next)
     }
 
-    fn content(&self) -> std::sync::MutexGuard<'_, QueueState> {
-        self.content.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> std::sync::MutexGuard<'_, QueueState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl KeyPool {
-    /// A ready pair, of the HSM that has least to do and of its oldest batch. It is nobody else's until it is dropped.
-    pub async fn claim(&self, kind: KeyKind) -> Result<PoolLease, PoolError> {
+    /// Leases a ready pair from the oldest batch of the least loaded HSM.
+    pub async fn lease_pair(&self, kind: KeyKind) -> Result<PoolLease, PoolError> {
         let pool = self.pools.get(&kind).ok_or(PoolError::NoPool(kind))?;
-        self.begun().await?;
-        let until = Instant::now() + self.hsm.call_timeout();
-        let (user, taken) = loop {
-            // More came, or what was being moved is there again.
-            let more = pool.more.notified();
-            let shelves: Vec<_> = self.in_service().iter().filter_map(|member| pool.shares.get(member)).collect();
-            let are_being_moved = || shelves.iter().any(|share| share.shelf.is_being_moved());
-            let user = self.hold();
-            let before = are_being_moved();
+        self.wait_until_reconciled().await?;
+        let deadline = Instant::now() + self.hsm.call_timeout();
+        let (reader, taken) = loop {
+            // Subscribe before looking, so that no notification is missed.
+            let pairs_available = pool.pairs_available.notified();
+            let shares: Vec<_> = self.in_service().iter().filter_map(|member| pool.shares.get(member)).collect();
+            let are_rewrapping = || shares.iter().any(|share| share.queue.is_rewrapping());
+            let reader = self.reader_guard();
+            let was_rewrapping = are_rewrapping();
             let mut taken = None;
-            for share in &shelves {
-                taken = self.take(&share.shelf).await?.map(|taken| (&share.shelf, taken));
+            for share in &shares {
+                taken = self.lease_or_prefetch(&share.queue).await?.map(|taken| (&share.queue, taken));
                 if taken.is_some() {
                     break;
                 }
             }
-            if taken.is_some() || !(before || are_being_moved()) || Instant::now() >= until {
-                break (user, taken);
+            if taken.is_some() || !(was_rewrapping || are_rewrapping()) || Instant::now() >= deadline {
+                break (reader, taken);
             }
-            // They are there, but in the hand of the shredder for the moment of one call.
-            drop(user);
-            let _ = tokio::time::timeout_at(until.into(), more).await;
+            // Pairs exist but are leased for a rewrap, which takes one call.
+            drop(reader);
+            let _ = tokio::time::timeout_at(deadline.into(), pairs_available).await;
         };
         pool.wake();
-        let Some((shelf, (id, pair))) = taken else { return Err(self.empty(kind)) };
-        let content = Arc::clone(&shelf.content);
+        let Some((queue, (id, pair))) = taken else { return Err(self.empty_error(kind)) };
+        let state = Arc::clone(&queue.state);
         let public = PublicKey::from_spki_der(&pair.public_key);
-        let mut claim = match public {
-            Ok(public) => {
-                PoolLease { id, public, kept: pair.kept.clone(), pair: None, last: false, content, _user: user }
-            }
+        let mut lease = match public {
+            Ok(public) => PoolLease {
+                id,
+                public,
+                stored_key: pair.private_key.clone(),
+                pair: None,
+                demoted: false,
+                state,
+                _reader: reader,
+            },
             Err(e) => {
-                shelf.content().leave_hand(&id);
+                queue.state().release(&id);
                 let what = format!("pair {} of batch {}", id.number, id.batch);
                 return Err(StoreError::Damaged { store: "secret store", what, cause: e.to_string() }.into());
             }
         };
-        claim.pair = Some(pair);
-        Ok(claim)
+        lease.pair = Some(pair);
+        Ok(lease)
     }
 
-    /// The next pair of the shelf, which is filled if it has none.
-    async fn take(&self, shelf: &ReadyQueue) -> Result<Option<(PairId, PooledPair)>, PoolError> {
-        if let Some(taken) = shelf.take() {
+    /// Takes the next pair of the queue, after a prefetch if the queue is empty.
+    async fn lease_or_prefetch(&self, queue: &ReadyQueue) -> Result<Option<(PairId, PooledPair)>, PoolError> {
+        if let Some(taken) = queue.lease_next() {
             return Ok(Some(taken));
         }
-        let _alone = shelf.fetching.lock().await;
-        if let Some(taken) = shelf.take() {
+        let _prefetch_guard = queue.prefetch_lock.lock().await;
+        if let Some(taken) = queue.lease_next() {
             return Ok(Some(taken));
         }
-        self.fetch(shelf).await?;
-        Ok(shelf.take())
+        self.prefetch(queue).await?;
+        Ok(queue.lease_next())
     }
 
-    /// Leave to make a pair for a session, in the HSM that has least to do.
+    /// Grants a lease to generate a session's pair in the least loaded HSM.
     pub async fn lease_for_session(&self) -> Result<SessionLease, PoolError> {
         let limit = self.hsm.call_timeout();
-        let until = Instant::now() + limit;
-        let (mut current, mut hsm) = (self.for_sessions.subscribe(), self.hsm.clone());
+        let deadline = Instant::now() + limit;
+        let (mut current, mut hsm) = (self.session_batches.subscribe(), self.hsm.clone());
         loop {
-            let found = {
+            let selected = {
                 let batches = current.borrow_and_update();
                 let ready_members = self.hsm.ready_members();
-                let mut of_one = ready_members.iter().filter_map(|member| batches.get_key_value(member));
-                // Where none is there, the call itself waits for one.
+                let mut on_ready_members = ready_members.iter().filter_map(|member| batches.get_key_value(member));
+                // If no HSM is ready, the HSM call itself waits for one.
                 let any = || batches.iter().next().filter(|_| ready_members.is_empty());
-                of_one.next().or_else(any).map(|(member, batch)| (*member, *batch))
+                on_ready_members.next().or_else(any).map(|(member, batch)| (*member, *batch))
             };
-            if let Some((member, batch)) = found {
-                let user = self.hold();
-                // Whoever takes this batch's place has changed the value before waiting for us: looked at again, it holds.
-                if self.for_sessions.borrow().get(&member) == Some(&batch) {
-                    return Ok(SessionLease { batch, _user: user });
+            if let Some((member, batch)) = selected {
+                let reader = self.reader_guard();
+                // A replacement of this batch changes the value before it waits for readers. If the value is unchanged now, the
+                // lease is valid.
+                if self.session_batches.borrow().get(&member) == Some(&batch) {
+                    return Ok(SessionLease { batch, _reader: reader });
                 }
                 continue;
             }
-            // The HSM's own trouble says it best, and at once if only an officer helps.
+            // Returns the HSM's own error, immediately if only an officer can resolve it.
             self.hsm.ready(limit).await?;
             let change = async {
                 tokio::select! {
@@ -275,65 +284,65 @@ impl KeyPool {
                     () = hsm.changed() => {}
                 }
             };
-            if tokio::time::timeout_at(until.into(), change).await.is_err() {
-                return Err(self.not_begun().await);
+            if tokio::time::timeout_at(deadline.into(), change).await.is_err() {
+                return Err(self.not_ready_error().await);
             }
         }
     }
 
-    /// Puts the next pairs on the shelf.
-    async fn fetch(&self, shelf: &ReadyQueue) -> Result<(), PoolError> {
+    /// Prefetches the next pairs into the queue.
+    async fn prefetch(&self, queue: &ReadyQueue) -> Result<(), PoolError> {
         let after = {
-            let mut content = shelf.content();
-            content.left_meanwhile = Some(BTreeSet::new());
-            content.fetched
+            let mut state = queue.state();
+            state.released_during_prefetch = Some(BTreeSet::new());
+            state.last_prefetched
         };
-        let mut found = self.next_pairs(shelf, after).await?;
-        if found.is_empty() && after.is_some() {
-            // What was left behind, a pair whose reservation nobody knew the outcome of, is found by beginning again.
-            found = self.next_pairs(shelf, None).await?;
+        let mut pairs = self.next_pairs(queue, after).await?;
+        if pairs.is_empty() && after.is_some() {
+            // Start over, to find pairs that were passed over because the outcome of their reservation was unknown.
+            pairs = self.next_pairs(queue, None).await?;
         }
-        let mut content = shelf.content();
-        content.fetched = found.last().map(|(last, _)| *last);
-        let left = content.left_meanwhile.take().unwrap_or_default();
-        // One that has just come back from a hand is here already.
-        let here: BTreeSet<_> = content.waiting.iter().map(|(id, _)| *id).collect();
-        let taken = |id: &PairId| content.in_hand.contains(id) || left.contains(id) || here.contains(id);
-        let found: Vec<_> = found.into_iter().filter(|(id, _)| !taken(id)).collect();
-        content.waiting.extend(found);
+        let mut state = queue.state();
+        state.last_prefetched = pairs.last().map(|(last, _)| *last);
+        let released = state.released_during_prefetch.take().unwrap_or_default();
+        // Pairs that were returned during the prefetch are already in the queue.
+        let queued: BTreeSet<_> = state.ready.iter().map(|(id, _)| *id).collect();
+        let is_known = |id: &PairId| state.leased.contains(id) || released.contains(id) || queued.contains(id);
+        let pairs: Vec<_> = pairs.into_iter().filter(|(id, _)| !is_known(id)).collect();
+        state.ready.extend(pairs);
         Ok(())
     }
 
-    /// The pairs after this one that the shelf's HSM keeps. Batches of others are passed over.
+    /// The next pairs after `after` that the queue's HSM owns. Skips batches of other HSMs.
     async fn next_pairs(
         &self,
-        shelf: &ReadyQueue,
+        queue: &ReadyQueue,
         after: Option<PairId>,
     ) -> Result<Vec<(PairId, PooledPair)>, PoolError> {
-        let keepers = self.keepers().await?;
+        let owners = self.batch_owners().await?;
         let mut after = after;
         loop {
-            let mut found = self.store.ready_pairs(shelf.kind, after, SHELF).await?;
-            let Some((last, _)) = found.last() else { return Ok(found) };
-            after = Some(match keepers.of(last.batch) {
-                Some(keeper) if keeper == shelf.keeper => *last,
+            let mut pairs = self.store.ready_pairs(queue.kind, after, PREFETCH).await?;
+            let Some((last, _)) = pairs.last() else { return Ok(pairs) };
+            after = Some(match owners.owner_of(last.batch) {
+                Some(owner) if owner == queue.owner => *last,
                 _ => PairId { number: u64::MAX, ..*last },
             });
-            found.retain(|(id, _)| keepers.of(id.batch) == Some(shelf.keeper));
-            if !found.is_empty() {
-                return Ok(found);
+            pairs.retain(|(id, _)| owners.owner_of(id.batch) == Some(queue.owner));
+            if !pairs.is_empty() {
+                return Ok(pairs);
             }
         }
     }
 
-    fn empty(&self, kind: KeyKind) -> PoolError {
+    fn empty_error(&self, kind: KeyKind) -> PoolError {
         let Some(pool) = self.pools.get(&kind) else { return PoolError::NoPool(kind) };
-        let turned_away = pool.turned_away.fetch_add(1, Ordering::Relaxed).saturating_add(1);
-        let fill_rate = pool.filling().rate.per_second();
-        let fills = |share: &Share| share.filling().paused.is_none();
-        // Each of those who wait needs one: the last of them comes when that many were made.
+        let unserved = pool.unserved.fetch_add(1, Ordering::Relaxed).saturating_add(1);
+        let fill_rate = pool.fill_state().rate.per_second();
+        let fills = |share: &Share| share.fill_state().paused.is_none();
+        // Each waiting caller needs one pair, so this caller can be served after that many pairs.
         let retry_after = if fill_rate > 0.0 {
-            Duration::try_from_secs_f64(f64::from(turned_away) / fill_rate).unwrap_or(RETRY.1)
+            Duration::try_from_secs_f64(f64::from(unserved) / fill_rate).unwrap_or(RETRY.1)
         } else {
             Duration::from_secs(1)
         };
@@ -345,8 +354,8 @@ impl KeyPool {
         }
     }
 
-    /// Waits until store and token have been compared, as long as a call may take.
-    pub(super) async fn begun(&self) -> Result<(), PoolError> {
+    /// Waits for the comparison of store and token, at most for the call timeout.
+    pub(super) async fn wait_until_reconciled(&self) -> Result<(), PoolError> {
         if *self.reconciled.borrow() {
             return Ok(());
         }
@@ -354,16 +363,16 @@ impl KeyPool {
         self.hsm.ready(limit).await?;
         let mut reconciled = self.reconciled.subscribe();
         let done = tokio::time::timeout(limit, reconciled.wait_for(|done| *done)).await.is_ok_and(|done| done.is_ok());
-        if done { Ok(()) } else { Err(self.not_begun().await) }
+        if done { Ok(()) } else { Err(self.not_ready_error().await) }
     }
 
-    /// Why nothing is given out yet.
-    pub(super) async fn not_begun(&self) -> PoolError {
+    /// The reason why no pairs are offered yet.
+    pub(super) async fn not_ready_error(&self) -> PoolError {
         if let Err(error) = self.hsm.ready(Duration::ZERO).await {
             return error.into();
         }
-        let why = self.trouble();
-        let why = why.unwrap_or_else(|| "the batches of key pairs are still being looked at".to_owned());
-        PoolError::Hsm(HsmError::Unavailable { why, retry_after: Duration::from_secs(1) })
+        let why = self.last_errors();
+        let why = why.unwrap_or_else(|| "the batches of key pairs are still being compared with the token".to_owned());
+        PoolError::Hsm(HsmError::Unavailable { reason: why, retry_after: Duration::from_secs(1) })
     }
 }

@@ -1,10 +1,12 @@
-//! Key pairs that are made in advance, and their end. RSA takes an HSM long; a line cannot wait.
+//! Pools of key pairs generated in advance, and the shredding of erased ones. HSMs generate RSA keys too slowly for an assembly
+//! line to wait.
 //!
-//! A **batch** is what shares a key in the HSM: the batch key, which wraps the private halves and does nothing else. Pairs made
-//! on the spot for a session are in batches as well, since they must be erased, too. A pair is in one place at any time:
+//! A **batch** is a set of pairs that share a key in the HSM: the batch key, which wraps their private keys and has no other use.
+//! Pairs generated for a session are in batches as well, because they must be erased, too. A pair is in exactly one state at any
+//! time:
 //!
 //! ```text
-//!             filled                claimed and journaled               Complete, abort, expiry
+//!             filled                leased and journaled                Complete, abort, expiry
 //!  HSM ──────────────► ready pair ───────────────────────► of a session ──────────────────────► erased
 //!                          │                                    │                                 │
 //!                          └──────────── rewrapped ─────────────┘                                 ▼
@@ -12,8 +14,7 @@
 //!                                                                               overwritten: no copy of it can be opened
 //! ```
 //!
-//! For each HSM one task looks after what it keeps, and one for each pool fills its share: [`KeyPool::run`]. What a crash left is put
-//! right by the same steps.
+//! [`KeyPool::run`] runs one maintenance task per HSM, and one fill task per pool and HSM. The same steps recover from a crash.
 
 mod batch_owners;
 mod batches;
@@ -36,41 +37,41 @@ use tokio::task::JoinSet;
 
 pub use error::PoolError;
 pub use lease::{PoolLease, SessionLease};
-pub use shred::{ShredOrder, Shredded};
+pub use shred::{ShredOrder, ShredReport};
 pub use status::{KindStatus, PoolStatus};
 
 use crate::clock::Clock;
 use crate::hsm::{Hsm, HsmError, HsmId};
 use crate::keys::{BatchName, KeyKind};
 use crate::store::{Journal, KeyStorage, Registry, SecretStore};
-use fill::{Filling, ShareFilling};
+use fill::{FillState, ShareFillState};
 use lease::ReadyQueue;
 use readers_barrier::{ReaderGuard, ReadersBarrier};
 
-/// More pairs than any line uses before its pool is filled again; no pool may have more.
-pub const MOST_PAIRS: u64 = 10_000_000;
+/// Upper limit of a pool's size: more pairs than an assembly line uses before its pool is filled again.
+pub const MAX_POOL_PAIRS: u64 = 10_000_000;
 
-/// What is kept in advance, and for how long what was erased may still be readable with an old copy of the disk.
+/// Configuration of the pools, and of the time for which an old copy of the disk may still yield erased pairs.
 #[derive(Debug, Clone)]
 pub struct PoolRules {
-    /// How pairs are kept.
-    pub keeping: KeyStorage,
-    /// The longest time from an erasure to the end of the key that could open the pair.
+    /// How private keys are stored.
+    pub storage: KeyStorage,
+    /// Maximum time from an erasure to the destruction of the key that could unwrap the pair.
     pub shred_after: Duration,
-    /// Pairs of a batch.
+    /// Maximum number of pairs in a batch.
     pub batch_size: u64,
-    /// The pools, by kind.
+    /// The marks of the pools, by key type.
     pub pools: BTreeMap<KeyKind, Marks>,
-    /// How long the pool's tasks wait between their own steps.
+    /// Intervals of the pool's background tasks.
     pub pacing: PoolPacing,
 }
 
-/// How long the pool's tasks wait between their own steps. The default is for production; tests have shorter ones.
+/// Intervals of the pool's background tasks. The default is for production; tests use shorter ones.
 #[derive(Debug, Clone, Copy)]
 pub struct PoolPacing {
     /// The interval between two checks for batches to shred and pools to fill, when nothing wakes the task before.
     pub poll_interval: Duration,
-    /// The pause after a filling that failed.
+    /// The pause after a failed fill.
     pub pause: Duration,
 }
 
@@ -80,19 +81,19 @@ impl Default for PoolPacing {
     }
 }
 
-/// Between which marks a pool is kept.
+/// The low and high marks of a pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Marks {
-    /// Below this many ready pairs it is filled …
+    /// Filling starts below this number of ready pairs …
     pub low: u64,
-    /// … up to this many.
+    /// … and ends at this number.
     pub high: u64,
 }
 
 impl Default for PoolRules {
     fn default() -> Self {
         Self {
-            keeping: KeyStorage::Wrapped,
+            storage: KeyStorage::Wrapped,
             shred_after: Duration::from_secs(3600),
             batch_size: 1000,
             pools: BTreeMap::new(),
@@ -110,70 +111,69 @@ pub struct KeyPool {
     rules: PoolRules,
     clock: Clock,
     pools: BTreeMap<KeyKind, Pool>,
-    /// Who uses a batch's key or has a pair in hand.
-    users: ReadersBarrier,
-    /// The batch of each HSM that takes the pairs of new sessions.
-    for_sessions: watch::Sender<BTreeMap<HsmId, BatchName>>,
-    /// Whether what the store and a token say of each other has been looked at.
+    /// Callers that use a batch key or hold a lease.
+    readers: ReadersBarrier,
+    /// The batch per HSM that receives the pairs of new sessions.
+    session_batches: watch::Sender<BTreeMap<HsmId, BatchName>>,
+    /// Whether the store has been compared with at least one token.
     reconciled: watch::Sender<bool>,
-    /// Batches that take nothing more, since they are being emptied.
+    /// Batches that are being emptied and accept no new pairs.
     closing: Mutex<BTreeSet<u64>>,
-    /// Between a plan and its keeper's being on record nobody looks for plans that came to nothing.
-    plans: tokio::sync::Mutex<()>,
-    /// What is done with one HSM at a time. One that hangs stops nothing of the others.
-    benches: BTreeMap<HsmId, Bench>,
-    /// Whoever waits for the users of batches does so alone.
-    letting_finish: tokio::sync::Mutex<()>,
-    /// What the tokens say is judged one after the other.
-    comparing: tokio::sync::Mutex<()>,
-    notes: Mutex<Notes>,
+    /// Held from planning a batch until its owner is recorded, so that cleanup does not remove the plan.
+    plan_lock: tokio::sync::Mutex<()>,
+    /// Per-HSM task state. An HSM that hangs does not block tasks of other HSMs.
+    hsm_tasks: BTreeMap<HsmId, HsmTasks>,
+    /// Serialises waits for readers.
+    readers_wait_lock: tokio::sync::Mutex<()>,
+    /// Serialises the evaluation of tokens.
+    compare_lock: tokio::sync::Mutex<()>,
+    reconcile_state: Mutex<ReconcileState>,
 }
 
-/// One HSM's batches, as they are worked on.
-struct Bench {
-    /// So many calls that make pairs may be with it at once, of all kinds together: what else is done in the background waits behind
-    /// them.
-    making: Arc<Semaphore>,
-    /// One batch is planned at a time.
+/// Task state of one HSM.
+struct HsmTasks {
+    /// Limits concurrent generation calls on this HSM across all key types: other background work queues behind them.
+    making_slots: Arc<Semaphore>,
+    /// Serialises batch planning.
     planning: tokio::sync::Mutex<()>,
-    /// One batch is shredded at a time.
+    /// Serialises shredding.
     shredding: tokio::sync::Mutex<()>,
-    /// What could not be done at the last look.
-    trouble: Mutex<Option<String>>,
+    /// The error of the last maintenance run, if it failed.
+    last_error: Mutex<Option<String>>,
     wake: Notify,
 }
 
-/// One kind's pool.
+/// The pool of one key type.
 struct Pool {
     marks: Marks,
     shares: BTreeMap<HsmId, Share>,
-    /// Told when pairs have come.
-    more: Arc<Notify>,
-    /// Callers who found nothing since the last pair came.
-    turned_away: AtomicU32,
-    filling: Mutex<Filling>,
+    /// Notified when pairs become available.
+    pairs_available: Arc<Notify>,
+    /// Callers refused since the last pair was added.
+    unserved: AtomicU32,
+    fill_state: Mutex<FillState>,
 }
 
 /// One HSM's share of a pool.
 struct Share {
-    shelf: ReadyQueue,
-    filling: Mutex<ShareFilling>,
+    queue: ReadyQueue,
+    fill_state: Mutex<ShareFillState>,
     wake: Notify,
 }
 
-/// What is told in the status.
+/// Results of comparing the store with the tokens.
 #[derive(Default)]
-struct Notes {
-    /// Why the store counts as an old copy.
+struct ReconcileState {
+    /// Why the store is considered an old copy, if it is.
     rolled_back: Option<String>,
-    /// The highest number of a batch that a token knows.
+    /// The highest batch number found on a token.
     highest_on_token: u64,
-    /// The HSMs whose token has been compared with the store.
-    compared: BTreeSet<HsmId>,
+    /// HSMs whose token has been compared with the store.
+    compared_members: BTreeSet<HsmId>,
 }
 
 impl KeyPool {
-    /// A pool; nothing happens before [`Self::run`].
+    /// Creates the pools. Background work starts with [`Self::run`].
     pub fn new(
         hsm: Hsm,
         store: Arc<dyn SecretStore>,
@@ -183,26 +183,26 @@ impl KeyPool {
         clock: Clock,
     ) -> Arc<Self> {
         let pool = |(kind, marks): (&KeyKind, &Marks)| {
-            let more = Arc::new(Notify::new());
+            let pairs_available = Arc::new(Notify::new());
             let share = |member| {
-                let shelf = ReadyQueue::new(*kind, member, Arc::clone(&more));
-                let (filling, wake) = (Mutex::default(), Notify::new());
-                (member, Share { shelf, filling, wake })
+                let queue = ReadyQueue::new(*kind, member, Arc::clone(&pairs_available));
+                let (fill_state, wake) = (Mutex::default(), Notify::new());
+                (member, Share { queue, fill_state, wake })
             };
-            let shares = hsm.each().map(share).collect();
-            let (turned_away, filling) = (AtomicU32::new(0), Mutex::default());
-            (*kind, Pool { marks: *marks, shares, more, turned_away, filling })
+            let shares = hsm.members().map(share).collect();
+            let (unserved, fill_state) = (AtomicU32::new(0), Mutex::default());
+            (*kind, Pool { marks: *marks, shares, pairs_available, unserved, fill_state })
         };
         let pools = rules.pools.iter().map(pool).collect();
-        // Two for each thread, so that one has work while another's pairs are being stored.
-        let bench = |member| Bench {
-            making: Arc::new(Semaphore::new(2 * hsm.background_threads(member))),
+        // Two calls per thread, so that a thread has work while another call's pairs are being stored.
+        let tasks_of = |member| HsmTasks {
+            making_slots: Arc::new(Semaphore::new(2 * hsm.background_threads(member))),
             planning: tokio::sync::Mutex::default(),
             shredding: tokio::sync::Mutex::default(),
-            trouble: Mutex::default(),
+            last_error: Mutex::default(),
             wake: Notify::new(),
         };
-        let benches = hsm.each().map(|member| (member, bench(member))).collect();
+        let hsm_tasks = hsm.members().map(|member| (member, tasks_of(member))).collect();
         Arc::new(Self {
             hsm,
             store,
@@ -211,105 +211,105 @@ impl KeyPool {
             rules,
             clock,
             pools,
-            users: ReadersBarrier::default(),
-            for_sessions: watch::channel(BTreeMap::new()).0,
+            readers: ReadersBarrier::default(),
+            session_batches: watch::channel(BTreeMap::new()).0,
             reconciled: watch::channel(false).0,
             closing: Mutex::default(),
-            plans: tokio::sync::Mutex::default(),
-            benches,
-            letting_finish: tokio::sync::Mutex::default(),
-            comparing: tokio::sync::Mutex::default(),
-            notes: Mutex::default(),
+            plan_lock: tokio::sync::Mutex::default(),
+            hsm_tasks,
+            readers_wait_lock: tokio::sync::Mutex::default(),
+            compare_lock: tokio::sync::Mutex::default(),
+            reconcile_state: Mutex::default(),
         })
     }
 
-    /// Reconciles, fills, shreds, destroys, for as long as this future lives. Dropping it at any point is a crash like any
-    /// other: the next start takes up what it left.
+    /// Reconciles, fills, shreds and destroys until the future is dropped. Dropping it at any point is equivalent to a crash: the
+    /// next start resumes.
     pub async fn run(self: Arc<Self>) {
         let mut tasks = JoinSet::new();
         for kind in self.pools.keys().copied() {
-            for member in self.hsm.each() {
-                tasks.spawn(Arc::clone(&self).keep_filled(kind, member));
+            for member in self.hsm.members() {
+                tasks.spawn(Arc::clone(&self).fill_loop(kind, member));
             }
         }
-        for member in self.hsm.each() {
-            tasks.spawn(Arc::clone(&self).look_after(member));
+        for member in self.hsm.members() {
+            tasks.spawn(Arc::clone(&self).maintenance_loop(member));
         }
         while tasks.join_next().await.is_some() {}
     }
 
-    /// Looks after what one HSM keeps.
-    async fn look_after(self: Arc<Self>, member: HsmId) {
-        let Some(bench) = self.benches.get(&member) else { return };
+    /// Maintains the batches of one HSM.
+    async fn maintenance_loop(self: Arc<Self>, member: HsmId) {
+        let Some(own) = self.hsm_tasks.get(&member) else { return };
         let mut hsm = self.hsm.clone();
         loop {
-            let looked = self.look(member).await;
-            let trouble = looked.err().map(|error| error.to_string());
-            let news = {
-                let mut told = bench.trouble.lock().unwrap_or_else(PoisonError::into_inner);
-                std::mem::replace(&mut *told, trouble.clone()) != trouble
+            let result = self.run_maintenance(member).await;
+            let error_text = result.err().map(|error| error.to_string());
+            let is_new = {
+                let mut last_error = own.last_error.lock().unwrap_or_else(PoisonError::into_inner);
+                std::mem::replace(&mut *last_error, error_text.clone()) != error_text
             };
-            if let Some(trouble) = trouble.filter(|_| news) {
-                tracing::warn!(%trouble, "the batches of key pairs could not be looked after; it is tried again");
+            if let Some(error) = error_text.filter(|_| is_new) {
+                tracing::warn!(%error, "key pool maintenance failed, retrying");
             }
             tokio::select! {
-                () = bench.wake.notified() => {}
+                () = own.wake.notified() => {}
                 () = hsm.changed() => {}
                 () = tokio::time::sleep(self.rules.pacing.poll_interval) => {}
             }
         }
     }
 
-    /// Everything that may be due; what fails does not keep the rest from being done.
-    async fn look(&self, member: HsmId) -> Result<(), PoolError> {
+    /// Runs all maintenance steps. A failed step does not prevent the others.
+    async fn run_maintenance(&self, member: HsmId) -> Result<(), PoolError> {
         self.reconcile(member).await?;
         if !self.in_service().contains(&member) {
             return Ok(());
         }
-        let planned = self.forget_plans(member).await;
-        let sessions = self.keep_a_batch_for_sessions(member).await;
-        let condemned = self.destroy_condemned(member).await;
-        let due = self.shred_what_is_due(member).await;
+        let planned = self.forget_abandoned_plans(member).await;
+        let sessions = self.ensure_session_batch(member).await;
+        let condemned = self.destroy_pending_pairs(member).await;
+        let due = self.shred_due_batches(member).await;
         planned.and(sessions).and(condemned).and(due)
     }
 
-    /// What could not be done at the last look.
-    fn trouble(&self) -> Option<String> {
-        let told = |bench: &Bench| bench.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let all: BTreeSet<_> = self.benches.values().filter_map(told).collect();
+    /// The errors of the last maintenance runs.
+    fn last_errors(&self) -> Option<String> {
+        let last_error = |tasks: &HsmTasks| tasks.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let all: BTreeSet<_> = self.hsm_tasks.values().filter_map(last_error).collect();
         (!all.is_empty()).then(|| all.into_iter().collect::<Vec<_>>().join("; "))
     }
 
-    /// The bench of one of the handle's HSMs.
-    fn bench(&self, member: HsmId) -> Result<&Bench, PoolError> {
-        let none = || HsmError::Refused("an HSM that is none of this pool".to_owned());
-        self.benches.get(&member).ok_or_else(|| none().into())
+    /// The task state of an HSM.
+    fn tasks_of(&self, member: HsmId) -> Result<&HsmTasks, PoolError> {
+        let unknown = || HsmError::Refused("this HSM is not configured for the key pool".to_owned());
+        self.hsm_tasks.get(&member).ok_or_else(|| unknown().into())
     }
 
-    /// Waits until everybody has finished who is in the middle of something with a batch.
-    async fn let_users_finish(&self) {
-        let _alone = self.letting_finish.lock().await;
-        self.users.let_finish().await;
+    /// Waits until all current readers have finished.
+    async fn wait_for_readers(&self) {
+        let _guard = self.readers_wait_lock.lock().await;
+        self.readers.wait_for_current().await;
     }
 
-    /// The kinds that have a pool.
+    /// The key types that have a pool.
     pub fn kinds(&self) -> impl Iterator<Item = KeyKind> {
         self.pools.keys().copied()
     }
 
-    /// A pair was erased: something may be due.
+    /// Wakes the maintenance tasks after an erasure.
     pub fn erased(&self) {
-        self.benches.values().for_each(|bench| bench.wake.notify_one());
+        self.hsm_tasks.values().for_each(|tasks| tasks.wake.notify_one());
     }
 
-    /// Whoever reads a pair from the store and opens it in the HSM holds this in between, so that its batch's key is not
-    /// destroyed meanwhile.
-    pub fn hold(&self) -> ReaderGuard {
-        self.users.join()
+    /// Returns a guard to hold between reading a pair from the store and unwrapping it in the HSM, so that its batch key is not
+    /// destroyed in between.
+    pub fn reader_guard(&self) -> ReaderGuard {
+        self.readers.enter()
     }
 
-    fn notes(&self) -> std::sync::MutexGuard<'_, Notes> {
-        self.notes.lock().unwrap_or_else(PoisonError::into_inner)
+    fn reconcile_state(&self) -> std::sync::MutexGuard<'_, ReconcileState> {
+        self.reconcile_state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn closing(&self) -> std::sync::MutexGuard<'_, BTreeSet<u64>> {

@@ -1,10 +1,10 @@
-//! How fast a pool is being filled.
+//! Measures the fill rate of a pool.
 
 use std::time::{Duration, Instant};
 
-/// A pause that ends a measurement.
+/// A pause of this length ends a measurement.
 const GAP: Duration = Duration::from_secs(10);
-/// What is older counts half.
+/// After this time, earlier pairs count half.
 const WINDOW: Duration = Duration::from_secs(60);
 
 /// Pairs per second of the current filling, or of the last one.
@@ -19,14 +19,14 @@ struct Run {
 }
 
 impl FillRate {
-    /// A filling begins.
+    /// Starts a measurement, unless one is running.
     pub(super) fn begin(&mut self, now: Instant) {
         if self.0.as_ref().is_none_or(|run| now.duration_since(run.last) > GAP) {
             self.0 = Some(Run { begun: now, last: now, made: 0.0 });
         }
     }
 
-    /// So many pairs more are ready.
+    /// Records `pairs` new pairs.
     pub(super) fn note(&mut self, now: Instant, pairs: u64) {
         let run = self.0.get_or_insert(Run { begun: now, last: now, made: 0.0 });
         run.made += pairs as f64;
@@ -38,7 +38,7 @@ impl FillRate {
         }
     }
 
-    /// 0 before anything was made.
+    /// The rate; 0 before the first pair.
     pub(super) fn per_second(&self) -> f64 {
         self.0.as_ref().map_or(0.0, |run| {
             let elapsed = run.last.duration_since(run.begun).as_secs_f64();
@@ -52,7 +52,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_is_what_was_made_by_the_time_it_took() {
+    fn fill_rate_is_pairs_per_elapsed_time() {
         let (mut rate, begun) = (FillRate::default(), Instant::now());
         assert_eq!(rate.per_second(), 0.0);
         rate.begin(begun);

@@ -1,32 +1,32 @@
-//! Who is in the middle of something with a batch.
+//! Barrier between readers of batches and the shredding of a batch: shredding waits for current readers, and readers never wait.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-/// How often it is looked whether everybody has finished.
-const LOOK: Duration = Duration::from_millis(2);
+/// Interval between two checks for remaining readers.
+const POLL_INTERVAL: Duration = Duration::from_millis(2);
 
-/// Those who use a batch's key or have a pair in hand. Nobody ever waits to become one.
+/// Tracks callers that use a batch key or hold a lease. Entering never blocks.
 #[derive(Default)]
 pub(super) struct ReadersBarrier(Mutex<Arc<()>>);
 
-/// One of them, as long as it lives.
+/// Marks its holder as a reader until it is dropped.
 pub struct ReaderGuard {
-    _shift: Arc<()>,
+    _generation: Arc<()>,
 }
 
 impl ReadersBarrier {
-    /// Becomes one.
-    pub(super) fn join(&self) -> ReaderGuard {
-        ReaderGuard { _shift: Arc::clone(&self.0.lock().unwrap_or_else(PoisonError::into_inner)) }
+    /// Enters as a reader.
+    pub(super) fn enter(&self) -> ReaderGuard {
+        ReaderGuard { _generation: Arc::clone(&self.0.lock().unwrap_or_else(PoisonError::into_inner)) }
     }
 
-    /// Waits until everybody who is one now has finished. Who comes later sees what was changed before this was called, and
-    /// is not waited for. One caller at a time, else the later one would not wait for those of the earlier one.
-    pub(super) async fn let_finish(&self) {
+    /// Waits until all current readers have finished. Later readers see changes made before this call, and are not waited for.
+    /// Calls must be serialised: a second concurrent call would not wait for the readers of the first.
+    pub(super) async fn wait_for_current(&self) {
         let old = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
         while Arc::strong_count(&old) > 1 {
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
     }
 }
@@ -36,12 +36,12 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn those_who_were_there_are_waited_for_and_those_who_come_later_are_not() {
-        let users = ReadersBarrier::default();
-        let first = users.join();
-        let mut waiting = Box::pin(users.let_finish());
+    async fn barrier_waits_for_current_readers_only() {
+        let barrier = ReadersBarrier::default();
+        let first = barrier.enter();
+        let mut waiting = Box::pin(barrier.wait_for_current());
         assert!(tokio::time::timeout(Duration::from_millis(30), &mut waiting).await.is_err());
-        let _later = users.join();
+        let _later = barrier.enter();
         drop(first);
         waiting.await;
     }

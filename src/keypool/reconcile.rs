@@ -1,58 +1,63 @@
-//! What the store and a token say of each other, both ways, once for each HSM when it is there for the first time. A crash leaves
-//! a plan without its key, a key without its batch, or a pair on the token that no row names; an old copy of the store that was put
-//! back leaves more.
+//! Compares the store with each token, in both directions, once per HSM when the HSM is first ready. A crash may leave a plan
+//! without its key, a key without its batch, or an on-token pair without a row. An old copy of the store that was restored leaves
+//! more differences.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use super::{KeyPool, Pool, PoolError};
-use crate::hsm::{HsmId, OwnObjects};
+use crate::hsm::{DaemonObjects, HsmId};
 use crate::keys::{BatchName, StoreId, StoredKey};
 use crate::store::{Batch, BatchState, BatchStep, KeyStorage, Purpose, StoreError};
 
-/// Pairs on the token that are compared at once: more than any module is good for.
-const ALL: usize = 1_000_000;
-/// How long the first HSM is waited for before it is said that there is none.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// Maximum number of on-token pairs to compare: above the capacity of any module.
+const MAX_PAIRS: usize = 1_000_000;
+/// How long to wait for the first HSM before reporting that none is ready.
+const FIRST_HSM_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl KeyPool {
-    /// Compares an HSM's token with the store, if that was not done before. Waits a moment for one that is not there.
+    /// Compares an HSM's token with the store, unless that is done already. Waits briefly for an HSM that is not ready.
     pub(super) async fn reconcile(&self, member: HsmId) -> Result<(), PoolError> {
-        if self.notes().compared.contains(&member) {
+        if self.reconcile_state().compared_members.contains(&member) {
             return Ok(());
         }
-        let waited = self.hsm.at(member).ready(PATIENCE).await;
-        match waited {
+        let result = self.hsm.pinned_to(member).ready(FIRST_HSM_TIMEOUT).await;
+        match result {
             Ok(()) => self.compare(member).await,
-            // One of several that is away is no trouble of the batches'.
+            // Once one HSM has been compared, an unavailable HSM is not an error of the pool.
             Err(_) if *self.reconciled.borrow() => Ok(()),
             Err(error) => Err(error.into()),
         }
     }
 
-    /// Nothing of an HSM is offered, filled or shredded before this is done: nobody works meanwhile on what is compared.
+    /// Compares the store with an HSM's token. Until this is done, no pair of that HSM is offered, filled or shredded, so nothing
+    /// changes during the comparison.
     async fn compare(&self, member: HsmId) -> Result<(), PoolError> {
-        let own = self.hsm.at(member).own_objects().await?;
+        let objects = self.hsm.pinned_to(member).daemon_objects().await?;
         let (store, _) = self.store.origin().await?;
-        let own = of_store(own, store);
-        let mut numbers = BTreeSet::new();
-        numbers.extend(own.keys.iter().map(|key| key.number));
-        numbers.extend(own.pairs.iter().map(|(batch, _)| batch.number));
+        let objects = objects_of_store(objects, store);
+        let mut on_token = BTreeSet::new();
+        on_token.extend(objects.keys.iter().map(|key| key.number));
+        on_token.extend(objects.pairs.iter().map(|(batch, _)| batch.number));
         {
-            let mut notes = self.notes();
-            notes.highest_on_token = notes.highest_on_token.max(numbers.last().copied().unwrap_or(0));
+            let mut reconcile_state = self.reconcile_state();
+            reconcile_state.highest_on_token =
+                reconcile_state.highest_on_token.max(on_token.last().copied().unwrap_or(0));
         }
         let batches = {
-            let _alone = self.comparing.lock().await;
-            // Read after the token: what others begin meanwhile is in the store before it is on theirs.
+            let _guard = self.compare_lock.lock().await;
+            // Read the store after the token: a batch that another task opens now is in the store before it is on that
+            // task's token.
             let (_, highest) = self.store.origin().await?;
             let batches = self.store.batches().await?;
-            // While it is not decided which store counts nothing is destroyed: it may belong to the one that should be here.
-            if let Some(known) = batches.iter().find_map(|batch| batch.quarantined.clone()) {
-                tracing::error!(why = %known, "an officer must decide which state store counts; see sppctl pool status");
-                self.notes().rolled_back.get_or_insert(known);
+            // Destroy nothing until an officer has decided which store is valid: an object may belong to the valid store.
+            if let Some(reason) = batches.iter().find_map(|batch| batch.quarantined.clone()) {
+                tracing::error!(
+                    %reason,
+                    "state store quarantined: an officer must decide which copy is valid; see sppctl pool status");
+                self.reconcile_state().rolled_back.get_or_insert(reason);
                 None
-            } else if let Some(why) = self.evidence_of_an_old_copy(&numbers, (store, highest), member).await? {
+            } else if let Some(why) = self.rollback_evidence(&on_token, (store, highest), member).await? {
                 self.quarantine_all(why).await?;
                 None
             } else {
@@ -60,18 +65,18 @@ impl KeyPool {
             }
         };
         if let Some(batches) = &batches {
-            self.recover_sessions(member, &own, batches).await?;
+            self.remove_crash_leftovers(member, &objects, batches).await?;
         }
-        let _alone = self.comparing.lock().await;
+        let _guard = self.compare_lock.lock().await;
         let all = self.store.batches().await?;
-        for batch in all.iter().filter(|batch| numbers.contains(&batch.number)) {
-            self.hsm.add_keeper(BatchName { store, number: batch.number }, member);
+        for batch in all.iter().filter(|batch| on_token.contains(&batch.number)) {
+            self.hsm.add_batch_owner(BatchName { store, number: batch.number }, member);
         }
-        self.notes().compared.insert(member);
-        // Another one may have been compared meanwhile, and neither was the last.
+        self.reconcile_state().compared_members.insert(member);
+        // Another HSM may have been compared concurrently, so that neither comparison was the last one.
         if batches.is_some()
             && self.is_last(member)
-            && let Some(why) = self.lost_batch(&numbers, store, member).await?
+            && let Some(why) = self.lost_batch(&on_token, store, member).await?
         {
             self.quarantine_all(why).await?;
         }
@@ -80,56 +85,59 @@ impl KeyPool {
         Ok(())
     }
 
-    /// Whether every other token has been looked at.
+    /// Whether all other tokens have been compared.
     fn is_last(&self, member: HsmId) -> bool {
-        let notes = self.notes();
-        self.hsm.each().all(|other| other == member || notes.compared.contains(&other))
+        let reconcile_state = self.reconcile_state();
+        self.hsm.members().all(|other| other == member || reconcile_state.compared_members.contains(&other))
     }
 
-    /// A batch whose key is neither on this token nor on one that was looked at before.
+    /// Reports a batch whose key is neither on this token nor on one that was compared before.
     async fn lost_batch(
         &self,
         on_token: &BTreeSet<u64>,
         store: StoreId,
         member: HsmId,
     ) -> Result<Option<String>, PoolError> {
-        // What is on record of this very HSM is of a life before, when it had the key.
-        let found = |number| {
+        // Ignore an owner record of this HSM: it dates from an earlier connection, when the token had the key.
+        let has_key = |number| {
             on_token.contains(&number)
-                || self.hsm.keepers(BatchName { store, number }).iter().any(|keeper| *keeper != member)
+                || self.hsm.batch_owners(BatchName { store, number }).iter().any(|owner| *owner != member)
         };
-        let lost = |batch: &Batch| {
-            let lives = matches!(batch.state, BatchState::Open | BatchState::Sealed);
-            lives && batch.keeping == KeyStorage::Wrapped && batch.quarantined.is_none() && !found(batch.number)
+        let is_lost = |batch: &Batch| {
+            let is_active = matches!(batch.state, BatchState::Open | BatchState::Sealed);
+            is_active && batch.storage == KeyStorage::Wrapped && batch.quarantined.is_none() && !has_key(batch.number)
         };
-        let suspect = self.store.batches().await?.into_iter().find(lost);
-        let Some(number) = suspect.map(|batch| batch.number) else { return Ok(None) };
-        // One that is being shredded at this moment is gone from both.
-        let lives = self.store.batches().await?.into_iter().any(|batch| batch.number == number && lost(&batch));
-        Ok(lives.then(|| {
+        let candidate = self.store.batches().await?.into_iter().find(is_lost);
+        let Some(number) = candidate.map(|batch| batch.number) else { return Ok(None) };
+        // Read again: a batch that is being shredded now is missing on both sides.
+        let is_active = self.store.batches().await?.into_iter().any(|batch| batch.number == number && is_lost(&batch));
+        Ok(is_active.then(|| {
             format!(
-                "the key of batch {number} is not on the token: it was shredded since, or this is another token or an old copy of it"
+                "the key of batch {number} is not on the token: it was shredded later, or this is another token or an old copy of it"
             )
         }))
     }
 
-    /// Why this store must be an old copy, if so. Only the last token that is looked at tells which key is on none.
-    async fn evidence_of_an_old_copy(
+    /// Returns evidence that this store is an old copy, if there is any. A missing key is known only when the last token is
+    /// compared.
+    async fn rollback_evidence(
         &self,
         on_token: &BTreeSet<u64>,
         (store, highest): (StoreId, u64),
         member: HsmId,
     ) -> Result<Option<String>, PoolError> {
-        let later = self.notes().highest_on_token;
-        if later > highest {
-            return Ok(Some(format!("the token has batch {later} of this store, which knows {highest} batches only")));
-        }
-        let elsewhere = |number: &&u64| {
-            self.hsm.keepers(BatchName { store, number: **number }).iter().any(|keeper| *keeper != member)
-        };
-        if let Some(number) = on_token.iter().find(elsewhere) {
+        let highest_on_token = self.reconcile_state().highest_on_token;
+        if highest_on_token > highest {
             return Ok(Some(format!(
-                "batch {number} is on two HSMs: one was copied when it had batches already, or began them for an older copy"
+                "the token has batch {highest_on_token} of this store, but the store knows only {highest} batches"
+            )));
+        }
+        let is_on_other_hsm = |number: &&u64| {
+            self.hsm.batch_owners(BatchName { store, number: **number }).iter().any(|owner| *owner != member)
+        };
+        if let Some(number) = on_token.iter().find(is_on_other_hsm) {
+            return Ok(Some(format!(
+                "batch {number} is on two HSMs: one token was cloned after batches were created, or served an older copy of the store"
             )));
         }
         if self.is_last(member)
@@ -138,73 +146,80 @@ impl KeyPool {
             return Ok(Some(why));
         }
         if let Some(session) = self.registry.newest_session().await?
-            && !self.journal.knows(&session).await?
+            && !self.journal.contains(&session).await?
         {
             return Ok(Some(format!(
-                "the public database has a record of session {session}, of which nothing is known here"
+                "the public database has a record of session {session}, which the state store does not know"
             )));
         }
         Ok(None)
     }
 
-    /// The state store is an old copy: any pair that it calls ready may be on a device. None of them is offered any more.
+    /// Quarantines all batches, because the state store is an old copy: any pair that it lists as ready may be on a device.
     pub async fn quarantine_all(&self, why: String) -> Result<(), PoolError> {
         let why = format!("the state store was rolled back: {why}");
-        self.notes().rolled_back.get_or_insert_with(|| why.clone());
-        tracing::error!(%why, "no pair that was ready is offered any more; see sppctl pool status");
+        self.reconcile_state().rolled_back.get_or_insert_with(|| why.clone());
+        tracing::error!(reason = %why, "all ready pairs quarantined; see sppctl pool status");
         for batch in self.store.batches().await? {
-            let lives = matches!(batch.state, BatchState::Open | BatchState::Sealed);
-            if lives && batch.quarantined.is_none() && (batch.ready > 0 || batch.purpose == Purpose::Sessions) {
+            let is_active = matches!(batch.state, BatchState::Open | BatchState::Sealed);
+            if is_active && batch.quarantined.is_none() && (batch.ready > 0 || batch.purpose == Purpose::Sessions) {
                 match self.store.step_batch(batch.number, BatchStep::Quarantine(why.clone())).await {
-                    // It has just ended by itself.
+                    // The batch has just ended.
                     Ok(_) | Err(StoreError::WrongBatch { .. }) => {}
                     Err(error) => return Err(error.into()),
                 }
             }
         }
-        self.for_sessions.send_replace(BTreeMap::new());
+        self.session_batches.send_replace(BTreeMap::new());
         for pool in self.pools.values() {
-            pool.shares.values().for_each(|share| share.shelf.begin_again());
+            pool.shares.values().for_each(|share| share.queue.restart_prefetch());
             pool.wake();
         }
         self.erased();
         Ok(())
     }
 
-    /// What a crash left.
-    async fn recover_sessions(&self, member: HsmId, own: &OwnObjects, batches: &[Batch]) -> Result<(), PoolError> {
-        let known: BTreeSet<_> = batches.iter().map(|batch| batch.number).collect();
-        for key in own.keys.iter().filter(|key| !known.contains(&key.number)) {
-            // A batch is forgotten after its key is gone; one that came back was not destroyed durably.
-            tracing::warn!(batch = key.number, "a key of a batch that is over is still on the token; it is destroyed");
-            self.hsm.at(member).destroy_batch_key(*key).await?;
+    /// Removes objects that a crash left on the token.
+    async fn remove_crash_leftovers(
+        &self,
+        member: HsmId,
+        objects: &DaemonObjects,
+        batches: &[Batch],
+    ) -> Result<(), PoolError> {
+        let known_batches: BTreeSet<_> = batches.iter().map(|batch| batch.number).collect();
+        for key in objects.keys.iter().filter(|key| !known_batches.contains(&key.number)) {
+            // A batch is forgotten after its key is destroyed; a key that reappears was not destroyed durably.
+            tracing::warn!(batch = key.number, "destroying the key of a finished batch that is still on the token");
+            self.hsm.pinned_to(member).destroy_batch_key(*key).await?;
         }
-        let with_pairs: BTreeSet<_> = own.pairs.iter().map(|(batch, _)| batch.number).collect();
+        let with_pairs: BTreeSet<_> = objects.pairs.iter().map(|(batch, _)| batch.number).collect();
         for number in with_pairs {
             self.destroy_strays(number, member).await?;
         }
         Ok(())
     }
 
-    /// Destroys the pairs of a batch that are on the token and in no row: their making was cut off before anybody knew of them.
-    /// Nobody makes pairs for the batch meanwhile.
+    /// Destroys on-token pairs of a batch that have no row: the call that made them was interrupted. No task makes pairs for the
+    /// batch during this.
     pub(super) async fn destroy_strays(&self, number: u64, member: HsmId) -> Result<(), PoolError> {
         let (store, _) = self.store.origin().await?;
-        let hsm = self.hsm.at(member);
-        let own = of_store(hsm.own_objects().await?, store);
-        let held = self.store.pairs_of_batch(number, ALL).await?;
-        let condemned = self.store.condemned(ALL).await?;
-        let kept = held.into_iter().filter_map(|held| match held.kept {
+        let hsm = self.hsm.pinned_to(member);
+        let objects = objects_of_store(hsm.daemon_objects().await?, store);
+        let stored = self.store.pairs_of_batch(number, MAX_PAIRS).await?;
+        let pending = self.store.pairs_to_destroy(MAX_PAIRS).await?;
+        let on_token_pairs = stored.into_iter().filter_map(|stored| match stored.private_key {
             StoredKey::OnToken(pair) => Some(pair),
             StoredKey::Wrapped(_) => None,
         });
-        let named: BTreeSet<_> = kept.chain(condemned.into_iter().map(|condemned| condemned.pair)).collect();
+        let referenced: BTreeSet<_> = on_token_pairs.chain(pending.into_iter().map(|pending| pending.pair)).collect();
         let purpose = self.store.batches().await?.into_iter().find(|batch| batch.number == number);
-        for (_, pair) in own.pairs.iter().filter(|(batch, pair)| batch.number == number && !named.contains(pair)) {
-            tracing::warn!(batch = number, "a pair on the token that nothing names is destroyed");
+        for (_, pair) in
+            objects.pairs.iter().filter(|(batch, pair)| batch.number == number && !referenced.contains(pair))
+        {
+            tracing::warn!(batch = number, "destroying an on-token pair without a row");
             match purpose.as_ref().map(|batch| batch.purpose) {
                 Some(Purpose::Pool(kind)) => hsm.destroy_pair(kind, pair).await?,
-                // Whose kind is not known any more is found as whatever it is.
+                // The key type of the batch is unknown: try the types.
                 _ => {
                     for kind in [crate::keys::KeyKind::P256, crate::keys::KeyKind::Ed25519] {
                         hsm.destroy_pair(kind, pair).await?;
@@ -216,9 +231,9 @@ impl KeyPool {
     }
 }
 
-fn of_store(own: OwnObjects, store: StoreId) -> OwnObjects {
-    OwnObjects {
-        keys: own.keys.into_iter().filter(|key| key.store == store).collect(),
-        pairs: own.pairs.into_iter().filter(|(batch, _)| batch.store == store).collect(),
+fn objects_of_store(objects: DaemonObjects, store: StoreId) -> DaemonObjects {
+    DaemonObjects {
+        keys: objects.keys.into_iter().filter(|key| key.store == store).collect(),
+        pairs: objects.pairs.into_iter().filter(|(batch, _)| batch.store == store).collect(),
     }
 }

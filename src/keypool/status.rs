@@ -1,4 +1,4 @@
-//! How the pools stand.
+//! Status of the pools.
 
 use std::collections::BTreeSet;
 
@@ -7,93 +7,93 @@ use super::{KeyPool, PoolError};
 use crate::keys::KeyKind;
 use crate::store::{Batch, KeyStorage, PairCounts, Purpose};
 
-/// The pools at this moment.
+/// The current status of the pools.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PoolStatus {
-    /// How pairs are kept.
-    pub keeping: KeyStorage,
-    /// Whether store and token have been compared, and pairs are given out.
+    /// How private keys are stored.
+    pub storage: KeyStorage,
+    /// Whether store and token have been compared, so that pairs are offered.
     pub serving: bool,
-    /// One for each kind that has a pool, or had one and still has pairs.
+    /// The status per key type that has a pool or still has pairs of a removed pool.
     pub kinds: Vec<KindStatus>,
-    /// Batches of pairs that are made on the spot.
+    /// Number of batches for pairs generated for a session.
     pub session_batches: u64,
-    /// Pairs of unfinished sessions in them.
+    /// Number of pairs of unfinished sessions in these batches.
     pub session_pairs: u64,
-    /// When the next of them is shredded at the latest; seconds since the Unix epoch.
+    /// Latest time of the next shredding, in seconds since the Unix epoch.
     pub session_next_shred: Option<u64>,
-    /// Pairs on the token that still have to be destroyed.
+    /// Number of on-token pairs that remain to be destroyed.
     pub condemned: u64,
-    /// Why the store counts as an old copy, if so.
+    /// Why the store is considered an old copy, if it is.
     pub rolled_back: Option<String>,
-    /// What could not be done at the last look, and is tried again.
-    pub trouble: Option<String>,
+    /// The error of the last maintenance run, if it failed. Maintenance is retried.
+    pub last_error: Option<String>,
 }
 
-/// One kind's pool.
+/// The status of one key type's pool.
 #[derive(Debug, Clone, PartialEq)]
 pub struct KindStatus {
     /// The kind.
     pub kind: KeyKind,
-    /// Below this many ready pairs it is filled.
+    /// The low mark: filling starts below this number of ready pairs.
     pub low: u64,
-    /// Up to this many.
+    /// The high mark: filling ends at this number.
     pub high: u64,
-    /// Pairs that wait for a device, on HSMs that are there.
+    /// Ready pairs on available HSMs.
     pub ready: u64,
-    /// Pairs that wait on an HSM that is away.
-    pub away: u64,
-    /// Pairs of sessions that are not final.
+    /// Ready pairs on unavailable HSMs.
+    pub unavailable: u64,
+    /// Pairs reserved by unfinished sessions.
     pub reserved: u64,
-    /// Pairs that are not offered, since the store was an old copy.
+    /// Quarantined pairs, which are not offered because the store was an old copy.
     pub quarantined: u64,
-    /// Pairs that were ever put in, reserved, given up.
+    /// Totals of pairs made, reserved and discarded.
     pub counts: PairCounts,
-    /// Whether it is being filled.
+    /// Whether the pool is being filled.
     pub filling: bool,
-    /// Pairs per second of this filling or the last one.
+    /// Pairs per second of the current or last filling.
     pub fill_rate: f64,
-    /// Why it is not filled though it should be, if so.
+    /// Why filling is paused, if it is.
     pub paused: Option<String>,
-    /// When the oldest batch with ready pairs was begun; seconds since the Unix epoch.
+    /// Creation time of the oldest batch with ready pairs, in seconds since the Unix epoch.
     pub oldest: Option<u64>,
-    /// Batches, and with them keys on the token.
+    /// Number of batches, and so of batch keys on the token.
     pub batches: u64,
-    /// When the next of them is shredded at the latest; seconds since the Unix epoch.
+    /// Latest time of the next shredding, in seconds since the Unix epoch.
     pub next_shred: Option<u64>,
 }
 
-/// Condemned pairs that are counted; more are as bad.
-const COUNTED: usize = 10_000;
+/// Upper limit of the count of pairs to be destroyed.
+const MAX_COUNTED: usize = 10_000;
 
 impl KeyPool {
-    /// How the pools stand.
+    /// Reports the status of the pools.
     pub async fn status(&self) -> Result<PoolStatus, PoolError> {
         let batches = self.store.batches().await?;
-        // A kind whose pool was taken out of the configuration is told as long as it has pairs.
+        // Include key types whose pool was removed from the configuration while pairs remain.
         let left = batches.iter().filter_map(|batch| match batch.purpose {
             Purpose::Pool(kind) => Some(kind),
             Purpose::Sessions => None,
         });
         let all: BTreeSet<_> = self.pools.keys().copied().chain(left).collect();
-        let keepers = self.keepers().await?;
+        let owners = self.batch_owners().await?;
         let mut kinds = Vec::new();
         for kind in all {
-            kinds.push(self.kind_status(kind, &batches, &keepers).await?);
+            kinds.push(self.kind_status(kind, &batches, &owners).await?);
         }
         let of_sessions = || batches.iter().filter(|batch| batch.purpose == Purpose::Sessions);
-        let condemned = self.store.condemned(COUNTED).await?.len() as u64;
-        let notes = self.notes();
+        let condemned = self.store.pairs_to_destroy(MAX_COUNTED).await?.len() as u64;
+        let reconcile_state = self.reconcile_state();
         Ok(PoolStatus {
-            keeping: self.rules.keeping,
+            storage: self.rules.storage,
             serving: *self.reconciled.borrow(),
             kinds,
             session_batches: of_sessions().count() as u64,
             session_pairs: of_sessions().map(|batch| batch.reserved).sum(),
             session_next_shred: of_sessions().filter_map(|batch| self.shred_at(batch)).min(),
             condemned,
-            rolled_back: notes.rolled_back.clone(),
-            trouble: self.trouble(),
+            rolled_back: reconcile_state.rolled_back.clone(),
+            last_error: self.last_errors(),
         })
     }
 
@@ -101,29 +101,29 @@ impl KeyPool {
         &self,
         kind: KeyKind,
         all: &[Batch],
-        keepers: &BatchOwners<'_>,
+        owners: &BatchOwners<'_>,
     ) -> Result<KindStatus, PoolError> {
         let counts = self.store.pair_counts(kind).await?;
         let batches = || all.iter().filter(|batch| batch.purpose == Purpose::Pool(kind));
-        let offered = |ready_members| {
-            batches().filter(|batch| keepers.are_at_hand(batch.number) == ready_members).map(Batch::offered).sum()
+        let ready_pairs = |is_available| {
+            batches().filter(|batch| owners.is_available(batch.number) == is_available).map(Batch::available).sum()
         };
         let pool = self.pools.get(&kind);
         let shares = || pool.into_iter().flat_map(|pool| pool.shares.values());
-        let paused: BTreeSet<_> = shares().filter_map(|share| share.filling().paused.clone()).collect();
+        let paused: BTreeSet<_> = shares().filter_map(|share| share.fill_state().paused.clone()).collect();
         Ok(KindStatus {
             kind,
             low: pool.map_or(0, |pool| pool.marks.low),
             high: pool.map_or(0, |pool| pool.marks.high),
-            ready: offered(true),
-            away: offered(false),
+            ready: ready_pairs(true),
+            unavailable: ready_pairs(false),
             reserved: batches().map(|batch| batch.reserved).sum(),
             quarantined: batches().filter(|batch| batch.quarantined.is_some()).map(|batch| batch.ready).sum(),
             counts,
-            filling: shares().any(|share| share.filling().running),
-            fill_rate: pool.map_or(0.0, |pool| pool.filling().rate.per_second()),
+            filling: shares().any(|share| share.fill_state().running),
+            fill_rate: pool.map_or(0.0, |pool| pool.fill_state().rate.per_second()),
             paused: (!paused.is_empty()).then(|| paused.into_iter().collect::<Vec<_>>().join("; ")),
-            oldest: batches().filter(|batch| batch.offered() > 0).map(|batch| batch.created).min(),
+            oldest: batches().filter(|batch| batch.available() > 0).map(|batch| batch.created).min(),
             batches: batches().count() as u64,
             next_shred: batches().filter_map(|batch| self.shred_at(batch)).min(),
         })

@@ -1,4 +1,4 @@
-//! Keys as every room means them: kinds, public keys, signatures, and a device's private key.
+//! Key kinds, public keys, signatures, and device private keys, as used by all modules.
 
 mod private;
 mod public;
@@ -16,7 +16,7 @@ pub use public::PublicKey;
 pub use signature::{ecdsa_der_from_fixed, ecdsa_fixed_from_der};
 pub use stored::{BatchName, StoreId, StoredKey, TokenPair, WrappedKey, batch_key_id};
 
-/// What kind of key pair a device gets, or the manufacturer signs with.
+/// The kind of a key pair: algorithm and curve or modulus size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum KeyKind {
@@ -53,7 +53,7 @@ impl KeyKind {
         }
     }
 
-    /// Bits of the modulus of an RSA kind.
+    /// Modulus size in bits of an RSA kind.
     pub const fn rsa_bits(self) -> Option<usize> {
         match self {
             Self::Rsa2048 => Some(2048),
@@ -78,7 +78,7 @@ impl FromStr for KeyKind {
     }
 }
 
-/// How a signature is made. ECDSA signatures are `Ecdsa-Sig-Value` DER (RFC 3279 §2.2.3) everywhere but inside COSE.
+/// A signature algorithm. ECDSA signatures are `Ecdsa-Sig-Value` DER (RFC 3279 §2.2.3), except inside COSE.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum SignatureAlgorithm {
@@ -95,7 +95,7 @@ pub enum SignatureAlgorithm {
 }
 
 impl SignatureAlgorithm {
-    /// Whether a key of this kind can make such a signature.
+    /// Reports whether a key of this kind supports the algorithm.
     pub const fn fits(self, kind: KeyKind) -> bool {
         match self {
             Self::EcdsaP256Sha256 => matches!(kind, KeyKind::P256),
@@ -105,7 +105,7 @@ impl SignatureAlgorithm {
         }
     }
 
-    /// What a key of this kind signs with unless something else is said.
+    /// The default algorithm of a key kind.
     pub const fn default_for(kind: KeyKind) -> Self {
         match kind {
             KeyKind::P256 => Self::EcdsaP256Sha256,
@@ -126,39 +126,42 @@ impl SignatureAlgorithm {
     }
 }
 
-/// What is wrong with a key or a signature. Never says what the key is.
+/// An error of a key or a signature. Never contains key material.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum KeyError {
     /// Not a SubjectPublicKeyInfo of a supported kind.
-    #[error("not a public key this system accepts: {0}")]
+    #[error("unsupported public key: {0}")]
     UnsupportedPublicKey(String),
-    /// The private key's encoding is not what the HSM is known to give for this kind.
-    #[error("the private key of a {0} pair could not be read")]
+    /// The private key's encoding is not one that HSMs produce for this kind.
+    #[error("cannot decode the private key of a {0} pair")]
     UnreadablePrivateKey(KeyKind),
-    /// No private key that signs here.
-    #[error("it is no private key in PKCS#8, PEM, of a kind that signs here; make one with sppctl request")]
-    NoPrivateKey,
+    /// Not PKCS#8 PEM, or of an unsupported kind.
+    #[error(
+        "unsupported private key: expected PKCS#8 PEM (P-256, P-384, Ed25519 or RSA); generate one with sppctl request"
+    )]
+    UnsupportedPrivateKey,
     /// The private key does not belong to the public key.
     #[error("the private key does not belong to the public key")]
     Mismatch,
-    /// The signature is not one of this key over this message.
+    /// The signature does not verify with this key over this message.
     #[error("the signature does not verify")]
     BadSignature,
-    /// There is no kind of key pair with this name.
-    #[error("{0:?} is not one of p256, p384, ed25519, rsa-2048, rsa-3072, rsa-4096")]
+    /// Unknown name of a key kind.
+    #[error("unknown key kind {0:?}: expected p256, p384, ed25519, rsa-2048, rsa-3072 or rsa-4096")]
     UnknownKind(String),
-    /// The key cannot sign with this algorithm.
+    /// The key kind does not support the algorithm.
     #[error("a {1} key cannot sign with {0:?}")]
     WrongAlgorithm(SignatureAlgorithm, KeyKind),
 }
-/// SHA-256 of the bytes.
+
+/// The SHA-256 hash of `bytes`.
 pub fn sha256(bytes: &[u8]) -> [u8; 32] {
     let mut hash = [0; 32];
     hash.copy_from_slice(aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, bytes).as_ref());
     hash
 }
 
-/// SHA-384.
+/// The SHA-384 hash of `bytes`.
 pub fn sha384(bytes: &[u8]) -> [u8; 48] {
     let mut hash = [0; 48];
     hash.copy_from_slice(aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA384, bytes).as_ref());
@@ -172,7 +175,7 @@ mod tests {
     use crate::secret::SecretBytes;
 
     #[test]
-    fn a_signature_verifies_with_its_key_and_message_only() {
+    fn signature_over_another_message_is_refused() {
         let key = generate_p256().unwrap();
         let signature = key.sign(SignatureAlgorithm::EcdsaP256Sha256, b"message").unwrap();
         let verify = |message: &[u8]| key.public().verify(SignatureAlgorithm::EcdsaP256Sha256, message, &signature);
@@ -181,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn a_private_key_of_another_pair_is_refused() {
+    fn private_key_of_another_pair_is_refused() {
         let (one, other) = (generate_p256().unwrap(), generate_p256().unwrap());
         let PrivateParts::Ec(scalar) = one.parts() else { unreachable!() };
         let scalar = PrivateParts::Ec(SecretBytes::copy_of(scalar.expose()));
@@ -189,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn ecdsa_signatures_turn_into_der_and_back() {
+    fn ecdsa_signature_der_roundtrips() {
         for byte in [0x00, 0x01, 0x7f, 0x80, 0xff] {
             let fixed = [vec![0; 31], vec![byte | 1], vec![byte], vec![1; 31]].concat();
             let der = ecdsa_der_from_fixed(&fixed).unwrap();
@@ -199,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_short_run_of_zeros_may_follow_the_der() {
+    fn der_prefix_accepts_only_short_zero_padding() {
         let der = [0x30, 0x01, 0x05];
         assert_eq!(der_prefix(&[0x30, 0x01, 0x05, 0, 0]), Some(der.as_slice()));
         assert_eq!(der_prefix(&[0x30, 0x01, 0x05, 0, 1]), None);

@@ -1,4 +1,4 @@
-//! A device's private key in memory.
+//! Private keys in memory: device keys and TLS keys.
 
 use std::sync::OnceLock;
 
@@ -10,7 +10,7 @@ use der::{Decode as _, Encode as _};
 use super::{KeyError, KeyKind, PublicKey, SignatureAlgorithm};
 use crate::secret::{Secret, SecretBytes};
 
-/// The eight numbers of a two-prime RSA private key (RFC 8017 §3.2), big-endian; the public two are in the public key.
+/// The private components of a two-prime RSA key (RFC 8017 §3.2), big-endian. Modulus and exponent are in the public key.
 pub struct RsaPrivateParts {
     /// Private exponent.
     pub d: SecretBytes,
@@ -26,26 +26,26 @@ pub struct RsaPrivateParts {
     pub qinv: SecretBytes,
 }
 
-/// The private half as numbers, the way COSE_Key wants it.
+/// The components of a private key, as COSE_Key encodes them.
 pub enum PrivateParts {
     /// The scalar of an EC key, as long as the group order.
     Ec(SecretBytes),
-    /// The 32-byte seed (RFC 8032 calls it the private key).
+    /// The 32-byte seed, the private key of RFC 8032.
     Ed25519(SecretBytes),
     /// RSA.
     Rsa(Box<RsaPrivateParts>),
 }
 
-/// A device's key pair with its private half in memory: on its way to the device, or inside it.
+/// A device's key pair with its private key in memory, in the daemon during delivery or in the device.
 pub struct DevicePrivateKey {
     public: PublicKey,
     parts: PrivateParts,
-    /// The provider's form of it, which the provider wipes; made when it is first needed.
+    /// The provider's key object, created on first use. The provider zeroizes it.
     signer: OnceLock<Signer>,
 }
 
 impl DevicePrivateKey {
-    /// From parts, checked: a private half that does not belong to the public one is refused.
+    /// Creates a key pair from its parts. Fails if they do not belong together.
     pub fn from_parts(public: PublicKey, parts: PrivateParts) -> Result<Self, KeyError> {
         let key = Self::unchecked(public, parts);
         key.signer()?;
@@ -56,16 +56,16 @@ impl DevicePrivateKey {
         Self { public, parts, signer: OnceLock::new() }
     }
 
-    /// From what an HSM gives when a wrapped key is unwrapped: PKCS#8 (RFC 5958), or 32 raw bytes for Ed25519.
-    /// Zero bytes behind the DER are allowed, since some modules pad before they wrap.
+    /// Decodes the output of the HSM's unwrap operation: PKCS#8 (RFC 5958), or 32 raw bytes for Ed25519. Trailing zero bytes are
+    /// allowed, because some modules pad before they wrap.
     ///
-    /// An RSA key brings its modulus with it, which is compared; that its numbers fit together is the HSM's word, kept by the
-    /// integrity check of the wrapping (RFC 5649 §3), and the device looks at them again. To compute it here costs as much as
-    /// everything else that is done for the device.
+    /// For RSA only the modulus and the exponent are compared. The other components are not verified here: the integrity check of
+    /// the wrapping (RFC 5649 §3) protects what the HSM generated, and the device verifies them again. Verifying them here would
+    /// double the cost of a device.
     pub fn from_unwrapped(public: PublicKey, plaintext: &SecretBytes) -> Result<Self, KeyError> {
         let kind = public.kind();
         let unreadable = || KeyError::UnreadablePrivateKey(kind);
-        // Exposed to be taken apart; every part becomes a Secret of its own.
+        // Exposed to decode it; every component becomes a separate Secret.
         let bytes = plaintext.expose().as_slice();
         let parts = if kind == KeyKind::Ed25519 {
             let seed = bytes.get(..32).ok_or_else(unreadable)?;
@@ -95,23 +95,23 @@ impl DevicePrivateKey {
                 PrivateParts::Ec(SecretBytes::copy_of(ec.private_key))
             }
         };
-        // Checked, and not kept ready to sign: it is on its way to its device.
+        // Checked, but the signer is dropped: a key in delivery does not sign.
         let key = Self::unchecked(public, parts);
         key.make_signer()?;
         Ok(key)
     }
 
-    /// The public half.
+    /// The public key.
     pub const fn public(&self) -> &PublicKey {
         &self.public
     }
 
-    /// The private half, for encoding it.
+    /// The private components, for encoding.
     pub const fn parts(&self) -> &PrivateParts {
         &self.parts
     }
 
-    /// The secret numbers that must be in no message in clear.
+    /// The secret components, which must never appear in clear text in a message.
     pub fn secrets(&self) -> Vec<&SecretBytes> {
         match &self.parts {
             PrivateParts::Ec(d) => vec![d],
@@ -120,7 +120,7 @@ impl DevicePrivateKey {
         }
     }
 
-    /// Signs the message; ECDSA gives DER.
+    /// Signs a message. ECDSA signatures are in DER.
     pub fn sign(&self, algorithm: SignatureAlgorithm, message: &[u8]) -> Result<Vec<u8>, KeyError> {
         if !algorithm.fits(self.public.kind()) {
             return Err(KeyError::WrongAlgorithm(algorithm, self.public.kind()));
@@ -135,11 +135,11 @@ impl DevicePrivateKey {
         }
     }
 
-    /// The provider's key; made only if the private half belongs to the public one.
+    /// Creates the provider's key object. Fails if the private key does not belong to the public key.
     fn make_signer(&self) -> Result<Signer, KeyError> {
         let mismatch = |_| KeyError::Mismatch;
         let public = self.public.key_bits();
-        // The exposures below hand the private half to the provider that signs.
+        // The exposures below pass the private key to the provider that signs.
         match &self.parts {
             PrivateParts::Ec(d) => {
                 let algorithm = match self.public.kind() {
@@ -189,15 +189,15 @@ impl Signer {
                     SignatureAlgorithm::RsaPssSha256 => &signature::RSA_PSS_SHA256,
                     _ => &signature::RSA_PKCS1_SHA256,
                 };
-                let mut made = vec![0; pair.public_modulus_len()];
-                pair.sign(encoding, &rng, message, &mut made).map_err(failed)?;
-                Ok(made)
+                let mut signature = vec![0; pair.public_modulus_len()];
+                pair.sign(encoding, &rng, message, &mut signature).map_err(failed)?;
+                Ok(signature)
             }
         }
     }
 }
 
-/// The first DER value of the bytes; what follows it must be fewer than 8 zero bytes (RFC 5649 padding kept by the module).
+/// The leading DER value. At most 7 zero bytes may follow it (RFC 5649 padding that the module did not strip).
 pub(super) fn der_prefix(bytes: &[u8]) -> Option<&[u8]> {
     let reader = der::SliceReader::new(bytes).ok()?;
     let header = der::Header::peek(&reader).ok()?;
@@ -206,8 +206,7 @@ pub(super) fn der_prefix(bytes: &[u8]) -> Option<&[u8]> {
     (rest.len() < 8 && rest.iter().all(|b| *b == 0)).then_some(value)
 }
 
-/// A P-256 key pair made in this process, as (public key, private scalar), for what never needs the HSM: TLS keys of
-/// stations and officers, and the simulated chip.
+/// Generates a P-256 key pair in software, for keys outside the HSM: TLS keys of stations and officers, and the simulated chip.
 pub fn generate_p256() -> Result<DevicePrivateKey, KeyError> {
     use aws_lc_rs::encoding::{AsBigEndian, EcPrivateKeyBin};
     let failed = |_| KeyError::UnreadablePrivateKey(KeyKind::P256);
@@ -218,7 +217,7 @@ pub fn generate_p256() -> Result<DevicePrivateKey, KeyError> {
     DevicePrivateKey::from_parts(public, parts)
 }
 
-/// A key pair for TLS in this process, with which certificate requests and officers' statements are signed.
+/// A TLS key pair in memory, which also signs certificate requests and officers' statements.
 pub struct TlsKey {
     public: PublicKey,
     signer: Signer,
@@ -226,53 +225,53 @@ pub struct TlsKey {
 }
 
 impl TlsKey {
-    /// Makes one for P-256.
+    /// Generates a P-256 key pair.
     pub fn generate() -> Result<Self, KeyError> {
         let failed = |_| KeyError::UnreadablePrivateKey(KeyKind::P256);
         let pair = signature::EcdsaKeyPair::generate(&signature::ECDSA_P256_SHA256_ASN1_SIGNING).map_err(failed)?;
         let der = pair.to_pkcs8v1().map_err(failed)?;
         let pem = der::pem::encode_string("PRIVATE KEY", der::pem::LineEnding::LF, der.as_ref());
         let pem = pem.map_err(|_| KeyError::UnreadablePrivateKey(KeyKind::P256))?;
-        Self::with(Signer::Ec(pair), Secret::new(pem.into_bytes()))
+        Self::from_signer(Signer::Ec(pair), Secret::new(pem.into_bytes()))
     }
 
-    /// Reads one of any kind from PKCS#8 in PEM (RFC 7468 §10).
+    /// Reads a key pair of any supported kind from PKCS#8 PEM (RFC 7468 §10).
     pub fn from_pem(pem: SecretBytes) -> Result<Self, KeyError> {
-        // Exposed to be read into the provider's key.
-        let (label, der) = der::pem::decode_vec(pem.expose()).map_err(|_| KeyError::NoPrivateKey)?;
+        // Exposed to load it into the provider.
+        let (label, der) = der::pem::decode_vec(pem.expose()).map_err(|_| KeyError::UnsupportedPrivateKey)?;
         let der = Secret::new(der);
         if label != "PRIVATE KEY" {
-            return Err(KeyError::NoPrivateKey);
+            return Err(KeyError::UnsupportedPrivateKey);
         }
         let ec = |algorithm| signature::EcdsaKeyPair::from_pkcs8(algorithm, der.expose()).map(Signer::Ec);
         let signer = ec(&signature::ECDSA_P256_SHA256_ASN1_SIGNING)
             .or_else(|_| ec(&signature::ECDSA_P384_SHA384_ASN1_SIGNING))
             .or_else(|_| signature::Ed25519KeyPair::from_pkcs8(der.expose()).map(Signer::Ed25519))
             .or_else(|_| aws_lc_rs::rsa::KeyPair::from_pkcs8(der.expose()).map(|pair| Signer::Rsa(Box::new(pair))));
-        Self::with(signer.map_err(|_| KeyError::NoPrivateKey)?, pem)
+        Self::from_signer(signer.map_err(|_| KeyError::UnsupportedPrivateKey)?, pem)
     }
 
-    fn with(signer: Signer, pem: SecretBytes) -> Result<Self, KeyError> {
+    fn from_signer(signer: Signer, pem: SecretBytes) -> Result<Self, KeyError> {
         let spki: Result<PublicKeyX509Der<'_>, _> = match &signer {
             Signer::Ec(pair) => pair.public_key().as_der(),
             Signer::Ed25519(pair) => pair.public_key().as_der(),
             Signer::Rsa(pair) => pair.public_key().as_der(),
         };
-        let public = PublicKey::from_spki_der(spki.map_err(|_| KeyError::NoPrivateKey)?.as_ref())?;
+        let public = PublicKey::from_spki_der(spki.map_err(|_| KeyError::UnsupportedPrivateKey)?.as_ref())?;
         Ok(Self { public, signer, pem })
     }
 
-    /// The public half.
+    /// The public key.
     pub const fn public(&self) -> &PublicKey {
         &self.public
     }
 
-    /// The private half as PKCS#8 in PEM (RFC 7468 §10).
+    /// The private key as PKCS#8 PEM (RFC 7468 §10).
     pub const fn pem(&self) -> &SecretBytes {
         &self.pem
     }
 
-    /// How it signs.
+    /// The signature algorithm of the key.
     pub const fn algorithm(&self) -> SignatureAlgorithm {
         SignatureAlgorithm::default_for(self.public.kind())
     }

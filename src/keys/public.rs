@@ -17,62 +17,63 @@ pub struct PublicKey {
 }
 
 impl PublicKey {
-    /// Parses a DER SubjectPublicKeyInfo; RSA under 2048 bits, other sizes and other curves are refused.
+    /// Parses a DER SubjectPublicKeyInfo. Unsupported curves and RSA sizes are refused.
     pub fn from_spki_der(der: &[u8]) -> Result<Self, KeyError> {
-        let unsupported = |why: &str| KeyError::UnsupportedPublicKey(why.to_owned());
+        let unsupported = |reason: &str| KeyError::UnsupportedPublicKey(reason.to_owned());
         let spki = SubjectPublicKeyInfoRef::from_der(der).map_err(|e| unsupported(&e.to_string()))?;
-        let key_bits = spki.subject_public_key.as_bytes().ok_or_else(|| unsupported("unused bits in the key"))?;
-        let curve = || spki.algorithm.parameters_oid().map_err(|_| unsupported("the curve is not a named one"));
+        let key_bits =
+            spki.subject_public_key.as_bytes().ok_or_else(|| unsupported("unused bits in the BIT STRING"))?;
+        let curve = || spki.algorithm.parameters_oid().map_err(|_| unsupported("not a named curve"));
         let kind = match spki.algorithm.oid {
             EC_PUBLIC_KEY => match curve()? {
                 SECP256R1 => KeyKind::P256,
                 SECP384R1 => KeyKind::P384,
-                other => return Err(unsupported(&format!("curve {other}; P-256 and P-384 are accepted"))),
+                other => return Err(unsupported(&format!("curve {other}; expected P-256 or P-384"))),
             },
             ED25519 => KeyKind::Ed25519,
             RSA_ENCRYPTION => rsa_kind(key_bits)?,
             other => return Err(unsupported(&format!("algorithm {other}"))),
         };
         let key = Self { kind, spki: der.to_vec() };
-        // The provider checks the point or modulus itself; an EC point off the curve ends here.
+        // The provider validates the key. For example, it refuses an EC point that is not on the curve.
         UnparsedPublicKey::new(SignatureAlgorithm::default_for(kind).verification(), &key.spki)
             .parse()
             .map_err(|e| unsupported(&e.to_string()))?;
         Ok(key)
     }
 
-    /// From an uncompressed SEC 1 point (`04 || x || y`).
+    /// Creates an EC key from an uncompressed SEC 1 point (`04 || x || y`).
     pub fn from_ec_point(kind: KeyKind, point: &[u8]) -> Result<Self, KeyError> {
         let curve = match kind {
             KeyKind::P256 => SECP256R1,
             KeyKind::P384 => SECP384R1,
-            _ => return Err(KeyError::UnsupportedPublicKey(format!("{kind} has no point"))),
+            _ => return Err(KeyError::UnsupportedPublicKey(format!("{kind} is not an EC kind"))),
         };
         Self::assemble(EC_PUBLIC_KEY, Some(der::Any::from(curve)), point)
     }
 
-    /// From the 32 bytes of an Ed25519 public key (RFC 8032 §5.1.5).
+    /// Creates an Ed25519 key from the 32 bytes of its public key (RFC 8032 §5.1.5).
     pub fn from_ed25519(raw: &[u8]) -> Result<Self, KeyError> {
         Self::assemble(ED25519, None, raw)
     }
 
-    /// From the big-endian modulus and public exponent of an RSA key.
+    /// Creates an RSA key from its big-endian modulus and public exponent.
     pub fn from_rsa(modulus: &[u8], exponent: &[u8]) -> Result<Self, KeyError> {
-        let bad = |e: der::Error| KeyError::UnsupportedPublicKey(e.to_string());
+        let invalid = |e: der::Error| KeyError::UnsupportedPublicKey(e.to_string());
         let key = pkcs1::RsaPublicKeyRef {
-            modulus: UintRef::new(modulus).map_err(bad)?,
-            public_exponent: UintRef::new(exponent).map_err(bad)?,
+            modulus: UintRef::new(modulus).map_err(invalid)?,
+            public_exponent: UintRef::new(exponent).map_err(invalid)?,
         };
-        Self::assemble(RSA_ENCRYPTION, Some(der::Any::null()), &key.to_der().map_err(bad)?)
+        Self::assemble(RSA_ENCRYPTION, Some(der::Any::null()), &key.to_der().map_err(invalid)?)
     }
 
     fn assemble(oid: ObjectIdentifier, parameters: Option<der::Any>, key: &[u8]) -> Result<Self, KeyError> {
-        let bad = |e: der::Error| KeyError::UnsupportedPublicKey(e.to_string());
+        let invalid = |e: der::Error| KeyError::UnsupportedPublicKey(e.to_string());
         let spki = SubjectPublicKeyInfoOwned {
             algorithm: spki::AlgorithmIdentifierOwned { oid, parameters },
-            subject_public_key: BitString::from_bytes(key).map_err(bad)?,
+            subject_public_key: BitString::from_bytes(key).map_err(invalid)?,
         };
-        Self::from_spki_der(&spki.to_der().map_err(bad)?)
+        Self::from_spki_der(&spki.to_der().map_err(invalid)?)
     }
 
     /// The kind of the key.
@@ -87,28 +88,28 @@ impl PublicKey {
 
     /// The content of the BIT STRING: an EC point, an `RSAPublicKey`, or 32 bytes of Ed25519.
     pub fn key_bits(&self) -> &[u8] {
-        // Parsed when the value was made; an empty slice is not reachable.
+        // Parsed when the value was created; the empty slice is unreachable.
         SubjectPublicKeyInfoRef::from_der(&self.spki).ok().and_then(|s| s.subject_public_key.as_bytes()).unwrap_or(&[])
     }
 
-    /// Big-endian modulus and exponent of an RSA key, without leading zeros.
+    /// The big-endian modulus and exponent of an RSA key, without leading zeros.
     pub fn rsa_components(&self) -> Option<(Vec<u8>, Vec<u8>)> {
         self.kind.rsa_bits()?;
         let key = pkcs1::RsaPublicKeyRef::from_der(self.key_bits()).ok()?;
         Some((key.modulus.as_bytes().to_vec(), key.public_exponent.as_bytes().to_vec()))
     }
 
-    /// SHA-256 of the SubjectPublicKeyInfo: the key's name in indexes and reports.
+    /// SHA-256 of the SubjectPublicKeyInfo, which identifies the key in indexes and reports.
     pub fn fingerprint(&self) -> [u8; 32] {
         sha256(&self.spki)
     }
 
-    /// The fingerprint as people compare it: `sha256:` and hex digits.
-    pub fn known_by(&self) -> String {
+    /// The fingerprint in text form: `sha256:` and hex digits.
+    pub fn fingerprint_text(&self) -> String {
         format!("sha256:{}", hex::encode(self.fingerprint()))
     }
 
-    /// Verifies a signature (ECDSA in DER form) over the message.
+    /// Verifies a signature over the message. ECDSA signatures are in DER.
     pub fn verify(&self, algorithm: SignatureAlgorithm, message: &[u8], signature: &[u8]) -> Result<(), KeyError> {
         if !algorithm.fits(self.kind) {
             return Err(KeyError::WrongAlgorithm(algorithm, self.kind));
@@ -134,7 +135,7 @@ fn rsa_kind(rsa_public_key: &[u8]) -> Result<KeyKind, KeyError> {
         2048 => Ok(KeyKind::Rsa2048),
         3072 => Ok(KeyKind::Rsa3072),
         4096 => Ok(KeyKind::Rsa4096),
-        _ => Err(KeyError::UnsupportedPublicKey(format!("RSA with {bits} bits; 2048, 3072 and 4096 are accepted"))),
+        _ => Err(KeyError::UnsupportedPublicKey(format!("RSA with {bits} bits; expected 2048, 3072 or 4096"))),
     }
 }
 

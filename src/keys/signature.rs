@@ -1,4 +1,4 @@
-//! The two forms of an ECDSA signature.
+//! Conversion between the two encodings of an ECDSA signature.
 
 use der::asn1::UintRef;
 use der::{Decode as _, Encode as _, Sequence};
@@ -12,7 +12,7 @@ struct EcdsaSigValue<'a> {
     s: UintRef<'a>,
 }
 
-/// Turns the `r || s` of PKCS#11 and COSE into the DER of X.509; `None` if the length is odd or zero.
+/// Converts `r || s` (PKCS#11, COSE) to DER (X.509). Returns `None` if the length is odd or zero.
 pub fn ecdsa_der_from_fixed(fixed: &[u8]) -> Option<Vec<u8>> {
     if fixed.is_empty() || !fixed.len().is_multiple_of(2) {
         return None;
@@ -21,7 +21,7 @@ pub fn ecdsa_der_from_fixed(fixed: &[u8]) -> Option<Vec<u8>> {
     EcdsaSigValue { r: UintRef::new(r).ok()?, s: UintRef::new(s).ok()? }.to_der().ok()
 }
 
-/// Turns the DER of X.509 into `r || s` with each half as long as the group order.
+/// Converts DER (X.509) to `r || s`, each half as long as the group order. Returns `None` for an invalid encoding.
 pub fn ecdsa_fixed_from_der(der: &[u8], kind: KeyKind) -> Option<Vec<u8>> {
     let half = match kind {
         KeyKind::P256 => 32,

@@ -1,4 +1,4 @@
-//! How a private key is kept until its device has it: wrapped by the HSM, or inside it.
+//! Stored device private keys: wrapped by the HSM, or on the token.
 
 use std::fmt;
 use std::str::FromStr;
@@ -8,25 +8,25 @@ use serde::{Deserialize, Serialize};
 use super::sha256;
 use crate::names::KeyName;
 
-/// A private key that only the HSM can open.
+/// A private key that only the HSM can unwrap.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WrappedKey {
-    /// The key in the HSM under which it is wrapped (AES-KWP, RFC 5649).
+    /// Name of the wrapping key in the HSM (AES-KWP, RFC 5649).
     pub wrapping_key: KeyName,
     /// The wrapped bytes.
     pub blob: Vec<u8>,
 }
 
-/// A private key that is an object of the token.
+/// A private key that is a token object.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct TokenPair {
-    /// `CKA_LABEL`: all pairs of a batch share it ([`BatchName::pairs`]).
+    /// `CKA_LABEL`, shared by all pairs of a batch ([`BatchName::pairs`]).
     pub label: KeyName,
     /// `CKA_ID`, random.
     pub id: Vec<u8>,
 }
 
-/// A private key that is kept, either way.
+/// A stored device private key.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum StoredKey {
     /// Outside the HSM, wrapped.
@@ -36,22 +36,22 @@ pub enum StoredKey {
 }
 
 impl StoredKey {
-    /// The batch that it belongs to; none for a name that no daemon gave.
+    /// The batch of the key; `None` if the name does not follow the daemon's naming scheme.
     pub fn batch(&self) -> Option<BatchName> {
         match self {
-            Self::Wrapped(wrapped) => BatchName::of_key(&wrapped.wrapping_key),
-            Self::OnToken(pair) => BatchName::of_pairs(&pair.label),
+            Self::Wrapped(wrapped) => BatchName::from_key_name(&wrapped.wrapping_key),
+            Self::OnToken(pair) => BatchName::from_pair_label(&pair.label),
         }
     }
 }
 
-/// The identifier of a state store, random: what the daemon makes on a token carries it, so that two stores never touch each
-/// other's keys.
+/// The random identifier of a state store. Names of objects that the daemon creates on a token contain it, so that two stores
+/// never touch each other's keys.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct StoreId([u8; 8]);
 
 impl StoreId {
-    /// From random bytes.
+    /// Creates an identifier from random bytes.
     pub const fn from_random(bytes: [u8; 8]) -> Self {
         Self(bytes)
     }
@@ -69,51 +69,51 @@ impl fmt::Debug for StoreId {
     }
 }
 
-/// A batch of key pairs by its store and number, and with that the names of what belongs to it on the token.
+/// The store and number of a batch, from which the names of its token objects derive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct BatchName {
-    /// Whose.
+    /// The store that owns the batch.
     pub store: StoreId,
-    /// Counted from 1, never used twice.
+    /// Batch number, from 1, never reused.
     pub number: u64,
 }
 
 impl BatchName {
-    /// The name of the key under which the batch's pairs are wrapped.
+    /// The name of the batch key.
     pub fn key(self) -> KeyName {
         self.label(BATCH)
     }
 
-    /// The label of pairs that are kept on the token.
+    /// The label of the batch's pairs on the token.
     pub fn pairs(self) -> KeyName {
         self.label(PAIR)
     }
 
-    fn label(self, what: &str) -> KeyName {
-        let text = format!("{what}-{}-{}", self.store, self.number);
-        text.parse().expect("hex and digits are allowed in a name, and it is shorter than 64 characters")
+    fn label(self, prefix: &str) -> KeyName {
+        let text = format!("{prefix}-{}-{}", self.store, self.number);
+        text.parse().expect("a batch name is a valid key name of fewer than 64 characters")
     }
 
-    /// The batch whose key has that name.
-    pub fn of_key(name: &KeyName) -> Option<Self> {
-        Self::of_label(name.as_str(), BATCH)
+    /// Parses the name of a batch key.
+    pub fn from_key_name(name: &KeyName) -> Option<Self> {
+        Self::from_label(name.as_str(), BATCH)
     }
 
-    /// The batch whose pairs on the token have that label.
-    pub fn of_pairs(label: &KeyName) -> Option<Self> {
-        Self::of_label(label.as_str(), PAIR)
+    /// Parses the label of pairs on the token.
+    pub fn from_pair_label(label: &KeyName) -> Option<Self> {
+        Self::from_label(label.as_str(), PAIR)
     }
 
-    fn of_label(label: &str, what: &str) -> Option<Self> {
-        let (store, number) = label.strip_prefix(what)?.strip_prefix('-')?.split_once('-')?;
+    fn from_label(label: &str, prefix: &str) -> Option<Self> {
+        let (store, number) = label.strip_prefix(prefix)?.strip_prefix('-')?.split_once('-')?;
         let store = StoreId(hex::decode(store).ok()?.try_into().ok()?);
         let batch = Self { store, number: u64::from_str(number).ok()? };
-        // One name for one batch: no leading zeros, no capitals.
-        (batch.label(what).as_str() == label).then_some(batch)
+        // Only the canonical name is accepted: no leading zeros, no upper case.
+        (batch.label(prefix).as_str() == label).then_some(batch)
     }
 }
 
-/// The CKA_ID of a batch key. It follows from the name, so that a key whose creation was not answered is found again.
+/// The CKA_ID of a batch key. It derives from the name, so that a key is found again if the answer to its creation was lost.
 pub fn batch_key_id(name: &KeyName) -> Vec<u8> {
     sha256(name.as_str().as_bytes())[..16].to_vec()
 }
@@ -126,14 +126,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_batch_is_found_in_the_names_of_what_belongs_to_it_and_in_no_other() {
+    fn batch_name_parses_only_canonical_names() {
         let batch = BatchName { store: StoreId::from_random([0xab; 8]), number: 17 };
         assert_eq!(batch.key().as_str(), "batch-abababababababab-17");
-        assert_eq!(BatchName::of_key(&batch.key()), Some(batch));
-        assert_eq!(BatchName::of_pairs(&batch.pairs()), Some(batch));
-        assert_eq!(BatchName::of_key(&batch.pairs()), None);
+        assert_eq!(BatchName::from_key_name(&batch.key()), Some(batch));
+        assert_eq!(BatchName::from_pair_label(&batch.pairs()), Some(batch));
+        assert_eq!(BatchName::from_key_name(&batch.pairs()), None);
         for other in ["batch-abababababababab-017", "batch-abab-1", "batch-1", "wrap-1", "batch-abababababababab-1-1"] {
-            assert_eq!(BatchName::of_key(&other.parse().unwrap()), None, "{other}");
+            assert_eq!(BatchName::from_key_name(&other.parse().unwrap()), None, "{other}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What people type.
+//! Command line of spp-line.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -11,22 +11,22 @@ use super::LineError;
 use super::connection::parse_server;
 use super::devices;
 use super::orders::Numbering;
-use super::provision::{Provision, Source, log_key, provision};
-use super::recover::{Place, Public, recover};
+use super::provision::{ProvisionOptions, Source, log_key, provision};
+use super::recover::{PublicDatabase, RecordSource, recover};
 use super::report::ReportFile;
-use super::retry::Patience;
-use super::run_log::Ended;
-use super::show::{Show, show};
+use super::retry::RetryPolicy;
+use super::run_log::RunResult;
+use super::show::{ShowOptions, show};
 use crate::cli_docs::CliDocs;
 use crate::device::SimulatedFab;
 use crate::names::{ChipId, ProfileName};
 use crate::package::TransportCurve;
 
-/// The station of an assembly line: gives devices their identity and keys, and shows, wipes and recovers them.
+/// Station of an assembly line: provisions, shows, wipes and recovers devices.
 ///
-/// The devices are simulated: a chip's ROM and secret key come from DIR/fab.cbor, its flash is a file in DIR.
-/// A device goes from bare chip to receipt in two calls to sppd: Assemble gives it certificate and keys, Complete publishes
-/// its backup. Whatever happens in between, the same command again takes it up where it stopped.
+/// The devices are simulated: a chip's ROM and secret key come from DIR/fab.cbor, its flash is a file in DIR. A device is
+/// provisioned in two calls to sppd: Assemble returns its certificate and keys, Complete publishes its backup. After any
+/// interruption, the same command resumes the device where it stopped.
 #[derive(Parser)]
 #[command(name = "spp-line", version, after_help = EXAMPLES)]
 pub struct Arguments {
@@ -36,31 +36,31 @@ pub struct Arguments {
 
 const EXAMPLES: &str = "\
 Examples:
-  A hundred simulated phones, 32 at a time:
+  Provision a hundred simulated phones, 32 in parallel:
     spp-line provision --simulate 100 --profile phone --parallel 32 \\
         --server https://localhost:7443 --tls tls/line-1-a \\
         --devices devices --manufacturer keys/manufacturer-ca.pem --log keys/log-1.vkey --report report.csv
-  What became of them:
+  List them:
     spp-line devices --devices devices
-  One loses its flash, and gets everything back from the public database:
+  Wipe the flash of one and recover it from the public database:
     spp-line wipe --chip CHIP --devices devices
     spp-line recover --chip CHIP --devices devices --server https://localhost:7445 --ca tls/server/ca.pem
-  The same from a mirror, with the daemon down:
+  Recover it from a mirror, without the daemon:
     spp-line recover --chip CHIP --devices devices --from mirror
-  Its certificate, as a file for openssl:
+  Write its certificate to a file for openssl:
     spp-line show --chip CHIP --server https://localhost:7445 --ca tls/server/ca.pem --certificate-out one.pem
 
-Exit codes: 0 all went well, 1 a device failed or the daemon refused, 2 wrong usage or set-up.";
+Exit codes: 0 success, 1 a device failed or the daemon rejected a call, 2 invalid usage or setup.";
 
 #[derive(Subcommand)]
 enum Command {
-    /// Bring devices from bare chip to receipt, many at a time
+    /// Provision devices, many in parallel
     Provision(Box<ProvisionArguments>),
     /// Restore a wiped device from the public database
     Recover(RecoverArguments),
-    /// Empty a device's flash, as an accident would
+    /// Erase a device's flash
     Wipe(WipeArguments),
-    /// Show what the public database has of a chip
+    /// Show a chip's record in the public database
     Show(ShowArguments),
     /// List the simulated devices and their state
     Devices(DevicesArguments),
@@ -72,58 +72,58 @@ enum Command {
 #[command(after_help = PROVISION_HELP)]
 #[command(group(ArgGroup::new("source").required(true).args(["simulate", "identities"])))]
 struct ProvisionArguments {
-    /// Make up N chips and identities. DIR/orders.csv remembers them: the same command again works on the same devices, a
-    /// larger N adds to them
+    /// Simulate N chips and identities. DIR/orders.csv stores them: repeating the command continues with the same devices, a
+    /// larger N adds devices
     #[arg(long, value_name = "N", requires = "profile", value_parser = clap::value_parser!(u32).range(1..))]
     simulate: Option<u32>,
-    /// Take the orders from a CSV file with the columns chip_id (hex), identity (imei:490154203237518, say) and profile
+    /// Read the orders from a CSV file with the columns chip_id (hex), identity (such as imei:490154203237518) and profile
     #[arg(long, value_name = "FILE.csv", conflicts_with_all = ["profile", "identity_prefix"])]
     identities: Option<PathBuf>,
-    /// What the simulated devices get: a profile of the daemon's configuration
+    /// Profile of the simulated devices, as configured in the daemon
     #[arg(long, value_name = "NAME")]
     profile: Option<ProfileName>,
-    /// How made-up identities start; the rest is a running number. KIND is imei, meid, eui48, eui64 or serial; without START
-    /// a usual one is taken
+    /// Set the prefix of simulated identities; a serial number follows it. KIND is imei, meid, eui48, eui64 or serial; without
+    /// START a default prefix is used
     #[arg(long, value_name = "KIND[:START]", default_value = "imei:49015420")]
     identity_prefix: Numbering,
-    /// The daemon's listener for stations
+    /// Address of the daemon's station listener
     #[arg(long, value_name = "https://HOST:PORT", value_parser = parse_server)]
     server: Uri,
-    /// The station's TLS files certificate.pem, key.pem and ca.pem, as `sppctl station enroll` makes them
+    /// Directory with the station's TLS files certificate.pem, key.pem and ca.pem, as `sppctl station enroll` creates them
     #[arg(long, value_name = "DIR")]
     tls: PathBuf,
-    /// Where the simulated devices live; made if it is missing
+    /// Directory of the simulated devices; created if missing
     #[arg(long, value_name = "DIR")]
     devices: PathBuf,
-    /// The manufacturer's CA certificate, whose public key goes into the chips' ROM; needed the first time
+    /// Manufacturer's CA certificate, whose public key is written to the chips' ROM; required on first use
     #[arg(long, value_name = "FILE.pem")]
     manufacturer: Option<PathBuf>,
-    /// The log's public key, log-1.vkey of the ceremony: it goes into the chips' ROM, too, and every device verifies with it that it
-    /// is in the public database. Without it receipts are kept unverified
+    /// Log's public key, log-1.vkey of the ceremony. It is written to the chips' ROM, and every device uses it to verify its
+    /// receipt. Without it, receipts are stored unverified
     #[arg(long, value_name = "FILE.vkey")]
     log: Option<PathBuf>,
-    /// Devices that are worked on at the same time
+    /// Number of devices in progress at the same time
     #[arg(long, value_name = "P", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=4096))]
     parallel: u16,
-    /// HTTP/2 connections that carry them [default: one for every 16 devices, at most 8]
+    /// Number of HTTP/2 connections [default: one per 16 devices, at most 8]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     connections: Option<u16>,
-    /// Ask for packages sealed to the chip's transport key of this curve, so that the station sees no secret
+    /// Request packages sealed to the chip's transport key of this curve, so that the station sees no secret
     #[arg(long, value_name = "CURVE")]
     sealed: Option<Curve>,
-    /// Let the device make its own P-256 key pair and send a certificate request; for profiles that want one
+    /// Let the device generate its own P-256 key pair and send a certificate request; for profiles with source = "csr"
     #[arg(long)]
     csr: bool,
-    /// Write a row for each device: chip, identity, outcome, receipt, times, error. The ending chooses the format
+    /// Write a row for each device: chip, identity, outcome, receipt, times, error. The file extension selects the format
     #[arg(long, value_name = "FILE.csv|FILE.jsonl", value_parser = ReportFile::parse)]
     report: Option<ReportFile>,
     /// Print the summary as JSON
     #[arg(long)]
     json: bool,
-    /// How long a call is repeated while the daemon or its HSM is away; then the run stops
+    /// Retry a call for this long while the daemon or its HSM is unavailable; then stop the run
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = humantime::parse_duration)]
     retry_for: Duration,
-    /// The deadline of each call
+    /// Deadline of each call
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
     deadline: Duration,
 }
@@ -136,15 +136,15 @@ Examples:
   spp-line provision --identities lot-17.csv --sealed x25519 \\
       --server https://localhost:7443 --tls tls/line-1-a --devices devices
 
-The same command again resumes: devices that are complete are skipped, those in the middle are taken up.
-Nothing is lost or doubled, wherever it was stopped or killed. Ctrl-C finishes what was begun.";
+Repeating the command resumes the run: complete devices are skipped, incomplete ones are continued.
+No device is lost or duplicated, even if the process is killed. Ctrl-C finishes the devices in progress.";
 
 #[derive(Args)]
 struct RecoverArguments {
-    /// The chip ID in hex
+    /// Chip ID in hex
     #[arg(long, value_name = "HEX")]
     chip: ChipId,
-    /// Where the simulated devices live
+    /// Directory of the simulated devices
     #[arg(long, value_name = "DIR")]
     devices: PathBuf,
     #[command(flatten)]
@@ -153,32 +153,32 @@ struct RecoverArguments {
 
 #[derive(Args)]
 struct WipeArguments {
-    /// The chip ID in hex
+    /// Chip ID in hex
     #[arg(long, value_name = "HEX")]
     chip: ChipId,
-    /// Where the simulated devices live
+    /// Directory of the simulated devices
     #[arg(long, value_name = "DIR")]
     devices: PathBuf,
 }
 
 #[derive(Args)]
 struct ShowArguments {
-    /// The chip ID in hex
+    /// Chip ID in hex
     #[arg(long, value_name = "HEX")]
     chip: ChipId,
     #[command(flatten)]
     public: PublicArguments,
-    /// Write the certificate to a file, too: X.509 in PEM, a CWT as it is
+    /// Also write the certificate to a file: X.509 as PEM, a CWT as binary
     #[arg(long, value_name = "FILE.pem")]
     certificate_out: Option<PathBuf>,
-    /// Print JSON, with certificate and backup package
+    /// Print JSON, including certificate and backup package
     #[arg(long)]
     json: bool,
 }
 
 #[derive(Args)]
 struct DevicesArguments {
-    /// Where the simulated devices live
+    /// Directory of the simulated devices
     #[arg(long, value_name = "DIR")]
     devices: PathBuf,
 }
@@ -186,38 +186,38 @@ struct DevicesArguments {
 #[derive(Args)]
 #[command(group(ArgGroup::new("where").required(true).args(["server", "from"])))]
 struct PublicArguments {
-    /// The daemon's public listener; no client certificate is needed
+    /// Address of the daemon's public listener; requires no client certificate
     #[arg(long, value_name = "https://HOST:PORT", value_parser = parse_server, requires = "ca")]
     server: Option<Uri>,
-    /// A mirror instead, which needs no daemon: a directory, or the address of any web server that has its files
+    /// Read from a mirror instead, without the daemon: a directory or the URL of a web server with its files
     #[arg(long, value_name = "URL|DIR")]
     from: Option<String>,
-    /// The CA certificate of the server's certificate; for a mirror, if the system does not know it
+    /// CA certificate of the server; for a mirror, only if the system does not trust it
     #[arg(long, value_name = "FILE.pem")]
     ca: Option<PathBuf>,
-    /// The log's public key: the record must be proven to be in that log [default: the one in the chips' ROM]
+    /// Log's public key: the record must be proven to be in that log [default: the key in the chips' ROM]
     #[arg(long, value_name = "FILE.vkey")]
     log: Option<PathBuf>,
 }
 
 impl PublicArguments {
-    fn public(&self, devices: Option<&Path>) -> Result<Public, LineError> {
+    fn database(&self, devices: Option<&Path>) -> Result<PublicDatabase, LineError> {
         let key = match (&self.log, devices) {
             (Some(path), _) => Some(log_key(path)?),
             (None, Some(devices)) => SimulatedFab::open(devices)?.rom_keys().1.cloned(),
             (None, None) => None,
         };
         let authority = self.ca.clone();
-        let place = match (&self.server, &self.from, authority) {
-            // The parser demands one of the two, and the CA with --server.
-            (Some(server), _, Some(authority)) => Place::Daemon { server: server.clone(), authority },
-            (_, from, authority) => Place::Mirror { place: from.clone().unwrap_or_default(), authority },
+        let source = match (&self.server, &self.from, authority) {
+            // clap requires one of the two, and --ca with --server.
+            (Some(server), _, Some(authority)) => RecordSource::Daemon { server: server.clone(), authority },
+            (_, from, authority) => RecordSource::Mirror { place: from.clone().unwrap_or_default(), authority },
         };
-        if matches!(place, Place::Mirror { .. }) && key.is_none() {
-            let hint = "a mirror is not believed: give the log's public key with --log FILE.vkey";
+        if matches!(source, RecordSource::Mirror { .. }) && key.is_none() {
+            let hint = "reading from a mirror requires the log's public key; add --log FILE.vkey";
             return Err(LineError::Usage(hint.to_owned()));
         }
-        Ok(Public { place, key })
+        Ok(PublicDatabase { source, key })
     }
 }
 
@@ -227,11 +227,11 @@ enum Curve {
     P256,
 }
 
-/// Does what was typed. What went wrong is on standard error, with what to do next.
+/// Runs the command. Errors are printed to standard error with the next step.
 pub fn run(arguments: Arguments) -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
-        Err(e) => return failed(&LineError::Usage(format!("starting threads failed: {e}"))),
+        Err(e) => return failed(&LineError::Usage(format!("cannot start threads: {e}"))),
     };
     runtime.block_on(dispatch(arguments.command)).unwrap_or_else(|error| failed(&error))
 }
@@ -240,15 +240,15 @@ async fn dispatch(command: Command) -> Result<ExitCode, LineError> {
     let text = match command {
         Command::Provision(arguments) => {
             let json = arguments.json;
-            return Ok(ended(&provision((*arguments).into()).await?, json));
+            return Ok(print_result(&provision((*arguments).into()).await?, json));
         }
         Command::Recover(RecoverArguments { chip, devices, public }) => {
-            recover(&chip, &devices, &public.public(Some(&devices))?).await?
+            recover(&chip, &devices, &public.database(Some(&devices))?).await?
         }
         Command::Wipe(WipeArguments { chip, devices }) => devices::wipe(&chip, &devices)?,
         Command::Show(ShowArguments { chip, public, certificate_out, json }) => {
             let certificate_out = certificate_out.as_deref();
-            show(&Show { chip: &chip, public: public.public(None)?, certificate_out, json }).await?
+            show(&ShowOptions { chip: &chip, database: public.database(None)?, certificate_out, json }).await?
         }
         Command::Devices(DevicesArguments { devices }) => devices::table(&devices)?,
         Command::CliDocs(what) => {
@@ -256,58 +256,58 @@ async fn dispatch(command: Command) -> Result<ExitCode, LineError> {
             return Ok(ExitCode::SUCCESS);
         }
     };
-    say(&text);
+    print(&text);
     Ok(ExitCode::SUCCESS)
 }
 
-impl From<ProvisionArguments> for Provision {
-    fn from(typed: ProvisionArguments) -> Self {
-        let source = match (typed.identities, typed.simulate, typed.profile) {
+impl From<ProvisionArguments> for ProvisionOptions {
+    fn from(arguments: ProvisionArguments) -> Self {
+        let source = match (arguments.identities, arguments.simulate, arguments.profile) {
             (None, Some(count), Some(profile)) => {
-                Source::Simulate { count: count as usize, profile, numbering: typed.identity_prefix }
+                Source::Simulate { count: count as usize, profile, numbering: arguments.identity_prefix }
             }
-            // The parser demands one of the two, and the profile with --simulate.
+            // clap requires one of the two, and --profile with --simulate.
             (list, ..) => Source::List(list.unwrap_or_default()),
         };
         Self {
             source,
-            server: typed.server,
-            tls: typed.tls,
-            devices: typed.devices,
-            manufacturer: typed.manufacturer,
-            log: typed.log,
-            parallel: typed.parallel.into(),
-            connections: typed.connections.map(usize::from),
-            sealed: typed.sealed.map(|curve| match curve {
+            server: arguments.server,
+            tls: arguments.tls,
+            devices: arguments.devices,
+            manufacturer: arguments.manufacturer,
+            log: arguments.log,
+            parallel: arguments.parallel.into(),
+            connections: arguments.connections.map(usize::from),
+            sealed: arguments.sealed.map(|curve| match curve {
                 Curve::X25519 => TransportCurve::X25519,
                 Curve::P256 => TransportCurve::P256,
             }),
-            own_pair: typed.csr,
-            report: typed.report,
-            patience: Patience { deadline: typed.deadline, retry_for: typed.retry_for },
+            own_key_pair: arguments.csr,
+            report: arguments.report,
+            retry_policy: RetryPolicy { deadline: arguments.deadline, retry_for: arguments.retry_for },
         }
     }
 }
 
-fn ended(ended: &Ended, json: bool) -> ExitCode {
-    let Ended { summary, failures } = ended;
+fn print_result(result: &RunResult, json: bool) -> ExitCode {
+    let RunResult { summary, failures } = result;
     if json {
-        say(&format!("{}\n", serde_json::to_string(summary).unwrap_or_default()));
+        print(&format!("{}\n", serde_json::to_string(summary).unwrap_or_default()));
     } else {
-        say(&summary.text());
+        print(&summary.text());
     }
     if !failures.is_empty() {
         eprintln!("failed:");
         failures.iter().for_each(|failure| eprintln!("  {failure}"));
     }
     if summary.not_begun > 0 {
-        eprintln!("{} devices were not begun; the same command again goes on", summary.not_begun);
+        eprintln!("{} devices were not started; repeat the command to continue", summary.not_begun);
     }
-    if summary.all_fine() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if summary.is_success() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// Prints to standard output; whoever reads it may have gone.
-fn say(text: &str) {
+/// Prints to standard output; a closed pipe is not an error.
+fn print(text: &str) {
     use std::io::Write as _;
     let _ = std::io::stdout().write_all(text.as_bytes());
 }
@@ -323,18 +323,18 @@ mod tests {
 
     const SERVER: [&str; 6] = ["--server", "https://h:1", "--tls", "t", "--devices", "d"];
 
-    fn parses(typed: &[&str]) -> bool {
-        let typed = ["spp-line", "provision"].iter().chain(typed).chain(&SERVER);
-        Arguments::try_parse_from(typed).is_ok()
+    fn parses(arguments: &[&str]) -> bool {
+        let arguments = ["spp-line", "provision"].iter().chain(arguments).chain(&SERVER);
+        Arguments::try_parse_from(arguments).is_ok()
     }
 
     #[test]
-    fn the_command_line_is_consistent() {
+    fn command_line_is_consistent() {
         Arguments::command().debug_assert();
     }
 
     #[test]
-    fn devices_are_simulated_with_a_profile_or_listed_without() {
+    fn provision_requires_simulated_profile_or_order_list() {
         assert!(parses(&["--simulate", "1", "--profile", "phone"]));
         assert!(parses(&["--identities", "list.csv"]));
         assert!(!parses(&[]));

@@ -1,4 +1,4 @@
-//! The PKCS#10 request (RFC 2986) of a device that made its own key pair.
+//! The PKCS#10 request (RFC 2986) of a device that generated its own key pair.
 
 use der::asn1::BitString;
 use der::{Decode as _, Encode as _};
@@ -11,8 +11,8 @@ use crate::keys::{DevicePrivateKey, KeyError, SignatureAlgorithm};
 /// `ecdsa-with-SHA256`, RFC 5758 §3.2.
 const ECDSA_WITH_SHA256: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.4.3.2");
 
-/// A request in DER for a P-256 pair. Its subject is empty: the order says who the device is, the request only proves that
-/// it holds the key.
+/// Creates a request in DER for a P-256 key pair. Its subject is empty: the order defines the device, the request only proves
+/// possession of the key.
 pub(super) fn request(pair: &DevicePrivateKey) -> Result<Vec<u8>, KeyError> {
     let unencodable = |e: der::Error| KeyError::UnsupportedPublicKey(e.to_string());
     let info = CertReqInfo {
@@ -37,7 +37,7 @@ mod tests {
     use crate::keys::generate_p256;
 
     #[test]
-    fn the_processing_point_takes_the_request() {
+    fn request_passes_csr_verification() {
         let pair = generate_p256().unwrap();
         assert_eq!(verify_csr(&request(&pair).unwrap()).unwrap(), *pair.public());
     }

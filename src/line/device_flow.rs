@@ -1,4 +1,4 @@
-//! ★ One device's way on the line, as the station sees it.
+//! ★ Provisioning of one device, from the station's point of view.
 
 use std::fmt;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use tonic::transport::Channel;
 use super::csr;
 use super::journal::Receipt;
 use super::orders::Order;
-use super::retry::{CallFailure, Patience};
+use super::retry::{CallFailure, RetryPolicy};
 use crate::device::{Delivery, Device, DeviceError, SimulatedFab};
 use crate::names::SessionId;
 use crate::package::TransportCurve;
@@ -23,31 +23,31 @@ use crate::proto::{
 };
 use crate::secret::SecretBytes;
 
-/// What every device of a run has in common.
+/// Settings shared by all devices of a run.
 pub(super) struct Station {
     /// The devices' silicon.
     pub(super) fab: Arc<SimulatedFab>,
-    /// Ask for packages that are sealed to the chip's transport key of this curve.
+    /// Curve of the transport key to which packages are sealed; `None` requests unsealed packages.
     pub(super) sealed: Option<TransportCurve>,
-    /// Whether devices make their own key pair and send a request.
-    pub(super) own_pair: bool,
-    /// How long to wait for what may heal.
-    pub(super) patience: Patience,
+    /// Whether devices generate their own key pair and send a certificate request.
+    pub(super) own_key_pair: bool,
+    /// How long to retry temporary failures.
+    pub(super) retry_policy: RetryPolicy,
 }
 
-/// What became of one device, and how long it took.
-pub(super) struct DeviceFlow {
+/// The result of one device and its durations.
+pub(super) struct DeviceResult {
     pub(super) outcome: Result<Outcome, Failure>,
     pub(super) times: Times,
 }
 
-/// A device that is complete.
+/// How a device became complete.
 pub(super) enum Outcome {
-    /// It went the whole way now.
+    /// Provisioned in this run.
     Done(Receipt),
-    /// It had gone the whole way before, and only the station did not remember.
+    /// Completed in an earlier run, but missing in the station's journal.
     Found(Receipt),
-    /// The station's journal knew: nothing was done.
+    /// Completed in an earlier run according to the station's journal; no calls were made.
     Skipped(Receipt),
 }
 
@@ -67,7 +67,7 @@ impl Outcome {
     }
 }
 
-/// Durations of the parts, retries and pauses included. A part that was not reached has none.
+/// Durations of the steps, including retries and pauses. A step that was not reached has none.
 #[derive(Default)]
 pub(super) struct Times {
     pub(super) assemble: Option<Duration>,
@@ -77,41 +77,41 @@ pub(super) struct Times {
     pub(super) retries: u32,
 }
 
-/// Why a device did not get to its receipt. The same order again takes it up where it is.
+/// Why a device has no receipt. Repeating the order resumes the device.
 #[derive(Debug)]
 pub(super) enum Failure {
-    /// A call.
+    /// A call failed.
     Call(CallFailure),
-    /// The device refused, or its flash failed.
+    /// The device rejected its data, or its flash failed.
     Device(DeviceError),
-    /// The daemon's answer was not understood.
-    Answer(&'static str, String),
-    /// The device is complete and its flash has lost it.
-    ToBeRecovered(String),
-    /// The station itself.
+    /// The daemon's response is invalid.
+    Response(&'static str, String),
+    /// The device is complete in the public database, but its flash content is lost.
+    NeedsRecovery(String),
+    /// A failure of the station itself.
     Station(String),
 }
 
 impl Failure {
-    /// Where on the way it happened, for reports.
+    /// The failed step, for reports.
     pub(super) const fn step(&self) -> &'static str {
         match self {
             Self::Call(call) => call.name(),
-            Self::Answer(call, _) => call,
-            Self::Device(_) | Self::ToBeRecovered(_) => "device",
+            Self::Response(call, _) => call,
+            Self::Device(_) | Self::NeedsRecovery(_) => "device",
             Self::Station(_) => "station",
         }
     }
 
-    /// Whether the next device would fare the same, since nobody answers.
-    pub(super) const fn is_away(&self) -> bool {
-        matches!(self, Self::Call(call) if call.away)
+    /// Whether the next device would fail as well, because the daemon is unavailable.
+    pub(super) const fn is_unavailable(&self) -> bool {
+        matches!(self, Self::Call(call) if call.unavailable)
     }
 
-    pub(super) fn flash_lost(order: &Order, why: impl fmt::Display) -> Self {
+    pub(super) fn flash_lost(order: &Order, reason: impl fmt::Display) -> Self {
         let chip = &order.chip;
-        Self::ToBeRecovered(format!(
-            "the device is complete in the public database, but {why}; run: spp-line recover --chip {chip}"
+        Self::NeedsRecovery(format!(
+            "the device is complete in the public database, but {reason}; run: spp-line recover --chip {chip}"
         ))
     }
 }
@@ -121,8 +121,8 @@ impl fmt::Display for Failure {
         match self {
             Self::Call(call) => f.write_str(&call.reason()),
             Self::Device(error) => error.fmt(f),
-            Self::Answer(_, problem) => write!(f, "the answer was not understood: {problem}"),
-            Self::ToBeRecovered(text) | Self::Station(text) => f.write_str(text),
+            Self::Response(_, problem) => write!(f, "invalid response: {problem}"),
+            Self::NeedsRecovery(text) | Self::Station(text) => f.write_str(text),
         }
     }
 }
@@ -142,71 +142,71 @@ impl From<DeviceError> for Failure {
 type Client = LineClient<Channel>;
 
 impl Station {
-    /// Brings one device from bare chip to receipt. Never gives anything up: a device that stops half-way is taken up by the
-    /// same order, since each step gives again what it gave before.
-    pub(super) async fn provision(&self, client: &Client, order: &Order) -> DeviceFlow {
+    /// Provisions one device up to its receipt. Never aborts a session: repeating the order resumes an interrupted device,
+    /// because each step is idempotent.
+    pub(super) async fn provision(&self, client: &Client, order: &Order) -> DeviceResult {
         let mut times = Times::default();
-        let begun = Instant::now();
-        let outcome = self.walk(client, order, &mut times).await;
-        times.total = begun.elapsed();
-        DeviceFlow { outcome, times }
+        let start = Instant::now();
+        let outcome = self.run_steps(client, order, &mut times).await;
+        times.total = start.elapsed();
+        DeviceResult { outcome, times }
     }
 
-    async fn walk(&self, client: &Client, order: &Order, times: &mut Times) -> Result<Outcome, Failure> {
-        // 1. The chip says what the order needs of it: its ID, its transport key, its own key's request.
+    async fn run_steps(&self, client: &Client, order: &Order, times: &mut Times) -> Result<Outcome, Failure> {
+        // 1. Read the order's inputs from the chip: ID, transport key, certificate request.
         let device = self.fab.device(&order.chip, self.sealed)?;
-        let request = self.order_for(&device, order)?;
-        // 2. Assemble: certificate and keys. The same again for an order that was begun before.
+        let request = self.assemble_request(&device, order)?;
+        // 2. Assemble: certificate and keys. A repeated order returns the same.
         let assembled = match self.assemble(client, request, times).await {
-            Err(taken) if taken.code() == Code::AlreadyExists => {
-                return self.look_back(client, device, order, taken, times).await;
+            Err(conflict) if conflict.code() == Code::AlreadyExists => {
+                return self.finish_completed(client, device, order, conflict, times).await;
             }
             assembled => assembled?,
         };
         let session = session_id("Assemble", &assembled.session_id)?;
-        // 3. The device verifies, stores, backs up and confirms. Its flash is on the disk before Complete is called: from
-        //    then on the key pair exists there alone.
-        let answer = on_the_device(times, move || install(device, &session, assembled)).await?;
-        // 4. Complete: the record is public, the key pair erased at the daemon.
-        let proven = self.complete(client, session, answer, times).await?;
-        // 5. The device verifies that it is in the log; the receipt is kept with it, and where it stands in the journal.
-        self.keep(order, proven).await.map(Outcome::Done)
+        // 3. The device verifies, stores, backs up and confirms. Its flash is synced before Complete is called: from then on
+        // only the device holds the key pair.
+        let proof = run_on_device(times, move || install(device, &session, assembled)).await?;
+        // 4. Complete: the daemon publishes the record and erases the key pair.
+        let receipt = self.complete(client, session, proof, times).await?;
+        // 5. The device verifies that the log contains its record; the station stores the receipt.
+        self.store_receipt(order, receipt).await.map(Outcome::Done)
     }
 
-    /// The daemon has the chip or the identity already. If it is this very device and it is complete, an earlier run's journal
-    /// entry or reply was lost in a crash, and the receipt is still to be had.
-    async fn look_back(
+    /// Handles `ALREADY_EXISTS`: the chip or the identity is in use. If this very device is complete, a crash lost the journal
+    /// entry or the response of an earlier run, and the receipt can be fetched again.
+    async fn finish_completed(
         &self,
         client: &Client,
         device: Device,
         order: &Order,
-        taken: CallFailure,
+        conflict: CallFailure,
         times: &mut Times,
     ) -> Result<Outcome, Failure> {
-        // 1. Which session has the chip? None: it was the identity that is taken.
-        let known = match self.session_of(client, order, times).await {
-            Err(failure) if failure.code() == Code::NotFound => return Err(taken.into()),
-            known => known?,
+        // 1. Find the chip's session. If there is none, the identity is in use by another chip.
+        let existing = match self.find_session(client, order, times).await {
+            Err(failure) if failure.code() == Code::NotFound => return Err(conflict.into()),
+            existing => existing?,
         };
-        // 2. Another identity or product on this chip is not ours to finish; the first answer says it best.
-        let same = known.identity == order.identity.to_string() && known.profile == order.profile.as_str();
-        let complete = matches!(known.state(), SessionState::Published | SessionState::Erased);
+        // 2. A session for another identity or profile must not be completed; report the original error.
+        let same = existing.identity == order.identity.to_string() && existing.profile == order.profile.as_str();
+        let complete = matches!(existing.state(), SessionState::Published | SessionState::Erased);
         if !same || !complete {
-            return Err(taken.into());
+            return Err(conflict.into());
         }
-        // 3. The device must still hold what is public.
-        let session = session_id("GetSession", &known.session_id)?;
-        let held = on_the_device(times, move || held_answer(&device, &session)).await;
-        let answer = held.map_err(|lost| match lost {
+        // 3. The device must still hold the published data.
+        let session = session_id("GetSession", &existing.session_id)?;
+        let read = run_on_device(times, move || installed_proof(&device, &session)).await;
+        let proof = read.map_err(|lost| match lost {
             Failure::Device(DeviceError::Empty) => Failure::flash_lost(order, "its flash is empty"),
             other => Failure::flash_lost(order, other),
         })?;
-        // 4. Complete once more lets a daemon finish that was stopped before the erasure, and gives the proof again.
-        let proven = self.complete(client, session, answer, times).await?;
-        self.keep(order, proven).await.map(Outcome::Found)
+        // 4. Repeating Complete makes a daemon that was interrupted finish the erasure, and returns the receipt again.
+        let receipt = self.complete(client, session, proof, times).await?;
+        self.store_receipt(order, receipt).await.map(Outcome::Found)
     }
 
-    fn order_for(&self, device: &Device, order: &Order) -> Result<AssembleRequest, Failure> {
+    fn assemble_request(&self, device: &Device, order: &Order) -> Result<AssembleRequest, Failure> {
         let transport_key = device.transport_public_key()?.map(|key| TransportKey {
             r#type: match key.curve() {
                 TransportCurve::P256 => TransportKeyType::P256.into(),
@@ -214,8 +214,9 @@ impl Station {
             },
             public_key: key.as_bytes().to_vec(),
         });
-        let csr = if self.own_pair {
-            csr::request(&device.own_key_pair()?).map_err(|e| Failure::Station(format!("making the request: {e}")))?
+        let csr = if self.own_key_pair {
+            csr::request(&device.own_key_pair()?)
+                .map_err(|e| Failure::Station(format!("creating the certificate request: {e}")))?
         } else {
             Vec::new()
         };
@@ -235,24 +236,24 @@ impl Station {
         request: AssembleRequest,
         times: &mut Times,
     ) -> Result<AssembleResponse, CallFailure> {
-        let begun = Instant::now();
+        let start = Instant::now();
         let attempt = || {
-            let (mut client, request) = (client.clone(), self.patience.request(request.clone()));
+            let (mut client, request) = (client.clone(), self.retry_policy.request(request.clone()));
             async move { client.assemble(request).await }
         };
-        let answer = self.patience.call("Assemble", &mut times.retries, attempt).await;
-        times.assemble = Some(begun.elapsed());
-        answer.map_err(|failure| self.with_hint(failure))
+        let response = self.retry_policy.call("Assemble", &mut times.retries, attempt).await;
+        times.assemble = Some(start.elapsed());
+        response.map_err(|failure| self.add_option_hint(failure))
     }
 
-    /// What the profile wants and this run did not give, in the words of the command line.
-    fn with_hint(&self, failure: CallFailure) -> CallFailure {
-        match (self.sealed, self.own_pair) {
-            (None, _) if failure.is_about("transport_key") => {
-                failure.with_hint("give --sealed x25519 or --sealed p256")
+    /// Adds the command-line option that the profile requires.
+    fn add_option_hint(&self, failure: CallFailure) -> CallFailure {
+        match (self.sealed, self.own_key_pair) {
+            (None, _) if failure.concerns_field("transport_key") => {
+                failure.with_hint("add --sealed x25519 or --sealed p256")
             }
-            (_, false) if failure.is_about("csr") => failure.with_hint("give --csr"),
-            (_, true) if failure.is_about("csr") => failure.with_hint("leave --csr out"),
+            (_, false) if failure.concerns_field("csr") => failure.with_hint("add --csr"),
+            (_, true) if failure.concerns_field("csr") => failure.with_hint("remove --csr"),
             _ => failure,
         }
     }
@@ -261,48 +262,48 @@ impl Station {
         &self,
         client: &Client,
         session: SessionId,
-        answer: Answer,
+        proof: DeviceProof,
         times: &mut Times,
-    ) -> Result<Proven, Failure> {
-        let begun = Instant::now();
+    ) -> Result<UnverifiedReceipt, Failure> {
+        let start = Instant::now();
         let request = CompleteRequest {
             session_id: session.as_bytes().to_vec(),
-            backup_package: answer.backup,
-            key_confirmation: answer.confirmation,
+            backup_package: proof.backup,
+            key_confirmation: proof.confirmation,
         };
         let attempt = || {
-            let (mut client, request) = (client.clone(), self.patience.request(request.clone()));
+            let (mut client, request) = (client.clone(), self.retry_policy.request(request.clone()));
             async move { client.complete(request).await }
         };
-        let response = self.patience.call("Complete", &mut times.retries, attempt).await;
-        times.complete = Some(begun.elapsed());
-        let missing = || Failure::Answer("Complete", "it has no receipt".to_owned());
-        proven_of("Complete", session, response?.receipt.ok_or_else(missing)?)
+        let response = self.retry_policy.call("Complete", &mut times.retries, attempt).await;
+        times.complete = Some(start.elapsed());
+        let missing = || Failure::Response("Complete", "no receipt".to_owned());
+        parse_receipt("Complete", session, response?.receipt.ok_or_else(missing)?)
     }
 
-    /// The device verifies the receipt; then it is a file beside its flash.
-    async fn keep(&self, order: &Order, proven: Proven) -> Result<Receipt, Failure> {
+    /// Lets the device verify the receipt, and stores it in a file next to the flash.
+    async fn store_receipt(&self, order: &Order, receipt: UnverifiedReceipt) -> Result<Receipt, Failure> {
         let (fab, chip) = (Arc::clone(&self.fab), order.chip.clone());
-        let kept = tokio::task::spawn_blocking(move || {
+        let stored = tokio::task::spawn_blocking(move || {
             let device = fab.device(&chip, None)?;
-            if let Some(verified) = device.verify_receipt(proven.published, &proven.proof)? {
-                // What the daemon says beside the proof must be what the proof proves.
+            if let Some(verified) = device.verify_receipt(receipt.published, &receipt.proof)? {
+                // The receipt's fields must match its proof.
                 let hash = hex::encode(verified.record_hash);
-                if (verified.proof.index, &hash) != (proven.receipt.record_index, &proven.receipt.record_hash) {
-                    let problem = "the receipt says another place or hash than its proof".to_owned();
-                    return Err(Failure::Answer("Complete", problem));
+                if (verified.proof.index, &hash) != (receipt.fields.record_index, &receipt.fields.record_hash) {
+                    let problem = "the receipt's index or hash differs from its proof".to_owned();
+                    return Err(Failure::Response("Complete", problem));
                 }
             }
-            // Not synced: should a crash take it, anybody can have it again.
-            let path = fab.receipt_file(&chip);
-            std::fs::write(&path, &proven.proof)
+            // Not synced: after a crash the receipt can be fetched again.
+            let path = fab.receipt_path(&chip);
+            std::fs::write(&path, &receipt.proof)
                 .map_err(|e| Failure::Station(format!("writing {}: {e}", path.display())))?;
-            Ok(proven.receipt)
+            Ok(receipt.fields)
         });
-        kept.await.map_err(|e| Failure::Station(format!("the simulated device stopped: {e}")))?
+        stored.await.map_err(|e| Failure::Station(format!("the simulated device stopped: {e}")))?
     }
 
-    async fn session_of(
+    async fn find_session(
         &self,
         client: &Client,
         order: &Order,
@@ -310,20 +311,20 @@ impl Station {
     ) -> Result<GetSessionResponse, CallFailure> {
         let request = GetSessionRequest { session: Some(Which::ChipId(order.chip.as_bytes().to_vec())) };
         let attempt = || {
-            let (mut client, request) = (client.clone(), self.patience.request(request.clone()));
+            let (mut client, request) = (client.clone(), self.retry_policy.request(request.clone()));
             async move { client.get_session(request).await }
         };
-        self.patience.call("GetSession", &mut times.retries, attempt).await
+        self.retry_policy.call("GetSession", &mut times.retries, attempt).await
     }
 }
 
-/// What the device gives back.
-struct Answer {
+/// The device's input to Complete.
+struct DeviceProof {
     backup: Vec<u8>,
     confirmation: Vec<u8>,
 }
 
-fn install(mut device: Device, session: &SessionId, assembled: AssembleResponse) -> Result<Answer, Failure> {
+fn install(mut device: Device, session: &SessionId, assembled: AssembleResponse) -> Result<DeviceProof, Failure> {
     match assembled.delivery {
         Some(Delivered::DataPackage(bytes)) => {
             device.install(session, &Delivery::Clear(&SecretBytes::new(bytes)))?;
@@ -331,52 +332,57 @@ fn install(mut device: Device, session: &SessionId, assembled: AssembleResponse)
         Some(Delivered::SealedPackage(sealed)) => {
             device.install(session, &Delivery::Sealed(&sealed))?;
         }
-        None => return Err(Failure::Answer("Assemble", "it has no package".to_owned())),
+        None => return Err(Failure::Response("Assemble", "no package".to_owned())),
     }
-    Ok(Answer { backup: device.backup()?, confirmation: device.confirmation()? })
+    Ok(DeviceProof { backup: device.backup()?, confirmation: device.confirmation()? })
 }
 
-/// The answer of a device that was installed before, if it still holds this session's package.
-fn held_answer(device: &Device, session: &SessionId) -> Result<Answer, Failure> {
+/// Reads the Complete input from a device that an earlier run installed, if it still holds this session's package.
+fn installed_proof(device: &Device, session: &SessionId) -> Result<DeviceProof, Failure> {
     let installed = device.installed()?;
     if installed.session != *session {
-        let problem = format!("the flash holds session {}, the record is of session {session}", installed.session);
+        let problem =
+            format!("the flash holds session {}, expected session {session} of the record", installed.session);
         return Err(Failure::Station(problem));
     }
-    Ok(Answer { backup: device.backup()?, confirmation: device.confirmation()? })
+    Ok(DeviceProof { backup: device.backup()?, confirmation: device.confirmation()? })
 }
 
-/// Runs the device's work, which waits for disks, beside the threads that wait for the network.
-async fn on_the_device(
+/// Runs the device's work, which waits for disks, on a blocking thread.
+async fn run_on_device(
     times: &mut Times,
-    work: impl FnOnce() -> Result<Answer, Failure> + Send + 'static,
-) -> Result<Answer, Failure> {
-    let begun = Instant::now();
-    let answer = tokio::task::spawn_blocking(work).await;
-    times.device = Some(begun.elapsed());
-    answer.map_err(|e| Failure::Station(format!("the simulated device stopped: {e}")))?
+    work: impl FnOnce() -> Result<DeviceProof, Failure> + Send + 'static,
+) -> Result<DeviceProof, Failure> {
+    let start = Instant::now();
+    let proof = tokio::task::spawn_blocking(work).await;
+    times.device = Some(start.elapsed());
+    proof.map_err(|e| Failure::Station(format!("the simulated device stopped: {e}")))?
 }
 
 fn session_id(call: &'static str, bytes: &[u8]) -> Result<SessionId, Failure> {
-    SessionId::from_bytes(bytes).map_err(|e| Failure::Answer(call, e.to_string()))
+    SessionId::from_bytes(bytes).map_err(|e| Failure::Response(call, e.to_string()))
 }
 
-/// A receipt as the daemon gave it; nobody has verified it yet.
-struct Proven {
-    receipt: Receipt,
+/// The daemon's receipt before the device has verified it.
+struct UnverifiedReceipt {
+    fields: Receipt,
     /// Seconds since the Unix epoch.
     published: u64,
     /// C2SP tlog-proof.
     proof: Vec<u8>,
 }
 
-fn proven_of(call: &'static str, session: SessionId, receipt: proto::Receipt) -> Result<Proven, Failure> {
+fn parse_receipt(
+    call: &'static str,
+    session: SessionId,
+    receipt: proto::Receipt,
+) -> Result<UnverifiedReceipt, Failure> {
     let proto::Receipt { record_index, record_hash, published, tlog_proof } = receipt;
     let time = published.and_then(|time| SystemTime::try_from(time).ok());
     let seconds = time.and_then(|time| time.duration_since(SystemTime::UNIX_EPOCH).ok());
     match (record_hash.len(), time, seconds) {
-        (32, Some(published), Some(seconds)) => Ok(Proven {
-            receipt: Receipt {
+        (32, Some(published), Some(seconds)) => Ok(UnverifiedReceipt {
+            fields: Receipt {
                 session,
                 record_index,
                 record_hash: hex::encode(record_hash),
@@ -385,6 +391,6 @@ fn proven_of(call: &'static str, session: SessionId, receipt: proto::Receipt) ->
             published: seconds.as_secs(),
             proof: tlog_proof,
         }),
-        _ => Err(Failure::Answer(call, "the receipt has no hash of 32 bytes, or no time".to_owned())),
+        _ => Err(Failure::Response(call, "the receipt has no 32-byte hash or no timestamp".to_owned())),
     }
 }

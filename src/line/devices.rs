@@ -1,4 +1,4 @@
-//! The simulated devices of a directory: what each holds, and losing it.
+//! The commands `devices` and `wipe` for the simulated devices of a directory.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -10,58 +10,57 @@ use super::{journal, orders, run_log};
 use crate::device::{DeviceError, SimulatedFab};
 use crate::names::ChipId;
 
-/// Empties a device's flash, as an accident would.
+/// Erases a device's flash.
 pub(super) fn wipe(chip: &ChipId, devices: &Path) -> Result<String, LineError> {
     let mut device = SimulatedFab::open(devices)?.device(chip, None)?;
     let before = match device.installed() {
-        Ok(installed) => format!("it was {}", installed.identity),
-        Err(DeviceError::Empty) => "it was empty before".to_owned(),
-        Err(error) => format!("before, {error}"),
+        Ok(installed) => format!("previous identity {}", installed.identity),
+        Err(DeviceError::Empty) => "it was already empty".to_owned(),
+        Err(error) => format!("previous state: {error}"),
     };
     device.wipe()?;
     Ok(format!("wiped chip {chip}; {before}\n"))
 }
 
-/// What is known here of one device.
+/// The locally known state of one device.
 #[derive(Default)]
-struct Known {
+struct DeviceState {
     identity: String,
     profile: String,
-    /// `ordered`: its flash is empty; `installed`: not known here to be complete; `complete`; `wiped` and `damaged`: to be
-    /// recovered.
+    /// `ordered`: flash empty; `installed`: completion not known locally; `complete`; `wiped` and `damaged`: needs recovery.
     state: &'static str,
     session: String,
     record: String,
 }
 
-/// The devices of the directory as a table.
+/// Lists the devices of the directory as a table.
 pub(super) fn table(devices: &Path) -> Result<String, LineError> {
-    let known = known(devices)?;
+    let listed = read_states(devices)?;
     let mut states: BTreeMap<&str, usize> = BTreeMap::new();
     let mut table = Table::new();
     table.load_preset(presets::NOTHING).set_content_arrangement(ContentArrangement::Dynamic);
     table.set_header(["chip", "identity", "profile", "state", "session", "record"]);
-    for (chip, device) in &known {
-        let Known { identity, profile, state, session, record } = device;
+    for (chip, device) in &listed {
+        let DeviceState { identity, profile, state, session, record } = device;
         *states.entry(state).or_default() += 1;
         table.add_row([&chip.to_string(), identity, profile, *state, session, record]);
     }
     let states: Vec<_> = states.iter().map(|(state, count)| format!("{count} {state}")).collect();
-    Ok(format!("{table}\n{} devices: {}\n", known.len(), states.join(", ")))
+    Ok(format!("{table}\n{} devices: {}\n", listed.len(), states.join(", ")))
 }
 
-fn known(devices: &Path) -> Result<BTreeMap<ChipId, Known>, LineError> {
+fn read_states(devices: &Path) -> Result<BTreeMap<ChipId, DeviceState>, LineError> {
     let fab = SimulatedFab::open(devices)?;
-    let mut known: BTreeMap<ChipId, Known> = BTreeMap::new();
-    let list = orders::list_in(devices);
+    let mut states: BTreeMap<ChipId, DeviceState> = BTreeMap::new();
+    let list = orders::list_path(devices);
     for order in if list.exists() { orders::read(&list)? } else { Vec::new() } {
         let (identity, profile) = (order.identity.to_string(), order.profile.to_string());
-        known.insert(order.chip, Known { identity, profile, state: "ordered", ..Known::default() });
+        states.insert(order.chip, DeviceState { identity, profile, state: "ordered", ..DeviceState::default() });
     }
     for (chip, entry) in journal::read(devices)? {
-        known.insert(
+        states.insert(
             chip,
-            Known {
+            DeviceState {
                 identity: entry.identity.to_string(),
                 profile: entry.profile.to_string(),
                 state: "wiped",
@@ -72,7 +71,7 @@ fn known(devices: &Path) -> Result<BTreeMap<ChipId, Known>, LineError> {
     }
     for chip in run_log::flashes(devices)? {
         let installed = fab.device(&chip, None)?.installed();
-        let device = known.entry(chip).or_default();
+        let device = states.entry(chip).or_default();
         match installed {
             Ok(installed) => {
                 device.identity = installed.identity.to_string();
@@ -83,5 +82,5 @@ fn known(devices: &Path) -> Result<BTreeMap<ChipId, Known>, LineError> {
             Err(_) => device.state = "damaged",
         }
     }
-    Ok(known)
+    Ok(states)
 }

@@ -1,4 +1,4 @@
-//! Why a command of the station did not begin or did not succeed.
+//! Errors of the spp-line commands.
 
 use std::path::{Path, PathBuf};
 
@@ -6,68 +6,68 @@ use super::retry::CallFailure;
 use crate::device::DeviceError;
 use crate::names::ChipId;
 
-/// What went wrong outside the way of a single device. The message says what to do next.
+/// An error outside the provisioning of a single device. The message includes the next step.
 #[derive(Debug, thiserror::Error)]
 pub enum LineError {
-    /// A file or directory cannot be used.
-    #[error("{doing} {} failed: {source}", .path.display())]
+    /// A file or directory is not accessible.
+    #[error("{operation} {} failed: {source}", .path.display())]
     File {
-        /// What was done.
-        doing: &'static str,
-        /// To which file.
+        /// The operation.
+        operation: &'static str,
+        /// The file.
         path: PathBuf,
-        /// Why it failed.
+        /// The I/O error.
         #[source]
         source: std::io::Error,
     },
-    /// A file was read and is not what it should be.
+    /// A file has invalid content.
     #[error("{}: {problem}", .path.display())]
     Content {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it and what to do.
+        /// Description of the problem and its remedy.
         problem: String,
     },
-    /// A list of orders has faults; all of them are told, with their lines.
-    #[error("{} cannot be used, nothing was begun:\n{}", .path.display(), shown(.faults))]
+    /// Faults in a list of orders. All are reported with their lines.
+    #[error("{} is invalid, nothing was started:\n{}", .path.display(), format_faults(.faults))]
     Orders {
         /// The list.
         path: PathBuf,
-        /// Each with its line.
+        /// Each fault with its line.
         faults: Vec<String>,
     },
-    /// What was asked for does not go together.
+    /// Conflicting options.
     #[error("{0}")]
     Usage(String),
-    /// The daemon cannot be reached, or it and the station do not trust each other.
-    #[error("no connection to {server}: {cause}")]
+    /// The daemon is unreachable, or TLS authentication failed.
+    #[error("cannot connect to {server}: {cause}")]
     Connection {
-        /// Where it should be.
+        /// The server's address.
         server: String,
-        /// Why not, and what to do.
+        /// The cause and its remedy.
         cause: String,
     },
-    /// A call was answered with an error.
+    /// A call failed.
     #[error(transparent)]
     Call(#[from] CallFailure),
     /// A mirror cannot be read.
-    #[error("{0}; is it a mirror, made by sppctl registry export, and does it have this chip?")]
+    #[error("{0}; check that it is a mirror created by sppctl registry export and that it contains this chip")]
     Mirror(String),
-    /// An answer of the daemon contradicts itself.
-    #[error("the record of chip {chip} was not believed: {problem}")]
+    /// The daemon or mirror returned an inconsistent record.
+    #[error("record of chip {chip} rejected: {problem}")]
     Record {
-        /// Whose record.
+        /// The requested chip.
         chip: ChipId,
-        /// What does not fit.
+        /// The inconsistency.
         problem: String,
     },
-    /// The device refused.
+    /// The device rejected an operation.
     #[error(transparent)]
     Device(#[from] DeviceError),
 }
 
 impl LineError {
-    /// The exit code of the process: 1 if a device or the daemon refused, 2 if the usage or the set-up is wrong.
+    /// The process exit code: 1 if a device or the daemon rejected an operation, 2 for invalid usage or setup.
     pub const fn exit_code(&self) -> u8 {
         match self {
             Self::Call(_) | Self::Record { .. } | Self::Mirror(_) | Self::Device(_) => 1,
@@ -75,9 +75,9 @@ impl LineError {
         }
     }
 
-    pub(super) fn file(doing: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+    pub(super) fn file(operation: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.to_owned();
-        move |source| Self::File { doing, path, source }
+        move |source| Self::File { operation, path, source }
     }
 
     pub(super) fn content(path: &Path, problem: impl std::fmt::Display) -> Self {
@@ -85,12 +85,12 @@ impl LineError {
     }
 }
 
-/// As many faults as fit on a screen.
-fn shown(faults: &[String]) -> String {
-    const MOST: usize = 30;
-    let mut lines: Vec<_> = faults.iter().take(MOST).map(|fault| format!("  {fault}")).collect();
-    if faults.len() > MOST {
-        lines.push(format!("  and {} more", faults.len() - MOST));
+/// Formats as many faults as fit on a screen.
+fn format_faults(faults: &[String]) -> String {
+    const MAX_FAULTS: usize = 30;
+    let mut lines: Vec<_> = faults.iter().take(MAX_FAULTS).map(|fault| format!("  {fault}")).collect();
+    if faults.len() > MAX_FAULTS {
+        lines.push(format!("  and {} more", faults.len() - MAX_FAULTS));
     }
     lines.join("\n")
 }

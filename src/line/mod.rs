@@ -1,12 +1,12 @@
-//! What a station does: brings devices from bare chip to receipt, many at a time, and shows and recovers them later.
+//! Station: provisions devices, many in parallel, and shows and recovers them later.
 //!
-//! The reference for authors of real stations, over simulated devices ([`crate::device::SimulatedFab`]). To read first: `way`, one
-//! device's story. Around it: `orders` says who gets what, `pipeline` works on many at a time, `retry` says what is
-//! tried again, `journal` what need not be done again, `book` and `report` what came of it. `connection` is the way to the
-//! daemon; `recover`, `show` and `devices` are the commands for one device; `cli` is what people type.
+//! The reference for authors of real stations, with simulated devices ([`crate::device::SimulatedFab`]). Start with
+//! `device_flow`, the provisioning of one device. `orders` defines the devices, `pipeline` provisions many in parallel, `retry`
+//! decides which calls to retry, `journal` lists completed devices, `run_log` and `report` write the results. `connection`
+//! connects to the daemon; `recover`, `show` and `devices` are commands for single devices; `cli` is the command line.
 //!
-//! Trust: a station sees the packages that pass through it unless they are sealed to the chip, and holds no other secret
-//! than its own TLS key. It decides nothing: the daemon admits, the device verifies.
+//! Trust: a station sees the packages that it forwards unless they are sealed to the chip, and holds no other secret than its
+//! own TLS key. It makes no decisions: the daemon admits orders, the device verifies.
 
 #![expect(clippy::disallowed_types, reason = "the station is a gRPC client: it reads statuses")]
 

@@ -1,4 +1,4 @@
-//! Many devices at a time: P tasks over a few connections, and one book-keeper that writes down what they tell.
+//! Provisions many devices in parallel: P tasks over a few connections, and one thread that writes the run log.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -9,55 +9,56 @@ use tokio::task::JoinSet;
 use tonic::transport::Channel;
 
 use super::LineError;
-use super::device_flow::{DeviceFlow, Failure, Station};
+use super::device_flow::{DeviceResult, Failure, Station};
 use super::orders::Order;
-use super::run_log::{Ended, RunLog};
+use super::run_log::{RunLog, RunResult};
 use crate::proto::line_client::LineClient;
 
-/// A run: who, over what, for whom.
+/// The input of a run.
 pub(super) struct Run {
     pub(super) station: Station,
     pub(super) channels: Vec<Channel>,
     pub(super) orders: Vec<Order>,
-    /// Devices that are worked on at the same time.
+    /// Number of devices in progress at the same time.
     pub(super) parallel: usize,
-    pub(super) book: RunLog,
+    pub(super) run_log: RunLog,
 }
 
-/// Works through the orders. Ends early, with what was begun finished, when nobody answers any more or Ctrl-C is pressed.
-pub(super) async fn run(run: Run) -> Result<Ended, LineError> {
-    let Run { station, channels, orders, parallel, mut book } = run;
-    let begun = Instant::now();
-    // 1. What the journal knows needs no work.
+/// Processes the orders. Stops early, after finishing the devices in progress, if the daemon is unavailable or on Ctrl-C.
+pub(super) async fn run(run: Run) -> Result<RunResult, LineError> {
+    let Run { station, channels, orders, parallel, mut run_log } = run;
+    let start = Instant::now();
+    // 1. Skip the orders that the journal lists as complete.
     let mut todo = Vec::new();
     for (index, order) in orders.iter().enumerate() {
-        match book.remembered(order) {
-            Some(way) => book.enter(order, way)?,
+        match run_log.completed_before(order) {
+            Some(result) => run_log.record(order, result)?,
             None => todo.push(index),
         }
     }
-    // 2. The rest goes through the tasks to the book-keeper.
-    let line = Arc::new(Line { station, orders, todo, next: AtomicUsize::new(0), stop: AtomicBool::new(false) });
-    let (tell, told) = mpsc::channel(1024);
-    let keeper = {
-        let line = Arc::clone(&line);
-        tokio::task::spawn_blocking(move || keep(book, &line, told))
+    // 2. Provision the others in tasks, which send their results to the log thread.
+    let state =
+        Arc::new(SharedState { station, orders, todo, next: AtomicUsize::new(0), stop: AtomicBool::new(false) });
+    let (sender, receiver) = mpsc::channel(1024);
+    let log_thread = {
+        let state = Arc::clone(&state);
+        tokio::task::spawn_blocking(move || record_results(run_log, &state, receiver))
     };
-    let watch = tokio::spawn(stop_on_interrupt(Arc::clone(&line)));
+    let watch = tokio::spawn(stop_on_interrupt(Arc::clone(&state)));
     let mut tasks = JoinSet::new();
-    for channel in channels.iter().cycle().take(parallel.min(line.todo.len())) {
-        tasks.spawn(work(Arc::clone(&line), LineClient::new(channel.clone()), tell.clone()));
+    for channel in channels.iter().cycle().take(parallel.min(state.todo.len())) {
+        tasks.spawn(provision_orders(Arc::clone(&state), LineClient::new(channel.clone()), sender.clone()));
     }
-    drop(tell);
+    drop(sender);
     tasks.join_all().await;
     watch.abort();
-    // 3. The book is closed when the last task has told its last device.
-    let book = keeper.await.map_err(|e| LineError::Usage(format!("the book-keeping stopped: {e}")))??;
-    book.close(line.orders.len(), begun.elapsed())
+    // 3. Close the run log after the last result.
+    let run_log = log_thread.await.map_err(|e| LineError::Usage(format!("the run log thread failed: {e}")))??;
+    run_log.close(state.orders.len(), start.elapsed())
 }
 
-/// What the tasks share.
-struct Line {
+/// State shared by the tasks.
+struct SharedState {
     station: Station,
     orders: Vec<Order>,
     /// Indices of the orders that need work.
@@ -66,8 +67,8 @@ struct Line {
     stop: AtomicBool,
 }
 
-impl Line {
-    /// The next order, each once.
+impl SharedState {
+    /// Takes the next order; each order is taken once.
     fn next(&self) -> Option<&Order> {
         if self.stop.load(Ordering::Relaxed) {
             return None;
@@ -77,36 +78,42 @@ impl Line {
     }
 }
 
-type Told = (Order, DeviceFlow);
+type FinishedDevice = (Order, DeviceResult);
 
-async fn work(line: Arc<Line>, client: LineClient<Channel>, tell: mpsc::Sender<Told>) {
-    while let Some(order) = line.next() {
-        // Closed if the book-keeper failed: then nothing more is begun.
-        let Ok(slot) = tell.reserve().await else { return };
-        let way = line.station.provision(&client, order).await;
-        if way.outcome.as_ref().is_err_and(Failure::is_away) {
-            // Each of the other devices would wait as long and fare the same.
-            line.stop.store(true, Ordering::Relaxed);
+async fn provision_orders(state: Arc<SharedState>, client: LineClient<Channel>, sender: mpsc::Sender<FinishedDevice>) {
+    while let Some(order) = state.next() {
+        // The channel is closed if the log thread failed; no further device is started.
+        let Ok(slot) = sender.reserve().await else { return };
+        let result = state.station.provision(&client, order).await;
+        if result.outcome.as_ref().is_err_and(Failure::is_unavailable) {
+            // Every other device would wait as long and fail as well.
+            state.stop.store(true, Ordering::Relaxed);
         }
-        slot.send((order.clone(), way));
+        slot.send((order.clone(), result));
     }
 }
 
-fn keep(mut book: RunLog, line: &Line, mut told: mpsc::Receiver<Told>) -> Result<RunLog, LineError> {
-    book.show_progress(line.orders.len());
-    while let Some((order, way)) = told.blocking_recv() {
-        book.enter(&order, way)?;
-        if told.is_empty() {
-            book.flush()?;
+fn record_results(
+    mut run_log: RunLog,
+    state: &SharedState,
+    mut receiver: mpsc::Receiver<FinishedDevice>,
+) -> Result<RunLog, LineError> {
+    run_log.show_progress(state.orders.len());
+    while let Some((order, result)) = receiver.blocking_recv() {
+        run_log.record(&order, result)?;
+        if receiver.is_empty() {
+            run_log.flush()?;
         }
     }
-    Ok(book)
+    Ok(run_log)
 }
 
-async fn stop_on_interrupt(line: Arc<Line>) {
+async fn stop_on_interrupt(state: Arc<SharedState>) {
     if tokio::signal::ctrl_c().await.is_ok() {
-        line.stop.store(true, Ordering::Relaxed);
-        eprintln!("finishing the devices that were begun; Ctrl-C again ends at once; the same command resumes");
+        state.stop.store(true, Ordering::Relaxed);
+        eprintln!(
+            "finishing the devices in progress; press Ctrl-C again to exit immediately; repeat the command to resume"
+        );
     }
     if tokio::signal::ctrl_c().await.is_ok() {
         std::process::exit(130);

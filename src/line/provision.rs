@@ -1,4 +1,4 @@
-//! The command that provisions devices: from its options to the exit code.
+//! The provision command.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -6,13 +6,13 @@ use std::sync::Arc;
 use tonic::transport::Uri;
 
 use super::LineError;
-use super::connection::{Tls, connect, greet};
+use super::connection::{Tls, connect, verify_daemon};
 use super::device_flow::Station;
 use super::orders::{self, Numbering, Order};
 use super::pipeline;
 use super::report::ReportFile;
-use super::retry::Patience;
-use super::run_log::{Ended, RunLog};
+use super::retry::RetryPolicy;
+use super::run_log::{RunLog, RunResult};
 use crate::certificate::IssuerCertificate;
 use crate::device::SimulatedFab;
 use crate::keys::PublicKey;
@@ -20,16 +20,16 @@ use crate::names::ProfileName;
 use crate::package::TransportCurve;
 use crate::tlog::LogKey;
 
-/// Which devices.
+/// Source of the orders.
 pub(super) enum Source {
-    /// Made up, as many, and remembered in the directory.
+    /// Generated, and stored in the directory.
     Simulate { count: usize, profile: ProfileName, numbering: Numbering },
     /// From a list.
     List(PathBuf),
 }
 
-/// What was asked for.
-pub(super) struct Provision {
+/// Options of the provision command.
+pub(super) struct ProvisionOptions {
     pub(super) source: Source,
     pub(super) server: Uri,
     pub(super) tls: PathBuf,
@@ -37,39 +37,39 @@ pub(super) struct Provision {
     pub(super) manufacturer: Option<PathBuf>,
     pub(super) log: Option<PathBuf>,
     pub(super) parallel: usize,
-    /// `None`: as many as fit the devices in flight.
+    /// `None`: derived from the number of devices in progress.
     pub(super) connections: Option<usize>,
     pub(super) sealed: Option<TransportCurve>,
-    pub(super) own_pair: bool,
+    pub(super) own_key_pair: bool,
     pub(super) report: Option<ReportFile>,
-    pub(super) patience: Patience,
+    pub(super) retry_policy: RetryPolicy,
 }
 
-/// Provisions. An error means that nothing was begun, or that journal or report could not be written on the way.
-pub(super) async fn provision(asked: Provision) -> Result<Ended, LineError> {
-    // 1. Everything that can be wrong here is found before the first device is begun.
-    let tls = Tls::mutual(&asked.tls)?;
-    let endpoint = tls.endpoint(&asked.server)?;
-    let fab = open_fab(&asked.devices, asked.manufacturer.as_deref(), asked.log.as_deref())?;
+/// Provisions the devices. An error means that no device was started, or that the journal or report could not be written.
+pub(super) async fn provision(options: ProvisionOptions) -> Result<RunResult, LineError> {
+    // 1. Validate all local inputs before the first device is started.
+    let tls = Tls::mutual(&options.tls)?;
+    let endpoint = tls.endpoint(&options.server)?;
+    let fab = open_fab(&options.devices, options.manufacturer.as_deref(), options.log.as_deref())?;
     if fab.rom_keys().1.is_none() {
         eprintln!(
-            "spp-line: the chips know no log, so receipts are kept unverified; give --log FILE.vkey with new chips"
+            "spp-line: the chips have no log key, so receipts are stored unverified; use --log FILE.vkey with new chips"
         );
     }
-    let book = RunLog::open(&asked.devices, asked.report.as_ref())?;
-    // 2. The orders, on the disk before a chip of them is known to anybody else.
-    let orders = orders(&asked.devices, &asked.source)?;
+    let run_log = RunLog::open(&options.devices, options.report.as_ref())?;
+    // 2. Sync the orders to disk before a chip is sent to the daemon.
+    let orders = orders(&options.devices, &options.source)?;
     // 3. A few connections carry all devices in flight.
-    let parallel = asked.parallel.min(orders.len());
-    let connections = asked.connections.unwrap_or_else(|| parallel.div_ceil(16).min(8)).min(parallel);
-    let channels = connect(&endpoint, connections, &asked.patience).await?;
+    let parallel = options.parallel.min(orders.len());
+    let connections = options.connections.unwrap_or_else(|| parallel.div_ceil(16).min(8)).min(parallel);
+    let channels = connect(&endpoint, connections, &options.retry_policy).await?;
     if let Some(channel) = channels.first() {
-        greet(&asked.server, channel, &asked.patience).await?;
+        verify_daemon(&options.server, channel, &options.retry_policy).await?;
     }
-    // 4. The devices.
-    let Provision { sealed, own_pair, patience, .. } = asked;
-    let station = Station { fab: Arc::new(fab), sealed, own_pair, patience };
-    pipeline::run(pipeline::Run { station, channels, orders, parallel, book }).await
+    // 4. Provision the devices.
+    let ProvisionOptions { sealed, own_key_pair, retry_policy, .. } = options;
+    let station = Station { fab: Arc::new(fab), sealed, own_key_pair, retry_policy };
+    pipeline::run(pipeline::Run { station, channels, orders, parallel, run_log }).await
 }
 
 fn orders(devices: &Path, source: &Source) -> Result<Vec<Order>, LineError> {
@@ -79,39 +79,39 @@ fn orders(devices: &Path, source: &Source) -> Result<Vec<Order>, LineError> {
     }
 }
 
-/// The directory's fab, made when there is none. One fab for a run: its devices are a function of it.
+/// Opens the directory's fab, or creates it. A run uses one fab, from which its devices are derived.
 fn open_fab(devices: &Path, manufacturer: Option<&Path>, log: Option<&Path>) -> Result<SimulatedFab, LineError> {
     let manufacturer = manufacturer.map(manufacturer_key).transpose()?;
     let log = log.map(log_key).transpose()?;
     if !devices.join("fab.cbor").exists() {
         let key = manufacturer.ok_or_else(|| {
             LineError::Usage(format!(
-                "{} has no simulated chips yet, and they need the manufacturer's public key in their ROM; give the CA \
-                 certificate of the manufacturer with --manufacturer FILE.pem, and the log's key with --log FILE.vkey",
+                "{} has no simulated chips yet; their ROM requires the manufacturer's public key: provide the manufacturer's CA \
+                 certificate with --manufacturer FILE.pem and the log's key with --log FILE.vkey",
                 devices.display()
             ))
         })?;
         return Ok(SimulatedFab::create(devices, key, log)?);
     }
     let fab = SimulatedFab::open(devices)?;
-    let (known, known_log) = fab.rom_keys();
-    let other = |what: &str, option: &str| {
+    let (rom_key, rom_log_key) = fab.rom_keys();
+    let mismatch = |what: &str, option: &str| {
         LineError::Usage(format!(
-            "the chips in {} trust another {what} than the one given, and a ROM cannot be changed; leave {option} out, or choose \
+            "the ROM of the chips in {} contains another {what} and cannot be changed; remove {option}, or choose \
              another directory with --devices",
             devices.display()
         ))
     };
-    if manufacturer.is_some_and(|given| given != *known) {
-        return Err(other("manufacturer", "--manufacturer"));
+    if manufacturer.is_some_and(|given| given != *rom_key) {
+        return Err(mismatch("manufacturer", "--manufacturer"));
     }
-    if log.is_some_and(|given| Some(&given) != known_log) {
-        return Err(other("log, or none,", "--log"));
+    if log.is_some_and(|given| Some(&given) != rom_log_key) {
+        return Err(mismatch("log key, or none,", "--log"));
     }
     Ok(fab)
 }
 
-/// The public key of a log, as the ceremony wrote it.
+/// Reads the public key of a log from a vkey file.
 pub(super) fn log_key(path: &Path) -> Result<LogKey, LineError> {
     let text = std::fs::read_to_string(path).map_err(LineError::file("reading the log's key", path))?;
     text.parse().map_err(|e| LineError::content(path, e))
@@ -120,8 +120,8 @@ pub(super) fn log_key(path: &Path) -> Result<LogKey, LineError> {
 fn manufacturer_key(path: &Path) -> Result<PublicKey, LineError> {
     let text =
         std::fs::read_to_string(path).map_err(LineError::file("reading the manufacturer's certificate", path))?;
-    // With the authorities above it, or alone.
-    let certificate = IssuerCertificate::from_pem_alone(&text);
+    // The file may contain the rest of the chain.
+    let certificate = IssuerCertificate::from_pem_with_default_algorithm(&text);
     let certificate = certificate.map_err(|e| LineError::content(path, format!("not a CA certificate in PEM: {e}")))?;
     Ok(certificate.public_key().clone())
 }

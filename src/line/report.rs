@@ -1,4 +1,4 @@
-//! What came of a run: a row for each device, and the figures of all.
+//! Results of a run: a report with a row per device, and a summary.
 
 use std::fmt::Write as _;
 use std::fs::File;
@@ -9,10 +9,10 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::LineError;
-use super::device_flow::{DeviceFlow, Failure, Outcome};
+use super::device_flow::{DeviceResult, Failure, Outcome};
 use super::orders::Order;
 
-/// Where the rows go, and how they are written.
+/// The report file and its format.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct ReportFile {
     path: PathBuf,
@@ -26,19 +26,19 @@ enum Format {
 }
 
 impl ReportFile {
-    /// By the file's ending.
+    /// Derives the format from the file extension.
     pub(super) fn parse(text: &str) -> Result<Self, String> {
         let path = PathBuf::from(text);
-        let format = match path.extension().and_then(|ending| ending.to_str()) {
+        let format = match path.extension().and_then(|extension| extension.to_str()) {
             Some("csv") => Format::Csv,
             Some("jsonl") => Format::Jsonl,
-            _ => return Err("the file's name ends in .csv or .jsonl".to_owned()),
+            _ => return Err("expected a file name that ends in .csv or .jsonl".to_owned()),
         };
         Ok(Self { path, format })
     }
 }
 
-/// The rows, written as the devices finish.
+/// A report, written as the devices finish.
 pub(super) struct Report {
     path: PathBuf,
     rows: Rows,
@@ -49,13 +49,14 @@ enum Rows {
     Jsonl(BufWriter<File>),
 }
 
-/// One device. Times in milliseconds, retries and pauses included; empty where the step was not reached.
+/// One device. Times in milliseconds, including retries and pauses; empty if the step was not reached.
 #[derive(Serialize)]
 struct Row<'a> {
     chip_id: String,
     identity: String,
     profile: &'a str,
-    /// `done`, `found` (complete before, learnt from the daemon), `skipped` (complete before, known here) or `failed`.
+    /// `done`, `found` (completed earlier, according to the daemon), `skipped` (completed earlier, according to the journal) or
+    /// `failed`.
     outcome: &'static str,
     session: Option<String>,
     record_index: Option<u64>,
@@ -82,8 +83,8 @@ impl Report {
         Ok(Self { path, rows })
     }
 
-    pub(super) fn add(&mut self, order: &Order, way: &DeviceFlow) -> Result<(), LineError> {
-        let row = row(order, way);
+    pub(super) fn add(&mut self, order: &Order, result: &DeviceResult) -> Result<(), LineError> {
+        let row = row(order, result);
         let written = match &mut self.rows {
             Rows::Csv(writer) => writer.serialize(row).map_err(std::io::Error::other),
             Rows::Jsonl(file) => serde_json::to_writer(&mut *file, &row)
@@ -106,87 +107,87 @@ impl Report {
     }
 }
 
-fn row<'a>(order: &'a Order, way: &'a DeviceFlow) -> Row<'a> {
-    let receipt = way.outcome.as_ref().ok().map(Outcome::receipt);
-    let failure = way.outcome.as_ref().err();
+fn row<'a>(order: &'a Order, result: &'a DeviceResult) -> Row<'a> {
+    let receipt = result.outcome.as_ref().ok().map(Outcome::receipt);
+    let failure = result.outcome.as_ref().err();
     Row {
         chip_id: order.chip.to_string(),
         identity: order.identity.to_string(),
         profile: order.profile.as_str(),
-        outcome: way.outcome.as_ref().map_or("failed", Outcome::name),
+        outcome: result.outcome.as_ref().map_or("failed", Outcome::name),
         session: receipt.map(|receipt| receipt.session.to_string()),
         record_index: receipt.map(|receipt| receipt.record_index),
         record_hash: receipt.map(|receipt| receipt.record_hash.as_str()),
         published: receipt.map(|receipt| receipt.published.as_str()),
-        assemble_ms: way.times.assemble.map(milliseconds),
-        device_ms: way.times.device.map(milliseconds),
-        complete_ms: way.times.complete.map(milliseconds),
-        total_ms: milliseconds(way.times.total),
-        retries: way.times.retries,
+        assemble_ms: result.times.assemble.map(milliseconds),
+        device_ms: result.times.device.map(milliseconds),
+        complete_ms: result.times.complete.map(milliseconds),
+        total_ms: milliseconds(result.times.total),
+        retries: result.times.retries,
         step: failure.map(Failure::step),
         error: failure.map(ToString::to_string),
     }
 }
 
-/// With three digits after the point.
+/// Milliseconds with three decimals.
 fn milliseconds(time: Duration) -> f64 {
     (time.as_secs_f64() * 1e6).round() / 1e3
 }
 
-/// The figures of a run.
+/// The summary of a run.
 #[derive(Serialize)]
 pub(super) struct Summary {
-    /// Devices that were ordered.
+    /// Number of orders.
     pub(super) devices: usize,
-    /// Went the whole way in this run.
+    /// Provisioned in this run.
     pub(super) done: usize,
-    /// Were complete before; the daemon told.
+    /// Completed earlier, according to the daemon.
     pub(super) found: usize,
-    /// Were complete before; the journal told.
+    /// Completed earlier, according to the journal.
     pub(super) skipped: usize,
-    /// Did not get a receipt.
+    /// Without a receipt.
     pub(super) failed: usize,
-    /// Not reached, since the run was stopped.
+    /// Not started, because the run was stopped.
     pub(super) not_begun: usize,
-    /// Calls that were repeated.
+    /// Number of retried calls.
     pub(super) retries: u64,
-    /// Of the whole run.
+    /// Duration of the run.
     pub(super) seconds: f64,
-    /// Devices that went the whole way, per second.
+    /// Devices provisioned in this run, per second.
     pub(super) devices_per_second: f64,
-    /// Of devices that went the whole way.
-    pub(super) milliseconds: Parts,
+    /// Durations of the devices provisioned in this run.
+    pub(super) milliseconds: StepDurations,
 }
 
-/// The parts of a device's way.
+/// Durations of the provisioning steps.
 #[derive(Serialize)]
-pub(super) struct Parts {
-    way: Option<Spread>,
-    assemble: Option<Spread>,
-    device: Option<Spread>,
-    complete: Option<Spread>,
+pub(super) struct StepDurations {
+    way: Option<Percentiles>,
+    assemble: Option<Percentiles>,
+    device: Option<Percentiles>,
+    complete: Option<Percentiles>,
 }
 
-/// How a duration is spread, in milliseconds.
+/// Percentiles of a duration in milliseconds.
 #[derive(Debug, PartialEq, Serialize)]
-struct Spread {
+struct Percentiles {
     p50: f64,
     p95: f64,
     p99: f64,
     max: f64,
 }
 
-impl Spread {
-    /// Nearest rank: a measured value, at least as large as that part of all.
+impl Percentiles {
+    /// Nearest-rank method: each percentile is a measured value.
     fn of(mut times: Vec<Duration>) -> Option<Self> {
         times.sort_unstable();
         let rank = |percent: usize| (times.len() * percent).div_ceil(100).saturating_sub(1);
-        let at = |percent| times.get(rank(percent)).copied().map(milliseconds);
-        Some(Self { p50: at(50)?, p95: at(95)?, p99: at(99)?, max: at(100)? })
+        let percentile = |percent| times.get(rank(percent)).copied().map(milliseconds);
+        Some(Self { p50: percentile(50)?, p95: percentile(95)?, p99: percentile(99)?, max: percentile(100)? })
     }
 }
 
-/// Counts as the devices finish.
+/// Counts results as the devices finish.
 #[derive(Default)]
 pub(super) struct Tally {
     done: usize,
@@ -194,87 +195,89 @@ pub(super) struct Tally {
     skipped: usize,
     pub(super) failed: usize,
     retries: u64,
-    way: Vec<Duration>,
+    total: Vec<Duration>,
     assemble: Vec<Duration>,
     device: Vec<Duration>,
     complete: Vec<Duration>,
 }
 
 impl Tally {
-    pub(super) fn add(&mut self, way: &DeviceFlow) {
-        self.retries += u64::from(way.times.retries);
-        match &way.outcome {
+    pub(super) fn add(&mut self, result: &DeviceResult) {
+        self.retries += u64::from(result.times.retries);
+        match &result.outcome {
             Err(_) => self.failed += 1,
             Ok(Outcome::Skipped(_)) => self.skipped += 1,
             Ok(Outcome::Found(_)) => self.found += 1,
             Ok(Outcome::Done(_)) => {
                 self.done += 1;
-                self.way.push(way.times.total);
-                self.assemble.extend(way.times.assemble);
-                self.device.extend(way.times.device);
-                self.complete.extend(way.times.complete);
+                self.total.push(result.times.total);
+                self.assemble.extend(result.times.assemble);
+                self.device.extend(result.times.device);
+                self.complete.extend(result.times.complete);
             }
         }
     }
 
-    /// Devices that were told of.
-    pub(super) const fn told(&self) -> usize {
+    /// Number of counted devices.
+    pub(super) const fn count(&self) -> usize {
         self.done + self.found + self.skipped + self.failed
     }
 
-    pub(super) fn sum_up(self, devices: usize, took: Duration) -> Summary {
-        let seconds = took.as_secs_f64();
+    pub(super) fn into_summary(self, devices: usize, duration: Duration) -> Summary {
+        let seconds = duration.as_secs_f64();
         Summary {
             devices,
             done: self.done,
             found: self.found,
             skipped: self.skipped,
             failed: self.failed,
-            not_begun: devices.saturating_sub(self.told()),
+            not_begun: devices.saturating_sub(self.count()),
             retries: self.retries,
             seconds: (seconds * 1e3).round() / 1e3,
             devices_per_second: if seconds > 0.0 { (self.done as f64 / seconds * 10.0).round() / 10.0 } else { 0.0 },
-            milliseconds: Parts {
-                way: Spread::of(self.way),
-                assemble: Spread::of(self.assemble),
-                device: Spread::of(self.device),
-                complete: Spread::of(self.complete),
+            milliseconds: StepDurations {
+                way: Percentiles::of(self.total),
+                assemble: Percentiles::of(self.assemble),
+                device: Percentiles::of(self.device),
+                complete: Percentiles::of(self.complete),
             },
         }
     }
 }
 
 impl Summary {
-    pub(super) const fn all_fine(&self) -> bool {
+    pub(super) const fn is_success(&self) -> bool {
         self.failed == 0 && self.not_begun == 0
     }
 
-    /// For people.
+    /// Formats the summary for operators.
     pub(super) fn text(&self) -> String {
         let complete = self.done + self.found + self.skipped;
         let mut text = format!("{complete} of {} devices are complete", self.devices);
         if self.done > 0 {
-            let _ =
-                write!(text, ": {} now in {:.1} s ({} devices/s)", self.done, self.seconds, self.devices_per_second);
+            let _ = write!(
+                text,
+                ": {} in this run in {:.1} s ({} devices/s)",
+                self.done, self.seconds, self.devices_per_second
+            );
         }
         let before = self.found + self.skipped;
-        for (count, what) in [(before, "were complete before"), (self.failed, "failed"), (self.not_begun, "not begun")]
-        {
+        for (count, what) in [(before, "completed earlier"), (self.failed, "failed"), (self.not_begun, "not started")] {
             if count > 0 {
                 let _ = write!(text, ", {count} {what}");
             }
         }
         if self.retries > 0 {
-            let _ = write!(text, "; {} calls were repeated", self.retries);
+            let _ = write!(text, "; {} calls retried", self.retries);
         }
         text.push('\n');
-        let Parts { way, assemble, device, complete } = &self.milliseconds;
+        let StepDurations { way, assemble, device, complete } = &self.milliseconds;
         if way.is_some() {
             let _ = writeln!(text, "{:<16}{:>10}{:>10}{:>10}{:>10}", "milliseconds", "p50", "p95", "p99", "max");
         }
-        let parts = [("whole way", way), ("  Assemble", assemble), ("  device", device), ("  Complete", complete)];
-        for (name, spread) in parts {
-            if let Some(Spread { p50, p95, p99, max }) = spread {
+        let parts = [("total", way), ("  Assemble", assemble), ("  device", device), ("  Complete", complete)];
+        for (name, percentiles) in parts {
+            if let Some(Percentiles { p50, p95, p99, max }) = percentiles {
                 let _ = writeln!(text, "{name:<16}{p50:>10.1}{p95:>10.1}{p99:>10.1}{max:>10.1}");
             }
         }
@@ -297,7 +300,7 @@ mod tests {
         }
     }
 
-    fn done() -> DeviceFlow {
+    fn done() -> DeviceResult {
         let receipt = Receipt {
             session: SessionId::from_bytes(&[1; 16]).unwrap(),
             record_index: 4,
@@ -306,24 +309,24 @@ mod tests {
         };
         let assemble = Some(Duration::from_micros(1_500));
         let times = Times { assemble, total: Duration::from_millis(4), ..Times::default() };
-        DeviceFlow { outcome: Ok(Outcome::Done(receipt)), times }
+        DeviceResult { outcome: Ok(Outcome::Done(receipt)), times }
     }
 
-    fn failed() -> DeviceFlow {
-        DeviceFlow { outcome: Err(Failure::Station("no \"luck\"".into())), times: Times::default() }
+    fn failed() -> DeviceResult {
+        DeviceResult { outcome: Err(Failure::Station("no \"luck\"".into())), times: Times::default() }
     }
 
     #[test]
     fn percentiles_are_measured_values() {
-        let of = |count: u64| Spread::of((1..=count).rev().map(Duration::from_millis).collect());
+        let of = |count: u64| Percentiles::of((1..=count).rev().map(Duration::from_millis).collect());
         assert_eq!(of(0), None);
-        assert_eq!(of(1), Some(Spread { p50: 1.0, p95: 1.0, p99: 1.0, max: 1.0 }));
-        assert_eq!(of(2), Some(Spread { p50: 1.0, p95: 2.0, p99: 2.0, max: 2.0 }));
-        assert_eq!(of(200), Some(Spread { p50: 100.0, p95: 190.0, p99: 198.0, max: 200.0 }));
+        assert_eq!(of(1), Some(Percentiles { p50: 1.0, p95: 1.0, p99: 1.0, max: 1.0 }));
+        assert_eq!(of(2), Some(Percentiles { p50: 1.0, p95: 2.0, p99: 2.0, max: 2.0 }));
+        assert_eq!(of(200), Some(Percentiles { p50: 100.0, p95: 190.0, p99: 198.0, max: 200.0 }));
     }
 
     #[test]
-    fn a_report_has_a_row_for_each_device() {
+    fn report_has_row_per_device() {
         let directory = spp_testkit::files::temp_dir();
         for ending in ["csv", "jsonl"] {
             let path = directory.path().join(format!("report.{ending}"));
@@ -345,14 +348,14 @@ mod tests {
     }
 
     #[test]
-    fn a_summary_counts_what_was_not_begun() {
+    fn summary_counts_devices_not_started() {
         let mut tally = Tally::default();
         tally.add(&done());
         tally.add(&failed());
-        let summary = tally.sum_up(5, Duration::from_secs(2));
+        let summary = tally.into_summary(5, Duration::from_secs(2));
         assert_eq!((summary.done, summary.failed, summary.not_begun), (1, 1, 3));
-        assert!(!summary.all_fine());
-        assert!(summary.text().contains("1 failed, 3 not begun"), "{}", summary.text());
+        assert!(!summary.is_success());
+        assert!(summary.text().contains("1 failed, 3 not started"), "{}", summary.text());
         assert!(summary.text().contains("0.5 devices/s"), "{}", summary.text());
     }
 }

@@ -1,4 +1,4 @@
-//! What is tried again, after how long, and when it is given up.
+//! Retry policy: which failed calls are retried, when, and for how long.
 
 use std::error::Error as _;
 use std::fmt;
@@ -9,18 +9,18 @@ use tokio::time::Instant;
 use tonic::{Code, Response, Status};
 use tonic_types::StatusExt as _;
 
-/// How long a station waits for what may heal.
+/// How long a station retries temporary failures.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Patience {
+pub(super) struct RetryPolicy {
     /// The deadline of each call.
     pub(super) deadline: Duration,
-    /// How long a call is repeated, from its first failure on.
+    /// How long a call is retried, measured from its first failure.
     pub(super) retry_for: Duration,
 }
 
-impl Patience {
-    /// Makes a call until it succeeds, fails for good, or patience ends. Every call of this service may be repeated: the answer
-    /// is the same. `retries` counts the repetitions.
+impl RetryPolicy {
+    /// Makes a call until it succeeds, fails permanently, or `retry_for` has passed. Every call of this service is idempotent
+    /// and may be retried. `retries` counts the retries.
     pub(super) async fn call<T, F>(
         &self,
         name: &'static str,
@@ -31,25 +31,25 @@ impl Patience {
         F: Future<Output = Result<Response<T>, Status>>,
     {
         let mut first_failure = None;
-        let mut tries = 0;
+        let mut attempts = 0;
         loop {
             let status = match attempt().await {
                 Ok(response) => return Ok(response.into_inner()),
                 Err(status) => status,
             };
-            let Some(advice) = advice(&status) else { return Err(CallFailure::of(name, &status, false)) };
-            let pause = pause(tries, advice);
+            let Some(hint) = retry_hint(&status) else { return Err(CallFailure::new(name, &status, false)) };
+            let pause = pause(attempts, hint);
             if first_failure.get_or_insert_with(Instant::now).elapsed() + pause > self.retry_for {
-                // A busy chip is its own trouble; all else that should have healed meets every device.
-                return Err(CallFailure::of(name, &status, status.code() != Code::Aborted));
+                // ABORTED concerns one chip; every other persistent failure affects all devices.
+                return Err(CallFailure::new(name, &status, status.code() != Code::Aborted));
             }
-            tries += 1;
+            attempts += 1;
             *retries += 1;
             tokio::time::sleep(pause).await;
         }
     }
 
-    /// A request with the deadline on it.
+    /// Creates a request with the deadline.
     pub(super) fn request<T>(&self, message: T) -> tonic::Request<T> {
         let mut request = tonic::Request::new(message);
         request.set_timeout(self.deadline);
@@ -57,23 +57,23 @@ impl Patience {
     }
 }
 
-/// An error answer, or none.
+/// A failed call.
 #[derive(Debug, Clone)]
 pub struct CallFailure {
     name: &'static str,
     code: Code,
     message: String,
     violations: Vec<(String, String)>,
-    /// Whether the next device would fare the same: the daemon or its HSM was away, full or busy until patience ended.
-    pub(super) away: bool,
+    /// Whether the next device would fail as well: the daemon or its HSM was unavailable or overloaded until the retries ended.
+    pub(super) unavailable: bool,
 }
 
 impl CallFailure {
-    fn of(name: &'static str, status: &Status, away: bool) -> Self {
-        let violations = status.get_details_bad_request().map(|bad| bad.field_violations).unwrap_or_default();
+    fn new(name: &'static str, status: &Status, unavailable: bool) -> Self {
+        let violations = status.get_details_bad_request().map(|details| details.field_violations).unwrap_or_default();
         let violations = violations.into_iter().map(|violation| (violation.field, violation.description)).collect();
         let mut message = status.message().to_owned();
-        // A transport error says what happened in its sources only.
+        // A transport error describes its cause only in its sources.
         let mut cause = status.source();
         while let Some(inner) = cause {
             let text = inner.to_string();
@@ -82,12 +82,12 @@ impl CallFailure {
             }
             cause = inner.source();
         }
-        Self { name, code: status.code(), message, violations, away }
+        Self { name, code: status.code(), message, violations, unavailable }
     }
 
-    /// Whether it complains of this field of the request.
-    pub(super) fn is_about(&self, field: &str) -> bool {
-        self.violations.iter().any(|(found, _)| found == field)
+    /// Whether the daemon reported a violation in this request field.
+    pub(super) fn concerns_field(&self, field: &str) -> bool {
+        self.violations.iter().any(|(violated, _)| violated == field)
     }
 
     pub(super) fn with_hint(mut self, hint: &str) -> Self {
@@ -95,7 +95,7 @@ impl CallFailure {
         self
     }
 
-    /// What the daemon said, without the call's name.
+    /// The daemon's error, without the call's name.
     pub(super) fn reason(&self) -> String {
         let mut text = wire_name(self.code);
         if !self.message.is_empty() {
@@ -111,7 +111,7 @@ impl CallFailure {
         self.code
     }
 
-    /// The call, for reports.
+    /// The call's name, for reports.
     pub(super) const fn name(&self) -> &'static str {
         self.name
     }
@@ -125,7 +125,7 @@ impl fmt::Display for CallFailure {
 
 impl std::error::Error for CallFailure {}
 
-/// `INVALID_ARGUMENT`, as the code is called in every other language.
+/// The canonical gRPC code name, for example `INVALID_ARGUMENT`.
 fn wire_name(code: Code) -> String {
     let mut name = String::new();
     for letter in format!("{code:?}").chars() {
@@ -137,35 +137,36 @@ fn wire_name(code: Code) -> String {
     name
 }
 
-/// What a failure that may heal says of when to come again; `None`: it does not heal.
+/// The daemon's retry hint for a temporary failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Advice {
+struct RetryHint {
     not_before: Option<Duration>,
 }
 
-fn advice(status: &Status) -> Option<Advice> {
+/// `None` if the failure is permanent.
+fn retry_hint(status: &Status) -> Option<RetryHint> {
     let not_before = status.get_details_retry_info().and_then(|info| info.retry_delay);
-    let heals = match status.code() {
+    let is_temporary = match status.code() {
         Code::Unavailable | Code::DeadlineExceeded | Code::Aborted => true,
-        // A rate that is too high heals and says when; a quota that is used up does not.
-        Code::ResourceExhausted => not_before.is_some() || is_of_transport(status),
-        // What was cut off on the way has these codes, and a cause: a status that the daemon sent has none.
-        Code::Unknown | Code::Internal | Code::Cancelled => is_of_transport(status),
+        // An exceeded rate comes with a retry delay; an exhausted quota does not and is permanent.
+        Code::ResourceExhausted => not_before.is_some() || is_transport_error(status),
+        // A broken connection yields these codes with a source; a status sent by the daemon has no source.
+        Code::Unknown | Code::Internal | Code::Cancelled => is_transport_error(status),
         _ => false,
     };
-    (heals && !is_refused_by_tls(status)).then_some(Advice { not_before })
+    (is_temporary && !is_tls_failure(status)).then_some(RetryHint { not_before })
 }
 
-fn is_of_transport(status: &Status) -> bool {
+fn is_transport_error(status: &Status) -> bool {
     status.source().is_some()
 }
 
-fn is_refused_by_tls(status: &Status) -> bool {
-    // In TLS 1.3 the server's verdict on the client comes after the handshake; HTTP/2 hands it on as text.
-    let told = |error: &(dyn std::error::Error + 'static)| error.to_string().contains("received fatal alert");
+fn is_tls_failure(status: &Status) -> bool {
+    // A TLS 1.3 server rejects a client certificate after the handshake; HTTP/2 reports the alert as text.
+    let is_alert = |error: &(dyn std::error::Error + 'static)| error.to_string().contains("received fatal alert");
     let mut cause = status.source();
     while let Some(error) = cause {
-        if told(error) {
+        if is_alert(error) {
             return true;
         }
         cause = error.source();
@@ -173,15 +174,15 @@ fn is_refused_by_tls(status: &Status) -> bool {
     status.source().and_then(tls_fault).is_some()
 }
 
-/// The fault of a TLS handshake in a chain of causes, if that was it: trust does not come by waiting.
+/// The TLS error in a chain of causes, if any. TLS errors are permanent.
 pub(super) fn tls_fault<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a rustls::Error> {
     let mut cause = Some(error);
     while let Some(error) = cause {
         if let Some(fault) = error.downcast_ref::<rustls::Error>() {
             return Some(fault);
         }
-        let inside = error.downcast_ref::<std::io::Error>().and_then(|io| io.get_ref());
-        if let Some(fault) = inside.and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+        let io_source = error.downcast_ref::<std::io::Error>().and_then(|io| io.get_ref());
+        if let Some(fault) = io_source.and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
             return Some(fault);
         }
         cause = error.source();
@@ -189,18 +190,18 @@ pub(super) fn tls_fault<'a>(error: &'a (dyn std::error::Error + 'static)) -> Opt
     None
 }
 
-/// From 0.1 s doubling up to 5 s, or what the daemon asks for; half of the one and a quarter of the other are left to chance,
-/// so that stations that failed together do not come back together.
-fn pause(tries: u32, advice: Advice) -> Duration {
-    let step = Duration::from_millis(100 << tries.min(6)).min(Duration::from_secs(5));
-    match advice.not_before {
-        Some(asked) => asked + asked.min(step).mul_f64(0.25 * chance()),
-        None => step.mul_f64(0.5 + 0.5 * chance()),
+/// Exponential back-off from 0.1 s to 5 s, or the daemon's retry delay, with jitter (half of the back-off, up to a quarter of
+/// the delay), so that stations that failed together do not retry together.
+fn pause(attempts: u32, hint: RetryHint) -> Duration {
+    let step = Duration::from_millis(100 << attempts.min(6)).min(Duration::from_secs(5));
+    match hint.not_before {
+        Some(delay) => delay + delay.min(step).mul_f64(0.25 * jitter()),
+        None => step.mul_f64(0.5 + 0.5 * jitter()),
     }
 }
 
-/// A number from 0 to 1. Without random numbers the stations are merely less spread.
-fn chance() -> f64 {
+/// A random number from 0 to 1. If the random number generator fails, 0.5: the stations are then less spread.
+fn jitter() -> f64 {
     let mut bytes = [0; 4];
     let filled = aws_lc_rs::rand::fill(&mut bytes).is_ok();
     if filled { f64::from(u32::from_be_bytes(bytes)) / f64::from(u32::MAX) } else { 0.5 }
@@ -212,9 +213,10 @@ mod tests {
     use std::cell::Cell;
     use tonic_types::ErrorDetails;
 
-    const BRIEF: Patience = Patience { deadline: Duration::from_secs(1), retry_for: Duration::from_secs(2) };
+    const SHORT_RETRY: RetryPolicy =
+        RetryPolicy { deadline: Duration::from_secs(1), retry_for: Duration::from_secs(2) };
 
-    /// A failure of the connection, as the client library tells it.
+    /// A connection failure as the client library reports it.
     fn cut_off(code: Code) -> Status {
         let mut status = Status::new(code, "transport error");
         let reset: std::io::Error = std::io::ErrorKind::ConnectionReset.into();
@@ -222,14 +224,14 @@ mod tests {
         status
     }
 
-    fn asking(code: Code, delay: Duration) -> Status {
+    fn status_with_delay(code: Code, delay: Duration) -> Status {
         Status::with_error_details(code, "later", ErrorDetails::with_retry_info(Some(delay)))
     }
 
     #[test]
-    fn only_what_may_heal_is_tried_again() {
+    fn only_temporary_failures_retried() {
         for code in [Code::Unavailable, Code::DeadlineExceeded, Code::Aborted] {
-            assert!(advice(&Status::new(code, "")).is_some(), "{code:?}");
+            assert!(retry_hint(&Status::new(code, "")).is_some(), "{code:?}");
         }
         for code in [
             Code::InvalidArgument,
@@ -242,77 +244,77 @@ mod tests {
             Code::Unknown,
             Code::Unimplemented,
         ] {
-            assert!(advice(&Status::new(code, "")).is_none(), "{code:?}");
+            assert!(retry_hint(&Status::new(code, "")).is_none(), "{code:?}");
         }
         for code in [Code::Unknown, Code::Internal, Code::Cancelled] {
-            assert!(advice(&cut_off(code)).is_some(), "{code:?} of the transport");
+            assert!(retry_hint(&cut_off(code)).is_some(), "{code:?} from the transport");
         }
     }
 
     #[test]
-    fn a_used_up_quota_is_not_waited_for_and_a_rate_is() {
-        assert!(advice(&Status::new(Code::ResourceExhausted, "in total")).is_none());
-        let told = advice(&asking(Code::ResourceExhausted, Duration::from_secs(3))).unwrap();
-        assert_eq!(told.not_before, Some(Duration::from_secs(3)));
+    fn exceeded_rate_retried_but_exhausted_quota_not() {
+        assert!(retry_hint(&Status::new(Code::ResourceExhausted, "in total")).is_none());
+        let hint = retry_hint(&status_with_delay(Code::ResourceExhausted, Duration::from_secs(3))).unwrap();
+        assert_eq!(hint.not_before, Some(Duration::from_secs(3)));
     }
 
     #[test]
-    fn distrust_is_not_waited_for() {
+    fn tls_failure_not_retried() {
         let mut status = Status::new(Code::Unavailable, "tcp connect error");
         let alert = rustls::Error::AlertReceived(rustls::AlertDescription::UnknownCA);
         status.set_source(std::sync::Arc::new(std::io::Error::new(std::io::ErrorKind::InvalidData, alert)));
-        assert!(advice(&status).is_none());
+        assert!(retry_hint(&status).is_none());
     }
 
     #[test]
-    fn pauses_grow_and_honour_what_was_asked() {
-        let none = Advice { not_before: None };
-        for (tries, most) in [(0, 100), (1, 200), (3, 800), (6, 5000), (40, 5000)] {
-            let pause = pause(tries, none).as_millis();
-            assert!((most / 2..=most).contains(&pause), "{tries}: {pause} ms");
+    fn pause_grows_and_honours_retry_delay() {
+        let none = RetryHint { not_before: None };
+        for (attempts, max) in [(0, 100), (1, 200), (3, 800), (6, 5000), (40, 5000)] {
+            let pause = pause(attempts, none).as_millis();
+            assert!((max / 2..=max).contains(&pause), "{attempts}: {pause} ms");
         }
-        let asked = Duration::from_secs(2);
-        assert!(pause(0, Advice { not_before: Some(asked) }) >= asked);
+        let delay = Duration::from_secs(2);
+        assert!(pause(0, RetryHint { not_before: Some(delay) }) >= delay);
     }
 
     #[tokio::test]
-    async fn a_call_is_repeated_until_it_succeeds() {
+    async fn call_retried_until_success() {
         let (calls, mut retries) = (Cell::new(0), 0);
-        let answer = BRIEF.call("Assemble", &mut retries, || {
+        let response = SHORT_RETRY.call("Assemble", &mut retries, || {
             calls.set(calls.get() + 1);
             let result = if calls.get() < 4 { Err(cut_off(Code::Unknown)) } else { Ok(Response::new(7)) };
             std::future::ready(result)
         });
-        assert_eq!(answer.await.unwrap(), 7);
+        assert_eq!(response.await.unwrap(), 7);
         assert_eq!((calls.get(), retries), (4, 3));
     }
 
     #[tokio::test]
-    async fn patience_ends() {
+    async fn retries_end_after_retry_for() {
         let mut retries = 0;
         let call =
-            BRIEF.call::<(), _>("Assemble", &mut retries, || std::future::ready(Err(Status::unavailable("hsm"))));
+            SHORT_RETRY.call::<(), _>("Assemble", &mut retries, || std::future::ready(Err(Status::unavailable("hsm"))));
         let failure = call.await.unwrap_err();
-        assert!(failure.away);
+        assert!(failure.unavailable);
         assert!(retries > 0, "{retries}");
 
-        // Longer than patience: not even begun.
+        // A delay longer than retry_for is not waited for.
         let before = retries;
-        let long = asking(Code::ResourceExhausted, Duration::from_secs(3600));
-        let call = BRIEF.call::<(), _>("Assemble", &mut retries, || std::future::ready(Err(long.clone())));
+        let long = status_with_delay(Code::ResourceExhausted, Duration::from_secs(3600));
+        let call = SHORT_RETRY.call::<(), _>("Assemble", &mut retries, || std::future::ready(Err(long.clone())));
         let failure = call.await.unwrap_err();
-        assert!(failure.away, "nor is it for the next device");
-        assert_eq!(retries, before, "it is not waited for what is too long");
+        assert!(failure.unavailable, "the next device would fail as well");
+        assert_eq!(retries, before, "a delay that is too long is not waited for");
     }
 
     #[test]
-    fn a_failure_names_the_fields_once() {
+    fn call_failure_names_each_field_once() {
         let details = ErrorDetails::with_bad_request_violation("identity", "no check digit");
-        let told = |message| {
+        let message_of = |message| {
             let status = Status::with_error_details(Code::InvalidArgument, message, details.clone());
-            CallFailure::of("Assemble", &status, false).to_string()
+            CallFailure::new("Assemble", &status, false).to_string()
         };
-        assert_eq!(told("wrong"), "Assemble: INVALID_ARGUMENT: wrong; identity: no check digit");
-        assert_eq!(told("identity: no check digit"), "Assemble: INVALID_ARGUMENT: identity: no check digit");
+        assert_eq!(message_of("wrong"), "Assemble: INVALID_ARGUMENT: wrong; identity: no check digit");
+        assert_eq!(message_of("identity: no check digit"), "Assemble: INVALID_ARGUMENT: identity: no check digit");
     }
 }

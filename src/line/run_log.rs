@@ -1,4 +1,4 @@
-//! The book of a run: journal, report, figures and progress bar, kept by one thread.
+//! The log of a run: journal, report, summary and progress bar, written by one thread.
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
@@ -7,20 +7,20 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::LineError;
-use super::device_flow::{DeviceFlow, Failure, Outcome, Times};
-use super::journal::{Entry, Journal};
+use super::device_flow::{DeviceResult, Failure, Outcome, Times};
+use super::journal::{Journal, JournalEntry};
 use super::orders::Order;
 use super::report::{Report, ReportFile, Summary, Tally};
 use crate::names::ChipId;
 
-/// Failures that are listed for people; the report has all.
-const LISTED: usize = 20;
+/// Number of failures that are printed; the report contains all.
+const MAX_LISTED_FAILURES: usize = 20;
 
-/// Where what happens is written down.
+/// Writes the results of a run.
 pub(super) struct RunLog {
     journal: Journal,
     report: Option<Report>,
-    known: HashMap<ChipId, Entry>,
+    known: HashMap<ChipId, JournalEntry>,
     /// Chips whose flash is not empty.
     flashes: HashSet<ChipId>,
     tally: Tally,
@@ -28,15 +28,15 @@ pub(super) struct RunLog {
     bar: ProgressBar,
 }
 
-/// What a run came to.
-pub(super) struct Ended {
+/// The result of a run.
+pub(super) struct RunResult {
     pub(super) summary: Summary,
     /// The first failures: chip, identity, step and error.
     pub(super) failures: Vec<String>,
 }
 
 impl RunLog {
-    /// Opens the book of the devices in the directory, for one run at a time.
+    /// Opens the run log of the directory; locks the directory for one run.
     pub(super) fn open(devices: &Path, report: Option<&ReportFile>) -> Result<Self, LineError> {
         let (journal, known) = Journal::open(devices)?;
         Ok(Self {
@@ -50,42 +50,42 @@ impl RunLog {
         })
     }
 
-    /// What an earlier run wrote down of this order; `None` if the device needs work.
-    pub(super) fn remembered(&mut self, order: &Order) -> Option<DeviceFlow> {
-        let entry = self.known.get(&order.chip).filter(|entry| entry.answers(order))?;
+    /// The result of an earlier run for this order; `None` if the device is not complete.
+    pub(super) fn completed_before(&mut self, order: &Order) -> Option<DeviceResult> {
+        let entry = self.known.get(&order.chip).filter(|entry| entry.matches_order(order))?;
         let outcome = if self.flashes.contains(&order.chip) {
             Ok(Outcome::Skipped(entry.receipt.clone()))
         } else {
             Err(Failure::flash_lost(order, "its flash is empty"))
         };
-        Some(DeviceFlow { outcome, times: Times::default() })
+        Some(DeviceResult { outcome, times: Times::default() })
     }
 
-    /// Shows what was entered and will be, of `devices` in all, if standard error is a terminal.
+    /// Shows the progress over all `devices` if standard error is a terminal.
     pub(super) fn show_progress(&mut self, devices: usize) {
         self.bar = ProgressBar::new(devices as u64);
         let style = ProgressStyle::with_template("{wide_bar} {pos}/{len} devices, {per_sec}, {eta} left{msg}");
         if let Ok(style) = style {
             self.bar.set_style(style);
         }
-        self.bar.set_position(self.tally.told() as u64);
+        self.bar.set_position(self.tally.count() as u64);
         self.bar.reset_eta();
         self.show_failures();
     }
 
-    /// Writes down what became of a device.
-    pub(super) fn enter(&mut self, order: &Order, way: DeviceFlow) -> Result<(), LineError> {
-        self.tally.add(&way);
+    /// Records the result of a device.
+    pub(super) fn record(&mut self, order: &Order, result: DeviceResult) -> Result<(), LineError> {
+        self.tally.add(&result);
         if let Some(report) = &mut self.report {
-            report.add(order, &way)?;
+            report.add(order, &result)?;
         }
-        match way.outcome {
+        match result.outcome {
             Ok(Outcome::Done(receipt) | Outcome::Found(receipt)) => {
-                self.journal.add(&Entry::new(order, receipt))?;
+                self.journal.add(&JournalEntry::new(order, receipt))?;
             }
             Ok(Outcome::Skipped(_)) => {}
             Err(failure) => {
-                if self.failures.len() < LISTED {
+                if self.failures.len() < MAX_LISTED_FAILURES {
                     let (chip, identity) = (&order.chip, &order.identity);
                     self.failures.push(format!("{chip} {identity}, {}: {failure}", failure.step()));
                 }
@@ -96,27 +96,27 @@ impl RunLog {
         Ok(())
     }
 
-    /// Hands journal and report to the system.
+    /// Flushes journal and report to the operating system.
     pub(super) fn flush(&mut self) -> Result<(), LineError> {
         self.journal.flush()?;
         self.report.as_mut().map_or(Ok(()), Report::flush)
     }
 
     /// Ends the run.
-    pub(super) fn close(mut self, devices: usize, took: Duration) -> Result<Ended, LineError> {
+    pub(super) fn close(mut self, devices: usize, duration: Duration) -> Result<RunResult, LineError> {
         self.bar.finish_and_clear();
         self.flush()?;
         self.journal.close()?;
         let mut failures = self.failures;
         let unlisted = self.tally.failed.saturating_sub(failures.len());
         if unlisted > 0 {
-            let place = match &self.report {
-                Some(report) => format!("{} has all", report.path().display()),
-                None => "--report FILE.csv would have all".to_owned(),
+            let hint = match &self.report {
+                Some(report) => format!("{} lists all", report.path().display()),
+                None => "add --report FILE.csv to list all".to_owned(),
             };
-            failures.push(format!("and {unlisted} more; {place}"));
+            failures.push(format!("and {unlisted} more; {hint}"));
         }
-        Ok(Ended { summary: self.tally.sum_up(devices, took), failures })
+        Ok(RunResult { summary: self.tally.into_summary(devices, duration), failures })
     }
 
     fn show_failures(&self) {
@@ -126,7 +126,7 @@ impl RunLog {
     }
 }
 
-/// The chips that have something in their flash.
+/// The chips whose flash is not empty.
 pub(super) fn flashes(devices: &Path) -> Result<HashSet<ChipId>, LineError> {
     let entries = std::fs::read_dir(devices).map_err(LineError::file("reading the directory", devices))?;
     let mut found = HashSet::new();

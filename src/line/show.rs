@@ -1,4 +1,4 @@
-//! A record for people, and for scripts.
+//! Shows a record as text or JSON.
 
 use std::path::Path;
 
@@ -7,34 +7,34 @@ use der::{Decode as _, EncodePem as _};
 use x509_cert::Certificate;
 
 use super::LineError;
-use super::recover::{Found, Public};
+use super::recover::{FetchedRecord, PublicDatabase};
 use crate::keys::{PublicKey, sha256};
 use crate::names::ChipId;
 
-/// How a record is shown.
-pub(super) struct Show<'a> {
+/// Options of the show command.
+pub(super) struct ShowOptions<'a> {
     pub(super) chip: &'a ChipId,
-    pub(super) public: Public,
-    /// Where the certificate goes, too.
+    pub(super) database: PublicDatabase,
+    /// File to which the certificate is written as well.
     pub(super) certificate_out: Option<&'a Path>,
     pub(super) json: bool,
 }
 
-/// The chip's record as text.
-pub(super) async fn show(asked: &Show<'_>) -> Result<String, LineError> {
-    let found = asked.public.record(asked.chip).await?;
-    let certificate = DeviceCertificate::of(&found)?;
-    if let Some(path) = asked.certificate_out {
-        std::fs::write(path, certificate.file_content(&found))
+/// Shows the chip's record.
+pub(super) async fn show(options: &ShowOptions<'_>) -> Result<String, LineError> {
+    let fetched = options.database.fetch_record(options.chip).await?;
+    let certificate = DeviceCertificate::parse(&fetched)?;
+    if let Some(path) = options.certificate_out {
+        std::fs::write(path, certificate.file_content(&fetched))
             .map_err(LineError::file("writing the certificate to", path))?;
     }
-    Ok(match asked.json {
-        true => format!("{:#}\n", found.record.to_json(found.index, &found.hash)),
-        false => text(&found, &certificate),
+    Ok(match options.json {
+        true => format!("{:#}\n", fetched.record.to_json(fetched.index, &fetched.hash)),
+        false => text(&fetched, &certificate),
     })
 }
 
-/// Names and values, the values in one column.
+/// Formats names and values in two columns.
 pub(super) fn lines(lines: &[(&str, String)]) -> String {
     let width = lines.iter().map(|(name, _)| name.len()).max().unwrap_or_default();
     lines.iter().map(|(name, value)| format!("{name:<width$}  {value}\n")).collect()
@@ -46,19 +46,19 @@ enum DeviceCertificate {
 }
 
 impl DeviceCertificate {
-    fn of(found: &Found) -> Result<Self, LineError> {
-        let record = &found.record;
+    fn parse(fetched: &FetchedRecord) -> Result<Self, LineError> {
+        let record = &fetched.record;
         if record.certificate_is_cwt {
             return Ok(Self::Cwt);
         }
-        let doubt = |e: der::Error| LineError::Record {
+        let rejected = |e: der::Error| LineError::Record {
             chip: record.chip.clone(),
-            problem: format!("its certificate cannot be read: {e}"),
+            problem: format!("invalid certificate: {e}"),
         };
-        let certificate = Certificate::from_der(&record.certificate).map_err(doubt)?;
+        let certificate = Certificate::from_der(&record.certificate).map_err(rejected)?;
         let tbs = certificate.tbs_certificate();
         Ok(Self::X509 {
-            pem: certificate.to_pem(LineEnding::LF).map_err(doubt)?,
+            pem: certificate.to_pem(LineEnding::LF).map_err(rejected)?,
             subject: tbs.subject().to_string(),
             issuer: tbs.issuer().to_string(),
             not_before: tbs.validity().not_before.to_string(),
@@ -66,22 +66,22 @@ impl DeviceCertificate {
         })
     }
 
-    fn file_content<'a>(&'a self, found: &'a Found) -> &'a [u8] {
+    fn file_content<'a>(&'a self, fetched: &'a FetchedRecord) -> &'a [u8] {
         match self {
             Self::X509 { pem, .. } => pem.as_bytes(),
-            Self::Cwt => &found.record.certificate,
+            Self::Cwt => &fetched.record.certificate,
         }
     }
 }
 
-fn text(found: &Found, certificate: &DeviceCertificate) -> String {
-    let record = &found.record;
+fn text(fetched: &FetchedRecord, certificate: &DeviceCertificate) -> String {
+    let record = &fetched.record;
     let mut rows = vec![
         ("chip", record.chip.to_string()),
         ("identity", record.identity.to_string()),
         ("profile", record.profile.to_string()),
         ("published", record.published_text()),
-        ("record", format!("{} sha256:{}", found.index, hex::encode(found.hash))),
+        ("record", format!("{} sha256:{}", fetched.index, hex::encode(fetched.hash))),
         ("session", record.session.to_string()),
         ("certificate", format!("{} serial {}", format_name(certificate), hex::encode(&record.serial))),
     ];
@@ -91,14 +91,14 @@ fn text(found: &Found, certificate: &DeviceCertificate) -> String {
         rows.push(("  valid", format!("{not_before} to {not_after}")));
     }
     rows.push(("  sha256", hex::encode(sha256(&record.certificate))));
-    rows.push(("public key", public_key(found).unwrap_or_else(|| "none".to_owned())));
+    rows.push(("public key", public_key(fetched).unwrap_or_else(|| "none".to_owned())));
     let master = match record.master_key_version {
         0 => "no symmetric keys".to_owned(),
         version => format!("version {version}"),
     };
     rows.push(("master key", master));
     let backup = &record.backup;
-    rows.push(("log", found.proven_text()));
+    rows.push(("log", fetched.proof_text()));
     rows.push(("backup", format!("{} bytes, sha256:{}", backup.len(), hex::encode(sha256(backup)))));
     lines(&rows)
 }
@@ -110,8 +110,8 @@ const fn format_name(certificate: &DeviceCertificate) -> &'static str {
     }
 }
 
-fn public_key(found: &Found) -> Option<String> {
-    let spki = found.record.public_key.as_ref()?;
+fn public_key(fetched: &FetchedRecord) -> Option<String> {
+    let spki = fetched.record.public_key.as_ref()?;
     let kind = PublicKey::from_spki_der(spki).map_or_else(|e| e.to_string(), |key| key.kind().to_string());
     Some(format!("{kind} sha256:{}", hex::encode(sha256(spki))))
 }

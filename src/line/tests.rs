@@ -1,4 +1,4 @@
-//! Runs against a processing point that is a map in memory, with troubles on the way.
+//! Runs against an in-memory SPP with injected faults.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
@@ -14,8 +14,8 @@ use tonic_types::{ErrorDetails, StatusExt as _};
 use super::device_flow::Station;
 use super::orders::{self, Order};
 use super::pipeline::{Run, run};
-use super::retry::Patience;
-use super::run_log::{Ended, RunLog, flashes};
+use super::retry::RetryPolicy;
+use super::run_log::{RunLog, RunResult, flashes};
 use crate::certificate::{
     AuthorityCertificate, CertificateRequest, CertificateSerial, IssuedCertificate, IssuerCertificate, Profile,
     SubjectName, authority_certificate, prepare,
@@ -42,19 +42,19 @@ key_pair.kind = "p256"
 "#;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_device_gets_one_receipt_however_many_replies_are_lost() {
+async fn lost_replies_yield_one_receipt_per_device() {
     let site = Site::new().await;
-    // Every third call fails before it is begun, or succeeds and its reply is lost.
-    let pattern = [Trouble::None, Trouble::Refuse(Code::Unavailable), Trouble::LoseReply];
+    // Of three calls, one succeeds, one fails before execution, one loses its reply.
+    let pattern = [Fault::None, Fault::Refuse(Code::Unavailable), Fault::LoseReply];
     site.spp.plan(pattern.into_iter().cycle().take(90));
-    let ended = site.run(40).await;
-    assert_eq!((ended.summary.done, ended.summary.failed, ended.summary.retries), (40, 0, 60));
+    let result = site.run(40).await;
+    assert_eq!((result.summary.done, result.summary.failed, result.summary.retries), (40, 0, 60));
     assert_eq!(site.spp.published(), 40);
     assert_eq!(flashes(site.directory.path()).unwrap().len(), 40);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_complete_is_skipped_and_what_the_journal_lost_is_found() {
+async fn complete_device_skipped_or_found_without_journal() {
     let site = Site::new().await;
     site.run(10).await;
     let again = site.run(12).await;
@@ -67,21 +67,21 @@ async fn what_is_complete_is_skipped_and_what_the_journal_lost_is_found() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_run_that_ended_between_the_calls_is_taken_up() {
+async fn run_interrupted_between_calls_resumes() {
     let site = Site::new().await;
-    // Every Assemble succeeds, every Complete fails for good.
-    site.spp.plan((0..5).flat_map(|_| [Trouble::None, Trouble::Refuse(Code::Internal)]));
+    // Every Assemble succeeds, every Complete fails permanently.
+    site.spp.plan((0..5).flat_map(|_| [Fault::None, Fault::Refuse(Code::Internal)]));
     let first = site.run_with(5, 1).await;
     assert_eq!((first.summary.done, first.summary.failed), (0, 5));
     assert!(first.failures[0].contains("Complete: INTERNAL"), "{:?}", first.failures);
     let before = site.spp.sessions();
     let second = site.run(5).await;
     assert_eq!((second.summary.done, second.summary.failed), (5, 0));
-    assert_eq!(site.spp.sessions(), before, "the same sessions went on");
+    assert_eq!(site.spp.sessions(), before, "the same sessions continue");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_complete_device_without_its_flash_is_to_be_recovered() {
+async fn complete_device_with_empty_flash_needs_recovery() {
     let site = Site::new().await;
     site.run(3).await;
     let chip = site.orders(3)[1].chip.clone();
@@ -90,52 +90,53 @@ async fn a_complete_device_without_its_flash_is_to_be_recovered() {
         if let Some(text) = journal {
             std::fs::write(site.directory.path().join("line.jsonl"), text).unwrap();
         }
-        let ended = site.run(3).await;
-        assert_eq!(ended.summary.failed, 1);
-        let failure = &ended.failures[0];
+        let result = site.run(3).await;
+        assert_eq!(result.summary.failed, 1);
+        let failure = &result.failures[0];
         assert!(failure.contains(&format!("its flash is empty; run: spp-line recover --chip {chip}")), "{failure}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_refusal_is_told_once_with_its_fields() {
+async fn rejection_reported_once_with_fields() {
     let site = Site::new().await;
-    site.spp.plan([Trouble::Refuse(Code::InvalidArgument)]);
-    let ended = site.run_with(2, 1).await;
-    assert_eq!((ended.summary.done, ended.summary.failed, ended.summary.retries), (1, 1, 0));
+    site.spp.plan([Fault::Refuse(Code::InvalidArgument)]);
+    let result = site.run_with(2, 1).await;
+    assert_eq!((result.summary.done, result.summary.failed, result.summary.retries), (1, 1, 0));
     assert!(
-        ended.failures[0].ends_with("Assemble: INVALID_ARGUMENT: as planned; identity: wrong"),
+        result.failures[0].ends_with("Assemble: INVALID_ARGUMENT: as planned; identity: wrong"),
         "{:?}",
-        ended.failures
+        result.failures
     );
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_identity_of_another_chip_fails_with_the_answer_of_assemble() {
+async fn conflicting_order_fails_with_error_of_assemble() {
     let site = Site::new().await;
     site.run(1).await;
     let identity = site.orders(1)[0].identity.clone();
-    let stranger = Order { chip: ChipId::from_bytes(&[9; 16]).unwrap(), identity, profile: "phone".parse().unwrap() };
-    let ended = site.run_orders(vec![stranger], 1).await;
-    assert_eq!(ended.summary.failed, 1);
-    assert!(ended.failures[0].contains("ALREADY_EXISTS: the identity is taken"), "{:?}", ended.failures);
-    // The chip that has it, ordered with another profile, is not taken for complete.
+    let conflicting =
+        Order { chip: ChipId::from_bytes(&[9; 16]).unwrap(), identity, profile: "phone".parse().unwrap() };
+    let result = site.run_orders(vec![conflicting], 1).await;
+    assert_eq!(result.summary.failed, 1);
+    assert!(result.failures[0].contains("ALREADY_EXISTS: the identity is taken"), "{:?}", result.failures);
+    // The same chip ordered with another profile does not count as complete.
     let other = Order { profile: "tablet".parse().unwrap(), ..site.orders(1)[0].clone() };
-    let ended = site.run_orders(vec![other], 1).await;
-    assert!(ended.failures[0].contains("ALREADY_EXISTS: the chip is taken"), "{:?}", ended.failures);
+    let result = site.run_orders(vec![other], 1).await;
+    assert!(result.failures[0].contains("ALREADY_EXISTS: the chip is taken"), "{:?}", result.failures);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_run_stops_when_nobody_answers_any_more() {
+async fn run_stops_when_daemon_unavailable() {
     let site = Site::new().await;
-    site.spp.plan(std::iter::repeat_n(Trouble::Refuse(Code::Unavailable), 10_000));
-    let ended = site.run_with(50, 2).await;
-    assert_eq!((ended.summary.failed, ended.summary.not_begun), (2, 48));
+    site.spp.plan(std::iter::repeat_n(Fault::Refuse(Code::Unavailable), 10_000));
+    let result = site.run_with(50, 2).await;
+    assert_eq!((result.summary.failed, result.summary.not_begun), (2, 48));
     site.spp.plan([]);
     assert_eq!(site.run(50).await.summary.done, 50);
 }
 
-/// A directory of devices and a processing point for them.
+/// A directory of devices and an SPP for them.
 struct Site {
     directory: TempDir,
     spp: Arc<Spp>,
@@ -160,32 +161,32 @@ impl Site {
         orders::simulate(self.directory.path(), count, &profile, &"imei".parse().unwrap()).unwrap()
     }
 
-    async fn run(&self, count: usize) -> Ended {
+    async fn run(&self, count: usize) -> RunResult {
         self.run_with(count, 8).await
     }
 
-    async fn run_with(&self, count: usize, parallel: usize) -> Ended {
+    async fn run_with(&self, count: usize, parallel: usize) -> RunResult {
         self.run_orders(self.orders(count), parallel).await
     }
 
-    async fn run_orders(&self, orders: Vec<Order>, parallel: usize) -> Ended {
-        let patience = Patience { deadline: Duration::from_secs(5), retry_for: Duration::from_secs(2) };
+    async fn run_orders(&self, orders: Vec<Order>, parallel: usize) -> RunResult {
+        let retry_policy = RetryPolicy { deadline: Duration::from_secs(5), retry_for: Duration::from_secs(2) };
         let fab = Arc::new(SimulatedFab::open(self.directory.path()).unwrap());
-        let station = Station { fab, sealed: None, own_pair: false, patience };
-        let book = RunLog::open(self.directory.path(), None).unwrap();
-        run(Run { station, channels: vec![self.channel.clone()], orders, parallel, book }).await.unwrap()
+        let station = Station { fab, sealed: None, own_key_pair: false, retry_policy };
+        let run_log = RunLog::open(self.directory.path(), None).unwrap();
+        run(Run { station, channels: vec![self.channel.clone()], orders, parallel, run_log }).await.unwrap()
     }
 }
 
-/// What happens to a call.
+/// A fault to inject into a call.
 #[derive(Clone, Copy)]
-enum Trouble {
+enum Fault {
     None,
     Refuse(Code),
     LoseReply,
 }
 
-/// A processing point without HSM and disk.
+/// An SPP without HSM and disk.
 struct Spp {
     manufacturer: DevicePrivateKey,
     issuer: IssuerCertificate,
@@ -194,14 +195,14 @@ struct Spp {
 
 #[derive(Default)]
 struct State {
-    troubles: VecDeque<Trouble>,
-    sessions: HashMap<Vec<u8>, Known>,
+    faults: VecDeque<Fault>,
+    sessions: HashMap<Vec<u8>, SessionEntry>,
     published: u64,
 }
 
-struct Known {
+struct SessionEntry {
     order: AssembleRequest,
-    answer: AssembleResponse,
+    response: AssembleResponse,
     receipt: Option<Receipt>,
 }
 
@@ -223,8 +224,8 @@ impl Spp {
         Self { manufacturer, issuer, state: Mutex::default() }
     }
 
-    fn plan(&self, troubles: impl IntoIterator<Item = Trouble>) {
-        self.state.lock().unwrap().troubles = troubles.into_iter().collect();
+    fn plan(&self, faults: impl IntoIterator<Item = Fault>) {
+        self.state.lock().unwrap().faults = faults.into_iter().collect();
     }
 
     fn published(&self) -> u64 {
@@ -233,20 +234,20 @@ impl Spp {
 
     fn sessions(&self) -> HashMap<Vec<u8>, Vec<u8>> {
         let state = self.state.lock().unwrap();
-        state.sessions.iter().map(|(chip, known)| (chip.clone(), known.answer.session_id.clone())).collect()
+        state.sessions.iter().map(|(chip, session)| (chip.clone(), session.response.session_id.clone())).collect()
     }
 
-    fn answer<T>(&self, work: impl FnOnce(&mut State) -> Result<T, Status>) -> Result<Response<T>, Status> {
+    fn respond<T>(&self, work: impl FnOnce(&mut State) -> Result<T, Status>) -> Result<Response<T>, Status> {
         let mut state = self.state.lock().unwrap();
-        let trouble = state.troubles.pop_front().unwrap_or(Trouble::None);
-        if let Trouble::Refuse(code) = trouble {
+        let fault = state.faults.pop_front().unwrap_or(Fault::None);
+        if let Fault::Refuse(code) = fault {
             return Err(planned(code));
         }
-        let answer = work(&mut state)?;
-        if matches!(trouble, Trouble::LoseReply) { Err(planned(Code::Unavailable)) } else { Ok(Response::new(answer)) }
+        let response = work(&mut state)?;
+        if matches!(fault, Fault::LoseReply) { Err(planned(Code::Unavailable)) } else { Ok(Response::new(response)) }
     }
 
-    /// A package as the real one makes it, with a pair of its own.
+    /// Assembles a package like the real SPP, with a new key pair.
     fn assemble_new(&self, order: &AssembleRequest, number: u8) -> AssembleResponse {
         let chip = ChipId::from_bytes(&order.chip_id).unwrap();
         let identity = order.identity.parse().unwrap();
@@ -281,7 +282,7 @@ impl Spp {
     }
 }
 
-/// A status whose advice is to come again at once.
+/// An error status with an immediate retry delay.
 fn planned(code: Code) -> Status {
     let mut details = ErrorDetails::with_bad_request_violation("identity", "wrong");
     details.set_retry_info(Some(Duration::from_millis(1)));
@@ -292,53 +293,58 @@ fn planned(code: Code) -> Status {
 impl Line for Arc<Spp> {
     async fn assemble(&self, request: Request<AssembleRequest>) -> Result<Response<AssembleResponse>, Status> {
         let order = request.into_inner();
-        self.answer(|state| {
-            if let Some(known) = state.sessions.get(&order.chip_id) {
-                let same = known.order == order && known.receipt.is_none();
-                return if same { Ok(known.answer.clone()) } else { Err(Status::already_exists("the chip is taken")) };
+        self.respond(|state| {
+            if let Some(session) = state.sessions.get(&order.chip_id) {
+                let same = session.order == order && session.receipt.is_none();
+                return if same {
+                    Ok(session.response.clone())
+                } else {
+                    Err(Status::already_exists("the chip is taken"))
+                };
             }
-            if state.sessions.values().any(|known| known.order.identity == order.identity) {
+            if state.sessions.values().any(|session| session.order.identity == order.identity) {
                 return Err(Status::already_exists("the identity is taken"));
             }
-            let answer = self.assemble_new(&order, u8::try_from(state.sessions.len() + 1).unwrap());
-            let known = Known { order: order.clone(), answer: answer.clone(), receipt: None };
-            state.sessions.insert(order.chip_id, known);
-            Ok(answer)
+            let response = self.assemble_new(&order, u8::try_from(state.sessions.len() + 1).unwrap());
+            let session = SessionEntry { order: order.clone(), response: response.clone(), receipt: None };
+            state.sessions.insert(order.chip_id, session);
+            Ok(response)
         })
     }
 
     async fn complete(&self, request: Request<CompleteRequest>) -> Result<Response<CompleteResponse>, Status> {
         let request = request.into_inner();
-        self.answer(|state| {
+        self.respond(|state| {
             let number = state.published;
             let mut sessions = state.sessions.values_mut();
-            let known = sessions.find(|known| known.answer.session_id == request.session_id).unwrap();
-            if known.receipt.is_none() {
+            let session = sessions.find(|session| session.response.session_id == request.session_id).unwrap();
+            if session.receipt.is_none() {
                 let record_hash = sha256(&request.backup_package).to_vec();
                 let published = Some(prost_types::Timestamp { seconds: 1_700_000_000, nanos: 0 });
-                known.receipt = Some(Receipt { record_index: number, record_hash, published, tlog_proof: Vec::new() });
+                session.receipt =
+                    Some(Receipt { record_index: number, record_hash, published, tlog_proof: Vec::new() });
                 state.published += 1;
             }
-            Ok(CompleteResponse { receipt: known.receipt.clone() })
+            Ok(CompleteResponse { receipt: session.receipt.clone() })
         })
     }
 
     async fn abort(&self, _: Request<AbortRequest>) -> Result<Response<AbortResponse>, Status> {
-        Err(Status::unimplemented("a station that goes on never aborts"))
+        Err(Status::unimplemented("spp-line never aborts a session"))
     }
 
     async fn get_session(&self, request: Request<GetSessionRequest>) -> Result<Response<GetSessionResponse>, Status> {
         let Some(Which::ChipId(chip)) = request.into_inner().session else { return Err(Status::invalid_argument("")) };
-        self.answer(|state| {
-            let known = state.sessions.get(&chip).ok_or_else(|| Status::not_found("no session of the chip"))?;
-            let complete = if known.receipt.is_some() { SessionState::Erased } else { SessionState::Issued };
+        self.respond(|state| {
+            let session = state.sessions.get(&chip).ok_or_else(|| Status::not_found("no session of the chip"))?;
+            let complete = if session.receipt.is_some() { SessionState::Erased } else { SessionState::Issued };
             Ok(GetSessionResponse {
-                session_id: known.answer.session_id.clone(),
+                session_id: session.response.session_id.clone(),
                 chip_id: chip,
-                identity: known.order.identity.clone(),
-                profile: known.order.profile.clone(),
+                identity: session.order.identity.clone(),
+                profile: session.order.profile.clone(),
                 state: complete.into(),
-                receipt: known.receipt.clone(),
+                receipt: session.receipt.clone(),
                 ..GetSessionResponse::default()
             })
         })

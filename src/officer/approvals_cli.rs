@@ -1,4 +1,4 @@
-//! `sppctl approvals`: what one officer asks for and others approve.
+//! `sppctl approvals`: requests, lists and decides actions that need the approval of other officers.
 
 use std::fmt::Write as _;
 use std::io::{BufRead as _, Write as _};
@@ -9,145 +9,146 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use serde_json::json;
 
-use super::access_client::{OfficerClient, Seen, authority_of, now, request_in};
-use super::ceremony_cli::act_of;
+use super::access_client::{OfficerClient, VerifiedRequest, load_authority, load_csr, now};
+use super::ceremony_cli::ceremony_action;
 use super::pool_cli::DaemonArgs;
 use super::status::StatusError;
-use super::text::{at, printable, table, trimmed};
+use super::text::{escape_controls, format_time, render, table};
 use crate::access::{ApprovalRules, ProtectedAction, Quota, RequestId, Verdict};
 use crate::certificate::{Caller, Role};
 use crate::keys::sha256;
 use crate::names::StationName;
 use crate::proto;
 
-/// What one officer asks for and others approve: signed by each, bound to the exact content, for a time.
+/// Request, list, approve and reject actions that need more than one officer. Every request and decision is signed, is bound to
+/// the exact content and expires.
 #[derive(Subcommand)]
 pub enum ApprovalsCommand {
-    /// Tell all requests, newest first, and the rules in force.
+    /// List open requests, newest first, and the approval rules in force.
     List {
-        /// Those that are decided or expired, too.
+        /// Include requests that are decided or expired.
         #[arg(long)]
         all: bool,
-        /// Which daemon.
+        /// Connection to the daemon.
         #[command(flatten)]
         daemon: DaemonArgs,
     },
-    /// Tell all of one request, with the signatures under it.
+    /// Show one request with its signatures.
     Show {
-        /// Its name.
+        /// Request ID.
         id: RequestId,
-        /// Which daemon.
+        /// Connection to the daemon.
         #[command(flatten)]
         daemon: DaemonArgs,
     },
-    /// Approve what another officer has asked for. What it is, is shown first, and a part of its hash must be typed.
+    /// Approve a request of another officer. The command shows the request and asks for the first 8 digits of its hash.
     Approve {
-        /// Its name.
+        /// Request ID.
         id: RequestId,
-        /// Which daemon.
+        /// Connection to the daemon.
         #[command(flatten)]
         daemon: DaemonArgs,
     },
-    /// Reject a request, the own one or another officer's.
+    /// Reject a request, your own or another officer's.
     Reject {
-        /// Its name.
+        /// Request ID.
         id: RequestId,
-        /// Why.
+        /// Reason, recorded in the audit log.
         #[arg(long, value_name = "TEXT")]
         reason: String,
-        /// Which daemon.
+        /// Connection to the daemon.
         #[command(flatten)]
         daemon: DaemonArgs,
     },
-    /// Ask for the approval of other officers.
+    /// Request an action that other officers must approve.
     #[command(subcommand)]
     Request(RequestCommand),
 }
 
-/// What can be asked for.
+/// Actions that need approval.
 #[derive(Subcommand)]
 pub enum RequestCommand {
-    /// Revoke a caller: all certificates that it has so far.
+    /// Request the revocation of all current certificates of a caller.
     Revoke {
-        /// station, officer, auditor, back-office or monitor.
+        /// Role of the caller: station, officer, auditor, back-office or monitor.
         role: Role,
-        /// The caller's name.
+        /// Name of the caller.
         name: String,
-        /// Why.
+        /// Reason, recorded in the audit log.
         #[arg(long, value_name = "TEXT")]
         reason: String,
-        /// How long, and which daemon.
+        /// Validity of the request and connection to the daemon.
         #[command(flatten)]
         ask: AskArgs,
     },
-    /// Let in an officer, or somebody who was revoked. Whoever it is has made the key, with `sppctl request`.
+    /// Request the enrolment of an officer or of a revoked caller, for a key that they generated with `sppctl request`.
     Enroll {
-        /// station, officer, auditor, back-office or monitor.
+        /// Role of the caller: station, officer, auditor, back-office or monitor.
         role: Role,
-        /// The caller's name.
+        /// Name of the caller.
         name: String,
-        /// The certificate request (PKCS#10, PEM).
+        /// Certificate request (PKCS#10, PEM).
         #[arg(long, value_name = "FILE")]
         csr: PathBuf,
-        /// Days until the certificate ends.
+        /// Validity of the certificate in days.
         #[arg(long, default_value_t = 365, value_parser = clap::value_parser!(u32).range(1..=3650))]
         days: u32,
-        /// How long, and which daemon.
+        /// Validity of the request and connection to the daemon.
         #[command(flatten)]
         ask: AskArgs,
     },
-    /// Let a station begin more devices than its quota in force.
+    /// Request a higher quota for a station.
     Quota {
-        /// The station's name.
+        /// Name of the station.
         station: StationName,
-        /// Devices in any hour, or none for no limit; as it is if left out.
+        /// Devices in any 60 minutes, or "none" for no limit [default: unchanged].
         #[arg(long, value_name = "N|none", required_unless_present = "devices_total")]
         devices_per_hour: Option<Limit>,
-        /// Devices at all, or none for no limit; as it is if left out.
+        /// Devices in total, or "none" for no limit [default: unchanged].
         #[arg(long, value_name = "N|none")]
         devices_total: Option<Limit>,
-        /// How long, and which daemon.
+        /// Validity of the request and connection to the daemon.
         #[command(flatten)]
         ask: AskArgs,
     },
-    /// Change how many must approve what. What is left out stays as it is.
+    /// Request new approval rules. Rules that are not given stay unchanged.
     Rules {
-        /// Approvals besides the request: revoking a caller.
+        /// Number of approvals to revoke a caller, not counting the requester (1 to 9).
         #[arg(long, value_name = "N")]
         revoke: Option<u8>,
-        /// Approvals besides the request: letting in an officer, or somebody who was revoked.
+        /// Number of approvals to enrol an officer or a revoked caller, not counting the requester (1 to 9).
         #[arg(long, value_name = "N")]
         enroll: Option<u8>,
-        /// Approvals besides the request: raising a quota.
+        /// Number of approvals to raise a quota, not counting the requester (1 to 9).
         #[arg(long, value_name = "N")]
         raise_quota: Option<u8>,
-        /// Approvals besides the request: changing these rules.
+        /// Number of approvals to change these rules, not counting the requester (1 to 9).
         #[arg(long, value_name = "N")]
         change_rules: Option<u8>,
-        /// Approvals besides the request: ceremonies that destroy keys.
+        /// Number of approvals for a ceremony that destroys keys, not counting the requester (1 to 9).
         #[arg(long, value_name = "N")]
         destroy: Option<u8>,
-        /// Approvals besides the request: ceremonies that replace keys.
+        /// Number of approvals for a ceremony that rotates or restores keys, not counting the requester (1 to 9).
         #[arg(long, value_name = "N")]
         rotate: Option<u8>,
-        /// How long a request stands at most, 24h for example.
+        /// Longest validity of a request, for example 24h.
         #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
         longest: Option<Duration>,
-        /// How long, and which daemon.
+        /// Validity of the request and connection to the daemon.
         #[command(flatten)]
         ask: AskArgs,
     },
-    /// Hold a ceremony that destroys or replaces keys, once.
+    /// Request one run of a ceremony that destroys, rotates or restores keys.
     Ceremony {
-        /// The ceremony file.
+        /// Ceremony file (TOML).
         file: PathBuf,
-        /// How long, and which daemon.
+        /// Validity of the request and connection to the daemon.
         #[command(flatten)]
         ask: AskArgs,
     },
 }
 
-/// A number of devices, or no limit.
+/// A limit on the number of devices; `None` means unlimited.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limit(Option<u64>);
 
@@ -156,24 +157,26 @@ impl FromStr for Limit {
     fn from_str(text: &str) -> Result<Self, String> {
         match text {
             "none" => Ok(Self(None)),
-            _ => text.parse().map(|number| Self(Some(number))).map_err(|e| format!("{e}; write a number, or none")),
+            _ => {
+                text.parse().map(|number| Self(Some(number))).map_err(|e| format!("{e}; expected a number or \"none\""))
+            }
         }
     }
 }
 
-/// How long a request stands, and where it is made.
+/// Validity of a request and the daemon that receives it.
 #[derive(Args)]
 pub struct AskArgs {
-    /// It stands for so long, 2h for example; as long as the rules allow without it.
+    /// Validity of the request, for example 2h [default: the longest that the rules allow].
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     valid_for: Option<Duration>,
-    /// Which daemon.
+    /// Connection to the daemon.
     #[command(flatten)]
     daemon: DaemonArgs,
 }
 
 impl ApprovalsCommand {
-    /// Does it.
+    /// Runs the command.
     pub async fn run(self) -> Result<(), StatusError> {
         match self {
             Self::List { all, daemon } => list(&daemon, all).await,
@@ -190,7 +193,7 @@ impl RequestCommand {
         match self {
             Self::Revoke { role, name, reason, ask } => revoke(role, &name, reason, &ask).await,
             Self::Enroll { role, name, csr, days, ask } => {
-                let csr_sha256 = hex::encode(sha256(&request_in(&csr)?));
+                let csr_sha256 = hex::encode(sha256(&load_csr(&csr)?));
                 request(&ProtectedAction::Enroll { role, name, days, csr_sha256 }, &ask).await
             }
             Self::Quota { station, devices_per_hour, devices_total, ask } => {
@@ -206,8 +209,8 @@ impl RequestCommand {
                 if [revoke, enroll, raise_quota, change_rules, destroy, rotate].iter().all(Option::is_none)
                     && longest.is_none()
                 {
-                    return Err(StatusError::Unfit(
-                        "say which rule shall be another one, --destroy 2 for example".into(),
+                    return Err(StatusError::Invalid(
+                        "no rule to change: give at least one, for example --destroy 2".into(),
                     ));
                 }
                 let known = ask.connect().await?.approvals().await?.rules.unwrap_or_default();
@@ -224,7 +227,7 @@ impl RequestCommand {
                 request(&ProtectedAction::ChangeRules { rules }, &ask).await
             }
             Self::Ceremony { file, ask } => {
-                let act = act_of(&file).map_err(StatusError::Unfit)?;
+                let act = ceremony_action(&file).map_err(StatusError::Invalid)?;
                 request(&act, &ask).await
             }
         }
@@ -237,23 +240,23 @@ impl AskArgs {
     }
 }
 
-/// Asks other officers to approve the revocation of a caller.
+/// Requests the revocation of a caller.
 pub async fn revoke(role: Role, name: &str, reason: String, ask: &AskArgs) -> Result<(), StatusError> {
-    Caller::new(role, name).map_err(|e| StatusError::Unfit(e.to_string()))?;
+    Caller::new(role, name).map_err(|e| StatusError::Invalid(e.to_string()))?;
     request(&ProtectedAction::Revoke { role, name: name.to_owned(), reason }, ask).await
 }
 
 async fn request(act: &ProtectedAction, ask: &AskArgs) -> Result<(), StatusError> {
-    // Read as the daemon reads it, so that a fault is told before anything is signed.
-    ProtectedAction::from_json(&act.to_json()).map_err(StatusError::Unfit)?;
+    // Parse it as the daemon does, so that invalid content is reported before anything is signed.
+    ProtectedAction::from_json(&act.to_json()).map_err(StatusError::Invalid)?;
     let filed = ask.connect().await?.request(act, ask.valid_for).await?;
     if ask.daemon.json {
         println!("{:#}", approval_json(&filed));
         return Ok(());
     }
-    println!("request {}: {}", filed.id, printable(&filed.description));
-    let until = filed.expires.map(seconds).map_or_else(String::new, at);
-    println!("{} other officer(s) must approve it until {until}:", filed.needed);
+    println!("request {}: {}", filed.id, escape_controls(&filed.description));
+    let until = filed.expires.map(seconds).map_or_else(String::new, format_time);
+    println!("needs approval by {} other officer(s) before {until}:", filed.needed);
     println!("  sppctl approvals approve {} --server {} --tls DIR", filed.id, ask.daemon.server);
     Ok(())
 }
@@ -270,20 +273,20 @@ async fn list(daemon: &DaemonArgs, all: bool) -> Result<(), StatusError> {
     }
     let mut table = table(["request", "state", "approvals", "asked by", "expires", "what"], []);
     for approval in &shown {
-        let expires = approval.expires.map(seconds).map_or_else(String::new, at);
-        let by = approval.requested.as_ref().map(|signed| printable(&signed.officer)).unwrap_or_default();
+        let expires = approval.expires.map(seconds).map_or_else(String::new, format_time);
+        let by = approval.requested.as_ref().map(|signed| escape_controls(&signed.officer)).unwrap_or_default();
         table.add_row([
             approval.id.clone(),
             approval.state.clone(),
             format!("{} of {}", approval.approvals.len(), approval.needed),
             by,
             expires,
-            printable(&approval.description),
+            escape_controls(&approval.description),
         ]);
     }
     match shown.is_empty() {
-        true => println!("nothing waits for an approval{}", if all { "" } else { "; --all tells what was decided" }),
-        false => println!("{}", trimmed(&table)),
+        true => println!("no open requests{}", if all { "" } else { "; --all lists decided and expired ones" }),
+        false => println!("{}", render(&table)),
     }
     if let Some(rules) = listed.rules {
         println!("{}", rules_text(&rules));
@@ -292,58 +295,58 @@ async fn list(daemon: &DaemonArgs, all: bool) -> Result<(), StatusError> {
 }
 
 async fn show(id: RequestId, daemon: &DaemonArgs) -> Result<(), StatusError> {
-    let mut desk = OfficerClient::connect(&daemon.server, &daemon.tls).await?;
-    let (node, approval) = (desk.approvals().await?.node, desk.approval(id).await?);
-    let seen = Seen::of(&node, &approval, &[authority_of(&daemon.tls)?])?;
+    let mut client = OfficerClient::connect(&daemon.server, &daemon.tls).await?;
+    let (node, approval) = (client.approvals().await?.node, client.approval(id).await?);
+    let verified = VerifiedRequest::verify(&node, &approval, &[load_authority(&daemon.tls)?])?;
     match daemon.json {
         true => println!("{:#}", approval_json(&approval)),
-        false => print!("{}", describe(&approval, &seen)),
+        false => print!("{}", describe(&approval, &verified)),
     }
     Ok(())
 }
 
 async fn decide(id: RequestId, verdict: Verdict, daemon: &DaemonArgs) -> Result<(), StatusError> {
-    let mut desk = OfficerClient::connect(&daemon.server, &daemon.tls).await?;
-    let (node, approval) = (desk.approvals().await?.node, desk.approval(id).await?);
-    let seen = Seen::of(&node, &approval, &[authority_of(&daemon.tls)?])?;
-    eprint!("{}", describe(&approval, &seen));
-    must_be_meant(&verdict, &seen)?;
-    let decided = desk.decide(&seen, &verdict).await?;
+    let mut client = OfficerClient::connect(&daemon.server, &daemon.tls).await?;
+    let (node, approval) = (client.approvals().await?.node, client.approval(id).await?);
+    let verified = VerifiedRequest::verify(&node, &approval, &[load_authority(&daemon.tls)?])?;
+    eprint!("{}", describe(&approval, &verified));
+    confirm_decision(&verdict, &verified)?;
+    let decided = client.decide(&verified, &verdict).await?;
     match daemon.json {
         true => println!("{:#}", approval_json(&decided)),
-        false => println!("request {} is {}: {}", decided.id, decided.state, printable(&decided.description)),
+        false => println!("request {} is {}: {}", decided.id, decided.state, escape_controls(&decided.description)),
     }
     Ok(())
 }
 
-/// There is no option that skips it: whoever decides has seen what.
-fn must_be_meant(verdict: &Verdict, seen: &Seen) -> Result<(), StatusError> {
-    let hash = seen.hash();
-    let (begin, verb) = (hash.get(..8).unwrap_or_default(), verdict.verb());
-    eprint!("type the first 8 digits of its hash to {verb} it: ");
+/// Asks the officer to type the beginning of the hash. No option skips this, so every decision follows a look at the request.
+fn confirm_decision(verdict: &Verdict, request: &VerifiedRequest) -> Result<(), StatusError> {
+    let hash = request.hash();
+    let (prefix, verb) = (hash.get(..8).unwrap_or_default(), verdict.verb());
+    eprint!("type the first 8 digits of the hash to {verb} this request: ");
     let _ = std::io::stderr().flush();
     let mut typed = String::new();
     let read = std::io::stdin().lock().read_line(&mut typed);
-    read.map_err(|e| StatusError::Unfit(format!("reading what is typed: {e}")))?;
-    if typed.trim() == begin {
+    read.map_err(|e| StatusError::Invalid(format!("reading the typed hash: {e}")))?;
+    if typed.trim() == prefix {
         return Ok(());
     }
-    Err(StatusError::Unfit(format!(
-        "that is not how its hash begins; nothing was done, and {} stands as before",
-        seen.id
+    Err(StatusError::Invalid(format!(
+        "typed digits do not match the hash; nothing was done, request {} is unchanged",
+        request.id
     )))
 }
 
-fn describe(approval: &proto::Approval, seen: &Seen) -> String {
+fn describe(approval: &proto::Approval, request: &VerifiedRequest) -> String {
     let mut text = String::new();
     let mut row = |name: &str, value: &str| {
-        // Writing into a string does not fail.
+        // Writing to a String cannot fail.
         let _ = writeln!(text, "{name:<10} {value}");
     };
     row("request", &approval.id);
-    row("what", &printable(&seen.act.to_string()));
+    row("what", &escape_controls(&request.act.to_string()));
     let left = approval.expires.map(seconds).map_or(0, |expires| expires.saturating_sub(now()));
-    let expires = approval.expires.map(seconds).map_or_else(String::new, at);
+    let expires = approval.expires.map(seconds).map_or_else(String::new, format_time);
     let left = humantime::format_duration(Duration::from_secs(left - left % 60));
     row("state", &format!("{}, {} of {} approvals", approval.state, approval.approvals.len(), approval.needed));
     row("expires", &format!("{expires}, in {left}"));
@@ -354,20 +357,20 @@ fn describe(approval: &proto::Approval, seen: &Seen) -> String {
         row("approved", &signer(signed));
     }
     if let Some(signed) = &approval.rejected {
-        row("rejected", &format!("{}: {}", signer(signed), printable(&approval.reason)));
+        row("rejected", &format!("{}: {}", signer(signed), escape_controls(&approval.reason)));
     }
-    row("hash", &seen.hash());
-    if let ProtectedAction::Ceremony { file, .. } = &seen.act {
+    row("hash", &request.hash());
+    if let ProtectedAction::Ceremony { file, .. } = &request.act {
         row("file", "");
         for line in file.lines() {
-            row("", &printable(line));
+            row("", &escape_controls(line));
         }
     }
     text
 }
 
 fn signer(signed: &proto::OfficerSignature) -> String {
-    format!("{} at {}", printable(&signed.officer), signed.at.map(seconds).map_or_else(String::new, at))
+    format!("{} at {}", escape_controls(&signed.officer), signed.at.map(seconds).map_or_else(String::new, format_time))
 }
 
 fn seconds(time: prost_types::Timestamp) -> u64 {
@@ -377,7 +380,7 @@ fn seconds(time: prost_types::Timestamp) -> u64 {
 fn rules_text(rules: &proto::ApprovalRules) -> String {
     let valid = humantime::format_duration(Duration::from_secs(rules.valid_for_seconds));
     format!(
-        "approvals besides the request: revoke {}, enroll {}, raise-quota {}, change-rules {}, destroy {}, rotate {}; a request stands for {valid}",
+        "approvals needed besides the requester: revoke {}, enroll {}, raise-quota {}, change-rules {}, destroy {}, rotate {}; requests are valid for {valid}",
         rules.revoke, rules.enroll, rules.raise_quota, rules.change_rules, rules.destroy, rules.rotate
     )
 }

@@ -1,4 +1,4 @@
-//! `sppctl audit tail|show|export`: reading the audit log. The daemon may run meanwhile, and need not.
+//! `sppctl audit`: reads, exports, copies and verifies the audit log. The daemon may be running or stopped.
 
 use std::collections::VecDeque;
 use std::fmt::Write as _;
@@ -14,75 +14,75 @@ use super::access_client::OfficerClient;
 use super::files::make_directory;
 use super::pool_cli::DaemonArgs;
 use super::status::StatusError;
-use super::text::{at, moment, printable};
-use crate::audit::{self, Entries, Recorded, Trust};
+use super::text::{escape_controls, format_time, parse_time};
+use crate::audit::{self, Entries, RecordedEntry, Trust};
 use crate::certificate::IssuerCertificate;
 use crate::config::{AuditConfig, RegistryAccess};
 use crate::registry::published_checkpoints;
 use crate::tlog::{LogKey, TlogError};
 
-/// How often it is looked for new entries.
-const LOOK: Duration = Duration::from_millis(500);
+/// Interval between two reads of `tail --follow`.
+const POLL_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Most characters of a value in a line.
-const LONGEST: usize = 120;
+/// Maximum number of characters of one value in a one-line entry.
+const MAX_VALUE_CHARS: usize = 120;
 
-/// Reading the audit log.
+/// Commands that read the audit log.
 #[derive(Subcommand)]
 pub enum ReadAuditCommand {
-    /// Tell the last entries.
+    /// Print the last entries.
     Tail {
-        /// Which log.
+        /// Audit log to read.
         #[command(flatten)]
         log: LogArgs,
-        /// How many.
+        /// Number of entries.
         #[arg(long, short = 'n', value_name = "COUNT", default_value_t = 20)]
         lines: usize,
-        /// Go on with those to come, until it is interrupted.
+        /// Keep running and print new entries until interrupted.
         #[arg(long, short)]
         follow: bool,
-        /// Tell each as a line of JSON.
+        /// Print one JSON object per line.
         #[arg(long)]
         json: bool,
     },
-    /// Tell all of one entry.
+    /// Show one entry in full.
     Show {
-        /// Its number in the log.
+        /// Sequence number of the entry.
         sequence: u64,
-        /// Which log.
+        /// Audit log to read.
         #[command(flatten)]
         log: LogArgs,
-        /// Tell it as JSON.
+        /// Print JSON.
         #[arg(long)]
         json: bool,
     },
-    /// Write entries into a file, for auditors and their programs.
+    /// Export entries to a file, as JSON lines or CSV.
     Export {
-        /// Which log.
+        /// Audit log to read.
         #[command(flatten)]
         log: LogArgs,
-        /// The file, which must not exist; standard output without it.
+        /// Output file; must not exist [default: standard output].
         #[arg(long, value_name = "FILE")]
         out: Option<PathBuf>,
-        /// The first moment, 2026-01-31 or 2026-01-31T12:00:00Z.
-        #[arg(long, value_name = "TIME", value_parser = moment)]
+        /// Export entries from this time on (inclusive, UTC): 2026-01-31 or 2026-01-31T12:00:00Z.
+        #[arg(long, value_name = "TIME", value_parser = parse_time)]
         from: Option<u64>,
-        /// The first moment that is not wanted any more.
-        #[arg(long, value_name = "TIME", value_parser = moment)]
+        /// Export entries before this time (exclusive, UTC): 2026-01-31 or 2026-01-31T12:00:00Z.
+        #[arg(long, value_name = "TIME", value_parser = parse_time)]
         to: Option<u64>,
-        /// In which form.
-        #[arg(long, value_enum, default_value_t = Form::Json)]
-        format: Form,
+        /// Output format.
+        #[arg(long, value_enum, default_value_t = ExportFormat::Json)]
+        format: ExportFormat,
     },
 }
 
-/// Which log is read.
+/// Selects the audit log by configuration file or by directory.
 #[derive(Args)]
 pub struct LogArgs {
-    /// The daemon's configuration, which names the log.
+    /// Configuration file of the daemon, which names the audit log.
     #[arg(long, value_name = "FILE", required_unless_present = "directory")]
     config: Option<PathBuf>,
-    /// The log's directory, a copy of it for example, instead.
+    /// Directory of the audit log, for example of a copy, instead of --config.
     #[arg(long, value_name = "DIR", conflicts_with = "config")]
     directory: Option<PathBuf>,
 }
@@ -92,62 +92,63 @@ impl LogArgs {
         match (self.directory, self.config) {
             (Some(directory), _) => Ok(directory),
             (None, Some(config)) => log_directory(&config),
-            (None, None) => Err("say which log: --config FILE or --directory DIR".to_owned()),
+            (None, None) => Err("no audit log given: use --config FILE or --directory DIR".to_owned()),
         }
     }
 }
 
-/// Which log is verified, and against what.
+/// Selects the audit log to verify and the trust anchors.
 #[derive(Args)]
 pub struct VerifyAuditArgs {
-    /// The daemon's configuration: it names the log, the public database and its key.
+    /// Configuration file of the daemon, which names the audit log, the public database and its key.
     #[arg(long, value_name = "FILE", required_unless_present = "directory")]
     config: Option<PathBuf>,
-    /// The log's directory, a copy of it for example, instead of the configuration's.
+    /// Directory of the audit log, for example of a copy [default: from --config].
     #[arg(long, value_name = "DIR")]
     directory: Option<PathBuf>,
-    /// The public database: a mirror's directory or the daemon's web address, instead of the configuration's.
+    /// Public database: directory of a mirror or URL of the public listener [default: from --config].
     #[arg(long, value_name = "DIR|URL", requires = "key")]
     log: Option<String>,
-    /// The public key of the public database, NAME.vkey of the ceremony, instead of the configuration's.
+    /// Public key of the public database, NAME.vkey of the ceremony [default: from --config].
     #[arg(long, value_name = "FILE")]
     key: Option<PathBuf>,
-    /// The certificate of an access key, access-ca.pem of the ceremony: whoever it certifies is an officer. With --config those of its
-    /// register are known; may be given more than once.
+    /// Certificate of an access CA that certifies officers, access-ca.pem of the ceremony; repeatable. With --config the access
+    /// CAs of keys.toml are trusted too.
     #[arg(long, value_name = "FILE")]
     access_ca: Vec<PathBuf>,
-    /// A loss that the officers have accepted, by the entry of the public database that knows of what is lost; may be given more than once.
+    /// Confirm a loss that the officers accepted: index of the public database entry that covers the lost audit entries;
+    /// repeatable.
     #[arg(long, value_name = "INDEX")]
     given_up: Vec<u64>,
-    /// Look at the chain alone, not at signatures and the public database.
+    /// Verify only the hash chain, no signatures and no checkpoints in the public database.
     #[arg(long, conflicts_with_all = ["log", "key", "access_ca", "given_up"])]
     chain_only: bool,
-    /// Tell it as JSON.
+    /// Print JSON.
     #[arg(long)]
     json: bool,
 }
 
 impl VerifyAuditArgs {
-    /// Verifies, and fails if anything is not as it should be.
+    /// Verifies the log and fails on any finding.
     pub fn run(self) -> Result<(), String> {
         let config = self.config.as_deref().map(AuditConfig::load).transpose().map_err(|e| e.to_string())?;
         let directory = self.directory.clone().or_else(|| config.as_ref().map(|config| config.directory.clone()));
-        let directory = directory.ok_or("say which log: --config FILE or --directory DIR")?;
-        let found = match self.trust(config.as_ref(), &directory)? {
+        let directory = directory.ok_or("no audit log given: use --config FILE or --directory DIR")?;
+        let result = match self.trust(config.as_ref(), &directory)? {
             None => audit::verify(&directory),
             Some(trust) => audit::verify_with(&directory, &trust),
         };
         if self.json {
-            println!("{:#}", audit::verified_json(&found));
+            println!("{:#}", audit::verified_json(&result));
         }
-        let verified = found.map_err(|e| e.to_string())?;
+        let verified = result.map_err(|e| e.to_string())?;
         if !self.json {
             println!("{verified}");
         }
         Ok(())
     }
 
-    /// What it is held against; none if the chain alone is looked at.
+    /// Trust anchors for the verification; `None` with `--chain-only`.
     fn trust(&self, config: Option<&AuditConfig>, directory: &Path) -> Result<Option<Trust>, String> {
         if self.chain_only {
             return Ok(None);
@@ -161,83 +162,84 @@ impl VerifyAuditArgs {
             None => access.as_ref().map(|access| access.key.clone()),
         };
         let key: LogKey =
-            key.ok_or("say whose checkpoints: --key FILE, or --config FILE; or look at the --chain-only")?;
-        let place = self.log.clone().or_else(|| access.as_ref().map(|access| access.directory.display().to_string()));
-        let published = match place {
-            Some(place) => {
+            key.ok_or("no public key for the checkpoints: give --key FILE or --config FILE, or use --chain-only")?;
+        let source = self.log.clone().or_else(|| access.as_ref().map(|access| access.directory.display().to_string()));
+        let published = match source {
+            Some(source) => {
                 let node = match config {
                     Some(config) => Some(config.node.clone()),
                     None => first_node(directory)?,
                 };
-                let node = node.ok_or("the log is empty, and only --config tells whose it is")?;
-                Some(published_checkpoints(&place, &key, &node)?)
+                let node = node.ok_or("the audit log is empty, so its node name is unknown: give --config FILE")?;
+                Some(published_checkpoints(&source, &key, &node)?)
             }
             None => None,
         };
         let mut authorities = access.map(|access| access.callers).unwrap_or_default();
         for path in &self.access_ca {
             let pem = std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?;
-            let authority = IssuerCertificate::from_pem_alone(&pem).map_err(|e| format!("{}: {e}", path.display()))?;
+            let authority = IssuerCertificate::from_pem_with_default_algorithm(&pem)
+                .map_err(|e| format!("{}: {e}", path.display()))?;
             authorities.push(authority.public_key().clone());
         }
         Ok(Some(Trust { key: Some(key), authorities, published, given_up: self.given_up.clone() }))
     }
 }
 
-/// The node whose log it is; none while it is empty.
+/// Node name of the first entry; `None` if the log is empty.
 fn first_node(directory: &Path) -> Result<Option<String>, String> {
     let mut entries = Entries::open(directory).map_err(|e| e.to_string())?;
-    // A first entry that does not fit is found by the verification, which says more.
+    // The verification reports an invalid first entry in more detail.
     Ok(entries.next_entry().ok().flatten().map(|entry| entry.node))
 }
 
-/// Copies the log of the running daemon, or goes on with the copy.
+/// Copies the daemon's audit log, or appends new entries to an existing copy.
 pub async fn fetch_audit(out: &Path, daemon: &DaemonArgs) -> Result<(), StatusError> {
-    let failed = |e: io::Error| StatusError::Unfit(format!("{}: {e}", out.display()));
-    make_directory(out).map_err(|e| StatusError::Unfit(e.to_string()))?;
+    let failed = |e: io::Error| StatusError::Invalid(format!("{}: {e}", out.display()));
+    make_directory(out).map_err(|e| StatusError::Invalid(e.to_string()))?;
     let opened = OpenOptions::new().append(true).create(true).mode(0o600).open(out.join(audit::FILE));
     let mut file = opened.map_err(failed)?;
     let before = file.metadata().map_err(failed)?.len();
-    let mut desk = OfficerClient::connect(&daemon.server, &daemon.tls).await?;
-    desk.read_audit_log(before, |bytes| file.write_all(bytes)).await?;
+    let mut client = OfficerClient::connect(&daemon.server, &daemon.tls).await?;
+    client.read_audit_log(before, |bytes| file.write_all(bytes)).await?;
     file.sync_all().map_err(failed)?;
     let (now, place) = (file.metadata().map_err(failed)?.len(), out.display());
     let new = now - before;
     match daemon.json {
         true => println!("{:#}", serde_json::json!({ "directory": out, "bytes": now, "new": new })),
         false => println!(
-            "{now} bytes in {place}, {new} of them new; sppctl audit verify --directory {place} --key LOG.vkey looks at them"
+            "{now} bytes in {place}, {new} new; verify with: sppctl audit verify --directory {place} --key LOG.vkey"
         ),
     }
     Ok(())
 }
 
-/// The form of exported entries.
+/// Output format of `audit export`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Form {
-    /// One JSON object in a line.
+pub enum ExportFormat {
+    /// One JSON object per line.
     Json,
     /// Comma-separated values with a header.
     Csv,
 }
 
 impl ReadAuditCommand {
-    /// Does it.
+    /// Runs the command.
     pub fn run(self) -> Result<(), String> {
         match self {
             Self::Tail { log, lines, follow, json } => tail(&log.directory()?, lines, follow, json),
             Self::Show { sequence, log, json } => show(&log.directory()?, sequence, json),
             Self::Export { log, out, from, to, format } => {
-                let wanted = |entry: &Recorded| {
+                let filter = |entry: &RecordedEntry| {
                     from.is_none_or(|from| entry.time >= from) && to.is_none_or(|to| entry.time < to)
                 };
-                export(&log.directory()?, out.as_deref(), wanted, format)
+                export(&log.directory()?, out.as_deref(), filter, format)
             }
         }
     }
 }
 
-/// The log's directory; there may be no daemon and no HSM.
+/// Directory of the audit log named by the configuration. Needs neither the daemon nor the HSM.
 pub(super) fn log_directory(config: &Path) -> Result<PathBuf, String> {
     AuditConfig::load(config).map(|audit| audit.directory).map_err(|e| e.to_string())
 }
@@ -253,51 +255,51 @@ fn tail(directory: &Path, lines: usize, follow: bool, json: bool) -> Result<(), 
             last.push_back(entry);
         }
     }
-    last.iter().try_for_each(|entry| say(entry, json))?;
+    last.iter().try_for_each(|entry| print_entry(entry, json))?;
     if !follow {
         return Ok(());
     }
     loop {
         match entries.next_entry().map_err(|e| e.to_string())? {
-            Some(entry) => say(&entry, json)?,
-            None => std::thread::sleep(LOOK),
+            Some(entry) => print_entry(&entry, json)?,
+            None => std::thread::sleep(POLL_INTERVAL),
         }
     }
 }
 
-fn say(entry: &Recorded, json: bool) -> Result<(), String> {
-    let line = if json { to_json(entry)? } else { in_a_line(entry) };
+fn print_entry(entry: &RecordedEntry, json: bool) -> Result<(), String> {
+    let line = if json { to_json(entry)? } else { format_entry(entry) };
     match writeln!(io::stdout(), "{line}") {
-        // Whoever reads has had enough.
+        // The reader closed the pipe, for example `head`.
         Err(e) if e.kind() == io::ErrorKind::BrokenPipe => std::process::exit(0),
         written => written.map_err(|e| e.to_string()),
     }
 }
 
-fn to_json(entry: &Recorded) -> Result<String, String> {
+fn to_json(entry: &RecordedEntry) -> Result<String, String> {
     serde_json::to_string(entry).map_err(|e| e.to_string())
 }
 
-/// An entry in a line, for people.
-pub(super) fn in_a_line(entry: &Recorded) -> String {
+/// Formats an entry as one line of text.
+pub(super) fn format_entry(entry: &RecordedEntry) -> String {
     let mut line = format!(
         "{:>6}  {}  {:<20} {:<18} {}",
         entry.sequence,
-        at(entry.time),
-        printable(&entry.caller),
+        format_time(entry.time),
+        escape_controls(&entry.caller),
         entry.act,
-        printable(&entry.outcome.to_string())
+        escape_controls(&entry.outcome.to_string())
     );
     for (name, value) in &entry.details {
-        // Writing into a string does not fail.
-        let _ = write!(line, "  {name}={}", shortened(printable(value)));
+        // Writing to a String cannot fail.
+        let _ = write!(line, "  {name}={}", truncate(escape_controls(value)));
     }
     line
 }
 
-/// Certificates and signatures would hide the rest: `show` and `export` tell all of a value.
-fn shortened(value: String) -> String {
-    match value.char_indices().nth(LONGEST) {
+/// Truncates long values such as certificates and signatures; `show` and `export` print them in full.
+fn truncate(value: String) -> String {
+    match value.char_indices().nth(MAX_VALUE_CHARS) {
         Some((end, _)) => format!("{}…", value.get(..end).unwrap_or_default()),
         None => value,
     }
@@ -313,61 +315,61 @@ fn show(directory: &Path, sequence: u64, json: bool) -> Result<(), String> {
             println!("{}", serde_json::to_string_pretty(&entry).map_err(|e| e.to_string())?);
             return Ok(());
         }
-        println!("entry    {} of node {}", entry.sequence, printable(&entry.node));
-        println!("time     {}", at(entry.time));
-        println!("caller   {}", printable(&entry.caller));
-        println!("act      {}", printable(&entry.act));
-        println!("outcome  {}", printable(&entry.outcome.to_string()));
+        println!("entry    {} of node {}", entry.sequence, escape_controls(&entry.node));
+        println!("time     {}", format_time(entry.time));
+        println!("caller   {}", escape_controls(&entry.caller));
+        println!("act      {}", escape_controls(&entry.act));
+        println!("outcome  {}", escape_controls(&entry.outcome.to_string()));
         for (name, value) in &entry.details {
-            println!("  {name:<16} {}", printable(value));
+            println!("  {name:<16} {}", escape_controls(value));
         }
         return Ok(());
     }
-    Err(format!("the audit log has no entry {sequence}; sppctl audit tail tells the last ones"))
+    Err(format!("audit log has no entry {sequence}; sppctl audit tail lists the last entries"))
 }
 
 fn export(
     directory: &Path,
     out: Option<&Path>,
-    wanted: impl Fn(&Recorded) -> bool,
-    format: Form,
+    filter: impl Fn(&RecordedEntry) -> bool,
+    format: ExportFormat,
 ) -> Result<(), String> {
     let mut entries = Entries::open(directory).map_err(|e| e.to_string())?;
     let file = |path: &Path| -> Result<File, String> {
         let opened = OpenOptions::new().write(true).create_new(true).open(path);
-        opened.map_err(|e| format!("{}: {e}; an export overwrites nothing", path.display()))
+        opened.map_err(|e| format!("{}: {e}; audit export never overwrites a file", path.display()))
     };
     let sink: Box<dyn Write> = match out {
         Some(path) => Box::new(io::BufWriter::new(file(path)?)),
         None => Box::new(io::BufWriter::new(io::stdout())),
     };
     let failed = |e: io::Error| format!("writing the export: {e}");
-    let mut rows = Rows::begin(format, sink).map_err(failed)?;
+    let mut writer = EntryWriter::new(format, sink).map_err(failed)?;
     let mut count = 0_u64;
     while let Some(entry) = entries.next_entry().map_err(|e| e.to_string())? {
-        if wanted(&entry) {
-            rows.add(&entry).map_err(failed)?;
+        if filter(&entry) {
+            writer.write(&entry).map_err(failed)?;
             count += 1;
         }
     }
-    rows.end().map_err(failed)?;
+    writer.finish().map_err(failed)?;
     if let Some(path) = out {
         println!("wrote {count} entries to {}", path.display());
     }
     Ok(())
 }
 
-/// Where exported entries go, in their form.
-enum Rows {
+/// Writes exported entries in the selected format.
+enum EntryWriter {
     Json(Box<dyn Write>),
     Csv(Box<csv::Writer<Box<dyn Write>>>),
 }
 
-impl Rows {
-    fn begin(form: Form, sink: Box<dyn Write>) -> io::Result<Self> {
-        Ok(match form {
-            Form::Json => Self::Json(sink),
-            Form::Csv => {
+impl EntryWriter {
+    fn new(format: ExportFormat, sink: Box<dyn Write>) -> io::Result<Self> {
+        Ok(match format {
+            ExportFormat::Json => Self::Json(sink),
+            ExportFormat::Csv => {
                 let mut csv = csv::Writer::from_writer(sink);
                 csv.write_record(["sequence", "time", "node", "caller", "act", "outcome", "details"])?;
                 Self::Csv(Box::new(csv))
@@ -375,7 +377,7 @@ impl Rows {
         })
     }
 
-    fn add(&mut self, entry: &Recorded) -> io::Result<()> {
+    fn write(&mut self, entry: &RecordedEntry) -> io::Result<()> {
         match self {
             Self::Json(sink) => {
                 serde_json::to_writer(&mut *sink, entry)?;
@@ -383,14 +385,14 @@ impl Rows {
             }
             Self::Csv(csv) => {
                 let (sequence, outcome) = (entry.sequence.to_string(), entry.outcome.to_string());
-                let (time, details) = (at(entry.time), serde_json::to_string(&entry.details)?);
+                let (time, details) = (format_time(entry.time), serde_json::to_string(&entry.details)?);
                 csv.write_record([&sequence, &time, &entry.node, &entry.caller, &entry.act, &outcome, &details])?;
                 Ok(())
             }
         }
     }
 
-    fn end(self) -> io::Result<()> {
+    fn finish(self) -> io::Result<()> {
         match self {
             Self::Json(mut sink) => sink.flush(),
             Self::Csv(mut csv) => csv.flush(),

@@ -1,4 +1,4 @@
-//! Callers of the running daemon: their certificates, quotas and revocations; and identities that it gives out.
+//! Callers of the daemon (certificates, quotas, revocations, renewal) and the device identities that it assigns.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -7,45 +7,45 @@ use clap::{Args, Subcommand};
 use comfy_table::Table;
 use serde_json::json;
 
-use super::access_client::{OfficerClient, life_left, now};
+use super::access_client::{OfficerClient, certificate_seconds_left, now};
 use super::pool_cli::DaemonArgs;
 use super::status::StatusError;
-use super::text::{at, duration, printable, table, tell_written, trimmed};
+use super::text::{escape_controls, format_duration, format_time, print_written, render, table};
 use crate::certificate::{Caller, Role};
 use crate::names::{DeviceIdentity, ProfileName};
 use crate::proto;
 
-/// Identities that the daemon gives out to devices that are ordered without one, each once.
+/// Load and list device identities that the daemon assigns, each once, to devices ordered without an identity.
 #[derive(Subcommand)]
 pub enum IdentitiesCommand {
-    /// Load identities that follow each other.
+    /// Load a range of consecutive identities.
     Load {
-        /// For which product.
+        /// Profile whose devices get these identities.
         #[arg(long, value_name = "NAME")]
         profile: ProfileName,
-        /// The first one, imei:490154203237518 for example.
+        /// First identity of the range, for example imei:490154203237518.
         #[arg(long, value_name = "IDENTITY")]
         first: DeviceIdentity,
-        /// How many.
+        /// Number of identities.
         #[arg(long, value_name = "N", required_unless_present = "last", conflicts_with = "last")]
         count: Option<u64>,
-        /// The last one, instead of how many.
+        /// Last identity of the range, instead of --count.
         #[arg(long, value_name = "IDENTITY")]
         last: Option<DeviceIdentity>,
-        /// Which daemon.
+        /// Connection to the daemon.
         #[command(flatten)]
         daemon: DaemonArgs,
     },
-    /// Tell which are loaded, and how many are left.
+    /// List loaded ranges and the number of unassigned identities.
     List {
-        /// Which daemon.
+        /// Connection to the daemon.
         #[command(flatten)]
         daemon: DaemonArgs,
     },
 }
 
 impl IdentitiesCommand {
-    /// Does it.
+    /// Runs the command.
     pub async fn run(self) -> Result<(), StatusError> {
         match self {
             Self::Load { profile, first, count, last, daemon } => {
@@ -67,8 +67,10 @@ impl IdentitiesCommand {
                 let ranges = OfficerClient::connect(&daemon.server, &daemon.tls).await?.identities().await?;
                 match daemon.json {
                     true => println!("{:#}", ranges.iter().map(range_json).collect::<serde_json::Value>()),
-                    false if ranges.is_empty() => println!("none is loaded; sppctl identities load"),
-                    false => println!("{}", trimmed(&ranges_table(&ranges))),
+                    false if ranges.is_empty() => {
+                        println!("no identities loaded; load them with sppctl identities load")
+                    }
+                    false => println!("{}", render(&ranges_table(&ranges))),
                 }
                 Ok(())
             }
@@ -83,8 +85,8 @@ fn ranges_table(ranges: &[proto::IdentityRange]) -> Table {
             range.profile.clone(),
             range.first.clone(),
             range.last.clone(),
-            printable(&range.by),
-            range.at.map(seconds).map_or_else(String::new, at),
+            escape_controls(&range.by),
+            range.at.map(seconds).map_or_else(String::new, format_time),
             range.number.to_string(),
             range.count.to_string(),
             range.count.saturating_sub(range.used).to_string(),
@@ -106,34 +108,34 @@ fn range_json(range: &proto::IdentityRange) -> serde_json::Value {
     })
 }
 
-/// Whose certificate is renewed, and where the new one goes.
+/// The certificate to renew and the output directory.
 #[derive(Args)]
 pub struct RenewArgs {
-    /// A listener with mutual TLS, of stations or of officers: https://HOST:PORT.
+    /// URL of a listener with mutual TLS (station or officer), https://HOST:PORT.
     #[arg(long, value_name = "URL")]
     server: String,
-    /// The caller's directory with certificate.pem, key.pem and ca.pem.
+    /// Directory with the caller's certificate.pem, key.pem and ca.pem.
     #[arg(long, value_name = "DIR")]
     tls: PathBuf,
-    /// Make a new key, too, and put everything into this directory; without it the certificate is replaced and the key stays.
+    /// Generate a new key and write all files to this directory [default: keep the key and replace certificate.pem].
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// Do nothing while the certificate has more time left than this, 30d for example.
+    /// Renew only if the certificate expires within this time, for example 30d.
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     within: Option<Duration>,
-    /// Tell it as JSON.
+    /// Print JSON.
     #[arg(long)]
     json: bool,
 }
 
-/// Renews the certificate of whoever calls.
+/// Renews the caller's own certificate.
 pub async fn renew(args: RenewArgs) -> Result<(), StatusError> {
-    let left = life_left(&args.tls)?;
+    let left = certificate_seconds_left(&args.tls)?;
     if args.within.is_some_and(|within| left > within.as_secs()) {
-        let time = duration(i64::try_from(left).unwrap_or(i64::MAX));
+        let time = format_duration(i64::try_from(left).unwrap_or(i64::MAX));
         match args.json {
             true => println!("{:#}", json!({ "wrote": [], "seconds_left": left })),
-            false => println!("the certificate has {time} left; nothing was done"),
+            false => println!("certificate expires in {time}; not renewed"),
         }
         return Ok(());
     }
@@ -142,13 +144,13 @@ pub async fn renew(args: RenewArgs) -> Result<(), StatusError> {
         println!("{:#}", json!({ "wrote": paths, "not_after": until }));
         return Ok(());
     }
-    tell_written(&paths, false);
-    println!("it ends at {}", at(until));
+    print_written(&paths, false);
+    println!("certificate expires at {}", format_time(until));
     Ok(())
 }
 
-/// Has the daemon make a certificate for somebody.
-pub async fn enroll_at_desk(
+/// Enrols a caller through the running daemon.
+pub async fn enroll_via_daemon(
     server: &str,
     tls: &Path,
     caller: &Caller,
@@ -159,7 +161,7 @@ pub async fn enroll_at_desk(
     OfficerClient::connect(server, tls).await?.enroll(caller, csr, days, out).await
 }
 
-/// Tells who is known of a role: stations with their quotas, others with their certificates.
+/// Lists the callers of a role: stations with their quotas, other roles with their certificates.
 pub async fn list_callers(role: Role, daemon: &DaemonArgs) -> Result<(), StatusError> {
     let known = OfficerClient::connect(&daemon.server, &daemon.tls).await?.callers().await?;
     if daemon.json {
@@ -167,10 +169,10 @@ pub async fn list_callers(role: Role, daemon: &DaemonArgs) -> Result<(), StatusE
         return Ok(());
     }
     if role == Role::Station {
-        println!("{}", trimmed(&stations_table(&known)));
+        println!("{}", render(&stations_table(&known)));
     } else {
-        println!("{}", trimmed(&certificates_table(role, &known)));
-        println!("those made on the token are not here until they are renewed (sppctl renew)");
+        println!("{}", render(&certificates_table(role, &known)));
+        println!("certificates issued on the token are listed after their first renewal (sppctl renew)");
     }
     Ok(())
 }
@@ -180,8 +182,8 @@ fn stations_table(known: &proto::ListCallersResponse) -> Table {
     let mut table = table(header, 1..=4);
     let quota = |limit: Option<u64>| limit.map_or_else(|| "-".to_owned(), |limit| limit.to_string());
     for station in &known.stations {
-        let certificate = of(Role::Station, &station.station, known);
-        let standing = match (revocation(Role::Station, &station.station, known), station.configured) {
+        let certificate = newest_certificate(Role::Station, &station.station, known);
+        let status = match (revocation(Role::Station, &station.station, known), station.configured) {
             (Some(revoked), _) => revoked,
             (None, false) => "not configured".to_owned(),
             (None, true) => String::new(),
@@ -194,8 +196,8 @@ fn stations_table(known: &proto::ListCallersResponse) -> Table {
             quota(station.devices_total),
             station.profiles.join(" "),
             station.identities.join(" "),
-            certificate.and_then(|known| known.not_after).map(seconds).map_or_else(|| "?".to_owned(), at),
-            standing,
+            certificate.and_then(|known| known.not_after).map(seconds).map_or_else(|| "?".to_owned(), format_time),
+            status,
         ]);
     }
     table
@@ -207,32 +209,39 @@ fn certificates_table(role: Role, known: &proto::ListCallersResponse) -> Table {
         table.add_row([
             certificate.name.clone(),
             hex::encode(&certificate.serial),
-            certificate.not_before.map(seconds).map_or_else(String::new, at),
-            certificate.not_after.map(seconds).map_or_else(String::new, at),
-            printable(&certificate.by),
+            certificate.not_before.map(seconds).map_or_else(String::new, format_time),
+            certificate.not_after.map(seconds).map_or_else(String::new, format_time),
+            escape_controls(&certificate.by),
             revocation(role, &certificate.name, known).unwrap_or_default(),
         ]);
     }
-    let without = known.revocations.iter().filter(|revoked| revoked.role == role.as_str());
-    for revoked in without.filter(|revoked| of(role, &revoked.name, known).is_none()) {
-        let standing = revocation(role, &revoked.name, known).unwrap_or_default();
-        table.add_row([revoked.name.clone(), "?".into(), "?".into(), "?".into(), String::new(), standing]);
+    let revocations = known.revocations.iter().filter(|revoked| revoked.role == role.as_str());
+    for revoked in revocations.filter(|revoked| newest_certificate(role, &revoked.name, known).is_none()) {
+        let status = revocation(role, &revoked.name, known).unwrap_or_default();
+        table.add_row([revoked.name.clone(), "?".into(), "?".into(), "?".into(), String::new(), status]);
     }
     table
 }
 
-fn of<'a>(role: Role, name: &str, known: &'a proto::ListCallersResponse) -> Option<&'a proto::KnownCertificate> {
+fn newest_certificate<'a>(
+    role: Role,
+    name: &str,
+    known: &'a proto::ListCallersResponse,
+) -> Option<&'a proto::KnownCertificate> {
     known.certificates.iter().find(|known| known.role == role.as_str() && known.name == name)
 }
 
-/// A certificate that was made after the revocation is of use again.
+/// The revocation of a caller, unless the newest certificate was issued after it and is valid again.
 fn revocation(role: Role, name: &str, known: &proto::ListCallersResponse) -> Option<String> {
     let revoked = known.revocations.iter().find(|revoked| revoked.role == role.as_str() && revoked.name == name)?;
     let revoked_at = revoked.at.map(seconds).unwrap_or_default();
-    let newer = of(role, name, known).and_then(|known| known.not_before).map(seconds).is_some_and(|at| at > revoked_at);
+    let newer = newest_certificate(role, name, known)
+        .and_then(|known| known.not_before)
+        .map(seconds)
+        .is_some_and(|at| at > revoked_at);
     match newer {
         true => None,
-        false => Some(format!("revoked {}: {}", at(revoked_at), printable(&revoked.reason))),
+        false => Some(format!("revoked {}: {}", format_time(revoked_at), escape_controls(&revoked.reason))),
     }
 }
 
@@ -258,9 +267,9 @@ fn callers_json(role: Role, known: &proto::ListCallersResponse) -> serde_json::V
         let at = revoked.at.map(seconds);
         json!({ "name": revoked.name, "at": at, "reason": revoked.reason, "request": revoked.request })
     };
-    let of_role = |of: &str| of == role.as_str();
-    let certificates: Vec<_> = known.certificates.iter().filter(|c| of_role(&c.role)).map(certificate).collect();
-    let revocations: Vec<_> = known.revocations.iter().filter(|r| of_role(&r.role)).map(revocation).collect();
+    let has_role = |name: &str| name == role.as_str();
+    let certificates: Vec<_> = known.certificates.iter().filter(|c| has_role(&c.role)).map(certificate).collect();
+    let revocations: Vec<_> = known.revocations.iter().filter(|r| has_role(&r.role)).map(revocation).collect();
     let stations: Vec<_> =
         if role == Role::Station { known.stations.iter().map(station).collect() } else { Vec::new() };
     json!({ "at": now(), "stations": stations, "certificates": certificates, "revocations": revocations })

@@ -1,26 +1,26 @@
-//! One device, as the running daemon and the audit log know it.
+//! `sppctl device show`: data about one device from the daemon and the audit log.
 
 use std::path::Path;
 use std::str::FromStr;
 
 use serde_json::{Value, json};
 
-use super::audit_cli::in_a_line;
+use super::audit_cli::format_entry;
 use super::sessions::{receipt_json, seconds, session_json, state_name};
-use super::status::{StatusError, channel, refused, with_deadline};
-use super::text::{at, lines, printable};
-use crate::audit::{AuditError, Entries, Recorded};
+use super::status::{StatusError, call_error, channel, with_deadline};
+use super::text::{aligned_lines, escape_controls, format_time};
+use crate::audit::{AuditError, Entries, RecordedEntry};
 use crate::names::{ChipId, DeviceIdentity};
 use crate::proto;
 use crate::proto::get_device_request::Device;
 use crate::proto::production_client::ProductionClient;
 
-/// A chip in hex, or an identity with its kind.
+/// A chip ID in hex or a device identity with its type prefix.
 #[derive(Debug, Clone)]
 pub enum DeviceName {
-    /// The chip.
+    /// Chip ID.
     Chip(ChipId),
-    /// The identity.
+    /// Device identity.
     Identity(DeviceIdentity),
 }
 
@@ -28,15 +28,17 @@ impl FromStr for DeviceName {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        // No hex has a colon, and no identity is without one.
+        // Every identity contains a colon; hex does not.
         if text.contains(':') {
             return text.parse().map(Self::Identity).map_err(|e: crate::names::NameError| e.to_string());
         }
-        text.parse().map(Self::Chip).map_err(|e| format!("{e}; or give an identity, for example imei:490154203237518"))
+        text.parse()
+            .map(Self::Chip)
+            .map_err(|e| format!("{e}; expected a chip ID in hex or an identity, for example imei:490154203237518"))
     }
 }
 
-/// Asks the daemon.
+/// Requests the device from the daemon.
 pub(super) async fn device(
     server: &str,
     tls: &Path,
@@ -48,14 +50,17 @@ pub(super) async fn device(
     });
     let mut client = ProductionClient::new(channel(server, tls).await?);
     let answer = client.get_device(with_deadline(proto::GetDeviceRequest { device })).await;
-    Ok(answer.map_err(|status| refused(server, &status))?.into_inner())
+    Ok(answer.map_err(|status| call_error(server, &status))?.into_inner())
 }
 
-/// What the audit log says of the device: entries with a detail that names its chip or one of its sessions.
-pub(super) fn entries_about(directory: &Path, device: &proto::GetDeviceResponse) -> Result<Vec<Recorded>, AuditError> {
+/// Audit entries about the device: those with a detail that contains its chip ID or one of its session IDs.
+pub(super) fn entries_about(
+    directory: &Path,
+    device: &proto::GetDeviceResponse,
+) -> Result<Vec<RecordedEntry>, AuditError> {
     let sessions = device.sessions.iter().map(|session| hex::encode(&session.session_id));
     let names: Vec<_> = sessions.chain([hex::encode(&device.chip_id)]).collect();
-    // Whole words: a shorter chip ID may be a part of a longer one.
+    // Compare whole words: a short chip ID may be a substring of a longer one.
     let is_about = |value: &String| value.split_whitespace().any(|word| names.iter().any(|name| name == word));
     let (mut entries, mut found) = (Entries::open(directory)?, Vec::new());
     while let Some(entry) = entries.next_entry()? {
@@ -66,8 +71,8 @@ pub(super) fn entries_about(directory: &Path, device: &proto::GetDeviceResponse)
     Ok(found)
 }
 
-/// For people.
-pub(super) fn as_text(device: &proto::GetDeviceResponse, audit: Option<&[Recorded]>) -> String {
+/// Formats the device as text.
+pub(super) fn as_text(device: &proto::GetDeviceResponse, audit: Option<&[RecordedEntry]>) -> String {
     let mut rows = vec![("chip", hex::encode(&device.chip_id))];
     if let Some(session) = device.sessions.first() {
         rows.extend([
@@ -76,53 +81,54 @@ pub(super) fn as_text(device: &proto::GetDeviceResponse, audit: Option<&[Recorde
             ("profile", session.profile.clone()),
             ("station", session.station.clone()),
             ("session", hex::encode(&session.session_id)),
-            ("begun", at(seconds(session.created.as_ref()))),
+            ("begun", format_time(seconds(session.created.as_ref()))),
             ("key pair", key_pair(device.key_pair()).to_owned()),
             ("master key", master_key(session.master_key_version)),
         ]);
     }
     match &device.published {
-        None => rows.push(("record", "none: it is not published".to_owned())),
+        None => rows.push(("record", "none: not published".to_owned())),
         Some(published) => rows.extend(published_rows(published, device.sessions.is_empty())),
     }
-    let mut text = lines(&rows);
+    let mut text = aligned_lines(&rows);
     if !device.certificate.is_empty() {
-        let said: Vec<_> = device.certificate.iter().map(|one| (one.name.as_str(), one.value.clone())).collect();
-        text.push_str(&format!("\nCertificate\n{}", indented(&lines(&said))));
+        let fields: Vec<_> =
+            device.certificate.iter().map(|field| (field.name.as_str(), field.value.clone())).collect();
+        text.push_str(&format!("\nCertificate\n{}", indented(&aligned_lines(&fields))));
     }
-    let what: String = device.timeline.iter().map(event).collect();
-    text.push_str(&format!("\nTimeline\n{}", indented(&what)));
+    let timeline: String = device.timeline.iter().map(event).collect();
+    text.push_str(&format!("\nTimeline\n{}", indented(&timeline)));
     if let Some(entries) = audit {
-        let told: String = entries.iter().map(|entry| format!("{}\n", in_a_line(entry))).collect();
-        let told = if told.is_empty() { "nothing\n".to_owned() } else { told };
-        text.push_str(&format!("\nAudit log\n{}", indented(&told)));
+        let lines: String = entries.iter().map(|entry| format!("{}\n", format_entry(entry))).collect();
+        let lines = if lines.is_empty() { "no entries\n".to_owned() } else { lines };
+        text.push_str(&format!("\nAudit log\n{}", indented(&lines)));
     }
     text
 }
 
-fn published_rows(published: &proto::PublishedDevice, alone: bool) -> Vec<(&'static str, String)> {
+fn published_rows(published: &proto::PublishedDevice, without_session: bool) -> Vec<(&'static str, String)> {
     let receipt = published.receipt.clone().unwrap_or_default();
-    let place = format!("{}, sha256:{}", receipt.record_index, hex::encode(&receipt.record_hash));
+    let record = format!("{}, sha256:{}", receipt.record_index, hex::encode(&receipt.record_hash));
     let mut rows = Vec::new();
-    if alone {
+    if without_session {
         rows.extend([
             ("identity", published.identity.clone()),
             ("profile", published.profile.clone()),
-            ("session", format!("{}, which the state store does not know", hex::encode(&published.session_id))),
+            ("session", format!("{}, not in the state store", hex::encode(&published.session_id))),
             ("master key", master_key(published.master_key_version)),
         ]);
     }
     rows.extend([
-        ("record", place),
-        ("published", at(seconds(receipt.published.as_ref()))),
+        ("record", record),
+        ("published", format_time(seconds(receipt.published.as_ref()))),
         ("backup", format!("{} bytes", published.backup_bytes)),
     ]);
     rows
 }
 
 fn event(event: &proto::DeviceEvent) -> String {
-    let (when, session) = (at(seconds(event.at.as_ref())), hex::encode(&event.session_id));
-    format!("{when}  {session}  {}\n", printable(&event.what))
+    let (when, session) = (format_time(seconds(event.at.as_ref())), hex::encode(&event.session_id));
+    format!("{when}  {session}  {}\n", escape_controls(&event.what))
 }
 
 fn indented(text: &str) -> String {
@@ -136,11 +142,11 @@ fn master_key(version: u32) -> String {
 const fn key_pair(place: proto::KeyPair) -> &'static str {
     match place {
         proto::KeyPair::Unspecified => "unknown",
-        proto::KeyPair::None => "the profile has none",
-        proto::KeyPair::OfDevice => "made by the device, never here",
+        proto::KeyPair::None => "none: the profile has no key pair",
+        proto::KeyPair::OfDevice => "generated by the device",
         proto::KeyPair::Wrapped => "in the secret store, wrapped by the HSM",
         proto::KeyPair::OnToken => "in the secret store, on the token",
-        proto::KeyPair::Gone => "erased here",
+        proto::KeyPair::Gone => "erased at this site",
     }
 }
 
@@ -155,8 +161,8 @@ const fn key_pair_word(place: proto::KeyPair) -> &'static str {
     }
 }
 
-/// For programs.
-pub(super) fn as_json(device: &proto::GetDeviceResponse, audit: Option<&[Recorded]>) -> Value {
+/// Formats the device as JSON.
+pub(super) fn as_json(device: &proto::GetDeviceResponse, audit: Option<&[RecordedEntry]>) -> Value {
     let published = |published: &proto::PublishedDevice| {
         json!({
             "record": published.receipt.as_ref().map(receipt_json),
@@ -168,7 +174,7 @@ pub(super) fn as_json(device: &proto::GetDeviceResponse, audit: Option<&[Recorde
             "backup_bytes": published.backup_bytes,
         })
     };
-    let said = |one: &proto::CertificateStatement| json!({ "name": one.name, "value": one.value });
+    let field = |field: &proto::CertificateStatement| json!({ "name": field.name, "value": field.value });
     let event = |event: &proto::DeviceEvent| {
         json!({
             "at": event.at.map(|time| time.seconds),
@@ -176,16 +182,16 @@ pub(super) fn as_json(device: &proto::GetDeviceResponse, audit: Option<&[Recorde
             "what": event.what,
         })
     };
-    let mut told = json!({
+    let mut object = json!({
         "chip": hex::encode(&device.chip_id),
         "sessions": device.sessions.iter().map(session_json).collect::<Vec<_>>(),
         "key_pair": key_pair_word(device.key_pair()),
         "published": device.published.as_ref().map(published),
-        "certificate": device.certificate.iter().map(said).collect::<Vec<_>>(),
+        "certificate": device.certificate.iter().map(field).collect::<Vec<_>>(),
         "timeline": device.timeline.iter().map(event).collect::<Vec<_>>(),
     });
     if let Some(entries) = audit {
-        told["audit"] = json!(entries);
+        object["audit"] = json!(entries);
     }
-    told
+    object
 }

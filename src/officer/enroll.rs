@@ -1,4 +1,4 @@
-//! Enrolment: TLS certificates of stations, officers and the daemon itself, signed by the access key in the HSM.
+//! Enrolment: issues TLS certificates for callers and the daemon, signed on the token by the access key.
 
 use std::path::{Path, PathBuf};
 
@@ -13,20 +13,20 @@ use crate::config::HsmAccess;
 use crate::hsm::{Ceremony, KeyManifest, SigningUse};
 use crate::keys::{SignatureAlgorithm, TlsKey};
 
-/// Who is enrolled, for how long, and where the files go.
+/// Parameters of one enrolment.
 pub struct Enrolment {
-    /// Who.
+    /// Subject of the certificate.
     pub name: AccessName,
-    /// Days until the certificate ends.
+    /// Validity in days.
     pub days: u32,
-    /// A directory; `certificate.pem`, `key.pem` and `ca.pem` in it must not exist.
+    /// Output directory; `certificate.pem`, `key.pem` and `ca.pem` must not exist in it.
     pub out: PathBuf,
-    /// The request of whoever has made the key; without it one is made here.
+    /// File with a certificate request; `None` generates a key.
     pub csr: Option<PathBuf>,
 }
 
 impl Enrolment {
-    /// For the record: the act and with what.
+    /// The audit event of this enrolment.
     pub fn describe(&self) -> OfflineEvent {
         let (act, name) = match &self.name {
             AccessName::Client(caller) => (format!("{}.enroll", caller.role()), caller.name().to_owned()),
@@ -41,16 +41,22 @@ impl Enrolment {
     }
 }
 
-/// Does on the token what is written down beside the audit log before and after, so that the daemon takes both into it.
-pub fn on_record<T>(audit: &Path, act: OfflineEvent, work: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
-    act.write_down(audit).map_err(|e| e.to_string())?;
-    let done = work();
-    let outcome = done.as_ref().map_or_else(|why| Outcome::Failed(why.clone()), |_| Outcome::Done);
-    OfflineEvent { outcome, ..act }.write_down(audit).map_err(|e| format!("it is done, and not on record: {e}"))?;
-    done
+/// Runs `work` and records its start and outcome beside the audit log. The daemon imports both records into the log.
+pub fn record_offline<T>(
+    audit: &Path,
+    act: OfflineEvent,
+    work: impl FnOnce() -> Result<T, String>,
+) -> Result<T, String> {
+    act.persist(audit).map_err(|e| e.to_string())?;
+    let result = work();
+    let outcome = result.as_ref().map_or_else(|cause| Outcome::Failed(cause.clone()), |_| Outcome::Done);
+    OfflineEvent { outcome, ..act }
+        .persist(audit)
+        .map_err(|e| format!("the command succeeded, but recording it failed: {e}"))?;
+    result
 }
 
-/// Makes a key pair here and a request for its certificate, and writes both: the key need not travel.
+/// Generates a key pair and a certificate request and writes both, so that the private key never leaves this machine.
 pub fn request(out: &Path) -> Result<Vec<PathBuf>, OfficerError> {
     let paths = ["key.pem", "request.pem"].map(|name| out.join(name));
     paths.iter().try_for_each(|path| must_be_new(path))?;
@@ -60,16 +66,16 @@ pub fn request(out: &Path) -> Result<Vec<PathBuf>, OfficerError> {
     let request = document.assemble(&signature)?.to_pem()?;
     make_directory(out)?;
     let [key_path, request_path] = &paths;
-    // Exposed to be written where only its owner may read it.
+    // Exposed to be written to a file with mode 0600.
     write_new_private(key_path, key.pem().expose())?;
     write_new(request_path, request.as_bytes())?;
     Ok(paths.to_vec())
 }
 
-/// Makes a certificate signed in the HSM and writes it, for the key of a request, or for one that is made and written here.
-pub fn enroll(access: &HsmAccess, register: &KeyManifest, enrolment: &Enrolment) -> Result<Vec<PathBuf>, OfficerError> {
-    let key = register.current(SigningUse::Access).ok_or_else(|| {
-        OfficerError::Other("the register has no access key; run a ceremony with [access_ca]".to_owned())
+/// Issues a certificate signed on the token, for the key of a request or for a key generated here, and writes the files.
+pub fn enroll(access: &HsmAccess, manifest: &KeyManifest, enrolment: &Enrolment) -> Result<Vec<PathBuf>, OfficerError> {
+    let key = manifest.current(SigningUse::Access).ok_or_else(|| {
+        OfficerError::Other("keys.toml has no access key; run a ceremony with [access_ca]".to_owned())
     })?;
     let [certificate_path, ca_path, key_path] =
         ["certificate.pem", "ca.pem", "key.pem"].map(|name| enrolment.out.join(name));
@@ -78,7 +84,7 @@ pub fn enroll(access: &HsmAccess, register: &KeyManifest, enrolment: &Enrolment)
         paths.push(key_path.clone());
     }
     paths.iter().try_for_each(|path| must_be_new(path))?;
-    let (public, made_here) = match &enrolment.csr {
+    let (public, generated) = match &enrolment.csr {
         Some(path) => {
             let pem = std::fs::read(path).map_err(|e| OfficerError::Other(format!("{}: {e}", path.display())))?;
             let verified = verify_csr_pem(&pem);
@@ -94,7 +100,7 @@ pub fn enroll(access: &HsmAccess, register: &KeyManifest, enrolment: &Enrolment)
     let ca_pem = read(&key.certificate)?;
     let issuer = IssuerCertificate::from_pem(&ca_pem, algorithm)?;
 
-    let token = Ceremony::open(&access.module, &register.token, &access.pin)?;
+    let token = Ceremony::open(&access.module, &manifest.token, &access.pin)?;
     let not_before = now();
     let document = access_certificate(&AccessCertificate {
         name: &enrolment.name,
@@ -108,8 +114,8 @@ pub fn enroll(access: &HsmAccess, register: &KeyManifest, enrolment: &Enrolment)
     let certificate = document.assemble(&signature)?.to_pem()?;
 
     make_directory(&enrolment.out)?;
-    if let Some(key) = made_here {
-        // Exposed to be written where only its owner may read it.
+    if let Some(key) = generated {
+        // Exposed to be written to a file with mode 0600.
         write_new_private(&key_path, key.pem().expose())?;
     }
     write_new(&certificate_path, certificate.as_bytes())?;

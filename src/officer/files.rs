@@ -1,11 +1,11 @@
-//! Files that officers' acts make: never overwritten, synced, secrets closed to others from the first byte.
+//! Creates output files: never overwritten, synced to disk, secrets created with mode 0600.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
-/// A file could not be made.
+/// A file or directory could not be written.
 #[derive(Debug, thiserror::Error)]
 #[error("writing {path}: {cause}")]
 pub struct FileError {
@@ -13,12 +13,12 @@ pub struct FileError {
     cause: std::io::Error,
 }
 
-/// Writes a new file that anybody may read.
+/// Writes a new file with mode 0644.
 pub(super) fn write_new(path: &Path, content: &[u8]) -> Result<(), FileError> {
     write(path, content, 0o644)
 }
 
-/// Writes a new file that only its owner may read.
+/// Writes a new file with mode 0600.
 pub(super) fn write_new_private(path: &Path, content: &[u8]) -> Result<(), FileError> {
     write(path, content, 0o600)
 }
@@ -33,7 +33,7 @@ fn write(path: &Path, content: &[u8], mode: u32) -> Result<(), FileError> {
     run().map_err(|cause| FileError { path: path.to_owned(), cause })
 }
 
-/// Replaces a file in one step: a crash leaves the old or the new one.
+/// Replaces a file atomically: a crash leaves the old or the new content.
 pub(super) fn replace(path: &Path, content: &[u8]) -> Result<(), FileError> {
     let run = || -> std::io::Result<()> {
         let new = path.with_extension("new");
@@ -46,15 +46,15 @@ pub(super) fn replace(path: &Path, content: &[u8]) -> Result<(), FileError> {
     run().map_err(|cause| FileError { path: path.to_owned(), cause })
 }
 
-/// Makes a directory; one that exists is kept.
+/// Creates a directory and its parents if they do not exist.
 pub(super) fn make_directory(path: &Path) -> Result<(), FileError> {
     std::fs::create_dir_all(path).map_err(|cause| FileError { path: path.to_owned(), cause })
 }
 
-/// Refuses if the file is there.
+/// Returns an error if the path exists.
 pub(super) fn must_be_new(path: &Path) -> Result<(), FileError> {
     if path.exists() {
-        let cause = std::io::Error::new(std::io::ErrorKind::AlreadyExists, "it exists; nothing is overwritten");
+        let cause = std::io::Error::new(std::io::ErrorKind::AlreadyExists, "file exists and is never overwritten");
         return Err(FileError { path: path.to_owned(), cause });
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! `hsm.toml`: which token a ceremony works on, before the daemon has a configuration.
+//! Parses `hsm.toml`, which names the token of a ceremony. A ceremony needs no daemon configuration.
 
 use std::path::{Path, PathBuf};
 
@@ -7,13 +7,13 @@ use serde::Deserialize;
 use crate::config::{Faults, read_toml};
 use crate::hsm::{ModuleProfile, PinSource, TokenIdentity};
 
-/// A token to work on.
+/// The token of a ceremony.
 pub struct HsmFile {
-    /// The module.
+    /// PKCS#11 module.
     pub module: ModuleProfile,
-    /// Which token.
+    /// Token label and serial number.
     pub token: TokenIdentity,
-    /// Where its user PIN is.
+    /// Source of the user PIN.
     pub pin: PinSource,
 }
 
@@ -40,12 +40,12 @@ impl HsmFile {
         let absolute = |relative: &Path| std::path::absolute(base.join(relative));
         let value = shape.and_then(|shape| {
             let directory = faults.note(&place, absolute(&shape.directory))?;
-            let module = faults.keep(ModuleProfile::load(&base.join(&shape.module), &directory));
+            let module = faults.merge(ModuleProfile::load(&base.join(&shape.module), &directory));
             let pin = PinSource::File(faults.note(&place, absolute(&shape.pin_file))?);
             faults.note(format!("{place}: pin_file"), pin.check());
             let token = TokenIdentity { label: shape.token_label, serial: shape.token_serial };
             Some(Self { module: module?, token, pin })
         });
-        faults.ok_or_all(value)
+        faults.into_result(value)
     }
 }

@@ -1,4 +1,4 @@
-//! What security officers do: key ceremonies on the token, enrolment of callers, the stores' creation, a look at the daemon, reports.
+//! Commands of `sppctl`: key ceremonies, enrolment, approvals, reports, and the clients of the daemon's officer services.
 
 mod access_client;
 mod approvals_cli;
@@ -24,11 +24,11 @@ mod text;
 mod transcript;
 
 pub use approvals_cli::{ApprovalsCommand, AskArgs, RequestCommand, revoke};
-pub use audit_cli::{Form, ReadAuditCommand, VerifyAuditArgs, fetch_audit};
-pub use callers_cli::{IdentitiesCommand, RenewArgs, enroll_at_desk, list_callers, renew};
-pub use ceremony::{CeremonyPlan, Held, PlannedAct};
+pub use audit_cli::{ExportFormat, ReadAuditCommand, VerifyAuditArgs, fetch_audit};
+pub use callers_cli::{IdentitiesCommand, RenewArgs, enroll_via_daemon, list_callers, renew};
+pub use ceremony::{CeremonyOutcome, CeremonyPlan, PlannedStep};
 pub use ceremony_cli::CeremonyCommand;
-pub use enroll::{Enrolment, enroll, on_record, request};
+pub use enroll::{Enrolment, enroll, record_offline, request};
 pub use files::FileError;
 pub use hsm_cli::HsmCommand;
 pub use hsm_file::HsmFile;
@@ -37,8 +37,8 @@ pub use pool_cli::{DaemonArgs, PoolCommand};
 pub use registry_cli::RegistryCommand;
 pub use reload::reload;
 pub use reports_cli::{DeviceCommand, ReportCommand, SessionsCommand};
-pub use status::{StatusError, connect_and_ask, describe_status, status_json};
-pub use text::tell_written;
+pub use status::{StatusError, describe_status, fetch_status, status_json};
+pub use text::print_written;
 pub use transcript::{Approval, KeyReport, OfficerStatement, Transcript, VerifiedTranscript, verify_transcript};
 
 use crate::certificate::CertificateError;
@@ -46,51 +46,49 @@ use crate::config::Faults;
 use crate::hsm::HsmError;
 use crate::keys::KeyError;
 
-/// Why an officer's act stopped. What was done before it is said by the act itself.
+/// Failure of a command that works on the token or on files.
 #[derive(Debug, thiserror::Error)]
 pub enum OfficerError {
-    /// A file is wrong.
+    /// A file has one or more faults.
     #[error("{0}")]
     Faults(#[from] Faults),
-    /// The token.
+    /// The HSM reported an error.
     #[error(transparent)]
     Hsm(#[from] HsmError),
-    /// A certificate could not be made.
+    /// A certificate could not be created or parsed.
     #[error(transparent)]
     Certificate(#[from] CertificateError),
-    /// A key could not be made.
+    /// A key could not be created.
     #[error(transparent)]
     Key(#[from] KeyError),
-    /// A file could not be written, or is there already.
+    /// A file could not be written or already exists.
     #[error(transparent)]
     File(#[from] FileError),
-    /// One officer alone may not hold it.
+    /// The ceremony needs an approval.
     #[error(
-        "this ceremony {acts}: it needs the approval of a second officer; sppctl approvals request ceremony {file} …"
+        "this ceremony {actions} and needs the approval of a second officer; sppctl approvals request ceremony {file} …"
     )]
     NeedsApproval {
-        /// What it does to keys that are there.
-        acts: String,
-        /// The ceremony file.
+        /// What the ceremony does to existing keys.
+        actions: String,
+        /// Ceremony file.
         file: String,
     },
-    /// The approval was given for other bytes than the file has.
-    #[error(
-        "the approval is not of {file} as it is now: it was changed since; sppctl approvals request ceremony {file} …"
-    )]
-    ApprovalOfAnother {
-        /// The ceremony file.
+    /// The approval is bound to another hash than that of the file.
+    #[error("{file} was changed after its approval; request a new one: sppctl approvals request ceremony {file} …")]
+    ApprovalMismatch {
+        /// Ceremony file.
         file: String,
     },
-    /// It failed when some of it was done already.
-    #[error("{why}; done before that: {}", held.transcript.done())]
-    CutShort {
-        /// What has failed.
-        why: String,
-        /// What was done before.
-        held: Box<Held>,
+    /// A step failed after others were completed.
+    #[error("{cause}; completed before: {}", outcome.transcript.completed_steps())]
+    Interrupted {
+        /// Cause.
+        cause: String,
+        /// Completed steps.
+        outcome: Box<CeremonyOutcome>,
     },
-    /// Anything else, in words.
+    /// Any other error.
     #[error("{0}")]
     Other(String),
 }

@@ -1,14 +1,14 @@
-//! The approval of a ceremony that one officer alone may not hold.
+//! Verifies the approval of a ceremony that needs a second officer.
 
-use super::access_client::Seen;
+use super::access_client::VerifiedRequest;
 use super::now;
 use super::transcript::{Approval, OfficerStatement};
-use crate::certificate::{Caller, certificate_pem, verify_caller};
+use crate::certificate::{Caller, certificate_pem, verify_caller_certificate};
 use crate::hsm::KeyManifest;
 use crate::keys::PublicKey;
 use crate::proto;
 
-/// That a ceremony file was approved by other officers. Whoever holds such a ceremony gives it up: it is good for one time.
+/// Proof that other officers approved a ceremony file. Running the ceremony consumes it, so it allows one run.
 #[derive(Debug)]
 pub struct Permit {
     file_sha256: [u8; 32],
@@ -16,39 +16,40 @@ pub struct Permit {
 }
 
 impl Permit {
-    /// Of what the daemon shows, which is not believed: the officers have signed it with keys that the register's authorities for access
-    /// certificates have certified, for this very file. How many must approve is the daemon's to know; one other officer is the least.
+    /// Verifies an approval received from the daemon, which is not trusted: the officers' signatures must be for this file, by
+    /// keys that an access CA in keys.toml certified. The daemon decides how many approvals are needed, at least one.
     pub(super) fn verified(
         node: &str,
         shown: &proto::Approval,
         file_sha256: &[u8; 32],
-        register: &KeyManifest,
+        manifest: &KeyManifest,
     ) -> Result<Self, String> {
-        let wrong = |why: String| format!("the request {}: {why}; nothing was done", shown.id);
-        let authorities = register.access_keys();
-        let seen = Seen::of(node, shown, &authorities).map_err(|e| e.to_string())?;
-        if seen.act.ceremony_hash().as_ref() != Some(file_sha256) {
-            return Err(wrong("it is not of this file".to_owned()));
+        let invalid = |reason: String| format!("request {}: {reason}; nothing was done", shown.id);
+        let authorities = manifest.access_keys();
+        let request = VerifiedRequest::verify(node, shown, &authorities).map_err(|e| e.to_string())?;
+        if request.act.ceremony_hash().as_ref() != Some(file_sha256) {
+            return Err(invalid("it is not an approval of this file".to_owned()));
         }
-        if seen.expires <= now() {
-            return Err(wrong("it has expired; ask for it anew".to_owned()));
+        if request.expires <= now() {
+            return Err(invalid("it has expired; submit a new request".to_owned()));
         }
         let mut statements = Vec::new();
         for signed in shown.requested.iter().chain(&shown.approvals) {
-            statements.push(statement(signed, &authorities).map_err(wrong)?);
+            statements.push(statement(signed, &authorities).map_err(invalid)?);
         }
         let mut approved_by = Vec::new();
         for signed in &shown.approvals {
-            let officer = seen.approved_by(signed).map_err(wrong)?;
-            if officer == seen.officer || approved_by.contains(&officer) {
-                return Err(wrong(format!("{officer} counts once, and not for what he has asked for himself")));
+            let officer = request.approved_by(signed).map_err(invalid)?;
+            if officer == request.officer || approved_by.contains(&officer) {
+                return Err(invalid(format!("{officer} approved twice or approved their own request")));
             }
             approved_by.push(officer);
         }
-        if approved_by.len() < usize::try_from(shown.needed.max(1)).unwrap_or(usize::MAX) {
-            return Err(wrong(format!("{} other officers have approved it, which is not enough", approved_by.len())));
+        let needed = shown.needed.max(1);
+        if approved_by.len() < usize::try_from(needed).unwrap_or(usize::MAX) {
+            return Err(invalid(format!("not enough approvals: {} of {needed}", approved_by.len())));
         }
-        let (request, requested_by) = (shown.id.clone(), seen.officer);
+        let (requested_by, request) = (request.officer, shown.id.clone());
         Ok(Self::new(*file_sha256, Approval { request, requested_by, approved_by, statements }))
     }
 
@@ -56,27 +57,28 @@ impl Permit {
         Self { file_sha256, approval }
     }
 
-    /// The SHA-256 of the file that was approved.
+    /// SHA-256 of the approved file.
     pub(super) const fn file_sha256(&self) -> &[u8; 32] {
         &self.file_sha256
     }
 
-    /// For the transcript.
+    /// The approval, for the transcript.
     pub(super) fn into_approval(self) -> Approval {
         self.approval
     }
 }
 
-/// The statement with all that is needed to verify it again, if its officer's certificate is genuine and in time.
+/// The statement with everything needed to verify it later. The officer's certificate must be authentic and valid now.
 fn statement(signed: &proto::OfficerSignature, authorities: &[PublicKey]) -> Result<OfficerStatement, String> {
-    let known = verify_caller(&signed.certificate, authorities)
-        .map_err(|e| format!("the certificate of {}, by the access keys of the register: {e}", signed.officer))?;
+    let known = verify_caller_certificate(&signed.certificate, authorities).map_err(|e| {
+        format!("the certificate of {} is not certified by an access key in keys.toml: {e}", signed.officer)
+    })?;
     let now = now();
     if now < known.not_before || known.not_after <= now {
-        return Err(format!("the certificate of {} is not valid now; it must be renewed first", known.caller));
+        return Err(format!("the certificate of {} is not valid now; renew it first", known.caller));
     }
     let Caller::Officer(officer) = known.caller else {
-        return Err(format!("the {} has signed it, who is no officer", known.caller));
+        return Err(format!("signed by the {}, which is not an officer", known.caller));
     };
     let certificate = certificate_pem(&signed.certificate).map_err(|e| e.to_string())?;
     let (statement, signature) = (signed.statement.clone(), hex::encode(&signed.signature));
@@ -99,8 +101,8 @@ pub(super) mod tests {
     const FILE: &str = "[[destroy]]\nkey = \"a\"\ncheck_value = \"00\"\n";
 
     impl Permit {
-        /// For tests of what is done with one.
-        pub(crate) fn of_o_2(file_sha256: [u8; 32]) -> Self {
+        /// An approval by o-2, for tests of ceremonies.
+        pub(crate) fn approved_by_o2(file_sha256: [u8; 32]) -> Self {
             let (requested_by, approved_by) = ("o-1".parse().unwrap(), vec!["o-2".parse().unwrap()]);
             let (request, statements) = ("r-7".to_owned(), Vec::new());
             Self::new(file_sha256, Approval { request, requested_by, approved_by, statements })
@@ -111,7 +113,7 @@ pub(super) mod tests {
         CertificateSerial::from_random([5; 20])
     }
 
-    /// An authority for access certificates, and whom it certifies.
+    /// An access CA.
     struct Authority {
         key: TlsKey,
         issuer: IssuerCertificate,
@@ -131,10 +133,10 @@ pub(super) mod tests {
             let unsigned = unsigned.unwrap();
             let signature = key.sign(unsigned.to_be_signed()).unwrap();
             let pem = unsigned.assemble(&signature).unwrap().to_pem().unwrap();
-            Self { issuer: IssuerCertificate::from_pem_alone(&pem).unwrap(), key }
+            Self { issuer: IssuerCertificate::from_pem_with_default_algorithm(&pem).unwrap(), key }
         }
 
-        fn certifies(&self, caller: &Caller, not_after: u64) -> (TlsKey, Vec<u8>) {
+        fn certify(&self, caller: &Caller, not_after: u64) -> (TlsKey, Vec<u8>) {
             let key = TlsKey::generate().unwrap();
             let (name, public_key, issuer) = (&AccessName::Client(caller.clone()), key.public(), &self.issuer);
             let wanted = AccessCertificate { name, public_key, issuer, serial: serial(), not_before: 1, not_after };
@@ -144,9 +146,9 @@ pub(super) mod tests {
             (key, der)
         }
 
-        fn register(&self) -> KeyManifest {
-            let mut register = KeyManifest::empty(TokenIdentity { label: "t".to_owned(), serial: String::new() });
-            register.signing.push(SigningKey {
+        fn manifest(&self) -> KeyManifest {
+            let mut manifest = KeyManifest::empty(TokenIdentity { label: "t".to_owned(), serial: String::new() });
+            manifest.signing.push(SigningKey {
                 name: "access".parse().unwrap(),
                 id: vec![1],
                 use_: SigningUse::Access,
@@ -155,7 +157,7 @@ pub(super) mod tests {
                 replaces: None,
                 provenance: Provenance::Made,
             });
-            register
+            manifest
         }
     }
 
@@ -163,11 +165,11 @@ pub(super) mod tests {
         by: &Authority,
         caller: &Caller,
         until: u64,
-        say: impl Fn(&OfficerName) -> ApprovalStatement,
+        statement_for: impl Fn(&OfficerName) -> ApprovalStatement,
     ) -> proto::OfficerSignature {
         let name: OfficerName = caller.name().parse().unwrap();
-        let (key, certificate) = by.certifies(caller, until);
-        let statement = say(&name);
+        let (key, certificate) = by.certify(caller, until);
+        let statement = statement_for(&name);
         let signature = key.sign(statement.as_bytes()).unwrap();
         let (officer, statement) = (name.to_string(), statement.as_str().to_owned());
         proto::OfficerSignature { officer, at: None, statement, signature, certificate }
@@ -177,7 +179,7 @@ pub(super) mod tests {
         Caller::Officer(name.parse().unwrap())
     }
 
-    /// A request by o-1 that o-2 has approved; the authorities of either, and until when the second one's certificate is.
+    /// A request by o-1 and its approval: the CA of each officer, and the expiry of the approver's certificate.
     struct Case<'a> {
         first: &'a Authority,
         second: &'a Authority,
@@ -212,27 +214,30 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn what_two_officers_have_signed_is_a_permit_and_everything_else_is_none() {
+    fn permit_needs_two_valid_officer_signatures() {
         let (own, stranger) = (Authority::new(), Authority::new());
-        let (register, hash) = (own.register(), sha256(FILE.as_bytes()));
-        let permit = |shown: &proto::Approval| Permit::verified("spp-a", shown, &hash, &register);
+        let (manifest, hash) = (own.manifest(), sha256(FILE.as_bytes()));
+        let permit = |shown: &proto::Approval| Permit::verified("spp-a", shown, &hash, &manifest);
         let right = Case::of(&own).shown();
         let approval = permit(&right).unwrap().into_approval();
         let names =
             (approval.requested_by.as_str(), approval.approved_by.iter().map(OfficerName::as_str).collect::<Vec<_>>());
         assert_eq!((names, approval.statements.len()), (("o-1", vec!["o-2"]), 2));
 
-        let refused = |shown: &proto::Approval, why: &str| {
+        let refused = |shown: &proto::Approval, reason: &str| {
             let error = permit(shown).unwrap_err();
-            assert!(error.contains(why), "{why}: {error}");
+            assert!(error.contains(reason), "{reason}: {error}");
         };
-        refused(&Case { first: &stranger, ..Case::of(&own) }.shown(), "none of the authorities");
-        refused(&Case { second: &stranger, ..Case::of(&own) }.shown(), "none of the authorities");
+        refused(&Case { first: &stranger, ..Case::of(&own) }.shown(), "not issued by a known access CA");
+        refused(&Case { second: &stranger, ..Case::of(&own) }.shown(), "not issued by a known access CA");
         refused(&Case { until: now() - 1, ..Case::of(&own) }.shown(), "is not valid now");
         refused(&Case { expires: now() - 1, ..Case::of(&own) }.shown(), "it has expired");
-        refused(&Case { approver: officer("o-1"), ..Case::of(&own) }.shown(), "o-1 counts once");
+        refused(
+            &Case { approver: officer("o-1"), ..Case::of(&own) }.shown(),
+            "o-1 approved twice or approved their own request",
+        );
         let station = Caller::Station("o-2".parse().unwrap());
-        refused(&Case { approver: station, ..Case::of(&own) }.shown(), "who is no officer");
+        refused(&Case { approver: station, ..Case::of(&own) }.shown(), "which is not an officer");
         let no = Verdict::Reject("no".to_owned());
         refused(&Case { verdict: no, ..Case::of(&own) }.shown(), "is not an approval of this request");
         let change = |change: &dyn Fn(&mut proto::Approval)| {
@@ -240,15 +245,26 @@ pub(super) mod tests {
             change(&mut shown);
             shown
         };
-        refused(&change(&|shown| shown.approvals.clear()), "0 other officers have approved it");
-        refused(&change(&|shown| shown.approvals.push(shown.approvals[0].clone())), "o-2 counts once");
-        refused(&change(&|shown| shown.needed = 2), "which is not enough");
-        refused(&change(&|shown| shown.approvals[0].signature[9] ^= 1), "not signed with the key of the certificate");
+        refused(&change(&|shown| shown.approvals.clear()), "not enough approvals: 0 of 1");
+        refused(
+            &change(&|shown| shown.approvals.push(shown.approvals[0].clone())),
+            "o-2 approved twice or approved their own request",
+        );
+        refused(&change(&|shown| shown.needed = 2), "not enough approvals: 1 of 2");
+        refused(&change(&|shown| shown.approvals[0].signature[9] ^= 1), "signature does not match the statement");
         refused(
             &change(&|shown| shown.act = ProtectedAction::ceremony(format!("{FILE}#")).to_json()),
-            "is not what its officer",
+            "does not match what its officer",
         );
-        assert!(Permit::verified("spp-b", &right, &hash, &register).unwrap_err().contains("is not what its officer"));
-        assert!(Permit::verified("spp-a", &right, &[0; 32], &register).unwrap_err().contains("not of this file"));
+        assert!(
+            Permit::verified("spp-b", &right, &hash, &manifest)
+                .unwrap_err()
+                .contains("does not match what its officer")
+        );
+        assert!(
+            Permit::verified("spp-a", &right, &[0; 32], &manifest)
+                .unwrap_err()
+                .contains("not an approval of this file")
+        );
     }
 }

@@ -1,65 +1,65 @@
-//! The pools of the running daemon, over gRPC with an officer's certificate: a look, a filling, a shredding.
+//! gRPC client for the daemon's key pools: status, fill and shred.
 
 use std::path::Path;
 
 use prost_types::Timestamp;
 use serde_json::json;
 
-use super::status::{StatusError, connect, refused, with_deadline};
-use super::text::{duration, table, trimmed};
+use super::status::{StatusError, call_error, connect, with_deadline};
+use super::text::{format_duration, render, table};
 use crate::proto;
 
-/// How the pools stand.
+/// Requests the status of all pools.
 pub(super) async fn pool_status(server: &str, tls: &Path) -> Result<proto::GetPoolStatusResponse, StatusError> {
     let mut client = connect(server, tls).await?;
     let answer = client.get_pool_status(with_deadline(proto::GetPoolStatusRequest {})).await;
-    Ok(answer.map_err(|status| refused(server, &status))?.into_inner())
+    Ok(answer.map_err(|status| call_error(server, &status))?.into_inner())
 }
 
-/// Fills pools and tells each step; ends when all that was ordered is there.
+/// Fills pools and reports each step; returns when the target is reached.
 pub(super) async fn fill_pool(
     server: &str,
     tls: &Path,
     request: proto::FillPoolRequest,
-    mut tell: impl FnMut(&proto::FillPoolResponse),
+    mut on_step: impl FnMut(&proto::FillPoolResponse),
 ) -> Result<(), StatusError> {
     let mut client = connect(server, tls).await?;
-    let answer = client.fill_pool(request).await.map_err(|status| refused(server, &status))?;
+    let answer = client.fill_pool(request).await.map_err(|status| call_error(server, &status))?;
     let mut steps = answer.into_inner();
-    while let Some(step) = steps.message().await.map_err(|status| refused(server, &status))? {
-        tell(&step);
+    while let Some(step) = steps.message().await.map_err(|status| call_error(server, &status))? {
+        on_step(&step);
         if step.done {
             return Ok(());
         }
     }
-    Err(cut_off(server))
+    Err(stream_ended(server))
 }
 
-/// Shreds and tells each step; answers with the last one.
+/// Shreds erased pairs and reports each step; returns the last step.
 pub(super) async fn shred_pool(
     server: &str,
     tls: &Path,
     request: proto::ShredPoolRequest,
-    mut tell: impl FnMut(&proto::ShredPoolResponse),
+    mut on_step: impl FnMut(&proto::ShredPoolResponse),
 ) -> Result<proto::ShredPoolResponse, StatusError> {
     let mut client = connect(server, tls).await?;
-    let answer = client.shred_pool(request).await.map_err(|status| refused(server, &status))?;
+    let answer = client.shred_pool(request).await.map_err(|status| call_error(server, &status))?;
     let mut steps = answer.into_inner();
-    while let Some(step) = steps.message().await.map_err(|status| refused(server, &status))? {
-        tell(&step);
+    while let Some(step) = steps.message().await.map_err(|status| call_error(server, &status))? {
+        on_step(&step);
         if step.done {
             return Ok(step);
         }
     }
-    Err(cut_off(server))
+    Err(stream_ended(server))
 }
 
-fn cut_off(server: &str) -> StatusError {
-    let cause = "it stopped telling; what was ordered may go on there, see sppctl pool status".to_owned();
+fn stream_ended(server: &str) -> StatusError {
+    let cause = "the response stream ended early; the daemon may still be working, see sppctl pool status".to_owned();
     StatusError::Connect { server: server.to_owned(), cause }
 }
 
-/// The pools as a table and what else there is to say.
+/// The pools as a table, followed by warnings.
 pub(super) fn describe_pool(status: &proto::GetPoolStatusResponse) -> String {
     let header = ["kind", "ready", "low", "high", "reserved", "fill rate", "age", "batches", "next shred", ""];
     let mut table = table(header, 1..=8);
@@ -67,7 +67,7 @@ pub(super) fn describe_pool(status: &proto::GetPoolStatusResponse) -> String {
         let state = match (kind.paused.as_str(), kind.filling) {
             ("", true) => "filling".to_owned(),
             ("", false) => String::new(),
-            (why, _) => format!("paused: {why}"),
+            (reason, _) => format!("paused: {reason}"),
         };
         table.add_row([
             kind.kind.clone(),
@@ -76,65 +76,65 @@ pub(super) fn describe_pool(status: &proto::GetPoolStatusResponse) -> String {
             kind.high.to_string(),
             kind.reserved.to_string(),
             format!("{:.1}/s", kind.fill_rate_per_second),
-            since(kind.oldest.as_ref()),
+            age(kind.oldest.as_ref()),
             kind.batches.to_string(),
-            until(kind.next_shred.as_ref()),
+            time_until(kind.next_shred.as_ref()),
             state,
         ]);
     }
     let (reserved, batches) = (status.session_pairs.to_string(), status.session_batches.to_string());
-    let next = until(status.session_next_shred.as_ref());
+    let next = time_until(status.session_next_shred.as_ref());
     let dash = || "-".to_owned();
-    let on_the_spot = "on the spot".to_owned();
-    table.add_row([on_the_spot, dash(), dash(), dash(), reserved, dash(), dash(), batches, next, String::new()]);
-    let mut text = format!("pairs are kept {}\n{}\n", keeping(&status.store), trimmed(&table));
-    let mut say = |line: String| text.push_str(&format!("{line}\n"));
+    let on_demand = "on demand".to_owned();
+    table.add_row([on_demand, dash(), dash(), dash(), reserved, dash(), dash(), batches, next, String::new()]);
+    let mut text = format!("pairs are stored {}\n{}\n", storage_text(&status.store), render(&table));
+    let mut push_line = |line: String| text.push_str(&format!("{line}\n"));
     if !status.serving {
-        say("NOT serving: the store and the token have not been compared yet".to_owned());
+        push_line("NOT serving: the comparison of the store with the token is not finished".to_owned());
     }
     if !status.trouble.is_empty() {
-        say(format!("trouble: {}; it is tried again", status.trouble));
+        push_line(format!("trouble: {}; retrying", status.trouble));
     }
     let quarantined: u64 = status.kinds.iter().map(|kind| kind.quarantined).sum();
     if !status.rolled_back.is_empty() {
-        say(format!("ROLLED BACK: {}", status.rolled_back));
+        push_line(format!("ROLLED BACK: {}", status.rolled_back));
     }
     if quarantined > 0 {
-        say(format!(
-            "{quarantined} pairs are in quarantine: put the right state store back, or give them up with sppctl pool shred \
+        push_line(format!(
+            "{quarantined} pairs are in quarantine: restore the current state store, or discard them with sppctl pool shred \
              --quarantined"
         ));
     }
-    let away: u64 = status.kinds.iter().map(|kind| kind.away).sum();
-    if away > 0 {
-        say(format!("{away} pairs wait on an HSM that is away; see sppctl hsm status"));
+    let unavailable: u64 = status.kinds.iter().map(|kind| kind.away).sum();
+    if unavailable > 0 {
+        push_line(format!("{unavailable} pairs belong to an unavailable HSM; see sppctl hsm status"));
     }
     if status.condemned > 0 {
-        say(format!("{} erased pairs are still on the token and are being destroyed", status.condemned));
+        push_line(format!("{} erased pairs are still on the token; they are being destroyed", status.condemned));
     }
     text
 }
 
-fn keeping(store: &str) -> &'static str {
+fn storage_text(store: &str) -> &'static str {
     match store {
         "hsm" => "as objects of the token",
         _ => "in the state store, wrapped by the HSM",
     }
 }
 
-fn since(time: Option<&Timestamp>) -> String {
-    time.map_or_else(|| "-".to_owned(), |time| duration(now() - time.seconds))
+fn age(time: Option<&Timestamp>) -> String {
+    time.map_or_else(|| "-".to_owned(), |time| format_duration(now() - time.seconds))
 }
 
-fn until(time: Option<&Timestamp>) -> String {
-    time.map_or_else(|| "-".to_owned(), |time| format!("in {}", duration(time.seconds - now())))
+fn time_until(time: Option<&Timestamp>) -> String {
+    time.map_or_else(|| "-".to_owned(), |time| format!("in {}", format_duration(time.seconds - now())))
 }
 
 fn now() -> i64 {
     i64::try_from(super::now()).unwrap_or(i64::MAX)
 }
 
-/// The pools for programs.
+/// The pool status as JSON.
 pub(super) fn pool_json(status: &proto::GetPoolStatusResponse) -> serde_json::Value {
     let seconds = |time: &Option<Timestamp>| time.as_ref().map(|time| time.seconds);
     let kind = |kind: &proto::PoolKind| {
@@ -170,7 +170,7 @@ pub(super) fn pool_json(status: &proto::GetPoolStatusResponse) -> serde_json::Va
     })
 }
 
-/// A step of a shredding for programs.
+/// One shredding step as JSON.
 pub(super) fn shredded_json(step: &proto::ShredPoolResponse) -> serde_json::Value {
     json!({ "batches": step.batches_done, "moved": step.moved, "discarded": step.discarded })
 }

@@ -1,4 +1,4 @@
-//! `sppctl pool`: its arguments, and what people see of a filling or a shredding while it goes on.
+//! `sppctl pool`: arguments, progress bars and output.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -9,59 +9,59 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use super::pool::{describe_pool, fill_pool, pool_json, pool_status, shred_pool, shredded_json};
 use super::status::StatusError;
-use crate::keypool::MOST_PAIRS;
+use crate::keypool::MAX_POOL_PAIRS;
 use crate::keys::KeyKind;
 use crate::proto;
 
-/// Key pairs that are made in advance.
+/// Show, fill and shred the pools of pregenerated key pairs.
 #[derive(Subcommand)]
 pub enum PoolCommand {
-    /// Tell how the pools stand: ready, reserved, fill rate, age, batches, next shred.
+    /// Show ready and reserved pairs, fill rate (pairs/s), age, batches and the next shredding, per key type.
     Status {
-        /// Which daemon.
+        /// Connection to the daemon.
         #[command(flatten)]
         daemon: DaemonArgs,
     },
-    /// Fill a pool now, or all of them, and wait until that is done. Interrupted, the daemon goes on.
+    /// Fill one pool or all pools and wait until they are full. If interrupted, the daemon continues.
     Fill {
-        /// p256, p384, ed25519, rsa-2048, rsa-3072 or rsa-4096; every pool if left out.
+        /// Key type: p256, p384, ed25519, rsa-2048, rsa-3072 or rsa-4096 [default: all pools].
         kind: Option<KeyKind>,
-        /// Up to so many pairs, instead of the high mark.
-        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=MOST_PAIRS))]
+        /// Number of ready pairs to reach, instead of the high-water mark.
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=MAX_POOL_PAIRS))]
         to: Option<u64>,
-        /// Which daemon.
+        /// Connection to the daemon.
         #[command(flatten)]
         daemon: DaemonArgs,
     },
-    /// Shred now what was erased: what is left of its batches is rewrapped inside the HSM, the old keys are destroyed.
+    /// Shred erased pairs now: rewrap the remaining pairs of their batches inside the HSM and destroy the old batch keys.
     Shred {
-        /// Batches of this kind alone; all, those of pairs made on the spot included, if left out.
+        /// Key type whose batches to shred [default: all, including the batches of pairs generated on demand].
         kind: Option<KeyKind>,
-        /// Give up the ready pairs of quarantined batches, and shred those, too.
+        /// Also discard the ready pairs of quarantined batches and shred these batches.
         #[arg(long)]
         quarantined: bool,
-        /// Which daemon.
+        /// Connection to the daemon.
         #[command(flatten)]
         daemon: DaemonArgs,
     },
 }
 
-/// The running daemon, and how its answer is told.
+/// Connection to the daemon and output format.
 #[derive(Args)]
 pub struct DaemonArgs {
-    /// The officer listener, https://HOST:PORT.
+    /// URL of the daemon's officer listener, https://HOST:PORT.
     #[arg(long, value_name = "URL")]
     pub(super) server: String,
-    /// The officer's directory with certificate.pem, key.pem and ca.pem.
+    /// Directory with the officer's certificate.pem, key.pem and ca.pem.
     #[arg(long, value_name = "DIR")]
     pub(super) tls: PathBuf,
-    /// Tell it as JSON.
+    /// Print JSON.
     #[arg(long)]
     pub(super) json: bool,
 }
 
 impl PoolCommand {
-    /// Does it; what is told goes to standard output, progress to standard error where that is a terminal.
+    /// Runs the command. Results go to standard output; progress goes to standard error if that is a terminal.
     pub async fn run(self) -> Result<(), StatusError> {
         match self {
             Self::Status { daemon } => {
@@ -72,10 +72,10 @@ impl PoolCommand {
                 }
             }
             Self::Fill { kind, to, daemon } => {
-                let request = proto::FillPoolRequest { kind: name(kind), to: to.unwrap_or(0) };
+                let request = proto::FillPoolRequest { kind: kind_name(kind), to: to.unwrap_or(0) };
                 let mut bars = Bars::default();
-                fill_pool(&daemon.server, &daemon.tls, request, |step| bars.tell(step)).await?;
-                bars.end();
+                fill_pool(&daemon.server, &daemon.tls, request, |step| bars.update(step)).await?;
+                bars.finish();
                 let status = pool_status(&daemon.server, &daemon.tls).await?;
                 match daemon.json {
                     true => println!("{:#}", pool_json(&status)),
@@ -83,13 +83,13 @@ impl PoolCommand {
                 }
             }
             Self::Shred { kind, quarantined, daemon } => {
-                let request = proto::ShredPoolRequest { kind: name(kind), quarantined };
-                let bar = bar("batches");
-                let tell = |step: &proto::ShredPoolResponse| {
+                let request = proto::ShredPoolRequest { kind: kind_name(kind), quarantined };
+                let bar = progress_bar("batches");
+                let on_step = |step: &proto::ShredPoolResponse| {
                     bar.set_length(step.batches);
                     bar.set_position(step.batches_done);
                 };
-                let last = shred_pool(&daemon.server, &daemon.tls, request, tell).await?;
+                let last = shred_pool(&daemon.server, &daemon.tls, request, on_step).await?;
                 bar.finish_and_clear();
                 match daemon.json {
                     true => println!("{:#}", shredded_json(&last)),
@@ -101,19 +101,19 @@ impl PoolCommand {
     }
 }
 
-fn name(kind: Option<KeyKind>) -> String {
+fn kind_name(kind: Option<KeyKind>) -> String {
     kind.map(|kind| kind.to_string()).unwrap_or_default()
 }
 
 fn describe_shredding(last: &proto::ShredPoolResponse) -> String {
     if last.batches_done == 0 {
-        return "nothing was erased since the last time: there is nothing to shred".to_owned();
+        return "nothing to shred: no pair was erased since the last shredding".to_owned();
     }
-    let given_up = if last.discarded > 0 { format!(", {} pairs given up", last.discarded) } else { String::new() };
-    format!("{} batch keys destroyed, {} pairs rewrapped{given_up}", last.batches_done, last.moved)
+    let discarded = if last.discarded > 0 { format!(", {} pairs discarded", last.discarded) } else { String::new() };
+    format!("{} batch keys destroyed, {} pairs rewrapped{discarded}", last.batches_done, last.moved)
 }
 
-/// One bar for each kind.
+/// One progress bar per key type.
 #[derive(Default)]
 struct Bars {
     all: MultiProgress,
@@ -121,30 +121,30 @@ struct Bars {
 }
 
 impl Bars {
-    fn tell(&mut self, step: &proto::FillPoolResponse) {
+    fn update(&mut self, step: &proto::FillPoolResponse) {
         if step.kind.is_empty() {
             return;
         }
         let all = &self.all;
-        let bar = self.kinds.entry(step.kind.clone()).or_insert_with(|| all.add(bar(&step.kind)));
+        let bar = self.kinds.entry(step.kind.clone()).or_insert_with(|| all.add(progress_bar(&step.kind)));
         bar.set_length(step.target);
         bar.set_position(step.ready);
         bar.set_message(match step.paused.as_str() {
             "" => format!("{:.1}/s", step.fill_rate_per_second),
-            why => format!("paused: {why}"),
+            reason => format!("paused: {reason}"),
         });
     }
 
-    fn end(&self) {
+    fn finish(&self) {
         for bar in self.kinds.values() {
             bar.finish_and_clear();
         }
     }
 }
 
-/// Indicatif draws on standard error, and only where that is a terminal.
-fn bar(what: &str) -> ProgressBar {
-    let bar = ProgressBar::new(0).with_prefix(what.to_owned());
+/// Creates a progress bar. Indicatif draws on standard error, and only if that is a terminal.
+fn progress_bar(label: &str) -> ProgressBar {
+    let bar = ProgressBar::new(0).with_prefix(label.to_owned());
     if let Ok(style) = ProgressStyle::with_template("{prefix:<10} {bar:40} {pos}/{len} {msg}") {
         bar.set_style(style);
     }

@@ -1,4 +1,4 @@
-//! The public database from an officer's, an auditor's or a mirror keeper's side.
+//! `sppctl registry`: rebuilds the index of the public database, exports mirrors and verifies logs.
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -14,140 +14,140 @@ use crate::keys::sha256;
 use crate::registry::{Verification, VerifyOptions, export, open_source, reindex, verify};
 use crate::tlog::{LogKey, SignedCheckpoint};
 
-/// What can be done with the public database. None of it needs the HSM.
+/// Reindex, mirror and verify the public database. Needs no HSM.
 #[derive(Subcommand)]
 pub enum RegistryCommand {
-    /// Make the index anew from the log's files. The daemon must be stopped; it does the same by itself when its index is missing
-    /// or damaged.
+    /// Rebuild the index from the log files. Stop the daemon first. The daemon rebuilds a missing or damaged index itself when it
+    /// starts.
     Reindex {
-        /// The daemon's configuration.
+        /// Configuration file of the daemon.
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
-        /// Go on although entries are gone that the old index knows. Their devices can be restored from a mirror alone.
+        /// Continue even if the log has lost entries that the old index contains. Only a mirror can restore them.
         #[arg(long)]
         accept_loss: bool,
     },
-    /// Make a mirror, or bring it up to date: files that any web server or object store can carry. The daemon may run meanwhile.
+    /// Create or update a mirror: static files for any web server or object store. The daemon may be running.
     Export {
-        /// The mirror's directory; made if it is missing.
+        /// Directory of the mirror; created if missing.
         dir: PathBuf,
-        /// The log that is mirrored: a directory or a web address; without it the one of --config.
+        /// Log to mirror: URL or directory [default: from --config].
         #[arg(long, value_name = "URL|DIR")]
         from: Option<String>,
-        /// What is believed.
+        /// TrustArgs anchors.
         #[command(flatten)]
-        trust: Trust,
-        /// Tell it as JSON.
+        trust: TrustArgs,
+        /// Print JSON.
         #[arg(long)]
         json: bool,
     },
-    /// Walk the whole log as a stranger would: hashes, the checkpoint's signature, that it continues the checkpoint that was seen
-    /// last, every certificate, and that nothing unique is there twice. The daemon may run meanwhile.
+    /// Verify the whole log without trusting the server: hashes, checkpoint signature, consistency with the last seen checkpoint,
+    /// certificates, and uniqueness of chip IDs and identities. The daemon may be running.
     Verify {
-        /// Where the log is: the daemon's directory, a mirror's, or a web address; without it the one of --config.
+        /// Log to verify: directory of the daemon or of a mirror, or URL [default: from --config].
         #[arg(value_name = "DIR|URL")]
-        place: Option<String>,
-        /// What is believed.
+        location: Option<String>,
+        /// TrustArgs anchors.
         #[command(flatten)]
-        trust: Trust,
-        /// A manufacturer's CA certificate, PEM; may be given more than once. Without it those of --config.
+        trust: TrustArgs,
+        /// Manufacturer CA certificate (PEM); repeatable [default: from --config].
         #[arg(long, value_name = "FILE")]
         issuer: Vec<PathBuf>,
-        /// Where the checkpoint is that was seen last, and where this one is put if all is well [default: a file of this user's for each
-        /// log and place].
+        /// File with the last seen checkpoint; replaced after a successful verification [default: a per-user file for each log
+        /// and location].
         #[arg(long, value_name = "FILE")]
         seen: Option<PathBuf>,
-        /// Tell it as JSON.
+        /// Print JSON.
         #[arg(long)]
         json: bool,
     },
 }
 
-/// What is believed, and how a log is reached.
+/// TrustArgs anchors for a log and its server.
 #[derive(Args)]
-pub struct Trust {
-    /// The daemon's configuration: its register of keys says who signs.
+pub struct TrustArgs {
+    /// Configuration file of the daemon: trust the keys in its keys.toml.
     #[arg(long, value_name = "FILE", required_unless_present = "log")]
     config: Option<PathBuf>,
-    /// The log's public key instead, a vkey file.
+    /// Public key of the log, a vkey file, instead of --config.
     #[arg(long, value_name = "FILE")]
     log: Option<PathBuf>,
-    /// The CA certificate of a web server that this system does not know.
+    /// CA certificate (PEM) of the web server, if the system does not trust it.
     #[arg(long, value_name = "FILE")]
     ca: Option<PathBuf>,
 }
 
 impl RegistryCommand {
-    /// Does it.
+    /// Runs the command.
     pub fn run(self) -> Result<(), String> {
         match self {
-            Self::Reindex { config, accept_loss } => make_index(&config, accept_loss),
-            Self::Export { dir, from, trust, json } => mirror(&dir, from, &trust, json),
-            Self::Verify { place, trust, issuer, seen, json } => look(place, &trust, &issuer, seen, json),
+            Self::Reindex { config, accept_loss } => rebuild_index(&config, accept_loss),
+            Self::Export { dir, from, trust, json } => export_mirror(&dir, from, &trust, json),
+            Self::Verify { location, trust, issuer, seen, json } => verify_log(location, &trust, &issuer, seen, json),
         }
     }
 }
 
-fn make_index(config: &Path, accept_loss: bool) -> Result<(), String> {
+fn rebuild_index(config: &Path, accept_loss: bool) -> Result<(), String> {
     let access = RegistryAccess::load(config).map_err(|e| e.to_string())?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| e.to_string())?;
-    let bar = progress();
-    let made = reindex(&access.directory, &access.options, &access.key, accept_loss, |done, of| {
+    let bar = progress_bar();
+    let result = reindex(&access.directory, &access.options, &access.key, accept_loss, |done, of| {
         bar.set_length(of);
         bar.set_position(done);
     });
-    let made = runtime.block_on(made);
+    let result = runtime.block_on(result);
     bar.finish_and_clear();
-    let made = made.map_err(|e| e.to_string())?;
-    println!("made the index of {} entries of {}", HumanCount(made.entries), access.directory.display());
-    if made.lost > 0 {
-        println!("{} entries that the old index knew are gone", HumanCount(made.lost));
+    let reindexed = result.map_err(|e| e.to_string())?;
+    println!("rebuilt the index of {} entries in {}", HumanCount(reindexed.entries), access.directory.display());
+    if reindexed.lost > 0 {
+        println!("{} entries of the old index are lost", HumanCount(reindexed.lost));
     }
     Ok(())
 }
 
-fn mirror(dir: &Path, from: Option<String>, trust: &Trust, json: bool) -> Result<(), String> {
+fn export_mirror(dir: &Path, from: Option<String>, trust: &TrustArgs, json: bool) -> Result<(), String> {
     let (access, key) = trust.load()?;
-    let place = from.or_else(|| access.map(|access| access.directory.display().to_string()));
-    let place = place.ok_or("say which log: --from URL|DIR, or --config FILE")?;
-    let mut source = open_source(&place, &key, trust.ca.as_deref()).map_err(|e| e.to_string())?;
-    let bar = progress();
+    let location = from.or_else(|| access.map(|access| access.directory.display().to_string()));
+    let location = location.ok_or("no log given: use --from URL|DIR or --config FILE")?;
+    let mut source = open_source(&location, &key, trust.ca.as_deref()).map_err(|e| e.to_string())?;
+    let bar = progress_bar();
     let exported = export(&mut *source, &key, dir, &mut |done, of| {
         bar.set_length(of);
         bar.set_position(done);
     });
     bar.finish_and_clear();
     let exported = exported.map_err(|e| e.to_string())?;
-    let new = exported.now - exported.before;
+    let new = exported.entries - exported.entries_before;
     if json {
-        let told = serde_json::json!({ "directory": dir, "entries": exported.now, "new": new });
-        println!("{told:#}");
+        let document = serde_json::json!({ "directory": dir, "entries": exported.entries, "new": new });
+        println!("{document:#}");
     } else {
-        println!("{}: {} entries, {} of them new", dir.display(), HumanCount(exported.now), HumanCount(new));
+        println!("{}: {} entries, {} new", dir.display(), HumanCount(exported.entries), HumanCount(new));
     }
     Ok(())
 }
 
-fn look(
-    place: Option<String>,
-    trust: &Trust,
+fn verify_log(
+    location: Option<String>,
+    trust: &TrustArgs,
     issuers: &[PathBuf],
     seen: Option<PathBuf>,
     json: bool,
 ) -> Result<(), String> {
     let (access, key) = trust.load()?;
-    let of_config = access.as_ref().map(|access| access.issuers.as_slice()).unwrap_or_default();
-    let issuers = if issuers.is_empty() { of_config } else { issuers };
+    let configured = access.as_ref().map(|access| access.issuers.as_slice()).unwrap_or_default();
+    let issuers = if issuers.is_empty() { configured } else { issuers };
     if issuers.is_empty() {
-        return Err("say who signs certificates: --issuer FILE.pem, or --config FILE".to_owned());
+        return Err("no manufacturer CA given: use --issuer FILE.pem or --config FILE".to_owned());
     }
-    let issuers = issuers.iter().map(|path| issuer(path)).collect::<Result<Vec<_>, _>>()?;
-    let place = place.or_else(|| access.map(|access| access.directory.display().to_string()));
-    let place = place.ok_or("say which log: DIR or URL, or --config FILE")?;
-    let seen = seen.or_else(|| usual_place(&key, &place));
-    let known = seen.as_deref().map(seen_before).transpose()?.flatten();
-    let mut source = open_source(&place, &key, trust.ca.as_deref()).map_err(|e| e.to_string())?;
-    let bar = progress();
+    let issuers = issuers.iter().map(|path| load_issuer(path)).collect::<Result<Vec<_>, _>>()?;
+    let location = location.or_else(|| access.map(|access| access.directory.display().to_string()));
+    let location = location.ok_or("no log given: use DIR, URL or --config FILE")?;
+    let seen = seen.or_else(|| default_seen_path(&key, &location));
+    let known = seen.as_deref().map(load_seen).transpose()?.flatten();
+    let mut source = open_source(&location, &key, trust.ca.as_deref()).map_err(|e| e.to_string())?;
+    let bar = progress_bar();
     let options = VerifyOptions { key: &key, issuers: &issuers, seen: known.as_deref() };
     let found = verify(&mut *source, &options, &mut |done, of| {
         bar.set_length(of);
@@ -157,22 +157,24 @@ fn look(
     if json {
         println!("{:#}", serde_json::to_value(&found).map_err(|e| e.to_string())?);
     } else {
-        tell(&found, &key, known.is_some());
+        print_verification(&found, &key, known.is_some());
     }
     if let Some(why) = &found.unreachable {
-        return Err(format!("{why}; the log was not read to its end, which says nothing against it: try again"));
+        return Err(format!(
+            "{why}; the log could not be read completely, so the verification is inconclusive: try again"
+        ));
     }
     if !found.is_good() {
         let count = found.findings.len() as u64 + found.more_findings;
-        return Err(format!("{place} is not the log that it should be: {} findings", HumanCount(count)));
+        return Err(format!("verification of {location} failed: {} findings", HumanCount(count)));
     }
     if let (Some(path), Some(checkpoint)) = (&seen, &found.checkpoint) {
-        remember(path, checkpoint)?;
+        save_seen(path, checkpoint)?;
     }
     Ok(())
 }
 
-fn tell(found: &Verification, key: &LogKey, continued: bool) {
+fn print_verification(found: &Verification, key: &LogKey, continued: bool) {
     let mut out = std::io::stdout().lock();
     for finding in &found.findings {
         let _ = writeln!(out, "{}: {}", finding.at, finding.problem);
@@ -181,23 +183,23 @@ fn tell(found: &Verification, key: &LogKey, continued: bool) {
         let _ = writeln!(out, "and {} more", HumanCount(found.more_findings));
     }
     if found.is_good() {
-        let since = if continued { ", and it continues what was seen before" } else { "" };
-        let _ = writeln!(out, "{}: {} entries, all of them right{since}", key.origin(), HumanCount(found.entries));
+        let consistency = if continued { ", consistent with the last seen checkpoint" } else { "" };
+        let _ = writeln!(out, "{}: {} entries, all valid{consistency}", key.origin(), HumanCount(found.entries));
         let (records, audits) = (HumanCount(found.records), HumanCount(found.audit_checkpoints));
         let _ = writeln!(out, "device records {records}, audit checkpoints {audits}");
         let _ = writeln!(out, "root {}", found.root);
     }
 }
 
-fn remember(path: &Path, checkpoint: &SignedCheckpoint) -> Result<(), String> {
+fn save_seen(path: &Path, checkpoint: &SignedCheckpoint) -> Result<(), String> {
     if let Some(directory) = path.parent() {
         std::fs::create_dir_all(directory).map_err(|e| format!("{}: {e}", directory.display()))?;
     }
     replace(path, checkpoint.note()).map_err(|e| e.to_string())
 }
 
-/// The checkpoint of the last look, if there was one. One that cannot be read is not taken for none.
-fn seen_before(path: &Path) -> Result<Option<Vec<u8>>, String> {
+/// Reads the last seen checkpoint; `None` if the file does not exist. Any other read error is reported.
+fn load_seen(path: &Path) -> Result<Option<Vec<u8>>, String> {
     match std::fs::read(path) {
         Ok(note) => Ok(Some(note)),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
@@ -205,22 +207,23 @@ fn seen_before(path: &Path) -> Result<Option<Vec<u8>>, String> {
     }
 }
 
-/// Where this user's last look at a log in that place is remembered (XDG base directories). A mirror may be behind the log itself, so
-/// each place has a memory of its own.
-fn usual_place(key: &LogKey, place: &str) -> Option<PathBuf> {
-    let of_user = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
-    let state = of_user("XDG_STATE_HOME").or_else(|| Some(of_user("HOME")?.join(".local/state")))?;
-    let place = std::fs::canonicalize(place).map_or_else(|_| place.to_owned(), |path| path.display().to_string());
-    let name = hex::encode(sha256(format!("{key}\n{place}").as_bytes()).get(..16)?);
+/// Default file for the last seen checkpoint of a log at one location (XDG base directories). A mirror may be behind the log, so
+/// each location has its own file.
+fn default_seen_path(key: &LogKey, location: &str) -> Option<PathBuf> {
+    let env_dir = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let state = env_dir("XDG_STATE_HOME").or_else(|| Some(env_dir("HOME")?.join(".local/state")))?;
+    let location =
+        std::fs::canonicalize(location).map_or_else(|_| location.to_owned(), |path| path.display().to_string());
+    let name = hex::encode(sha256(format!("{key}\n{location}").as_bytes()).get(..16)?);
     Some(state.join("spp/seen").join(name))
 }
 
-fn issuer(path: &Path) -> Result<IssuerCertificate, String> {
+fn load_issuer(path: &Path) -> Result<IssuerCertificate, String> {
     let text = std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?;
-    IssuerCertificate::from_pem_alone(&text).map_err(|e| format!("{}: {e}", path.display()))
+    IssuerCertificate::from_pem_with_default_algorithm(&text).map_err(|e| format!("{}: {e}", path.display()))
 }
 
-fn progress() -> ProgressBar {
+fn progress_bar() -> ProgressBar {
     let bar = ProgressBar::new(0);
     let style = ProgressStyle::with_template("{wide_bar} {human_pos}/{human_len}, {per_sec}, {eta} left");
     if let Ok(style) = style {
@@ -230,8 +233,8 @@ fn progress() -> ProgressBar {
     bar
 }
 
-impl Trust {
-    /// The configuration, if there is one, and the log's key.
+impl TrustArgs {
+    /// Loads the configuration, if one is given, and the log's public key.
     fn load(&self) -> Result<(Option<RegistryAccess>, LogKey), String> {
         let access = self.config.as_deref().map(RegistryAccess::load).transpose().map_err(|e| e.to_string())?;
         let given = self.log.as_deref().map(|path| {
@@ -241,7 +244,9 @@ impl Trust {
         let key = match (given, &access) {
             (Some(given), _) => given?,
             (None, Some(access)) => access.key.clone(),
-            (None, None) => return Err("say which log: --config FILE or --log FILE.vkey".to_owned()),
+            (None, None) => {
+                return Err("no public key of the log given: use --config FILE or --log FILE.vkey".to_owned());
+            }
         };
         Ok((access, key))
     }

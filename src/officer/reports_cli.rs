@@ -1,4 +1,4 @@
-//! `sppctl report`, `sppctl device`, `sppctl sessions`: their arguments.
+//! Arguments of `sppctl report`, `sppctl device` and `sppctl sessions`.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -9,129 +9,133 @@ use super::audit_cli::log_directory;
 use super::device::{self, DeviceName, entries_about};
 use super::now;
 use super::pool_cli::DaemonArgs;
-use super::production::{self, Asked, By};
+use super::production::{self, GroupBy, ProductionQuery};
 use super::sessions::{self, State};
-use super::text::moment;
-use crate::audit::Recorded;
+use super::text::parse_time;
+use crate::audit::RecordedEntry;
 use crate::names::{ProfileName, SessionId, StationName};
 use crate::proto;
-use crate::store::HOUR;
+use crate::store::SECONDS_PER_HOUR;
 
-const DAY: u64 = 24 * HOUR;
+const DAY: u64 = 24 * SECONDS_PER_HOUR;
 
-/// What was produced.
+/// Report production numbers.
 #[derive(Subcommand)]
 pub enum ReportCommand {
-    /// Tell how many devices were begun, completed and given up. All times are UTC; today, if nothing is said.
+    /// Show how many devices were begun, completed and aborted. Times are UTC [default: today].
     Production {
-        /// The first hour, 2026-01-31 or 2026-01-31T12:00:00Z; the beginning of this day if left out.
-        #[arg(long, value_name = "TIME", value_parser = moment)]
+        /// Start (inclusive, UTC): 2026-01-31 or 2026-01-31T12:00:00Z [default: 00:00 today].
+        #[arg(long, value_name = "TIME", value_parser = parse_time)]
         from: Option<u64>,
-        /// The first hour that is not wanted any more; the next one from now if left out.
-        #[arg(long, value_name = "TIME", value_parser = moment)]
+        /// End (exclusive, UTC): 2026-01-31 or 2026-01-31T12:00:00Z [default: the next full hour].
+        #[arg(long, value_name = "TIME", value_parser = parse_time)]
         to: Option<u64>,
-        /// What a row stands for.
-        #[arg(long, value_enum, default_value_t = By::Station)]
-        by: By,
-        /// Tell it as comma-separated values.
+        /// Group the rows by station, profile or hour.
+        #[arg(long, value_enum, default_value_t = GroupBy::Station)]
+        by: GroupBy,
+        /// Print comma-separated values.
         #[arg(long, conflicts_with = "json")]
         csv: bool,
-        /// Which daemon.
+        /// Connection to the daemon.
         #[command(flatten)]
         daemon: DaemonArgs,
     },
 }
 
-/// One device.
+/// Show one device.
 #[derive(Subcommand)]
 pub enum DeviceCommand {
-    /// Tell everything that is known of a device.
+    /// Show all data about a device: sessions, record, certificate and timeline.
     Show {
-        /// The chip ID in hex, or the device's identity, imei:490154203237518 for example.
+        /// Chip ID in hex, or device identity, for example imei:490154203237518.
         #[arg(value_name = "CHIP|IDENTITY")]
         device: DeviceName,
-        /// The daemon's configuration, where its audit log can be read: tell what that says of the device, too.
+        /// Configuration file of the daemon: also show the device's entries in the audit log that it names.
         #[arg(long, value_name = "FILE")]
         config: Option<PathBuf>,
-        /// Which daemon.
+        /// Connection to the daemon.
         #[command(flatten)]
         daemon: DaemonArgs,
     },
 }
 
-/// Sessions.
+/// List and abort sessions.
 #[derive(Subcommand)]
 pub enum SessionsCommand {
-    /// List sessions: those that are not finished, oldest first, unless a state is named.
+    /// List sessions, oldest first [default: unfinished sessions].
     List {
-        /// Those in this state.
+        /// Only sessions in this state.
         #[arg(long, value_enum)]
         state: Option<State>,
-        /// Those of this station.
+        /// Only sessions of this station.
         #[arg(long, value_name = "NAME")]
         station: Option<StationName>,
-        /// Those of this profile.
+        /// Only sessions of this profile.
         #[arg(long, value_name = "NAME")]
         profile: Option<ProfileName>,
-        /// Those that were begun so long ago or longer, 1h for example.
+        /// Only sessions begun at least this long ago, for example 1h.
         #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
         older_than: Option<Duration>,
-        /// At most so many.
+        /// Maximum number of sessions to list.
         #[arg(long, value_name = "COUNT", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..))]
         limit: u32,
-        /// Which daemon.
+        /// Connection to the daemon.
         #[command(flatten)]
         daemon: DaemonArgs,
     },
-    /// Give a session up: its key pair is destroyed, its chip and identity are free again. A published device cannot be given up.
+    /// Abort a session: destroy its key pair and release its chip ID and identity. A published device cannot be aborted.
     Abort {
-        /// The session's identifier, from a list or from the station.
+        /// Session ID, 32 hex digits.
         session: SessionId,
-        /// Why, for the people who read the audit log.
+        /// Reason, recorded in the audit log.
         #[arg(long, value_name = "TEXT")]
         reason: String,
-        /// Which daemon.
+        /// Connection to the daemon.
         #[command(flatten)]
         daemon: DaemonArgs,
     },
 }
 
 impl ReportCommand {
-    /// Does it.
+    /// Runs the command.
     pub async fn run(self) -> Result<(), String> {
         let Self::Production { from, to, by, csv, daemon } = self;
         let now = now();
-        let asked = Asked { from: from.unwrap_or(now / DAY * DAY), to: to.unwrap_or((now / HOUR + 1) * HOUR), by };
-        let told = production::production(&daemon.server, &daemon.tls, &asked).await.map_err(|e| e.to_string())?;
+        let query = ProductionQuery {
+            from: from.unwrap_or(now / DAY * DAY),
+            to: to.unwrap_or((now / SECONDS_PER_HOUR + 1) * SECONDS_PER_HOUR),
+            by,
+        };
+        let response = production::production(&daemon.server, &daemon.tls, &query).await.map_err(|e| e.to_string())?;
         match (daemon.json, csv) {
-            (true, _) => println!("{:#}", production::as_json(&asked, &told)),
-            (false, true) => print!("{}", production::as_csv(&asked, &told).map_err(|e| e.to_string())?),
-            (false, false) => print!("{}", production::as_table(&asked, &told)),
+            (true, _) => println!("{:#}", production::as_json(&query, &response)),
+            (false, true) => print!("{}", production::as_csv(&query, &response).map_err(|e| e.to_string())?),
+            (false, false) => print!("{}", production::as_table(&query, &response)),
         }
         Ok(())
     }
 }
 
 impl DeviceCommand {
-    /// Does it.
+    /// Runs the command.
     pub async fn run(self) -> Result<(), String> {
         let Self::Show { device, config, daemon } = self;
-        let told = device::device(&daemon.server, &daemon.tls, device).await.map_err(|e| e.to_string())?;
-        let audit = config.map(|config| about(&config, &told)).transpose()?;
+        let response = device::device(&daemon.server, &daemon.tls, device).await.map_err(|e| e.to_string())?;
+        let audit = config.map(|config| audit_entries(&config, &response)).transpose()?;
         match daemon.json {
-            true => println!("{:#}", device::as_json(&told, audit.as_deref())),
-            false => print!("{}", device::as_text(&told, audit.as_deref())),
+            true => println!("{:#}", device::as_json(&response, audit.as_deref())),
+            false => print!("{}", device::as_text(&response, audit.as_deref())),
         }
         Ok(())
     }
 }
 
-fn about(config: &Path, device: &proto::GetDeviceResponse) -> Result<Vec<Recorded>, String> {
+fn audit_entries(config: &Path, device: &proto::GetDeviceResponse) -> Result<Vec<RecordedEntry>, String> {
     entries_about(&log_directory(config)?, device).map_err(|e| e.to_string())
 }
 
 impl SessionsCommand {
-    /// Does it.
+    /// Runs the command.
     pub async fn run(self) -> Result<(), String> {
         match self {
             Self::List { state, station, profile, older_than, limit, daemon } => {
@@ -170,7 +174,7 @@ async fn list(request: proto::ListSessionsRequest, limit: usize, daemon: &Daemon
         println!("{}", sessions::as_table(&found, now()));
     }
     if more {
-        eprintln!("sppctl: there may be more than these {limit}; narrow it down, or ask for more with --limit");
+        eprintln!("sppctl: list cut at {limit} sessions; there may be more: add filters or raise --limit");
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Sessions of the running daemon: listed, and given up.
+//! gRPC client for the daemon's sessions: list and abort.
 
 use std::path::Path;
 
@@ -6,24 +6,24 @@ use clap::ValueEnum;
 use prost_types::Timestamp;
 use serde_json::{Value, json};
 
-use super::status::{StatusError, channel, refused, with_deadline};
-use super::text::{at, duration, printable, table, trimmed};
+use super::status::{StatusError, call_error, channel, with_deadline};
+use super::text::{escape_controls, format_duration, format_time, render, table};
 use crate::names::SessionId;
 use crate::proto;
 use crate::proto::production_client::ProductionClient;
 
-/// The states of a session.
+/// States of a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum State {
-    /// Keys are reserved, nothing is signed.
+    /// Keys are reserved; nothing is signed yet.
     Reserved,
-    /// The certificate is signed, the backup is awaited.
+    /// The certificate is signed; the backup package is not received yet.
     Issued,
-    /// The record is public, the key pair is about to be erased.
+    /// The record is published; the key pair is not erased yet.
     Published,
     /// Complete.
     Erased,
-    /// Given up or expired.
+    /// Aborted or expired.
     Aborted,
 }
 
@@ -39,7 +39,7 @@ impl State {
     }
 }
 
-/// At most so many sessions that fit, and whether there are or may be more.
+/// Up to `limit` matching sessions, and whether there may be more.
 pub(super) async fn list(
     server: &str,
     tls: &Path,
@@ -51,7 +51,7 @@ pub(super) async fn list(
     while found.len() < limit {
         request.page_size = u32::try_from(limit - found.len()).unwrap_or(u32::MAX).min(1000);
         let answer = client.list_sessions(with_deadline(request.clone())).await;
-        let page = answer.map_err(|status| refused(server, &status))?.into_inner();
+        let page = answer.map_err(|status| call_error(server, &status))?.into_inner();
         found.extend(page.sessions);
         if page.next_page_token.is_empty() {
             return Ok((found, false));
@@ -61,7 +61,7 @@ pub(super) async fn list(
     Ok((found, true))
 }
 
-/// Gives a session up; answers with what it is then.
+/// Aborts a session and returns its new state.
 pub(super) async fn abort(
     server: &str,
     tls: &Path,
@@ -71,17 +71,17 @@ pub(super) async fn abort(
     let mut client = ProductionClient::new(channel(server, tls).await?);
     let request = proto::AbortSessionRequest { session_id: session.as_bytes().to_vec(), reason };
     let answer = client.abort_session(with_deadline(request)).await;
-    Ok(answer.map_err(|status| refused(server, &status))?.into_inner().session.unwrap_or_default())
+    Ok(answer.map_err(|status| call_error(server, &status))?.into_inner().session.unwrap_or_default())
 }
 
-/// What was given up, for people. It may have been given up before, by somebody else.
+/// Describes an aborted session. It may have been aborted by an earlier call.
 pub(super) fn describe_abort(session: &proto::SessionReport) -> String {
     let (id, chip) = (hex::encode(&session.session_id), hex::encode(&session.chip_id));
-    let (when, why) = (at(seconds(session.aborted.as_ref())), printable(&session.reason));
-    format!("session {id} of chip {chip} is given up since {when}: {why}")
+    let (when, why) = (format_time(seconds(session.aborted.as_ref())), escape_controls(&session.reason));
+    format!("session {id} of chip {chip} aborted at {when}: {why}")
 }
 
-/// Sessions as a table.
+/// Formats sessions as a table.
 pub(super) fn as_table(sessions: &[proto::SessionReport], now: u64) -> String {
     if sessions.is_empty() {
         return "no sessions".to_owned();
@@ -92,18 +92,18 @@ pub(super) fn as_table(sessions: &[proto::SessionReport], now: u64) -> String {
         table.add_row([
             hex::encode(&session.session_id),
             hex::encode(&session.chip_id),
-            printable(&session.identity),
-            printable(&session.profile),
-            printable(&session.station),
+            escape_controls(&session.identity),
+            escape_controls(&session.profile),
+            escape_controls(&session.station),
             state_name(session.state()).to_owned(),
-            duration(i64::try_from(age).unwrap_or(i64::MAX)),
-            printable(&session.reason),
+            format_duration(i64::try_from(age).unwrap_or(i64::MAX)),
+            escape_controls(&session.reason),
         ]);
     }
-    trimmed(&table)
+    render(&table)
 }
 
-/// A session for programs; times in seconds since the Unix epoch.
+/// A session as JSON; times in seconds since the Unix epoch.
 pub(super) fn session_json(session: &proto::SessionReport) -> Value {
     let time = |time: &Option<Timestamp>| time.as_ref().map(|time| time.seconds);
     json!({
@@ -123,7 +123,7 @@ pub(super) fn session_json(session: &proto::SessionReport) -> Value {
     })
 }
 
-/// Where a record is, for programs.
+/// The record's index and hash as JSON.
 pub(super) fn receipt_json(receipt: &proto::Receipt) -> Value {
     json!({
         "index": receipt.record_index,

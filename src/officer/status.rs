@@ -1,4 +1,4 @@
-//! A look at the running daemon, over gRPC with an officer's certificate.
+//! gRPC connection to the daemon, and its status as text and JSON.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -9,41 +9,41 @@ use crate::proto;
 use crate::proto::access_client::AccessClient;
 use crate::proto::officer_client::OfficerClient;
 
-/// Why the daemon did not tell.
+/// Failure of a call to the daemon.
 #[derive(Debug, thiserror::Error)]
 pub enum StatusError {
-    /// A file of the officer's TLS directory.
-    #[error("{0}; enrol an officer with sppctl officer enroll")]
+    /// A file in the caller's TLS directory is missing or invalid.
+    #[error("TLS credentials: {0}; enrol an officer with sppctl officer enroll")]
     Tls(String),
-    /// The server's address.
-    #[error("{0} is not an address; write https://HOST:PORT of the officer listener")]
+    /// The server URL is invalid.
+    #[error("invalid server URL {0:?}: expected https://HOST:PORT of the officer listener")]
     Address(String),
-    /// No connection.
+    /// The connection failed or was lost.
     #[error("no connection to {server}: {cause}; is sppd running, and is this its officer listener?")]
     Connect {
-        /// Where to.
+        /// Server URL.
         server: String,
-        /// Why not.
+        /// Cause.
         cause: String,
     },
-    /// The daemon refused.
+    /// The daemon refused the call.
     #[error("{server} refused: {message}")]
     Refused {
-        /// Who.
+        /// Server URL.
         server: String,
-        /// Its words.
+        /// Message of the daemon.
         message: String,
     },
-    /// Something else is not as it should be.
+    /// Invalid input, file or response.
     #[error("{0}")]
-    Unfit(String),
-    /// It answered, and does not serve the line.
+    Invalid(String),
+    /// The daemon answers but does not serve the line yet.
     #[error("the daemon answers but does not serve the line yet: {0}")]
     NotReady(String),
 }
 
-/// Asks once, or until the line is served or the time is over.
-pub async fn connect_and_ask(
+/// Requests the status once or, with `wait`, repeatedly until the daemon serves the line or the time is over.
+pub async fn fetch_status(
     server: &str,
     tls: &Path,
     wait: Option<Duration>,
@@ -51,7 +51,7 @@ pub async fn connect_and_ask(
     let endpoint = endpoint(server, tls)?;
     let until = wait.map(|wait| Instant::now() + wait);
     loop {
-        let answer = ask(&endpoint, server).await;
+        let answer = request_status(&endpoint, server).await;
         let answer = match (answer, until) {
             (Ok(status), Some(_)) if !status.ready => {
                 Err(StatusError::NotReady(status.hsm.map(|hsm| hsm.trouble).unwrap_or_default()))
@@ -88,12 +88,12 @@ pub(super) async fn connect(server: &str, tls: &Path) -> Result<OfficerClient<Ch
     channel(server, tls).await.map(OfficerClient::new)
 }
 
-/// The officer listener, for a client of any of its services.
+/// Connects to the officer listener, for a client of any of its services.
 pub(super) async fn channel(server: &str, tls: &Path) -> Result<Channel, StatusError> {
     connect_to(&endpoint(server, tls)?, server).await
 }
 
-/// A client of the access service, for whoever has a certificate.
+/// A client of the access service, for callers of any role.
 pub(super) async fn connect_access(server: &str, tls: &Path) -> Result<AccessClient<Channel>, StatusError> {
     Ok(AccessClient::new(connect_to(&endpoint(server, tls)?, server).await?))
 }
@@ -105,18 +105,18 @@ async fn connect_to(endpoint: &Endpoint, server: &str) -> Result<Channel, Status
     })
 }
 
-/// A request that is answered soon or not at all. It waits longer than the daemon for its HSM, so that the daemon can say what is wrong.
+/// A request with a deadline. It is longer than the daemon's own HSM deadline, so that the daemon can report HSM errors.
 pub(super) fn with_deadline<T>(message: T) -> tonic::Request<T> {
     let mut request = tonic::Request::new(message);
     request.set_timeout(Duration::from_secs(30));
     request
 }
 
-/// What the daemon said instead of an answer.
-#[expect(clippy::disallowed_types, reason = "an officer's tool is a client: it is told a status and makes none")]
-pub(super) fn refused(server: &str, status: &tonic::Status) -> StatusError {
+/// Converts a gRPC status to an error.
+#[expect(clippy::disallowed_types, reason = "a client receives statuses and creates none")]
+pub(super) fn call_error(server: &str, status: &tonic::Status) -> StatusError {
     let (server, message) = (server.to_owned(), status.message().to_owned());
-    // Not from the daemon's own services, which say why.
+    // The daemon's own services always set a message.
     let message =
         if message.is_empty() { format!("{}; is this its officer listener?", status.code()) } else { message };
     match status.code() {
@@ -125,13 +125,13 @@ pub(super) fn refused(server: &str, status: &tonic::Status) -> StatusError {
     }
 }
 
-async fn ask(endpoint: &Endpoint, server: &str) -> Result<proto::GetStatusResponse, StatusError> {
+async fn request_status(endpoint: &Endpoint, server: &str) -> Result<proto::GetStatusResponse, StatusError> {
     let mut client = OfficerClient::new(connect_to(endpoint, server).await?);
     let answer = client.get_status(with_deadline(proto::GetStatusRequest {})).await;
-    Ok(answer.map_err(|status| refused(server, &status))?.into_inner())
+    Ok(answer.map_err(|status| call_error(server, &status))?.into_inner())
 }
 
-/// The status as aligned lines.
+/// Formats the status as aligned lines.
 pub fn describe_status(status: &proto::GetStatusResponse) -> String {
     let hsm = status.hsm.clone().unwrap_or_default();
     let sessions = status.sessions.unwrap_or_default();
@@ -139,14 +139,16 @@ pub fn describe_status(status: &proto::GetStatusResponse) -> String {
     let audit = status.audit.clone().unwrap_or_default();
     let log = status.log.clone().unwrap_or_default();
     let mut rows = vec![("node", format!("{} (sppd {})", status.node, status.version)), ("line", line.to_owned())];
-    for one in &hsm.members {
-        let name = if hsm.members.len() > 1 { format!("{} ", one.name) } else { String::new() };
-        let how = match one.ready {
-            true => format!("ready: {}, token {} ({})", one.module, one.token_label, one.token_serial),
-            false => format!("NOT ready: {}", one.trouble),
+    for member in &hsm.members {
+        let name = if hsm.members.len() > 1 { format!("{} ", member.name) } else { String::new() };
+        let how = match member.ready {
+            true => {
+                format!("ready: {}, token {} ({})", member.module, member.token_label, member.token_serial)
+            }
+            false => format!("NOT ready: {}", member.trouble),
         };
         rows.push(("HSM", format!("{name}{how}")));
-        let (starts, answered, in_flight) = (one.worker_starts, one.calls_answered, one.calls_in_flight);
+        let (starts, answered, in_flight) = (member.worker_starts, member.calls_answered, member.calls_in_flight);
         rows.push(("HSM worker", format!("{name}{starts} starts, {answered} calls answered, {in_flight} in flight")));
     }
     rows.extend([
@@ -157,7 +159,7 @@ pub fn describe_status(status: &proto::GetStatusResponse) -> String {
                 sessions.reserved, sessions.issued, sessions.published, sessions.erased, sessions.aborted
             ),
         ),
-        ("records", format!("{}, {} checkpoints signed since the start", status.records, log.batches)),
+        ("records", format!("{}, {} checkpoints signed since start", status.records, log.batches)),
         (
             "disk",
             format!(
@@ -167,17 +169,17 @@ pub fn describe_status(status: &proto::GetStatusResponse) -> String {
             ),
         ),
         ("profiles", status.profiles.join(", ")),
-        ("audit log", format!("{} entries, {} of them under a published checkpoint", audit.entries, audit.covered)),
+        ("audit log", format!("{} entries, {} covered by a published checkpoint", audit.entries, audit.covered)),
     ]);
     if !audit.writable {
-        rows.push(("audit log", "can NOT be written: nothing that must be recorded is done".to_owned()));
+        rows.push(("audit log", "NOT writable: every call that must be recorded is refused".to_owned()));
     }
     if !audit.checkpoint_trouble.is_empty() {
-        rows.push(("audit log", format!("its end is NOT published: {}", audit.checkpoint_trouble)));
+        rows.push(("audit log", format!("checkpoint NOT published: {}", audit.checkpoint_trouble)));
     }
     let troubles = [("publishing", &log.publishing_trouble), ("look-ups", &log.reading_trouble)];
     for (what, trouble) in troubles.into_iter().filter(|(_, trouble)| !trouble.is_empty()) {
-        rows.push((what, format!("NOT possible: {trouble}")));
+        rows.push((what, format!("NOT available: {trouble}")));
     }
     for witness in &log.witnesses {
         let how = match witness.trouble.as_str() {
@@ -194,25 +196,25 @@ pub fn describe_status(status: &proto::GetStatusResponse) -> String {
     rows.iter().map(|(name, value)| format!("{name:<11} {value}\n")).collect()
 }
 
-/// The HSMs for programs.
+/// The HSM status as JSON.
 pub(super) fn hsm_json(hsm: &proto::HsmStatus) -> serde_json::Value {
     let calls = |call: &proto::HsmCalls| {
         serde_json::json!({ "verb": call.verb, "result": call.result, "count": call.count,
             "microseconds": call.microseconds, "median_microseconds": call.median_microseconds })
     };
-    let member = |one: &proto::HsmMember| {
-        serde_json::json!({ "name": one.name, "ready": one.ready, "trouble": one.trouble, "module": one.module,
-            "token_label": one.token_label, "token_serial": one.token_serial, "worker_starts": one.worker_starts,
-            "calls_in_flight": one.calls_in_flight,
-            "background_calls_in_flight": one.background_calls_in_flight, "calls_answered": one.calls_answered,
-            "calls": one.calls.iter().map(calls).collect::<Vec<_>>() })
+    let member = |member: &proto::HsmMember| {
+        serde_json::json!({ "name": member.name, "ready": member.ready, "trouble": member.trouble, "module": member.module,
+            "token_label": member.token_label, "token_serial": member.token_serial, "worker_starts": member.worker_starts,
+            "calls_in_flight": member.calls_in_flight,
+            "background_calls_in_flight": member.background_calls_in_flight, "calls_answered": member.calls_answered,
+            "calls": member.calls.iter().map(calls).collect::<Vec<_>>() })
     };
     let members: Vec<_> = hsm.members.iter().map(member).collect();
     serde_json::json!({ "ready": hsm.ready, "trouble": hsm.trouble, "calls_in_flight": hsm.calls_in_flight,
         "queue": hsm.queue, "members": members })
 }
 
-/// The status for programs.
+/// The status as JSON.
 pub fn status_json(status: &proto::GetStatusResponse) -> serde_json::Value {
     let hsm = status.hsm.clone().unwrap_or_default();
     let sessions = status.sessions.unwrap_or_default();
@@ -221,8 +223,7 @@ pub fn status_json(status: &proto::GetStatusResponse) -> serde_json::Value {
     let witness = |witness: &proto::WitnessStatus| serde_json::json!({ "name": witness.name, "size": witness.size, "trouble": witness.trouble });
     let witnesses: Vec<_> = log.witnesses.iter().map(witness).collect();
     let service = |service: &proto::ServiceStatus| {
-        let missing =
-            |one: &proto::MissingDependency| serde_json::json!({ "dependency": one.dependency, "why": one.why });
+        let missing = |missing: &proto::MissingDependency| serde_json::json!({ "dependency": missing.dependency, "why": missing.why });
         let missing: Vec<_> = service.missing.iter().map(missing).collect();
         serde_json::json!({ "service": service.service, "missing": missing })
     };

@@ -1,4 +1,4 @@
-//! The transcript of a ceremony: JSON for programs, and a text for people that the log's key signs and that names the JSON.
+//! The transcript of a ceremony: a JSON file, and a text signed by the log key that contains the SHA-256 of the JSON.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use super::files::write_new;
-use super::text::{at, printable};
+use super::text::{escape_controls, format_time};
 use super::{OfficerError, now};
 use crate::hsm::{Ceremony, CheckpointKey, CreatedKey};
 use crate::keys::{KeyKind, SignatureAlgorithm, sha256};
@@ -15,90 +15,90 @@ use crate::names::{KeyName, OfficerName};
 use crate::tlog::{LogKey, UnsignedText, verify_text};
 
 const TITLE: &str = "spp ceremony transcript v1";
-/// What the text says before the hash of the JSON.
+/// Prefix of the line with the hash of the JSON.
 const JSON: &str = "json        sha256:";
 
-/// What a ceremony made.
+/// Record of one ceremony run.
 #[derive(Debug, Serialize)]
 pub struct Transcript {
-    /// This program's version.
+    /// Program name and version.
     pub tool: String,
-    /// The ceremony file's name.
+    /// Path of the ceremony file.
     pub file: String,
-    /// SHA-256 of it.
+    /// SHA-256 of the ceremony file, in hex.
     pub file_sha256: String,
-    /// Who held it.
+    /// Officers named on the command line.
     pub officers: Vec<OfficerName>,
-    /// Who else approved it, where one officer alone may not hold it.
+    /// The approval, if the ceremony needed one.
     pub approval: Option<Approval>,
-    /// The module's description of itself.
+    /// Description of the PKCS#11 module.
     pub module: String,
-    /// The token's label.
+    /// Token label.
     pub token_label: String,
-    /// The token's serial number.
+    /// Token serial number.
     pub token_serial: String,
-    /// Seconds since the Unix epoch.
+    /// Start time in seconds since the Unix epoch.
     pub begun: u64,
-    /// Seconds since the Unix epoch.
+    /// End time in seconds since the Unix epoch.
     pub ended: u64,
-    /// Whether the ceremony began with initialising the token.
+    /// Whether the ceremony initialised the token.
     pub token_initialised: bool,
-    /// Why it failed after what is told here; none if it did not.
+    /// Error that ended the ceremony; `None` if it completed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub failed: Option<String>,
-    /// What was done to keys, in the order in which it was done.
+    /// Completed steps, in order.
     pub keys: Vec<KeyReport>,
-    /// The files that were written.
+    /// Files that were written.
     pub files: Vec<PathBuf>,
 }
 
-/// The approval of a ceremony.
+/// Approval of a ceremony.
 #[derive(Debug, Serialize)]
 pub struct Approval {
-    /// The request's name.
+    /// Request ID.
     pub request: String,
-    /// Who asked for it.
+    /// Officer who requested it.
     pub requested_by: OfficerName,
-    /// Which others approved it.
+    /// Officers who approved it.
     pub approved_by: Vec<OfficerName>,
-    /// What they have signed, the request first: so that it can be verified ever after without the daemon.
+    /// Signed statements, the request first, so that the approval can be verified without the daemon.
     pub statements: Vec<OfficerStatement>,
 }
 
-/// What an officer has signed.
+/// A statement signed by an officer.
 #[derive(Debug, Serialize)]
 pub struct OfficerStatement {
-    /// Who.
+    /// Officer who signed.
     pub officer: OfficerName,
-    /// The text.
+    /// Signed text.
     pub statement: String,
-    /// By the key of the certificate, in hex.
+    /// Signature by the key of the certificate, in hex.
     pub signature: String,
-    /// PEM.
+    /// Certificate of the officer, PEM.
     pub certificate: String,
 }
 
-/// One act on one key.
+/// One completed step on one key.
 #[derive(Debug, Serialize)]
 pub struct KeyReport {
-    /// What was done: `made`, `destroyed` and so on.
+    /// What was done, for example `made` or `destroyed`.
     pub act: &'static str,
-    /// Its name.
+    /// Key name.
     pub name: KeyName,
-    /// Its CKA_ID in hex.
+    /// CKA_ID in hex.
     pub id: String,
-    /// When; seconds since the Unix epoch.
+    /// Time in seconds since the Unix epoch.
     pub at: u64,
-    /// Its public key's hash, or its check value.
+    /// SHA-256 of the public key, or the check value of a secret key.
     pub fingerprint: String,
-    /// What else there is to know.
+    /// Further details, as text.
     pub details: Vec<String>,
-    /// The attributes of a new one as the token showed them.
+    /// Attributes of a new key, read back from the token.
     pub attributes: BTreeMap<String, String>,
 }
 
-/// What a transcript is of.
-pub(super) struct Subject<'a> {
+/// Inputs of a transcript.
+pub(super) struct TranscriptInput<'a> {
     pub(super) file: &'a Path,
     pub(super) file_hash: &'a [u8; 32],
     pub(super) officers: &'a [OfficerName],
@@ -106,13 +106,13 @@ pub(super) struct Subject<'a> {
 }
 
 impl Transcript {
-    pub(super) fn begin(of: Subject<'_>, token: &Ceremony) -> Self {
+    pub(super) fn begin(input: TranscriptInput<'_>, token: &Ceremony) -> Self {
         Self {
             tool: format!("sppctl {}", env!("CARGO_PKG_VERSION")),
-            file: of.file.display().to_string(),
-            file_sha256: hex::encode(of.file_hash),
-            officers: of.officers.to_vec(),
-            approval: of.approval,
+            file: input.file.display().to_string(),
+            file_sha256: hex::encode(input.file_hash),
+            officers: input.officers.to_vec(),
+            approval: input.approval,
             token_initialised: token.was_initialised(),
             module: token.module().to_owned(),
             token_label: token.token().label.clone(),
@@ -125,15 +125,15 @@ impl Transcript {
         }
     }
 
-    /// A new key.
+    /// Adds a new key.
     pub(super) fn add(&mut self, act: &'static str, key: &CreatedKey, fingerprint: String) -> &mut KeyReport {
-        let report = self.add_act(act, &key.name, &key.id, fingerprint);
+        let report = self.add_step(act, &key.name, &key.id, fingerprint);
         report.attributes.clone_from(&key.attributes);
         report
     }
 
-    /// Something that was done to a key that is, or was, there.
-    pub(super) fn add_act(
+    /// Adds a step on an existing or destroyed key.
+    pub(super) fn add_step(
         &mut self,
         act: &'static str,
         name: &KeyName,
@@ -146,13 +146,13 @@ impl Transcript {
         &mut self.keys[next]
     }
 
-    /// What was done, in a line.
-    pub(super) fn done(&self) -> String {
-        let acts: Vec<_> = self.keys.iter().map(|key| format!("{} {}", key.act, key.name)).collect();
-        if acts.is_empty() { "nothing".to_owned() } else { acts.join(", ") }
+    /// The completed steps as one line.
+    pub(super) fn completed_steps(&self) -> String {
+        let steps: Vec<_> = self.keys.iter().map(|key| format!("{} {}", key.act, key.name)).collect();
+        if steps.is_empty() { "nothing".to_owned() } else { steps.join(", ") }
     }
 
-    /// Writes both files into `out`. Whether the text is signed: a token without a log's key signs none.
+    /// Writes both files to `out`. Returns whether the text is signed; it is not if the token has no log key.
     pub(super) fn write(
         &mut self,
         out: &Path,
@@ -180,7 +180,7 @@ impl Transcript {
         let mut text = String::new();
         let officers: Vec<_> = self.officers.iter().map(OfficerName::as_str).collect();
         let officers = if officers.is_empty() { "not named".to_owned() } else { officers.join(", ") };
-        // Writing into a string does not fail.
+        // Writing to a String cannot fail.
         let mut row = |name: &str, value: &str| {
             let _ = writeln!(text, "{name:<11} {value}");
         };
@@ -194,14 +194,21 @@ impl Transcript {
         row("module", &self.module);
         let initialised = if self.token_initialised { ", initialised in this ceremony" } else { "" };
         row("token", &format!("{}, serial {}{initialised}", self.token_label, self.token_serial));
-        row("begun", &at(self.begun));
-        row("ended", &at(self.ended));
+        row("begun", &format_time(self.begun));
+        row("ended", &format_time(self.ended));
         if let Some(why) = &self.failed {
-            row("failed", &printable(why));
+            row("failed", &escape_controls(why));
         }
         let _ = writeln!(text, "{JSON}{}", hex::encode(sha256(json)));
         for key in &self.keys {
-            let _ = write!(text, "\nkey {}\n  {} at {}\n  CKA_ID       {}\n", key.name, key.act, at(key.at), key.id);
+            let _ = write!(
+                text,
+                "\nkey {}\n  {} at {}\n  CKA_ID       {}\n",
+                key.name,
+                key.act,
+                format_time(key.at),
+                key.id
+            );
             let _ = writeln!(text, "  known by     {}", key.fingerprint);
             for detail in &key.details {
                 let _ = writeln!(text, "  {detail}");
@@ -218,34 +225,34 @@ impl Transcript {
     }
 }
 
-/// `transcript.json` and `transcript.txt`, or with the next number that is free.
+/// `transcript.json` and `transcript.txt`, or the first pair `transcript-N` whose files do not exist.
 fn free_paths(out: &Path) -> [PathBuf; 2] {
     let names = std::iter::once("transcript".to_owned()).chain((2..).map(|n: u32| format!("transcript-{n}")));
     let mut paths = names.map(|name| ["json", "txt"].map(|extension| out.join(format!("{name}.{extension}"))));
     let first = paths.next().unwrap_or_default();
     let is_free = |paths: &[PathBuf; 2]| paths.iter().all(|path| !path.exists());
-    // An endless sequence has a first free one.
+    // The sequence is infinite, so `find` returns a pair.
     if is_free(&first) { first } else { paths.find(is_free).unwrap_or(first) }
 }
 
-/// A transcript that its log's key has signed.
+/// A transcript with a valid signature.
 #[derive(Debug, Serialize)]
 pub struct VerifiedTranscript {
-    /// The text, without the signature.
+    /// Text without the signature.
     pub text: String,
-    /// Whose key signed it.
+    /// Origin of the log whose key signed it.
     pub signed_by: String,
-    /// Whether the JSON beside it is the one that it names; none if there is none.
+    /// Whether the JSON file beside it has the hash in the text; `None` if there is no JSON file.
     pub json_fits: Option<bool>,
 }
 
-/// Verifies the text against the log's public key, and the JSON beside it against the text.
+/// Verifies the signature of the text with the log's public key, and the JSON file beside it with the hash in the text.
 pub fn verify_transcript(text: &Path, key: &LogKey) -> Result<VerifiedTranscript, OfficerError> {
     let failed = |problem: String| OfficerError::Other(format!("{}: {problem}", text.display()));
     let note = std::fs::read(text).map_err(|e| failed(e.to_string()))?;
     let verified = verify_text(&note, key).map_err(|e| failed(e.to_string()))?;
     if verified.lines().next() != Some(TITLE) {
-        return Err(failed("it is signed, and no transcript of a ceremony".to_owned()));
+        return Err(failed("not a ceremony transcript, although the signature is valid".to_owned()));
     }
     let named = verified.lines().find_map(|line| line.strip_prefix(JSON)).map(str::to_owned);
     let json = std::fs::read(text.with_extension("json")).ok();

@@ -1,9 +1,9 @@
-//! Deterministic CBOR (RFC 8949 §4.2.1) for bytes with keys in them.
+//! Deterministic CBOR (RFC 8949 §4.2.1) for bytes that contain keys.
 //!
-//! A general library reads into values and writes through buffers of its own, which nobody wipes. Here the writer owns
-//! one buffer that never grows (so that no copy is left behind by a reallocation) and is wiped, and the reader borrows.
-//! What is read has a fixed shape: nothing recurses, and no length is believed before the bytes are there. The same
-//! few lines are what a microcontroller needs.
+//! A general-purpose library decodes into values and encodes through internal buffers that are not wiped. Here the writer owns
+//! one buffer that never grows (so a reallocation cannot leave a copy behind) and that is wiped, and the reader borrows. The
+//! decoded structures have a fixed shape: nothing recurses, and no allocation depends on an unchecked length. The code is small
+//! enough to port to a microcontroller.
 
 use crate::secret::SecretBytes;
 
@@ -15,20 +15,20 @@ const ARRAY: u8 = 4;
 const MAP: u8 = 5;
 const TAG: u8 = 6;
 
-/// What is wrong with an encoding. The caller says where.
+/// An encoding error. The caller adds the location.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum CborError {
-    #[error("the bytes end too early")]
+    #[error("unexpected end of data")]
     Truncated,
     #[error("a number or length is not in its shortest form, or a length is indefinite")]
     NotDeterministic,
-    #[error("not the expected type; {0} is expected")]
+    #[error("unexpected type, expected {0}")]
     OtherType(&'static str),
-    #[error("the number is out of range")]
+    #[error("number out of range")]
     OutOfRange,
-    #[error("the text is not UTF-8")]
+    #[error("text is not UTF-8")]
     NotText,
-    #[error("key {0} is unknown here, repeated or out of order")]
+    #[error("key {0} is unknown, repeated or out of order")]
     UnexpectedKey(i64),
     #[error("key {0} is missing, or a key before it is unknown")]
     MissingKey(i64),
@@ -36,7 +36,7 @@ pub(crate) enum CborError {
     Trailing(usize),
 }
 
-/// Writes items one after the other into one buffer of fixed size.
+/// Encodes items into one buffer of fixed size.
 pub(crate) struct Writer {
     out: SecretBytes,
     limit: usize,
@@ -44,7 +44,7 @@ pub(crate) struct Writer {
 }
 
 impl Writer {
-    /// A writer of at most so many bytes.
+    /// Creates a writer with a capacity of `limit` bytes.
     pub(crate) fn with_limit(limit: usize) -> Self {
         Self { out: SecretBytes::new(Vec::with_capacity(limit)), limit, overflow: false }
     }
@@ -70,7 +70,7 @@ impl Writer {
         self.head(MAP, entries as u64)
     }
 
-    /// A byte string of `size` bytes: zeros, then the value. The caller knows that the value fits.
+    /// Writes a byte string of `size` bytes: zeros, then the value. The value must not be longer than `size`.
     pub(crate) fn padded_bytes(&mut self, value: &[u8], size: usize) -> &mut Self {
         self.head(BYTES, size as u64);
         for _ in value.len()..size {
@@ -79,14 +79,14 @@ impl Writer {
         self.put(value)
     }
 
-    /// What was written; `None` if it did not fit.
+    /// The encoded bytes; `None` if they exceed the limit.
     pub(crate) fn finish(self) -> Option<SecretBytes> {
         (!self.overflow).then_some(self.out)
     }
 
-    /// What was written, when nothing in it is secret; `None` if it did not fit.
+    /// The encoded bytes if they contain no secret; `None` if they exceed the limit.
     pub(crate) fn finish_public(mut self) -> Option<Vec<u8>> {
-        // Exposed to leave the wiped world: the caller wrote nothing secret.
+        // Exposed and not wiped: the caller wrote no secret.
         (!self.overflow).then(|| std::mem::take(self.out.expose_mut()))
     }
 
@@ -103,7 +103,7 @@ impl Writer {
     }
 
     fn put(&mut self, bytes: &[u8]) -> &mut Self {
-        // Exposed to be filled; within its capacity, so it is never moved.
+        // Exposed to append; within its capacity, so it is never reallocated.
         let out = self.out.expose_mut();
         if self.overflow || bytes.len() > self.limit - out.len() {
             self.overflow = true;
@@ -114,7 +114,7 @@ impl Writer {
     }
 }
 
-/// Reads items one after the other; accepts the deterministic encoding only.
+/// Decodes items; accepts the deterministic encoding only.
 pub(crate) struct Reader<'a> {
     rest: &'a [u8],
 }
@@ -144,32 +144,32 @@ impl<'a> Reader<'a> {
         std::str::from_utf8(self.take(length)?).map_err(|_| CborError::NotText)
     }
 
-    /// The number of items that follow.
+    /// Reads an array header and returns the number of items.
     pub(crate) fn array(&mut self) -> Result<u64, CborError> {
         self.head_of(ARRAY, "an array")
     }
 
-    /// Whether an array comes next.
-    pub(crate) fn at_array(&self) -> bool {
+    /// Whether the next item is an array.
+    pub(crate) fn next_is_array(&self) -> bool {
         self.rest.first().is_some_and(|first| first >> 5 == ARRAY)
     }
 
     pub(crate) fn map(&mut self) -> Result<MapReader<'_, 'a>, CborError> {
-        let left = self.head_of(MAP, "a map")?;
-        Ok(MapReader { reader: self, left, seen: None })
+        let remaining = self.head_of(MAP, "a map")?;
+        Ok(MapReader { reader: self, remaining, pending_key: None })
     }
 
-    /// Nothing may follow.
+    /// Fails if bytes remain.
     pub(crate) const fn end(&self) -> Result<(), CborError> {
         if self.rest.is_empty() { Ok(()) } else { Err(CborError::Trailing(self.rest.len())) }
     }
 
-    /// What has not been read yet.
+    /// The bytes that have not been read.
     pub(crate) const fn rest(&self) -> &'a [u8] {
         self.rest
     }
 
-    /// Steps over one item of any shape, in a loop: nesting costs no stack.
+    /// Skips one item of any type. Iterative: nesting uses no stack.
     pub(crate) fn skip(&mut self) -> Result<(), CborError> {
         let mut items = 1u64;
         while items > 0 {
@@ -186,16 +186,16 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
-    fn head_of(&mut self, wanted: u8, name: &'static str) -> Result<u64, CborError> {
+    fn head_of(&mut self, expected: u8, name: &'static str) -> Result<u64, CborError> {
         match self.head()? {
-            (major, value) if major == wanted => Ok(value),
+            (major, value) if major == expected => Ok(value),
             _ => Err(CborError::OtherType(name)),
         }
     }
 
     fn head(&mut self) -> Result<(u8, u64), CborError> {
         let first = self.take(1)?[0];
-        let (value, least) = match first & 0x1f {
+        let (value, min) = match first & 0x1f {
             short @ 0..=23 => (u64::from(short), 0),
             24 => (self.argument(1)?, 24),
             25 => (self.argument(2)?, 0x100),
@@ -203,7 +203,7 @@ impl<'a> Reader<'a> {
             27 => (self.argument(8)?, 0x1_0000_0000),
             _ => return Err(CborError::NotDeterministic),
         };
-        if value < least { Err(CborError::NotDeterministic) } else { Ok((first >> 5, value)) }
+        if value < min { Err(CborError::NotDeterministic) } else { Ok((first >> 5, value)) }
     }
 
     fn argument(&mut self, bytes: u64) -> Result<u64, CborError> {
@@ -218,35 +218,36 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// Reads a map with integer keys in their order, each at most once.
+/// Reads a map with integer keys in order, each at most once.
 pub(crate) struct MapReader<'r, 'a> {
-    /// Stands at the value when [`Self::key`] said yes.
+    /// Positioned at the value after [`Self::key`] returned `true`.
     pub(crate) reader: &'r mut Reader<'a>,
-    left: u64,
-    seen: Option<i64>,
+    remaining: u64,
+    /// A key that was read but not consumed.
+    pending_key: Option<i64>,
 }
 
 impl MapReader<'_, '_> {
-    /// Whether the next entry has this key; if so its value must be read next. Ask in the order of the encoding.
-    pub(crate) fn key(&mut self, wanted: i64) -> Result<bool, CborError> {
-        if self.left == 0 {
+    /// Whether the next entry has this key; if so, the value must be read next. Query keys in the order of the encoding.
+    pub(crate) fn key(&mut self, expected: i64) -> Result<bool, CborError> {
+        if self.remaining == 0 {
             return Ok(false);
         }
-        let found = match self.seen {
+        let found = match self.pending_key {
             Some(found) => found,
-            None => *self.seen.insert(self.reader.int()?),
+            None => *self.pending_key.insert(self.reader.int()?),
         };
-        if found != wanted {
+        if found != expected {
             return Ok(false);
         }
-        self.seen = None;
-        self.left -= 1;
+        self.pending_key = None;
+        self.remaining -= 1;
         Ok(true)
     }
 
-    /// No entry may be left: what was not asked for is refused.
+    /// Fails if entries remain.
     pub(crate) fn end(mut self) -> Result<(), CborError> {
-        match (self.left, self.seen.take()) {
+        match (self.remaining, self.pending_key.take()) {
             (0, _) => Ok(()),
             (_, Some(key)) => Err(CborError::UnexpectedKey(key)),
             (_, None) => Err(CborError::UnexpectedKey(self.reader.int()?)),
@@ -260,13 +261,13 @@ mod tests {
     use ciborium::Value;
     use proptest::prelude::*;
 
-    fn written(write: impl FnOnce(&mut Writer)) -> Vec<u8> {
+    fn encode(write: impl FnOnce(&mut Writer)) -> Vec<u8> {
         let mut writer = Writer::with_limit(4096);
         write(&mut writer);
         writer.finish_public().unwrap()
     }
 
-    fn by_ciborium(value: &Value) -> Vec<u8> {
+    fn ciborium_encode(value: &Value) -> Vec<u8> {
         let mut out = Vec::new();
         ciborium::into_writer(value, &mut out).unwrap();
         out
@@ -274,12 +275,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn items_are_written_as_the_library_writes_them(number: i64, bytes: Vec<u8>, text: String) {
-            let ours = written(|w| {
+        fn writer_matches_ciborium_and_reader_decodes(number: i64, bytes: Vec<u8>, text: String) {
+            let ours = encode(|w| {
                 w.array(3).int(number).bytes(&bytes).text(&text);
             });
             let value = Value::Array(vec![number.into(), bytes.clone().into(), text.clone().into()]);
-            prop_assert_eq!(&ours, &by_ciborium(&value));
+            prop_assert_eq!(&ours, &ciborium_encode(&value));
 
             let mut reader = Reader::new(&ours);
             prop_assert_eq!(reader.array(), Ok(3));
@@ -290,9 +291,9 @@ mod tests {
         }
 
         #[test]
-        fn skipping_never_panics_and_steps_over_what_was_written(bytes: Vec<u8>) {
+        fn skip_never_panics_and_consumes_one_item(bytes: Vec<u8>) {
             let _ = Reader::new(&bytes).skip();
-            let item = written(|w| { w.map(1).int(-1).array(2).bytes(&bytes).text(""); });
+            let item = encode(|w| { w.map(1).int(-1).array(2).bytes(&bytes).text(""); });
             let mut reader = Reader::new(&item);
             prop_assert_eq!(reader.skip(), Ok(()));
             prop_assert_eq!(reader.end(), Ok(()));
@@ -300,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_shortest_form_is_read() {
+    fn non_deterministic_integers_and_lengths_rejected() {
         for long in [&[0x18, 23][..], &[0x19, 0, 255], &[0x1a, 0, 0, 255, 255], &[0x1b, 0, 0, 0, 0, 255, 255, 255, 255]]
         {
             assert_eq!(Reader::new(long).int(), Err(CborError::NotDeterministic), "{long:02x?}");
@@ -311,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn a_map_is_read_in_its_order_and_without_strangers() {
+    fn map_with_unordered_or_unknown_keys_rejected() {
         let read = |bytes: &[u8]| {
             let mut reader = Reader::new(bytes);
             let mut map = reader.map()?;
@@ -326,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn a_writer_never_grows() {
+    fn writer_over_limit_fails() {
         let mut writer = Writer::with_limit(3);
         writer.bytes(&[1, 2, 3]).int(1);
         assert!(writer.finish().is_none());

@@ -1,41 +1,41 @@
-//! Whether a secret stands in bytes that will be public: as it is, backwards, in hex, or in base64.
+//! Search for secrets in clear in bytes that will be public: raw, reversed, hex or base64.
 
 use memchr::memmem;
 
 use crate::secret::SecretBytes;
 
-/// Shorter bytes are found by chance.
-const SHORTEST: usize = 8;
+/// Minimum length of a secret to search for: shorter ones occur by chance.
+const MIN_LEN: usize = 8;
 
 const BASE64: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 const BASE64_URL: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
 
-/// In which form the secret stands in the bytes; `None` if it does not. At most 10 searches.
+/// Searches `bytes` for the secret and returns the encoding in which it was found. At most 10 searches.
 pub(super) fn find(secret: &SecretBytes, bytes: &[u8]) -> Option<&'static str> {
-    // Exposed to be searched for. Each form is a secret of its own, wiped after its search.
+    // Exposed to search for it. Each encoding is a secret too and is wiped after its search.
     let secret = secret.expose().as_slice();
-    if secret.len() < SHORTEST {
+    if secret.len() < MIN_LEN {
         return None;
     }
-    let has = |form: SecretBytes| memmem::find(bytes, form.expose()).is_some();
+    let contains = |encoding: SecretBytes| memmem::find(bytes, encoding.expose()).is_some();
     let hex =
         |digits: &[u8; 16]| encoded(secret, |byte| [digits[usize::from(byte >> 4)], digits[usize::from(byte & 15)]]);
     if memmem::find(bytes, secret).is_some() {
-        return Some("as it is");
+        return Some("raw");
     }
-    if has(SecretBytes::new(secret.iter().rev().copied().collect())) {
-        return Some("in reversed order");
+    if contains(SecretBytes::new(secret.iter().rev().copied().collect())) {
+        return Some("reversed");
     }
-    if has(hex(b"0123456789abcdef")) || has(hex(b"0123456789ABCDEF")) {
-        return Some("in hex");
+    if contains(hex(b"0123456789abcdef")) || contains(hex(b"0123456789ABCDEF")) {
+        return Some("hex");
     }
     for alphabet in [BASE64, BASE64_URL] {
-        // Base64 of the secret within other bytes depends on where in a group of three it starts. Leaving out up to
-        // two bytes at each end leaves what is the same whatever stands beside it.
+        // The base64 encoding of a secret inside other bytes depends on the secret's offset modulo 3. Omitting up to two bytes
+        // at each end leaves a part whose encoding is independent of its surroundings.
         for skipped in 0..3 {
             let inner = &secret[skipped..];
-            if has(base64(&inner[..inner.len() / 3 * 3], alphabet)) {
-                return Some("in base64");
+            if contains(base64(&inner[..inner.len() / 3 * 3], alphabet)) {
+                return Some("base64");
             }
         }
     }
@@ -50,7 +50,7 @@ fn encoded<const N: usize>(bytes: &[u8], encode: impl Fn(u8) -> [u8; N]) -> Secr
     out
 }
 
-/// Base64 (RFC 4648 §4, §5) of whole groups.
+/// Base64 (RFC 4648 §4, §5) of complete groups.
 fn base64(groups: &[u8], alphabet: &[u8; 64]) -> SecretBytes {
     let mut out = SecretBytes::new(Vec::with_capacity(groups.len() / 3 * 4));
     for group in groups.chunks_exact(3) {
@@ -65,7 +65,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// Base64 by another hand: the one of PEM.
+    /// Base64 from an independent implementation (PEM).
     fn pem_base64(bytes: &[u8]) -> String {
         let pem = der::pem::encode_string("X", der::pem::LineEnding::LF, bytes).unwrap();
         pem.lines().filter(|line| !line.starts_with('-')).collect()
@@ -73,7 +73,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_secret_is_found_in_every_form(
+        fn secret_in_every_encoding_found(
             secret in prop::collection::vec(any::<u8>(), 16..80),
             before in prop::collection::vec(any::<u8>(), 0..7),
             after in prop::collection::vec(any::<u8>(), 0..7),
@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_there_is_not_found() {
+    fn absent_secret_not_found() {
         let secret = SecretBytes::copy_of(&[7; 32]);
         assert_eq!(find(&secret, &[7; 31]), None);
         assert_eq!(find(&secret, &[]), None);

@@ -1,8 +1,8 @@
-//! Private and symmetric keys as COSE_Key (RFC 9052 §7, RFC 9053 §7, RFC 8230 §4), written and read without copies.
+//! Private and symmetric keys as COSE_Key (RFC 9052 §7, RFC 9053 §7, RFC 8230 §4), encoded and decoded without extra copies.
 
 use super::PackageError;
 use super::cbor::{CborError, MapReader, Reader, Writer};
-use super::data::{SymmetricKey, at};
+use super::data::{SymmetricKey, package_error};
 use crate::keys::{DevicePrivateKey, KeyError, KeyKind, PrivateParts, PublicKey, RsaPrivateParts};
 use crate::secret::SecretBytes;
 
@@ -23,10 +23,10 @@ const CRV_ED25519: i64 = 6;
 const PRIVATE_KEY: &str = "private key (9)";
 const SYMMETRIC_KEYS: &str = "symmetric keys (10)";
 
-/// Writes a key pair with its private half.
+/// Encodes a key pair including its private key.
 pub(super) fn write_pair(out: &mut Writer, pair: &DevicePrivateKey) -> Result<(), PackageError> {
     let public = pair.public().key_bits();
-    // The private numbers are exposed to be written into the package, whose buffer is wiped.
+    // Exposed to write into the package, whose buffer is wiped.
     match pair.parts() {
         PrivateParts::Ec(d) => {
             let (curve, size) = if pair.public().kind() == KeyKind::P384 { (CRV_P384, 48) } else { (CRV_P256, 32) };
@@ -51,49 +51,61 @@ pub(super) fn write_pair(out: &mut Writer, pair: &DevicePrivateKey) -> Result<()
     Ok(())
 }
 
-/// Reads a key pair; a private half that does not belong to the public one is refused.
+/// Decodes a key pair; rejects a private key that does not match the public key.
 pub(super) fn read_pair(reader: &mut Reader<'_>) -> Result<DevicePrivateKey, PackageError> {
-    let mut map = reader.map().map_err(at(PRIVATE_KEY))?;
-    let kty = expect_int(&mut map, KTY).map_err(at(PRIVATE_KEY))?;
+    let mut map = reader.map().map_err(package_error(PRIVATE_KEY))?;
+    let kty = expect_int(&mut map, KTY).map_err(package_error(PRIVATE_KEY))?;
     let key = match kty {
         EC2 => read_ec(&mut map),
         OKP => read_okp(&mut map),
         RSA => read_rsa(&mut map),
-        other => return Err(at(PRIVATE_KEY)(format!("key type {other} is not 1 (OKP), 2 (EC2) or 3 (RSA)"))),
+        other => {
+            return Err(package_error(PRIVATE_KEY)(format!(
+                "unsupported key type {other}: expected 1 (OKP), 2 (EC2) or 3 (RSA)"
+            )));
+        }
     }?;
-    map.end().map_err(at(PRIVATE_KEY))?;
+    map.end().map_err(package_error(PRIVATE_KEY))?;
     Ok(key)
 }
 
-/// Writes a symmetric key; its purpose is the key's `kid`.
+/// Encodes a symmetric key; its purpose is the `kid`.
 pub(super) fn write_symmetric(out: &mut Writer, key: &SymmetricKey) {
-    // The key is exposed to be written into the package, whose buffer is wiped.
+    // Exposed to write into the package, whose buffer is wiped.
     out.map(3).int(KTY).int(SYMMETRIC).int(KID).bytes(key.purpose().as_bytes()).int(-1).bytes(key.key().expose());
 }
 
-/// Reads a symmetric key.
+/// Decodes a symmetric key.
 pub(super) fn read_symmetric(reader: &mut Reader<'_>) -> Result<SymmetricKey, PackageError> {
     let field = SYMMETRIC_KEYS;
-    let mut map = reader.map().map_err(at(field))?;
-    if expect_int(&mut map, KTY).map_err(at(field))? != SYMMETRIC {
-        return Err(at(field)("the key type is not 4 (symmetric)"));
+    let mut map = reader.map().map_err(package_error(field))?;
+    if expect_int(&mut map, KTY).map_err(package_error(field))? != SYMMETRIC {
+        return Err(package_error(field)("unsupported key type: expected 4 (symmetric)"));
     }
-    let purpose = expect_bytes(&mut map, KID).map_err(at(field))?;
-    let purpose = std::str::from_utf8(purpose).map_err(|_| at(field)("a purpose (kid) is not text"))?;
-    let key = SecretBytes::copy_of(expect_bytes(&mut map, -1).map_err(at(field))?);
-    map.end().map_err(at(field))?;
+    let purpose = expect_bytes(&mut map, KID).map_err(package_error(field))?;
+    let purpose = std::str::from_utf8(purpose).map_err(|_| package_error(field)("a purpose (kid) is not text"))?;
+    let key = SecretBytes::copy_of(expect_bytes(&mut map, -1).map_err(package_error(field))?);
+    map.end().map_err(package_error(field))?;
     SymmetricKey::new(purpose, key)
 }
 
 fn read_ec(map: &mut MapReader<'_, '_>) -> Result<DevicePrivateKey, PackageError> {
-    let (kind, size) = match expect_int(map, -1).map_err(at(PRIVATE_KEY))? {
+    let (kind, size) = match expect_int(map, -1).map_err(package_error(PRIVATE_KEY))? {
         CRV_P256 => (KeyKind::P256, 32),
         CRV_P384 => (KeyKind::P384, 48),
-        other => return Err(at(PRIVATE_KEY)(format!("curve {other} is not 1 (P-256) or 2 (P-384)"))),
+        other => {
+            return Err(package_error(PRIVATE_KEY)(format!(
+                "unsupported curve {other}: expected 1 (P-256) or 2 (P-384)"
+            )));
+        }
     };
     let mut number = |label| {
-        let bytes = expect_bytes(map, label).map_err(at(PRIVATE_KEY))?;
-        if bytes.len() == size { Ok(bytes) } else { Err(at(PRIVATE_KEY)(format!("{label} has not {size} bytes"))) }
+        let bytes = expect_bytes(map, label).map_err(package_error(PRIVATE_KEY))?;
+        if bytes.len() == size {
+            Ok(bytes)
+        } else {
+            Err(package_error(PRIVATE_KEY)(format!("{label} is not {size} bytes long")))
+        }
     };
     let (x, y, d) = (number(-2)?, number(-3)?, number(-4)?);
     let public = PublicKey::from_ec_point(kind, &[&[4], x, y].concat()).map_err(key_error)?;
@@ -101,20 +113,20 @@ fn read_ec(map: &mut MapReader<'_, '_>) -> Result<DevicePrivateKey, PackageError
 }
 
 fn read_okp(map: &mut MapReader<'_, '_>) -> Result<DevicePrivateKey, PackageError> {
-    if expect_int(map, -1).map_err(at(PRIVATE_KEY))? != CRV_ED25519 {
-        return Err(at(PRIVATE_KEY)("the curve of an OKP key is not 6 (Ed25519)"));
+    if expect_int(map, -1).map_err(package_error(PRIVATE_KEY))? != CRV_ED25519 {
+        return Err(package_error(PRIVATE_KEY)("unsupported OKP curve: expected 6 (Ed25519)"));
     }
-    let x = expect_bytes(map, -2).map_err(at(PRIVATE_KEY))?;
-    let seed = SecretBytes::copy_of(expect_bytes(map, -4).map_err(at(PRIVATE_KEY))?);
+    let x = expect_bytes(map, -2).map_err(package_error(PRIVATE_KEY))?;
+    let seed = SecretBytes::copy_of(expect_bytes(map, -4).map_err(package_error(PRIVATE_KEY))?);
     let public = PublicKey::from_ed25519(x).map_err(key_error)?;
     DevicePrivateKey::from_parts(public, PrivateParts::Ed25519(seed)).map_err(key_error)
 }
 
 fn read_rsa(map: &mut MapReader<'_, '_>) -> Result<DevicePrivateKey, PackageError> {
-    // RFC 8230 §4: the least number of bytes, so no leading zeros.
-    let mut number = |label| match expect_bytes(map, label).map_err(at(PRIVATE_KEY))? {
+    // RFC 8230 §4: minimal length, so no leading zeros.
+    let mut number = |label| match expect_bytes(map, label).map_err(package_error(PRIVATE_KEY))? {
         bytes @ [first, ..] if *first != 0 => Ok(bytes),
-        _ => Err(at(PRIVATE_KEY)(format!("{label} is zero or has leading zeros"))),
+        _ => Err(package_error(PRIVATE_KEY)(format!("{label} is zero or has leading zeros"))),
     };
     let public = PublicKey::from_rsa(number(-1)?, number(-2)?).map_err(key_error)?;
     let mut secret = |label| number(label).map(SecretBytes::copy_of);

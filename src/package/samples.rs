@@ -1,4 +1,4 @@
-//! Packages for tests, of every kind.
+//! Sample packages of every type, for tests.
 
 use aws_lc_rs::encoding::AsDer as _;
 use aws_lc_rs::rsa;
@@ -30,7 +30,7 @@ pub(crate) fn symmetric_key(purpose: &str, byte: u8) -> SymmetricKey {
     SymmetricKey::new(purpose, SecretBytes::copy_of(&[byte; 32])).unwrap()
 }
 
-/// A new pair of the kind.
+/// Generates a key pair.
 pub(crate) fn pair(kind: KeyKind) -> DevicePrivateKey {
     let unwrapped =
         |public, pkcs8: &[u8]| DevicePrivateKey::from_unwrapped(public, &SecretBytes::copy_of(pkcs8)).unwrap();
@@ -57,7 +57,7 @@ pub(crate) fn pair(kind: KeyKind) -> DevicePrivateKey {
     }
 }
 
-/// A package with a pair of the kind and two symmetric keys, or without a pair.
+/// A package with a key pair and two symmetric keys, or with a CWT and no key pair.
 pub(crate) fn package(kind: Option<KeyKind>) -> DataPackage {
     DataPackage {
         chip: chip(1),
@@ -74,7 +74,7 @@ pub(crate) fn package(kind: Option<KeyKind>) -> DataPackage {
     }
 }
 
-/// Any package without an RSA key (those take long to make).
+/// Generates arbitrary packages without RSA keys, whose generation is slow.
 pub(crate) fn any_package() -> impl Strategy<Value = DataPackage> {
     let kind =
         prop_oneof![Just(None), Just(Some(KeyKind::P256)), Just(Some(KeyKind::P384)), Just(Some(KeyKind::Ed25519))];

@@ -1,4 +1,4 @@
-//! The chip's transport key pair, to which a package is sealed, and the key agreement with it.
+//! The chip's transport key pair, to which packages are sealed, and key agreement with it.
 
 use aws_lc_rs::agreement::{self, ECDH_P256, PrivateKey, UnparsedPublicKey, X25519};
 use aws_lc_rs::hkdf::{HKDF_SHA256, Salt};
@@ -6,7 +6,7 @@ use aws_lc_rs::hkdf::{HKDF_SHA256, Salt};
 use super::PackageError;
 use crate::secret::{Secret, SecretBytes};
 
-/// The curves of ECDH-ES+A256KW that a chip may use.
+/// Curves that a chip may use for ECDH-ES+A256KW.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TransportCurve {
     /// NIST P-256.
@@ -24,7 +24,7 @@ impl TransportCurve {
     }
 }
 
-/// A chip's transport public key, checked: an agreement with it works.
+/// A chip's validated transport public key: key agreement with it succeeds.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TransportPublicKey {
     curve: TransportCurve,
@@ -32,22 +32,22 @@ pub struct TransportPublicKey {
 }
 
 impl TransportPublicKey {
-    /// From the uncompressed point of 65 bytes (SEC 1 §2.3.3), or the 32 bytes of X25519 (RFC 7748 §5).
+    /// Parses an uncompressed point of 65 bytes (SEC 1 §2.3.3) or 32 bytes of X25519 (RFC 7748 §5).
     ///
     /// # Errors
-    /// For other lengths, a point off the curve, and the points of small order (RFC 7748 §6.1).
+    /// For other lengths, points off the curve and points of small order (RFC 7748 §6.1).
     pub fn new(curve: TransportCurve, bytes: &[u8]) -> Result<Self, PackageError> {
-        let shape_ok = match curve {
+        let valid_form = match curve {
             TransportCurve::P256 => bytes.len() == 65 && bytes[0] == 4,
             TransportCurve::X25519 => bytes.len() == 32,
         };
-        if !shape_ok {
-            return Err(PackageError::TransportKey("P-256 has 65 bytes and starts with 04, X25519 has 32"));
+        if !valid_form {
+            return Err(PackageError::TransportKey("expected 65 bytes starting with 04 (P-256) or 32 bytes (X25519)"));
         }
         let key = Self { curve, bytes: bytes.to_vec() };
-        // A trial, since what the provider refuses must be refused before a session is opened for it.
+        // Trial agreement: a key that the provider rejects must be rejected before a session is opened.
         let trial = TransportPrivateKey::generate(curve)?;
-        trial.agree(&key, |_| ()).ok_or(PackageError::TransportKey("it is not a point of the curve's large group"))?;
+        trial.agree(&key, |_| ()).ok_or(PackageError::TransportKey("not a point of the curve's prime-order group"))?;
         Ok(key)
     }
 
@@ -56,7 +56,7 @@ impl TransportPublicKey {
         self.curve
     }
 
-    /// SHA-256 of the curve and the bytes: the key's name in the journal.
+    /// SHA-256 of the curve and the bytes: identifies the key in the journal.
     pub fn fingerprint(&self) -> [u8; 32] {
         let curve: u8 = match self.curve {
             TransportCurve::P256 => 1,
@@ -65,7 +65,7 @@ impl TransportPublicKey {
         crate::keys::sha256(&[&[curve], self.bytes.as_slice()].concat())
     }
 
-    /// The bytes as the wire carries them.
+    /// The encoded public key.
     pub fn as_bytes(&self) -> &[u8] {
         &self.bytes
     }
@@ -78,20 +78,21 @@ pub struct TransportPrivateKey {
 }
 
 impl TransportPrivateKey {
-    /// From 32 bytes: the scalar, or what RFC 7748 §5 makes one of.
+    /// Parses 32 bytes: a P-256 scalar, or an X25519 private key (RFC 7748 §5).
     ///
     /// # Errors
-    /// If the bytes are no private key of the curve.
+    /// If the bytes are not a private key of the curve.
     pub fn from_bytes(curve: TransportCurve, bytes: &SecretBytes) -> Result<Self, PackageError> {
-        // Exposed to the provider, which keeps and wipes its own form.
+        // Exposed to the provider, which stores and wipes its own copy.
         let key = PrivateKey::from_private_key(curve.algorithm(), bytes.expose())
-            .map_err(|_| PackageError::TransportKey("the private key is not one of the curve"))?;
+            .map_err(|_| PackageError::TransportKey("the private key is invalid for the curve"))?;
         Ok(Self { curve, key })
     }
 
-    /// A new one, for one message.
+    /// Generates an ephemeral key for one message.
     pub(super) fn generate(curve: TransportCurve) -> Result<Self, PackageError> {
-        let key = PrivateKey::generate(curve.algorithm()).map_err(|_| PackageError::Provider("making a key pair"))?;
+        let key =
+            PrivateKey::generate(curve.algorithm()).map_err(|_| PackageError::Provider("generating a key pair"))?;
         Ok(Self { curve, key })
     }
 
@@ -100,7 +101,7 @@ impl TransportPrivateKey {
         self.curve
     }
 
-    /// The public half.
+    /// The public key.
     ///
     /// # Errors
     /// If the provider fails.
@@ -109,12 +110,12 @@ impl TransportPrivateKey {
         Ok(TransportPublicKey { curve: self.curve, bytes: public.as_ref().to_vec() })
     }
 
-    /// HKDF-SHA-256 without salt over the shared secret (RFC 9053 §5.1), 32 bytes. `None` if the keys do not agree.
+    /// Derives 32 bytes: HKDF-SHA-256 without salt over the shared secret (RFC 9053 §5.1). `None` if the agreement fails.
     pub(super) fn derive_with(&self, other: &TransportPublicKey, context: &[u8]) -> Option<Secret<[u8; 32]>> {
         self.agree(other, |shared| {
             let mut key = Secret::new([0; 32]);
             let prk = Salt::none(HKDF_SHA256).extract(shared);
-            // Exposed to be filled.
+            // Exposed to fill it.
             prk.expand(&[context], HKDF_SHA256).ok()?.fill(key.expose_mut()).ok()?;
             Some(key)
         })?
@@ -131,14 +132,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_usable_transport_keys_are_taken() {
+    fn unusable_transport_keys_rejected() {
         for curve in [TransportCurve::P256, TransportCurve::X25519] {
             let good = TransportPrivateKey::generate(curve).unwrap().public().unwrap();
             assert_eq!(TransportPublicKey::new(curve, good.as_bytes()), Ok(good.clone()));
             assert!(TransportPublicKey::new(curve, &good.as_bytes()[1..]).is_err());
             assert!(TransportPublicKey::new(curve, &[]).is_err());
         }
-        assert!(TransportPublicKey::new(TransportCurve::P256, &[4; 65]).is_err(), "a point off the curve");
-        assert!(TransportPublicKey::new(TransportCurve::X25519, &[0; 32]).is_err(), "a point of small order");
+        assert!(TransportPublicKey::new(TransportCurve::P256, &[4; 65]).is_err(), "point off the curve");
+        assert!(TransportPublicKey::new(TransportCurve::X25519, &[0; 32]).is_err(), "point of small order");
     }
 }

@@ -1,43 +1,44 @@
-//! Giving a session up, and looking at one.
+//! Aborting and viewing sessions.
 
 use super::complete::wrong_state;
 use super::{ProvisionError, Provisioner};
 use crate::names::{ChipId, SessionId, StationName};
 use crate::store::{Abortable, Loaded, Session, SessionState};
 
-/// Which session is asked for.
+/// Selects a session.
 pub enum SessionView {
-    /// By its name.
+    /// By its session ID.
     Id(SessionId),
-    /// The chip's newest.
+    /// The newest session of a chip.
     Chip(ChipId),
 }
 
 impl Provisioner {
-    /// Destroys the key pair of a session that was not published. Repeating it is no error. A station gives up what it may work on.
+    /// Aborts a session that is not published, and destroys its key pair. A repeated call succeeds. A station may abort only
+    /// sessions that it may work on.
     pub async fn abort(&self, station: &StationName, id: SessionId, reason: String) -> Result<(), ProvisionError> {
-        let rules = self.rules();
-        let _chip = self.chips.hold(&self.chip_of(&id).await?).await?;
-        let taken_up = self.load(&id).await?;
-        rules.permit(station, taken_up.session())?;
-        self.give_up(taken_up, reason).await.map(drop)
+        let policy = self.policy();
+        let _chip = self.chip_locks.lock(&self.chip_of(&id).await?).await?;
+        let loaded = self.load(&id).await?;
+        policy.permit(station, loaded.session())?;
+        self.abort_loaded(loaded, reason).await.map(drop)
     }
 
-    /// The same for an officer, who is confined to nothing. Answers with the session as it is then.
+    /// Aborts a session for an officer, without a station's restrictions. Returns the aborted session.
     pub async fn abort_any(&self, id: SessionId, reason: String) -> Result<Session, ProvisionError> {
-        let _chip = self.chips.hold(&self.chip_of(&id).await?).await?;
-        let taken_up = self.load(&id).await?;
-        self.give_up(taken_up, reason).await
+        let _chip = self.chip_locks.lock(&self.chip_of(&id).await?).await?;
+        let loaded = self.load(&id).await?;
+        self.abort_loaded(loaded, reason).await
     }
 
-    /// The caller holds the chip.
-    async fn give_up(&self, taken_up: Loaded, reason: String) -> Result<Session, ProvisionError> {
-        let known = taken_up.session().clone();
+    /// Aborts the session. The caller holds the chip's lock.
+    async fn abort_loaded(&self, loaded: Loaded, reason: String) -> Result<Session, ProvisionError> {
+        let known = loaded.session().clone();
         let id = known.id;
-        let abortable = match taken_up {
+        let abortable = match loaded {
             Loaded::Intent(intent) => Abortable::Intent(intent),
-            // Published before a crash, not yet journaled: it is too late.
-            Loaded::Issued(issued) => match self.registry.receipt_of(&known.chip, id).await? {
+            // Published before a crash, not yet journaled: it can no longer be aborted.
+            Loaded::Issued(issued) => match self.registry.find_receipt(&known.chip, id).await? {
                 None => Abortable::Issued(issued),
                 Some(_) => return Err(wrong_state(issued.session(), ", but its record is public: repeat Complete")),
             },
@@ -47,24 +48,24 @@ impl Provisioner {
             }
         };
         self.in_flight.take(&id);
-        tracing::info!(session = %id, chip = %known.chip, %reason, "the session is given up");
-        let given_up = self.journal.abort(abortable, self.clock.now(), reason).await?;
+        tracing::info!(session = %id, chip = %known.chip, %reason, "session aborted");
+        let aborted = self.journal.abort(abortable, self.clock.now(), reason).await?;
         self.pool.erased();
-        Ok(given_up)
+        Ok(aborted)
     }
 
-    /// Where a session stands; a station sees what it may work on.
-    pub async fn view(&self, station: &StationName, which: &SessionView) -> Result<Session, ProvisionError> {
-        let rules = self.rules();
-        let session = match which {
+    /// Returns a session. A station sees only sessions that it may work on.
+    pub async fn view(&self, station: &StationName, selector: &SessionView) -> Result<Session, ProvisionError> {
+        let policy = self.policy();
+        let session = match selector {
             SessionView::Id(id) => self.load(id).await?.session().clone(),
             SessionView::Chip(chip) => {
-                let found = self.journal.load_chip(chip).await?;
+                let found = self.journal.load_by_chip(chip).await?;
                 let none = || ProvisionError::NoSession(format!("of the chip {chip}"));
                 found.map(|known| known.session().clone()).ok_or_else(none)?
             }
         };
-        rules.permit(station, &session)?;
+        policy.permit(station, &session)?;
         Ok(session)
     }
 }

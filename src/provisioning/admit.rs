@@ -1,30 +1,31 @@
-//! Step 1 of the way: may the caller, does the order fit its profile, are chip and identity free.
+//! Step 1 of provisioning: checks that the station may place the order, that the order fits its profile, and that chip and
+//! identity are free.
 
 use super::session_recovery::Step;
-use super::{FieldViolation, Order, ProvisionError, Provisioner};
+use super::{AdmittedOrder, FieldViolation, ProvisionError, Provisioner};
 use crate::certificate::{KeyPairRule, Profile, Sealing};
 use crate::keys::PublicKey;
 use crate::names::ProfileName;
 use crate::package::TransportPublicKey;
 use crate::store::{Intent, Issued, Loaded, PublishedRecord, Session, SessionState};
 
-/// What the journal knows of an admitted order.
+/// The journal's state for an admitted order.
 pub(super) enum Admitted {
-    /// Nothing: the device is new.
+    /// The device is new: the journal has no session for it.
     New,
-    /// The same order came before and stopped before its signature was journaled.
+    /// The same order was placed before, and its signature is not journaled yet.
     Intended(Intent),
-    /// The same order came before.
+    /// The same order was placed before, and its certificate is issued.
     Known(Issued),
 }
 
 impl Provisioner {
-    /// Looks for the chip and the identity in the journal and in the public database. The database is asked too, since the
-    /// journal could be an old copy; the transaction that reserves checks the journal once more.
-    pub(super) async fn admit_device(&self, order: &Order) -> Result<Admitted, ProvisionError> {
-        // All four at once: the stores answer them together.
-        let (known, identity_session, chip_record, identity_record) = tokio::try_join!(
-            self.journal.load_chip(&order.chip),
+    /// Looks up the chip and the identity in the journal and in the public database. The public database is checked too, because
+    /// the journal may have been restored from an old copy; the transaction that reserves the session checks the journal again.
+    pub(super) async fn admit_device(&self, order: &AdmittedOrder) -> Result<Admitted, ProvisionError> {
+        // The stores answer the four lookups concurrently.
+        let (known, other_session, chip_record, identity_record) = tokio::try_join!(
+            self.journal.load_by_chip(&order.chip),
             self.journal.session_of_identity(&order.identity),
             self.registry.find_by_chip(&order.chip),
             self.registry.find_by_identity(&order.identity),
@@ -32,8 +33,8 @@ impl Provisioner {
         if let Some(known) = known
             && !is_aborted(known.session())
         {
-            // A public record ends the way, whatever the journal says: it may be an old copy, or not have learned of it yet, and
-            // would give out a pair again that was erased since.
+            // A public record makes the device complete, whatever the journal says. The journal may be an old copy or may not
+            // have recorded the publication yet, and would deliver a pair that has been erased since.
             if let Some(PublishedRecord { record, .. }) = &chip_record
                 && is_same_order(known.session(), order)
             {
@@ -42,10 +43,10 @@ impl Provisioner {
                 }
                 return Err(ProvisionError::AlreadyComplete { chip: order.chip.clone(), session: record.session });
             }
-            // None: the chip's own session has just ended, and with it what held the identity.
-            return Ok(self.admit_again(order, known).await?.unwrap_or(Admitted::New));
+            // `None`: the chip's own session has just ended and has released the identity.
+            return Ok(self.admit_repeated(order, known).await?.unwrap_or(Admitted::New));
         }
-        if let Some(other) = identity_session {
+        if let Some(other) = other_session {
             let (chip, session) = (other.chip, other.id);
             return Err(ProvisionError::IdentityTaken { identity: order.identity.clone(), chip, session });
         }
@@ -64,13 +65,13 @@ impl Provisioner {
         Ok(Admitted::New)
     }
 
-    /// An order for a chip that has a session; none if that session has just ended and the chip is free again.
-    async fn admit_again(&self, order: &Order, known: Loaded) -> Result<Option<Admitted>, ProvisionError> {
+    /// Handles an order for a chip that has a session. Returns `None` if that session has just ended and the chip is free.
+    async fn admit_repeated(&self, order: &AdmittedOrder, known: Loaded) -> Result<Option<Admitted>, ProvisionError> {
         if !is_same_order(known.session(), order) {
-            return Err(taken_by(known.session()));
+            return Err(chip_taken(known.session()));
         }
         if !known.session().state.is_final() {
-            self.is_same_package(known.session(), order)?;
+            self.check_transport_key(known.session(), order)?;
         }
         let session = known.session().id;
         let complete = || ProvisionError::AlreadyComplete { chip: order.chip.clone(), session };
@@ -81,63 +82,66 @@ impl Provisioner {
             Loaded::Issued(issued) if !issued.session().has_expired(self.clock.now()) => {
                 Ok(Some(Admitted::Known(issued)))
             }
-            // Ended as the restart ends it: its record may be public though the journal does not know, and then its pair was
-            // delivered and confirmed; a second one for the chip must not be.
+            // The session has expired: resume it as the recovery loop does. Its record may be public although the journal does
+            // not show it; in that case the pair was delivered and confirmed, and the chip must not get a second one.
             Loaded::Intent(_) | Loaded::Issued(_) => match self.resume(&order.chip, session).await? {
                 Step::Erased => Err(complete()),
-                Step::Expired | Step::Signed | Step::Waits => Ok(None),
+                Step::Expired | Step::Signed | Step::Waiting => Ok(None),
             },
             Loaded::Published(_) | Loaded::Final(_) => Err(complete()),
         }
     }
 }
 
-/// Everything in the order that does not fit its profile, told at once.
-pub(super) fn misfits(profile: &Profile, order: &Order) -> Vec<FieldViolation> {
-    let mut misfits = Vec::new();
+/// Lists every field of the order that does not fit the profile.
+pub(super) fn violations(profile: &Profile, order: &AdmittedOrder) -> Vec<FieldViolation> {
+    let mut violations = Vec::new();
     if !profile.allows(&order.identity) {
-        let problem = format!("the profile {} does not take {} identities", order.profile, order.identity.kind());
-        misfits.push(FieldViolation::new("identity", problem));
+        let problem = format!("the profile {} does not accept {} identities", order.profile, order.identity.kind());
+        violations.push(FieldViolation::new("identity", problem));
     }
     let sealed = order.transport_key.is_some();
-    misfits.extend(misfits_beside_identity(profile, &order.profile, order.own_key.as_ref(), sealed));
-    misfits
+    violations.extend(violations_without_identity(profile, &order.profile, order.own_key.as_ref(), sealed));
+    violations
 }
 
-/// The same of an order whose identity is not known yet.
-pub(super) fn misfits_beside_identity(
+/// Checks an order whose identity is not known yet.
+pub(super) fn violations_without_identity(
     profile: &Profile,
     name: &ProfileName,
     own_key: Option<&PublicKey>,
     sealed: bool,
 ) -> Vec<FieldViolation> {
-    let mut misfits = Vec::new();
-    let mut misfit = |field, problem: String| misfits.push(FieldViolation::new(field, problem));
+    let mut violations = Vec::new();
+    let mut violation = |field, problem: String| violations.push(FieldViolation::new(field, problem));
     match (profile.key_pair(), own_key) {
         (KeyPairRule::Csr { .. }, None) => {
-            misfit("csr", format!("the profile {name} needs a PKCS#10 request by the device"));
+            violation("csr", format!("the profile {name} requires a PKCS#10 request from the device"));
         }
         (KeyPairRule::Csr { accepted }, Some(key)) if !accepted.contains(&key.kind()) => {
-            misfit("csr", format!("the profile {name} does not take {} keys", key.kind()));
+            violation("csr", format!("the profile {name} does not accept {} keys", key.kind()));
         }
         (KeyPairRule::Generate { .. } | KeyPairRule::Pool { .. } | KeyPairRule::None, Some(_)) => {
-            misfit("csr", format!("the profile {name} does not take a request: the pair is made here"));
+            violation(
+                "csr",
+                format!("the profile {name} does not accept a PKCS#10 request: the SPP generates the key pair"),
+            );
         }
         _ => {}
     }
     if profile.sealing() == Sealing::Required && !sealed {
-        misfit("transport_key", format!("the profile {name} seals its packages: the chip's transport key is needed"));
+        violation("transport_key", format!("the profile {name} seals its packages: send the chip's transport key"));
     }
-    misfits
+    violations
 }
 
 impl Provisioner {
-    /// The same order must come out as the same package: sealed to the same key, of the same parts. A station that could have a
-    /// sealed package opened, or sealed to a key of its own, by asking again would see its secrets.
-    fn is_same_package(&self, session: &Session, order: &Order) -> Result<(), ProvisionError> {
+    /// Checks that a repeated order yields the same package, sealed to the same key. A station that could repeat an order without
+    /// sealing, or sealed to its own key, would see the package's secrets.
+    fn check_transport_key(&self, session: &Session, order: &AdmittedOrder) -> Result<(), ProvisionError> {
         if session.sealed_to != order.transport_key.as_ref().map(TransportPublicKey::fingerprint) {
-            let problem = "the session's package goes to another transport key, or to none; repeat the order as it was, or abort \
-                the session";
+            let problem = "the session was ordered with another transport key, or with none; repeat the original order, or abort the \
+                session";
             return Err(ProvisionError::not_accepted("transport_key", problem));
         }
         Ok(())
@@ -148,8 +152,8 @@ const fn is_aborted(session: &Session) -> bool {
     matches!(session.state, SessionState::Aborted { .. })
 }
 
-/// The station may differ: another one may take over when the first breaks.
-fn is_same_order(session: &Session, order: &Order) -> bool {
+/// The station may differ: another one may take over when the first fails.
+fn is_same_order(session: &Session, order: &AdmittedOrder) -> bool {
     let same_key = match &order.own_key {
         Some(key) => session.own_key_pair && session.public_key.as_deref() == Some(key.spki_der()),
         None => !session.own_key_pair,
@@ -157,7 +161,7 @@ fn is_same_order(session: &Session, order: &Order) -> bool {
     session.identity == order.identity && session.profile == order.profile && same_key
 }
 
-fn taken_by(session: &Session) -> ProvisionError {
+fn chip_taken(session: &Session) -> ProvisionError {
     let (chip, identity) = (session.chip.clone(), session.identity.clone());
     ProvisionError::ChipTaken { chip, identity, session: session.id }
 }

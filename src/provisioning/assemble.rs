@@ -1,152 +1,158 @@
-//! The way of a device, first half: from the order to the data package.
+//! First half of provisioning: from the order to the data package.
 
 use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use crate::certificate::{CertificateRequest, CertificateSerial, prepare};
-use crate::hsm::{Derivation, DeviceKeyOrder, HsmError};
+use crate::hsm::{Derivation, DeviceKeyRequest, HsmError};
 use crate::keys::PublicKey;
 use crate::names::{ChipId, DeviceIdentity, KeyName, ProfileName, SessionId, StationName};
 use crate::package::TransportPublicKey;
 use crate::secret::SecretBytes;
-use crate::store::{CertificateToSign, MasterKeyUse, Session, SessionState};
+use crate::store::{CertificateToSign, MasterKeyVersion, Session, SessionState};
 
 use super::admit::Admitted;
 use super::deliver::{PackageKeys, package};
-use super::name::Wanted;
-use super::pair_supplier::{PairSource, UnstoredPair};
+use super::name::AssembleRequest;
+use super::pair_supplier::{PairSupply, UnstoredPair};
 use super::{Product, ProvisionError, Provisioner};
 
-/// What a station orders for a chip; every name is parsed, the CSR verified.
-pub struct Order {
-    /// Who asks.
+/// An order whose identity is resolved. All names are parsed and the CSR is verified.
+pub struct AdmittedOrder {
+    /// The ordering station.
     pub station: StationName,
-    /// For which chip.
+    /// The chip.
     pub chip: ChipId,
-    /// Its identity.
+    /// The device identity.
     pub identity: DeviceIdentity,
-    /// What it gets.
+    /// The profile that the device receives.
     pub profile: ProfileName,
-    /// The public key of a verified CSR.
+    /// The public key of the verified CSR, if the device generates its own pair.
     pub own_key: Option<PublicKey>,
-    /// Where the package is sealed to.
+    /// The chip's transport key, to which the package is sealed.
     pub transport_key: Option<TransportPublicKey>,
 }
 
-/// What the station gets for the device.
+/// The result of [`Provisioner::assemble`].
 pub struct Assembled {
     /// The session.
     pub session: SessionId,
-    /// The identity, also where it was given out.
+    /// The device identity, ordered or allocated.
     pub identity: DeviceIdentity,
     /// The certificate.
     pub certificate: Vec<u8>,
-    /// Whether it is a CWT.
+    /// Whether the certificate is a CWT.
     pub certificate_is_cwt: bool,
-    /// The package.
+    /// The data package.
     pub delivery: Delivery,
-    /// Seconds since the Unix epoch.
+    /// When the session expires, in seconds since the Unix epoch.
     pub expires: u64,
 }
 
-/// The package on its way.
+/// The data package as it leaves the SPP.
 pub enum Delivery {
-    /// For the mTLS channel's end to pass on.
+    /// In the clear, protected by the station's mTLS channel.
     Plain(SecretBytes),
-    /// For the chip's eyes only.
+    /// Encrypted to the chip's transport key.
     Sealed(Vec<u8>),
 }
 
-/// Before another HSM is asked for what one did not give.
-const PAUSE: Duration = Duration::from_millis(10);
-/// Bytes of randomness per device: the session's name and the certificate's serial number.
+/// Pause before a failed HSM call is repeated on another HSM.
+const RETRY_PAUSE: Duration = Duration::from_millis(10);
+/// Random bytes per device: the session ID and the certificate's serial number.
 const RANDOM_LEN: usize = SessionId::LEN + CertificateSerial::LEN;
 
 impl Provisioner {
-    /// Gives a device its certificate and keys. Repeating it gives the same ones again, until the device is complete.
-    pub async fn assemble(&self, wanted: impl Into<Wanted>) -> Result<Assembled, ProvisionError> {
-        // 1. Admit: the caller may, the chip and the identity are free. A repeat waits for the first call here.
-        let (rules, wanted) = (self.rules(), wanted.into());
-        let _chip = self.chips.hold(&wanted.chip).await?;
-        let order = self.name(wanted, &rules).await?;
-        let product = rules.admit_order(&order)?;
+    /// Assembles a device's certificate and keys. A repeated call returns the same ones until the device is complete.
+    pub async fn assemble(&self, request: impl Into<AssembleRequest>) -> Result<Assembled, ProvisionError> {
+        // 1. Admit: the station is permitted, the chip and the identity are free. A repeated call waits here for the first one.
+        let (policy, request) = (self.policy(), request.into());
+        let _chip = self.chip_locks.lock(&request.chip).await?;
+        let order = self.resolve_identity(request, &policy).await?;
+        let product = policy.admit_order(&order)?;
         let (issued, keys) = match self.admit_device(&order).await? {
             Admitted::Known(issued) => (issued, None),
-            // A crash or a lost HSM came between the intent and the journaled signature: the same bytes are signed again.
+            // A crash or an HSM failure occurred between the intent and the journaled signature: the same bytes are signed again.
             Admitted::Intended(intent) => {
-                let signed = rules.signer_of(&intent)?.sign(&self.hsm, intent).await?;
+                let signed = policy.signer_of(&intent)?.sign(&self.hsm, intent).await?;
                 (self.journal.issue(signed).await?, None)
             }
             Admitted::New => {
-                // 2. Keys: made in the HSM, or a pair of the pool. Nothing is written yet; a crash leaves nothing.
+                // 2. Keys: generated in the HSM, or taken from the pool. Nothing is written yet, so a crash leaves nothing
+                // behind.
                 let made = self.make_keys(&order, product).await?;
-                // 3. Prepare the certificate, linted: no unlinted bytes can be signed.
+                // 3. Prepare and lint the certificate: the types prevent signing bytes that were not linted.
                 let session = self.prepare_session(&order, product, &made)?;
-                // 4. Intend. From here a crash finds the session, its pair and the bytes to be signed; a pair of the pool is
-                //    this session's in the same transaction.
-                let intent = self.intend(session, made.pair).await?;
-                // 5. Sign: uses the intent up and verifies the signature.
+                // 4. Journal the intent. After a crash from here on, the journal has the session, its pair and the bytes to be
+                // signed. The same transaction assigns a pooled pair to this session.
+                let intent = self.journal_intent(session, made.pair).await?;
+                // 5. Sign: consumes the intent and verifies the signature.
                 let signed = product.issuer.sign(&self.hsm, intent).await?;
-                // 6. Issue: the certificate is on the disk before it leaves, so every repeat gives this one.
+                // 6. Issue: the certificate is durable before it leaves, so every repeated call returns this one.
                 (self.journal.issue(signed).await?, Some(made.package_keys))
             }
         };
-        // 7. Deliver: a repeat finds its keys in the secret store and the HSM; the package comes out the same.
+        // 7. Deliver: a repeated call reads its keys from the secret store and the HSM; the package has the same bytes.
         let package = match keys {
             Some(keys) => package(&issued, product, keys)?,
-            None => self.package_again(&issued, product).await?,
+            None => self.take_or_rebuild_package(&issued, product).await?,
         };
         self.deliver(&issued, package, order.transport_key.as_ref())
     }
 
-    /// The HSM that is to make the pair, or keeps it, may be lost or hang: where there are several, another one is asked as well when
-    /// half of the time is over, and whoever answers first counts. What the other one made is dropped, which is a crash like any other.
-    async fn make_keys(&self, order: &Order, product: &Product) -> Result<MadeKeys, ProvisionError> {
+    /// The HSM that generates or owns the pair may fail or hang. If there are several HSMs, a second one is tried after half of
+    /// the time limit, and the first answer wins. Keys of the slower one are dropped, as after a crash.
+    async fn make_keys(&self, order: &AdmittedOrder, product: &Product) -> Result<MadeKeys, ProvisionError> {
         let limit = self.hsm.call_timeout();
-        let until = Instant::now() + limit;
-        let mut first = pin!(self.make_keys_until(order, product, until));
-        let wait = if self.hsm.each().nth(1).is_some() { limit / 2 } else { Duration::MAX };
+        let deadline = Instant::now() + limit;
+        let mut first = pin!(self.make_keys_until(order, product, deadline));
+        let wait = if self.hsm.members().nth(1).is_some() { limit / 2 } else { Duration::MAX };
         if let Ok(made) = tokio::time::timeout(wait, first.as_mut()).await {
             return made;
         }
-        let mut second = pin!(self.make_keys_until(order, product, until));
+        let mut second = pin!(self.make_keys_until(order, product, deadline));
         tokio::select! {
             made = first.as_mut() => if made.is_ok() { made } else { second.await },
             made = second.as_mut() => if made.is_ok() { made } else { first.await },
         }
     }
 
-    /// Makes them with whichever HSM, as long as one fails and there is another.
+    /// Makes the keys on any HSM, and tries again while one fails, another is ready, and time is left.
     async fn make_keys_until(
         &self,
-        order: &Order,
+        order: &AdmittedOrder,
         product: &Product,
-        until: Instant,
+        deadline: Instant,
     ) -> Result<MadeKeys, ProvisionError> {
         loop {
             let made = self.make_keys_once(order, product).await;
-            let others = self.hsm.each().nth(1).is_some() && !self.hsm.ready_members().is_empty();
+            let has_alternative = self.hsm.members().nth(1).is_some() && !self.hsm.ready_members().is_empty();
             match made {
-                Err(ProvisionError::Hsm(HsmError::Unavailable { .. })) if others && Instant::now() < until => {
-                    tokio::time::sleep(PAUSE).await;
+                Err(ProvisionError::Hsm(HsmError::Unavailable { .. }))
+                    if has_alternative && Instant::now() < deadline =>
+                {
+                    tokio::time::sleep(RETRY_PAUSE).await;
                 }
                 made => return made,
             }
         }
     }
 
-    async fn make_keys_once(&self, order: &Order, product: &Product) -> Result<MadeKeys, ProvisionError> {
-        let mut source = self.source_of_pair(product).await?;
-        let pair = source.as_ref().map(PairSource::order);
+    async fn make_keys_once(&self, order: &AdmittedOrder, product: &Product) -> Result<MadeKeys, ProvisionError> {
+        let mut source = self.pair_source(product).await?;
+        let pair = source.as_ref().map(PairSupply::hsm_source);
         let derivations = derivations(product, &order.identity, product.profile.master_key());
-        let keys = DeviceKeyOrder { pair, derivations, random: RANDOM_LEN };
-        let made = self.keys_of_new_device(&keys, &mut source).await?;
-        let (private, kept) = made.pair.map(|pair| (pair.private, pair.kept)).unzip();
-        let pair = source.zip(kept).map(|(source, kept)| source.take(&kept)).transpose()?;
+        let keys = DeviceKeyRequest { pair, derivations, random: RANDOM_LEN };
+        let made = self.new_device_keys(&keys, &mut source).await?;
+        let (private, stored_key) = made.pair.map(|pair| (pair.private, pair.stored)).unzip();
+        let pair = source.zip(stored_key).map(|(source, stored_key)| source.into_unstored(&stored_key)).transpose()?;
         let public_key = private.as_ref().map(|pair| pair.public().clone()).or_else(|| order.own_key.clone());
-        let short = || ProvisionError::Internal { doing: "drawing random bytes", cause: "too few came".to_owned() };
-        let (session, serial) = made.random.split_first_chunk::<{ SessionId::LEN }>().ok_or_else(short)?;
-        let serial = serial.first_chunk::<{ CertificateSerial::LEN }>().ok_or_else(short)?;
+        let too_few = || ProvisionError::Internal {
+            doing: "drawing random bytes",
+            cause: "the HSM returned too few bytes".to_owned(),
+        };
+        let (session, serial) = made.random.split_first_chunk::<{ SessionId::LEN }>().ok_or_else(too_few)?;
+        let serial = serial.first_chunk::<{ CertificateSerial::LEN }>().ok_or_else(too_few)?;
         Ok(MadeKeys {
             session: SessionId::from_bytes(session).map_err(ProvisionError::internal("naming a session"))?,
             serial: CertificateSerial::from_random(*serial),
@@ -156,7 +162,12 @@ impl Provisioner {
         })
     }
 
-    fn prepare_session(&self, order: &Order, product: &Product, made: &MadeKeys) -> Result<Session, ProvisionError> {
+    fn prepare_session(
+        &self,
+        order: &AdmittedOrder,
+        product: &Product,
+        made: &MadeKeys,
+    ) -> Result<Session, ProvisionError> {
         let created = self.clock.now();
         let request = CertificateRequest {
             profile: &product.profile,
@@ -190,15 +201,15 @@ impl Provisioner {
         })
     }
 
-    /// The profile's master key and its version; all symmetric keys of a profile come from one.
-    fn master_key_use(&self, product: &Product) -> Option<MasterKeyUse> {
+    /// The profile's master key and its version. All symmetric keys of a profile are derived from one master key.
+    fn master_key_use(&self, product: &Product) -> Option<MasterKeyVersion> {
         let key = product.profile.master_key()?;
         let version = self.hsm.keys().master_key(key)?.version;
-        Some(MasterKeyUse { key: key.clone(), version })
+        Some(MasterKeyVersion { key: key.clone(), version })
     }
 }
 
-/// What step 2 made.
+/// The keys and random values of step 2.
 struct MadeKeys {
     session: SessionId,
     serial: CertificateSerial,
@@ -207,12 +218,11 @@ struct MadeKeys {
     package_keys: PackageKeys,
 }
 
-/// The symmetric keys of a device, as the HSM derives them: from the profile's master key, or from the one that the session
-/// began with.
+/// The derivations of a device's symmetric keys, from the profile's master key or from the one that the session began with.
 pub(super) fn derivations(product: &Product, identity: &DeviceIdentity, master: Option<&KeyName>) -> Vec<Derivation> {
-    let rules = product.profile.symmetric_keys().iter();
-    let pairs = rules.filter_map(|rule| Some((rule, master?)));
-    pairs
-        .map(|(rule, key)| Derivation::device_key(key.clone(), &rule.purpose, identity, usize::from(rule.length)))
+    let specs = product.profile.symmetric_keys().iter();
+    let with_master = specs.filter_map(|spec| Some((spec, master?)));
+    with_master
+        .map(|(spec, key)| Derivation::device_key(key.clone(), &spec.purpose, identity, usize::from(spec.length)))
         .collect()
 }

@@ -1,4 +1,4 @@
-//! The way of a device, second half: from the backup to the receipt.
+//! Second half of provisioning: from the backup package to the receipt.
 
 use super::deliver::public_key;
 use super::in_flight::InFlightPackage;
@@ -11,92 +11,95 @@ use crate::store::{
 };
 use crate::tlog::LogProof;
 
-/// What the station brings back from the device.
+/// The station's Complete request for a device.
 pub struct Completion {
-    /// Who brings it.
+    /// The calling station.
     pub station: StationName,
-    /// For which session.
+    /// The session to complete.
     pub session: SessionId,
-    /// The package under the chip's key.
+    /// The backup package: the data package encrypted by the device under its chip key.
     pub backup: Vec<u8>,
-    /// The proof that the device holds its keys; empty where the profile waives it.
+    /// The key confirmation: proof that the device holds its keys. Empty where the profile waives it.
     pub confirmation: Vec<u8>,
 }
 
 impl Provisioner {
-    /// Publishes a device and erases its key pair here. Repeating it gives the same receipt again.
+    /// Publishes a device and erases its key pair from the SPP. A repeated call returns the same receipt.
     pub async fn complete(&self, completion: Completion) -> Result<Receipt, ProvisionError> {
-        // 1. Find the session; one that is finished has its answer already.
-        let rules = self.rules();
-        let _chip = self.chips.hold(&self.chip_of(&completion.session).await?).await?;
+        // 1. Find the session. A finished session already has its receipt.
+        let policy = self.policy();
+        let _chip = self.chip_locks.lock(&self.chip_of(&completion.session).await?).await?;
         let known = self.load(&completion.session).await?;
-        let product = rules.permitted_product(&completion.station, known.session())?;
+        let product = policy.permitted_product(&completion.station, known.session())?;
         let issued = match self.find_issued(known).await? {
-            Found::Issued(issued) => issued,
-            Found::Answered(publication) => return self.receipt(publication).await,
+            CompletionState::Issued(issued) => issued,
+            CompletionState::Completed(publication) => return self.receipt(publication).await,
         };
-        // 2. Accept the backup and the confirmation. A wrong one changes nothing; the station may try again.
-        let on_the_way = self.registry.reserve_slot();
+        // 2. Verify the backup and the confirmation. A refusal changes nothing; the station may try again.
+        let slot = self.registry.reserve_slot();
         let record = self.accept(&completion, &issued, product).await?;
-        // 3. Publish: on the disk and under a signed checkpoint before it returns. A crash from here on is finished by a repeat or by
-        //    the restart.
-        let proof_of_publication = self.publish(&record, on_the_way).await?;
-        let publication = proof_of_publication.publication();
-        self.journal.publish(&proof_of_publication).await?;
-        // 4. Erase: uses the proof up; no other value allows it.
-        self.journal.erase(proof_of_publication).await?;
+        // 3. Publish: the record is durable and under a signed checkpoint before the call returns. After a crash from here on, a
+        // repeated call or the recovery loop finishes the session.
+        let published = self.publish(&record, slot).await?;
+        let publication = published.publication();
+        self.journal.publish(&published).await?;
+        // 4. Erase: consumes the publication receipt; no other value permits an erasure.
+        self.journal.erase(published).await?;
         self.pool.erased();
-        // 5. The receipt goes back, which anybody can verify who knows the log's key.
+        // 5. Return the receipt, which anyone who knows the log's key can verify.
         self.receipt(publication).await
     }
 
-    /// Where the record stands, and the proof of it; the same whenever it is asked for.
+    /// The receipt of a publication. Every call returns the same one.
     async fn receipt(&self, publication: Publication) -> Result<Receipt, ProvisionError> {
         let proof = self.registry.receipt(publication.index).await?;
         let proof = proof.ok_or_else(|| ProvisionError::Internal {
             doing: "making a receipt",
-            cause: format!("the public database has no record {}: it was rolled back", publication.index),
+            cause: format!(
+                "record {} is not in the public database: the public database was rolled back",
+                publication.index
+            ),
         })?;
         Ok(Receipt { publication, proof })
     }
 
-    /// The accepted record: there is no other way from a backup to the public database.
+    /// Verifies a backup and makes the record of it. No other function makes a record from a backup.
     async fn accept(
         &self,
         completion: &Completion,
         issued: &Issued,
         product: &Product,
     ) -> Result<DeviceRecord, ProvisionError> {
-        let package = self.package_again(issued, product).await?;
+        let package = self.take_or_rebuild_package(issued, product).await?;
         match check(completion, issued, product, &package) {
-            // From here on the package is needed no more: it is wiped.
+            // The package is no longer needed: drop and wipe it.
             Ok(accepted) => Ok(record(issued, accepted, self.clock.now())),
             Err(error) => {
-                self.in_flight.keep(issued.session().id, package);
+                self.in_flight.insert(issued.session().id, package);
                 Err(error)
             }
         }
     }
 
-    /// The first publication of a session stands: one that came before a crash, with another backup of the same device, is the
-    /// answer.
+    /// Publishes a record. The first publication of a session is final: if a record of the session was published before a crash,
+    /// with another backup of the same device, its receipt is returned.
     async fn publish(
         &self,
         record: &DeviceRecord,
-        on_the_way: InFlightPublication,
+        slot: InFlightPublication,
     ) -> Result<PublicationReceipt, ProvisionError> {
         let published = self.registry.publish(record).await;
-        drop(on_the_way);
+        drop(slot);
         let refused = match published {
             Ok(receipt) => return Ok(receipt),
             Err(refused) => refused,
         };
         match &refused {
-            PublishError::Taken(taken) if taken.session == Some(record.session) => {
-                self.registry.receipt_of(&record.chip, record.session).await?.ok_or_else(|| refused.into())
+            PublishError::Conflict(taken) if taken.session == Some(record.session) => {
+                self.registry.find_receipt(&record.chip, record.session).await?.ok_or_else(|| refused.into())
             }
-            PublishError::Taken(taken) if taken.what == "public key" => {
-                let why = format!("the public key of session {} is in record {} already", record.session, taken.index);
+            PublishError::Conflict(taken) if taken.field == "public key" => {
+                let why = format!("the public key of session {} is already in record {}", record.session, taken.index);
                 self.pool.quarantine_all(why).await?;
                 Err(refused.into())
             }
@@ -104,30 +107,30 @@ impl Provisioner {
         }
     }
 
-    /// The session if it may be completed, or its answer if it was.
-    async fn find_issued(&self, known: Loaded) -> Result<Found, ProvisionError> {
+    /// Returns the session if it can be completed, or its publication if it already is.
+    async fn find_issued(&self, known: Loaded) -> Result<CompletionState, ProvisionError> {
         match known {
             Loaded::Issued(issued) if !issued.session().has_expired(self.clock.now()) => {
-                Ok(Found::Issued(Box::new(issued)))
+                Ok(CompletionState::Issued(Box::new(issued)))
             }
             Loaded::Issued(expired) => {
                 let (chip, id) = (expired.session().chip.clone(), expired.session().id);
-                let receipt = self.registry.receipt_of(&chip, id).await?;
-                // Published before a crash, not yet journaled: finished as the restart would.
+                let receipt = self.registry.find_receipt(&chip, id).await?;
+                // Published before a crash, not yet journaled: finish it as the recovery loop does.
                 let receipt = receipt.ok_or_else(|| wrong_state(expired.session(), "; it has expired"))?;
                 let publication = receipt.publication();
                 self.journal.publish(&receipt).await?;
                 self.journal.erase(receipt).await?;
-                Ok(Found::Answered(publication))
+                Ok(CompletionState::Completed(publication))
             }
             Loaded::Published(published) => {
                 let (chip, id) = (published.session().chip.clone(), published.session().id);
                 let publication = self.finish_erasure(&chip, id).await?;
-                Ok(Found::Answered(publication))
+                Ok(CompletionState::Completed(publication))
             }
             Loaded::Final(session) => match session.state {
-                SessionState::Erased { publication } => Ok(Found::Answered(publication)),
-                _ => Err(wrong_state(&session, ": its key pair is destroyed; assemble the device again")),
+                SessionState::Erased { publication } => Ok(CompletionState::Completed(publication)),
+                _ => Err(wrong_state(&session, ": its key pair is destroyed; repeat Assemble")),
             },
             Loaded::Intent(intent) => {
                 Err(wrong_state(intent.session(), ": no certificate was delivered; repeat Assemble first"))
@@ -135,7 +138,7 @@ impl Provisioner {
         }
     }
 
-    /// The chip of a session, to hold it; what the session is must be looked at again then.
+    /// The chip of a session, to lock it. The caller must read the session again once it holds the lock.
     pub(super) async fn chip_of(&self, id: &SessionId) -> Result<ChipId, ProvisionError> {
         match self.in_flight.chip_of(id) {
             Some(chip) => Ok(chip),
@@ -148,21 +151,21 @@ impl Provisioner {
     }
 }
 
-/// Step 2, without any I/O: the backup has the right form and chip and shows no secret, and the device holds its keys.
+/// Step 2, without I/O: the backup has the right form and chip and contains no plaintext secret, and the device holds its keys.
 fn check(
     completion: &Completion,
     issued: &Issued,
     product: &Product,
-    in_hand: &InFlightPackage,
+    in_flight: &InFlightPackage,
 ) -> Result<Accepted, ProvisionError> {
     let session = issued.session();
-    let InFlightPackage { package, bytes } = in_hand;
-    let rules = product.profile.backup();
-    let backup = BackupPackage::accept(&completion.backup, &rules, &session.chip, bytes, &package.secrets())?;
+    let InFlightPackage { package, bytes } = in_flight;
+    let backup_rules = product.profile.backup();
+    let backup = BackupPackage::accept(&completion.backup, &backup_rules, &session.chip, bytes, &package.secrets())?;
     if !product.profile.confirmation_required() && completion.confirmation.is_empty() {
         return Ok(Accepted { backup, _confirmed: Confirmed::Waived });
     }
-    let claims = ConfirmationClaims::about(session.id, session.chip.clone(), bytes, &completion.backup);
+    let claims = ConfirmationClaims::new(session.id, session.chip.clone(), bytes, &completion.backup);
     let device_key = session.public_key.as_deref().map(public_key).transpose()?;
     let key = match (&device_key, package.symmetric_keys.first()) {
         (Some(pair), _) => ConfirmationKey::Pair(pair),
@@ -173,32 +176,32 @@ fn check(
     Ok(Accepted { backup, _confirmed: Confirmed::By(confirmation) })
 }
 
-/// What a device is told in the end: it is public, and here is the proof.
+/// The answer to Complete: the position of the public record and its inclusion proof.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Receipt {
-    /// Where its record stands.
+    /// The position of the record in the log.
     pub publication: Publication,
-    /// The proof that it is in the log.
+    /// The inclusion proof.
     pub proof: LogProof,
 }
 
-/// What step 2 lets through, and the only thing that becomes a record.
+/// The verified input of step 2. Only this type becomes a record.
 struct Accepted {
     backup: BackupPackage,
     _confirmed: Confirmed,
 }
 
-/// Why the keys may be erased here.
+/// The reason why the SPP may erase the keys.
 enum Confirmed {
-    /// The device proved that it holds them.
+    /// The device proved that it holds the keys.
     By(#[expect(dead_code, reason = "a proof: that it exists is all")] KeyConfirmation),
-    /// The profile asks for no proof.
+    /// The profile does not require a confirmation.
     Waived,
 }
 
-enum Found {
+enum CompletionState {
     Issued(Box<Issued>),
-    Answered(Publication),
+    Completed(Publication),
 }
 
 pub(super) fn wrong_state(session: &Session, hint: &'static str) -> ProvisionError {

@@ -1,22 +1,22 @@
-//! The data package of a session: the same bytes each time, from the journal, the secret store and the HSM.
+//! Builds the data package of a session. It has the same bytes each time, from the journal, the secret store and the HSM.
 
 use super::assemble::{Assembled, Delivery, derivations};
 use super::in_flight::InFlightPackage;
 use super::{Product, ProvisionError, Provisioner};
-use crate::hsm::HeldKeyOrder;
+use crate::hsm::KeyReloadRequest;
 use crate::keys::{DevicePrivateKey, PublicKey};
 use crate::package::{CertificateChain, DataPackage, SymmetricKey, TransportPublicKey, seal};
 use crate::secret::SecretBytes;
 use crate::store::{Issued, Session};
 
-/// The secrets of a package, in memory for the time of one call.
+/// The secret keys of a package, in memory for the duration of one call.
 pub(super) struct PackageKeys {
     pub(super) pair: Option<DevicePrivateKey>,
     pub(super) derived: Vec<SecretBytes>,
 }
 
 impl Provisioner {
-    /// Step 7: seals the package if the chip gave a transport key, and keeps it at hand for the Complete that follows.
+    /// Step 7: seals the package if the chip gave a transport key, and caches it for the Complete that follows.
     pub(super) fn deliver(
         &self,
         issued: &Issued,
@@ -26,10 +26,10 @@ impl Provisioner {
         let session = issued.session();
         let delivery = match transport_key {
             Some(key) => Delivery::Sealed(seal(&package.bytes, key, &session.id, &session.chip)?),
-            // Exposed to be copied for the way out; both copies are wiped.
+            // Copied into the answer; both copies are wiped.
             None => Delivery::Plain(SecretBytes::copy_of(package.bytes.expose())),
         };
-        self.in_flight.keep(session.id, package);
+        self.in_flight.insert(session.id, package);
         Ok(Assembled {
             session: session.id,
             identity: session.identity.clone(),
@@ -40,8 +40,8 @@ impl Provisioner {
         })
     }
 
-    /// The package of a session that was delivered before: still at hand, or made again from the secret store and the HSM.
-    pub(super) async fn package_again(
+    /// The package of a session that was delivered before: cached, or built again from the secret store and the HSM.
+    pub(super) async fn take_or_rebuild_package(
         &self,
         issued: &Issued,
         product: &Product,
@@ -50,20 +50,20 @@ impl Provisioner {
             return Ok(package);
         }
         if issued.session().recipe != product.recipe() {
-            let problem = "the profile's symmetric keys or the issuer's chain were changed since this session began: the same \
-                package cannot be made again; abort the session and assemble the device anew";
+            let problem = "the profile's symmetric keys or the issuer's chain changed after this session began, so the same \
+                package cannot be built again; abort the session and repeat Assemble";
             return Err(ProvisionError::not_accepted("profile", problem));
         }
-        package(issued, product, self.held_keys(issued.session(), product).await?)
+        package(issued, product, self.reload_keys(issued.session(), product).await?)
     }
 
-    /// The keys of a session that exists: the pair from the secret store, the symmetric keys derived again.
-    async fn held_keys(&self, session: &Session, product: &Product) -> Result<PackageKeys, ProvisionError> {
-        // Between reading the pair and opening it, its batch's key must not be destroyed.
-        let _held = self.pool.hold();
-        let kept = if session.own_key_pair { None } else { self.journal.kept_key(&session.id).await? };
-        let pair = match (&session.public_key, kept) {
-            (Some(spki), Some(kept)) => Some((public_key(spki)?, kept)),
+    /// The keys of an existing session: the pair from the secret store, and the symmetric keys derived again.
+    async fn reload_keys(&self, session: &Session, product: &Product) -> Result<PackageKeys, ProvisionError> {
+        // The batch key must not be destroyed between reading the pair and unwrapping it.
+        let _reader = self.pool.reader_guard();
+        let stored_key = if session.own_key_pair { None } else { self.journal.stored_key(&session.id).await? };
+        let pair = match (&session.public_key, stored_key) {
+            (Some(spki), Some(stored_key)) => Some((public_key(spki)?, stored_key)),
             (Some(_), None) if !session.own_key_pair => {
                 let cause = format!("the key pair of session {} is not in the secret store", session.id);
                 return Err(ProvisionError::Internal { doing: "fetching a key pair", cause });
@@ -72,7 +72,7 @@ impl Provisioner {
         };
         let master = session.master_key.as_ref().map(|master| &master.key);
         let derivations = derivations(product, &session.identity, master);
-        let held = self.hsm.held_keys(&HeldKeyOrder { pair, derivations }).await?;
+        let held = self.hsm.reload_keys(&KeyReloadRequest { pair, derivations }).await?;
         Ok(PackageKeys { pair: held.pair, derived: held.derived })
     }
 }
@@ -81,7 +81,7 @@ pub(super) fn public_key(spki: &[u8]) -> Result<PublicKey, ProvisionError> {
     PublicKey::from_spki_der(spki).map_err(ProvisionError::internal("reading a journaled public key"))
 }
 
-/// The package as values and as bytes.
+/// Builds the package and encodes it.
 pub(super) fn package(
     issued: &Issued,
     product: &Product,

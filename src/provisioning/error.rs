@@ -1,4 +1,4 @@
-//! Why a device's way did not go on. Says which field or which other device is in the way, and never a secret.
+//! Errors of provisioning. They name the field or the other device that caused the error, and never a secret.
 
 use crate::access::{AccessError, Exceeded, Refused};
 use crate::audit::AuditError;
@@ -6,63 +6,63 @@ use crate::config::NotPermitted;
 use crate::hsm::HsmError;
 use crate::keypool::PoolError;
 use crate::names::{ChipId, DeviceIdentity, SessionId, StationName};
-use crate::package::{BackupRefused, ConfirmationRefused, PackageError};
+use crate::package::{BackupError, ConfirmationError, PackageError};
 use crate::reload::ReloadError;
-use crate::store::{PublishError, ReserveError, StateName, StoreError, Taken};
+use crate::store::{PublishError, ReserveError, StateName, StoreError, UniquenessConflict};
 
-/// One field that is wrong, and why.
+/// One invalid field of a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FieldViolation {
     /// The field's name in the request.
     pub field: &'static str,
-    /// What is wrong and what would be right.
+    /// The problem, and the expected value.
     pub problem: String,
 }
 
 impl FieldViolation {
-    /// A violation.
+    /// Creates a violation.
     pub fn new(field: &'static str, problem: impl std::fmt::Display) -> Self {
         Self { field, problem: problem.to_string() }
     }
 }
 
-/// What stopped a call. In every case nothing has changed, or a repeat continues where it stopped.
+/// The reason why a call failed. Either nothing has changed, or a repeated call continues where the failed one stopped.
 #[derive(Debug, thiserror::Error)]
 pub enum ProvisionError {
-    /// The request is wrong in itself.
-    #[error("the request is wrong: {}", list(.0))]
+    /// The request is malformed.
+    #[error("invalid request: {}", list(.0))]
     Invalid(Vec<FieldViolation>),
-    /// The request does not fit what the session or the profile asks for; a better one may be sent.
+    /// The request does not meet the requirements of the session or the profile. The caller may send a corrected one.
     #[error("not accepted: {}", list(.0))]
     NotAccepted(Vec<FieldViolation>),
-    /// The caller may not do this.
+    /// The caller is not permitted to do this.
     #[error(transparent)]
     NotPermitted(#[from] NotPermitted),
-    /// The chip has another order, or another identity.
+    /// The chip has a session with another order or identity.
     #[error(
-        "the chip {chip} already has the identity {identity} (session {session}); abort that session first if it is wrong"
+        "chip {chip} already has the identity {identity} (session {session}); to change it, abort that session first"
     )]
     ChipTaken {
         /// The chip.
         chip: ChipId,
-        /// What it has.
+        /// The identity that the chip has.
         identity: DeviceIdentity,
         /// From which session.
         session: SessionId,
     },
-    /// The identity is on another chip.
-    #[error("the identity {identity} is already on the chip {chip} (session {session})")]
+    /// The identity is assigned to another chip.
+    #[error("identity {identity} is already assigned to chip {chip} (session {session})")]
     IdentityTaken {
         /// The identity.
         identity: DeviceIdentity,
-        /// Who has it.
+        /// The chip that has the identity.
         chip: ChipId,
         /// From which session.
         session: SessionId,
     },
-    /// The device went the whole way before; its key pair is no longer here.
+    /// The device is complete; its key pair is erased from the SPP.
     #[error(
-        "the chip {chip} is complete (session {session}); its backup is in the public database: Recovery.GetRecord"
+        "chip {chip} is complete (session {session}); get its backup from the public database with Recovery.GetRecord"
     )]
     AlreadyComplete {
         /// The chip.
@@ -70,61 +70,61 @@ pub enum ProvisionError {
         /// From which session.
         session: SessionId,
     },
-    /// There is no such session.
-    #[error("there is no session {0}")]
+    /// The session does not exist.
+    #[error("no session {0}")]
     NoSession(String),
     /// The session is not in a state that allows the call.
     #[error("session {session} is {state:?}{hint}")]
     WrongState {
         /// The session.
         session: SessionId,
-        /// Its state.
+        /// The state of the session.
         state: StateName,
-        /// What to do.
+        /// What the caller can do.
         hint: &'static str,
     },
-    /// The public database has what the state store does not know: the state store is an old copy.
-    #[error("{0}: the state store was rolled back; abort this session and assemble the device anew")]
-    RolledBack(Taken),
-    /// No pair of the pool.
+    /// The public database contains a record that the state store does not know: the state store is an old copy.
+    #[error("{0}: the state store was rolled back; abort this session and repeat Assemble")]
+    RolledBack(UniquenessConflict),
+    /// The pool has no pair for this order.
     #[error(transparent)]
     Pool(PoolError),
-    /// The pair that was chosen was taken meanwhile.
-    #[error("the key pair that was chosen for this device is no longer there; repeat the call")]
-    PairGone,
-    /// There is no such record. It says the same, in the same time, of whatever was asked for.
-    #[error("there is no such record")]
+    /// Another session took the selected pair first.
+    #[error("the selected key pair is no longer available; repeat the call")]
+    PairUnavailable,
+    /// The record does not exist. The message and its timing do not depend on the requested chip.
+    #[error("no such record")]
     NoRecord,
-    /// The log has no checkpoint with the record yet, since none could be signed.
-    #[error("the log's checkpoint could not be signed: {0}")]
+    /// The log has no checkpoint with the record yet, because signing it failed.
+    #[error("signing the log's checkpoint failed: {0}")]
     Unsigned(String),
-    /// Too many calls for the same chip wait already.
-    #[error("the chip {0} is being worked on by another call")]
+    /// Another call holds the chip's lock for too long.
+    #[error("another call for chip {0} is in progress; retry later")]
     ChipBusy(ChipId),
-    /// So many calls are being answered that this one is not begun.
-    #[error("{0} calls are being answered already")]
+    /// The number of calls in progress has reached the limit.
+    #[error("overloaded: {0} calls in progress; retry later")]
     Overloaded(usize),
-    /// The station has begun as many devices as it may.
-    #[error("the station {station} {exceeded}")]
+    /// The station has reached its quota.
+    #[error("station {station} {exceeded}")]
     QuotaExceeded {
-        /// Which one.
+        /// The station.
         station: StationName,
-        /// Which limit.
+        /// The limit that was reached.
         exceeded: Exceeded,
     },
-    /// So many of the identities that could be given out are in the public database already.
+    /// That many allocatable identities are already in the public database.
     #[error(
-        "the next {0} identities are in the public database already, as after a rollback of the state store; repeat the call to go on \
-        behind them"
+        "the next {0} identities are already in the public database, as after a rollback of the state store; repeat the call \
+        to continue after them"
     )]
     Identities(usize),
-    /// What officers ask of the desk.
+    /// The access control.
     #[error(transparent)]
     Access(AccessError),
     /// A new configuration did not take effect.
     #[error(transparent)]
     Reload(#[from] ReloadError),
-    /// The audit log: what cannot be recorded is not done.
+    /// The audit log. An action that cannot be recorded is not performed.
     #[error(transparent)]
     Audit(#[from] AuditError),
     /// The HSM.
@@ -133,28 +133,28 @@ pub enum ProvisionError {
     /// A store.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// What never happens with a valid configuration: a fault of this program or of the module.
+    /// An internal fault of this program or of the PKCS#11 module. It does not occur with a valid configuration.
     #[error("{doing}: {cause}")]
     Internal {
-        /// What was being done.
+        /// The operation that failed.
         doing: &'static str,
-        /// The cause's words.
+        /// The message of the cause.
         cause: String,
     },
 }
 
 impl ProvisionError {
-    /// One wrong field.
+    /// An error about one invalid field.
     pub fn invalid(field: &'static str, problem: impl std::fmt::Display) -> Self {
         Self::Invalid(vec![FieldViolation::new(field, problem)])
     }
 
-    /// One field that is not accepted.
+    /// An error about one field that is not accepted.
     pub(crate) fn not_accepted(field: &'static str, problem: impl std::fmt::Display) -> Self {
         Self::NotAccepted(vec![FieldViolation::new(field, problem)])
     }
 
-    /// A fault that is not the caller's.
+    /// An internal error.
     pub(crate) fn internal<E: std::fmt::Display>(doing: &'static str) -> impl FnOnce(E) -> Self {
         move |cause| Self::Internal { doing, cause: cause.to_string() }
     }
@@ -180,7 +180,7 @@ impl From<ReserveError> for ProvisionError {
         match error {
             ReserveError::ChipTaken(s) => Self::ChipTaken { chip: s.chip, identity: s.identity, session: s.id },
             ReserveError::IdentityTaken(s) => Self::IdentityTaken { identity: s.identity, chip: s.chip, session: s.id },
-            ReserveError::PairGone => Self::PairGone,
+            ReserveError::PairUnavailable => Self::PairUnavailable,
             ReserveError::QuotaExceeded { station, exceeded } => Self::QuotaExceeded { station, exceeded },
             ReserveError::Store(error) => Self::Store(error),
         }
@@ -201,7 +201,7 @@ impl From<PoolError> for ProvisionError {
 impl From<PublishError> for ProvisionError {
     fn from(error: PublishError) -> Self {
         match error {
-            PublishError::Taken(taken) => Self::RolledBack(taken),
+            PublishError::Conflict(taken) => Self::RolledBack(taken),
             PublishError::Record(error) => Self::not_accepted("backup_package", error),
             PublishError::Unsigned(why) => Self::Unsigned(why),
             PublishError::Store(error) => Self::Store(error),
@@ -209,14 +209,14 @@ impl From<PublishError> for ProvisionError {
     }
 }
 
-impl From<BackupRefused> for ProvisionError {
-    fn from(error: BackupRefused) -> Self {
+impl From<BackupError> for ProvisionError {
+    fn from(error: BackupError) -> Self {
         Self::not_accepted("backup_package", error)
     }
 }
 
-impl From<ConfirmationRefused> for ProvisionError {
-    fn from(error: ConfirmationRefused) -> Self {
+impl From<ConfirmationError> for ProvisionError {
+    fn from(error: ConfirmationError) -> Self {
         Self::not_accepted("key_confirmation", error)
     }
 }
@@ -225,7 +225,7 @@ impl From<PackageError> for ProvisionError {
     fn from(error: PackageError) -> Self {
         match error {
             PackageError::TransportKey(problem) => Self::invalid("transport_key", problem),
-            other => Self::Internal { doing: "assembling the data package", cause: other.to_string() },
+            other => Self::Internal { doing: "building the data package", cause: other.to_string() },
         }
     }
 }

@@ -1,7 +1,7 @@
-//! Packages between Assemble and Complete, in memory for a short time, so that the usual device costs no second unwrapping in
-//! the HSM. A repeat or a late Complete finds its keys in the secret store instead.
+//! Cache of data packages between Assemble and Complete, so that Complete usually needs no second unwrapping in the HSM. A
+//! repeated or late Complete reads its keys from the secret store instead.
 //!
-//! Trust: whoever reads the process's memory sees packages in flight, as before; this makes it the last minute's.
+//! Security: an attacker who reads the process memory sees packages in flight in any case; the cache extends this to one minute.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Mutex, PoisonError};
@@ -11,61 +11,62 @@ use crate::names::{ChipId, SessionId};
 use crate::package::DataPackage;
 use crate::secret::SecretBytes;
 
-/// Packages kept at once; the oldest gives way.
-const PLACES: usize = 1024;
-/// A package that nobody came back for is wiped after so long.
-const KEPT_FOR: Duration = Duration::from_secs(60);
+/// Capacity of the cache. A new package evicts the oldest one.
+const CAPACITY: usize = 1024;
+/// A package is wiped after this time if Complete does not take it.
+const TIME_TO_LIVE: Duration = Duration::from_secs(60);
 
-/// A package as values and as the bytes that the device got.
+/// A package, decoded and encoded. The device received these bytes.
 pub(super) struct InFlightPackage {
     pub(super) package: DataPackage,
     pub(super) bytes: SecretBytes,
 }
 
-/// The packages of the last minute. What is removed is wiped.
+/// The packages of the last minute. Removing a package wipes it.
 #[derive(Default)]
 pub(super) struct InFlight(Mutex<PackageCache>);
 
 #[derive(Default)]
 struct PackageCache {
     packages: HashMap<SessionId, InFlightPackage>,
-    /// In the order they came; some are taken already.
+    /// Insertion order. Some of the packages may have been taken already.
     order: VecDeque<(Instant, SessionId)>,
 }
 
 impl InFlight {
-    /// Keeps a package for the next call of its session.
-    pub(super) fn keep(&self, session: SessionId, package: InFlightPackage) {
-        let mut shelf = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        shelf.clear_old(Instant::now(), PLACES - 1);
-        if shelf.packages.insert(session, package).is_none() {
-            shelf.order.push_back((Instant::now(), session));
+    /// Caches a package for the next call of its session.
+    pub(super) fn insert(&self, session: SessionId, package: InFlightPackage) {
+        let mut cache = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        cache.evict(Instant::now(), CAPACITY - 1);
+        if cache.packages.insert(session, package).is_none() {
+            cache.order.push_back((Instant::now(), session));
         }
     }
 
-    /// Takes the package of a session, if it is still there.
+    /// Takes the package of a session out of the cache, if it is cached.
     pub(super) fn take(&self, session: &SessionId) -> Option<InFlightPackage> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).packages.remove(session)
     }
 
-    /// The chip of a session whose package is here.
+    /// The chip of a session whose package is cached.
     pub(super) fn chip_of(&self, session: &SessionId) -> Option<ChipId> {
-        let shelf = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        shelf.packages.get(session).map(|ready_members| ready_members.package.chip.clone())
+        let cache = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        cache.packages.get(session).map(|cached| cached.package.chip.clone())
     }
 
-    /// Wipes what is too old.
+    /// Wipes expired packages.
     pub(super) fn sweep(&self) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clear_old(Instant::now(), PLACES);
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).evict(Instant::now(), CAPACITY);
     }
 }
 
 impl PackageCache {
-    /// A session that was taken and kept again stands at its first time: it is wiped early, never late.
-    fn clear_old(&mut self, now: Instant, places: usize) {
-        while let Some((since, session)) = self.order.front() {
-            let old = now.duration_since(*since) >= KEPT_FOR;
-            if !old && self.order.len() <= places && self.packages.contains_key(session) {
+    /// Evicts expired packages, and the oldest ones above `capacity`. A package that was taken and inserted again keeps its first
+    /// insertion time, so it is wiped early, never late.
+    fn evict(&mut self, now: Instant, capacity: usize) {
+        while let Some((inserted, session)) = self.order.front() {
+            let expired = now.duration_since(*inserted) >= TIME_TO_LIVE;
+            if !expired && self.order.len() <= capacity && self.packages.contains_key(session) {
                 return;
             }
             self.packages.remove(session);
@@ -98,34 +99,34 @@ mod tests {
     }
 
     #[test]
-    fn a_package_is_taken_once() {
-        let shelf = InFlight::default();
-        shelf.keep(session(1), package(1));
-        assert_eq!(shelf.take(&session(1)).unwrap().bytes.expose(), &1u32.to_be_bytes());
-        assert!(shelf.take(&session(1)).is_none());
+    fn in_flight_package_is_taken_once() {
+        let cache = InFlight::default();
+        cache.insert(session(1), package(1));
+        assert_eq!(cache.take(&session(1)).unwrap().bytes.expose(), &1u32.to_be_bytes());
+        assert!(cache.take(&session(1)).is_none());
     }
 
     #[test]
-    fn the_shelf_has_an_end_and_the_oldest_gives_way() {
-        let shelf = InFlight::default();
-        for n in 0..2 * PLACES as u32 {
-            shelf.keep(session(n), package(n));
+    fn full_cache_evicts_oldest_package() {
+        let cache = InFlight::default();
+        for n in 0..2 * CAPACITY as u32 {
+            cache.insert(session(n), package(n));
         }
-        let inner = shelf.0.lock().unwrap();
-        assert_eq!((inner.packages.len(), inner.order.len()), (PLACES, PLACES));
+        let inner = cache.0.lock().unwrap();
+        assert_eq!((inner.packages.len(), inner.order.len()), (CAPACITY, CAPACITY));
         assert!(!inner.packages.contains_key(&session(0)));
     }
 
     #[test]
-    fn what_is_old_is_wiped_and_what_was_taken_leaves_no_trace() {
-        let shelf = InFlight::default();
-        shelf.keep(session(1), package(1));
-        shelf.keep(session(2), package(2));
-        drop(shelf.take(&session(1)));
-        let mut inner = shelf.0.lock().unwrap();
-        inner.clear_old(Instant::now(), PLACES);
+    fn evict_removes_taken_and_expired_packages() {
+        let cache = InFlight::default();
+        cache.insert(session(1), package(1));
+        cache.insert(session(2), package(2));
+        drop(cache.take(&session(1)));
+        let mut inner = cache.0.lock().unwrap();
+        inner.evict(Instant::now(), CAPACITY);
         assert_eq!((inner.packages.len(), inner.order.len()), (1, 1));
-        inner.clear_old(Instant::now() + KEPT_FOR, PLACES);
+        inner.evict(Instant::now() + TIME_TO_LIVE, CAPACITY);
         assert!(inner.packages.is_empty() && inner.order.is_empty());
     }
 }

@@ -1,4 +1,4 @@
-//! The manufacturer's signature on device certificates. It is made for an [`Intent`] and for nothing else.
+//! Signs device certificates with the manufacturer's key. A signature requires an [`Intent`].
 
 use super::ProvisionError;
 use crate::certificate::{IssuedCertificate, IssuerCertificate};
@@ -14,26 +14,26 @@ pub(super) struct Issuer {
 }
 
 impl Issuer {
-    /// The key that the certificate certifies; the worker has checked that they belong together.
+    /// The key and its certificate. The worker has verified that they match.
     pub(super) const fn new(key: KeyName, certificate: IssuerCertificate) -> Self {
         Self { key, certificate }
     }
 
-    /// The certificate, its chain, and how it signs.
+    /// The issuer certificate with its chain and signature algorithm.
     pub(super) const fn certificate(&self) -> &IssuerCertificate {
         &self.certificate
     }
 
-    /// Signs what the intent says, and verifies the signature before anybody sees it.
+    /// Signs the bytes of the intent, and verifies the signature before returning it.
     pub(super) async fn sign(&self, hsm: &Hsm, intent: Intent) -> Result<Signed, ProvisionError> {
         let to_sign = &intent.session().certificate;
         if to_sign.issuer != self.key {
-            let cause = format!("the intent is for the key {}, not {}", to_sign.issuer, self.key);
+            let cause = format!("the intent names the key {}, this issuer has the key {}", to_sign.issuer, self.key);
             return Err(ProvisionError::Internal { doing: "signing a certificate", cause });
         }
         let signature = hsm.sign(&self.key, to_sign.algorithm, &to_sign.to_be_signed).await?;
         let certificate = IssuedCertificate::assemble(to_sign, &self.certificate, &signature)
             .map_err(ProvisionError::internal("verifying a new certificate"))?;
-        Ok(intent.signed(certificate.into_bytes()))
+        Ok(intent.into_signed(certificate.into_bytes()))
     }
 }

@@ -1,4 +1,4 @@
-//! One call at a time per chip, so that a repeated order waits for the first one instead of racing it.
+//! Serialises the calls per chip, so that a repeated order waits for the first one instead of racing it.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,13 +9,13 @@ use tokio::sync::OwnedMutexGuard;
 use super::ProvisionError;
 use crate::names::ChipId;
 
-/// How long a call waits for another call about the same chip.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// How long a call waits for another call for the same chip.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(20);
 
 #[derive(Default)]
 pub(super) struct ChipLocks(Arc<Mutex<HashMap<ChipId, Arc<tokio::sync::Mutex<()>>>>>);
 
-/// The chip is this call's until it is dropped.
+/// Holds the lock of a chip until it is dropped.
 pub(super) struct ChipGuard {
     locks: Arc<Mutex<HashMap<ChipId, Arc<tokio::sync::Mutex<()>>>>>,
     chip: ChipId,
@@ -23,10 +23,10 @@ pub(super) struct ChipGuard {
 }
 
 impl ChipLocks {
-    pub(super) async fn hold(&self, chip: &ChipId) -> Result<ChipGuard, ProvisionError> {
-        let lock = Arc::clone(self.0.lock().unwrap_or_else(PoisonError::into_inner).entry(chip.clone()).or_default());
+    pub(super) async fn lock(&self, chip: &ChipId) -> Result<ChipGuard, ProvisionError> {
+        let mutex = Arc::clone(self.0.lock().unwrap_or_else(PoisonError::into_inner).entry(chip.clone()).or_default());
         let mut held = ChipGuard { locks: Arc::clone(&self.0), chip: chip.clone(), guard: None };
-        let guard = tokio::time::timeout(PATIENCE, lock.lock_owned()).await;
+        let guard = tokio::time::timeout(LOCK_TIMEOUT, mutex.lock_owned()).await;
         held.guard = Some(guard.map_err(|_| ProvisionError::ChipBusy(chip.clone()))?);
         Ok(held)
     }
@@ -36,7 +36,7 @@ impl Drop for ChipGuard {
     fn drop(&mut self) {
         self.guard.take();
         let mut locks = self.locks.lock().unwrap_or_else(PoisonError::into_inner);
-        // One left is the map's own: nobody holds or waits for it.
+        // Only the map holds a reference: no call holds or awaits the lock.
         if locks.get(&self.chip).is_some_and(|lock| Arc::strong_count(lock) == 1) {
             locks.remove(&self.chip);
         }
@@ -48,15 +48,15 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn one_chip_is_one_callers_and_nothing_is_left_behind() {
+    async fn chip_lock_excludes_second_caller_and_is_removed() {
         let locks = ChipLocks::default();
         let chip = ChipId::from_bytes(&[1; 8]).unwrap();
-        let first = locks.hold(&chip).await.unwrap();
-        let second = tokio::time::timeout(Duration::from_millis(20), locks.hold(&chip)).await;
+        let first = locks.lock(&chip).await.unwrap();
+        let second = tokio::time::timeout(Duration::from_millis(20), locks.lock(&chip)).await;
         assert!(second.is_err(), "the second caller must wait");
         drop(second);
         drop(first);
-        locks.hold(&chip).await.unwrap();
+        locks.lock(&chip).await.unwrap();
         assert!(locks.0.lock().unwrap().is_empty());
     }
 }

@@ -1,8 +1,8 @@
-//! ★ The story of one device: [`Provisioner::assemble`], [`Provisioner::complete`], [`Provisioner::recover`], and
-//! [`Provisioner::restart`] for what a crash left.
+//! ★ The provisioning workflow of one device: [`Provisioner::assemble`], [`Provisioner::complete`], [`Provisioner::recover`], and
+//! [`Provisioner::resume_sessions`] for sessions that a crash interrupted.
 //!
-//! Each story is one function, read from top to bottom. The steps cannot be taken out of order: a signature needs the
-//! [`Intent`](crate::store::Intent) that only a journaled reservation gives, an erasure needs the
+//! Each workflow is one function, read from top to bottom. The types enforce the order of the steps: a signature needs the
+//! [`Intent`](crate::store::Intent) that only a journaled reservation gives, and an erasure needs the
 //! [`PublicationReceipt`](crate::store::PublicationReceipt) that only a durable publication gives.
 
 mod abort;
@@ -28,12 +28,12 @@ use arc_swap::ArcSwap;
 
 pub use crate::clock::Clock;
 pub use abort::SessionView;
-pub use assemble::{Assembled, Delivery, Order};
+pub use assemble::{AdmittedOrder, Assembled, Delivery};
 pub use complete::{Completion, Receipt};
 pub use error::{FieldViolation, ProvisionError};
-pub use name::Wanted;
+pub use name::AssembleRequest;
 pub use policy::Policy;
-pub use report::{DeviceReport, DeviceView, KeyPairPlace, ProductionBy, ProductionOf, SessionFilter, SessionPage};
+pub use report::{DeviceReport, DeviceView, KeyPairLocation, ProductionBy, ProductionOf, SessionFilter, SessionPage};
 pub use session_recovery::{RecoveryReport, recovery_loop};
 
 use crate::certificate::Profile;
@@ -45,53 +45,54 @@ use in_flight::InFlight;
 use issuer::Issuer;
 use locks::ChipLocks;
 
-/// Everything a device's way needs, wired once at start.
+/// The services that provisioning uses, connected once at startup.
 pub struct Provisioner {
     hsm: Hsm,
     journal: Journal,
     registry: Registry,
     pool: Arc<KeyPool>,
     access: Arc<dyn AccessStore>,
-    rules: ArcSwap<Policy>,
+    policy: ArcSwap<Policy>,
     session_lifetime: Duration,
-    chips: ChipLocks,
+    chip_locks: ChipLocks,
     in_flight: InFlight,
     clock: Clock,
 }
 
 /// A profile with the issuer that signs for it.
 struct Product {
-    /// What the product gets.
+    /// The certificate template, key types, and delivery and confirmation rules.
     profile: Profile,
-    /// Who signs.
+    /// The signing key and certificate of the issuer.
     issuer: Issuer,
 }
 
 impl Product {
-    /// What decides a package's bytes beside the session itself: see [`Session::recipe`](crate::store::Session).
+    /// Hash of the inputs that determine the package bytes besides the session itself: see
+    /// [`Session::recipe`](crate::store::Session).
     fn recipe(&self) -> [u8; 32] {
         let mut parts = Vec::new();
-        for rule in self.profile.symmetric_keys() {
-            parts.push(format!("{}/{}", rule.purpose, rule.length).into_bytes());
+        for key in self.profile.symmetric_keys() {
+            parts.push(format!("{}/{}", key.purpose, key.length).into_bytes());
         }
         if !self.profile.is_cwt() {
             parts.extend(self.issuer.certificate().chain().iter().cloned());
         }
-        // Each part by its hash, so that none can run into the next.
+        // Hash each part separately, so that part boundaries are unambiguous.
         let hashes: Vec<u8> = parts.iter().flat_map(|part| sha256(part)).collect();
         sha256(&hashes)
     }
 }
 
 impl Provisioner {
-    /// Wires the rooms together.
+    /// Creates a provisioner that uses these services and the system clock.
     pub fn new(
         hsm: Hsm,
         journal: Journal,
         registry: Registry,
         pool: Arc<KeyPool>,
         access: Arc<dyn AccessStore>,
-        rules: Policy,
+        policy: Policy,
         session_lifetime: Duration,
     ) -> Self {
         Self {
@@ -100,15 +101,15 @@ impl Provisioner {
             registry,
             pool,
             access,
-            rules: ArcSwap::from_pointee(rules),
+            policy: ArcSwap::from_pointee(policy),
             session_lifetime,
-            chips: ChipLocks::default(),
+            chip_locks: ChipLocks::default(),
             in_flight: InFlight::default(),
             clock: Clock::system(),
         }
     }
 
-    /// The same with another clock.
+    /// Replaces the clock.
     #[must_use]
     pub fn with_clock(self, clock: Clock) -> Self {
         Self { clock, ..self }
@@ -134,13 +135,13 @@ impl Provisioner {
         &self.pool
     }
 
-    /// The rules at this moment. What goes on for longer keeps them, and is under one configuration.
-    pub fn rules(&self) -> Arc<Policy> {
-        self.rules.load_full()
+    /// The current policy. A long-running call keeps the returned policy, so that it sees one configuration throughout.
+    pub fn policy(&self) -> Arc<Policy> {
+        self.policy.load_full()
     }
 
-    /// From now on it goes by these rules; calls in flight end under those that they began with.
-    pub fn exchange(&self, rules: Policy) {
-        self.rules.store(Arc::new(rules.after(&self.rules())));
+    /// Replaces the policy. Calls in progress finish under the policy that they began with.
+    pub fn replace_policy(&self, policy: Policy) {
+        self.policy.store(Arc::new(policy.with_signers_of(&self.policy())));
     }
 }

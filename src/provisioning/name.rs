@@ -1,51 +1,60 @@
-//! The identity of a device that is ordered without one.
+//! Resolves the identity of an order: the requested one, or one allocated from the identities that officers have loaded.
 
-use super::{Order, Policy, ProvisionError, Provisioner};
+use super::{AdmittedOrder, Policy, ProvisionError, Provisioner};
 use crate::keys::PublicKey;
 use crate::names::{ChipId, DeviceIdentity, ProfileName, StationName};
 use crate::package::TransportPublicKey;
 use crate::store::SessionState;
 
-/// How many identities of the public database are passed over in one call; the next call goes on behind them.
-const PASSED_OVER: usize = 100;
+/// Maximum number of already published identities that one call skips. The next call continues after them.
+const MAX_SKIPPED: usize = 100;
 
-/// An order as a station gives it.
-pub struct Wanted {
-    /// Who asks.
+/// A parsed Assemble request.
+pub struct AssembleRequest {
+    /// The ordering station.
     pub station: StationName,
-    /// For which chip.
+    /// The chip.
     pub chip: ChipId,
-    /// Its identity; without one it gets the next of those that officers have loaded.
+    /// The device identity. Without one, the next identity that officers have loaded is allocated.
     pub identity: Option<DeviceIdentity>,
-    /// What it gets.
+    /// The profile that the device receives.
     pub profile: ProfileName,
-    /// The public key of a verified CSR.
+    /// The public key of the verified CSR, if the device generates its own pair.
     pub own_key: Option<PublicKey>,
-    /// Where the package is sealed to.
+    /// The chip's transport key, to which the package is sealed.
     pub transport_key: Option<TransportPublicKey>,
 }
 
-impl From<Order> for Wanted {
-    fn from(order: Order) -> Self {
-        let Order { station, chip, identity, profile, own_key, transport_key } = order;
+impl From<AdmittedOrder> for AssembleRequest {
+    fn from(order: AdmittedOrder) -> Self {
+        let AdmittedOrder { station, chip, identity, profile, own_key, transport_key } = order;
         Self { station, chip, identity: Some(identity), profile, own_key, transport_key }
     }
 }
 
 impl Provisioner {
-    /// The order with the device's identity. A chip that has one keeps it, however often it is ordered; the caller holds the chip.
-    pub(super) async fn name(&self, wanted: Wanted, rules: &Policy) -> Result<Order, ProvisionError> {
-        let identity = match &wanted.identity {
+    /// Resolves the device's identity. A chip that has an identity keeps it in every repeated order. The caller holds the chip's
+    /// lock.
+    pub(super) async fn resolve_identity(
+        &self,
+        request: AssembleRequest,
+        policy: &Policy,
+    ) -> Result<AdmittedOrder, ProvisionError> {
+        let identity = match &request.identity {
             Some(identity) => identity.clone(),
-            None => self.identity_of(&wanted, rules).await?,
+            None => self.allocate_identity(&request, policy).await?,
         };
-        let Wanted { station, chip, profile, own_key, transport_key, .. } = wanted;
-        Ok(Order { station, chip, identity, profile, own_key, transport_key })
+        let AssembleRequest { station, chip, profile, own_key, transport_key, .. } = request;
+        Ok(AdmittedOrder { station, chip, identity, profile, own_key, transport_key })
     }
 
-    async fn identity_of(&self, wanted: &Wanted, rules: &Policy) -> Result<DeviceIdentity, ProvisionError> {
+    async fn allocate_identity(
+        &self,
+        request: &AssembleRequest,
+        policy: &Policy,
+    ) -> Result<DeviceIdentity, ProvisionError> {
         let (session, record) =
-            tokio::try_join!(self.journal.load_chip(&wanted.chip), self.registry.find_by_chip(&wanted.chip))?;
+            tokio::try_join!(self.journal.load_by_chip(&request.chip), self.registry.find_by_chip(&request.chip))?;
         let session = session.map(|known| known.session().clone());
         if let Some(known) = session.filter(|known| !matches!(known.state, SessionState::Aborted { .. })) {
             return Ok(known.identity);
@@ -53,18 +62,20 @@ impl Provisioner {
         if let Some(published) = record {
             return Ok(published.record.identity);
         }
-        let permitted = rules.admit_unnamed(wanted)?;
-        let mut taken = None;
-        for _ in 0..PASSED_OVER {
-            let Wanted { station, chip, profile, .. } = wanted;
-            let given =
-                self.access.allocate(chip, profile, station, permitted.clone(), taken, self.clock.now()).await?;
-            // The public database knows best: the state store could be an old copy, and count anew from where it was.
-            if self.registry.find_by_identity(&given).await?.is_none() {
-                return Ok(given);
+        let permitted = policy.admit_unnamed(request)?;
+        let mut published_identity = None;
+        for _ in 0..MAX_SKIPPED {
+            let AssembleRequest { station, chip, profile, .. } = request;
+            let allocated = self
+                .access
+                .allocate(chip, profile, station, permitted.clone(), published_identity, self.clock.now())
+                .await?;
+            // Check the public database: the state store could be an old copy and allocate identities again.
+            if self.registry.find_by_identity(&allocated).await?.is_none() {
+                return Ok(allocated);
             }
-            taken = Some(given);
+            published_identity = Some(allocated);
         }
-        Err(ProvisionError::Identities(PASSED_OVER))
+        Err(ProvisionError::Identities(MAX_SKIPPED))
     }
 }

@@ -1,104 +1,110 @@
-//! Where a new device's pair comes from, and how it becomes the session's.
+//! Supplies the key pair of a new device, and assigns it to the session.
 
 use super::{Product, ProvisionError, Provisioner};
 use crate::certificate::KeyPairRule;
-use crate::hsm::{DeviceKeyOrder, DeviceKeys, HsmError, PairOrder};
+use crate::hsm::{DeviceKeyRequest, DeviceKeys, HsmError, PairSource};
 use crate::keypool::{PoolError, PoolLease, SessionLease};
 use crate::keys::{KeyKind, StoredKey};
 use crate::store::{Intent, PairToReserve, ReserveError, Session};
 
-/// Where the pair of a new device comes from.
-pub(super) enum PairSource {
-    /// It is made now.
-    ToMake(SessionLease, KeyKind),
-    /// It was made in advance.
+/// The source of a new device's pair.
+pub(super) enum PairSupply {
+    /// The HSM generates it now.
+    Generate(SessionLease, KeyKind),
+    /// It was generated in advance.
     Pooled(PoolLease),
 }
 
-/// A pair that is nobody's yet, and what the journal is told of it. Dropped, a pooled one goes back.
+/// A pair that the journal has not assigned to a session yet. Dropping it returns a pooled pair to its queue.
 pub(super) struct UnstoredPair {
-    source: PairSource,
-    reserve: PairToReserve,
+    source: PairSupply,
+    reservation: PairToReserve,
 }
 
-impl PairSource {
-    pub(super) fn order(&self) -> PairOrder {
+impl PairSupply {
+    /// The pair part of the HSM request.
+    pub(super) fn hsm_source(&self) -> PairSource {
         match self {
-            Self::ToMake(lease, kind) => PairOrder::Make(*kind, lease.key()),
-            Self::Pooled(claim) => PairOrder::Kept(claim.public().clone(), claim.kept().clone()),
+            Self::Generate(lease, kind) => PairSource::Generate(*kind, lease.key()),
+            Self::Pooled(lease) => PairSource::Stored(lease.public().clone(), lease.stored_key().clone()),
         }
     }
 
-    /// The pair as it is kept.
-    pub(super) fn take(self, kept: &StoredKey) -> Result<UnstoredPair, ProvisionError> {
-        let reserve = match &self {
-            Self::ToMake(lease, _) => lease.reserve(kept),
-            Self::Pooled(claim) => Some(claim.reserve()),
+    /// Combines the source with the stored private key.
+    pub(super) fn into_unstored(self, stored_key: &StoredKey) -> Result<UnstoredPair, ProvisionError> {
+        let reservation = match &self {
+            Self::Generate(lease, _) => lease.reservation(stored_key),
+            Self::Pooled(lease) => Some(lease.reservation()),
         };
-        let cause = || "it is wrapped under another key than was ordered".to_owned();
-        let reserve =
-            reserve.ok_or_else(|| ProvisionError::Internal { doing: "keeping a new pair", cause: cause() })?;
-        Ok(UnstoredPair { source: self, reserve })
+        let cause = || "the HSM wrapped the pair under another key than requested".to_owned();
+        let reservation =
+            reservation.ok_or_else(|| ProvisionError::Internal { doing: "storing a new pair", cause: cause() })?;
+        Ok(UnstoredPair { source: self, reservation })
     }
 }
 
 impl Provisioner {
-    /// What the profile says, as far as there is any.
-    pub(super) async fn source_of_pair(&self, product: &Product) -> Result<Option<PairSource>, ProvisionError> {
-        let made = async |kind| Ok(Some(PairSource::ToMake(self.pool.lease_for_session().await?, kind)));
+    /// The pair source that the profile prescribes, if the profile has a pair.
+    pub(super) async fn pair_source(&self, product: &Product) -> Result<Option<PairSupply>, ProvisionError> {
+        let generate = async |kind| Ok(Some(PairSupply::Generate(self.pool.lease_for_session().await?, kind)));
         match *product.profile.key_pair() {
-            KeyPairRule::Generate { kind } => made(kind).await,
-            KeyPairRule::Pool { kind, or_generate } => match self.pool.claim(kind).await {
-                Ok(claim) => Ok(Some(PairSource::Pooled(claim))),
-                Err(PoolError::Empty { .. }) if or_generate => made(kind).await,
+            KeyPairRule::Generate { kind } => generate(kind).await,
+            KeyPairRule::Pool { kind, or_generate } => match self.pool.lease_pair(kind).await {
+                Ok(lease) => Ok(Some(PairSupply::Pooled(lease))),
+                Err(PoolError::Empty { .. }) if or_generate => generate(kind).await,
                 Err(error) => Err(error.into()),
             },
             KeyPairRule::Csr { .. } | KeyPairRule::None => Ok(None),
         }
     }
 
-    /// The keys of a new device. A pooled pair is delivered only if the public database does not know it: else the state store
-    /// is an old copy, which offers again what a device has since.
-    pub(super) async fn keys_of_new_device(
+    /// The keys of a new device. A pooled pair is delivered only if the public database has no record of it. If there is a
+    /// record, the state store is an old copy and offers a pair that a device already has.
+    pub(super) async fn new_device_keys(
         &self,
-        order: &DeviceKeyOrder,
-        source: &mut Option<PairSource>,
+        order: &DeviceKeyRequest,
+        source: &mut Option<PairSupply>,
     ) -> Result<DeviceKeys, ProvisionError> {
-        let Some(PairSource::Pooled(claim)) = source else { return Ok(self.hsm.device_keys(order).await?) };
+        let Some(PairSupply::Pooled(lease)) = source else { return Ok(self.hsm.device_keys(order).await?) };
         let (taken, made) =
-            tokio::join!(self.registry.taker_of_public_key(claim.public().spki_der()), self.hsm.device_keys(order),);
+            tokio::join!(self.registry.public_key_conflict(lease.public().spki_der()), self.hsm.device_keys(order),);
         let (error, why) = match (taken?, made) {
             (Some(taken), _) => {
-                let why = format!("a ready pair is on a device: {taken}");
+                let why = format!("a ready pair is already on a device: {taken}");
                 (ProvisionError::RolledBack(taken), why)
             }
             (None, Err(HsmError::Absent(why))) => {
                 (PoolError::RolledBack(format!("{why}: the state store was rolled back")).into(), why)
             }
             (None, Err(error)) => {
-                if let Some(PairSource::Pooled(claim)) = source.take() {
-                    claim.set_aside();
+                if let Some(PairSupply::Pooled(lease)) = source.take() {
+                    lease.demote();
                 }
                 return Err(error.into());
             }
             (None, Ok(made)) => return Ok(made),
         };
-        if let Some(PairSource::Pooled(claim)) = source.take() {
-            claim.spent();
+        if let Some(PairSupply::Pooled(lease)) = source.take() {
+            lease.consume();
         }
         self.pool.quarantine_all(why).await?;
         Err(error)
     }
 
-    /// Journals the session with its pair. Whatever else happens, a pair whose fate is not known goes to nobody else.
-    pub(super) async fn intend(&self, session: Session, pair: Option<UnstoredPair>) -> Result<Intent, ProvisionError> {
-        let intended = self.journal.intend(session, pair.as_ref().map(|pair| &pair.reserve)).await;
-        let known_to_be_free = matches!(&intended, Err(ReserveError::ChipTaken(_) | ReserveError::IdentityTaken(_)));
-        if let Some(UnstoredPair { source: PairSource::Pooled(claim), .. }) = pair
-            && !known_to_be_free
+    /// Journals the session with its pair. A pooled pair returns to its queue only if it is certain that the reservation was not
+    /// committed.
+    pub(super) async fn journal_intent(
+        &self,
+        session: Session,
+        pair: Option<UnstoredPair>,
+    ) -> Result<Intent, ProvisionError> {
+        let result = self.journal.intend(session, pair.as_ref().map(|pair| &pair.reservation)).await;
+        let is_not_reserved = matches!(&result, Err(ReserveError::ChipTaken(_) | ReserveError::IdentityTaken(_)));
+        if let Some(UnstoredPair { source: PairSupply::Pooled(lease), .. }) = pair
+            && !is_not_reserved
         {
-            claim.spent();
+            lease.consume();
         }
-        Ok(intended?)
+        Ok(result?)
     }
 }

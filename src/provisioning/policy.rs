@@ -1,25 +1,25 @@
-//! What the configuration says of devices. It may be exchanged while devices are made: a story takes it once, at its start, and goes by
-//! it to its end.
+//! The provisioning policy: products, stations and signing keys from the configuration. A reload may replace it at any time, so
+//! each call takes the policy once at its start and uses it to its end.
 
 use std::collections::BTreeMap;
 
-use super::admit::{misfits, misfits_beside_identity};
-use super::{Issuer, Order, Product, ProvisionError, Wanted};
+use super::admit::{violations, violations_without_identity};
+use super::{AdmittedOrder, AssembleRequest, Issuer, Product, ProvisionError};
 use crate::certificate::{IssuerCertificate, Profile};
 use crate::config::{DaemonConfig, NotPermitted, Stations};
 use crate::names::{DeviceIdentity, KeyName, ProfileName, StationName};
 use crate::store::{Intent, Session};
 
-/// Who gets what, and who may give it.
+/// Products, stations and signing keys of one configuration.
 pub struct Policy {
     products: BTreeMap<ProfileName, Product>,
     stations: Stations,
-    /// Every key that signs devices, also one that no profile names any more: a session may have begun under it.
+    /// Every key that signs devices, including keys that no profile names any more: a session may have begun under one.
     signers: BTreeMap<KeyName, Issuer>,
 }
 
 impl Policy {
-    /// As the configuration says, which is valid only if every profile has its issuer.
+    /// Builds the policy. A valid configuration has an issuer for every profile.
     pub fn new(config: &DaemonConfig) -> Self {
         let product = |(name, profile): (&ProfileName, &Profile)| {
             let issuer = Issuer::new(profile.issuer().clone(), config.issuers.get(name)?.clone());
@@ -33,59 +33,59 @@ impl Policy {
         Self { products, stations: config.stations.clone(), signers }
     }
 
-    /// The same, with the signing keys of earlier rules that are not among its own: what was intended under those is still signed.
-    pub(super) fn after(mut self, earlier: &Self) -> Self {
+    /// Adds the signing keys of an earlier policy that this one lacks, so that intents under those keys can still be signed.
+    pub(super) fn with_signers_of(mut self, earlier: &Self) -> Self {
         for (key, issuer) in &earlier.signers {
             self.signers.entry(key.clone()).or_insert_with(|| issuer.clone());
         }
         self
     }
 
-    /// The profiles' names.
+    /// The names of the profiles.
     pub fn profiles(&self) -> impl Iterator<Item = &ProfileName> {
         self.products.keys()
     }
 
-    /// The profiles and identity prefixes of a station; none if it is not configured.
+    /// The profiles and identity prefixes of a station; `None` if the station is not configured.
     pub fn confinement(&self, station: &StationName) -> Option<(Vec<ProfileName>, Vec<String>)> {
         self.stations.confinement(station)
     }
 
-    /// Checks everything of an order that has no identity yet, so that none is given out in vain; and tells what those begin with that the
-    /// station may give out.
-    pub(super) fn admit_unnamed(&self, wanted: &Wanted) -> Result<Vec<String>, ProvisionError> {
-        let Wanted { station, profile: name, own_key, transport_key, .. } = wanted;
+    /// Checks an order that has no identity yet, so that no identity is allocated for a refused order. Returns the identity
+    /// prefixes that the station may allocate.
+    pub(super) fn admit_unnamed(&self, request: &AssembleRequest) -> Result<Vec<String>, ProvisionError> {
+        let AssembleRequest { station, profile: name, own_key, transport_key, .. } = request;
         let product = self.product(name)?;
         let (profiles, identities) = self.confinement(station).ok_or_else(|| NotPermitted::Unknown(station.clone()))?;
         if !profiles.contains(name) {
             return Err(NotPermitted::Profile(station.clone(), name.clone()).into());
         }
-        let misfits = misfits_beside_identity(&product.profile, name, own_key.as_ref(), transport_key.is_some());
-        if misfits.is_empty() { Ok(identities) } else { Err(ProvisionError::Invalid(misfits)) }
+        let violations = violations_without_identity(&product.profile, name, own_key.as_ref(), transport_key.is_some());
+        if violations.is_empty() { Ok(identities) } else { Err(ProvisionError::Invalid(violations)) }
     }
 
     fn product(&self, name: &ProfileName) -> Result<&Product, ProvisionError> {
         self.products.get(name).ok_or_else(|| {
             let known: Vec<_> = self.profiles().map(ToString::to_string).collect();
-            let problem = format!("there is no profile {name}; there are: {}", known.join(", "));
+            let problem = format!("no profile {name}; configured profiles: {}", known.join(", "));
             ProvisionError::invalid("profile", problem)
         })
     }
 
-    /// Whether there is such a profile, and it takes such an identity.
+    /// Whether the profile exists and accepts such an identity.
     pub fn takes(&self, profile: &ProfileName, identity: &DeviceIdentity) -> bool {
         self.products.get(profile).is_some_and(|product| product.profile.allows(identity))
     }
 
-    /// Checks the order against the station's confinement and the profile.
-    pub(super) fn admit_order(&self, order: &Order) -> Result<&Product, ProvisionError> {
+    /// Checks the order against the station's permissions and the profile.
+    pub(super) fn admit_order(&self, order: &AdmittedOrder) -> Result<&Product, ProvisionError> {
         let product = self.product(&order.profile)?;
         self.stations.permit(&order.station, &order.profile, &order.identity)?;
-        let misfits = misfits(&product.profile, order);
-        if misfits.is_empty() { Ok(product) } else { Err(ProvisionError::Invalid(misfits)) }
+        let violations = violations(&product.profile, order);
+        if violations.is_empty() { Ok(product) } else { Err(ProvisionError::Invalid(violations)) }
     }
 
-    /// The session's product, if the station may work on it.
+    /// The session's product, if the station may work on the session.
     pub(super) fn permitted_product(
         &self,
         station: &StationName,
@@ -94,15 +94,15 @@ impl Policy {
         self.permit(station, session)?;
         self.products.get(&session.profile).ok_or_else(|| {
             let problem = format!(
-                "the profile {} of this session is no longer configured: put it back, or abort the session",
+                "the profile {} of this session is no longer configured: configure it again, or abort the session",
                 session.profile
             );
             ProvisionError::not_accepted("session_id", problem)
         })
     }
 
-    /// Whether the station may work on the session. No station can list a profile that is gone; then the identity alone decides, so that
-    /// such a session can be looked at and aborted.
+    /// Checks that the station may work on the session. No station can list a profile that was removed; for such a session the
+    /// identity alone decides, so that it can still be viewed and aborted.
     pub(super) fn permit(&self, station: &StationName, session: &Session) -> Result<(), ProvisionError> {
         match self.products.contains_key(&session.profile) {
             true => self.stations.permit(station, &session.profile, &session.identity)?,
@@ -111,13 +111,13 @@ impl Policy {
         Ok(())
     }
 
-    /// Who signs what was intended, whatever the profile says by now.
+    /// The issuer that signs an intent, independent of what the profile names now.
     pub(super) fn signer_of(&self, intent: &Intent) -> Result<&Issuer, ProvisionError> {
         let key = &intent.session().certificate.issuer;
         self.signers.get(key).ok_or_else(|| {
             let problem = format!(
-                "the certificate of the key {key}, which signs this session, is not there: put it back where keys.toml says, or abort the \
-                 session"
+                "the certificate of the key {key}, which signs this session, is missing: restore it at the path in keys.toml, or \
+                 abort the session"
             );
             ProvisionError::not_accepted("chip_id", problem)
         })

@@ -1,4 +1,4 @@
-//! What anybody may ask for ever after: the record of a chip, and the proof that it is in the log.
+//! Public lookups: the record of a chip, and the proof that the record is in the log.
 
 use super::{ProvisionError, Provisioner};
 use crate::names::ChipId;
@@ -11,7 +11,7 @@ impl Provisioner {
         self.registry.find_by_chip(chip).await?.ok_or(ProvisionError::NoRecord)
     }
 
-    /// The proof that the entry at that place, a record or not, is in the tree of the newest checkpoint.
+    /// The proof that the entry at `index`, a record or not, is in the tree of the newest checkpoint.
     pub async fn prove(&self, index: u64) -> Result<LogProof, ProvisionError> {
         self.registry.prove(index).await?.ok_or(ProvisionError::NoRecord)
     }

@@ -1,4 +1,4 @@
-//! What is told of devices and their sessions. Nothing is changed here, and no secret is told.
+//! Read-only reports on devices, sessions and production. They contain no secrets.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -7,137 +7,137 @@ use super::{ProvisionError, Provisioner};
 use crate::keys::StoredKey;
 use crate::names::{ChipId, DeviceIdentity, ProfileName, StationName};
 use crate::store::{
-    Listed, ProductionCounts, ProductionSlot, PublishedRecord, Session, SessionPlace, SessionState, StateName,
+    ProductionCounts, ProductionSlot, PublishedRecord, Session, SessionCursor, SessionSet, SessionState, StateName,
 };
 
-/// Sessions of one chip that are told.
-const MOST_OF_A_CHIP: usize = 100;
-/// Rows and sessions that are read in one transaction: the line's own transactions wait no longer than that.
-const AT_ONCE: usize = 100;
-/// Sessions that one call looks at.
-const LOOKED_AT: usize = 1000;
+/// Maximum number of sessions in a device report.
+const MAX_SESSIONS_PER_CHIP: usize = 100;
+/// Rows and sessions per read transaction. This bounds how long a transaction of the assembly line waits.
+const CHUNK: usize = 100;
+/// Maximum number of sessions that one call scans.
+const MAX_SCANNED: usize = 1000;
 
-/// Which device is asked for.
+/// Selects a device.
 pub enum DeviceView {
-    /// By its chip.
+    /// By chip ID.
     Chip(ChipId),
-    /// By its identity.
+    /// By device identity.
     Identity(DeviceIdentity),
 }
 
-/// What is known of a device.
+/// All information about a device.
 pub struct DeviceReport {
     /// The chip.
     pub chip: ChipId,
     /// Its sessions, newest first.
     pub sessions: Vec<Session>,
-    /// Where the newest one's key pair is.
-    pub key_pair: Option<KeyPairPlace>,
-    /// Its newest record.
+    /// Location of the newest session's key pair.
+    pub key_pair: Option<KeyPairLocation>,
+    /// Its newest public record.
     pub record: Option<PublishedRecord>,
 }
 
-/// Where a session's key pair is.
+/// The location of a session's key pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum KeyPairPlace {
-    /// The profile has none.
+pub enum KeyPairLocation {
+    /// The profile has no key pair.
     None,
-    /// It was never here.
+    /// The device generated it; the SPP never had it.
     Device,
-    /// In the secret store.
+    /// In the secret store, wrapped.
     Wrapped,
-    /// On the token.
+    /// On the HSM's token.
     Token,
-    /// Not here any more.
-    Gone,
+    /// Erased from the SPP.
+    Erased,
 }
 
-/// What a row of the production stands for.
+/// The grouping of a production report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ProductionBy {
-    /// A station.
+    /// By station.
     Station,
-    /// A profile.
+    /// By profile.
     Profile,
-    /// An hour.
+    /// By hour.
     Hour,
 }
 
-/// One of them.
+/// The group of one row of a production report.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ProductionOf {
-    /// This station.
+    /// A station.
     Station(StationName),
-    /// This profile.
+    /// A profile.
     Profile(ProfileName),
-    /// This hour since the Unix epoch.
+    /// An hour, counted since the Unix epoch.
     Hour(u64),
 }
 
-/// Which sessions are wanted.
+/// Filter of a session list.
 #[derive(Debug, Default)]
 pub struct SessionFilter {
-    /// Those in this state; all that are not final without it.
+    /// Sessions in this state; without it, all sessions that are not final.
     pub state: Option<StateName>,
-    /// Those of this station.
+    /// Sessions of this station.
     pub station: Option<StationName>,
-    /// Those of this profile.
+    /// Sessions of this profile.
     pub profile: Option<ProfileName>,
-    /// Those that were opened so many seconds ago or longer.
+    /// Sessions that were opened at least this many seconds ago.
     pub older_than: u64,
 }
 
-/// A part of a list.
+/// One page of a session list.
 pub struct SessionPage {
-    /// What was found.
+    /// The sessions of this page.
     pub sessions: Vec<Session>,
-    /// Behind which to go on, if others may follow.
-    pub next: Option<SessionPlace>,
+    /// Where the next page begins, if more sessions may follow.
+    pub next: Option<SessionCursor>,
 }
 
 impl Provisioner {
-    /// Everything that is known of a device.
-    pub async fn device(&self, which: DeviceView) -> Result<DeviceReport, ProvisionError> {
-        let chip = match which {
+    /// Reports on a device: sessions, key pair location and public record.
+    pub async fn device(&self, selector: DeviceView) -> Result<DeviceReport, ProvisionError> {
+        let chip = match selector {
             DeviceView::Chip(chip) => chip,
-            DeviceView::Identity(identity) => self.chip_with(&identity).await?,
+            DeviceView::Identity(identity) => self.chip_of_identity(&identity).await?,
         };
-        let sessions = self.journal.sessions_of_chip(&chip, MOST_OF_A_CHIP).await?;
+        let sessions = self.journal.sessions_of_chip(&chip, MAX_SESSIONS_PER_CHIP).await?;
         let record = self.registry.find_by_chip(&chip).await?;
         if sessions.is_empty() && record.is_none() {
-            return Err(ProvisionError::NoSession(format!("of the chip {chip}, and no record")));
+            return Err(ProvisionError::NoSession(format!("of the chip {chip}, and no public record")));
         }
         let key_pair = match sessions.first() {
-            Some(newest) => Some(self.key_pair_of(newest).await?),
+            Some(newest) => Some(self.key_pair_location(newest).await?),
             None => None,
         };
         Ok(DeviceReport { chip, sessions, key_pair, record })
     }
 
-    async fn chip_with(&self, identity: &DeviceIdentity) -> Result<ChipId, ProvisionError> {
+    async fn chip_of_identity(&self, identity: &DeviceIdentity) -> Result<ChipId, ProvisionError> {
         if let Some(session) = self.journal.session_of_identity(identity).await? {
             return Ok(session.chip);
         }
-        // The journal may be an old copy, or lost: what is public is known all the same.
+        // The journal may be an old copy or lost; the public database still has the record.
         let found = self.registry.find_by_identity(identity).await?;
         let none = || {
-            let hint = "and no record; sessions that were given up are found by their chip";
+            let hint = "and no public record; look up aborted sessions by their chip";
             ProvisionError::NoSession(format!("of the identity {identity}, {hint}"))
         };
         found.map(|found| found.record.chip).ok_or_else(none)
     }
 
-    async fn key_pair_of(&self, session: &Session) -> Result<KeyPairPlace, ProvisionError> {
-        Ok(match self.journal.kept_key(&session.id).await? {
-            Some(StoredKey::Wrapped(_)) => KeyPairPlace::Wrapped,
-            Some(StoredKey::OnToken(_)) => KeyPairPlace::Token,
-            None if session.public_key.is_none() => KeyPairPlace::None,
-            None if session.own_key_pair => KeyPairPlace::Device,
-            None => KeyPairPlace::Gone,
+    async fn key_pair_location(&self, session: &Session) -> Result<KeyPairLocation, ProvisionError> {
+        Ok(match self.journal.stored_key(&session.id).await? {
+            Some(StoredKey::Wrapped(_)) => KeyPairLocation::Wrapped,
+            Some(StoredKey::OnToken(_)) => KeyPairLocation::Token,
+            None if session.public_key.is_none() => KeyPairLocation::None,
+            None if session.own_key_pair => KeyPairLocation::Device,
+            None => KeyPairLocation::Erased,
         })
     }
 
-    /// What was produced in these hours since the Unix epoch.
+    /// Production counts of these hours since the Unix epoch, grouped.
     pub async fn production(
         &self,
         hours: Range<u64>,
@@ -146,8 +146,8 @@ impl Provisioner {
         let mut sums: BTreeMap<_, ProductionCounts> = BTreeMap::new();
         let mut last: Option<ProductionSlot> = None;
         loop {
-            let rows = self.journal.production(hours.clone(), last.as_ref(), AT_ONCE).await?;
-            let is_end = rows.len() < AT_ONCE;
+            let rows = self.journal.production(hours.clone(), last.as_ref(), CHUNK).await?;
+            let is_end = rows.len() < CHUNK;
             last = rows.last().map(|(slot, _)| slot.clone());
             for (slot, counts) in rows {
                 let of = match by {
@@ -163,21 +163,22 @@ impl Provisioner {
         }
     }
 
-    /// Sessions behind that place, at most so many. It stops after so many looks, too: few may be found among many.
+    /// Lists up to `limit` sessions after `after`. A call scans a bounded number of sessions, so a page may be short or empty and
+    /// still have a successor.
     pub async fn sessions(
         &self,
         filter: &SessionFilter,
-        mut after: Option<SessionPlace>,
+        mut after: Option<SessionCursor>,
         limit: usize,
     ) -> Result<SessionPage, ProvisionError> {
-        let (listed, now) = (filter.listed(), self.clock.now());
+        let (listing, now) = (filter.listing(), self.clock.now());
         let mut sessions = Vec::new();
-        for _ in 0..LOOKED_AT / AT_ONCE {
-            let read = self.journal.sessions(listed, after, AT_ONCE).await?;
-            let is_end = read.len() < AT_ONCE;
+        for _ in 0..MAX_SCANNED / CHUNK {
+            let read = self.journal.sessions(listing, after, CHUNK).await?;
+            let is_end = read.len() < CHUNK;
             for session in read {
-                after = Some(session.place());
-                if filter.lets_pass(&session, now) {
+                after = Some(session.cursor());
+                if filter.matches(&session, now) {
                     sessions.push(session);
                 }
                 if sessions.len() == limit {
@@ -193,14 +194,14 @@ impl Provisioner {
 }
 
 impl SessionFilter {
-    const fn listed(&self) -> Listed {
+    const fn listing(&self) -> SessionSet {
         match self.state {
-            None | Some(StateName::Reserved | StateName::Issued | StateName::Published) => Listed::Unfinished,
-            Some(StateName::Erased | StateName::Aborted) => Listed::All,
+            None | Some(StateName::Reserved | StateName::Issued | StateName::Published) => SessionSet::Unfinished,
+            Some(StateName::Erased | StateName::Aborted) => SessionSet::All,
         }
     }
 
-    fn lets_pass(&self, session: &Session, now: u64) -> bool {
+    fn matches(&self, session: &Session, now: u64) -> bool {
         self.state.is_none_or(|state| state == session.state.name())
             && self.station.as_ref().is_none_or(|station| *station == session.station)
             && self.profile.as_ref().is_none_or(|profile| *profile == session.profile)
@@ -208,41 +209,41 @@ impl SessionFilter {
     }
 }
 
-/// Something that happened to a device, or will.
+/// A past or future event in a device's life.
 #[derive(Debug, PartialEq, Eq)]
 pub struct DeviceEvent<'a> {
     /// Seconds since the Unix epoch.
     pub at: u64,
-    /// In which session.
+    /// The session of the event.
     pub session: &'a Session,
-    /// What, in words.
-    pub what: String,
+    /// Description of the event.
+    pub description: String,
 }
 
 impl DeviceReport {
-    /// What happened to its sessions, oldest first.
+    /// The events of all sessions, oldest first.
     pub fn timeline(&self) -> Vec<DeviceEvent<'_>> {
         let mut events: Vec<_> = self.sessions.iter().rev().flat_map(events).collect();
-        // Two things of the same second stay in the order in which they must have happened.
+        // The sort is stable: events of the same second stay in their causal order.
         events.sort_by_key(|event| event.at);
         events
     }
 }
 
 fn events(session: &Session) -> Vec<DeviceEvent<'_>> {
-    let event = |at, what| DeviceEvent { at, session, what };
-    let opened = event(session.created, format!("begun by {} as {}", session.station, session.profile));
-    let then = match &session.state {
+    let event = |at, description| DeviceEvent { at, session, description };
+    let opened = event(session.created, format!("opened by {} with profile {}", session.station, session.profile));
+    let latest = match &session.state {
         SessionState::Reserved => event(session.expires, "expires; its certificate is not signed yet".to_owned()),
         SessionState::Issued { .. } => event(session.expires, "expires; its certificate is signed".to_owned()),
         SessionState::Published { publication } => {
-            let what = format!("published as record {}; its key pair is about to be erased", publication.index);
-            event(publication.published, what)
+            let description = format!("published as record {}; its key pair is being erased", publication.index);
+            event(publication.published, description)
         }
         SessionState::Erased { publication } => {
             event(publication.published, format!("published as record {}, complete", publication.index))
         }
-        SessionState::Aborted { at, reason } => event(*at, format!("given up: {reason}")),
+        SessionState::Aborted { at, reason } => event(*at, format!("aborted: {reason}")),
     };
-    vec![opened, then]
+    vec![opened, latest]
 }

@@ -1,13 +1,13 @@
-//! A mirror of the log as files that any web server or object store can carry.
+//! Exports a mirror of the log as files that any web server or object store can serve.
 //!
-//! | in the mirror | is |
+//! | in the mirror | content |
 //! |---|---|
-//! | `checkpoint`, `tile/…` | the log, as C2SP tlog-tiles says, partial tiles of the checkpoint included |
+//! | `checkpoint`, `tile/…` | the log in the layout of C2SP tlog-tiles, with the checkpoint's partial tiles |
 //! | `log.vkey` | the log's public key |
 //! | `chip/<shard>/<chip ID>.cbor` | the newest record of a chip |
-//! | `chip/<shard>/<chip ID>.tlog-proof` | the proof that it is in the log |
+//! | `chip/<shard>/<chip ID>.tlog-proof` | the proof that this record is in the log |
 //!
-//! The shard is the beginning of the SHA-256 of the chip ID, so that no directory gets too large.
+//! The shard is the beginning of the SHA-256 of the chip ID. It limits the size of each directory.
 
 use std::fs;
 use std::io;
@@ -28,151 +28,151 @@ use crate::tlog::{
 const CHECKPOINT: &str = "checkpoint";
 const VKEY: &str = "log.vkey";
 
-/// The directory of a mirror in which the files of a chip are.
+/// The name of the directory below `chip/` that has the files of a chip.
 pub fn shard(chip: &ChipId) -> String {
     let mut shard = hex::encode(sha256(chip.as_bytes()));
     shard.truncate(3);
     shard
 }
 
-/// Where a mirror has the files of each chip.
+/// The directory of a mirror with the files of each chip.
 pub(super) const CHIPS: &str = "chip";
 
-/// Where a chip's record is in a mirror, and its proof.
+/// The paths of a chip's record and proof in a mirror.
 pub(super) fn chip_files(chip: &ChipId) -> (String, String) {
-    let of = shard(chip);
-    (format!("{CHIPS}/{of}/{chip}.cbor"), format!("{CHIPS}/{of}/{chip}.tlog-proof"))
+    let shard = shard(chip);
+    (format!("{CHIPS}/{shard}/{chip}.cbor"), format!("{CHIPS}/{shard}/{chip}.tlog-proof"))
 }
 
-/// What an export did.
+/// Result of [`export`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Exported {
-    /// Entries that the mirror had before.
-    pub before: u64,
-    /// Entries that it has now.
-    pub now: u64,
+pub struct ExportReport {
+    /// Entries in the mirror before the export.
+    pub entries_before: u64,
+    /// Entries in the mirror after the export.
+    pub entries: u64,
 }
 
-/// Why a mirror was not brought up to date. What it had it still has.
+/// Why an export failed. The mirror still has its previous checkpoint and everything that it covers.
 #[derive(Debug, thiserror::Error)]
 pub enum ExportError {
     /// The log cannot be read.
     #[error(transparent)]
     Source(#[from] SourceError),
-    /// A checkpoint or a tree is not what it must be.
+    /// A checkpoint or a tree is invalid.
     #[error("{what}: {cause}")]
-    Wrong {
-        /// Where.
+    Invalid {
+        /// The checkpoint or tree.
         what: String,
-        /// What is wrong.
+        /// Why it is invalid.
         cause: TlogError,
     },
-    /// The log does not continue what the mirror has.
-    #[error("the log does not continue the mirror: {0}; keep the mirror, it is evidence")]
+    /// The log is not an extension of the mirror.
+    #[error("the log is inconsistent with the mirror: {0}; keep the mirror as evidence")]
     Forked(String),
-    /// A part of the log is not what its tree says.
+    /// A part of the log does not match its tree.
     #[error("{what} of the log is damaged: {problem}")]
     Damaged {
-        /// Which part.
+        /// The damaged part.
         what: String,
-        /// What is wrong.
+        /// The problem.
         problem: String,
     },
-    /// A daemon's directory.
-    #[error("{} is a daemon's public database; make the mirror in a directory of its own", .0.display())]
+    /// The destination is a daemon's directory.
+    #[error("{} is a daemon's public database; export to a separate directory", .0.display())]
     Store(PathBuf),
-    /// The tiles of the mirror are not those of its checkpoint.
-    #[error("tiles of the mirror in {} are damaged, and the log is not; make it anew in an empty directory", .0.display())]
+    /// The tiles of the mirror do not match its checkpoint.
+    #[error("tiles of the mirror in {} are damaged, the log is intact; export to an empty directory", .0.display())]
     Mirror(PathBuf),
-    /// The mirror's directory.
+    /// A file operation in the mirror's directory failed.
     #[error("{doing} {}: {cause}", .path.display())]
     File {
-        /// What was done.
+        /// The operation.
         doing: &'static str,
-        /// To what.
+        /// The file or directory.
         path: PathBuf,
         /// Why it failed.
         cause: io::Error,
     },
 }
 
-fn file<'a>(doing: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> ExportError + 'a {
+fn file_error<'a>(doing: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> ExportError + 'a {
     move |cause| ExportError::File { doing, path: path.to_owned(), cause }
 }
 
-/// Brings a mirror up to date, or makes one. Whoever reads it meanwhile sees the old log or the new one: the checkpoint is replaced
-/// last, and everything that it covers is on the disk by then. Interrupted, it goes on where it was.
+/// Creates or updates a mirror. Concurrent readers see the old log or the new one: the checkpoint is replaced last, after
+/// everything that it covers is on disk. Running the export again after an interruption completes it.
 pub fn export(
     source: &mut dyn LogSource,
     key: &LogKey,
     dir: &Path,
     progress: &mut dyn FnMut(u64, u64),
-) -> Result<Exported, ExportError> {
+) -> Result<ExportReport, ExportError> {
     if is_store(dir) {
         return Err(ExportError::Store(dir.to_owned()));
     }
-    // 1. What there is, and what will be.
+    // 1. Read the mirror's checkpoint and the log's.
     let note = source.checkpoint()?;
     let new = SignedCheckpoint::verify(&note, key)
-        .map_err(|cause| ExportError::Wrong { what: format!("the checkpoint of {}", source.name()), cause })?;
-    fs::create_dir_all(dir).map_err(file("making", dir))?;
-    let lock = fs::File::open(dir).map_err(file("opening", dir))?;
+        .map_err(|cause| ExportError::Invalid { what: format!("checkpoint of {}", source.name()), cause })?;
+    fs::create_dir_all(dir).map_err(file_error("creating", dir))?;
+    let lock = fs::File::open(dir).map_err(file_error("opening", dir))?;
     rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)
-        .map_err(|e| file("another export works in", dir)(e.into()))?;
-    let old = mirrored(dir, key)?;
+        .map_err(|e| file_error("another export is running in", dir)(e.into()))?;
+    let old = read_checkpoint(dir, key)?;
     let before = old.as_ref().map_or(0, SignedCheckpoint::size);
     if new.size() < before {
-        let problem = format!("the mirror has {before} entries and the log only {}", new.size());
+        let problem = format!("the mirror has {before} entries, the log only {}", new.size());
         return Err(ExportError::Forked(problem));
     }
-    // 2. The log's hashes lead from the mirror's tree to the signed root; only then is anything believed.
+    // 2. Verify that the log's leaf hashes extend the mirror's tree to the signed root, before anything is copied.
     let base = before / BUNDLE * BUNDLE;
-    let leaves = Leaves::of(&*source, dir, base, old.as_ref(), &new)?;
-    // 3. Entries and tiles, each checked against those hashes.
+    let leaves = LeafHashes::verify(&*source, dir, base, old.as_ref(), &new)?;
+    // 3. Copy entries and tiles, each verified against these hashes.
     let mut tree = read_tree(dir, base)?;
     for number in base / BUNDLE..new.size().div_ceil(BUNDLE) {
         copy_bundle(&*source, dir, &leaves, number, new.size(), &mut tree)?;
         progress(tree.size().max(before) - before, (new.size() - before) * 2);
     }
-    partial_tiles(dir, &tree)?;
-    // 4. The files of the chips whose records are new.
-    chips(dir, &tree, before, &new, progress)?;
-    // 5. All of it is on the disk before the checkpoint says that it is there.
-    write_new(&dir.join(VKEY), format!("{key}\n").as_bytes()).map_err(file("writing", &dir.join(VKEY)))?;
-    rustix::fs::syncfs(&lock).map_err(|e| file("syncing", dir)(e.into()))?;
-    remove_outgrown(dir, base, new.size());
+    write_partial_tiles(dir, &tree)?;
+    // 4. Write the files of the chips that have new records.
+    write_chip_files(dir, &tree, before, &new, progress)?;
+    // 5. Sync all files before replacing the checkpoint that covers them.
+    write_new(&dir.join(VKEY), format!("{key}\n").as_bytes()).map_err(file_error("writing", &dir.join(VKEY)))?;
+    rustix::fs::syncfs(&lock).map_err(|e| file_error("syncing", dir)(e.into()))?;
+    remove_superseded(dir, base, new.size());
     let path = dir.join(CHECKPOINT);
-    write_new(&path, new.note()).map_err(file("writing", &path))?;
-    Ok(Exported { before, now: new.size() })
+    write_new(&path, new.note()).map_err(file_error("writing", &path))?;
+    Ok(ExportReport { entries_before: before, entries: new.size() })
 }
 
-/// The checkpoint of the mirror as it is.
-fn mirrored(dir: &Path, key: &LogKey) -> Result<Option<SignedCheckpoint>, ExportError> {
+/// The mirror's current checkpoint.
+fn read_checkpoint(dir: &Path, key: &LogKey) -> Result<Option<SignedCheckpoint>, ExportError> {
     let path = dir.join(CHECKPOINT);
     match fs::read(&path) {
         Ok(note) => SignedCheckpoint::verify(&note, key)
             .map(Some)
-            .map_err(|cause| ExportError::Wrong { what: path.display().to_string(), cause }),
+            .map_err(|cause| ExportError::Invalid { what: path.display().to_string(), cause }),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(file("reading", &path)(error)),
+        Err(error) => Err(file_error("reading", &path)(error)),
     }
 }
 
 fn read_tree(dir: &Path, size: u64) -> Result<Tree, ExportError> {
-    let what = || format!("the mirror in {}", dir.display());
-    Tree::read(size, &FullTiles(dir)).map_err(|cause| ExportError::Wrong { what: what(), cause })
+    let what = || format!("mirror in {}", dir.display());
+    Tree::read(size, &FullTiles(dir)).map_err(|cause| ExportError::Invalid { what: what(), cause })
 }
 
-/// The hashes of the leaves that are new, by tile: known to lead to the signed root.
-struct Leaves {
+/// The hashes of the new leaves by tile, verified against the signed root.
+struct LeafHashes {
     first: u64,
-    /// Of each full tile the hash of all of it; kept instead of the hashes, of which there are many.
+    /// The hash of each full tile's content, which needs less memory than the leaf hashes.
     full: Vec<TreeHash>,
     last: Vec<u8>,
 }
 
-impl Leaves {
-    fn of(
+impl LeafHashes {
+    fn verify(
         source: &dyn LogSource,
         dir: &Path,
         base: u64,
@@ -181,31 +181,33 @@ impl Leaves {
     ) -> Result<Self, ExportError> {
         let mut tree = read_tree(dir, base)?;
         let mut leaves = Self { first: base / BUNDLE, full: Vec::new(), last: Vec::new() };
-        let differs = |tree: &Tree| old.is_some_and(|old| old.size() == tree.size() && old.root() != tree.root());
-        let mut continues = !differs(&tree);
+        let is_inconsistent =
+            |tree: &Tree| old.is_some_and(|old| old.size() == tree.size() && old.root() != tree.root());
+        let mut consistent = !is_inconsistent(&tree);
         for number in leaves.first..new.size().div_ceil(BUNDLE) {
             let hashes = leaf_tile(source, number, new.size())?;
             for leaf in hashes.as_chunks::<32>().0 {
                 let full = tree.push(*leaf);
                 leaves.full.extend(full.first().map(|tile| sha256(&tile.hashes)));
-                continues &= !differs(&tree);
+                consistent &= !is_inconsistent(&tree);
             }
             leaves.last = hashes;
         }
-        match continues && tree.root() == new.root() {
+        match consistent && tree.root() == new.root() {
             true => Ok(leaves),
-            false => Err(why_not(source, dir, old, new)?),
+            false => Err(diagnose_mismatch(source, dir, old, new)?),
         }
     }
 
-    fn are(&self, number: u64, hashes: &[u8]) -> bool {
-        let at = usize::try_from(number - self.first).unwrap_or(usize::MAX);
-        self.full.get(at).map_or(hashes == self.last, |known| sha256(hashes) == *known)
+    fn matches(&self, number: u64, hashes: &[u8]) -> bool {
+        let position = usize::try_from(number - self.first).unwrap_or(usize::MAX);
+        self.full.get(position).map_or(hashes == self.last, |digest| sha256(hashes) == *digest)
     }
 }
 
-/// Whose fault it is that the log's hashes do not lead from the mirror's tree to the signed root: the whole log tells.
-fn why_not(
+/// Reads the whole log to find out why its hashes do not extend the mirror's tree to the signed root: damaged log, fork, or
+/// damaged mirror.
+fn diagnose_mismatch(
     source: &dyn LogSource,
     dir: &Path,
     old: Option<&SignedCheckpoint>,
@@ -221,12 +223,12 @@ fn why_not(
         }
     }
     if tree.root() != new.root() {
-        let problem = "its hashes do not lead to the root of the checkpoint".to_owned();
-        return Ok(ExportError::Damaged { what: format!("the tree of {} entries", new.size()), problem });
+        let problem = "the hashes do not match the root of the checkpoint".to_owned();
+        return Ok(ExportError::Damaged { what: format!("tree of {} entries", new.size()), problem });
     }
     Ok(match old.filter(|old| old.root() != before) {
         Some(old) => ExportError::Forked(format!(
-            "its first {} entries are not those that the mirror has; somebody rewrote them, or there are two logs of one name",
+            "its first {} entries differ from those of the mirror; they were rewritten, or two logs use the same name",
             old.size()
         )),
         None => ExportError::Mirror(dir.to_owned()),
@@ -240,7 +242,7 @@ fn leaf_tile(source: &dyn LogSource, number: u64, size: u64) -> Result<Vec<u8>, 
     match hashes.len() == usize::from(tile.width()) * 32 {
         true => Ok(hashes),
         false => {
-            let problem = format!("it has {} bytes", hashes.len());
+            let problem = format!("unexpected length {} bytes", hashes.len());
             Err(ExportError::Damaged { what: tile.to_string(), problem })
         }
     }
@@ -249,7 +251,7 @@ fn leaf_tile(source: &dyn LogSource, number: u64, size: u64) -> Result<Vec<u8>, 
 fn copy_bundle(
     source: &dyn LogSource,
     dir: &Path,
-    leaves: &Leaves,
+    leaves: &LeafHashes,
     number: u64,
     size: u64,
     tree: &mut Tree,
@@ -257,26 +259,27 @@ fn copy_bundle(
     let hashes = leaf_tile(source, number, size)?;
     let id = TileId::in_tree(TileKind::Entries, number, size).unwrap_or(TileId::full(TileKind::Entries, number));
     let damaged = |problem: String| ExportError::Damaged { what: id.to_string(), problem };
-    if !leaves.are(number, &hashes) {
-        return Err(damaged("its hashes changed while it was read".to_owned()));
+    if !leaves.matches(number, &hashes) {
+        return Err(damaged("the hashes changed during the export".to_owned()));
     }
     let bytes = source.tile(id)?;
-    let entries = bundle::exactly(&bytes, id.width().into()).map_err(|e| damaged(e.to_string()))?;
+    let entries = bundle::decode_exactly(&bytes, id.width().into()).map_err(|e| damaged(e.to_string()))?;
     for (entry, hash) in entries.iter().zip(hashes.as_chunks::<32>().0) {
         if leaf_hash(entry) != *hash {
-            return Err(damaged(format!("entry {} is not the one of the tree", tree.size())));
+            return Err(damaged(format!("entry {} does not match the tree", tree.size())));
         }
         for FullTile { id, hashes } in tree.push(*hash) {
             let path = dir.join(id.to_string());
-            write_unsynced(&path, &hashes).map_err(file("writing", &path))?;
+            write_unsynced(&path, &hashes).map_err(file_error("writing", &path))?;
         }
     }
     let path = dir.join(id.to_string());
-    write_unsynced(&path, &bytes).map_err(file("writing", &path))
+    write_unsynced(&path, &bytes).map_err(file_error("writing", &path))
 }
 
-/// Removes partial ones of earlier checkpoints whose full one is on the disk: whoever still wants one reads the full one instead.
-fn remove_outgrown(dir: &Path, base: u64, size: u64) {
+/// Removes partial tiles of earlier checkpoints whose full tile is on disk. Readers of a removed partial tile read the full tile
+/// instead.
+fn remove_superseded(dir: &Path, base: u64, size: u64) {
     let levels = (0..8).map(|level| (TileKind::Hashes(level), 8 * (u32::from(level) + 1)));
     for (kind, shift) in levels.chain([(TileKind::Entries, 8)]) {
         for number in base.checked_shr(shift).unwrap_or(0)..size.checked_shr(shift).unwrap_or(0) {
@@ -285,8 +288,8 @@ fn remove_outgrown(dir: &Path, base: u64, size: u64) {
     }
 }
 
-/// The tiles of the right edge, as the specification wants them.
-fn partial_tiles(dir: &Path, tree: &Tree) -> Result<(), ExportError> {
+/// Writes the partial tiles of the tree's right edge.
+fn write_partial_tiles(dir: &Path, tree: &Tree) -> Result<(), ExportError> {
     for level in 0..64 {
         let of_level = tree.size().checked_shr(8 * u32::from(level)).unwrap_or(0);
         if of_level == 0 {
@@ -296,16 +299,16 @@ fn partial_tiles(dir: &Path, tree: &Tree) -> Result<(), ExportError> {
         let Some(tile) = TileId::in_tree(TileKind::Hashes(level), index, tree.size()) else { continue };
         if let Some(hashes) = tree.partial(tile) {
             let path = dir.join(tile.to_string());
-            write_unsynced(&path, hashes).map_err(file("writing", &path))?;
+            write_unsynced(&path, hashes).map_err(file_error("writing", &path))?;
         }
     }
     Ok(())
 }
 
-/// The tiles of a mirror that is being made: the full ones are files, the rest is in the tree.
-struct Mirrored<'a>(&'a Path, &'a Tree);
+/// The tiles of a mirror during an export: full tiles from files, partial tiles from the tree.
+struct MirrorTiles<'a>(&'a Path, &'a Tree);
 
-impl HashSource for Mirrored<'_> {
+impl HashSource for MirrorTiles<'_> {
     fn tile(&self, tile: TileId) -> Result<Vec<u8>, String> {
         match self.1.partial(tile) {
             Some(hashes) => Ok(hashes.to_vec()),
@@ -314,7 +317,7 @@ impl HashSource for Mirrored<'_> {
     }
 }
 
-fn chips(
+fn write_chip_files(
     dir: &Path,
     tree: &Tree,
     before: u64,
@@ -325,19 +328,19 @@ fn chips(
     for number in before / BUNDLE..size.div_ceil(BUNDLE) {
         let id = TileId::in_tree(TileKind::Entries, number, size).unwrap_or(TileId::full(TileKind::Entries, number));
         let path = dir.join(id.to_string());
-        let bytes = fs::read(&path).map_err(file("reading", &path))?;
+        let bytes = fs::read(&path).map_err(file_error("reading", &path))?;
         let damaged = |problem: String| ExportError::Damaged { what: id.to_string(), problem };
-        let entries = bundle::exactly(&bytes, id.width().into()).map_err(|e| damaged(e.to_string()))?;
+        let entries = bundle::decode_exactly(&bytes, id.width().into()).map_err(|e| damaged(e.to_string()))?;
         for (index, entry) in (number * BUNDLE..).zip(entries).skip_while(|(index, _)| *index < before) {
-            let known = LogEntry::from_bytes(entry).map_err(|e| damaged(format!("entry {index}: {e}")))?;
-            let LogEntry::Device(record) = known else { continue };
-            let hashes = prove_inclusion(tree, index, &Mirrored(dir, tree));
+            let decoded = LogEntry::from_bytes(entry).map_err(|e| damaged(format!("entry {index}: {e}")))?;
+            let LogEntry::Device(record) = decoded else { continue };
+            let hashes = prove_inclusion(tree, index, &MirrorTiles(dir, tree));
             let hashes = hashes.map_err(|e| damaged(format!("entry {index}: {e}")))?;
             let proof = LogProof::new(index, hashes, checkpoint).to_bytes();
             let (record_file, proof_file) = chip_files(&record.chip);
             for (name, bytes) in [(proof_file, &proof[..]), (record_file, entry)] {
                 let path = dir.join(name);
-                replace_unsynced(&path, bytes).map_err(file("writing", &path))?;
+                replace_unsynced(&path, bytes).map_err(file_error("writing", &path))?;
             }
         }
         let done = (number * BUNDLE + BUNDLE).min(size).max(before) - before;
@@ -346,11 +349,11 @@ fn chips(
     Ok(())
 }
 
-/// Writes what is never changed; the sync comes for all files at once.
+/// Writes a file that never changes, without a sync: one sync follows for all files.
 fn write_unsynced(path: &Path, bytes: &[u8]) -> io::Result<()> {
     match fs::read(path) {
         Ok(found) if found == bytes => Ok(()),
-        // Left half-written by a crash, or by a checkpoint that was never published.
+        // The existing file was left by a crash, or belongs to a checkpoint that was never published.
         _ => replace_unsynced(path, bytes),
     }
 }

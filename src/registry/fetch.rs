@@ -1,4 +1,4 @@
-//! Asking a web server, within limits: for mirrors, for the log of another daemon, and for witnesses.
+//! An HTTP client with limits on time and size, for mirrors, other daemons' logs and witnesses.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -7,41 +7,41 @@ use std::time::Duration;
 use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
 use ureq::{Agent, Body, http};
 
-/// No request takes longer.
-const LIMIT: Duration = Duration::from_secs(30);
-/// How often a server that has too much to do is asked again.
-const ATTEMPTS: u32 = 8;
-/// Longest pause that a server may ask for.
-const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// Timeout of a request to a mirror.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+/// Maximum attempts while a server answers that it is busy.
+const MAX_ATTEMPTS: u32 = 8;
+/// Maximum pause that is accepted from a server's `Retry-After`.
+const MAX_PAUSE: Duration = Duration::from_secs(30);
 
 /// An HTTP client.
 #[derive(Clone)]
 pub(super) struct Fetcher(Agent);
 
-/// What a server answered.
-pub(super) struct Answer {
+/// Status and body of a response.
+pub(super) struct Response {
     pub(super) status: u16,
     pub(super) body: Vec<u8>,
 }
 
 impl Fetcher {
-    /// A client for mirrors: it follows redirections, and waits as long as a large file may take.
-    pub(super) fn of_mirrors(authority: Option<&Path>) -> Result<Self, String> {
-        Self::new(authority, LIMIT, 5)
+    /// A client for mirrors. It follows redirects, and its timeout allows large files.
+    pub(super) fn for_mirrors(authority: Option<&Path>) -> Result<Self, String> {
+        Self::new(authority, REQUEST_TIMEOUT, 5)
     }
 
-    /// A client for somebody who is asked again and again and must not lead anywhere else.
-    pub(super) fn of_witnesses(authority: Option<&Path>, limit: Duration) -> Result<Self, String> {
+    /// A client for witnesses. It follows no redirects.
+    pub(super) fn for_witnesses(authority: Option<&Path>, limit: Duration) -> Result<Self, String> {
         Self::new(authority, limit, 0)
     }
 
-    /// A client that trusts the CA certificates in that PEM file, or else those that the system trusts.
+    /// A client that trusts the CA certificates in the PEM file `authority`, or those of the system if there is none.
     fn new(authority: Option<&Path>, limit: Duration, redirects: u32) -> Result<Self, String> {
         let roots = match authority {
             None => {
-                let known = rustls_native_certs::load_native_certs().certs;
+                let certificates = rustls_native_certs::load_native_certs().certs;
                 RootCerts::Specific(Arc::new(
-                    known.iter().map(|known| Certificate::from_der(known).to_owned()).collect(),
+                    certificates.iter().map(|der| Certificate::from_der(der).to_owned()).collect(),
                 ))
             }
             Some(path) => {
@@ -52,7 +52,7 @@ impl Fetcher {
                 });
                 let certificates: Vec<_> = certificates.collect();
                 if certificates.is_empty() {
-                    return Err(format!("{}: there is no certificate (PEM) in it", path.display()));
+                    return Err(format!("{}: no PEM certificate found", path.display()));
                 }
                 RootCerts::Specific(Arc::new(certificates))
             }
@@ -71,29 +71,30 @@ impl Fetcher {
         Ok(Self(config.into()))
     }
 
-    /// GET; at most so many bytes are read. A server that says it has too much to do is asked again after the pause it wants.
-    pub(super) fn get(&self, url: &str, most: u64) -> Result<Answer, String> {
+    /// Sends a GET request and reads at max_bytes `max_bytes` bytes of the body. Retries if the server is busy (429, 503), after
+    /// the pause in `Retry-After`.
+    pub(super) fn get(&self, url: &str, max_bytes: u64) -> Result<Response, String> {
         let mut attempt = 0;
         loop {
             let answer = self.0.get(url).call().map_err(|e| e.to_string())?;
             let busy = matches!(answer.status().as_u16(), 429 | 503);
             attempt += 1;
-            if !busy || attempt >= ATTEMPTS {
-                return read(answer, most);
+            if !busy || attempt >= MAX_ATTEMPTS {
+                return read(answer, max_bytes);
             }
             let pause = answer.headers().get(http::header::RETRY_AFTER);
             let pause = pause.and_then(|value| value.to_str().ok()?.parse().ok()).map_or(1, |seconds: u64| seconds);
-            std::thread::sleep(Duration::from_secs(pause.max(1)).min(LONGEST_PAUSE));
+            std::thread::sleep(Duration::from_secs(pause.max(1)).min(MAX_PAUSE));
         }
     }
 
-    /// POST.
-    pub(super) fn post(&self, url: &str, body: &[u8], most: u64) -> Result<Answer, String> {
-        read(self.0.post(url).send(body).map_err(|e| e.to_string())?, most)
+    /// Sends a POST request and reads at max_bytes `max_bytes` bytes of the response.
+    pub(super) fn post(&self, url: &str, body: &[u8], max_bytes: u64) -> Result<Response, String> {
+        read(self.0.post(url).send(body).map_err(|e| e.to_string())?, max_bytes)
     }
 }
 
-fn read(mut answer: http::Response<Body>, most: u64) -> Result<Answer, String> {
-    let body = answer.body_mut().with_config().limit(most).read_to_vec().map_err(|e| e.to_string())?;
-    Ok(Answer { status: answer.status().as_u16(), body })
+fn read(mut answer: http::Response<Body>, max_bytes: u64) -> Result<Response, String> {
+    let body = answer.body_mut().with_config().limit(max_bytes).read_to_vec().map_err(|e| e.to_string())?;
+    Ok(Response { status: answer.status().as_u16(), body })
 }

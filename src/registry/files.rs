@@ -1,4 +1,4 @@
-//! The log's directory: what is written when, and what a crash leaves of it.
+//! The files of a log: atomic writes, and recovery after a crash.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
@@ -8,9 +8,9 @@ use std::sync::Arc;
 
 use rustix::fs::Advice;
 
-use super::first_checkpoints::{self, SignedSize};
+use super::first_checkpoints::{self, CompactCheckpoint};
 use super::partial_bundle::{self, Batch};
-use crate::store::directory::{Fs, LAST_ROOM, StoreDir, StoreKind, sync_dir};
+use crate::store::directory::{Fs, MIN_FREE_BYTES, StoreDir, StoreKind, sync_dir};
 use crate::store::{LogEntry, StoreError, StoreOptions};
 use crate::tlog::{
     FULL_WIDTH, FullTile, HashSource, LogKey, SignedCheckpoint, TileId, TileKind, Tree, TreeHash, bundle, leaf_hash,
@@ -18,40 +18,40 @@ use crate::tlog::{
 
 pub(super) static KIND: StoreKind = StoreKind { name: "public database", marker: "public", format: 2 };
 
-const EDGE: &str = "edge";
-const TILE: &str = "tile";
-const INDEX: &str = "index";
+const PARTIAL_BUNDLE_DIR: &str = "edge";
+const TILE_DIR: &str = "tile";
+const INDEX_DIR: &str = "index";
 /// Entries of a full bundle.
 pub(super) const BUNDLE: u64 = FULL_WIDTH as u64;
 
-/// The files of a log. What is full may be read by anybody at any time; only the sequencer writes.
+/// The files of a log. Full tiles and bundles can be read at any time; only the sequencer writes.
 pub(super) struct LogFiles {
-    place: StoreDir,
+    store_dir: StoreDir,
 }
 
 /// The file that batches are appended to.
 pub(super) struct PartialBundleFile {
     file: File,
-    /// Bytes of whole batches.
+    /// Length of the complete batches in bytes.
     length: u64,
-    /// The index of its first entry; a multiple of 256.
+    /// The index of the first entry; a multiple of 256.
     base: u64,
-    /// So many entries below that are device records.
+    /// Number of device records among the entries below `base`.
     records: u64,
 }
 
-/// What the files hold.
-pub(super) struct Found {
-    /// The tree with every entry.
+/// The state of a log as read from its files.
+pub(super) struct RecoveredLog {
+    /// The tree of all entries.
     pub(super) tree: Tree,
-    /// The checkpoint of that tree; none before the first one was signed.
+    /// The checkpoint of that tree; `None` before the first one is first_checkpoints.
     pub(super) checkpoint: Option<SignedCheckpoint>,
     /// The entries that are not in full bundles.
     pub(super) entries: Vec<Vec<u8>>,
-    /// The checkpoints that covered them first.
-    pub(super) signed: Vec<SignedSize>,
-    /// Where the next batch goes.
-    pub(super) edge: PartialBundleFile,
+    /// The first checkpoints that covered `entries`.
+    pub(super) first_checkpoints: Vec<CompactCheckpoint>,
+    /// The file for the next batch.
+    pub(super) partial_bundle: PartialBundleFile,
 }
 
 /// Why a batch was not written.
@@ -64,7 +64,7 @@ pub(super) enum AppendError {
 }
 
 impl AppendError {
-    fn of(error: io::Error) -> Self {
+    fn from_io(error: io::Error) -> Self {
         if is_full(&error) { Self::Full(error) } else { Self::Failed(error) }
     }
 }
@@ -74,134 +74,148 @@ fn is_full(error: &io::Error) -> bool {
 }
 
 impl LogFiles {
-    /// Makes the directory of an empty log, without its index.
-    pub(super) fn create(dir: &Path, options: &StoreOptions, door: Arc<dyn Fs>) -> Result<Self, StoreError> {
-        let files = Self { place: StoreDir::make(&KIND, dir, options, door)? };
-        let make = || {
-            for directory in [TILE, EDGE] {
+    /// Creates the directory of an empty log, without its index.
+    pub(super) fn create(dir: &Path, options: &StoreOptions, fs: Arc<dyn Fs>) -> Result<Self, StoreError> {
+        let files = Self { store_dir: StoreDir::create(&KIND, dir, options, fs)? };
+        let create = || {
+            for directory in [TILE_DIR, PARTIAL_BUNDLE_DIR] {
                 fs::create_dir(dir.join(directory))?;
             }
-            write_new(&edge_path(dir, 0), &[])?;
+            write_new(&partial_bundle_path(dir, 0), &[])?;
             sync_dir(dir)
         };
-        make().map_err(|e| files.place.failed("making the log", e))?;
+        create().map_err(|e| files.store_dir.failed("creating the log", e))?;
         Ok(files)
     }
 
-    /// The last step of making it: from now on it counts.
+    /// Completes the creation: from now on the directory is a valid log.
     pub(super) fn finish(&self) -> Result<(), StoreError> {
-        self.place.finish()
+        self.store_dir.write_marker()
     }
 
-    /// Takes over the directory of an existing log.
-    pub(super) fn take(dir: &Path, options: &StoreOptions, door: Arc<dyn Fs>) -> Result<Self, StoreError> {
-        Ok(Self { place: StoreDir::take(&KIND, dir, options, door)? })
+    /// Opens and locks the directory of an existing log.
+    pub(super) fn open(dir: &Path, options: &StoreOptions, fs: Arc<dyn Fs>) -> Result<Self, StoreError> {
+        Ok(Self { store_dir: StoreDir::open(&KIND, dir, options, fs)? })
     }
 
-    pub(super) const fn place(&self) -> &StoreDir {
-        &self.place
+    pub(super) const fn store_dir(&self) -> &StoreDir {
+        &self.store_dir
     }
 
     pub(super) fn index_dir(&self) -> PathBuf {
-        self.place.dir.join(INDEX)
+        self.store_dir.dir.join(INDEX_DIR)
     }
 
-    /// Reads what is there and finishes what a crash left: a batch that was cut off goes, bundles that became full are written.
-    /// So many entries were acknowledged: with fewer nothing is touched.
-    pub(super) fn recover(&self, key: &LogKey, acknowledged: u64) -> Result<Found, StoreError> {
-        let mut found = self.find(key, acknowledged)?;
-        let mut finish =
-            || self.turn_over(found.checkpoint.as_ref(), &mut found.entries, &found.signed, &mut found.edge);
-        let finished = match finish() {
-            Err(error) if is_full(&error) && self.place.give_up_reserve() => finish(),
-            finished => finished,
+    /// Reads the files and completes what a crash interrupted: removes a truncated batch and seals full bundles. Changes nothing
+    /// and fails if the files have fewer than `acknowledged` entries.
+    pub(super) fn recover(&self, key: &LogKey, acknowledged: u64) -> Result<RecoveredLog, StoreError> {
+        let mut recovered = self.read_files(key, acknowledged)?;
+        let mut seal = || {
+            self.seal_full_bundles(
+                recovered.checkpoint.as_ref(),
+                &mut recovered.entries,
+                &recovered.first_checkpoints,
+                &mut recovered.partial_bundle,
+            )
         };
-        match finished {
-            // The edge has all of it. It is tried again with each batch, and no new ones come while there is no room.
-            Err(error) if is_full(&error) => tracing::warn!(%error, "there is no room for full bundles"),
-            finished => finished.map_err(|e| self.failed("finishing what was begun", &e))?,
+        let sealed = match seal() {
+            Err(error) if is_full(&error) && self.store_dir.release_reserve() => seal(),
+            sealed => sealed,
+        };
+        match sealed {
+            // The partial bundle has all entries. Sealing is retried with each batch, and none is accepted while the disk is
+            // full.
+            Err(error) if is_full(&error) => tracing::warn!(%error, "disk full: full bundles not written"),
+            sealed => sealed.map_err(|e| self.failed("sealing full bundles", &e))?,
         }
-        found.signed.retain(|signed| signed.size > found.edge.base);
-        self.place.keep_reserve();
-        Ok(found)
+        recovered.first_checkpoints.retain(|checkpoint| checkpoint.size > recovered.partial_bundle.base);
+        self.store_dir.ensure_reserve();
+        Ok(recovered)
     }
 
-    fn find(&self, key: &LogKey, acknowledged: u64) -> Result<Found, StoreError> {
-        let dir = &self.place.dir;
+    fn read_files(&self, key: &LogKey, acknowledged: u64) -> Result<RecoveredLog, StoreError> {
+        let dir = &self.store_dir.dir;
         let failed = |e: io::Error| self.failed("reading the log", &e);
-        let (base, path) = newest_edge(dir).map_err(failed)?;
+        let (base, path) = newest_partial_bundle(dir).map_err(failed)?;
         let file = OpenOptions::new().read(true).write(true).open(&path).map_err(failed)?;
-        // A batch that was written and not synced when a process died is in the cache alone: what is believed below is on the disk by
-        // then. After a failed sync the cache may hold what never reached it and counts as clean: it is read anew.
-        file.sync_all().and_then(|()| sync_dir(&dir.join(EDGE))).map_err(failed)?;
+        // A batch that was written but not synced when a process died is in the page cache only: the sync puts it on disk before
+        // it is accepted below. After a failed sync, the cache may hold lost pages that the kernel marked clean: drop the cache
+        // and read the disk.
+        file.sync_all().and_then(|()| sync_dir(&dir.join(PARTIAL_BUNDLE_DIR))).map_err(failed)?;
         rustix::fs::fadvise(&file, 0, None, Advice::DontNeed).map_err(|e| failed(e.into()))?;
         let mut bytes = Vec::new();
         (&file).read_to_end(&mut bytes).map_err(failed)?;
-        let what = || path.display().to_string();
-        let damaged = |cause: String| StoreError::Damaged { store: KIND.name, what: what(), cause };
+        let file_name = || path.display().to_string();
+        let damaged = |cause: String| StoreError::Damaged { store: KIND.name, what: file_name(), cause };
         let mut tree = Tree::read(base, &FullTiles(dir)).map_err(|e| damaged(e.to_string()))?;
-        let edge = partial_bundle::read(&bytes, &tree, key).map_err(damaged)?;
-        if edge.batches.is_empty() && base > 0 {
+        let partial_bundle = partial_bundle::read(&bytes, &tree, key).map_err(damaged)?;
+        if partial_bundle.batches.is_empty() && base > 0 {
             return Err(damaged(
-                "it has no checkpoint that the log key has signed; was another key configured, or is the file damaged?"
+                "no checkpoint signed by the log key; check that the configured key is the log's, or restore the file from a copy"
                     .into(),
             ));
         }
-        let (mut entries, mut signed, mut checkpoint) = (Vec::new(), Vec::new(), None);
-        for (batch, of_batch) in edge.batches {
+        let (mut entries, mut first_checkpoints, mut checkpoint) = (Vec::new(), Vec::new(), None);
+        for (batch, batch_checkpoint) in partial_bundle.batches {
             batch.entries.iter().for_each(|entry| drop(tree.push(leaf_hash(entry))));
             entries.extend(batch.entries);
-            signed.extend(SignedSize::of(&of_batch, key));
-            checkpoint = Some(of_batch);
+            first_checkpoints.extend(CompactCheckpoint::of(&batch_checkpoint, key));
+            checkpoint = Some(batch_checkpoint);
         }
         if tree.size() < acknowledged {
             return Err(damaged(format!(
-                "it ends with entry {}, and {acknowledged} are known: the files are damaged or an old copy; put the newest copy \
-                 of {} in its place, or accept the loss with sppctl registry reindex --accept-loss",
+                "{} entries found, {acknowledged} expected: the files are damaged or an old copy; restore the newest copy \
+                 of {}, or accept the loss with sppctl registry reindex --accept-loss",
                 tree.size(),
                 dir.display()
             )));
         }
-        let length = edge.length as u64;
-        let cut = bytes.len() as u64 - length;
-        if cut > 0 {
-            // Nobody was told of it: an answer follows the sync of the whole batch.
-            tracing::warn!(file = %what(), bytes = cut, "a batch that a crash cut off is removed");
+        let length = partial_bundle.length as u64;
+        let truncated = bytes.len() as u64 - length;
+        if truncated > 0 {
+            // The batch was not acknowledged: answers follow the sync of the whole batch.
+            tracing::warn!(file = %file_name(), bytes = truncated, "removing a batch truncated by a crash");
             file.set_len(length).and_then(|()| file.sync_all()).map_err(failed)?;
         }
-        remove_older_edges(dir, base).map_err(failed)?;
+        remove_older_partial_bundles(dir, base).map_err(failed)?;
         let records =
             first_checkpoints::records_below(dir, base).map_err(|e| self.failed("counting the device records", &e))?;
-        Ok(Found { tree, checkpoint, entries, signed, edge: PartialBundleFile { file, length, base, records } })
+        Ok(RecoveredLog {
+            tree,
+            checkpoint,
+            entries,
+            first_checkpoints,
+            partial_bundle: PartialBundleFile { file, length, base, records },
+        })
     }
 
-    /// Appends a batch and makes it durable: the commit of its entries and its checkpoint, both or neither.
-    pub(super) fn append(&self, edge: &mut PartialBundleFile, batch: &Batch) -> Result<(), AppendError> {
+    /// Appends a batch durably: its entries and its checkpoint, both or neither.
+    pub(super) fn append(&self, partial_bundle: &mut PartialBundleFile, batch: &Batch) -> Result<(), AppendError> {
         let bytes = batch.to_bytes().map_err(|e| AppendError::Failed(io::Error::other(e)))?;
-        self.place.door.before_apply().map_err(AppendError::of)?;
-        // A crash up to the sync leaves nothing, all, or a part that is no batch and is removed at the next start. Nobody was told
-        // anything, and the checkpoint's signature has not left this process.
-        edge.file.write_all_at(&bytes, edge.length).map_err(AppendError::of)?;
-        // Never tried again on this file: after a failed sync the kernel calls the lost pages clean.
-        self.place.door.sync(&edge.file).map_err(AppendError::of)?;
-        edge.length += bytes.len() as u64;
+        self.store_dir.fs.before_apply().map_err(AppendError::from_io)?;
+        // A crash before the sync leaves nothing, the whole batch, or a part that the next start removes. No caller has an answer
+        // yet, and the checkpoint's signature has not left this process.
+        partial_bundle.file.write_all_at(&bytes, partial_bundle.length).map_err(AppendError::from_io)?;
+        // Do not retry on this file: after a failed sync the kernel marks the lost pages clean.
+        self.store_dir.fs.sync(&partial_bundle.file).map_err(AppendError::from_io)?;
+        partial_bundle.length += bytes.len() as u64;
         Ok(())
     }
 
-    /// Writes the bundles that became full, with the tiles above them, and begins a new edge with the rest. Whatever stops it, the
-    /// old edge still has all of it, and the next start does it again.
-    pub(super) fn turn_over(
+    /// Writes full bundles and the tiles above them, and begins a new partial bundle with the remaining entries. If this is
+    /// interrupted, the old partial bundle still has all entries, and the next start repeats it.
+    pub(super) fn seal_full_bundles(
         &self,
         checkpoint: Option<&SignedCheckpoint>,
         entries: &mut Vec<Vec<u8>>,
-        signed: &[SignedSize],
-        edge: &mut PartialBundleFile,
+        first_checkpoints: &[CompactCheckpoint],
+        partial_bundle: &mut PartialBundleFile,
     ) -> io::Result<()> {
-        let dir = &self.place.dir;
+        let dir = &self.store_dir.dir;
         let Some(checkpoint) = checkpoint.filter(|_| entries.len() as u64 >= BUNDLE) else { return Ok(()) };
-        let mut growing = Tree::read(edge.base, &FullTiles(dir)).map_err(io::Error::other)?;
+        let mut growing = Tree::read(partial_bundle.base, &FullTiles(dir)).map_err(io::Error::other)?;
         let full = entries.len() / BUNDLE as usize * BUNDLE as usize;
-        let (mut bytes, mut records) = (Vec::new(), edge.records);
+        let (mut bytes, mut records) = (Vec::new(), partial_bundle.records);
         for entry in entries.get(..full).unwrap_or_default() {
             bundle::push(&mut bytes, entry).map_err(io::Error::other)?;
             records += u64::from(!LogEntry::is_audit(entry));
@@ -210,7 +224,7 @@ impl LogFiles {
                 continue;
             }
             let index = growing.size() / BUNDLE - 1;
-            first_checkpoints::keep(dir, index, signed, records)?;
+            first_checkpoints::write(dir, index, first_checkpoints, records)?;
             write_once(&dir.join(TileId::full(TileKind::Entries, index).to_string()), &bytes)?;
             for FullTile { id, hashes } in tiles {
                 write_once(&dir.join(id.to_string()), &hashes)?;
@@ -221,46 +235,47 @@ impl LogFiles {
         let rest = entries.split_off(full);
         let batch = Batch { first: base, note: checkpoint.note().to_vec(), entries: rest };
         if checkpoint.size() != base + batch.entries.len() as u64 {
-            return Err(io::Error::other("the checkpoint does not cover exactly the entries to be written"));
+            return Err(io::Error::other("checkpoint size does not match the entries to be written"));
         }
         let bytes = batch.to_bytes().map_err(io::Error::other)?;
-        write_new(&edge_path(dir, base), &bytes)?;
-        let file = OpenOptions::new().read(true).write(true).open(edge_path(dir, base))?;
-        let old = std::mem::replace(edge, PartialBundleFile { file, length: bytes.len() as u64, base, records });
+        write_new(&partial_bundle_path(dir, base), &bytes)?;
+        let file = OpenOptions::new().read(true).write(true).open(partial_bundle_path(dir, base))?;
+        let old =
+            std::mem::replace(partial_bundle, PartialBundleFile { file, length: bytes.len() as u64, base, records });
         *entries = batch.entries;
-        // From here on the new edge counts, since it is the newest one: the old one is only in the way.
-        fs::remove_file(edge_path(dir, old.base))?;
-        self.place.keep_reserve();
-        sync_dir(&dir.join(EDGE))
+        // From here on the new file is the partial bundle, because it is the newest one. The old one is obsolete.
+        fs::remove_file(partial_bundle_path(dir, old.base))?;
+        self.store_dir.ensure_reserve();
+        sync_dir(&dir.join(PARTIAL_BUNDLE_DIR))
     }
 
-    /// A full tile or bundle.
-    pub(super) fn full(&self, tile: TileId) -> io::Result<Vec<u8>> {
-        FullTiles(&self.place.dir).read(tile)
+    /// Reads a full tile or bundle.
+    pub(super) fn read_full(&self, tile: TileId) -> io::Result<Vec<u8>> {
+        FullTiles(&self.store_dir.dir).read(tile)
     }
 
-    /// The checkpoint that was the first to cover an entry of a full bundle, if it was kept: a log that was put together from a mirror
-    /// has none.
-    pub(super) fn first_signed(&self, index: u64) -> io::Result<Option<SignedSize>> {
-        first_checkpoints::first_to_cover(&self.place.dir, index)
+    /// The first checkpoint that covered an entry of a full bundle, if it is stored: a log that was restored from a mirror has
+    /// none.
+    pub(super) fn first_checkpoint(&self, index: u64) -> io::Result<Option<CompactCheckpoint>> {
+        first_checkpoints::first_covering(&self.store_dir.dir, index)
     }
 
-    /// Some bytes of a full bundle.
-    pub(super) fn part(&self, bundle: u64, offset: u32, length: u16) -> io::Result<Vec<u8>> {
-        let path = self.place.dir.join(TileId::full(TileKind::Entries, bundle).to_string());
+    /// Reads a range of bytes of a full bundle.
+    pub(super) fn read_range(&self, bundle: u64, offset: u32, length: u16) -> io::Result<Vec<u8>> {
+        let path = self.store_dir.dir.join(TileId::full(TileKind::Entries, bundle).to_string());
         let mut bytes = vec![0; length.into()];
         File::open(path)?.read_exact_at(&mut bytes, offset.into())?;
         Ok(bytes)
     }
 
-    /// An error that names the log; a full disk is told as that.
+    /// The error of an operation on the log; [`StoreError::Full`] if the disk is full.
     pub(super) fn failed(&self, doing: &'static str, error: &io::Error) -> StoreError {
-        if is_full(error) { self.full_disk() } else { self.place.failed(doing, error) }
+        if is_full(error) { self.full_disk() } else { self.store_dir.failed(doing, error) }
     }
 
     pub(super) fn full_disk(&self) -> StoreError {
-        let free = self.place.door.free(&self.place.dir).unwrap_or(0);
-        StoreError::Full { store: KIND.name, free, floor: LAST_ROOM.max(free + 1) }
+        let free = self.store_dir.fs.free(&self.store_dir.dir).unwrap_or(0);
+        StoreError::Full { store: KIND.name, free, floor: MIN_FREE_BYTES.max(free + 1) }
     }
 }
 
@@ -288,49 +303,52 @@ impl HashSource for FullTiles<'_> {
         let bytes = self.read(tile).map_err(|e| format!("{}: {e}", tile.as_full()))?;
         match bytes.len() == usize::from(FULL_WIDTH) * size_of::<TreeHash>() {
             true => Ok(bytes),
-            false => Err(format!("{}: it has {} bytes", tile.as_full(), bytes.len())),
+            false => Err(format!("{}: unexpected length {} bytes", tile.as_full(), bytes.len())),
         }
     }
 }
 
-/// The newest edge of a log's directory, and the index of its first entry.
-pub(super) fn newest_edge(dir: &Path) -> io::Result<(u64, PathBuf)> {
+/// The newest partial bundle in a log's directory, and the index of its first entry.
+pub(super) fn newest_partial_bundle(dir: &Path) -> io::Result<(u64, PathBuf)> {
     let mut newest = None;
-    for entry in fs::read_dir(dir.join(EDGE))? {
+    for entry in fs::read_dir(dir.join(PARTIAL_BUNDLE_DIR))? {
         let name = entry?.file_name();
-        // A file that is being written has another name.
+        // A file that is still being written has a longer name.
         let base = name.to_str().filter(|name| name.len() == 20).and_then(|name| name.parse::<u64>().ok());
         newest = newest.max(base);
     }
-    let base = newest.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "there is no file in edge/"))?;
-    Ok((base, edge_path(dir, base)))
+    let base = newest.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "no file in edge/"))?;
+    Ok((base, partial_bundle_path(dir, base)))
 }
 
-/// What a crash left while the new edge was there already.
-fn remove_older_edges(dir: &Path, newest: u64) -> io::Result<()> {
-    for entry in fs::read_dir(dir.join(EDGE))? {
+/// Removes older partial bundles, which a crash can leave behind.
+fn remove_older_partial_bundles(dir: &Path, newest: u64) -> io::Result<()> {
+    for entry in fs::read_dir(dir.join(PARTIAL_BUNDLE_DIR))? {
         let path = entry?.path();
-        if path != edge_path(dir, newest) {
+        if path != partial_bundle_path(dir, newest) {
             fs::remove_file(path)?;
         }
     }
-    sync_dir(&dir.join(EDGE))
+    sync_dir(&dir.join(PARTIAL_BUNDLE_DIR))
 }
 
-fn edge_path(dir: &Path, base: u64) -> PathBuf {
-    dir.join(EDGE).join(format!("{base:020}"))
+fn partial_bundle_path(dir: &Path, base: u64) -> PathBuf {
+    dir.join(PARTIAL_BUNDLE_DIR).join(format!("{base:020}"))
 }
 
-/// Writes a file that is never changed again. The same once more, after a crash, is no change.
+/// Writes a file that is never changed. Writing the same content again, after a crash, succeeds.
 pub(super) fn write_once(path: &Path, bytes: &[u8]) -> io::Result<()> {
     match fs::read(path) {
-        // Whoever wrote it may have been killed before it was synced.
+        // The process that wrote it may have been killed before the sync.
         Ok(found) if found == bytes => {
             File::open(path)?.sync_all()?;
             sync_dir(path.parent().unwrap_or(Path::new(".")))
         }
         Ok(_) => {
-            let problem = format!("{} is there already and is different; it is never changed", path.display());
+            let problem = format!(
+                "{} exists with different content; move the file away, it is never overwritten",
+                path.display()
+            );
             Err(io::Error::new(io::ErrorKind::AlreadyExists, problem))
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => write_new(path, bytes),
@@ -338,10 +356,10 @@ pub(super) fn write_once(path: &Path, bytes: &[u8]) -> io::Result<()> {
     }
 }
 
-/// Writes a file under another name, syncs it, gives it its name and syncs the directory: after a crash it is there whole or not at all.
+/// Writes a file atomically: writes and syncs a temporary file, renames it and syncs the directory.
 pub(super) fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let directory = path.parent().unwrap_or(Path::new("."));
-    make_directories(directory)?;
+    create_directories(directory)?;
     let mut name = path.as_os_str().to_owned();
     name.push(".new");
     let staged = PathBuf::from(name);
@@ -352,12 +370,12 @@ pub(super) fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
     sync_dir(directory)
 }
 
-fn make_directories(directory: &Path) -> io::Result<()> {
+fn create_directories(directory: &Path) -> io::Result<()> {
     if directory.as_os_str().is_empty() || directory.is_dir() {
         return Ok(());
     }
     let parent = directory.parent().unwrap_or(Path::new("."));
-    make_directories(parent)?;
+    create_directories(parent)?;
     match fs::create_dir(directory) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
         _ => {}

@@ -1,140 +1,152 @@
-//! The sequencer keeps the index level with the files: when nobody waits or a bundle is full, at the start, and anew where it is missing
-//! or damaged. It can be made from the files again and look-ups know the newest entries without it, so no device waits for it.
+//! Synchronizes the index with the files: at startup, when the queue is empty, and before full bundles are sealed. Rebuilds an
+//! index that is missing or damaged. Devices never wait for the index: it is derived from the files, and the snapshot has the
+//! newest entries.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::files::BUNDLE;
-use super::index::{Builder, make_anew};
+use super::index::{IndexBuilder, create_empty_index};
 use super::log::Unavailable;
 use super::sequencer::{BACKOFF, Sequencer};
 use super::snapshot::Snapshot;
-use crate::store::directory::LAST_ROOM;
+use crate::store::directory::MIN_FREE_BYTES;
 use crate::store::{SledIndex, StoreError};
 use crate::tlog::bundle;
 
-/// How often long work says how far it is.
+/// Interval of progress reports during long work.
 const PROGRESS: Duration = Duration::from_secs(5);
 
 impl Sequencer {
-    /// Brings the index up to the head, however long it takes: what it does not know could be published twice.
-    pub(super) async fn index(&self, head: &mut Snapshot) {
-        let begun = Instant::now();
+    /// Adds all entries of the snapshot to the index and retries until this succeeds: an entry that is not indexed could be
+    /// published twice.
+    pub(super) async fn sync_index(&self, snapshot: &mut Snapshot) {
+        let started = Instant::now();
         let mut backoff = BACKOFF.0;
         loop {
             let index = self.shared.index.borrow().as_ref().ok().cloned();
             let added = match &index {
-                Some(index) => self.catch_up(index, head).await,
-                None => Err(self.shared.files.place().failed("adding to the index", "there is none")),
+                Some(index) => self.catch_up(index, snapshot).await,
+                None => Err(self.shared.files.store_dir().failed("adding to the index", "no index is open")),
             };
             let Err(error) = added else {
-                head.indexed = head.tree.size();
-                self.shared.show(head.clone());
-                self.shared.set_away(None);
+                snapshot.indexed = snapshot.tree.size();
+                self.shared.publish_snapshot(snapshot.clone());
+                self.shared.set_unavailable(None);
                 return;
             };
-            tracing::warn!(%error, "the index of the public database could not be written");
-            // No room is no reason for a new one, which would need more of it.
-            let place = self.shared.files.place();
-            let full = matches!(error, StoreError::Full { .. }) || place.admit(LAST_ROOM).is_err();
-            if full && place.give_up_reserve() {
+            tracing::warn!(%error, "write to the index of the public database failed");
+            // A full disk is no reason to rebuild the index: a new one needs even more space.
+            let store_dir = self.shared.files.store_dir();
+            let full = matches!(error, StoreError::Full { .. }) || store_dir.admit(MIN_FREE_BYTES).is_err();
+            if full && store_dir.release_reserve() {
                 continue;
             }
             let why = error.to_string();
-            self.shared.set_away(Some(match full {
+            self.shared.set_unavailable(Some(match full {
                 true => Unavailable::Full,
-                false => Unavailable::Failed(format!("the index cannot be written: {why}")),
+                false => Unavailable::Failed(format!("index write failed: {why}")),
             }));
             tokio::time::sleep(backoff).await;
-            if !full && (index.is_none() || begun.elapsed() >= self.index_patience) {
+            if !full && (index.is_none() || started.elapsed() >= self.index_patience) {
                 drop(index);
-                self.make_index(head, &why).await;
+                self.rebuild_index(snapshot, &why).await;
             }
             backoff = BACKOFF.1.min(backoff * 2);
         }
     }
 
-    /// The index as it was found, brought level with the files, or a new one.
-    pub(super) async fn level(&mut self, found: Result<(SledIndex, u64), String>) {
-        let mut head = Snapshot::clone(&self.shared.head());
-        let levelled = match found {
-            Ok((index, from)) => self.fill(&index, from, &head).await.map(|()| index).map_err(|e| e.to_string()),
+    /// Synchronizes the opened index with the files, or builds a new one.
+    pub(super) async fn initialize_index(&mut self, opened: Result<(SledIndex, u64), String>) {
+        let mut snapshot = Snapshot::clone(&self.shared.snapshot());
+        let synced = match opened {
+            Ok((index, from)) => {
+                self.index_full_bundles(&index, from, &snapshot).await.map(|()| index).map_err(|e| e.to_string())
+            }
             Err(why) => Err(why),
         };
-        match levelled {
+        match synced {
             Ok(index) => {
-                head.indexed = head.indexed.max(head.base);
+                snapshot.indexed = snapshot.indexed.max(snapshot.base);
                 drop(self.shared.index.send_replace(Ok(Arc::new(index))));
             }
-            Err(why) => self.make_index(&mut head, &why).await,
+            Err(why) => self.rebuild_index(&mut snapshot, &why).await,
         }
-        self.index(&mut head).await;
+        self.sync_index(&mut snapshot).await;
     }
 
-    /// A new index in the place of one that is missing or damaged, with all that is in full bundles. Failing that, the caller comes again.
-    async fn make_index(&self, head: &mut Snapshot, why: &str) {
-        tracing::warn!(why, entries = head.tree.size(), "the index of the public database is made anew from its files");
-        let old = self.shared.index.send_replace(Err(format!("it is being made anew, since {why}")));
+    /// Replaces a missing or damaged index by a new one with the entries of all full bundles. On failure the caller retries.
+    async fn rebuild_index(&self, snapshot: &mut Snapshot, why: &str) {
+        tracing::warn!(
+            why,
+            entries = snapshot.tree.size(),
+            "rebuilding the index of the public database from its files"
+        );
+        let old = self.shared.index.send_replace(Err(format!("index being rebuilt: {why}")));
         if let Ok(mut old) = old {
-            // Readers that still have it are done in a moment. It must be closed before another one is in its place.
+            // Readers release the old index within a moment. It must be closed before a new one is created in its directory.
             while let Err(shared) = Arc::try_unwrap(old) {
                 old = shared;
                 tokio::time::sleep(BACKOFF.0).await;
             }
         }
-        let made =
-            self.on_the_disk(|shared| make_anew(&shared.files, &shared.options).map_err(|e| Unavailable::of(&e))).await;
-        let index = match made.and_then(|made| made) {
+        let created = self
+            .run_blocking(|shared| create_empty_index(&shared.files, &shared.options).map_err(|e| Unavailable::of(&e)))
+            .await;
+        let index = match created.and_then(|created| created) {
             Ok(index) => index,
-            Err(why) => return tracing::error!(?why, "no new index can be made yet"),
+            Err(why) => return tracing::error!(?why, "cannot create a new index"),
         };
-        match self.fill(&index, 0, head).await {
+        match self.index_full_bundles(&index, 0, snapshot).await {
             Ok(()) => {
-                // What is not in full bundles the old one knew and this one does not: readers learn it before they get it.
-                head.indexed = head.base;
-                self.shared.show(head.clone());
+                // Unlike the old index, the new one lacks the entries that are not in full bundles. Readers must see this
+                // snapshot first.
+                snapshot.indexed = snapshot.base;
+                self.shared.publish_snapshot(snapshot.clone());
                 drop(self.shared.index.send_replace(Ok(Arc::new(index))));
             }
-            Err(error) => tracing::error!(%error, "the new index could not be filled"),
+            Err(error) => tracing::error!(%error, "cannot fill the new index"),
         }
     }
 
-    /// Puts in what is not yet in the index. What became full bundles while it could not be written comes from them.
-    async fn catch_up(&self, index: &SledIndex, head: &Snapshot) -> Result<(), StoreError> {
-        self.fill(index, head.indexed, head).await?;
-        add_recent(index, head).await
+    /// Indexes all entries of the snapshot. Entries of bundles that were sealed while the index was not writable come from these
+    /// bundles.
+    async fn catch_up(&self, index: &SledIndex, snapshot: &Snapshot) -> Result<(), StoreError> {
+        self.index_full_bundles(index, snapshot.indexed, snapshot).await?;
+        index_recent(index, snapshot).await
     }
 
-    /// Puts in what is in full bundles and not yet in the index.
-    async fn fill(&self, index: &SledIndex, from: u64, head: &Snapshot) -> Result<(), StoreError> {
-        let bundles = from / BUNDLE..head.base / BUNDLE;
+    /// Indexes the entries of full bundles, starting at entry `from`.
+    async fn index_full_bundles(&self, index: &SledIndex, from: u64, snapshot: &Snapshot) -> Result<(), StoreError> {
+        let bundles = from / BUNDLE..snapshot.base / BUNDLE;
         if bundles.is_empty() {
             return Ok(());
         }
-        let mut builder = Builder::new(index, bundles.start * BUNDLE, 0);
-        let mut told = Instant::now();
+        let mut builder = IndexBuilder::new(index, bundles.start * BUNDLE, 0);
+        let mut last_report = Instant::now();
         for number in bundles {
             builder.add_bundle(&self.shared.files, number).await?;
-            if told.elapsed() > PROGRESS {
-                told = Instant::now();
-                let (done, of) = (builder.next, head.base);
-                tracing::info!(done, of, "the index of the public database is being made");
-                self.shared
-                    .set_away(Some(Unavailable::Failed(format!("the index is being made: {done} of {of} entries"))));
+            if last_report.elapsed() > PROGRESS {
+                last_report = Instant::now();
+                let (done, total) = (builder.next, snapshot.base);
+                tracing::info!(done, total, "indexing the public database");
+                self.shared.set_unavailable(Some(Unavailable::Failed(format!(
+                    "index being built: {done} of {total} entries"
+                ))));
             }
         }
         builder.finish().await
     }
 }
 
-async fn add_recent(index: &SledIndex, head: &Snapshot) -> Result<(), StoreError> {
-    let from = head.indexed.max(head.base);
-    let before = usize::try_from(from - head.base).unwrap_or(0);
-    let begin = before / BUNDLE as usize * BUNDLE as usize;
-    let in_bundle = head.recent.get(begin..before).unwrap_or_default();
-    let offset = in_bundle.iter().map(|entry| entry.bytes.len() + bundle::HEAD).sum::<usize>();
-    let mut builder = Builder::new(index, from, u32::try_from(offset).unwrap_or(u32::MAX));
-    for entry in head.recent.get(before..).unwrap_or_default() {
+async fn index_recent(index: &SledIndex, snapshot: &Snapshot) -> Result<(), StoreError> {
+    let from = snapshot.indexed.max(snapshot.base);
+    let indexed_recent = usize::try_from(from - snapshot.base).unwrap_or(0);
+    let bundle_start = indexed_recent / BUNDLE as usize * BUNDLE as usize;
+    let in_bundle = snapshot.recent.get(bundle_start..indexed_recent).unwrap_or_default();
+    let offset = in_bundle.iter().map(|entry| entry.bytes.len() + bundle::LENGTH_SIZE).sum::<usize>();
+    let mut builder = IndexBuilder::new(index, from, u32::try_from(offset).unwrap_or(u32::MAX));
+    for entry in snapshot.recent.get(indexed_recent..).unwrap_or_default() {
         builder.push(&entry.keys, &entry.bytes);
     }
     builder.finish().await

@@ -1,4 +1,4 @@
-//! The log as the rest of the house uses it: publishing goes to the sequencer, reading to a picture of the tree that never changes.
+//! The transparency log behind [`PublicDatabase`]: the sequencer publishes entries, reads use an immutable snapshot of the log.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -10,36 +10,36 @@ use async_trait::async_trait;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::files::{BUNDLE, LogFiles};
-use super::index::is_of_this_log;
-use super::read::Found;
-use super::sequencer::{Sequencer, Waiting};
+use super::index::belongs_to_log;
+use super::read::EntryLocation;
+use super::sequencer::{PublishRequest, Sequencer};
 use super::signer::CheckpointSigner;
 use super::snapshot::{Snapshot, damaged};
-use super::witness::{self, Cosigned, Witness};
-use crate::store::directory::{Fs, System};
+use super::witness::{self, CosigningState, Witness};
+use crate::store::directory::{Fs, OsFs};
 use crate::store::{
     AuditCheckpoint, DeviceRecord, InFlightPublication, InFlightPublications, LogEntry, PublicDatabase, Publication,
     PublishError, PublishedRecord, RegistryStatus, SledIndex, StoreError, StoreOptions, UniqueKey,
 };
 use crate::tlog::{LogKey, LogProof, SignedCheckpoint, TileId};
 
-/// Entries that may wait for the sequencer before more of them have to.
-const QUEUE: usize = 1024;
-/// When a caller is told that there is no answer. What it asked for may still happen.
-const ANSWER_WITHIN: Duration = Duration::from_secs(30);
-/// How long a look-up waits for an index that is being caught up, or for what becomes of a batch.
-pub(super) const FOUND_WITHIN: Duration = Duration::from_secs(1);
+/// Capacity of the sequencer's queue. Callers wait while it is full.
+const QUEUE_CAPACITY: usize = 1024;
+/// How long a caller waits for the sequencer. After a timeout the entry may still be published.
+const PUBLISH_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a look-up waits for an index that is being synchronized, or for the outcome of a pending batch.
+pub(super) const LOOKUP_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How a log makes its batches, and who watches it.
+/// Batching and witness settings of a log.
 #[derive(Debug, Clone)]
 pub struct LogSettings {
-    /// Most entries of a batch, 1 to 256.
+    /// Maximum number of entries in a batch, 1 to 256.
     pub batch_size: usize,
-    /// Longest that an entry waits for others that are on the way. Nobody waits when nobody is.
+    /// Maximum time that an entry waits for other publications in flight. Without any, it does not wait.
     pub batch_period: Duration,
-    /// How long the index may fail to be written before it is made anew from the files.
+    /// How long index writes may fail before the index is rebuilt from the files.
     pub index_patience: Duration,
-    /// Who is asked to cosign checkpoints.
+    /// Witnesses that cosign checkpoints.
     pub witnesses: Vec<Witness>,
 }
 
@@ -54,35 +54,35 @@ impl Default for LogSettings {
     }
 }
 
-/// The permanent public database in a directory.
+/// The permanent public database: a transparency log in a directory.
 ///
-/// Trust: whoever controls its directory can withhold entries; not alter, remove or reorder one unnoticed.
+/// Trust: an attacker who controls the directory can withhold entries, but cannot alter, remove or reorder one unnoticed.
 pub struct TransparencyLog {
     shared: Arc<Shared>,
-    queue: mpsc::Sender<Waiting>,
-    announcements: Arc<InFlightPublications>,
-    cosigned: Cosigned,
-    /// The newest checkpoint that was shown to anybody: none is shown that is older.
-    shown: Mutex<Option<SignedCheckpoint>>,
+    queue: mpsc::Sender<PublishRequest>,
+    in_flight: Arc<InFlightPublications>,
+    cosigning: CosigningState,
+    /// The newest checkpoint that was published. An older one is never published after it.
+    newest_published: Mutex<Option<SignedCheckpoint>>,
     key: LogKey,
 }
 
-/// What readers and the sequencer share.
+/// State shared by readers and the sequencer.
 pub(super) struct Shared {
     pub(super) files: LogFiles,
     pub(super) options: StoreOptions,
-    head: RwLock<Arc<Snapshot>>,
-    /// The index, once it is level with the files; until then why it is not.
+    snapshot: RwLock<Arc<Snapshot>>,
+    /// The index, once it is in sync with the files; until then the reason why it is not available.
     pub(super) index: watch::Sender<Result<Arc<SledIndex>, String>>,
-    /// Why nothing can be published, while that is so.
-    pub(super) away: RwLock<Option<Unavailable>>,
-    /// Batches that were committed.
+    /// Why publication is unavailable; `None` while it is available.
+    pub(super) unavailable: RwLock<Option<Unavailable>>,
+    /// Number of committed batches.
     pub(super) batches: AtomicU64,
-    /// The unique values of a batch of which it is not known yet whether it gets in.
-    pub(super) doubted: watch::Sender<HashSet<UniqueKey>>,
+    /// The unique values of a batch whose outcome is not known yet.
+    pub(super) pending: watch::Sender<HashSet<UniqueKey>>,
 }
 
-/// Why nothing can be published.
+/// Why publication is unavailable.
 #[derive(Debug, Clone)]
 pub(super) enum Unavailable {
     /// The disk is full.
@@ -101,22 +101,22 @@ impl Unavailable {
 }
 
 impl TransparencyLog {
-    /// Makes the directory of an empty log. [`StoreError::Directory`] where anything is already. For `sppctl init`.
+    /// Creates the directory of an empty log, for `sppctl init`. [`StoreError::Directory`] if the directory is not empty.
     pub fn create(dir: &Path, options: &StoreOptions) -> Result<(), StoreError> {
-        let files = LogFiles::create(dir, options, Arc::new(System))?;
+        let files = LogFiles::create(dir, options, Arc::new(OsFs))?;
         SledIndex::create(&files.index_dir(), options)?;
         files.finish()
     }
 
-    /// Opens an existing log; [`StoreError::Directory`] if there is none, or one of another kind, or if another process has it. Never makes
-    /// one. Needs a tokio runtime, on which its sequencer runs until the value is dropped.
+    /// Opens an existing log; never creates one. [`StoreError::Directory`] if there is none, or another kind of store, or if
+    /// another process has it open. Needs a tokio runtime, on which the sequencer runs until the value is dropped.
     pub async fn open(
         dir: &Path,
         options: &StoreOptions,
         signer: Arc<dyn CheckpointSigner>,
         settings: LogSettings,
     ) -> Result<Self, StoreError> {
-        Self::open_through(dir, options, signer, settings, Arc::new(System)).await
+        Self::open_through(dir, options, signer, settings, Arc::new(OsFs)).await
     }
 
     pub(super) async fn open_through(
@@ -124,150 +124,152 @@ impl TransparencyLog {
         options: &StoreOptions,
         signer: Arc<dyn CheckpointSigner>,
         settings: LogSettings,
-        door: Arc<dyn Fs>,
+        fs: Arc<dyn Fs>,
     ) -> Result<Self, StoreError> {
-        let files = LogFiles::take(dir, options, door)?;
+        let files = LogFiles::open(dir, options, fs)?;
         let index = match SledIndex::open(&files.index_dir(), options) {
             Ok(index) => index.mark().await.map(|mark| (index, mark)).map_err(|e| e.to_string()),
             Err(error) => Err(error.to_string()),
         };
         let known = index.as_ref().map_or(0, |(_, mark)| mark.size);
-        let found = files.recover(signer.key(), known)?;
-        let index =
-            index.and_then(|(index, mark)| match is_of_this_log(&mark, found.edge.base(), &found.entries, dir) {
+        let recovered = files.recover(signer.key(), known)?;
+        let index = index.and_then(|(index, mark)| {
+            match belongs_to_log(&mark, recovered.partial_bundle.base(), &recovered.entries, dir) {
                 true => Ok((index, mark.size)),
-                false => Err("it is of another log".to_owned()),
-            });
-        let (mut head, edge) = found.into_head()?;
-        head.indexed = index.as_ref().map_or(0, |(_, size)| *size);
+                false => Err("it belongs to another log".to_owned()),
+            }
+        });
+        let (mut snapshot, partial_bundle) = recovered.into_snapshot()?;
+        snapshot.indexed = index.as_ref().map_or(0, |(_, size)| *size);
         let shared = Arc::new(Shared {
             files,
             options: options.clone(),
-            head: RwLock::new(Arc::new(head)),
-            index: watch::Sender::new(Err("it is being read".into())),
-            away: RwLock::default(),
+            snapshot: RwLock::new(Arc::new(snapshot)),
+            index: watch::Sender::new(Err("index loading".into())),
+            unavailable: RwLock::default(),
             batches: AtomicU64::new(0),
-            doubted: watch::Sender::default(),
+            pending: watch::Sender::default(),
         });
-        let (queue, waiting) = mpsc::channel(QUEUE);
-        let announcements = Arc::new(InFlightPublications::default());
+        let (queue, requests) = mpsc::channel(QUEUE_CAPACITY);
+        let in_flight = Arc::new(InFlightPublications::default());
         let key = signer.key().clone();
-        let cosigned = witness::Cosigned::default();
+        let cosigning = witness::CosigningState::default();
         let sequencer = Sequencer {
             shared: Arc::clone(&shared),
             signer,
             batch_size: settings.batch_size.clamp(1, BUNDLE as usize),
             batch_period: settings.batch_period,
             index_patience: settings.index_patience,
-            announcements: Arc::clone(&announcements),
-            edge: Some(edge),
+            in_flight: Arc::clone(&in_flight),
+            partial_bundle: Some(partial_bundle),
         };
-        let run = tokio::spawn(sequencer.run(waiting, index));
-        let watched = Arc::clone(&shared);
+        let task = tokio::spawn(sequencer.run(requests, index));
+        let shared_by_monitor = Arc::clone(&shared);
         tokio::spawn(async move {
-            if let Err(error) = run.await {
-                tracing::error!(%error, "the sequencer of the public database has ended; restart the daemon");
-                watched.set_away(Some(Unavailable::Failed("its sequencer has ended; restart the daemon".into())));
+            if let Err(error) = task.await {
+                tracing::error!(%error, "sequencer of the public database stopped; restart the daemon");
+                shared_by_monitor
+                    .set_unavailable(Some(Unavailable::Failed("sequencer stopped; restart the daemon".into())));
             }
         });
         if !settings.witnesses.is_empty() {
-            tokio::spawn(witness::ask(Arc::downgrade(&shared), settings.witnesses, key.clone(), cosigned.clone()));
+            tokio::spawn(witness::run(Arc::downgrade(&shared), settings.witnesses, key.clone(), cosigning.clone()));
         }
-        Ok(Self { shared, queue, announcements, cosigned, shown: Mutex::default(), key })
+        Ok(Self { shared, queue, in_flight, cosigning, newest_published: Mutex::default(), key })
     }
 
-    /// Work that waits for the disk, beside the threads that wait for the network.
-    async fn off_the_network<T: Send + 'static>(
+    /// Runs blocking disk work outside of the async worker threads.
+    async fn run_blocking<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Shared) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
         let shared = Arc::clone(&self.shared);
         let done = tokio::task::spawn_blocking(move || work(&shared)).await;
-        done.map_err(|e| self.shared.files.place().failed("reading the log", e))?
+        done.map_err(|e| self.shared.files.store_dir().failed("reading the log", e))?
     }
 
-    /// Has the sequencer append an entry, which has these bytes.
+    /// Passes an entry and its encoding to the sequencer and waits for the result.
     async fn append(&self, entry: LogEntry, bytes: Vec<u8>) -> Result<Publication, PublishError> {
-        self.must_be_open()?;
-        let (answer, answered) = oneshot::channel();
-        let waiting = Waiting { entry, bytes, answer };
+        self.check_available()?;
+        let (responder, response) = oneshot::channel();
+        let request = PublishRequest { entry, bytes, responder };
         let published = async {
-            self.queue.send(waiting).await.map_err(|_| "its sequencer has ended")?;
-            answered.await.map_err(|_| "its sequencer has ended")
+            self.queue.send(request).await.map_err(|_| "sequencer stopped")?;
+            response.await.map_err(|_| "sequencer stopped")
         };
-        let failed = |cause: &str| PublishError::Store(self.shared.files.place().failed("publishing", cause));
-        match tokio::time::timeout(ANSWER_WITHIN, published).await {
-            Ok(Ok(answer)) => answer,
+        let failed = |cause: &str| PublishError::Store(self.shared.files.store_dir().failed("publishing", cause));
+        match tokio::time::timeout(PUBLISH_TIMEOUT, published).await {
+            Ok(Ok(result)) => result,
             Ok(Err(cause)) => Err(failed(cause)),
-            Err(_) => Err(failed("there was no answer in time")),
+            Err(_) => Err(failed("timeout waiting for the sequencer; the entry may still be published")),
         }
     }
 
-    fn must_be_open(&self) -> Result<(), StoreError> {
-        let away = self.shared.away.read().unwrap_or_else(PoisonError::into_inner);
-        away.as_ref().map_or(Ok(()), |why| Err(self.shared.error(why)))
+    fn check_available(&self) -> Result<(), StoreError> {
+        let unavailable = self.shared.unavailable.read().unwrap_or_else(PoisonError::into_inner);
+        unavailable.as_ref().map_or(Ok(()), |why| Err(self.shared.error(why)))
     }
 
-    /// What the newest published checkpoint covers, and the tree it is of: with cosignatures if there are witnesses.
+    /// The newest snapshot, and the newest published checkpoint: with cosignatures if there are witnesses.
     fn published(&self) -> (Arc<Snapshot>, Option<SignedCheckpoint>) {
-        let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
-        let cosigned = self.cosigned.newest();
-        let head = self.shared.head();
+        let mut newest_published = self.newest_published.lock().unwrap_or_else(PoisonError::into_inner);
+        let cosigned = self.cosigning.newest();
+        let snapshot = self.shared.snapshot();
         let size = |checkpoint: &Option<SignedCheckpoint>| checkpoint.as_ref().map(SignedCheckpoint::size);
-        let checkpoint = cosigned.or_else(|| head.checkpoint.clone());
-        if size(&checkpoint) >= size(&shown) {
-            *shown = checkpoint;
+        let checkpoint = cosigned.or_else(|| snapshot.checkpoint.clone());
+        if size(&checkpoint) >= size(&newest_published) {
+            *newest_published = checkpoint;
         }
-        (head, shown.clone())
+        (snapshot, newest_published.clone())
     }
 }
 
 impl Shared {
-    /// An error that tells why nothing can be published.
+    /// The error for callers while publication is unavailable.
     pub(super) fn error(&self, why: &Unavailable) -> StoreError {
         match why {
             Unavailable::Full => self.files.full_disk(),
-            Unavailable::Failed(cause) => self.files.place().failed("publishing", cause),
+            Unavailable::Failed(cause) => self.files.store_dir().failed("publishing", cause),
         }
     }
 
-    /// The log as it is now.
-    pub(super) fn head(&self) -> Arc<Snapshot> {
-        Arc::clone(&self.head.read().unwrap_or_else(PoisonError::into_inner))
+    /// The current snapshot.
+    pub(super) fn snapshot(&self) -> Arc<Snapshot> {
+        Arc::clone(&self.snapshot.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Shows another picture of it.
-    pub(super) fn show(&self, head: Snapshot) {
-        *self.head.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(head);
+    /// Publishes a new snapshot to readers.
+    pub(super) fn publish_snapshot(&self, snapshot: Snapshot) {
+        *self.snapshot.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(snapshot);
     }
 
-    /// The index, once it is level.
+    /// The index, as soon as it is in sync with the files.
     pub(super) async fn index(&self) -> Result<Arc<SledIndex>, StoreError> {
         let mut index = self.index.subscribe();
-        let level = tokio::time::timeout(FOUND_WITHIN, index.wait_for(Result::is_ok)).await;
-        if let Ok(Ok(level)) = level
-            && let Ok(index) = &*level
+        let synced = tokio::time::timeout(LOOKUP_TIMEOUT, index.wait_for(Result::is_ok)).await;
+        if let Ok(Ok(synced)) = synced
+            && let Ok(index) = &*synced
         {
             return Ok(Arc::clone(index));
         }
         let why = self.index.borrow().as_ref().err().cloned().unwrap_or_default();
-        Err(self.files.place().failed("looking up a record", format!("the index cannot be used yet: {why}")))
+        Err(self.files.store_dir().failed("looking up a record", format!("index not available: {why}")))
     }
 
-    /// Why nothing can be published, or that it can.
-    pub(super) fn set_away(&self, why: Option<Unavailable>) {
-        *self.away.write().unwrap_or_else(PoisonError::into_inner) = why;
+    /// Sets why publication is unavailable, or `None` if it is available.
+    pub(super) fn set_unavailable(&self, why: Option<Unavailable>) {
+        *self.unavailable.write().unwrap_or_else(PoisonError::into_inner) = why;
     }
 
-    /// From now on nobody is told that these values are not there.
-    pub(super) fn doubt(&self, keys: impl IntoIterator<Item = UniqueKey>) {
+    /// Marks values as pending: look-ups of them wait for the outcome of the batch.
+    pub(super) fn set_pending(&self, keys: impl IntoIterator<Item = UniqueKey>) {
         let keys = keys.into_iter().collect();
-        self.doubted.send_replace(keys);
+        self.pending.send_replace(keys);
     }
 
-    /// What became of the batch is seen.
-    pub(super) fn settle(&self) {
-        self.doubted.send_if_modified(|doubted| !std::mem::take(doubted).is_empty());
+    /// Ends the pending state: the snapshot shows the outcome of the batch.
+    pub(super) fn clear_pending(&self) {
+        self.pending.send_if_modified(|pending| !std::mem::take(pending).is_empty());
     }
 }
 
@@ -282,50 +284,50 @@ impl PublicDatabase for TransparencyLog {
     }
 
     fn reserve_slot(&self) -> InFlightPublication {
-        self.announcements.reserve_slot()
+        self.in_flight.reserve_slot()
     }
 
     async fn find(&self, key: &UniqueKey) -> Result<Option<PublishedRecord>, StoreError> {
         match self.shared.find(vec![*key]).await?.pop().flatten() {
-            Some(found) => self.off_the_network(move |shared| shared.record(&found)).await,
+            Some(found) => self.run_blocking(move |shared| shared.record(&found)).await,
             None => Ok(None),
         }
     }
 
     async fn record(&self, index: u64) -> Result<Option<PublishedRecord>, StoreError> {
-        match index < self.shared.head().tree.size() {
-            true => self.off_the_network(move |shared| shared.record(&Found::Recent(index))).await,
+        match index < self.shared.snapshot().tree.size() {
+            true => self.run_blocking(move |shared| shared.record(&EntryLocation::Recent(index))).await,
             false => Ok(None),
         }
     }
 
     async fn newest(&self) -> Result<Option<PublishedRecord>, StoreError> {
-        let head = self.shared.head();
-        self.off_the_network(move |shared| shared.newest(&head)).await
+        let snapshot = self.shared.snapshot();
+        self.run_blocking(move |shared| shared.newest(&snapshot)).await
     }
 
     async fn newest_audit(&self, node: &str) -> Result<Option<(u64, AuditCheckpoint)>, StoreError> {
         let found = self.shared.find(vec![UniqueKey::of_audited_node(node)]).await?.pop().flatten();
         let Some(found) = found else { return Ok(None) };
-        match self.off_the_network(move |shared| shared.entry(&found)).await? {
+        match self.run_blocking(move |shared| shared.entry(&found)).await? {
             (LogEntry::Audit(checkpoint), publication) => Ok(Some((publication.index, checkpoint))),
             (LogEntry::Device(_), publication) => Err(damaged(
                 publication.index,
-                "the index has it as an audit checkpoint; make it anew with sppctl registry reindex",
+                "indexed as an audit checkpoint, but it is a device record; rebuild the index with sppctl registry reindex",
             )),
         }
     }
 
     async fn len(&self) -> Result<u64, StoreError> {
-        Ok(self.shared.head().records)
+        Ok(self.shared.snapshot().records)
     }
 
     fn status(&self) -> RegistryStatus {
         RegistryStatus {
-            publishing_trouble: self.must_be_open().err().map(|e| e.to_string()),
-            reading_trouble: self.shared.index.borrow().as_ref().err().cloned(),
+            publish_error: self.check_available().err().map(|e| e.to_string()),
+            read_error: self.shared.index.borrow().as_ref().err().cloned(),
             batches: self.shared.batches.load(Ordering::Relaxed),
-            witnesses: self.cosigned.status(),
+            witnesses: self.cosigning.status(),
         }
     }
 
@@ -334,20 +336,20 @@ impl PublicDatabase for TransparencyLog {
     }
 
     async fn prove(&self, index: u64) -> Result<Option<LogProof>, StoreError> {
-        let (head, published) = self.published();
-        // The published one may be a moment behind, since witnesses were asked about it.
-        let covering = published.filter(|checkpoint| index < checkpoint.size()).or_else(|| head.checkpoint.clone());
+        let (snapshot, published) = self.published();
+        // The published checkpoint may be older than the snapshot while witnesses are being asked.
+        let covering = published.filter(|checkpoint| index < checkpoint.size()).or_else(|| snapshot.checkpoint.clone());
         let Some(checkpoint) = covering.filter(|checkpoint| index < checkpoint.size()) else { return Ok(None) };
-        self.off_the_network(move |shared| shared.prove(&head, index, &checkpoint).map(Some)).await
+        self.run_blocking(move |shared| shared.prove(&snapshot, index, &checkpoint).map(Some)).await
     }
 
     async fn receipt(&self, index: u64) -> Result<Option<LogProof>, StoreError> {
-        let (head, key) = (self.shared.head(), self.key.clone());
-        self.off_the_network(move |shared| shared.receipt(&head, index, &key)).await
+        let (snapshot, key) = (self.shared.snapshot(), self.key.clone());
+        self.run_blocking(move |shared| shared.receipt(&snapshot, index, &key)).await
     }
 
     async fn tile(&self, tile: TileId) -> Result<Option<Vec<u8>>, StoreError> {
-        let head = self.shared.head();
-        self.off_the_network(move |shared| shared.tile(&head, tile)).await
+        let snapshot = self.shared.snapshot();
+        self.run_blocking(move |shared| shared.tile(&snapshot, tile)).await
     }
 }

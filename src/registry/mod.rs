@@ -1,31 +1,31 @@
-//! The permanent public database as a transparency log that anybody can read, mirror and verify. Its entries are the records of devices
-//! and, among them, checkpoints of the daemon's audit log ([`audit_checkpoints`]).
+//! The permanent public database: a transparency log that anyone can read, mirror and verify. Its entries are device records and
+//! checkpoints of the daemon's audit log ([`audit_checkpoints`]).
 //!
-//! # The way of one record
+//! # How a record is published
 //!
 //! ```text
-//!  publish(record) ─► queue ─► sequencer: 1 refuse what is taken   2 grow the tree    3 sign the checkpoint (HSM)
-//!                                         4 append entries and checkpoint to the edge, ONE sync: the commit
-//!                                         5 show the new tree      6 answer all       7 index   8 turn full bundles over
+//!  publish(record) ─► queue ─► sequencer: 1 reject duplicates   2 grow the tree   3 sign the checkpoint (HSM)
+//!                                         4 append entries and checkpoint to the partial bundle, ONE sync: the commit
+//!                                         5 publish the new tree   6 answer callers   7 index, seal full bundles
 //! ```
 //!
-//! Told by `sequencer::Sequencer::sequence`.
+//! Implemented by `sequencer::Sequencer::sequence`.
 //!
-//! # The files are the truth
+//! # Files
 //!
-//! | in the directory | is |
+//! | in the directory | content |
 //! |---|---|
-//! | `tile/<L>/<N>`, `tile/entries/<N>` | the full tiles and entry bundles, as C2SP tlog-tiles names them; written once, never again |
-//! | `edge/<N>` | what does not fill a bundle yet: batches of entries, each with its signed checkpoint, appended with one sync |
-//! | `signed/<N>` | the checkpoints that were the first to cover each entry of a full bundle, so that a receipt stays the same for ever; and the number of device records up to its end |
-//! | `index/` | the sled index by chip and the other unique values; made anew from the files when it is missing or damaged |
-//! | `store.toml`, `reserve` | the store's marker and lock, and the room that is given up on a full disk |
+//! | `tile/<L>/<N>`, `tile/entries/<N>` | the full tiles and entry bundles, named as in C2SP tlog-tiles; written once, never changed |
+//! | `edge/<N>` | the partial bundle: batches of entries, each with its signed checkpoint, appended with one sync |
+//! | `signed/<N>` | the first checkpoints that covered the entries of a full bundle, so that a receipt never changes; and the number of device records up to its end |
+//! | `index/` | the sled index by chip ID and the other unique values; rebuilt from the files if missing or damaged |
+//! | `store.toml`, `reserve` | the store's marker and lock, and the space that is released on a full disk |
 //!
-//! A partial tile is the beginning of what the edge holds, so every partial tile of every checkpoint can be served and none is
-//! written. A mirror ([`export`]) has them as files.
+//! The other files are authoritative; the index is derived from them. The log writes no partial tiles: the partial bundle
+//! contains the entries of every partial tile of every checkpoint. A mirror ([`export`]) has partial tiles as files.
 //!
-//! Trust: whoever controls the directory can withhold entries; not alter, remove or reorder one unnoticed by anybody who
-//! keeps a checkpoint ([`verify`]).
+//! Trust: an attacker who controls the directory can withhold entries. Anyone who has kept a checkpoint detects altered, removed
+//! or reordered entries ([`verify`]).
 
 mod audited;
 mod export;
@@ -48,10 +48,10 @@ mod witness;
 mod tests;
 
 pub use audited::{AuditTrail, AuditTrailError, audit_checkpoints, published_checkpoints};
-pub use export::{ExportError, Exported, export, shard};
-pub use index::{Reindexed, reindex};
+pub use export::{ExportError, ExportReport, export, shard};
+pub use index::{ReindexReport, reindex};
 pub use log::{LogSettings, TransparencyLog};
 pub use signer::{CheckpointSigner, HsmSigner};
-pub use source::{LogSource, Mirror, SourceError, StoreDirectory, Website, open_source, read_chip};
+pub use source::{HttpSource, LogSource, Mirror, SourceError, StoreDirectory, open_source, read_chip};
 pub use verify::{Finding, Verification, VerifyOptions, verify};
 pub use witness::Witness;

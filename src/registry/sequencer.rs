@@ -1,4 +1,5 @@
-//! ★ The sequencer: takes what waits to be published, makes it durable and public with one sync and one signature, then answers.
+//! ★ The sequencer: commits queued entries in batches with one sync and one signature each, publishes them, then answers the
+//! callers.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -8,78 +9,84 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 
 use super::files::{AppendError, BUNDLE, PartialBundleFile};
-use super::first_checkpoints::SignedSize;
+use super::first_checkpoints::CompactCheckpoint;
 use super::log::{Shared, Unavailable};
 use super::partial_bundle::Batch;
-use super::read::Found;
+use super::read::EntryLocation;
 use super::signer::CheckpointSigner;
 use super::snapshot::{Entry, Snapshot};
 use crate::store::{InFlightPublications, LogEntry, Publication, PublishError, SledIndex, UniqueKey};
 use crate::tlog::{SignedCheckpoint, UnsignedCheckpoint};
 
-/// How long to wait before something that failed is tried again.
+/// Minimum and maximum delay before a retry.
 pub(super) const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
-/// How often the first checkpoint is tried while nothing is published.
+/// Interval of attempts to sign the first checkpoint while the queue is empty.
 const FIRST_CHECKPOINT: Duration = Duration::from_secs(1);
 
-type Answer = oneshot::Sender<Result<Publication, PublishError>>;
+type Responder = oneshot::Sender<Result<Publication, PublishError>>;
 
-/// An entry that waits to be published.
-pub(super) struct Waiting {
+/// A queued request to publish an entry.
+pub(super) struct PublishRequest {
     pub(super) entry: LogEntry,
     pub(super) bytes: Vec<u8>,
-    pub(super) answer: Answer,
+    pub(super) responder: Responder,
 }
 
-/// An entry that is new to the log, and everybody who waits for it.
-struct New {
-    says: LogEntry,
+/// An entry that is not in the log yet, and the callers that wait for it.
+struct NewEntry {
+    log_entry: LogEntry,
     entry: Arc<Entry>,
-    answers: Vec<Answer>,
-    /// Those that came later with another record of the same chip, say, and what of it is taken: if this one gets in, not before.
-    rivals: Vec<(Answer, &'static str)>,
+    responders: Vec<Responder>,
+    /// Later requests in the batch that share a unique value with this entry, and the name of that value. They are rejected if
+    /// this entry is committed.
+    conflicting: Vec<(Responder, &'static str)>,
 }
 
-/// The only one who writes.
+/// The only writer of the log.
 pub(super) struct Sequencer {
     pub(super) shared: Arc<Shared>,
     pub(super) signer: Arc<dyn CheckpointSigner>,
     pub(super) batch_size: usize,
     pub(super) batch_period: Duration,
     pub(super) index_patience: Duration,
-    pub(super) announcements: Arc<InFlightPublications>,
-    /// Unavailable while it is not known what the disk holds.
-    pub(super) edge: Option<PartialBundleFile>,
+    pub(super) in_flight: Arc<InFlightPublications>,
+    /// `None` while the state of the disk is unknown.
+    pub(super) partial_bundle: Option<PartialBundleFile>,
 }
 
 impl Sequencer {
-    /// Serves until nobody can ask any more.
-    pub(super) async fn run(mut self, mut queue: mpsc::Receiver<Waiting>, index: Result<(SledIndex, u64), String>) {
-        self.level(index).await;
+    /// Processes requests until all senders are dropped.
+    pub(super) async fn run(
+        mut self,
+        mut queue: mpsc::Receiver<PublishRequest>,
+        index: Result<(SledIndex, u64), String>,
+    ) {
+        self.initialize_index(index).await;
         while let Some(batch) = self.collect(&mut queue).await {
             if let Err(why) = self.sequence(batch).await {
-                self.heal(why, &mut queue).await;
+                self.recover(why, &mut queue).await;
             }
-            self.shared.settle();
+            self.shared.clear_pending();
         }
     }
 
-    /// A batch: full, or everybody who is on the way is in it, or its first has waited long enough.
-    async fn collect(&mut self, queue: &mut mpsc::Receiver<Waiting>) -> Option<Vec<Waiting>> {
-        let head = self.shared.head();
-        if queue.is_empty() && head.indexed < head.tree.size() {
-            self.index(&mut Snapshot::clone(&head)).await;
+    /// Collects a batch: until it is full, or all publications in flight are in it, or its first request has waited for the batch
+    /// period.
+    async fn collect(&mut self, queue: &mut mpsc::Receiver<PublishRequest>) -> Option<Vec<PublishRequest>> {
+        let snapshot = self.shared.snapshot();
+        if queue.is_empty() && snapshot.indexed < snapshot.tree.size() {
+            self.sync_index(&mut Snapshot::clone(&snapshot)).await;
         }
         let first = loop {
-            if self.shared.head().checkpoint.is_some() {
+            if self.shared.snapshot().checkpoint.is_some() {
                 break queue.recv().await?;
             }
             if let Ok(first) = tokio::time::timeout(FIRST_CHECKPOINT, queue.recv()).await {
                 break first?;
             }
-            // Readers want a checkpoint of an empty log, too. Without the HSM there is none, and nobody waits for it.
+            // An empty log needs a checkpoint, too. If the HSM is not available, retry later: no caller waits for it.
             if let Err(why) = self.sequence(Vec::new()).await {
-                self.heal(why, queue).await;
+                self.recover(why, queue).await;
             }
         };
         let deadline = tokio::time::Instant::now() + self.batch_period;
@@ -90,7 +97,7 @@ impl Sequencer {
             {
                 batch.push(next);
             }
-            if batch.len() >= self.batch_size || self.announcements.count() <= batch.len() {
+            if batch.len() >= self.batch_size || self.in_flight.count() <= batch.len() {
                 return Some(batch);
             }
             tokio::select! {
@@ -98,105 +105,113 @@ impl Sequencer {
                     Some(next) => batch.push(next),
                     None => return Some(batch),
                 },
-                () = self.announcements.fewer() => {}
+                () = self.in_flight.wait_for_decrease() => {}
                 () = tokio::time::sleep_until(deadline) => return Some(batch),
             }
         }
     }
 
-    /// Publishes a batch. An error means that it is not known what the disk holds: everybody was told, and it must be looked at.
-    async fn sequence(&mut self, waiting: Vec<Waiting>) -> Result<(), Unavailable> {
-        // 1. What is public already has its answer, what is taken is refused; nothing is signed for either.
-        let new = self.dedupe(waiting).await;
-        let head = self.shared.head();
-        if new.is_empty() && head.checkpoint.is_some() {
+    /// Publishes a batch and answers its callers. After an error the state of the disk is unknown, and the files must be read
+    /// again.
+    async fn sequence(&mut self, requests: Vec<PublishRequest>) -> Result<(), Unavailable> {
+        // 1. Answer requests for published entries and reject conflicting ones, without a signature.
+        let new = self.dedupe(requests).await;
+        let snapshot = self.shared.snapshot();
+        if new.is_empty() && snapshot.checkpoint.is_some() {
             return Ok(());
         }
-        // 2. The tree with the new entries, in memory.
-        let mut grown = Snapshot::clone(&head);
+        // 2. Add the new entries to the tree in memory.
+        let mut grown = Snapshot::clone(&snapshot);
         for new in &new {
             grown.push(Arc::clone(&new.entry));
         }
-        // 3. One signature of the HSM for all of them. It leaves this process with the answers, never before.
+        // 3. Sign the checkpoint: one HSM signature per batch. The signature does not leave this process before the commit.
         let checkpoint = match self.sign(&grown).await {
             Ok(checkpoint) => checkpoint,
             Err(why) => {
-                answer(new, |_, _| Err(PublishError::Unsigned(why.clone())));
+                respond(new, |_, _| Err(PublishError::Unsigned(why.clone())));
                 return Ok(());
             }
         };
-        // 4. The commit: entries and checkpoint are on the disk, or nothing is. From here on a power cut finds the batch.
-        if let Err(why) = self.append(&head, &checkpoint, &new).await {
-            answer(new, |_, _| Err(PublishError::Store(self.shared.error(&why))));
+        // 4. Commit: entries and checkpoint are on disk, both or neither. From here on the batch survives a power loss.
+        if let Err(why) = self.append(&snapshot, &checkpoint, &new).await {
+            respond(new, |_, _| Err(PublishError::Store(self.shared.error(&why))));
             return Err(why);
         }
         self.shared.batches.fetch_add(1, Ordering::Relaxed);
-        // 5. Readers see the new tree.
-        grown.signed.extend(SignedSize::of(&checkpoint, self.signer.key()));
+        // 5. Publish the new tree to readers.
+        grown.first_checkpoints.extend(CompactCheckpoint::of(&checkpoint, self.signer.key()));
         grown.checkpoint = Some(checkpoint);
-        self.shared.show(grown.clone());
-        self.shared.settle();
-        // 6. Those who waited are told.
-        let first = head.tree.size();
-        answer(new, |at, new| Ok(new.says.publication(first + at as u64, &new.entry.bytes)));
-        // 7. Bundles that are full become files of their own.
+        self.shared.publish_snapshot(grown.clone());
+        self.shared.clear_pending();
+        // 6. Answer the callers.
+        let first = snapshot.tree.size();
+        respond(new, |position, new| Ok(new.log_entry.publication(first + position as u64, &new.entry.bytes)));
+        // 7. Seal full bundles.
         match grown.recent.len() < BUNDLE as usize {
             true => Ok(()),
-            false => self.turn_over(grown).await,
+            false => self.seal_full_bundles(grown).await,
         }
     }
 
-    /// The new ones among those that wait; everybody else is answered.
-    async fn dedupe(&self, mut waiting: Vec<Waiting>) -> Vec<New> {
-        // Whoever stopped waiting may have been told that nothing was published: doubted before it is seen that they went, so that
-        // nobody is told so afterwards.
-        self.shared.doubt(waiting.iter().flat_map(|waiting| waiting.entry.keys()));
-        waiting.retain(|waiting| !waiting.answer.is_closed());
-        let unique = |waiting: &Waiting| waiting.entry.keys().into_iter().filter(UniqueKey::is_unique).collect();
-        let keys: Vec<Vec<_>> = waiting.iter().map(unique).collect();
+    /// Returns the entries that are new to the log and answers all other requests.
+    async fn dedupe(&self, mut requests: Vec<PublishRequest>) -> Vec<NewEntry> {
+        // A caller that timed out may look the record up. Mark the values as pending before dropping the requests of such
+        // callers, so that no look-up reports "not published" for a request that is still in the batch.
+        self.shared.set_pending(requests.iter().flat_map(|request| request.entry.keys()));
+        requests.retain(|request| !request.responder.is_closed());
+        let unique = |request: &PublishRequest| request.entry.keys().into_iter().filter(UniqueKey::is_unique).collect();
+        let keys: Vec<Vec<_>> = requests.iter().map(unique).collect();
         let known = match self.shared.look_up(keys.concat()).await {
             Ok(known) => known,
             Err(error) => {
                 let why = Unavailable::of(&error);
-                waiting.into_iter().for_each(|one| drop(one.answer.send(Err(self.shared.error(&why).into()))));
+                requests
+                    .into_iter()
+                    .for_each(|request| drop(request.responder.send(Err(self.shared.error(&why).into()))));
                 return Vec::new();
             }
         };
         let mut known = known.into_iter();
-        let mut new: Vec<New> = Vec::new();
+        let mut new: Vec<NewEntry> = Vec::new();
         let mut in_batch: HashMap<UniqueKey, usize> = HashMap::new();
-        for (Waiting { entry: says, bytes, answer }, keys) in waiting.into_iter().zip(keys) {
+        for (PublishRequest { entry: log_entry, bytes, responder }, keys) in requests.into_iter().zip(keys) {
             let known: Vec<_> = known.by_ref().take(keys.len()).collect();
-            let taken = keys.iter().zip(known).find_map(|(key, found)| Some((key, found?)));
-            if let Some((key, found)) = taken {
-                let _ = answer.send(self.known(key, &found, &says));
+            let existing = keys.iter().zip(known).find_map(|(key, found)| Some((key, found?)));
+            if let Some((key, found)) = existing {
+                let _ = responder.send(self.answer_existing(key, &found, &log_entry));
                 continue;
             }
-            if let Some((key, at)) = keys.iter().find_map(|key| Some((key, *in_batch.get(key)?))) {
-                match new.get_mut(at) {
-                    Some(same) if same.says.is_same_but_for_its_time(&says) => same.answers.push(answer),
-                    Some(other) => other.rivals.push((answer, key.what())),
+            if let Some((key, position)) = keys.iter().find_map(|key| Some((key, *in_batch.get(key)?))) {
+                match new.get_mut(position) {
+                    Some(same) if same.log_entry.eq_ignoring_time(&log_entry) => same.responders.push(responder),
+                    Some(other) => other.conflicting.push((responder, key.field())),
                     None => {}
                 }
                 continue;
             }
-            if let Err(full) = self.shared.files.place().admit(self.shared.options.floor_bytes) {
-                let _ = answer.send(Err(full.into()));
+            if let Err(full) = self.shared.files.store_dir().admit(self.shared.options.floor_bytes) {
+                let _ = responder.send(Err(full.into()));
                 continue;
             }
             in_batch.extend(keys.iter().map(|key| (*key, new.len())));
-            let entry = Arc::new(Entry { keys: says.keys(), bytes });
-            new.push(New { says, entry, answers: vec![answer], rivals: Vec::new() });
+            let entry = Arc::new(Entry { keys: log_entry.keys(), bytes });
+            new.push(NewEntry { log_entry, entry, responders: vec![responder], conflicting: Vec::new() });
         }
         new
     }
 
-    /// The answer to an entry of which a unique value is in the log.
-    fn known(&self, key: &UniqueKey, found: &Found, says: &LogEntry) -> Result<Publication, PublishError> {
+    /// The answer to a request for an entry with a unique value that is already in the log.
+    fn answer_existing(
+        &self,
+        key: &UniqueKey,
+        found: &EntryLocation,
+        log_entry: &LogEntry,
+    ) -> Result<Publication, PublishError> {
         let (known, publication) = self.shared.entry(found)?;
-        match known.is_same_but_for_its_time(says) {
+        match known.eq_ignoring_time(log_entry) {
             true => Ok(publication),
-            false => Err(PublishError::Taken(known.takes(key.what(), publication.index))),
+            false => Err(PublishError::Conflict(known.conflict(key.field(), publication.index))),
         }
     }
 
@@ -208,90 +223,109 @@ impl Sequencer {
         unsigned.signed(key, &signature).map_err(|e| e.to_string())
     }
 
-    async fn append(&mut self, head: &Snapshot, checkpoint: &SignedCheckpoint, new: &[New]) -> Result<(), Unavailable> {
+    async fn append(
+        &mut self,
+        snapshot: &Snapshot,
+        checkpoint: &SignedCheckpoint,
+        new: &[NewEntry],
+    ) -> Result<(), Unavailable> {
         let entries = new.iter().map(|new| new.entry.bytes.clone()).collect();
-        let batch = Batch { first: head.tree.size(), note: checkpoint.note().to_vec(), entries };
-        let Some(mut edge) = self.edge.take() else { return Err(Unavailable::Failed("the edge is not open".into())) };
-        let appended = self.on_the_disk(move |shared| shared.files.append(&mut edge, &batch).map(|()| edge)).await?;
+        let batch = Batch { first: snapshot.tree.size(), note: checkpoint.note().to_vec(), entries };
+        let Some(mut partial_bundle) = self.partial_bundle.take() else {
+            return Err(Unavailable::Failed("partial bundle not open".into()));
+        };
+        let appended = self
+            .run_blocking(move |shared| shared.files.append(&mut partial_bundle, &batch).map(|()| partial_bundle))
+            .await?;
         match appended {
-            Ok(edge) => {
-                self.edge = Some(edge);
+            Ok(partial_bundle) => {
+                self.partial_bundle = Some(partial_bundle);
                 Ok(())
             }
             Err(AppendError::Full(error)) => {
-                tracing::warn!(%error, "there is no room for a batch");
+                tracing::warn!(%error, "disk full: batch not written");
                 Err(Unavailable::Full)
             }
             Err(AppendError::Failed(error)) => Err(Unavailable::Failed(error.to_string())),
         }
     }
 
-    async fn turn_over(&mut self, mut head: Snapshot) -> Result<(), Unavailable> {
-        // What leaves the picture is found by the index alone.
-        self.index(&mut head).await;
-        let Some(mut edge) = self.edge.take() else { return Err(Unavailable::Failed("the edge is not open".into())) };
-        let mut entries: Vec<_> = head.recent.iter().map(|entry| entry.bytes.clone()).collect();
-        let (checkpoint, signed) = (head.checkpoint.clone(), head.signed.clone());
-        let turned = self.on_the_disk(move |shared| {
-            let turned = shared.files.turn_over(checkpoint.as_ref(), &mut entries, &signed, &mut edge);
-            turned.map(|()| edge).map_err(|e| Unavailable::of(&shared.files.failed("writing full tiles", &e)))
+    async fn seal_full_bundles(&mut self, mut snapshot: Snapshot) -> Result<(), Unavailable> {
+        // Entries that leave the snapshot are found by the index only.
+        self.sync_index(&mut snapshot).await;
+        let Some(mut partial_bundle) = self.partial_bundle.take() else {
+            return Err(Unavailable::Failed("partial bundle not open".into()));
+        };
+        let mut entries: Vec<_> = snapshot.recent.iter().map(|entry| entry.bytes.clone()).collect();
+        let (checkpoint, first_checkpoints) = (snapshot.checkpoint.clone(), snapshot.first_checkpoints.clone());
+        let sealed = self.run_blocking(move |shared| {
+            let sealed = shared.files.seal_full_bundles(
+                checkpoint.as_ref(),
+                &mut entries,
+                &first_checkpoints,
+                &mut partial_bundle,
+            );
+            sealed.map(|()| partial_bundle).map_err(|e| Unavailable::of(&shared.files.failed("writing full tiles", &e)))
         });
-        let edge = turned.await??;
-        let gone = usize::try_from(edge.base() - head.base).unwrap_or(head.recent.len());
-        head.recent.drain(..gone);
-        head.base = edge.base();
-        head.filled.clear();
-        head.signed.retain(|signed| signed.size > edge.base());
-        self.edge = Some(edge);
-        self.shared.show(head);
+        let partial_bundle = sealed.await??;
+        let sealed_count = usize::try_from(partial_bundle.base() - snapshot.base).unwrap_or(snapshot.recent.len());
+        snapshot.recent.drain(..sealed_count);
+        snapshot.base = partial_bundle.base();
+        snapshot.unwritten_tiles.clear();
+        snapshot.first_checkpoints.retain(|checkpoint| checkpoint.size > partial_bundle.base());
+        self.partial_bundle = Some(partial_bundle);
+        self.shared.publish_snapshot(snapshot);
         Ok(())
     }
 
-    /// Reads the files again, however long it takes, since it is not known what they hold. Whoever waits is told meanwhile.
-    async fn heal(&mut self, why: Unavailable, queue: &mut mpsc::Receiver<Waiting>) {
-        tracing::error!(?why, "the public database failed; its files are read again");
-        self.shared.set_away(Some(why.clone()));
+    /// Reads the files again and retries until this succeeds, because their state is unknown. Answers queued requests with an
+    /// error until then.
+    async fn recover(&mut self, why: Unavailable, queue: &mut mpsc::Receiver<PublishRequest>) {
+        tracing::error!(?why, "public database failed; reading its files again");
+        self.shared.set_unavailable(Some(why.clone()));
         let mut backoff = BACKOFF.0;
         let mut why = why;
         loop {
-            while let Ok(waiting) = queue.try_recv() {
-                let _ = waiting.answer.send(Err(self.shared.error(&why).into()));
+            while let Ok(request) = queue.try_recv() {
+                let _ = request.responder.send(Err(self.shared.error(&why).into()));
             }
             if queue.is_closed() {
                 return;
             }
             tokio::time::sleep(backoff).await;
             backoff = BACKOFF.1.min(backoff * 2);
-            let (key, head) = (self.signer.key().clone(), self.shared.head());
-            self.edge = None;
-            let size = head.tree.size();
-            let found =
-                self.on_the_disk(move |shared| shared.files.recover(&key, size).map_err(|e| Unavailable::of(&e))).await;
-            let taken = found.and_then(|found| found).and_then(|found| {
-                let (head, edge) = found.into_head().map_err(|e| Unavailable::of(&e))?;
-                self.edge = Some(edge);
-                Ok(head)
+            let (key, snapshot) = (self.signer.key().clone(), self.shared.snapshot());
+            self.partial_bundle = None;
+            let size = snapshot.tree.size();
+            let found = self
+                .run_blocking(move |shared| shared.files.recover(&key, size).map_err(|e| Unavailable::of(&e)))
+                .await;
+            let recovered = found.and_then(|found| found).and_then(|found| {
+                let (snapshot, partial_bundle) = found.into_snapshot().map_err(|e| Unavailable::of(&e))?;
+                self.partial_bundle = Some(partial_bundle);
+                Ok(snapshot)
             });
-            match taken {
+            match recovered {
                 Ok(mut found) => {
-                    found.indexed = head.indexed;
-                    // Bundles that became full meanwhile are found by the index alone: nobody sees this picture before it has them.
-                    self.index(&mut found).await;
-                    self.shared.settle();
-                    tracing::info!(entries = found.tree.size(), "the public database is open again");
+                    found.indexed = snapshot.indexed;
+                    // Entries of bundles that recovery has sealed are found by the index only. Publish this snapshot after they
+                    // are indexed.
+                    self.sync_index(&mut found).await;
+                    self.shared.clear_pending();
+                    tracing::info!(entries = found.tree.size(), "public database recovered");
                     return;
                 }
-                Err(still) => {
-                    tracing::warn!(?still, "the public database cannot be opened yet");
-                    self.shared.set_away(Some(still.clone()));
-                    why = still;
+                Err(cause) => {
+                    tracing::warn!(?cause, "public database not recovered; retrying");
+                    self.shared.set_unavailable(Some(cause.clone()));
+                    why = cause;
                 }
             }
         }
     }
 
-    /// Work that waits for the disk, beside the threads that wait for the network.
-    pub(super) async fn on_the_disk<T: Send + 'static>(
+    /// Runs blocking disk work outside of the async worker threads.
+    pub(super) async fn run_blocking<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Shared) -> T + Send + 'static,
     ) -> Result<T, Unavailable> {
@@ -300,16 +334,17 @@ impl Sequencer {
     }
 }
 
-fn answer(new: Vec<New>, answer: impl Fn(usize, &New) -> Result<Publication, PublishError>) {
-    for (at, mut new) in new.into_iter().enumerate() {
-        for waiting in std::mem::take(&mut new.answers) {
-            // Whoever has gone will ask again.
-            let _ = waiting.send(answer(at, &new));
+fn respond(new: Vec<NewEntry>, result: impl Fn(usize, &NewEntry) -> Result<Publication, PublishError>) {
+    for (position, mut new) in new.into_iter().enumerate() {
+        for responder in std::mem::take(&mut new.responders) {
+            // The caller may have stopped waiting; it retries.
+            let _ = responder.send(result(position, &new));
         }
-        for (rival, what) in std::mem::take(&mut new.rivals) {
-            let told = answer(at, &new)
-                .and_then(|Publication { index, .. }| Err(PublishError::Taken(new.says.takes(what, index))));
-            let _ = rival.send(told);
+        for (responder, field) in std::mem::take(&mut new.conflicting) {
+            let response = result(position, &new).and_then(|Publication { index, .. }| {
+                Err(PublishError::Conflict(new.log_entry.conflict(field, index)))
+            });
+            let _ = responder.send(response);
         }
     }
 }

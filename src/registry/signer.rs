@@ -1,4 +1,4 @@
-//! Who signs checkpoints.
+//! Signs checkpoints with the log's key.
 
 use async_trait::async_trait;
 
@@ -7,17 +7,17 @@ use crate::keys::SignatureAlgorithm;
 use crate::names::KeyName;
 use crate::tlog::{LogKey, UnsignedCheckpoint};
 
-/// Holds a log's private key.
+/// A signer with a log's private key.
 #[async_trait]
 pub trait CheckpointSigner: Send + Sync {
-    /// The public half.
+    /// The log's name and public key.
     fn key(&self) -> &LogKey;
 
-    /// An Ed25519 signature over the checkpoint's text, or why there is none now.
+    /// Signs the checkpoint's text with Ed25519. The error is the reason of the failure.
     async fn sign(&self, checkpoint: &UnsignedCheckpoint) -> Result<Vec<u8>, String>;
 }
 
-/// A key of its own in the HSM.
+/// Signs with a dedicated key in the HSM.
 pub struct HsmSigner {
     hsm: Hsm,
     name: KeyName,
@@ -25,7 +25,7 @@ pub struct HsmSigner {
 }
 
 impl HsmSigner {
-    /// The key of that name, whose public half is known from its ceremony.
+    /// Uses the HSM key `name`. Its public key `key` is known from the key ceremony.
     pub const fn new(hsm: Hsm, name: KeyName, key: LogKey) -> Self {
         Self { hsm, name, key }
     }

@@ -1,4 +1,4 @@
-//! Where a log can be read: the daemon's own directory, a mirror's directory, or a web server with either.
+//! Reads a log from outside: from a daemon's directory, a mirror's directory, or a web server that serves either.
 
 use std::fs;
 use std::io::{self, Read as _};
@@ -6,42 +6,42 @@ use std::path::{Path, PathBuf};
 
 use super::export::{CHIPS, chip_files};
 use super::fetch::Fetcher;
-use super::files::{BUNDLE, FullTiles, newest_edge};
+use super::files::{BUNDLE, FullTiles, newest_partial_bundle};
 use super::partial_bundle;
 use crate::names::ChipId;
 use crate::tlog::{FullTile, LogKey, TileId, TileKind, Tree, bundle, leaf_hash};
 
-/// Most bytes of an entry bundle: 256 entries of the largest kind.
+/// Maximum size of an entry bundle in bytes: 256 entries of maximum size.
 const MAX_BUNDLE: u64 = 256 * 65_537;
-/// Most bytes of a checkpoint, a record or a proof.
+/// Maximum size of a checkpoint, a record or a proof in bytes.
 const MAX_FILE: u64 = 128 * 1024;
 
-/// A part of a log could not be had.
+/// Why a part of a log could not be read.
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
-    /// It is not there.
-    #[error("{0} is not there")]
+    /// The part does not exist.
+    #[error("{0} not found")]
     Missing(String),
-    /// It cannot be read.
+    /// The part cannot be read.
     #[error("{what}: {cause}")]
     Failed {
-        /// What was read.
+        /// The part.
         what: String,
-        /// Why it could not be.
+        /// Why it cannot be read.
         cause: String,
     },
-    /// Whoever has it cannot be asked now, which says nothing about it.
-    #[error("{what} cannot be reached: {cause}")]
+    /// The server is unreachable, which says nothing about the log.
+    #[error("cannot reach {what}: {cause}")]
     Unreachable {
-        /// What was asked for.
+        /// The URL.
         what: String,
-        /// Why it could not be.
+        /// Why it is unreachable.
         cause: String,
     },
 }
 
 impl SourceError {
-    fn of(what: &str, error: &io::Error) -> Self {
+    fn from_io(what: &str, error: &io::Error) -> Self {
         match error.kind() {
             io::ErrorKind::NotFound => Self::Missing(what.to_owned()),
             _ => Self::Failed { what: what.to_owned(), cause: error.to_string() },
@@ -49,13 +49,13 @@ impl SourceError {
     }
 }
 
-/// A log that is read from outside. Nothing that it gives is believed.
+/// A log that is read from outside. Its content is not trusted: callers verify it.
 pub trait LogSource: Send {
-    /// How messages call it.
+    /// The log's name in messages.
     fn name(&self) -> String;
-    /// A file of a mirror, by its path; at most so many bytes.
-    fn file(&self, path: &str, most: u64) -> Result<Vec<u8>, SourceError>;
-    /// Whether it is at hand and has a record and a proof for each chip, which are read with the log then.
+    /// Reads a file of a mirror by its path; fails if it has more than `max_bytes` bytes.
+    fn file(&self, path: &str, max_bytes: u64) -> Result<Vec<u8>, SourceError>;
+    /// Whether the log is local and has a record and a proof for each chip. `verify` reads these files, too.
     fn has_chips(&self) -> bool {
         false
     }
@@ -63,21 +63,22 @@ pub trait LogSource: Send {
     fn checkpoint(&mut self) -> Result<Vec<u8>, SourceError> {
         self.file("checkpoint", MAX_FILE)
     }
-    /// A tile or an entry bundle. A mirror may have removed a partial one once the full one is there.
+    /// A tile or an entry bundle. If a partial one is missing, reads the full one: a mirror may have removed the partial one.
     fn tile(&self, tile: TileId) -> Result<Vec<u8>, SourceError> {
         match self.file(&tile.to_string(), MAX_BUNDLE) {
             Err(SourceError::Missing(_)) if !tile.is_full() => {
-                beginning_of(tile, self.file(&tile.as_full().to_string(), MAX_BUNDLE)?)
+                truncate_tile(tile, self.file(&tile.as_full().to_string(), MAX_BUNDLE)?)
             }
             found => found,
         }
     }
 }
 
-/// Opens a directory, the daemon's or a mirror's, or a web address. `authority` is the CA of a web server that the system does not know.
+/// Opens a log at a path (a daemon's directory or a mirror) or URL. `authority` is a PEM file with the CA of the web server; the
+/// system's CAs if `None`.
 pub fn open_source(place: &str, key: &LogKey, authority: Option<&Path>) -> Result<Box<dyn LogSource>, SourceError> {
     if place.contains("://") {
-        return Ok(Box::new(Website::new(place, authority)?));
+        return Ok(Box::new(HttpSource::new(place, authority)?));
     }
     let dir = Path::new(place);
     if is_store(dir) {
@@ -86,16 +87,16 @@ pub fn open_source(place: &str, key: &LogKey, authority: Option<&Path>) -> Resul
     Ok(Box::new(Mirror::new(dir)))
 }
 
-/// Whether a daemon made that directory.
+/// Whether the directory is a daemon's store.
 pub(super) fn is_store(dir: &Path) -> bool {
     dir.join("store.toml").exists()
 }
 
-/// A directory with the files that C2SP tlog-tiles names.
+/// A mirror: a directory in the layout of C2SP tlog-tiles.
 pub struct Mirror(PathBuf);
 
 impl Mirror {
-    /// The mirror in that directory.
+    /// The mirror in a directory.
     pub fn new(dir: &Path) -> Self {
         Self(dir.to_owned())
     }
@@ -110,92 +111,90 @@ impl LogSource for Mirror {
         self.0.join(CHIPS).is_dir()
     }
 
-    fn file(&self, path: &str, most: u64) -> Result<Vec<u8>, SourceError> {
-        let length = fs::metadata(self.0.join(path)).map_err(|e| SourceError::of(path, &e))?.len();
-        if length > most {
-            let cause = format!("it has {length} bytes, at most {most} are read");
+    fn file(&self, path: &str, max_bytes: u64) -> Result<Vec<u8>, SourceError> {
+        let length = fs::metadata(self.0.join(path)).map_err(|e| SourceError::from_io(path, &e))?.len();
+        if length > max_bytes {
+            let cause = format!("{length} bytes exceed the limit of {max_bytes} bytes");
             return Err(SourceError::Failed { what: path.to_owned(), cause });
         }
-        fs::read(self.0.join(path)).map_err(|e| SourceError::of(path, &e))
+        fs::read(self.0.join(path)).map_err(|e| SourceError::from_io(path, &e))
     }
 }
 
-/// A web server with such files: another daemon's public listener, or a mirror.
-pub struct Website {
+/// A web server that serves a log: another daemon's public listener, or a mirror.
+pub struct HttpSource {
     prefix: String,
     fetcher: Fetcher,
 }
 
-impl Website {
-    /// The log below that address.
+impl HttpSource {
+    /// The log below the URL `prefix`.
     pub fn new(prefix: &str, authority: Option<&Path>) -> Result<Self, SourceError> {
         let prefix = prefix.trim_end_matches('/').to_owned();
-        let fetcher = Fetcher::of_mirrors(authority);
+        let fetcher = Fetcher::for_mirrors(authority);
         let fetcher = fetcher.map_err(|cause| SourceError::Failed { what: prefix.clone(), cause })?;
         Ok(Self { prefix, fetcher })
     }
 }
 
-impl LogSource for Website {
+impl LogSource for HttpSource {
     fn name(&self) -> String {
         self.prefix.clone()
     }
 
-    fn file(&self, path: &str, most: u64) -> Result<Vec<u8>, SourceError> {
+    fn file(&self, path: &str, max_bytes: u64) -> Result<Vec<u8>, SourceError> {
         let what = format!("{}/{path}", self.prefix);
-        match self.fetcher.get(&what, most) {
+        match self.fetcher.get(&what, max_bytes) {
             Ok(answer) if answer.status == 200 => Ok(answer.body),
             Ok(answer) if answer.status == 404 => Err(SourceError::Missing(what)),
-            Ok(answer) => {
-                Err(SourceError::Unreachable { what, cause: format!("the server answers {}", answer.status) })
-            }
+            Ok(answer) => Err(SourceError::Unreachable { what, cause: format!("status {}", answer.status) }),
             Err(cause) => Err(SourceError::Unreachable { what, cause }),
         }
     }
 }
 
-/// The directory of a daemon, which may be running meanwhile.
+/// The directory of a daemon, which may be running.
 pub struct StoreDirectory {
     dir: PathBuf,
     key: LogKey,
-    edge: Option<ReadPartialBundle>,
+    partial_bundle: Option<PartialBundleSnapshot>,
 }
 
-/// The edge as it was when the checkpoint was read.
-struct ReadPartialBundle {
+/// The partial bundle at the time when the checkpoint was read.
+struct PartialBundleSnapshot {
     base: u64,
     entries: Vec<Vec<u8>>,
     tree: Tree,
-    /// Tiles that its entries fill: between a commit and the turn-over after it they are no files.
-    filled: Vec<FullTile>,
+    /// Full tiles that are not files yet: between a commit and the sealing of full bundles.
+    unwritten_tiles: Vec<FullTile>,
 }
 
 impl StoreDirectory {
-    /// The log in that directory; its batches are told from what a crash left by the key.
+    /// The log in a directory. The key distinguishes valid batches from those that a crash truncated.
     pub fn new(dir: &Path, key: &LogKey) -> Self {
-        Self { dir: dir.to_owned(), key: key.clone(), edge: None }
+        Self { dir: dir.to_owned(), key: key.clone(), partial_bundle: None }
     }
 
-    fn read_edge(&self) -> Result<(ReadPartialBundle, Option<Vec<u8>>), SourceError> {
-        let (base, path) = newest_edge(&self.dir).map_err(|e| SourceError::of("edge", &e))?;
+    fn read_partial_bundle(&self) -> Result<(PartialBundleSnapshot, Option<Vec<u8>>), SourceError> {
+        let (base, path) = newest_partial_bundle(&self.dir).map_err(|e| SourceError::from_io("edge", &e))?;
         let what = format!("edge/{base:020}");
-        // A batch that the daemon has written and not synced yet is nobody's to show: a power cut could take it back.
+        // Sync before use: a power loss could remove a batch that the daemon has written but not synced.
         let read = fs::File::open(&path).and_then(|file| {
             let mut bytes = Vec::new();
             (&file).read_to_end(&mut bytes)?;
             file.sync_data().map(|()| bytes)
         });
-        let bytes = read.map_err(|e| SourceError::of(&what, &e))?;
+        let bytes = read.map_err(|e| SourceError::from_io(&what, &e))?;
         let damaged = |cause: String| SourceError::Failed { what: what.clone(), cause };
         let mut tree = Tree::read(base, &FullTiles(&self.dir)).map_err(|e| damaged(e.to_string()))?;
-        let edge = partial_bundle::read(&bytes, &tree, &self.key).map_err(damaged)?;
-        let (mut entries, mut filled, mut note) = (Vec::new(), Vec::new(), None);
-        for (batch, checkpoint) in edge.batches {
-            filled.extend(batch.entries.iter().flat_map(|entry| tree.push(leaf_hash(entry))));
+        let partial_bundle = partial_bundle::read(&bytes, &tree, &self.key).map_err(damaged)?;
+        let (mut entries, mut unwritten_tiles, mut note) = (Vec::new(), Vec::new(), None);
+        for (batch, checkpoint) in partial_bundle.batches {
+            unwritten_tiles.extend(batch.entries.iter().flat_map(|entry| tree.push(leaf_hash(entry))));
             entries.extend(batch.entries);
             note = Some(checkpoint.note().to_vec());
         }
-        Ok((ReadPartialBundle { base, entries, tree, filled }, note))
+        Ok((PartialBundleSnapshot { base, entries, tree, unwritten_tiles }, note))
     }
 }
 
@@ -205,42 +204,43 @@ impl LogSource for StoreDirectory {
     }
 
     fn checkpoint(&mut self) -> Result<Vec<u8>, SourceError> {
-        // The daemon may put a new edge in the place of the one that was just found: then it is looked for again.
-        let mut tries = 3;
-        let (edge, note) = loop {
-            tries -= 1;
-            match self.read_edge() {
-                Err(SourceError::Missing(_)) if tries > 0 => {}
+        // The daemon may replace the partial bundle after it was located: then locate it again.
+        let mut attempts = 3;
+        let (partial_bundle, note) = loop {
+            attempts -= 1;
+            match self.read_partial_bundle() {
+                Err(SourceError::Missing(_)) if attempts > 0 => {}
                 read => break read?,
             }
         };
-        self.edge = Some(edge);
-        note.ok_or_else(|| SourceError::Missing("a checkpoint".to_owned()))
+        self.partial_bundle = Some(partial_bundle);
+        note.ok_or_else(|| SourceError::Missing("checkpoint".to_owned()))
     }
 
     fn tile(&self, tile: TileId) -> Result<Vec<u8>, SourceError> {
         let what = tile.to_string();
-        if let Some(edge) = &self.edge {
+        if let Some(partial_bundle) = &self.partial_bundle {
             let first = tile.index() * BUNDLE;
-            if tile.kind() == TileKind::Entries && first >= edge.base {
-                let from = usize::try_from(first - edge.base).unwrap_or(usize::MAX);
+            if tile.kind() == TileKind::Entries && first >= partial_bundle.base {
+                let from = usize::try_from(first - partial_bundle.base).unwrap_or(usize::MAX);
                 let mut bytes = Vec::new();
-                for entry in edge.entries.iter().skip(from).take(tile.width().into()) {
+                for entry in partial_bundle.entries.iter().skip(from).take(tile.width().into()) {
                     let cause =
                         |e: crate::tlog::TlogError| SourceError::Failed { what: what.clone(), cause: e.to_string() };
                     bundle::push(&mut bytes, entry).map_err(cause)?;
                 }
                 return Ok(bytes);
             }
-            if let Some(hashes) = edge.tree.partial(tile).filter(|_| !tile.is_full()) {
+            if let Some(hashes) = partial_bundle.tree.partial(tile).filter(|_| !tile.is_full()) {
                 return Ok(hashes.get(..usize::from(tile.width()) * 32).unwrap_or(hashes).to_vec());
             }
-            if let Some(filled) = edge.filled.iter().find(|filled| filled.id == tile.as_full()) {
-                return beginning_of(tile, filled.hashes.clone());
+            if let Some(full) = partial_bundle.unwritten_tiles.iter().find(|full| full.id == tile.as_full()) {
+                return truncate_tile(tile, full.hashes.clone());
             }
         }
-        let full = FullTiles(&self.dir).read(tile).map_err(|e| SourceError::of(&tile.as_full().to_string(), &e))?;
-        beginning_of(tile, full)
+        let full =
+            FullTiles(&self.dir).read(tile).map_err(|e| SourceError::from_io(&tile.as_full().to_string(), &e))?;
+        truncate_tile(tile, full)
     }
 
     fn file(&self, path: &str, _: u64) -> Result<Vec<u8>, SourceError> {
@@ -248,13 +248,14 @@ impl LogSource for StoreDirectory {
     }
 }
 
-/// A partial tile, which is the beginning of the full one.
-fn beginning_of(tile: TileId, full: Vec<u8>) -> Result<Vec<u8>, SourceError> {
+/// Cuts a partial tile from the beginning of the full one.
+fn truncate_tile(tile: TileId, full: Vec<u8>) -> Result<Vec<u8>, SourceError> {
     let length = match tile.kind() {
         TileKind::Hashes(_) => usize::from(tile.width()) * 32,
         TileKind::Entries => {
             let entries = bundle::entries(&full).take(tile.width().into());
-            let length = entries.map(|entry| entry.map(|entry| entry.len() + bundle::HEAD)).sum::<Result<usize, _>>();
+            let length =
+                entries.map(|entry| entry.map(|entry| entry.len() + bundle::LENGTH_SIZE)).sum::<Result<usize, _>>();
             length.map_err(|e| SourceError::Failed { what: tile.to_string(), cause: e.to_string() })?
         }
     };
@@ -263,21 +264,22 @@ fn beginning_of(tile: TileId, full: Vec<u8>) -> Result<Vec<u8>, SourceError> {
     Ok(bytes)
 }
 
-/// A chip's record and its proof from a mirror: a directory or a web address. Neither is believed.
+/// Reads a chip's record and proof from a mirror (a directory or a URL). Neither is verified.
 pub fn read_chip(place: &str, chip: &ChipId, authority: Option<&Path>) -> Result<(Vec<u8>, Vec<u8>), SourceError> {
     let source: Box<dyn LogSource> = match place.contains("://") {
-        true => Box::new(Website::new(place, authority)?),
+        true => Box::new(HttpSource::new(place, authority)?),
         false if is_store(Path::new(place)) => {
-            let cause = "it is a daemon's public database; make a mirror of it with sppctl registry export".to_owned();
+            let cause =
+                "not a mirror but a daemon's public database; create a mirror with sppctl registry export".to_owned();
             return Err(SourceError::Failed { what: place.to_owned(), cause });
         }
         false => Box::new(Mirror::new(Path::new(place))),
     };
-    chip_of(&*source, chip)
+    read_chip_files(&*source, chip)
 }
 
-/// The same of a log that is open.
-pub(super) fn chip_of(source: &dyn LogSource, chip: &ChipId) -> Result<(Vec<u8>, Vec<u8>), SourceError> {
+/// The same for an open log.
+pub(super) fn read_chip_files(source: &dyn LogSource, chip: &ChipId) -> Result<(Vec<u8>, Vec<u8>), SourceError> {
     let (record, proof) = chip_files(chip);
     Ok((source.file(&record, MAX_FILE)?, source.file(&proof, MAX_FILE)?))
 }

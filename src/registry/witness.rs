@@ -1,5 +1,5 @@
-//! Witnesses: others that cosign a checkpoint only if it continues the ones they have seen (C2SP tlog-witness). With their cosignatures
-//! on it, nobody can be shown another log.
+//! Collects cosignatures of witnesses (C2SP tlog-witness). A witness cosigns a checkpoint only if it is consistent with those
+//! that it has seen, so a log with cosigned checkpoints cannot present different views.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
@@ -15,31 +15,31 @@ use super::snapshot::Snapshot;
 use crate::store::WitnessStatus;
 use crate::tlog::{LogKey, SignedCheckpoint, WitnessKey, prove_consistency};
 
-/// How often a new checkpoint is looked for.
-const INTERVAL: Duration = Duration::from_secs(1);
-/// How often witnesses that did not cosign are asked again about the same checkpoint.
-const AGAIN: Duration = Duration::from_secs(15);
-/// How long a witness may take to answer a request.
-const LIMIT: Duration = Duration::from_secs(5);
-/// How long a checkpoint waits for cosignatures before it is published; those that come later are added to it.
-const PATIENCE: Duration = Duration::from_secs(1);
-/// Most bytes of an answer.
+/// Interval of checks for a new checkpoint.
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
+/// Interval of retries for witnesses that have not cosigned the current checkpoint.
+const RETRY_INTERVAL: Duration = Duration::from_secs(15);
+/// Timeout of a request to a witness.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a checkpoint waits for cosignatures before it is published. Later cosignatures are added to it.
+const PUBLISH_DELAY: Duration = Duration::from_secs(1);
+/// Maximum size of a response in bytes.
 const MAX_ANSWER: u64 = 16 * 1024;
 
-/// A witness that is asked.
+/// A configured witness.
 #[derive(Debug, Clone)]
 pub struct Witness {
-    /// Its submission prefix, `https://witness.example/w1`.
+    /// Its submission prefix, for example `https://witness.example/w1`.
     pub url: String,
-    /// Whose cosignatures are believed.
+    /// The key that verifies its cosignatures.
     pub key: WitnessKey,
-    /// The CA of its certificate; that of the system if there is none.
+    /// The CA of its TLS certificate; the system's CAs if `None`.
     pub authority: Option<std::path::PathBuf>,
 }
 
-/// The newest checkpoint that the witnesses were asked about, with the cosignatures that they gave.
+/// The newest checkpoint that was sent to the witnesses, with their cosignatures, and the witnesses' status.
 #[derive(Clone, Default)]
-pub(super) struct Cosigned(Arc<Mutex<State>>);
+pub(super) struct CosigningState(Arc<Mutex<State>>);
 
 #[derive(Default)]
 struct State {
@@ -47,7 +47,7 @@ struct State {
     witnesses: Vec<WitnessStatus>,
 }
 
-impl Cosigned {
+impl CosigningState {
     pub(super) fn newest(&self) -> Option<SignedCheckpoint> {
         self.state().newest.clone()
     }
@@ -65,96 +65,102 @@ impl Cosigned {
     }
 }
 
-/// One witness, and what is known of it.
-struct Asked {
+/// The client of one witness.
+struct WitnessClient {
     witness: Witness,
     fetcher: Result<Fetcher, String>,
-    /// The size of the tree that it has cosigned last.
+    /// The size of the last tree that the witness has cosigned.
     size: u64,
 }
 
-/// Asks the witnesses about each new checkpoint, all at once, until the log is gone. A checkpoint is published with the
-/// cosignatures that came in time; a witness that is away holds nothing up.
-pub(super) async fn ask(shared: Weak<Shared>, witnesses: Vec<Witness>, key: LogKey, cosigned: Cosigned) {
-    let ask = |witness: Witness| {
-        let fetcher = Fetcher::of_witnesses(witness.authority.as_deref(), LIMIT);
-        Asked { witness, fetcher, size: 0 }
+/// Requests cosignatures for each new checkpoint from all witnesses concurrently, until the log is closed. Publishes a checkpoint
+/// with the cosignatures that arrive within [`PUBLISH_DELAY`]; an unavailable witness causes no other delay.
+pub(super) async fn run(shared: Weak<Shared>, witnesses: Vec<Witness>, key: LogKey, cosigning: CosigningState) {
+    let connect = |witness: Witness| {
+        let fetcher = Fetcher::for_witnesses(witness.authority.as_deref(), REQUEST_TIMEOUT);
+        WitnessClient { witness, fetcher, size: 0 }
     };
-    let mut asked: Vec<_> = witnesses.into_iter().map(ask).collect();
-    let mut since_asked = AGAIN;
+    let mut clients: Vec<_> = witnesses.into_iter().map(connect).collect();
+    let mut since_request = RETRY_INTERVAL;
     loop {
-        tokio::time::sleep(INTERVAL).await;
-        since_asked += INTERVAL;
+        tokio::time::sleep(CHECK_INTERVAL).await;
+        since_request += CHECK_INTERVAL;
         let Some(shared) = shared.upgrade() else { return };
-        let head = shared.head();
-        let Some(checkpoint) = head.checkpoint.clone().filter(|checkpoint| checkpoint.size() > 0) else { continue };
-        let newest = cosigned.newest().filter(|newest| newest.is_same_tree(&checkpoint));
-        let lacking =
-            |asked: &Asked| newest.as_ref().is_none_or(|newest| newest.cosigners(&[&asked.witness.key]).is_empty());
-        let wait = newest.is_some() && since_asked < AGAIN;
-        if wait || !asked.iter().any(lacking) {
+        let snapshot = shared.snapshot();
+        let Some(checkpoint) = snapshot.checkpoint.clone().filter(|checkpoint| checkpoint.size() > 0) else { continue };
+        let newest = cosigning.newest().filter(|newest| newest.is_same_tree(&checkpoint));
+        let not_cosigned = |client: &WitnessClient| {
+            newest.as_ref().is_none_or(|newest| newest.cosigners(&[&client.witness.key]).is_empty())
+        };
+        let wait = newest.is_some() && since_request < RETRY_INTERVAL;
+        if wait || !clients.iter().any(not_cosigned) {
             continue;
         }
-        since_asked = Duration::ZERO;
+        since_request = Duration::ZERO;
         let mut calls = JoinSet::new();
-        for mut asked in asked.drain(..) {
-            let (shared, head, checkpoint) = (Arc::clone(&shared), Arc::clone(&head), checkpoint.clone());
-            let skip = newest.as_ref().is_some_and(|newest| !newest.cosigners(&[&asked.witness.key]).is_empty());
+        for mut client in clients.drain(..) {
+            let (shared, snapshot, checkpoint) = (Arc::clone(&shared), Arc::clone(&snapshot), checkpoint.clone());
+            let skip = newest.as_ref().is_some_and(|newest| !newest.cosigners(&[&client.witness.key]).is_empty());
             calls.spawn_blocking(move || {
-                let answer = if skip { Ok(Vec::new()) } else { asked.cosign(&shared, &head, &checkpoint) };
-                (asked, answer)
+                let result = if skip { Ok(Vec::new()) } else { client.cosign(&shared, &snapshot, &checkpoint) };
+                (client, result)
             });
         }
-        drop((shared, head));
+        drop((shared, snapshot));
         let mut published = newest.unwrap_or(checkpoint);
-        let until = tokio::time::Instant::now() + PATIENCE;
+        let deadline = tokio::time::Instant::now() + PUBLISH_DELAY;
         let mut status = Vec::new();
         loop {
-            // Whoever is fast is not held up by whoever is slow.
-            let in_time = tokio::time::timeout_at(until, calls.join_next()).await;
+            // A slow witness does not delay the cosignatures of the fast ones.
+            let in_time = tokio::time::timeout_at(deadline, calls.join_next()).await;
             let next = match in_time {
                 Ok(next) => next,
                 Err(_) => {
-                    cosigned.publish(&published);
+                    cosigning.publish(&published);
                     calls.join_next().await
                 }
             };
             let Some(ended) = next else { break };
-            let Ok((one, answer)) = ended else { continue };
-            let mut trouble = answer.as_ref().err().cloned();
-            if let Ok(lines) = &answer {
-                published = published.cosigned(lines, &[&one.witness.key]);
+            let Ok((client, result)) = ended else { continue };
+            let mut trouble = result.as_ref().err().cloned();
+            if let Ok(lines) = &result {
+                published = published.cosigned(lines, &[&client.witness.key]);
             }
-            if trouble.is_none() && published.cosigners(&[&one.witness.key]).is_empty() {
-                trouble = Some("its cosignature does not verify".to_owned());
+            if trouble.is_none() && published.cosigners(&[&client.witness.key]).is_empty() {
+                trouble = Some("cosignature does not verify".to_owned());
             }
-            let name = one.witness.key.name().to_owned();
+            let name = client.witness.key.name().to_owned();
             if let Some(why) = &trouble {
-                tracing::warn!(witness = %name, why, "a checkpoint has no cosignature of a witness; it is asked again");
+                tracing::warn!(witness = %name, why, "checkpoint not cosigned by a witness; retrying");
             }
-            status.push(WitnessStatus { name, size: one.size, trouble });
-            asked.push(one);
+            status.push(WitnessStatus { name, size: client.size, trouble });
+            clients.push(client);
         }
         match SignedCheckpoint::verify(published.note(), &key) {
-            Ok(_) => cosigned.publish(&published),
+            Ok(_) => cosigning.publish(&published),
             Err(e) => {
-                tracing::error!(error = %e, "the checkpoint does not verify with its cosignatures; it is not published")
+                tracing::error!(error = %e, "cosigned checkpoint does not verify; not published")
             }
         }
         status.sort_by(|a, b| a.name.cmp(&b.name));
-        cosigned.state().witnesses = status;
+        cosigning.state().witnesses = status;
     }
 }
 
-impl Asked {
-    /// The witness's cosignature lines.
-    fn cosign(&mut self, shared: &Shared, head: &Snapshot, checkpoint: &SignedCheckpoint) -> Result<Vec<u8>, String> {
-        let first = self.add_checkpoint(shared, head, checkpoint)?;
-        // It knows another tree than we thought: after a restart of this log we do not know what it has seen.
+impl WitnessClient {
+    /// Requests a cosignature and returns the witness's signature lines.
+    fn cosign(
+        &mut self,
+        shared: &Shared,
+        snapshot: &Snapshot,
+        checkpoint: &SignedCheckpoint,
+    ) -> Result<Vec<u8>, String> {
+        let first = self.add_checkpoint(shared, snapshot, checkpoint)?;
+        // After a restart of the log the last size that the witness has seen is unknown. The witness answers with that size.
         let answer = match first {
-            Reply::Knows(size) if size <= checkpoint.size() => {
+            Reply::KnownSize(size) if size <= checkpoint.size() => {
                 self.size = size;
-                self.add_checkpoint(shared, head, checkpoint)?
+                self.add_checkpoint(shared, snapshot, checkpoint)?
             }
             other => other,
         };
@@ -163,14 +169,21 @@ impl Asked {
                 self.size = checkpoint.size();
                 Ok(lines)
             }
-            Reply::Knows(size) => Err(format!("it knows a tree of {size} entries: is another log using this name?")),
+            Reply::KnownSize(size) => {
+                Err(format!("witness has cosigned a tree of {size} entries; check that no other log uses this name"))
+            }
         }
     }
 
-    fn add_checkpoint(&self, shared: &Shared, head: &Snapshot, checkpoint: &SignedCheckpoint) -> Result<Reply, String> {
+    fn add_checkpoint(
+        &self,
+        shared: &Shared,
+        snapshot: &Snapshot,
+        checkpoint: &SignedCheckpoint,
+    ) -> Result<Reply, String> {
         let proof = match self.size {
             size if size == checkpoint.size() => Vec::new(),
-            size => prove_consistency(&head.tree, size, &Tiles(shared, head)).map_err(|e| e.to_string())?,
+            size => prove_consistency(&snapshot.tree, size, &Tiles(shared, snapshot)).map_err(|e| e.to_string())?,
         };
         let mut body = format!("old {}\n", self.size);
         for hash in proof {
@@ -186,17 +199,17 @@ impl Asked {
             200 => Ok(Reply::Cosigned(answer.body)),
             409 => {
                 let size = std::str::from_utf8(&answer.body).ok().and_then(|text| text.trim_end().parse().ok());
-                size.map(Reply::Knows).ok_or_else(|| "it answers 409 without a size".to_owned())
+                size.map(Reply::KnownSize).ok_or_else(|| "status 409 without a tree size".to_owned())
             }
-            403 => Err("it does not accept the log's signature (403): does it know this log's key?".to_owned()),
-            404 => Err("it does not know this log (404): its operator must add it".to_owned()),
-            422 => Err("it found the checkpoint inconsistent with what it has seen (422)".to_owned()),
-            status => Err(format!("it answers {status}")),
+            403 => Err("witness rejects the log's signature (403); check the log key in its configuration".to_owned()),
+            404 => Err("log unknown to the witness (404); its operator must add the log".to_owned()),
+            422 => Err("witness found the checkpoint inconsistent with an earlier one (422)".to_owned()),
+            status => Err(format!("status {status}")),
         }
     }
 }
 
 enum Reply {
     Cosigned(Vec<u8>),
-    Knows(u64),
+    KnownSize(u64),
 }

@@ -1,4 +1,4 @@
-//! The service `Access`.
+//! The `Access` service: certificates, approvals, revocations, identities and the audit log.
 
 use std::sync::Arc;
 
@@ -16,30 +16,30 @@ use crate::proto;
 use crate::proto::access_server::Access;
 use crate::provisioning::{ProvisionError, Provisioner};
 
-/// Parts of the audit log that may wait for a slow reader.
-const CHUNKS: usize = 4;
+/// Number of audit-log chunks to buffer for a slow reader.
+const CHUNK_BUFFER: usize = 4;
 
 pub(super) struct AccessService {
-    pub(super) desk: Arc<AccessControl>,
+    pub(super) access_control: Arc<AccessControl>,
     pub(super) provisioner: Arc<Provisioner>,
     pub(super) auditor: Arc<Auditor>,
-    pub(super) door: CallGate,
+    pub(super) gate: CallGate,
 }
 
-/// What an officer signed is on record, whole, before it counts; and then how it stands.
-async fn on_record(
+/// Records an officer's complete signed statement before it takes effect, and then the outcome.
+async fn record_statement(
     auditor: &Auditor,
     begun: Entry,
     work: impl Future<Output = Result<access::ApprovalRequest, AccessError>>,
 ) -> Result<access::ApprovalRequest, ProvisionError> {
     auditor.record(begun.clone()).await?;
-    let done = work.await.map_err(ProvisionError::from);
-    let ended = match &done {
+    let result = work.await.map_err(ProvisionError::from);
+    let ended = match &result {
         Ok(request) => begun.ended(Outcome::Done).with("state", request.state.name()),
         Err(error) => begun.ended(Outcome::Refused(error.to_string())),
     };
-    auditor.record(ended.without(access_messages::SIGNED)).await?;
-    done
+    auditor.record(ended.without(access_messages::STATEMENT_FIELDS)).await?;
+    result
 }
 
 #[async_trait]
@@ -48,35 +48,39 @@ impl Access for AccessService {
         &self,
         request: Request<proto::RenewCertificateRequest>,
     ) -> Result<Response<proto::RenewCertificateResponse>, Status> {
-        let (present, desk) = (callers::certificate(&request)?, Arc::clone(&self.desk));
-        let act = AuditedCall::new("Access.RenewCertificate", "certificate.renew", &present.caller).announced().tell(
-            |made: &proto::RenewCertificateResponse| access_messages::told_of_certificate(made.certificate.as_ref()),
-        );
+        let (present, access_control) = (callers::certificate(&request)?, Arc::clone(&self.access_control));
+        let audited = AuditedCall::new("Access.RenewCertificate", "certificate.renew", &present.caller)
+            .record_start()
+            .audit_fields(|issued: &proto::RenewCertificateResponse| {
+                access_messages::certificate_audit_fields(issued.certificate.as_ref())
+            });
         let work = async move {
-            let made = desk.renew(&present, &request.get_ref().csr).await?;
-            Ok(proto::RenewCertificateResponse { certificate: Some(access_messages::certificate(made)) })
+            let issued = access_control.renew(&present, &request.get_ref().csr).await?;
+            Ok(proto::RenewCertificateResponse { certificate: Some(access_messages::certificate(issued)) })
         };
-        self.door.act(act, work).await
+        self.gate.call_audited(audited, work).await
     }
 
     async fn enroll_caller(
         &self,
         request: Request<proto::EnrollCallerRequest>,
     ) -> Result<Response<proto::EnrollCallerResponse>, Status> {
-        let (officer, desk) = (callers::officer(&request)?, Arc::clone(&self.desk));
-        let asked = request.get_ref();
-        let act = AuditedCall::new("Access.EnrollCaller", "caller.enroll", &Caller::Officer(officer.clone()))
-            .with("csr_sha256", hex::encode(sha256(&asked.csr)))
-            .with("role", &asked.role)
-            .with("name", &asked.name)
-            .announced()
-            .tell(|made: &proto::EnrollCallerResponse| access_messages::told_of_certificate(made.certificate.as_ref()));
+        let (officer, access_control) = (callers::officer(&request)?, Arc::clone(&self.access_control));
+        let message = request.get_ref();
+        let audited = AuditedCall::new("Access.EnrollCaller", "caller.enroll", &Caller::Officer(officer.clone()))
+            .with("csr_sha256", hex::encode(sha256(&message.csr)))
+            .with("role", &message.role)
+            .with("name", &message.name)
+            .record_start()
+            .audit_fields(|issued: &proto::EnrollCallerResponse| {
+                access_messages::certificate_audit_fields(issued.certificate.as_ref())
+            });
         let work = async move {
             let (caller, days) = access_messages::enrolment(request.get_ref())?;
-            let made = desk.enroll(caller, &request.get_ref().csr, days, &officer).await?;
-            Ok(proto::EnrollCallerResponse { certificate: Some(access_messages::certificate(made)) })
+            let issued = access_control.enroll(caller, &request.get_ref().csr, days, &officer).await?;
+            Ok(proto::EnrollCallerResponse { certificate: Some(access_messages::certificate(issued)) })
         };
-        self.door.act(act, work).await
+        self.gate.call_audited(audited, work).await
     }
 
     async fn list_callers(
@@ -84,9 +88,9 @@ impl Access for AccessService {
         request: Request<proto::ListCallersRequest>,
     ) -> Result<Response<proto::ListCallersResponse>, Status> {
         let caller = callers::any(&request)?.to_string();
-        let (desk, provisioner) = (Arc::clone(&self.desk), Arc::clone(&self.provisioner));
-        let work = async move { access_messages::callers(&desk, &provisioner).await };
-        self.door.call("Access.ListCallers", caller, work).await
+        let (access_control, provisioner) = (Arc::clone(&self.access_control), Arc::clone(&self.provisioner));
+        let work = async move { access_messages::callers(&access_control, &provisioner).await };
+        self.gate.call("Access.ListCallers", caller, work).await
     }
 
     async fn request_approval(
@@ -94,51 +98,56 @@ impl Access for AccessService {
         request: Request<proto::RequestApprovalRequest>,
     ) -> Result<Response<proto::RequestApprovalResponse>, Status> {
         let (officer, certificate) = (callers::officer(&request)?, callers::certificate_der(&request)?);
-        let (desk, auditor, caller) =
-            (Arc::clone(&self.desk), Arc::clone(&self.auditor), Caller::Officer(officer.clone()));
+        let (access_control, auditor, caller) =
+            (Arc::clone(&self.access_control), Arc::clone(&self.auditor), Caller::Officer(officer.clone()));
         let by = caller.to_string();
         let work = async move {
-            let ready =
-                desk.prepare_request(access_messages::asked(officer, certificate, request.into_inner())?).await?;
-            let entry = access_messages::entry_of_statement(
+            let ready = access_control
+                .prepare_request(access_messages::submission(officer, certificate, request.into_inner())?)
+                .await?;
+            let entry = access_messages::statement_entry(
                 &caller,
                 "approval.request",
                 ready.id,
-                &ready.act,
+                &ready.action,
                 &ready.requested,
             );
-            let filed = on_record(&auditor, entry, desk.file(ready)).await?;
-            Ok(proto::RequestApprovalResponse { approval: Some(access_messages::approval(filed, desk.now())) })
+            let filed = record_statement(&auditor, entry, access_control.file(ready)).await?;
+            Ok(proto::RequestApprovalResponse {
+                approval: Some(access_messages::approval(filed, access_control.now())),
+            })
         };
-        self.door.call("Access.RequestApproval", by, work).await
+        self.gate.call("Access.RequestApproval", by, work).await
     }
 
     async fn list_approvals(
         &self,
         request: Request<proto::ListApprovalsRequest>,
     ) -> Result<Response<proto::ListApprovalsResponse>, Status> {
-        let (caller, desk) = (callers::any(&request)?.to_string(), Arc::clone(&self.desk));
+        let (caller, access_control) = (callers::any(&request)?.to_string(), Arc::clone(&self.access_control));
         let work = async move {
-            let (requests, rules, now) = (desk.requests().await?, desk.rules().await?, desk.now());
+            let (requests, rules, now) =
+                (access_control.requests().await?, access_control.rules().await?, access_control.now());
             Ok(proto::ListApprovalsResponse {
                 approvals: requests.into_iter().map(|request| access_messages::listed(request, now)).collect(),
                 rules: Some(access_messages::rules(&rules)),
-                node: desk.node().to_owned(),
+                node: access_control.node().to_owned(),
             })
         };
-        self.door.call("Access.ListApprovals", caller, work).await
+        self.gate.call("Access.ListApprovals", caller, work).await
     }
 
     async fn get_approval(
         &self,
         request: Request<proto::GetApprovalRequest>,
     ) -> Result<Response<proto::GetApprovalResponse>, Status> {
-        let (caller, desk) = (callers::any(&request)?.to_string(), Arc::clone(&self.desk));
+        let (caller, access_control) = (callers::any(&request)?.to_string(), Arc::clone(&self.access_control));
         let work = async move {
-            let found = desk.request_named(access_messages::request_id("id", &request.get_ref().id)?).await?;
-            Ok(proto::GetApprovalResponse { approval: Some(access_messages::approval(found, desk.now())) })
+            let request =
+                access_control.request_by_id(access_messages::request_id("id", &request.get_ref().id)?).await?;
+            Ok(proto::GetApprovalResponse { approval: Some(access_messages::approval(request, access_control.now())) })
         };
-        self.door.call("Access.GetApproval", caller, work).await
+        self.gate.call("Access.GetApproval", caller, work).await
     }
 
     async fn decide_approval(
@@ -146,36 +155,40 @@ impl Access for AccessService {
         request: Request<proto::DecideApprovalRequest>,
     ) -> Result<Response<proto::DecideApprovalResponse>, Status> {
         let (officer, certificate) = (callers::officer(&request)?, callers::certificate_der(&request)?);
-        let (desk, auditor, caller) =
-            (Arc::clone(&self.desk), Arc::clone(&self.auditor), Caller::Officer(officer.clone()));
+        let (access_control, auditor, caller) =
+            (Arc::clone(&self.access_control), Arc::clone(&self.auditor), Caller::Officer(officer.clone()));
         let by = caller.to_string();
         let work = async move {
-            let asked = request.into_inner();
-            let (id, verdict) = access_messages::decision(&asked)?;
-            let ready = desk.prepare_decision(officer, &certificate, id, verdict, &asked.signature).await?;
-            let act = if asked.approve { "approval.approve" } else { "approval.reject" };
-            let entry = access_messages::entry_of_statement(&caller, act, id, &ready.act, &ready.signed);
-            let decided = on_record(&auditor, entry.with("reason", asked.reason), desk.decide(ready)).await?;
-            Ok(proto::DecideApprovalResponse { approval: Some(access_messages::approval(decided, desk.now())) })
+            let message = request.into_inner();
+            let (id, verdict) = access_messages::decision(&message)?;
+            let ready = access_control.prepare_decision(officer, &certificate, id, verdict, &message.signature).await?;
+            let action = if message.approve { "approval.approve" } else { "approval.reject" };
+            let entry = access_messages::statement_entry(&caller, action, id, &ready.action, &ready.signed);
+            let decided =
+                record_statement(&auditor, entry.with("reason", message.reason), access_control.decide(ready)).await?;
+            Ok(proto::DecideApprovalResponse {
+                approval: Some(access_messages::approval(decided, access_control.now())),
+            })
         };
-        self.door.call("Access.DecideApproval", by, work).await
+        self.gate.call("Access.DecideApproval", by, work).await
     }
 
     async fn use_approval(
         &self,
         request: Request<proto::UseApprovalRequest>,
     ) -> Result<Response<proto::UseApprovalResponse>, Status> {
-        let (officer, desk, asked) = (callers::officer(&request)?, Arc::clone(&self.desk), request.get_ref());
-        let act = AuditedCall::new("Access.UseApproval", "ceremony.begin", &Caller::Officer(officer.clone()))
-            .with("request", hex::encode(&asked.id))
-            .with("file_sha256", hex::encode(&asked.file_sha256))
-            .announced();
+        let (officer, access_control, message) =
+            (callers::officer(&request)?, Arc::clone(&self.access_control), request.get_ref());
+        let audited = AuditedCall::new("Access.UseApproval", "ceremony.begin", &Caller::Officer(officer.clone()))
+            .with("request", hex::encode(&message.id))
+            .with("file_sha256", hex::encode(&message.file_sha256))
+            .record_start();
         let work = async move {
             let id = access_messages::request_id("id", &request.get_ref().id)?;
-            let used = desk.use_up(&officer, id, &request.get_ref().file_sha256).await?;
-            Ok(proto::UseApprovalResponse { approval: Some(access_messages::approval(used, desk.now())) })
+            let used = access_control.consume_approval(&officer, id, &request.get_ref().file_sha256).await?;
+            Ok(proto::UseApprovalResponse { approval: Some(access_messages::approval(used, access_control.now())) })
         };
-        self.door.act(act, work).await
+        self.gate.call_audited(audited, work).await
     }
 
     async fn record_ceremony(
@@ -183,7 +196,7 @@ impl Access for AccessService {
         request: Request<proto::RecordCeremonyRequest>,
     ) -> Result<Response<proto::RecordCeremonyResponse>, Status> {
         let officer = Caller::Officer(callers::officer(&request)?);
-        let act = access_messages::ceremony(
+        let audited = access_messages::ceremony(
             AuditedCall::new("Access.RecordCeremony", "ceremony.end", &officer),
             request.get_ref(),
         );
@@ -191,7 +204,7 @@ impl Access for AccessService {
             access_messages::check_ceremony(request.get_ref())?;
             Ok(proto::RecordCeremonyResponse {})
         };
-        self.door.act(act, work).await
+        self.gate.call_audited(audited, work).await
     }
 
     type ReadAuditLogStream = ReceiverStream<Result<proto::ReadAuditLogResponse, Status>>;
@@ -206,14 +219,14 @@ impl Access for AccessService {
             let first = log.read(offset).await?.ok_or_else(|| {
                 ProvisionError::invalid(
                     "offset",
-                    "the log does not have so many bytes: it is another log, or was cut off",
+                    format!("offset {offset} is beyond the end of the log: it is another log, or was truncated"),
                 )
             })?;
-            let (sender, stream) = mpsc::channel(CHUNKS);
+            let (sender, receiver) = mpsc::channel(CHUNK_BUFFER);
             tokio::spawn(access_messages::send_log(log, offset, first, sender));
-            Ok(ReceiverStream::new(stream))
+            Ok(ReceiverStream::new(receiver))
         };
-        self.door.call("Access.ReadAuditLog", caller, work).await
+        self.gate.call("Access.ReadAuditLog", caller, work).await
     }
 
     async fn load_identities(
@@ -221,29 +234,32 @@ impl Access for AccessService {
         request: Request<proto::LoadIdentitiesRequest>,
     ) -> Result<Response<proto::LoadIdentitiesResponse>, Status> {
         let officer = Caller::Officer(callers::officer(&request)?);
-        let (desk, provisioner, asked) = (Arc::clone(&self.desk), Arc::clone(&self.provisioner), request.get_ref());
-        let act = AuditedCall::new("Access.LoadIdentities", "identities.load", &officer)
-            .with("profile", &asked.profile)
-            .with("first", &asked.first)
-            .announced()
-            .tell(|loaded: &proto::LoadIdentitiesResponse| access_messages::told_of_range(loaded.range.as_ref()));
+        let (access_control, provisioner, message) =
+            (Arc::clone(&self.access_control), Arc::clone(&self.provisioner), request.get_ref());
+        let audited = AuditedCall::new("Access.LoadIdentities", "identities.load", &officer)
+            .with("profile", &message.profile)
+            .with("first", &message.first)
+            .record_start()
+            .audit_fields(|loaded: &proto::LoadIdentitiesResponse| {
+                access_messages::range_audit_fields(loaded.range.as_ref())
+            });
         let work = async move {
             let (profile, range) = access_messages::identities(request.get_ref(), &provisioner)?;
-            let loaded = desk.load_range(profile, range, &officer).await?;
+            let loaded = access_control.load_range(profile, range, &officer).await?;
             Ok(proto::LoadIdentitiesResponse { range: Some(access_messages::range(loaded)) })
         };
-        self.door.act(act, work).await
+        self.gate.call_audited(audited, work).await
     }
 
     async fn list_identities(
         &self,
         request: Request<proto::ListIdentitiesRequest>,
     ) -> Result<Response<proto::ListIdentitiesResponse>, Status> {
-        let (caller, desk) = (callers::any(&request)?.to_string(), Arc::clone(&self.desk));
+        let (caller, access_control) = (callers::any(&request)?.to_string(), Arc::clone(&self.access_control));
         let work = async move {
-            let ranges = desk.ranges().await?.into_iter().map(access_messages::range).collect();
+            let ranges = access_control.ranges().await?.into_iter().map(access_messages::range).collect();
             Ok(proto::ListIdentitiesResponse { ranges })
         };
-        self.door.call("Access.ListIdentities", caller, work).await
+        self.gate.call("Access.ListIdentities", caller, work).await
     }
 }

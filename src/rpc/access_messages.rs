@@ -1,4 +1,4 @@
-//! What is asked of the desk, between messages and values.
+//! Converts between the messages of the `Access` service and the types of `access`.
 
 use std::sync::Arc;
 
@@ -9,8 +9,8 @@ use super::call_gate::AuditedCall;
 use super::messages::timestamp;
 use super::status::status_of;
 use crate::access::{
-    self, AccessControl, ApprovalRules, Asked, Enrolled, IdentityRange, LoadedRange, MAX_REASON_LEN, RequestId,
-    RequestState, SignedStatement, StationUse, Verdict,
+    self, AccessControl, ApprovalRules, Enrolled, IdentityRange, LoadedRange, MAX_REASON_LEN, RequestId, RequestState,
+    SignedStatement, StationUse, SubmittedRequest, Verdict,
 };
 use crate::audit::{AuditLog, Entry, Outcome};
 use crate::certificate::Caller;
@@ -18,29 +18,32 @@ use crate::names::{DeviceIdentity, OfficerName, ProfileName};
 use crate::proto;
 use crate::provisioning::{ProvisionError, Provisioner};
 
-/// Longest content of a request.
+/// Maximum length of an approval request's action, in bytes of JSON.
 const MAX_ACT_LEN: usize = 40 * 1024;
-/// Most keys of one ceremony that are told one by one.
+/// Maximum number of actions that are recorded for one ceremony.
 const MAX_ACTS: usize = 64;
 
 pub(super) fn request_id(field: &'static str, bytes: &[u8]) -> Result<RequestId, ProvisionError> {
-    let bytes = bytes.try_into().map_err(|_| ProvisionError::invalid(field, "it must have 8 bytes"))?;
+    let bytes = bytes.try_into().map_err(|_| ProvisionError::invalid(field, "must have 8 bytes"))?;
     Ok(RequestId::from_bytes(bytes))
 }
 
-pub(super) fn asked(
+pub(super) fn submission(
     officer: OfficerName,
     certificate: Vec<u8>,
     request: proto::RequestApprovalRequest,
-) -> Result<Asked, ProvisionError> {
+) -> Result<SubmittedRequest, ProvisionError> {
     let id = request_id("id", &request.id)?;
     if request.act.len() > MAX_ACT_LEN {
-        return Err(ProvisionError::invalid("act", format!("at most {MAX_ACT_LEN} bytes are read")));
+        return Err(ProvisionError::invalid(
+            "act",
+            format!("has {} bytes, at most {MAX_ACT_LEN} are allowed", request.act.len()),
+        ));
     }
-    let act = access::ProtectedAction::from_json(&request.act).map_err(|e| ProvisionError::invalid("act", e))?;
+    let action = access::ProtectedAction::from_json(&request.act).map_err(|e| ProvisionError::invalid("act", e))?;
     let expires = request.expires.map(|time| u64::try_from(time.seconds).unwrap_or_default());
-    let expires = expires.ok_or_else(|| ProvisionError::invalid("expires", "it is missing"))?;
-    Ok(Asked { officer, certificate, id, act, expires, signature: request.signature })
+    let expires = expires.ok_or_else(|| ProvisionError::invalid("expires", "missing"))?;
+    Ok(SubmittedRequest { officer, certificate, id, action, expires, signature: request.signature })
 }
 
 pub(super) fn decision(request: &proto::DecideApprovalRequest) -> Result<(RequestId, Verdict), ProvisionError> {
@@ -49,14 +52,16 @@ pub(super) fn decision(request: &proto::DecideApprovalRequest) -> Result<(Reques
     let printable = !request.reason.chars().any(char::is_control);
     match (request.approve, length) {
         (true, 0) => Ok((id, Verdict::Approve)),
-        (true, _) => Err(ProvisionError::invalid("reason", "an approval has none")),
+        (true, _) => Err(ProvisionError::invalid("reason", "must be empty for an approval")),
         (false, 1..=MAX_REASON_LEN) if printable => Ok((id, Verdict::Reject(request.reason.clone()))),
-        (false, _) => Err(ProvisionError::invalid("reason", format!("1 to {MAX_REASON_LEN} printable characters"))),
+        (false, _) => {
+            Err(ProvisionError::invalid("reason", format!("must have 1 to {MAX_REASON_LEN} printable characters")))
+        }
     }
 }
 
 pub(super) fn approval(request: access::ApprovalRequest, now: u64) -> proto::Approval {
-    let state = request.standing(now).to_owned();
+    let state = request.effective_state(now).to_owned();
     let (rejected, reason) = match request.state {
         RequestState::Rejected { by, reason } => (Some(officer_signature(by)), reason),
         RequestState::Void(reason) => (None, reason),
@@ -64,8 +69,8 @@ pub(super) fn approval(request: access::ApprovalRequest, now: u64) -> proto::App
     };
     proto::Approval {
         id: request.id.to_string(),
-        act: request.act.to_json(),
-        description: request.act.to_string(),
+        act: request.action.to_json(),
+        description: request.action.to_string(),
         state,
         expires: Some(timestamp(request.expires)),
         needed: request.needed.into(),
@@ -76,15 +81,15 @@ pub(super) fn approval(request: access::ApprovalRequest, now: u64) -> proto::App
     }
 }
 
-/// A request among others: what came of one that is not open any more, without what was signed. A list of all of that would outgrow an
-/// answer, and with it keep officers from those that wait for them.
+/// Converts a request for a list. Closed requests omit the signed statements: a list with all of them would exceed the maximum
+/// message size, and officers could no longer see the open requests.
 pub(super) fn listed(request: access::ApprovalRequest, now: u64) -> proto::Approval {
-    let is_open = matches!(request.standing(now), "pending" | "approved");
+    let is_open = matches!(request.effective_state(now), "pending" | "approved");
     let listed = approval(request, now);
     if is_open {
         return listed;
     }
-    let bare = |signed: proto::OfficerSignature| proto::OfficerSignature {
+    let unsigned = |signed: proto::OfficerSignature| proto::OfficerSignature {
         statement: String::new(),
         signature: Vec::new(),
         certificate: Vec::new(),
@@ -92,9 +97,9 @@ pub(super) fn listed(request: access::ApprovalRequest, now: u64) -> proto::Appro
     };
     proto::Approval {
         act: String::new(),
-        requested: listed.requested.map(bare),
-        approvals: listed.approvals.into_iter().map(bare).collect(),
-        rejected: listed.rejected.map(bare),
+        requested: listed.requested.map(unsigned),
+        approvals: listed.approvals.into_iter().map(unsigned).collect(),
+        rejected: listed.rejected.map(unsigned),
         ..listed
     }
 }
@@ -117,24 +122,24 @@ pub(super) fn rules(rules: &ApprovalRules) -> proto::ApprovalRules {
     }
 }
 
-/// The details of an entry that an officer's signature is verified with ever after.
-pub(super) const SIGNED: &[&str] = &["statement", "signature", "certificate"];
+/// The audit details from which an officer's signature can be verified later.
+pub(super) const STATEMENT_FIELDS: &[&str] = &["statement", "signature", "certificate"];
 
-/// An entry with all that an officer has signed.
-pub(super) fn entry_of_statement(
+/// Returns an audit entry with an officer's complete signed statement.
+pub(super) fn statement_entry(
     caller: &Caller,
     name: &'static str,
     id: RequestId,
-    act: &access::ProtectedAction,
+    action: &access::ProtectedAction,
     signed: &SignedStatement,
 ) -> Entry {
     let (signature, certificate) = (hex::encode(&signed.signature), hex::encode(&signed.certificate));
     let values = [signed.statement.as_str(), &signature, &certificate];
-    let entry = Entry::new(caller, name, Outcome::Begun).with("request", id).with("act", act);
-    SIGNED.iter().zip(values).fold(entry, |entry, (name, value)| entry.with(name, value))
+    let entry = Entry::new(caller, name, Outcome::Begun).with("request", id).with("act", action);
+    STATEMENT_FIELDS.iter().zip(values).fold(entry, |entry, (name, value)| entry.with(name, value))
 }
 
-/// Sends the log up to its end, or until nobody listens.
+/// Sends the log up to its end, or until the receiver is dropped.
 pub(super) async fn send_log(
     log: Arc<AuditLog>,
     mut offset: u64,
@@ -149,7 +154,7 @@ pub(super) async fn send_log(
         bytes = match log.read(offset).await {
             Ok(next) => next.unwrap_or_default(),
             Err(error) => {
-                // Whoever listened no longer does.
+                // Sending fails only if the receiver has been dropped.
                 let _ = sender.send(Err(status_of(&error.into()))).await;
                 return;
             }
@@ -162,30 +167,30 @@ pub(super) fn enrolment(request: &proto::EnrollCallerRequest) -> Result<(Caller,
     let caller = Caller::new(role, &request.name).map_err(|e| ProvisionError::invalid("name", e))?;
     match request.days {
         days @ 1..=3650 => Ok((caller, days)),
-        days => Err(ProvisionError::invalid("days", format!("{days} is not from 1 to 3650"))),
+        days => Err(ProvisionError::invalid("days", format!("must be 1 to 3650, not {days}"))),
     }
 }
 
-pub(super) fn certificate(made: Enrolled) -> proto::AccessCertificate {
+pub(super) fn certificate(enrolled: Enrolled) -> proto::AccessCertificate {
     proto::AccessCertificate {
-        certificate_pem: made.certificate,
-        authority_pem: made.authority,
-        serial: made.issued.serial,
-        not_after: Some(timestamp(made.issued.not_after)),
+        certificate_pem: enrolled.certificate,
+        authority_pem: enrolled.authority,
+        serial: enrolled.issued.serial,
+        not_after: Some(timestamp(enrolled.issued.not_after)),
     }
 }
 
-pub(super) fn told_of_certificate(made: Option<&proto::AccessCertificate>) -> Vec<(&'static str, String)> {
-    made.map(|made| ("serial", hex::encode(&made.serial))).into_iter().collect()
+pub(super) fn certificate_audit_fields(certificate: Option<&proto::AccessCertificate>) -> Vec<(&'static str, String)> {
+    certificate.map(|certificate| ("serial", hex::encode(&certificate.serial))).into_iter().collect()
 }
 
 pub(super) async fn callers(
-    desk: &AccessControl,
+    access_control: &AccessControl,
     provisioner: &Provisioner,
 ) -> Result<proto::ListCallersResponse, ProvisionError> {
     let (stations, certificates, revocations) =
-        (desk.stations().await?, desk.certificates().await?, desk.revocations().await?);
-    let now = desk.now();
+        (access_control.stations().await?, access_control.certificates().await?, access_control.revocations().await?);
+    let now = access_control.now();
     let certificates = certificates.into_iter().map(|known| proto::KnownCertificate {
         role: known.caller.role().to_string(),
         name: known.caller.name().to_owned(),
@@ -209,7 +214,7 @@ pub(super) async fn callers(
 }
 
 fn station_use(known: StationUse, provisioner: &Provisioner, now: u64) -> proto::StationUse {
-    let confinement = provisioner.rules().confinement(&known.station);
+    let confinement = provisioner.policy().confinement(&known.station);
     let (profiles, identities) = confinement.clone().unwrap_or_default();
     proto::StationUse {
         station: known.station.to_string(),
@@ -229,18 +234,18 @@ pub(super) fn identities(
 ) -> Result<(ProfileName, IdentityRange), ProvisionError> {
     let profile = request.profile.parse().map_err(|e| ProvisionError::invalid("profile", e))?;
     let first: DeviceIdentity = request.first.parse().map_err(|e| ProvisionError::invalid("first", e))?;
-    if !provisioner.rules().takes(&profile, &first) {
-        let problem = format!("there is no profile {profile} that takes {} identities", first.kind());
+    if !provisioner.policy().takes(&profile, &first) {
+        let problem = format!("no profile {profile} accepts {} identities", first.kind());
         return Err(ProvisionError::invalid("profile", problem));
     }
     let range = match (request.count, request.last.as_str()) {
-        (0, "") => return Err(ProvisionError::invalid("count", "give a count or the last identity")),
+        (0, "") => return Err(ProvisionError::invalid("count", "specify count or last")),
         (count, "") => IdentityRange::new(first, count).map_err(|e| ProvisionError::invalid("count", e))?,
         (0, last) => {
             let last = last.parse().map_err(|e| ProvisionError::invalid("last", e))?;
             IdentityRange::between(first, &last).map_err(|e| ProvisionError::invalid("last", e))?
         }
-        _ => return Err(ProvisionError::invalid("last", "give a count or the last identity, not both")),
+        _ => return Err(ProvisionError::invalid("last", "specify count or last, not both")),
     };
     Ok((profile, range))
 }
@@ -258,20 +263,20 @@ pub(super) fn range(loaded: LoadedRange) -> proto::IdentityRange {
     }
 }
 
-pub(super) fn told_of_range(range: Option<&proto::IdentityRange>) -> Vec<(&'static str, String)> {
-    let told = range.map(|range| [("range", range.number.to_string()), ("last", range.last.clone())]);
-    told.into_iter().flatten().collect()
+pub(super) fn range_audit_fields(range: Option<&proto::IdentityRange>) -> Vec<(&'static str, String)> {
+    let fields = range.map(|range| [("range", range.number.to_string()), ("last", range.last.clone())]);
+    fields.into_iter().flatten().collect()
 }
 
-/// What the audit log keeps of a ceremony.
-pub(super) fn ceremony<T>(act: AuditedCall<T>, request: &proto::RecordCeremonyRequest) -> AuditedCall<T> {
-    let act = act
+/// Adds the audit details of a ceremony.
+pub(super) fn ceremony<T>(audited: AuditedCall<T>, request: &proto::RecordCeremonyRequest) -> AuditedCall<T> {
+    let audited = audited
         .with("file_sha256", hex::encode(&request.file_sha256))
         .with("transcript_sha256", hex::encode(&request.transcript_sha256))
         .with("request", hex::encode(&request.approval))
         .with("failure", &request.failure);
     let numbered = request.acts.iter().take(MAX_ACTS).enumerate();
-    numbered.fold(act, |act, (n, done)| act.with(&format!("act {:02}", n + 1), done))
+    numbered.fold(audited, |audited, (n, act)| audited.with(&format!("act {:02}", n + 1), act))
 }
 
 pub(super) fn check_ceremony(request: &proto::RecordCeremonyRequest) -> Result<(), ProvisionError> {
@@ -281,9 +286,9 @@ pub(super) fn check_ceremony(request: &proto::RecordCeremonyRequest) -> Result<(
         ("approval", &request.approval, &[0, 8]),
     ] {
         if !lengths.contains(&bytes.len()) {
-            return Err(ProvisionError::invalid(field, format!("it has {} bytes", bytes.len())));
+            return Err(ProvisionError::invalid(field, format!("must have {lengths:?} bytes, not {}", bytes.len())));
         }
     }
     let fits = request.acts.len() <= MAX_ACTS;
-    if fits { Ok(()) } else { Err(ProvisionError::invalid("acts", format!("at most {MAX_ACTS} are recorded"))) }
+    if fits { Ok(()) } else { Err(ProvisionError::invalid("acts", format!("at most {MAX_ACTS} are allowed"))) }
 }

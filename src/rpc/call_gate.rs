@@ -1,4 +1,4 @@
-//! The door of every call: a request identifier, a span, a log line, and a task of its own.
+//! Admission control, tracing and audit for every RPC.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -14,56 +14,58 @@ use crate::audit::{Auditor, Entry, Outcome};
 use crate::certificate::Caller;
 use crate::provisioning::ProvisionError;
 
-/// Most characters of a detail, and of the reason for a refusal, in the audit log.
-const DETAIL: usize = 128;
-const REASON: usize = 512;
-/// The header that names a request in logs and answers.
+/// Maximum length of an audit detail, in characters.
+const MAX_DETAIL_LEN: usize = 128;
+/// Maximum length of a refusal's reason in the audit log, in characters.
+const MAX_REASON_LEN: usize = 512;
+/// Response header that identifies a request in logs and answers.
 const REQUEST_ID: &str = "x-request-id";
 
-/// The door of one listener: so many calls may be inside at once, more are told to come again. Each costs memory, and the rooms
-/// behind have queues of about the line's length. The public has a door of its own, so that it cannot crowd out the line.
+/// Limits the calls in progress on one listener and rejects further ones as `OVERLOADED`, because each call costs memory and
+/// the queues of the layers below are about as long as the line's limit. The public listener has its own gate, so that public
+/// callers cannot crowd out the line.
 #[derive(Clone)]
 pub(super) struct CallGate {
-    places: usize,
-    free: Arc<Semaphore>,
-    /// Where acts and refusals are recorded. The public's are not: nobody is behind them, and anybody could fill the log.
+    capacity: usize,
+    permits: Arc<Semaphore>,
+    /// Records calls and refusals. Absent for the public listener: its callers are anonymous and could fill the log.
     auditor: Option<Arc<Auditor>>,
 }
 
 impl CallGate {
-    /// For stations.
+    /// The gate for stations.
     pub(super) fn line(auditor: &Arc<Auditor>) -> Self {
-        Self::with_places(1024, Some(Arc::clone(auditor)))
+        Self::with_capacity(1024, Some(Arc::clone(auditor)))
     }
 
-    /// For officers.
+    /// The gate for officers.
     pub(super) fn officer(auditor: &Arc<Auditor>) -> Self {
-        Self::with_places(64, Some(Arc::clone(auditor)))
+        Self::with_capacity(64, Some(Arc::clone(auditor)))
     }
 
-    /// For anybody.
+    /// The gate for the public listener.
     pub(super) fn public() -> Self {
-        Self::with_places(128, None)
+        Self::with_capacity(128, None)
     }
 
-    fn with_places(places: usize, auditor: Option<Arc<Auditor>>) -> Self {
-        Self { places, free: Arc::new(Semaphore::new(places)), auditor }
+    fn with_capacity(capacity: usize, auditor: Option<Arc<Auditor>>) -> Self {
+        Self { capacity, permits: Arc::new(Semaphore::new(capacity)), auditor }
     }
 
-    /// A call that changes nothing: see [`call`]; refused at once when the house is full. What is refused is recorded.
+    /// Runs a read-only call (see [`run_call`]), or rejects it at once if the gate is full. Records refusals only.
     pub(super) async fn call<T, F>(&self, method: &'static str, caller: String, work: F) -> Result<Response<T>, Status>
     where
         T: Send + 'static,
         F: Future<Output = Result<T, ProvisionError>> + Send + 'static,
     {
-        // That something is not there is an answer, and stations ask so before they begin.
+        // "Not found" is a normal answer: stations look devices up before they begin.
         let is_refusal =
             |error: &ProvisionError| !matches!(error, ProvisionError::NoSession(_) | ProvisionError::NoRecord);
         self.call_recording(method, caller, is_refusal, work).await
     }
 
-    /// A call whose work records what it does, and how that ends, by itself; only what does not come that far is recorded here.
-    pub(super) async fn call_on_record<T, F>(
+    /// Runs a call that writes its own audit entries. Records only the errors that occur before the call writes its first one.
+    pub(super) async fn call_self_audited<T, F>(
         &self,
         method: &'static str,
         caller: &Caller,
@@ -73,9 +75,9 @@ impl CallGate {
         T: Send + 'static,
         F: Future<Output = Result<T, ProvisionError>> + Send + 'static,
     {
-        let not_begun =
+        let is_early =
             |error: &ProvisionError| matches!(error, ProvisionError::Invalid(_) | ProvisionError::Overloaded(_));
-        self.call_recording(method, caller.to_string(), not_begun, work).await
+        self.call_recording(method, caller.to_string(), is_early, work).await
     }
 
     async fn call_recording<T, F>(
@@ -89,52 +91,53 @@ impl CallGate {
         T: Send + 'static,
         F: Future<Output = Result<T, ProvisionError>> + Send + 'static,
     {
-        let (place, places) = (Arc::clone(&self.free).try_acquire_owned(), self.places);
-        let (auditor, refusal) = (self.auditor.clone(), Entry::new(&caller, method, Outcome::Begun));
-        call(method, caller, async move {
-            let done = match place {
-                Ok(_place) => work.await,
-                Err(_) => Err(ProvisionError::Overloaded(places)),
+        let (permit, capacity) = (Arc::clone(&self.permits).try_acquire_owned(), self.capacity);
+        let (auditor, entry) = (self.auditor.clone(), Entry::new(&caller, method, Outcome::Begun));
+        run_call(method, caller, async move {
+            let result = match permit {
+                Ok(_permit) => work.await,
+                Err(_) => Err(ProvisionError::Overloaded(capacity)),
             };
-            if let (Err(error), Some(auditor)) = (&done, &auditor)
+            if let (Err(error), Some(auditor)) = (&result, &auditor)
                 && is_recorded(error)
             {
-                record_refusal(auditor, &refusal, error).await;
+                record_refusal(auditor, &entry, error).await;
             }
-            done
+            result
         })
         .await
     }
 
-    /// A call that changes something: it is begun only if it can be recorded, and answered only when it is. What it did without an
-    /// answer, a repeat finds done and has recorded. `told` adds what only the answer knows.
-    pub(super) async fn act<T, F>(&self, act: AuditedCall<T>, work: F) -> Result<Response<T>, Status>
+    /// Runs a state-changing call. It starts only if the audit log is writable, and answers only after its entry is written. If
+    /// the state changed but the entry could not be written, the repeated call finds the change done and records it.
+    pub(super) async fn call_audited<T, F>(&self, audited: AuditedCall<T>, work: F) -> Result<Response<T>, Status>
     where
         T: Send + 'static,
         F: Future<Output = Result<T, ProvisionError>> + Send + 'static,
     {
-        let AuditedCall { method, entry, announced, told } = act;
+        let AuditedCall { method, entry, records_start, audit_fields } = audited;
         let caller = entry.caller().to_owned();
-        let (place, places) = (Arc::clone(&self.free).try_acquire_owned(), self.places);
+        let (permit, capacity) = (Arc::clone(&self.permits).try_acquire_owned(), self.capacity);
         let auditor = self.auditor.clone();
-        call(method, caller, async move {
+        run_call(method, caller, async move {
             let Some(auditor) = auditor else { return work.await };
-            let Ok(_place) = place else {
-                let full = ProvisionError::Overloaded(places);
-                record_refusal(&auditor, &entry, &full).await;
-                return Err(full);
+            let Ok(_permit) = permit else {
+                let overloaded = ProvisionError::Overloaded(capacity);
+                record_refusal(&auditor, &entry, &overloaded).await;
+                return Err(overloaded);
             };
             auditor.ready().await?;
-            if announced {
+            if records_start {
                 auditor.record(entry.ended(Outcome::Begun)).await?;
             }
             match work.await {
-                Ok(done) => {
-                    let entry = told(&done).into_iter().fold(entry, |entry, (name, value)| entry.with(name, value));
+                Ok(response) => {
+                    let fields = audit_fields(&response).into_iter();
+                    let entry = fields.fold(entry, |entry, (name, value)| entry.with(name, value));
                     auditor.record(entry).await?;
-                    Ok(done)
+                    Ok(response)
                 }
-                Err(error) if announced => {
+                Err(error) if records_start => {
                     auditor.count_refusal(reason_of(&error));
                     auditor.record(entry.ended(outcome_of(&error))).await?;
                     Err(error)
@@ -149,36 +152,38 @@ impl CallGate {
     }
 }
 
-/// What is recorded of a call that changes something.
+/// The audit entry of a state-changing call.
 pub(super) struct AuditedCall<T> {
     method: &'static str,
     entry: Entry,
-    announced: bool,
-    told: Told<T>,
+    records_start: bool,
+    audit_fields: AuditFields<T>,
 }
 
-type Told<T> = fn(&T) -> Vec<(&'static str, String)>;
+/// Extracts audit details from a response.
+type AuditFields<T> = fn(&T) -> Vec<(&'static str, String)>;
 
 impl<T> AuditedCall<T> {
-    /// The method as logs name it, the act as the audit log does, and who calls.
-    pub(super) fn new(method: &'static str, act: &'static str, caller: &Caller) -> Self {
-        Self { method, entry: Entry::new(caller, act, Outcome::Done), announced: false, told: |_| Vec::new() }
+    /// `method` is the name in logs, `action` the name in the audit log.
+    pub(super) fn new(method: &'static str, action: &'static str, caller: &Caller) -> Self {
+        let entry = Entry::new(caller, action, Outcome::Done);
+        Self { method, entry, records_start: false, audit_fields: |_| Vec::new() }
     }
 
-    /// With what it is done. What a caller wrote may be no more than a name.
+    /// Adds a request detail. Truncates it, because the value comes from the caller.
     pub(super) fn with(self, name: &str, value: impl std::fmt::Display) -> Self {
-        let value: String = value.to_string().chars().take(DETAIL).collect();
+        let value: String = value.to_string().chars().take(MAX_DETAIL_LEN).collect();
         Self { entry: self.entry.with(name, value), ..self }
     }
 
-    /// Its beginning is recorded, too: what cannot be is not done.
-    pub(super) fn announced(self) -> Self {
-        Self { announced: true, ..self }
+    /// Also records the start of the call; if that entry cannot be written, the call does not run.
+    pub(super) fn record_start(self) -> Self {
+        Self { records_start: true, ..self }
     }
 
-    /// What the answer adds.
-    pub(super) fn tell(self, told: Told<T>) -> Self {
-        Self { told, ..self }
+    /// Adds details from the response.
+    pub(super) fn audit_fields(self, audit_fields: AuditFields<T>) -> Self {
+        Self { audit_fields, ..self }
     }
 }
 
@@ -187,25 +192,24 @@ async fn record_refusal(auditor: &Auditor, entry: &Entry, error: &ProvisionError
 }
 
 fn outcome_of(error: &ProvisionError) -> Outcome {
-    let why = error.to_string().chars().take(REASON).collect();
-    if is_refusal(error) { Outcome::Refused(why) } else { Outcome::Failed(why) }
+    let reason = error.to_string().chars().take(MAX_REASON_LEN).collect();
+    if is_refusal(error) { Outcome::Refused(reason) } else { Outcome::Failed(reason) }
 }
 
-/// Runs a call in a task of its own, so that a caller who hangs up does not stop a story between two steps, and tells how
-/// it ended.
-async fn call<T, F>(method: &'static str, caller: String, work: F) -> Result<Response<T>, Status>
+/// Runs a call in its own task and logs its result. A client that disconnects does not interrupt the call between two steps.
+async fn run_call<T, F>(method: &'static str, caller: String, work: F) -> Result<Response<T>, Status>
 where
     T: Send + 'static,
     F: Future<Output = Result<T, ProvisionError>> + Send + 'static,
 {
     let id = request_id();
     let span = tracing::info_span!("rpc", method, request_id = %id, %caller);
-    let began = Instant::now();
+    let started = Instant::now();
     let task = tokio::spawn(work.instrument(span.clone()));
     let result =
         task.await.unwrap_or_else(|e| Err(ProvisionError::Internal { doing: "answering", cause: e.to_string() }));
     let _in_span = span.enter();
-    let milliseconds = began.elapsed().as_millis();
+    let milliseconds = started.elapsed().as_millis();
     let header = MetadataValue::try_from(&id).ok();
     match result {
         Ok(message) => {
@@ -227,10 +231,10 @@ where
     }
 }
 
-/// 8 random bytes in hex: enough to find a request in a day's log.
+/// Returns 8 random bytes in hex: enough to find a request in one day's log.
 fn request_id() -> String {
     let mut bytes = [0; 8];
-    // A failure of the random source leaves zeros: the request is served, its name is not unique.
+    // If the random source fails, the ID is all zeros: the request is served with an ID that is not unique.
     let _ = aws_lc_rs::rand::fill(&mut bytes);
     hex::encode(bytes)
 }

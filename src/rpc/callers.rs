@@ -1,4 +1,4 @@
-//! Who calls: the role and name in the client certificate, which the door has looked at ([`super::roles`]).
+//! Caller authentication: role and name from the client certificate. [`super::roles`] checks each request's header with it.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -10,68 +10,69 @@ use tonic::{Code, Request, Status};
 
 use super::status::refusal;
 use crate::access::RevocationList;
-use crate::certificate::{Caller, CallerCertificate, caller_of};
+use crate::certificate::{Caller, CallerCertificate, parse_caller_certificate};
 use crate::names::{OfficerName, StationName};
 
-/// The caller of a request.
+/// Returns the caller of a request.
 pub(super) fn any<T>(request: &Request<T>) -> Result<Caller, Status> {
     certificate(request).map(|certificate| certificate.caller)
 }
 
-/// What its certificate says.
+/// Returns the parsed certificate of the caller.
 pub(super) fn certificate<T>(request: &Request<T>) -> Result<CallerCertificate, Status> {
-    let (certificate, standing) =
+    let (certificate, revocations) =
         (request.extensions().get::<CallerCertificate>(), request.extensions().get::<Arc<RevocationList>>());
-    let (certificate, standing) = certificate.zip(standing).ok_or_else(|| nobody("no door was passed".to_owned()))?;
-    // A message may end long after its head, which the door has looked at.
-    if standing.is_revoked(certificate) {
-        let revoked = NoCaller::Revoked(certificate.caller.clone());
+    let (certificate, revocations) =
+        certificate.zip(revocations).ok_or_else(|| unauthenticated("the caller was not authenticated".to_owned()))?;
+    // The authorizer has checked the request's header; the message may end much later, so check revocation again.
+    if revocations.is_revoked(certificate) {
+        let revoked = AuthenticationError::Revoked(certificate.caller.clone());
         return Err(refusal(Code::Unauthenticated, revoked.reason(), revoked.to_string()));
     }
     Ok(certificate.clone())
 }
 
-/// The certificate itself.
+/// Returns the caller's certificate in DER.
 pub(super) fn certificate_der<T>(request: &Request<T>) -> Result<Vec<u8>, Status> {
     let certificate = peer_certificate(request.extensions());
-    certificate.ok_or_else(|| nobody("this service needs a client certificate".to_owned()))
+    certificate.ok_or_else(|| unauthenticated("client certificate required".to_owned()))
 }
 
-/// The station of a request; the table lets nobody else come here.
+/// Returns the station of a request. The role table has already rejected other roles.
 pub(super) fn station<T>(request: &Request<T>) -> Result<StationName, Status> {
     match any(request)? {
         Caller::Station(name) => Ok(name),
-        other => Err(nobody(format!("the {other} is no station"))),
+        other => Err(unauthenticated(format!("{other} is not a station"))),
     }
 }
 
-/// The officer of a request, likewise.
+/// Returns the officer of a request. The role table has already rejected other roles.
 pub(super) fn officer<T>(request: &Request<T>) -> Result<OfficerName, Status> {
     match any(request)? {
         Caller::Officer(name) => Ok(name),
-        other => Err(nobody(format!("the {other} is no officer"))),
+        other => Err(unauthenticated(format!("{other} is not an officer"))),
     }
 }
 
-/// TLS has verified the chain when the connection was made; a connection may outlive its certificate, so time and revocation are
-/// looked at with each call.
-pub(super) fn of_connection(
+/// Authenticates the caller of a connection. TLS verified the chain during the handshake; a connection may outlive its
+/// certificate, so each call checks expiry and revocation.
+pub(super) fn authenticate(
     extensions: &http::Extensions,
-    standing: &RevocationList,
-) -> Result<CallerCertificate, NoCaller> {
-    let der = peer_certificate(extensions).ok_or(NoCaller::None)?;
-    let certificate = caller_of(&der).map_err(|e| NoCaller::Unreadable(e.to_string()))?;
+    revocations: &RevocationList,
+) -> Result<CallerCertificate, AuthenticationError> {
+    let der = peer_certificate(extensions).ok_or(AuthenticationError::None)?;
+    let certificate = parse_caller_certificate(&der).map_err(|e| AuthenticationError::Unreadable(e.to_string()))?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     if certificate.not_after < now {
-        return Err(NoCaller::Expired(certificate.caller));
+        return Err(AuthenticationError::Expired(certificate.caller));
     }
-    if standing.is_revoked(&certificate) {
-        return Err(NoCaller::Revoked(certificate.caller));
+    if revocations.is_revoked(&certificate) {
+        return Err(AuthenticationError::Revoked(certificate.caller));
     }
     Ok(certificate)
 }
 
-/// Where a request comes from.
+/// Returns the peer address of a request.
 pub(super) fn address(extensions: &http::Extensions) -> Option<SocketAddr> {
     extensions.get::<TlsConnectInfo<TcpConnectInfo>>().and_then(|connection| connection.get_ref().remote_addr())
 }
@@ -81,33 +82,33 @@ fn peer_certificate(extensions: &http::Extensions) -> Option<Vec<u8>> {
     chain.first().map(|certificate| certificate.to_vec())
 }
 
-/// Why nobody is served.
+/// Why a caller could not be authenticated.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum NoCaller {
-    /// There is no certificate.
-    #[error("this service needs a client certificate")]
+pub(super) enum AuthenticationError {
+    /// The client presented no certificate.
+    #[error("client certificate required")]
     None,
-    /// It names nobody.
+    /// The certificate does not name exactly one caller.
     #[error("{0}")]
     Unreadable(String),
-    /// Its time is over.
+    /// The certificate has expired.
     #[error("the client certificate of the {0} has expired; enrol again")]
     Expired(Caller),
-    /// Two officers have agreed that it is of no use any more.
+    /// Officers have revoked the caller.
     #[error("the client certificate of the {0} is revoked; ask an officer, and enrol again")]
     Revoked(Caller),
 }
 
-impl NoCaller {
-    /// The stable word for it.
+impl AuthenticationError {
+    /// Returns the stable reason for programs.
     pub(super) const fn reason(&self) -> &'static str {
         match self {
             Self::Revoked(_) => "REVOKED",
-            Self::None | Self::Unreadable(_) | Self::Expired(_) => "NO_CALLER",
+            Self::None | Self::Unreadable(_) | Self::Expired(_) => "UNAUTHENTICATED_CALLER",
         }
     }
 
-    /// Who it would be.
+    /// Returns the caller that the certificate names, if it could be read.
     pub(super) const fn caller(&self) -> Option<&Caller> {
         match self {
             Self::Expired(caller) | Self::Revoked(caller) => Some(caller),
@@ -116,6 +117,6 @@ impl NoCaller {
     }
 }
 
-fn nobody(message: String) -> Status {
-    refusal(Code::Unauthenticated, "NO_CALLER", message)
+fn unauthenticated(message: String) -> Status {
+    refusal(Code::Unauthenticated, "UNAUTHENTICATED_CALLER", message)
 }

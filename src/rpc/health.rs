@@ -1,6 +1,7 @@
-//! Health per service (`grpc.health.v1`): Line serves while the HSM does, the stores are open and there is room on the disk;
-//! Recovery serves while records can be looked up; Production while the state store is open; Officer, and the daemon as a whole, as
-//! long as it runs.
+//! Reports health per service (`grpc.health.v1`).
+//!
+//! Line is serving while the HSM is ready, the stores are open and the disk has free space. Recovery is serving while records
+//! can be looked up, Production while the state store is open. Officer and the daemon as a whole are serving while it runs.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,27 +11,27 @@ use tonic_health::server::HealthReporter;
 
 use crate::provisioning::Provisioner;
 
-/// How often the disk is looked at; the HSM's changes are told at once.
-const LOOK: Duration = Duration::from_secs(2);
+/// How often disk and stores are polled. HSM changes are reported at once.
+const POLL_INTERVAL: Duration = Duration::from_secs(2);
 const LINE: &str = "spp.v1.Line";
 const RECOVERY: &str = "spp.v1.Recovery";
 const OFFICER: &str = "spp.v1.Officer";
 const PRODUCTION: &str = "spp.v1.Production";
 
-/// What a service needs and does not have.
-pub(crate) struct Missing {
+/// A dependency that a service needs and that is unavailable.
+pub(crate) struct MissingDependency {
     /// `hsm`, `state-store`, `disk` or `public-database`.
     pub(crate) dependency: &'static str,
-    pub(crate) why: String,
+    pub(crate) reason: String,
 }
 
-/// What each service needs and does not have at this moment. The officers' needs nothing but the daemon.
-pub(crate) fn missing(provisioner: &Provisioner) -> [(&'static str, Vec<Missing>); 4] {
-    let missing = |dependency, why: Option<String>| why.map(|why| Missing { dependency, why });
+/// Lists the missing dependencies of each service. Officer depends on the daemon alone.
+pub(crate) fn missing_dependencies(provisioner: &Provisioner) -> [(&'static str, Vec<MissingDependency>); 4] {
+    let missing = |dependency, reason: Option<String>| reason.map(|reason| MissingDependency { dependency, reason });
     let hsm = provisioner.hsm().status();
     let log = provisioner.registry().status();
-    let (store, disk) = match provisioner.journal().room() {
-        Ok((free, floor)) if free < floor => (None, Some(format!("{free} bytes are free, {floor} are needed"))),
+    let (store, disk) = match provisioner.journal().disk_space() {
+        Ok((free, floor)) if free < floor => (None, Some(format!("{free} bytes free, {floor} required"))),
         Ok(_) => (None, None),
         Err(error) => (Some(error.to_string()), None),
     };
@@ -38,9 +39,9 @@ pub(crate) fn missing(provisioner: &Provisioner) -> [(&'static str, Vec<Missing>
         missing("hsm", (!hsm.ready).then_some(hsm.trouble)),
         missing("state-store", store.clone()),
         missing("disk", disk),
-        missing("public-database", log.publishing_trouble),
+        missing("public-database", log.publish_error),
     ];
-    let recovery = missing("public-database", log.reading_trouble);
+    let recovery = missing("public-database", log.read_error);
     let production = missing("state-store", store);
     [
         (LINE, line.into_iter().flatten().collect()),
@@ -50,51 +51,51 @@ pub(crate) fn missing(provisioner: &Provisioner) -> [(&'static str, Vec<Missing>
     ]
 }
 
-/// Why no new device is taken now, if so.
+/// Returns why the Line service takes no new devices, or `None` if it does.
 pub(crate) fn line_trouble(provisioner: &Provisioner) -> Option<String> {
-    let [(_, line), ..] = missing(provisioner);
-    line.into_iter().next().map(|missing| format!("{}: {}", missing.dependency, missing.why))
+    let [(_, line), ..] = missing_dependencies(provisioner);
+    line.into_iter().next().map(|missing| format!("{}: {}", missing.dependency, missing.reason))
 }
 
-/// Keeps the health service told until the task is ended.
+/// Updates the health service until the task is aborted.
 pub(super) async fn report(reporter: HealthReporter, provisioner: Arc<Provisioner>) {
     let mut hsm = provisioner.hsm().clone();
     for service in ["", OFFICER] {
         reporter.set_service_status(service, ServingStatus::Serving).await;
     }
-    let mut line = Told::new(LINE);
-    let mut recovery = Told::new(RECOVERY);
-    let mut production = Told::new(PRODUCTION);
+    let mut line = StatusReporter::new(LINE);
+    let mut recovery = StatusReporter::new(RECOVERY);
+    let mut production = StatusReporter::new(PRODUCTION);
     loop {
-        line.tell(&reporter, line_trouble(&provisioner)).await;
-        recovery.tell(&reporter, provisioner.registry().status().reading_trouble).await;
-        production.tell(&reporter, provisioner.journal().room().err().map(|error| error.to_string())).await;
-        let _ = tokio::time::timeout(LOOK, hsm.changed()).await;
+        line.update(&reporter, line_trouble(&provisioner)).await;
+        recovery.update(&reporter, provisioner.registry().status().read_error).await;
+        production.update(&reporter, provisioner.journal().disk_space().err().map(|error| error.to_string())).await;
+        let _ = tokio::time::timeout(POLL_INTERVAL, hsm.changed()).await;
     }
 }
 
-/// A service and what was said of it last.
-struct Told {
+/// Reports one service's status when it changes.
+struct StatusReporter {
     service: &'static str,
-    last: Option<Option<String>>,
+    last_reported: Option<Option<String>>,
 }
 
-impl Told {
+impl StatusReporter {
     const fn new(service: &'static str) -> Self {
-        Self { service, last: None }
+        Self { service, last_reported: None }
     }
 
-    /// Says it if it is news.
-    async fn tell(&mut self, reporter: &HealthReporter, trouble: Option<String>) {
-        if self.last.as_ref() == Some(&trouble) {
+    /// Reports `trouble` unless it was the last status reported.
+    async fn update(&mut self, reporter: &HealthReporter, trouble: Option<String>) {
+        if self.last_reported.as_ref() == Some(&trouble) {
             return;
         }
         let status = if trouble.is_none() { ServingStatus::Serving } else { ServingStatus::NotServing };
         reporter.set_service_status(self.service, status).await;
         match &trouble {
-            None => tracing::info!(service = self.service, "served"),
-            Some(why) => tracing::warn!(service = self.service, %why, "not served"),
+            None => tracing::info!(service = self.service, "service available"),
+            Some(reason) => tracing::warn!(service = self.service, %reason, "service unavailable"),
         }
-        self.last = Some(trouble);
+        self.last_reported = Some(trouble);
     }
 }

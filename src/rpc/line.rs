@@ -1,4 +1,4 @@
-//! The service `Line`. Role: station.
+//! The `Line` service. Role: station.
 
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ use crate::provisioning::Provisioner;
 
 pub(super) struct LineService {
     pub(super) provisioner: Arc<Provisioner>,
-    pub(super) door: CallGate,
+    pub(super) gate: CallGate,
 }
 
 #[async_trait]
@@ -23,17 +23,17 @@ impl Line for LineService {
         request: Request<proto::AssembleRequest>,
     ) -> Result<Response<proto::AssembleResponse>, Status> {
         let station = callers::station(&request)?;
-        let (provisioner, asked) = (Arc::clone(&self.provisioner), request.get_ref());
-        let act = AuditedCall::new("Line.Assemble", "line.assemble", &Caller::Station(station.clone()))
-            .with("chip", hex::encode(&asked.chip_id))
-            .with("identity", &asked.identity)
-            .with("profile", &asked.profile)
-            .tell(|assembled: &proto::AssembleResponse| vec![("session", hex::encode(&assembled.session_id))]);
+        let (provisioner, message) = (Arc::clone(&self.provisioner), request.get_ref());
+        let audited = AuditedCall::new("Line.Assemble", "line.assemble", &Caller::Station(station.clone()))
+            .with("chip", hex::encode(&message.chip_id))
+            .with("identity", &message.identity)
+            .with("profile", &message.profile)
+            .audit_fields(|assembled: &proto::AssembleResponse| vec![("session", hex::encode(&assembled.session_id))]);
         let work = async move {
             let order = messages::order(station, request.get_ref())?;
             provisioner.assemble(order).await.map(messages::assembled)
         };
-        self.door.act(act, work).await
+        self.gate.call_audited(audited, work).await
     }
 
     async fn complete(
@@ -42,29 +42,29 @@ impl Line for LineService {
     ) -> Result<Response<proto::CompleteResponse>, Status> {
         let station = callers::station(&request)?;
         let provisioner = Arc::clone(&self.provisioner);
-        let act = AuditedCall::new("Line.Complete", "line.complete", &Caller::Station(station.clone()))
+        let audited = AuditedCall::new("Line.Complete", "line.complete", &Caller::Station(station.clone()))
             .with("session", hex::encode(&request.get_ref().session_id))
-            .tell(messages::told_of_completion);
+            .audit_fields(messages::completion_audit_fields);
         let work = async move {
             let completion = messages::completion(station, request.into_inner())?;
             let receipt = provisioner.complete(completion).await?;
             Ok(proto::CompleteResponse { receipt: Some(messages::proven_receipt(&receipt)) })
         };
-        self.door.act(act, work).await
+        self.gate.call_audited(audited, work).await
     }
 
     async fn abort(&self, request: Request<proto::AbortRequest>) -> Result<Response<proto::AbortResponse>, Status> {
         let station = callers::station(&request)?;
-        let (provisioner, asked) = (Arc::clone(&self.provisioner), request.get_ref());
-        let act = AuditedCall::new("Line.Abort", "line.abort", &Caller::Station(station.clone()))
-            .with("session", hex::encode(&asked.session_id))
-            .with("reason", &asked.reason);
+        let (provisioner, message) = (Arc::clone(&self.provisioner), request.get_ref());
+        let audited = AuditedCall::new("Line.Abort", "line.abort", &Caller::Station(station.clone()))
+            .with("session", hex::encode(&message.session_id))
+            .with("reason", &message.reason);
         let work = async move {
             let (session, reason) = messages::abort(request.get_ref())?;
             provisioner.abort(&station, session, reason).await?;
             Ok(proto::AbortResponse {})
         };
-        self.door.act(act, work).await
+        self.gate.call_audited(audited, work).await
     }
 
     async fn get_session(
@@ -74,9 +74,9 @@ impl Line for LineService {
         let station = callers::station(&request)?;
         let (provisioner, caller) = (Arc::clone(&self.provisioner), Caller::Station(station.clone()).to_string());
         let work = async move {
-            let which = messages::session_view(request.get_ref())?;
-            provisioner.view(&station, &which).await.map(|session| messages::session(&session))
+            let view = messages::session_view(request.get_ref())?;
+            provisioner.view(&station, &view).await.map(|session| messages::session(&session))
         };
-        self.door.call("Line.GetSession", caller, work).await
+        self.gate.call("Line.GetSession", caller, work).await
     }
 }

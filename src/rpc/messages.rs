@@ -1,4 +1,4 @@
-//! Between messages and values: fields are parsed with every violation told at once, results turned into messages.
+//! Parses request messages, reporting all field violations at once, and converts results to messages.
 
 use prost_types::Timestamp;
 
@@ -7,17 +7,17 @@ use crate::names::{ChipId, DeviceIdentity, NameError, SessionId, StationName};
 use crate::package::{MAX_BACKUP_LEN, MAX_CONFIRMATION_LEN, TransportCurve, TransportPublicKey};
 use crate::proto;
 use crate::provisioning::{
-    Assembled, Completion, Delivery, FieldViolation, ProvisionError, Receipt, SessionView, Wanted,
+    AssembleRequest, Assembled, Completion, Delivery, FieldViolation, ProvisionError, Receipt, SessionView,
 };
 use crate::store::{Publication, PublishedRecord, Session, SessionState, StateName};
 use crate::tlog::SignedCheckpoint;
 
-/// Longest text of an identity in canonical form.
+/// Maximum length of an identity in canonical form, in bytes.
 const MAX_IDENTITY_LEN: usize = 96;
-/// Longest reason of an abort.
+/// Maximum length of an abort's reason, in characters.
 pub(super) const MAX_REASON_LEN: usize = 200;
 
-/// Collects violations and gives the value only if there are none.
+/// Collects field violations; returns the parsed value only if there are none.
 #[derive(Default)]
 pub(super) struct Violations(Vec<FieldViolation>);
 
@@ -40,12 +40,12 @@ impl Violations {
     }
 }
 
-pub(super) fn order(station: StationName, request: &proto::AssembleRequest) -> Result<Wanted, ProvisionError> {
+pub(super) fn order(station: StationName, request: &proto::AssembleRequest) -> Result<AssembleRequest, ProvisionError> {
     let mut violations = Violations::default();
     let chip = violations.keep("chip_id", ChipId::from_bytes(&request.chip_id));
     let identity = match request.allocate_identity {
         true => {
-            violations.check("identity", request.identity.is_empty(), "one that is to be given out cannot be named");
+            violations.check("identity", request.identity.is_empty(), "must be empty if allocate_identity is set");
             Some(None)
         }
         false => violations.keep("identity", identity(&request.identity)).map(Some),
@@ -59,13 +59,14 @@ pub(super) fn order(station: StationName, request: &proto::AssembleRequest) -> R
         None => None,
         Some(key) => violations.keep("transport_key", transport_key(key)),
     };
-    let order =
-        || Some(Wanted { station, chip: chip?, identity: identity?, profile: profile?, own_key, transport_key });
+    let order = || {
+        Some(AssembleRequest { station, chip: chip?, identity: identity?, profile: profile?, own_key, transport_key })
+    };
     let order = order();
     violations.end(order)
 }
 
-/// What is longer is not told back in an error.
+/// Parses an identity. Checks the length first, so that an error never echoes a long input.
 pub(super) fn identity(text: &str) -> Result<DeviceIdentity, NameError> {
     if text.len() > MAX_IDENTITY_LEN {
         return Err(NameError::new(format!("at most {MAX_IDENTITY_LEN} characters are allowed")));
@@ -78,7 +79,7 @@ fn transport_key(key: &proto::TransportKey) -> Result<TransportPublicKey, String
         proto::TransportKeyType::P256 => TransportCurve::P256,
         proto::TransportKeyType::X25519 => TransportCurve::X25519,
         proto::TransportKeyType::Unspecified => {
-            return Err(format!("type {} is none of P256 (1) and X25519 (2)", key.r#type));
+            return Err(format!("unsupported type {}: expected P256 (1) or X25519 (2)", key.r#type));
         }
     };
     TransportPublicKey::new(curve, &key.public_key).map_err(|e| e.to_string())
@@ -105,13 +106,13 @@ pub(super) fn abort(request: &proto::AbortRequest) -> Result<(SessionId, String)
 }
 
 pub(super) fn session_view(request: &proto::GetSessionRequest) -> Result<SessionView, ProvisionError> {
-    use proto::get_session_request::Session as Which;
+    use proto::get_session_request::Session as Selector;
     match &request.session {
-        Some(Which::SessionId(id)) => {
+        Some(Selector::SessionId(id)) => {
             SessionId::from_bytes(id).map(SessionView::Id).map_err(|e| ProvisionError::invalid("session_id", e))
         }
-        Some(Which::ChipId(chip)) => chip_id(chip).map(SessionView::Chip),
-        None => Err(ProvisionError::invalid("session", "give session_id or chip_id")),
+        Some(Selector::ChipId(chip)) => chip_id(chip).map(SessionView::Chip),
+        None => Err(ProvisionError::invalid("session", "specify session_id or chip_id")),
     }
 }
 
@@ -119,21 +120,21 @@ pub(super) fn chip_id(bytes: &[u8]) -> Result<ChipId, ProvisionError> {
     ChipId::from_bytes(bytes).map_err(|e| ProvisionError::invalid("chip_id", e))
 }
 
-pub(super) fn assembled(made: Assembled) -> proto::AssembleResponse {
+pub(super) fn assembled(assembled: Assembled) -> proto::AssembleResponse {
     use proto::assemble_response::Delivery as Message;
-    let delivery = match made.delivery {
-        // Exposed to leave through the mTLS channel to the station, which passes it to the device. The copy in the message
-        // is prost's and cannot be wiped; sealed delivery avoids it.
+    let delivery = match assembled.delivery {
+        // The mTLS channel carries the plain package to the station, which passes it to the device. prost owns the copy in the
+        // message, so it cannot be wiped; sealed delivery avoids that copy.
         Delivery::Plain(package) => Message::DataPackage(package.expose().clone()),
         Delivery::Sealed(sealed) => Message::SealedPackage(sealed),
     };
     proto::AssembleResponse {
-        session_id: made.session.as_bytes().to_vec(),
-        certificate: made.certificate,
-        certificate_format: certificate_format(made.certificate_is_cwt),
+        session_id: assembled.session.as_bytes().to_vec(),
+        certificate: assembled.certificate,
+        certificate_format: certificate_format(assembled.certificate_is_cwt),
         delivery: Some(delivery),
-        expires: Some(timestamp(made.expires)),
-        identity: made.identity.to_string(),
+        expires: Some(timestamp(assembled.expires)),
+        identity: assembled.identity.to_string(),
     }
 }
 
@@ -150,17 +151,17 @@ pub(super) fn proven_receipt(proven: &Receipt) -> proto::Receipt {
     proto::Receipt { tlog_proof: proven.proof.to_bytes(), ..receipt(&proven.publication) }
 }
 
-/// What the audit log keeps of a completion.
-pub(super) fn told_of_completion(response: &proto::CompleteResponse) -> Vec<(&'static str, String)> {
+/// Returns the audit details of a completion.
+pub(super) fn completion_audit_fields(response: &proto::CompleteResponse) -> Vec<(&'static str, String)> {
     let receipt = response.receipt.as_ref();
     receipt.map(|receipt| ("record", receipt.record_index.to_string())).into_iter().collect()
 }
 
-/// Which record is to be proven.
+/// The record whose proof is requested.
 pub(super) enum ProofOf {
-    /// The newest of that chip.
+    /// The newest record of this chip.
     Chip(ChipId),
-    /// The one at that place.
+    /// The entry at this index.
     Index(u64),
 }
 
@@ -169,7 +170,7 @@ pub(super) fn proof_request(request: &proto::GetProofRequest) -> Result<ProofOf,
     match &request.record {
         Some(Record::ChipId(chip)) => chip_id(chip).map(ProofOf::Chip),
         Some(Record::RecordIndex(index)) => Ok(ProofOf::Index(*index)),
-        None => Err(ProvisionError::invalid("record", "give chip_id or record_index")),
+        None => Err(ProvisionError::invalid("record", "specify chip_id or record_index")),
     }
 }
 
@@ -205,7 +206,7 @@ pub(super) const fn state(state: StateName) -> proto::SessionState {
     }
 }
 
-/// Where a session's record is, once it is public.
+/// Returns the publication of a session's record, if it is published.
 pub(super) const fn publication(session: &Session) -> Option<&Publication> {
     match &session.state {
         SessionState::Published { publication } | SessionState::Erased { publication } => Some(publication),

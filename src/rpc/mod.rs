@@ -1,8 +1,8 @@
-//! gRPC: the only room with tonic. Services, peers turned into callers, ONE table from errors to statuses, TLS, drain.
+//! The gRPC layer: services, caller authentication, role checks, audit, error statuses, TLS and drain.
 //!
-//! Inner rooms never mention gRPC: a request is parsed here into values that are valid, a result is turned into a
-//! message here, and `status` is the one place that decides what a caller may learn of a failure.
-#![expect(clippy::disallowed_types, reason = "this is the room of gRPC")]
+//! Only this module uses tonic. It parses requests into validated values and converts results to messages; `status` alone
+//! decides what a caller may learn about a failure.
+#![expect(clippy::disallowed_types, reason = "only this module uses gRPC types")]
 
 mod access;
 mod access_messages;
@@ -21,7 +21,7 @@ mod roles;
 mod serve;
 mod status;
 
-pub(crate) use health::{line_trouble, missing};
-pub use officer::{House, NodeInfo};
+pub(crate) use health::{line_trouble, missing_dependencies};
+pub use officer::{NodeInfo, OfficerContext};
 pub use serve::{Listening, ServeError};
-pub(crate) use status::{busy, too_fast};
+pub(crate) use status::{overloaded, rate_limited};

@@ -1,4 +1,4 @@
-//! Connections with mutual TLS for tonic, whose own TLS cannot be exchanged while it serves.
+//! Accepts mutual-TLS connections for tonic, because tonic cannot replace its TLS configuration while it serves.
 
 use std::io;
 use std::sync::Arc;
@@ -11,28 +11,29 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use crate::connections::{Tls, next};
 
-/// Handshakes at once; more wait with the system until one ends. Each costs some memory and a caller who may say nothing.
-const HANDSHAKES: usize = 1024;
-/// How long a handshake may take.
-const LIMIT: Duration = Duration::from_secs(10);
+/// Maximum number of concurrent handshakes; further connections wait in the listen backlog. Each handshake costs memory, and
+/// its client may stay silent.
+const MAX_HANDSHAKES: usize = 1024;
+/// Time limit of a handshake.
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 
-/// Connections whose handshake is done, until the stream is dropped. A slow handshake holds up no other one.
+/// Yields connections whose handshake is complete, until the stream is dropped. Slow handshakes do not delay others.
 pub(super) fn connections(listener: TcpListener, tls: Tls) -> ReceiverStream<io::Result<TlsStream<TcpStream>>> {
     let (sender, stream) = mpsc::channel(1);
     tokio::spawn(async move {
-        let places = Arc::new(Semaphore::new(HANDSHAKES));
+        let permits = Arc::new(Semaphore::new(MAX_HANDSHAKES));
         loop {
-            let (place, stream, peer) = tokio::select! {
+            let (permit, stream, peer) = tokio::select! {
                 () = sender.closed() => return,
-                next = next(&listener, &places) => next,
+                next = next(&listener, &permits) => next,
             };
             let (tls, sender) = (tls.clone(), sender.clone());
             tokio::spawn(async move {
-                if let Some(stream) = tls.accept(stream, peer, LIMIT).await {
-                    // Dropped if nobody takes it any more: the listener is closed.
+                if let Some(stream) = tls.accept(stream, peer, HANDSHAKE_LIMIT).await {
+                    // Sending fails only after the listener is closed; the connection is then dropped.
                     let _ = sender.send(Ok(stream)).await;
                 }
-                drop(place);
+                drop(permit);
             });
         }
     });

@@ -1,11 +1,11 @@
-//! The service `Officer`. Who may call what of it is in the table of the roles.
+//! The `Officer` service. [`super::roles`] defines which roles may call each method.
 
 use std::sync::Arc;
 
 use tonic::{Request, Response, Status, async_trait};
 
 use super::call_gate::CallGate;
-use super::health::{Missing, line_trouble, missing};
+use super::health::{MissingDependency, line_trouble, missing_dependencies};
 use super::{callers, messages, pool};
 use crate::access::AccessControl;
 use crate::audit::Auditor;
@@ -17,7 +17,7 @@ use crate::provisioning::{ProvisionError, Provisioner};
 use crate::reload::{Reloaded, Reloader};
 use crate::store::{RegistryStatus, WitnessStatus};
 
-/// What the daemon is, for its status.
+/// Identifies the daemon in its status.
 #[derive(Debug, Clone)]
 pub struct NodeInfo {
     /// The node's name.
@@ -26,23 +26,23 @@ pub struct NodeInfo {
     pub started: u64,
 }
 
-/// What officers see and change of the daemon beside the devices' way.
+/// The parts of the daemon that officers inspect and control, besides provisioning.
 #[derive(Clone)]
-pub struct House {
-    /// What it is.
+pub struct OfficerContext {
+    /// The daemon's name and start time.
     pub node: NodeInfo,
-    /// Where acts are recorded before they are done. To tell a status is none.
+    /// The audit log. State-changing calls are recorded; status queries are not.
     pub auditor: Arc<Auditor>,
-    /// What officers agree on.
-    pub desk: Arc<AccessControl>,
-    /// Its configuration.
+    /// Approvals, callers and identity ranges.
+    pub access_control: Arc<AccessControl>,
+    /// Reloads the daemon's configuration.
     pub reloader: Arc<Reloader>,
 }
 
 pub(super) struct OfficerService {
     pub(super) provisioner: Arc<Provisioner>,
-    pub(super) house: House,
-    pub(super) door: CallGate,
+    pub(super) context: OfficerContext,
+    pub(super) gate: CallGate,
 }
 
 #[async_trait]
@@ -52,8 +52,8 @@ impl Officer for OfficerService {
         request: Request<proto::GetStatusRequest>,
     ) -> Result<Response<proto::GetStatusResponse>, Status> {
         let caller = callers::any(&request)?.to_string();
-        let (provisioner, house) = (Arc::clone(&self.provisioner), self.house.clone());
-        self.door.call("Officer.GetStatus", caller, async move { status(&provisioner, house).await }).await
+        let (provisioner, context) = (Arc::clone(&self.provisioner), self.context.clone());
+        self.gate.call("Officer.GetStatus", caller, async move { status(&provisioner, context).await }).await
     }
 
     async fn get_pool_status(
@@ -62,43 +62,43 @@ impl Officer for OfficerService {
     ) -> Result<Response<proto::GetPoolStatusResponse>, Status> {
         let caller = callers::any(&request)?.to_string();
         let keys = Arc::clone(self.provisioner.pool());
-        self.door.call("Officer.GetPoolStatus", caller, async move { Ok(pool::status(keys.status().await?)) }).await
+        self.gate.call("Officer.GetPoolStatus", caller, async move { Ok(pool::status(keys.status().await?)) }).await
     }
 
-    type FillPoolStream = pool::Told<proto::FillPoolResponse>;
+    type FillPoolStream = pool::ProgressStream<proto::FillPoolResponse>;
 
     async fn fill_pool(
         &self,
         request: Request<proto::FillPoolRequest>,
     ) -> Result<Response<Self::FillPoolStream>, Status> {
         let officer = callers::officer(&request)?;
-        let (keys, audit) = (Arc::clone(self.provisioner.pool()), Arc::clone(self.house.auditor.log()));
+        let (keys, audit) = (Arc::clone(self.provisioner.pool()), Arc::clone(self.context.auditor.log()));
         let caller = Caller::Officer(officer.clone());
         let work = pool::fill(keys, audit, officer, request.into_inner());
-        self.door.call_on_record("Officer.FillPool", &caller, work).await
+        self.gate.call_self_audited("Officer.FillPool", &caller, work).await
     }
 
-    type ShredPoolStream = pool::Told<proto::ShredPoolResponse>;
+    type ShredPoolStream = pool::ProgressStream<proto::ShredPoolResponse>;
 
     async fn shred_pool(
         &self,
         request: Request<proto::ShredPoolRequest>,
     ) -> Result<Response<Self::ShredPoolStream>, Status> {
         let officer = callers::officer(&request)?;
-        let (keys, audit) = (Arc::clone(self.provisioner.pool()), Arc::clone(self.house.auditor.log()));
+        let (keys, audit) = (Arc::clone(self.provisioner.pool()), Arc::clone(self.context.auditor.log()));
         let caller = Caller::Officer(officer.clone());
         let work = pool::shred(keys, audit, officer, request.into_inner());
-        self.door.call_on_record("Officer.ShredPool", &caller, work).await
+        self.gate.call_self_audited("Officer.ShredPool", &caller, work).await
     }
 
     async fn reload(&self, request: Request<proto::ReloadRequest>) -> Result<Response<proto::ReloadResponse>, Status> {
-        let (reloader, caller) = (Arc::clone(&self.house.reloader), Caller::Officer(callers::officer(&request)?));
+        let (reloader, caller) = (Arc::clone(&self.context.reloader), Caller::Officer(callers::officer(&request)?));
         let by = caller.to_string();
         let work = async move {
             let Reloaded { changes, fingerprint } = reloader.reload(&by).await?;
             Ok(proto::ReloadResponse { changes, configuration_sha256: fingerprint.to_vec() })
         };
-        self.door.call_on_record("Officer.Reload", &caller, work).await
+        self.gate.call_self_audited("Officer.Reload", &caller, work).await
     }
 }
 
@@ -107,17 +107,20 @@ async fn audit_status(auditor: &Auditor) -> Result<proto::AuditStatus, Provision
     Ok(proto::AuditStatus {
         entries: auditor.log().head().await?.entries,
         covered: checkpoint.entries,
-        checkpoint_trouble: checkpoint.trouble.unwrap_or_default(),
+        checkpoint_trouble: checkpoint.last_error.unwrap_or_default(),
         writable: !auditor.log().is_broken(),
         lost_refusals: auditor.lost(),
     })
 }
 
-async fn status(provisioner: &Provisioner, house: House) -> Result<proto::GetStatusResponse, ProvisionError> {
-    let node = house.node;
+async fn status(
+    provisioner: &Provisioner,
+    context: OfficerContext,
+) -> Result<proto::GetStatusResponse, ProvisionError> {
+    let node = context.node;
     let hsm = provisioner.hsm().status();
     let counts = provisioner.journal().counts().await?;
-    let (free_bytes, free_bytes_floor) = provisioner.journal().room()?;
+    let (free_bytes, free_bytes_floor) = provisioner.journal().disk_space()?;
     Ok(proto::GetStatusResponse {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         node: node.name,
@@ -138,12 +141,12 @@ async fn status(provisioner: &Provisioner, house: House) -> Result<proto::GetSta
             aborted: counts.aborted,
         }),
         records: provisioner.registry().count().await?,
-        audit: Some(audit_status(&house.auditor).await?),
+        audit: Some(audit_status(&context.auditor).await?),
         log: Some(log_status(provisioner.registry().status())),
         free_bytes,
         free_bytes_floor,
-        services: missing(provisioner).into_iter().map(service_status).collect(),
-        profiles: provisioner.rules().profiles().map(ToString::to_string).collect(),
+        services: missing_dependencies(provisioner).into_iter().map(service_status).collect(),
+        profiles: provisioner.policy().profiles().map(ToString::to_string).collect(),
     })
 }
 
@@ -154,16 +157,17 @@ fn log_status(status: RegistryStatus) -> proto::LogStatus {
         trouble: witness.trouble.unwrap_or_default(),
     };
     proto::LogStatus {
-        publishing_trouble: status.publishing_trouble.unwrap_or_default(),
-        reading_trouble: status.reading_trouble.unwrap_or_default(),
+        publishing_trouble: status.publish_error.unwrap_or_default(),
+        reading_trouble: status.read_error.unwrap_or_default(),
         batches: status.batches,
         witnesses: status.witnesses.into_iter().map(witness).collect(),
     }
 }
 
-fn service_status((service, missing): (&str, Vec<Missing>)) -> proto::ServiceStatus {
-    let missing = missing.into_iter();
-    let missing = missing.map(|one| proto::MissingDependency { dependency: one.dependency.to_owned(), why: one.why });
+fn service_status((service, dependencies): (&str, Vec<MissingDependency>)) -> proto::ServiceStatus {
+    let missing = dependencies
+        .into_iter()
+        .map(|missing| proto::MissingDependency { dependency: missing.dependency.to_owned(), why: missing.reason });
     proto::ServiceStatus { service: service.to_owned(), missing: missing.collect() }
 }
 

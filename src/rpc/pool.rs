@@ -1,4 +1,4 @@
-//! The pools as officers see them: what they are asked, and the streams that tell how far it is.
+//! Pool operations of the `Officer` service: status, filling and shredding, with progress streams.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,21 +10,22 @@ use tonic::Status;
 use super::messages::timestamp;
 use super::status::status_of;
 use crate::audit::{AuditLog, Entry, Outcome};
-use crate::keypool::{KeyPool, KindStatus, PoolStatus, ShredOrder, Shredded};
+use crate::keypool::{KeyPool, KindStatus, PoolStatus, ShredOrder, ShredReport};
 use crate::keys::KeyKind;
 use crate::names::OfficerName;
 use crate::proto;
 use crate::provisioning::ProvisionError;
 use crate::store::KeyStorage;
 
-/// How often a stream tells how far a filling is.
-const TELL: Duration = Duration::from_millis(250);
-/// Messages that may wait for a slow reader; then the newest are left out, but the last one never is.
-const WAITING: usize = 16;
+/// How often a stream reports the progress of a fill.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
+/// Number of progress messages to buffer for a slow reader. When the buffer is full, further messages are dropped, except the
+/// last one.
+const PROGRESS_BUFFER: usize = 16;
 
-pub(super) type Told<T> = ReceiverStream<Result<T, Status>>;
+pub(super) type ProgressStream<T> = ReceiverStream<Result<T, Status>>;
 
-/// The kind that a request names, if it names one.
+/// Parses an optional key type.
 pub(super) fn kind(text: &str) -> Result<Option<KeyKind>, ProvisionError> {
     if text.is_empty() {
         return Ok(None);
@@ -32,13 +33,13 @@ pub(super) fn kind(text: &str) -> Result<Option<KeyKind>, ProvisionError> {
     text.parse().map(Some).map_err(|e| ProvisionError::invalid("kind", e))
 }
 
-/// Orders the filling, on record, and tells how far it is until it is done or nobody listens. It goes on without a listener.
+/// Records and orders a fill, and streams its progress until it is complete. The fill continues if the client disconnects.
 pub(super) async fn fill(
     pool: Arc<KeyPool>,
     audit: Arc<AuditLog>,
     officer: OfficerName,
     request: proto::FillPoolRequest,
-) -> Result<Told<proto::FillPoolResponse>, ProvisionError> {
+) -> Result<ProgressStream<proto::FillPoolResponse>, ProvisionError> {
     let kinds = match kind(&request.kind)? {
         Some(kind) => vec![kind],
         None => pool.kinds().collect(),
@@ -51,12 +52,12 @@ pub(super) async fn fill(
     let ordered = kinds.iter().map(|kind| Ok((*kind, pool.order_fill(*kind, to)?))).collect::<Result<Vec<_>, _>>();
     audit.record(entry.ended(outcome(&ordered))).await?;
     let ordered = ordered?;
-    let (sender, stream) = mpsc::channel(WAITING);
-    tokio::spawn(async move { tell_filling(&pool, ordered, sender).await });
+    let (sender, stream) = mpsc::channel(PROGRESS_BUFFER);
+    tokio::spawn(async move { report_fill_progress(&pool, ordered, sender).await });
     Ok(ReceiverStream::new(stream))
 }
 
-async fn tell_filling(
+async fn report_fill_progress(
     pool: &KeyPool,
     mut ordered: Vec<(KeyKind, u64)>,
     sender: mpsc::Sender<Result<proto::FillPoolResponse, Status>>,
@@ -65,7 +66,7 @@ async fn tell_filling(
         let _ = sender.send(Ok(proto::FillPoolResponse { done: true, ..Default::default() })).await;
     }
     while !ordered.is_empty() {
-        // Asked before the numbers are read, so that the last ones told are those of after the filling.
+        // Read before the pool status, so that the last message has the numbers after the fill.
         let outstanding: Vec<_> = pool.kinds().filter(|kind| pool.is_ordered(*kind)).collect();
         let status = match pool.status().await {
             Ok(status) => status,
@@ -75,11 +76,11 @@ async fn tell_filling(
             }
         };
         for kind in status.kinds {
-            let Some(target) = ordered.iter().find(|(wanted, _)| *wanted == kind.kind).map(|(_, to)| *to) else {
+            let Some(target) = ordered.iter().find(|(ordered, _)| *ordered == kind.kind).map(|(_, to)| *to) else {
                 continue;
             };
             if !outstanding.contains(&kind.kind) {
-                ordered.retain(|(wanted, _)| *wanted != kind.kind);
+                ordered.retain(|(ordered, _)| *ordered != kind.kind);
             }
             let message = proto::FillPoolResponse {
                 kind: kind.kind.to_string(),
@@ -93,29 +94,29 @@ async fn tell_filling(
                 return;
             }
         }
-        tokio::time::sleep(TELL).await;
+        tokio::time::sleep(PROGRESS_INTERVAL).await;
     }
 }
 
-/// Shreds, on record, and tells how far it is. It goes on without a listener.
+/// Records and starts a shredding, and streams its progress. The shredding continues if the client disconnects.
 pub(super) async fn shred(
     pool: Arc<KeyPool>,
     audit: Arc<AuditLog>,
     officer: OfficerName,
     request: proto::ShredPoolRequest,
-) -> Result<Told<proto::ShredPoolResponse>, ProvisionError> {
+) -> Result<ProgressStream<proto::ShredPoolResponse>, ProvisionError> {
     let order = ShredOrder { kind: kind(&request.kind)?, quarantined: request.quarantined };
     let entry = Entry::new(format!("officer {officer}"), "pool.shred", Outcome::Begun)
         .with("kind", order.kind.map_or("all", KeyKind::name))
         .with("quarantined", order.quarantined);
     audit.record(entry.clone()).await?;
-    let (sender, stream) = mpsc::channel(WAITING);
+    let (sender, stream) = mpsc::channel(PROGRESS_BUFFER);
     tokio::spawn(async move {
-        let told = sender.clone();
+        let progress_sender = sender.clone();
         let progress = move |done: usize, all: usize| {
-            let message = message(Shredded::default(), done as u64, all as u64, false);
-            // A reader who is too slow misses some of them.
-            let _ = told.try_send(Ok(message));
+            let message = message(ShredReport::default(), done as u64, all as u64, false);
+            // A slow reader misses progress messages.
+            let _ = progress_sender.try_send(Ok(message));
         };
         let shredded = pool.shred(&order, progress).await.map_err(ProvisionError::from);
         let mut ended = entry.ended(outcome(&shredded));
@@ -131,12 +132,12 @@ pub(super) async fn shred(
     Ok(ReceiverStream::new(stream))
 }
 
-const fn message(shredded: Shredded, batches_done: u64, batches: u64, done: bool) -> proto::ShredPoolResponse {
-    let Shredded { moved, discarded, .. } = shredded;
+const fn message(shredded: ShredReport, batches_done: u64, batches: u64, done: bool) -> proto::ShredPoolResponse {
+    let ShredReport { moved, discarded, .. } = shredded;
     proto::ShredPoolResponse { batches_done, batches, moved, discarded, done }
 }
 
-/// How an act ended, for the audit log.
+/// Returns the audit outcome of a result.
 pub(super) fn outcome<T>(result: &Result<T, ProvisionError>) -> Outcome {
     match result {
         Ok(_) => Outcome::Done,
@@ -146,7 +147,7 @@ pub(super) fn outcome<T>(result: &Result<T, ProvisionError>) -> Outcome {
 
 pub(super) fn status(status: PoolStatus) -> proto::GetPoolStatusResponse {
     proto::GetPoolStatusResponse {
-        store: match status.keeping {
+        store: match status.storage {
             KeyStorage::Wrapped => "wrapped",
             KeyStorage::Hsm => "hsm",
         }
@@ -158,7 +159,7 @@ pub(super) fn status(status: PoolStatus) -> proto::GetPoolStatusResponse {
         session_next_shred: status.session_next_shred.map(timestamp),
         condemned: status.condemned,
         rolled_back: status.rolled_back.unwrap_or_default(),
-        trouble: status.trouble.unwrap_or_default(),
+        trouble: status.last_error.unwrap_or_default(),
     }
 }
 
@@ -170,7 +171,7 @@ fn kind_status(status: KindStatus) -> proto::PoolKind {
         ready: status.ready,
         reserved: status.reserved,
         quarantined: status.quarantined,
-        away: status.away,
+        away: status.unavailable,
         filling: status.filling,
         fill_rate_per_second: status.fill_rate,
         paused: status.paused.unwrap_or_default(),

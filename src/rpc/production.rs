@@ -1,4 +1,4 @@
-//! The service `Production`, beside `Officer`. Who may call what of it is in the table of the roles.
+//! The `Production` service. [`super::roles`] defines which roles may call each method.
 
 use std::sync::Arc;
 
@@ -17,8 +17,8 @@ use crate::store::Session;
 
 pub(super) struct ProductionService {
     pub(super) provisioner: Arc<Provisioner>,
-    /// The officers' own: all of them together are let in so many at once.
-    pub(super) door: CallGate,
+    /// Shared with the other services of the officer listener.
+    pub(super) gate: CallGate,
     pub(super) audit: Arc<AuditLog>,
 }
 
@@ -33,7 +33,7 @@ impl Production for ProductionService {
             let (hours, by) = reports::hours_and_rows(request.get_ref())?;
             provisioner.production(hours, by).await.map(reports::production)
         };
-        self.door.call("Production.GetProduction", caller, work).await
+        self.gate.call("Production.GetProduction", caller, work).await
     }
 
     async fn get_device(
@@ -42,10 +42,10 @@ impl Production for ProductionService {
     ) -> Result<Response<proto::GetDeviceResponse>, Status> {
         let (provisioner, caller) = (Arc::clone(&self.provisioner), callers::any(&request)?.to_string());
         let work = async move {
-            let which = reports::which_device(request.into_inner())?;
-            provisioner.device(which).await.map(|report| reports::device(&report))
+            let view = reports::device_view(request.into_inner())?;
+            provisioner.device(view).await.map(|report| reports::device(&report))
         };
-        self.door.call("Production.GetDevice", caller, work).await
+        self.gate.call("Production.GetDevice", caller, work).await
     }
 
     async fn list_sessions(
@@ -54,10 +54,10 @@ impl Production for ProductionService {
     ) -> Result<Response<proto::ListSessionsResponse>, Status> {
         let (provisioner, caller) = (Arc::clone(&self.provisioner), callers::any(&request)?.to_string());
         let work = async move {
-            let (filter, after, limit) = reports::which_sessions(request.get_ref())?;
+            let (filter, after, limit) = reports::session_filter(request.get_ref())?;
             provisioner.sessions(&filter, after, limit).await.map(|page| reports::sessions(&page))
         };
-        self.door.call("Production.ListSessions", caller, work).await
+        self.gate.call("Production.ListSessions", caller, work).await
     }
 
     async fn abort_session(
@@ -69,14 +69,14 @@ impl Production for ProductionService {
         let caller = Caller::Officer(officer.clone());
         let work = async move {
             let (session, reason) = reports::abort(request.into_inner())?;
-            let given_up = abort(&provisioner, &audit, &officer, session, reason).await?;
-            Ok(proto::AbortSessionResponse { session: Some(reports::session(&given_up)) })
+            let aborted = abort(&provisioner, &audit, &officer, session, reason).await?;
+            Ok(proto::AbortSessionResponse { session: Some(reports::session(&aborted)) })
         };
-        self.door.call_on_record("Production.AbortSession", &caller, work).await
+        self.gate.call_self_audited("Production.AbortSession", &caller, work).await
     }
 }
 
-/// Gives a session up, on record.
+/// Aborts a session and records it.
 async fn abort(
     provisioner: &Provisioner,
     audit: &AuditLog,
@@ -86,12 +86,12 @@ async fn abort(
 ) -> Result<Session, ProvisionError> {
     let entry = Entry::new(format!("officer {officer}"), "session.abort", Outcome::Begun);
     let mut entry = entry.with("session", session).with("reason", &reason);
-    // So that the device's history is found by its chip, too.
+    // Also record the chip, so that an auditor finds the device's history by it.
     if let Some(known) = provisioner.journal().session(&session).await? {
         entry = entry.with("chip", &known.chip).with("identity", &known.identity).with("station", &known.station);
     }
     audit.record(entry.clone()).await?;
-    let given_up = provisioner.abort_any(session, reason).await;
-    audit.record(entry.ended(outcome(&given_up))).await?;
-    given_up
+    let aborted = provisioner.abort_any(session, reason).await;
+    audit.record(entry.ended(outcome(&aborted))).await?;
+    aborted
 }

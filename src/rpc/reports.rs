@@ -1,4 +1,4 @@
-//! Between messages and values, for the service `Production`.
+//! Converts between messages and values of the `Production` service.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -12,16 +12,18 @@ use crate::certificate::describe;
 use crate::names::SessionId;
 use crate::proto;
 use crate::provisioning::{
-    DeviceReport, DeviceView, KeyPairPlace, ProductionBy, ProductionOf, ProvisionError, SessionFilter, SessionPage,
+    DeviceReport, DeviceView, KeyPairLocation, ProductionBy, ProductionOf, ProvisionError, SessionFilter, SessionPage,
 };
-use crate::store::{HOUR, ProductionCounts, PublishedRecord, Session, SessionPlace, SessionState, StateName};
+use crate::store::{
+    ProductionCounts, PublishedRecord, SECONDS_PER_HOUR, Session, SessionCursor, SessionState, StateName,
+};
 
-/// Most hours of one answer.
+/// Maximum number of hours in one answer.
 const MAX_HOURS: u64 = 366 * 24;
-/// Sessions of one page, unless others are asked for.
-const PAGE: usize = 100;
-/// Most sessions of one page.
-const MAX_PAGE: usize = 1000;
+/// Default number of sessions per page.
+const DEFAULT_PAGE_SIZE: usize = 100;
+/// Maximum number of sessions per page.
+const MAX_PAGE_SIZE: usize = 1000;
 
 pub(super) fn hours_and_rows(
     request: &proto::GetProductionRequest,
@@ -31,8 +33,8 @@ pub(super) fn hours_and_rows(
     let to = violations.keep("to", hour(request.to.as_ref()));
     if let (Some(from), Some(to)) = (from, to) {
         violations.check("to", from < to, "must be after from");
-        let short = to.saturating_sub(from) <= MAX_HOURS;
-        violations.check("to", short, "at most 366 days after from are allowed; ask for one part after the other");
+        let in_range = to.saturating_sub(from) <= MAX_HOURS;
+        violations.check("to", in_range, "must be at most 366 days after from; split the request");
     }
     let by = violations.keep(
         "by",
@@ -41,22 +43,22 @@ pub(super) fn hours_and_rows(
             proto::ProductionBy::Profile => Ok(ProductionBy::Profile),
             proto::ProductionBy::Hour => Ok(ProductionBy::Hour),
             proto::ProductionBy::Unspecified => {
-                Err(format!("{} is none of STATION (1), PROFILE (2) and HOUR (3)", request.by))
+                Err(format!("unsupported value {}: expected STATION (1), PROFILE (2) or HOUR (3)", request.by))
             }
         },
     );
-    let wanted = || Some((from?..to?, by?));
-    let wanted = wanted();
-    violations.end(wanted)
+    let query = || Some((from?..to?, by?));
+    let query = query();
+    violations.end(query)
 }
 
 fn hour(time: Option<&Timestamp>) -> Result<u64, String> {
-    let time = time.ok_or("must be given")?;
-    let seconds = u64::try_from(time.seconds).map_err(|_| "is before 1970")?;
-    if time.nanos != 0 || !seconds.is_multiple_of(HOUR) {
-        return Err("must be a full hour: what is produced is counted by hours".to_owned());
+    let time = time.ok_or("missing")?;
+    let seconds = u64::try_from(time.seconds).map_err(|_| "must not be before 1970")?;
+    if time.nanos != 0 || !seconds.is_multiple_of(SECONDS_PER_HOUR) {
+        return Err("must be a full hour: production is counted per hour".to_owned());
     }
-    Ok(seconds / HOUR)
+    Ok(seconds / SECONDS_PER_HOUR)
 }
 
 pub(super) fn production(rows: BTreeMap<ProductionOf, ProductionCounts>) -> proto::GetProductionResponse {
@@ -67,7 +69,7 @@ pub(super) fn production(rows: BTreeMap<ProductionOf, ProductionCounts>) -> prot
         let of = match of {
             ProductionOf::Station(station) => Of::Station(station.to_string()),
             ProductionOf::Profile(profile) => Of::Profile(profile.to_string()),
-            ProductionOf::Hour(hour) => Of::Hour(timestamp(hour * HOUR)),
+            ProductionOf::Hour(hour) => Of::Hour(timestamp(hour * SECONDS_PER_HOUR)),
         };
         proto::ProductionRow { of: Some(of), counts: Some(production_counts(counts)) }
     });
@@ -79,14 +81,14 @@ const fn production_counts(counts: ProductionCounts) -> proto::ProductionCounts 
     proto::ProductionCounts { begun, completed, aborted }
 }
 
-pub(super) fn which_device(request: proto::GetDeviceRequest) -> Result<DeviceView, ProvisionError> {
+pub(super) fn device_view(request: proto::GetDeviceRequest) -> Result<DeviceView, ProvisionError> {
     use proto::get_device_request::Device;
     match request.device {
         Some(Device::ChipId(chip)) => chip_id(&chip).map(DeviceView::Chip),
         Some(Device::Identity(text)) => {
             identity(&text).map(DeviceView::Identity).map_err(|e| ProvisionError::invalid("identity", e))
         }
-        None => Err(ProvisionError::invalid("device", "give chip_id or identity")),
+        None => Err(ProvisionError::invalid("device", "specify chip_id or identity")),
     }
 }
 
@@ -94,15 +96,15 @@ pub(super) fn device(report: &DeviceReport) -> proto::GetDeviceResponse {
     let events = report.timeline().into_iter().map(|event| proto::DeviceEvent {
         at: Some(timestamp(event.at)),
         session_id: event.session.id.as_bytes().to_vec(),
-        what: event.what,
+        what: event.description,
     });
     let key_pair = match report.key_pair {
         None => proto::KeyPair::Unspecified,
-        Some(KeyPairPlace::None) => proto::KeyPair::None,
-        Some(KeyPairPlace::Device) => proto::KeyPair::OfDevice,
-        Some(KeyPairPlace::Wrapped) => proto::KeyPair::Wrapped,
-        Some(KeyPairPlace::Token) => proto::KeyPair::OnToken,
-        Some(KeyPairPlace::Gone) => proto::KeyPair::Gone,
+        Some(KeyPairLocation::None) => proto::KeyPair::None,
+        Some(KeyPairLocation::Device) => proto::KeyPair::OfDevice,
+        Some(KeyPairLocation::Wrapped) => proto::KeyPair::Wrapped,
+        Some(KeyPairLocation::Token) => proto::KeyPair::OnToken,
+        Some(KeyPairLocation::Erased) => proto::KeyPair::Gone,
     };
     proto::GetDeviceResponse {
         chip_id: report.chip.as_bytes().to_vec(),
@@ -127,7 +129,7 @@ fn published(found: &PublishedRecord) -> proto::PublishedDevice {
     }
 }
 
-/// Of the record, or else of the session whose certificate is signed and not public yet.
+/// Describes the certificate in the record or, before publication, the issued session's.
 fn certificate(report: &DeviceReport) -> Vec<proto::CertificateStatement> {
     let signed = match (&report.record, report.sessions.first()) {
         (Some(found), _) => Some((&found.record.certificate, found.record.certificate_is_cwt)),
@@ -139,8 +141,8 @@ fn certificate(report: &DeviceReport) -> Vec<proto::CertificateStatement> {
     let statement = |name: &str, value| proto::CertificateStatement { name: name.to_owned(), value };
     match signed.map(|(certificate, is_cwt)| describe(certificate, is_cwt)) {
         None => Vec::new(),
-        Some(Ok(said)) => said.into_iter().map(|one| statement(one.name, one.value)).collect(),
-        // Everything else that is known of the device is told all the same.
+        Some(Ok(statements)) => statements.into_iter().map(|known| statement(known.name, known.value)).collect(),
+        // An unreadable certificate does not hide the rest of the report.
         Some(Err(error)) => vec![statement("Unreadable", error.to_string())],
     }
 }
@@ -167,13 +169,13 @@ pub(super) fn session(session: &Session) -> proto::SessionReport {
     }
 }
 
-pub(super) fn which_sessions(
+pub(super) fn session_filter(
     request: &proto::ListSessionsRequest,
-) -> Result<(SessionFilter, Option<SessionPlace>, usize), ProvisionError> {
+) -> Result<(SessionFilter, Option<SessionCursor>, usize), ProvisionError> {
     let mut violations = Violations::default();
-    let state = violations.keep("state", wanted_state(request.state));
-    let station = violations.keep("station", name(&request.station));
-    let profile = violations.keep("profile", name(&request.profile));
+    let state = violations.keep("state", state_filter(request.state));
+    let station = violations.keep("station", optional_name(&request.station));
+    let profile = violations.keep("profile", optional_name(&request.profile));
     let older_than = violations.keep(
         "older_than",
         match &request.older_than {
@@ -182,23 +184,23 @@ pub(super) fn which_sessions(
         },
     );
     let size = usize::try_from(request.page_size).unwrap_or(usize::MAX);
-    violations.check("page_size", size <= MAX_PAGE, format!("at most {MAX_PAGE} are allowed"));
-    let after = violations.keep("page_token", place(&request.page_token));
-    let wanted = || {
+    violations.check("page_size", size <= MAX_PAGE_SIZE, format!("at most {MAX_PAGE_SIZE} are allowed"));
+    let after = violations.keep("page_token", parse_page_token(&request.page_token));
+    let query = || {
         let filter = SessionFilter { state: state?, station: station?, profile: profile?, older_than: older_than? };
-        Some((filter, after?, if size == 0 { PAGE } else { size }))
+        Some((filter, after?, if size == 0 { DEFAULT_PAGE_SIZE } else { size }))
     };
-    let wanted = wanted();
-    violations.end(wanted)
+    let query = query();
+    violations.end(query)
 }
 
-/// A name that may be left out.
-fn name<T: std::str::FromStr>(text: &str) -> Result<Option<T>, T::Err> {
+/// Parses an optional name.
+fn optional_name<T: std::str::FromStr>(text: &str) -> Result<Option<T>, T::Err> {
     if text.is_empty() { Ok(None) } else { text.parse().map(Some) }
 }
 
-fn wanted_state(number: i32) -> Result<Option<StateName>, String> {
-    let state = proto::SessionState::try_from(number).map_err(|_| format!("there is no state {number}"))?;
+fn state_filter(number: i32) -> Result<Option<StateName>, String> {
+    let state = proto::SessionState::try_from(number).map_err(|_| format!("unknown state {number}"))?;
     Ok(match state {
         proto::SessionState::Unspecified => None,
         proto::SessionState::Reserved => Some(StateName::Reserved),
@@ -212,29 +214,29 @@ fn wanted_state(number: i32) -> Result<Option<StateName>, String> {
 pub(super) fn sessions(page: &SessionPage) -> proto::ListSessionsResponse {
     proto::ListSessionsResponse {
         sessions: page.sessions.iter().map(session).collect(),
-        next_page_token: page.next.map(token).unwrap_or_default(),
+        next_page_token: page.next.map(page_token).unwrap_or_default(),
     }
 }
 
-fn token(place: SessionPlace) -> Vec<u8> {
+fn page_token(place: SessionCursor) -> Vec<u8> {
     [place.created.to_be_bytes().as_slice(), place.id.as_bytes()].concat()
 }
 
-/// The reverse of [`token`].
-fn place(bytes: &[u8]) -> Result<Option<SessionPlace>, String> {
+/// Parses the output of [`page_token`].
+fn parse_page_token(bytes: &[u8]) -> Result<Option<SessionCursor>, String> {
     if bytes.is_empty() {
         return Ok(None);
     }
     let parts = bytes.split_first_chunk().and_then(|(created, id)| Some((created, SessionId::from_bytes(id).ok()?)));
-    let (created, id) = parts.ok_or("it is not one that an answer had; begin without one")?;
-    Ok(Some(SessionPlace { created: u64::from_be_bytes(*created), id }))
+    let (created, id) = parts.ok_or("invalid: use the token of an earlier answer, or none for the first page")?;
+    Ok(Some(SessionCursor { created: u64::from_be_bytes(*created), id }))
 }
 
 pub(super) fn abort(request: proto::AbortSessionRequest) -> Result<(SessionId, String), ProvisionError> {
     let mut violations = Violations::default();
     let session = violations.keep("session_id", SessionId::from_bytes(&request.session_id));
     let length = request.reason.chars().count();
-    let told = (1..=MAX_REASON_LEN).contains(&length) && !request.reason.trim().is_empty();
-    violations.check("reason", told, format!("say why in 1 to {MAX_REASON_LEN} characters"));
+    let is_valid = (1..=MAX_REASON_LEN).contains(&length) && !request.reason.trim().is_empty();
+    violations.check("reason", is_valid, format!("must have 1 to {MAX_REASON_LEN} characters, not only spaces"));
     violations.end(session.map(|session| (session, request.reason)))
 }

@@ -1,4 +1,4 @@
-//! Who may call what: ONE table. What is not in it serves nobody.
+//! Authorization: one table lists the roles of every method. Methods that are not in it are not served.
 
 use std::sync::Arc;
 
@@ -11,111 +11,111 @@ use crate::access::RevocationList;
 use crate::audit::{Auditor, Entry, Outcome};
 use crate::certificate::{Caller, Role};
 
-/// Whom a method serves.
+/// Who may call a method.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Whom {
-    /// Whoever can reach the public listener.
-    Anybody,
-    /// Callers of these roles.
-    These(&'static [Role]),
+enum Permission {
+    /// Any client.
+    Public,
+    /// Callers with one of these roles.
+    Roles(&'static [Role]),
 }
 
 /// Every method of every listener.
-const TABLE: &[(&str, Whom)] = {
+const TABLE: &[(&str, Permission)] = {
+    use Permission::{Public, Roles};
     use Role::{Auditor, BackOffice, Monitor, Officer, Station};
-    use Whom::{Anybody, These};
     &[
-        ("/spp.v1.Access/RenewCertificate", These(&[Station, Officer, Auditor, BackOffice, Monitor])),
-        ("/spp.v1.Access/EnrollCaller", These(&[Officer])),
-        ("/spp.v1.Access/ListCallers", These(&[Officer, Auditor])),
-        ("/spp.v1.Access/RequestApproval", These(&[Officer])),
-        ("/spp.v1.Access/ListApprovals", These(&[Officer, Auditor])),
-        ("/spp.v1.Access/GetApproval", These(&[Officer, Auditor])),
-        ("/spp.v1.Access/DecideApproval", These(&[Officer])),
-        ("/spp.v1.Access/UseApproval", These(&[Officer])),
-        ("/spp.v1.Access/RecordCeremony", These(&[Officer])),
-        ("/spp.v1.Access/ReadAuditLog", These(&[Officer, Auditor])),
-        ("/spp.v1.Access/LoadIdentities", These(&[Officer])),
-        ("/spp.v1.Access/ListIdentities", These(&[Officer, Auditor])),
-        ("/spp.v1.Line/Assemble", These(&[Station])),
-        ("/spp.v1.Line/Complete", These(&[Station])),
-        ("/spp.v1.Line/Abort", These(&[Station])),
-        ("/spp.v1.Line/GetSession", These(&[Station])),
-        ("/spp.v1.Officer/GetStatus", These(&[Officer, Auditor, Monitor])),
-        ("/spp.v1.Officer/GetPoolStatus", These(&[Officer, Auditor, Monitor])),
-        ("/spp.v1.Officer/FillPool", These(&[Officer])),
-        ("/spp.v1.Officer/ShredPool", These(&[Officer])),
-        ("/spp.v1.Officer/Reload", These(&[Officer])),
-        ("/spp.v1.Production/GetProduction", These(&[Officer, Auditor, Monitor])),
-        ("/spp.v1.Production/GetDevice", These(&[Officer, Auditor])),
-        ("/spp.v1.Production/ListSessions", These(&[Officer, Auditor])),
-        ("/spp.v1.Production/AbortSession", These(&[Officer])),
-        ("/spp.v1.Recovery/GetRecord", Anybody),
-        ("/spp.v1.Recovery/GetProof", Anybody),
-        ("/spp.v1.Recovery/GetCheckpoint", Anybody),
-        ("/grpc.health.v1.Health/Check", Anybody),
-        ("/grpc.health.v1.Health/Watch", Anybody),
-        ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", Anybody),
+        ("/spp.v1.Access/RenewCertificate", Roles(&[Station, Officer, Auditor, BackOffice, Monitor])),
+        ("/spp.v1.Access/EnrollCaller", Roles(&[Officer])),
+        ("/spp.v1.Access/ListCallers", Roles(&[Officer, Auditor])),
+        ("/spp.v1.Access/RequestApproval", Roles(&[Officer])),
+        ("/spp.v1.Access/ListApprovals", Roles(&[Officer, Auditor])),
+        ("/spp.v1.Access/GetApproval", Roles(&[Officer, Auditor])),
+        ("/spp.v1.Access/DecideApproval", Roles(&[Officer])),
+        ("/spp.v1.Access/UseApproval", Roles(&[Officer])),
+        ("/spp.v1.Access/RecordCeremony", Roles(&[Officer])),
+        ("/spp.v1.Access/ReadAuditLog", Roles(&[Officer, Auditor])),
+        ("/spp.v1.Access/LoadIdentities", Roles(&[Officer])),
+        ("/spp.v1.Access/ListIdentities", Roles(&[Officer, Auditor])),
+        ("/spp.v1.Line/Assemble", Roles(&[Station])),
+        ("/spp.v1.Line/Complete", Roles(&[Station])),
+        ("/spp.v1.Line/Abort", Roles(&[Station])),
+        ("/spp.v1.Line/GetSession", Roles(&[Station])),
+        ("/spp.v1.Officer/GetStatus", Roles(&[Officer, Auditor, Monitor])),
+        ("/spp.v1.Officer/GetPoolStatus", Roles(&[Officer, Auditor, Monitor])),
+        ("/spp.v1.Officer/FillPool", Roles(&[Officer])),
+        ("/spp.v1.Officer/ShredPool", Roles(&[Officer])),
+        ("/spp.v1.Officer/Reload", Roles(&[Officer])),
+        ("/spp.v1.Production/GetProduction", Roles(&[Officer, Auditor, Monitor])),
+        ("/spp.v1.Production/GetDevice", Roles(&[Officer, Auditor])),
+        ("/spp.v1.Production/ListSessions", Roles(&[Officer, Auditor])),
+        ("/spp.v1.Production/AbortSession", Roles(&[Officer])),
+        ("/spp.v1.Recovery/GetRecord", Public),
+        ("/spp.v1.Recovery/GetProof", Public),
+        ("/spp.v1.Recovery/GetCheckpoint", Public),
+        ("/grpc.health.v1.Health/Check", Public),
+        ("/grpc.health.v1.Health/Watch", Public),
+        ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", Public),
     ]
 };
 
-/// The door of the listeners with mutual TLS: a request goes on with its caller, or ends here and is recorded. TLS has seen to it
-/// that there is a certificate, also where anybody is served.
+/// Authenticates and authorizes every request of the mutual-TLS listeners, and records the requests that it rejects. TLS
+/// requires a client certificate on these listeners, also for public methods.
 #[derive(Clone)]
-pub(super) struct Guard {
-    pub(super) standing: Arc<RevocationList>,
+pub(super) struct Authorizer {
+    pub(super) revocations: Arc<RevocationList>,
     pub(super) auditor: Arc<Auditor>,
 }
 
-impl Guard {
-    /// The request with its caller.
-    pub(super) fn admit<B>(&self, mut request: http::Request<B>) -> Result<http::Request<B>, Status> {
-        let (method, from) = (request.uri().path().to_owned(), callers::address(request.extensions()));
-        let certificate = callers::of_connection(request.extensions(), &self.standing).map_err(|nobody| {
-            let from = from.map(|from| from.ip().to_string()).unwrap_or_default();
-            let who = nobody.caller().map_or_else(|| format!("nobody at {from}"), ToString::to_string);
-            self.refused(who, &method, Code::Unauthenticated, nobody.reason(), nobody.to_string())
+impl Authorizer {
+    /// Adds the caller to the request, or rejects it.
+    pub(super) fn authorize<B>(&self, mut request: http::Request<B>) -> Result<http::Request<B>, Status> {
+        let (method, address) = (request.uri().path().to_owned(), callers::address(request.extensions()));
+        let certificate = callers::authenticate(request.extensions(), &self.revocations).map_err(|error| {
+            let address = address.map(|address| address.ip().to_string()).unwrap_or_default();
+            let caller = error.caller().map_or_else(|| format!("unauthenticated ({address})"), ToString::to_string);
+            self.reject(caller, &method, Code::Unauthenticated, error.reason(), error.to_string())
         })?;
-        permit(&method, &certificate.caller).map_err(|why| match why {
-            NotServed::Role(message) => {
-                let who = certificate.caller.to_string();
-                self.refused(who, &method, Code::PermissionDenied, "WRONG_ROLE", message)
+        check_role(&method, &certificate.caller).map_err(|error| match error {
+            AuthorizationError::WrongRole(message) => {
+                let caller = certificate.caller.to_string();
+                self.reject(caller, &method, Code::PermissionDenied, "WRONG_ROLE", message)
             }
-            NotServed::Unknown => Status::unimplemented(format!("there is no method {method}")),
+            AuthorizationError::UnknownMethod => Status::unimplemented(format!("unknown method {method}")),
         })?;
         request.extensions_mut().insert(certificate);
-        request.extensions_mut().insert(Arc::clone(&self.standing));
+        request.extensions_mut().insert(Arc::clone(&self.revocations));
         Ok(request)
     }
 
-    /// Nothing was begun, so the answer does not wait for the record.
-    fn refused(&self, who: String, method: &str, code: Code, reason: &'static str, message: String) -> Status {
-        tracing::info!(%who, method, why = %message, "refused");
-        let known = TABLE.iter().find(|(known, _)| *known == method).map_or("an unknown method", |(known, _)| known);
-        let entry = Entry::new(who, "call", Outcome::Refused(message.clone())).with("method", known);
+    /// Rejects a request. No work has started, so the answer does not wait for the audit entry.
+    fn reject(&self, caller: String, method: &str, code: Code, reason: &'static str, message: String) -> Status {
+        tracing::info!(%caller, method, reason = %message, "request rejected");
+        let method = TABLE.iter().find(|(name, _)| *name == method).map_or("an unknown method", |(name, _)| name);
+        let entry = Entry::new(caller, "call", Outcome::Refused(message.clone())).with("method", method);
         let auditor = Arc::clone(&self.auditor);
         tokio::spawn(async move { auditor.refused(entry, reason).await });
         refusal(code, reason, message)
     }
 }
 
-/// Why a caller is not served.
-enum NotServed {
-    /// Others are.
-    Role(String),
-    /// Nobody is.
-    Unknown,
+/// Why a request is not authorized.
+enum AuthorizationError {
+    /// The caller does not have a role that may call the method.
+    WrongRole(String),
+    /// The method does not exist.
+    UnknownMethod,
 }
 
-fn permit(method: &str, caller: &Caller) -> Result<(), NotServed> {
-    match TABLE.iter().find(|(known, _)| *known == method) {
-        Some((_, Whom::Anybody)) => Ok(()),
-        Some((_, Whom::These(roles))) if roles.contains(&caller.role()) => Ok(()),
-        Some((_, Whom::These(roles))) => {
-            let serves = roles.iter().map(|role| role.as_str()).collect::<Vec<_>>().join(", ");
-            Err(NotServed::Role(format!("the {caller} may not call {method}; it serves: {serves}")))
+fn check_role(method: &str, caller: &Caller) -> Result<(), AuthorizationError> {
+    match TABLE.iter().find(|(name, _)| *name == method) {
+        Some((_, Permission::Public)) => Ok(()),
+        Some((_, Permission::Roles(roles))) if roles.contains(&caller.role()) => Ok(()),
+        Some((_, Permission::Roles(roles))) => {
+            let roles = roles.iter().map(|role| role.as_str()).collect::<Vec<_>>().join(", ");
+            Err(AuthorizationError::WrongRole(format!("the {caller} may not call {method}; allowed roles: {roles}")))
         }
-        None => Err(NotServed::Unknown),
+        None => Err(AuthorizationError::UnknownMethod),
     }
 }
 
@@ -141,17 +141,17 @@ mod tests {
     }
 
     #[test]
-    fn every_method_is_in_the_table_once_and_nothing_else_is() {
+    fn role_table_lists_each_served_method_once() {
         let reflection = tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET;
         let all = [crate::proto::DESCRIPTORS, tonic_health::pb::FILE_DESCRIPTOR_SET, reflection];
         let served: BTreeSet<_> = all.into_iter().flat_map(methods).collect();
-        let told: Vec<_> = TABLE.iter().map(|(method, _)| (*method).to_owned()).collect();
-        assert_eq!(told.iter().cloned().collect::<BTreeSet<_>>(), served);
-        assert_eq!(told.len(), served.len(), "a method is there twice");
+        let listed: Vec<_> = TABLE.iter().map(|(method, _)| (*method).to_owned()).collect();
+        assert_eq!(listed.iter().cloned().collect::<BTreeSet<_>>(), served);
+        assert_eq!(listed.len(), served.len(), "a method is listed twice");
     }
 
     #[test]
-    fn who_only_reads_changes_nothing() {
+    fn read_only_roles_may_not_call_state_changing_methods() {
         let changes = [
             "Assemble",
             "Complete",
@@ -167,8 +167,8 @@ mod tests {
             "RecordCeremony",
             "LoadIdentities",
         ];
-        for (method, whom) in TABLE {
-            let Whom::These(roles) = whom else { continue };
+        for (method, permission) in TABLE {
+            let Permission::Roles(roles) = permission else { continue };
             let changes = changes.iter().any(|name| method.ends_with(&format!("/{name}")));
             let only_reads = [Role::Auditor, Role::BackOffice, Role::Monitor].iter().any(|role| roles.contains(role));
             assert!(!(changes && only_reads), "{method}");

@@ -1,5 +1,5 @@
-//! The three listeners: stations and officers with mutual TLS, the public one without a client certificate, which speaks HTTP,
-//! too (`web`); and the drain.
+//! The three listeners and their drain: stations and officers with mutual TLS; the public listener without client certificates,
+//! which also serves HTTP ([`crate::web`]).
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -16,13 +16,13 @@ use tower::filter::FilterLayer;
 use super::access::AccessService;
 use super::call_gate::CallGate;
 use super::line::LineService;
-use super::officer::{House, OfficerService};
+use super::officer::{OfficerContext, OfficerService};
 use super::production::ProductionService;
 use super::recovery::RecoveryService;
-use super::roles::Guard;
+use super::roles::Authorizer;
 use super::{health, mutual};
 use crate::config::Listen;
-use crate::connections::{TlsInForce, stopped};
+use crate::connections::{ActiveTls, stopped};
 use crate::proto::DESCRIPTORS;
 use crate::proto::access_server::AccessServer;
 use crate::proto::line_server::LineServer;
@@ -32,39 +32,39 @@ use crate::proto::recovery_server::RecoveryServer;
 use crate::provisioning::Provisioner;
 use crate::web::Public;
 
-/// Most bytes of a request: a backup, a confirmation, and what is around them.
+/// Maximum size of a request in bytes: a backup, a confirmation and their framing.
 const MAX_REQUEST: usize = 64 * 1024;
-/// Calls at once on one connection; a station needs one per device it works on.
+/// Maximum number of concurrent calls per connection; a station needs one per device in progress.
 const MAX_STREAMS: u32 = 256;
-/// No call takes longer; the rooms inside have shorter limits of their own.
+/// Time limit of a call. The layers below have shorter limits.
 const CALL_LIMIT: Duration = Duration::from_secs(60);
-/// How long a drain waits for calls in flight.
+/// Time limit of the drain.
 const DRAIN: Duration = Duration::from_secs(30);
 
-/// Why serving could not begin or go on.
+/// Why the gRPC listeners could not start, or stopped.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    /// An address is taken or not ours.
-    #[error("listening on {address} for {whom}: {cause}")]
+    /// The address is in use or not local.
+    #[error("cannot listen on {address} for {clients}: {cause}")]
     Bind {
         /// The address.
         address: SocketAddr,
-        /// For whom.
-        whom: &'static str,
-        /// Why not.
+        /// The listener's clients.
+        clients: &'static str,
+        /// The operating system's error.
         cause: std::io::Error,
     },
-    /// TLS or a connection's transport.
-    #[error("serving {whom}: {cause}")]
+    /// The transport of a listener failed.
+    #[error("cannot serve {clients}: {cause}")]
     Transport {
-        /// Whom.
-        whom: &'static str,
-        /// Why not.
+        /// The listener's clients.
+        clients: &'static str,
+        /// The transport's error.
         cause: String,
     },
 }
 
-/// Listeners that are bound; nothing is accepted yet.
+/// Bound listeners that do not accept connections yet.
 pub struct Listening {
     line: TcpListener,
     officer: TcpListener,
@@ -72,10 +72,10 @@ pub struct Listening {
 }
 
 impl Listening {
-    /// Binds all three.
+    /// Binds all three listeners.
     pub async fn bind(listen: &Listen) -> Result<Self, ServeError> {
-        let bind = async |address: SocketAddr, whom| {
-            TcpListener::bind(address).await.map_err(|cause| ServeError::Bind { address, whom, cause })
+        let bind = async |address: SocketAddr, clients| {
+            TcpListener::bind(address).await.map_err(|cause| ServeError::Bind { address, clients, cause })
         };
         Ok(Self {
             line: bind(listen.line, "stations").await?,
@@ -84,66 +84,69 @@ impl Listening {
         })
     }
 
-    /// Serves until `stop` is true, then drains: nothing new is accepted, calls in flight are finished.
+    /// Serves until `stop` is true, then drains: accepts nothing new and finishes the calls in flight.
     pub async fn serve(
         self,
-        tls: &TlsInForce,
+        tls: &ActiveTls,
         public: Public,
         provisioner: &Arc<Provisioner>,
-        house: House,
+        context: OfficerContext,
         stop: watch::Receiver<bool>,
     ) -> Result<(), ServeError> {
         let (reporter, health) = tonic_health::server::health_reporter();
-        let reporting = tokio::spawn(health::report(reporter, Arc::clone(provisioner)));
-        let auditor = &Arc::clone(&house.auditor);
-        let of_line = CallGate::line(auditor);
-        let line = LineServer::new(LineService { provisioner: Arc::clone(provisioner), door: of_line.clone() })
+        let health_task = tokio::spawn(health::report(reporter, Arc::clone(provisioner)));
+        let auditor = &Arc::clone(&context.auditor);
+        let line_gate = CallGate::line(auditor);
+        let line = LineServer::new(LineService { provisioner: Arc::clone(provisioner), gate: line_gate.clone() })
             .max_decoding_message_size(MAX_REQUEST);
-        let door = CallGate::officer(auditor);
-        let (desk, audit) = (Arc::clone(&house.desk), Arc::clone(auditor.log()));
-        let production = ProductionService { provisioner: Arc::clone(provisioner), door: door.clone(), audit };
+        let officer_gate = CallGate::officer(auditor);
+        let (access_control, audit) = (Arc::clone(&context.access_control), Arc::clone(auditor.log()));
+        let production = ProductionService { provisioner: Arc::clone(provisioner), gate: officer_gate.clone(), audit };
         let production = ProductionServer::new(production).max_decoding_message_size(MAX_REQUEST);
-        let officer = OfficerService { provisioner: Arc::clone(provisioner), house, door: door.clone() };
+        let officer = OfficerService { provisioner: Arc::clone(provisioner), context, gate: officer_gate.clone() };
         let officer = OfficerServer::new(officer).max_decoding_message_size(MAX_REQUEST);
-        let guard = Guard { standing: Arc::clone(desk.standing()), auditor: Arc::clone(auditor) };
-        // A door of its own for each listener: renewals of stations hold up no officer.
-        let access = |door| {
-            let (desk, provisioner, auditor) = (Arc::clone(&desk), Arc::clone(provisioner), Arc::clone(auditor));
-            AccessServer::new(AccessService { desk, provisioner, auditor, door }).max_decoding_message_size(MAX_REQUEST)
+        let authorizer =
+            Authorizer { revocations: Arc::clone(access_control.revocation_list()), auditor: Arc::clone(auditor) };
+        // Each listener has its own gate, so that station renewals do not delay officers.
+        let access = |gate| {
+            let (access_control, provisioner, auditor) =
+                (Arc::clone(&access_control), Arc::clone(provisioner), Arc::clone(auditor));
+            AccessServer::new(AccessService { access_control, provisioner, auditor, gate })
+                .max_decoding_message_size(MAX_REQUEST)
         };
         let recovery =
-            RecoveryServer::new(RecoveryService { provisioner: Arc::clone(provisioner), door: CallGate::public() })
+            RecoveryServer::new(RecoveryService { provisioner: Arc::clone(provisioner), gate: CallGate::public() })
                 .max_decoding_message_size(MAX_REQUEST);
 
-        let guarded = || {
-            let guard = guard.clone();
-            FilterLayer::new(move |request: http::Request<tonic::body::Body>| guard.admit(request))
+        let authorize = || {
+            let authorizer = authorizer.clone();
+            FilterLayer::new(move |request: http::Request<tonic::body::Body>| authorizer.authorize(request))
         };
-        let stations = builder().layer(guarded()).add_service(line).add_service(access(of_line));
+        let stations = builder().layer(authorize()).add_service(line).add_service(access(line_gate));
         let officers =
-            builder().layer(guarded()).add_service(officer).add_service(access(door)).add_service(production);
-        // gRPC beside HTTP: the public listener speaks both.
+            builder().layer(authorize()).add_service(officer).add_service(access(officer_gate)).add_service(production);
+        // The public listener serves gRPC and HTTP.
         let grpc = Routes::new(recovery).add_service(health.clone()).add_service(reflection("the public")?);
         let grpc = grpc.prepare().into_axum_router();
 
-        let mut serving = JoinSet::new();
+        let mut listeners = JoinSet::new();
         let (public_tls, stop_public) = (tls.public.clone(), stop.clone());
-        serving.spawn(async move {
+        listeners.spawn(async move {
             public.serve(self.public, public_tls, grpc, stop_public).await;
             Ok(())
         });
-        for (whom, router, listener) in [("stations", stations, self.line), ("officers", officers, self.officer)] {
-            let reflection = reflection(whom)?;
+        for (clients, router, listener) in [("stations", stations, self.line), ("officers", officers, self.officer)] {
+            let reflection = reflection(clients)?;
             let router = router.add_service(health.clone()).add_service(reflection);
             let incoming = mutual::connections(listener, tls.mutual.clone());
             let stopped = stopped(stop.clone());
-            serving.spawn(async move {
+            listeners.spawn(async move {
                 let served = router.serve_with_incoming_shutdown(incoming, stopped).await;
-                served.map_err(|e| ServeError::Transport { whom, cause: with_sources(&e) })
+                served.map_err(|e| ServeError::Transport { clients, cause: with_sources(&e) })
             });
         }
-        let ended = end(&mut serving, stop).await;
-        reporting.abort();
+        let ended = end(&mut listeners, stop).await;
+        health_task.abort();
         ended
     }
 }
@@ -158,7 +161,7 @@ fn builder() -> Server {
 }
 
 fn reflection(
-    whom: &'static str,
+    clients: &'static str,
 ) -> Result<
     tonic_reflection::server::v1::ServerReflectionServer<impl tonic_reflection::server::v1::ServerReflection>,
     ServeError,
@@ -167,24 +170,24 @@ fn reflection(
         .register_encoded_file_descriptor_set(DESCRIPTORS)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .build_v1()
-        .map_err(|e| ServeError::Transport { whom, cause: e.to_string() })
+        .map_err(|e| ServeError::Transport { clients, cause: e.to_string() })
 }
 
-/// Waits for the stop, then for the drain, at most so long. A listener that ends by itself ends them all.
-async fn end(serving: &mut JoinSet<Result<(), ServeError>>, stop: watch::Receiver<bool>) -> Result<(), ServeError> {
-    let failed = |e: tokio::task::JoinError| ServeError::Transport { whom: "a listener", cause: e.to_string() };
+/// Waits for `stop`, then for the drain up to its time limit. If a listener ends by itself, serving ends.
+async fn end(listeners: &mut JoinSet<Result<(), ServeError>>, stop: watch::Receiver<bool>) -> Result<(), ServeError> {
+    let failed = |e: tokio::task::JoinError| ServeError::Transport { clients: "a listener", cause: e.to_string() };
     tokio::select! {
-        Some(ended) = serving.join_next() => return ended.map_err(failed)?,
+        Some(ended) = listeners.join_next() => return ended.map_err(failed)?,
         () = stopped(stop) => {}
     }
     let drained = tokio::time::timeout(DRAIN, async {
-        while let Some(ended) = serving.join_next().await {
+        while let Some(ended) = listeners.join_next().await {
             ended.map_err(failed)??;
         }
         Ok(())
     });
     drained.await.unwrap_or_else(|_| {
-        tracing::warn!(after = ?DRAIN, "calls were still in flight at the end of the drain; they can be repeated");
+        tracing::warn!(after = ?DRAIN, "drain timed out with calls still in flight; clients can repeat them");
         Ok(())
     })
 }

@@ -1,4 +1,4 @@
-//! The one table from errors to gRPC statuses: everything that a caller may learn of a failure is on this screen.
+//! Maps errors to gRPC statuses. This module alone decides what a caller may learn about a failure.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -16,119 +16,127 @@ use crate::store::StoreError;
 
 /// `google.rpc.ErrorInfo.domain` of every error.
 const DOMAIN: &str = "spp";
-/// When to try again where nothing better is known.
-const SOON: Duration = Duration::from_millis(500);
+/// Retry delay if no better one is known.
+const DEFAULT_RETRY: Duration = Duration::from_millis(500);
 
-/// When a call that the HSM refused may be tried again.
-const HSM_PROBE: Duration = Duration::from_secs(1);
+/// Retry delay after the HSM rejected a call.
+const HSM_RETRY: Duration = Duration::from_secs(1);
 
-/// What a caller is told.
-struct Told {
+/// The part of an error that a caller sees.
+struct WireError {
     code: Code,
     /// `google.rpc.ErrorInfo.reason`: stable, for programs.
     reason: &'static str,
     retry: Option<Duration>,
 }
 
-const fn told(code: Code, reason: &'static str) -> Told {
-    Told { code, reason, retry: None }
+const fn permanent(code: Code, reason: &'static str) -> WireError {
+    WireError { code, reason, retry: None }
 }
 
-const fn again(code: Code, reason: &'static str, retry: Duration) -> Told {
-    Told { code, reason, retry: Some(retry) }
+const fn retryable(code: Code, reason: &'static str, retry: Duration) -> WireError {
+    WireError { code, reason, retry: Some(retry) }
 }
 
-fn table(error: &ProvisionError) -> Told {
+fn table(error: &ProvisionError) -> WireError {
     use ProvisionError as E;
     match error {
-        E::Invalid(_) => told(Code::InvalidArgument, "INVALID"),
-        E::NotAccepted(_) => told(Code::FailedPrecondition, "NOT_ACCEPTED"),
-        E::NotPermitted(_) => told(Code::PermissionDenied, "NOT_PERMITTED"),
-        E::ChipTaken { .. } => told(Code::AlreadyExists, "CHIP_TAKEN"),
-        E::IdentityTaken { .. } => told(Code::AlreadyExists, "IDENTITY_TAKEN"),
-        E::AlreadyComplete { .. } => told(Code::AlreadyExists, "ALREADY_COMPLETE"),
-        E::NoSession(_) => told(Code::NotFound, "NO_SESSION"),
-        E::NoRecord => told(Code::NotFound, "NO_RECORD"),
-        E::WrongState { .. } => told(Code::FailedPrecondition, "WRONG_STATE"),
-        E::RolledBack(_) => told(Code::FailedPrecondition, "STATE_STORE_ROLLED_BACK"),
-        E::Pool(PoolError::Empty { retry_after, .. }) => again(Code::ResourceExhausted, "POOL_EMPTY", *retry_after),
-        E::Pool(PoolError::NoRoom { .. }) => again(Code::ResourceExhausted, "DISK_FULL", Duration::from_secs(10)),
-        E::Pool(PoolError::TooMany { .. }) => told(Code::InvalidArgument, "INVALID"),
-        E::Pool(PoolError::NoPool(_)) => told(Code::NotFound, "NO_POOL"),
-        E::Pool(PoolError::RolledBack(_)) => told(Code::FailedPrecondition, "STATE_STORE_ROLLED_BACK"),
-        E::Pool(PoolError::Hsm(_) | PoolError::Store(_)) => again(Code::Unavailable, "POOL_UNAVAILABLE", SOON),
-        E::PairGone => again(Code::Aborted, "OVERTAKEN", SOON),
-        E::ChipBusy(_) => again(Code::Aborted, "CHIP_BUSY", SOON),
-        E::Overloaded(_) => again(Code::ResourceExhausted, "OVERLOADED", SOON),
+        E::Invalid(_) => permanent(Code::InvalidArgument, "INVALID"),
+        E::NotAccepted(_) => permanent(Code::FailedPrecondition, "NOT_ACCEPTED"),
+        E::NotPermitted(_) => permanent(Code::PermissionDenied, "NOT_PERMITTED"),
+        E::ChipTaken { .. } => permanent(Code::AlreadyExists, "CHIP_TAKEN"),
+        E::IdentityTaken { .. } => permanent(Code::AlreadyExists, "IDENTITY_TAKEN"),
+        E::AlreadyComplete { .. } => permanent(Code::AlreadyExists, "ALREADY_COMPLETE"),
+        E::NoSession(_) => permanent(Code::NotFound, "NO_SESSION"),
+        E::NoRecord => permanent(Code::NotFound, "NO_RECORD"),
+        E::WrongState { .. } => permanent(Code::FailedPrecondition, "WRONG_STATE"),
+        E::RolledBack(_) => permanent(Code::FailedPrecondition, "STATE_STORE_ROLLED_BACK"),
+        E::Pool(PoolError::Empty { retry_after, .. }) => retryable(Code::ResourceExhausted, "POOL_EMPTY", *retry_after),
+        E::Pool(PoolError::DiskFull { .. }) => retryable(Code::ResourceExhausted, "DISK_FULL", Duration::from_secs(10)),
+        E::Pool(PoolError::TooMany { .. }) => permanent(Code::InvalidArgument, "INVALID"),
+        E::Pool(PoolError::NoPool(_)) => permanent(Code::NotFound, "NO_POOL"),
+        E::Pool(PoolError::RolledBack(_)) => permanent(Code::FailedPrecondition, "STATE_STORE_ROLLED_BACK"),
+        E::Pool(PoolError::Hsm(_) | PoolError::Store(_)) => {
+            retryable(Code::Unavailable, "POOL_UNAVAILABLE", DEFAULT_RETRY)
+        }
+        E::PairUnavailable => retryable(Code::Aborted, "CONCURRENT_UPDATE", DEFAULT_RETRY),
+        E::ChipBusy(_) => retryable(Code::Aborted, "CHIP_BUSY", DEFAULT_RETRY),
+        E::Overloaded(_) => retryable(Code::ResourceExhausted, "OVERLOADED", DEFAULT_RETRY),
         E::Hsm(error) => hsm(error),
         E::Store(error) => store(error),
         E::QuotaExceeded { exceeded: Exceeded::PerHour(_, after), .. } => {
-            again(Code::ResourceExhausted, "QUOTA_PER_HOUR", Duration::from_secs(*after))
+            retryable(Code::ResourceExhausted, "QUOTA_PER_HOUR", Duration::from_secs(*after))
         }
-        E::QuotaExceeded { exceeded: Exceeded::Total(_), .. } => told(Code::PermissionDenied, "QUOTA_TOTAL"),
+        E::QuotaExceeded { exceeded: Exceeded::Total(_), .. } => permanent(Code::PermissionDenied, "QUOTA_TOTAL"),
         E::Access(error) => access(error),
-        E::Identities(_) => again(Code::Aborted, "IDENTITIES_TAKEN", SOON),
-        E::Unsigned(_) => again(Code::Unavailable, "CHECKPOINT_UNSIGNED", SOON),
-        E::Reload(ReloadError::Refused(_)) => told(Code::FailedPrecondition, "CONFIGURATION_REFUSED"),
+        E::Identities(_) => retryable(Code::Aborted, "IDENTITIES_TAKEN", DEFAULT_RETRY),
+        E::Unsigned(_) => retryable(Code::Unavailable, "CHECKPOINT_UNSIGNED", DEFAULT_RETRY),
+        E::Reload(ReloadError::Refused(_)) => permanent(Code::FailedPrecondition, "CONFIGURATION_REFUSED"),
         E::Reload(ReloadError::Access(error)) => access(error),
-        E::Reload(ReloadError::Audit(_)) | E::Audit(_) => again(Code::Unavailable, "AUDIT_LOG_UNAVAILABLE", SOON),
-        E::Internal { .. } => told(Code::Internal, "FAULT"),
+        E::Reload(ReloadError::Audit(_)) | E::Audit(_) => {
+            retryable(Code::Unavailable, "AUDIT_LOG_UNAVAILABLE", DEFAULT_RETRY)
+        }
+        E::Internal { .. } => permanent(Code::Internal, "INTERNAL"),
     }
 }
 
-const fn hsm(error: &HsmError) -> Told {
+const fn hsm(error: &HsmError) -> WireError {
     match error {
-        HsmError::Unavailable { retry_after, .. } => again(Code::Unavailable, "HSM_UNAVAILABLE", *retry_after),
-        HsmError::Busy { .. } => again(Code::ResourceExhausted, "HSM_BUSY", SOON),
-        HsmError::Deadline(_) => again(Code::Unavailable, "HSM_SLOW", SOON),
-        HsmError::Stopped(_) => again(Code::Unavailable, "HSM_NEEDS_OFFICER", Duration::from_secs(30)),
-        // Nothing is wrong with the device: it may come again once somebody has looked at the HSM.
-        HsmError::Refused(_) | HsmError::Wrong(_) => again(Code::Unavailable, "HSM_FAULT", HSM_PROBE),
-        HsmError::Absent(_) => told(Code::Internal, "HSM_FAULT"),
+        HsmError::Unavailable { retry_after, .. } => retryable(Code::Unavailable, "HSM_UNAVAILABLE", *retry_after),
+        HsmError::Busy { .. } => retryable(Code::ResourceExhausted, "HSM_BUSY", DEFAULT_RETRY),
+        HsmError::Deadline(_) => retryable(Code::Unavailable, "HSM_TIMEOUT", DEFAULT_RETRY),
+        HsmError::Stopped(_) => retryable(Code::Unavailable, "HSM_OFFICER_REQUIRED", Duration::from_secs(30)),
+        // The device is not at fault: its station may retry once the HSM is repaired.
+        HsmError::Refused(_) | HsmError::InvalidAnswer(_) => retryable(Code::Unavailable, "HSM_FAULT", HSM_RETRY),
+        HsmError::Absent(_) => permanent(Code::Internal, "HSM_FAULT"),
     }
 }
 
-const fn store(error: &StoreError) -> Told {
+const fn store(error: &StoreError) -> WireError {
     match error {
-        StoreError::Full { .. } => again(Code::ResourceExhausted, "DISK_FULL", Duration::from_secs(10)),
-        StoreError::Failed { .. } => again(Code::Unavailable, "STORE_UNAVAILABLE", SOON),
-        StoreError::OtherState { .. } | StoreError::WrongBatch { .. } => again(Code::Aborted, "OVERTAKEN", SOON),
-        StoreError::Damaged { .. } | StoreError::Directory(_) => told(Code::Internal, "STORE_FAULT"),
+        StoreError::Full { .. } => retryable(Code::ResourceExhausted, "DISK_FULL", Duration::from_secs(10)),
+        StoreError::Failed { .. } => retryable(Code::Unavailable, "STORE_UNAVAILABLE", DEFAULT_RETRY),
+        StoreError::WrongState { .. } | StoreError::WrongBatch { .. } => {
+            retryable(Code::Aborted, "CONCURRENT_UPDATE", DEFAULT_RETRY)
+        }
+        StoreError::Damaged { .. } | StoreError::Directory(_) => permanent(Code::Internal, "STORE_FAULT"),
     }
 }
 
-const fn access(error: &AccessError) -> Told {
+const fn access(error: &AccessError) -> WireError {
     match error {
-        AccessError::Refused(Refused::Request(RequestError::Unknown(_))) => told(Code::NotFound, "NO_REQUEST"),
+        AccessError::Refused(Refused::Request(RequestError::Unknown(_))) => permanent(Code::NotFound, "NO_REQUEST"),
         AccessError::Refused(Refused::Request(RequestError::OwnRequest(_) | RequestError::OwnRevocation(_))) => {
-            told(Code::PermissionDenied, "OWN_REQUEST")
+            permanent(Code::PermissionDenied, "OWN_REQUEST")
         }
-        AccessError::Refused(Refused::Request(RequestError::Revoked(_))) => told(Code::Unauthenticated, "REVOKED"),
-        AccessError::Refused(Refused::Request(RequestError::Taken(_))) => told(Code::AlreadyExists, "REQUEST_TAKEN"),
+        AccessError::Refused(Refused::Request(RequestError::Revoked(_))) => permanent(Code::Unauthenticated, "REVOKED"),
+        AccessError::Refused(Refused::Request(RequestError::Taken(_))) => {
+            permanent(Code::AlreadyExists, "REQUEST_TAKEN")
+        }
         AccessError::Refused(Refused::Request(RequestError::TooMany(_))) => {
-            told(Code::ResourceExhausted, "TOO_MANY_REQUESTS")
+            permanent(Code::ResourceExhausted, "TOO_MANY_REQUESTS")
         }
-        AccessError::Refused(Refused::Request(_)) => told(Code::FailedPrecondition, "REQUEST_STATE"),
-        AccessError::Refused(Refused::Signature(_)) => told(Code::PermissionDenied, "BAD_SIGNATURE"),
-        AccessError::Refused(Refused::Overlaps { .. }) => told(Code::AlreadyExists, "RANGE_OVERLAPS"),
-        AccessError::Refused(Refused::Quota { .. }) => told(Code::ResourceExhausted, "QUOTA"),
-        AccessError::Refused(Refused::PassedOver(_)) => again(Code::Aborted, "IDENTITIES_TAKEN", SOON),
-        AccessError::Refused(Refused::NoIdentity { .. }) => told(Code::ResourceExhausted, "NO_IDENTITY_LEFT"),
-        AccessError::Refused(Refused::NeedsApproval { .. }) => told(Code::FailedPrecondition, "NEEDS_APPROVAL"),
-        AccessError::Refused(Refused::NoAuthority) => told(Code::FailedPrecondition, "NO_ACCESS_KEY"),
-        AccessError::Refused(Refused::Unfit(_)) => told(Code::InvalidArgument, "INVALID"),
+        AccessError::Refused(Refused::Request(_)) => permanent(Code::FailedPrecondition, "REQUEST_STATE"),
+        AccessError::Refused(Refused::Signature(_)) => permanent(Code::PermissionDenied, "BAD_SIGNATURE"),
+        AccessError::Refused(Refused::Overlaps { .. }) => permanent(Code::AlreadyExists, "RANGE_OVERLAPS"),
+        AccessError::Refused(Refused::Quota { .. }) => permanent(Code::ResourceExhausted, "QUOTA"),
+        AccessError::Refused(Refused::TooManyInUse(_)) => retryable(Code::Aborted, "IDENTITIES_TAKEN", DEFAULT_RETRY),
+        AccessError::Refused(Refused::NoIdentity { .. }) => permanent(Code::ResourceExhausted, "IDENTITIES_EXHAUSTED"),
+        AccessError::Refused(Refused::NeedsApproval { .. }) => permanent(Code::FailedPrecondition, "APPROVAL_REQUIRED"),
+        AccessError::Refused(Refused::NoAuthority) => permanent(Code::FailedPrecondition, "NO_ACCESS_KEY"),
+        AccessError::Refused(Refused::Unfit(_)) => permanent(Code::InvalidArgument, "INVALID"),
         AccessError::Store(error) => store(error),
         AccessError::Hsm(error) => hsm(error),
-        AccessError::Certificate(_) => told(Code::Internal, "FAULT"),
+        AccessError::Certificate(_) => permanent(Code::Internal, "INTERNAL"),
     }
 }
 
-/// The status of an error: message, reason, and the details that fit. What is not the caller's business is only logged.
+/// Returns the status of an error: message, reason and details. Internal details go to the log only.
 pub(super) fn status_of(error: &ProvisionError) -> Status {
-    let told = table(error);
-    let mut details = ErrorDetails::with_error_info(told.reason, DOMAIN, HashMap::new());
-    if told.retry.is_some() {
-        details.set_retry_info(told.retry);
+    let wire = table(error);
+    let mut details = ErrorDetails::with_error_info(wire.reason, DOMAIN, HashMap::new());
+    if wire.retry.is_some() {
+        details.set_retry_info(wire.retry);
     }
     match error {
         ProvisionError::Invalid(violations) | ProvisionError::NotAccepted(violations) => {
@@ -139,64 +147,64 @@ pub(super) fn status_of(error: &ProvisionError) -> Status {
             details.set_resource_info("chip", chip.to_string(), "", error.to_string());
         }
         ProvisionError::Pool(PoolError::Empty { kind, fill_rate, .. }) => {
-            details.set_error_info(told.reason, DOMAIN, pool_metadata(*kind, *fill_rate));
+            details.set_error_info(wire.reason, DOMAIN, pool_metadata(*kind, *fill_rate));
         }
         ProvisionError::IdentityTaken { identity, .. } => {
             details.set_resource_info("identity", identity.to_string(), "", error.to_string());
         }
         _ => {}
     }
-    Status::with_error_details(told.code, message(error, told.code), details)
+    Status::with_error_details(wire.code, message(error, wire.code), details)
 }
 
-/// The stable word for an error, for programs.
+/// Returns the stable reason of an error, for programs.
 pub(super) fn reason_of(error: &ProvisionError) -> &'static str {
     table(error).reason
 }
 
-/// Whether the caller was refused, rather than that something here failed.
+/// Whether the error is a refusal of the request rather than a failure of the daemon.
 pub(super) fn is_refusal(error: &ProvisionError) -> bool {
     !matches!(table(error).code, Code::Internal | Code::Unavailable | Code::Aborted)
 }
 
-/// For programs: what is missing, and how fast it comes.
+/// Returns the empty pool's key type and fill rate, for programs.
 fn pool_metadata(kind: KeyKind, fill_rate: f64) -> HashMap<String, String> {
     let rate = format!("{fill_rate:.2}");
     [("key_kind", kind.to_string()), ("fill_rate_per_second", rate)].map(|(k, v)| (k.to_owned(), v)).into()
 }
 
-/// What went wrong inside is the log's and the officer's business: it names files, tokens and keys.
+/// Returns the message for the caller. Internal causes name files, tokens and keys, so they go to the log only.
 fn message(error: &ProvisionError, code: Code) -> String {
-    let told = match error {
-        ProvisionError::Hsm(HsmError::Unavailable { .. }) => "the HSM is not available now; try again",
-        ProvisionError::Hsm(HsmError::Refused(_) | HsmError::Wrong(_)) => {
-            "the HSM refused; the log of the processing point has the cause under the x-request-id of this answer"
+    let text = match error {
+        ProvisionError::Hsm(HsmError::Unavailable { .. }) => "HSM unavailable; retry later",
+        ProvisionError::Hsm(HsmError::Refused(_) | HsmError::InvalidAnswer(_)) => {
+            "the HSM rejected the operation; the cause is in the daemon's log under this answer's x-request-id"
         }
-        ProvisionError::Hsm(HsmError::Stopped(_)) => "the HSM needs an officer; sppctl status tells why",
-        ProvisionError::Unsigned(_) => "the HSM did not sign the log's checkpoint; nothing has changed, try again",
-        ProvisionError::Store(StoreError::Failed { .. }) => "a store is not available now; try again",
+        ProvisionError::Hsm(HsmError::Stopped(_)) => "the HSM needs an officer; run sppctl status for the cause",
+        ProvisionError::Unsigned(_) => "the HSM did not sign the log's checkpoint; nothing has changed, retry",
+        ProvisionError::Store(StoreError::Failed { .. }) => "store unavailable; retry later",
         _ if code == Code::Internal => {
-            "a fault of the processing point; its log has the cause under the x-request-id of this answer"
+            "internal error; the cause is in the daemon's log under this answer's x-request-id"
         }
         other => return other.to_string(),
     };
-    told.to_owned()
+    text.to_owned()
 }
 
-/// An address asks too often.
-pub(crate) fn too_fast(after: Duration) -> Status {
-    let mut details = ErrorDetails::with_error_info("TOO_FAST", DOMAIN, HashMap::new());
+/// Returns the status for an address that exceeds its request rate.
+pub(crate) fn rate_limited(after: Duration) -> Status {
+    let mut details = ErrorDetails::with_error_info("RATE_LIMITED", DOMAIN, HashMap::new());
     details.set_retry_info(Some(after));
-    let message = "this address asks too often; try again later";
+    let message = "request rate exceeded for this address; retry later";
     Status::with_error_details(Code::ResourceExhausted, message, details)
 }
 
-/// So many requests of the public are being answered.
-pub(crate) fn busy(places: usize) -> Status {
-    status_of(&ProvisionError::Overloaded(places))
+/// Returns the status for a listener with `capacity` requests in progress.
+pub(crate) fn overloaded(capacity: usize) -> Status {
+    status_of(&ProvisionError::Overloaded(capacity))
 }
 
-/// A refusal that has no error of an inner room: the caller has the wrong role, or none.
+/// Returns the status for a caller that is not authenticated or has the wrong role.
 pub(super) fn refusal(code: Code, reason: &'static str, message: String) -> Status {
     Status::with_error_details(code, message, ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new()))
 }

@@ -1,4 +1,4 @@
-//! What the state store keeps of callers and officers, and the trait of its engines.
+//! Access control data in the state store, and the trait that storage engines implement.
 
 use async_trait::async_trait;
 
@@ -10,48 +10,49 @@ use crate::access::{
 use crate::certificate::Caller;
 use crate::names::{ChipId, DeviceIdentity, ProfileName, StationName};
 
-/// Most requests that may wait for a decision.
+/// Maximum open requests.
 pub(super) const MAX_OPEN_REQUESTS: usize = 50;
-/// Most of them that one officer has asked for.
+/// Maximum open requests of one officer.
 pub(super) const MAX_OWN_REQUESTS: usize = 20;
-/// So many requests are kept; older ones that are decided are in the audit log alone.
+/// Maximum stored requests. Older decided requests remain only in the audit log.
 pub(super) const MAX_REQUESTS: usize = 300;
-/// Most ranges of identities.
+/// Maximum identity ranges.
 pub(super) const MAX_RANGES: usize = 1000;
 
-/// The part of the state store that knows what officers have agreed on.
+/// The part of the state store that holds approvals, quotas, revocations and identity ranges.
 ///
-/// Trust: whoever controls it can put back an older state of it: a revocation undone, a quota raised, an identity given out again.
-/// The audit log says what was in force.
-/// Every write is on the disk, power loss included, before the call returns.
+/// Trust: an attacker who controls it can restore an older state: undo a revocation, raise a quota, allocate an identity again.
+/// The audit log records what was in force.
+/// Every write survives power loss once the call returns.
 #[async_trait]
 pub trait AccessStore: Send + Sync {
-    /// Takes over what the configuration says of rules and quotas, as far as nobody's approval is needed ([`SettledRules::settle`],
-    /// [`SettledQuota::settle`](crate::access::SettledQuota::settle)). Answers, in words, what needs one and so stays as it was;
-    /// with `whole` nothing at all is taken over then.
+    /// Applies the configured rules and quotas that need no approval ([`SettledRules::settle`],
+    /// [`SettledQuota::settle`](crate::access::SettledQuota::settle)). Returns one message per setting that needs an approval and
+    /// is therefore unchanged. With `all_or_nothing`, any such setting leaves everything unchanged.
     async fn settle(
         &self,
         rules: ApprovalRules,
         quotas: Vec<(StationName, Quota)>,
-        whole: bool,
+        all_or_nothing: bool,
     ) -> Result<Vec<String>, StoreError>;
 
-    /// The rules in force; none before the first settling.
+    /// The rules in force; `None` before the first configuration is applied.
     async fn rules(&self) -> Result<Option<SettledRules>, StoreError>;
 
-    /// Stations that were ever settled, with their quotas and what they have begun.
+    /// All stations with a quota, with their usage.
     async fn stations(&self) -> Result<Vec<StationUse>, StoreError>;
 
-    /// Puts in a request that is pending. The very same again is answered as it stands.
+    /// Files a pending request. Filing the same request again returns its current state.
     async fn file_request(&self, request: ApprovalRequest) -> Result<ApprovalRequest, AccessError>;
 
-    /// All requests that are kept, newest first.
+    /// All stored requests, newest first.
     async fn requests(&self) -> Result<Vec<ApprovalRequest>, StoreError>;
 
-    /// A request by its name.
+    /// A request by ID.
     async fn request(&self, id: RequestId) -> Result<Option<ApprovalRequest>, StoreError>;
 
-    /// Takes one officer's decision. The approval that completes an act does it in the same transaction, or makes a ceremony ready.
+    /// Records one officer's decision. The last required approval executes the action in the same transaction; a ceremony becomes
+    /// ready to be held.
     async fn decide(
         &self,
         id: RequestId,
@@ -59,19 +60,19 @@ pub trait AccessStore: Send + Sync {
         by: SignedStatement,
     ) -> Result<ApprovalRequest, AccessError>;
 
-    /// A ceremony is about to be held: its approval is used up.
-    async fn use_up(&self, id: RequestId, at: u64) -> Result<ApprovalRequest, AccessError>;
+    /// Consumes the approval of a ceremony that is about to be held.
+    async fn consume_approval(&self, id: RequestId, at: u64) -> Result<ApprovalRequest, AccessError>;
 
-    /// All revocations, the newest of each caller.
+    /// The newest revocation of each caller.
     async fn revocations(&self) -> Result<Vec<Revocation>, StoreError>;
 
-    /// Keeps the newest certificate of its caller.
-    async fn note_certificate(&self, certificate: &IssuedAccess) -> Result<(), StoreError>;
+    /// Stores a certificate as the newest of its caller.
+    async fn record_certificate(&self, certificate: &IssuedAccess) -> Result<(), StoreError>;
 
     /// The newest certificate of each caller.
     async fn certificates(&self) -> Result<Vec<IssuedAccess>, StoreError>;
 
-    /// Puts in identities for a product, none of which may be in another range.
+    /// Adds an identity range for a profile. Ranges must not overlap.
     async fn load_range(
         &self,
         profile: ProfileName,
@@ -80,12 +81,12 @@ pub trait AccessStore: Send + Sync {
         at: u64,
     ) -> Result<LoadedRange, AccessError>;
 
-    /// All ranges, in the order in which they were loaded.
+    /// All ranges, oldest first.
     async fn ranges(&self) -> Result<Vec<LoadedRange>, StoreError>;
 
-    /// The identity of a chip, given out to it alone and for ever: the first one that is left of the product's ranges and begins as one
-    /// of `permitted` does. The same chip gets the same one again, unless it is `taken`, as the public database knows better:
-    /// then the next. A station without room in its quota gets none for a chip that has none yet.
+    /// Permanently allocates an identity to a chip: the first unused one of the profile's ranges that starts with one of the
+    /// `permitted` prefixes. The same chip gets the same identity again, unless it is `taken`, the identity that the public
+    /// database has for another chip; then it gets the next one. A new allocation fails if the station's quota is exhausted.
     async fn allocate(
         &self,
         chip: &ChipId,

@@ -1,48 +1,48 @@
-//! A checkpoint of a daemon's audit log: that it had so many entries, for ever where everybody can see it.
+//! Checkpoints of a daemon's audit log, published so that anyone can detect truncation of the log.
 
 use ciborium::Value;
 
-use super::fields::{Form, RecordError};
+use super::fields::{EntryFormat, RecordError};
 
-static FORM: Form = Form { what: "an audit checkpoint", version: 2, most: AuditCheckpoint::MAX_LEN };
+static FORMAT: EntryFormat = EntryFormat { name: "an audit checkpoint", version: 2, max_len: AuditCheckpoint::MAX_LEN };
 
-/// How far an audit log was at some time (`audit-checkpoint` in `proto/data-package.cddl`). Whoever has one finds it out if the newest
-/// entries of that audit log are cut off.
+/// The size of an audit log at some time (`audit-checkpoint` in `proto/data-package.cddl`). A checkpoint reveals whether newer
+/// entries were removed from that audit log.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AuditCheckpoint {
-    /// Whose audit log: the name of a node.
+    /// Name of the node that writes the audit log.
     pub node: String,
-    /// How many entries it had.
+    /// Number of entries.
     pub entries: u64,
-    /// A signed note that says so (C2SP signed-note), over the hash of the last of them. The public database does not look into it.
+    /// A signed note (C2SP signed-note) over the entry count and the last entry's hash. The public database does not parse it.
     pub note: Vec<u8>,
-    /// When the node asked for it to be recorded, in seconds since the Unix epoch.
+    /// When the node requested the publication, seconds since the Unix epoch.
     pub recorded: u64,
 }
 
 impl AuditCheckpoint {
-    /// Most bytes of an encoded checkpoint.
+    /// Maximum bytes of an encoded checkpoint.
     pub const MAX_LEN: usize = 4200;
-    /// Most bytes of a node's name; it has one at least.
+    /// Maximum bytes of a node name. The minimum is 1.
     pub const MAX_NODE: usize = 64;
-    /// Most bytes of a note; it has one at least.
+    /// Maximum bytes of a note. The minimum is 1.
     pub const MAX_NOTE: usize = 4096;
 
-    /// Whether it says the same of the same audit log; a repetition may have another time.
-    pub fn is_same_but_for_its_time(&self, other: &Self) -> bool {
+    /// Compares everything but the time, because a repeated publication may carry a later one.
+    pub fn eq_ignoring_time(&self, other: &Self) -> bool {
         (&self.node, self.entries, &self.note) == (&other.node, other.entries, &other.note)
     }
 
-    /// The checkpoint as deterministic CBOR (RFC 8949 §4.2.1): the bytes that are stored, hashed and served.
+    /// Encodes the checkpoint as deterministic CBOR (RFC 8949 §4.2.1). These bytes are stored, hashed and served.
     pub fn to_bytes(&self) -> Result<Vec<u8>, RecordError> {
-        for (what, length, most) in
+        for (field, length, max) in
             [("node", self.node.len(), Self::MAX_NODE), ("note", self.note.len(), Self::MAX_NOTE)]
         {
-            if !(1..=most).contains(&length) {
-                return Err(FORM.error(format!("its {what} has {length} bytes, 1 to {most} are allowed")));
+            if !(1..=max).contains(&length) {
+                return Err(FORMAT.error(format!("{field} has {length} bytes; 1 to {max} are allowed")));
             }
         }
-        FORM.write(vec![
+        FORMAT.write(vec![
             Value::Text(self.node.clone()),
             Value::from(self.entries),
             Value::Bytes(self.note.clone()),
@@ -50,16 +50,16 @@ impl AuditCheckpoint {
         ])
     }
 
-    /// Reads what [`Self::to_bytes`] wrote; anything else is refused, other encodings of the same values included.
+    /// Decodes the output of [`Self::to_bytes`]. Other encodings of the same values are refused.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, RecordError> {
-        let mut fields = FORM.read(bytes)?;
+        let mut fields = FORMAT.read(bytes)?;
         let checkpoint = Self {
             node: fields.text(2)?,
             entries: fields.integer(3)?,
             note: fields.bytes(4)?,
             recorded: fields.integer(5)?,
         };
-        FORM.must_be_written_so(&checkpoint.to_bytes()?, bytes)?;
+        FORMAT.check_canonical(&checkpoint.to_bytes()?, bytes)?;
         Ok(checkpoint)
     }
 }

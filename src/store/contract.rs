@@ -1,4 +1,4 @@
-//! What every engine must do, told once: `contract!(module, Factory)` makes the tests for one of them.
+//! Contract tests for the session journal of every storage engine. `session_contract!(module, Factory)` instantiates them.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -10,35 +10,35 @@ use super::*;
 use crate::keys::{SignatureAlgorithm, StoredKey};
 use crate::names::{ChipId, DeviceIdentity, SessionId};
 
-/// All of the state store.
+/// The complete state store.
 pub(super) trait PrivateStore: StateStore + SecretStore + AccessStore {}
 impl<S: StateStore + SecretStore + AccessStore> PrivateStore for S {}
 
-/// A state store, empty at first but for batch 1, which takes pairs of sessions. Each call opens it anew; the handle before must be
-/// dropped.
+/// A state store, initially empty except for batch 1, an open batch for sessions. Each call reopens the store; drop the previous
+/// handle first.
 pub(super) trait Factory: Send + Sync {
     fn new() -> Self;
     fn state(&self) -> Arc<dyn PrivateStore>;
 }
 
-macro_rules! contract {
+macro_rules! session_contract {
     ($module:ident, $factory:ty) => {
         mod $module {
             use super::*;
-            contract!(@tests $factory:
-                a_reservation_is_there_with_its_key,
-                a_chip_and_an_identity_are_taken_until_aborted,
-                a_session_goes_its_way_and_no_other,
-                a_repeated_step_is_answered_and_a_different_one_refused,
-                an_erased_session_has_no_key,
-                unfinished_sessions_come_oldest_first,
-                of_many_racing_for_a_chip_one_wins,
-                a_large_session_is_kept_whole,
-                what_was_acknowledged_is_there_after_reopening);
+            session_contract!(@tests $factory:
+                reservation_stores_session_and_key,
+                chip_and_identity_are_held_until_abort,
+                session_allows_only_legal_transitions,
+                repeated_step_succeeds_different_step_is_refused,
+                erased_session_has_no_key,
+                unfinished_sessions_are_listed_oldest_first,
+                concurrent_reservations_of_a_chip_one_wins,
+                large_session_roundtrips,
+                acknowledged_sessions_survive_reopening);
 
             #[test]
-            fn any_sequence_of_steps_agrees_with_the_model() {
-                $crate::store::contract::any_sequence_of_steps_agrees_with_the_model::<$factory>();
+            fn random_session_steps_match_model() {
+                $crate::store::contract::random_session_steps_match_model::<$factory>();
             }
         }
     };
@@ -49,7 +49,7 @@ macro_rules! contract {
         }
     )+};
 }
-pub(super) use contract;
+pub(super) use session_contract;
 
 pub(crate) fn chip(n: u64) -> ChipId {
     ChipId::from_bytes(&[&[0xC4; 8], n.to_be_bytes().as_slice()].concat()).unwrap()
@@ -76,7 +76,7 @@ pub(super) fn session(n: u64) -> Session {
         own_key_pair: false,
         sealed_to: None,
         recipe: [0; 32],
-        master_key: Some(MasterKeyUse { key: "master".parse().unwrap(), version: 1 }),
+        master_key: Some(MasterKeyVersion { key: "master".parse().unwrap(), version: 1 }),
         certificate: CertificateToSign {
             issuer: "issuer".parse().unwrap(),
             algorithm: SignatureAlgorithm::EcdsaP256Sha256,
@@ -88,32 +88,32 @@ pub(super) fn session(n: u64) -> Session {
     }
 }
 
-/// A pair made for a session.
+/// An on-demand pair in batch 1.
 pub(super) fn key(n: u64) -> PairToReserve {
-    PairToReserve::Made { batch: 1, blob: blob(n) }
+    PairToReserve::OnDemand { batch: 1, blob: blob(n) }
 }
 
 pub(super) fn blob(n: u64) -> Vec<u8> {
     n.to_be_bytes().repeat(9)
 }
 
-/// The wrapped bytes that are kept for a session.
-pub(super) async fn kept(store: &dyn StateStore, session: &SessionId) -> Option<Vec<u8>> {
-    store.kept_key(session).await.unwrap().map(|kept| match kept {
+/// The wrapped private key of a session.
+pub(super) async fn stored_blob(store: &dyn StateStore, session: &SessionId) -> Option<Vec<u8>> {
+    store.stored_key(session).await.unwrap().map(|key| match key {
         StoredKey::Wrapped(wrapped) => wrapped.blob,
-        StoredKey::OnToken(_) => panic!("it is wrapped"),
+        StoredKey::OnToken(_) => panic!("expected a wrapped key"),
     })
 }
 
-/// Begins batch 1. Its runtime is its own: a factory is not async.
-pub(super) fn begin_a_batch_for_sessions(store: impl SecretStore + 'static) {
-    let begin = async move {
+/// Opens batch 1. Uses a separate runtime, because factories are not async.
+pub(super) fn open_session_batch(store: impl SecretStore + 'static) {
+    let open = async move {
         let batch = store.plan_batch(Purpose::Sessions, KeyStorage::Wrapped, 1000, 0).await.unwrap();
         assert_eq!(batch.number, 1);
         store.step_batch(1, BatchStep::Open).await.unwrap();
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-    std::thread::spawn(move || runtime.block_on(begin)).join().unwrap();
+    std::thread::spawn(move || runtime.block_on(open)).join().unwrap();
 }
 
 pub(super) fn issued(n: u64) -> SessionState {
@@ -136,7 +136,7 @@ fn aborted() -> SessionState {
     SessionState::Aborted { at: 3000, reason: "expired".into() }
 }
 
-pub(super) async fn a_reservation_is_there_with_its_key(engine: &impl Factory) {
+pub(super) async fn reservation_stores_session_and_key(engine: &impl Factory) {
     let store = engine.state();
     assert_eq!(store.session(&id(1)).await.unwrap(), None);
     store.reserve(&session(1), Some(&key(1))).await.unwrap();
@@ -144,11 +144,11 @@ pub(super) async fn a_reservation_is_there_with_its_key(engine: &impl Factory) {
     assert_eq!(store.session(&id(1)).await.unwrap(), Some(session(1)));
     assert_eq!(store.session_of_chip(&chip(1)).await.unwrap(), Some(session(1)));
     assert_eq!(store.session_of_identity(&identity(1)).await.unwrap(), Some(session(1)));
-    assert_eq!(kept(&*store, &id(1)).await, Some(blob(1)));
-    assert_eq!(kept(&*store, &id(2)).await, None);
+    assert_eq!(stored_blob(&*store, &id(1)).await, Some(blob(1)));
+    assert_eq!(stored_blob(&*store, &id(2)).await, None);
 }
 
-pub(super) async fn a_chip_and_an_identity_are_taken_until_aborted(engine: &impl Factory) {
+pub(super) async fn chip_and_identity_are_held_until_abort(engine: &impl Factory) {
     let store = engine.state();
     store.reserve(&session(1), Some(&key(1))).await.unwrap();
     let same_chip = Session { chip: chip(1), ..session(2) };
@@ -160,26 +160,27 @@ pub(super) async fn a_chip_and_an_identity_are_taken_until_aborted(engine: &impl
             other => panic!("{other}"),
         }
         assert_eq!(store.session(&rival.id).await.unwrap(), None);
-        assert_eq!(kept(&*store, &rival.id).await, None);
+        assert_eq!(stored_blob(&*store, &rival.id).await, None);
     }
-    let given_up = store.advance(&id(1), StateName::Reserved, aborted()).await.unwrap();
-    assert_eq!(store.session_of_chip(&chip(1)).await.unwrap(), Some(given_up));
+    let aborted_session = store.advance(&id(1), StateName::Reserved, aborted()).await.unwrap();
+    assert_eq!(store.session_of_chip(&chip(1)).await.unwrap(), Some(aborted_session));
     assert_eq!(store.session_of_identity(&identity(1)).await.unwrap(), None);
-    assert_eq!(kept(&*store, &id(1)).await, None);
+    assert_eq!(stored_blob(&*store, &id(1)).await, None);
     store.reserve(&same_chip, None).await.unwrap();
     store.reserve(&same_identity, None).await.unwrap();
     assert_eq!(store.session_of_chip(&chip(1)).await.unwrap(), Some(same_chip));
     assert_eq!(store.session_of_identity(&identity(1)).await.unwrap(), Some(same_identity));
 }
 
-pub(super) async fn a_session_goes_its_way_and_no_other(engine: &impl Factory) {
+pub(super) async fn session_allows_only_legal_transitions(engine: &impl Factory) {
     let store = engine.state();
-    let refused = |result: Result<Session, StoreError>| matches!(result, Err(StoreError::OtherState { .. }));
+    let refused = |result: Result<Session, StoreError>| matches!(result, Err(StoreError::WrongState { .. }));
     assert!(matches!(store.advance(&id(1), StateName::Reserved, issued(1)).await, Err(StoreError::Damaged { .. })));
     store.reserve(&session(1), Some(&key(1))).await.unwrap();
-    let way = [(StateName::Reserved, issued(1)), (StateName::Issued, published(1)), (StateName::Published, erased(1))];
-    for (at, (from, to)) in way.iter().enumerate() {
-        for (_, later) in &way[at + 1..] {
+    let transitions =
+        [(StateName::Reserved, issued(1)), (StateName::Issued, published(1)), (StateName::Published, erased(1))];
+    for (index, (from, to)) in transitions.iter().enumerate() {
+        for (_, later) in &transitions[index + 1..] {
             assert!(refused(store.advance(&id(1), *from, later.clone()).await), "{from:?} to {later:?}");
         }
         assert!(refused(store.advance(&id(1), *from, SessionState::Reserved).await) || *from == StateName::Reserved);
@@ -191,7 +192,7 @@ pub(super) async fn a_session_goes_its_way_and_no_other(engine: &impl Factory) {
     assert_eq!(store.counts().await.unwrap(), SessionCounts { erased: 1, ..SessionCounts::default() });
 }
 
-pub(super) async fn a_repeated_step_is_answered_and_a_different_one_refused(engine: &impl Factory) {
+pub(super) async fn repeated_step_succeeds_different_step_is_refused(engine: &impl Factory) {
     let store = engine.state();
     for _ in 0..2 {
         store.reserve(&session(1), Some(&key(1))).await.unwrap();
@@ -201,29 +202,29 @@ pub(super) async fn a_repeated_step_is_answered_and_a_different_one_refused(engi
         assert_eq!(store.advance(&id(1), StateName::Reserved, issued(1)).await.unwrap().state, issued(1));
     }
     let other = store.advance(&id(1), StateName::Reserved, issued(2)).await;
-    assert!(matches!(other, Err(StoreError::OtherState { found: StateName::Issued, .. })), "{other:?}");
+    assert!(matches!(other, Err(StoreError::WrongState { found: StateName::Issued, .. })), "{other:?}");
     let late = store.reserve(&session(1), Some(&key(1))).await;
-    assert!(matches!(late, Err(ReserveError::Store(StoreError::OtherState { .. }))), "{late:?}");
+    assert!(matches!(late, Err(ReserveError::Store(StoreError::WrongState { .. }))), "{late:?}");
     assert_eq!(store.counts().await.unwrap(), SessionCounts { issued: 1, ..SessionCounts::default() });
 }
 
-pub(super) async fn an_erased_session_has_no_key(engine: &impl Factory) {
+pub(super) async fn erased_session_has_no_key(engine: &impl Factory) {
     let store = engine.state();
     finish(&*store, 1).await;
-    assert_eq!(kept(&*store, &id(1)).await, None);
+    assert_eq!(stored_blob(&*store, &id(1)).await, None);
     drop(store);
-    assert_eq!(kept(&*engine.state(), &id(1)).await, None);
+    assert_eq!(stored_blob(&*engine.state(), &id(1)).await, None);
 }
 
 pub(super) async fn finish(store: &dyn StateStore, n: u64) {
     store.reserve(&session(n), Some(&key(n))).await.unwrap();
     store.advance(&id(n), StateName::Reserved, issued(n)).await.unwrap();
     store.advance(&id(n), StateName::Issued, published(n)).await.unwrap();
-    assert_eq!(kept(store, &id(n)).await, Some(blob(n)), "the key stays until it is erased");
+    assert_eq!(stored_blob(store, &id(n)).await, Some(blob(n)), "the key must stay until erasure");
     store.advance(&id(n), StateName::Published, erased(n)).await.unwrap();
 }
 
-pub(super) async fn unfinished_sessions_come_oldest_first(engine: &impl Factory) {
+pub(super) async fn unfinished_sessions_are_listed_oldest_first(engine: &impl Factory) {
     let store = engine.state();
     for n in [5, 2, 9, 7, 1] {
         store.reserve(&Session { created: 300 - n, ..session(n) }, None).await.unwrap();
@@ -234,7 +235,7 @@ pub(super) async fn unfinished_sessions_come_oldest_first(engine: &impl Factory)
     assert_eq!(listed, [9, 5, 2, 1].map(id));
 }
 
-pub(super) async fn of_many_racing_for_a_chip_one_wins(engine: &impl Factory) {
+pub(super) async fn concurrent_reservations_of_a_chip_one_wins(engine: &impl Factory) {
     let store = engine.state();
     let rivals: Vec<_> = (0..64)
         .map(|n| {
@@ -254,7 +255,7 @@ pub(super) async fn of_many_racing_for_a_chip_one_wins(engine: &impl Factory) {
     assert_eq!(store.counts().await.unwrap(), SessionCounts { reserved: 1, ..SessionCounts::default() });
 }
 
-pub(super) async fn a_large_session_is_kept_whole(engine: &impl Factory) {
+pub(super) async fn large_session_roundtrips(engine: &impl Factory) {
     let store = engine.state();
     let bytes: Vec<u8> = (0..60_000u32).map(|n| n.to_le_bytes()[0]).collect();
     let mut large = session(1);
@@ -262,11 +263,11 @@ pub(super) async fn a_large_session_is_kept_whole(engine: &impl Factory) {
     store.reserve(&large, None).await.unwrap();
     assert_eq!(store.session(&id(1)).await.unwrap(), Some(large));
     let to = SessionState::Issued { certificate: bytes };
-    let moved = store.advance(&id(1), StateName::Reserved, to).await.unwrap();
-    assert_eq!(store.session(&id(1)).await.unwrap(), Some(moved));
+    let issued = store.advance(&id(1), StateName::Reserved, to).await.unwrap();
+    assert_eq!(store.session(&id(1)).await.unwrap(), Some(issued));
 }
 
-pub(super) async fn what_was_acknowledged_is_there_after_reopening(engine: &impl Factory) {
+pub(super) async fn acknowledged_sessions_survive_reopening(engine: &impl Factory) {
     let store = engine.state();
     for n in 0..50 {
         store.reserve(&session(n), Some(&key(n))).await.unwrap();
@@ -275,12 +276,12 @@ pub(super) async fn what_was_acknowledged_is_there_after_reopening(engine: &impl
     let store = engine.state();
     for n in 0..50 {
         assert_eq!(store.session(&id(n)).await.unwrap(), Some(session(n)));
-        assert_eq!(kept(&*store, &id(n)).await, Some(blob(n)));
+        assert_eq!(stored_blob(&*store, &id(n)).await, Some(blob(n)));
     }
     assert_eq!(store.counts().await.unwrap(), SessionCounts { reserved: 50, ..SessionCounts::default() });
 }
 
-/// A step that somebody might take; chips, identities and sessions are few, so that they meet.
+/// A random call. Few chips, identities and sessions exist, so that calls conflict.
 #[derive(Debug, Clone)]
 enum Step {
     Reserve { session: u64, chip: u64, identity: u64 },
@@ -310,7 +311,7 @@ fn state(name: StateName, n: u64) -> SessionState {
     }
 }
 
-/// The rules in the simplest words: all sessions in the order in which they came.
+/// Reference model: all sessions in the order of their reservation.
 #[derive(Default)]
 struct Model(Vec<(u64, Session)>);
 
@@ -329,9 +330,9 @@ impl Model {
         true
     }
 
-    fn advance(&mut self, at: usize, from: StateName, to: &SessionState) -> bool {
-        let session = &mut self.0[at].1;
-        let legal = session.state.name() == from && from.leads_to(to.name());
+    fn advance(&mut self, index: usize, from: StateName, to: &SessionState) -> bool {
+        let session = &mut self.0[index].1;
+        let legal = session.state.name() == from && from.can_advance_to(to.name());
         if legal {
             session.state = to.clone();
         }
@@ -342,14 +343,14 @@ impl Model {
         let mut counts = SessionCounts::default();
         let (mut chips, mut identities) = (HashMap::new(), HashMap::new());
         for (n, session) in &self.0 {
-            *counts.of_mut(session.state.name()) += 1;
+            *counts.count_mut(session.state.name()) += 1;
             chips.insert(session.chip.clone(), session);
             if session.state.name() != StateName::Aborted {
                 identities.insert(session.identity.clone(), session);
             }
             assert_eq!(store.session(&session.id).await.unwrap().as_ref(), Some(session));
             let held = (!session.state.is_final()).then(|| blob(*n));
-            assert_eq!(kept(store, &session.id).await, held);
+            assert_eq!(stored_blob(store, &session.id).await, held);
         }
         assert_eq!(store.counts().await.unwrap(), counts);
         for n in 0..5 {
@@ -367,15 +368,15 @@ impl Model {
     }
 }
 
-pub(super) fn any_sequence_of_steps_agrees_with_the_model<F: Factory>() {
+pub(super) fn random_session_steps_match_model<F: Factory>() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
     let config = spp_testkit::random::cases(12, 400);
     proptest!(config, |(steps in proptest::collection::vec(any_step(), 1..50))| {
-        runtime.block_on(follow::<F>(steps));
+        runtime.block_on(run_steps::<F>(steps));
     });
 }
 
-async fn follow<F: Factory>(steps: Vec<Step>) {
+async fn run_steps<F: Factory>(steps: Vec<Step>) {
     let (engine, mut model) = (F::new(), Model::default());
     let mut store = engine.state();
     for step in steps {
@@ -386,10 +387,10 @@ async fn follow<F: Factory>(steps: Vec<Step>) {
                 assert_eq!(answer.is_ok(), model.reserve(n, &new), "{answer:?}");
             }
             Step::Advance { session, from, to } if !model.0.is_empty() => {
-                let at = session.index(model.0.len());
-                let (from, to) = (*from.get(&STATES), state(*to.get(&STATES), model.0[at].0));
-                let answer = store.advance(&model.0[at].1.id.clone(), from, to.clone()).await;
-                assert_eq!(answer.is_ok(), model.advance(at, from, &to), "{answer:?}");
+                let index = session.index(model.0.len());
+                let (from, to) = (*from.get(&STATES), state(*to.get(&STATES), model.0[index].0));
+                let answer = store.advance(&model.0[index].1.id.clone(), from, to.clone()).await;
+                assert_eq!(answer.is_ok(), model.advance(index, from, &to), "{answer:?}");
             }
             Step::Advance { .. } => {}
             Step::Reopen => {

@@ -1,4 +1,4 @@
-//! What every engine must do with what officers have agreed on.
+//! Contract tests for access control data of every storage engine. `access_store_contract!(module, Factory)` instantiates them.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -12,20 +12,20 @@ use crate::access::{
 use crate::certificate::{Caller, Role};
 use crate::names::{DeviceIdentity, StationName};
 
-macro_rules! contract_of_access {
+macro_rules! access_store_contract {
     ($module:ident, $factory:ty) => {
         mod $module {
             use super::*;
-            contract_of_access!(@tests $factory:
-                a_quota_is_never_exceeded_however_many_ask_at_once,
-                the_first_configuration_is_in_force_and_more_takes_an_approval,
-                an_act_is_done_with_its_last_approval_and_lasts,
-                a_request_is_filed_once_and_not_without_end,
-                what_a_revoked_officer_signed_is_void,
-                rules_that_became_stricter_count,
-                a_ceremony_is_held_once,
-                an_identity_is_given_to_one_chip_for_ever,
-                identities_of_sessions_and_of_others_are_passed_over);
+            access_store_contract!(@tests $factory:
+                concurrent_reservations_never_exceed_quota,
+                raising_configured_limits_requires_approval,
+                last_approval_executes_action_durably,
+                request_is_filed_once_within_limits,
+                signatures_of_revoked_officer_are_void,
+                stricter_rules_apply_to_pending_requests,
+                ceremony_approval_is_consumed_once,
+                identity_is_allocated_to_one_chip_permanently,
+                allocation_skips_identities_in_use);
         }
     };
     (@tests $factory:ty: $($test:ident),+) => {$(
@@ -35,7 +35,7 @@ macro_rules! contract_of_access {
         }
     )+};
 }
-pub(super) use contract_of_access;
+pub(super) use access_store_contract;
 
 fn station() -> StationName {
     session(0).station
@@ -49,11 +49,11 @@ fn total(limit: u64) -> Quota {
     Quota { devices_per_hour: None, devices_total: Some(limit) }
 }
 
-fn named(n: u8, act: ProtectedAction, needed: u8) -> ApprovalRequest {
-    ApprovalRequest { id: RequestId::from_bytes([n; 8]), ..request(act, needed) }
+fn request_with_id(n: u8, action: ProtectedAction, needed: u8) -> ApprovalRequest {
+    ApprovalRequest { id: RequestId::from_bytes([n; 8]), ..request(action, needed) }
 }
 
-fn raise(quota: Quota) -> ProtectedAction {
+fn raise_quota(quota: Quota) -> ProtectedAction {
     ProtectedAction::RaiseQuota { station: station(), quota }
 }
 
@@ -80,7 +80,7 @@ fn refused(result: Result<ApprovalRequest, AccessError>) -> RequestError {
     }
 }
 
-pub(super) async fn a_quota_is_never_exceeded_however_many_ask_at_once(engine: &impl Factory) {
+pub(super) async fn concurrent_reservations_never_exceed_quota(engine: &impl Factory) {
     let store = engine.state();
     store.settle(ApprovalRules::default(), vec![(station(), total(10))], true).await.unwrap();
     let calls = (0..40).map(|n| {
@@ -99,121 +99,129 @@ pub(super) async fn a_quota_is_never_exceeded_however_many_ask_at_once(engine: &
     assert_eq!(store.stations().await.unwrap()[0].usage.total(), 10);
     let n = store.unfinished().await.unwrap()[0].created - 1000;
     store.reserve(&session(n), None).await.unwrap();
-    assert_eq!(store.stations().await.unwrap()[0].usage.total(), 10, "a repeat is no other device");
+    assert_eq!(store.stations().await.unwrap()[0].usage.total(), 10, "a repeat is not counted again");
     drop(store);
     let store = engine.state();
     let exceeded = store.reserve(&session(50), None).await;
-    assert!(matches!(exceeded, Err(ReserveError::QuotaExceeded { .. })), "also in the next life");
+    assert!(matches!(exceeded, Err(ReserveError::QuotaExceeded { .. })), "also after reopening");
     let other = Session { station: "line-9/z".parse().unwrap(), ..session(51) };
     store.reserve(&other, None).await.unwrap();
 }
 
-pub(super) async fn the_first_configuration_is_in_force_and_more_takes_an_approval(engine: &impl Factory) {
+pub(super) async fn raising_configured_limits_requires_approval(engine: &impl Factory) {
     let store = engine.state();
     let (rules, other) = (ApprovalRules::default(), ApprovalRules { destroy: 2, ..ApprovalRules::default() });
-    let settle = async |rules, quota, whole| store.settle(rules, vec![(station(), quota)], whole).await.unwrap();
+    let settle = async |rules, quota, all_or_nothing| {
+        store.settle(rules, vec![(station(), quota)], all_or_nothing).await.unwrap()
+    };
     assert!(settle(rules, per_hour(5), true).await.is_empty());
-    assert!(settle(rules, per_hour(3), true).await.is_empty(), "less is in force at once");
-    let kept = settle(other, per_hour(4), true).await;
-    assert!(kept.len() == 2 && kept[0].contains("approvals") && kept[1].contains("line-1/a"), "{kept:?}");
+    assert!(settle(rules, per_hour(3), true).await.is_empty(), "lower limits apply immediately");
+    let refused = settle(other, per_hour(4), true).await;
+    assert!(refused.len() == 2 && refused[0].contains("approvals") && refused[1].contains("line-1/a"), "{refused:?}");
     assert_eq!(settle(rules, per_hour(4), false).await.len(), 1);
     let known = &store.stations().await.unwrap()[0];
     assert_eq!(known.quota, SettledQuota { configured: per_hour(3), in_force: per_hour(3) });
     assert_eq!(store.rules().await.unwrap().unwrap().in_force, rules);
-    // The approved rules are in force, and the file may say so.
-    let asked = store.file_request(named(1, ProtectedAction::ChangeRules { rules: other }, 1)).await.unwrap();
-    approve(&*store, &asked, signed("o-2", 200)).await.unwrap();
+    // The approved rules are in force, so configuring them needs no approval.
+    let filed = store.file_request(request_with_id(1, ProtectedAction::ChangeRules { rules: other }, 1)).await.unwrap();
+    approve(&*store, &filed, signed("o-2", 200)).await.unwrap();
     assert_eq!(store.rules().await.unwrap().unwrap().in_force, other);
     assert!(settle(other, per_hour(3), true).await.is_empty());
 }
 
-pub(super) async fn an_act_is_done_with_its_last_approval_and_lasts(engine: &impl Factory) {
+pub(super) async fn last_approval_executes_action_durably(engine: &impl Factory) {
     let store = engine.state();
     store.settle(ApprovalRules::default(), vec![(station(), total(1))], true).await.unwrap();
     store.reserve(&session(1), None).await.unwrap();
-    let asked = store.file_request(named(1, raise(total(2)), 2)).await.unwrap();
-    let once = approve(&*store, &asked, signed("o-2", 200)).await.unwrap();
-    assert_eq!((once.state, once.approvals.len()), (RequestState::Pending, 1));
+    let filed = store.file_request(request_with_id(1, raise_quota(total(2)), 2)).await.unwrap();
+    let approved_once = approve(&*store, &filed, signed("o-2", 200)).await.unwrap();
+    assert_eq!((approved_once.state, approved_once.approvals.len()), (RequestState::Pending, 1));
     assert!(store.reserve(&session(2), None).await.is_err());
-    assert!(matches!(refused(approve(&*store, &asked, signed("o-1", 300)).await), RequestError::OwnRequest(_)));
-    let done = approve(&*store, &asked, signed("o-3", 300)).await.unwrap();
+    assert!(matches!(refused(approve(&*store, &filed, signed("o-1", 300)).await), RequestError::OwnRequest(_)));
+    let done = approve(&*store, &filed, signed("o-3", 300)).await.unwrap();
     assert_eq!(done.state, RequestState::Done(300));
-    let revocation = store.file_request(named(2, revoke(Role::Station, "line-1/a"), 1)).await.unwrap();
+    let revocation = store.file_request(request_with_id(2, revoke(Role::Station, "line-1/a"), 1)).await.unwrap();
     approve(&*store, &revocation, signed("o-2", 400)).await.unwrap();
     drop(store);
     let store = engine.state();
     store.reserve(&session(2), None).await.unwrap();
     assert!(store.reserve(&session(3), None).await.is_err());
-    assert_eq!(store.request(asked.id).await.unwrap(), Some(done));
+    assert_eq!(store.request(filed.id).await.unwrap(), Some(done));
     let revocations = store.revocations().await.unwrap();
     assert_eq!((revocations.len(), &revocations[0].caller), (1, &Caller::Station(station())));
     assert_eq!((revocations[0].at, revocations[0].request), (400, revocation.id));
 }
 
-pub(super) async fn a_request_is_filed_once_and_not_without_end(engine: &impl Factory) {
+pub(super) async fn request_is_filed_once_within_limits(engine: &impl Factory) {
     let store = engine.state();
-    let asked = store.file_request(named(1, raise(total(2)), 1)).await.unwrap();
-    assert_eq!(store.file_request(asked.clone()).await.unwrap(), asked);
-    let other = named(1, raise(total(3)), 1);
+    let filed = store.file_request(request_with_id(1, raise_quota(total(2)), 1)).await.unwrap();
+    assert_eq!(store.file_request(filed.clone()).await.unwrap(), filed);
+    let other = request_with_id(1, raise_quota(total(3)), 1);
     assert!(matches!(refused(store.file_request(other).await), RequestError::Taken(_)));
     for n in 2..=20 {
-        store.file_request(named(n, raise(total(2)), 1)).await.unwrap();
+        store.file_request(request_with_id(n, raise_quota(total(2)), 1)).await.unwrap();
     }
-    assert!(matches!(refused(store.file_request(named(21, raise(total(2)), 1)).await), RequestError::TooMany(_)));
+    assert!(matches!(
+        refused(store.file_request(request_with_id(21, raise_quota(total(2)), 1)).await),
+        RequestError::TooMany(_)
+    ));
     for n in 0..5 {
-        let of_others = ApprovalRequest { requested: signed("o-7", 100), ..named(30 + n, raise(total(2)), 1) };
-        store.file_request(of_others).await.unwrap();
+        let request =
+            ApprovalRequest { requested: signed("o-7", 100), ..request_with_id(30 + n, raise_quota(total(2)), 1) };
+        store.file_request(request).await.unwrap();
     }
-    let full = ApprovalRequest { requested: signed("o-7", 100), ..named(40, raise(total(2)), 1) };
+    let full = ApprovalRequest { requested: signed("o-7", 100), ..request_with_id(40, raise_quota(total(2)), 1) };
     assert!(matches!(refused(store.file_request(full).await), RequestError::TooMany(25)));
-    let revocation = ApprovalRequest { requested: signed("o-7", 100), ..named(41, revoke(Role::Officer, "o-1"), 1) };
-    store.file_request(revocation).await.expect("there is always room for a revocation");
-    let no = Verdict::Reject("no".to_owned());
-    store.decide(asked.id, no, signed("o-1", 200)).await.unwrap();
-    assert!(matches!(refused(approve(&*store, &asked, signed("o-2", 300)).await), RequestError::Decided { .. }));
-    let unknown = named(200, raise(total(1)), 1);
+    let revocation =
+        ApprovalRequest { requested: signed("o-7", 100), ..request_with_id(41, revoke(Role::Officer, "o-1"), 1) };
+    store.file_request(revocation).await.expect("revocations have reserved capacity");
+    let reject = Verdict::Reject("no".to_owned());
+    store.decide(filed.id, reject, signed("o-1", 200)).await.unwrap();
+    assert!(matches!(refused(approve(&*store, &filed, signed("o-2", 300)).await), RequestError::Decided { .. }));
+    let unknown = request_with_id(200, raise_quota(total(1)), 1);
     assert!(matches!(refused(approve(&*store, &unknown, signed("o-2", 300)).await), RequestError::Unknown(_)));
 }
 
-pub(super) async fn what_a_revoked_officer_signed_is_void(engine: &impl Factory) {
+pub(super) async fn signatures_of_revoked_officer_are_void(engine: &impl Factory) {
     let store = engine.state();
-    let his = store.file_request(named(1, raise(total(2)), 1)).await.unwrap();
-    let others = ApprovalRequest { requested: signed("o-5", 100), ..named(2, raise(total(3)), 2) };
+    let own = store.file_request(request_with_id(1, raise_quota(total(2)), 1)).await.unwrap();
+    let others = ApprovalRequest { requested: signed("o-5", 100), ..request_with_id(2, raise_quota(total(3)), 2) };
     let others = store.file_request(others).await.unwrap();
     approve(&*store, &others, signed("o-1", 150)).await.unwrap();
-    let revocation = ApprovalRequest { requested: signed("o-5", 100), ..named(3, revoke(Role::Officer, "o-1"), 1) };
+    let revocation =
+        ApprovalRequest { requested: signed("o-5", 100), ..request_with_id(3, revoke(Role::Officer, "o-1"), 1) };
     let revocation = store.file_request(revocation).await.unwrap();
     approve(&*store, &revocation, signed("o-6", 200)).await.unwrap();
-    assert!(matches!(refused(approve(&*store, &his, signed("o-2", 300)).await), RequestError::Decided { .. }));
-    // What was on its way when the revocation came counts no more than what is signed after it.
+    assert!(matches!(refused(approve(&*store, &own, signed("o-2", 300)).await), RequestError::Decided { .. }));
+    // Signatures in flight during the revocation count as little as later ones.
     assert!(matches!(refused(approve(&*store, &others, signed("o-1", 300)).await), RequestError::Revoked(_)));
-    let late = store.file_request(named(4, raise(total(4)), 1)).await;
-    assert!(matches!(refused(late), RequestError::Revoked(_)), "asked by o-1");
-    let again = approve(&*store, &others, signed("o-2", 300)).await.unwrap();
-    assert_eq!((again.state, again.approvals.len()), (RequestState::Pending, 1));
+    let late = store.file_request(request_with_id(4, raise_quota(total(4)), 1)).await;
+    assert!(matches!(refused(late), RequestError::Revoked(_)), "filed by o-1");
+    let approved = approve(&*store, &others, signed("o-2", 300)).await.unwrap();
+    assert_eq!((approved.state, approved.approvals.len()), (RequestState::Pending, 1));
 }
 
-pub(super) async fn rules_that_became_stricter_count(engine: &impl Factory) {
+pub(super) async fn stricter_rules_apply_to_pending_requests(engine: &impl Factory) {
     let store = engine.state();
     store.settle(ApprovalRules::default(), Vec::new(), true).await.unwrap();
-    let early = store.file_request(named(1, raise(total(2)), 1)).await.unwrap();
+    let early = store.file_request(request_with_id(1, raise_quota(total(2)), 1)).await.unwrap();
     let stricter = ProtectedAction::ChangeRules { rules: ApprovalRules { raise_quota: 2, ..ApprovalRules::default() } };
-    let change = store.file_request(named(2, stricter, 1)).await.unwrap();
+    let change = store.file_request(request_with_id(2, stricter, 1)).await.unwrap();
     approve(&*store, &change, signed("o-2", 200)).await.unwrap();
     assert_eq!(approve(&*store, &early, signed("o-2", 300)).await.unwrap().state, RequestState::Pending);
 }
 
-pub(super) async fn a_ceremony_is_held_once(engine: &impl Factory) {
+pub(super) async fn ceremony_approval_is_consumed_once(engine: &impl Factory) {
     let store = engine.state();
-    let asked = store.file_request(named(1, ceremony(), 1)).await.unwrap();
-    assert!(matches!(refused(store.use_up(asked.id, 150).await), RequestError::NotApproved(..)));
-    approve(&*store, &asked, signed("o-2", 200)).await.unwrap();
-    assert_eq!(store.use_up(asked.id, 250).await.unwrap().state, RequestState::Done(250));
+    let filed = store.file_request(request_with_id(1, ceremony(), 1)).await.unwrap();
+    assert!(matches!(refused(store.consume_approval(filed.id, 150).await), RequestError::NotApproved(..)));
+    approve(&*store, &filed, signed("o-2", 200)).await.unwrap();
+    assert_eq!(store.consume_approval(filed.id, 250).await.unwrap().state, RequestState::Done(250));
     drop(store);
-    assert!(matches!(refused(engine.state().use_up(asked.id, 251).await), RequestError::Decided { .. }));
+    assert!(matches!(refused(engine.state().consume_approval(filed.id, 251).await), RequestError::Decided { .. }));
 }
 
-pub(super) async fn an_identity_is_given_to_one_chip_for_ever(engine: &impl Factory) {
+pub(super) async fn identity_is_allocated_to_one_chip_permanently(engine: &impl Factory) {
     let store = engine.state();
     let (profile, officer) = (session(0).profile, Caller::Officer("o-1".parse().unwrap()));
     let range = IdentityRange::new("imei:490154203237518".parse().unwrap(), 20).unwrap();
@@ -228,43 +236,44 @@ pub(super) async fn an_identity_is_given_to_one_chip_for_ever(engine: &impl Fact
         tokio::spawn(async move { store.allocate(&chip(n), &profile, &station(), permitted, None, 100).await })
     };
     let calls: Vec<_> = (0..10).flat_map(|n| [allocate(n, &all), allocate(n, &all)]).collect();
-    let mut given = BTreeSet::new();
+    let mut allocated = BTreeSet::new();
     for call in calls {
-        given.insert(call.await.unwrap().unwrap().to_string());
+        allocated.insert(call.await.unwrap().unwrap().to_string());
     }
-    assert_eq!(given.len(), 10, "each chip one, asked for twice at once");
-    let elsewhere = allocate(30, &vec!["imei:35".to_owned()]).await.unwrap();
-    assert!(matches!(elsewhere, Err(AccessError::Refused(Refused::NoIdentity { .. }))));
+    assert_eq!(allocated.len(), 10, "one per chip, although each is requested twice concurrently");
+    let not_permitted = allocate(30, &vec!["imei:35".to_owned()]).await.unwrap();
+    assert!(matches!(not_permitted, Err(AccessError::Refused(Refused::NoIdentity { .. }))));
     drop(store);
     let store = engine.state();
     for n in 0..20 {
-        given.insert(store.allocate(&chip(n), &profile, &station(), all.clone(), None, 100).await.unwrap().to_string());
+        allocated
+            .insert(store.allocate(&chip(n), &profile, &station(), all.clone(), None, 100).await.unwrap().to_string());
     }
-    assert_eq!((given.len(), store.ranges().await.unwrap()[0].used), (20, 20), "the same in the next life");
+    assert_eq!((allocated.len(), store.ranges().await.unwrap()[0].used), (20, 20), "the same after reopening");
     let none = store.allocate(&chip(20), &profile, &station(), all, None, 100).await;
     assert!(matches!(none, Err(AccessError::Refused(Refused::NoIdentity { .. }))));
 }
 
-pub(super) async fn identities_of_sessions_and_of_others_are_passed_over(engine: &impl Factory) {
+pub(super) async fn allocation_skips_identities_in_use(engine: &impl Factory) {
     let store = engine.state();
     let (profile, officer) = (session(0).profile, Caller::Officer("o-1".parse().unwrap()));
-    let of = |n: u32| -> DeviceIdentity { format!("serial:SN-{n:08}").parse().unwrap() };
-    store.load_range(profile.clone(), IdentityRange::new(of(1), 3000).unwrap(), &officer, 100).await.unwrap();
+    let serial = |n: u32| -> DeviceIdentity { format!("serial:SN-{n:08}").parse().unwrap() };
+    store.load_range(profile.clone(), IdentityRange::new(serial(1), 3000).unwrap(), &officer, 100).await.unwrap();
     for n in 1..=3 {
         store.reserve(&session(n), None).await.unwrap();
     }
     let all = vec!["serial:".to_owned()];
     let allocate =
         async |taken| store.allocate(&chip(90), &profile, &station(), all.clone(), taken, 100).await.unwrap();
-    assert_eq!(allocate(None).await, of(4));
-    assert_eq!(allocate(None).await, of(4));
-    assert_eq!(allocate(Some(of(4))).await, of(5), "the public database knows it from another chip");
-    assert_eq!(allocate(Some(of(4))).await, of(5));
+    assert_eq!(allocate(None).await, serial(4));
+    assert_eq!(allocate(None).await, serial(4));
+    assert_eq!(allocate(Some(serial(4))).await, serial(5), "the public database has it for another chip");
+    assert_eq!(allocate(Some(serial(4))).await, serial(5));
     store.settle(ApprovalRules::default(), vec![(station(), total(0))], true).await.unwrap();
     let none = store.allocate(&chip(91), &profile, &station(), all.clone(), None, 100).await;
     assert!(
         matches!(none, Err(AccessError::Refused(Refused::Quota { .. }))),
-        "a device that cannot be begun uses none up"
+        "a device that cannot be begun uses up no identity"
     );
-    assert_eq!(allocate(None).await, of(5));
+    assert_eq!(allocate(None).await, serial(5));
 }

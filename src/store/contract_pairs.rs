@@ -1,4 +1,4 @@
-//! What every engine's secret store must do, told once: `contract_of_pairs!(module, Factory)` makes the tests for one of them.
+//! Contract tests for the secret store of every storage engine. `secret_store_contract!(module, Factory)` instantiates them.
 
 mod holders;
 mod model;
@@ -12,36 +12,36 @@ use super::*;
 use crate::keys::{BatchName, KeyKind, StoredKey, TokenPair, WrappedKey};
 
 pub(super) use holders::*;
-pub(super) use steps::any_sequence_agrees_with_the_model_and_accounts_for_every_pair;
+pub(super) use steps::random_pair_steps_match_model;
 
-macro_rules! contract_of_pairs {
+macro_rules! secret_store_contract {
     ($module:ident, $factory:ty) => {
         mod $module {
             use super::*;
-            contract_of_pairs!(@tests $factory:
-                a_batch_goes_its_way_and_no_other,
-                a_number_of_a_batch_is_never_used_twice,
-                a_batch_with_a_pair_cannot_be_emptied,
-                a_batch_takes_pairs_of_its_own_while_it_is_open,
-                pairs_are_offered_oldest_batch_first_and_each_once,
-                paging_beside_concurrent_adds_sees_each_pair_once,
-                quarantined_pairs_and_other_kinds_are_not_offered_and_sealed_ones_are,
-                a_pooled_pair_goes_to_its_session_in_one_transaction,
-                a_refused_reservation_leaves_the_pair_ready,
-                of_many_racing_for_a_pair_one_wins,
-                a_pair_made_on_the_spot_needs_an_open_batch_for_sessions,
-                an_erased_pair_is_never_ready_again,
-                an_erased_pair_on_the_token_is_condemned_until_it_is_destroyed,
-                moved_pairs_keep_their_holders_and_get_their_new_blobs,
-                what_changed_before_a_move_is_left,
-                pairs_move_only_to_an_open_batch_of_the_same_purpose,
-                a_moved_reservation_is_answered_again,
-                pairs_of_sessions_are_listed_first_and_no_more_than_asked,
-                only_ready_pairs_are_discarded);
+            secret_store_contract!(@tests $factory:
+                batch_allows_only_legal_steps,
+                batch_number_is_never_reused,
+                batch_with_pairs_cannot_be_emptied,
+                only_open_batch_accepts_matching_pairs,
+                ready_pairs_are_listed_once_oldest_batch_first,
+                paging_during_concurrent_adds_lists_each_pair_once,
+                ready_pairs_excludes_quarantine_includes_sealed,
+                pooled_pair_is_assigned_with_its_session,
+                refused_reservation_leaves_pair_ready,
+                concurrent_reservations_of_a_pair_one_wins,
+                on_demand_pair_requires_open_session_batch,
+                erased_pair_never_becomes_ready,
+                erased_token_pair_is_listed_until_destroyed,
+                moved_pairs_keep_assignment_and_get_new_blobs,
+                move_skips_pairs_that_changed_since,
+                move_requires_open_batch_of_same_purpose,
+                repeated_reservation_succeeds_after_move,
+                pairs_of_batch_lists_session_pairs_first,
+                discard_keeps_session_pairs);
 
             #[test]
-            fn any_sequence_agrees_with_the_model_and_accounts_for_every_pair() {
-                $crate::store::contract_pairs::any_sequence_agrees_with_the_model_and_accounts_for_every_pair::<$factory>();
+            fn random_pair_steps_match_model() {
+                $crate::store::contract_pairs::random_pair_steps_match_model::<$factory>();
             }
         }
     };
@@ -52,13 +52,13 @@ macro_rules! contract_of_pairs {
         }
     )+};
 }
-pub(super) use contract_of_pairs;
+pub(super) use secret_store_contract;
 
 pub(super) const P256: Purpose = Purpose::Pool(KeyKind::P256);
-/// More pairs than any test has.
+/// A limit above the number of pairs of any test.
 pub(super) const ALL: usize = 100_000;
 
-/// The public key of pair `n`: its last bytes say which.
+/// The public key of pair `n`, which ends with `n`.
 pub(super) fn public_key(n: u64) -> Vec<u8> {
     [&[4; 83], n.to_be_bytes().as_slice()].concat()
 }
@@ -68,12 +68,12 @@ pub(super) fn session_with(n: u64, pair: u64) -> Session {
     Session { public_key: Some(public_key(pair)), ..session(n) }
 }
 
-pub(super) fn given_up(at: u64) -> SessionState {
+pub(super) fn aborted_at(at: u64) -> SessionState {
     SessionState::Aborted { at, reason: "expired".into() }
 }
 
-pub(super) async fn open_batch(store: &dyn SecretStore, purpose: Purpose, keeping: KeyStorage) -> u64 {
-    let batch = store.plan_batch(purpose, keeping, 1000, 0).await.unwrap().number;
+pub(super) async fn open_batch(store: &dyn SecretStore, purpose: Purpose, storage: KeyStorage) -> u64 {
+    let batch = store.plan_batch(purpose, storage, 1000, 0).await.unwrap().number;
     store.step_batch(batch, BatchStep::Open).await.unwrap();
     batch
 }
@@ -98,14 +98,14 @@ fn on_token(batch: BatchName, n: u64) -> StoredKey {
     StoredKey::OnToken(TokenPair { label: batch.pairs(), id: n.to_be_bytes().to_vec() })
 }
 
-/// Adds pairs of these numbers, each with its own public key and private half.
+/// Adds pairs with these numbers, each with its own public and private key.
 pub(super) async fn add(store: &dyn SecretStore, number: u64, pairs: Range<u64>) -> Batch {
     let name = name(store, number).await;
-    let kept: fn(BatchName, u64) -> StoredKey = match batch(store, number).await.keeping {
+    let private_key: fn(BatchName, u64) -> StoredKey = match batch(store, number).await.storage {
         KeyStorage::Wrapped => |name, n| wrapped(name, blob(n)),
         KeyStorage::Hsm => on_token,
     };
-    let pairs = pairs.map(|n| PooledPair { public_key: public_key(n), kept: kept(name, n) }).collect();
+    let pairs = pairs.map(|n| PooledPair { public_key: public_key(n), private_key: private_key(name, n) }).collect();
     store.add_pairs(number, pairs).await.unwrap()
 }
 
@@ -117,60 +117,60 @@ async fn ready_ids(store: &dyn SecretStore) -> Vec<PairId> {
     ready(store).await.into_iter().map(|(id, _)| id).collect()
 }
 
-/// All that a refused call must leave as it was, and a closed store must come back with.
+/// State that a refused call must not change, and that must survive reopening.
 #[derive(Debug, PartialEq)]
-pub(super) struct Everything {
+pub(super) struct StoreSnapshot {
     batches: Vec<Batch>,
-    held: Vec<HeldPair>,
+    pairs: Vec<BatchPair>,
     ready: Vec<(PairId, PooledPair)>,
-    condemned: Vec<CondemnedPair>,
+    pairs_to_destroy: Vec<PairToDestroy>,
     counts: PairCounts,
     unfinished: Vec<Session>,
 }
 
-pub(super) async fn everything(store: &dyn PrivateStore) -> Everything {
+pub(super) async fn snapshot(store: &dyn PrivateStore) -> StoreSnapshot {
     let batches = store.batches().await.unwrap();
-    let mut held = Vec::new();
+    let mut pairs = Vec::new();
     for batch in &batches {
-        held.extend(store.pairs_of_batch(batch.number, ALL).await.unwrap());
+        pairs.extend(store.pairs_of_batch(batch.number, ALL).await.unwrap());
     }
-    let (ready, condemned) = (ready(store).await, store.condemned(ALL).await.unwrap());
+    let (ready, pairs_to_destroy) = (ready(store).await, store.pairs_to_destroy(ALL).await.unwrap());
     let counts = store.pair_counts(KeyKind::P256).await.unwrap();
-    Everything { batches, held, ready, condemned, counts, unfinished: store.unfinished().await.unwrap() }
+    StoreSnapshot { batches, pairs, ready, pairs_to_destroy, counts, unfinished: store.unfinished().await.unwrap() }
 }
 
-async fn is_the_same_after_reopening(store: Arc<dyn PrivateStore>, engine: &impl Factory) {
-    let before = everything(&*store).await;
+async fn assert_same_after_reopening(store: Arc<dyn PrivateStore>, engine: &impl Factory) {
+    let before = snapshot(&*store).await;
     drop(store);
-    assert_eq!(everything(&*engine.state()).await, before);
+    assert_eq!(snapshot(&*engine.state()).await, before);
 }
 
-pub(super) async fn end(store: &dyn StateStore, n: u64) {
+pub(super) async fn erase_session(store: &dyn StateStore, n: u64) {
     store.advance(&id(n), StateName::Reserved, issued(n)).await.unwrap();
     store.advance(&id(n), StateName::Issued, published(n)).await.unwrap();
     store.advance(&id(n), StateName::Published, erased(n)).await.unwrap();
 }
 
-pub(super) async fn abort(store: &dyn StateStore, n: u64, at: u64) {
-    store.advance(&id(n), StateName::Reserved, given_up(at)).await.unwrap();
+pub(super) async fn abort_session(store: &dyn StateStore, n: u64, at: u64) {
+    store.advance(&id(n), StateName::Reserved, aborted_at(at)).await.unwrap();
 }
 
-pub(super) fn is_wrong<T: std::fmt::Debug>(result: Result<T, StoreError>) -> bool {
+pub(super) fn is_wrong_batch<T: std::fmt::Debug>(result: Result<T, StoreError>) -> bool {
     matches!(result, Err(StoreError::WrongBatch { .. }))
 }
 
-fn is_gone(result: &Result<(), ReserveError>) -> bool {
-    matches!(result, Err(ReserveError::PairGone))
+fn is_unavailable(result: &Result<(), ReserveError>) -> bool {
+    matches!(result, Err(ReserveError::PairUnavailable))
 }
 
 pub(super) fn pooled(batch: u64, number: u64) -> PairToReserve {
     PairToReserve::Pooled(PairId { batch, number })
 }
 
-pub(super) async fn a_batch_goes_its_way_and_no_other(engine: &impl Factory) {
+pub(super) async fn batch_allows_only_legal_steps(engine: &impl Factory) {
     let store = engine.state();
     let quarantine = BatchStep::Quarantine("why".into());
-    let way = [
+    let steps = [
         (None, BatchState::Planned, vec![BatchStep::Seal, BatchStep::Empty, quarantine.clone(), BatchStep::Discard]),
         (Some(BatchStep::Open), BatchState::Open, vec![]),
         (Some(BatchStep::Seal), BatchState::Sealed, vec![BatchStep::Open]),
@@ -182,8 +182,8 @@ pub(super) async fn a_batch_goes_its_way_and_no_other(engine: &impl Factory) {
     ];
     let mut expected = store.plan_batch(P256, KeyStorage::Wrapped, 1234, 0).await.unwrap();
     let number = expected.number;
-    assert_eq!((expected.purpose, expected.keeping, expected.created), (P256, KeyStorage::Wrapped, 1234));
-    for (step, state, refused) in way {
+    assert_eq!((expected.purpose, expected.storage, expected.created), (P256, KeyStorage::Wrapped, 1234));
+    for (step, state, refused) in steps {
         for _ in 0..2 {
             let Some(step) = step.clone() else { continue };
             let stepped = store.step_batch(number, step).await.unwrap();
@@ -192,26 +192,26 @@ pub(super) async fn a_batch_goes_its_way_and_no_other(engine: &impl Factory) {
         }
         assert_eq!(expected.state, state);
         for step in refused {
-            assert!(is_wrong(store.step_batch(number, step.clone()).await), "{step:?} of a {state:?} one");
+            assert!(is_wrong_batch(store.step_batch(number, step.clone()).await), "{step:?} in state {state:?}");
         }
         if matches!(state, BatchState::Open | BatchState::Sealed) {
-            assert!(is_wrong(store.forget_batch(number).await), "{state:?}");
+            assert!(is_wrong_batch(store.delete_batch(number).await), "{state:?}");
         }
         assert_eq!(batch(&*store, number).await, expected);
     }
     let planned = store.plan_batch(P256, KeyStorage::Wrapped, 1000, 0).await.unwrap().number;
     for number in [number, planned, 99] {
         for _ in 0..2 {
-            store.forget_batch(number).await.unwrap();
+            store.delete_batch(number).await.unwrap();
         }
-        assert!(is_wrong(store.step_batch(number, BatchStep::Open).await));
+        assert!(is_wrong_batch(store.step_batch(number, BatchStep::Open).await));
     }
-    assert_eq!(store.batches().await.unwrap().len(), 1, "the one that was there before");
+    assert_eq!(store.batches().await.unwrap().len(), 1, "only the initial batch");
     let unused = open_pool(&*store).await;
     assert_eq!(store.step_batch(unused, BatchStep::Empty).await.unwrap().state, BatchState::Emptied);
 }
 
-pub(super) async fn a_number_of_a_batch_is_never_used_twice(engine: &impl Factory) {
+pub(super) async fn batch_number_is_never_reused(engine: &impl Factory) {
     let mut store = engine.state();
     let (origin, mut last) = store.origin().await.unwrap();
     for (above, number) in [(0, 2), (9, 10), (3, 11), (11, 12)] {
@@ -219,7 +219,7 @@ pub(super) async fn a_number_of_a_batch_is_never_used_twice(engine: &impl Factor
         assert_eq!(last, number);
     }
     for number in [12, 11, 2] {
-        store.forget_batch(number).await.unwrap();
+        store.delete_batch(number).await.unwrap();
     }
     drop(store);
     store = engine.state();
@@ -238,58 +238,58 @@ pub(super) async fn a_number_of_a_batch_is_never_used_twice(engine: &impl Factor
     assert_eq!(listed, [[1, 10].as_slice(), &numbers].concat(), "oldest first");
 }
 
-pub(super) async fn a_batch_with_a_pair_cannot_be_emptied(engine: &impl Factory) {
+pub(super) async fn batch_with_pairs_cannot_be_emptied(engine: &impl Factory) {
     let store = engine.state();
-    let (here, there) = (open_pool(&*store).await, open_batch(&*store, P256, KeyStorage::Hsm).await);
-    for (n, number) in [(1, here), (2, there)] {
+    let (wrapped, token) = (open_pool(&*store).await, open_batch(&*store, P256, KeyStorage::Hsm).await);
+    for (n, number) in [(1, wrapped), (2, token)] {
         let empty = || store.step_batch(number, BatchStep::Empty);
         add(&*store, number, n..n + 1).await;
-        assert!(is_wrong(empty().await), "with a ready pair");
+        assert!(is_wrong_batch(empty().await), "with a ready pair");
         store.reserve(&session_with(n, n), Some(&pooled(number, 0))).await.unwrap();
         store.step_batch(number, BatchStep::Seal).await.unwrap();
-        assert!(is_wrong(empty().await), "with a session's pair");
-        end(&*store, n).await;
-        if number == there {
-            assert!(is_wrong(empty().await), "with a pair on the token");
-            let condemned = store.condemned(ALL).await.unwrap();
-            store.destroyed(&condemned[0].pair).await.unwrap();
+        assert!(is_wrong_batch(empty().await), "with a session's pair");
+        erase_session(&*store, n).await;
+        if number == token {
+            assert!(is_wrong_batch(empty().await), "with a pair on the token");
+            let to_destroy = store.pairs_to_destroy(ALL).await.unwrap();
+            store.confirm_destroyed(&to_destroy[0].pair).await.unwrap();
         }
         assert_eq!(empty().await.unwrap().state, BatchState::Emptied);
     }
-    let made = PairToReserve::Made { batch: 1, blob: blob(3) };
+    let made = PairToReserve::OnDemand { batch: 1, blob: blob(3) };
     store.reserve(&session(3), Some(&made)).await.unwrap();
-    assert!(is_wrong(store.step_batch(1, BatchStep::Empty).await));
-    abort(&*store, 3, 3000).await;
+    assert!(is_wrong_batch(store.step_batch(1, BatchStep::Empty).await));
+    abort_session(&*store, 3, 3000).await;
     store.step_batch(1, BatchStep::Empty).await.unwrap();
 }
 
-pub(super) async fn a_batch_takes_pairs_of_its_own_while_it_is_open(engine: &impl Factory) {
+pub(super) async fn only_open_batch_accepts_matching_pairs(engine: &impl Factory) {
     let store = engine.state();
     let (one, other) = (open_pool(&*store).await, open_pool(&*store).await);
     let token = open_batch(&*store, P256, KeyStorage::Hsm).await;
-    let kept = |batch| name(&*store, batch);
-    let add_one = |batch, kept| {
-        let good = PooledPair { public_key: public_key(7), kept: wrapped(kept, blob(7)) };
-        store.add_pairs(batch, vec![good])
+    let batch_name = |batch| name(&*store, batch);
+    let add_one = |batch, wrapped_for| {
+        let pair = PooledPair { public_key: public_key(7), private_key: wrapped(wrapped_for, blob(7)) };
+        store.add_pairs(batch, vec![pair])
     };
-    for (batch, of) in [(one, other), (one, token), (token, token), (1, 1), (99, 99)] {
-        assert!(is_wrong(add_one(batch, kept(of).await).await), "a pair of {of} into {batch}");
+    for (batch, owner) in [(one, other), (one, token), (token, token), (1, 1), (99, 99)] {
+        assert!(is_wrong_batch(add_one(batch, batch_name(owner).await).await), "a pair of {owner} into {batch}");
     }
-    let mixed = [wrapped(kept(one).await, blob(1)), on_token(kept(one).await, 2)];
-    let mixed = mixed.map(|kept| PooledPair { public_key: public_key(1), kept });
-    assert!(is_wrong(store.add_pairs(one, mixed.into()).await), "all or none");
+    let mixed = [wrapped(batch_name(one).await, blob(1)), on_token(batch_name(one).await, 2)];
+    let mixed = mixed.map(|private_key| PooledPair { public_key: public_key(1), private_key });
+    assert!(is_wrong_batch(store.add_pairs(one, mixed.into()).await), "all or none");
     store.step_batch(one, BatchStep::Seal).await.unwrap();
     store.step_batch(other, BatchStep::Quarantine("why".into())).await.unwrap();
     let planned = store.plan_batch(P256, KeyStorage::Wrapped, 1000, 0).await.unwrap().number;
     for closed in [one, other, planned] {
-        assert!(is_wrong(add_one(closed, kept(closed).await).await));
-        assert_eq!(batch(&*store, closed).await.taken_in, 0);
+        assert!(is_wrong_batch(add_one(closed, batch_name(closed).await).await));
+        assert_eq!(batch(&*store, closed).await.pairs_added, 0);
     }
     assert_eq!(store.pair_counts(KeyKind::P256).await.unwrap(), PairCounts::default());
     assert_eq!(ready(&*store).await, []);
 }
 
-pub(super) async fn pairs_are_offered_oldest_batch_first_and_each_once(engine: &impl Factory) {
+pub(super) async fn ready_pairs_are_listed_once_oldest_batch_first(engine: &impl Factory) {
     let store = engine.state();
     let batches = [open_pool(&*store).await, open_pool(&*store).await, open_pool(&*store).await];
     let [first, second, third] = batches;
@@ -299,8 +299,8 @@ pub(super) async fn pairs_are_offered_oldest_batch_first_and_each_once(engine: &
     let mut expected = Vec::new();
     for (batch, pairs) in [(first, 0..8), (second, 8..10), (third, 10..15)] {
         for (number, n) in (0..).zip(pairs) {
-            let kept = wrapped(name(&*store, batch).await, blob(n));
-            expected.push((PairId { batch, number }, PooledPair { public_key: public_key(n), kept }));
+            let private_key = wrapped(name(&*store, batch).await, blob(n));
+            expected.push((PairId { batch, number }, PooledPair { public_key: public_key(n), private_key }));
         }
     }
     assert_eq!(ready(&*store).await, expected);
@@ -310,7 +310,7 @@ pub(super) async fn pairs_are_offered_oldest_batch_first_and_each_once(engine: &
     assert_eq!(store.ready_pairs(KeyKind::P256, None, 0).await.unwrap(), []);
 }
 
-/// All that is ready, read page by page.
+/// All ready pairs, read page by page.
 async fn pages(store: &dyn SecretStore, limit: usize) -> Vec<(PairId, PooledPair)> {
     let mut all: Vec<(PairId, PooledPair)> = Vec::new();
     loop {
@@ -324,7 +324,7 @@ async fn pages(store: &dyn SecretStore, limit: usize) -> Vec<(PairId, PooledPair
     }
 }
 
-pub(super) async fn paging_beside_concurrent_adds_sees_each_pair_once(engine: &impl Factory) {
+pub(super) async fn paging_during_concurrent_adds_lists_each_pair_once(engine: &impl Factory) {
     let store = engine.state();
     let (old, new) = (open_pool(&*store).await, open_pool(&*store).await);
     let adders: Vec<_> = [(old, 0), (old, 1000), (new, 2000), (new, 3000)]
@@ -339,13 +339,13 @@ pub(super) async fn paging_beside_concurrent_adds_sees_each_pair_once(engine: &i
         .into();
     let mut seen = Vec::new();
     loop {
-        let over = adders.iter().all(tokio::task::JoinHandle::is_finished);
+        let is_last_round = adders.iter().all(tokio::task::JoinHandle::is_finished);
         let found = pages(&*store, 7).await;
-        assert!(found.is_sorted_by(|(a, _), (b, _)| a < b), "each once, in order");
+        assert!(found.is_sorted_by(|(a, _), (b, _)| a < b), "each pair once, in order");
         let missing = seen.iter().find(|pair| !found.contains(pair));
-        assert_eq!(missing, None, "what was seen stays");
+        assert_eq!(missing, None, "listed pairs stay listed");
         seen = found;
-        if over {
+        if is_last_round {
             break;
         }
     }
@@ -358,22 +358,22 @@ pub(super) async fn paging_beside_concurrent_adds_sees_each_pair_once(engine: &i
     assert_eq!(public, added.collect::<Vec<_>>());
 }
 
-pub(super) async fn quarantined_pairs_and_other_kinds_are_not_offered_and_sealed_ones_are(engine: &impl Factory) {
+pub(super) async fn ready_pairs_excludes_quarantine_includes_sealed(engine: &impl Factory) {
     let store = engine.state();
-    let (bad, sealed) = (open_pool(&*store).await, open_pool(&*store).await);
+    let (quarantined, sealed) = (open_pool(&*store).await, open_pool(&*store).await);
     let other = open_batch(&*store, Purpose::Pool(KeyKind::P384), KeyStorage::Wrapped).await;
-    for (batch, pairs) in [(bad, 0..3), (sealed, 3..6), (other, 6..9)] {
+    for (batch, pairs) in [(quarantined, 0..3), (sealed, 3..6), (other, 6..9)] {
         add(&*store, batch, pairs).await;
     }
     store.step_batch(sealed, BatchStep::Seal).await.unwrap();
     for reason in ["the first", "a later one"] {
-        let batch = store.step_batch(bad, BatchStep::Quarantine(reason.into())).await.unwrap();
-        assert_eq!((batch.quarantined.as_deref(), batch.ready, batch.offered()), (Some("the first"), 3, 0));
+        let batch = store.step_batch(quarantined, BatchStep::Quarantine(reason.into())).await.unwrap();
+        assert_eq!((batch.quarantined.as_deref(), batch.ready, batch.available()), (Some("the first"), 3, 0));
     }
     assert_eq!(ready_ids(&*store).await, [0, 1, 2].map(|number| PairId { batch: sealed, number }));
     let p384 = store.ready_pairs(KeyKind::P384, None, ALL).await.unwrap();
     assert!(p384.iter().map(|(id, _)| id.batch).eq([other; 3]));
     assert_eq!(store.ready_pairs(KeyKind::Ed25519, None, ALL).await.unwrap(), []);
-    assert!(is_gone(&store.reserve(&session_with(1, 0), Some(&pooled(bad, 0))).await));
+    assert!(is_unavailable(&store.reserve(&session_with(1, 0), Some(&pooled(quarantined, 0))).await));
     store.reserve(&session_with(1, 3), Some(&pooled(sealed, 0))).await.unwrap();
 }

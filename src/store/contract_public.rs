@@ -1,4 +1,4 @@
-//! What every public database must do, told once: `contract_of_publication!(module, Factory)` makes the tests for one of them.
+//! Contract tests for every public database. `public_database_contract!(module, Factory)` instantiates them.
 
 use std::sync::Arc;
 
@@ -9,29 +9,29 @@ use super::*;
 use crate::keys::sha256;
 use crate::tlog::{TileId, TileKind};
 
-/// A public database, empty at first. Each call opens it anew; the handle before must be dropped.
+/// A public database, initially empty. Each call reopens it; drop the previous handle first.
 #[async_trait]
 pub(crate) trait PublicFactory: Send + Sync {
     fn new() -> Self;
     async fn public(&self) -> Arc<dyn PublicDatabase>;
 }
 
-macro_rules! contract_of_publication {
+macro_rules! public_database_contract {
     ($module:ident, $factory:ty) => {
         mod $module {
             use super::*;
-            contract_of_publication!(@tests $factory:
-                what_was_published_is_there_after_reopening,
-                a_record_is_found_as_it_was_published,
-                each_unique_value_is_published_once,
-                a_repeated_publication_gives_the_first_answer,
-                a_publication_repeated_at_once_is_one_entry,
-                of_many_racing_to_publish_a_chip_one_wins,
-                the_largest_record_fits,
-                an_audit_checkpoint_is_an_entry_and_no_record,
-                the_newest_audit_checkpoint_of_a_node_is_known_after_reopening,
-                an_audit_checkpoint_is_appended_once_and_its_number_is_taken_by_its_note,
-                of_many_racing_to_append_an_audit_checkpoint_one_wins);
+            public_database_contract!(@tests $factory:
+                published_records_survive_reopening,
+                record_is_found_by_every_key,
+                duplicate_unique_value_is_refused,
+                repeated_publication_returns_first_answer,
+                concurrent_repeated_publications_create_one_entry,
+                concurrent_publications_of_a_chip_one_wins,
+                record_of_maximum_size_is_accepted,
+                audit_checkpoint_is_an_entry_but_not_a_record,
+                newest_audit_checkpoint_survives_reopening,
+                audit_checkpoint_with_other_note_is_refused,
+                concurrent_audit_checkpoints_one_wins);
         }
     };
     (@tests $factory:ty: $($test:ident),+) => {$(
@@ -42,7 +42,7 @@ macro_rules! contract_of_publication {
         }
     )+};
 }
-pub(crate) use contract_of_publication;
+pub(crate) use public_database_contract;
 
 pub(crate) fn record(n: u64) -> DeviceRecord {
     DeviceRecord {
@@ -60,7 +60,7 @@ pub(crate) fn record(n: u64) -> DeviceRecord {
     }
 }
 
-pub(crate) fn audit_of(node: &str, entries: u64) -> AuditCheckpoint {
+pub(crate) fn audit_checkpoint(node: &str, entries: u64) -> AuditCheckpoint {
     let note = format!("{node}\n{entries}\n\n\u{2014} {node} AAAA\n").into_bytes();
     AuditCheckpoint { node: node.to_owned(), entries, note, recorded: 3000 + entries }
 }
@@ -69,7 +69,7 @@ async fn by_chip(public: &dyn PublicDatabase, n: u64) -> Option<PublishedRecord>
     public.find(&UniqueKey::of_chip(&chip(n))).await.unwrap()
 }
 
-pub(crate) async fn what_was_published_is_there_after_reopening(engine: &impl PublicFactory) {
+pub(crate) async fn published_records_survive_reopening(engine: &impl PublicFactory) {
     let public = engine.public().await;
     for n in 0..50 {
         public.publish(&record(n)).await.unwrap();
@@ -82,7 +82,7 @@ pub(crate) async fn what_was_published_is_there_after_reopening(engine: &impl Pu
     assert_eq!(public.len().await.unwrap(), 50);
 }
 
-pub(crate) async fn a_record_is_found_as_it_was_published(engine: &impl PublicFactory) {
+pub(crate) async fn record_is_found_by_every_key(engine: &impl PublicFactory) {
     let public = engine.public().await;
     assert_eq!(by_chip(&*public, 0).await, None);
     for n in 0..3 {
@@ -93,7 +93,7 @@ pub(crate) async fn a_record_is_found_as_it_was_published(engine: &impl PublicFa
         let keys = UniqueKey::of_record(&record(n));
         assert_eq!(keys.len(), 5);
         for key in keys {
-            assert_eq!(public.find(&key).await.unwrap().as_ref(), Some(&published), "{}", key.what());
+            assert_eq!(public.find(&key).await.unwrap().as_ref(), Some(&published), "{}", key.field());
         }
         assert_eq!(public.record(n).await.unwrap().as_ref(), Some(&published));
     }
@@ -102,7 +102,7 @@ pub(crate) async fn a_record_is_found_as_it_was_published(engine: &impl PublicFa
     assert_eq!(public.len().await.unwrap(), 3);
 }
 
-pub(crate) async fn each_unique_value_is_published_once(engine: &impl PublicFactory) {
+pub(crate) async fn duplicate_unique_value_is_refused(engine: &impl PublicFactory) {
     let public = engine.public().await;
     public.publish(&record(1)).await.unwrap();
     let rivals = [
@@ -113,10 +113,12 @@ pub(crate) async fn each_unique_value_is_published_once(engine: &impl PublicFact
         ("session", DeviceRecord { session: id(1), ..record(2) }),
         ("chip ID", DeviceRecord { backup: vec![8; 900], ..record(1) }),
     ];
-    for (what, rival) in rivals {
+    for (field, rival) in rivals {
         match public.publish(&rival).await.unwrap_err() {
-            PublishError::Taken(taken) => assert_eq!(taken, Taken { what, index: 0, session: Some(id(1)) }),
-            other => panic!("{what}: {other}"),
+            PublishError::Conflict(taken) => {
+                assert_eq!(taken, UniquenessConflict { field, index: 0, session: Some(id(1)) })
+            }
+            other => panic!("{field}: {other}"),
         }
     }
     assert_eq!(public.len().await.unwrap(), 1);
@@ -125,7 +127,7 @@ pub(crate) async fn each_unique_value_is_published_once(engine: &impl PublicFact
     public.publish(&keyless(3)).await.unwrap();
 }
 
-pub(crate) async fn a_repeated_publication_gives_the_first_answer(engine: &impl PublicFactory) {
+pub(crate) async fn repeated_publication_returns_first_answer(engine: &impl PublicFactory) {
     let public = engine.public().await;
     let first = public.publish(&record(1)).await.unwrap();
     let later = DeviceRecord { published: 9_999, ..record(1) };
@@ -136,7 +138,7 @@ pub(crate) async fn a_repeated_publication_gives_the_first_answer(engine: &impl 
     assert_eq!(public.len().await.unwrap(), 1);
 }
 
-pub(crate) async fn a_publication_repeated_at_once_is_one_entry(engine: &impl PublicFactory) {
+pub(crate) async fn concurrent_repeated_publications_create_one_entry(engine: &impl PublicFactory) {
     let public = engine.public().await;
     let repeats = (0..64).map(|n| {
         let public = public.clone();
@@ -150,7 +152,7 @@ pub(crate) async fn a_publication_repeated_at_once_is_one_entry(engine: &impl Pu
     assert_eq!((answers.len(), public.len().await.unwrap()), (1, 1));
 }
 
-pub(crate) async fn of_many_racing_to_publish_a_chip_one_wins(engine: &impl PublicFactory) {
+pub(crate) async fn concurrent_publications_of_a_chip_one_wins(engine: &impl PublicFactory) {
     let public = engine.public().await;
     let rivals: Vec<_> = (0..64)
         .map(|n| {
@@ -162,18 +164,18 @@ pub(crate) async fn of_many_racing_to_publish_a_chip_one_wins(engine: &impl Publ
     for rival in rivals {
         match rival.await.unwrap() {
             Ok(_) => won += 1,
-            Err(error) => assert!(matches!(error, PublishError::Taken(_)), "{error}"),
+            Err(error) => assert!(matches!(error, PublishError::Conflict(_)), "{error}"),
         }
     }
     assert_eq!((won, public.len().await.unwrap()), (1, 1));
 }
 
-pub(crate) async fn the_largest_record_fits(engine: &impl PublicFactory) {
+pub(crate) async fn record_of_maximum_size_is_accepted(engine: &impl PublicFactory) {
     let public = engine.public().await;
     for n in 0..40 {
         let mut large = record(n);
-        let more = DeviceRecord::MAX_LEN - large.to_bytes().unwrap().len();
-        large.backup.resize(large.backup.len() + more, 5);
+        let missing = DeviceRecord::MAX_LEN - large.to_bytes().unwrap().len();
+        large.backup.resize(large.backup.len() + missing, 5);
         assert_eq!(large.to_bytes().unwrap().len(), DeviceRecord::MAX_LEN);
         public.publish(&large).await.unwrap();
         assert_eq!(by_chip(&*public, n).await.unwrap().record, large);
@@ -182,24 +184,24 @@ pub(crate) async fn the_largest_record_fits(engine: &impl PublicFactory) {
     }
 }
 
-pub(crate) async fn an_audit_checkpoint_is_an_entry_and_no_record(engine: &impl PublicFactory) {
+pub(crate) async fn audit_checkpoint_is_an_entry_but_not_a_record(engine: &impl PublicFactory) {
     let public = engine.public().await;
     assert_eq!((public.newest().await.unwrap(), public.newest_audit("a").await.unwrap()), (None, None));
-    let bytes = audit_of("a", 7).to_bytes().unwrap();
+    let bytes = audit_checkpoint("a", 7).to_bytes().unwrap();
     let publication = Publication { index: 0, record_hash: sha256(&bytes), published: 3007 };
-    assert_eq!(public.append_audit(&audit_of("a", 7)).await.unwrap(), publication);
+    assert_eq!(public.append_audit(&audit_checkpoint("a", 7)).await.unwrap(), publication);
     assert_eq!((public.newest().await.unwrap(), public.len().await.unwrap()), (None, 0));
     assert_eq!(public.publish(&record(1)).await.unwrap().index, 1);
-    assert_eq!(public.append_audit(&audit_of("a", 9)).await.unwrap().index, 2);
+    assert_eq!(public.append_audit(&audit_checkpoint("a", 9)).await.unwrap().index, 2);
     assert_eq!(public.len().await.unwrap(), 1);
     for index in [0, 2, 3] {
         assert_eq!(public.record(index).await.unwrap(), None, "{index}");
     }
-    let of_the_device = public.record(1).await.unwrap();
-    assert_eq!(of_the_device.as_ref().map(|found| &found.record), Some(&record(1)));
-    assert_eq!(public.newest().await.unwrap(), of_the_device);
+    let device_record = public.record(1).await.unwrap();
+    assert_eq!(device_record.as_ref().map(|found| &found.record), Some(&record(1)));
+    assert_eq!(public.newest().await.unwrap(), device_record);
     for (index, bytes) in
-        [bytes, record(1).to_bytes().unwrap(), audit_of("a", 9).to_bytes().unwrap()].iter().enumerate()
+        [bytes, record(1).to_bytes().unwrap(), audit_checkpoint("a", 9).to_bytes().unwrap()].iter().enumerate()
     {
         for proof in [public.prove(index as u64).await.unwrap(), public.receipt(index as u64).await.unwrap()] {
             assert_eq!(proof.unwrap().index(), index as u64);
@@ -209,12 +211,17 @@ pub(crate) async fn an_audit_checkpoint_is_an_entry_and_no_record(engine: &impl 
     }
 }
 
-pub(crate) async fn the_newest_audit_checkpoint_of_a_node_is_known_after_reopening(engine: &impl PublicFactory) {
+pub(crate) async fn newest_audit_checkpoint_survives_reopening(engine: &impl PublicFactory) {
     let public = engine.public().await;
     for (node, entries) in [("a", 1), ("b", 5), ("a", 300), ("a", 20)] {
-        public.append_audit(&audit_of(node, entries)).await.unwrap();
+        public.append_audit(&audit_checkpoint(node, entries)).await.unwrap();
     }
-    let known = [("a", Some((3, audit_of("a", 20)))), ("b", Some((1, audit_of("b", 5)))), ("", None), ("ab", None)];
+    let known = [
+        ("a", Some((3, audit_checkpoint("a", 20)))),
+        ("b", Some((1, audit_checkpoint("b", 5)))),
+        ("", None),
+        ("ab", None),
+    ];
     for (node, newest) in &known {
         assert_eq!(public.newest_audit(node).await.unwrap(), *newest, "{node}");
     }
@@ -225,45 +232,43 @@ pub(crate) async fn the_newest_audit_checkpoint_of_a_node_is_known_after_reopeni
     }
 }
 
-pub(crate) async fn an_audit_checkpoint_is_appended_once_and_its_number_is_taken_by_its_note(
-    engine: &impl PublicFactory,
-) {
+pub(crate) async fn audit_checkpoint_with_other_note_is_refused(engine: &impl PublicFactory) {
     let public = engine.public().await;
-    let first = public.append_audit(&audit_of("a", 7)).await.unwrap();
-    assert_eq!(public.append_audit(&audit_of("a", 7)).await.unwrap(), first);
-    public.append_audit(&audit_of("a", 8)).await.unwrap();
+    let first = public.append_audit(&audit_checkpoint("a", 7)).await.unwrap();
+    assert_eq!(public.append_audit(&audit_checkpoint("a", 7)).await.unwrap(), first);
+    public.append_audit(&audit_checkpoint("a", 8)).await.unwrap();
     drop(public);
     for _ in 0..2 {
         let public = engine.public().await;
-        assert_eq!(public.append_audit(&audit_of("a", 7)).await.unwrap(), first);
-        let later = AuditCheckpoint { recorded: 9_999, ..audit_of("a", 7) };
+        assert_eq!(public.append_audit(&audit_checkpoint("a", 7)).await.unwrap(), first);
+        let later = AuditCheckpoint { recorded: 9_999, ..audit_checkpoint("a", 7) };
         assert_eq!(public.append_audit(&later).await.unwrap(), first);
-        let other = AuditCheckpoint { note: b"another".to_vec(), ..audit_of("a", 7) };
+        let other = AuditCheckpoint { note: b"another".to_vec(), ..audit_checkpoint("a", 7) };
         let refused = public.append_audit(&other).await.unwrap_err();
         assert!(
             refused.to_string().contains("the number of audit entries of this node is already in entry 0"),
             "{refused}"
         );
-        let taken = Taken { what: "number of audit entries", index: 0, session: None };
-        assert!(matches!(refused, PublishError::Taken(found) if found == taken));
-        let refused = public.append_audit(&AuditCheckpoint { note: Vec::new(), ..audit_of("a", 9) }).await;
+        let taken = UniquenessConflict { field: "number of audit entries", index: 0, session: None };
+        assert!(matches!(refused, PublishError::Conflict(found) if found == taken));
+        let refused = public.append_audit(&AuditCheckpoint { note: Vec::new(), ..audit_checkpoint("a", 9) }).await;
         assert!(matches!(refused, Err(PublishError::Record(_))), "{refused:?}");
-        assert_eq!(public.newest_audit("a").await.unwrap(), Some((1, audit_of("a", 8))));
+        assert_eq!(public.newest_audit("a").await.unwrap(), Some((1, audit_checkpoint("a", 8))));
     }
 }
 
-pub(crate) async fn of_many_racing_to_append_an_audit_checkpoint_one_wins(engine: &impl PublicFactory) {
+pub(crate) async fn concurrent_audit_checkpoints_one_wins(engine: &impl PublicFactory) {
     let public = engine.public().await;
     let rivals = (0..64u64).map(|n| {
         let public = public.clone();
-        let rival = AuditCheckpoint { note: vec![(n % 2) as u8], recorded: n, ..audit_of("a", 7) };
+        let rival = AuditCheckpoint { note: vec![(n % 2) as u8], recorded: n, ..audit_checkpoint("a", 7) };
         tokio::spawn(async move { (rival.note.clone(), public.append_audit(&rival).await) })
     });
     let (mut won, mut lost) = (Vec::new(), Vec::new());
     for rival in rivals.collect::<Vec<_>>() {
         match rival.await.unwrap() {
             (note, Ok(publication)) => won.push((note, publication)),
-            (note, Err(PublishError::Taken(taken))) => lost.push((note, taken.index)),
+            (note, Err(PublishError::Conflict(taken))) => lost.push((note, taken.index)),
             (_, Err(error)) => panic!("{error}"),
         }
     }

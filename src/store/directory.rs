@@ -1,4 +1,4 @@
-//! The directory of a store: its marker and lock, the room on its disk, and the reserve file.
+//! The directory of a store: marker file, lock, free disk space and reserve file.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
@@ -13,29 +13,29 @@ use serde::{Deserialize, Serialize};
 
 use super::StoreError;
 
-/// Free bytes that are never used up: sled needs about this much to open again (a segment, a snapshot).
-pub(crate) const LAST_ROOM: u64 = 8 << 20;
+/// Free bytes that no write may use: sled needs about this much to reopen (a segment and a snapshot).
+pub(crate) const MIN_FREE_BYTES: u64 = 8 << 20;
 
-/// How long the lock is awaited: after a kill -9 the kernel may hold it for a moment.
-pub(crate) const LOCK_PATIENCE: Duration = Duration::from_secs(5);
-const ROOM_IS_FRESH: Duration = Duration::from_secs(1);
+/// Maximum wait for the lock. After `kill -9` the kernel may hold it for a moment.
+pub(crate) const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
+const FREE_SPACE_TTL: Duration = Duration::from_secs(1);
 const MARKER: &str = "store.toml";
 const RESERVE: &str = "reserve";
 
-/// The calls to the operating system that decide about durability; tests put their own there.
+/// The operating system calls that affect durability. Tests replace them to inject faults.
 pub(crate) trait Fs: Send + Sync {
-    /// Called before a batch is given to sled.
+    /// Called before a batch is applied to sled.
     fn before_apply(&self) -> io::Result<()>;
     /// Makes the data of a file durable.
     fn sync(&self, file: &File) -> io::Result<()>;
-    /// Free bytes where a directory is.
+    /// Free bytes on the disk of a directory.
     fn free(&self, dir: &Path) -> io::Result<u64>;
 }
 
-/// The real calls.
-pub(crate) struct System;
+/// The operating system's implementation.
+pub(crate) struct OsFs;
 
-impl Fs for System {
+impl Fs for OsFs {
     fn before_apply(&self) -> io::Result<()> {
         Ok(())
     }
@@ -53,12 +53,12 @@ impl Fs for System {
 /// How an embedded store uses its disk and memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoreOptions {
-    /// Free bytes below which new devices are refused. Give the public database less than the state store if both are on one
-    /// disk: then what was reserved can still be published when nothing new is admitted.
+    /// Free bytes below which new devices are refused. If the state store and the public database share a disk, give the public
+    /// database a lower floor, so that reserved sessions can still be published when no new device is admitted.
     pub floor_bytes: u64,
-    /// Bytes of the file that is given up when the disk is so full that sled cannot open; 0 for none.
+    /// Size of the reserve file, which is deleted when the disk is too full for sled to open; 0 for none.
     pub reserve_bytes: u64,
-    /// Bytes of sled's page cache.
+    /// Size of sled's page cache in bytes.
     pub cache_bytes: u64,
 }
 
@@ -68,17 +68,17 @@ impl Default for StoreOptions {
     }
 }
 
-/// Which store a directory is.
+/// The type of store in a directory.
 pub(crate) struct StoreKind {
-    /// How errors call it.
+    /// Name in error messages.
     pub(crate) name: &'static str,
-    /// How its marker calls it.
+    /// Name in the marker file.
     pub(crate) marker: &'static str,
-    /// The form of what is in it; another one is refused.
+    /// Storage format version. Other versions are refused.
     pub(crate) format: u32,
 }
 
-/// What `store.toml` says.
+/// The content of `store.toml`.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Marker {
@@ -87,71 +87,72 @@ struct Marker {
     created: u64,
 }
 
-/// A store's directory, locked for this process as long as the value lives.
+/// A store's directory, locked for this process while the value exists.
 pub(crate) struct StoreDir {
     pub(crate) dir: PathBuf,
     pub(crate) options: StoreOptions,
-    pub(crate) door: Arc<dyn Fs>,
+    pub(crate) fs: Arc<dyn Fs>,
     kind: &'static StoreKind,
-    room: Mutex<Option<(Instant, u64)>>,
-    /// Set when the file system cannot make a reserve, so that not every commit tries.
-    no_reserve: AtomicBool,
+    /// Cached free bytes.
+    free_space: Mutex<Option<(Instant, u64)>>,
+    /// Set when the reserve file cannot be created, so that later commits do not retry.
+    reserve_failed: AtomicBool,
     _lock: File,
 }
 
 impl StoreDir {
-    /// Makes the directory. The store in it does not count before [`Self::finish`].
-    pub(crate) fn make(
+    /// Creates the directory. It is not a valid store until [`Self::write_marker`].
+    pub(crate) fn create(
         kind: &'static StoreKind,
         dir: &Path,
         options: &StoreOptions,
-        door: Arc<dyn Fs>,
+        fs: Arc<dyn Fs>,
     ) -> Result<Self, StoreError> {
         if fs::symlink_metadata(dir).is_ok() {
-            return Err(place(format!(
-                "{}: {} exists already and is never overwritten; choose another place, or remove it if an interrupted \
-                 sppctl init left it without {MARKER}",
+            return Err(directory_error(format!(
+                "{}: {} exists and is never overwritten; choose another directory, or delete it if an interrupted sppctl \
+                 init left it without {MARKER}",
                 kind.name,
                 dir.display()
             )));
         }
-        let made = make_dir(dir).and_then(|()| lock_file(dir, true));
-        let lock = made.map_err(|e| place(format!("{}: cannot make {}: {e}", kind.name, dir.display())))?;
-        let place = Self::new(kind, dir, options, door, lock);
-        place.lock()?;
-        Ok(place)
+        let lock = create_dir(dir).and_then(|()| lock_file(dir, true));
+        let lock = lock.map_err(|e| directory_error(format!("{}: cannot create {}: {e}", kind.name, dir.display())))?;
+        let store_dir = Self::new(kind, dir, options, fs, lock);
+        store_dir.lock()?;
+        Ok(store_dir)
     }
 
-    /// Takes over an existing store. Never makes one: a store that is not where it should be is a lost disk or a wrong path,
-    /// and an empty one in its stead would hand out taken identities again.
-    pub(crate) fn take(
+    /// Opens an existing store. Never creates one: a missing store means a missing disk or a wrong path, and an empty store in
+    /// its place would allocate used identities again.
+    pub(crate) fn open(
         kind: &'static StoreKind,
         dir: &Path,
         options: &StoreOptions,
-        door: Arc<dyn Fs>,
+        fs: Arc<dyn Fs>,
     ) -> Result<Self, StoreError> {
         let lock = lock_file(dir, false).map_err(|e| {
-            place(format!(
-                "{}: there is none at {} ({e}); if it was never made, make it with sppctl init; if it was, its disk is \
-                 missing",
+            directory_error(format!(
+                "{}: not found at {} ({e}); create a new store with sppctl init, or mount the disk of the existing one",
                 kind.name,
                 dir.display()
             ))
         })?;
-        let place = Self::new(kind, dir, options, door, lock);
-        place.lock()?;
-        place.check_marker()?;
-        Ok(place)
+        let store_dir = Self::new(kind, dir, options, fs, lock);
+        store_dir.lock()?;
+        store_dir.check_marker()?;
+        Ok(store_dir)
     }
 
-    fn new(kind: &'static StoreKind, dir: &Path, options: &StoreOptions, door: Arc<dyn Fs>, lock: File) -> Self {
+    fn new(kind: &'static StoreKind, dir: &Path, options: &StoreOptions, fs: Arc<dyn Fs>, lock: File) -> Self {
         let (dir, options) = (dir.to_owned(), options.clone());
-        Self { dir, options, door, kind, room: Mutex::default(), no_reserve: AtomicBool::new(false), _lock: lock }
+        let (free_space, reserve_failed) = (Mutex::default(), AtomicBool::new(false));
+        Self { dir, options, fs, kind, free_space, reserve_failed, _lock: lock }
     }
 
-    /// Writes the marker, which makes the directory a store. All else is durable by then: a crash before leaves a
-    /// directory without (or with an empty) marker, which no daemon opens.
-    pub(crate) fn finish(&self) -> Result<(), StoreError> {
+    /// Writes the marker, which makes the directory a valid store. All other files must be durable by then: an earlier crash
+    /// leaves a directory with no marker or an empty one, which no daemon opens.
+    pub(crate) fn write_marker(&self) -> Result<(), StoreError> {
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs());
         let marker = Marker { kind: self.kind.marker.into(), format: self.kind.format, created };
         let text = toml::to_string(&marker).map_err(|e| self.failed("writing the marker", e))?;
@@ -164,20 +165,20 @@ impl StoreDir {
         write().map_err(|e| self.failed("writing the marker", e))
     }
 
-    /// Free bytes, at most a second old.
+    /// Free bytes on the disk, at most one second old.
     pub(crate) fn free(&self) -> Result<u64, StoreError> {
-        let mut room = self.room.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((when, free)) = *room
-            && when.elapsed() < ROOM_IS_FRESH
+        let mut cached = self.free_space.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((when, free)) = *cached
+            && when.elapsed() < FREE_SPACE_TTL
         {
             return Ok(free);
         }
-        let free = self.door.free(&self.dir).map_err(|e| self.failed("asking for the free room", e))?;
-        *room = Some((Instant::now(), free));
+        let free = self.fs.free(&self.dir).map_err(|e| self.failed("reading the free disk space", e))?;
+        *cached = Some((Instant::now(), free));
         Ok(free)
     }
 
-    /// Whether room for a write that needs `floor` free bytes is there.
+    /// Fails with `Full` if fewer than `floor` bytes are free.
     pub(crate) fn admit(&self, floor: u64) -> Result<(), StoreError> {
         match self.free()? {
             free if free < floor => Err(StoreError::Full { store: self.kind.name, free, floor }),
@@ -185,59 +186,59 @@ impl StoreDir {
         }
     }
 
-    /// Makes the reserve file if it is not there and leaves at least the floor. A store without one still works.
-    pub(crate) fn keep_reserve(&self) {
+    /// Creates the reserve file if it is missing and leaves at least the floor free. A store works without one.
+    pub(crate) fn ensure_reserve(&self) {
         let (path, bytes) = (self.dir.join(RESERVE), self.options.reserve_bytes);
         if bytes == 0
-            || self.no_reserve.load(Relaxed)
+            || self.reserve_failed.load(Relaxed)
             || path.exists()
             || self.admit(self.options.floor_bytes.saturating_add(bytes)).is_err()
         {
             return;
         }
-        let made = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path).and_then(|file| {
+        let created = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path).and_then(|file| {
             rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes)?;
             file.sync_all()
         });
-        if let Err(error) = made {
-            tracing::warn!(store = self.kind.name, dir = %self.dir.display(), %error, "no reserve file could be made");
-            self.no_reserve.store(true, Relaxed);
-            // A half-made one reserves nothing. If it cannot go either, the warning above tells of it.
+        if let Err(error) = created {
+            tracing::warn!(store = self.kind.name, dir = %self.dir.display(), %error, "cannot create reserve file");
+            self.reserve_failed.store(true, Relaxed);
+            // A partial file reserves nothing. If removing it fails too, the warning above covers it.
             let _ = fs::remove_file(&path);
         }
     }
 
-    /// Gives the reserve up; whether there was one.
-    pub(crate) fn give_up_reserve(&self) -> bool {
-        let given = fs::remove_file(self.dir.join(RESERVE)).is_ok();
-        if given {
+    /// Deletes the reserve file. Returns whether it existed.
+    pub(crate) fn release_reserve(&self) -> bool {
+        let released = fs::remove_file(self.dir.join(RESERVE)).is_ok();
+        if released {
             tracing::warn!(
                 store = self.kind.name,
                 dir = %self.dir.display(),
-                "the disk is full: the reserve file is given up so that the store can be opened; make room"
+                "disk full: deleted the reserve file to open the store; free disk space"
             );
-            *self.room.lock().unwrap_or_else(PoisonError::into_inner) = None;
+            *self.free_space.lock().unwrap_or_else(PoisonError::into_inner) = None;
         }
-        given
+        released
     }
 
     /// An error that names this store.
-    pub(crate) fn failed(&self, doing: &'static str, cause: impl ToString) -> StoreError {
-        StoreError::Failed { store: self.kind.name, doing, cause: cause.to_string() }
+    pub(crate) fn failed(&self, operation: &'static str, cause: impl ToString) -> StoreError {
+        StoreError::Failed { store: self.kind.name, operation, cause: cause.to_string() }
     }
 
-    /// One process per store. sled's own lock comes later, and what is tidied up before opening needs one already.
+    /// Locks the store for this process. sled locks later, but the cleanup before opening needs the lock already.
     fn lock(&self) -> Result<(), StoreError> {
-        let begun = Instant::now();
+        let start = Instant::now();
         loop {
             match rustix::fs::flock(&self._lock, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => return Ok(()),
-                Err(rustix::io::Errno::WOULDBLOCK) if begun.elapsed() < LOCK_PATIENCE => {
+                Err(rustix::io::Errno::WOULDBLOCK) if start.elapsed() < LOCK_TIMEOUT => {
                     std::thread::sleep(Duration::from_millis(50));
                 }
                 Err(error) => {
-                    return Err(place(format!(
-                        "{}: {} is in use by another process ({error}); only one daemon may use it, stop the other one",
+                    return Err(directory_error(format!(
+                        "{}: {} is in use by another process ({error}); stop the other daemon",
                         self.kind.name,
                         self.dir.display()
                     )));
@@ -254,37 +255,36 @@ impl StoreDir {
             .map_err(|cause| StoreError::Damaged {
                 store: self.kind.name,
                 what: path.display().to_string(),
-                cause: format!("{cause}; an interrupted sppctl init leaves it so"),
+                cause: format!("{cause}; if sppctl init was interrupted, delete the directory and run it again"),
             })?;
         if marker.kind != self.kind.marker {
-            let (dir, found, wanted) = (self.dir.display(), marker.kind, self.kind.marker);
-            return Err(place(format!("{dir} is a store of kind {found:?}, {wanted:?} is needed here")));
+            let (dir, found, expected) = (self.dir.display(), marker.kind, self.kind.marker);
+            return Err(directory_error(format!("{dir} is a store of kind {found:?}; expected {expected:?}")));
         }
         if marker.format != self.kind.format {
-            let (dir, found, known) = (self.dir.display(), marker.format, self.kind.format);
-            return Err(place(format!(
-                "{dir} has format {found}, this version reads {known}; use the matching version"
+            let (dir, found, supported) = (self.dir.display(), marker.format, self.kind.format);
+            return Err(directory_error(format!(
+                "{dir} has format {found}; this version supports {supported}; use the matching version"
             )));
         }
         Ok(())
     }
 }
 
-/// Makes a directory and those above it that are missing, each durable in the one above: without that the whole store may be
-/// gone after a power loss.
-fn make_dir(dir: &Path) -> io::Result<()> {
+/// Creates a directory and its missing parents and syncs each parent. Without the syncs a power loss may remove the whole store.
+fn create_dir(dir: &Path) -> io::Result<()> {
     let parent = match dir.parent() {
         Some(parent) if parent != Path::new("") => parent,
         _ => Path::new("."),
     };
     if !parent.exists() {
-        make_dir(parent)?;
+        create_dir(parent)?;
     }
     DirBuilder::new().mode(0o700).create(dir)?;
     sync_dir(parent)
 }
 
-/// Makes a directory's entries durable.
+/// Syncs the entries of a directory.
 pub(crate) fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
@@ -293,6 +293,6 @@ fn lock_file(dir: &Path, create: bool) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).create_new(create).mode(0o600).open(dir.join(MARKER))
 }
 
-fn place(message: String) -> StoreError {
+fn directory_error(message: String) -> StoreError {
     StoreError::Directory(message)
 }

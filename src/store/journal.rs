@@ -1,61 +1,63 @@
-//! The journal: durable steps of a session, each handing out the proof that the next one needs.
+//! The session journal. Each durable step returns the proof that the next step requires.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use super::production::{ProductionCounts, ProductionSlot};
 use super::secret::PairToReserve;
-use super::session::{Listed, ReserveError, Session, SessionCounts, SessionPlace, SessionState, StateName, StateStore};
+use super::session::{
+    ReserveError, Session, SessionCounts, SessionCursor, SessionSet, SessionState, StateName, StateStore,
+};
 use super::{PublicationReceipt, StoreError};
 use crate::keys::StoredKey;
 use crate::names::{ChipId, DeviceIdentity, SessionId};
 
-/// The state store as the stories see it.
+/// The state store as the request flows use it.
 #[derive(Clone)]
 pub struct Journal(Arc<dyn StateStore>);
 
-/// Proof that a certificate is about to be signed and that the journal knows it: the one thing that allows the signature.
+/// Proof that the journal has recorded the intent to sign a certificate. Signing requires it.
 ///
-/// It is used up by the signature:
+/// The signature consumes it:
 /// ```
 /// # use spp::store::{Intent, Signed};
 /// fn once(intent: Intent, certificate: Vec<u8>) -> Signed {
-///     intent.signed(certificate)
+///     intent.into_signed(certificate)
 /// }
 /// ```
-/// Using it twice does not compile, nor does keeping a copy for later:
+/// Using it twice does not compile, nor does copying it:
 /// ```compile_fail,E0382
 /// # use spp::store::{Intent, Signed};
 /// fn twice(intent: Intent, certificate: Vec<u8>) -> [Signed; 2] {
-///     [intent.signed(certificate.clone()), intent.signed(certificate)]
+///     [intent.into_signed(certificate.clone()), intent.into_signed(certificate)]
 /// }
 /// ```
 /// ```compile_fail,E0599
 /// # use spp::store::Intent;
-/// fn kept(intent: Intent) -> (Intent, Intent) {
+/// fn copied(intent: Intent) -> (Intent, Intent) {
 ///     (intent.clone(), intent)
 /// }
 /// ```
-/// Nothing makes one but the journal:
+/// Only the journal creates one:
 /// ```compile_fail,E0423
 /// # use spp::store::{Intent, Session};
-/// fn made_up(session: Session) -> Intent {
+/// fn forged(session: Session) -> Intent {
 ///     Intent(session)
 /// }
 /// ```
 #[derive(Debug)]
 pub struct Intent(Session);
 
-/// A signature made for an intent, not yet journaled. It goes to [`Journal::issue`] and nowhere else.
+/// A signature made for an intent, not yet journaled. Only [`Journal::issue`] accepts it.
 ///
-/// A signature without an intent cannot become one:
+/// It cannot be created without an intent:
 /// ```compile_fail,E0451
 /// # use spp::store::{Session, Signed};
 /// fn without_intent(session: Session, certificate: Vec<u8>) -> Signed {
 ///     Signed { session, certificate }
 /// }
 /// ```
-/// and outside this program's own rooms the HSM signs nothing at all:
+/// and code outside this crate cannot call the HSM's signing function:
 /// ```compile_fail,E0624
 /// # use spp::{hsm::Hsm, keys::SignatureAlgorithm, names::KeyName};
 /// async fn anything(hsm: &Hsm, key: &KeyName, bytes: &[u8]) {
@@ -68,23 +70,23 @@ pub struct Signed {
     certificate: Vec<u8>,
 }
 
-/// A session whose certificate is signed and journaled: it may be delivered, completed or aborted.
+/// A session whose certificate is signed and journaled. It may be delivered, completed or aborted.
 #[derive(Debug)]
 pub struct Issued {
     session: Session,
     certificate: Vec<u8>,
 }
 
-/// A session whose record is public and journaled as such; its key pair waits to be erased.
+/// A session whose publication is journaled. Its key pair can be erased.
 #[derive(Debug)]
 pub struct Published(Session);
 
-/// A session that may still be given up.
+/// A session that can still be aborted.
 #[derive(Debug)]
 pub enum Abortable {
-    /// Nothing is signed, or no signature was recorded.
+    /// No signature is recorded.
     Intent(Intent),
-    /// Signed, not published.
+    /// Signed but not published.
     Issued(Issued),
 }
 
@@ -94,8 +96,8 @@ impl Intent {
         &self.0
     }
 
-    /// The intent is fulfilled: it is used up, so that nothing is signed twice for it.
-    pub fn signed(self, certificate: Vec<u8>) -> Signed {
+    /// Adds the signed certificate. Consumes the intent, so that each intent yields one certificate.
+    pub fn into_signed(self, certificate: Vec<u8>) -> Signed {
         Signed { session: self.0, certificate }
     }
 }
@@ -106,7 +108,7 @@ impl Issued {
         &self.session
     }
 
-    /// The certificate as it is delivered.
+    /// The certificate as delivered.
     pub fn certificate(&self) -> &[u8] {
         &self.certificate
     }
@@ -120,19 +122,19 @@ impl Published {
 }
 
 impl Journal {
-    /// Stands before an engine.
+    /// Wraps a storage engine.
     pub fn new(engine: Arc<dyn StateStore>) -> Self {
         Self(engine)
     }
 
-    /// Step 4, intend. Once this returns, a crash finds the session with its keys and the bytes to be signed.
+    /// Step 4, intend. Once this returns, the session, its keys and the bytes to be signed survive a crash.
     pub async fn intend(&self, session: Session, pair: Option<&PairToReserve>) -> Result<Intent, ReserveError> {
         assert_eq!(session.state, SessionState::Reserved);
         self.0.reserve(&session, pair).await?;
         Ok(Intent(session))
     }
 
-    /// Step 6, issue. Once this returns, the certificate may leave: every repeat delivers this one.
+    /// Step 6, issue. Once this returns, the certificate may be delivered: every retry delivers the same one.
     pub async fn issue(&self, signed: Signed) -> Result<Issued, StoreError> {
         let Signed { session, certificate } = signed;
         let to = SessionState::Issued { certificate: certificate.clone() };
@@ -140,13 +142,13 @@ impl Journal {
         Ok(Issued { session, certificate })
     }
 
-    /// Notes the publication. The receipt names the session, so it cannot be another one's.
+    /// Journals the publication. The receipt names the session, so it cannot be applied to another one.
     pub async fn publish(&self, receipt: &PublicationReceipt) -> Result<Published, StoreError> {
         let to = SessionState::Published { publication: receipt.publication() };
         self.0.advance(&receipt.session(), StateName::Issued, to).await.map(Published)
     }
 
-    /// Removes the key pair from the secret store. Consumes the proof that the record is public.
+    /// Erases the key pair from the secret store. Consumes the proof that the record is public.
     ///
     /// ```
     /// # use spp::store::{Journal, PublicationReceipt, Session, StoreError};
@@ -154,11 +156,11 @@ impl Journal {
     ///     journal.erase(receipt).await
     /// }
     /// ```
-    /// Only the public database gives that proof:
+    /// Only the public database issues that proof:
     /// ```compile_fail,E0451
     /// # use spp::names::SessionId;
     /// # use spp::store::{Journal, Publication, PublicationReceipt, Session, StoreError};
-    /// async fn made_up(journal: &Journal, session: SessionId, publication: Publication) -> Result<Session, StoreError> {
+    /// async fn forged(journal: &Journal, session: SessionId, publication: Publication) -> Result<Session, StoreError> {
     ///     journal.erase(PublicationReceipt { session, publication }).await
     /// }
     /// ```
@@ -174,7 +176,7 @@ impl Journal {
         self.0.advance(&receipt.session(), StateName::Published, to).await
     }
 
-    /// Gives a session up and destroys its key pair.
+    /// Aborts a session and destroys its key pair.
     pub async fn abort(&self, session: Abortable, at: u64, reason: String) -> Result<Session, StoreError> {
         let (id, from) = match session {
             Abortable::Intent(intent) => (intent.0.id, StateName::Reserved),
@@ -183,37 +185,37 @@ impl Journal {
         self.0.advance(&id, from, SessionState::Aborted { at, reason }).await
     }
 
-    /// A session by name, taken up in the state the journal has.
+    /// Loads a session by ID, with the proof that its journaled state provides.
     pub async fn load(&self, id: &SessionId) -> Result<Option<Loaded>, StoreError> {
-        Ok(self.0.session(id).await?.map(Loaded::of))
+        Ok(self.0.session(id).await?.map(Loaded::from_session))
     }
 
-    /// The newest session of a chip, taken up in the state the journal has.
-    pub async fn load_chip(&self, chip: &ChipId) -> Result<Option<Loaded>, StoreError> {
-        Ok(self.0.session_of_chip(chip).await?.map(Loaded::of))
+    /// Loads the newest session of a chip, with the proof that its journaled state provides.
+    pub async fn load_by_chip(&self, chip: &ChipId) -> Result<Option<Loaded>, StoreError> {
+        Ok(self.0.session_of_chip(chip).await?.map(Loaded::from_session))
     }
 
-    /// The session that holds an identity, to name it in a refusal.
+    /// The session that holds an identity, for error messages.
     pub async fn session_of_identity(&self, identity: &DeviceIdentity) -> Result<Option<Session>, StoreError> {
         self.0.session_of_identity(identity).await
     }
 
     /// The key pair of a session, while it is in the secret store.
-    pub async fn kept_key(&self, session: &SessionId) -> Result<Option<StoredKey>, StoreError> {
-        self.0.kept_key(session).await
+    pub async fn stored_key(&self, session: &SessionId) -> Result<Option<StoredKey>, StoreError> {
+        self.0.stored_key(session).await
     }
 
-    /// Whether the journal knows the session at all.
-    pub async fn knows(&self, session: &SessionId) -> Result<bool, StoreError> {
+    /// Reports whether the journal has the session.
+    pub async fn contains(&self, session: &SessionId) -> Result<bool, StoreError> {
         Ok(self.0.session(session).await?.is_some())
     }
 
     /// All sessions that are not final, oldest first.
     pub async fn unfinished(&self) -> Result<Vec<Loaded>, StoreError> {
-        Ok(self.0.unfinished().await?.into_iter().map(Loaded::of).collect())
+        Ok(self.0.unfinished().await?.into_iter().map(Loaded::from_session).collect())
     }
 
-    /// A session as it is, for people to read.
+    /// A session for display, without proof.
     pub async fn session(&self, id: &SessionId) -> Result<Option<Session>, StoreError> {
         self.0.session(id).await
     }
@@ -221,11 +223,11 @@ impl Journal {
     /// See [`StateStore::sessions`].
     pub async fn sessions(
         &self,
-        which: Listed,
-        after: Option<SessionPlace>,
+        set: SessionSet,
+        after: Option<SessionCursor>,
         limit: usize,
     ) -> Result<Vec<Session>, StoreError> {
-        self.0.sessions(which, after, limit).await
+        self.0.sessions(set, after, limit).await
     }
 
     /// See [`StateStore::sessions_of_chip`].
@@ -248,20 +250,20 @@ impl Journal {
         self.0.counts().await
     }
 
-    /// Free bytes and the floor.
-    pub fn room(&self) -> Result<(u64, u64), StoreError> {
-        self.0.room()
+    /// Free disk space and the configured floor, in bytes.
+    pub fn disk_space(&self) -> Result<(u64, u64), StoreError> {
+        self.0.disk_space()
     }
 }
 
-/// A journaled session, taken up again as the proof that its state is.
+/// A session loaded from the journal, with the proof that its state provides.
 #[derive(Debug)]
 pub enum Loaded {
-    /// Intended, no signature recorded.
+    /// Reserved; no signature is recorded.
     Intent(Intent),
     /// Issued.
     Issued(Issued),
-    /// Published, not erased.
+    /// Published; its key pair is not erased.
     Published(Published),
     /// Erased or aborted.
     Final(Session),
@@ -278,8 +280,8 @@ impl Loaded {
         }
     }
 
-    /// What the journal said of this session. Only the journal calls it, with what the engine gave.
-    fn of(session: Session) -> Self {
+    /// Private, so that only sessions read from the engine become proofs.
+    fn from_session(session: Session) -> Self {
         match session.state.clone() {
             SessionState::Reserved => Self::Intent(Intent(session)),
             SessionState::Issued { certificate } => Self::Issued(Issued { session, certificate }),

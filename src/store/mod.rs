@@ -1,8 +1,8 @@
-//! What must outlive the process: the state store (private) and the public database (permanent, append-only).
+//! Durable storage: the state store (private) and the public database (permanent, append-only).
 //!
-//! The engines know no proofs. [`Journal`] and [`Registry`] stand before them and hand out the proofs by value:
-//! no [`Intent`] without a journaled reservation, no [`PublicationReceipt`] without a durable publication. Their
-//! constructors are private to this room, so a signature or an erasure without its proof does not compile.
+//! [`Journal`] and [`Registry`] wrap the storage engines and return proofs by value: an [`Intent`] requires a journaled
+//! reservation, a [`PublicationReceipt`] requires a durable publication. Proof constructors are private to this module, so
+//! code that signs or erases without the proof does not compile.
 
 pub(crate) mod access;
 mod audit_checkpoint;
@@ -38,74 +38,75 @@ pub use directory::StoreOptions;
 pub use entry::LogEntry;
 pub use fields::RecordError;
 pub use journal::{Abortable, Intent, Issued, Journal, Loaded, Published, Signed};
-pub use production::{HOUR, ProductionCounts, ProductionSlot};
+pub use production::{ProductionCounts, ProductionSlot, SECONDS_PER_HOUR};
 pub use public::{
     InFlightPublication, InFlightPublications, PublicDatabase, Publication, PublicationReceipt, PublishError,
-    PublishedRecord, Registry, RegistryStatus, Taken, WitnessStatus,
+    PublishedRecord, Registry, RegistryStatus, UniquenessConflict, WitnessStatus,
 };
 pub use record::DeviceRecord;
 pub use secret::{
-    Batch, BatchState, BatchStep, CondemnedPair, HeldPair, Holder, KeyStorage, MovedPair, PairCounts, PairId,
-    PairToReserve, PooledPair, Purpose, SecretStore,
+    Batch, BatchPair, BatchState, BatchStep, KeyStorage, PairAssignment, PairCounts, PairId, PairToDestroy,
+    PairToReserve, PooledPair, Purpose, RewrappedPair, SecretStore,
 };
 pub use session::{
-    CertificateToSign, Listed, MasterKeyUse, ReserveError, Session, SessionCounts, SessionPlace, SessionState,
+    CertificateToSign, MasterKeyVersion, ReserveError, Session, SessionCounts, SessionCursor, SessionSet, SessionState,
     StateName, StateStore,
 };
 pub use unique::UniqueKey;
 
-/// A store could not do what was asked. What was acknowledged before still stands.
+/// Why a store operation failed. Earlier acknowledged writes remain durable.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// The disk has less room than the configured floor (new devices), or hardly any (all else); nothing was written.
-    #[error("{store}: only {free} bytes are free and this needs {floor}; make room on the disk")]
+    /// Free disk space is below the limit for the operation; nothing was written. New devices require the configured floor,
+    /// all other writes a small fixed minimum.
+    #[error("{store}: disk full: {free} bytes free, {floor} bytes required; free disk space")]
     Full {
         /// Which store.
         store: &'static str,
         /// Free bytes now.
         free: u64,
-        /// The floor that applies.
+        /// Required free bytes.
         floor: u64,
     },
-    /// The engine failed, or is away and being reopened; whether a write in flight was kept is not known.
-    #[error("{store}: {doing} failed: {cause}")]
+    /// The engine failed or is being reopened. The outcome of a write in progress is unknown.
+    #[error("{store}: {operation} failed: {cause}")]
     Failed {
         /// Which store.
         store: &'static str,
-        /// What was being done.
-        doing: &'static str,
-        /// The engine's words.
+        /// The failed operation.
+        operation: &'static str,
+        /// The engine's error message.
         cause: String,
     },
-    /// A stored value cannot be read: damage, or a newer version wrote it.
-    #[error("{store}: {what} cannot be read: {cause}")]
+    /// A stored value cannot be decoded: it is corrupt, or a newer version wrote it.
+    #[error("{store}: cannot read {what}: {cause}")]
     Damaged {
         /// Which store.
         store: &'static str,
-        /// What was read.
+        /// The value.
         what: String,
-        /// Why not.
+        /// Why it cannot be read.
         cause: String,
     },
-    /// The store is not there (the daemon never creates one), or it already is (`sppctl init` never overwrites one).
+    /// The store directory is missing (the daemon never creates one), or exists already (`sppctl init` never overwrites one).
     #[error("{0}")]
     Directory(String),
-    /// The batch is not in a state that allows the step: a concurrent one was faster.
+    /// The batch's state does not allow the step, usually because a concurrent step came first.
     #[error("batch {batch} {problem}")]
     WrongBatch {
         /// The batch.
         batch: u64,
-        /// What it is.
+        /// Why the step is not allowed.
         problem: String,
     },
-    /// The session is in another state than the step needs: a concurrent call was faster.
-    #[error("session {session} is {found:?}, this step needs {needed:?}")]
-    OtherState {
+    /// The session's state does not allow the step, usually because a concurrent call came first.
+    #[error("session {session} is in state {found:?}; the step requires {needed:?}")]
+    WrongState {
         /// The session.
         session: crate::names::SessionId,
-        /// The state it has.
+        /// Its current state.
         found: StateName,
-        /// The state it should have.
+        /// The required state.
         needed: StateName,
     },
 }

@@ -1,51 +1,51 @@
-//! What was produced when, where and of what: numbers that the state store keeps beside the sessions.
+//! Production statistics per hour, station and profile, which the state store updates together with the sessions.
 
 use serde::{Deserialize, Serialize};
 
 use super::session::{Session, SessionState};
 use crate::names::{ProfileName, StationName};
 
-/// Seconds of an hour, the finest time of which production is told.
-pub const HOUR: u64 = 3600;
+/// Seconds per hour, the resolution of production statistics.
+pub const SECONDS_PER_HOUR: u64 = 3600;
 
-/// Devices of one profile, at the station that opened their sessions, in one hour.
+/// Key of a row: one hour, one station, one profile.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ProductionSlot {
     /// Hours since the Unix epoch.
     pub hour: u64,
-    /// Who opened the sessions, also where another station took over.
+    /// The station that opened the sessions, even if another station continued them.
     pub station: StationName,
-    /// What the products get.
+    /// The product's profile.
     pub profile: ProfileName,
 }
 
 impl ProductionSlot {
-    /// Where an act on a session counts that happened at `at`, seconds since the Unix epoch.
+    /// The row for an event of a session at `at`, seconds since the Unix epoch.
     pub(super) fn of(session: &Session, at: u64) -> Self {
-        Self { hour: at / HOUR, station: session.station.clone(), profile: session.profile.clone() }
+        Self { hour: at / SECONDS_PER_HOUR, station: session.station.clone(), profile: session.profile.clone() }
     }
 }
 
-/// What happened to devices.
+/// Number of devices per outcome.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProductionCounts {
-    /// Sessions that were opened.
+    /// Sessions opened.
     pub begun: u64,
-    /// Records that were published.
+    /// Records published.
     pub completed: u64,
-    /// Sessions that were given up or expired.
+    /// Sessions aborted or expired.
     pub aborted: u64,
 }
 
 impl ProductionCounts {
-    /// Adds others.
+    /// Adds `more` to the counts.
     pub const fn add(&mut self, more: Self) {
         self.begun += more.begun;
         self.completed += more.completed;
         self.aborted += more.aborted;
     }
 
-    /// What reaching a state counts, and when it happened; nothing for the steps between.
+    /// The counts to add for reaching the session's current state, and the time of that event. `None` for intermediate states.
     pub(super) fn of_reaching(session: &Session) -> Option<(u64, Self)> {
         let none = Self::default();
         match &session.state {

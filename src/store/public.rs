@@ -1,4 +1,4 @@
-//! The public database's trait, and the receipt that proves a publication.
+//! The trait of the public database, and the receipt that proves a publication.
 
 use std::fmt;
 use std::sync::Arc;
@@ -13,30 +13,30 @@ use crate::keys::sha256;
 use crate::names::{ChipId, DeviceIdentity, SessionId};
 use crate::tlog::{LogProof, SignedCheckpoint, TileId};
 
-/// Where an entry stands.
+/// The position and hash of a published entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Publication {
-    /// Its place among all entries, counted from 0.
+    /// Index in the log, from 0.
     pub index: u64,
-    /// SHA-256 of its bytes.
+    /// SHA-256 of the encoded entry.
     pub record_hash: [u8; 32],
     /// Seconds since the Unix epoch.
     pub published: u64,
 }
 
-/// A record as it is in the public database.
+/// A record of the public database.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PublishedRecord {
-    /// What it says.
+    /// The decoded record.
     pub record: DeviceRecord,
-    /// Its bytes, as they are stored and hashed.
+    /// The encoded record, as stored and hashed.
     pub bytes: Vec<u8>,
-    /// Where it stands.
+    /// Its position and hash.
     pub publication: Publication,
 }
 
 impl PublishedRecord {
-    /// The record in these bytes, at that place.
+    /// Decodes the record at an index.
     pub fn from_bytes(index: u64, bytes: Vec<u8>) -> Result<Self, RecordError> {
         let record = DeviceRecord::from_bytes(&bytes)?;
         let publication = Publication { index, record_hash: sha256(&bytes), published: record.published };
@@ -44,22 +44,22 @@ impl PublishedRecord {
     }
 }
 
-/// Which of the unique values of an entry is taken, by which entry.
+/// A unique value that another entry already has.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Taken {
+pub struct UniquenessConflict {
     /// `chip ID`, `identity`, `certificate serial`, `public key` or `session`; `number of audit entries` for an audit checkpoint.
-    pub what: &'static str,
-    /// The index of the entry that has it.
+    pub field: &'static str,
+    /// Index of the entry that has it.
     pub index: u64,
-    /// The session that made it, if it is a device's record.
+    /// The session of that entry, if it is a device record.
     pub session: Option<SessionId>,
 }
 
-impl fmt::Display for Taken {
+impl fmt::Display for UniquenessConflict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.session {
-            Some(session) => write!(f, "the {} is already in record {} of session {session}", self.what, self.index),
-            None => write!(f, "the {} of this node is already in entry {}, with another note", self.what, self.index),
+            Some(session) => write!(f, "the {} is already in record {} of session {session}", self.field, self.index),
+            None => write!(f, "the {} of this node is already in entry {}, with another note", self.field, self.index),
         }
     }
 }
@@ -67,140 +67,139 @@ impl fmt::Display for Taken {
 /// Why an entry was not published.
 #[derive(Debug, thiserror::Error)]
 pub enum PublishError {
-    /// A unique value is in another entry already.
+    /// Another entry already has a unique value of this entry.
     #[error("{0}")]
-    Taken(Taken),
+    Conflict(UniquenessConflict),
     /// The entry cannot be encoded or is too large.
     #[error(transparent)]
     Record(#[from] RecordError),
     /// The checkpoint could not be signed; nothing was written.
-    #[error("the log's checkpoint could not be signed: {0}")]
+    #[error("cannot sign the log's checkpoint: {0}")]
     Unsigned(String),
-    /// The store failed; whether the entry is in is not known, and publishing it again is safe.
+    /// The store failed. Whether the entry was published is unknown; publishing it again is safe.
     #[error(transparent)]
     Store(#[from] StoreError),
 }
 
-/// Somebody is about to publish. Records share a checkpoint, so a log waits a moment for those that are on the way, and for nobody
-/// else.
+/// Counts publications in flight. Records share a checkpoint, so the log waits briefly for these before it signs one.
 #[derive(Debug, Default)]
 pub struct InFlightPublications {
     count: AtomicUsize,
-    fewer: Notify,
+    decreased: Notify,
 }
 
 impl InFlightPublications {
-    /// One more is on the way, until the value is dropped.
+    /// Counts one more publication until the returned value is dropped.
     pub fn reserve_slot(self: &Arc<Self>) -> InFlightPublication {
         self.count.fetch_add(1, Ordering::SeqCst);
         InFlightPublication(Arc::clone(self))
     }
 
-    /// How many are on the way.
+    /// Number of publications in flight.
     pub fn count(&self) -> usize {
         self.count.load(Ordering::SeqCst)
     }
 
-    /// Resolves when there are fewer than before.
-    pub async fn fewer(&self) {
-        self.fewer.notified().await;
+    /// Resolves when the number decreases.
+    pub async fn wait_for_decrease(&self) {
+        self.decreased.notified().await;
     }
 }
 
-/// A place among those on the way.
+/// One publication in flight.
 #[derive(Debug)]
 pub struct InFlightPublication(Arc<InFlightPublications>);
 
 impl Drop for InFlightPublication {
     fn drop(&mut self) {
         self.0.count.fetch_sub(1, Ordering::SeqCst);
-        self.0.fewer.notify_one();
+        self.0.decreased.notify_one();
     }
 }
 
-/// The permanent public database: append-only, there is no update and no delete. It is a transparency log, so that nobody need
-/// believe it: each record is an entry, and a signed checkpoint covers it before its publication is acknowledged. Checkpoints of the
-/// daemon's audit log are entries, too: what cannot be taken back here tells how long that one must be.
+/// The permanent, append-only public database. It is a transparency log that requires no trust: each record is an entry, and a
+/// signed checkpoint covers the entry before its publication is acknowledged. Checkpoints of the daemon's audit log are entries
+/// too, which makes truncation of the audit log detectable.
 ///
-/// Trust: whoever controls it can withhold entries; not alter, remove or reorder one unnoticed.
-/// Every append is on the disk, power loss included, before the call returns.
+/// Trust: an attacker who controls it can withhold entries, but cannot alter, remove or reorder them undetected.
+/// Every append survives power loss once the call returns.
 #[async_trait]
-#[expect(clippy::len_without_is_empty, reason = "a database is asked how many records it has, not whether it is empty")]
+#[expect(clippy::len_without_is_empty, reason = "callers need the number of records, not whether it is zero")]
 pub trait PublicDatabase: Send + Sync {
-    /// Appends a record whose chip ID, identity, certificate serial and public key are each new. A record of the same session
-    /// that differs in nothing but its time is the same record: its first publication is the answer. With any other
-    /// difference it is `Taken`: a session has one record. A new record is refused with `Full` below the disk's floor.
+    /// Appends a record whose chip ID, identity, certificate serial and public key are each new. Publishing a record of the same
+    /// session that differs only in its time returns the first publication. Any other difference is a `Conflict`, because a
+    /// session has one record. Fails with `Full` below the disk space floor.
     async fn publish(&self, record: &DeviceRecord) -> Result<Publication, PublishError>;
 
-    /// Appends a checkpoint of an audit log. One of the same node, number of entries and note is the same checkpoint: its first
-    /// publication is the answer. With another note it is `Taken`. Refused with `Full` below the disk's floor, as a record is.
+    /// Appends a checkpoint of an audit log. Appending a checkpoint with the same node, entry count and note returns the first
+    /// publication; another note is a `Conflict`. Fails with `Full` below the disk space floor.
     async fn append_audit(&self, checkpoint: &AuditCheckpoint) -> Result<Publication, PublishError>;
 
-    /// Tells that a record is on the way; for as long as the value lives.
+    /// Announces a publication in flight, until the returned value is dropped.
     fn reserve_slot(&self) -> InFlightPublication;
 
-    /// The newest record with that value.
+    /// The newest record with a key.
     async fn find(&self, key: &UniqueKey) -> Result<Option<PublishedRecord>, StoreError>;
 
-    /// The record at that place; `None` if there is no entry, or one that is no record.
+    /// The record at an index; `None` if the entry is missing or is not a record.
     async fn record(&self, index: u64) -> Result<Option<PublishedRecord>, StoreError>;
 
-    /// The record that was published last.
+    /// The newest record.
     async fn newest(&self) -> Result<Option<PublishedRecord>, StoreError>;
 
-    /// The audit checkpoint of that node that was appended last, and its place.
+    /// The index and content of a node's newest audit checkpoint.
     async fn newest_audit(&self, node: &str) -> Result<Option<(u64, AuditCheckpoint)>, StoreError>;
 
-    /// How many records there are. The tree has more entries if there are audit checkpoints among them.
+    /// Number of records. The log has more entries if it contains audit checkpoints.
     async fn len(&self) -> Result<u64, StoreError>;
 
-    /// How it is.
+    /// Current status.
     fn status(&self) -> RegistryStatus;
 
-    /// The newest checkpoint that is published: it covers every acknowledged entry, unless witnesses are asked, whose cosignatures it
-    /// waits for a moment. Never an older one than before. `None` before the first one could be signed.
+    /// The newest published checkpoint, never older than a previous answer. It covers every acknowledged entry, except while new
+    /// entries briefly wait for witness cosignatures. `None` until the first checkpoint is signed.
     async fn checkpoint(&self) -> Result<Option<SignedCheckpoint>, StoreError>;
 
-    /// The proof that the entry at that place, whatever it is, is in the tree of the newest checkpoint; `None` if there is none.
+    /// The inclusion proof of the entry at an index in the tree of the newest checkpoint; `None` if there is no such entry.
     async fn prove(&self, index: u64) -> Result<Option<LogProof>, StoreError>;
 
-    /// The proof that the entry at that place is in the tree of the first checkpoint that covered it: the same whenever it is asked
-    /// for. `None` if there is no such entry.
+    /// The inclusion proof of the entry at an index in the tree of the first checkpoint that covered it; it never changes.
+    /// `None` if there is no such entry.
     async fn receipt(&self, index: u64) -> Result<Option<LogProof>, StoreError>;
 
-    /// A tile or an entry bundle of the log; `None` if there are not so many hashes or entries.
+    /// A tile or entry bundle of the log; `None` if the log is too small.
     async fn tile(&self, tile: TileId) -> Result<Option<Vec<u8>>, StoreError>;
 }
 
-/// How the public database is.
+/// Status of the public database.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RegistryStatus {
-    /// Why nothing can be published, if so.
-    pub publishing_trouble: Option<String>,
-    /// Why no record can be looked up, if so.
-    pub reading_trouble: Option<String>,
-    /// Checkpoints that were signed since the start; entries that came together share one.
+    /// Why publishing is unavailable.
+    pub publish_error: Option<String>,
+    /// Why lookups are unavailable.
+    pub read_error: Option<String>,
+    /// Checkpoints signed since the start. Concurrent entries share one.
     pub batches: u64,
-    /// The witnesses that are asked to cosign.
+    /// The configured witnesses.
     pub witnesses: Vec<WitnessStatus>,
 }
 
-/// How a witness is.
+/// Status of a witness.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WitnessStatus {
     /// Its name.
     pub name: String,
-    /// The size of the largest tree that it has cosigned.
+    /// Size of the largest tree it has cosigned.
     pub size: u64,
-    /// Why it did not cosign the last one, if so.
+    /// Why its last cosignature failed.
     pub trouble: Option<String>,
 }
 
-/// The public database as the stories see it.
+/// The public database as the request flows use it.
 #[derive(Clone)]
 pub struct Registry(Arc<dyn PublicDatabase>);
 
-/// Proof that a session's record is durably public: the one thing that allows its key pair to be erased.
+/// Proof that a session's record is durably public. Erasing the session's key pair requires it.
 #[derive(Debug)]
 pub struct PublicationReceipt {
     session: SessionId,
@@ -208,31 +207,31 @@ pub struct PublicationReceipt {
 }
 
 impl PublicationReceipt {
-    /// Whose.
+    /// The session.
     pub const fn session(&self) -> SessionId {
         self.session
     }
 
-    /// Where.
+    /// The publication.
     pub const fn publication(&self) -> Publication {
         self.publication
     }
 }
 
 impl Registry {
-    /// Stands before an engine.
+    /// Wraps a storage engine.
     pub fn new(engine: Arc<dyn PublicDatabase>) -> Self {
         Self(engine)
     }
 
-    /// Publishes a record. Repeating it is safe and gives the same receipt.
+    /// Publishes a record. Repeating the call is safe and returns the same receipt.
     pub async fn publish(&self, record: &DeviceRecord) -> Result<PublicationReceipt, PublishError> {
         let publication = self.0.publish(record).await?;
         Ok(PublicationReceipt { session: record.session, publication })
     }
 
-    /// The receipt of a session whose record is public already: what a crash between publication and journal left.
-    pub async fn receipt_of(
+    /// The receipt of a session whose record is already public, for recovery from a crash between publication and journaling.
+    pub async fn find_receipt(
         &self,
         chip: &ChipId,
         session: SessionId,
@@ -256,11 +255,11 @@ impl Registry {
         self.0.find(&UniqueKey::of_identity(identity)).await
     }
 
-    /// Who has a public key already, if anybody has.
-    pub async fn taker_of_public_key(&self, spki: &[u8]) -> Result<Option<Taken>, StoreError> {
+    /// The record that already has a public key, if any.
+    pub async fn public_key_conflict(&self, spki: &[u8]) -> Result<Option<UniquenessConflict>, StoreError> {
         let found = self.0.find(&UniqueKey::of_public_key(spki)).await?;
-        Ok(found.map(|PublishedRecord { record, publication, .. }| Taken {
-            what: "public key",
+        Ok(found.map(|PublishedRecord { record, publication, .. }| UniquenessConflict {
+            field: "public key",
             index: publication.index,
             session: Some(record.session),
         }))
@@ -276,7 +275,7 @@ impl Registry {
         self.0.newest().await
     }
 
-    /// See [`PublicDatabase::append_audit`]. Repeating it is safe and gives the same answer.
+    /// See [`PublicDatabase::append_audit`]. Repeating the call is safe and returns the same publication.
     pub async fn append_audit(&self, checkpoint: &AuditCheckpoint) -> Result<Publication, PublishError> {
         self.0.append_audit(checkpoint).await
     }
@@ -286,7 +285,7 @@ impl Registry {
         self.0.newest_audit(node).await
     }
 
-    /// How many records there are.
+    /// Number of records.
     pub async fn count(&self) -> Result<u64, StoreError> {
         self.0.len().await
     }

@@ -1,4 +1,4 @@
-//! The secret store: pairs that wait for a device, in batches, and the trait of its engines.
+//! The secret store: batches of key pairs, and the trait that storage engines implement.
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
@@ -7,71 +7,71 @@ use super::StoreError;
 use crate::keys::{BatchName, KeyKind, StoreId, StoredKey, TokenPair};
 use crate::names::SessionId;
 
-/// What a batch's pairs are for.
+/// What the pairs of a batch are used for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Purpose {
-    /// Made on the spot for one session each.
+    /// Generated on demand, one per session.
     Sessions,
-    /// Made in advance, of one kind.
+    /// Generated in advance, all of one kind.
     Pool(KeyKind),
 }
 
-/// How a batch keeps its pairs.
+/// Where the private keys of a batch are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum KeyStorage {
-    /// Here, wrapped under the batch's key in the HSM.
+    /// In this store, wrapped under the batch key in the HSM.
     Wrapped,
-    /// As objects of the token.
+    /// On the token, as PKCS#11 objects.
     Hsm,
 }
 
-/// How far a batch is: `Planned → Open → Sealed → Emptied`, then forgotten.
+/// The state of a batch: `Planned → Open → Sealed → Emptied`, then deleted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum BatchState {
-    /// Its key is being made on the token; nothing is wrapped under it.
+    /// The batch key is being generated on the token; nothing is wrapped under it.
     Planned,
-    /// It takes pairs.
+    /// Accepts new pairs.
     Open,
-    /// It takes no more pairs; those in it may be used.
+    /// Accepts no new pairs; its pairs may be used.
     Sealed,
-    /// It has no pair and will have none: its key may be destroyed.
+    /// Has no pairs and accepts none: the batch key may be destroyed.
     Emptied,
 }
 
-/// A batch: pairs that share a key in the HSM, and with it their end.
+/// Key pairs that share one batch key in the HSM. Destroying that key shreds all of them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Batch {
-    /// Counted from 1, never used twice.
+    /// Batch number, from 1, never reused.
     pub number: u64,
-    /// What its pairs are for.
+    /// What its pairs are used for.
     pub purpose: Purpose,
-    /// How they are kept.
-    pub keeping: KeyStorage,
-    /// How far it is.
+    /// Where its private keys are stored.
+    pub storage: KeyStorage,
+    /// Its state.
     pub state: BatchState,
-    /// Why none of its pairs is offered, if so.
+    /// Why its pairs are not offered, if the batch is quarantined.
     pub quarantined: Option<String>,
-    /// Seconds since the Unix epoch.
+    /// When it was planned, seconds since the Unix epoch.
     pub created: u64,
-    /// Pairs that were ever put in.
-    pub taken_in: u64,
-    /// Pairs that wait for a device.
+    /// Pairs ever added, including moved ones.
+    pub pairs_added: u64,
+    /// Pairs not yet assigned to a session.
     pub ready: u64,
     /// Pairs of sessions that are not final.
     pub reserved: u64,
-    /// When the first pair was erased of those that the batch's key can still open; seconds since the Unix epoch.
-    pub erased_since: Option<u64>,
+    /// When the first wrapped pair was erased, seconds since the Unix epoch. The batch key can still unwrap old copies of it.
+    pub first_erased: Option<u64>,
 }
 
 impl Batch {
-    /// Whether no pair is left in it.
-    pub const fn is_used_up(&self) -> bool {
+    /// Reports whether no pair is left in it.
+    pub const fn has_no_pairs(&self) -> bool {
         self.ready == 0 && self.reserved == 0
     }
 
-    /// Pairs that may be offered.
-    pub const fn offered(&self) -> u64 {
+    /// Number of pairs that may be assigned to sessions.
+    pub const fn available(&self) -> u64 {
         match (&self.quarantined, self.state) {
             (None, BatchState::Open | BatchState::Sealed) => self.ready,
             _ => 0,
@@ -79,131 +79,130 @@ impl Batch {
     }
 }
 
-/// What happens to a batch as a whole.
+/// A state change of a batch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum BatchStep {
-    /// Its key is on the token: `Planned → Open`.
+    /// The batch key is on the token: `Planned → Open`.
     Open,
     /// `Open → Sealed`.
     Seal,
-    /// `Open | Sealed → Emptied`, of a batch without any pair, here or on the token.
+    /// `Open | Sealed → Emptied`. Requires that no pair is left, here or on the token.
     Empty,
-    /// None of its pairs is offered any more. The first reason stays.
+    /// Stops offering its pairs. The first reason is retained.
     Quarantine(String),
-    /// Its ready pairs are given up, those of sessions are not.
+    /// Discards its ready pairs. Pairs of sessions stay.
     Discard,
 }
 
-/// A pair's place in the secret store. Pairs are offered in this order: the oldest batch is used up first.
+/// Identifies a ready pair. Pairs are offered in this order, so that the oldest batch is used first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct PairId {
     /// Its batch.
     pub batch: u64,
-    /// Its number in the batch, counted from 0.
+    /// Its number in the batch, from 0.
     pub number: u64,
 }
 
-/// A pair that waits for a device.
+/// A ready pair of a pool.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PooledPair {
     /// SubjectPublicKeyInfo in DER.
     pub public_key: Vec<u8>,
-    /// Its private half.
-    pub kept: StoredKey,
+    /// The private key, wrapped or on the token.
+    pub private_key: StoredKey,
 }
 
-/// The pair that a new session takes.
+/// The pair to assign to a new session.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PairToReserve {
-    /// Made for it and wrapped under the key of a batch for sessions.
-    Made {
-        /// Which batch.
+    /// Generated for the session and wrapped under the key of a batch for sessions.
+    OnDemand {
+        /// The batch number.
         batch: u64,
-        /// The wrapped bytes.
+        /// The wrapped private key.
         blob: Vec<u8>,
     },
-    /// Made in advance.
+    /// Taken from a pool.
     Pooled(PairId),
 }
 
-/// A pair of a batch, whoever has it.
+/// A pair of a batch, ready or assigned to a session.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct HeldPair {
-    /// Who has it.
-    pub holder: Holder,
+pub struct BatchPair {
+    /// Ready, or assigned to a session.
+    pub assignment: PairAssignment,
     /// SubjectPublicKeyInfo in DER.
     pub public_key: Vec<u8>,
-    /// Its private half.
-    pub kept: StoredKey,
+    /// The private key, wrapped or on the token.
+    pub private_key: StoredKey,
 }
 
-/// Who has a pair.
+/// Whether a pair is ready or assigned to a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Holder {
-    /// It waits for a device.
+pub enum PairAssignment {
+    /// Not assigned.
     Ready(PairId),
-    /// A session that is not final.
+    /// Assigned to a session that is not final.
     Session(SessionId),
 }
 
-/// A pair that is wrapped under the key of another batch now.
+/// A pair rewrapped under the key of another batch.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct MovedPair {
-    /// Who had it when it was wrapped.
-    pub holder: Holder,
-    /// The new wrapped bytes.
+pub struct RewrappedPair {
+    /// Its assignment when it was rewrapped.
+    pub assignment: PairAssignment,
+    /// The private key, wrapped under the new batch key.
     pub blob: Vec<u8>,
 }
 
-/// A pair on the token that is erased here and must be destroyed there.
+/// A pair that is erased from this store but must still be destroyed on the token.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct CondemnedPair {
-    /// Its kind.
+pub struct PairToDestroy {
+    /// Its key kind.
     pub kind: KeyKind,
-    /// Which.
+    /// Its token objects.
     pub pair: TokenPair,
 }
 
-/// Pairs of one kind since the store was made.
+/// Number of pairs of one kind since the store was created.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PairCounts {
-    /// Put into pools.
+    /// Added to pools.
     pub made: u64,
-    /// Reserved for a session.
+    /// Assigned to sessions.
     pub reserved: u64,
-    /// Given up by an officer, unused: those of quarantined batches.
+    /// Discarded unused by an officer, from quarantined batches.
     pub discarded: u64,
 }
 
-/// The secret store: the part of the state store that holds key pairs, every private half wrapped by the HSM or inside it.
+/// The part of the state store that holds key pairs. Every private key is wrapped by the HSM or stored in it.
 ///
-/// Trust: whoever controls it can withhold pairs or put old ones back, and read none without the HSM.
-/// Every write is on the disk, power loss included, before the call returns.
+/// Trust: an attacker who controls it can withhold pairs or restore old ones, but cannot read them without the HSM.
+/// Every write survives power loss once the call returns.
 #[async_trait]
 pub trait SecretStore: Send + Sync {
-    /// The store's name on tokens, made with the store and the same for ever; and the highest number of a batch so far.
+    /// The store's permanent identifier on tokens, and the highest batch number so far.
     async fn origin(&self) -> Result<(StoreId, u64), StoreError>;
 
-    /// All batches, oldest first; a few hundred at most.
+    /// All batches, oldest first. A store has at most a few hundred.
     async fn batches(&self) -> Result<Vec<Batch>, StoreError>;
 
-    /// A new batch in state `Planned`. Its number is higher than that of any batch before, and higher than `above`: what a
-    /// token knows of a later life of this store.
-    async fn plan_batch(&self, purpose: Purpose, keeping: KeyStorage, at: u64, above: u64)
+    /// Creates a batch in state `Planned`. Its number is higher than all earlier ones and higher than `above`, the highest
+    /// number on the tokens, which exceeds the store's own after an old copy of the store was restored.
+    async fn plan_batch(&self, purpose: Purpose, storage: KeyStorage, at: u64, above: u64)
     -> Result<Batch, StoreError>;
 
-    /// Takes a batch a step further. A step that was taken already is answered as it was; one that the batch's state does not
-    /// allow is `WrongBatch`.
+    /// Changes the state of a batch. Repeating a step is a no-op. Fails with `WrongBatch` if the state does not allow the step.
     async fn step_batch(&self, number: u64, step: BatchStep) -> Result<Batch, StoreError>;
 
-    /// Forgets a batch that is `Planned` or `Emptied`, and every byte that was wrapped under its key: they are overwritten
-    /// where the engine can do that. A batch that is not there is forgotten already.
-    async fn forget_batch(&self, number: u64) -> Result<(), StoreError>;
+    /// Deletes a batch in state `Planned` or `Emptied` and all bytes wrapped under its key, overwriting them if the engine
+    /// can. Deleting a missing batch is a no-op.
+    async fn delete_batch(&self, number: u64) -> Result<(), StoreError>;
 
-    /// Puts pairs into an open batch for a pool. Refused with `Full` below the disk's floor.
+    /// Adds pairs to an open batch of a pool. Fails with `Full` below the disk space floor.
     async fn add_pairs(&self, batch: u64, pairs: Vec<PooledPair>) -> Result<Batch, StoreError>;
 
-    /// Pairs of a kind that may be offered, in their order, after that one.
+    /// Up to `limit` available pairs of a kind, in order, after pair `after`.
     async fn ready_pairs(
         &self,
         kind: KeyKind,
@@ -211,24 +210,24 @@ pub trait SecretStore: Send + Sync {
         limit: usize,
     ) -> Result<Vec<(PairId, PooledPair)>, StoreError>;
 
-    /// Pairs of a batch, at most so many: those of sessions first, then those that are ready.
-    async fn pairs_of_batch(&self, batch: u64, limit: usize) -> Result<Vec<HeldPair>, StoreError>;
+    /// Up to `limit` pairs of a batch: pairs of sessions first, then ready ones.
+    async fn pairs_of_batch(&self, batch: u64, limit: usize) -> Result<Vec<BatchPair>, StoreError>;
 
-    /// Moves pairs to an open batch of the same purpose. Those whose holder has changed meanwhile are left where they are.
-    /// Answers how many were moved.
-    async fn move_pairs(&self, from: u64, to: u64, pairs: Vec<MovedPair>) -> Result<u64, StoreError>;
+    /// Moves pairs to an open batch of the same purpose and returns how many it moved. Pairs whose assignment has changed since
+    /// they were rewrapped stay.
+    async fn move_pairs(&self, from: u64, to: u64, pairs: Vec<RewrappedPair>) -> Result<u64, StoreError>;
 
-    /// Pairs on the token that are to be destroyed there, at most so many.
-    async fn condemned(&self, limit: usize) -> Result<Vec<CondemnedPair>, StoreError>;
+    /// Up to `limit` pairs that must be destroyed on the token.
+    async fn pairs_to_destroy(&self, limit: usize) -> Result<Vec<PairToDestroy>, StoreError>;
 
-    /// A condemned pair is gone from the token.
-    async fn destroyed(&self, pair: &TokenPair) -> Result<(), StoreError>;
+    /// Records that a pair was destroyed on the token.
+    async fn confirm_destroyed(&self, pair: &TokenPair) -> Result<(), StoreError>;
 
-    /// Pairs of a kind since the store was made.
+    /// Pair counts of a kind since the store was created.
     async fn pair_counts(&self, kind: KeyKind) -> Result<PairCounts, StoreError>;
 }
 
-/// A batch of that store by its number.
+/// The name of a batch on tokens.
 pub(super) const fn name_of(store: StoreId, number: u64) -> BatchName {
     BatchName { store, number }
 }

@@ -1,4 +1,4 @@
-//! A session as the journal keeps it, and the trait of the state store.
+//! Sessions as stored in the journal, and the trait of the state store.
 
 use std::ops::Range;
 
@@ -13,85 +13,85 @@ use crate::access::Exceeded;
 use crate::keys::{SignatureAlgorithm, StoredKey};
 use crate::names::{ChipId, DeviceIdentity, KeyName, ProfileName, SessionId, StationName};
 
-/// One device's way, as journaled. Contains no secret: key pairs are in the secret store, wrapped.
+/// One device's passage through the SPP. Contains no secrets: key pairs are in the secret store, wrapped.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Session {
-    /// Its name.
+    /// The session ID.
     pub id: SessionId,
-    /// The chip.
+    /// The chip ID.
     pub chip: ChipId,
     /// The identity that the certificate binds to the chip.
     pub identity: DeviceIdentity,
-    /// What the product gets.
+    /// The product's profile.
     pub profile: ProfileName,
-    /// Who opened it.
+    /// The station that opened the session.
     pub station: StationName,
-    /// Seconds since the Unix epoch.
+    /// When the session was opened, seconds since the Unix epoch.
     pub created: u64,
-    /// Seconds since the Unix epoch; after that the key pair is destroyed.
+    /// When the session expires and its key pair is destroyed, seconds since the Unix epoch.
     pub expires: u64,
-    /// The device's public key, SubjectPublicKeyInfo in DER; none for profiles without a key pair.
+    /// The device's public key, SubjectPublicKeyInfo in DER; `None` for profiles without a key pair.
     pub public_key: Option<Vec<u8>>,
-    /// Whether the device made its own pair (CSR), so that there is none in the secret store.
+    /// Whether the device generated its own pair (CSR), so that the secret store has none.
     pub own_key_pair: bool,
-    /// SHA-256 of the chip's transport public key, if the package is sealed to it: a repeat is sealed to the same key or refused.
+    /// SHA-256 of the chip's transport public key, if the package is sealed to it. A retry with another key is refused.
     pub sealed_to: Option<[u8; 32]>,
-    /// SHA-256 of what else decides the package's bytes: the profile's symmetric keys and the issuer's chain. A repeat after
-    /// these were changed could not give the same package, so it is refused.
+    /// SHA-256 of the other inputs of the package: the profile's symmetric keys and the issuer's chain. A retry after these
+    /// changed could not reproduce the package, so it is refused.
     pub recipe: [u8; 32],
-    /// From which master key the symmetric keys are derived.
-    pub master_key: Option<MasterKeyUse>,
-    /// The certificate that will be signed, exactly these bytes.
+    /// The master key from which the symmetric keys are derived.
+    pub master_key: Option<MasterKeyVersion>,
+    /// The certificate to sign.
     pub certificate: CertificateToSign,
-    /// How far it is.
+    /// The session's state.
     pub state: SessionState,
 }
 
 impl Session {
-    /// Whether its time is over. `now` in seconds since the Unix epoch.
+    /// Reports whether the session has expired at `now`, seconds since the Unix epoch.
     pub const fn has_expired(&self, now: u64) -> bool {
         self.expires <= now
     }
 
-    /// Where it stands in a list.
-    pub const fn place(&self) -> SessionPlace {
-        SessionPlace { created: self.created, id: self.id }
+    /// The session's position in listings.
+    pub const fn cursor(&self) -> SessionCursor {
+        SessionCursor { created: self.created, id: self.id }
     }
 }
 
-/// Where a list of sessions is gone on with: behind this one.
+/// A position in a listing: the next page starts after this session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct SessionPlace {
+pub struct SessionCursor {
     /// When the session was opened, seconds since the Unix epoch.
     pub created: u64,
-    /// Its name.
+    /// The session ID.
     pub id: SessionId,
 }
 
-/// Which sessions are listed.
+/// Which sessions to list, and in which order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Listed {
-    /// Those that are not final, oldest first.
+pub enum SessionSet {
+    /// Sessions that are not final, oldest first.
     Unfinished,
-    /// All of them, by their names, which tell nothing of their age.
+    /// All sessions, by session ID. IDs are random, so the order does not reflect age.
     All,
 }
 
 /// A master key and its version.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MasterKeyUse {
-    /// The key's name in the HSM.
+pub struct MasterKeyVersion {
+    /// Name of the key in the HSM.
     pub key: KeyName,
-    /// Counted from 1.
+    /// Version, from 1.
     pub version: u32,
 }
 
-/// What the intent is about: linted, not yet signed.
+/// A linted certificate that is not signed yet.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CertificateToSign {
-    /// The manufacturer's signing key.
+    /// The issuer's signing key.
     pub issuer: KeyName,
-    /// How it is signed.
+    /// The signature algorithm.
     pub algorithm: SignatureAlgorithm,
     /// Whether the bytes are a COSE Sig_structure of a CWT (RFC 9052 §4.4) rather than an X.509 TBSCertificate.
     pub is_cwt: bool,
@@ -101,10 +101,10 @@ pub struct CertificateToSign {
     pub to_be_signed: Vec<u8>,
 }
 
-/// `Reserved → Issued → Published → Erased`, or `Aborted`.
+/// The state of a session: `Reserved → Issued → Published → Erased`, or `Aborted`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SessionState {
-    /// Keys reserved, certificate intended.
+    /// Keys are reserved; the certificate is not signed yet.
     Reserved,
     /// The certificate is signed.
     Issued {
@@ -113,24 +113,24 @@ pub enum SessionState {
     },
     /// The record is public.
     Published {
-        /// Where.
+        /// The publication.
         publication: Publication,
     },
-    /// The key pair is erased here. Final.
+    /// The key pair is erased from the secret store. Final.
     Erased {
-        /// Where the record is.
+        /// The publication.
         publication: Publication,
     },
-    /// Given up; the key pair is destroyed. Final.
+    /// Aborted; the key pair is destroyed. Final.
     Aborted {
-        /// Seconds since the Unix epoch.
+        /// When, seconds since the Unix epoch.
         at: u64,
-        /// Why.
+        /// The reason.
         reason: String,
     },
 }
 
-/// A state's name alone.
+/// A session state without its data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum StateName {
     /// See [`SessionState::Reserved`].
@@ -157,15 +157,15 @@ impl SessionState {
         }
     }
 
-    /// Whether nothing more will happen to the session.
+    /// Reports whether no further state can follow.
     pub const fn is_final(&self) -> bool {
         matches!(self, Self::Erased { .. } | Self::Aborted { .. })
     }
 }
 
 impl StateName {
-    /// Whether a session may go from this state to another in one step. Every engine asks here.
-    pub fn leads_to(self, to: Self) -> bool {
+    /// Reports whether one step may take a session from this state to `to`. All storage engines use this rule.
+    pub fn can_advance_to(self, to: Self) -> bool {
         matches!(
             (self, to),
             (Self::Reserved, Self::Issued | Self::Aborted)
@@ -174,8 +174,8 @@ impl StateName {
         )
     }
 
-    /// The state from which a session goes to this one on its usual way, to name it in a refusal.
-    pub const fn comes_from(self) -> Self {
+    /// The state that usually precedes this one, for error messages.
+    pub const fn predecessor(self) -> Self {
         match self {
             Self::Reserved | Self::Issued => Self::Reserved,
             Self::Published | Self::Aborted => Self::Issued,
@@ -188,20 +188,20 @@ impl StateName {
 #[derive(Debug, thiserror::Error)]
 pub enum ReserveError {
     /// The chip has an unfinished or finished session.
-    #[error("the chip has session {}", .0.id)]
+    #[error("the chip already has session {}", .0.id)]
     ChipTaken(Box<Session>),
-    /// The identity is on another chip.
-    #[error("the identity is on chip {}", .0.chip)]
+    /// The identity belongs to another chip.
+    #[error("the identity belongs to chip {}", .0.chip)]
     IdentityTaken(Box<Session>),
-    /// The pair is not offered any more, or the batch that it was made for is at its end: another one is needed.
-    #[error("the pair that was chosen is no longer there")]
-    PairGone,
-    /// The station has begun as many devices as it may.
-    #[error("the station {station} has begun as many devices as it may")]
+    /// The pair or its batch is no longer available. The caller must choose another pair.
+    #[error("the selected key pair is no longer available")]
+    PairUnavailable,
+    /// The station's quota is exhausted.
+    #[error("the quota of station {station} is exhausted")]
     QuotaExceeded {
-        /// Which one.
+        /// The station.
         station: StationName,
-        /// Which limit.
+        /// The exceeded limit.
         exceeded: Exceeded,
     },
     /// The store failed.
@@ -209,7 +209,7 @@ pub enum ReserveError {
     Store(#[from] StoreError),
 }
 
-/// Sessions by state.
+/// Number of sessions per state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct SessionCounts {
     /// In state Reserved.
@@ -225,8 +225,8 @@ pub struct SessionCounts {
 }
 
 impl SessionCounts {
-    /// The count of one state.
-    pub const fn of_mut(&mut self, state: StateName) -> &mut u64 {
+    /// Mutable access to the count of one state.
+    pub const fn count_mut(&mut self, state: StateName) -> &mut u64 {
         match state {
             StateName::Reserved => &mut self.reserved,
             StateName::Issued => &mut self.issued,
@@ -239,24 +239,23 @@ impl SessionCounts {
 
 /// The private store: the journal of sessions and the secret store, in one database.
 ///
-/// Trust: whoever controls it can withhold or roll back sessions, and read no key without the HSM.
-/// Every write is on the disk, power loss included, before the call returns.
+/// Trust: an attacker who controls it can withhold or roll back sessions, but cannot read keys without the HSM.
+/// Every write survives power loss once the call returns.
 #[async_trait]
 pub trait StateStore: Send + Sync {
-    /// Journals a new session in state Reserved together with its key pair: both or neither. The chip and the identity must
-    /// have no session but aborted ones; a pooled pair must be ready, and is the session's alone from then on. The very same
-    /// reservation again is answered as the first one was; one beyond the quota in force of its station is `QuotaExceeded`; `OtherState` if the session's name is in use otherwise. Refused
-    /// with `Full` below the disk's floor.
+    /// Atomically journals a new session in state Reserved and assigns its key pair. All earlier sessions of the chip and the
+    /// identity must be aborted, and a pooled pair must be ready. Repeating the same reservation succeeds. Fails with
+    /// `QuotaExceeded` beyond the station's quota in force, with `WrongState` if another session has the ID, and with `Full`
+    /// below the disk space floor.
     async fn reserve(&self, session: &Session, pair: Option<&PairToReserve>) -> Result<(), ReserveError>;
 
-    /// Moves a session from one state to another; `OtherState` if it is not in `from`, or if no step leads from there to `to`
-    /// ([`StateName::leads_to`]). Moving to `Erased` or `Aborted` removes the key pair in the same transaction, for good: it never
-    /// becomes ready again. Aborting
-    /// frees chip and identity. A session that is in the very state `to` already, content included, is answered as it is.
-    /// A session that is not in the store is `Damaged`: callers only know names that the store gave them.
+    /// Moves a session from state `from` to state `to`. Fails with `WrongState` if it is not in `from`, or if the step is not
+    /// allowed ([`StateName::can_advance_to`]). `Erased` and `Aborted` permanently erase the key pair in the same transaction.
+    /// Aborting releases the chip and the identity. A session that is already in state `to`, with equal data, is returned
+    /// unchanged. A missing session is `Damaged`, because callers only know IDs from the store.
     async fn advance(&self, session: &SessionId, from: StateName, to: SessionState) -> Result<Session, StoreError>;
 
-    /// A session by name.
+    /// A session by ID.
     async fn session(&self, id: &SessionId) -> Result<Option<Session>, StoreError>;
 
     /// The newest session of a chip, aborted ones included.
@@ -266,29 +265,29 @@ pub trait StateStore: Send + Sync {
     async fn session_of_identity(&self, identity: &DeviceIdentity) -> Result<Option<Session>, StoreError>;
 
     /// The key pair of a session, while it is in the secret store.
-    async fn kept_key(&self, session: &SessionId) -> Result<Option<StoredKey>, StoreError>;
+    async fn stored_key(&self, session: &SessionId) -> Result<Option<StoredKey>, StoreError>;
 
-    /// All sessions that are not final, oldest first. Costs as much as there are unfinished ones.
+    /// All sessions that are not final, oldest first. The cost is proportional to their number.
     async fn unfinished(&self) -> Result<Vec<Session>, StoreError>;
 
-    /// Sessions behind that place, at most so many: fewer are the last ones. Costs as much as there are in the answer.
+    /// Up to `limit` sessions after the cursor. Fewer than `limit` means the last page. Cost is proportional to the page size.
     async fn sessions(
         &self,
-        which: Listed,
-        after: Option<SessionPlace>,
+        set: SessionSet,
+        after: Option<SessionCursor>,
         limit: usize,
     ) -> Result<Vec<Session>, StoreError>;
 
-    /// A chip's sessions, newest first, at most so many. All but the newest are aborted.
+    /// Up to `limit` sessions of a chip, newest first. All but the newest are aborted.
     async fn sessions_of_chip(&self, chip: &ChipId, limit: usize) -> Result<Vec<Session>, StoreError>;
 
-    /// How many sessions are in each state; kept, not counted each time.
+    /// Number of sessions per state. The store maintains the counts, so the call does not scan.
     async fn counts(&self) -> Result<SessionCounts, StoreError>;
 
-    /// What was produced in these hours since the Unix epoch, as far as anything was, in the order of hour, station and profile;
-    /// from behind that slot on, at most so many rows: fewer are the last ones. Kept with the sessions, in the same transactions:
-    /// over all hours the sums are the [counts](Self::counts). An act counts in the hour in which it happened, a device that is
-    /// complete in the hour of its publication; a repeat counts nothing.
+    /// Up to `limit` production rows of a range of hours since the Unix epoch, ordered by hour, station and profile, after row
+    /// `after`. Fewer than `limit` means the last page. Rows change in the same transactions as the sessions, so their sums equal
+    /// the [counts](Self::counts). An event counts in its own hour, a completed device in the hour of its publication. Repeated
+    /// steps count once.
     async fn production(
         &self,
         hours: Range<u64>,
@@ -296,6 +295,6 @@ pub trait StateStore: Send + Sync {
         limit: usize,
     ) -> Result<Vec<(ProductionSlot, ProductionCounts)>, StoreError>;
 
-    /// Free bytes where the store lives, and the floor under which new devices are refused.
-    fn room(&self) -> Result<(u64, u64), StoreError>;
+    /// Free disk space, and the floor below which new devices are refused, in bytes.
+    fn disk_space(&self) -> Result<(u64, u64), StoreError>;
 }

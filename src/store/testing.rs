@@ -1,4 +1,4 @@
-//! A door that fails when it is told to, for the tests of every store with files.
+//! An [`Fs`] with fault injection, for tests of all stores.
 
 use std::fs::File;
 use std::io;
@@ -8,22 +8,22 @@ use std::time::Duration;
 
 use super::directory::Fs;
 
-/// What goes wrong, as long as it is told to.
+/// Injects faults into file system calls while the respective flag is set.
 #[derive(Default)]
-pub(crate) struct Faults {
+pub(crate) struct FaultInjector {
     pub(crate) before_apply: AtomicBool,
     pub(crate) in_sync: AtomicBool,
-    /// The disk has no room for a batch.
+    /// Writes fail with "disk full".
     pub(crate) full: AtomicBool,
-    /// Syncs that go well before one fails.
+    /// Syncs that succeed before one fails.
     pub(crate) syncs_before: AtomicU64,
     pub(crate) free: AtomicU64,
     pub(crate) syncs: AtomicU64,
-    /// Milliseconds that a sync takes longer: calls made meanwhile share the next one.
+    /// Additional milliseconds per sync. Calls made during a sync share the next one.
     pub(crate) slow: AtomicU64,
 }
 
-impl Fs for Faults {
+impl Fs for FaultInjector {
     fn before_apply(&self) -> io::Result<()> {
         if self.full.load(SeqCst) {
             return Err(io::ErrorKind::StorageFull.into());
@@ -50,5 +50,5 @@ impl Fs for Faults {
 }
 
 fn fail_if(fails: &AtomicBool) -> io::Result<()> {
-    if fails.load(SeqCst) { Err(io::Error::other("broken on purpose")) } else { Ok(()) }
+    if fails.load(SeqCst) { Err(io::Error::other("injected fault")) } else { Ok(()) }
 }

@@ -1,34 +1,34 @@
-//! What an entry of the public log is found by.
+//! Lookup keys of the public log's entries.
 
 use super::DeviceRecord;
 use crate::keys::sha256;
 use crate::names::{ChipId, DeviceIdentity};
 
-/// A value by which an entry is found: what it is, and the SHA-256 of it, so that all take the same room and none can be found by its
-/// beginning. No two entries have the same, but for the node of audit checkpoints.
+/// A lookup key of an entry: a field tag and the SHA-256 of the field's value. Hashing gives all keys one length and prevents
+/// prefix matches. Every key is unique, except the node of audit checkpoints.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct UniqueKey([u8; 33]);
 
 impl UniqueKey {
-    fn of(kind: Unique, value: &[u8]) -> Self {
-        let mut key = [kind as u8; 33];
+    fn of(field: UniqueField, value: &[u8]) -> Self {
+        let mut key = [field as u8; 33];
         key[1..].copy_from_slice(&sha256(value));
         Self(key)
     }
 
     /// The key of a chip's record.
     pub fn of_chip(chip: &ChipId) -> Self {
-        Self::of(Unique::Chip, chip.as_bytes())
+        Self::of(UniqueField::Chip, chip.as_bytes())
     }
 
-    /// The key of an identity's record.
+    /// The key of a device identity's record.
     pub fn of_identity(identity: &DeviceIdentity) -> Self {
-        Self::of(Unique::Identity, identity.to_string().as_bytes())
+        Self::of(UniqueField::Identity, identity.to_string().as_bytes())
     }
 
     /// The key of the record of a public key, SubjectPublicKeyInfo in DER.
     pub fn of_public_key(spki: &[u8]) -> Self {
-        Self::of(Unique::PublicKey, spki)
+        Self::of(UniqueField::PublicKey, spki)
     }
 
     /// All keys of a record.
@@ -36,30 +36,30 @@ impl UniqueKey {
         let mut keys = vec![
             Self::of_chip(&record.chip),
             Self::of_identity(&record.identity),
-            Self::of(Unique::Serial, &record.serial),
-            Self::of(Unique::Session, record.session.as_bytes()),
+            Self::of(UniqueField::Serial, &record.serial),
+            Self::of(UniqueField::Session, record.session.as_bytes()),
         ];
         keys.extend(record.public_key.as_deref().map(Self::of_public_key));
         keys
     }
 
-    /// The key of the audit checkpoint of a node's first so many audit entries.
+    /// The key of the audit checkpoint that covers a node's first `entries` audit entries.
     pub(crate) fn of_audit(node: &str, entries: u64) -> Self {
-        Self::of(Unique::Audit, &[entries.to_be_bytes().as_slice(), node.as_bytes()].concat())
+        Self::of(UniqueField::Audit, &[entries.to_be_bytes().as_slice(), node.as_bytes()].concat())
     }
 
     /// The key of the newest audit checkpoint of a node.
     pub(crate) fn of_audited_node(node: &str) -> Self {
-        Self::of(Unique::AuditedNode, node.as_bytes())
+        Self::of(UniqueField::AuditedNode, node.as_bytes())
     }
 
-    /// Whether no two entries may have it. Else the newest one is found by it.
+    /// Reports whether at most one entry may have the key. If not, a lookup returns the newest entry.
     pub(crate) const fn is_unique(&self) -> bool {
-        self.0[0] != Unique::AuditedNode as u8
+        self.0[0] != UniqueField::AuditedNode as u8
     }
 
-    /// What of an entry it is.
-    pub const fn what(&self) -> &'static str {
+    /// The name of the field, for messages.
+    pub const fn field(&self) -> &'static str {
         match self.0[0] {
             b'c' => "chip ID",
             b'i' => "identity",
@@ -71,7 +71,7 @@ impl UniqueKey {
         }
     }
 
-    /// Its bytes.
+    /// The field tag followed by the hash.
     pub const fn as_bytes(&self) -> &[u8; 33] {
         &self.0
     }
@@ -79,7 +79,7 @@ impl UniqueKey {
 
 #[derive(Clone, Copy)]
 #[repr(u8)]
-enum Unique {
+enum UniqueField {
     Chip = b'c',
     Identity = b'i',
     Serial = b't',

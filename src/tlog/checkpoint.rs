@@ -1,4 +1,4 @@
-//! The tree at one moment, signed: a checkpoint (C2SP tlog-checkpoint) in a signed note.
+//! Checkpoints: the signed size and root of a tree (C2SP tlog-checkpoint) in a signed note.
 
 use signed_note::{Note, NoteError, Signature, Verifier as _, VerifierList};
 use tlog_tiles::checkpoint::Checkpoint;
@@ -6,17 +6,17 @@ use tlog_tiles::tlog::Hash;
 
 use super::{LogKey, Origin, TlogError, TreeHash, WitnessKey};
 
-/// Most bytes of a signed checkpoint that is accepted.
+/// Maximum size of a signed checkpoint in bytes.
 const MAX_NOTE: usize = 64 * 1024;
 
-/// What a log is about to sign.
+/// A checkpoint before it is signed.
 #[derive(Debug)]
 pub struct UnsignedCheckpoint {
     text: Vec<u8>,
 }
 
 impl UnsignedCheckpoint {
-    /// The tree of that size with that root.
+    /// The checkpoint of a tree with this size and root.
     pub fn new(origin: &Origin, size: u64, root: TreeHash) -> Result<Self, TlogError> {
         let checkpoint = Checkpoint::new(origin.as_str(), size, Hash(root), "");
         Ok(Self { text: checkpoint.map_err(|e| TlogError::malformed("checkpoint", e))?.to_bytes() })
@@ -27,7 +27,7 @@ impl UnsignedCheckpoint {
         &self.text
     }
 
-    /// Puts the signature to it; a wrong one is refused.
+    /// Adds the log's signature. Fails if the signature does not verify.
     pub fn signed(self, key: &LogKey, signature: &[u8]) -> Result<SignedCheckpoint, TlogError> {
         let broken = |e: NoteError| TlogError::malformed("checkpoint", e);
         let line = Signature::new(key.origin().to_string(), key.verifier().key_id(), signature.to_vec());
@@ -36,7 +36,7 @@ impl UnsignedCheckpoint {
     }
 }
 
-/// A tree's size and root with the verified signature of its log, and perhaps cosignatures. There is none without.
+/// A tree's size and root with the log's signature and optional cosignatures. The log's signature is always verified.
 #[derive(Clone, PartialEq, Eq)]
 pub struct SignedCheckpoint {
     note: Vec<u8>,
@@ -45,10 +45,10 @@ pub struct SignedCheckpoint {
 }
 
 impl SignedCheckpoint {
-    /// Reads a signed note and verifies that it is a checkpoint of that log. Signatures of unknown keys are left alone.
+    /// Parses a signed note and verifies that it is a checkpoint of the log. Ignores signatures of unknown keys.
     pub fn verify(note: &[u8], key: &LogKey) -> Result<Self, TlogError> {
         if note.len() > MAX_NOTE {
-            let problem = format!("it has {} bytes, at most {MAX_NOTE} are read", note.len());
+            let problem = format!("{} bytes exceed the limit of {MAX_NOTE}", note.len());
             return Err(TlogError::malformed("checkpoint", problem));
         }
         let parsed = Note::from_bytes(note).map_err(|e| TlogError::malformed("checkpoint", e))?;
@@ -66,12 +66,12 @@ impl SignedCheckpoint {
         Ok(Self { note: note.to_vec(), size: checkpoint.size(), root: checkpoint.hash().0 })
     }
 
-    /// The signed note, as it is published.
+    /// The signed note as published.
     pub fn note(&self) -> &[u8] {
         &self.note
     }
 
-    /// Entries of the tree.
+    /// Number of entries in the tree.
     pub const fn size(&self) -> u64 {
         self.size
     }
@@ -81,20 +81,20 @@ impl SignedCheckpoint {
         self.root
     }
 
-    /// The log's own signature on it.
+    /// The log's own signature.
     pub fn signature(&self, key: &LogKey) -> Option<[u8; 64]> {
         let known = VerifierList::new(vec![Box::new(key.verifier().clone())]);
         let (own, _) = Note::from_bytes(&self.note).ok()?.verify(&known).ok()?;
         own.first()?.signature().try_into().ok()
     }
 
-    /// Whether the other has the same tree.
+    /// Whether both checkpoints have the same tree.
     pub fn is_same_tree(&self, other: &Self) -> bool {
         (self.size, self.root) == (other.size, other.root)
     }
 
-    /// The same with those of the cosignature lines that are of these witnesses and right. What else is there is left out: the
-    /// lines come from outside.
+    /// Adds those cosignature lines that are valid and from these witnesses. Drops all other lines, because they come from an
+    /// untrusted source.
     #[must_use]
     pub fn cosigned(&self, lines: &[u8], witnesses: &[&WitnessKey]) -> Self {
         let mut cosigned = self.clone();
@@ -108,7 +108,7 @@ impl SignedCheckpoint {
         cosigned
     }
 
-    /// The names of those of the witnesses whose cosignature is on it and right.
+    /// The names of those witnesses that have a valid cosignature on the checkpoint.
     pub fn cosigners<'a>(&self, witnesses: &[&'a WitnessKey]) -> Vec<&'a str> {
         let Ok(note) = Note::from_bytes(&self.note) else { return Vec::new() };
         let has_signed = |witness: &&&WitnessKey| {

@@ -1,4 +1,4 @@
-//! Who signs notes: a name and an Ed25519 public key, written as a vkey (C2SP signed-note).
+//! Keys of signed notes: a name and an Ed25519 public key, encoded as a vkey (C2SP signed-note).
 
 use std::fmt;
 use std::str::FromStr;
@@ -15,16 +15,16 @@ use crate::names::text_form;
 const ED25519: u8 = 0x01;
 /// Signature type of a timestamped Ed25519 cosignature (C2SP tlog-cosignature).
 const COSIGNATURE: u8 = 0x04;
-/// The statement that a cosignature signs begins with it.
+/// The first line of the statement that a cosignature signs.
 const COSIGNATURE_HEADER: &str = "cosignature/v1";
 
-/// The name of a log: the first line of its checkpoints and the name of its key. The URL of its tiles without the scheme,
-/// for example `log.example.com/devices`.
+/// The name of a log: the first line of its checkpoints and the name of its key. It is the URL of the log's tiles without the
+/// scheme, for example `log.example.com/devices`.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Origin(String);
 
 impl Origin {
-    /// As it is written.
+    /// The text form.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -49,7 +49,7 @@ impl fmt::Display for Origin {
     }
 }
 
-/// The key of a log's checkpoints.
+/// The key that signs a log's checkpoints.
 #[derive(Clone, PartialEq, Eq)]
 pub struct LogKey {
     origin: Origin,
@@ -57,7 +57,7 @@ pub struct LogKey {
 }
 
 impl LogKey {
-    /// The key of that log; anything but Ed25519 is refused (C2SP tlog-tiles: public logs sign with Ed25519).
+    /// The key of a log. Rejects keys other than Ed25519 (C2SP tlog-tiles: public logs sign with Ed25519).
     pub fn new(origin: Origin, public: PublicKey) -> Result<Self, TlogError> {
         Ok(Self { key: NoteKey::new(origin.to_string(), public)?, origin })
     }
@@ -80,7 +80,7 @@ impl FromStr for LogKey {
     }
 }
 
-/// The key of a witness, which cosigns checkpoints that it found consistent.
+/// The key of a witness, which cosigns consistent checkpoints.
 #[derive(Clone, PartialEq, Eq)]
 pub struct WitnessKey(NoteKey<COSIGNATURE>);
 
@@ -112,10 +112,10 @@ pub(super) struct NoteKey<const TYPE: u8> {
 impl<const TYPE: u8> NoteKey<TYPE> {
     fn new(name: String, public: PublicKey) -> Result<Self, TlogError> {
         if public.kind() != KeyKind::Ed25519 {
-            return Err(TlogError::malformed("note key", format!("it is {}, and must be Ed25519", public.kind())));
+            return Err(TlogError::malformed("note key", format!("{} found, Ed25519 expected", public.kind())));
         }
         if !signed_note::is_key_name_valid(&name) {
-            return Err(TlogError::malformed("note key", "its name has a space or a +, or is empty"));
+            return Err(TlogError::malformed("note key", "the name is empty, or has a space or a +"));
         }
         Ok(Self { name, public })
     }
@@ -135,7 +135,7 @@ impl<const TYPE: u8> FromStr for NoteKey<TYPE> {
     type Err = TlogError;
     fn from_str(vkey: &str) -> Result<Self, TlogError> {
         let wrong = |problem: &str| TlogError::malformed("vkey", problem);
-        let form = "it is written NAME+ID+KEY: a name, 8 hex digits, base64";
+        let form = "expected NAME+ID+KEY: a name, 8 hex digits, base64";
         let mut parts = vkey.trim_end().splitn(3, '+');
         let (Some(name), Some(id), Some(key)) = (parts.next(), parts.next(), parts.next()) else {
             return Err(wrong(form));
@@ -143,12 +143,12 @@ impl<const TYPE: u8> FromStr for NoteKey<TYPE> {
         let bytes = BASE64_STANDARD.decode(key).map_err(|_| wrong(form))?;
         let Some((&kind, raw)) = bytes.split_first() else { return Err(wrong(form)) };
         if kind != TYPE {
-            return Err(wrong(&format!("its signatures are of type {kind:#04x}, {TYPE:#04x} is needed here")));
+            return Err(wrong(&format!("signature type {kind:#04x} found, {TYPE:#04x} expected")));
         }
         let public = PublicKey::from_ed25519(raw).map_err(|e| wrong(&e.to_string()))?;
         let parsed = Self::new(name.to_owned(), public)?;
         if format!("{:08x}", parsed.key_id()) != id {
-            return Err(wrong("its ID does not belong to its name and key"));
+            return Err(wrong("the key ID does not match the name and key"));
         }
         Ok(parsed)
     }

@@ -1,16 +1,16 @@
-//! The formats of a transparency log, as C2SP specifies them; pure.
+//! The data formats of a transparency log, as specified by C2SP. Pure functions without I/O.
 //!
-//! | here | is |
+//! | item | content |
 //! |---|---|
-//! | [`LogKey`], [`WitnessKey`] | who signs: a name and an Ed25519 key (signed-note, tlog-cosignature) |
+//! | [`LogKey`], [`WitnessKey`] | signing keys: a name and an Ed25519 public key (signed-note, tlog-cosignature) |
 //! | [`SignedCheckpoint`] | the tree's size and root, signed by its log (tlog-checkpoint) |
-//! | [`TileId`], [`bundle`] | where the tree's hashes and entries are (tlog-tiles) |
-//! | [`Tree`] | the right edge of the Merkle tree (RFC 6962 §2.1), which is all that appending needs |
-//! | [`LogProof`] | that an entry is in a signed tree, offline-verifiable (tlog-proof) |
-//! | [`check_consistency`] | that one tree is a prefix of another (RFC 6962 §2.1.2) |
+//! | [`TileId`], [`bundle`] | the location and encoding of the tree's hashes and entries (tlog-tiles) |
+//! | [`Tree`] | the right edge of the Merkle tree (RFC 6962 §2.1), which is sufficient for appending |
+//! | [`LogProof`] | an offline-verifiable proof that an entry is in a signed tree (tlog-proof) |
+//! | [`check_consistency`] | verifies that one tree is a prefix of another (RFC 6962 §2.1.2) |
 //!
-//! Merkle arithmetic and notes are the crates `tlog_tiles` and `signed_note`; signatures are verified by the provider that all
-//! of this program uses.
+//! The crates `tlog_tiles` and `signed_note` implement Merkle trees and notes. Signatures are verified by the cryptographic
+//! provider of the whole program.
 
 pub mod bundle;
 mod checkpoint;
@@ -35,39 +35,39 @@ pub fn leaf_hash(entry: &[u8]) -> TreeHash {
     tlog_tiles::tlog::record_hash(entry).0
 }
 
-/// Something is not what the format or a signature says it must be.
+/// Malformed data, or a signature or proof that does not verify.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TlogError {
-    /// The bytes are not of the format.
-    #[error("not a {what}: {problem}")]
+    /// The data is malformed.
+    #[error("invalid {what}: {problem}")]
     Malformed {
-        /// Which format.
+        /// The format.
         what: &'static str,
-        /// What is wrong.
+        /// The problem.
         problem: String,
     },
-    /// The note is not signed by the key.
+    /// The note has no signature by the log's key.
     #[error("the checkpoint is not signed by the log key of {0}")]
     NotSigned(String),
-    /// A signature of the key is there, and it is wrong.
+    /// The note has a signature by the log's key that does not verify.
     #[error("the signature of {0} on the checkpoint does not verify")]
     BadSignature(String),
-    /// The checkpoint is another log's.
-    #[error("the checkpoint is of the log {found}, not of {expected}")]
+    /// The checkpoint belongs to another log.
+    #[error("the checkpoint is of log {found}, expected {expected}")]
     OtherLog {
-        /// Whose it is.
+        /// The log in the checkpoint.
         found: String,
-        /// Whose it should be.
+        /// The expected log.
         expected: String,
     },
     /// A proof does not lead to the root.
     #[error("the proof does not lead from {what} to the root of the checkpoint")]
     WrongProof {
-        /// Where it begins.
+        /// The start of the proof.
         what: &'static str,
     },
-    /// The hashes that a proof needs could not be had.
-    #[error("the tree's hashes cannot be read: {0}")]
+    /// The hashes that a proof needs cannot be read.
+    #[error("cannot read the tree's hashes: {0}")]
     Unreadable(String),
 }
 

@@ -8,16 +8,16 @@ use super::testing::LocalSigner;
 use super::*;
 use crate::registry::CheckpointSigner as _;
 
-/// The full tiles of a tree, and the tree.
-struct Grown {
+/// A tree and its full tiles.
+struct TestTree {
     tree: Tree,
     full: HashMap<TileId, Vec<u8>>,
 }
 
-impl HashSource for Grown {
+impl HashSource for TestTree {
     fn tile(&self, tile: TileId) -> Result<Vec<u8>, String> {
         let partial = || self.tree.partial(tile).map(<[u8]>::to_vec);
-        self.full.get(&tile.as_full()).cloned().or_else(partial).ok_or_else(|| format!("{tile} is not there"))
+        self.full.get(&tile.as_full()).cloned().or_else(partial).ok_or_else(|| format!("{tile} not found"))
     }
 }
 
@@ -25,15 +25,15 @@ fn entry(n: u64) -> Vec<u8> {
     format!("entry {n}").into_bytes()
 }
 
-fn grown(size: u64) -> Grown {
-    let mut grown = Grown { tree: Tree::default(), full: HashMap::new() };
+fn grown(size: u64) -> TestTree {
+    let mut grown = TestTree { tree: Tree::default(), full: HashMap::new() };
     for n in 0..size {
         grown.full.extend(grown.tree.push(leaf_hash(&entry(n))).into_iter().map(|full| (full.id, full.hashes)));
     }
     grown
 }
 
-/// The same tree by somebody else's arithmetic.
+/// The same tree by an independent implementation.
 fn oracle(size: u64) -> MemoryBackedTree<Sha256, Vec<u8>> {
     let mut tree = MemoryBackedTree::new();
     (0..size).for_each(|n| tree.push(entry(n)));
@@ -41,7 +41,7 @@ fn oracle(size: u64) -> MemoryBackedTree<Sha256, Vec<u8>> {
 }
 
 #[test]
-fn the_root_is_the_one_of_rfc_6962() {
+fn root_matches_rfc_6962() {
     let mut tree = Tree::default();
     let mut other = MemoryBackedTree::<Sha256, Vec<u8>>::new();
     for n in 0..1100 {
@@ -52,7 +52,7 @@ fn the_root_is_the_one_of_rfc_6962() {
 }
 
 #[test]
-fn tiles_are_those_of_the_specification() {
+fn tile_widths_match_specification() {
     // 70,000 entries: 273 full tiles and one of 112, one full and one of 17, one of 1.
     let grown = grown(70_000);
     let full = |level| grown.full.keys().filter(|tile| tile.kind() == TileKind::Hashes(level)).count();
@@ -69,7 +69,7 @@ fn tiles_are_those_of_the_specification() {
 }
 
 #[test]
-fn a_tile_has_one_path() {
+fn tile_path_has_one_form() {
     for path in
         ["tile/0/000", "tile/0/x001/x234/067.p/8", "tile/63/255", "tile/entries/x001/000", "tile/entries/000.p/255"]
     {
@@ -104,32 +104,32 @@ fn a_tile_has_one_path() {
 }
 
 #[test]
-fn a_tree_is_read_back_from_its_tiles() {
+fn tree_read_from_tiles_is_equal() {
     for size in [0, 1, 255, 256, 257, 511, 512, 65_535, 65_536, 65_537] {
         let grown = grown(size);
         assert_eq!(Tree::read(size, &grown).unwrap(), grown.tree, "of {size}");
     }
 }
 
-/// What a log's directory has: full tiles alone.
-struct FullOnes(Grown);
+/// A source that has full tiles only, like a log's directory.
+struct FullTilesOnly(TestTree);
 
-impl HashSource for FullOnes {
+impl HashSource for FullTilesOnly {
     fn tile(&self, tile: TileId) -> Result<Vec<u8>, String> {
-        self.0.full.get(&tile.as_full()).cloned().ok_or_else(|| format!("{tile} is not there"))
+        self.0.full.get(&tile.as_full()).cloned().ok_or_else(|| format!("{tile} not found"))
     }
 }
 
 #[test]
-fn a_tree_of_full_bundles_is_read_back_from_full_tiles_alone() {
+fn tree_of_full_bundles_is_read_from_full_tiles() {
     for size in [256, 512, 65_536 - 256, 65_536, 65_536 + 512] {
-        let full = FullOnes(grown(size));
+        let full = FullTilesOnly(grown(size));
         assert_eq!(Tree::read(size, &full).unwrap(), full.0.tree, "of {size}");
     }
 }
 
 #[test]
-fn every_entry_is_proven_in_every_tree() {
+fn inclusion_proof_verifies_for_each_tree_size() {
     let signer = LocalSigner::new("log.example/test");
     for size in [1, 2, 3, 7, 8, 9, 255, 256, 257, 600] {
         let grown = grown(size);
@@ -140,14 +140,14 @@ fn every_entry_is_proven_in_every_tree() {
             assert_eq!(read, proof);
             let verified = read.verify(&entry(index), signer.key()).unwrap();
             let last = verified.steps.last().map_or(verified.leaf, |step| step.hash);
-            assert_eq!(last, checkpoint.root(), "the steps of {index} in {size} end in the root");
+            assert_eq!(last, checkpoint.root(), "steps of {index} in {size} do not end in the root");
             assert!(read.verify(&entry(index + 1), signer.key()).is_err());
         }
     }
 }
 
 #[test]
-fn a_proof_of_an_older_tree_is_made_from_the_newer_ones_tiles() {
+fn proof_of_older_tree_is_created_from_newer_tiles() {
     let (newer, old) = (grown(700), grown(300));
     let tree = Tree::read(300, &newer).unwrap();
     assert_eq!(tree, old.tree);
@@ -157,7 +157,7 @@ fn a_proof_of_an_older_tree_is_made_from_the_newer_ones_tiles() {
 }
 
 #[test]
-fn a_forged_checkpoint_or_proof_is_told_apart() {
+fn forged_checkpoint_is_rejected() {
     let (signer, other) = (LocalSigner::new("log.example/test"), LocalSigner::new("log.example/test"));
     let elsewhere = LocalSigner::new("log.example/other");
     let grown = grown(10);
@@ -176,7 +176,7 @@ fn a_forged_checkpoint_or_proof_is_told_apart() {
 }
 
 #[test]
-fn vkeys_are_read_and_written_and_checked() {
+fn vkey_round_trips_and_malformed_is_rejected() {
     // The example of C2SP signed-note.
     let vkey = "example.com/foo+530d903a+Ac2sNGQ1vL8Q6qn1Vn6C/hrOLhRZXt7pj/lJHnVDl6V6";
     let signer = LocalSigner::new("log.example/test");
@@ -192,26 +192,26 @@ fn vkeys_are_read_and_written_and_checked() {
     ] {
         assert!(wrong.parse::<LogKey>().is_err(), "{wrong}");
     }
-    assert!(own.parse::<WitnessKey>().is_err(), "a log's key is no witness's");
+    assert!(own.parse::<WitnessKey>().is_err(), "a log's key is not a witness's");
     for wrong in ["", "https://log.example", "log.example/", "log example", "log+example"] {
         assert!(wrong.parse::<Origin>().is_err(), "{wrong}");
     }
 }
 
 #[test]
-fn a_bundle_holds_its_entries_exactly() {
+fn bundle_decodes_exact_number_of_entries() {
     let mut bytes = Vec::new();
     for entry in [b"".as_slice(), b"one", &[7; bundle::MAX_ENTRY]] {
         bundle::push(&mut bytes, entry).unwrap();
     }
     assert!(bundle::push(&mut bytes, &vec![0; bundle::MAX_ENTRY + 1]).is_err());
-    assert_eq!(bundle::exactly(&bytes, 3).unwrap()[1], b"one");
-    assert!(bundle::exactly(&bytes, 2).is_err());
-    assert!(bundle::exactly(&bytes[..bytes.len() - 1], 3).is_err());
+    assert_eq!(bundle::decode_exactly(&bytes, 3).unwrap()[1], b"one");
+    assert!(bundle::decode_exactly(&bytes, 2).is_err());
+    assert!(bundle::decode_exactly(&bytes[..bytes.len() - 1], 3).is_err());
 }
 
 #[test]
-fn a_proof_that_is_not_one_is_refused() {
+fn malformed_proof_is_rejected() {
     let signer = LocalSigner::new("log.example/test");
     let grown = grown(5);
     let checkpoint = signer.checkpoint(&grown.tree);
@@ -223,8 +223,8 @@ fn a_proof_that_is_not_one_is_refused() {
     for (from, to) in [("@v1", "@v2"), ("index 2", "index 02"), ("index 2", "index -2"), ("\n\n", "\n"), ("=", "")] {
         assert!(LogProof::from_bytes(text.replacen(from, to, 1).as_bytes()).is_err(), "{from} -> {to}");
     }
-    let other_place = text.replacen("index 2", "index 3", 1);
-    let refused = LogProof::from_bytes(other_place.as_bytes()).unwrap().verify(&entry(2), signer.key());
+    let other_index = text.replacen("index 2", "index 3", 1);
+    let refused = LogProof::from_bytes(other_index.as_bytes()).unwrap().verify(&entry(2), signer.key());
     assert!(matches!(refused, Err(TlogError::WrongProof { .. })));
 }
 
@@ -232,7 +232,7 @@ proptest! {
     #![proptest_config(spp_testkit::random::cases(64, 3200))]
 
     #[test]
-    fn proofs_are_those_of_somebody_elses_arithmetic(size in 1u64..900, at in 0.0f64..1.0, old in 0.0f64..1.0) {
+    fn proofs_match_independent_implementation(size in 1u64..900, at in 0.0f64..1.0, old in 0.0f64..1.0) {
         let (grown, other) = (grown(size), oracle(size));
         let index = ((size as f64) * at) as u64;
         let inclusion = prove_inclusion(&grown.tree, index, &grown).unwrap();
@@ -254,7 +254,7 @@ proptest! {
     }
 
     #[test]
-    fn no_bytes_are_a_proof_that_verifies(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+    fn arbitrary_bytes_are_not_a_proof(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
         prop_assert!(LogProof::from_bytes(&bytes).is_err());
         let _ = bundle::entries(&bytes).count();
         let _ = String::from_utf8_lossy(&bytes).parse::<TileId>();

@@ -1,18 +1,19 @@
-//! A text for people, signed by a log's key: a signed note (C2SP signed-note) that is no checkpoint.
+//! Human-readable texts signed by a log's key: signed notes (C2SP signed-note) that are not checkpoints.
 
 use signed_note::{Note, NoteError, Signature, Verifier as _, VerifierList};
 
 use super::{LogKey, TlogError};
 
-/// A text that is about to be signed.
+/// A text before it is signed.
 #[derive(Debug)]
 pub struct UnsignedText(String);
 
 impl UnsignedText {
-    /// The title is the first line. It has a space, which no log's name has: what is signed can never be taken for a checkpoint.
+    /// A text with a title as its first line. The title must contain a space: log names have none, so the text cannot be mistaken
+    /// for a checkpoint.
     pub fn new(title: &str, body: &str) -> Result<Self, TlogError> {
         if !title.contains(' ') || title.contains('\n') {
-            return Err(TlogError::malformed("signed text", "its title must be one line with a space"));
+            return Err(TlogError::malformed("signed text", "the title must be one line and contain a space"));
         }
         Ok(Self(format!("{title}\n{}\n", body.trim_end_matches('\n'))))
     }
@@ -22,12 +23,12 @@ impl UnsignedText {
         self.0.as_bytes()
     }
 
-    /// As it is where nobody signs it.
+    /// The text without a signature.
     pub fn unsigned(&self) -> &str {
         &self.0
     }
 
-    /// Puts the signature to it; a wrong one is refused.
+    /// Adds the signature. Fails if it does not verify.
     pub fn signed(&self, key: &LogKey, signature: &[u8]) -> Result<String, TlogError> {
         let broken = |e: NoteError| TlogError::malformed("signed text", e);
         let line = Signature::new(key.origin().to_string(), key.verifier().key_id(), signature.to_vec());
@@ -37,7 +38,7 @@ impl UnsignedText {
     }
 }
 
-/// The text of a signed note, if that key signed it.
+/// Verifies the key's signature on a note and returns the text.
 pub fn verify_text(note: &[u8], key: &LogKey) -> Result<String, TlogError> {
     let parsed = Note::from_bytes(note).map_err(|e| TlogError::malformed("signed text", e))?;
     let known = VerifierList::new(vec![Box::new(key.verifier().clone())]);
@@ -46,7 +47,7 @@ pub fn verify_text(note: &[u8], key: &LogKey) -> Result<String, TlogError> {
             TlogError::malformed("signed text", format!("the signature of {} does not verify", key.origin()))
         }
         NoteError::UnverifiedNote => {
-            TlogError::malformed("signed text", format!("it is not signed by the key of {}", key.origin()))
+            TlogError::malformed("signed text", format!("not signed by the key of {}", key.origin()))
         }
         other => TlogError::malformed("signed text", other),
     })?;

@@ -1,20 +1,20 @@
-//! Where the parts of a log are (C2SP tlog-tiles, APIs).
+//! Identifiers and paths of tiles and entry bundles (C2SP tlog-tiles, APIs).
 
 use std::fmt;
 use std::str::FromStr;
 
 use super::TlogError;
 
-/// Hashes of a full tile, entries of a full bundle.
+/// Number of hashes in a full tile and of entries in a full bundle.
 pub const FULL_WIDTH: u16 = 256;
 
-/// Largest index of a tile or bundle: more than 2^56 entries never come.
+/// Maximum index of a tile or bundle: no log has more than 2^56 entries.
 const MAX_INDEX: u64 = 1 << 48;
 
-/// What a tile holds.
+/// The content of a tile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum TileKind {
-    /// Hashes of that level: those of level 0 are the leaves.
+    /// Hashes of a tile level. Level 0 has the leaf hashes.
     Hashes(u8),
     /// Entries.
     Entries,
@@ -29,12 +29,12 @@ pub struct TileId {
 }
 
 impl TileId {
-    /// The full tile.
+    /// The ID of a full tile.
     pub const fn full(kind: TileKind, index: u64) -> Self {
         Self { kind, index, width: FULL_WIDTH }
     }
 
-    /// The tile as a tree of that size has it: full, partial, or none.
+    /// The tile in a tree of this size: full, partial, or `None`.
     pub fn in_tree(kind: TileKind, index: u64, size: u64) -> Option<Self> {
         let of_level = match kind {
             TileKind::Hashes(level) => size.checked_shr(8 * u32::from(level)).unwrap_or(0),
@@ -45,27 +45,27 @@ impl TileId {
         (width > 0).then_some(Self { kind, index, width })
     }
 
-    /// What it holds.
+    /// The content of the tile.
     pub const fn kind(&self) -> TileKind {
         self.kind
     }
 
-    /// Its place among those of its kind, from 0.
+    /// The tile's index within its kind, from 0.
     pub const fn index(&self) -> u64 {
         self.index
     }
 
-    /// Hashes or entries in it, 1 to 256.
+    /// Number of hashes or entries, 1 to 256.
     pub const fn width(&self) -> u16 {
         self.width
     }
 
-    /// Whether it is never replaced by a wider one.
+    /// Whether the tile is full; full tiles never change.
     pub const fn is_full(&self) -> bool {
         self.width == FULL_WIDTH
     }
 
-    /// The full one in its place.
+    /// The full tile with the same index.
     #[must_use]
     pub const fn as_full(&self) -> Self {
         Self::full(self.kind, self.index)
@@ -93,9 +93,9 @@ impl fmt::Display for TileId {
 
 impl FromStr for TileId {
     type Err = TlogError;
-    /// Only the one form that [`fmt::Display`] writes.
+    /// Accepts only the form that [`fmt::Display`] writes.
     fn from_str(path: &str) -> Result<Self, TlogError> {
-        let wrong = || TlogError::malformed("tile path", "write tile/LEVEL/INDEX or tile/entries/INDEX");
+        let wrong = || TlogError::malformed("tile path", "expected tile/LEVEL/INDEX or tile/entries/INDEX");
         let rest = path.strip_prefix("tile/").filter(|rest| rest.len() <= 64).ok_or_else(wrong)?;
         let (kind, rest) = rest.split_once('/').ok_or_else(wrong)?;
         let kind = match kind {

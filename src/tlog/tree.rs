@@ -1,4 +1,4 @@
-//! The Merkle tree (RFC 6962 §2.1): what appending needs of it, and proofs from its tiles.
+//! The Merkle tree (RFC 6962 §2.1): appends entries, and creates and verifies proofs from tiles.
 
 use std::cell::RefCell;
 
@@ -7,35 +7,35 @@ use tlog_tiles::tlog::{self, EMPTY_HASH, HASH_SIZE, Hash, HashReader};
 
 use super::{FULL_WIDTH, TileId, TileKind, TlogError, TreeHash};
 
-/// Levels of the tree that a tile spans.
+/// Number of tree levels in a tile.
 const HEIGHT: u8 = 8;
 
-/// A tree, by its right edge: of each level of tiles the hashes that do not fill a tile yet.
+/// A Merkle tree, represented by its right edge: per tile level the hashes that do not fill a tile yet.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Tree {
     size: u64,
-    /// By level, each below 256 hashes of 32 bytes.
+    /// Per level fewer than 256 hashes of 32 bytes.
     edge: Vec<Vec<u8>>,
 }
 
-/// A tile that an append has filled.
+/// A tile that became full by an append.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FullTile {
-    /// Which.
+    /// The tile.
     pub id: TileId,
     /// 256 hashes.
     pub hashes: Vec<u8>,
 }
 
-/// Where hashes of a tree are read: whole tiles, of which a partial one may be the beginning of a wider one.
+/// A source of tiles. For a partial tile, the source may return a wider one.
 pub trait HashSource {
-    /// The hashes of a tile, at least as many as it is wide.
+    /// The hashes of a tile, at least as many as its width.
     fn tile(&self, tile: TileId) -> Result<Vec<u8>, String>;
 }
 
 impl Tree {
-    /// The tree of that size, its right edge read from the tiles: from partial ones where the source has them, else from the full ones
-    /// below.
+    /// Reads the right edge of a tree of this size from tiles: from partial tiles where the source has them, otherwise from the
+    /// full tiles below.
     pub fn read(size: u64, tiles: &impl HashSource) -> Result<Self, TlogError> {
         let mut tree = Self { size, edge: Vec::new() };
         for level in 0.. {
@@ -52,7 +52,11 @@ impl Tree {
                 }
                 .map_err(TlogError::Unreadable)?;
                 if hashes.len() < width * HASH_SIZE {
-                    return Err(TlogError::Unreadable(format!("{tile} has only {} bytes", hashes.len())));
+                    return Err(TlogError::Unreadable(format!(
+                        "{tile}: {} bytes found, {} expected",
+                        hashes.len(),
+                        width * HASH_SIZE
+                    )));
                 }
                 hashes.truncate(width * HASH_SIZE);
             }
@@ -61,26 +65,26 @@ impl Tree {
         Ok(tree)
     }
 
-    /// Entries.
+    /// Number of entries.
     pub const fn size(&self) -> u64 {
         self.size
     }
 
-    /// Appends a leaf; gives the tiles that it fills, lowest first.
+    /// Appends a leaf hash; returns the tiles that become full, lowest level first.
     pub fn push(&mut self, leaf: TreeHash) -> Vec<FullTile> {
         let mut full = Vec::new();
-        let mut carried = Some(leaf);
+        let mut carry = Some(leaf);
         let mut level = 0;
-        while let Some(hash) = carried.take() {
+        while let Some(hash) = carry.take() {
             if self.edge.len() == level {
                 self.edge.push(Vec::new());
             }
-            // The level exists: it was just made if it did not.
+            // The level exists: it was created above if it was missing.
             let Some(hashes) = self.edge.get_mut(level) else { break };
             hashes.extend_from_slice(&hash);
             if hashes.len() == usize::from(FULL_WIDTH) * HASH_SIZE {
                 let hashes = std::mem::take(hashes);
-                carried = Some(Tile::subtree_hash(&hashes).0);
+                carry = Some(Tile::subtree_hash(&hashes).0);
                 let kind = TileKind::Hashes(u8::try_from(level).unwrap_or(u8::MAX));
                 let index = self.size >> (8 * (level + 1));
                 full.push(FullTile { id: TileId::full(kind, index), hashes });
@@ -91,16 +95,16 @@ impl Tree {
         full
     }
 
-    /// The root; that of the empty tree is SHA-256 of nothing.
+    /// The root hash; SHA-256 of the empty string for the empty tree.
     pub fn root(&self) -> TreeHash {
-        // The largest complete subtrees of a tree lie in the partial tiles of its edge, and their hashes, from right to left,
-        // are hashed into the root (RFC 6962 §2.1).
-        let nothing = |_| Err("it is not of the edge".to_owned());
-        let reader = Reader { tree: self, tiles: &nothing, problem: RefCell::default() };
+        // The maximal complete subtrees lie in the partial tiles of the right edge. Their hashes, combined from right to left,
+        // yield the root (RFC 6962 §2.1).
+        let no_tiles = |_| Err("not in the right edge".to_owned());
+        let reader = Reader { tree: self, tiles: &no_tiles, problem: RefCell::default() };
         tlog::tree_hash(self.size, &reader).unwrap_or(EMPTY_HASH).0
     }
 
-    /// The hashes of a tile that is not full yet, as far as they are there.
+    /// The hashes of a partial tile in the right edge.
     pub fn partial(&self, tile: TileId) -> Option<&[u8]> {
         let TileKind::Hashes(level) = tile.kind() else { return None };
         let of_level = self.size.checked_shr(u32::from(HEIGHT) * u32::from(level))?;
@@ -109,27 +113,27 @@ impl Tree {
     }
 }
 
-/// The hashes of a tile, each that of a full tile of the level below.
+/// Computes the hashes of a tile from the full tiles of the level below.
 fn hashes_of_full(below: u8, tile: TileId, tiles: &impl HashSource) -> Result<Vec<u8>, String> {
     let first = tile.index() * u64::from(FULL_WIDTH);
     let hash = |index| tiles.tile(TileId::full(TileKind::Hashes(below), index)).map(|full| Tile::subtree_hash(&full).0);
     (first..first + u64::from(tile.width())).map(hash).collect::<Result<Vec<_>, _>>().map(|hashes| hashes.concat())
 }
 
-/// The proof that the tree has the entry: from its sibling up to the root's child (RFC 6962 §2.1.1).
+/// Creates an inclusion proof: the hashes from the leaf's sibling to a child of the root (RFC 6962 §2.1.1).
 pub fn prove_inclusion(tree: &Tree, index: u64, tiles: &impl HashSource) -> Result<Vec<TreeHash>, TlogError> {
-    read_through(tree, tiles, |reader| tlog::prove_record(tree.size, index, reader))
+    prove_with(tree, tiles, |reader| tlog::prove_record(tree.size, index, reader))
 }
 
-/// The proof that the tree of `old` entries is the beginning of this one (RFC 6962 §2.1.2). Empty for an empty tree.
+/// Creates a consistency proof that the tree of `old` entries is a prefix of this one (RFC 6962 §2.1.2). Empty if `old` is 0.
 pub fn prove_consistency(tree: &Tree, old: u64, tiles: &impl HashSource) -> Result<Vec<TreeHash>, TlogError> {
     match old {
         0 => Ok(Vec::new()),
-        old => read_through(tree, tiles, |reader| tlog::prove_tree(tree.size, old, reader)),
+        old => prove_with(tree, tiles, |reader| tlog::prove_tree(tree.size, old, reader)),
     }
 }
 
-/// Checks such a proof.
+/// Verifies a consistency proof.
 pub fn check_consistency(
     proof: &[TreeHash],
     (size, root): (u64, TreeHash),
@@ -146,7 +150,7 @@ pub fn check_consistency(
     tlog::check_tree(&proof, size, Hash(root), old_size, Hash(old_root)).map_err(|_| wrong)
 }
 
-fn read_through<'a, T: HashSource>(
+fn prove_with<'a, T: HashSource>(
     tree: &'a Tree,
     tiles: &'a T,
     prove: impl FnOnce(&Reader<'a, '_>) -> Result<Vec<Hash>, tlog::Error>,
@@ -161,7 +165,7 @@ fn read_through<'a, T: HashSource>(
 
 type ReadTile<'a> = dyn Fn(TileId) -> Result<Vec<u8>, String> + 'a;
 
-/// Hashes by their place in the tree: from its edge, or from tiles.
+/// Reads node hashes by their stored index: from the right edge, or from tiles.
 struct Reader<'a, 'b> {
     tree: &'a Tree,
     tiles: &'b ReadTile<'b>,
@@ -175,7 +179,7 @@ impl Reader<'_, '_> {
         for index in indexes {
             let needed = Tile::from_index(HEIGHT, *index);
             let kind = TileKind::Hashes(needed.level());
-            let tile = TileId::in_tree(kind, needed.level_index(), self.tree.size).ok_or("it is not in the tree")?;
+            let tile = TileId::in_tree(kind, needed.level_index(), self.tree.size).ok_or("tile not in the tree")?;
             let bytes = match found.take() {
                 Some((id, bytes)) if id == tile => bytes,
                 _ => match self.tree.partial(tile) {

@@ -1,5 +1,5 @@
-//! What the daemon tells over HTTP: its records, its log and its pages to anybody, its metrics to this machine alone.
-#![expect(clippy::disallowed_types, reason = "this is the room of HTTP and of metrics")]
+//! HTTP: records, transparency log and pages for the public; metrics on a loopback address only.
+#![expect(clippy::disallowed_types, reason = "only this module uses HTTP and metrics types")]
 
 mod metrics;
 mod pages;
@@ -7,5 +7,5 @@ mod public;
 mod rate;
 mod serve;
 
-pub use metrics::{Metrics, Told, WebError};
+pub use metrics::{Metrics, MetricsSources, WebError};
 pub use public::Public;

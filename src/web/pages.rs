@@ -1,4 +1,4 @@
-//! The pages for people: look a device up, see what is known of it and that it is in the log, take its files along.
+//! HTML pages: look up a device, show its record, certificate and inclusion proof, and download its files.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use time::OffsetDateTime;
 use time::macros::format_description;
 
 use super::public::{Site, problem, tagged};
-use crate::certificate::{Statement, describe};
+use crate::certificate::{CertificateField, describe};
 use crate::keys::sha256;
 use crate::names::{ChipId, DeviceIdentity};
 use crate::provisioning::ProvisionError;
@@ -22,9 +22,9 @@ use crate::store::{DeviceRecord, PublishedRecord};
 use crate::tlog::{ProofStep, SignedCheckpoint, VerifiedProof};
 
 const STYLE: &str = include_str!("pages/style.css");
-/// Longest text that is shown again in the form.
-const TYPED: usize = 200;
-const PAGE: &str = "no-cache";
+/// Maximum length of rejected input that the form shows again, in characters.
+const MAX_ECHOED_LEN: usize = 200;
+const NO_CACHE: &str = "no-cache";
 
 #[derive(Template)]
 #[template(path = "front.html")]
@@ -156,37 +156,37 @@ struct LookUp {
     chip: String,
 }
 
-/// What was typed: to the device's page, or back to the form with what is wrong.
-async fn look_up(State(site): State<Arc<Site>>, Query(asked): Query<LookUp>) -> Response {
-    // People copy IDs with spaces, colons and dashes in them.
-    let digits: String = asked.chip.chars().filter(|c| !c.is_whitespace() && !":-".contains(*c)).collect();
+/// Redirects to the device's page, or shows the form again with an error.
+async fn look_up(State(site): State<Arc<Site>>, Query(query): Query<LookUp>) -> Response {
+    // Copied IDs may contain spaces, colons and dashes.
+    let digits: String = query.chip.chars().filter(|c| !c.is_whitespace() && !":-".contains(*c)).collect();
     match digits.to_ascii_lowercase().parse::<ChipId>() {
         Ok(chip) => Redirect::to(&format!("/devices/{chip}")).into_response(),
         Err(_) => {
-            let wrong = digits.chars().find(|c| !c.is_ascii_hexdigit());
-            let problem = match wrong {
-                Some(c) => format!("{c:?} is no hex digit; a chip ID has the digits 0 to 9 and a to f alone"),
-                None => format!("it has {} digits; a chip ID has 16 to 128, two for each of its bytes", digits.len()),
+            let invalid = digits.chars().find(|c| !c.is_ascii_hexdigit());
+            let problem = match invalid {
+                Some(c) => format!("{c:?} is not a hex digit; a chip ID has only the digits 0 to 9 and a to f"),
+                None => format!("{} digits; a chip ID has 16 to 128 hex digits, two per byte", digits.len()),
             };
-            let typed = asked.chip.chars().take(TYPED).collect();
-            front_with(&site, StatusCode::BAD_REQUEST, typed, Some(problem)).await
+            let input = query.chip.chars().take(MAX_ECHOED_LEN).collect();
+            front_with(&site, StatusCode::BAD_REQUEST, input, Some(problem)).await
         }
     }
 }
 
 async fn device(State(site): State<Arc<Site>>, Path(chip): Path<String>) -> Response {
-    let found = match site.find(&chip).await {
-        Ok(found) => found,
+    let published = match site.find(&chip).await {
+        Ok(published) => published,
         Err(error) => return site.refused(&error),
     };
-    let proven = match site.provisioner.prove(found.publication.index).await {
-        Ok(proof) => proof.verify(&found.bytes, &site.key).map_err(|error| {
-            tracing::error!(chip, %error, "a record's proof does not verify");
+    let proven = match site.provisioner.prove(published.publication.index).await {
+        Ok(proof) => proof.verify(&published.bytes, &site.key).map_err(|error| {
+            tracing::error!(chip, %error, "inclusion proof does not verify");
             error.to_string()
         }),
         Err(error) => {
-            tracing::warn!(chip, %error, "a record could not be proven");
-            Err("the log could not be read".to_owned())
+            tracing::warn!(chip, %error, "cannot prove a record");
+            Err("the log cannot be read".to_owned())
         }
     };
     let (proof, proof_problem) = match proven {
@@ -194,33 +194,33 @@ async fn device(State(site): State<Arc<Site>>, Path(chip): Path<String>) -> Resp
         Err(problem) => (None, Some(problem)),
     };
     let (name, origin, vkey) = site.names();
-    let certificate = certificate_view(&found.record);
-    let (record, chip) = (record_view(&found), found.record.chip.to_string());
+    let certificate = certificate_view(&published.record);
+    let (record, chip) = (record_view(&published), published.record.chip.to_string());
     page(StatusCode::OK, &Device { site: name, origin, vkey, chip, record, certificate, proof, proof_problem })
 }
 
 async fn backup(State(site): State<Arc<Site>>, Path(chip): Path<String>) -> Response {
-    let content = |found: PublishedRecord| (found.record.backup, "application/byte-stream", "backup");
+    let content = |published: PublishedRecord| (published.record.backup, "application/byte-stream", "backup");
     site.file(&chip, content).await
 }
 
 async fn certificate(State(site): State<Arc<Site>>, Path(chip): Path<String>) -> Response {
-    let content = |found: PublishedRecord| match found.record.certificate_pem() {
+    let content = |published: PublishedRecord| match published.record.certificate_pem() {
         Some(pem) => (pem.into_bytes(), "application/x-pem-file", "pem"),
-        None => (found.record.certificate, "application/cwt", "cwt"),
+        None => (published.record.certificate, "application/cwt", "cwt"),
     };
     site.file(&chip, content).await
 }
 
 async fn record(State(site): State<Arc<Site>>, Path(chip): Path<String>) -> Response {
-    site.file(&chip, |found| (found.bytes, "application/cbor", "cbor")).await
+    site.file(&chip, |published| (published.bytes, "application/cbor", "cbor")).await
 }
 
 async fn proof(State(site): State<Arc<Site>>, Path(chip): Path<String>) -> Response {
     let proven = async {
-        let found = site.find(&chip).await?;
-        let proof = site.provisioner.prove(found.publication.index).await?;
-        Ok((found.record.chip, proof.to_bytes()))
+        let published = site.find(&chip).await?;
+        let proof = site.provisioner.prove(published.publication.index).await?;
+        Ok((published.record.chip, proof.to_bytes()))
     };
     match proven.await {
         Ok((chip, proof)) => download(&chip, proof, "text/plain; charset=utf-8", "tlog-proof"),
@@ -228,13 +228,13 @@ async fn proof(State(site): State<Arc<Site>>, Path(chip): Path<String>) -> Respo
     }
 }
 
-/// Anything that has no page. Programs get it in their form.
-pub(super) async fn nothing_here(State(site): State<Arc<Site>>, headers: HeaderMap) -> Response {
+/// Answers requests for unknown paths: HTML for browsers, problem details for programs.
+pub(super) async fn not_found(State(site): State<Arc<Site>>, headers: HeaderMap) -> Response {
     let accepts = headers.get(header::ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
     if !accepts.contains("text/html") {
-        return problem(StatusCode::NOT_FOUND, "there is nothing here");
+        return problem(StatusCode::NOT_FOUND, "unknown path");
     }
-    site.message(StatusCode::NOT_FOUND, "There is nothing here", "This address leads nowhere.", None)
+    site.message(StatusCode::NOT_FOUND, "Page not found", "There is no page at this address.", None)
 }
 
 impl Site {
@@ -248,8 +248,8 @@ impl Site {
     }
 
     fn proof_view(&self, proven: &VerifiedProof) -> ProofView {
-        let step = |(at, step): (usize, &ProofStep)| StepView {
-            number: at + 1,
+        let step = |(index, step): (usize, &ProofStep)| StepView {
+            number: index + 1,
             side: if step.sibling_is_left { "left" } else { "right" }.to_owned(),
             sibling: hex::encode(step.sibling),
             hash: hex::encode(step.hash),
@@ -270,16 +270,16 @@ impl Site {
         content: impl FnOnce(PublishedRecord) -> (Vec<u8>, &'static str, &'static str),
     ) -> Response {
         match self.find(chip).await {
-            Ok(found) => {
-                let chip = found.record.chip.clone();
-                let (bytes, kind, ending) = content(found);
-                download(&chip, bytes, kind, ending)
+            Ok(published) => {
+                let chip = published.record.chip.clone();
+                let (bytes, media_type, extension) = content(published);
+                download(&chip, bytes, media_type, extension)
             }
             Err(error) => self.refused(&error),
         }
     }
 
-    /// The same table as for programs, in words for people.
+    /// Renders an error as a page. `public::refused` is the same table for programs.
     fn refused(&self, error: &ProvisionError) -> Response {
         match error {
             ProvisionError::NoRecord => self.message(
@@ -287,26 +287,26 @@ impl Site {
                 "No such device",
                 "There is no record of a device with this chip ID.",
                 Some(
-                    "Check the ID: one wrong digit makes another one. A device that left the line only now is here as soon as its \
-                     station has its receipt. Else ask its manufacturer.",
+                    "Check the ID for a wrong digit. A new device appears here as soon as its station has the receipt. \
+                     Otherwise ask the manufacturer.",
                 ),
             ),
             ProvisionError::Invalid(_) => self.message(
                 StatusCode::BAD_REQUEST,
-                "That is no chip ID",
+                "Invalid chip ID",
                 "A chip ID has 16 to 128 hex digits: 0 to 9 and a to f.",
                 None,
             ),
             other => {
-                tracing::warn!(error = %other, "a page could not be made");
-                let mut away = self.message(
+                tracing::warn!(error = %other, "cannot serve a page");
+                let mut unavailable = self.message(
                     StatusCode::SERVICE_UNAVAILABLE,
-                    "Not available now",
-                    "The database cannot be read at this moment. Nothing is lost.",
+                    "Temporarily unavailable",
+                    "The database cannot be read at the moment. No data is lost.",
                     Some("Try again in a minute, or use a mirror."),
                 );
-                away.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("10"));
-                away
+                unavailable.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("10"));
+                unavailable
             }
         }
     }
@@ -318,8 +318,8 @@ impl Site {
     }
 }
 
-fn record_view(found: &PublishedRecord) -> RecordView {
-    let PublishedRecord { record, bytes, publication } = found;
+fn record_view(published: &PublishedRecord) -> RecordView {
+    let PublishedRecord { record, bytes, publication } = published;
     let kind = match &record.identity {
         DeviceIdentity::Imei(_) => "IMEI",
         DeviceIdentity::Meid(_) => "MEID",
@@ -344,11 +344,15 @@ fn record_view(found: &PublishedRecord) -> RecordView {
 
 fn certificate_view(record: &DeviceRecord) -> CertificateView {
     let kind = if record.certificate_is_cwt { "CWT (RFC 8392)" } else { "X.509 certificate" };
-    let said = describe(&record.certificate, record.certificate_is_cwt);
-    let said =
-        said.unwrap_or_else(|error| vec![Statement { name: "Problem", value: error.to_string(), is_bytes: false }]);
-    let row = |said: Statement| Row { name: said.name.to_owned(), value: said.value, mono: said.is_bytes };
-    CertificateView { kind: kind.to_owned(), rows: said.into_iter().map(row).collect(), pem: record.certificate_pem() }
+    let fields = describe(&record.certificate, record.certificate_is_cwt);
+    let fields = fields
+        .unwrap_or_else(|error| vec![CertificateField { name: "Problem", value: error.to_string(), is_bytes: false }]);
+    let row = |field: CertificateField| Row { name: field.name.to_owned(), value: field.value, mono: field.is_bytes };
+    CertificateView {
+        kind: kind.to_owned(),
+        rows: fields.into_iter().map(row).collect(),
+        pem: record.certificate_pem(),
+    }
 }
 
 fn time_text(seconds: u64) -> String {
@@ -360,20 +364,20 @@ fn time_text(seconds: u64) -> String {
 fn page(status: StatusCode, template: &impl Template) -> Response {
     match template.render() {
         Ok(html) => {
-            let head = [(header::CONTENT_TYPE, "text/html; charset=utf-8"), (header::CACHE_CONTROL, PAGE)];
+            let head = [(header::CONTENT_TYPE, "text/html; charset=utf-8"), (header::CACHE_CONTROL, NO_CACHE)];
             (status, head, html).into_response()
         }
         Err(error) => {
-            tracing::error!(%error, "a page could not be written");
+            tracing::error!(%error, "cannot render a page");
             StatusCode::INTERNAL_SERVER_ERROR.into_response()
         }
     }
 }
 
-/// A file to be kept, named after its chip.
-fn download(chip: &ChipId, bytes: Vec<u8>, kind: &'static str, ending: &str) -> Response {
-    let mut response = ([(header::CONTENT_TYPE, kind), (header::CACHE_CONTROL, PAGE)], bytes).into_response();
-    let name = format!("attachment; filename=\"{chip}.{ending}\"");
+/// Returns a file to download, named after the chip.
+fn download(chip: &ChipId, bytes: Vec<u8>, media_type: &'static str, extension: &str) -> Response {
+    let mut response = ([(header::CONTENT_TYPE, media_type), (header::CACHE_CONTROL, NO_CACHE)], bytes).into_response();
+    let name = format!("attachment; filename=\"{chip}.{extension}\"");
     if let Ok(name) = HeaderValue::from_str(&name) {
         response.headers_mut().insert(header::CONTENT_DISPOSITION, name);
     }

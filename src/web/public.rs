@@ -1,15 +1,15 @@
-//! What anybody may ask over HTTP: records, proofs, the log's tiles, and pages for people.
+//! Public HTTP: records, proofs, the log's tiles, and HTML pages.
 //!
-//! | path | is |
+//! | path | content |
 //! |---|---|
 //! | `/` , `/devices?chip=…`, `/devices/{chip}`… | pages, without JavaScript |
-//! | `/v1/devices/{chip}` | the record: JSON, CBOR or PEM, as `Accept` says |
+//! | `/v1/devices/{chip}` | the record: JSON, CBOR or PEM, selected by `Accept` |
 //! | `/v1/devices/{chip}/proof` | C2SP tlog-proof |
-//! | `/checkpoint`, `/tile/…` | the log, as C2SP tlog-tiles says |
-//! | `/chip/{shard}/{file}`, `/log.vkey` | what a mirror has besides, in the same places |
+//! | `/checkpoint`, `/tile/…` | the log (C2SP tlog-tiles) |
+//! | `/chip/{shard}/{file}`, `/log.vkey` | the other files of a mirror, at the same paths |
 //!
-//! There is no list of chips and no search by a beginning: whoever asks must know the whole chip ID. (The entries are public, too:
-//! who wants all of them reads the log.)
+//! There is no list of chips and no prefix search: a client must know the complete chip ID. (The log's entries are public, so a
+//! client that wants all of them reads the log.)
 
 use std::num::NonZeroU32;
 use std::sync::Arc;
@@ -29,7 +29,7 @@ use tower::ServiceExt as _;
 use tower_http::compression::CompressionLayer;
 
 use super::pages;
-use super::rate::Rate;
+use super::rate::RateLimit;
 use super::serve::{Limits, Peer, serve};
 use crate::config::{PublicConfig, RegistryConfig};
 use crate::connections::Tls;
@@ -40,55 +40,56 @@ use crate::rpc;
 use crate::store::PublishedRecord;
 use crate::tlog::{LogKey, TileId, WitnessKey};
 
-/// A reader comes, reads and goes.
+/// Limits of the public listener.
 const LIMITS: Limits = Limits {
-    places: 1024,
-    of_one_address: 64,
-    age: Duration::from_secs(120),
+    connections: 1024,
+    connections_per_address: 64,
+    max_age: Duration::from_secs(120),
     grace: Duration::from_secs(30),
     keep_alive: true,
 };
-/// KiB of entry bundles that are on their way to slow readers at once, and of how many a request is counted as one more.
-const BUNDLES_ON_THE_WAY: usize = 128 * 1024;
-const KIB_OF_A_REQUEST: usize = 128;
-/// Requests that are answered at once; the rest is told to come again.
-const INSIDE: usize = 256;
-/// No request takes longer.
+/// Maximum size of all entry bundles in flight to clients, in KiB.
+const MAX_BUNDLES_IN_FLIGHT_KIB: usize = 128 * 1024;
+/// Size of a bundle for which the rate limit charges one additional request, in KiB.
+const KIB_PER_REQUEST: usize = 128;
+/// Maximum number of requests in progress; further requests are rejected and must be retried.
+const MAX_REQUESTS: usize = 256;
+/// Time limit of a request.
 const CALL_LIMIT: Duration = Duration::from_secs(30);
 
-/// What never changes under its name (C2SP tlog-tiles: long-lived).
+/// Cache control for content that never changes (C2SP tlog-tiles: long-lived).
 const IMMUTABLE: &str = "public, max-age=31536000, immutable";
-/// What changes with each batch (C2SP tlog-tiles: a few seconds).
-const MOMENT: &str = "public, max-age=2";
-/// A record stays as it is until it is superseded; then the chip's new one should be seen soon.
-const MINUTE: &str = "public, max-age=60";
+/// Cache control for content that changes with each batch (C2SP tlog-tiles: a few seconds).
+const TWO_SECONDS: &str = "public, max-age=2";
+/// Cache control for records. A record changes only if a newer one supersedes it, which should become visible soon.
+const ONE_MINUTE: &str = "public, max-age=60";
 
-/// What the handlers share.
+/// State shared by all handlers.
 pub(super) struct Site {
     pub(super) provisioner: Arc<Provisioner>,
     pub(super) title: String,
     pub(super) key: LogKey,
-    /// Whose cosignatures are told.
+    /// Witnesses whose cosignatures are shown.
     pub(super) witnesses: Vec<WitnessKey>,
-    rate: Rate,
-    inside: Semaphore,
+    rate: RateLimit,
+    requests: Semaphore,
     bundles: Arc<Semaphore>,
 }
 
-/// The public listener's side of HTTP.
+/// The HTTP service of the public listener.
 pub struct Public(Arc<Site>);
 
 impl Public {
-    /// The pages and resources of that log.
+    /// Creates the service for a log.
     pub fn new(provisioner: Arc<Provisioner>, config: &PublicConfig, registry: &RegistryConfig) -> Self {
-        let (title, rate, inside) = (config.title.clone(), Rate::new(config), Semaphore::new(INSIDE));
+        let (title, rate, requests) = (config.title.clone(), RateLimit::new(config), Semaphore::new(MAX_REQUESTS));
         let witnesses = registry.settings.witnesses.iter().map(|witness| witness.key.clone()).collect();
         let key = registry.key.key.clone();
-        let bundles = Arc::new(Semaphore::new(BUNDLES_ON_THE_WAY));
-        Self(Arc::new(Site { provisioner, title, key, witnesses, rate, inside, bundles }))
+        let bundles = Arc::new(Semaphore::new(MAX_BUNDLES_IN_FLIGHT_KIB));
+        Self(Arc::new(Site { provisioner, title, key, witnesses, rate, requests, bundles }))
     }
 
-    /// Serves HTTP and, beside it on the same listener, gRPC until `stop` is true; then drains.
+    /// Serves HTTP and gRPC on one listener until `stop` is true; then drains.
     pub(crate) async fn serve(self, listener: TcpListener, tls: Tls, grpc: Router, stop: watch::Receiver<bool>) {
         let router = router(&self.0, grpc);
         serve(listener, Some(tls), router, LIMITS, stop).await;
@@ -104,58 +105,61 @@ fn router(site: &Arc<Site>, grpc: Router) -> Router {
         .route("/log.vkey", get(vkey))
         .merge(pages::routes())
         .layer(CompressionLayer::new());
-    // Hashes do not get smaller, and files of a mirror are as they are on its disk.
-    let plain = Router::new()
+    // Hashes do not compress, and mirror files are served exactly as they are on disk.
+    let uncompressed = Router::new()
         .route("/tile/{level}/{*path}", get(hashes))
         .route("/chip/{shard}/{file}", get(chip_file))
-        .fallback(pages::nothing_here);
-    let http = compressed.merge(plain).layer(middleware::map_response(harden)).with_state(Arc::clone(site));
-    let either = tower::service_fn(move |request: Request| {
+        .fallback(pages::not_found);
+    let http = compressed
+        .merge(uncompressed)
+        .layer(middleware::map_response(add_security_headers))
+        .with_state(Arc::clone(site));
+    let dispatch = tower::service_fn(move |request: Request| {
         let router = if is_grpc(request.headers()) { grpc.clone() } else { http.clone() };
         router.oneshot(request)
     });
-    Router::new().fallback_service(either).layer(middleware::from_fn_with_state(Arc::clone(site), admit))
+    Router::new().fallback_service(dispatch).layer(middleware::from_fn_with_state(Arc::clone(site), admit))
 }
 
 fn is_grpc(headers: &HeaderMap) -> bool {
     headers.get(header::CONTENT_TYPE).is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
 }
 
-/// At the door: not too fast, not too many, not for too long.
+/// Enforces the request rate per address, the number of requests in progress and the time limit.
 async fn admit(State(site): State<Arc<Site>>, mut request: Request, next: Next) -> Response {
     let is_grpc = is_grpc(request.headers());
     let peer = request.extensions().get::<Peer>().map(|peer| peer.0);
     if let Some(peer) = peer {
         request.extensions_mut().insert(TcpConnectInfo { local_addr: None, remote_addr: Some(peer) });
         if let Err(after) = site.rate.admit(peer.ip()) {
-            return too_fast(is_grpc, after);
+            return rate_limited(is_grpc, after);
         }
     }
-    let Ok(_place) = site.inside.try_acquire() else { return busy(is_grpc) };
-    tokio::time::timeout(CALL_LIMIT, next.run(request)).await.unwrap_or_else(|_| busy(is_grpc))
+    let Ok(_permit) = site.requests.try_acquire() else { return overloaded(is_grpc) };
+    tokio::time::timeout(CALL_LIMIT, next.run(request)).await.unwrap_or_else(|_| overloaded(is_grpc))
 }
 
-fn busy(is_grpc: bool) -> Response {
+fn overloaded(is_grpc: bool) -> Response {
     if is_grpc {
-        return rpc::busy(INSIDE).into_http();
+        return rpc::overloaded(MAX_REQUESTS).into_http();
     }
-    let mut refused = problem(StatusCode::SERVICE_UNAVAILABLE, "the server has too much to do; try again");
+    let mut refused = problem(StatusCode::SERVICE_UNAVAILABLE, "server overloaded; retry later");
     refused.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
     refused
 }
 
-fn too_fast(is_grpc: bool, after: Duration) -> Response {
+fn rate_limited(is_grpc: bool, after: Duration) -> Response {
     if is_grpc {
-        return rpc::too_fast(after).into_http();
+        return rpc::rate_limited(after).into_http();
     }
-    let mut refused = problem(StatusCode::TOO_MANY_REQUESTS, "this address asks too often; try again later");
+    let mut refused = problem(StatusCode::TOO_MANY_REQUESTS, "request rate exceeded for this address; retry later");
     let seconds = after.as_secs().saturating_add(1);
     refused.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
     refused
 }
 
-/// What a browser must not do with any of this.
-async fn harden(mut response: Response) -> Response {
+/// Adds the security headers for browsers.
+async fn add_security_headers(mut response: Response) -> Response {
     const HEADERS: [(HeaderName, &str); 3] = [
         (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
         (header::REFERRER_POLICY, "no-referrer"),
@@ -170,7 +174,7 @@ async fn harden(mut response: Response) -> Response {
     response
 }
 
-/// An answer for programs that something is wrong. It says nothing of what was asked for, so that all are of one size.
+/// Returns a problem details response (RFC 9457) for programs. It does not echo the request, so all responses have the same size.
 pub(super) fn problem(status: StatusCode, detail: &'static str) -> Response {
     let title = status.canonical_reason().unwrap_or("error");
     let body = serde_json::json!({ "title": title, "status": status.as_u16(), "detail": detail });
@@ -178,56 +182,55 @@ pub(super) fn problem(status: StatusCode, detail: &'static str) -> Response {
     (status, head, body.to_string()).into_response()
 }
 
-/// The one table from errors to HTTP, as `rpc` has one for gRPC.
+/// Maps errors to HTTP responses, as `rpc::status` does for gRPC.
 pub(super) fn refused(error: &ProvisionError) -> Response {
     match error {
-        ProvisionError::NoRecord => problem(StatusCode::NOT_FOUND, "there is no such record"),
+        ProvisionError::NoRecord => problem(StatusCode::NOT_FOUND, "no such record"),
         ProvisionError::Invalid(_) => {
-            problem(StatusCode::BAD_REQUEST, "a chip ID is written in hex, 16 to 128 digits for its 8 to 64 bytes")
+            problem(StatusCode::BAD_REQUEST, "invalid chip ID: expected 16 to 128 hex digits (8 to 64 bytes)")
         }
         other => {
-            tracing::warn!(error = %other, "a public request could not be answered");
-            let mut away =
-                problem(StatusCode::SERVICE_UNAVAILABLE, "the public database is not available now; try again");
-            away.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("2"));
-            away
+            tracing::warn!(error = %other, "cannot answer a public request");
+            let mut unavailable = problem(StatusCode::SERVICE_UNAVAILABLE, "public database unavailable; retry later");
+            unavailable.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("2"));
+            unavailable
         }
     }
 }
 
 impl Site {
-    /// The newest record of the chip that is named in the path.
+    /// Returns the newest record of the chip in the request path.
     pub(super) async fn find(&self, chip: &str) -> Result<PublishedRecord, ProvisionError> {
         let chip: ChipId = chip.parse().map_err(|e| ProvisionError::invalid("chip_id", e))?;
         self.provisioner.recover(&chip).await
     }
 
-    /// A tile or a bundle by its path.
+    /// Returns a tile or an entry bundle by its path.
     async fn tile(&self, path: &str) -> Result<Vec<u8>, Response> {
-        let nothing = || problem(StatusCode::NOT_FOUND, "there is no such tile");
-        let tile = path.parse::<TileId>().map_err(|_| nothing())?;
-        let found = self.provisioner.registry().tile(tile).await.map_err(|error| refused(&error.into()))?;
-        found.ok_or_else(nothing)
+        let not_found = || problem(StatusCode::NOT_FOUND, "no such tile");
+        let tile = path.parse::<TileId>().map_err(|_| not_found())?;
+        let bytes = self.provisioner.registry().tile(tile).await.map_err(|error| refused(&error.into()))?;
+        bytes.ok_or_else(not_found)
     }
 }
 
-/// The forms of a record.
+/// The representations of a record.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Form {
+enum Format {
     Json,
     Cbor,
     Pem,
 }
 
-impl Form {
-    /// Each with the media ranges that it fits, the most specific first.
+impl Format {
+    /// Each format with the media ranges that match it, the most specific first.
     const ALL: [(Self, &'static [&'static str]); 3] = [
         (Self::Json, &["application/json", "application/*", "*/*"]),
         (Self::Cbor, &["application/cbor", "application/*", "*/*"]),
         (Self::Pem, &["application/x-pem-file", "application/pem-certificate-chain", "text/plain", "text/*", "*/*"]),
     ];
 
-    /// The best of those that are accepted (RFC 9110 §12.5.1); JSON where it is all the same.
+    /// Selects the format by the `Accept` header (RFC 9110 §12.5.1); JSON if several have the same weight.
     fn accepted(headers: &HeaderMap) -> Option<Self> {
         let values = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
         let ranges: Vec<_> = values.flat_map(|value| value.split(',')).take(32).map(media_range).collect();
@@ -235,21 +238,21 @@ impl Form {
             return Some(Self::Json);
         }
         let mut best: Option<(f32, Self)> = None;
-        for (form, names) in Self::ALL {
-            // The most specific range that fits says how much it is wanted.
+        for (format, names) in Self::ALL {
+            // The most specific matching range determines the weight.
             let weight =
                 names.iter().find_map(|name| ranges.iter().find(|(range, _)| range == name).map(|(_, weight)| *weight));
             if let Some(weight) = weight.filter(|weight| *weight > 0.0)
                 && best.is_none_or(|(known, _)| weight > known)
             {
-                best = Some((weight, form));
+                best = Some((weight, format));
             }
         }
-        best.map(|(_, form)| form)
+        best.map(|(_, format)| format)
     }
 }
 
-/// A media range and its weight.
+/// Parses a media range and its weight.
 fn media_range(text: &str) -> (String, f32) {
     let mut parts = text.split(';').map(|part| part.trim().to_ascii_lowercase());
     let range = parts.next().unwrap_or_default();
@@ -258,42 +261,48 @@ fn media_range(text: &str) -> (String, f32) {
 }
 
 async fn record(State(site): State<Arc<Site>>, Path(chip): Path<String>, headers: HeaderMap) -> Response {
-    let Some(form) = Form::accepted(&headers) else {
+    let Some(format) = Format::accepted(&headers) else {
         return problem(
             StatusCode::NOT_ACCEPTABLE,
-            "a record is to be had as application/json, application/cbor or application/x-pem-file",
+            "not acceptable: a record is available as application/json, application/cbor or application/x-pem-file",
         );
     };
-    let found = match site.find(&chip).await {
-        Ok(found) => found,
+    let published = match site.find(&chip).await {
+        Ok(published) => published,
         Err(error) => return refused(&error),
     };
-    let hash = hex::encode(found.publication.record_hash);
-    let (kind, tag, body) = match form {
-        Form::Json => {
-            let json = found.record.to_json(found.publication.index, &found.publication.record_hash);
+    let hash = hex::encode(published.publication.record_hash);
+    let (kind, tag, body) = match format {
+        Format::Json => {
+            let json = published.record.to_json(published.publication.index, &published.publication.record_hash);
             ("application/json", "json", format!("{json:#}\n").into_bytes())
         }
-        Form::Cbor => ("application/cbor", "cbor", found.bytes),
-        Form::Pem => match found.record.certificate_pem() {
+        Format::Cbor => ("application/cbor", "cbor", published.bytes),
+        Format::Pem => match published.record.certificate_pem() {
             Some(pem) => ("application/x-pem-file", "pem", pem.into_bytes()),
             None => {
                 return problem(
                     StatusCode::NOT_ACCEPTABLE,
-                    "this device's certificate is a CWT, which has no PEM form",
+                    "the device's certificate is a CWT, which has no PEM encoding",
                 );
             }
         },
     };
-    tagged(&headers, &format!("W/\"{hash}-{tag}\""), MINUTE, kind, body)
+    tagged(&headers, &format!("W/\"{hash}-{tag}\""), ONE_MINUTE, kind, body)
 }
 
-/// A body with an entity tag; or that the asker has it already (RFC 9110 §13.1.2).
-pub(super) fn tagged(asked: &HeaderMap, tag: &str, cache: &'static str, kind: &'static str, body: Vec<u8>) -> Response {
-    let known = asked.get_all(header::IF_NONE_MATCH).iter().filter_map(|value| value.to_str().ok());
+/// Returns a body with an entity tag, or 304 if the client already has it (RFC 9110 §13.1.2).
+pub(super) fn tagged(
+    request: &HeaderMap,
+    tag: &str,
+    cache: &'static str,
+    kind: &'static str,
+    body: Vec<u8>,
+) -> Response {
+    let known = request.get_all(header::IF_NONE_MATCH).iter().filter_map(|value| value.to_str().ok());
     let is_known = known.flat_map(|value| value.split(',')).any(|known| {
-        let bare = |tag: &str| tag.trim().trim_start_matches("W/").to_owned();
-        known.trim() == "*" || bare(known) == bare(tag)
+        let opaque = |tag: &str| tag.trim().trim_start_matches("W/").to_owned();
+        known.trim() == "*" || opaque(known) == opaque(tag)
     });
     let mut response = match is_known {
         true => StatusCode::NOT_MODIFIED.into_response(),
@@ -310,25 +319,25 @@ pub(super) fn tagged(asked: &HeaderMap, tag: &str, cache: &'static str, kind: &'
 
 async fn proof(State(site): State<Arc<Site>>, Path(chip): Path<String>) -> Response {
     let proven = async {
-        let found = site.find(&chip).await?;
-        site.provisioner.prove(found.publication.index).await
+        let published = site.find(&chip).await?;
+        site.provisioner.prove(published.publication.index).await
     };
     match proven.await {
-        Ok(proof) => text(MOMENT, proof.to_bytes()),
+        Ok(proof) => text(TWO_SECONDS, proof.to_bytes()),
         Err(error) => refused(&error),
     }
 }
 
 async fn checkpoint(State(site): State<Arc<Site>>) -> Response {
     match site.provisioner.registry().checkpoint().await {
-        Ok(Some(checkpoint)) => text(MOMENT, checkpoint.note().to_vec()),
-        Ok(None) => refused(&ProvisionError::Unsigned("there is none yet".to_owned())),
+        Ok(Some(checkpoint)) => text(TWO_SECONDS, checkpoint.note().to_vec()),
+        Ok(None) => refused(&ProvisionError::Unsigned("no checkpoint yet".to_owned())),
         Err(error) => refused(&error.into()),
     }
 }
 
 async fn vkey(State(site): State<Arc<Site>>) -> Response {
-    text(MINUTE, format!("{}\n", site.key).into_bytes())
+    text(ONE_MINUTE, format!("{}\n", site.key).into_bytes())
 }
 
 fn text(cache: &'static str, body: Vec<u8>) -> Response {
@@ -351,24 +360,24 @@ async fn entries(
         Ok(bytes) => bytes,
         Err(refused) => return refused,
     };
-    // A bundle is large: it is counted as more than one request, and takes room until its reader has all of it.
+    // A bundle is large: it is charged as more than one request, and counts as in flight until the client has all of it.
     let kib = bytes.len() / 1024;
-    let more = u32::try_from(kib / KIB_OF_A_REQUEST).ok().and_then(NonZeroU32::new);
-    if let Some(Err(after)) = more.map(|more| site.rate.charge(peer.0.ip(), more)) {
-        return too_fast(false, after);
+    let extra_requests = u32::try_from(kib / KIB_PER_REQUEST).ok().and_then(NonZeroU32::new);
+    if let Some(Err(after)) = extra_requests.map(|requests| site.rate.charge(peer.0.ip(), requests)) {
+        return rate_limited(false, after);
     }
-    let room = Arc::clone(&site.bundles).try_acquire_many_owned(u32::try_from(kib).unwrap_or(u32::MAX));
-    let Ok(room) = room else { return busy(false) };
-    immutable(Body::from(Bytes::from_owner(OnTheWay { bytes, _room: room })))
+    let permit = Arc::clone(&site.bundles).try_acquire_many_owned(u32::try_from(kib).unwrap_or(u32::MAX));
+    let Ok(permit) = permit else { return overloaded(false) };
+    immutable(Body::from(Bytes::from_owner(BundleInFlight { bytes, _permit: permit })))
 }
 
-/// A bundle that somebody is reading.
-struct OnTheWay {
+/// A bundle that a client is downloading.
+struct BundleInFlight {
     bytes: Vec<u8>,
-    _room: OwnedSemaphorePermit,
+    _permit: OwnedSemaphorePermit,
 }
 
-impl AsRef<[u8]> for OnTheWay {
+impl AsRef<[u8]> for BundleInFlight {
     fn as_ref(&self) -> &[u8] {
         &self.bytes
     }
@@ -379,28 +388,28 @@ fn immutable(body: Body) -> Response {
     (head, body).into_response()
 }
 
-/// The two files that a mirror has for each chip.
+/// Serves the two files that a mirror has for each chip.
 async fn chip_file(
     State(site): State<Arc<Site>>,
-    Path((of, file)): Path<(String, String)>,
+    Path((shard_name, file)): Path<(String, String)>,
     headers: HeaderMap,
 ) -> Response {
     let (chip, is_proof) = match (file.strip_suffix(".cbor"), file.strip_suffix(".tlog-proof")) {
         (Some(chip), _) => (chip, false),
         (_, Some(chip)) => (chip, true),
-        _ => return problem(StatusCode::NOT_FOUND, "there is no such file"),
+        _ => return problem(StatusCode::NOT_FOUND, "no such file"),
     };
-    let in_its_place = chip.parse::<ChipId>().is_ok_and(|id| shard(&id) == of && id.to_string() == chip);
-    if !in_its_place {
+    let is_canonical = chip.parse::<ChipId>().is_ok_and(|id| shard(&id) == shard_name && id.to_string() == chip);
+    if !is_canonical {
         return refused(&ProvisionError::NoRecord);
     }
     if is_proof {
         return proof(State(site), Path(chip.to_owned())).await;
     }
     match site.find(chip).await {
-        Ok(found) => {
-            let tag = format!("\"{}\"", hex::encode(found.publication.record_hash));
-            tagged(&headers, &tag, MINUTE, "application/cbor", found.bytes)
+        Ok(published) => {
+            let tag = format!("\"{}\"", hex::encode(published.publication.record_hash));
+            tagged(&headers, &tag, ONE_MINUTE, "application/cbor", published.bytes)
         }
         Err(error) => refused(&error),
     }

@@ -1,4 +1,4 @@
-//! HTTP within limits: so many connections, none of them for long; and the drain.
+//! Serves HTTP connections within limits on their number and age, and drains them.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry as Slot;
@@ -20,35 +20,35 @@ use tower::ServiceExt as _;
 
 use crate::connections::{Tls, next, stopped};
 
-/// How long TLS and the head of a request may take.
+/// Time limit of the TLS handshake and of a request's headers.
 const HEAD_LIMIT: Duration = Duration::from_secs(5);
-/// Most bytes of a request's head.
+/// Maximum size of a request's headers in bytes.
 const HEAD_SIZE: usize = 16 * 1024;
-/// Requests at once on one connection of HTTP/2.
-const STREAMS: u32 = 100;
-/// How often a silent HTTP/2 connection is asked whether it is still there.
-const ALIVE: Duration = Duration::from_secs(30);
+/// Maximum number of concurrent requests on one HTTP/2 connection.
+const MAX_STREAMS: u32 = 100;
+/// Ping interval of idle HTTP/2 connections.
+const PING_INTERVAL: Duration = Duration::from_secs(30);
 
-/// What a listener grants.
+/// Limits of a listener.
 #[derive(Clone, Copy)]
 pub(super) struct Limits {
-    /// Connections at once; more wait with the system until one ends.
-    pub(super) places: u32,
-    /// Connections of one address at once; more are closed.
-    pub(super) of_one_address: u32,
-    /// After so long a connection is asked to end: whoever stays makes room for others.
-    pub(super) age: Duration,
-    /// How long what was begun by then may take.
+    /// Maximum number of connections; further ones wait in the listen backlog.
+    pub(super) connections: u32,
+    /// Maximum number of connections per address; further ones are closed.
+    pub(super) connections_per_address: u32,
+    /// Age at which a connection is shut down gracefully, so that long-lived clients do not block others.
+    pub(super) max_age: Duration,
+    /// Time limit of the graceful shutdown.
     pub(super) grace: Duration,
-    /// Whether a connection of HTTP/1.1 takes more than one request.
+    /// Whether an HTTP/1.1 connection accepts more than one request.
     pub(super) keep_alive: bool,
 }
 
-/// Who is at the other end of the connection.
+/// The address of the client.
 #[derive(Clone, Copy)]
 pub(super) struct Peer(pub(super) SocketAddr);
 
-/// Serves until `stop` is true, then lets the requests in flight be answered.
+/// Serves until `stop` is true, then answers the requests in flight.
 pub(super) async fn serve(
     listener: TcpListener,
     tls: Option<Tls>,
@@ -56,15 +56,15 @@ pub(super) async fn serve(
     limits: Limits,
     stop: watch::Receiver<bool>,
 ) {
-    let places = Arc::new(Semaphore::new(limits.places as usize));
-    let addresses = Arc::new(Addresses::default());
+    let permits = Arc::new(Semaphore::new(limits.connections as usize));
+    let counts = Arc::new(ConnectionCounts::default());
     loop {
-        let (place, stream, peer) = tokio::select! {
+        let (permit, stream, peer) = tokio::select! {
             () = stopped(stop.clone()) => break,
-            next = next(&listener, &places) => next,
+            next = next(&listener, &permits) => next,
         };
-        let Some(of_address) = addresses.enter(holder(peer.ip()), limits.of_one_address) else {
-            tracing::debug!(%peer, "an address has too many connections");
+        let Some(counted) = counts.add(rate_key(peer.ip()), limits.connections_per_address) else {
+            tracing::debug!(%peer, "too many connections from this address");
             continue;
         };
         let (router, stop, tls) = (router.clone(), stop.clone(), tls.clone());
@@ -77,14 +77,14 @@ pub(super) async fn serve(
                     }
                 }
             }
-            // In this order: whoever is let in by the free place must not be counted beside the one that left it.
-            drop(of_address);
-            drop(place);
+            // In this order, so that the next connection of this address, which the permit admits, does not see the old count.
+            drop(counted);
+            drop(permit);
         });
     }
     drop(listener);
-    // All places are free once every connection has ended, which none can put off beyond its limit.
-    let _ = places.acquire_many(limits.places).await;
+    // All permits are free once every connection has ended; the limits bound how long that takes.
+    let _ = permits.acquire_many(limits.connections).await;
 }
 
 async fn answer(
@@ -104,60 +104,60 @@ async fn answer(
     builder
         .http2()
         .timer(TokioTimer::new())
-        .max_concurrent_streams(STREAMS)
+        .max_concurrent_streams(MAX_STREAMS)
         .max_header_list_size(HEAD_SIZE as u32)
-        .keep_alive_interval(ALIVE);
+        .keep_alive_interval(PING_INTERVAL);
     let service = service_fn(move |request: Request<Incoming>| {
         let mut request = request.map(Body::new);
         request.extensions_mut().insert(Peer(peer));
         router.clone().oneshot(request)
     });
-    // The library waits for the first byte as long as it takes: which version of HTTP it is to be is not known before.
+    // hyper waits for the first byte without a limit, because it has to detect the HTTP version.
     let mut stream = BufReader::new(stream);
     let first = tokio::select! {
         first = tokio::time::timeout(HEAD_LIMIT, stream.fill_buf()) => first,
         () = stopped(stop.clone()) => return,
     };
     if !first.is_ok_and(|first| first.is_ok_and(|bytes| !bytes.is_empty())) {
-        return tracing::debug!(%peer, "nothing was asked");
+        return tracing::debug!(%peer, "connection closed or timed out before a request");
     }
     let connection = builder.serve_connection(TokioIo::new(stream), service);
     let mut connection = std::pin::pin!(connection);
     tokio::select! {
-        ended = connection.as_mut() => return tell(ended, peer),
+        ended = connection.as_mut() => return log_end(ended, peer),
         () = stopped(stop) => {}
-        () = tokio::time::sleep(limits.age) => {}
+        () = tokio::time::sleep(limits.max_age) => {}
     }
     connection.as_mut().graceful_shutdown();
     match tokio::time::timeout(limits.grace, connection).await {
-        Ok(ended) => tell(ended, peer),
-        Err(_) => tracing::debug!(%peer, "a connection took too long"),
+        Ok(ended) => log_end(ended, peer),
+        Err(_) => tracing::debug!(%peer, "graceful shutdown of a connection timed out"),
     }
 }
 
-/// The connections of each address.
+/// The number of connections of each address.
 #[derive(Default)]
-struct Addresses(Mutex<HashMap<IpAddr, u32>>);
+struct ConnectionCounts(Mutex<HashMap<IpAddr, u32>>);
 
-impl Addresses {
-    /// One more connection, as long as the value lives; none if there are so many.
-    fn enter(self: &Arc<Self>, address: IpAddr, most: u32) -> Option<impl Drop + Send + use<>> {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = all.entry(address).or_default();
-        if *count >= most {
+impl ConnectionCounts {
+    /// Counts a connection for as long as the returned value lives; `None` if the address already has `limit` connections.
+    fn add(self: &Arc<Self>, address: IpAddr, limit: u32) -> Option<impl Drop + Send + use<>> {
+        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = counts.entry(address).or_default();
+        if *count >= limit {
             return None;
         }
         *count += 1;
-        Some(OfAddress(Arc::clone(self), address))
+        Some(CountedConnection(Arc::clone(self), address))
     }
 }
 
-struct OfAddress(Arc<Addresses>, IpAddr);
+struct CountedConnection(Arc<ConnectionCounts>, IpAddr);
 
-impl Drop for OfAddress {
+impl Drop for CountedConnection {
     fn drop(&mut self) {
-        let mut all = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Slot::Occupied(mut count) = all.entry(self.1) {
+        let mut counts = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Slot::Occupied(mut count) = counts.entry(self.1) {
             *count.get_mut() -= 1;
             if *count.get() == 0 {
                 count.remove();
@@ -166,16 +166,16 @@ impl Drop for OfAddress {
     }
 }
 
-/// Whoever has an IPv6 address has all of its /64.
-pub(super) fn holder(address: IpAddr) -> IpAddr {
+/// Returns the key under which an address is limited: one client usually controls the whole /64 of an IPv6 address.
+pub(super) fn rate_key(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(v6) => IpAddr::V6(Ipv6Addr::from_bits(v6.to_bits() >> 64 << 64)),
         v4 => v4,
     }
 }
 
-fn tell(ended: Result<(), Box<dyn std::error::Error + Send + Sync>>, peer: SocketAddr) {
+fn log_end(ended: Result<(), Box<dyn std::error::Error + Send + Sync>>, peer: SocketAddr) {
     if let Err(error) = ended {
-        tracing::debug!(%error, %peer, "a connection ended early");
+        tracing::debug!(%error, %peer, "connection ended with an error");
     }
 }

@@ -1,4 +1,4 @@
-"""A device made of foreign parts: CBOR by cbor2, COSE by cwt, X.509 by cryptography. See proto/data-package.cddl."""
+"""A device from third-party libraries: CBOR by cbor2, COSE by cwt, X.509 by cryptography. See proto/data-package.cddl."""
 
 import hashlib
 import secrets
@@ -21,7 +21,7 @@ KDF_CONTEXT = [A256KW, [None, None, None], [None, None, None], [256, RECIPIENT_P
 
 
 class Refused(Exception):
-    """What was delivered is not what it should be."""
+    """A delivered value is invalid."""
 
 
 def require(condition: bool, otherwise: str) -> None:
@@ -30,7 +30,7 @@ def require(condition: bool, otherwise: str) -> None:
 
 
 class Chip:
-    """What the silicon has: its ROM, and two keys that no caller ever sees."""
+    """The silicon: its ROM and its private keys."""
 
     def __init__(self, manufacturer: x509.Certificate):
         self.chip_id = secrets.token_bytes(16)
@@ -40,12 +40,12 @@ class Chip:
         self._own_key = ec.generate_private_key(ec.SECP256R1())
 
     def transport_point(self) -> bytes:
-        """The transport public key as an uncompressed point (SEC 1 §2.3.3)."""
+        """Returns the transport public key as an uncompressed point (SEC 1 §2.3.3)."""
         form = serialization.PublicFormat.UncompressedPoint
         return self._transport_key.public_key().public_bytes(serialization.Encoding.X962, form)
 
     def request(self, name: str) -> bytes:
-        """A PKCS#10 request for the key pair that the device made itself."""
+        """Returns a PKCS#10 request for the key pair that the device generated."""
         subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
         request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(self._own_key, hashes.SHA256())
         return request.public_bytes(serialization.Encoding.DER)
@@ -92,7 +92,7 @@ class Chip:
 
 @dataclass
 class Package:
-    """A data package, taken apart and checked."""
+    """A parsed and validated data package."""
 
     data: bytes
     identity: str
@@ -109,7 +109,7 @@ class Package:
         expected = {1: 1, 2: session, 3: chip.chip_id, 4: identity, 5: profile}
         for key, value in expected.items():
             require(fields.get(key) == value, f"package key {key} is {fields.get(key)!r}, not {value!r}")
-        require((7 in fields) != (8 in fields), "the package has not exactly one of certificate chain and CWT")
+        require((7 in fields) != (8 in fields), "the package must have exactly one of certificate chain and CWT")
         chain = fields.get(7, fields.get(8))
         return cls(
             data=data,
@@ -121,7 +121,7 @@ class Package:
         )
 
     def verify(self, chip: Chip) -> None:
-        """What a device checks with nothing but its ROM."""
+        """Verifies the certificate as a device does, with its ROM only."""
         if self.is_cwt:
             self._verify_cwt(chip)
         else:
@@ -160,16 +160,16 @@ class Package:
 
 
 def private_key(cose: dict) -> ec.EllipticCurvePrivateKey:
-    require(cose.get(1) == 2 and cose.get(-1) == 1, "this client understands P-256 pairs only")
+    require(cose.get(1) == 2 and cose.get(-1) == 1, "unsupported key pair: this client supports P-256 only")
     key = ec.derive_private_key(int.from_bytes(cose[-4]), ec.SECP256R1())
     point = key.public_key().public_numbers()
-    require((point.x.to_bytes(32), point.y.to_bytes(32)) == (cose[-2], cose[-3]), "the private key has another public key")
+    require((point.x.to_bytes(32), point.y.to_bytes(32)) == (cose[-2], cose[-3]), "the private key does not match the public key")
     return key
 
 
 def symmetric_key(cose: dict) -> tuple[str, bytes]:
-    require(cose.get(1) == 4, "a symmetric key has another key type than 4")
-    require(16 <= len(cose[-1]) <= 64, "a symmetric key has not 16 to 64 bytes")
+    require(cose.get(1) == 4, "a symmetric key does not have COSE key type 4")
+    require(16 <= len(cose[-1]) <= 64, "a symmetric key does not have 16 to 64 bytes")
     return cose[2].decode(), cose[-1]
 
 
@@ -179,7 +179,7 @@ def cose_signing_key(key: ec.EllipticCurvePrivateKey):
 
 
 def leaves(value):
-    """All values in nested maps and arrays."""
+    """Yields all values in nested maps and arrays."""
     if isinstance(value, dict):
         for item in value.values():
             yield from leaves(item)

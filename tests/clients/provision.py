@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Brings one device from bare chip to recovered, with nothing of ours but the .proto files.
+"""Provisions and recovers one device; of this repository it uses only the .proto files.
 
-Shows that nothing is private to our own client: gRPC by grpcio, COSE by cwt, X.509 by cryptography, receipts by receipt.py.
-Exit status 0 if everything was as it must be; then each thing that was verified is printed.
+Shows that the interfaces are sufficient without our own client: gRPC by grpcio, COSE by cwt, X.509 by cryptography, receipts by
+receipt.py. Prints each verified step. Exit status 0 on success.
 """
 
 import argparse
@@ -30,10 +30,10 @@ def main() -> int:
     try:
         Tour(arguments).run()
     except (Refused, ReceiptError) as error:
-        print(f"NOT as it must be: {error}", file=sys.stderr)
+        print(f"FAILED: {error}", file=sys.stderr)
         return 1
     except grpc.RpcError as error:
-        print(f"the call failed: {error.code().name}: {error.details()}", file=sys.stderr)
+        print(f"call failed: {error.code().name}: {error.details()}", file=sys.stderr)
         return 1
     return 0
 
@@ -42,13 +42,13 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--line", required=True, metavar="HOST:PORT", help="the listener of the stations")
     parser.add_argument("--public", required=True, metavar="HOST:PORT", help="the public listener")
-    parser.add_argument("--tls", required=True, type=Path, help="folder with certificate.pem, key.pem and ca.pem")
+    parser.add_argument("--tls", required=True, type=Path, help="directory with certificate.pem, key.pem and ca.pem")
     parser.add_argument("--manufacturer", required=True, type=Path, help="the manufacturer's CA certificate (PEM)")
     parser.add_argument("--log-key", required=True, type=Path, help="the public database's key (vkey)")
     parser.add_argument("--profile", default="phone")
     parser.add_argument("--identity", help="default: a random IMEI of TAC 49015423 for phone, else a random serial")
-    parser.add_argument("--sealed", action="store_true", help="ask for delivery sealed to the chip's P-256 key")
-    parser.add_argument("--csr", action="store_true", help="the device makes its own key pair")
+    parser.add_argument("--sealed", action="store_true", help="request delivery sealed to the chip's P-256 key")
+    parser.add_argument("--csr", action="store_true", help="let the device generate its own key pair")
     parser.add_argument("--certificate-out", type=Path, help="write the device certificate here (PEM, or the CWT)")
     return parser.parse_args()
 
@@ -71,8 +71,8 @@ class Tour:
         backup = self.chip.back_up(package.data, package.certificate)
         self.refuses_a_wrong_confirmation(package, session, backup)
         receipts = self.complete(order, package, session, backup)
-        found = self.recover(package, session, backup)
-        self.verify_receipts(receipts, found)
+        published = self.recover(package, session, backup)
+        self.verify_receipts(receipts, published)
         self.write_certificate(package)
 
     def order(self) -> dict:
@@ -93,7 +93,7 @@ class Tour:
         }.items():
             bad = self.spp.AssembleRequest(**{**good, **change})
             refused(lambda bad=bad: self.line.Assemble(bad, timeout=10), grpc.StatusCode.INVALID_ARGUMENT, what)
-        say("bad orders are refused as INVALID_ARGUMENT")
+        say("invalid orders are refused as INVALID_ARGUMENT")
 
     def assemble(self) -> tuple[object, Package, bytes]:
         order = self.spp.AssembleRequest(**self.order())
@@ -101,25 +101,25 @@ class Tour:
         package = self.read(answer)
         package.verify(self.chip)
         require(answer.certificate == package.certificate, "the answer and the package hold different certificates")
-        require((answer.certificate_format == 2) == package.is_cwt, "the certificate has another format than it says")
+        require((answer.certificate_format == 2) == package.is_cwt, "certificate_format does not match the certificate")
         kind = "CWT" if package.is_cwt else "certificate"
         say(f"the {kind} verifies with the manufacturer's key; it binds this chip, this identity and this key")
         purposes = ", ".join(f"{purpose} ({8 * len(key)} bits)" for purpose, key in package.symmetric_keys)
         say(f"the package is deterministic CBOR; symmetric keys: {purposes or 'none'}")
 
         again = self.line.Assemble(order, timeout=30)
-        require(again.session_id == answer.session_id, "the same order again opened another session")
-        require(self.read(again).data == package.data, "the same order again got another package")
-        say("the same order again gets the same package again")
+        require(again.session_id == answer.session_id, "a repeated order opened another session")
+        require(self.read(again).data == package.data, "a repeated order got another package")
+        say("a repeated order gets the same package")
         return order, package, answer.session_id
 
     def read(self, answer) -> Package:
         sealed = answer.WhichOneof("delivery") == "sealed_package"
-        require(sealed == self.arguments.sealed, "the package came sealed, or not sealed, against the order")
+        require(sealed == self.arguments.sealed, "the delivery (sealed or plain) does not match the order")
         data = answer.data_package
         if sealed:
             data = self.chip.unseal(answer.sealed_package, answer.session_id)
-            say("the sealed package opens in the chip")
+            say("the chip decrypts the sealed package")
         return Package.read(data, self.chip, answer.session_id, self.identity, self.profile)
 
     def refuses_a_wrong_confirmation(self, package: Package, session: bytes, backup: bytes) -> None:
@@ -131,7 +131,7 @@ class Tour:
             "a confirmation of another backup",
         )
         self.expect_state(session, ISSUED)
-        say("a wrong confirmation is refused as FAILED_PRECONDITION, and changes nothing")
+        say("an invalid confirmation is refused as FAILED_PRECONDITION and changes nothing")
 
     def complete(self, order, package: Package, session: bytes, backup: bytes) -> list:
         confirmation = self.chip.confirm(package, session, backup)
@@ -139,15 +139,15 @@ class Tour:
         receipt = self.line.Complete(request, timeout=30).receipt
         say(f"backup and confirmation are accepted: record {receipt.record_index}")
         again = self.line.Complete(request, timeout=30).receipt
-        require(again == receipt, "Complete again got another receipt")
-        say("the same Complete again gets the same receipt again")
+        require(again == receipt, "a repeated Complete got another receipt")
+        say("a repeated Complete gets the same receipt")
         self.expect_state(session, ERASED)
         refused(
             lambda: self.line.Assemble(order, timeout=30),
             grpc.StatusCode.ALREADY_EXISTS,
             "the order of a completed device",
         )
-        say("the key pair is erased, and no second package is given out")
+        say("the key pair is erased, and a further Assemble is refused")
         return [receipt, again]
 
     def expect_state(self, session: bytes, state: int) -> None:
@@ -155,8 +155,8 @@ class Tour:
         require(found == state, f"the session is in state {found}, not {state}")
 
     def recover(self, package: Package, session: bytes, backup: bytes):
-        found = self.public.GetRecord(self.spp_recovery.GetRecordRequest(chip_id=self.chip.chip_id), timeout=10)
-        record = found.record
+        published = self.public.GetRecord(self.spp_recovery.GetRecordRequest(chip_id=self.chip.chip_id), timeout=10)
+        record = published.record
         for name, value in {
             "chip_id": self.chip.chip_id,
             "identity": self.identity,
@@ -166,45 +166,45 @@ class Tour:
             "session_id": session,
         }.items():
             require(getattr(record, name) == value, f"the public record has another {name}")
-        hash_of_record = hashlib.sha256(found.record_bytes).digest()
-        require(hash_of_record == found.receipt.record_hash, "the receipt is for another record")
+        hash_of_record = hashlib.sha256(published.record_bytes).digest()
+        require(hash_of_record == published.receipt.record_hash, "the receipt is for another record")
         restored = self.chip.restore(record.backup_package, record.certificate)
         require(restored == package.data, "the backup does not hold the package")
         say("the backup from the public database restores the package, byte for byte")
-        return found
+        return published
 
-    def verify_receipts(self, receipts: list, found) -> None:
-        """What anybody can who has the record and the log's key."""
+    def verify_receipts(self, receipts: list, published) -> None:
+        """Verifies receipts with the record and the log's key only."""
         for receipt in receipts:
-            require(place(receipt) == place(found.receipt), "Complete and GetRecord tell different places of the record")
-        seen = [self.verify_proof(receipt.tlog_proof, found) for receipt in receipts]
-        index = found.receipt.record_index
+            require(place(receipt) == place(published.receipt), "Complete and GetRecord return different positions of the record")
+        seen = [self.verify_proof(receipt.tlog_proof, published) for receipt in receipts]
+        index = published.receipt.record_index
         say(f"the receipt proves record {index} in the log {self.log_key.name} of {seen[0].size} by the log's key alone")
 
         for which in ({"chip_id": self.chip.chip_id}, {"record_index": index}):
             answer = self.public.GetProof(self.spp_recovery.GetProofRequest(**which), timeout=10)
             require(answer.record_index == index, f"GetProof answers for record {answer.record_index}, not {index}")
-            seen.append(self.verify_proof(answer.tlog_proof, found))
+            seen.append(self.verify_proof(answer.tlog_proof, published))
         say("GetProof proves the same, by chip and by index")
 
         newest = self.newest_checkpoint()
         require(newest.size >= max(checkpoint.size for checkpoint in seen), "the newest checkpoint is older than a proof's")
-        # Without a consistency proof this is all that can be told of two trees: of one size there is but one.
+        # Without a consistency proof, this is the only possible check: two trees of the same size must have the same root.
         roots = {(checkpoint.size, checkpoint.root) for checkpoint in [*seen, newest]}
         require(len(roots) == len(dict(roots)), "the log has signed two trees of the same size")
         say(f"the newest checkpoint verifies and covers them all: {newest.size} entries")
 
-    def verify_proof(self, data: bytes, found) -> Checkpoint:
+    def verify_proof(self, data: bytes, published) -> Checkpoint:
         proof = Proof.read(data)
-        index = found.receipt.record_index
+        index = published.receipt.record_index
         require(proof.index == index, f"the proof is for record {proof.index}, not {index}")
-        return proof.verify(found.record_bytes, self.log_key)
+        return proof.verify(published.record_bytes, self.log_key)
 
     def newest_checkpoint(self) -> Checkpoint:
         answer = self.public.GetCheckpoint(self.spp_recovery.GetCheckpointRequest(), timeout=10)
         checkpoint = Checkpoint.verify(answer.checkpoint, self.log_key)
-        told = Checkpoint(answer.size, answer.root_hash)
-        require(told == checkpoint, "GetCheckpoint tells another size or root than its checkpoint")
+        fields = Checkpoint(answer.size, answer.root_hash)
+        require(fields == checkpoint, "GetCheckpoint's size or root does not match its checkpoint")
         return checkpoint
 
     def write_certificate(self, package: Package) -> None:
@@ -217,7 +217,7 @@ class Tour:
 
 
 def place(receipt) -> tuple:
-    """A receipt without its proof, which may be against a newer checkpoint each time."""
+    """Returns a receipt without its proof, whose checkpoint may be newer in each answer."""
     return receipt.record_index, receipt.record_hash, receipt.published
 
 
@@ -231,7 +231,7 @@ def refused(call, expected: grpc.StatusCode, what: str) -> None:
 
 
 def generated_code():
-    """Message and service classes, made from the .proto files."""
+    """Generates message and service classes from the .proto files."""
     from grpc_tools import protoc
 
     folder = tempfile.mkdtemp(prefix="spp-proto-")
@@ -240,7 +240,7 @@ def generated_code():
     status = protoc.main(
         ["protoc", f"-I{PROTO}", f"-I{well_known}", f"--python_out={folder}", f"--grpc_python_out={folder}", *files]
     )
-    require(status == 0, "protoc does not understand the .proto files")
+    require(status == 0, "protoc cannot compile the .proto files")
     sys.path.insert(0, folder)
     modules = ("line_pb2", "recovery_pb2", "line_pb2_grpc", "recovery_pb2_grpc")
     return tuple(import_module(f"spp.v1.{name}") for name in modules)

@@ -1,6 +1,6 @@
-"""Receipts of the public database, verified with nothing but SHA-256 and Ed25519.
+"""Verifies receipts of the public database with SHA-256 and Ed25519 only.
 
-C2SP signed-note, tlog-checkpoint and tlog-proof, each in its one form: whoever reads leniently takes two texts for one.
+Parses C2SP signed-note, tlog-checkpoint and tlog-proof strictly, so that each value has exactly one encoding.
 """
 
 import base64
@@ -12,24 +12,24 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 HEADER = "c2sp.org/tlog-proof@v1"
 ED25519 = b"\x01"  # the signature type, C2SP signed-note
-MAX_BYTES = 128 * 1024  # 64 hashes and a checkpoint with all the cosignatures that anybody needs
+MAX_BYTES = 128 * 1024  # enough for 64 hashes and a checkpoint with many cosignatures
 MAX_NUMBER = 2**64 - 1
 
 
 class ReceiptError(Exception):
-    """Nothing is proven."""
+    """The receipt proves nothing."""
 
 
 class Malformed(ReceiptError):
-    """It is not in the form that C2SP specifies."""
+    """The input does not have the format that C2SP specifies."""
 
 
 class NotSigned(ReceiptError):
-    """No signature is by the log's key."""
+    """The note has no signature by the log's key."""
 
 
 class BadSignature(ReceiptError):
-    """A signature says that it is by the log's key, and is not."""
+    """A signature with the log's name and key ID does not verify."""
 
 
 class OtherLog(ReceiptError):
@@ -42,18 +42,18 @@ class NotInTree(ReceiptError):
 
 @dataclass(frozen=True)
 class LogKey:
-    """Who signs checkpoints: the log's name, and its key."""
+    """The log's name and public key."""
 
     name: str
     public: bytes
 
     @classmethod
     def read(cls, vkey: bytes) -> "LogKey":
-        """NAME+ID+KEY, as the file has it: with or without a newline at its end."""
+        """Parses NAME+ID+KEY, with or without a trailing newline."""
         parts = text_of(vkey, "vkey").removesuffix("\n").split("+", 2)
         well_formed(len(parts) == 3, "the vkey is not NAME+ID+KEY")
         name, key_id, key = parts
-        well_formed(is_key_name(name), "the vkey's name is not one")
+        well_formed(is_key_name(name), "the vkey's name is invalid")
         data = base64_of(key, "the vkey's key")
         well_formed(data[:1] == ED25519 and len(data) == 33, "the vkey's key is not an Ed25519 key of 32 bytes")
         found = cls(name, data[1:])
@@ -68,17 +68,18 @@ class LogKey:
         try:
             Ed25519PublicKey.from_public_bytes(self.public).verify(signature, text)
         except InvalidSignature:
-            raise BadSignature(f"a signature in the name of {self.name} is not by its key") from None
+            raise BadSignature(f"a signature by {self.name} does not verify") from None
 
 
 def open_note(note: bytes, key: LogKey) -> str:
-    """The text of a signed note, once the key's signature on it is verified."""
+    """Returns the text of a signed note after verifying the key's signatures."""
     text, empty_line, signatures = text_of(note, "note").rpartition("\n\n")
     well_formed(empty_line != "", "no empty line ends the note's text")
     well_formed(signatures.endswith("\n"), "the note's last line does not end")
     text += "\n"
     signed = False
-    # All lines are read and every one of this key must hold; those of other keys, such as cosignatures, say nothing to us.
+    # All lines must be well formed, and every signature by this key must verify. Signatures by other keys, such as cosignatures,
+    # are ignored.
     for line in signatures.removesuffix("\n").split("\n"):
         name, key_id, signature = signature_line(line)
         if (name, key_id) == (key.name, key.key_id):
@@ -90,9 +91,9 @@ def open_note(note: bytes, key: LogKey) -> str:
 
 
 def signature_line(line: str) -> tuple[str, bytes, bytes]:
-    """Name, key ID and signature."""
+    """Parses a signature line into name, key ID and signature."""
     parts = line.split(" ")
-    well_formed(len(parts) == 3 and parts[0] == "\N{EM DASH}" and is_key_name(parts[1]), "a signature line is not one")
+    well_formed(len(parts) == 3 and parts[0] == "\N{EM DASH}" and is_key_name(parts[1]), "malformed signature line")
     data = base64_of(parts[2], "a signature")
     well_formed(len(data) > 4, "a signature has no bytes after its key ID")
     return parts[1], data[:4], data[4:]
@@ -108,8 +109,8 @@ class Checkpoint:
     @classmethod
     def verify(cls, note: bytes, key: LogKey) -> "Checkpoint":
         lines = open_note(note, key).removesuffix("\n").split("\n")
-        # C2SP lets extension lines follow. This log writes none, and nobody audits what would be in them.
-        well_formed(len(lines) == 3, "the checkpoint is not of three lines: origin, size, root")
+        # C2SP allows extension lines. This log writes none, and no auditor would check them.
+        well_formed(len(lines) == 3, "the checkpoint does not have three lines: origin, size, root")
         origin, size, root = lines
         if origin != key.name:
             raise OtherLog(f"the checkpoint is of the log {origin!r}, not of {key.name!r}")
@@ -118,7 +119,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Proof:
-    """An entry's place and the hashes from it to the root. Nothing of it is to be believed before it is verified."""
+    """An entry's index and the hashes from it to the root. Untrusted until verified."""
 
     index: int
     hashes: list[bytes]
@@ -131,21 +132,21 @@ class Proof:
         header, *lines = head.split("\n")
         well_formed(header == HEADER, f"the proof's first line is not {HEADER}")
         if lines and lines[0].startswith("extra "):
-            # Must be well formed like all the rest, but is not kept: no signature covers it.
+            # Must be well formed like the rest, but is discarded: no signature covers it.
             base64_of(lines.pop(0).removeprefix("extra "), "the extra data")
-        well_formed(lines != [] and lines[0].startswith("index "), "the proof has no index where it should be")
+        well_formed(lines != [] and lines[0].startswith("index "), "the proof has no index line")
         index = number(lines[0].removeprefix("index "), "the index")
         return cls(index, [hash_of_base64(line, "a line of the proof") for line in lines[1:]], checkpoint.encode())
 
     def verify(self, record: bytes, key: LogKey) -> Checkpoint:
-        """The checkpoint, if its log has signed it and its tree has the record at the index."""
+        """Returns the checkpoint if the log signed it and its tree has the record at the index."""
         checkpoint = Checkpoint.verify(self.checkpoint, key)
         check_inclusion(leaf_hash(record), self.index, self.hashes, checkpoint)
         return checkpoint
 
 
 def check_inclusion(leaf: bytes, index: int, hashes: list[bytes], checkpoint: Checkpoint) -> None:
-    """RFC 9162 §2.1.3.2, with its names."""
+    """Verifies inclusion (RFC 9162 §2.1.3.2, with the RFC's variable names)."""
     if index >= checkpoint.size:
         raise NotInTree(f"there is no entry {index} in a tree of {checkpoint.size}")
     fn, sn, r = index, checkpoint.size - 1, leaf
@@ -154,7 +155,7 @@ def check_inclusion(leaf: bytes, index: int, hashes: list[bytes], checkpoint: Ch
             raise NotInTree("the proof has more hashes than there are levels")
         if fn & 1 or fn == sn:
             r = node_hash(p, r)
-            # The last node of a level without a right neighbour is passed up as it is.
+            # The last node of a level without a right sibling moves up unchanged.
             while not fn & 1 and fn != 0:
                 fn, sn = fn >> 1, sn >> 1
         else:
@@ -163,7 +164,7 @@ def check_inclusion(leaf: bytes, index: int, hashes: list[bytes], checkpoint: Ch
     if sn != 0:
         raise NotInTree("the proof has fewer hashes than it needs")
     if r != checkpoint.root:
-        raise NotInTree("the proof leads to another root than the signed one")
+        raise NotInTree("the proof's root does not match the signed root")
 
 
 def leaf_hash(record: bytes) -> bytes:
@@ -194,7 +195,7 @@ def is_key_name(name: str) -> bool:
 
 
 def number(digits: str, what: str) -> int:
-    # The length comes first: int() takes its time for long ones, and refuses the longest in its own way.
+    # Check the length first: int() is slow for long inputs, and raises ValueError for very long ones.
     is_number = len(digits) <= 20 and digits.isascii() and digits.isdigit()
     well_formed(is_number and str(int(digits)) == digits and int(digits) <= MAX_NUMBER, f"{what} is not a number")
     return int(digits)
@@ -205,8 +206,8 @@ def base64_of(text: str, what: str) -> bytes:
         data = base64.b64decode(text, validate=True)
     except ValueError:
         raise Malformed(f"{what} is not base64") from None
-    # b64decode overlooks bits that are left over, so that several texts would be one value.
-    well_formed(base64.b64encode(data).decode() == text, f"{what} is not in the one form of base64")
+    # b64decode ignores unused trailing bits, so several texts would decode to one value.
+    well_formed(base64.b64encode(data).decode() == text, f"{what} is not canonical base64")
     return data
 
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Devices of a foreign client against a running daemon, then their certificates under a foreign lint.
+# Runs the third-party client against a running daemon, then checks the certificates with pkilint.
 # `make foreign-client` starts the daemon (deploy/demo/demo.sh) and sets SPP_DIRECTORY, SPP_LINE and SPP_PUBLIC.
 set -eu
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)

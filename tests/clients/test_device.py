@@ -1,4 +1,4 @@
-"""The foreign device against envelopes put together by hand from RFC 9052 and RFC 9053, without any COSE library."""
+"""Tests the third-party device with envelopes built from RFC 9052 and RFC 9053, without a COSE library."""
 
 import datetime
 import hashlib
@@ -20,7 +20,7 @@ SESSION, CERTIFICATE = bytes(16), b"a certificate"
 
 
 def seal_by_hand(package: bytes, point: bytes, session: bytes, chip: bytes) -> bytes:
-    """RFC 9052 §5.3 and RFC 9053 §5.2, §6.4."""
+    """Builds a COSE_Encrypt (RFC 9052 §5.3, RFC 9053 §5.2, §6.4)."""
     ephemeral = ec.generate_private_key(ec.SECP256R1())
     shared = ephemeral.exchange(ec.ECDH(), ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), point))
     recipient_protected = cbor2.dumps({1: -31})
@@ -35,29 +35,29 @@ def seal_by_hand(package: bytes, point: bytes, session: bytes, chip: bytes) -> b
     return cbor2.dumps(cbor2.CBORTag(96, [protected, {5: iv}, ciphertext, [recipient]]))
 
 
-class ForeignDevice(unittest.TestCase):
+class ThirdPartyDevice(unittest.TestCase):
     def setUp(self):
         self.chip = device.Chip(manufacturer=None)
 
-    def test_a_sealed_package_opens_in_its_session_only(self):
+    def test_sealed_package_decrypts_in_its_session_only(self):
         sealed = seal_by_hand(b"package", self.chip.transport_point(), SESSION, self.chip.chip_id)
         self.assertEqual(self.chip.unseal(sealed, SESSION), b"package")
         with self.assertRaises(Exception):
             self.chip.unseal(sealed, b"\x01" * 16)
 
-    def test_a_backup_opens_with_its_certificate_only(self):
+    def test_backup_decrypts_with_its_certificate_only(self):
         backup = self.chip.back_up(b"package", CERTIFICATE)
         self.assertEqual(self.chip.restore(backup, CERTIFICATE), b"package")
         with self.assertRaises(Exception):
             self.chip.restore(backup, b"another certificate")
 
-    def test_a_backup_is_in_the_one_form(self):
+    def test_backup_is_canonical(self):
         backup = self.chip.back_up(b"package", CERTIFICATE)
         tagged = cbor2.loads(backup)
         self.assertEqual((tagged.tag, cbor2.loads(tagged.value[0])), (16, {1: 3, 4: self.chip.chip_id}))
         self.assertEqual(backup, cbor2.dumps(tagged, canonical=True))
 
-    def test_a_confirmation_claims_exactly_four_things(self):
+    def test_confirmation_has_exactly_four_claims(self):
         keys = [("channel", secrets.token_bytes(32))]
         package = device.Package(b"package", "serial:1", CERTIFICATE, True, None, keys)
         tagged = cbor2.loads(self.chip.confirm(package, SESSION, b"backup"))
@@ -66,7 +66,7 @@ class ForeignDevice(unittest.TestCase):
         expected = {1: SESSION, 2: self.chip.chip_id, 3: hash_of(b"package"), 4: hash_of(b"backup")}
         self.assertEqual(cbor2.loads(tagged.value[2]), expected)
 
-    def test_a_cwt_is_for_its_chip_and_identity_only(self):
+    def test_cwt_verifies_for_its_chip_and_identity_only(self):
         manufacturer_key, manufacturer = manufacturer_by_hand()
         chip = device.Chip(manufacturer)
         claims = cbor2.dumps({1: "Maker", 2: "serial:1", 6: 0, -70001: chip.chip_id})
@@ -90,7 +90,7 @@ def manufacturer_by_hand():
 
 
 def sign_by_hand(claims: bytes, key, certificate) -> bytes:
-    """RFC 9052 §4.4."""
+    """Builds a COSE_Sign1 (RFC 9052 §4.4)."""
     key_id = certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value.digest
     protected = cbor2.dumps({1: -7, 4: key_id})
     der = key.sign(cbor2.dumps(["Signature1", protected, b"", claims]), ec.ECDSA(SHA256()))

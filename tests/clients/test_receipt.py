@@ -1,4 +1,4 @@
-"""The receipts' reader against trees and notes put together by hand from RFC 6962 §2.1 and C2SP signed-note."""
+"""Tests the receipt verifier with trees and notes built from RFC 6962 §2.1 and C2SP signed-note."""
 
 import base64
 import hashlib
@@ -44,7 +44,7 @@ def key_id_by_hand(name: str, public: bytes) -> bytes:
 
 
 class Log:
-    """A log that signs what it is told to."""
+    """A log that signs any text."""
 
     def __init__(self, name: str = NAME):
         self.name = name
@@ -90,7 +90,7 @@ class Receipts(unittest.TestCase):
         self.assertIn(old, text)
         return text.replace(old, new, 1)
 
-    def test_every_entry_of_every_tree_is_proven_and_no_other_in_its_place(self):
+    def test_proof_verifies_only_its_entry_at_its_index(self):
         for size in range(1, 21):
             for index in range(size):
                 proof = self.log.proof(index, size)
@@ -102,7 +102,7 @@ class Receipts(unittest.TestCase):
                     with self.assertRaises(NotInTree):
                         self.verify(self.replaced(proof, f"index {index}\n", f"index {other}\n"), entry(index))
 
-    def test_a_proof_has_exactly_the_hashes_that_it_needs(self):
+    def test_proof_with_missing_extra_or_changed_hashes_is_refused(self):
         for size in range(1, 21):
             entries = [entry(n) for n in range(size)]
             checkpoint = self.log.checkpoint(size, root_by_hand(entries))
@@ -119,8 +119,8 @@ class Receipts(unittest.TestCase):
                     with self.assertRaises(NotInTree):
                         self.verify(proof_by_hand(index, hashes, checkpoint), entry(index))
 
-    def test_a_root_that_is_the_entry_or_a_node_is_no_proof_of_it(self):
-        # Leaves and nodes are hashed apart, so that no node passes for an entry (RFC 6962 §2.1).
+    def test_node_or_root_is_not_accepted_as_entry(self):
+        # Leaf and node hashes have different prefixes, so that no node passes for an entry (RFC 6962 §2.1).
         left, right = (hashlib.sha256(b"\x00" + entry(n)).digest() for n in (0, 1))
         checkpoint = self.log.checkpoint(1, root_by_hand([entry(0), entry(1)]))
         with self.assertRaises(NotInTree):
@@ -128,13 +128,13 @@ class Receipts(unittest.TestCase):
         with self.assertRaises(NotInTree):
             self.verify(proof_by_hand(0, [], self.log.checkpoint(1, bytes(32))), bytes(32))
 
-    def test_no_entry_is_in_the_empty_tree(self):
+    def test_empty_tree_contains_no_entry(self):
         checkpoint = self.log.checkpoint(0, hashlib.sha256().digest())
         self.assertEqual(Checkpoint.verify(checkpoint.encode(), self.key).size, 0)
         with self.assertRaises(NotInTree):
             self.verify(proof_by_hand(0, [], checkpoint), entry(0))
 
-    def test_a_checkpoint_that_the_log_did_not_sign_is_refused(self):
+    def test_checkpoint_not_signed_by_log_is_refused(self):
         proof, root = self.log.proof(2, 5), root_by_hand([entry(n) for n in range(5)])
         signed = f"{NAME}\n5\n{base64.b64encode(root).decode()}\n"
         with self.subTest("size"), self.assertRaises(BadSignature):
@@ -172,7 +172,7 @@ class Receipts(unittest.TestCase):
             forged = Log().signature(signed, key_id=self.key.key_id)
             self.verify(self.replaced(proof, self.log.signature(signed), forged), entry(2))
 
-    def test_signatures_of_others_are_left_alone_but_each_of_the_log_must_hold(self):
+    def test_other_signatures_are_ignored_but_every_log_signature_must_verify(self):
         proof, witness = self.log.proof(2, 5), Log("witness.example/w1")
         cosigned = proof + witness.signature("what a witness signs") + Log().signature("of the same name")
         self.assertEqual(self.verify(cosigned, entry(2)).size, 5)
@@ -184,7 +184,7 @@ class Receipts(unittest.TestCase):
         with self.assertRaises(Malformed):
             self.verify(proof + "— no signature\n", entry(2))
 
-    def test_no_changed_byte_leaves_a_proof_that_verifies(self):
+    def test_proof_with_changed_or_missing_bytes_is_refused(self):
         data = self.log.proof(2, 5).encode()
         for at in range(len(data)):
             for mask in (1, 0x20, 0x80):
@@ -195,12 +195,12 @@ class Receipts(unittest.TestCase):
             with self.subTest(end=end), self.assertRaises(ReceiptError):
                 Proof.read(data[:end]).verify(entry(2), self.key)
 
-    def test_a_proof_has_one_form(self):
+    def test_non_canonical_proof_is_refused(self):
         proof = self.log.proof(2, 5)
         with_extra = self.replaced(proof, "\nindex", "\nextra AAAA\nindex")
         self.assertEqual(self.verify(with_extra, entry(2)).size, 5)
         last_hash = proof.split("\n\n")[0].split("\n")[-1]
-        # The last character of 32 bytes in base64 carries four bits of them and two of nothing.
+        # The last base64 character of 32 bytes carries four data bits and two unused bits.
         loose = last_hash[:-2] + chr(ord(last_hash[-2]) + 1) + "="
         self.assertEqual(base64.b64decode(loose), base64.b64decode(last_hash))
         for old, new in [
@@ -241,7 +241,7 @@ class Receipts(unittest.TestCase):
         with self.assertRaises(Malformed):
             Proof.read(proof.encode() + b"\n" * receipt.MAX_BYTES)
 
-    def test_a_signed_checkpoint_has_one_form(self):
+    def test_non_canonical_checkpoint_is_refused(self):
         root = base64.b64encode(bytes(32)).decode()
         for text in (
             f"{NAME}\n5\n",
@@ -259,7 +259,7 @@ class Receipts(unittest.TestCase):
                 Checkpoint.verify(self.log.note(text).encode(), self.key)
         self.assertEqual(Checkpoint.verify(self.log.note(f"{NAME}\n5\n{root}\n").encode(), self.key).size, 5)
 
-    def test_a_vkey_is_read_only_if_all_its_parts_belong_together(self):
+    def test_inconsistent_vkey_is_refused(self):
         vkey = self.log.vkey()
         self.assertEqual(LogKey.read(f"{vkey}\n".encode()), self.key)
         name, key_id, key = vkey.split("+", 2)
@@ -282,10 +282,10 @@ class Receipts(unittest.TestCase):
                 LogKey.read(wrong.encode())
 
 
-class OfOthers(unittest.TestCase):
-    """What others have published, so that this file and its reader are not wrong together."""
+class PublishedVectors(unittest.TestCase):
+    """Published test vectors, which catch errors that this file and the verifier share."""
 
-    def test_the_roots_are_those_of_certificate_transparency(self):
+    def test_roots_match_certificate_transparency(self):
         leaves = ["", "00", "10", "2021", "3031", "40414243", "5051525354555657", "606162636465666768696a6b6c6d6e6f"]
         entries = [bytes.fromhex(leaf) for leaf in leaves]
         roots = {
@@ -299,7 +299,7 @@ class OfOthers(unittest.TestCase):
         for size, root in roots.items():
             self.assertEqual(root_by_hand(entries[:size]).hex(), root)
 
-    def test_the_note_in_the_documentation_of_go_opens(self):
+    def test_note_from_go_documentation_verifies(self):
         # golang.org/x/mod/sumdb/note
         key = LogKey.read(b"PeterNeumann+c74f20a3+ARpc2QcUPDhMQegwxbzhKqiBfsVkmqq/LDE4izWy10TW")
         text = "If you think cryptography is the answer to your problem,\nthen you don't know what your problem is.\n"

@@ -1,10 +1,10 @@
-//! Who may call what: a certificate of the right authority, in its time, with one name of the right role.
+//! Caller authentication and authorization: issuing CA, validity, exactly one name, revocation, role, and station confinement.
 
 use std::time::Duration;
 
 use prost::Message as _;
 use spp::certificate::{AccessName, Caller, Role};
-use spp::proto::get_session_request::Session as Which;
+use spp::proto::get_session_request::Session as Selector;
 use spp::proto::officer_client::OfficerClient;
 use spp::proto::recovery_client::RecoveryClient;
 use spp::proto::{AbortRequest, AssembleRequest, GetRecordRequest, GetSessionRequest, GetStatusRequest};
@@ -12,12 +12,12 @@ use tonic::transport::{Channel, ClientTlsConfig};
 use tonic::{Code, Status};
 
 use spp_testkit::authority::*;
-use spp_testkit::floor::{Floor, Line, Refusal, assemble, chip, complete, install, phone, sensor};
+use spp_testkit::floor::{Line, Refusal, TestFab, assemble, chip, complete, install, phone, sensor};
 use spp_testkit::site::Site;
 use spp_testkit::wait::eventually;
 
-/// A site whose daemon trusts a second authority besides its own.
-fn site_that_trusts(authority: &Authority) -> Site {
+/// Starts a site whose daemon trusts a second CA besides its own.
+fn site_trusting(authority: &Authority) -> Site {
     let mut site = Site::new();
     let both = [site.read("keys/access-ca.pem"), authority.pem.clone().into_bytes()].concat();
     std::fs::write(site.path("tls/clients.pem"), both).unwrap();
@@ -26,46 +26,46 @@ fn site_that_trusts(authority: &Authority) -> Site {
     site
 }
 
-/// One call on each of the two inner services with this TLS configuration.
+/// Makes one call on each mutual-TLS listener with this TLS configuration.
 async fn call_both(site: &Site, tls: ClientTlsConfig) -> [Result<(), Status>; 2] {
-    let broken = |e: tonic::transport::Error| Status::unavailable(format!("{e:?}"));
+    let unavailable = |e: tonic::transport::Error| Status::unavailable(format!("{e:?}"));
     let line = match site.connect(site.line, tls.clone()).await {
         Ok(channel) => assemble(&mut Line::new(channel), &phone(1)).await.map(drop),
-        Err(e) => Err(broken(e)),
+        Err(e) => Err(unavailable(e)),
     };
     let officer = match site.connect(site.officer, tls).await {
         Ok(channel) => OfficerClient::new(channel).get_status(GetStatusRequest {}).await.map(drop),
-        Err(e) => Err(broken(e)),
+        Err(e) => Err(unavailable(e)),
     };
     [line, officer]
 }
 
 #[tokio::test]
-async fn a_caller_without_a_certificate_of_the_right_authority_does_not_get_through_tls() {
+async fn tls_rejects_callers_without_certificate_of_trusted_ca() {
     let trusted = Authority::new("Example Second Access CA");
-    let site = site_that_trusts(&trusted);
+    let site = site_trusting(&trusted);
     let foreign = Authority::new("Example Devices Access CA");
     let server = AccessName::Server { dns: vec!["localhost".to_owned()], ips: Vec::new() };
-    let with = |identity| site.public_tls().identity(identity);
+    let with_identity = |identity| site.public_tls().identity(identity);
     for (what, tls) in [
         ("no certificate", site.public_tls()),
-        ("a foreign authority of the same name", with(foreign.identity(&station("line-1/a"), now() + 600))),
-        ("an expired certificate", with(trusted.identity(&station("line-1/a"), now() - 60))),
-        ("a server's certificate", with(trusted.identity(&server, now() + 600))),
+        ("an untrusted CA of the same name", with_identity(foreign.identity(&station("line-1/a"), now() + 600))),
+        ("an expired certificate", with_identity(trusted.identity(&station("line-1/a"), now() - 60))),
+        ("a server's certificate", with_identity(trusted.identity(&server, now() + 600))),
     ] {
         for answer in call_both(&site, tls).await {
             assert!(refused_by_tls(&answer), "{what}: {answer:?}");
         }
     }
-    let [line, _] = call_both(&site, with(trusted.identity(&station("line-1/a"), now() + 600))).await;
-    line.expect("the second authority's station is let in");
+    let [line, _] = call_both(&site, with_identity(trusted.identity(&station("line-1/a"), now() + 600))).await;
+    line.expect("the second CA's station is accepted");
     assert_eq!(site.status().await.sessions.unwrap().issued, 1);
 }
 
 #[tokio::test]
-async fn a_certificate_without_exactly_one_name_is_nobodys() {
+async fn certificate_without_exactly_one_name_is_unauthenticated() {
     let trusted = Authority::new("Example Second Access CA");
-    let site = site_that_trusts(&trusted);
+    let site = site_trusting(&trusted);
     for names in [
         "",
         "subjectAltName=DNS:line-1",
@@ -78,30 +78,30 @@ async fn a_certificate_without_exactly_one_name_is_nobodys() {
         let tls = site.public_tls().identity(trusted.identity_with(&site, names));
         for answer in call_both(&site, tls).await {
             let refused = Refusal::of(&answer.unwrap_err());
-            assert!(refused.is(Code::Unauthenticated, "NO_CALLER"), "{names}: {refused:?}");
+            assert!(refused.is(Code::Unauthenticated, "UNAUTHENTICATED_CALLER"), "{names}: {refused:?}");
         }
     }
     assert_eq!(site.status().await.sessions.unwrap().issued, 0);
 }
 
-/// Seconds until a certificate ends: enough to connect with it on a busy machine.
-const SOON: u64 = 10;
+/// Validity of a short-lived certificate in seconds: enough to connect with it on a busy machine.
+const SHORT_VALIDITY: u64 = 10;
 
 #[tokio::test]
-async fn a_connection_does_not_outlive_its_certificate() {
+async fn expired_certificate_is_refused_on_open_connection() {
     let trusted = Authority::new("Example Second Access CA");
-    let site = site_that_trusts(&trusted);
-    let not_after = now() + SOON;
+    let site = site_trusting(&trusted);
+    let not_after = now() + SHORT_VALIDITY;
     let tls = site.public_tls().identity(trusted.identity(&station("line-1/a"), not_after));
     let mut line = Line::new(site.connect(site.line, tls).await.unwrap());
-    assemble(&mut line, &phone(1)).await.expect("in its time it works");
-    eventually("the certificate has ended", async || now() > not_after).await;
+    assemble(&mut line, &phone(1)).await.expect("the call succeeds before expiry");
+    eventually("the certificate has expired", async || now() > not_after).await;
     let refused = Refusal::of(&assemble(&mut line, &phone(1)).await.unwrap_err());
-    assert!(refused.is(Code::Unauthenticated, "NO_CALLER"), "{refused:?}");
+    assert!(refused.is(Code::Unauthenticated, "UNAUTHENTICATED_CALLER"), "{refused:?}");
 }
 
-/// Who is let in to each method, of the five roles: as in DESIGN, and told a second time on purpose.
-const MAY: &[(&str, &[&str])] = &[
+/// The roles that may call each method, as in DESIGN. Deliberately independent of the daemon's own table.
+const ALLOWED_ROLES: &[(&str, &[&str])] = &[
     ("/spp.v1.Access/RenewCertificate", &["station", "officer", "auditor", "back-office", "monitor"]),
     ("/spp.v1.Access/EnrollCaller", &["officer"]),
     ("/spp.v1.Access/ListCallers", &["officer", "auditor"]),
@@ -129,7 +129,7 @@ const MAY: &[(&str, &[&str])] = &[
     ("/spp.v1.Production/AbortSession", &["officer"]),
 ];
 
-/// The methods of the two inner services, as the daemon describes them.
+/// Lists the methods of the mutual-TLS listeners from the daemon's descriptors.
 fn inner_methods() -> Vec<String> {
     let files = prost_types::FileDescriptorSet::decode(spp::proto::DESCRIPTORS).unwrap().file;
     let services = files.iter().flat_map(|file| file.service.iter().map(move |service| (file.package(), service)));
@@ -141,14 +141,14 @@ fn inner_methods() -> Vec<String> {
 }
 
 #[tokio::test]
-async fn every_method_serves_the_roles_of_the_table_alone() {
+async fn every_method_serves_only_its_allowed_roles() {
     let mut site = Site::new();
     for role in ["auditor", "back-office", "monitor"] {
         site.sppctl(&format!("{role} enroll x-1 --config sppd.toml --out tls/{role}"));
     }
     site.start();
     let methods = inner_methods();
-    assert_eq!(methods.len(), MAY.len(), "a new method belongs into this test");
+    assert_eq!(methods.len(), ALLOWED_ROLES.len(), "add new methods to ALLOWED_ROLES");
     let directories = [
         ("station", "tls/line-1-a"),
         ("officer", "tls/officer"),
@@ -157,18 +157,18 @@ async fn every_method_serves_the_roles_of_the_table_alone() {
         ("monitor", "tls/monitor"),
     ];
     for method in &methods {
-        let (_, may) = MAY.iter().find(|(known, _)| known == method).unwrap();
+        let (_, allowed) = ALLOWED_ROLES.iter().find(|(known, _)| known == method).unwrap();
         let port = if method.contains("Line") { site.line } else { site.officer };
         for (role, directory) in directories {
             let channel = site.connect(port, site.tls(directory)).await.unwrap();
             let refused = call(method, &channel).await.err().map(|status| Refusal::of(&status));
             let wrong_role = refused.as_ref().is_some_and(|refused| refused.is(Code::PermissionDenied, "WRONG_ROLE"));
-            assert_eq!(!wrong_role, may.contains(&role), "{role} {method}: {refused:?}");
+            assert_eq!(!wrong_role, allowed.contains(&role), "{role} {method}: {refused:?}");
         }
     }
 }
 
-/// What a method says to an empty message.
+/// Calls a method with an empty message.
 async fn call(method: &str, channel: &Channel) -> Result<(), Status> {
     let mut client = tonic::client::Grpc::new(channel.clone());
     client.ready().await.map_err(|e| Status::unavailable(format!("{e:?}")))?;
@@ -177,13 +177,13 @@ async fn call(method: &str, channel: &Channel) -> Result<(), Status> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_method_refuses_nobody_the_expired_and_the_revoked() {
+async fn every_method_refuses_unauthenticated_callers() {
     let trusted = Authority::new("Example Second Access CA");
-    let site = site_that_trusts(&trusted);
+    let site = site_trusting(&trusted);
     site.sppctl("officer enroll o-2 --config sppd.toml --out tls/o-2");
     let methods = inner_methods();
     for (port, method) in [site.line, site.officer].iter().flat_map(|port| methods.iter().map(move |m| (*port, m))) {
-        // TLS 1.3 tells a client only with its first call that it lacks a certificate.
+        // In TLS 1.3 a client learns only with its first call that the server requires a certificate.
         if let Ok(channel) = site.connect(port, site.public_tls()).await {
             let answer = call(method, &channel).await;
             assert!(refused_by_tls(&answer), "{method}: {answer:?}");
@@ -197,16 +197,16 @@ async fn every_method_refuses_nobody_the_expired_and_the_revoked() {
             let (line, officer) = (site.connect(site.line, tls.clone()).await, site.connect(site.officer, tls).await);
             (line.unwrap(), officer.unwrap())
         };
-        let (short, long) = (connect(now() + SOON).await, connect(now() + 600).await);
+        let (expiring, revoked) = (connect(now() + SHORT_VALIDITY).await, connect(now() + 600).await);
         let revoke = format!("{role} revoke x-1 --reason test");
-        let asked = spp_testkit::officers::told(&site, "tls/officer", &revoke);
+        let asked = spp_testkit::officers::sppctl_json(&site, "tls/officer", &revoke);
         spp_testkit::officers::approve(&site, asked["id"].as_str().unwrap());
-        connected.push((role, short, long));
+        connected.push((role, expiring, revoked));
     }
-    let not_after = now() + SOON;
-    eventually("the short certificates have ended", async || now() > not_after).await;
-    for (role, short, long) in connected {
-        for ((line, officer), reason) in [(short, "NO_CALLER"), (long, "REVOKED")] {
+    let not_after = now() + SHORT_VALIDITY;
+    eventually("the short-lived certificates have expired", async || now() > not_after).await;
+    for (role, expiring, revoked) in connected {
+        for ((line, officer), reason) in [(expiring, "UNAUTHENTICATED_CALLER"), (revoked, "REVOKED")] {
             for method in &methods {
                 let channel = if method.contains("Line") { &line } else { &officer };
                 let refused = Refusal::of(&call(method, channel).await.expect_err(method));
@@ -217,7 +217,7 @@ async fn every_method_refuses_nobody_the_expired_and_the_revoked() {
 }
 
 #[tokio::test]
-async fn each_service_serves_its_role_alone() {
+async fn wrong_role_is_refused_by_each_service() {
     let site = Site::running();
     let [line, officer] = call_both(&site, site.tls("tls/line-1-a")).await;
     line.unwrap();
@@ -225,7 +225,7 @@ async fn each_service_serves_its_role_alone() {
     assert!(refused.is(Code::PermissionDenied, "WRONG_ROLE"), "{refused:?}");
 
     let mut line = Line::new(site.connect(site.line, site.tls("tls/officer")).await.unwrap());
-    let session = Some(Which::ChipId(chip(1).as_bytes().to_vec()));
+    let session = Some(Selector::ChipId(chip(1).as_bytes().to_vec()));
     let complete = spp::proto::CompleteRequest { session_id: vec![1; 16], ..Default::default() };
     for refused in [
         line.assemble(phone(1)).await.unwrap_err(),
@@ -238,9 +238,10 @@ async fn each_service_serves_its_role_alone() {
 }
 
 #[tokio::test]
-async fn each_listener_has_its_services_alone() {
+async fn each_listener_serves_only_its_own_services() {
     let site = Site::running();
-    let public = site.connect(site.public, site.public_tls()).await.expect("the public needs no certificate");
+    let public =
+        site.connect(site.public, site.public_tls()).await.expect("the public listener needs no client certificate");
     let mut recovery = RecoveryClient::new(public.clone());
     let record = GetRecordRequest { chip_id: chip(1).as_bytes().to_vec() };
     assert_eq!(recovery.get_record(record).await.unwrap_err().code(), Code::NotFound);
@@ -258,7 +259,7 @@ async fn each_listener_has_its_services_alone() {
 }
 
 #[tokio::test]
-async fn a_station_works_on_its_profiles_and_identities_alone() {
+async fn station_is_confined_to_its_profiles_and_identities() {
     let mut site = Site::new();
     let second =
         "[[station]]\nname = \"line-2/b\"\nprofiles = [\"sensor\", \"phone\"]\nidentities = [\"eui48:00\"]\n\n[log]";
@@ -268,16 +269,16 @@ async fn a_station_works_on_its_profiles_and_identities_alone() {
         site.sppctl(&format!("station enroll {name} --config sppd.toml --out tls/{out}"));
     }
     site.start();
-    let (floor, mut first) = (Floor::new(&site), site.station().await);
+    let (fab, mut first) = (TestFab::new(&site), site.station().await);
     let mut second = Line::new(site.connect(site.line, site.tls("tls/line-2-b")).await.unwrap());
     let mut unknown = Line::new(site.connect(site.line, site.tls("tls/line-9-z")).await.unwrap());
 
     let answer = assemble(&mut first, &phone(1)).await.unwrap();
-    let request = install(&mut floor.device(1), &answer);
-    let session = || Some(Which::SessionId(answer.session_id.clone()));
+    let request = install(&mut fab.device(1), &answer);
+    let session = || Some(Selector::SessionId(answer.session_id.clone()));
     let abort = AbortRequest { session_id: answer.session_id.clone(), reason: String::new() };
     let other_profile = AssembleRequest { profile: "gateway".to_owned(), ..phone(2) };
-    let gateway_order = spp_testkit::floor::gateway(2, &floor.device(2));
+    let gateway_order = spp_testkit::floor::gateway(2, &fab.device(2));
     for station in [&mut second, &mut unknown] {
         for refused in [
             assemble(station, &phone(2)).await.unwrap_err(),
@@ -291,19 +292,19 @@ async fn a_station_works_on_its_profiles_and_identities_alone() {
             assert!(Refusal::of(&refused).is(Code::PermissionDenied, "NOT_PERMITTED"), "{refused:?}");
         }
     }
-    let device = floor.sealing(3, spp::package::TransportCurve::P256);
-    assemble(&mut second, &sensor(3, &device)).await.expect("within its confinement it works");
-    complete(&mut first, &request).await.expect("nothing was changed by the others");
+    let device = fab.sealing_device(3, spp::package::TransportCurve::P256);
+    assemble(&mut second, &sensor(3, &device)).await.expect("an order within the confinement succeeds");
+    complete(&mut first, &request).await.expect("the refused calls changed nothing");
 }
 
 #[tokio::test]
-async fn a_stations_key_stays_where_it_was_made() {
+async fn csr_enrolment_leaves_the_key_with_the_station() {
     let mut site = Site::new();
     site.sppctl("request --out tls/own");
     let key = site.read("tls/own/key.pem");
     site.edit("sppd.toml", "name = \"line-1/a\"", "name = \"line-7/c\"");
     site.sppctl("station enroll line-7/c --config sppd.toml --csr tls/own/request.pem --out tls/answer");
-    assert!(!site.path("tls/answer/key.pem").exists(), "whoever enrols has no key");
+    assert!(!site.path("tls/answer/key.pem").exists(), "enrolment by CSR writes no key");
     for file in ["certificate.pem", "ca.pem"] {
         std::fs::copy(site.path(&format!("tls/answer/{file}")), site.path(&format!("tls/own/{file}"))).unwrap();
     }
@@ -311,16 +312,16 @@ async fn a_stations_key_stays_where_it_was_made() {
     let mut line = Line::new(site.connect(site.line, site.tls("tls/own")).await.unwrap());
     assemble(&mut line, &phone(1)).await.unwrap();
     assert_eq!(site.read("tls/own/key.pem"), key);
-    for (words, what) in [
-        ("request --out tls/own", "nothing is overwritten"),
-        ("station enroll x --config sppd.toml --csr tls/own/key.pem --out tls/x", "not a CERTIFICATE REQUEST"),
+    for (arguments, expected) in [
+        ("request --out tls/own", "is never overwritten"),
+        ("station enroll x --config sppd.toml --csr tls/own/key.pem --out tls/x", "expected CERTIFICATE REQUEST"),
         ("station enroll x --config sppd.toml --csr tls/none.pem --out tls/x", "tls/none.pem: No such file"),
     ] {
-        let output = site.try_sppctl(words);
-        let why = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(!output.status.success() && why.contains(what), "{words}: {why}");
+        let output = site.try_sppctl(arguments);
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && error.contains(expected), "{arguments}: {error}");
     }
-    // A request that was changed on its way is not signed by its key any more.
+    // A CSR that was changed in transit no longer verifies under its own key.
     let request = String::from_utf8(site.read("tls/own/request.pem")).unwrap();
     let (label, mut der) = der::pem::decode_vec(request.as_bytes()).unwrap();
     *der.last_mut().unwrap() ^= 1;
@@ -331,13 +332,13 @@ async fn a_stations_key_stays_where_it_was_made() {
 }
 
 #[tokio::test]
-async fn whoever_says_nothing_holds_up_nobody_and_is_sent_away() {
+async fn silent_connections_time_out_and_delay_no_caller() {
     let site = Site::running();
     let mut silent = Vec::new();
     for _ in 0..50 {
         silent.push(tokio::net::TcpStream::connect(("127.0.0.1", site.line)).await.unwrap());
     }
-    assemble(&mut site.station().await, &phone(1)).await.expect("their handshakes are waited for by nobody else");
+    assemble(&mut site.station().await, &phone(1)).await.expect("pending handshakes do not delay other callers");
     for mut stream in silent {
         let mut byte = [0; 1];
         let read = tokio::io::AsyncReadExt::read(&mut stream, &mut byte);

@@ -1,4 +1,4 @@
-//! What ceremonies do with certificates, check values, backups and whole tokens, by the officers' tool.
+//! Ceremonies through `sppctl`: certificates, check values, backups, shares and restoring to another token.
 
 use std::process::Output;
 use std::time::Duration;
@@ -11,20 +11,20 @@ use spp::secret::SecretBytes;
 use spp_testkit::ceremony::CeremonyFile;
 use spp_testkit::site::Site;
 
-const HELD: &str = "ceremony run more.toml --hsm hsm.toml --out keys --officer o-1 --officer o-2";
-const RESTORED: &str = "ceremony run restore.toml --hsm hsm-b.toml --out keys-b --so-pin-file hsm/so.pin";
+const RUN: &str = "ceremony run more.toml --hsm hsm.toml --out keys --officer o-1 --officer o-2";
+const RESTORE: &str = "ceremony run restore.toml --hsm hsm-b.toml --out keys-b --so-pin-file hsm/so.pin";
 
 fn write(site: &Site, file: &str, text: &str) {
     std::fs::write(site.path(file), text).unwrap();
 }
 
-fn told(output: &Output) -> String {
+fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-fn refused(site: &Site, words: &str, why: &str) {
+fn assert_refused(site: &Site, words: &str, why: &str) {
     let output = site.try_sppctl(words);
-    assert!(!output.status.success() && told(&output).contains(why), "{}", told(&output));
+    assert!(!output.status.success() && stderr(&output).contains(why), "{}", stderr(&output));
 }
 
 fn root_and_issuer() -> CeremonyFile {
@@ -32,19 +32,19 @@ fn root_and_issuer() -> CeremonyFile {
 }
 
 #[test]
-fn a_daemon_signs_with_a_key_that_a_root_of_its_token_has_certified_and_never_with_the_root() {
+fn daemon_signs_with_issued_key_but_never_with_root() {
     let mut site = Site::new();
     write(&site, "more.toml", root_and_issuer().text());
-    site.sppctl(HELD);
+    site.sppctl(RUN);
     let chain = String::from_utf8(site.read("keys/devices-ca.pem")).unwrap();
     let issuer = IssuerCertificate::from_pem(&chain, SignatureAlgorithm::EcdsaP256Sha256).unwrap();
     assert_eq!(issuer.chain().len(), 2);
     let verified = site.openssl("verify -x509_strict -CAfile keys/root-ca.pem keys/devices-ca.pem");
     assert!(verified.contains("devices-ca.pem: OK"), "{verified}");
-    // A root of an earlier ceremony issues as well.
+    // A root of an earlier ceremony can issue too.
     let third = CeremonyFile::new().issued_key("devices-b", "p256", "root", "Devices CA");
     write(&site, "more.toml", third.text());
-    site.sppctl(HELD);
+    site.sppctl(RUN);
     for profile in std::fs::read_dir(site.path("profiles")).unwrap() {
         let path = profile.unwrap().path();
         let text = std::fs::read_to_string(&path).unwrap();
@@ -59,16 +59,16 @@ fn a_daemon_signs_with_a_key_that_a_root_of_its_token_has_certified_and_never_wi
     }
     let check = site.run("sppd", "--config sppd.toml --check");
     assert!(
-        !check.status.success() && told(&check).contains("the signing key root is not in the register"),
+        !check.status.success() && stderr(&check).contains("signing key root is not in the key manifest"),
         "{check:?}"
     );
 }
 
 #[test]
-fn the_answer_of_an_offline_root_is_taken_only_if_it_is_of_this_key_and_this_root() {
+fn import_accepts_only_matching_key_and_root() {
     let site = Site::new();
     write(&site, "more.toml", CeremonyFile::new().signing_key("devices", "p256", "csr", "Devices CA").text());
-    site.sppctl(HELD);
+    site.sppctl(RUN);
     let key = verify_csr_pem(&site.read("keys/devices.csr.pem")).unwrap();
     write(&site, "leaf.cnf", "basicConstraints=critical,CA:FALSE\n");
     for root in ["root", "other"] {
@@ -92,30 +92,30 @@ fn the_answer_of_an_offline_root_is_taken_only_if_it_is_of_this_key_and_this_roo
         write(&site, "more.toml", &text);
     };
     for (file, root, why) in [
-        ("leaf.pem", "root.pem", "it is not a CA"),
-        ("right.pem", "other.pem", "where CN=root should follow"),
-        ("root.pem", "root.pem", "the answer must be the key's certificate"),
-        ("ended.pem", "root.pem", "it ended at"),
-        ("stranger.pem", "root.pem", "the certificate is of another key than the one on the token"),
-        ("keys/manufacturer-ca.pem", "root.pem", "should follow"),
+        ("leaf.pem", "root.pem", "not a CA"),
+        ("right.pem", "other.pem", "expected CN=root"),
+        ("root.pem", "root.pem", "expected the key's certificate first"),
+        ("ended.pem", "root.pem", "expired at"),
+        ("stranger.pem", "root.pem", "the certificate's public key is not the token's key"),
+        ("keys/manufacturer-ca.pem", "root.pem", "the chain continues with"),
     ] {
         import(file, root);
-        refused(&site, HELD, why);
+        assert_refused(&site, RUN, why);
         assert!(!site.path("keys/devices-ca.pem").exists());
     }
     import("right.pem", "root.pem");
     site.sppctl("ceremony plan more.toml --hsm hsm.toml --out keys");
-    site.sppctl(HELD);
+    site.sppctl(RUN);
     let chain = String::from_utf8(site.read("keys/devices-ca.pem")).unwrap();
     let issuer = IssuerCertificate::from_pem(&chain, SignatureAlgorithm::EcdsaP256Sha256).unwrap();
     assert_eq!((issuer.public_key(), issuer.chain().len()), (&key, 2));
-    refused(&site, HELD, "it exists; nothing is overwritten");
+    assert_refused(&site, RUN, "file exists and is never overwritten");
     let text = site.sppctl("ceremony verify keys/transcript-3.txt --log keys/log-1.vkey");
     assert!(text.contains("certificate imported at") && text.contains("devices-ca.pem"), "{text}");
 }
 
 #[test]
-fn what_changes_keys_is_refused_without_a_second_officer() {
+fn key_changes_without_second_officer_are_refused() {
     let site = Site::new();
     let before = site.read("keys/keys.toml");
     for text in [
@@ -125,7 +125,11 @@ fn what_changes_keys_is_refused_without_a_second_officer() {
         "[[destroy]]\nkey = \"master-1\"\ncheck_value = \"00\"\n",
     ] {
         write(&site, "more.toml", text);
-        refused(&site, HELD, "it needs the approval of a second officer; sppctl approvals request ceremony more.toml");
+        assert_refused(
+            &site,
+            RUN,
+            "needs the approval of a second officer; sppctl approvals request ceremony more.toml",
+        );
         let plan = site.sppctl("ceremony plan more.toml");
         assert!(plan.contains("must approve it; sppctl approvals request ceremony more.toml"), "{plan}");
     }
@@ -136,22 +140,22 @@ fn what_changes_keys_is_refused_without_a_second_officer() {
 }
 
 #[test]
-fn a_check_value_that_is_not_the_one_of_the_register_ends_the_ceremony() {
+fn wrong_check_value_ends_ceremony() {
     let site = Site::new();
     write(&site, "more.toml", CeremonyFile::new().check_value("master-1").check_value("manufacturer").text());
-    site.sppctl(HELD);
+    site.sppctl(RUN);
     let register = KeyManifest::load(&site.path("keys/keys.toml")).unwrap();
     let value = hex::encode(&register.master[0].check_value);
     let text = site.sppctl("ceremony verify keys/transcript-2.txt --log keys/log-1.vkey");
     assert!(text.contains("checked at") && text.contains(&value), "{text}");
     site.edit("keys/keys.toml", &value, "0011223344556677");
-    refused(&site, HELD, "the key master-1 on the token is not the one of the register");
+    assert_refused(&site, RUN, "key master-1 on the token is not the one in keys.toml");
     write(&site, "more.toml", CeremonyFile::new().check_value("nobody").text());
-    refused(&site, HELD, "the register has no key nobody");
+    assert_refused(&site, RUN, "keys.toml has no key nobody");
 }
 
 #[test]
-fn every_fault_of_a_file_is_told_at_once() {
+fn ceremony_file_faults_are_reported_together() {
     let site = Site::new();
     let text = "colour = 1\n[[backup_wrapping_key]]\nname = \"b\"\nshares = 3\nthreshold = 4\nofficers = [\"o-1\", \"o-2\"]\n\
                 [[signing_key]]\nname = \"a\"\nkind = \"p256\"\ncertificate = \"issued\"\nsubject = { common_name = \"A\" }\n\
@@ -164,19 +168,19 @@ fn every_fault_of_a_file_is_told_at_once() {
     for fault in [
         "unknown field `colour`",
         "threshold: must be from 2 to 3",
-        "officers: there are 3 shares and 2 officers",
+        "officers: 3 shares for 2 officers",
         "signing_key a: issuer: must name the root",
         "a: backup: must name a [[backup_wrapping_key]]",
-        "d: issuer: c has no certificate before the root above it has answered",
+        "d: issuer: c has no certificate until its offline root has issued it",
         "signing_key d: signature: has no effect",
         "destroy x: give the key's fingerprint",
     ] {
-        assert!(told(&output).contains(fault), "{fault}: {}", told(&output));
+        assert!(stderr(&output).contains(fault), "{fault}: {}", stderr(&output));
     }
 }
 
-/// A site whose first ceremony backs every key up, five officers with a share each, and a second token's files.
-fn backed_up() -> Site {
+/// A site whose first ceremony backs up every key with five shares, and the configuration of a second token.
+fn site_with_backups() -> Site {
     let site = Site::new();
     std::fs::remove_dir_all(site.path("keys")).unwrap();
     let ceremony = String::from_utf8(site.read("ceremony.toml")).unwrap();
@@ -192,7 +196,7 @@ fn backed_up() -> Site {
     site
 }
 
-/// A ceremony that restores all keys of the first token with these shares, on a new token.
+/// Writes a ceremony that restores all keys of the first token to a new token with these shares.
 fn write_restore(site: &Site, shares: &[&str]) {
     let shares: Vec<_> = shares.iter().map(|officer| format!("\"keys/backup-1-{officer}.share\"")).collect();
     let shares = shares.join(", ");
@@ -212,10 +216,10 @@ async fn device_key(hsm: &Hsm) -> SecretBytes {
 }
 
 #[test]
-fn three_of_five_shares_bring_every_key_to_another_token_and_the_daemon_serves_with_it() {
-    let mut site = backed_up();
+fn three_of_five_shares_restore_all_keys_for_the_daemon() {
+    let mut site = site_with_backups();
     write_restore(&site, &["o-5", "night-o-4", "o-2"]);
-    site.sppctl(RESTORED);
+    site.sppctl(RESTORE);
     let [first, second] =
         ["keys", "keys-b"].map(|out| KeyManifest::load(&site.path(&format!("{out}/keys.toml"))).unwrap());
     assert_eq!(first.master[0].check_value, second.master[0].check_value);
@@ -231,7 +235,7 @@ fn three_of_five_shares_bring_every_key_to_another_token_and_the_daemon_serves_w
         assert!(!text.contains(&secret[2..]), "{transcript} has a share");
     }
 
-    // Both as the daemon starts them, which audits every key; the device keys are the same.
+    // Start both as the daemon does, which audits every key; the derived device keys are equal.
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let keys = ["keys/keys.toml", "keys-b/keys.toml"].map(|keys| {
         runtime.block_on(async {
@@ -257,9 +261,9 @@ fn three_of_five_shares_bring_every_key_to_another_token_and_the_daemon_serves_w
 }
 
 #[test]
-fn too_few_wrong_or_damaged_shares_restore_nothing_and_say_why() {
-    let site = backed_up();
-    // A second backup key has shares of its own.
+fn insufficient_or_damaged_shares_restore_nothing() {
+    let site = site_with_backups();
+    // The shares of a second backup key are not interchangeable.
     write(
         &site,
         "more.toml",
@@ -270,31 +274,30 @@ fn too_few_wrong_or_damaged_shares_restore_nothing_and_say_why() {
     use std::os::unix::fs::PermissionsExt as _;
     assert_eq!(std::fs::metadata(&share).unwrap().permissions().mode() & 0o777, 0o600);
     write_restore(&site, &["o-1", "o-2"]);
-    refused(&site, RESTORED, "backup-1 needs 3 of its 5 shares, here are 2");
-    // It could be known before, and the token is none yet.
-    let look = "ceremony plan more.toml --hsm hsm-b.toml --out keys-b";
-    refused(&site, look, "no token named spp-b");
+    assert_refused(&site, RESTORE, "backup-1 needs 3 of its 5 shares, 2 given");
+    // A plan fails as well: the second token does not exist yet.
+    let plan = "ceremony plan more.toml --hsm hsm-b.toml --out keys-b";
+    assert_refused(&site, plan, "no token named spp-b");
     let restore = |shares: &[&str]| write_restore(&site, shares);
-    let held = RESTORED;
     restore(&["o-1", "o-2", "o-2"]);
-    refused(&site, held, "is there twice; each counts once");
+    assert_refused(&site, RESTORE, "each share counts once");
     let right = std::fs::read_to_string(&share).unwrap();
     let bytes = right.lines().find_map(|line| line.strip_prefix("share ")).unwrap();
     let changed = if bytes.ends_with("00") { "01" } else { "00" };
     let wrong = format!("{}{changed}", &bytes[..bytes.len() - 2]);
     restore(&["o-1", "o-2", "o-3"]);
     std::fs::write(&share, right.replace(bytes, &wrong)).unwrap();
-    refused(&site, held, "backup-1-o-3.share: the share is damaged: its checksum does not fit");
+    assert_refused(&site, RESTORE, "backup-1-o-3.share: damaged share: wrong checksum");
     let body = right.replace(bytes, &wrong);
     let body = body.split_once("checksum ").unwrap().0;
     let sum = hex::encode(&spp::keys::sha256(body.as_bytes())[..8]);
     std::fs::write(&share, format!("{body}checksum {sum}\n")).unwrap();
-    refused(&site, held, "the shares 1 (o-1), 2 (o-2), 3 (o-3) do not give the key backup-1");
+    assert_refused(&site, RESTORE, "shares 1 (o-1), 2 (o-2), 3 (o-3) do not reproduce key backup-1");
     std::fs::copy(site.path("keys/backup-2-o-1.share"), &share).unwrap();
-    refused(&site, held, "it is a share of another key than the backup-1 of this backup");
+    assert_refused(&site, RESTORE, "share of another key; this backup needs shares of backup-1");
     assert!(!site.path("keys-b/keys.toml").exists());
     std::fs::write(&share, &right).unwrap();
-    // A backup that was changed is not taken for the key.
+    // A changed backup is refused.
     let backup = site.read("keys/master-1.backup");
     let text = String::from_utf8(backup.clone()).unwrap();
     let wrapped = text.lines().find_map(|line| line.strip_prefix("wrapped = \"")).unwrap();
@@ -303,8 +306,8 @@ fn too_few_wrong_or_damaged_shares_restore_nothing_and_say_why() {
         "keys/master-1.backup",
         &text.replace(&wrapped[..8], if wrapped.starts_with("0000") { "11111111" } else { "00000000" }),
     );
-    refused(&site, held, "master-1.backup: its seal does not fit");
-    refused(&site, look, "no token named spp-b");
+    assert_refused(&site, RESTORE, "master-1.backup: invalid seal");
+    assert_refused(&site, plan, "no token named spp-b");
     std::fs::write(site.path("keys/master-1.backup"), backup).unwrap();
-    site.sppctl(held);
+    site.sppctl(RESTORE);
 }

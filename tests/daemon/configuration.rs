@@ -1,5 +1,5 @@
-//! What is wrong with a configuration is said at once and before anything is opened; what is wrong with an HSM is said in
-//! the status, and the PIN is not tried twice.
+//! Configuration faults are reported together and before stores or sockets are opened. HSM errors are reported in the status,
+//! and a wrong PIN is not tried twice.
 
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt as _;
@@ -12,16 +12,16 @@ use tonic_types::StatusExt as _;
 
 use spp_testkit::files::write_private;
 use spp_testkit::floor::{Refusal, assemble, phone};
-use spp_testkit::process::{output, tethered};
+use spp_testkit::process::{child_command, output};
 use spp_testkit::site::Site;
 use spp_testkit::wait::{eventually, never};
 
-fn sppd(site: &Site, words: &str) -> Output {
-    site.run("sppd", words)
+fn sppd(site: &Site, arguments: &str) -> Output {
+    site.run("sppd", arguments)
 }
 
-/// What it said on both channels.
-fn said(output: &Output) -> String {
+/// Standard output and standard error.
+fn output_text(output: &Output) -> String {
     [&output.stdout[..], &output.stderr[..]].map(String::from_utf8_lossy).concat()
 }
 
@@ -30,7 +30,7 @@ fn pin(site: &Site) -> String {
 }
 
 #[test]
-fn all_faults_are_reported_together_before_a_socket_is_opened() {
+fn faults_are_reported_together_before_sockets_open() {
     let site = Site::new();
     site.edit("sppd.toml", "name = \"demo\"", "name = \"demo\"\ncolour = \"blue\"");
     site.edit("sppd.toml", "[sessions]", "[sessions]\nlifetimes = 3");
@@ -44,67 +44,71 @@ fn all_faults_are_reported_together_before_a_socket_is_opened() {
     std::fs::remove_file(site.path("tls/server/certificate.pem")).unwrap();
     std::fs::set_permissions(site.path("hsm/user.pin"), std::fs::Permissions::from_mode(0o644)).unwrap();
     std::fs::set_permissions(site.path("tls/server/key.pem"), std::fs::Permissions::from_mode(0o640)).unwrap();
-    // A daemon that bound its sockets first would complain of these.
+    // A daemon that bound its sockets first would fail because the ports are in use.
     let _taken = [site.line, site.officer, site.public].map(|port| TcpListener::bind(("127.0.0.1", port)).unwrap());
-    for words in ["--config sppd.toml", "--config sppd.toml --check"] {
-        let output = sppd(&site, words);
-        let text = said(&output);
+    for command in ["--config sppd.toml", "--config sppd.toml --check"] {
+        let output = sppd(&site, command);
+        let text = output_text(&output);
         assert_eq!(output.status.code(), Some(78), "{text}");
         for fault in [
             "unknown field `colour`",
             "unknown field `lifetimes`",
-            "there is no profile toaster",
-            "\"colour:\" is not a prefix of an identity",
+            "unknown profile toaster",
+            "\"colour:\" is not an identity prefix",
             "sessions.lifetime: must be",
-            "profile sensor: issuer: the signing key nobody",
-            "the master key master-9 is not in the register",
+            "profile sensor: issuer: signing key nobody",
+            "master key master-9 is not in the key manifest",
             "p257",
             "unknown field `speed`",
             "tls/server/certificate.pem",
-            "user.pin may be read by others (mode 0644): chmod",
-            "key.pem may be read by others (mode 0640): chmod",
+            "user.pin is readable by other users (mode 0644): run chmod",
+            "key.pem is readable by other users (mode 0640): run chmod",
         ] {
             assert!(text.contains(fault), "{fault} is missing in: {text}");
         }
-        assert!(!text.contains("no profile phone"), "a faulty profile is no unknown one: {text}");
+        assert!(!text.contains("unknown profile phone"), "a profile with faults is not unknown: {text}");
         assert!(!text.contains(&pin(&site)) && !text.contains("Address already in use"), "{text}");
     }
 }
 
 #[test]
-fn a_profile_names_keys_that_exist() {
+fn profile_with_unknown_keys_is_refused() {
     let site = Site::new();
     site.edit("profiles/sensor.toml", "issuer = \"manufacturer\"", "issuer = \"nobody\"");
     site.edit("profiles/gateway.toml", "master_key = \"master-1\"", "master_key = \"master-9\"");
-    // The access key signs no devices.
+    // The access key must not sign devices.
     site.edit("profiles/phone.toml", "issuer = \"manufacturer\"", "issuer = \"access\"");
     let output = sppd(&site, "--config sppd.toml");
-    let text = said(&output);
+    let text = output_text(&output);
     assert_eq!(output.status.code(), Some(78), "{text}");
-    for fault in ["profile sensor: issuer: the signing key nobody", "master key master-9", "profile phone: issuer"] {
+    for fault in ["profile sensor: issuer: signing key nobody", "master key master-9", "profile phone: issuer"] {
         assert!(text.contains(fault), "{fault} is missing in: {text}");
     }
 }
 
 #[test]
-fn a_configuration_that_is_not_there_or_no_toml_is_said_so() {
+fn missing_or_invalid_configuration_is_reported() {
     let site = Site::new();
     let output = sppd(&site, "--config nowhere.toml");
-    assert!(output.status.code() == Some(78) && said(&output).contains("nowhere.toml"), "{}", said(&output));
+    assert!(
+        output.status.code() == Some(78) && output_text(&output).contains("nowhere.toml"),
+        "{}",
+        output_text(&output)
+    );
     std::fs::write(site.path("bad.toml"), "[node\n").unwrap();
     let output = sppd(&site, "--config bad.toml");
-    assert!(output.status.code() == Some(78) && said(&output).contains("line 1"), "{}", said(&output));
+    assert!(output.status.code() == Some(78) && output_text(&output).contains("line 1"), "{}", output_text(&output));
     assert_eq!(sppd(&site, "").status.code(), Some(2), "no --config is a wrong command line");
 }
 
 #[test]
-fn check_tells_what_a_healthy_site_has() {
+fn check_reports_keys_and_stores_of_valid_site() {
     let site = Site::new();
     let output = sppd(&site, "--config sppd.toml --check");
-    let text = said(&output);
+    let text = output_text(&output);
     assert!(output.status.success(), "{text}");
     for found in
-        ["manufacturer", "access", "master-1", "spp-demo", "phone", "ed25519", "0 records", "everything is right"]
+        ["manufacturer", "access", "master-1", "spp-demo", "phone", "ed25519", "0 records", "all checks passed"]
     {
         assert!(text.contains(found), "{found} is missing in: {text}");
     }
@@ -112,13 +116,13 @@ fn check_tells_what_a_healthy_site_has() {
 }
 
 #[test]
-fn a_store_that_is_missing_is_not_made_by_the_daemon() {
+fn daemon_does_not_create_a_missing_store() {
     for directory in ["state", "public"] {
         let site = Site::new();
         std::fs::remove_dir_all(site.path(directory)).unwrap();
-        for words in ["--config sppd.toml", "--config sppd.toml --check"] {
-            let output = sppd(&site, words);
-            let text = said(&output);
+        for command in ["--config sppd.toml", "--config sppd.toml --check"] {
+            let output = sppd(&site, command);
+            let text = output_text(&output);
             assert!(!output.status.success() && text.contains("sppctl init"), "{text}");
             assert!(!text.contains("listening") && !site.path(directory).exists(), "{text}");
         }
@@ -126,28 +130,28 @@ fn a_store_that_is_missing_is_not_made_by_the_daemon() {
 }
 
 #[test]
-fn nothing_that_exists_is_made_again() {
+fn existing_files_and_keys_are_not_overwritten() {
     let site = Site::new();
-    for words in [
+    for command in [
         "init --config sppd.toml",
         "ceremony run ceremony.toml --hsm hsm.toml --out keys",
         "ceremony run ceremony.toml --hsm hsm.toml --out keys-2",
         "station enroll line-1/a --config sppd.toml --out tls/line-1-a",
     ] {
         let before = sha256(&site.read("keys/keys.toml"));
-        let output = site.try_sppctl(words);
-        assert!(!output.status.success(), "{words}: {}", said(&output));
+        let output = site.try_sppctl(command);
+        assert!(!output.status.success(), "{command}: {}", output_text(&output));
         assert_eq!(sha256(&site.read("keys/keys.toml")), before);
     }
     let output = sppd(&site, "--config sppd.toml --check");
-    assert!(output.status.success(), "everything is still right: {}", said(&output));
+    assert!(output.status.success(), "the site is still valid: {}", output_text(&output));
 }
 
-/// Waits until the running daemon says this of its HSM.
-async fn trouble_with(site: &Site, words: &str) -> spp::proto::HsmStatus {
-    eventually(&format!("the HSM's trouble is {words:?}"), async || {
+/// Waits until the running daemon reports this HSM error.
+async fn wait_for_hsm_error(site: &Site, error: &str) -> spp::proto::HsmStatus {
+    eventually(&format!("HSM error {error:?}"), async || {
         let hsm = site.status().await.hsm.unwrap();
-        if !hsm.trouble.contains(words) {
+        if !hsm.trouble.contains(error) {
             return Err((hsm, site.log()));
         }
         assert!(!hsm.ready);
@@ -156,30 +160,30 @@ async fn trouble_with(site: &Site, words: &str) -> spp::proto::HsmStatus {
     .await
 }
 
-/// Starts a daemon whose HSM will not be ready, and waits until it listens.
-async fn start_in_trouble(site: &mut Site) {
+/// Starts a daemon whose HSM does not become ready, and waits until it listens.
+async fn start_without_hsm(site: &mut Site) {
     site.spawn();
     site.until_listening().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_wrong_pin_is_tried_once_and_an_officer_is_asked_for() {
+async fn wrong_pin_is_tried_once_and_needs_officer() {
     let mut site = Site::new();
     let right = pin(&site);
     write_private(&site.path("hsm/user.pin"), "000000000000");
-    start_in_trouble(&mut site).await;
-    trouble_with(&site, "the user PIN is wrong; it is not tried again").await;
+    start_without_hsm(&mut site).await;
+    wait_for_hsm_error(&site, "the user PIN is wrong; no further attempt is made").await;
     let mut line = site.station().await;
     for _ in 0..3 {
         let refused = assemble(&mut line, &phone(1)).await.unwrap_err();
-        assert!(Refusal::of(&refused).is(Code::Unavailable, "HSM_NEEDS_OFFICER"), "{refused:?}");
+        assert!(Refusal::of(&refused).is(Code::Unavailable, "HSM_OFFICER_REQUIRED"), "{refused:?}");
         assert!(refused.get_error_details().retry_info().is_some());
     }
-    // Told once by the HSM, the pools and the health service, and with each refusal; and that is all, for longer than the first
-    // waits between starts.
-    let told = || site.log().matches("CKR_PIN_INCORRECT").count();
-    eventually("all have told", async || if told() < 3 + 3 { Err(site.log()) } else { Ok(()) }).await;
-    never("it is told or tried again", Duration::from_secs(1), async || told() > 3 + 3).await;
+    // Logged once by the HSM, the pools and the health service, and once per refusal. No further message for longer than the
+    // first restart delays, so the PIN is not tried again.
+    let count = || site.log().matches("CKR_PIN_INCORRECT").count();
+    eventually("all errors are logged", async || if count() < 3 + 3 { Err(site.log()) } else { Ok(()) }).await;
+    never("the error is logged again", Duration::from_secs(1), async || count() > 3 + 3).await;
     let status = site.status().await;
     assert_eq!(
         (status.ready, status.hsm.unwrap().members[0].worker_starts, status.sessions.unwrap().reserved),
@@ -193,12 +197,12 @@ async fn a_wrong_pin_is_tried_once_and_an_officer_is_asked_for() {
 }
 
 #[tokio::test]
-async fn a_token_that_is_not_there_is_named_and_served_when_it_comes() {
+async fn missing_token_is_reported_and_used_when_it_appears() {
     let mut site = Site::new();
     std::fs::rename(site.path("hsm/tokens"), site.path("hsm/elsewhere")).unwrap();
     std::fs::create_dir(site.path("hsm/tokens")).unwrap();
-    start_in_trouble(&mut site).await;
-    trouble_with(&site, "no token named spp-demo").await;
+    start_without_hsm(&mut site).await;
+    wait_for_hsm_error(&site, "no token named spp-demo").await;
     std::fs::remove_dir(site.path("hsm/tokens")).unwrap();
     std::fs::rename(site.path("hsm/elsewhere"), site.path("hsm/tokens")).unwrap();
     site.wait_ready();
@@ -206,7 +210,7 @@ async fn a_token_that_is_not_there_is_named_and_served_when_it_comes() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn another_key_under_a_known_name_is_refused() {
+async fn different_key_under_manifest_name_is_refused() {
     let mut site = Site::new();
     let keys = String::from_utf8(site.read("keys/keys.toml")).unwrap();
     let value = |name: &str| {
@@ -215,36 +219,36 @@ async fn another_key_under_a_known_name_is_refused() {
     };
     site.edit("sppd.toml", "[hsm]\n", "[hsm]\ncall_timeout = \"1s\"\n");
     site.edit("keys/keys.toml", &value("check_value"), "0011223344556677");
-    start_in_trouble(&mut site).await;
-    trouble_with(&site, "the master key master-1 has another check value than the register").await;
+    start_without_hsm(&mut site).await;
+    wait_for_hsm_error(&site, "the check value of the master key master-1 differs from the key manifest").await;
     let refused = assemble(&mut site.station().await, &phone(1)).await.unwrap_err();
     assert!(Refusal::of(&refused).is(Code::Unavailable, "HSM_UNAVAILABLE"), "{refused:?}");
     assert!(refused.get_error_details().retry_info().is_some());
     tokio::task::block_in_place(|| site.stop());
 
-    // Another site's manufacturer under the same name: certificate and register agree, the token does not.
+    // Another site's manufacturer key under the same name: certificate and key manifest match, the token does not.
     let other = Site::with_own_keys();
-    let theirs = String::from_utf8(other.read("keys/keys.toml")).unwrap();
-    let public_key = theirs.lines().find(|line| line.starts_with("public_key")).unwrap().split('"').nth(1).unwrap();
+    let other_keys = String::from_utf8(other.read("keys/keys.toml")).unwrap();
+    let public_key = other_keys.lines().find(|line| line.starts_with("public_key")).unwrap().split('"').nth(1).unwrap();
     site.edit("keys/keys.toml", "0011223344556677", &value("check_value"));
     site.edit("keys/keys.toml", &value("public_key"), public_key);
     std::fs::copy(other.path("keys/manufacturer-ca.pem"), site.path("keys/manufacturer-ca.pem")).unwrap();
-    start_in_trouble(&mut site).await;
-    trouble_with(&site, "the key manufacturer is not the one of the register").await;
+    start_without_hsm(&mut site).await;
+    wait_for_hsm_error(&site, "the key manufacturer does not match the key manifest").await;
 }
 
 #[tokio::test]
-async fn a_certificate_of_another_key_is_refused_before_anything_is_opened() {
+async fn certificate_of_another_key_is_refused_at_start() {
     let (site, other) = (Site::new(), Site::with_own_keys());
     std::fs::copy(other.path("keys/manufacturer-ca.pem"), site.path("keys/manufacturer-ca.pem")).unwrap();
     let output = sppd(&site, "--config sppd.toml");
-    let text = said(&output);
+    let text = output_text(&output);
     assert_eq!(output.status.code(), Some(78), "{text}");
-    assert!(text.contains("is not the certificate of the key manufacturer"), "{text}");
+    assert!(text.contains("is not the certificate of key manufacturer"), "{text}");
 }
 
 #[test]
-fn help_leads_to_every_command() {
+fn help_lists_and_explains_every_command() {
     assert!(help("sppd", &[]).contains("--check"));
     for (program, commands) in [
         ("sppctl", &["token", "ceremony", "init", "station", "officer", "server", "status"][..]),
@@ -252,32 +256,32 @@ fn help_leads_to_every_command() {
     ] {
         let text = help(program, &[]);
         for command in commands {
-            assert!(text.contains(&format!("\n  {command}")), "{program} does not tell of {command}: {text}");
+            assert!(text.contains(&format!("\n  {command}")), "{program} does not list {command}: {text}");
         }
-        help_of_each(program, &[]);
+        check_help_of_commands(program, &[]);
     }
 }
 
-/// Every command that a help names has a help of its own, and every command and option is explained.
-fn help_of_each(program: &str, words: &[&str]) {
-    let text = help(program, words);
+/// Checks that every listed command has its own help, and that every command and option is explained.
+fn check_help_of_commands(program: &str, commands: &[&str]) {
+    let text = help(program, commands);
     let listed = text.lines().skip_while(|line| !line.starts_with("Commands:")).skip(1);
     for line in listed.take_while(|line| !line.is_empty()) {
-        // A line that is indented further goes on with the explanation of the command before.
+        // A line with more indentation continues the explanation of the previous command.
         let Some(entry) = line.strip_prefix("  ").filter(|entry| !entry.starts_with(' ')) else { continue };
         let (command, explained) = entry.split_once(' ').unwrap_or((entry, ""));
-        assert!(!explained.trim().is_empty(), "{program} {words:?} {command} is not explained");
+        assert!(!explained.trim().is_empty(), "{program} {commands:?} {command} is not explained");
         if command != "help" {
-            help_of_each(program, &[words, &[command]].concat());
+            check_help_of_commands(program, &[commands, &[command]].concat());
         }
     }
 }
 
-fn help(program: &str, words: &[&str]) -> String {
-    let mut command = tethered(spp_testkit::process::program(program));
-    command.args(words).arg("--help");
+fn help(program: &str, commands: &[&str]) -> String {
+    let mut command = child_command(spp_testkit::process::program(program));
+    command.args(commands).arg("--help");
     let output = output(command);
-    let text = said(&output);
-    assert!(output.status.success() && text.contains("Usage:"), "{program} {words:?}: {text}");
+    let text = output_text(&output);
+    assert!(output.status.success() && text.contains("Usage:"), "{program} {commands:?}: {text}");
     text
 }

@@ -1,4 +1,4 @@
-//! Nothing that was acknowledged is lost and nothing is given twice, whatever is killed when.
+//! Crash tests: whichever process is killed at any time, nothing acknowledged is lost and nothing is issued twice.
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
@@ -8,8 +8,8 @@ use tonic::Code;
 use tonic_types::StatusExt as _;
 
 use spp_testkit::floor::{
-    Floor, Line, Refusal, assemble, chip, complete, install, may_be_repeated, phone, provision, session_of, state_of,
-    unproven,
+    Line, Refusal, TestFab, assemble, chip, complete, install, is_retryable, phone, provision, session_of, state_of,
+    without_proof,
 };
 use spp_testkit::load::*;
 use spp_testkit::process::{Signal, is_running, send};
@@ -18,14 +18,14 @@ use spp_testkit::site::Site;
 use spp_testkit::wait::{eventually, eventually_blocking};
 
 #[tokio::test]
-async fn every_answer_is_the_same_before_and_after_a_kill() {
+async fn answers_are_identical_before_and_after_kill() {
     let mut site = Site::running();
-    let floor = Floor::new(&site);
+    let fab = TestFab::new(&site);
     let before = assemble(&mut site.station().await, &phone(1)).await.unwrap();
     site.kill();
     site.start();
     assert_eq!(assemble(&mut site.station().await, &phone(1)).await.unwrap(), before);
-    let request = install(&mut floor.device(1), &before);
+    let request = install(&mut fab.device(1), &before);
     site.kill();
     site.start();
     let receipt = complete(&mut site.station().await, &request).await.expect("a kill between the calls costs nothing");
@@ -33,61 +33,61 @@ async fn every_answer_is_the_same_before_and_after_a_kill() {
     site.start();
     let mut line = site.station().await;
     assert_eq!(complete(&mut line, &request).await.unwrap(), receipt);
-    assert_eq!(session_of(&mut line, &chip(1)).await.unwrap().receipt, unproven(&receipt));
+    assert_eq!(session_of(&mut line, &chip(1)).await.unwrap().receipt, without_proof(&receipt));
     let refused = Refusal::of(&assemble(&mut line, &phone(1)).await.unwrap_err());
     assert!(refused.is(Code::AlreadyExists, "ALREADY_COMPLETE"), "{refused:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn killed_again_and_again_inside_calls_it_loses_nothing_and_gives_nothing_twice() {
+async fn repeated_kills_lose_nothing_and_issue_nothing_twice() {
     let mut moments = Random::new();
     let mut site = Site::running();
-    let shift = Shift::new(&site);
-    let mut line = Line::new(persistent(&site));
-    let tasks = start_shift(&shift, &line, 24);
+    let load = ProvisioningLoad::new(&site);
+    let mut line = Line::new(reconnecting_channel(&site));
+    let tasks = start_load(&load, &line, 24);
     for _ in 0..scaled(4, 40) {
-        // From the moment of the start on, so that some kills come while it starts or tidies up.
+        // Any time after the start, so that some kills occur during startup or recovery.
         tokio::time::sleep(Duration::from_millis(40 + moments.below(1200))).await;
         site.kill();
         site.spawn();
     }
-    end_shift(&shift, tasks).await;
-    let done = shift.done();
-    let repeats = shift.repeated();
+    stop_load(&load, tasks).await;
+    let done = load.done();
+    let repeats = load.repeated();
     println!("{} devices, {repeats} calls repeated", done.len());
-    assert!(done.len() as u64 >= at_least() && repeats > 0);
-    everything_is_public_once(&site, &mut line, &done).await;
+    assert!(done.len() as u64 >= min_devices() && repeats > 0);
+    assert_all_published_once(&site, &mut line, &done).await;
     site.kill();
     site.start();
-    everything_is_public_once(&site, &mut line, &done).await;
+    assert_all_published_once(&site, &mut line, &done).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_killed_hsm_worker_is_replaced_and_no_call_fails_for_good() {
+async fn killed_hsm_worker_is_replaced_without_permanent_failure() {
     let site = Site::running();
-    let shift = Shift::new(&site);
-    let mut line = Line::new(persistent(&site));
-    let tasks = start_shift(&shift, &line, 12);
+    let load = ProvisioningLoad::new(&site);
+    let mut line = Line::new(reconnecting_channel(&site));
+    let tasks = start_load(&load, &line, 12);
     let mut workers = HashSet::new();
     for round in 1..=3 {
-        eventually("devices are made", async || shift.count() >= 4 * round).await;
+        eventually("devices are made", async || load.count() >= 4 * round).await;
         let worker = worker_other_than(&site, &workers).await;
         send(worker, Signal::KILL);
         workers.insert(worker);
     }
     worker_other_than(&site, &workers).await;
-    end_shift(&shift, tasks).await;
+    stop_load(&load, tasks).await;
     let status = site.status().await;
     assert!(status.ready && status.hsm.unwrap().members[0].worker_starts >= 4);
-    let done = shift.done();
-    everything_is_public_once(&site, &mut line, &done).await;
+    let done = load.done();
+    assert_all_published_once(&site, &mut line, &done).await;
 }
 
 #[tokio::test]
-async fn a_worker_that_is_killed_while_it_starts_is_replaced_soon() {
+async fn worker_killed_during_startup_is_replaced() {
     let site = Site::running();
     let mut known = HashSet::new();
-    // Loading, login, look-ups and the check of the keys take some 100 ms together.
+    // Loading, login, key lookup and key checks take about 100 ms in total.
     for moment in [0, 30, 60, 90, 120] {
         let worker = worker_other_than(&site, &known).await;
         tokio::time::sleep(Duration::from_millis(moment)).await;
@@ -97,9 +97,10 @@ async fn a_worker_that_is_killed_while_it_starts_is_replaced_soon() {
     assemble(&mut site.station().await, &phone(1)).await.expect("the call waits for the next worker");
 }
 
-/// A module may hang in any call, also before the worker reads its first request; it has the PIN, and must not outlive the daemon.
+/// A module may hang in any call, also before the worker reads its first request. The worker has the PIN, so it must not outlive
+/// the daemon.
 #[test]
-fn worker_that_hangs_in_its_module_ends_with_the_daemon() {
+fn worker_hanging_in_module_ends_with_daemon() {
     let mut site = Site::new();
     site.use_faulty_module();
     site.fail("C_Initialize hang");
@@ -112,9 +113,9 @@ fn worker_that_hangs_in_its_module_ends_with_the_daemon() {
     eventually_blocking("the worker has ended", || !is_running(worker));
 }
 
-/// SoftHSM rewrites a token's file in place at each login; a kill between truncation and writing leaves it empty.
+/// SoftHSM rewrites a token's file in place at each login; a kill between truncation and write leaves it empty.
 #[tokio::test]
-async fn a_login_that_was_cut_off_does_not_cost_the_token() {
+async fn interrupted_login_does_not_damage_token() {
     let mut site = Site::running();
     let before = assemble(&mut site.station().await, &phone(1)).await.unwrap();
     let token = std::fs::read_dir(site.path("hsm/tokens")).unwrap().next().unwrap().unwrap().path();
@@ -140,15 +141,15 @@ async fn worker_other_than(site: &Site, known: &HashSet<u32>) -> u32 {
 }
 
 #[tokio::test]
-async fn a_hanging_hsm_worker_costs_calls_their_deadline_and_is_replaced() {
+async fn hanging_hsm_worker_times_out_calls_and_is_replaced() {
     let mut site = Site::new();
     site.edit("sppd.toml", "[hsm]\n", "[hsm]\ncall_timeout = \"1s\"\n");
     site.edit("hsm-config/softhsm2.toml", "[worker]\n", "[worker]\nhang_after = \"3s\"\n");
     site.start();
-    let (floor, mut line) = (Floor::new(&site), site.station().await);
+    let (fab, mut line) = (TestFab::new(&site), site.station().await);
     let answer = assemble(&mut line, &phone(1)).await.unwrap();
-    let request = install(&mut floor.device(1), &answer);
-    let (finished, receipt) = provision(&mut line, &mut floor.device(2), &phone(2)).await;
+    let request = install(&mut fab.device(1), &answer);
+    let (finished, receipt) = provision(&mut line, &mut fab.device(2), &phone(2)).await;
     let worker = site.worker_pid().unwrap();
     send(worker, Signal::STOP);
 
@@ -172,30 +173,30 @@ async fn a_hanging_hsm_worker_costs_calls_their_deadline_and_is_replaced() {
 
     let new = eventually("the device is assembled", async || {
         let answer = assemble(&mut line, &phone(3)).await;
-        assert!(answer.as_ref().err().is_none_or(may_be_repeated), "{answer:?}");
+        assert!(answer.as_ref().err().is_none_or(is_retryable), "{answer:?}");
         answer
     })
     .await;
     complete(&mut line, &request).await.expect("a refused Complete can be repeated");
-    let request = install(&mut floor.device(3), &new);
+    let request = install(&mut fab.device(3), &new);
     complete(&mut line, &request).await.unwrap();
     assert_eq!(site.status().await.hsm.unwrap().members[0].worker_starts, 2);
     assert_ne!(site.worker_pid(), Some(worker));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn sigterm_lets_calls_in_flight_end_and_closes_idle_connections() {
+async fn sigterm_drains_calls_and_closes_idle_connections() {
     let mut site = Site::running();
-    let shift = Shift::new(&site);
-    let mut line = Line::new(persistent(&site));
+    let load = ProvisioningLoad::new(&site);
+    let mut line = Line::new(reconnecting_channel(&site));
     let _idle = site.station().await;
-    let tasks = start_shift(&shift, &line, 8);
-    eventually("devices are made", async || shift.count() >= 8).await;
+    let tasks = start_load(&load, &line, 8);
+    eventually("devices are made", async || load.count() >= 8).await;
     let status = tokio::task::block_in_place(|| site.stop());
     assert!(status.success() && site.log().contains("drained"), "{status}");
     assert!(!site.log().contains("still in flight"), "an idle connection held the drain up");
     site.start();
-    end_shift(&shift, tasks).await;
-    let done = shift.done();
-    everything_is_public_once(&site, &mut line, &done).await;
+    stop_load(&load, tasks).await;
+    let done = load.done();
+    assert_all_published_once(&site, &mut line, &done).await;
 }

@@ -1,21 +1,23 @@
-//! The line at load, while its HSM does everything that PKCS#11 modules were seen to do: no device is lost, none fails for good, no
-//! key is given twice, no certificate has a bad signature, and service is back by itself.
+//! The line under load with the faults observed in PKCS#11 modules.
+//!
+//! No device is lost or fails permanently, no key is delivered twice, no certificate has an invalid signature, and service
+//! resumes without intervention.
 
 use std::time::{Duration, Instant};
 
 use spp_testkit::floor::{Line, assemble, phone};
-use spp_testkit::load::{Shift, end_shift, everything_is_public_once, persistent, start_shift};
+use spp_testkit::load::{ProvisioningLoad, assert_all_published_once, reconnecting_channel, start_load, stop_load};
 use spp_testkit::process::{Signal, send};
 use spp_testkit::random::scaled;
 use spp_testkit::site::Site;
 use spp_testkit::wait::{LIMIT, eventually};
 
-/// How long each fault lasts in the full size, and at least until it was met once.
-const LASTS: Duration = Duration::from_millis(1500);
-/// The queue of devices behind the line.
+/// Duration of each fault in the full-size run. It lasts at least until it has occurred once.
+const FAULT_DURATION: Duration = Duration::from_millis(1500);
+/// Number of devices processed concurrently.
 const TASKS: usize = 6;
 
-/// What is wrong, for people, and the rules for the module.
+/// A description of the fault, and the rules for the faulty module.
 type Fault = (&'static str, &'static str);
 
 /// Signatures fail.
@@ -33,9 +35,9 @@ const LOST_HANDLES: &[Fault] = &[
     ("some key handles are invalid", "C_SignInit every=5 return CKR_KEY_HANDLE_INVALID"),
     ("all object handles are invalid", "C_SignInit return CKR_OBJECT_HANDLE_INVALID"),
     ("an operation is left active", "C_SignInit every=4 return CKR_OPERATION_ACTIVE"),
-    ("the HSM's memory is full at times", "C_GenerateKeyPair every=2 return CKR_DEVICE_MEMORY"),
-    ("sessions are lost at times", "C_GenerateKeyPair every=3 return CKR_SESSION_HANDLE_INVALID"),
-    ("wrapping handles are invalid at times", "C_WrapKey every=3 return CKR_WRAPPING_KEY_HANDLE_INVALID"),
+    ("the HSM's memory is full for some calls", "C_GenerateKeyPair every=2 return CKR_DEVICE_MEMORY"),
+    ("some sessions are lost", "C_GenerateKeyPair every=3 return CKR_SESSION_HANDLE_INVALID"),
+    ("some wrapping handles are invalid", "C_WrapKey every=3 return CKR_WRAPPING_KEY_HANDLE_INVALID"),
     ("a key is destroyed with an error", "C_DestroyObject every=5 return CKR_GENERAL_ERROR"),
     ("the user is logged out for some calls", "C_GenerateRandom every=2 return CKR_USER_NOT_LOGGED_IN"),
 ];
@@ -43,7 +45,7 @@ const LOST_HANDLES: &[Fault] = &[
 /// The worker dies, and the next one cannot start at first.
 const WORKER_DIES: &[Fault] = &[
     ("no session is left, and the worker dies", "C_OpenSession return CKR_SESSION_COUNT\nC_Sign times=1 crash"),
-    ("nobody can log in, and the worker dies", "C_Login return CKR_FUNCTION_FAILED\nC_Sign times=1 crash"),
+    ("the login fails, and the worker dies", "C_Login return CKR_FUNCTION_FAILED\nC_Sign times=1 crash"),
     ("the module does not start, and the worker dies", "C_Initialize return CKR_DEVICE_ERROR\nC_Sign times=1 crash"),
     ("the module crashes three times", "C_Sign times=3 crash"),
     ("the module crashes while it starts", "C_Initialize times=3 crash\nC_GenerateKeyPair times=1 crash"),
@@ -59,8 +61,8 @@ const HANGS: &[Fault] = &[
 /// The login or the token is lost.
 const LOST_LOGIN: &[Fault] = &[
     ("all sessions are dropped", "C_Sign every=60 drop-sessions"),
-    ("somebody logs the user out", "C_Sign every=60 logout"),
-    ("the token is taken away", "* away"),
+    ("the user is logged out", "C_Sign every=60 logout"),
+    ("the token is removed", "* away"),
 ];
 
 /// Answers are wrong.
@@ -73,7 +75,7 @@ const WRONG_ANSWERS: &[Fault] = &[
     ("some public keys are a byte short", "C_GetAttributeValue every=4 short"),
 ];
 
-/// A site whose module fails as its file `hsm/faults` says.
+/// A site whose module fails according to the rules in `hsm/faults`.
 fn faulty_site() -> Site {
     let site = Site::new();
     site.use_faulty_module();
@@ -83,9 +85,9 @@ fn faulty_site() -> Site {
     site
 }
 
-/// The user's PIN is in no file that the daemon can read: a person enters it at the HSM, again for each worker.
+/// No file that the daemon can read contains the user PIN: a person enters it at the HSM for each worker start.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_pin_that_is_entered_at_the_hsm_passes_no_process() {
+async fn pin_entered_at_hsm_is_seen_by_no_process() {
     let mut site = faulty_site();
     let keypad = site.path("keypad");
     std::fs::rename(site.path("hsm/user.pin"), &keypad).unwrap();
@@ -100,28 +102,28 @@ async fn a_pin_that_is_entered_at_the_hsm_passes_no_process() {
     let worker = site.worker_pid().unwrap();
     send(worker, Signal::KILL);
     let mut line = site.station().await;
-    eventually("the next worker logs in the same way", async || assemble(&mut line, &phone(2)).await).await;
+    eventually("the next worker logs in through the keypad", async || assemble(&mut line, &phone(2)).await).await;
     assert_ne!(site.worker_pid(), Some(worker));
 }
 
-/// Sees when devices get complete.
-struct Watch<'a> {
-    shift: &'a Shift,
+/// Observes when devices complete.
+struct CompletionMonitor<'a> {
+    load: &'a ProvisioningLoad,
     count: usize,
     last: Instant,
-    /// The longest time without one.
+    /// The longest time without a completed device.
     gap: Duration,
 }
 
-impl<'a> Watch<'a> {
-    fn new(shift: &'a Shift) -> Self {
-        Self { shift, count: shift.count(), last: Instant::now(), gap: Duration::ZERO }
+impl<'a> CompletionMonitor<'a> {
+    fn new(load: &'a ProvisioningLoad) -> Self {
+        Self { load, count: load.count(), last: Instant::now(), gap: Duration::ZERO }
     }
 
-    async fn look(&mut self) {
+    async fn poll(&mut self) {
         tokio::time::sleep(Duration::from_millis(5)).await;
         self.gap = self.gap.max(self.last.elapsed());
-        let count = self.shift.count();
+        let count = self.load.count();
         if count != std::mem::replace(&mut self.count, count) {
             self.last = Instant::now();
         }
@@ -158,45 +160,49 @@ async fn line_survives_wrong_answers() {
     line_survives(WRONG_ANSWERS).await;
 }
 
-/// The line at load meets one fault after the other; after each it is back by itself.
+/// Applies one fault after the other to the line under load. After each fault, service resumes without intervention.
 async fn line_survives(faults: &[Fault]) {
     let mut site = faulty_site();
     site.start();
-    let shift = Shift::new(&site);
-    let mut line = Line::new(persistent(&site));
-    let tasks = start_shift(&shift, &line, TASKS);
-    println!("{:50} {:>9} {:>9} {:>8} {:>8}", "fault", "without", "back", "repeats", "workers");
+    let load = ProvisioningLoad::new(&site);
+    let mut line = Line::new(reconnecting_channel(&site));
+    let tasks = start_load(&load, &line, TASKS);
+    println!("{:50} {:>9} {:>9} {:>8} {:>8}", "fault", "outage", "recovery", "repeats", "workers");
     for (name, rules) in faults {
-        let repeats = shift.repeated();
+        let repeats = load.repeated();
         let workers = site.status().await.hsm.unwrap().members[0].worker_starts;
-        let mut watch = Watch::new(&shift);
-        let begun = Instant::now();
+        let mut monitor = CompletionMonitor::new(&load);
+        let started = Instant::now();
         let fired = site.path("hsm/faults.fired");
         let _ = std::fs::remove_file(&fired);
         site.fail(rules);
-        while begun.elapsed() < scaled(LASTS / 2, LASTS) || !fired.exists() {
-            watch.look().await;
+        while started.elapsed() < scaled(FAULT_DURATION / 2, FAULT_DURATION) || !fired.exists() {
+            monitor.poll().await;
         }
         site.fail("");
-        let well = Instant::now();
-        // Those that were on the way, and as many that were not.
-        let enough = watch.count + 2 * TASKS;
-        let mut back = None;
-        while watch.count < enough {
-            assert!(well.elapsed() < LIMIT, "{name}: no service\n{}", site.log());
-            let before = watch.count;
-            watch.look().await;
-            if watch.count > before {
-                back.get_or_insert(well.elapsed());
+        let fault_ended = Instant::now();
+        // The devices in progress during the fault, and as many new ones.
+        let enough = monitor.count + 2 * TASKS;
+        let mut recovery = None;
+        while monitor.count < enough {
+            assert!(fault_ended.elapsed() < LIMIT, "{name}: no service\n{}", site.log());
+            let before = monitor.count;
+            monitor.poll().await;
+            if monitor.count > before {
+                recovery.get_or_insert(fault_ended.elapsed());
             }
         }
-        let back = back.unwrap();
+        let recovery = recovery.unwrap();
         let hsm = site.status().await.hsm.unwrap();
-        let (repeats, workers) = (shift.repeated() - repeats, hsm.members[0].worker_starts - workers);
-        println!("{name:50} {:>8.2}s {:>8.2}s {repeats:>8} {workers:>8}", watch.gap.as_secs_f64(), back.as_secs_f64());
+        let (repeats, workers) = (load.repeated() - repeats, hsm.members[0].worker_starts - workers);
+        println!(
+            "{name:50} {:>8.2}s {:>8.2}s {repeats:>8} {workers:>8}",
+            monitor.gap.as_secs_f64(),
+            recovery.as_secs_f64()
+        );
     }
-    end_shift(&shift, tasks).await;
-    let done = shift.done();
-    println!("{} devices, none failed for good", done.len());
-    everything_is_public_once(&site, &mut line, &done).await;
+    stop_load(&load, tasks).await;
+    let done = load.done();
+    println!("{} devices, none failed permanently", done.len());
+    assert_all_published_once(&site, &mut line, &done).await;
 }

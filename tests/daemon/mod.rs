@@ -1,4 +1,4 @@
-//! The daemon as its users meet it: real processes, real sockets, a real HSM module, real files.
+//! Black-box tests of the daemon: real processes, sockets, HSM module and files.
 
 mod approvals;
 mod audit;

@@ -1,4 +1,4 @@
-//! What the world outside thinks of it: openssl of the certificates, standard clients of health and reflection.
+//! Interoperability: OpenSSL verifies the certificates; standard gRPC health and reflection clients work.
 
 use spp::certificate::certificate_pem;
 use spp::package::CertificateChain;
@@ -12,24 +12,24 @@ use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
 use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
 use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
 
-use spp_testkit::floor::{Floor, assemble, gateway, install, phone};
+use spp_testkit::floor::{TestFab, assemble, gateway, install, phone};
 use spp_testkit::process::{Signal, send};
 use spp_testkit::site::Site;
 use spp_testkit::wait::eventually;
 
 #[tokio::test]
-async fn openssl_verifies_every_certificate_and_its_chain() {
+async fn certificates_and_chains_verify_with_openssl() {
     let site = Site::running();
-    let (floor, mut line) = (Floor::new(&site), site.station().await);
-    for (n, order) in [(1, phone(1)), (2, gateway(2, &floor.device(2)))] {
+    let (fab, mut line) = (TestFab::new(&site), site.station().await);
+    for (n, order) in [(1, phone(1)), (2, gateway(2, &fab.device(2)))] {
         let answer = assemble(&mut line, &order).await.unwrap();
-        let mut device = floor.device(n);
+        let mut device = fab.device(n);
         install(&mut device, &answer);
-        let CertificateChain::X509 { device: own, issuers } = device.package().unwrap().certificate else {
+        let CertificateChain::X509 { device: certificate, issuers } = device.package().unwrap().certificate else {
             panic!("{} has an X.509 certificate", order.profile)
         };
-        assert_eq!(own, answer.certificate);
-        std::fs::write(site.path("device.pem"), certificate_pem(&own).unwrap()).unwrap();
+        assert_eq!(certificate, answer.certificate);
+        std::fs::write(site.path("device.pem"), certificate_pem(&certificate).unwrap()).unwrap();
         let chain: String = issuers.iter().map(|der| certificate_pem(der).unwrap()).collect();
         std::fs::write(site.path("chain.pem"), chain).unwrap();
         for roots in ["keys/manufacturer-ca.pem", "chain.pem"] {
@@ -53,12 +53,12 @@ async fn health(channel: &Channel, service: &str) -> ServingStatus {
     HealthClient::new(channel.clone()).check(request).await.unwrap().into_inner().status()
 }
 
-async fn until_health_is(channel: &Channel, service: &str, wanted: ServingStatus) {
-    eventually(&format!("{service} is {wanted:?}"), async || health(channel, service).await == wanted).await;
+async fn wait_for_health(channel: &Channel, service: &str, expected: ServingStatus) {
+    eventually(&format!("{service} is {expected:?}"), async || health(channel, service).await == expected).await;
 }
 
 #[tokio::test]
-async fn health_follows_the_hsm_and_recovery_is_always_served() {
+async fn line_health_follows_the_hsm_and_recovery_stays_serving() {
     let site = Site::running();
     let line = site.connect(site.line, site.tls("tls/line-1-a")).await.unwrap();
     let public = site.connect(site.public, site.public_tls()).await.unwrap();
@@ -68,21 +68,21 @@ async fn health_follows_the_hsm_and_recovery_is_always_served() {
     }
     std::fs::rename(site.path("hsm/tokens"), site.path("hsm/elsewhere")).unwrap();
     send(site.worker_pid().unwrap(), Signal::KILL);
-    until_health_is(&line, "spp.v1.Line", ServingStatus::NotServing).await;
+    wait_for_health(&line, "spp.v1.Line", ServingStatus::NotServing).await;
     for service in ["", "spp.v1.Recovery"] {
         assert_eq!(health(&public, service).await, ServingStatus::Serving, "{service}");
     }
     let status = site.status().await;
     assert!(!status.ready);
     let missing = |service: &str| -> Vec<_> {
-        let service = status.services.iter().find(|one| one.service == service).unwrap();
+        let service = status.services.iter().find(|status| status.service == service).unwrap();
         service.missing.iter().map(|missing| missing.dependency.as_str()).collect()
     };
     assert_eq!((missing("spp.v1.Line"), missing("spp.v1.Recovery")), (vec!["hsm"], vec![]));
     assert_eq!(missing("spp.v1.Officer"), Vec::<&str>::new());
     std::fs::rename(site.path("hsm/elsewhere"), site.path("hsm/tokens")).unwrap();
-    until_health_is(&line, "spp.v1.Line", ServingStatus::Serving).await;
-    assemble(&mut site.station().await, &phone(1)).await.expect("it serves again without a restart");
+    wait_for_health(&line, "spp.v1.Line", ServingStatus::Serving).await;
+    assemble(&mut site.station().await, &phone(1)).await.expect("Line serves again without a restart");
     let unknown = HealthCheckRequest { service: "spp.v1.Coffee".to_owned() };
     let refused = HealthClient::new(line).check(unknown).await.unwrap_err();
     assert_eq!(refused.code(), tonic::Code::NotFound);

@@ -1,5 +1,4 @@
-//! Pairs that were made in advance: an empty pool is waited for, what was erased never comes back, and a filling that is held
-//! up goes on by itself.
+//! Key pools over gRPC: stations wait for an empty pool, erased pairs never return, and paused filling resumes.
 
 use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
@@ -20,11 +19,11 @@ fn router(n: u64) -> AssembleRequest {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_empty_pool_says_when_to_come_again_and_then_everybody_is_served() {
+async fn empty_pool_returns_retry_delay_then_serves_all() {
     let mut site = Site::new();
     use_rsa_routers(&site);
     site.start();
-    until_pools(&site, "two routers' pairs are ready", is_full).await;
+    wait_for_pools(&site, "two routers' pairs are ready", is_full).await;
     let line = site.station().await;
     let orders = || (1..=9).map(|n| (line.clone(), router(n)));
     let at_once = orders().map(|(mut line, order)| tokio::spawn(async move { assemble(&mut line, &order).await }));
@@ -45,18 +44,22 @@ async fn an_empty_pool_says_when_to_come_again_and_then_everybody_is_served() {
     assert!(empty >= 2, "only {empty} of 9 came to an empty pool of 2");
     let mut keys = HashSet::new();
     for (mut line, order) in orders() {
-        assert!(keys.insert(public_key(&answered(&mut line, &order).await.certificate)), "{}", order.identity);
+        assert!(
+            keys.insert(public_key(&assemble_with_retries(&mut line, &order).await.certificate)),
+            "{}",
+            order.identity
+        );
     }
-    let status = until_pools(&site, "it is full again", is_full).await;
+    let status = wait_for_pools(&site, "it is full again", is_full).await;
     assert_eq!((status.kinds[0].reserved, status.kinds[0].reserved_total, status.session_pairs), (9, 9, 0));
 }
 
-/// The store would notice that a pair is taken, and then the order would have to be repeated for nothing.
+/// Without leases the store would refuse the second reservation, and the order would have to be repeated needlessly.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn however_many_want_the_same_few_pairs_none_is_offered_twice() {
+async fn concurrent_orders_never_share_a_pair() {
     let mut site = pooled_site(2, 4);
     site.start();
-    until_pools(&site, "all pools are full", is_full).await;
+    wait_for_pools(&site, "all pools are full", is_full).await;
     let line = site.station().await;
     let taker = |task: u64| {
         let mut line = line.clone();
@@ -64,7 +67,7 @@ async fn however_many_want_the_same_few_pairs_none_is_offered_twice() {
             for n in (1..=10).map(|n| 100 * task + n) {
                 while let Err(status) = assemble(&mut line, &pooled(n)).await {
                     assert!(Refusal::of(&status).is(Code::ResourceExhausted, "POOL_EMPTY"), "{status:?}");
-                    // Sooner than it is told: all come to an empty pool.
+                    // Retry sooner than the refusal says, so that all calls meet an empty pool.
                     tokio::time::sleep(Duration::from_millis(20)).await;
                 }
             }
@@ -76,7 +79,7 @@ async fn however_many_want_the_same_few_pairs_none_is_offered_twice() {
 }
 
 #[test]
-fn a_station_waits_for_an_empty_pool_and_completes_every_device() {
+fn station_waits_for_empty_pool_and_completes_all_devices() {
     let mut site = Site::new();
     use_rsa_routers(&site);
     site.start();
@@ -96,11 +99,11 @@ fn a_station_waits_for_an_empty_pool_and_completes_every_device() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn pool_or_generate_does_not_wait_for_an_empty_pool() {
+async fn pool_or_generate_does_not_wait_for_empty_pool() {
     let mut site = Site::new();
     add_profile(&site, "hurried", "router", &[("source = \"pool\"", "source = \"pool-or-generate\"")]);
     site.start();
-    until_pools(&site, "two routers' pairs are ready", is_full).await;
+    wait_for_pools(&site, "two routers' pairs are ready", is_full).await;
     let line = site.station().await;
     let hurried = |n| AssembleRequest { profile: "hurried".to_owned(), ..router(n) };
     let at_once = (1..=16).map(|n| {
@@ -109,16 +112,16 @@ async fn pool_or_generate_does_not_wait_for_an_empty_pool() {
     });
     let mut keys = HashSet::new();
     for answer in at_once.collect::<Vec<_>>() {
-        assert!(keys.insert(public_key(&answer.await.unwrap().expect("nobody is sent away").certificate)));
+        assert!(keys.insert(public_key(&answer.await.unwrap().expect("no order is refused").certificate)));
     }
-    let status = until_pools(&site, "it is full again", is_full).await;
+    let status = wait_for_pools(&site, "it is full again", is_full).await;
     let (pooled, made) = (status.kinds[0].reserved, status.session_pairs);
     assert!(pooled >= 2 && made >= 1, "{status:?}");
     assert_eq!(pooled + made, 16, "{status:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_pair_of_an_aborted_session_is_destroyed_and_never_offered_again() {
+async fn aborted_pair_is_destroyed_and_never_offered_again() {
     let mut site = pooled_site(8, 16);
     site.edit("sppd.toml", "shred_after = \"1h\"", "shred_after = \"1s\"");
     site.edit("sppd.toml", "batch_size = 1000", "batch_size = 10");
@@ -127,7 +130,7 @@ async fn the_pair_of_an_aborted_session_is_destroyed_and_never_offered_again() {
     let mut sessions = Vec::new();
     for round in 1..=3 {
         let line = site.station().await;
-        let tasks: Vec<_> = (1..=12).map(|n| tokio::spawn(taken_and_aborted(line.clone(), n))).collect();
+        let tasks: Vec<_> = (1..=12).map(|n| tokio::spawn(assemble_and_abort(line.clone(), n))).collect();
         for (n, task) in (1..).zip(tasks) {
             for answer in task.await.unwrap() {
                 let key = public_key(&answer.certificate);
@@ -138,7 +141,7 @@ async fn the_pair_of_an_aborted_session_is_destroyed_and_never_offered_again() {
         site.kill();
         site.start();
     }
-    let status = until_pools(&site, "all is shredded", is_quiet).await;
+    let status = wait_for_pools(&site, "all is shredded", is_idle).await;
     let p256 = status.kinds.iter().find(|kind| kind.kind == "p256").unwrap();
     assert_eq!((p256.reserved, p256.reserved_total), (0, given.len() as u64));
     assert_eq!(p256.made_total, p256.ready + p256.reserved_total, "what is neither ready nor was taken is lost");
@@ -148,15 +151,15 @@ async fn the_pair_of_an_aborted_session_is_destroyed_and_never_offered_again() {
     assert!(given.keys().all(|key| !ready.contains(key)), "the key of an aborted session is ready again");
     for session in sessions {
         let session = spp::names::SessionId::from_bytes(&session).unwrap();
-        assert_eq!(store.kept_key(&session).await.unwrap(), None);
+        assert_eq!(store.stored_key(&session).await.unwrap(), None);
     }
 }
 
-/// The same device again and again, each time given up.
-async fn taken_and_aborted(mut line: Line, n: u64) -> Vec<AssembleResponse> {
+/// Assembles and aborts the same device repeatedly.
+async fn assemble_and_abort(mut line: Line, n: u64) -> Vec<AssembleResponse> {
     let mut answers = Vec::new();
     for _ in 0..4 {
-        let answer = answered(&mut line, &pooled(n)).await;
+        let answer = assemble_with_retries(&mut line, &pooled(n)).await;
         let abort = AbortRequest { session_id: answer.session_id.clone(), reason: "a test".to_owned() };
         line.abort(abort.clone()).await.unwrap();
         line.abort(abort).await.expect("it may be repeated");
@@ -167,40 +170,44 @@ async fn taken_and_aborted(mut line: Line, n: u64) -> Vec<AssembleResponse> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn filling_pauses_below_the_floor_of_the_disk_and_resumes() {
+async fn filling_pauses_below_disk_floor_and_resumes() {
     let mut site = pooled_site(10, 20);
     site.start();
-    until_pools(&site, "all pools are full", is_full).await;
+    wait_for_pools(&site, "all pools are full", is_full).await;
     assert!(tokio::task::block_in_place(|| site.stop()).success());
-    // More than any disk has free.
+    // A floor above the free space of any disk.
     site.edit("sppd.toml", "free_space_floor = \"1 MiB\"", "free_space_floor = \"4000 TiB\"");
     site.edit("sppd.toml", "low = 10\nhigh = 20", "low = 30\nhigh = 40");
     site.spawn();
     site.until_listening().await;
     let kind = |status: &GetPoolStatusResponse| status.kinds.iter().find(|kind| kind.kind == "p256").unwrap().clone();
-    let status = until_pools(&site, "it is paused", |status| !kind(status).paused.is_empty()).await;
+    let status = wait_for_pools(&site, "it is paused", |status| !kind(status).paused.is_empty()).await;
     let paused = kind(&status);
-    assert!(paused.paused.contains("the disk has only") && paused.paused.contains("goes on by itself"), "{paused:?}");
-    let told: Value = serde_json::from_str(&site.sppctl(&format!("pool status --json {}", officer(&site)))).unwrap();
-    let told = told["kinds"].as_array().unwrap().iter().find(|kind| kind["kind"] == "p256").unwrap().clone();
-    assert!(told["paused"].as_str().unwrap().contains("the disk has only"), "{told}");
+    assert!(
+        paused.paused.contains("the disk has only") && paused.paused.contains("filling resumes when space is free"),
+        "{paused:?}"
+    );
+    let reported: Value =
+        serde_json::from_str(&site.sppctl(&format!("pool status --json {}", officer(&site)))).unwrap();
+    let reported = reported["kinds"].as_array().unwrap().iter().find(|kind| kind["kind"] == "p256").unwrap().clone();
+    assert!(reported["paused"].as_str().unwrap().contains("the disk has only"), "{reported}");
     assert!(site.sppctl(&format!("pool status {}", officer(&site))).contains("paused: the disk has only"));
     assert_eq!(paused.made_total, 20, "{paused:?}");
     let mut line = site.station().await;
     let refused = Refusal::of(&assemble(&mut line, &pooled(2)).await.unwrap_err());
     assert!(refused.is(Code::ResourceExhausted, "DISK_FULL"), "{refused:?}");
-    assert_eq!(kind(&until_pools(&site, "it answers", |_| true).await).ready, 20, "a refused order takes no pair");
+    assert_eq!(kind(&wait_for_pools(&site, "it answers", |_| true).await).ready, 20, "a refused order takes no pair");
 
     assert!(tokio::task::block_in_place(|| site.stop()).success());
     site.edit("sppd.toml", "free_space_floor = \"4000 TiB\"", "free_space_floor = \"1 MiB\"");
     site.start();
-    let full = kind(&until_pools(&site, "it is full", is_full).await);
+    let full = kind(&wait_for_pools(&site, "it is full", is_full).await);
     assert_eq!((full.ready, &*full.paused), (40, ""));
-    answered(&mut site.station().await, &pooled(2)).await;
+    assemble_with_retries(&mut site.station().await, &pooled(2)).await;
 }
 
 #[test]
-fn what_is_wrong_with_the_pools_of_a_configuration_is_told_with_its_place() {
+fn invalid_pool_configuration_is_reported_with_location() {
     let site = pooled_site(10, 20);
     use_rsa_routers(&site);
     let twice = "kind = \"p256\"\nlow = 10\nhigh = 20";
@@ -209,11 +216,15 @@ fn what_is_wrong_with_the_pools_of_a_configuration_is_told_with_its_place() {
         (
             twice,
             "kind = \"ed25519\"\nlow = 10\nhigh = 20",
-            &["profile pooled: key_pair: takes p256 pairs", "[[keypool.pool]]"][..],
+            &["profile pooled: key_pair: uses a pool of p256 pairs", "[[keypool.pool]]"][..],
         ),
         (twice, "kind = \"p256\"\nlow = 20\nhigh = 10", &["keypool.pool p256: low must be at least 1"]),
         (twice, "kind = \"p256\"\nlow = 0\nhigh = 10", &["keypool.pool p256: low must be at least 1"]),
-        (router, twice, &["keypool.pool p256: is there twice", "profile router: key_pair: takes rsa-2048 pairs"]),
+        (
+            router,
+            twice,
+            &["keypool.pool p256: is configured twice", "profile router: key_pair: uses a pool of rsa-2048 pairs"],
+        ),
         (twice, "kind = \"p521\"\nlow = 10\nhigh = 20", &["p521"]),
         (twice, "kind = \"p256\"\nlow = 10\nhigh = 20\nmiddle = 15", &["unknown field `middle`"]),
         ("shred_after = \"1h\"", "shred_after = \"0s\"", &["keypool.shred_after: must be from 1 second"]),
@@ -221,18 +232,18 @@ fn what_is_wrong_with_the_pools_of_a_configuration_is_told_with_its_place() {
         ("store = \"wrapped\"", "store = \"paper\"", &["unknown variant `paper`"]),
     ] {
         site.edit("sppd.toml", from, to);
-        is_told(&site, faults);
+        assert_check_reports(&site, faults);
         site.edit("sppd.toml", to, from);
     }
     site.edit("sppd.toml", "store = \"wrapped\"", "store = \"hsm\"");
     site.edit("sppd.toml", "low = 10\nhigh = 20", "low = 10\nhigh = 999");
-    is_told(&site, &["keypool.store: the pools may have 1001 pairs together", "SoftHSM 2 is good for 1000"]);
+    assert_check_reports(&site, &["keypool.store: the pools may hold 1001 pairs", "SoftHSM 2 supports 1000"]);
     site.edit("sppd.toml", "high = 999", "high = 998");
     let output = site.run("sppd", "--config sppd.toml --check");
     assert!(output.status.success(), "as many as it is good for: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-fn is_told(site: &Site, faults: &[&str]) {
+fn assert_check_reports(site: &Site, faults: &[&str]) {
     let output = site.run("sppd", "--config sppd.toml --check");
     let text = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(78), "{faults:?}: {text}");
@@ -242,9 +253,9 @@ fn is_told(site: &Site, faults: &[&str]) {
     }
 }
 
-/// What the line does not wait for is done by threads that run when nothing else wants the processor.
+/// Background work runs on threads with the lowest priority.
 #[test]
-fn background_threads_of_the_worker_have_the_lowest_priority_and_the_others_the_usual_one() {
+fn worker_background_threads_have_lowest_priority() {
     let mut site = Site::new();
     site.edit("hsm-config/softhsm2.toml", "background_nice = 0", "# background_nice = 19");
     site.start();
@@ -252,14 +263,14 @@ fn background_threads_of_the_worker_have_the_lowest_priority_and_the_others_the_
     let mut seen = [0, 0];
     for thread in std::fs::read_dir(format!("/proc/{}/task", site.worker_pid().unwrap())).unwrap() {
         let stat = std::fs::read_to_string(thread.unwrap().path().join("stat")).unwrap();
-        // proc(5): the name is in parentheses; nice is the 17th field behind it.
+        // proc(5): the name is in parentheses; nice is the 17th field after it.
         let (before, fields) = stat.rsplit_once(") ").unwrap();
         let nice: i32 = fields.split(' ').nth(16).unwrap().parse().unwrap();
         if before.ends_with("hsm-background") {
             assert_eq!(nice, 19, "the lowest");
             seen[0] += 1;
         } else if before.ends_with("hsm-session") {
-            assert_eq!(nice, usual, "that of whoever started the daemon");
+            assert_eq!(nice, usual, "the priority of the daemon");
             seen[1] += 1;
         }
     }

@@ -1,5 +1,4 @@
-//! However the daemon is killed, a pair of the pool goes to one chip, none is lost, and what is on the token, in the store and
-//! in its files belongs together.
+//! Killing the daemon at any time: a pooled pair goes to one chip, no pair is lost, and token, store and files stay consistent.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -7,55 +6,62 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use spp::device::Device;
-use spp::hsm::{HeldKeyOrder, Hsm};
+use spp::hsm::{Hsm, KeyReloadRequest};
 use spp::keys::{KeyKind, PublicKey, SignatureAlgorithm, StoredKey};
 use spp::proto::{AssembleRequest, AssembleResponse};
-use spp::store::{HeldPair, KeyStorage, PairCounts, SecretStore as _, SledStateStore, StateStore as _};
+use spp::store::{BatchPair, KeyStorage, PairCounts, SecretStore as _, SledStateStore, StateStore as _};
 
-use spp_testkit::floor::{Floor, Line, install, package, phone};
-use spp_testkit::load::{Done, Shift, at_least, end_shift, everything_is_public_once, persistent, start_shift};
+use spp_testkit::floor::{Line, TestFab, install, package, phone};
+use spp_testkit::load::{
+    CompletedDevice, ProvisioningLoad, assert_all_published_once, min_devices, reconnecting_channel, start_load,
+    stop_load,
+};
 use spp_testkit::pools::{
-    all_pairs, answered, is_quiet, open_store, pooled, pooled_site, public_key, ready_keys, until_pools,
+    all_pairs, assemble_with_retries, is_idle, open_store, pooled, pooled_site, public_key, ready_keys, wait_for_pools,
 };
 use spp_testkit::random::{Random, scaled};
 use spp_testkit::site::Site;
 use spp_testkit::wait::{LIMIT, eventually};
 
-/// Devices and kills, in `make test` and in `make soak`.
+/// Number of devices and kills, in `make test` and in `make soak`.
 const SHORT: (u64, u64) = (800, 3);
 const FULL: (u64, u64) = (10_000, 8);
 const TASKS: usize = 64;
 
-/// Many chips, each of which takes a pair and keeps it.
-struct Takers {
+/// Devices that each take one pair.
+struct PairConsumers {
     devices: u64,
-    floor: Floor,
+    fab: TestFab,
     next: AtomicU64,
-    /// The chip that has it, by public key.
+    /// Chips by public key of their pair.
     taken: Mutex<BTreeMap<Vec<u8>, u64>>,
     count: AtomicU64,
 }
 
-impl Takers {
+impl PairConsumers {
     async fn work(self: Arc<Self>, mut line: Line) {
         loop {
             let n = self.next.fetch_add(1, Ordering::Relaxed);
             if n > self.devices {
                 return;
             }
-            let answer = answered(&mut line, &pooled(n)).await;
+            let answer = assemble_with_retries(&mut line, &pooled(n)).await;
             let other = self.taken.lock().unwrap().insert(public_key(&answer.certificate), n);
             assert_eq!(other, None, "device {n} has the key of another one");
             self.count.fetch_add(1, Ordering::Relaxed);
             if n.is_multiple_of(100) {
-                // The device finds the private key to its certificate in the package; and a repeat gets the same one.
-                install(&mut self.floor.device(n), &answer);
-                assert_eq!(answered(&mut line, &pooled(n)).await.certificate, answer.certificate, "device {n}");
+                // The package contains the private key of the certificate, and a repeated call returns the same package.
+                install(&mut self.fab.device(n), &answer);
+                assert_eq!(
+                    assemble_with_retries(&mut line, &pooled(n)).await.certificate,
+                    answer.certificate,
+                    "device {n}"
+                );
             }
         }
     }
 
-    async fn until(&self, count: u64) {
+    async fn wait_until(&self, count: u64) {
         eventually("so many devices were answered", async || {
             let answered = self.count.load(Ordering::Relaxed);
             if answered < count { Err(answered) } else { Ok(()) }
@@ -65,26 +71,26 @@ impl Takers {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn reservations_with_kills_give_each_pair_to_one_chip() {
+async fn kills_during_reservations_give_each_pair_to_one_chip() {
     let (devices, kills) = scaled(SHORT, FULL);
     let mut moments = Random::new();
     let (low, high) = scaled((200, 400), (2000, 4000));
     let mut site = pooled_site(low, high);
     site.edit("sppd.toml", "batch_size = 1000", scaled("batch_size = 50", "batch_size = 500"));
     site.start();
-    let (begun, line) = (Instant::now(), Line::new(persistent(&site)));
-    let takers = Arc::new(Takers {
+    let (begun, line) = (Instant::now(), Line::new(reconnecting_channel(&site)));
+    let consumers = Arc::new(PairConsumers {
         devices,
-        floor: Floor::new(&site),
+        fab: TestFab::new(&site),
         next: AtomicU64::new(1),
         taken: Mutex::default(),
         count: AtomicU64::new(0),
     });
-    let tasks: Vec<_> = (0..TASKS).map(|_| tokio::spawn(Arc::clone(&takers).work(line.clone()))).collect();
+    let tasks: Vec<_> = (0..TASKS).map(|_| tokio::spawn(Arc::clone(&consumers).work(line.clone()))).collect();
     for kill in 0..kills {
-        // Somewhere in its share of the way.
+        // At a random moment of this kill's share of the run.
         let share = devices / kills;
-        takers.until(kill * share + moments.below(share)).await;
+        consumers.wait_until(kill * share + moments.below(share)).await;
         tokio::time::sleep(Duration::from_millis(moments.below(50))).await;
         site.kill();
         site.spawn();
@@ -95,12 +101,12 @@ async fn reservations_with_kills_give_each_pair_to_one_chip() {
     println!("{devices} reservations and {kills} kills took {:?}", begun.elapsed());
     site.wait_ready();
     assert!(tokio::task::block_in_place(|| site.stop()).success());
-    let taken: BTreeSet<_> = takers.taken.lock().unwrap().keys().cloned().collect();
+    let taken: BTreeSet<_> = consumers.taken.lock().unwrap().keys().cloned().collect();
     assert_eq!(taken.len() as u64, devices);
-    every_pair_is_ready_or_a_chips(&open_store(&site), &taken).await;
+    assert_pairs_are_ready_or_reserved(&open_store(&site), &taken).await;
 }
 
-async fn every_pair_is_ready_or_a_chips(store: &SledStateStore, taken: &BTreeSet<Vec<u8>>) {
+async fn assert_pairs_are_ready_or_reserved(store: &SledStateStore, taken: &BTreeSet<Vec<u8>>) {
     let pairs = all_pairs(store).await.into_iter().filter(|pair| kind_of(pair) == KeyKind::P256).collect::<Vec<_>>();
     let ready = ready_keys(&pairs);
     let offered = store.ready_pairs(KeyKind::P256, None, 1_000_000).await.unwrap();
@@ -114,67 +120,67 @@ async fn every_pair_is_ready_or_a_chips(store: &SledStateStore, taken: &BTreeSet
     assert_eq!(pairs.len() as u64, made);
 }
 
-fn kind_of(pair: &HeldPair) -> KeyKind {
+fn kind_of(pair: &BatchPair) -> KeyKind {
     PublicKey::from_spki_der(&pair.public_key).unwrap().kind()
 }
 
-/// Two of three devices with a pair of the pool, one with a pair made on the spot.
-fn pooled_or_phone(floor: &Floor, n: u64) -> (Device, AssembleRequest) {
-    (floor.device(n), if n.is_multiple_of(3) { phone(n) } else { pooled(n) })
+/// Two of three devices take a pooled pair, the third a generated one.
+fn pooled_or_phone(fab: &TestFab, n: u64) -> (Device, AssembleRequest) {
+    (fab.device(n), if n.is_multiple_of(3) { phone(n) } else { pooled(n) })
 }
 
-/// Devices that are assembled between the kills and completed after all of them.
-struct HalfWay(Vec<(u64, AssembleRequest, AssembleResponse)>);
+/// Devices that are assembled between kills and completed after the last one.
+struct AssembledDevices(Vec<(u64, AssembleRequest, AssembleResponse)>);
 
-impl HalfWay {
-    async fn one_more(&mut self, shift: &Shift, line: &mut Line) {
+impl AssembledDevices {
+    async fn assemble_one(&mut self, load: &ProvisioningLoad, line: &mut Line) {
         let n = 1_000_000 + self.0.len() as u64;
-        let (_, order) = pooled_or_phone(&shift.floor, n);
-        let answer = shift.assembled(line, &order).await.unwrap();
+        let (_, order) = pooled_or_phone(&load.fab, n);
+        let answer = load.assemble_with_retries(line, &order).await.unwrap();
         self.0.push((n, order, answer));
     }
 
-    /// They get the same packages again, wherever their pairs have been moved.
-    async fn completed(self, shift: &Shift, line: &mut Line, done: &mut BTreeMap<u64, Done>) {
+    /// Completes the devices. They get the same packages again, also if their pairs were rewrapped.
+    async fn complete_all(self, load: &ProvisioningLoad, line: &mut Line, done: &mut BTreeMap<u64, CompletedDevice>) {
         for (n, order, answer) in self.0 {
-            let mut device = shift.floor.device(n);
+            let mut device = load.fab.device(n);
             install(&mut device, &answer);
             let before = package(&device);
-            let again = shift.assembled(line, &order).await.unwrap();
+            let again = load.assemble_with_retries(line, &order).await.unwrap();
             assert_eq!(again.certificate, answer.certificate);
             let request = install(&mut device, &again);
             assert_eq!(package(&device), before, "device {n} was given two packages");
-            let receipt = shift.completed(line, &request).await;
-            done.insert(n, Done { order, answer, receipt });
+            let receipt = load.complete_with_retries(line, &request).await;
+            done.insert(n, CompletedDevice { order, answer, receipt });
         }
     }
 }
 
-/// Devices go the whole way while batches are used up and shredded, and the daemon is killed again and again.
-async fn a_killed_day(mut site: Site, keeping: KeyStorage, kills: u64) {
+/// Provisions devices while batches are used up and shredded, and the daemon is killed repeatedly.
+async fn provision_with_kills(mut site: Site, storage: KeyStorage, kills: u64) {
     let mut moments = Random::new();
     site.edit("sppd.toml", "batch_size = 1000", "batch_size = 20");
     site.edit("sppd.toml", "shred_after = \"1h\"", "shred_after = \"1s\"");
     site.start();
-    let shift = Shift::of(&site, pooled_or_phone);
-    let mut line = Line::new(persistent(&site));
-    let tasks = start_shift(&shift, &line, 16);
-    let mut half_way = HalfWay(Vec::new());
+    let load = ProvisioningLoad::of(&site, pooled_or_phone);
+    let mut line = Line::new(reconnecting_channel(&site));
+    let tasks = start_load(&load, &line, 16);
+    let mut assembled_devices = AssembledDevices(Vec::new());
     for _ in 0..kills {
-        half_way.one_more(&shift, &mut line).await;
-        half_way.one_more(&shift, &mut line).await;
+        assembled_devices.assemble_one(&load, &mut line).await;
+        assembled_devices.assemble_one(&load, &mut line).await;
         tokio::time::sleep(Duration::from_millis(40 + moments.below(1500))).await;
         site.kill();
         site.spawn();
     }
-    end_shift(&shift, tasks).await;
-    let mut done = shift.done();
-    println!("{} devices, {} calls repeated", done.len(), shift.repeated());
-    assert!(done.len() as u64 >= at_least());
-    let status = until_pools(&site, "everything is shredded", is_quiet).await;
+    stop_load(&load, tasks).await;
+    let mut done = load.done();
+    println!("{} devices, {} calls repeated", done.len(), load.repeated());
+    assert!(done.len() as u64 >= min_devices());
+    let status = wait_for_pools(&site, "everything is shredded", is_idle).await;
     assert!(status.rolled_back.is_empty(), "{status:?}");
     assert!(tokio::task::block_in_place(|| site.stop()).success());
-    let pairs = store_and_token_agree(&site, keeping).await;
+    let pairs = assert_store_and_token_agree(&site, storage).await;
     let delivered: HashSet<_> = done.values().map(|done| public_key(&done.answer.certificate)).collect();
     assert!(
         pairs.iter().all(|pair| !delivered.contains(&pair.public_key)),
@@ -182,15 +188,15 @@ async fn a_killed_day(mut site: Site, keeping: KeyStorage, kills: u64) {
     );
 
     site.start();
-    half_way.completed(&shift, &mut line, &mut done).await;
-    everything_is_public_once(&site, &mut line, &done).await;
-    until_pools(&site, "these are shredded, too", is_quiet).await;
+    assembled_devices.complete_all(&load, &mut line, &mut done).await;
+    assert_all_published_once(&site, &mut line, &done).await;
+    wait_for_pools(&site, "these are shredded, too", is_idle).await;
     assert!(tokio::task::block_in_place(|| site.stop()).success());
-    store_and_token_agree(&site, keeping).await;
+    assert_store_and_token_agree(&site, storage).await;
 }
 
-/// What is on the token, in the store and in its files is the same, and every private half can be opened.
-async fn store_and_token_agree(site: &Site, keeping: KeyStorage) -> Vec<HeldPair> {
+/// Asserts that token, store and files agree, and that every private key can be unwrapped.
+async fn assert_store_and_token_agree(site: &Site, storage: KeyStorage) -> Vec<BatchPair> {
     let store = open_store(site);
     let (id, _) = store.origin().await.unwrap();
     let batches = store.batches().await.unwrap();
@@ -198,21 +204,21 @@ async fn store_and_token_agree(site: &Site, keeping: KeyStorage) -> Vec<HeldPair
     let sessions: BTreeSet<_> = store.unfinished().await.unwrap().into_iter().filter_map(|s| s.public_key).collect();
     let reserved: BTreeSet<_> = pairs.iter().map(|pair| pair.public_key.clone()).collect();
     let reserved: BTreeSet<_> = reserved.difference(&ready_keys(&pairs)).cloned().collect();
-    assert_eq!(reserved, sessions, "each unfinished session has its pair, and nobody else has one");
+    assert_eq!(reserved, sessions, "each unfinished session has its pair, and no other pair is reserved");
     let hsm = Hsm::start(site.hsm_config());
     hsm.ready(LIMIT).await.unwrap();
-    let own = hsm.own_objects().await.unwrap();
+    let objects = hsm.daemon_objects().await.unwrap();
 
-    let with_key = batches.iter().filter(|batch| batch.keeping == KeyStorage::Wrapped).map(|batch| batch.number);
-    let on_token: Vec<_> = own.keys.iter().filter(|key| key.store == id).map(|key| key.number).collect();
-    assert_eq!(on_token.len(), own.keys.len(), "nobody else makes batch keys here");
+    let with_key = batches.iter().filter(|batch| batch.storage == KeyStorage::Wrapped).map(|batch| batch.number);
+    let on_token: Vec<_> = objects.keys.iter().filter(|key| key.store == id).map(|key| key.number).collect();
+    assert_eq!(on_token.len(), objects.keys.len(), "no other store has batch keys here");
     assert_eq!(on_token.iter().copied().collect::<BTreeSet<_>>(), with_key.collect(), "batch keys on the token");
-    assert_eq!(on_token.len(), own.keys.iter().map(|key| key.number).collect::<BTreeSet<_>>().len());
+    assert_eq!(on_token.len(), objects.keys.iter().map(|key| key.number).collect::<BTreeSet<_>>().len());
 
-    let named: BTreeSet<_> = pairs.iter().filter_map(|pair| on_token_as(&pair.kept)).collect();
-    let there: BTreeSet<_> = own.pairs.iter().map(|(_, pair)| pair.clone()).collect();
-    assert_eq!(there, named, "pairs on the token");
-    assert_eq!((there.len(), named.is_empty()), (own.pairs.len(), keeping == KeyStorage::Wrapped));
+    let referenced: BTreeSet<_> = pairs.iter().filter_map(|pair| token_pair_of(&pair.private_key)).collect();
+    let on_token_pairs: BTreeSet<_> = objects.pairs.iter().map(|(_, pair)| pair.clone()).collect();
+    assert_eq!(on_token_pairs, referenced, "pairs on the token");
+    assert_eq!((on_token_pairs.len(), referenced.is_empty()), (objects.pairs.len(), storage == KeyStorage::Wrapped));
 
     let known: BTreeSet<_> = batches.iter().map(|batch| batch.number.to_string()).collect();
     for file in std::fs::read_dir(site.path("state/pairs")).unwrap() {
@@ -220,37 +226,37 @@ async fn store_and_token_agree(site: &Site, keeping: KeyStorage) -> Vec<HeldPair
         assert!(known.contains(&name), "pairs/{name} belongs to no batch");
     }
     for pair in &pairs {
-        can_be_opened(&hsm, pair).await;
+        assert_unwrappable(&hsm, pair).await;
     }
     println!("{} pairs in {} batches, {} of sessions", pairs.len(), batches.len(), sessions.len());
     pairs
 }
 
-fn on_token_as(kept: &StoredKey) -> Option<spp::keys::TokenPair> {
-    match kept {
+fn token_pair_of(stored_key: &StoredKey) -> Option<spp::keys::TokenPair> {
+    match stored_key {
         StoredKey::OnToken(pair) => Some(pair.clone()),
         StoredKey::Wrapped(_) => None,
     }
 }
 
-/// Its private half signs what its public half verifies.
-async fn can_be_opened(hsm: &Hsm, pair: &HeldPair) {
+/// Asserts that the private key matches the public key.
+async fn assert_unwrappable(hsm: &Hsm, pair: &BatchPair) {
     let public = PublicKey::from_spki_der(&pair.public_key).unwrap();
-    let order = HeldKeyOrder { pair: Some((public.clone(), pair.kept.clone())), derivations: Vec::new() };
-    let held = hsm.held_keys(&order).await.unwrap_or_else(|e| panic!("the pair of {:?}: {e}", pair.holder));
+    let order = KeyReloadRequest { pair: Some((public.clone(), pair.private_key.clone())), derivations: Vec::new() };
+    let held = hsm.reload_keys(&order).await.unwrap_or_else(|e| panic!("the pair of {:?}: {e}", pair.assignment));
     let algorithm = SignatureAlgorithm::default_for(public.kind());
     let signature = held.pair.unwrap().sign(algorithm, b"whose?").unwrap();
     public.verify(algorithm, b"whose?", &signature).unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn killed_while_batches_are_shredded_it_loses_no_pair_and_keeps_no_key_too_many() {
-    a_killed_day(pooled_site(40, 80), KeyStorage::Wrapped, scaled(3, 12)).await;
+async fn kills_during_shredding_lose_no_pair_and_leave_no_key() {
+    provision_with_kills(pooled_site(40, 80), KeyStorage::Wrapped, scaled(3, 12)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn killed_with_pairs_on_the_token_it_leaves_none_there_that_nobody_knows() {
+async fn kills_with_on_token_pairs_leave_no_orphans() {
     let site = pooled_site(30, 60);
     site.edit("sppd.toml", "store = \"wrapped\"", "store = \"hsm\"");
-    a_killed_day(site, KeyStorage::Hsm, scaled(2, 6)).await;
+    provision_with_kills(site, KeyStorage::Hsm, scaled(2, 6)).await;
 }

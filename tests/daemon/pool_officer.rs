@@ -1,4 +1,4 @@
-//! What an officer sees and does of the pools: the same numbers everywhere, each act on record, and nobody else.
+//! Officer commands on pools: consistent numbers in all outputs, audit entries for every action, and refusal of other roles.
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
@@ -12,8 +12,8 @@ use spp::proto::officer_client::OfficerClient;
 use spp::proto::{FillPoolRequest, GetPoolStatusRequest, ShredPoolRequest};
 use tonic::Code;
 
-use spp_testkit::floor::{Floor, Refusal, phone, provision};
-use spp_testkit::pools::{answered, is_full, officer, pooled, pooled_site, until_pools};
+use spp_testkit::floor::{Refusal, TestFab, phone, provision};
+use spp_testkit::pools::{assemble_with_retries, is_full, officer, pooled, pooled_site, wait_for_pools};
 use spp_testkit::ports::free_port;
 use spp_testkit::site::Site;
 
@@ -21,8 +21,8 @@ fn pool(site: &Site, words: &str) -> Output {
     site.try_sppctl(&format!("pool {words} {}", officer(site)))
 }
 
-/// What it says on standard output; it must succeed, and show no progress where nobody looks.
-fn told(site: &Site, words: &str) -> String {
+/// Runs `sppctl pool`. It must succeed, and print no progress without a terminal.
+fn pool_output(site: &Site, words: &str) -> String {
     let output = pool(site, words);
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert!(output.status.success(), "pool {words}: {stderr}");
@@ -30,12 +30,12 @@ fn told(site: &Site, words: &str) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-fn told_json(site: &Site, words: &str) -> Value {
-    let text = told(site, &format!("{words} --json"));
+fn pool_json(site: &Site, words: &str) -> Value {
+    let text = pool_output(site, &format!("{words} --json"));
     serde_json::from_str(&text).unwrap_or_else(|e| panic!("pool {words}: {e}: {text}"))
 }
 
-/// Its exit status and what it says on standard error; nothing is on standard output.
+/// The exit status and standard error of a refused command; standard output must be empty.
 fn refused(site: &Site, words: &str) -> (Option<i32>, String) {
     let output = pool(site, words);
     assert!(output.stdout.is_empty(), "pool {words}: {}", String::from_utf8_lossy(&output.stdout));
@@ -46,14 +46,14 @@ fn kind(status: &Value, kind: &str) -> Value {
     status["kinds"].as_array().unwrap().iter().find(|entry| entry["kind"] == kind).unwrap().clone()
 }
 
-/// The words of the table's row that begins so.
+/// The columns of the table row that begins with `begin`.
 fn row(table: &str, begin: &str) -> Vec<String> {
     let row = table.lines().find_map(|line| line.trim().strip_prefix(begin));
     row.unwrap_or_else(|| panic!("no {begin} in {table}")).split_whitespace().map(str::to_owned).collect()
 }
 
-/// Acts on pools that are in the audit log: caller, act, outcome, details.
-fn acts(site: &Site) -> Vec<[String; 4]> {
+/// Pool actions in the audit log: caller, action, outcome, details.
+fn audited_actions(site: &Site) -> Vec<[String; 4]> {
     let text = String::from_utf8(site.read("audit/audit.jsonl")).unwrap();
     let entries = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
     let text = |value: &Value| value.as_str().unwrap().to_owned();
@@ -64,23 +64,23 @@ fn acts(site: &Site) -> Vec<[String; 4]> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_filling_is_waited_for_and_on_record() {
+async fn pool_fill_waits_and_is_audited() {
     let mut site = pooled_site(10, 20);
     site.start();
-    until_pools(&site, "all pools are full", is_full).await;
+    wait_for_pools(&site, "all pools are full", is_full).await;
     tokio::task::block_in_place(|| {
-        let table = told(&site, "fill p256 --to 33");
+        let table = pool_output(&site, "fill p256 --to 33");
         let ready: u64 = row(&table, "p256")[0].parse().unwrap();
         assert!((33..=34).contains(&ready), "the table at its end: {table}");
-        let status = told_json(&site, "fill p256 --to 41");
+        let status = pool_json(&site, "fill p256 --to 41");
         assert!((41..=42).contains(&kind(&status, "p256")["ready"].as_u64().unwrap()), "{status}");
-        let status = told_json(&site, "fill ed25519");
+        let status = pool_json(&site, "fill ed25519");
         assert_eq!(kind(&status, "ed25519")["ready"], 2, "up to the high mark: {status}");
-        told(&site, "fill");
-        told(&site, "fill p256 --to 5");
-        let acts = acts(&site);
-        assert_eq!(acts.len(), 10, "{acts:?}");
-        for (pair, details) in acts.chunks(2).zip([
+        pool_output(&site, "fill");
+        pool_output(&site, "fill p256 --to 5");
+        let audited_actions = audited_actions(&site);
+        assert_eq!(audited_actions.len(), 10, "{audited_actions:?}");
+        for (pair, details) in audited_actions.chunks(2).zip([
             json!({ "kinds": "p256", "to": "33" }),
             json!({ "kinds": "p256", "to": "41" }),
             json!({ "kinds": "ed25519", "to": "high mark" }),
@@ -98,44 +98,44 @@ async fn a_filling_is_waited_for_and_on_record() {
         assert_eq!(refused(&site, "fill p256 --to 0").0, Some(2));
         let (status, text) = refused(&site, "fill rsa-2048");
         assert_eq!(status, Some(1), "{text}");
-        assert!(text.contains("there is no pool of rsa-2048 pairs; add a [[keypool.pool]]"), "{text}");
-        let last = self::acts(&site).pop().unwrap();
-        assert!(last[2].starts_with("failed: there is no pool of rsa-2048"), "{last:?}");
+        assert!(text.contains("no pool of rsa-2048 pairs; add a [[keypool.pool]]"), "{text}");
+        let last = self::audited_actions(&site).pop().unwrap();
+        assert!(last[2].starts_with("failed: no pool of rsa-2048"), "{last:?}");
         let verified = site.sppctl("audit verify --config sppd.toml");
-        assert!(verified.contains("chain is whole"), "{verified}");
+        assert!(verified.contains("chain intact"), "{verified}");
     });
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_shredding_is_told_and_on_record() {
+async fn pool_shred_is_reported_and_audited() {
     let mut site = pooled_site(10, 20);
     site.start();
-    until_pools(&site, "all pools are full", is_full).await;
-    const NOTHING: &str = "nothing was erased since the last time: there is nothing to shred\n";
-    tokio::task::block_in_place(|| assert_eq!(told(&site, "shred"), NOTHING));
-    let (floor, mut line) = (Floor::new(&site), site.station().await);
-    provision(&mut line, &mut floor.device(1), &pooled(1)).await;
-    provision(&mut line, &mut floor.device(2), &phone(2)).await;
-    answered(&mut line, &pooled(3)).await;
-    answered(&mut line, &phone(4)).await;
+    wait_for_pools(&site, "all pools are full", is_full).await;
+    const NOTHING: &str = "nothing to shred: no pair was erased since the last shredding\n";
+    tokio::task::block_in_place(|| assert_eq!(pool_output(&site, "shred"), NOTHING));
+    let (fab, mut line) = (TestFab::new(&site), site.station().await);
+    provision(&mut line, &mut fab.device(1), &pooled(1)).await;
+    provision(&mut line, &mut fab.device(2), &phone(2)).await;
+    assemble_with_retries(&mut line, &pooled(3)).await;
+    assemble_with_retries(&mut line, &phone(4)).await;
     tokio::task::block_in_place(|| {
-        let due = told_json(&site, "status");
+        let due = pool_json(&site, "status");
         assert!(kind(&due, "p256")["next_shred"].is_u64() && due["session_next_shred"].is_u64(), "{due}");
         assert!(kind(&due, "ed25519")["next_shred"].is_null(), "{due}");
-        assert_eq!(told(&site, "shred ed25519"), NOTHING);
-        // 18 are ready, one is a session's.
-        assert_eq!(told(&site, "shred p256"), "1 batch keys destroyed, 19 pairs rewrapped\n");
-        assert_eq!(told_json(&site, "shred"), json!({ "batches": 1, "moved": 1, "discarded": 0 }));
-        assert_eq!(told(&site, "shred"), NOTHING);
-        let done = told_json(&site, "status");
+        assert_eq!(pool_output(&site, "shred ed25519"), NOTHING);
+        // 18 pairs are ready, one belongs to a session.
+        assert_eq!(pool_output(&site, "shred p256"), "1 batch keys destroyed, 19 pairs rewrapped\n");
+        assert_eq!(pool_json(&site, "shred"), json!({ "batches": 1, "moved": 1, "discarded": 0 }));
+        assert_eq!(pool_output(&site, "shred"), NOTHING);
+        let done = pool_json(&site, "status");
         assert!(kind(&done, "p256")["next_shred"].is_null() && done["session_next_shred"].is_null(), "{done}");
         assert_eq!((&kind(&done, "p256")["ready"], &kind(&done, "p256")["reserved"]), (&json!(18), &json!(1)));
         let (status, text) = refused(&site, "shred p521");
         assert!(status == Some(2) && text.contains("rsa-4096"), "{text}");
 
-        let acts = acts(&site);
-        assert_eq!(acts.len(), 10, "{acts:?}");
-        for (pair, (kind, batches, moved)) in acts.chunks(2).zip([
+        let audited_actions = audited_actions(&site);
+        assert_eq!(audited_actions.len(), 10, "{audited_actions:?}");
+        for (pair, (kind, batches, moved)) in audited_actions.chunks(2).zip([
             ("all", "0", "0"),
             ("ed25519", "0", "0"),
             ("p256", "1", "19"),
@@ -152,18 +152,18 @@ async fn a_shredding_is_told_and_on_record() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_table_the_json_and_the_metrics_tell_the_same() {
+async fn pool_table_json_and_metrics_agree() {
     let port = free_port();
     let mut site = pooled_site(10, 20);
     site.edit("sppd.toml", "# metrics = \"127.0.0.1:7446\"", &format!("metrics = \"127.0.0.1:{port}\""));
     site.start();
-    until_pools(&site, "all pools are full", is_full).await;
-    let (floor, mut line) = (Floor::new(&site), site.station().await);
-    provision(&mut line, &mut floor.device(1), &pooled(1)).await;
-    answered(&mut line, &pooled(2)).await;
-    answered(&mut line, &phone(3)).await;
+    wait_for_pools(&site, "all pools are full", is_full).await;
+    let (fab, mut line) = (TestFab::new(&site), site.station().await);
+    provision(&mut line, &mut fab.device(1), &pooled(1)).await;
+    assemble_with_retries(&mut line, &pooled(2)).await;
+    assemble_with_retries(&mut line, &phone(3)).await;
     tokio::task::block_in_place(|| {
-        let status = told_json(&site, "status");
+        let status = pool_json(&site, "status");
         let p256 = kind(&status, "p256");
         for (name, value) in [
             ("low", 10),
@@ -188,8 +188,8 @@ async fn the_table_the_json_and_the_metrics_tell_the_same() {
         );
         assert_eq!((&status["rolled_back"], &status["trouble"]), (&json!(""), &json!("")));
 
-        let table = told(&site, "status");
-        assert!(table.starts_with("pairs are kept in the state store, wrapped by the HSM\n"), "{table}");
+        let table = pool_output(&site, "status");
+        assert!(table.starts_with("pairs are stored in the state store, wrapped by the HSM\n"), "{table}");
         let header = table.lines().nth(1).unwrap();
         for column in ["kind", "ready", "low", "high", "reserved", "fill rate", "age", "batches", "next shred"] {
             assert!(header.contains(column), "{column}: {table}");
@@ -197,13 +197,14 @@ async fn the_table_the_json_and_the_metrics_tell_the_same() {
         assert_eq!(row(&table, "p256")[..4], ["18", "10", "20", "1"], "{table}");
         assert!(row(&table, "p256").contains(&"in".to_owned()), "when it is shredded: {table}");
         assert_eq!(row(&table, "ed25519")[..4], ["2", "1", "2", "0"], "{table}");
-        assert_eq!(row(&table, "on the spot")[3], "1", "{table}");
+        assert_eq!(row(&table, "on demand")[3], "1", "{table}");
 
         let metrics = scrape(port);
-        let value =
-            |line: &str| metrics.lines().find_map(|told| told.strip_prefix(line)).map(|value| value.trim().to_owned());
+        let value = |line: &str| {
+            metrics.lines().find_map(|reported| reported.strip_prefix(line)).map(|value| value.trim().to_owned())
+        };
         for name in ["p256", "ed25519"] {
-            let told = kind(&status, name);
+            let reported = kind(&status, name);
             for (metric, field) in [
                 ("ready_pairs", "ready"),
                 ("reserved_pairs", "reserved"),
@@ -217,12 +218,12 @@ async fn the_table_the_json_and_the_metrics_tell_the_same() {
                 ("discarded_pairs", "discarded_total"),
             ] {
                 let found = value(&format!("spp_pool_{metric}{{kind=\"{name}\"}}"));
-                assert_eq!(found, Some(told[field].to_string()), "{metric} of {name}: {metrics}");
+                assert_eq!(found, Some(reported[field].to_string()), "{metric} of {name}: {metrics}");
             }
             for (metric, wanted) in [
                 ("filling", 0.0),
                 ("paused", 0.0),
-                ("fill_rate_per_second", told["fill_rate_per_second"].as_f64().unwrap()),
+                ("fill_rate_per_second", reported["fill_rate_per_second"].as_f64().unwrap()),
             ] {
                 let found: f64 = value(&format!("spp_pool_{metric}{{kind=\"{name}\"}}")).unwrap().parse().unwrap();
                 assert!((found - wanted).abs() < 0.001, "{metric} of {name}: {metrics}");
@@ -247,7 +248,7 @@ fn scrape(port: u16) -> String {
 }
 
 #[tokio::test]
-async fn a_station_may_neither_look_at_a_pool_nor_fill_or_shred_it() {
+async fn station_cannot_view_fill_or_shred_pools() {
     let mut site = pooled_site(1, 2);
     site.start();
     let mut officer = OfficerClient::new(site.connect(site.officer, site.tls("tls/line-1-a")).await.unwrap());
@@ -258,23 +259,23 @@ async fn a_station_may_neither_look_at_a_pool_nor_fill_or_shred_it() {
     ] {
         assert!(Refusal::of(&refused).is(Code::PermissionDenied, "WRONG_ROLE"), "{refused:?}");
     }
-    assert_eq!(acts(&site), Vec::<[String; 4]>::new(), "nothing was begun");
-    let full = until_pools(&site, "all pools are full", is_full).await;
+    assert_eq!(audited_actions(&site), Vec::<[String; 4]>::new(), "nothing was begun");
+    let full = wait_for_pools(&site, "all pools are full", is_full).await;
     assert!(full.kinds.iter().all(|kind| kind.ready == 2), "{full:?}");
 }
 
-/// While pairs are taken the pool may never be seen as full as it once was.
+/// While devices take pairs, the pool may never reach the ordered number at one time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_filling_ends_though_devices_take_pairs_all_the_time() {
+async fn pool_fill_ends_while_devices_take_pairs() {
     let mut site = pooled_site(10, 60);
     site.start();
-    until_pools(&site, "all pools are full", is_full).await;
+    wait_for_pools(&site, "all pools are full", is_full).await;
     let (mut line, stop) = (site.station().await, Arc::new(AtomicBool::new(false)));
     let taker = tokio::spawn({
         let stop = Arc::clone(&stop);
         async move {
             for n in (1..).take_while(|_| !stop.load(Ordering::Relaxed)) {
-                answered(&mut line, &pooled(n)).await;
+                assemble_with_retries(&mut line, &pooled(n)).await;
                 tokio::time::sleep(Duration::from_millis(15)).await;
             }
         }

@@ -1,4 +1,4 @@
-//! What stations may make, and identities that the daemon gives out.
+//! Station quotas, and allocation of identities by the daemon.
 
 use std::collections::BTreeSet;
 
@@ -6,9 +6,9 @@ use serde_json::Value;
 use spp::proto::AssembleRequest;
 use tonic::Code;
 
-use spp_testkit::floor::{Floor, Refusal, assemble, complete, install, phone};
-use spp_testkit::metrics::told_on;
-use spp_testkit::officers::{approve, ask, site_of_three, told};
+use spp_testkit::floor::{Refusal, TestFab, assemble, complete, install, phone};
+use spp_testkit::metrics::site_with_metrics;
+use spp_testkit::officers::{approve, site_with_three_officers, sppctl_as, sppctl_json};
 use spp_testkit::ports::free_port;
 use spp_testkit::site::Site;
 
@@ -18,15 +18,15 @@ fn quota(site: &Site, lines: &str) {
     site.edit("sppd.toml", STATION, &format!("{STATION}{lines}"));
 }
 
-/// The order for device `n` as a phone without an identity.
+/// The order for device `n` as a phone, without an identity.
 fn unnamed(n: u64) -> AssembleRequest {
     AssembleRequest { identity: String::new(), allocate_identity: true, ..phone(n) }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_quota_ends_and_two_officers_raise_it() {
+async fn exhausted_quota_is_raised_by_two_officers() {
     let metrics = free_port();
-    let mut site = told_on(&format!("127.0.0.1:{metrics}"));
+    let mut site = site_with_metrics(&format!("127.0.0.1:{metrics}"));
     quota(&site, "devices_total = 2\ndevices_per_hour = 5\n");
     site.sppctl("officer enroll o-2 --config sppd.toml --out tls/o-2");
     site.start();
@@ -38,7 +38,8 @@ async fn a_quota_ends_and_two_officers_raise_it() {
     assert!(refused.is(Code::PermissionDenied, "QUOTA_TOTAL"), "{refused:?}");
     let scraped = tokio::task::block_in_place(|| spp_testkit::metrics::ask(metrics, "GET /metrics"));
     assert!(scraped.contains("spp_refusals_total{reason=\"QUOTA_TOTAL\"} 1\n"), "{scraped}");
-    let asked = told(&site, "tls/officer", "approvals request quota line-1/a --devices-total 100 --devices-per-hour 5");
+    let asked =
+        sppctl_json(&site, "tls/officer", "approvals request quota line-1/a --devices-total 100 --devices-per-hour 5");
     approve(&site, asked["id"].as_str().unwrap());
     for n in 3..=5 {
         assemble(&mut line, &phone(n)).await.unwrap();
@@ -46,8 +47,8 @@ async fn a_quota_ends_and_two_officers_raise_it() {
     let status = assemble(&mut line, &phone(6)).await.unwrap_err();
     let refused = Refusal::of(&status);
     assert!(refused.is(Code::ResourceExhausted, "QUOTA_PER_HOUR"), "{refused:?}");
-    assert!(spp_testkit::floor::may_be_repeated(&status), "it says when");
-    let listed = told(&site, "tls/officer", "station list");
+    assert!(spp_testkit::floor::is_retryable(&status), "it says when");
+    let listed = sppctl_json(&site, "tls/officer", "station list");
     let station = &listed["stations"][0];
     assert_eq!((&station["begun_total"], &station["devices_total"]), (&5.into(), &100.into()));
     site.kill();
@@ -59,7 +60,7 @@ async fn a_quota_ends_and_two_officers_raise_it() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_configuration_lowers_a_quota_and_cannot_raise_it_alone() {
+async fn configuration_lowers_quota_but_cannot_raise_it() {
     let mut site = Site::new();
     quota(&site, "devices_total = 1\n");
     site.sppctl("officer enroll o-2 --config sppd.toml --out tls/o-2");
@@ -67,7 +68,7 @@ async fn a_configuration_lowers_a_quota_and_cannot_raise_it_alone() {
     let mut line = site.station().await;
     assemble(&mut line, &phone(1)).await.unwrap();
     site.edit("sppd.toml", "devices_total = 1", "devices_total = 50");
-    let output = ask(&site, "tls/officer", "reload");
+    let output = sppctl_as(&site, "tls/officer", "reload");
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(
         !output.status.success() && said.contains("line-1/a") && said.contains("approvals request quota"),
@@ -75,31 +76,32 @@ async fn a_configuration_lowers_a_quota_and_cannot_raise_it_alone() {
     );
     tokio::task::block_in_place(|| assert!(site.stop().success()));
     site.start();
-    assert!(site.log().contains("not in force as a whole"), "a restart raises nothing, and says so");
+    assert!(site.log().contains("configuration only partly in force"), "a restart raises nothing, and says so");
     let mut line = site.station().await;
     assert!(Refusal::of(&assemble(&mut line, &phone(2)).await.unwrap_err()).is(Code::PermissionDenied, "QUOTA_TOTAL"));
-    let asked = told(&site, "tls/officer", "approvals request quota line-1/a --devices-total 50");
+    let asked = sppctl_json(&site, "tls/officer", "approvals request quota line-1/a --devices-total 50");
     approve(&site, asked["id"].as_str().unwrap());
-    assert!(ask(&site, "tls/officer", "reload").status.success(), "what was approved may be written down");
+    assert!(sppctl_as(&site, "tls/officer", "reload").status.success(), "what was approved may be written down");
     assemble(&mut line, &phone(2)).await.unwrap();
     site.edit("sppd.toml", "[approvals]\n", "[approvals]\nrevoke = 3\n");
-    let said = String::from_utf8_lossy(&ask(&site, "tls/officer", "reload").stderr).into_owned();
+    let said = String::from_utf8_lossy(&sppctl_as(&site, "tls/officer", "reload").stderr).into_owned();
     assert!(said.contains("approvals request rules"), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn each_identity_is_given_out_once_across_crashes() {
-    let mut site = site_of_three();
+async fn identities_are_allocated_once_across_crashes() {
+    let mut site = site_with_three_officers();
     let mut line = site.station().await;
     let none = Refusal::of(&assemble(&mut line, &unnamed(1)).await.unwrap_err());
-    assert!(none.is(Code::ResourceExhausted, "NO_IDENTITY_LEFT"), "{none:?}");
+    assert!(none.is(Code::ResourceExhausted, "IDENTITIES_EXHAUSTED"), "{none:?}");
     let first = spp_testkit::floor::imei(0);
     let words = format!("identities load --profile phone --first {first} --count 40");
-    assert_eq!(told(&site, "tls/officer", &words)["number"], 1);
-    assert_eq!(told(&site, "tls/officer", &words)["number"], 1, "a repeat loads nothing twice");
-    let overlapping = ask(&site, "tls/officer", &format!("identities load --profile phone --first {first} --count 1"));
+    assert_eq!(sppctl_json(&site, "tls/officer", &words)["number"], 1);
+    assert_eq!(sppctl_json(&site, "tls/officer", &words)["number"], 1, "a repeat loads nothing twice");
+    let overlapping =
+        sppctl_as(&site, "tls/officer", &format!("identities load --profile phone --first {first} --count 1"));
     assert!(String::from_utf8_lossy(&overlapping.stderr).contains("loaded already"), "{overlapping:?}");
-    // One of them is taken by somebody who named it.
+    // One of the loaded identities is requested by name.
     assemble(&mut line, &AssembleRequest { identity: spp_testkit::floor::imei(2), ..phone(900) }).await.unwrap();
     let mut given = BTreeSet::new();
     for round in 0..3_u64 {
@@ -109,7 +111,7 @@ async fn each_identity_is_given_out_once_across_crashes() {
         });
         let calls: Vec<_> = calls.collect();
         if round < 2 {
-            // In the middle of it.
+            // Kill the daemon during the calls.
             tokio::time::sleep(std::time::Duration::from_millis(15)).await;
             tokio::task::block_in_place(|| {
                 site.kill();
@@ -117,7 +119,7 @@ async fn each_identity_is_given_out_once_across_crashes() {
             });
         }
         for call in calls {
-            // Those that the crash cut off are ordered again below.
+            // Interrupted orders are repeated below.
             let _ = call.await.unwrap();
         }
         line = site.station().await;
@@ -129,13 +131,13 @@ async fn each_identity_is_given_out_once_across_crashes() {
     let identities: BTreeSet<_> = given.iter().map(|(_, identity)| identity).collect();
     assert_eq!((given.len(), identities.len()), (16, 16), "each chip one and the same: {given:?}");
     assert!(!identities.contains(&spp_testkit::floor::imei(2)));
-    // A device that is complete keeps its identity, too.
-    let floor = Floor::new(&site);
+    // A complete device keeps its identity, too.
+    let fab = TestFab::new(&site);
     let answer = assemble(&mut line, &unnamed(0)).await.unwrap();
-    complete(&mut line, &install(&mut floor.device(0), &answer)).await.unwrap();
+    complete(&mut line, &install(&mut fab.device(0), &answer)).await.unwrap();
     let complete = Refusal::of(&assemble(&mut line, &unnamed(0)).await.unwrap_err());
     assert!(complete.is(Code::AlreadyExists, "ALREADY_COMPLETE"), "{complete:?}");
-    let ranges: Value = told(&site, "tls/officer", "identities list");
+    let ranges: Value = sppctl_json(&site, "tls/officer", "identities list");
     assert!(ranges[0]["used"].as_u64().unwrap() >= 17, "{ranges}");
     let both =
         Refusal::of(&assemble(&mut line, &AssembleRequest { allocate_identity: true, ..phone(77) }).await.unwrap_err());

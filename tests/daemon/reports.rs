@@ -1,4 +1,4 @@
-//! What an officer asks about devices: the same numbers in every form, each counted once, and nothing for whoever may not ask.
+//! Reports: equal numbers in all formats, each event counted once, and access by role.
 
 use std::time::{Duration, SystemTime};
 
@@ -11,11 +11,11 @@ use spp::proto::{
 use tonic::Code;
 use tonic::transport::Channel;
 
-use spp_testkit::floor::{Floor, Line, Refusal, assemble, chip, complete, gateway, imei, phone, provision, state_of};
+use spp_testkit::floor::{Line, Refusal, TestFab, assemble, chip, complete, gateway, imei, phone, provision, state_of};
 use spp_testkit::pools::officer;
 use spp_testkit::site::Site;
 
-/// Two stations, an auditor and a monitor besides the officer.
+/// A site with two stations, an officer, an auditor and a monitor.
 fn site() -> Site {
     let mut site = Site::new();
     let second = "[[station]]\nname = \"line-2/b\"\nprofiles = [\"phone\"]\nidentities = [\"imei:4901542\"]\n\n[log]";
@@ -28,18 +28,19 @@ fn site() -> Site {
     site
 }
 
-/// Four devices are complete, number 5 is on its way, number 6 was given up; what could be repeated was.
-async fn work(site: &Site) -> [String; 2] {
-    let (floor, mut first) = (Floor::new(site), site.station().await);
+/// Completes four devices, leaves number 5 in progress and aborts number 6. Repeats every repeatable call. Returns the sessions
+/// of numbers 5 and 6.
+async fn provision_devices(site: &Site) -> [String; 2] {
+    let (fab, mut first) = (TestFab::new(site), site.station().await);
     let mut second = Line::new(site.connect(site.line, site.tls("tls/line-2-b")).await.unwrap());
     for n in [1, 2] {
-        let (request, _) = provision(&mut first, &mut floor.device(n), &phone(n)).await;
+        let (request, _) = provision(&mut first, &mut fab.device(n), &phone(n)).await;
         complete(&mut first, &request).await.unwrap();
     }
-    let mut own = floor.device(3);
+    let mut own = fab.device(3);
     let order = gateway(3, &own);
     provision(&mut first, &mut own, &order).await;
-    provision(&mut second, &mut floor.device(4), &phone(4)).await;
+    provision(&mut second, &mut fab.device(4), &phone(4)).await;
     let mut sessions = [5, 6].map(|_| String::new());
     for (n, session) in [5, 6].into_iter().zip(&mut sessions) {
         for _ in 0..2 {
@@ -47,14 +48,14 @@ async fn work(site: &Site) -> [String; 2] {
         }
     }
     for _ in 0..2 {
-        let words = format!("sessions abort {} --reason display-broken {}", sessions[1], officer(site));
-        let told = tokio::task::block_in_place(|| site.sppctl(&words));
-        assert!(told.contains(&chip(6).to_string()) && told.ends_with(": display-broken\n"), "{told}");
+        let command = format!("sessions abort {} --reason display-broken {}", sessions[1], officer(site));
+        let output = tokio::task::block_in_place(|| site.sppctl(&command));
+        assert!(output.contains(&chip(6).to_string()) && output.ends_with(": display-broken\n"), "{output}");
     }
     sessions
 }
 
-/// From an hour before now on: the test may run at midnight, or see an hour end.
+/// The last two hours: the test may run at midnight or across the end of an hour.
 fn recently() -> String {
     let hour = now() / 3600 - 1;
     format!("--from {}", humantime::format_rfc3339_seconds(SystemTime::UNIX_EPOCH + Duration::from_secs(hour * 3600)))
@@ -64,18 +65,18 @@ fn now() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs()
 }
 
-fn report(site: &Site, words: &str) -> String {
-    site.sppctl(&format!("report production {words} {} {}", recently(), officer(site)))
+fn report(site: &Site, command: &str) -> String {
+    site.sppctl(&format!("report production {command} {} {}", recently(), officer(site)))
 }
 
-fn told_json(site: &Site, words: &str) -> Value {
-    serde_json::from_str(&site.sppctl(&format!("{words} --json {}", officer(site)))).unwrap()
+fn sppctl_json(site: &Site, command: &str) -> Value {
+    serde_json::from_str(&site.sppctl(&format!("{command} --json {}", officer(site)))).unwrap()
 }
 
-/// Exit status and what is said on standard error.
-fn refused(site: &Site, words: &str) -> (Option<i32>, String) {
-    let output = site.try_sppctl(words);
-    assert!(output.stdout.is_empty(), "{words}: {}", String::from_utf8_lossy(&output.stdout));
+/// Exit status and standard error.
+fn refused(site: &Site, command: &str) -> (Option<i32>, String) {
+    let output = site.try_sppctl(command);
+    assert!(output.stdout.is_empty(), "{command}: {}", String::from_utf8_lossy(&output.stdout));
     (output.status.code(), String::from_utf8(output.stderr).unwrap())
 }
 
@@ -84,24 +85,24 @@ async fn production(site: &Site) -> ProductionClient<Channel> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_was_produced_is_told_in_every_form_and_survives_a_kill() {
+async fn production_report_formats_agree_and_survive_kill() {
     let mut site = site();
-    work(&site).await;
+    provision_devices(&site).await;
     tokio::task::block_in_place(|| {
         for _ in 0..2 {
-            production_is_told(&site);
+            check_production_reports(&site);
             site.kill();
             site.start();
         }
     });
 }
 
-fn production_is_told(site: &Site) {
+fn check_production_reports(site: &Site) {
     let table = report(site, "--by station");
     let lines: Vec<_> = table.lines().skip(1).collect();
-    let words: Vec<Vec<_>> = lines.iter().map(|line| line.split_whitespace().collect()).collect();
+    let cells: Vec<Vec<_>> = lines.iter().map(|line| line.split_whitespace().collect()).collect();
     assert_eq!(
-        words,
+        cells,
         [
             ["station", "begun", "completed", "aborted"],
             ["line-1/a", "3", "3", "0"],
@@ -112,16 +113,16 @@ fn production_is_told(site: &Site) {
     );
     assert!(lines.iter().all(|line| line.len() == lines[0].len()), "the columns end in one place: {table}");
     assert_eq!(report(site, "--by profile --csv"), "profile,begun,completed,aborted\ngateway,1,1,0\nphone,5,3,1\n");
-    let told: Value = serde_json::from_str(&report(site, "--by profile --json")).unwrap();
+    let profiles: Value = serde_json::from_str(&report(site, "--by profile --json")).unwrap();
     let rows = json!([
         { "profile": "gateway", "begun": 1, "completed": 1, "aborted": 0 },
         { "profile": "phone", "begun": 5, "completed": 3, "aborted": 1 },
     ]);
-    assert_eq!((&told["rows"], &told["by"]), (&rows, &json!("profile")));
+    assert_eq!((&profiles["rows"], &profiles["by"]), (&rows, &json!("profile")));
     let hours: Value = serde_json::from_str(&report(site, "--by hour --json")).unwrap();
     let sum = |what: &str| hours["rows"].as_array().unwrap().iter().map(|row| row[what].as_u64().unwrap()).sum::<u64>();
     assert_eq!([sum("begun"), sum("completed"), sum("aborted")], [6, 4, 1], "{hours}");
-    for total in [&told["total"], &hours["total"]] {
+    for total in [&profiles["total"], &hours["total"]] {
         assert_eq!(*total, json!({ "begun": 6, "completed": 4, "aborted": 1 }));
     }
     let before = format!("report production --from 2020-01-01 --to 2020-01-02 --csv {}", officer(site));
@@ -130,19 +131,19 @@ fn production_is_told(site: &Site) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_device_is_known_by_its_chip_and_its_identity_with_all_that_happened_to_it() {
+async fn device_show_finds_history_by_chip_and_identity() {
     let site = site();
-    let [_, given_up] = work(&site).await;
+    let [_, aborted] = provision_devices(&site).await;
     let mut line = site.station().await;
     assemble(&mut line, &phone(6)).await.unwrap();
-    let nasty = AbortSessionRequest {
+    let escaped = AbortSessionRequest {
         session_id: line_session(&mut line, 6).await,
         reason: "wiped\u{1b}[2J by hand\n".to_owned(),
     };
-    production(&site).await.abort_session(nasty).await.unwrap();
+    production(&site).await.abort_session(escaped).await.unwrap();
     tokio::task::block_in_place(|| {
-        let by_chip = told_json(&site, &format!("device show {}", chip(2)));
-        assert_eq!(told_json(&site, &format!("device show {}", imei(2))), by_chip);
+        let by_chip = sppctl_json(&site, &format!("device show {}", chip(2)));
+        assert_eq!(sppctl_json(&site, &format!("device show {}", imei(2))), by_chip);
         let session = &by_chip["sessions"][0];
         assert_eq!((&session["state"], &session["station"]), (&json!("erased"), &json!("line-1/a")));
         assert_eq!((&session["profile"], &session["identity"]), (&json!("phone"), &json!(imei(2))));
@@ -157,23 +158,27 @@ async fn a_device_is_known_by_its_chip_and_its_identity_with_all_that_happened_t
         assert!(names.contains(&"Subject") && names.contains(&"Valid until"), "{names:?}");
         assert!(by_chip.get("audit").is_none());
         let text = site.sppctl(&format!("device show {} {}", chip(2), officer(&site)));
-        for part in ["erased here", "begun by line-1/a as phone", "published as record 1, complete", "Valid until"] {
+        for part in [
+            "erased at this site",
+            "opened by line-1/a with profile phone",
+            "published as record 1, complete",
+            "Valid until",
+        ] {
             assert!(text.contains(part), "{part}: {text}");
         }
 
-        assert_eq!(told_json(&site, "device show serial:GW-3")["key_pair"], "of-device");
-        let on_its_way = told_json(&site, &format!("device show {}", chip(5)));
-        assert_eq!((&on_its_way["key_pair"], &on_its_way["published"]), (&json!("wrapped"), &Value::Null));
-        assert!(!on_its_way["certificate"].as_array().unwrap().is_empty(), "it is signed: {on_its_way}");
+        assert_eq!(sppctl_json(&site, "device show serial:GW-3")["key_pair"], "of-device");
+        let in_progress = sppctl_json(&site, &format!("device show {}", chip(5)));
+        assert_eq!((&in_progress["key_pair"], &in_progress["published"]), (&json!("wrapped"), &Value::Null));
+        assert!(!in_progress["certificate"].as_array().unwrap().is_empty(), "it is signed: {in_progress}");
 
-        let twice = told_json(&site, &format!("device show {} --config sppd.toml", chip(6)));
-        let sessions = twice["sessions"].as_array().unwrap();
-        assert_eq!((sessions.len(), &sessions[1]["session"]), (2, &json!(given_up)));
-        let audit = twice["audit"].as_array().unwrap();
-        let (given_up, assembled): (Vec<_>, Vec<_>) = audit.iter().partition(|entry| entry["act"] == "session.abort");
-        assert_eq!((assembled.len(), given_up.len()), (3, 6), "three acts of two entries: {twice}");
-        for (entries, reason) in
-            given_up.chunks(2).zip(["display-broken", "display-broken", "wiped\u{1b}[2J by hand\n"])
+        let device = sppctl_json(&site, &format!("device show {} --config sppd.toml", chip(6)));
+        let sessions = device["sessions"].as_array().unwrap();
+        assert_eq!((sessions.len(), &sessions[1]["session"]), (2, &json!(aborted)));
+        let audit = device["audit"].as_array().unwrap();
+        let (aborted, assembled): (Vec<_>, Vec<_>) = audit.iter().partition(|entry| entry["act"] == "session.abort");
+        assert_eq!((assembled.len(), aborted.len()), (3, 6), "three acts of two entries: {device}");
+        for (entries, reason) in aborted.chunks(2).zip(["display-broken", "display-broken", "wiped\u{1b}[2J by hand\n"])
         {
             assert_eq!((&entries[0]["act"], &entries[0]["caller"]), (&json!("session.abort"), &json!("officer o-1")));
             assert_eq!((&entries[0]["outcome"], &entries[1]["outcome"]), (&json!("begun"), &json!("done")));
@@ -181,14 +186,14 @@ async fn a_device_is_known_by_its_chip_and_its_identity_with_all_that_happened_t
             assert_eq!((&details["chip"], &details["reason"]), (&json!(chip(6).to_string()), &json!(reason)));
         }
         let text = site.sppctl(&format!("device show {} --config sppd.toml {}", chip(6), officer(&site)));
-        assert!(!text.contains('\u{1b}') && text.contains("given up: wiped\\u{1b}[2J by hand\\n"), "{text}");
-        let timeline = text.find("given up: display-broken").unwrap() < text.find("given up: wiped").unwrap();
+        assert!(!text.contains('\u{1b}') && text.contains("aborted: wiped\\u{1b}[2J by hand\\n"), "{text}");
+        let timeline = text.find("aborted: display-broken").unwrap() < text.find("aborted: wiped").unwrap();
         assert!(timeline && text.contains("session.abort"), "{text}");
 
         let (status, text) = refused(&site, &format!("device show {} {}", chip(99), officer(&site)));
         assert!(status == Some(1) && text.contains("no session of the chip"), "{text}");
         let (status, text) = refused(&site, &format!("device show {} {}", imei(6), officer(&site)));
-        assert!(status == Some(1) && text.contains("found by their chip"), "{text}");
+        assert!(status == Some(1) && text.contains("aborted sessions by their chip"), "{text}");
         let (status, text) = refused(&site, &format!("device show nonsense {}", officer(&site)));
         assert!(status == Some(2) && text.contains("imei:490154203237518"), "{text}");
     });
@@ -199,23 +204,23 @@ async fn line_session(line: &mut Line, n: u64) -> Vec<u8> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn sessions_are_listed_by_what_is_asked_for_and_given_up_by_officers() {
+async fn sessions_are_filtered_and_aborted_by_officers() {
     let site = site();
-    let [on_its_way, given_up] = work(&site).await;
+    let [in_progress, aborted] = provision_devices(&site).await;
     tokio::task::block_in_place(|| {
-        let listed = |words: &str| -> Vec<Value> {
-            told_json(&site, &format!("sessions list {words}")).as_array().unwrap().clone()
+        let listed = |command: &str| -> Vec<Value> {
+            sppctl_json(&site, &format!("sessions list {command}")).as_array().unwrap().clone()
         };
-        let ids = |words: &str| -> Vec<String> {
-            listed(words).iter().map(|session| session["session"].as_str().unwrap().to_owned()).collect()
+        let ids = |command: &str| -> Vec<String> {
+            listed(command).iter().map(|session| session["session"].as_str().unwrap().to_owned()).collect()
         };
-        assert_eq!(ids(""), std::slice::from_ref(&on_its_way));
-        assert_eq!(ids("--state issued --station line-2/b --profile phone"), std::slice::from_ref(&on_its_way));
+        assert_eq!(ids(""), std::slice::from_ref(&in_progress));
+        assert_eq!(ids("--state issued --station line-2/b --profile phone"), std::slice::from_ref(&in_progress));
         for none in ["--station line-1/a", "--profile gateway", "--older-than 1h", "--state reserved"] {
             assert_eq!(ids(none), [""; 0], "{none}");
             assert_eq!(site.sppctl(&format!("sessions list {none} {}", officer(&site))), "no sessions\n");
         }
-        assert_eq!(ids("--state aborted"), std::slice::from_ref(&given_up));
+        assert_eq!(ids("--state aborted"), std::slice::from_ref(&aborted));
         assert_eq!(listed("--state aborted")[0]["reason"], "display-broken");
         assert_eq!((ids("--state erased").len(), ids("--state erased --profile gateway").len()), (4, 1));
         let output = site.try_sppctl(&format!("sessions list --state erased --limit 2 {}", officer(&site)));
@@ -227,7 +232,7 @@ async fn sessions_are_listed_by_what_is_asked_for_and_given_up_by_officers() {
         let (status, text) = abort(complete);
         assert!(status == Some(1) && text.contains("a published device cannot be aborted"), "{text}");
         let (status, text) = abort(&"0".repeat(32));
-        assert!(status == Some(1) && text.contains("there is no session 0000"), "{text}");
+        assert!(status == Some(1) && text.contains("no session 0000"), "{text}");
         assert_eq!(abort("12").0, Some(2));
         let log = site.sppctl("audit tail --config sppd.toml -n 4");
         assert_eq!(log.matches("failed: ").count(), 2, "what was tried is on record: {log}");
@@ -236,9 +241,9 @@ async fn sessions_are_listed_by_what_is_asked_for_and_given_up_by_officers() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_auditor_may_read_and_not_abort_and_a_monitor_sees_the_numbers_alone() {
+async fn auditor_reads_reports_and_monitor_reads_numbers() {
     let site = site();
-    let [on_its_way, _] = work(&site).await;
+    let [in_progress, _] = provision_devices(&site).await;
     tokio::task::block_in_place(|| {
         let as_role = |role: &str| format!("--server https://127.0.0.1:{} --tls tls/{role}", site.officer);
         let reads = [
@@ -246,27 +251,27 @@ async fn an_auditor_may_read_and_not_abort_and_a_monitor_sees_the_numbers_alone(
             format!("device show {}", chip(1)),
             "sessions list".to_owned(),
         ];
-        let abort = format!("sessions abort {on_its_way} --reason x");
+        let abort = format!("sessions abort {in_progress} --reason x");
         let auditor = as_role("auditor");
         for read in &reads {
             site.sppctl(&format!("{read} {auditor}"));
         }
         site.sppctl(&format!("{} {}", reads[0], as_role("monitor")));
-        for words in [
+        for command in [
             format!("{abort} {auditor}"),
             format!("{} {}", reads[1], as_role("monitor")),
             format!("{} {}", reads[2], as_role("monitor")),
             format!("{} {}", reads[0], as_role("line-1-a")),
         ] {
-            let (status, text) = refused(&site, &words);
-            assert!(status == Some(1) && text.contains("may not call"), "{words}: {text}");
+            let (status, text) = refused(&site, &command);
+            assert!(status == Some(1) && text.contains("may not call"), "{command}: {text}");
         }
     });
     assert_eq!(state_of(&mut site.station().await, &chip(5)).await, SessionState::Issued);
 }
 
 #[tokio::test]
-async fn a_wrong_question_names_its_fields() {
+async fn invalid_report_request_names_its_fields() {
     let site = Site::running();
     let mut client = production(&site).await;
     let at = |seconds| Some(prost_types::Timestamp { seconds, nanos: 0 });

@@ -1,4 +1,4 @@
-//! `spp-line` against a real daemon: whole runs, killed runs, and runs that cannot succeed.
+//! `spp-line` against a real daemon: complete runs, killed runs, and runs that fail.
 
 use std::process::{Output, Stdio};
 use std::time::Duration;
@@ -28,7 +28,7 @@ fn records(site: &Site) -> u64 {
 }
 
 #[test]
-fn a_run_completes_every_device_and_a_wiped_one_recovers() {
+fn run_completes_devices_and_recovers_a_wiped_one() {
     let site = Site::running();
     let output = provision(&site, "--simulate 12 --profile phone --parallel 4 --report report.csv");
     assert_eq!(output.status.code(), Some(0), "{}", text(&output));
@@ -49,7 +49,7 @@ fn a_run_completes_every_device_and_a_wiped_one_recovers() {
 }
 
 #[test]
-fn a_station_that_is_killed_resumes_and_doubles_nothing() {
+fn killed_station_resumes_without_duplicates() {
     let site = Site::running();
     let words = provision_words(&site, "--simulate 60 --profile phone --parallel 4");
     for pause in [150, 250, 350] {
@@ -65,7 +65,7 @@ fn a_station_that_is_killed_resumes_and_doubles_nothing() {
 }
 
 #[test]
-fn devices_that_fail_are_listed_and_the_exit_code_says_so() {
+fn failed_devices_listed_with_exit_code_1() {
     let site = Site::running();
     let file = "chip_id,identity,profile\n\
         00112233445566778899aabbccddee01,imei:490154203237518,phone\n\
@@ -74,17 +74,21 @@ fn devices_that_fail_are_listed_and_the_exit_code_says_so() {
     let output = provision(&site, "--identities orders.csv --report report.jsonl");
     assert_eq!(output.status.code(), Some(1), "{}", text(&output));
     assert!(text(&output).contains("00112233445566778899aabbccddee02"), "{}", text(&output));
-    assert!(text(&output).contains("identity ranges"), "the reason is told: {}", text(&output));
+    assert!(
+        text(&output).contains("none of its identity prefixes matches"),
+        "the reason is printed: {}",
+        text(&output)
+    );
     assert_eq!(String::from_utf8(site.read("report.jsonl")).unwrap().lines().count(), 2);
     assert_eq!(records(&site), 1);
 }
 
 #[test]
-fn a_run_that_cannot_begin_says_what_to_do() {
+fn run_that_cannot_start_prints_remedy() {
     let mut site = Site::running();
-    let output = provision(&site, "--simulate 1 --profile phone --tls tls/nobody");
+    let output = provision(&site, "--simulate 1 --profile phone --tls tls/missing");
     assert_eq!(output.status.code(), Some(2), "{}", text(&output));
-    let words = provision_words(&site, "--simulate 1 --profile phone").replace("tls/line-1-a", "tls/nobody");
+    let words = provision_words(&site, "--simulate 1 --profile phone").replace("tls/line-1-a", "tls/missing");
     let output = site.spp_line(&words);
     assert_eq!(output.status.code(), Some(2));
     assert!(text(&output).contains("station enroll"), "{}", text(&output));

@@ -1,5 +1,4 @@
-//! The public listener over HTTP: records, proofs and the log for programs, within limits. The pages are tried in a browser by
-//! `tests/pages`.
+//! The public listener over HTTP: records, proofs and the log, and rate limits. `tests/pages` tests the web pages in a browser.
 
 use std::sync::Arc;
 
@@ -10,10 +9,10 @@ use tonic::Code;
 use tonic_types::StatusExt as _;
 use ureq::tls::{PemItem, RootCerts, TlsConfig, parse_pem};
 
-use spp_testkit::floor::{Floor, assemble, chip, phone, provision};
+use spp_testkit::floor::{TestFab, assemble, chip, phone, provision};
 use spp_testkit::site::Site;
 
-/// Somebody with an HTTP client.
+/// An HTTP client of the public listener.
 pub struct Reader {
     agent: ureq::Agent,
     prefix: String,
@@ -62,10 +61,10 @@ pub fn log_key(site: &Site) -> LogKey {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_record_is_had_as_json_cbor_or_pem_and_only_once() {
+async fn record_is_served_as_json_cbor_pem_with_etag() {
     let site = Site::running();
-    let (floor, reader) = (Floor::new(&site), Reader::of(&site));
-    provision(&mut site.station().await, &mut floor.device(1), &phone(1)).await;
+    let (fab, reader) = (TestFab::new(&site), Reader::of(&site));
+    provision(&mut site.station().await, &mut fab.device(1), &phone(1)).await;
     let known = GetRecordRequest { chip_id: chip(1).as_bytes().to_vec() };
     let known = site.recovery().await.get_record(known).await.unwrap().into_inner();
     let path = format!("/v1/devices/{}", chip(1));
@@ -80,7 +79,11 @@ async fn a_record_is_had_as_json_cbor_or_pem_and_only_once() {
     let pem = reader.get(&path, &[("accept", "text/html;q=0.9, application/x-pem-file")]);
     assert!(pem.body.starts_with(b"-----BEGIN CERTIFICATE-----"));
     assert_eq!(reader.get(&path, &[("accept", "image/png")]).status, 406);
-    assert_eq!(reader.get(&path.to_uppercase().replace("/V1/DEVICES", "/v1/devices"), &[]).status, 200, "hex is hex");
+    assert_eq!(
+        reader.get(&path.to_uppercase().replace("/V1/DEVICES", "/v1/devices"), &[]).status,
+        200,
+        "upper-case hex is accepted"
+    );
 
     for form in [&json, &cbor, &pem] {
         let (tag, kind) = (form.header("etag"), form.header("content-type"));
@@ -88,17 +91,17 @@ async fn a_record_is_had_as_json_cbor_or_pem_and_only_once() {
         let again = reader.get(&path, &[("accept", kind), ("if-none-match", tag)]);
         assert_eq!((again.status, again.body.len(), again.header("etag")), (304, 0, tag), "{kind}");
     }
-    assert_ne!(json.header("etag"), cbor.header("etag"), "each form has a tag of its own");
+    assert_ne!(json.header("etag"), cbor.header("etag"), "each form has its own ETag");
     assert_eq!(json.header("x-content-type-options"), "nosniff");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn proofs_and_checkpoints_are_the_same_over_grpc_and_http() {
+async fn proofs_and_checkpoints_match_over_grpc_and_http() {
     let site = Site::running();
-    let (floor, reader, key) = (Floor::new(&site), Reader::of(&site), log_key(&site));
+    let (fab, reader, key) = (TestFab::new(&site), Reader::of(&site), log_key(&site));
     let mut line = site.station().await;
     for n in 1..=3 {
-        provision(&mut line, &mut floor.device(n), &phone(n)).await;
+        provision(&mut line, &mut fab.device(n), &phone(n)).await;
     }
     let mut recovery = site.recovery().await;
     for n in 1..=3 {
@@ -129,12 +132,12 @@ async fn proofs_and_checkpoints_are_the_same_over_grpc_and_http() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn tiles_are_served_as_c2sp_says() {
+async fn tiles_are_served_as_specified() {
     let site = Site::running();
-    let (floor, reader) = (Floor::new(&site), Reader::of(&site));
+    let (fab, reader) = (TestFab::new(&site), Reader::of(&site));
     let mut line = site.station().await;
     for n in 1..=3 {
-        provision(&mut line, &mut floor.device(n), &phone(n)).await;
+        provision(&mut line, &mut fab.device(n), &phone(n)).await;
     }
     for width in 1..=3 {
         for path in [format!("/tile/0/000.p/{width}"), format!("/tile/entries/000.p/{width}")] {
@@ -163,24 +166,24 @@ async fn tiles_are_served_as_c2sp_says() {
         assert_eq!(reader.get(path, &[]).status, 404, "{path}");
     }
     let zipped = reader.get("/tile/entries/000.p/3", &[("accept-encoding", "gzip")]);
-    // The client unpacks it and takes the header away with it; that it was packed shows in the length being gone.
+    // The client decompresses the body and removes the encoding header; the missing length shows that the body was compressed.
     assert_eq!(zipped.header("content-length"), "");
     assert_eq!(zipped.body, reader.get("/tile/entries/000.p/3", &[("accept-encoding", "identity")]).body);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn of_an_unknown_chip_nothing_is_told_not_even_by_the_size_of_the_answer() {
+async fn unknown_and_pending_chips_get_identical_answers() {
     let site = Site::running();
-    let (floor, reader) = (Floor::new(&site), Reader::of(&site));
+    let (fab, reader) = (TestFab::new(&site), Reader::of(&site));
     let mut line = site.station().await;
-    provision(&mut line, &mut floor.device(1), &phone(1)).await;
-    // One is on its way, the others were never here: as short and as long as they come, and the beginning of a known one.
+    provision(&mut line, &mut fab.device(1), &phone(1)).await;
+    // One chip is being provisioned, the others are unknown: minimum and maximum length, a prefix and an extension of a known ID.
     assemble(&mut line, &phone(2)).await.unwrap();
     let known = chip(1).as_bytes().to_vec();
     let unknown =
         [chip(2).as_bytes().to_vec(), vec![7; 8], vec![9; 64], known[..8].to_vec(), [&known[..], &[0]].concat()];
     let mut recovery = site.recovery().await;
-    let mut told = Vec::new();
+    let mut answers = Vec::new();
     for chip_id in unknown {
         let path = hex::encode(&chip_id);
         let over_http =
@@ -190,10 +193,10 @@ async fn of_an_unknown_chip_nothing_is_told_not_even_by_the_size_of_the_answer()
             (answer.status, length, answer.body)
         });
         let status = recovery.get_record(GetRecordRequest { chip_id }).await.unwrap_err();
-        told.push((over_http, status.code(), status.message().to_owned(), status.details().to_vec()));
+        answers.push((over_http, status.code(), status.message().to_owned(), status.details().to_vec()));
     }
-    assert_eq!((told[0].0[0].0, told[0].1), (404, Code::NotFound));
-    assert!(told.iter().all(|one| *one == told[0]), "{told:?}");
+    assert_eq!((answers[0].0[0].0, answers[0].1), (404, Code::NotFound));
+    assert!(answers.iter().all(|one| *one == answers[0]), "{answers:?}");
 
     for list in ["/v1/devices", "/v1/devices/", "/devices/", "/chip", "/chip/", "/chip/abc"] {
         assert_ne!(reader.get(list, &[]).status, 200, "{list}");
@@ -203,11 +206,11 @@ async fn of_an_unknown_chip_nothing_is_told_not_even_by_the_size_of_the_answer()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_address_that_asks_too_often_is_told_when_to_come_again_and_the_line_goes_on() {
+async fn rate_limited_address_gets_retry_after() {
     let mut site = Site::new();
     site.edit("sppd.toml", "requests_per_second = 100\nburst = 400", "requests_per_second = 1\nburst = 5");
     site.start();
-    let (floor, reader) = (Floor::new(&site), Reader::of(&site));
+    let (fab, reader) = (TestFab::new(&site), Reader::of(&site));
     let answers: Vec<_> = (0..8).map(|_| reader.get("/checkpoint", &[])).collect();
     let refused: Vec<_> = answers.iter().filter(|answer| answer.status == 429).collect();
     assert!((2..=3).contains(&refused.len()), "{}", refused.len());
@@ -215,6 +218,6 @@ async fn an_address_that_asks_too_often_is_told_when_to_come_again_and_the_line_
     let status = site.recovery().await.get_record(GetRecordRequest { chip_id: vec![7; 8] }).await.unwrap_err();
     assert_eq!(status.code(), Code::ResourceExhausted);
     assert!(status.get_error_details().retry_info().is_some_and(|retry| retry.retry_delay.is_some()));
-    assert_eq!(status.get_error_details().error_info().unwrap().reason, "TOO_FAST");
-    provision(&mut site.station().await, &mut floor.device(1), &phone(1)).await;
+    assert_eq!(status.get_error_details().error_info().unwrap().reason, "RATE_LIMITED");
+    provision(&mut site.station().await, &mut fab.device(1), &phone(1)).await;
 }

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The commands of docs/officers.md, in its order, in a directory of their own: they must do what is written there.
+# Runs the commands of docs/officers.md in order, in a temporary directory, and checks that they do what the document says.
 set -euo pipefail
 
 usage() {
     cat <<'MSG'
 usage: tests/docs/officers.sh [--bin DIR] [--keep]
 
-  --bin DIR   where sppd, sppctl and spp-line are (default: target/debug)
-  --keep      leave the directory, and say where it is
+  --bin DIR   directory of sppd, sppctl and spp-line (default: target/debug)
+  --keep      keep the directory and print its path
 MSG
 }
 
@@ -31,7 +31,7 @@ finish() {
     trap - EXIT
     if [ -n "$daemon" ]; then kill -KILL "$daemon" 2>/dev/null || true; fi
     if [ "$status" -ne 0 ] && [ -s "$site/sppd.log" ]; then tail -n 20 -- "$site/sppd.log" >&2; fi
-    if [ "$keep" = yes ]; then printf 'everything is in %s\n' "$site"; else rm -rf -- "$site"; fi
+    if [ "$keep" = yes ]; then printf 'files kept in %s\n' "$site"; else rm -rf -- "$site"; fi
     exit "$status"
 }
 trap finish EXIT
@@ -43,17 +43,17 @@ run() {
     "$@"
 }
 
-# What must be refused, and with which words.
+# Runs a command that must fail with this message.
 refused() {
-    local why=$1 said
+    local why=$1 output
     shift
     printf '$ %s\n' "$*"
-    if said=$("$@" 2>&1 </dev/null); then
-        printf '%s\nit was not refused\n' "$said" >&2
+    if output=$("$@" 2>&1 </dev/null); then
+        printf '%s\ncommand was not refused\n' "$output" >&2
         exit 1
     fi
-    printf '%s\n' "$said"
-    case $said in *"$why"*) ;; *) printf 'it does not say: %s\n' "$why" >&2; exit 1 ;; esac
+    printf '%s\n' "$output"
+    case $output in *"$why"*) ;; *) printf 'message not found: %s\n' "$why" >&2; exit 1 ;; esac
 }
 
 start() {
@@ -68,7 +68,7 @@ stop() {
     daemon=''
 }
 
-# As a person does: looks at the newest request and types how its hash begins.
+# Approves the newest pending request as an officer does: reads its hash and types the first digits.
 approve() {
     local id hash
     id=$(sppctl approvals list "${o2[@]}" | awk '$2 == "pending" { print $1; exit }')
@@ -258,7 +258,7 @@ approve
 run sppctl ceremony run destroy.toml --hsm hsm.toml --out keys --officer o-1 --officer o-2 "${o1[@]}"
 stop
 start
-# What the destroyed key has signed is verified ever after.
+# Certificates signed by the destroyed key still verify.
 run sppctl registry verify --config sppd.toml
 
 part 'Revocation'
@@ -299,8 +299,8 @@ refused 'are missing' sppctl audit verify --directory auditor/audit --log audito
 mv audit audit.whole
 mkdir audit
 head -n 20 audit.whole/audit.jsonl >audit/audit.jsonl
-refused 'was cut off or changed' sppd --config sppd.toml
-refused 'was cut off or changed' sppd --config sppd.toml
+refused 'was truncated or changed' sppd --config sppd.toml
+refused 'was truncated or changed' sppd --config sppd.toml
 rm -r audit
 mv audit.whole audit
 

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Makes the PKCS#11 modules that the conformance suite runs on, beside SoftHSM: Kryoptic is built once, opencryptoki is installed, and
-# its daemon started. Can be repeated. Needs root for what has to be installed (deploy/setup.sh does that).
+# Sets up the PKCS#11 modules for the conformance suite, besides SoftHSM: builds Kryoptic once, installs opencryptoki and starts
+# its daemon. Can be repeated. Installing packages (deploy/setup.sh) requires root.
 set -eu
 
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
@@ -11,7 +11,7 @@ fail() {
     exit 1
 }
 
-# Those of that name, without the help of procps.
+# Prints the PIDs of the processes with this name, without procps.
 pids_of() {
     for comm in /proc/[0-9]*/comm; do
         if [ "$(cat "$comm" 2>/dev/null)" = "$1" ]; then
@@ -21,17 +21,17 @@ pids_of() {
     done
 }
 
-# The software token of opencryptoki is one for the whole machine. It is made anew if it is nobody's: never initialised, or by the
-# conformance suite.
+# Resets opencryptoki's software token, of which the machine has only one. Refuses a token that was initialised by anything other
+# than the conformance suite.
 fresh_opencryptoki() {
-    token=$(pkcsconf -t -c 3) || fail 'slot 3 of opencryptoki cannot be read; does pkcsslotd run?'
+    token=$(pkcsconf -t -c 3) || fail 'cannot read slot 3 of opencryptoki; check that pkcsslotd runs'
     case $token in
         *'IBM SoftTok'*) ;;
         *) fail 'slot 3 of opencryptoki is not the software token' ;;
     esac
     case $token in
         *SO_PIN_TO_BE_CHANGED* | *spp-conformance*) ;;
-        *) fail 'slot 3 of opencryptoki has a token of somebody; it is not touched' ;;
+        *) fail 'slot 3 of opencryptoki has a token of another user; it was not changed' ;;
     esac
     for pid in $(pids_of pkcsslotd); do kill "$pid" || true; done
     while [ -n "$(pids_of pkcsslotd)" ]; do sleep 0.1; done
@@ -45,28 +45,28 @@ if [ "${1-}" = --fresh-opencryptoki ]; then
     exit
 fi
 
-# Kept outside of the build directory under a name that says what it was made from, so that a new clone need not build it again.
+# Caches the module outside the build directory under a hash of its inputs, so that a new clone does not build it again.
 kryoptic() {
-    made_from=$({ cat "$here/kryoptic/Cargo.lock" "$here/kryoptic/Cargo.toml"; rustc --version; openssl version; uname -m; } |
+    inputs_hash=$({ cat "$here/kryoptic/Cargo.lock" "$here/kryoptic/Cargo.toml"; rustc --version; openssl version; uname -m; } |
         sha256sum | cut -c 1-16)
-    kept=${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/spp/libkryoptic_pkcs11-$made_from.so
-    if [ ! -e "$kept" ]; then
-        echo 'modules: building Kryoptic; this is done once and takes some minutes' >&2
+    cached=${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/spp/libkryoptic_pkcs11-$inputs_hash.so
+    if [ ! -e "$cached" ]; then
+        echo 'modules: building Kryoptic once; this takes some minutes' >&2
         cargo build --quiet --locked --manifest-path "$here/kryoptic/Cargo.toml" --target-dir "$modules"
         set -- "$modules"/debug/deps/libkryoptic_pkcs11-*.so
-        [ -e "$1" ] || fail 'Kryoptic was built and gave no module'
-        mkdir -p "${kept%/*}"
-        cp "$1" "$kept.$$"
-        mv "$kept.$$" "$kept"
+        [ -e "$1" ] || fail 'the Kryoptic build has produced no module'
+        mkdir -p "${cached%/*}"
+        cp "$1" "$cached.$$"
+        mv "$cached.$$" "$cached"
     fi
     mkdir -p "$modules"
-    ln -sf "$kept" "$modules/libkryoptic_pkcs11.so"
+    ln -sf "$cached" "$modules/libkryoptic_pkcs11.so"
 }
 
 "$here/../../deploy/setup.sh" test
 kryoptic
 
-# The daemon keeps no PIN and no key; it counts who uses which slot.
+# The daemon stores no PIN and no key; it only tracks slot usage.
 if [ -z "$(pids_of pkcsslotd)" ]; then
     pkcsslotd || fail 'pkcsslotd does not start; it needs root, or the group pkcs11'
 fi

@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
-"""A person with a browser looks a device up: Chromium on the public pages, with JavaScript switched off.
+"""Looks a device up on the public pages in Chromium, with JavaScript disabled.
 
-Then an auditor computes the proof that the page shows and verifies the checkpoint's signature, by the foreign client's
-receipt.py.
-Exit status 0 if everything was as it must be; then each thing that was seen is printed.
+Recomputes the proof that the page shows and verifies the checkpoint's signature, with the third-party client's receipt.py.
+Prints each verified step. Exit status 0 on success.
 """
 
 import argparse
@@ -30,18 +29,18 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
-# Of the foreign client, ../clients.
+# From the third-party client in ../clients.
 from receipt import Checkpoint, LogKey, Proof, ReceiptError, leaf_hash, node_hash
 
 PATIENCE = 20  # seconds for a page or a download
 DESKTOP, PHONE = 1280, 390  # CSS pixels
 NONSENSE = "not a chip <b>&"
-# Whether scripts run shows on a page of our own.
+# A page that shows whether scripts run.
 SCRIPT_PROBE = "data:text/html,<p id=probe>off</p><script>document.getElementById('probe').textContent='on'</script>"
 
 
 class Wrong(Exception):
-    """What was seen is not what it should be."""
+    """A page does not have the expected content."""
 
 
 def require(condition: bool, otherwise: str) -> None:
@@ -54,14 +53,14 @@ def main() -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="spp-pages-", ignore_cleanup_errors=True) as folder:
             site = Site(arguments.url, arguments.ca, arguments.certificate)
-            site.is_the_one_we_know()
+            site.has_expected_headers()
             browser = Browser(site, Path(folder), arguments.screenshots)
             try:
                 Visit(arguments, site, browser).run()
             finally:
                 browser.close()
     except (Wrong, ReceiptError, WebDriverException, OSError) as error:
-        print(f"NOT as it must be: {error}", file=sys.stderr)
+        print(f"FAILED: {error}", file=sys.stderr)
         return 1
     return 0
 
@@ -72,8 +71,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ca", required=True, type=Path, help="the CA of the server's certificate (PEM)")
     parser.add_argument("--certificate", required=True, type=Path, help="the server's certificate (PEM)")
     parser.add_argument("--vkey", required=True, type=Path, help="the log's public key, not taken from the server")
-    parser.add_argument("--expected", required=True, type=Path, help="the record, as `spp-line show --json` has it")
-    parser.add_argument("--screenshots", required=True, type=Path, metavar="DIR", help="where pictures of the pages go")
+    parser.add_argument("--expected", required=True, type=Path, help="the record, as printed by `spp-line show --json`")
+    parser.add_argument("--screenshots", required=True, type=Path, metavar="DIR", help="directory for screenshots")
     return parser.parse_args()
 
 
@@ -84,7 +83,7 @@ class Answer(NamedTuple):
 
 
 class Site:
-    """The server without a browser; its certificate must be the CA's, for this name."""
+    """Accesses the server without a browser. Its certificate must be issued by the CA for this name."""
 
     def __init__(self, url: str, ca: Path, certificate: Path):
         self.url = url.rstrip("/")
@@ -99,22 +98,22 @@ class Site:
             return Answer(error.code, dict(error.headers.items()), error.read())
 
     def key_pin(self) -> str:
-        """What Chromium calls an SPKI: the base64 of the SHA-256 of the public key."""
+        """Returns Chromium's SPKI pin: the base64 of the SHA-256 of the public key."""
         spki = self.certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
         return base64.b64encode(hashlib.sha256(spki).digest()).decode()
 
-    def is_the_one_we_know(self) -> None:
+    def has_expected_headers(self) -> None:
         answer = self.get("/")
         require(answer.status == 200, f"the front page answers {answer.status}")
         headers = {name.lower(): value for name, value in answer.headers.items()}
         policy = headers.get("content-security-policy", "")
         require("default-src 'none'" in policy, f"the content security policy is {policy!r}")
-        require("unsafe" not in policy and "script-src" not in policy, f"the policy lets scripts in: {policy!r}")
-        say("the server's certificate is its CA's; the pages forbid scripts and whatever is not theirs")
+        require("unsafe" not in policy and "script-src" not in policy, f"the policy allows scripts: {policy!r}")
+        say("the CA issued the server's certificate; the content security policy forbids scripts and foreign content")
 
 
 class Browser:
-    """Chromium with a profile of its own, without JavaScript."""
+    """Chromium with its own profile, without JavaScript."""
 
     def __init__(self, site: Site, folder: Path, screenshots: Path):
         self.site = site
@@ -133,7 +132,7 @@ class Browser:
             "--disable-component-update",
             "--disable-sync",
             f"--user-data-dir={folder / 'profile'}",
-            # Any other certificate is refused as ever: this is the one whose CA was verified above.
+            # Chromium still refuses any other certificate; the CA of this one was verified above.
             f"--ignore-certificate-errors-spki-list={site.key_pin()}",
         ):
             options.add_argument(argument)
@@ -168,14 +167,14 @@ class Browser:
         return self.wait_for(element_id).text.strip()
 
     def look(self, width: int, scheme: str) -> None:
-        """A screen of that width, light or dark."""
+        """Emulates a screen of this width and colour scheme."""
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
         screen = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 600}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
 
-    def pictures(self, name: str) -> None:
-        """The whole page on a desktop and a phone, light and dark; nothing may stand out on the right."""
+    def take_screenshots(self, name: str) -> None:
+        """Takes full-page screenshots for desktop and phone, light and dark. No content may overflow on the right."""
         grounds = {}
         for width in (DESKTOP, PHONE):
             for scheme in ("light", "dark"):
@@ -188,7 +187,7 @@ class Browser:
                 (self.screenshots / f"{name}-{width}-{scheme}.png").write_bytes(base64.b64decode(data))
                 page = self.driver.find_element(By.TAG_NAME, "html")
                 grounds[scheme] = page.value_of_css_property("background-color")
-        require(grounds["light"] != grounds["dark"], f"{name} is as light in dark as in light: is there no style?")
+        require(grounds["light"] != grounds["dark"], f"{name} has the same background in light and dark mode")
         self.look(DESKTOP, "light")
 
     def download(self, element_id: str) -> bytes:
@@ -205,13 +204,13 @@ class Browser:
         return path.read_bytes()
 
     def complaints(self) -> list[str]:
-        """What Chromium found against the content security policy."""
+        """Returns Chromium's content security policy violations."""
         messages = [entry["message"] for entry in self.driver.get_log("browser")]
         return [message for message in messages if "Content Security Policy" in message]
 
 
 class Visit:
-    """The way of a person through the pages."""
+    """A person's visit to the pages."""
 
     def __init__(self, arguments: argparse.Namespace, site: Site, browser: Browser):
         self.site, self.browser = site, browser
@@ -231,12 +230,12 @@ class Visit:
         self.types_nonsense()
         self.asks_for_an_unknown_chip()
         complaints = self.browser.complaints()
-        require(not complaints, f"the pages need what their policy forbids: {complaints[:1]}")
-        say(f"nothing was against the policy; pictures are in {self.browser.screenshots}")
+        require(not complaints, f"the pages violate their content security policy: {complaints[:1]}")
+        say(f"no policy violations; screenshots are in {self.browser.screenshots}")
 
     def has_no_javascript(self) -> None:
         self.browser.driver.get(SCRIPT_PROBE)
-        require(self.browser.text("probe") == "off", "JavaScript is on: this would prove nothing")
+        require(self.browser.text("probe") == "off", "JavaScript is enabled, so this test would prove nothing")
         say("JavaScript is off")
 
     def reads_the_front_page(self) -> None:
@@ -247,14 +246,14 @@ class Visit:
         shown = self.browser.text("log-key").replace("\n", "")
         require(shown == self.vkey, f"the page shows the log key {shown}, not {self.vkey}")
         self.first_tab_skips_to_the_content()
-        self.browser.pictures("front")
+        self.browser.take_screenshots("front")
         say(f"the front page says that the log has {size}, and shows its public key")
 
     def first_tab_skips_to_the_content(self) -> None:
         self.browser.driver.find_element(By.TAG_NAME, "body").send_keys(Keys.TAB)
         focused = self.browser.driver.switch_to.active_element
         require(focused.get_dom_attribute("href") == "#main", "the first Tab does not lead to the skip link")
-        require(focused.rect["x"] >= 0, "the skip link has the focus and cannot be seen")
+        require(focused.rect["x"] >= 0, "the focused skip link is not visible")
 
     def looks_a_chip_up(self) -> None:
         field = self.browser.wait_for("chip")
@@ -269,7 +268,7 @@ class Visit:
         require(index == self.expected["record_index"], f"the record's place is {index}")
         shown = self.browser.text("record-hash").replace("\n", "")
         require(shown == self.expected["record_hash"], "the record's hash is another")
-        self.browser.pictures("device")
+        self.browser.take_screenshots("device")
         say(f"typing a chip ID leads to {' '.join(identity.split())}, profile {profile}")
 
     def reads_the_certificate(self) -> None:
@@ -307,15 +306,15 @@ class Visit:
         checkpoint = Checkpoint.verify(f"{note.rstrip()}\n".encode(), self.log_key)
         shown = Checkpoint(number(self.browser.text("proof-size")), result)
         require(checkpoint == shown, f"the checkpoint is of another tree, of {checkpoint.size}")
-        say(f"computed anew: the record is in the signed tree of {shown.size}, {len(steps)} steps below its root")
+        say(f"recomputed: the record is in the signed tree of {shown.size}, {len(steps)} steps below its root")
         self.checks_the_proof_file(record)
 
     def checks_the_proof_file(self, record: bytes) -> None:
         proof = Proof.read(self.site.get(f"/devices/{self.chip}/proof").body)
         require(proof.index == self.expected["record_index"], f"the file proves the record at {proof.index}")
-        # It may be against a newer checkpoint than the page's.
+        # The file may have a newer checkpoint than the page.
         checkpoint = proof.verify(record, self.log_key)
-        say(f"the proof as a file proves it, too, in the tree of {checkpoint.size}")
+        say(f"the proof file verifies in the tree of {checkpoint.size}")
 
     def hex(self, element_id: str) -> bytes:
         return bytes.fromhex(self.browser.text(element_id).replace("\n", ""))
@@ -337,10 +336,10 @@ class Visit:
         field = self.browser.wait_for("chip")
         require(field.get_dom_attribute("aria-invalid") == "true", "the field is not marked")
         described = (field.get_dom_attribute("aria-describedby") or "").split()
-        require("problem" in described, "the problem is not told with the field")
-        require(field.get_dom_attribute("value") == NONSENSE, "what was typed is gone, or changed")
-        self.browser.pictures("problem")
-        say(f"nonsense is answered at the field: {problem}")
+        require("problem" in described, "the field does not refer to the problem text")
+        require(field.get_dom_attribute("value") == NONSENSE, "the form does not show the input again")
+        self.browser.take_screenshots("problem")
+        say(f"invalid input is reported at the field: {problem}")
 
     def asks_for_an_unknown_chip(self) -> None:
         unknown = secrets.token_hex(16)
@@ -350,21 +349,21 @@ class Visit:
         self.browser.wait_for("chip").send_keys(unknown)
         self.browser.wait_for("submit").click()
         heading = self.browser.text("heading")
-        self.browser.pictures("not-found")
+        self.browser.take_screenshots("not-found")
         self.browser.wait_for("home").click()
         self.browser.wait_for("look-up")
         say(f"an unknown chip is answered with 404: {heading}")
 
 
 def number(text: str) -> int:
-    """The number of "1,234 records"."""
+    """Parses the number in "1,234 records"."""
     digits = text.split(" ")[0].replace(",", "")
-    require(digits.isdecimal(), f"there is no number in {text!r}")
+    require(digits.isdecimal(), f"no number in {text!r}")
     return int(digits)
 
 
 def until(look: Callable):
-    """What a look gives as soon as it gives something."""
+    """Polls until the result is not None, or the time limit."""
     deadline = time.monotonic() + PATIENCE
     while True:
         seen = look()

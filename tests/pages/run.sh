@@ -1,7 +1,7 @@
 #!/bin/sh
-# A person with a browser on the public pages of a running daemon, without JavaScript.
+# Tests the public pages of a running daemon in a browser without JavaScript.
 # `make pages` starts the daemon (deploy/demo/demo.sh) and sets SPP_DIRECTORY, SPP_LINE, SPP_PUBLIC and SPP_BIN.
-# Pictures of the pages go to SPP_SCREENSHOTS, or else to SPP_DIRECTORY/pages/screenshots.
+# Screenshots go to SPP_SCREENSHOTS, by default to SPP_DIRECTORY/pages/screenshots.
 set -eu
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 work=$SPP_DIRECTORY/pages
@@ -19,7 +19,7 @@ mkdir -p -- "$work"
     --server "https://$SPP_LINE" --tls "$SPP_DIRECTORY/tls/line-1-a" --log "$vkey" \
     --devices "$work/devices" --manufacturer "$SPP_DIRECTORY/keys/manufacturer-ca.pem" --report "$work/report.csv"
 
-# The chip_id of the last device in the report, wherever that column is.
+# The chip_id of the last device in the report, in any column order.
 chip=$(awk -F, 'NR == 1 { for (i = 1; i <= NF; i++) if ($i == "chip_id") column = i }
                 NR > 1 && column { gsub(/["\r]/, "", $column); chip = $column }
                 END { print chip }' "$work/report.csv")

@@ -1,7 +1,8 @@
-//! The stories of `provisioning/` with everything that can break on the way broken: each write of the stores in both ways,
-//! the HSM, the clock, and the disks put back to an older state. After each the whole state is looked at.
+//! Fault tests of provisioning: each store write fails in both modes, the HSM fails, the clock advances, and stores are restored
+//! to older states. After each fault the test checks the whole state.
 //!
-//! A processing point runs in the test's process, over real stores and a real token; only the stores' doors are ours.
+//! The processing point runs in the test's process, over real stores and a real token. Only the fault-injecting wrappers of the
+//! stores are test code.
 
 mod expiry;
 mod hsm;

@@ -1,4 +1,4 @@
-//! Random sequences of calls, breaks and restarts, against a model that fits on a page: who holds what.
+//! Random sequences of calls, faults and restarts, checked against a small model of what each chip holds.
 
 use std::collections::BTreeMap;
 
@@ -9,11 +9,11 @@ use spp::provisioning::ProvisionError;
 use spp::store::{PublicDatabase as _, Publication, PublishedRecord, SessionCounts, StateName, StateStore as _};
 use spp_testkit::random::cases;
 
-use spp_testkit::point::breaking::Break;
-use spp_testkit::point::device::{Kind, OnTheLine, identity_of};
-use spp_testkit::point::{House, Point};
+use spp_testkit::point::breaking::FaultMode;
+use spp_testkit::point::device::{Kind, TestDevice, identity_of};
+use spp_testkit::point::{Point, TestBed};
 
-/// Sequences; each uses the real HSM and real stores.
+/// Number of sequences. Each uses the real HSM and real stores.
 const CASES: u32 = 8;
 const CHIPS: usize = 3;
 const IDENTITIES: u32 = 3;
@@ -24,19 +24,19 @@ enum Step {
     Complete { chip: usize },
     Abort { chip: usize },
     Restart,
-    Break { nth: usize, how: Break },
+    FaultMode { nth: usize, mode: FaultMode },
 }
 
 #[test]
-fn any_sequence_of_calls_breaks_and_restarts_agrees_with_the_model() {
+fn random_calls_faults_and_restarts_match_model() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-    let house = runtime.block_on(House::new());
+    let testbed = runtime.block_on(TestBed::new());
     let config = Config { max_shrink_iters: 200, source_file: Some(file!()), ..cases(CASES, 60 * CASES) };
     let sequences = proptest::collection::vec(step(), 1..24);
     let outcome = TestRunner::new(config).run(&sequences, |steps| {
-        // The model asserts; what it prints names the step.
+        // The model asserts; its output names the failing step.
         runtime.block_on(async {
-            let mut run = Run::new(&house);
+            let mut run = Run::new(&testbed);
             for step in &steps {
                 println!("{step:?}");
                 run.take(step).await;
@@ -49,13 +49,13 @@ fn any_sequence_of_calls_breaks_and_restarts_agrees_with_the_model() {
 }
 
 fn step() -> impl Strategy<Value = Step> {
-    let how = prop_oneof![Just(Break::Failed), Just(Break::FailedButPersisted)];
+    let mode = prop_oneof![Just(FaultMode::Failed), Just(FaultMode::FailedButPersisted)];
     prop_oneof![
         6 => (0..CHIPS, 0..IDENTITIES).prop_map(|(chip, identity)| Step::Assemble { chip, identity }),
         5 => (0..CHIPS).prop_map(|chip| Step::Complete { chip }),
         2 => (0..CHIPS).prop_map(|chip| Step::Abort { chip }),
         2 => Just(Step::Restart),
-        3 => (0..3usize, how).prop_map(|(nth, how)| Step::Break { nth, how }),
+        3 => (0..3usize, mode).prop_map(|(nth, mode)| Step::FaultMode { nth, mode }),
     ]
 }
 
@@ -65,7 +65,7 @@ enum Holds {
     Nothing,
     /// A session that may be completed or aborted.
     Open(u32, SessionId),
-    /// A record; the journal may still have to learn of it.
+    /// A public record. The journal may not have the publication yet.
     Public(u32, SessionId, Publication),
 }
 
@@ -87,18 +87,18 @@ impl Holds {
 
 struct Run<'a> {
     point: Point<'a>,
-    devices: Vec<OnTheLine>,
+    devices: Vec<TestDevice>,
     holds: [Holds; CHIPS],
-    /// Every pair that was ever delivered, and to which chip.
+    /// Every delivered pair, and its chip.
     pairs: BTreeMap<Vec<u8>, usize>,
 }
 
 impl<'a> Run<'a> {
-    fn new(house: &'a House) -> Self {
-        let mut devices: Vec<_> = (0..3).map(|chip| OnTheLine::new(house, Kind::Phone, chip)).collect();
-        // The fab's flashes are files: what an earlier sequence left in them is another life of the chip.
+    fn new(testbed: &'a TestBed) -> Self {
+        let mut devices: Vec<_> = (0..3).map(|chip| TestDevice::new(testbed, Kind::Phone, chip)).collect();
+        // The flash images are files: wipe data of earlier sequences.
         devices.iter_mut().for_each(|device| device.device.wipe().unwrap());
-        Self { point: house.point(), devices, holds: [Holds::Nothing; CHIPS], pairs: BTreeMap::new() }
+        Self { point: testbed.point(), devices, holds: [Holds::Nothing; CHIPS], pairs: BTreeMap::new() }
     }
 
     async fn take(&mut self, step: &Step) {
@@ -108,22 +108,22 @@ impl<'a> Run<'a> {
             Step::Abort { chip } if !self.devices[chip].delivered.is_empty() => self.abort(chip).await,
             Step::Complete { .. } | Step::Abort { .. } => {}
             Step::Restart => assert_eq!(self.point.restart().await.failed, 0),
-            Step::Break { nth, how } => self.point.faults.break_nth(nth, how),
+            Step::FaultMode { nth, mode } => self.point.faults.fail_nth(nth, mode),
         }
     }
 
     async fn assemble(&mut self, chip: usize, identity: u32) {
         let before = self.holds[chip];
-        let elsewhere = (0..CHIPS).any(|other| other != chip && self.holds[other].identity() == Some(identity));
+        let on_other_chip = (0..CHIPS).any(|other| other != chip && self.holds[other].identity() == Some(identity));
         self.devices[chip].identity = identity_of(Kind::Phone, identity);
         match (before, self.devices[chip].assemble(&self.point).await) {
             (Holds::Nothing, Ok(installed)) => {
-                assert!(!elsewhere, "the identity is on another chip");
+                assert!(!on_other_chip, "the identity is on another chip");
                 self.holds[chip] = Holds::Open(identity, installed.session);
                 self.note_pair(chip, installed.public_key.unwrap().spki_der());
             }
-            (Holds::Nothing, Err(ProvisionError::IdentityTaken { .. })) => assert!(elsewhere),
-            // A repeat, also while the journal does not know that the record is public.
+            (Holds::Nothing, Err(ProvisionError::IdentityTaken { .. })) => assert!(on_other_chip),
+            // A repeated call, also while the journal does not have the publication.
             (Holds::Open(same, session) | Holds::Public(same, session, _), Ok(installed)) => {
                 assert_eq!((same, session), (identity, installed.session));
                 self.note_pair(chip, installed.public_key.unwrap().spki_der());
@@ -132,7 +132,7 @@ impl<'a> Run<'a> {
             (Holds::Open(other, _) | Holds::Public(other, ..), Err(ProvisionError::ChipTaken { .. })) => {
                 assert_ne!(other, identity);
             }
-            (_, Err(ProvisionError::Store(_))) => self.look(chip, identity).await,
+            (_, Err(ProvisionError::Store(_))) => self.read_state(chip, identity).await,
             (before, Err(error)) => panic!("{before:?}: {error}"),
         }
     }
@@ -148,7 +148,7 @@ impl<'a> Run<'a> {
             }
             (Holds::Public(_, _, first), Ok(publication)) => assert_eq!((held, publication), (true, first)),
             (_, Err(ProvisionError::WrongState { state: StateName::Aborted, .. })) => assert!(!held),
-            (before, Err(ProvisionError::Store(_))) => self.look(chip, before.identity().unwrap()).await,
+            (before, Err(ProvisionError::Store(_))) => self.read_state(chip, before.identity().unwrap()).await,
             (before, outcome) => panic!("{before:?}: {outcome:?}"),
         }
     }
@@ -160,13 +160,13 @@ impl<'a> Run<'a> {
             (Holds::Open(..), Ok(())) if held => self.holds[chip] = Holds::Nothing,
             (_, Ok(())) => assert!(!held, "a repeat"),
             (Holds::Public(..), Err(ProvisionError::WrongState { .. })) => assert!(held),
-            (before, Err(ProvisionError::Store(_))) => self.look(chip, before.identity().unwrap()).await,
+            (before, Err(ProvisionError::Store(_))) => self.read_state(chip, before.identity().unwrap()).await,
             (before, Err(error)) => panic!("{before:?}: {error}"),
         }
     }
 
-    /// After a broken call the chip holds what it held before, or what it would have held: which of them, the stores say.
-    async fn look(&mut self, chip: usize, identity: u32) {
+    /// After a failed call the chip holds its previous state, or the state after the call. The stores show which.
+    async fn read_state(&mut self, chip: usize, identity: u32) {
         let device = &self.devices[chip];
         let record = self.point.record_of(&device.chip).await;
         let session = device.session(&self.point).await.filter(|session| session.state.name() != StateName::Aborted);
@@ -190,7 +190,7 @@ impl<'a> Run<'a> {
         assert_eq!(first, chip, "a pair was delivered to two chips");
     }
 
-    /// The stores say what the model says, and nothing else.
+    /// Asserts that the stores match the model exactly.
     async fn check(&self) {
         let (mut records, mut open) = (0, 0);
         for (device, holds) in self.devices.iter().zip(self.holds) {
@@ -210,7 +210,7 @@ impl<'a> Run<'a> {
                 let fits =
                     |found: PublishedRecord| found.record.identity == identity && found.record.session == session.id;
                 assert!(record.is_none_or(fits));
-                device.assert_key_is_kept_until_the_end(&self.point).await;
+                device.assert_key_stored_until_final(&self.point).await;
             }
         }
         assert_eq!(self.point.public().len().await.unwrap(), records);

@@ -1,22 +1,22 @@
-//! Policy 1, 3, 4 and 5 of what is always true: one pair for one chip, no erasure before publication, nothing unique
-//! twice, and every call may be repeated. Rule 7 is in `hsm.rs`.
+//! Invariants 1, 3, 4 and 5: one pair per chip, no erasure before publication, unique values are published once, and every call
+//! is repeatable. Invariant 7 is in `hsm.rs`.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use spp::provisioning::{Assembled, Completion, Delivery, Order, ProvisionError, Provisioner};
+use spp::provisioning::{AdmittedOrder, Assembled, Completion, Delivery, ProvisionError, Provisioner};
 use spp::store::{AuditCheckpoint, PublicDatabase as _, Publication, SessionCounts, StateName, StateStore as _};
 
-use spp_testkit::point::House;
-use spp_testkit::point::breaking::{Break, Write};
-use spp_testkit::point::device::{Kind, OnTheLine};
+use spp_testkit::point::TestBed;
+use spp_testkit::point::breaking::{FaultMode, Write};
+use spp_testkit::point::device::{Kind, TestDevice};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn of_many_chips_racing_for_an_identity_one_gets_it() {
-    let house = House::new().await;
-    let point = house.point();
-    let chips: Vec<_> = (0..8).map(|chip| OnTheLine::with_identity(&house, Kind::Phone, chip, 1)).collect();
-    let outcomes = all_at_once(chips.iter().map(|chip| assemble(point.provisioner().clone(), chip.order()))).await;
+async fn concurrent_orders_for_one_identity_admit_one_chip() {
+    let testbed = TestBed::new().await;
+    let point = testbed.point();
+    let chips: Vec<_> = (0..8).map(|chip| TestDevice::with_identity(&testbed, Kind::Phone, chip, 1)).collect();
+    let outcomes = run_concurrently(chips.iter().map(|chip| assemble(point.provisioner().clone(), chip.order()))).await;
 
     let (won, lost): (Vec<_>, Vec<_>) = outcomes.into_iter().partition(Result::is_ok);
     assert_eq!((won.len(), lost.len()), (1, 7));
@@ -29,11 +29,11 @@ async fn of_many_chips_racing_for_an_identity_one_gets_it() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn sixteen_calls_for_one_chip_get_one_certificate_and_one_package() {
-    let house = House::new().await;
-    let point = house.point();
-    let device = OnTheLine::new(&house, Kind::Phone, 1);
-    let outcomes = all_at_once((0..16).map(|_| assemble(point.provisioner().clone(), device.order()))).await;
+async fn concurrent_orders_for_one_chip_return_same_package() {
+    let testbed = TestBed::new().await;
+    let point = testbed.point();
+    let device = TestDevice::new(&testbed, Kind::Phone, 1);
+    let outcomes = run_concurrently((0..16).map(|_| assemble(point.provisioner().clone(), device.order()))).await;
 
     let delivered: BTreeSet<_> = outcomes.into_iter().map(|outcome| bytes(outcome.unwrap())).collect();
     assert_eq!(delivered.len(), 1);
@@ -42,26 +42,26 @@ async fn sixteen_calls_for_one_chip_get_one_certificate_and_one_package() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn sixteen_completions_of_one_session_get_one_receipt() {
-    let house = House::new().await;
-    let point = house.point();
-    let mut device = OnTheLine::new(&house, Kind::Phone, 1);
+async fn concurrent_completions_return_same_receipt() {
+    let testbed = TestBed::new().await;
+    let point = testbed.point();
+    let mut device = TestDevice::new(&testbed, Kind::Phone, 1);
     device.assemble(&point).await.unwrap();
     let session = device.delivered[0].0;
     let completions = (0..16).map(|_| complete(point.provisioner().clone(), device.completion(session)));
-    let receipts: Vec<_> = all_at_once(completions).await.into_iter().map(Result::unwrap).collect();
+    let receipts: Vec<_> = run_concurrently(completions).await.into_iter().map(Result::unwrap).collect();
     assert!(receipts.iter().all(|receipt| *receipt == receipts[0]));
     device.assert_complete(&point, receipts[0]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_pair_is_not_erased_before_its_record_is_public() {
-    let house = House::new().await;
-    let mut point = house.point();
-    let mut device = OnTheLine::new(&house, Kind::Phone, 1);
+async fn pair_is_not_erased_before_publication() {
+    let testbed = TestBed::new().await;
+    let mut point = testbed.point();
+    let mut device = TestDevice::new(&testbed, Kind::Phone, 1);
     device.assemble(&point).await.unwrap();
     for _ in 0..3 {
-        point.faults.break_nth(0, Break::Failed);
+        point.faults.fail_nth(0, FaultMode::Failed);
         device.complete(&point).await.unwrap_err();
         point.restart().await;
         assert!(device.has_wrapped_key(&point).await);
@@ -73,10 +73,11 @@ async fn a_pair_is_not_erased_before_its_record_is_public() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_wrong_backup_or_confirmation_changes_nothing() {
-    let house = House::new().await;
-    let point = house.point();
-    let (mut device, mut other) = (OnTheLine::new(&house, Kind::Phone, 1), OnTheLine::new(&house, Kind::Phone, 2));
+async fn invalid_backup_or_confirmation_changes_nothing() {
+    let testbed = TestBed::new().await;
+    let point = testbed.point();
+    let (mut device, mut other) =
+        (TestDevice::new(&testbed, Kind::Phone, 1), TestDevice::new(&testbed, Kind::Phone, 2));
     device.assemble(&point).await.unwrap();
     other.assemble(&point).await.unwrap();
     let (session, theirs) = (device.delivered[0].0, other.delivered[0].0);
@@ -98,12 +99,12 @@ async fn a_wrong_backup_or_confirmation_changes_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn chip_identity_serial_and_public_key_are_each_published_once() {
-    let house = House::new().await;
-    let point = house.point();
-    let mut devices: Vec<_> = (0..6).map(|n| OnTheLine::new(&house, Kind::Phone, n)).collect();
+async fn chip_identity_serial_and_key_are_published_once() {
+    let testbed = TestBed::new().await;
+    let point = testbed.point();
+    let mut devices: Vec<_> = (0..6).map(|n| TestDevice::new(&testbed, Kind::Phone, n)).collect();
     for device in &mut devices {
-        device.walk(&point).await;
+        device.provision(&point).await;
     }
     let (mut serials, mut keys) = (BTreeSet::new(), BTreeSet::new());
     for device in &devices {
@@ -113,7 +114,7 @@ async fn chip_identity_serial_and_public_key_are_each_published_once() {
     }
     assert_eq!((serials.len(), keys.len()), (6, 6));
 
-    let taken = |chip, identity| OnTheLine::with_identity(&house, Kind::Phone, chip, identity);
+    let taken = |chip, identity| TestDevice::with_identity(&testbed, Kind::Phone, chip, identity);
     let error = taken(0, 0).assemble(&point).await.unwrap_err();
     assert!(matches!(error, ProvisionError::AlreadyComplete { .. }), "{error}");
     let error = taken(0, 77).assemble(&point).await.unwrap_err();
@@ -124,9 +125,9 @@ async fn chip_identity_serial_and_public_key_are_each_published_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn audit_checkpoints_among_the_records_are_proven_and_taken_for_no_device() {
-    let house = House::new().await;
-    let point = house.point();
+async fn audit_checkpoints_are_provable_and_not_device_records() {
+    let testbed = TestBed::new().await;
+    let point = testbed.point();
     let registry = point.provisioner().registry();
     let checkpoint = |entries| AuditCheckpoint {
         node: "node-1".to_owned(),
@@ -135,8 +136,8 @@ async fn audit_checkpoints_among_the_records_are_proven_and_taken_for_no_device(
         recorded: 1,
     };
     registry.append_audit(&checkpoint(10)).await.unwrap();
-    let mut device = OnTheLine::new(&house, Kind::Phone, 1);
-    let answer = device.walk(&point).await;
+    let mut device = TestDevice::new(&testbed, Kind::Phone, 1);
+    let answer = device.provision(&point).await;
     registry.append_audit(&checkpoint(20)).await.unwrap();
 
     assert_eq!(answer.index, 1);
@@ -156,15 +157,15 @@ async fn audit_checkpoints_among_the_records_are_proven_and_taken_for_no_device(
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_aborted_pair_is_destroyed_and_its_chip_gets_another() {
-    let house = House::new().await;
-    let point = house.point();
-    let mut device = OnTheLine::new(&house, Kind::Phone, 1);
+async fn aborted_pair_is_destroyed_and_replaced() {
+    let testbed = TestBed::new().await;
+    let point = testbed.point();
+    let mut device = TestDevice::new(&testbed, Kind::Phone, 1);
     let first = device.assemble(&point).await.unwrap();
-    point.faults.break_nth(0, Break::Failed);
+    point.faults.fail_nth(0, FaultMode::Failed);
     device.abort(&point).await.unwrap_err();
     assert_eq!(device.state(&point).await, Some(StateName::Issued));
-    point.faults.break_nth(0, Break::FailedButPersisted);
+    point.faults.fail_nth(0, FaultMode::FailedButPersisted);
     device.abort(&point).await.unwrap_err();
     device.abort(&point).await.unwrap();
     assert_eq!(device.state(&point).await, Some(StateName::Aborted));
@@ -180,8 +181,8 @@ async fn an_aborted_pair_is_destroyed_and_its_chip_gets_another() {
     assert!(matches!(error, ProvisionError::WrongState { state: StateName::Erased, .. }), "{error}");
 }
 
-/// Calls that begin at once, each in a task of its own, as those of the wire.
-async fn all_at_once<T, F>(calls: impl Iterator<Item = F>) -> Vec<T>
+/// Runs calls concurrently, each in its own task, like calls from clients.
+async fn run_concurrently<T, F>(calls: impl Iterator<Item = F>) -> Vec<T>
 where
     T: Send + 'static,
     F: Future<Output = T> + Send + 'static,
@@ -194,7 +195,7 @@ where
     outcomes
 }
 
-async fn assemble(provisioner: Arc<Provisioner>, order: Order) -> Result<Assembled, ProvisionError> {
+async fn assemble(provisioner: Arc<Provisioner>, order: AdmittedOrder) -> Result<Assembled, ProvisionError> {
     provisioner.assemble(order).await
 }
 

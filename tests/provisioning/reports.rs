@@ -1,19 +1,19 @@
-//! Reports that are longer than what is read at once.
+//! Reports that exceed one read transaction.
 
 use std::collections::BTreeSet;
 
 use spp::names::{ChipId, SessionId};
 use spp::provisioning::{ProductionBy, SessionFilter};
-use spp::store::{HOUR, ProductionCounts, Session, SessionState, StateName, StateStore as _};
+use spp::store::{ProductionCounts, SECONDS_PER_HOUR, Session, SessionState, StateName, StateStore as _};
 
-use spp_testkit::point::device::{Kind, OnTheLine, identity_of};
-use spp_testkit::point::{House, Point};
+use spp_testkit::point::device::{Kind, TestDevice, identity_of};
+use spp_testkit::point::{Point, TestBed};
 
 const MANY: u32 = 1100;
 
-/// So many sessions, each begun in an hour of its own, and one more now.
-async fn begin_many(house: &House, point: &Point<'_>) {
-    let mut first = OnTheLine::new(house, Kind::Phone, 0);
+/// Opens many sessions, each in its own hour, and one more now.
+async fn open_many_sessions(testbed: &TestBed, point: &Point<'_>) {
+    let mut first = TestDevice::new(testbed, Kind::Phone, 0);
     first.assemble(point).await.unwrap();
     let known = first.session(point).await.unwrap();
     for n in 1..=MANY {
@@ -21,7 +21,7 @@ async fn begin_many(house: &House, point: &Point<'_>) {
             id: SessionId::from_bytes(&n.to_be_bytes().repeat(4)).unwrap(),
             chip: ChipId::from_bytes(&[[0xC5; 8].as_slice(), &n.to_be_bytes()].concat()).unwrap(),
             identity: identity_of(Kind::Phone, n),
-            created: u64::from(n) * HOUR,
+            created: u64::from(n) * SECONDS_PER_HOUR,
             state: SessionState::Reserved,
             ..known.clone()
         };
@@ -30,15 +30,15 @@ async fn begin_many(house: &House, point: &Point<'_>) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_long_report_is_whole_and_a_page_looks_at_so_many_sessions_and_no_more() {
-    let house = House::new().await;
-    let point = house.point();
-    begin_many(&house, &point).await;
-    let told = point.provisioner().production(1..u64::from(MANY) + 1, ProductionBy::Hour).await.unwrap();
+async fn long_report_is_complete_and_page_scan_is_bounded() {
+    let testbed = TestBed::new().await;
+    let point = testbed.point();
+    open_many_sessions(&testbed, &point).await;
+    let counts_by_group = point.provisioner().production(1..u64::from(MANY) + 1, ProductionBy::Hour).await.unwrap();
     let one = ProductionCounts { begun: 1, ..ProductionCounts::default() };
-    assert!(told.len() == MANY as usize && told.values().all(|counts| *counts == one));
-    let told = point.provisioner().production(0..u64::MAX, ProductionBy::Profile).await.unwrap();
-    assert_eq!(told.into_values().map(|counts| counts.begun).collect::<Vec<_>>(), [u64::from(MANY) + 1]);
+    assert!(counts_by_group.len() == MANY as usize && counts_by_group.values().all(|counts| *counts == one));
+    let counts_by_group = point.provisioner().production(0..u64::MAX, ProductionBy::Profile).await.unwrap();
+    assert_eq!(counts_by_group.into_values().map(|counts| counts.begun).collect::<Vec<_>>(), [u64::from(MANY) + 1]);
 
     let pages = async |filter: &SessionFilter, limit| {
         let (mut pages, mut after) = (Vec::new(), None);
@@ -61,8 +61,8 @@ async fn a_long_report_is_whole_and_a_page_looks_at_so_many_sessions_and_no_more
             assert_eq!((ids.len(), BTreeSet::from_iter(&ids).len()), (wanted, wanted), "{state:?}, {limit}");
         }
     }
-    let nobody = SessionFilter { station: Some("line-9".parse().unwrap()), ..SessionFilter::default() };
-    assert_eq!(pages(&nobody, 10).await, [vec![], vec![]], "two looks, and nothing found");
-    let old = SessionFilter { older_than: 24 * HOUR, ..SessionFilter::default() };
+    let unknown_station = SessionFilter { station: Some("line-9".parse().unwrap()), ..SessionFilter::default() };
+    assert_eq!(pages(&unknown_station, 10).await, [vec![], vec![]], "two page scans without a match");
+    let old = SessionFilter { older_than: 24 * SECONDS_PER_HOUR, ..SessionFilter::default() };
     assert_eq!(pages(&old, 5000).await.concat().len(), MANY as usize);
 }

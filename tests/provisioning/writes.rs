@@ -1,78 +1,83 @@
-//! Every write of the way breaks once, in both ways; then the call is repeated, in the same process or in a new one.
+//! Every provisioning write fails once, in both modes; then the call is repeated in the same process or after a restart.
 
 use spp::provisioning::ProvisionError;
 use spp::store::StateName;
 
-use spp_testkit::point::breaking::{Break, Write};
-use spp_testkit::point::device::{Kind, OnTheLine};
-use spp_testkit::point::{House, Point};
+use spp_testkit::point::breaking::{FaultMode, Write};
+use spp_testkit::point::device::{Kind, TestDevice};
+use spp_testkit::point::{Point, TestBed};
 use spp_testkit::random::scaled;
 
-/// The writes of the way, in their order.
-const WAY: [Write; 5] = [Write::Reserve, Write::Issue, Write::Publish, Write::NotePublished, Write::Erase];
+/// The provisioning writes, in order.
+const WRITES: [Write; 5] = [Write::Reserve, Write::Issue, Write::Publish, Write::NotePublished, Write::Erase];
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_phone_is_whole_whichever_write_breaks() {
-    whichever_write_breaks(Kind::Phone).await;
+async fn phone_recovers_from_any_failed_write() {
+    provision_with_each_fault(Kind::Phone).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_sensor_is_whole_whichever_write_breaks() {
-    whichever_write_breaks(Kind::Sensor).await;
+async fn sensor_recovers_from_any_failed_write() {
+    provision_with_each_fault(Kind::Sensor).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_gateway_is_whole_whichever_write_breaks() {
-    whichever_write_breaks(Kind::Gateway).await;
+async fn gateway_recovers_from_any_failed_write() {
+    provision_with_each_fault(Kind::Gateway).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_device_with_a_pooled_pair_is_whole_whichever_write_breaks() {
-    whichever_write_breaks(Kind::Pooled).await;
+async fn pooled_device_recovers_from_any_failed_write() {
+    provision_with_each_fault(Kind::Pooled).await;
 }
 
-async fn whichever_write_breaks(kind: Kind) {
-    let house = House::new().await;
+async fn provision_with_each_fault(kind: Kind) {
+    let testbed = TestBed::new().await;
     let mut n = 0;
     let mut next = || {
         n += 1;
-        OnTheLine::new(&house, kind, n)
+        TestDevice::new(&testbed, kind, n)
     };
-    undisturbed(&ready_point(&house).await, next()).await;
-    for (nth, write) in WAY.into_iter().enumerate() {
-        for how in [Break::Failed, Break::FailedButPersisted] {
-            // Both in the full size, one or the other in turn in the short one.
-            let in_turn = [Then::Repeat, Then::Restart][(nth + how as usize + kind as usize) % 2];
-            for then in scaled(vec![in_turn], vec![Then::Repeat, Then::Restart]) {
-                println!("{kind:?}: {write:?} {how:?}, then {then:?}");
-                one_write_breaks(ready_point(&house).await, next(), (nth, write, how), then).await;
+    provision_without_fault(&ready_point(&testbed).await, next()).await;
+    for (nth, write) in WRITES.into_iter().enumerate() {
+        for mode in [FaultMode::Failed, FaultMode::FailedButPersisted] {
+            // Both in full runs, alternating in short runs.
+            let in_turn = [NextAction::Repeat, NextAction::Restart][(nth + mode as usize + kind as usize) % 2];
+            for next_action in scaled(vec![in_turn], vec![NextAction::Repeat, NextAction::Restart]) {
+                println!("{kind:?}: {write:?} {mode:?}, next_action {next_action:?}");
+                provision_with_fault(ready_point(&testbed).await, next(), (nth, write, mode), next_action).await;
             }
         }
     }
 }
 
-async fn ready_point(house: &House) -> Point<'_> {
-    let point = house.point();
-    point.filled(4).await;
+async fn ready_point(testbed: &TestBed) -> Point<'_> {
+    let point = testbed.point();
+    point.wait_until_filled(4).await;
     point
 }
 
-/// What comes after the call that failed.
+/// The action after the failed call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Then {
+enum NextAction {
     Repeat,
     Restart,
 }
 
-async fn undisturbed(point: &Point<'_>, mut device: OnTheLine) {
-    let answer = device.walk(point).await;
-    assert_eq!(point.faults.take_written(), WAY);
+async fn provision_without_fault(point: &Point<'_>, mut device: TestDevice) {
+    let answer = device.provision(point).await;
+    assert_eq!(point.faults.take_written(), WRITES);
     device.assert_complete(point, answer).await;
 }
 
-async fn one_write_breaks(mut point: Point<'_>, mut device: OnTheLine, broken: (usize, Write, Break), then: Then) {
-    let (nth, write, how) = broken;
-    point.faults.break_nth(nth, how);
+async fn provision_with_fault(
+    mut point: Point<'_>,
+    mut device: TestDevice,
+    broken: (usize, Write, FaultMode),
+    next_action: NextAction,
+) {
+    let (nth, write, mode) = broken;
+    point.faults.fail_nth(nth, mode);
 
     let in_assemble = matches!(write, Write::Reserve | Write::Issue);
     let error = match device.assemble(&point).await {
@@ -80,17 +85,17 @@ async fn one_write_breaks(mut point: Point<'_>, mut device: OnTheLine, broken: (
         assembled => assembled.map(drop).unwrap_err(),
     };
     assert!(matches!(error, ProvisionError::Store(_)), "{error}");
-    assert_eq!(left_by(&point, &device).await, left_by_break(write, how));
-    device.assert_key_is_kept_until_the_end(&point).await;
+    assert_eq!(observed_state(&point, &device).await, expected_state_after_fault(write, mode));
+    device.assert_key_stored_until_final(&point).await;
 
-    if then == Then::Restart {
-        let tidied = point.restart().await;
-        assert_eq!(tidied.failed, 0);
-        assert_eq!(left_by(&point, &device).await, left_by_restart(write, how));
-        device.assert_key_is_kept_until_the_end(&point).await;
+    if next_action == NextAction::Restart {
+        let report = point.restart().await;
+        assert_eq!(report.failed, 0);
+        assert_eq!(observed_state(&point, &device).await, expected_state_after_restart(write, mode));
+        device.assert_key_stored_until_final(&point).await;
     }
-    // A station whose device is not complete may ask for the package again. It is the one that it had.
-    let (state, public) = left_by(&point, &device).await;
+    // A station may repeat Assemble until the device is complete, and gets the same package.
+    let (state, public) = observed_state(&point, &device).await;
     if in_assemble || (state == Some(StateName::Issued) && !public) {
         device.assemble(&point).await.unwrap();
     }
@@ -100,13 +105,13 @@ async fn one_write_breaks(mut point: Point<'_>, mut device: OnTheLine, broken: (
     device.assert_complete(&point, answer).await;
 }
 
-/// What the journal says of the chip, and whether its record is public.
-async fn left_by(point: &Point<'_>, device: &OnTheLine) -> (Option<StateName>, bool) {
+/// The journaled state of the chip, and whether its record is public.
+async fn observed_state(point: &Point<'_>, device: &TestDevice) -> (Option<StateName>, bool) {
     (device.state(point).await, device.is_public(point).await)
 }
 
-fn left_by_break(write: Write, how: Break) -> (Option<StateName>, bool) {
-    let persisted = how == Break::FailedButPersisted;
+fn expected_state_after_fault(write: Write, mode: FaultMode) -> (Option<StateName>, bool) {
+    let persisted = mode == FaultMode::FailedButPersisted;
     let (before, after) = match write {
         Write::Reserve => ((None, false), (Some(StateName::Reserved), false)),
         Write::Issue => ((Some(StateName::Reserved), false), (Some(StateName::Issued), false)),
@@ -118,11 +123,11 @@ fn left_by_break(write: Write, how: Break) -> (Option<StateName>, bool) {
     if persisted { after } else { before }
 }
 
-/// What is signed or published already is taken further without a station; what needs one waits for it.
-fn left_by_restart(write: Write, how: Break) -> (Option<StateName>, bool) {
-    match left_by_break(write, how) {
+/// Signed or published sessions are finished without a station; other sessions wait for theirs.
+fn expected_state_after_restart(write: Write, mode: FaultMode) -> (Option<StateName>, bool) {
+    match expected_state_after_fault(write, mode) {
         (Some(StateName::Reserved), public) => (Some(StateName::Issued), public),
         (Some(_), true) => (Some(StateName::Erased), true),
-        waits => waits,
+        waiting => waiting,
     }
 }

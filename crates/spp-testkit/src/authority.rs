@@ -1,4 +1,4 @@
-//! A certificate authority of the test's own, which certifies what sppctl never would.
+//! A test certificate authority, which issues certificates that sppctl refuses to issue.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -18,7 +18,7 @@ use crate::site::Site;
 
 const P256: SignatureAlgorithm = SignatureAlgorithm::EcdsaP256Sha256;
 
-/// An authority for access certificates whose key is in this process, so that it can sign what sppctl never would.
+/// An authority for access certificates, with its key in this process.
 pub struct Authority {
     pub pem: String,
     key_pem: String,
@@ -40,7 +40,7 @@ impl Authority {
         Self { pem, key_pem, pair }
     }
 
-    /// An identity for TLS with this name, from now minus an hour.
+    /// Creates a TLS identity with this name, valid since one hour ago.
     pub fn identity(&self, name: &AccessName, not_after: u64) -> Identity {
         let (public, _, key_pem) = key_pair();
         let issuer = IssuerCertificate::from_pem(&self.pem, P256).unwrap();
@@ -55,7 +55,7 @@ impl Authority {
         Identity::from_pem(signed(unsigned.unwrap(), &self.pair), key_pem)
     }
 
-    /// An identity with any subjectAltName, made by openssl.
+    /// Creates a TLS identity with any subjectAltName, using openssl.
     pub fn identity_with(&self, site: &Site, names: &str) -> Identity {
         let path = |name: &str| site.path(name).display().to_string();
         std::fs::write(site.path("ca.pem"), &self.pem).unwrap();
@@ -93,7 +93,7 @@ pub fn station(name: &str) -> AccessName {
     AccessName::Client(Caller::Station(name.parse().unwrap()))
 }
 
-/// TLS ended it: nothing of the daemon answered.
+/// Whether the TLS handshake failed, so that the daemon did not answer.
 pub fn refused_by_tls(answer: &Result<(), Status>) -> bool {
     matches!(answer, Err(status) if status.get_error_details().error_info().is_none()
         && matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Internal))

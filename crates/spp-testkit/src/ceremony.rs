@@ -1,4 +1,4 @@
-//! Ceremony files, table by table.
+//! Builder for ceremony files.
 
 use std::fmt::Write as _;
 
@@ -7,29 +7,29 @@ use std::fmt::Write as _;
 pub struct CeremonyFile(String);
 
 impl CeremonyFile {
-    /// A file that asks for nothing yet.
+    /// Creates an empty file.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// `[[NAME]]` without fields.
+    /// Adds the table `[[NAME]]` without fields.
     pub fn table(mut self, name: &str) -> Self {
         let _ = writeln!(self.0, "[[{name}]]");
         self
     }
 
-    /// Another field of the last table; the value is TOML.
+    /// Adds a field to the last table; the value is TOML.
     pub fn with(mut self, field: &str, value: &str) -> Self {
         let _ = writeln!(self.0, "{field} = {value}");
         self
     }
 
-    /// Another field of the last table; the value is a string.
+    /// Adds a field to the last table; the value is a string.
     pub fn with_text(self, field: &str, value: &str) -> Self {
         self.with(field, &format!("{value:?}"))
     }
 
-    /// A signing key whose certificate is `self-signed` or a `csr`.
+    /// Adds a signing key whose certificate is `self-signed` or a `csr`.
     pub fn signing_key(self, name: &str, kind: &str, certificate: &str, common_name: &str) -> Self {
         self.table("signing_key")
             .with_text("name", name)
@@ -38,32 +38,32 @@ impl CeremonyFile {
             .with("subject", &format!("{{ common_name = {common_name:?} }}"))
     }
 
-    /// A signing key that a root of the same token certifies.
+    /// Adds a signing key that a root of the same token certifies.
     pub fn issued_key(self, name: &str, kind: &str, issuer: &str, common_name: &str) -> Self {
         self.signing_key(name, kind, "issued", common_name).with_text("issuer", issuer)
     }
 
-    /// A self-signed root.
+    /// Adds a self-signed root key.
     pub fn root_key(self, name: &str, kind: &str, common_name: &str) -> Self {
         self.signing_key(name, kind, "self-signed", common_name).with_text("use", "root")
     }
 
-    /// A key for the checkpoints of a log.
+    /// Adds a key for the checkpoints of a log.
     pub fn log_key(self, name: &str, origin: &str) -> Self {
         self.table("log_key").with_text("name", name).with_text("origin", origin)
     }
 
-    /// A master key.
+    /// Adds a master key.
     pub fn master_key(self, name: &str, version: u32, prf: &str) -> Self {
         self.table("master_key").with_text("name", name).with("version", &version.to_string()).with_text("prf", prf)
     }
 
-    /// A look at a key's check value.
+    /// Adds a verification of a key's check value.
     pub fn check_value(self, key: &str) -> Self {
         self.table("check_value").with_text("key", key)
     }
 
-    /// What is written into the file.
+    /// The text of the file.
     pub fn text(&self) -> &str {
         &self.0
     }

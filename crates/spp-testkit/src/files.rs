@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
-/// A new directory, in memory (`/dev/shm`) where the system has that, since hundreds of tests that sync to one disk wait for each
-/// other. What a killed process wrote is kept there as on a disk; `SPP_TEST_DIR` puts it onto a real one, as `make soak` does.
+/// Creates a directory, in memory (`/dev/shm`) if available, because hundreds of tests that sync to one disk slow each other
+/// down. Data written by a killed process survives there as on a disk. `SPP_TEST_DIR` selects a directory on a real disk, as
+/// `make soak` does.
 pub fn temp_dir() -> TempDir {
     let parent = std::env::var_os("SPP_TEST_DIR").map_or_else(in_memory, PathBuf::from);
     tempfile::tempdir_in(&parent).unwrap_or_else(|e| panic!("{}: {e}", parent.display()))
@@ -23,7 +24,7 @@ pub fn write_private(path: &Path, content: &str) {
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).unwrap();
 }
 
-/// Copies a directory with everything in it, modes included. What exists at `to` is overwritten and otherwise left.
+/// Copies a directory recursively, including modes. Existing files at `to` are overwritten; other files there stay.
 pub fn copy_directory(from: &Path, to: &Path) {
     std::fs::create_dir_all(to).unwrap();
     std::fs::set_permissions(to, std::fs::metadata(from).unwrap().permissions()).unwrap();

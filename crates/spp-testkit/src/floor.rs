@@ -1,12 +1,12 @@
-//! A floor for tests: simulated devices, their orders, and what a station does with an answer.
+//! Simulated devices, their orders, and a station's handling of the answers.
 
 use spp::certificate::IssuerCertificate;
 use spp::device::{Delivery, Device, PublicRecord, SimulatedFab};
 use spp::keys::{DevicePrivateKey, PublicKey, SignatureAlgorithm, sha256};
 use spp::names::{ChipId, Imei, SessionId};
 use spp::package::TransportCurve;
-use spp::proto::assemble_response::Delivery as Delivered;
-use spp::proto::get_session_request::Session as Which;
+use spp::proto::assemble_response::Delivery as ProtoDelivery;
+use spp::proto::get_session_request::Session as SessionSelector;
 use spp::proto::line_client::LineClient;
 use spp::proto::{
     AssembleRequest, AssembleResponse, CertificateFormat, CompleteRequest, GetRecordResponse, GetSessionRequest,
@@ -22,11 +22,11 @@ use crate::site::Site;
 
 pub type Line = LineClient<Channel>;
 
-/// Makes the chips of a site.
-pub struct Floor(SimulatedFab);
+/// Creates the simulated devices of a site.
+pub struct TestFab(SimulatedFab);
 
-impl Floor {
-    /// A fab whose chips have the site's manufacturer in their ROM.
+impl TestFab {
+    /// Creates a fab whose chips have the site's manufacturer key in their ROM.
     pub fn new(site: &Site) -> Self {
         Self(SimulatedFab::create(site.path("devices"), manufacturer(site), None).unwrap())
     }
@@ -37,7 +37,7 @@ impl Floor {
     }
 
     /// Device number `n`, to which packages can be sealed.
-    pub fn sealing(&self, n: u64, curve: TransportCurve) -> Device {
+    pub fn sealing_device(&self, n: u64, curve: TransportCurve) -> Device {
         self.0.device(&chip(n), Some(curve)).unwrap()
     }
 }
@@ -51,30 +51,30 @@ pub fn chip(n: u64) -> ChipId {
     ChipId::from_bytes(&[&[0xc4; 8][..], &n.to_be_bytes()].concat()).unwrap()
 }
 
-/// An IMEI of the range that line-1/a may use.
+/// An IMEI in the range of line-1/a.
 pub fn imei(n: u64) -> String {
     let digits = format!("4901542{n:07}");
     format!("imei:{digits}{}", Imei::check_digit(&digits).unwrap())
 }
 
-/// The order for device `n` as a phone: a pair made in the HSM and a symmetric key.
+/// The order for device `n` as a phone: a pair generated in the HSM, and a symmetric key.
 pub fn phone(n: u64) -> AssembleRequest {
     let chip_id = chip(n).as_bytes().to_vec();
     AssembleRequest { chip_id, identity: imei(n), profile: "phone".to_owned(), ..Default::default() }
 }
 
-/// The order for device `n` as a sensor: symmetric keys alone, sealed.
+/// The order for device `n` as a sensor: symmetric keys only, sealed.
 pub fn sensor(n: u64, device: &Device) -> AssembleRequest {
     sealed(AssembleRequest { identity: format!("eui48:{n:012x}"), profile: "sensor".to_owned(), ..phone(n) }, device)
 }
 
-/// The order for device `n` as a gateway, which makes its own pair.
+/// The order for device `n` as a gateway, which generates its own pair.
 pub fn gateway(n: u64, device: &Device) -> AssembleRequest {
     let csr = csr(&device.own_key_pair().unwrap());
     AssembleRequest { identity: format!("serial:GW-{n}"), profile: "gateway".to_owned(), csr, ..phone(n) }
 }
 
-/// The order with the device's transport key.
+/// Adds the device's transport key to the order.
 pub fn sealed(order: AssembleRequest, device: &Device) -> AssembleRequest {
     let key = device.transport_public_key().unwrap().unwrap();
     let kind = match key.curve() {
@@ -102,14 +102,14 @@ pub fn csr(pair: &DevicePrivateKey) -> Vec<u8> {
     CertReq { info, algorithm, signature: BitString::from_bytes(&signature).unwrap() }.to_der().unwrap()
 }
 
-/// Installs the answer on the device and gives what Complete takes.
+/// Installs the answer on the device and returns the Complete request.
 pub fn install(device: &mut Device, answer: &AssembleResponse) -> CompleteRequest {
     let session = SessionId::from_bytes(&answer.session_id).unwrap();
     match answer.delivery.as_ref().unwrap() {
-        Delivered::DataPackage(bytes) => {
+        ProtoDelivery::DataPackage(bytes) => {
             device.install(&session, &Delivery::Clear(&SecretBytes::copy_of(bytes))).unwrap();
         }
-        Delivered::SealedPackage(bytes) => {
+        ProtoDelivery::SealedPackage(bytes) => {
             device.install(&session, &Delivery::Sealed(bytes)).unwrap();
         }
     }
@@ -141,20 +141,20 @@ pub async fn complete(line: &mut Line, request: &CompleteRequest) -> Result<Rece
     line.complete(request.clone()).await.map(|answer| answer.into_inner().receipt.unwrap())
 }
 
-/// Where the record stands, as it is told without the proof.
-pub fn unproven(receipt: &Receipt) -> Option<Receipt> {
+/// The receipt without its proof, as some answers contain it.
+pub fn without_proof(receipt: &Receipt) -> Option<Receipt> {
     Some(Receipt { tlog_proof: Vec::new(), ..receipt.clone() })
 }
 
-/// The receipt proves that these bytes are in the site's log.
-pub fn assert_proven(site: &Site, receipt: &Receipt, record: &[u8]) {
+/// Asserts that the receipt proves the inclusion of these bytes in the site's log.
+pub fn assert_inclusion(site: &Site, receipt: &Receipt, record: &[u8]) {
     let key: LogKey = String::from_utf8(site.read("keys/log-1.vkey")).unwrap().parse().unwrap();
     let proven = LogProof::from_bytes(&receipt.tlog_proof).unwrap().verify(record, &key).unwrap();
     assert_eq!((proven.index, &receipt.record_hash), (receipt.record_index, &sha256(record).to_vec()));
 }
 
 pub async fn session_of(line: &mut Line, chip: &ChipId) -> Result<GetSessionResponse, Status> {
-    let session = Some(Which::ChipId(chip.as_bytes().to_vec()));
+    let session = Some(SessionSelector::ChipId(chip.as_bytes().to_vec()));
     line.get_session(GetSessionRequest { session }).await.map(tonic::Response::into_inner)
 }
 
@@ -170,17 +170,17 @@ pub fn recover(device: &mut Device, answer: &GetRecordResponse) {
     device.recover(&PublicRecord { certificate, is_cwt, backup }).unwrap();
 }
 
-/// A refusal of the daemon itself: not one of the transport, and with its reason.
+/// A refusal by the daemon (not by the transport), with its reason.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Refusal {
     pub code: Code,
     pub reason: String,
-    /// The fields of `google.rpc.BadRequest`, in their order.
+    /// The fields of `google.rpc.BadRequest`, in order.
     pub fields: Vec<String>,
 }
 
 impl Refusal {
-    /// Reads a status; every refusal names its domain and reason, and every violation says what is wrong.
+    /// Parses a status. Asserts that every refusal has a domain and reason, and every violation a description.
     pub fn of(status: &Status) -> Self {
         let details = status.get_error_details();
         let info = details.error_info().unwrap_or_else(|| panic!("no ErrorInfo in {status:?}"));
@@ -197,8 +197,8 @@ impl Refusal {
     }
 }
 
-/// Whether the call may be repeated: the daemon says when, or the connection broke.
-pub fn may_be_repeated(status: &Status) -> bool {
+/// Whether the call may be repeated: the refusal has a retry delay, or the connection failed.
+pub fn is_retryable(status: &Status) -> bool {
     let details = status.get_error_details();
     details.error_info().is_none() || details.retry_info().is_some()
 }

@@ -1,39 +1,39 @@
-//! Test support: what the tests of this workspace share, and how a test is written.
+//! Shared test support of this workspace, and the policy for writing tests.
 //!
 //! | to … | use |
 //! |---|---|
 //! | have a token, keys, certificates, stores and a daemon in one directory | [`site::Site`] |
-//! | provision simulated devices over gRPC | [`floor::Floor`] and the functions beside it |
-//! | keep a line busy while something breaks, and check that nothing was lost | [`load`] |
+//! | provision simulated devices over gRPC | [`floor::TestFab`] and the functions of [`floor`] |
+//! | keep a line under load while a fault occurs, and check that no device was lost | [`load`] |
 //! | make the PKCS#11 module fail | [`Site::use_faulty_module`](site::Site::use_faulty_module), then [`Site::fail`](site::Site::fail) |
-//! | run the provisioner in the test's own process, with stores that fail | [`point::House`], [`point::Point`], [`point::breaking`] |
+//! | run the provisioner in the test's own process, with stores that fail | [`point::TestBed`], [`point::Point`], [`point::breaking`] |
 //! | have pools of key pairs, second officers, a foreign certificate authority, metrics | [`pools`], [`officers`], [`authority`], [`metrics`] |
 //! | write a ceremony file | [`ceremony::CeremonyFile`] |
 //! | wait for something | [`wait::eventually`]; never a fixed sleep |
-//! | draw at random, and scale a long run | [`random::Random`], [`random::cases`], [`random::scaled`] |
+//! | draw random values, and scale a long run | [`random::Random`], [`random::cases`], [`random::scaled`] |
 //! | start and signal processes | [`process`] |
 //! | use a TCP port | [`ports::free_port`] |
 //!
 //! # Policy
 //!
-//! - Tests run in any order, several at once, each in a process of its own (cargo-nextest), and also as threads of one process
-//!   (`cargo test`). Nothing is shared but the template of a site, which is copied.
-//! - A test waits for conditions. An upper limit is no assertion: a slow machine fails nothing. Where the fault would be that
-//!   something happens, [`wait::never`] looks for a while.
-//! - Whatever happens to a test, its processes end with it: [`process`] says how.
-//! - `SPP_SEED=N` repeats what a test drew at random; every test that draws prints its seed. `SPP_SOAK=1` selects full sizes.
-//!   What a property test once failed on is in `proptest-regressions/`, is committed, and is tried first.
-//! - The HSM is real (SoftHSM). A test without it fails with the command that installs it; none is skipped.
+//! - Tests run in any order and concurrently, each in its own process (cargo-nextest), or as threads of one process
+//!   (`cargo test`). They share only the template of a site, which each test copies.
+//! - A test waits for conditions. An upper time limit is not an assertion: a slow machine must not fail a test. If the fault
+//!   would be that something happens, [`wait::never`] observes for a while.
+//! - The processes of a test end with the test, even if the test is killed: see [`process`].
+//! - `SPP_SEED=N` repeats the random values of a test; every test that draws random values prints its seed. `SPP_SOAK=1` selects
+//!   full sizes. Past failures of property tests are in `proptest-regressions/`, are committed, and are tried first.
+//! - The HSM is real (SoftHSM). Without it a test fails with the installation command; no test is skipped.
 //!
 //! # For unit tests of `spp`
 //!
-//! The package `spp` depends on this crate for its tests, and this crate on the library `spp`. In unit tests the library is
-//! compiled a second time, so its types are others than those that this crate names: unit tests use [`wait`], [`random`],
-//! [`process`], [`files`] and [`ports`], which name none.
+//! The package `spp` depends on this crate for its tests, and this crate depends on the library `spp`. Unit tests compile the
+//! library a second time, so its types differ from those that this crate names. Unit tests therefore use only [`wait`],
+//! [`random`], [`process`], [`files`] and [`ports`], which name no `spp` types.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::missing_panics_doc, reason = "test support fails by a panic")]
 #![expect(clippy::disallowed_types, reason = "tests are gRPC clients: they read statuses")]
-#![allow(clippy::new_without_default, reason = "making a site is an act, and no default value")]
-#![allow(missing_docs, reason = "the fields and methods of sites, devices and loads are named by what they are")]
+#![allow(clippy::new_without_default, reason = "creating a site has side effects")]
+#![allow(missing_docs, reason = "the names of fields and methods of sites, devices and loads are self-explanatory")]
 
 pub mod authority;
 pub mod ceremony;

@@ -1,4 +1,4 @@
-//! Load on a line: stations that provision device after device while a test breaks something, and the check that nothing was lost.
+//! Load generator: stations that provision devices while a test injects faults, and the check that no device was lost.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -13,60 +13,60 @@ use tonic::Code;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::floor::{
-    Floor, Line, Refusal, assemble, assert_proven, chip, complete, install, may_be_repeated, package, phone, sensor,
-    state_of, unproven,
+    Line, Refusal, TestFab, assemble, assert_inclusion, chip, complete, install, is_retryable, package, phone, sensor,
+    state_of, without_proof,
 };
 use crate::random::scaled;
 use crate::site::Site;
 
-/// A client that connects again by itself.
-pub fn persistent(site: &Site) -> Channel {
+/// A channel that reconnects automatically.
+pub fn reconnecting_channel(site: &Site) -> Channel {
     let endpoint = Endpoint::from_shared(format!("https://127.0.0.1:{}", site.line)).unwrap();
     let endpoint = endpoint.tls_config(site.tls("tls/line-1-a")).unwrap();
     endpoint.connect_timeout(Duration::from_secs(5)).timeout(Duration::from_secs(30)).connect_lazy()
 }
 
-/// What a station knows of a device that went the whole way.
-pub struct Done {
+/// A completed device as the station knows it.
+pub struct CompletedDevice {
     pub order: AssembleRequest,
     pub answer: AssembleResponse,
     pub receipt: Receipt,
 }
 
-/// Takes devices on until it is told to stop.
-pub struct Shift {
-    pub floor: Floor,
-    /// What device `n` is and orders.
-    orders: fn(&Floor, u64) -> (Device, AssembleRequest),
+/// Provisions devices until it is stopped.
+pub struct ProvisioningLoad {
+    pub fab: TestFab,
+    /// Creates device `n` and its order.
+    device_and_order: fn(&TestFab, u64) -> (Device, AssembleRequest),
     next: AtomicU64,
     stop: AtomicBool,
-    done: Mutex<BTreeMap<u64, Done>>,
+    done: Mutex<BTreeMap<u64, CompletedDevice>>,
     /// Calls that had to be repeated.
     repeats: AtomicU64,
 }
 
-/// So many devices go the whole way at least.
-pub fn at_least() -> u64 {
+/// Minimum number of devices to complete.
+pub fn min_devices() -> u64 {
     scaled(50, 400)
 }
 
-impl Shift {
-    /// A shift of phones and sensors.
+impl ProvisioningLoad {
+    /// Creates a load of phones and sensors.
     pub fn new(site: &Site) -> Arc<Self> {
-        Self::of(site, |floor, n| {
+        Self::of(site, |fab, n| {
             if !n.is_multiple_of(4) {
-                return (floor.device(n), phone(n));
+                return (fab.device(n), phone(n));
             }
-            let device = floor.sealing(n, TransportCurve::P256);
+            let device = fab.sealing_device(n, TransportCurve::P256);
             let order = sensor(n, &device);
             (device, order)
         })
     }
 
-    pub fn of(site: &Site, orders: fn(&Floor, u64) -> (Device, AssembleRequest)) -> Arc<Self> {
+    pub fn of(site: &Site, device_and_order: fn(&TestFab, u64) -> (Device, AssembleRequest)) -> Arc<Self> {
         Arc::new(Self {
-            floor: Floor::new(site),
-            orders,
+            fab: TestFab::new(site),
+            device_and_order,
             next: AtomicU64::new(1),
             stop: AtomicBool::new(false),
             done: Mutex::default(),
@@ -74,7 +74,7 @@ impl Shift {
         })
     }
 
-    /// How many devices went the whole way.
+    /// The number of completed devices.
     pub fn count(&self) -> usize {
         self.done.lock().unwrap().len()
     }
@@ -84,36 +84,36 @@ impl Shift {
         self.repeats.load(Ordering::Relaxed)
     }
 
-    /// The devices that went the whole way.
-    pub fn done(&self) -> BTreeMap<u64, Done> {
+    /// Takes the completed devices.
+    pub fn done(&self) -> BTreeMap<u64, CompletedDevice> {
         std::mem::take(&mut *self.done.lock().unwrap())
     }
 
     async fn work(self: Arc<Self>, mut line: Line) {
         loop {
             let n = self.next.fetch_add(1, Ordering::Relaxed);
-            if n > at_least() && self.stop.load(Ordering::Relaxed) {
+            if n > min_devices() && self.stop.load(Ordering::Relaxed) {
                 return;
             }
-            let done = self.one_device(&mut line, n).await;
+            let done = self.provision_device(&mut line, n).await;
             self.done.lock().unwrap().insert(n, done);
         }
     }
 
-    /// Each device gets its package at least twice, and its receipt twice.
-    async fn one_device(&self, line: &mut Line, n: u64) -> Done {
-        let (mut device, order) = (self.orders)(&self.floor, n);
-        let answer = self.assembled(line, &order).await.unwrap();
+    /// Provisions one device. It gets its package at least twice, and its receipt twice.
+    async fn provision_device(&self, line: &mut Line, n: u64) -> CompletedDevice {
+        let (mut device, order) = (self.device_and_order)(&self.fab, n);
+        let answer = self.assemble_with_retries(line, &order).await.unwrap();
         let mut request = install(&mut device, &answer);
         let installed = package(&device);
         let mut completing = false;
         loop {
-            let again = self.assembled(line, &order).await;
+            let again = self.assemble_with_retries(line, &order).await;
             match again {
                 Ok(again) => {
                     assert_eq!((&again.session_id, &again.certificate), (&answer.session_id, &answer.certificate));
                     request = install(&mut device, &again);
-                    assert_eq!(package(&device), installed, "device {n} was given two packages");
+                    assert_eq!(package(&device), installed, "device {n} received two packages");
                 }
                 Err(status) => {
                     let refused = Refusal::of(&status);
@@ -126,71 +126,75 @@ impl Shift {
             completing = true;
             match complete(line, &request).await {
                 Ok(receipt) => {
-                    let again = self.completed(line, &request).await;
+                    let again = self.complete_with_retries(line, &request).await;
                     assert_eq!(again, receipt);
-                    return Done { order, answer, receipt };
+                    return CompletedDevice { order, answer, receipt };
                 }
-                Err(status) => self.may_go_on(&status).await,
+                Err(status) => self.pause_before_retry(&status).await,
             }
         }
     }
 
-    /// Repeats the call for ever while the refusal allows it.
-    pub async fn assembled(&self, line: &mut Line, order: &AssembleRequest) -> Result<AssembleResponse, tonic::Status> {
+    /// Repeats the call as long as the refusal is retryable.
+    pub async fn assemble_with_retries(
+        &self,
+        line: &mut Line,
+        order: &AssembleRequest,
+    ) -> Result<AssembleResponse, tonic::Status> {
         loop {
             match assemble(line, order).await {
-                Err(status) if may_be_repeated(&status) => self.may_go_on(&status).await,
+                Err(status) if is_retryable(&status) => self.pause_before_retry(&status).await,
                 answer => return answer,
             }
         }
     }
 
-    pub async fn completed(&self, line: &mut Line, request: &CompleteRequest) -> Receipt {
+    pub async fn complete_with_retries(&self, line: &mut Line, request: &CompleteRequest) -> Receipt {
         loop {
             match complete(line, request).await {
                 Ok(receipt) => return receipt,
-                Err(status) => self.may_go_on(&status).await,
+                Err(status) => self.pause_before_retry(&status).await,
             }
         }
     }
 
-    async fn may_go_on(&self, status: &tonic::Status) {
-        assert!(may_be_repeated(status), "failed for good: {status:?}");
+    async fn pause_before_retry(&self, status: &tonic::Status) {
+        assert!(is_retryable(status), "failed for good: {status:?}");
         self.repeats.fetch_add(1, Ordering::Relaxed);
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
 
-pub fn start_shift(shift: &Arc<Shift>, line: &Line, tasks: usize) -> Vec<tokio::task::JoinHandle<()>> {
-    (0..tasks).map(|_| tokio::spawn(Arc::clone(shift).work(line.clone()))).collect()
+pub fn start_load(load: &Arc<ProvisioningLoad>, line: &Line, tasks: usize) -> Vec<tokio::task::JoinHandle<()>> {
+    (0..tasks).map(|_| tokio::spawn(Arc::clone(load).work(line.clone()))).collect()
 }
 
-pub async fn end_shift(shift: &Shift, tasks: Vec<tokio::task::JoinHandle<()>>) {
-    shift.stop.store(true, Ordering::Relaxed);
+pub async fn stop_load(load: &ProvisioningLoad, tasks: Vec<tokio::task::JoinHandle<()>>) {
+    load.stop.store(true, Ordering::Relaxed);
     for task in tasks {
         task.await.unwrap();
     }
 }
 
-/// Everything that every station was told is in the public database, once.
-pub async fn everything_is_public_once(site: &Site, line: &mut Line, done: &BTreeMap<u64, Done>) {
+/// Asserts that everything acknowledged to a station is in the public database exactly once.
+pub async fn assert_all_published_once(site: &Site, line: &mut Line, done: &BTreeMap<u64, CompletedDevice>) {
     let mut recovery = site.recovery().await;
     let (mut serials, mut keys, mut indexes) = (HashSet::new(), HashSet::new(), HashSet::new());
     let (mut chips, mut identities) = (HashSet::new(), HashSet::new());
-    for (n, Done { order, answer, receipt }) in done {
+    for (n, CompletedDevice { order, answer, receipt }) in done {
         let known = loop {
             match recovery.get_record(GetRecordRequest { chip_id: order.chip_id.clone() }).await {
                 Ok(known) => break known.into_inner(),
-                // One address asks no faster than the daemon allows.
-                Err(status) if Refusal::of(&status).is(Code::ResourceExhausted, "TOO_FAST") => {
+                // The daemon limits the request rate per address.
+                Err(status) if Refusal::of(&status).is(Code::ResourceExhausted, "RATE_LIMITED") => {
                     tokio::time::sleep(Duration::from_millis(100)).await;
                 }
                 Err(status) => panic!("device {n}: {status}"),
             }
         };
         let record = known.record.unwrap();
-        assert_eq!(known.receipt, unproven(receipt), "device {n}");
-        assert_proven(site, receipt, &known.record_bytes);
+        assert_eq!(known.receipt, without_proof(receipt), "device {n}");
+        assert_inclusion(site, receipt, &known.record_bytes);
         assert_eq!((&record.certificate, &record.identity), (&answer.certificate, &order.identity), "device {n}");
         assert_eq!(state_of(line, &chip(*n)).await, SessionState::Erased, "device {n}");
         if order.profile != "sensor" {

@@ -1,4 +1,4 @@
-//! The metrics page, read over plain HTTP.
+//! Reads the metrics page over plain HTTP.
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use crate::site::Site;
 
-/// A site that is to tell its metrics on that address.
-pub fn told_on(address: &str) -> Site {
+/// Creates a site whose daemon serves metrics on this address.
+pub fn site_with_metrics(address: &str) -> Site {
     let site = Site::new();
     site.edit("sppd.toml", "# metrics = \"127.0.0.1:7446\"", &format!("metrics = \"{address}\""));
     site
@@ -20,7 +20,7 @@ pub fn connect(port: u16) -> TcpStream {
     stream
 }
 
-/// The whole answer to a request.
+/// Sends a request and returns the whole response.
 pub fn ask(port: u16, request: &str) -> String {
     let mut stream = connect(port);
     write!(stream, "{request} HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();

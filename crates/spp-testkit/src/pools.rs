@@ -1,4 +1,4 @@
-//! Sites with pools of key pairs, and what is in them.
+//! Sites with pools of key pairs, and inspection of their stores.
 
 use std::collections::{BTreeSet, HashSet};
 use std::time::Duration;
@@ -6,20 +6,20 @@ use std::time::Duration;
 use der::{Decode as _, Encode as _};
 use spp::config::StoreConfig;
 use spp::proto::{AssembleRequest, AssembleResponse, GetPoolStatusRequest, GetPoolStatusResponse};
-use spp::store::{HeldPair, Holder, SecretStore as _, SledStateStore};
+use spp::store::{BatchPair, PairAssignment, SecretStore as _, SledStateStore};
 use tonic::Status;
 use tonic_types::StatusExt as _;
 
-use crate::floor::{Line, assemble, may_be_repeated, phone};
+use crate::floor::{Line, assemble, is_retryable, phone};
 use crate::site::Site;
 use crate::wait::eventually;
 
-/// Where `sppctl` finds the officer listener.
+/// The `sppctl` options for the officer listener.
 pub fn officer(site: &Site) -> String {
     format!("--server https://127.0.0.1:{} --tls tls/officer", site.officer)
 }
 
-/// A site with a profile `pooled` besides those of the demo: a phone whose P-256 pair comes from a pool between these marks.
+/// Creates a site with an additional profile `pooled`: a phone whose P-256 pair comes from a pool with these marks.
 pub fn pooled_site(low: u64, high: u64) -> Site {
     let site = Site::new();
     add_profile(&site, "pooled", "phone", &[("source = \"generate\"", "source = \"pool\"")]);
@@ -27,7 +27,7 @@ pub fn pooled_site(low: u64, high: u64) -> Site {
     site
 }
 
-/// A profile that is like another one but for these words; line-1/a may use it.
+/// Adds a copy of the profile `like` with these edits; line-1/a may use it.
 pub fn add_profile(site: &Site, name: &str, like: &str, edits: &[(&str, &str)]) {
     let file = format!("profiles/{name}.toml");
     std::fs::copy(site.path(&format!("profiles/{like}.toml")), site.path(&file)).unwrap();
@@ -35,7 +35,7 @@ pub fn add_profile(site: &Site, name: &str, like: &str, edits: &[(&str, &str)]) 
     site.edit("sppd.toml", "\"router\"", &format!("\"router\", \"{name}\""));
 }
 
-/// The profile `router` takes RSA pairs from its pool, as in the demo: they are slow to make.
+/// Makes the profile `router` take RSA pairs from its pool, as in the demo; RSA pairs are slow to generate.
 pub fn use_rsa_routers(site: &Site) {
     site.edit("profiles/router.toml", "ed25519", "rsa-2048");
     site.edit("sppd.toml", "ed25519", "rsa-2048");
@@ -46,25 +46,25 @@ pub fn add_pool(site: &Site, kind: &str, low: u64, high: u64) {
     site.edit("sppd.toml", "[[station]]", &pool);
 }
 
-/// The order for device `n` with a pair of the pool.
+/// The order for device `n` with a pooled pair.
 pub fn pooled(n: u64) -> AssembleRequest {
     AssembleRequest { profile: "pooled".to_owned(), ..phone(n) }
 }
 
-/// Asks as long as it may, as often as it is told.
-pub async fn answered(line: &mut Line, order: &AssembleRequest) -> AssembleResponse {
+/// Repeats the order while the refusal is retryable, with the delay of the refusal.
+pub async fn assemble_with_retries(line: &mut Line, order: &AssembleRequest) -> AssembleResponse {
     loop {
         match assemble(line, order).await {
             Ok(answer) => return answer,
             Err(status) => {
-                assert!(may_be_repeated(&status), "failed for good: {status:?}");
+                assert!(is_retryable(&status), "failed for good: {status:?}");
                 tokio::time::sleep(retry_delay(&status).unwrap_or(Duration::from_millis(50))).await;
             }
         }
     }
 }
 
-/// When the refusal says to come again.
+/// The retry delay of a refusal.
 pub fn retry_delay(status: &Status) -> Option<Duration> {
     status.get_error_details().retry_info().and_then(|retry| retry.retry_delay)
 }
@@ -75,44 +75,44 @@ pub fn public_key(certificate: &[u8]) -> Vec<u8> {
     certificate.tbs_certificate().subject_public_key_info().to_der().unwrap()
 }
 
-/// Waits until the pools are as they should be.
-pub async fn until_pools(
+/// Waits until the pool status meets the condition.
+pub async fn wait_for_pools(
     site: &Site,
     what: &str,
-    so: impl Fn(&GetPoolStatusResponse) -> bool,
+    condition: impl Fn(&GetPoolStatusResponse) -> bool,
 ) -> GetPoolStatusResponse {
     let mut officer = site.officer().await;
     eventually(what, async || {
         let status = officer.get_pool_status(GetPoolStatusRequest {}).await.unwrap().into_inner();
-        if so(&status) { Ok(status) } else { Err((status, site.log())) }
+        if condition(&status) { Ok(status) } else { Err((status, site.log())) }
     })
     .await
 }
 
-/// Every pool has what it needs and nobody fills it.
+/// Whether every pool has enough pairs and is not being filled.
 pub fn is_full(status: &GetPoolStatusResponse) -> bool {
     status.serving && status.kinds.iter().all(|kind| !kind.filling && kind.ready >= kind.low)
 }
 
-/// Nothing is left to fill, to shred or to destroy.
-pub fn is_quiet(status: &GetPoolStatusResponse) -> bool {
+/// Whether nothing remains to be filled, shredded or destroyed.
+pub fn is_idle(status: &GetPoolStatusResponse) -> bool {
     let kinds = status.kinds.iter().all(|kind| kind.next_shred.is_none());
     let sessions = status.session_next_shred.is_none() && status.condemned == 0;
     is_full(status) && kinds && sessions && status.trouble.is_empty()
 }
 
-/// The state store of a daemon that is stopped.
+/// Opens the state store of a stopped daemon.
 pub fn open_store(site: &Site) -> SledStateStore {
     let store = StoreConfig::load(&site.path("sppd.toml")).unwrap();
     SledStateStore::open(&store.state, &store.state_options).unwrap()
 }
 
-/// Every pair of a store, and who has it.
-pub async fn all_pairs(store: &SledStateStore) -> Vec<HeldPair> {
+/// All pairs of a store with their assignments.
+pub async fn all_pairs(store: &SledStateStore) -> Vec<BatchPair> {
     let mut all = Vec::new();
     for batch in store.batches().await.unwrap() {
         let held = store.pairs_of_batch(batch.number, 1_000_000).await.unwrap();
-        let ready = held.iter().filter(|pair| matches!(pair.holder, Holder::Ready(_))).count() as u64;
+        let ready = held.iter().filter(|pair| matches!(pair.assignment, PairAssignment::Ready(_))).count() as u64;
         assert_eq!((batch.ready, batch.reserved), (ready, held.len() as u64 - ready), "{batch:?}");
         all.extend(held);
     }
@@ -122,7 +122,7 @@ pub async fn all_pairs(store: &SledStateStore) -> Vec<HeldPair> {
 }
 
 /// The public keys of ready pairs.
-pub fn ready_keys(pairs: &[HeldPair]) -> BTreeSet<Vec<u8>> {
-    let ready = pairs.iter().filter(|pair| matches!(pair.holder, Holder::Ready(_)));
+pub fn ready_keys(pairs: &[BatchPair]) -> BTreeSet<Vec<u8>> {
+    let ready = pairs.iter().filter(|pair| matches!(pair.assignment, PairAssignment::Ready(_)));
     ready.map(|pair| pair.public_key.clone()).collect()
 }

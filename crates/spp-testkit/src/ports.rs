@@ -1,17 +1,17 @@
-//! TCP ports that no other test uses.
+//! Allocates TCP ports that no other test uses.
 
 use std::fs::File;
 use std::net::TcpListener;
 use std::sync::Mutex;
 
-/// Below those that the system gives to clients (from 32768 on), so that no connection takes one while its daemon is restarted.
+/// Below the system's ephemeral range (from 32768), so that no connection takes a port while its daemon restarts.
 const FIRST: u32 = 15_000;
 const COUNT: u32 = 17_000;
 
-/// A port that is this process's until it ends. Tests run in several processes, so each port has a lock file.
+/// Reserves a port for this process until it ends. Tests run in several processes, so each port has a lock file.
 pub fn free_port() -> u16 {
     static HELD: Mutex<(u32, Vec<File>)> = Mutex::new((0, Vec::new()));
-    // Of each user's own: nobody else may open these files.
+    // One directory per user: other users may not open these files.
     let user = rustix::process::getuid().as_raw();
     let directory = std::env::temp_dir().join(format!("spp-testkit-ports-{user}"));
     std::fs::create_dir_all(&directory).unwrap();

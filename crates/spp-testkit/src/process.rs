@@ -1,8 +1,9 @@
-//! Processes of a test: started, signalled by a library call, and ended whatever happens to the test.
+//! Starts and signals the processes of a test, and ends them with the test.
 //!
-//! Two things end a process that a test started. [`Process`] kills it, with its children, when it is dropped. If the test's own
-//! process is killed before that, the kernel does it: every process is started through `setpriv --pdeathsig KILL` (util-linux,
-//! which Debian always has), and from a thread that lives as long as the test's process, because the kernel watches the thread.
+//! Two mechanisms end a process that a test started. [`Process`] kills it, with its children, when it is dropped. If the test's
+//! own process is killed before that, the kernel kills it: every process is started through `setpriv --pdeathsig KILL`
+//! (util-linux, which Debian always has), and from a thread that lives as long as the test's process, because the kernel watches
+//! the thread.
 
 use std::ffi::OsStr;
 use std::io;
@@ -30,28 +31,28 @@ pub fn faulty_module() -> PathBuf {
     module
 }
 
-/// `target/debug`, or wherever the running test was built.
+/// The directory of the running test's build, for example `target/debug`.
 fn build_directory() -> PathBuf {
     let test = std::env::current_exe().unwrap();
     let deps = test.parent().expect("a test is in a directory");
     if deps.ends_with("deps") { deps.parent().unwrap().to_owned() } else { deps.to_owned() }
 }
 
-/// A command that ends with the test's process. Start it with [`Process::spawn`] or [`output`], which see to that.
-pub fn tethered(program: impl AsRef<OsStr>) -> Command {
+/// Creates a command whose process ends with the test's process. Start it with [`Process::spawn`] or [`output`].
+pub fn child_command(program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", "--"]).arg(program);
     command
 }
 
-/// Runs a [`tethered`] command to its end, with nothing on its standard input.
+/// Runs a [`child_command`] command to its end, with nothing on its standard input.
 pub fn output(mut command: Command) -> Output {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     spawn(command).and_then(Child::wait_with_output).unwrap()
 }
 
-/// Runs a [`tethered`] command to its end and writes `text` to its standard input. The command may end without reading it.
-pub fn output_of_typing(mut command: Command, text: &str) -> Output {
+/// Runs a [`child_command`] command to its end and writes `text` to its standard input. The command may end without reading it.
+pub fn output_with_input(mut command: Command, text: &str) -> Output {
     use std::io::Write as _;
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = spawn(command).unwrap();
@@ -63,17 +64,17 @@ pub fn output_of_typing(mut command: Command, text: &str) -> Output {
 pub struct Process(Child);
 
 impl Process {
-    /// Starts a [`tethered`] command.
+    /// Starts a [`child_command`] command.
     pub fn spawn(command: Command) -> Self {
         Self(spawn(command).unwrap())
     }
 
-    /// Its process ID.
+    /// The process ID.
     pub fn id(&self) -> u32 {
         self.0.id()
     }
 
-    /// Its standard output, error and input, as far as they are pipes.
+    /// The child process with its standard streams, as far as they are pipes.
     pub fn child(&mut self) -> &mut Child {
         &mut self.0
     }
@@ -83,17 +84,17 @@ impl Process {
         send(self.id(), signal);
     }
 
-    /// Its exit status if it has ended.
+    /// The exit status, if the process has ended.
     pub fn try_wait(&mut self) -> Option<ExitStatus> {
         self.0.try_wait().unwrap()
     }
 
-    /// Waits for its end.
+    /// Waits for the process to end.
     pub fn wait(&mut self) -> ExitStatus {
         eventually_blocking("the process ends", || self.try_wait())
     }
 
-    /// SIGKILL, and the end of the process. Its children are left to notice it by themselves, as after a crash.
+    /// Sends SIGKILL and waits for the process to end. Its children have to notice this themselves, as after a crash.
     pub fn kill(mut self) {
         self.0.kill().unwrap();
         self.0.wait().unwrap();
@@ -120,7 +121,7 @@ impl Drop for Process {
         let children = children_of(self.id());
         let _ = self.0.kill();
         let _ = self.0.wait();
-        // A child that hangs or is stopped does not notice that its parent is gone.
+        // A child that hangs or is stopped does not notice the end of its parent.
         for child in children {
             if let Some(pid) = pid(child) {
                 let _ = kill_process(pid, Signal::KILL);
@@ -161,7 +162,7 @@ fn pid(process: u32) -> Option<Pid> {
 
 type Reply = Sender<io::Result<Child>>;
 
-/// Starts a command from the one thread that lives as long as this process.
+/// Starts a command from the thread that lives as long as this process.
 fn spawn(command: Command) -> io::Result<Child> {
     static LAUNCHER: OnceLock<Sender<(Command, Reply)>> = OnceLock::new();
     let launcher = LAUNCHER.get_or_init(|| {
@@ -184,22 +185,22 @@ mod tests {
 
     use super::*;
 
-    /// Set for the process that starts another one and is killed then.
+    /// Set for the process that starts another one and is then killed.
     const STARTS_ANOTHER: &str = "SPP_TESTKIT_STARTS_ANOTHER";
 
     #[test]
     fn process_ends_when_its_test_is_killed() {
         if std::env::var_os(STARTS_ANOTHER).is_some() {
-            let mut sleep = tethered("sleep");
+            let mut sleep = child_command("sleep");
             sleep.arg("1000").stdout(Stdio::null()).stderr(Stdio::null());
             let sleep = Process::spawn(sleep);
-            // Until setpriv has made way for the program, the kernel may not have been told yet.
+            // Before setpriv has executed the program, the parent-death signal may not be set yet.
             let name = || std::fs::read_to_string(format!("/proc/{}/comm", sleep.id())).unwrap_or_default();
             eventually_blocking("setpriv has started the program", || name().trim() == "sleep");
             println!("started {}", sleep.id());
             std::thread::sleep(std::time::Duration::from_secs(1000));
         }
-        let mut test = tethered(std::env::current_exe().unwrap());
+        let mut test = child_command(std::env::current_exe().unwrap());
         test.args(["--exact", "process::tests::process_ends_when_its_test_is_killed", "--nocapture"]);
         test.env(STARTS_ANOTHER, "1").stdout(Stdio::piped()).stderr(Stdio::null());
         let mut test = Process::spawn(test);
@@ -212,7 +213,7 @@ mod tests {
 
     #[test]
     fn dropped_process_is_killed_with_its_children() {
-        let mut shell = tethered("sh");
+        let mut shell = child_command("sh");
         shell.args(["-c", "sleep 1000 & wait"]).stdin(Stdio::null());
         let process = Process::spawn(shell);
         let child = eventually_blocking("it has a child", || children_of(process.id()).first().copied());

@@ -1,4 +1,4 @@
-//! Seeds and sizes: what a test draws at random can be drawn again, and long runs have a short form.
+//! Seeds and sizes: random values of a test can be reproduced, and long runs have a short form.
 //!
 //! `SPP_SEED=N` fixes every seed; without it each run draws one and prints it. `SPP_SOAK=1` (set by `make soak`) selects the full
 //! sizes.
@@ -7,7 +7,7 @@ use std::time::UNIX_EPOCH;
 
 use proptest::test_runner::{Config, FileFailurePersistence, RngSeed};
 
-/// The seed of this run: `SPP_SEED`, or a new one. It is printed, and shown if the test fails.
+/// The seed of this run: `SPP_SEED`, or a new one. It is printed; the test runner shows it if the test fails.
 pub fn seed() -> u64 {
     let seed = match std::env::var("SPP_SEED") {
         Ok(text) => text.parse().unwrap_or_else(|_| panic!("SPP_SEED must be a decimal number below 2^64: {text:?}")),
@@ -20,7 +20,7 @@ pub fn seed() -> u64 {
     seed
 }
 
-/// A pseudo-random sequence (xorshift64), for moments and choices; not for keys.
+/// A pseudo-random sequence (xorshift64) for test decisions; not for keys.
 pub struct Random(u64);
 
 impl Random {
@@ -31,7 +31,7 @@ impl Random {
 
     /// The sequence of that seed.
     pub fn of(seed: u64) -> Self {
-        // The state must not be zero, and seeds that differ in one bit should differ at once.
+        // The state must not be zero, and similar seeds should give different sequences from the first value on.
         Self(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1)
     }
 
@@ -50,7 +50,7 @@ impl Default for Random {
     }
 }
 
-/// Whether the full sizes were asked for.
+/// Whether full sizes are selected.
 pub fn is_soak() -> bool {
     std::env::var_os("SPP_SOAK").is_some()
 }
@@ -60,7 +60,7 @@ pub fn scaled<T>(short: T, full: T) -> T {
     if is_soak() { full } else { short }
 }
 
-/// The configuration of a property test: so many cases, from this run's [`seed`]. What once failed is kept in `*.regressions`
+/// The configuration of a property test with this number of cases, from this run's [`seed`]. Past failures are in `*.regressions`
 /// files under `proptest-regressions/`, which are committed and tried first.
 pub fn cases(short: u32, full: u32) -> Config {
     Config {

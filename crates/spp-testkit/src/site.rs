@@ -1,4 +1,4 @@
-//! A site: a token of its own with keys, stores, certificates and a daemon, all real, all in one directory.
+//! A test site: a token with keys, stores, certificates and a daemon, all real, in one directory.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Output, Stdio};
@@ -13,16 +13,18 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity
 
 use crate::files::{copy_directory, temp_dir, write_private};
 use crate::ports::free_port;
-use crate::process::{Process, Signal, children_of, faulty_module, output, output_of_typing, program, send, tethered};
+use crate::process::{
+    Process, Signal, child_command, children_of, faulty_module, output, output_with_input, program, send,
+};
 use crate::template::copy_template;
 use crate::wait::{eventually, eventually_blocking};
 
-/// The demo's configuration, from which every site is made.
+/// The demo's configuration, from which every site is created.
 const DEMO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../deploy/demo");
 /// The profiles of PKCS#11 modules, copied into every site.
 const HSM_CONFIG: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../hsm-config");
 
-/// A directory with everything a daemon needs. Dropping it ends the daemon and removes the directory.
+/// A directory with everything a daemon needs. Dropping it stops the daemon and removes the directory.
 pub struct Site {
     directory: tempfile::TempDir,
     pub line: u16,
@@ -32,23 +34,23 @@ pub struct Site {
 }
 
 impl Site {
-    /// Token, ceremony, stores, certificates of the daemon, of the station line-1/a and of the officer o-1.
+    /// Creates a site: token, ceremony, stores, and certificates of the daemon, the station line-1/a and the officer o-1.
     ///
-    /// All sites of a test run are copies of one: they have the same keys, identities and past, and ports of their own. A missing
-    /// SoftHSM fails here, with the command that installs it.
+    /// All sites of a test run are copies of one template: they have the same keys, identities and history, but their own ports.
+    /// Without SoftHSM this fails with the installation command.
     pub fn new() -> Self {
         let site = Self::empty();
         let (sppctl, demo, hsm_config) = (program("sppctl"), Path::new(DEMO), Path::new(HSM_CONFIG));
         copy_template("site", &[&sppctl, demo, hsm_config], site.directory.path(), make);
-        site.move_in();
+        site.set_paths_and_ports();
         site
     }
 
-    /// A site with keys that no other site has.
+    /// Creates a site with its own keys.
     pub fn with_own_keys() -> Self {
         let site = Self::empty();
         make(site.directory.path());
-        site.move_in();
+        site.set_paths_and_ports();
         site
     }
 
@@ -57,7 +59,7 @@ impl Site {
         Self { directory: temp_dir(), line, officer, public, daemon: None }
     }
 
-    /// A site whose daemon serves.
+    /// Creates a site and starts its daemon.
     pub fn running() -> Self {
         let mut site = Self::new();
         site.start();
@@ -68,8 +70,8 @@ impl Site {
         self.directory.path().join(relative)
     }
 
-    /// Writes what depends on the directory and on the ports.
-    fn move_in(&self) {
+    /// Writes the settings that depend on the directory and the ports.
+    fn set_paths_and_ports(&self) {
         write_softhsm_conf(self.directory.path());
         for (port, from) in [(self.line, 7443), (self.officer, 7444), (self.public, 7445)] {
             self.edit("sppd.toml", &format!("127.0.0.1:{from}"), &format!("127.0.0.1:{port}"));
@@ -98,21 +100,21 @@ impl Site {
         output(self.command(name, words))
     }
 
-    /// The same, with a text typed on its standard input.
-    pub fn run_typing(&self, name: &str, words: &str, text: &str) -> Output {
-        output_of_typing(self.command(name, words), text)
+    /// Runs one of our programs with `text` on its standard input.
+    pub fn run_with_input(&self, name: &str, words: &str, text: &str) -> Output {
+        output_with_input(self.command(name, words), text)
     }
 
-    /// One of our programs with these words in the site's directory, to be started by [`Process::spawn`].
+    /// A command for one of our programs in the site's directory, to be started by [`Process::spawn`].
     pub fn command(&self, name: &str, words: &str) -> Command {
-        let mut command = tethered(program(name));
+        let mut command = child_command(program(name));
         command.args(words.split_whitespace()).current_dir(self.directory.path());
         command
     }
 
     /// Runs openssl with these words in the site's directory; it must succeed.
     pub fn openssl(&self, words: &str) -> String {
-        let mut command = tethered("openssl");
+        let mut command = child_command("openssl");
         command.args(words.split_whitespace()).current_dir(self.directory.path());
         let output = output(command);
         assert!(output.status.success(), "openssl {words}: {}", String::from_utf8_lossy(&output.stderr));
@@ -125,7 +127,7 @@ impl Site {
         self.wait_ready();
     }
 
-    /// Starts the daemon and does not wait. Its log goes on in `sppd.log`.
+    /// Starts the daemon without waiting. Its log is appended to `sppd.log`.
     pub fn spawn(&mut self) {
         let log = std::fs::OpenOptions::new().create(true).append(true).open(self.path("sppd.log")).unwrap();
         let mut daemon = self.command("sppd", "--config sppd.toml");
@@ -156,12 +158,12 @@ impl Site {
         });
     }
 
-    /// kill -9, and the end of the process.
+    /// Sends SIGKILL to the daemon and waits for it to end.
     pub fn kill(&mut self) {
         self.daemon.take().expect("the daemon runs").kill();
     }
 
-    /// SIGTERM; the exit status of the drained daemon.
+    /// Sends SIGTERM and returns the exit status of the drained daemon.
     pub fn stop(&mut self) -> ExitStatus {
         let daemon = self.daemon.as_mut().expect("the daemon runs");
         daemon.signal(Signal::TERM);
@@ -185,12 +187,12 @@ impl Site {
         children_of(self.pid()).into_iter().next()
     }
 
-    /// Another text in a file of the site; what is replaced must be there.
+    /// Replaces text in a file of the site; the file must contain `from`.
     pub fn edit(&self, relative: &str, from: &str, to: &str) {
         replace(&self.path(relative), from, to);
     }
 
-    /// From now on the module is the one of `tests/faulty-hsm`, over SoftHSM.
+    /// Configures the module of `tests/faulty-hsm`, which wraps SoftHSM.
     pub fn use_faulty_module(&self) {
         let real = ModuleProfile::load(&self.path("hsm-config/softhsm2.toml"), &self.path("hsm")).unwrap().library;
         let faulty = faulty_module();
@@ -202,20 +204,20 @@ impl Site {
         self.edit("hsm-config/softhsm2.toml", "[environment]\n", &environment);
     }
 
-    /// The rules of the faulty module from now on; in one step, so that no half of them is read.
+    /// Sets the rules of the faulty module atomically, so that the module never reads a partial file.
     pub fn fail(&self, rules: &str) {
         let control = self.path("hsm/faults");
         std::fs::write(control.with_extension("new"), rules).unwrap();
         std::fs::rename(control.with_extension("new"), &control).unwrap();
     }
 
-    /// What the daemon would start the HSM with.
+    /// The HSM configuration of the site's daemon.
     pub fn hsm_config(&self) -> HsmConfig {
         HsmConfig {
             name: "main".to_owned(),
             module: ModuleProfile::load(&self.path("hsm-config/softhsm2.toml"), &self.path("hsm")).unwrap(),
             pin: PinSource::File(self.path("hsm/user.pin")),
-            pin_keeper: None,
+            pin_agent: None,
             pin_refused: self.path("pin-refused.json"),
             keys: KeyManifest::load(&self.path("keys/keys.toml")).unwrap(),
             call_timeout: Duration::from_secs(10),
@@ -275,12 +277,12 @@ impl Drop for Site {
             let log = self.log();
             let lines: Vec<_> = log.lines().collect();
             let last = &lines[lines.len().saturating_sub(60)..];
-            eprintln!("the end of the daemon's log:\n{}", last.join("\n"));
+            eprintln!("end of the daemon's log:\n{}", last.join("\n"));
         }
     }
 }
 
-/// A supervisor that waits a tenth of what it does in production.
+/// Supervisor pacing with shorter intervals than in production.
 pub fn quick_pacing() -> SupervisorPacing {
     SupervisorPacing {
         first_backoff: Duration::from_millis(10),
@@ -291,7 +293,7 @@ pub fn quick_pacing() -> SupervisorPacing {
     }
 }
 
-/// Makes a site in an empty directory, with the ports of the demo.
+/// Creates a site in an empty directory, with the ports of the demo.
 fn make(directory: &Path) {
     for file in ["hsm.toml", "ceremony.toml", "sppd.toml"] {
         let text = std::fs::read_to_string(Path::new(DEMO).join(file)).unwrap();
@@ -302,9 +304,9 @@ fn make(directory: &Path) {
     }
     copy_directory(&Path::new(DEMO).join("profiles"), &directory.join("profiles"));
     copy_directory(Path::new(HSM_CONFIG), &directory.join("hsm-config"));
-    // While other tests keep the machine busy, threads of the lowest priority would hardly run.
+    // On a busy machine, threads of the lowest priority would hardly run.
     replace(&directory.join("hsm-config/softhsm2.toml"), "# background_nice = 19", "background_nice = 0");
-    // An RSA pair costs a second of processor time, and every daemon would make two.
+    // An RSA pair takes one second of CPU time, and every daemon would generate two.
     replace(&directory.join("profiles/router.toml"), "rsa-2048", "ed25519");
     replace(&directory.join("sppd.toml"), "rsa-2048", "ed25519");
     std::fs::create_dir_all(directory.join("hsm/tokens")).unwrap();
@@ -319,7 +321,7 @@ fn make(directory: &Path) {
         "station enroll line-1/a --config sppd.toml --out tls/line-1-a",
         "officer enroll o-1 --config sppd.toml --out tls/officer",
     ] {
-        let mut command = tethered(program("sppctl"));
+        let mut command = child_command(program("sppctl"));
         command.args(words.split_whitespace()).current_dir(directory);
         let output = output(command);
         assert!(output.status.success(), "sppctl {words}: {}", String::from_utf8_lossy(&output.stderr));
@@ -332,7 +334,7 @@ fn replace(file: &Path, from: &str, to: &str) {
     std::fs::write(file, text.replacen(from, to, 1)).unwrap();
 }
 
-/// The one file with an absolute path in it.
+/// Writes the only file that contains an absolute path.
 fn write_softhsm_conf(directory: &Path) {
     let tokens = directory.join("hsm/tokens");
     let conf = format!("directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\n", tokens.display());

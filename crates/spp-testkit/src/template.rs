@@ -1,4 +1,4 @@
-//! Directories that are slow to make and quick to copy: made once, under a file lock, and copied by every test.
+//! Template directories that are slow to create and quick to copy: created once, under a file lock, and copied by every test.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -8,9 +8,9 @@ use sha2::{Digest as _, Sha256};
 
 use crate::files::copy_directory;
 
-/// Copies the template `name` to `to`. If there is none for these inputs yet, `make` fills an empty directory first; the other
-/// processes wait for it. A template is made anew when one of its inputs (files or directories) changes, and every day, since
-/// certificates do not last for ever and a build directory may.
+/// Copies the template `name` to `to`. If there is none for these inputs yet, `make` fills an empty directory first, while other
+/// processes wait. A template is recreated when one of its inputs (files or directories) changes, and every day, because its
+/// certificates expire and a build directory may be older.
 pub fn copy_template(name: &str, inputs: &[&Path], to: &Path, make: impl FnOnce(&Path)) {
     let directory = templates();
     std::fs::create_dir_all(&directory).unwrap();
@@ -31,12 +31,12 @@ pub fn copy_template(name: &str, inputs: &[&Path], to: &Path, make: impl FnOnce(
     copy_directory(&template, to);
 }
 
-/// Beside the build, so that `cargo clean` removes them.
+/// The template directory beside the build, so that `cargo clean` removes it.
 fn templates() -> PathBuf {
     std::env::current_exe().unwrap().parent().expect("a test is in a directory").join("spp-testkit-templates")
 }
 
-/// Templates of yesterday, of other builds, and those that were never finished.
+/// Removes templates of earlier days and builds, and unfinished ones.
 fn remove_old(directory: &Path, name: &str) {
     for entry in std::fs::read_dir(directory).unwrap().flatten() {
         if entry.file_name().to_string_lossy().starts_with(name) {
@@ -45,7 +45,7 @@ fn remove_old(directory: &Path, name: &str) {
     }
 }
 
-/// Changes with the day and with every file's path, size and time.
+/// A fingerprint of the day and of every input file's path, size and modification time.
 fn fingerprint(inputs: &[&Path]) -> String {
     let day = UNIX_EPOCH.elapsed().expect("the clock is after 1970").as_secs() / 86_400;
     let mut hash = Sha256::new_with_prefix(day.to_be_bytes());

@@ -1,4 +1,4 @@
-//! What a listener shows of itself in the handshake.
+//! Inspects the certificates that listeners present in the TLS handshake.
 
 use std::sync::Arc;
 
@@ -10,20 +10,20 @@ use tokio_rustls::TlsConnector;
 
 use crate::site::Site;
 
-/// A client that makes connections to look at the daemon's certificate. It keeps what TLS gives it to resume a session with.
-pub struct Shown(TlsConnector);
+/// A TLS client that reads the daemon's certificate. It keeps session tickets for resumption.
+pub struct TlsProbe(TlsConnector);
 
-impl Shown {
-    /// Who shows the certificate of that directory.
-    pub fn with(site: &Site, directory: &str) -> Self {
+impl TlsProbe {
+    /// Creates a client with the certificate in `directory`.
+    pub fn with_certificate(site: &Site, directory: &str) -> Self {
         let file = |name: &str| site.read(&format!("{directory}/{name}"));
         let chain = vec![CertificateDer::from_pem_slice(&file("certificate.pem")).unwrap()];
         let key = PrivateKeyDer::from_pem_slice(&file("key.pem")).unwrap();
         Self::new(builder(site).with_client_auth_cert(chain, key).unwrap())
     }
 
-    /// Who shows none.
-    pub fn to_anybody(site: &Site) -> Self {
+    /// Creates a client without a certificate.
+    pub fn anonymous(site: &Site) -> Self {
         Self::new(builder(site).with_no_client_auth())
     }
 
@@ -42,8 +42,8 @@ fn builder(site: &Site) -> rustls::ConfigBuilder<rustls::ClientConfig, rustls::c
         .with_root_certificates(roots)
 }
 
-/// The serial numbers of the certificates that these listeners show.
-pub async fn shown(listeners: &[(u16, &Shown)]) -> Vec<Vec<u8>> {
+/// The serial numbers of the certificates that these listeners present.
+pub async fn presented_serials(listeners: &[(u16, &TlsProbe)]) -> Vec<Vec<u8>> {
     let mut serials = Vec::new();
     for (port, client) in listeners {
         let stream = TcpStream::connect(("127.0.0.1", *port)).await.unwrap();

@@ -1,22 +1,22 @@
-//! Certificates of callers and servers, and what is none.
+//! Access certificates of callers and servers.
 
 use super::*;
-use crate::certificate::testing::{NOW, SignWith, authority_of, openssl, serial};
+use crate::certificate::testing::{NOW, SoftwareKey, authority_of, openssl, serial};
 
 struct Access {
-    authority: SignWith,
+    authority: SoftwareKey,
     issuer: IssuerCertificate,
 }
 
 impl Access {
     fn new() -> Self {
-        let authority = SignWith::p256();
+        let authority = SoftwareKey::p256();
         let issuer = IssuerCertificate::from_pem(&authority_of(&authority), authority.algorithm()).unwrap();
         Self { authority, issuer }
     }
 
     fn unsigned(&self, name: &AccessName) -> Result<UnsignedDocument, CertificateError> {
-        let key = SignWith::p256();
+        let key = SoftwareKey::p256();
         access_certificate(&AccessCertificate {
             name,
             public_key: key.public(),
@@ -35,25 +35,25 @@ impl Access {
 }
 
 #[test]
-fn a_caller_is_read_back_from_its_certificate() {
+fn issued_client_certificate_names_its_caller() {
     let access = Access::new();
     for role in Role::ALL {
         let caller = Caller::new(role, "line-3/a").unwrap();
         assert_eq!((caller.role(), caller.to_string()), (role, format!("{role} line-3/a")));
-        let made = access.issue(&AccessName::Client(caller.clone()));
-        let wanted = CallerCertificate { caller, not_before: NOW, not_after: NOW + 86_400 * 365 };
-        assert_eq!(caller_of(made.as_der()).unwrap(), wanted);
+        let issued = access.issue(&AccessName::Client(caller.clone()));
+        let expected = CallerCertificate { caller, not_before: NOW, not_after: NOW + 86_400 * 365 };
+        assert_eq!(parse_caller_certificate(issued.as_der()).unwrap(), expected);
     }
 }
 
 #[test]
-fn openssl_accepts_a_station_as_client_and_a_server_as_server() {
+fn access_certificates_have_right_purpose_for_openssl() {
     let access = Access::new();
     let ca = authority_of(&access.authority);
     let check = |name: &AccessName, purpose: &str| {
         let pem = access.issue(name).to_pem().unwrap();
-        let at = (NOW + 60).to_string();
-        let line = ["verify", "-x509_strict", "-attime", &at, "-purpose", purpose, "-CAfile", "ca.pem", "x.pem"];
+        let time = (NOW + 60).to_string();
+        let line = ["verify", "-x509_strict", "-attime", &time, "-purpose", purpose, "-CAfile", "ca.pem", "x.pem"];
         openssl(&line, &[("ca.pem", &ca), ("x.pem", &pem)])
     };
     let station = AccessName::Client(Caller::Station("line-3/a".parse().unwrap()));
@@ -67,13 +67,13 @@ fn openssl_accepts_a_station_as_client_and_a_server_as_server() {
         let text = check(name, purpose);
         assert_eq!(text.contains("x.pem: OK"), accepted, "{purpose}: {text}");
     }
-    assert!(caller_of(access.issue(&server).as_der()).is_err(), "a server is no caller");
+    assert!(parse_caller_certificate(access.issue(&server).as_der()).is_err(), "a server certificate names no caller");
 }
 
 #[test]
-fn two_callers_in_one_certificate_are_nobody() {
+fn certificate_with_two_callers_rejected() {
     let access = Access::new();
-    let key = SignWith::p256();
+    let key = SoftwareKey::p256();
     let names = ["spp://station/a", "spp://officer/o-1"].map(|uri| tbs::uri(uri).unwrap());
     let to_be_signed = tbs::encode(TbsFields {
         serial: serial(1),
@@ -89,33 +89,38 @@ fn two_callers_in_one_certificate_are_nobody() {
     let signature = access.authority.sign(&to_be_signed);
     let document =
         UnsignedDocument::new("CERTIFICATE", to_be_signed, access.authority.algorithm(), access.authority.public());
-    assert!(caller_of(document.assemble(&signature).unwrap().as_der()).is_err());
+    assert!(parse_caller_certificate(document.assemble(&signature).unwrap().as_der()).is_err());
 }
 
 #[test]
-fn a_caller_is_believed_whom_one_of_the_authorities_has_certified_as_a_client() {
-    let (access, stranger) = (Access::new(), Access::new());
+fn caller_certificate_must_be_issued_by_known_access_ca() {
+    let (access, other) = (Access::new(), Access::new());
     let officer = AccessName::Client(Caller::Officer("o-1".parse().unwrap()));
-    let made = access.issue(&officer);
-    let [own, other] = [&access, &stranger].map(|access| access.authority.public().clone());
-    for authorities in [vec![own.clone()], vec![other.clone(), own.clone()]] {
-        let known = verify_caller(made.as_der(), &authorities).unwrap();
-        assert_eq!(known, caller_of(made.as_der()).unwrap());
+    let issued = access.issue(&officer);
+    let [own_ca, other_ca] = [&access, &other].map(|access| access.authority.public().clone());
+    for authorities in [vec![own_ca.clone()], vec![other_ca.clone(), own_ca.clone()]] {
+        let caller = verify_caller_certificate(issued.as_der(), &authorities).unwrap();
+        assert_eq!(caller, parse_caller_certificate(issued.as_der()).unwrap());
     }
-    assert!(verify_caller(made.as_der(), &[]).is_err());
-    let error = verify_caller(made.as_der(), &[other]).unwrap_err().to_string();
-    assert!(error.contains("none of the authorities"), "{error}");
-    for position in 0..made.as_der().len() {
-        let mut changed = made.as_der().to_vec();
+    assert!(verify_caller_certificate(issued.as_der(), &[]).is_err());
+    let error = verify_caller_certificate(issued.as_der(), &[other_ca]).unwrap_err().to_string();
+    assert!(error.contains("not issued by a known access CA"), "{error}");
+    for position in 0..issued.as_der().len() {
+        let mut changed = issued.as_der().to_vec();
         changed[position] ^= 1;
-        assert!(verify_caller(&changed, std::slice::from_ref(&own)).is_err(), "byte {position}");
+        assert!(verify_caller_certificate(&changed, std::slice::from_ref(&own_ca)).is_err(), "byte {position}");
     }
     let server = access.issue(&AccessName::Server { dns: vec!["spp.example".into()], ips: vec![] });
-    assert!(verify_caller(server.as_der(), &[own]).unwrap_err().to_string().contains("not for a client"));
+    assert!(
+        verify_caller_certificate(server.as_der(), &[own_ca])
+            .unwrap_err()
+            .to_string()
+            .contains("extendedKeyUsage is not clientAuth")
+    );
 }
 
 #[test]
-fn names_that_are_none_are_refused() {
+fn invalid_caller_and_dns_names_rejected() {
     for path in ["", "station", "station/", "station/A", "auditors/x", "officer/a//b", "station/../x"] {
         assert!(parse_caller(path).is_err(), "{path}");
     }

@@ -1,10 +1,10 @@
-//! A key that is not what its role demands is refused, each fault by its name.
+//! The audit refuses a key whose attributes do not match its role, and names each wrong attribute.
 
 use cryptoki::mechanism::Mechanism;
 use cryptoki::object::{Attribute, KeyType, ObjectClass};
 use cryptoki::session::Session;
 
-use super::{Place, create_wrapping_key, in_module, name, register};
+use super::{TestToken, create_wrapping_key, in_module, key_map, name};
 use crate::hsm::attributes::pair_generation;
 use crate::hsm::failure::{Failure, FailureClass};
 use crate::hsm::wire::KeyOnToken;
@@ -13,9 +13,9 @@ use crate::keys::KeyKind;
 
 const ID: &[u8] = b"0123456789abcdef";
 
-/// The role's own template with some attributes said otherwise.
-fn altered(place: &Place, role: KeyRole, key: &str, changes: &[Attribute]) -> Vec<Attribute> {
-    let mut template = role.template(&name(key), ID, &place.profile);
+/// The role's template with some attributes changed.
+fn altered(token: &TestToken, role: KeyRole, key: &str, changes: &[Attribute]) -> Vec<Attribute> {
+    let mut template = role.template(&name(key), ID, &token.profile);
     for change in changes {
         template.retain(|attribute| attribute.attribute_type() != change.attribute_type());
         template.push(change.clone());
@@ -23,8 +23,8 @@ fn altered(place: &Place, role: KeyRole, key: &str, changes: &[Attribute]) -> Ve
     template
 }
 
-fn make_secret(place: &Place, session: &Session, role: KeyRole, key: &str, changes: &[Attribute]) {
-    let mut template = altered(place, role, key, changes);
+fn make_secret(token: &TestToken, session: &Session, role: KeyRole, key: &str, changes: &[Attribute]) {
+    let mut template = altered(token, role, key, changes);
     template.push(Attribute::ValueLen(32.into()));
     let mechanism = match role {
         KeyRole::Master(Prf::HmacSha256) => Mechanism::GenericSecretKeyGen,
@@ -33,16 +33,16 @@ fn make_secret(place: &Place, session: &Session, role: KeyRole, key: &str, chang
     session.generate_key(&mechanism, &template).unwrap();
 }
 
-/// What a worker's start says to a token with this key.
-fn check(place: &Place, ceremony: &Ceremony, key: &str, role: KeyRole) -> Result<(), Failure> {
+/// The key check of a worker start with this key.
+fn check(token: &TestToken, ceremony: &Ceremony, key: &str, role: KeyRole) -> Result<(), Failure> {
     let keys = [(name(key), KeyOnToken { id: ID.to_vec(), role, provenance: Provenance::Made })].into();
-    place.verbs(ceremony, keys, None).check_keys()
+    token.operations(ceremony, keys, None).check_keys()
 }
 
-fn assert_refused(place: &Place, ceremony: &Ceremony, key: &str, role: KeyRole, problem: &str) {
-    let failure = check(place, ceremony, key, role).unwrap_err();
+fn assert_refused(token: &TestToken, ceremony: &Ceremony, key: &str, role: KeyRole, problem: &str) {
+    let failure = check(token, ceremony, key, role).unwrap_err();
     assert_eq!(failure.class, FailureClass::Rejected, "{}", failure.message);
-    assert!(failure.message.starts_with(&format!("the key {key} is not fit to be used")), "{}", failure.message);
+    assert!(failure.message.starts_with(&format!("the key {key} fails the attribute audit")), "{}", failure.message);
     assert!(failure.message.contains(problem), "{problem} is missing in: {}", failure.message);
     assert!(failure.message.contains("sppctl ceremony run"), "{}", failure.message);
 }
@@ -50,9 +50,9 @@ fn assert_refused(place: &Place, ceremony: &Ceremony, key: &str, role: KeyRole, 
 const MASTER: KeyRole = KeyRole::Master(Prf::HmacSha256);
 
 #[test]
-fn secret_keys_with_one_wrong_attribute_are_refused() {
-    in_module(|place| {
-        let ceremony = place.open();
+fn secret_key_with_wrong_attribute_is_refused() {
+    in_module(|token| {
+        let ceremony = token.open();
         let session = ceremony.token.session().unwrap();
         let wrong = [
             ("extractable", MASTER, Attribute::Extractable(true), "CKA_EXTRACTABLE is not false"),
@@ -66,19 +66,25 @@ fn secret_keys_with_one_wrong_attribute_are_refused() {
             ("cannot-unwrap", KeyRole::Wrapping, Attribute::Unwrap(false), "CKA_UNWRAP is false"),
         ];
         for (key, role, change, problem) in wrong {
-            make_secret(place, &session, role, key, &[change]);
-            assert_refused(place, &ceremony, key, role, problem);
+            make_secret(token, &session, role, key, &[change]);
+            assert_refused(token, &ceremony, key, role, problem);
         }
-        make_secret(place, &session, MASTER, "fit", &[]);
-        check(place, &ceremony, "fit", MASTER).unwrap();
-        assert_refused(place, &ceremony, "fit", KeyRole::Master(Prf::AesCmac), "CKA_KEY_TYPE does not fit its role");
+        make_secret(token, &session, MASTER, "valid", &[]);
+        check(token, &ceremony, "valid", MASTER).unwrap();
+        assert_refused(
+            token,
+            &ceremony,
+            "valid",
+            KeyRole::Master(Prf::AesCmac),
+            "CKA_KEY_TYPE does not match its role",
+        );
     });
 }
 
 #[test]
-fn signing_keys_with_one_wrong_attribute_are_refused() {
-    in_module(|place| {
-        let ceremony = place.open();
+fn signing_key_with_wrong_attribute_is_refused() {
+    in_module(|token| {
+        let ceremony = token.open();
         let session = ceremony.token.session().unwrap();
         let role = KeyRole::Signing(KeyKind::Rsa2048);
         for (key, change, problem) in [
@@ -88,52 +94,52 @@ fn signing_keys_with_one_wrong_attribute_are_refused() {
         ] {
             let (mechanism, mut public) = pair_generation(KeyKind::Rsa2048);
             public.push(Attribute::Token(false));
-            session.generate_key_pair(&mechanism, &public, &altered(place, role, key, &[change])).unwrap();
-            assert_refused(place, &ceremony, key, role, problem);
+            session.generate_key_pair(&mechanism, &public, &altered(token, role, key, &[change])).unwrap();
+            assert_refused(token, &ceremony, key, role, problem);
         }
     });
 }
 
 #[test]
-fn a_key_that_was_not_made_on_the_token_is_refused() {
-    in_module(|place| {
-        let ceremony = place.open();
+fn imported_key_is_refused() {
+    in_module(|token| {
+        let ceremony = token.open();
         let session = ceremony.token.session().unwrap();
-        let mut template = altered(place, MASTER, "imported", &[]);
+        let mut template = altered(token, MASTER, "imported", &[]);
         template.extend([
             Attribute::Class(ObjectClass::SECRET_KEY),
             Attribute::KeyType(KeyType::GENERIC_SECRET),
             Attribute::Value(vec![0x5a; 32]),
         ]);
         session.create_object(&template).unwrap();
-        assert_refused(place, &ceremony, "imported", MASTER, "CKA_LOCAL is not true");
+        assert_refused(token, &ceremony, "imported", MASTER, "CKA_LOCAL is not true");
     });
 }
 
 #[test]
-fn a_look_up_demands_exactly_one_key() {
-    in_module(|place| {
-        let ceremony = place.open();
+fn lookup_requires_exactly_one_key() {
+    in_module(|token| {
+        let ceremony = token.open();
         let session = ceremony.token.session().unwrap();
-        let missing = check(place, &ceremony, "master", MASTER).unwrap_err();
+        let missing = check(token, &ceremony, "master", MASTER).unwrap_err();
         assert!(missing.message.contains("the key master") && missing.message.contains("is not on the token"));
 
-        make_secret(place, &session, MASTER, "master", &[]);
-        check(place, &ceremony, "master", MASTER).unwrap();
-        make_secret(place, &session, MASTER, "master", &[Attribute::Id(vec![1])]);
-        check(place, &ceremony, "master", MASTER).unwrap_or_else(|f| panic!("another CKA_ID: {}", f.message));
+        make_secret(token, &session, MASTER, "master", &[]);
+        check(token, &ceremony, "master", MASTER).unwrap();
+        make_secret(token, &session, MASTER, "master", &[Attribute::Id(vec![1])]);
+        check(token, &ceremony, "master", MASTER).unwrap_or_else(|f| panic!("another CKA_ID: {}", f.message));
 
-        make_secret(place, &session, MASTER, "master", &[]);
-        let twice = check(place, &ceremony, "master", MASTER).unwrap_err();
+        make_secret(token, &session, MASTER, "master", &[]);
+        let twice = check(token, &ceremony, "master", MASTER).unwrap_err();
         assert_eq!(twice.class, FailureClass::Rejected);
-        assert!(twice.message.contains("2 objects are named master"), "{}", twice.message);
+        assert!(twice.message.contains("found 2 objects named master"), "{}", twice.message);
     });
 }
 
 #[test]
-fn what_a_ceremony_makes_passes() {
-    in_module(|place| {
-        let ceremony = place.open();
+fn ceremony_keys_pass_the_audit() {
+    in_module(|token| {
+        let ceremony = token.open();
         let mut made = Vec::new();
         for kind in [KeyKind::P256, KeyKind::P384, KeyKind::Ed25519, KeyKind::Rsa2048] {
             let key = ceremony.create_signing_key(&name(&format!("sign-{kind}")), kind).unwrap();
@@ -144,8 +150,8 @@ fn what_a_ceremony_makes_passes() {
             made.push((key, KeyRole::Master(prf)));
         }
         made.push((create_wrapping_key(&ceremony, &name("wrap")).unwrap(), KeyRole::Wrapping));
-        let keys = register(made.iter().map(|(key, role)| (key, *role)));
+        let keys = key_map(made.iter().map(|(key, role)| (key, *role)));
         assert_eq!(keys.len(), 7);
-        place.verbs(&ceremony, keys, None).check_keys().unwrap();
+        token.operations(&ceremony, keys, None).check_keys().unwrap();
     });
 }

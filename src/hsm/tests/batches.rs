@@ -1,15 +1,15 @@
-//! What the daemon makes on the token by itself: batch keys, and pairs that are kept there.
+//! Objects that the daemon generates on the token: batch keys and stored pairs.
 
 use cryptoki::object::Attribute;
 
-use super::{Place, in_module, object_counts};
+use super::{TestToken, in_module, object_counts};
 use crate::hsm::Ceremony;
 use crate::hsm::attributes::{KeyRole, Provenance};
 use crate::hsm::failure::FailureClass;
 use crate::hsm::objects::public_key;
 use crate::hsm::operations::TokenOperations;
 use crate::hsm::transport::TransportKey;
-use crate::hsm::wire::{Answer, Keep, Kept, MadePair, Operation};
+use crate::hsm::wire::{Answer, MadePair, Operation, StorageTarget, StoredForm};
 use crate::keys::{BatchName, DevicePrivateKey, KeyKind, PublicKey, StoreId, TokenPair, batch_key_id};
 use crate::names::KeyName;
 
@@ -19,43 +19,46 @@ fn batch(number: u64) -> BatchName {
     BatchName { store: STORE, number }
 }
 
-struct Workshop {
+struct Fixture {
     ceremony: Ceremony,
-    verbs: TokenOperations,
+    operations: TokenOperations,
     transport: TransportKey,
 }
 
-fn workshop(place: &Place) -> Workshop {
-    let ceremony = place.open();
-    let (verbs, transport) = place.operations_with_transport(&ceremony, super::Register::new());
-    Workshop { ceremony, verbs, transport }
+fn fixture(token: &TestToken) -> Fixture {
+    let ceremony = token.open();
+    let (operations, transport) = token.operations_with_transport(&ceremony, super::KeyMap::new());
+    Fixture { ceremony, operations, transport }
 }
 
-impl Workshop {
+impl Fixture {
     fn objects(&self) -> (usize, usize) {
         object_counts(&self.ceremony.token.session().unwrap())
     }
 
     fn create(&mut self, key: &KeyName) {
-        assert!(matches!(self.verbs.perform(Operation::CreateBatchKey { key: key.clone() }), Ok(Answer::Created)));
+        assert!(matches!(self.operations.perform(Operation::CreateBatchKey { key: key.clone() }), Ok(Answer::Created)));
     }
 
     fn destroy(&mut self, key: &KeyName) {
-        assert!(matches!(self.verbs.perform(Operation::DestroyBatchKey { key: key.clone() }), Ok(Answer::Destroyed)));
+        assert!(matches!(
+            self.operations.perform(Operation::DestroyBatchKey { key: key.clone() }),
+            Ok(Answer::Destroyed)
+        ));
     }
 
-    fn make(&mut self, kind: KeyKind, keep: &Keep, at_most: u32, within_ms: u32) -> Vec<MadePair> {
-        let order = Operation::MakePairs { kind, keep: keep.clone(), at_most, within_ms };
-        match self.verbs.perform(order) {
+    fn make(&mut self, kind: KeyKind, target: &StorageTarget, at_most: u32, within_ms: u32) -> Vec<MadePair> {
+        let operation = Operation::MakePairs { kind, target: target.clone(), at_most, within_ms };
+        match self.operations.perform(operation) {
             Ok(Answer::Made(made)) => made,
             other => panic!("{:?}", other.err()),
         }
     }
 
     fn deliver(&mut self, operation: Operation) -> Result<Vec<u8>, FailureClass> {
-        match self.verbs.perform(operation) {
+        match self.operations.perform(operation) {
             Ok(Answer::Rewrapped(delivered)) => Ok(delivered),
-            Ok(_) => panic!("another answer"),
+            Ok(_) => panic!("unexpected answer"),
             Err(failure) => Err(failure.class),
         }
     }
@@ -68,123 +71,125 @@ impl Workshop {
 const KINDS: [KeyKind; 4] = [KeyKind::P256, KeyKind::P384, KeyKind::Ed25519, KeyKind::Rsa2048];
 
 #[test]
-fn a_batch_key_is_made_once_and_destroyed_once_however_often_it_is_asked_for() {
-    in_module(|place| {
-        let mut workshop = workshop(place);
-        let (_, before) = workshop.objects();
+fn batch_key_create_and_destroy_are_idempotent() {
+    in_module(|token| {
+        let mut fixture = fixture(token);
+        let (_, before) = fixture.objects();
         let key = batch(1).key();
         for _ in 0..3 {
-            workshop.create(&key);
+            fixture.create(&key);
         }
-        assert_eq!(workshop.objects().1, before + 1);
-        let session = workshop.ceremony.token.session().unwrap();
+        assert_eq!(fixture.objects().1, before + 1);
+        let session = fixture.ceremony.token.session().unwrap();
         let found = session.find_objects(&[Attribute::Id(batch_key_id(&key))]).unwrap();
         crate::hsm::attributes::audit(&session, found[0], &key, KeyRole::Wrapping, Provenance::Made).unwrap();
         for _ in 0..3 {
-            workshop.destroy(&key);
+            fixture.destroy(&key);
         }
-        assert_eq!(workshop.objects().1, before);
+        assert_eq!(fixture.objects().1, before);
     });
 }
 
-/// A key of that name that can do more than wrap, or leave the token, is not wrapped under.
+/// No pair is wrapped under an extractable key, even if it has the name of a batch key.
 #[test]
-fn a_batch_key_that_is_not_fit_is_refused() {
-    in_module(|place| {
-        let mut workshop = workshop(place);
+fn batch_key_with_wrong_attributes_is_refused() {
+    in_module(|token| {
+        let mut fixture = fixture(token);
         let key = batch(1).key();
-        let mut template = KeyRole::Wrapping.template(&key, &batch_key_id(&key), &place.profile);
+        let mut template = KeyRole::Wrapping.template(&key, &batch_key_id(&key), &token.profile);
         template.retain(|attribute| *attribute != Attribute::Extractable(false));
         template.extend([Attribute::Extractable(true), Attribute::ValueLen(32.into())]);
-        let session = workshop.ceremony.token.session().unwrap();
+        let session = fixture.ceremony.token.session().unwrap();
         session.generate_key(&cryptoki::mechanism::Mechanism::AesKeyGen, &template).unwrap();
-        let order = Operation::MakePairs { kind: KeyKind::P256, keep: Keep::Wrapped(key), at_most: 1, within_ms: 0 };
-        let failure = workshop.verbs.perform(order).err().unwrap();
+        let order =
+            Operation::MakePairs { kind: KeyKind::P256, target: StorageTarget::Wrapped(key), at_most: 1, within_ms: 0 };
+        let failure = fixture.operations.perform(order).err().unwrap();
         assert!(failure.message.contains("CKA_EXTRACTABLE is not false"), "{}", failure.message);
     });
 }
 
 #[test]
-fn pairs_are_moved_from_one_key_to_another_and_the_old_one_opens_them_no_more() {
-    in_module(|place| {
-        let mut workshop = workshop(place);
+fn rewrapped_pair_unwraps_only_under_new_batch_key() {
+    in_module(|token| {
+        let mut fixture = fixture(token);
         let (from, to) = (batch(1).key(), batch(2).key());
-        workshop.create(&from);
-        workshop.create(&to);
-        let before = workshop.objects();
+        fixture.create(&from);
+        fixture.create(&to);
+        let before = fixture.objects();
         for kind in KINDS {
-            let made = workshop.make(kind, &Keep::Wrapped(from.clone()), 2, 60_000);
+            let made = fixture.make(kind, &StorageTarget::Wrapped(from.clone()), 2, 60_000);
             let blobs: Vec<_> = made
                 .iter()
-                .map(|pair| match &pair.kept {
-                    Kept::Blob(blob) => (kind, blob.clone()),
-                    Kept::Id(_) => panic!("it is not on the token"),
+                .map(|pair| match &pair.stored {
+                    StoredForm::Blob(blob) => (kind, blob.clone()),
+                    StoredForm::Id(_) => panic!("expected a wrapped pair"),
                 })
                 .collect();
             let order = Operation::Move { from: from.clone(), to: to.clone(), blobs: blobs.clone() };
-            let Ok(Answer::Moved(moved)) = workshop.verbs.perform(order) else { panic!("{kind}: not moved") };
+            let Ok(Answer::Moved(moved)) = fixture.operations.perform(order) else { panic!("{kind}: not moved") };
             for ((pair, blob), (_, old)) in made.into_iter().zip(moved).zip(blobs) {
                 let public = public_key(kind, pair.public).unwrap();
-                let delivered = workshop.deliver(Operation::Rewrap { kind, wrapping_key: to.clone(), blob }).unwrap();
-                workshop.open(&public, &delivered);
-                let under_the_other = Operation::Rewrap { kind, wrapping_key: to.clone(), blob: old };
-                assert!(workshop.deliver(under_the_other).is_err(), "{kind}: it is under the old key");
+                let delivered = fixture.deliver(Operation::Rewrap { kind, wrapping_key: to.clone(), blob }).unwrap();
+                fixture.open(&public, &delivered);
+                let old_blob = Operation::Rewrap { kind, wrapping_key: to.clone(), blob: old };
+                assert!(fixture.deliver(old_blob).is_err(), "{kind}: the old blob is wrapped under the old key");
             }
-            assert_eq!(workshop.objects(), before, "{kind}: nothing is left in the HSM");
+            assert_eq!(fixture.objects(), before, "{kind}: nothing is left in the HSM");
         }
-        let pair = workshop.make(KeyKind::P256, &Keep::Wrapped(from.clone()), 1, 0).pop().unwrap();
-        let Kept::Blob(blob) = pair.kept else { panic!("it is not on the token") };
-        workshop.destroy(&from);
+        let pair = fixture.make(KeyKind::P256, &StorageTarget::Wrapped(from.clone()), 1, 0).pop().unwrap();
+        let StoredForm::Blob(blob) = pair.stored else { panic!("expected a wrapped pair") };
+        fixture.destroy(&from);
         let order = Operation::Rewrap { kind: KeyKind::P256, wrapping_key: from, blob };
-        assert_eq!(workshop.deliver(order), Err(FailureClass::Absent));
+        assert_eq!(fixture.deliver(order), Err(FailureClass::Absent));
     });
 }
 
 #[test]
-fn a_pair_on_the_token_is_delivered_by_any_session_until_it_is_destroyed() {
-    in_module(|place| {
-        let mut workshop = workshop(place);
-        let before = workshop.objects();
+fn token_pair_is_delivered_until_destroyed() {
+    in_module(|token| {
+        let mut fixture = fixture(token);
+        let before = fixture.objects();
         for kind in KINDS {
             let label = batch(3).pairs();
-            let made = workshop.make(kind, &Keep::OnToken(label.clone()), 2, 60_000);
-            assert_eq!(workshop.objects(), (before.0, before.1 + 2), "{kind}");
+            let made = fixture.make(kind, &StorageTarget::OnToken(label.clone()), 2, 60_000);
+            assert_eq!(fixture.objects(), (before.0, before.1 + 2), "{kind}");
             for pair in made {
                 let public = public_key(kind, pair.public).unwrap();
-                let Kept::Id(id) = pair.kept else { panic!("it is on the token") };
+                let StoredForm::Id(id) = pair.stored else { panic!("expected a pair on the token") };
                 let pair = TokenPair { label: label.clone(), id };
                 let order = || Operation::DeliverPair { kind, pair: pair.clone() };
-                let delivered = workshop.deliver(order()).unwrap();
-                workshop.open(&public, &delivered);
-                // A worker that was just started has looked nothing up.
-                let (mut other, transport) =
-                    place.operations_with_transport(&workshop.ceremony, super::Register::new());
+                let delivered = fixture.deliver(order()).unwrap();
+                fixture.open(&public, &delivered);
+                // A new worker has no cached handles.
+                let (mut other, transport) = token.operations_with_transport(&fixture.ceremony, super::KeyMap::new());
                 let Ok(Answer::Rewrapped(delivered)) = other.perform(order()) else { panic!("{kind}: not found") };
                 let plain = transport.unwrap(&delivered).unwrap();
                 DevicePrivateKey::from_unwrapped(public, &plain).unwrap();
                 for _ in 0..2 {
-                    let gone = workshop.verbs.perform(Operation::DestroyPair { kind, pair: pair.clone() });
-                    assert!(matches!(gone, Ok(Answer::Destroyed)), "{kind}");
+                    let destroyed = fixture.operations.perform(Operation::DestroyPair { kind, pair: pair.clone() });
+                    assert!(matches!(destroyed, Ok(Answer::Destroyed)), "{kind}");
                 }
-                assert_eq!(workshop.deliver(order()), Err(FailureClass::Absent), "{kind}");
+                assert_eq!(fixture.deliver(order()), Err(FailureClass::Absent), "{kind}");
             }
-            assert_eq!(workshop.objects().1, before.1, "{kind}");
+            assert_eq!(fixture.objects().1, before.1, "{kind}");
         }
     });
 }
 
 #[test]
-fn what_daemons_made_is_listed_and_nothing_else() {
-    in_module(|place| {
-        let mut workshop = workshop(place);
-        super::create_wrapping_key(&workshop.ceremony, &super::name("batch-of-another-kind")).unwrap();
+fn list_contains_only_daemon_objects() {
+    in_module(|token| {
+        let mut fixture = fixture(token);
+        super::create_wrapping_key(&fixture.ceremony, &super::name("batch-of-another-kind")).unwrap();
         let other = BatchName { store: StoreId::from_random([1; 8]), number: 7 };
         for key in [batch(1), batch(2), other] {
-            workshop.create(&key.key());
+            fixture.create(&key.key());
         }
-        workshop.make(KeyKind::P256, &Keep::OnToken(batch(4).pairs()), 3, 60_000);
-        workshop.make(KeyKind::Ed25519, &Keep::OnToken(other.pairs()), 1, 0);
-        let Ok(Answer::Own { mut keys, pairs }) = workshop.verbs.perform(Operation::ListOwn) else { panic!("no list") };
+        fixture.make(KeyKind::P256, &StorageTarget::OnToken(batch(4).pairs()), 3, 60_000);
+        fixture.make(KeyKind::Ed25519, &StorageTarget::OnToken(other.pairs()), 1, 0);
+        let Ok(Answer::Own { mut keys, pairs }) = fixture.operations.perform(Operation::ListOwn) else {
+            panic!("no list")
+        };
         keys.sort();
         let mut wanted = [batch(1).key(), batch(2).key(), other.key()];
         wanted.sort();
@@ -195,48 +200,48 @@ fn what_daemons_made_is_listed_and_nothing_else() {
 }
 
 #[test]
-fn a_call_makes_one_pair_at_least_and_ends_when_its_time_is_over() {
-    in_module(|place| {
-        let mut workshop = workshop(place);
-        workshop.create(&batch(1).key());
-        let keep = Keep::Wrapped(batch(1).key());
-        assert_eq!(workshop.make(KeyKind::P256, &keep, 5, 60_000).len(), 5);
-        assert_eq!(workshop.make(KeyKind::P256, &keep, 1000, 0).len(), 1);
-        // So many would take months.
-        let made = workshop.make(KeyKind::P256, &keep, u32::MAX, 1000).len();
+fn make_pairs_respects_count_and_time_limits() {
+    in_module(|token| {
+        let mut fixture = fixture(token);
+        fixture.create(&batch(1).key());
+        let target = StorageTarget::Wrapped(batch(1).key());
+        assert_eq!(fixture.make(KeyKind::P256, &target, 5, 60_000).len(), 5);
+        assert_eq!(fixture.make(KeyKind::P256, &target, 1000, 0).len(), 1);
+        // This number of pairs would take months.
+        let made = fixture.make(KeyKind::P256, &target, u32::MAX, 1000).len();
         assert!(made > 1, "{made}");
     });
 }
 
 #[test]
-fn nothing_is_told_as_destroyed_while_the_token_is_away() {
-    in_module(|place| {
-        let ceremony = place.open();
+fn removed_token_is_not_reported_as_destroyed_key() {
+    in_module(|token| {
+        let ceremony = token.open();
         let wrap = super::create_wrapping_key(&ceremony, &super::name("wrap")).unwrap();
-        let register = || super::register([(&wrap, KeyRole::Wrapping)]);
-        let (verbs, transport) = place.operations_with_transport(&ceremony, register());
-        let mut workshop = Workshop { ceremony, verbs, transport };
-        workshop.create(&batch(1).key());
-        let kept = workshop.make(KeyKind::P256, &Keep::Wrapped(batch(1).key()), 1, 0).pop().unwrap().kept;
-        let Kept::Blob(blob) = kept else { panic!("it is not on the token") };
+        let key_map = || super::key_map([(&wrap, KeyRole::Wrapping)]);
+        let (operations, transport) = token.operations_with_transport(&ceremony, key_map());
+        let mut fixture = Fixture { ceremony, operations, transport };
+        fixture.create(&batch(1).key());
+        let stored = fixture.make(KeyKind::P256, &StorageTarget::Wrapped(batch(1).key()), 1, 0).pop().unwrap().stored;
+        let StoredForm::Blob(blob) = stored else { panic!("expected a wrapped pair") };
         let label = batch(3).pairs();
-        let kept = workshop.make(KeyKind::P256, &Keep::OnToken(label.clone()), 1, 0).pop().unwrap().kept;
-        let Kept::Id(id) = kept else { panic!("it is on the token") };
+        let stored = fixture.make(KeyKind::P256, &StorageTarget::OnToken(label.clone()), 1, 0).pop().unwrap().stored;
+        let StoredForm::Id(id) = stored else { panic!("expected a pair on the token") };
         let orders = || {
             let pair = TokenPair { label: label.clone(), id: id.clone() };
             let (kind, wrapping_key) = (KeyKind::P256, batch(1).key());
             [Operation::Rewrap { kind, wrapping_key, blob: blob.clone() }, Operation::DeliverPair { kind, pair }]
         };
-        // Sessions that have looked nothing up.
-        let fresh = || place.operations_with_transport(&workshop.ceremony, register()).0;
+        // Sessions without cached handles.
+        let fresh = || token.operations_with_transport(&fixture.ceremony, key_map()).0;
         let mut looking: Vec<_> = orders().into_iter().map(|order| (fresh(), order)).collect();
         looking.push((fresh(), Operation::ListOwn));
-        let (there, away) = (place.directory.join("tokens"), place.directory.join("tokens-away"));
-        std::fs::rename(&there, &away).unwrap();
-        for (mut verbs, order) in looking {
-            let Err(failure) = verbs.perform(order) else { panic!("it is away") };
+        let (present, removed) = (token.directory.join("tokens"), token.directory.join("tokens-away"));
+        std::fs::rename(&present, &removed).unwrap();
+        for (mut operations, order) in looking {
+            let Err(failure) = operations.perform(order) else { panic!("the token is removed") };
             assert_eq!(failure.class, FailureClass::ModuleLost, "{}", failure.message);
         }
-        std::fs::rename(&away, &there).unwrap();
+        std::fs::rename(&removed, &present).unwrap();
     });
 }

@@ -1,14 +1,14 @@
-//! What ceremonies make works, is what they say it is, and is never overwritten.
+//! Keys created in ceremonies work, have the reported attributes, and are never overwritten.
 
-use super::{create_wrapping_key, in_module, name, object_counts, register};
+use super::{create_wrapping_key, in_module, key_map, name, object_counts};
 use crate::hsm::wire::{Answer, Operation};
 use crate::hsm::{HsmError, KeyRole, Prf};
 use crate::keys::{KeyKind, SignatureAlgorithm};
 
 #[test]
-fn keys_of_every_algorithm_sign_what_their_public_half_verifies() {
-    in_module(|place| {
-        let ceremony = place.open();
+fn signatures_of_every_algorithm_verify() {
+    in_module(|token| {
+        let ceremony = token.open();
         for (kind, algorithms) in [
             (KeyKind::P256, [SignatureAlgorithm::EcdsaP256Sha256].as_slice()),
             (KeyKind::P384, &[SignatureAlgorithm::EcdsaP384Sha384]),
@@ -18,7 +18,7 @@ fn keys_of_every_algorithm_sign_what_their_public_half_verifies() {
             let key = ceremony.create_signing_key(&name(kind.name()), kind).unwrap();
             let public = key.public.unwrap();
             for algorithm in algorithms {
-                // Often enough that r or s of ECDSA has a leading zero byte now and then.
+                // Enough messages that r or s of some ECDSA signatures has a leading zero byte.
                 for message in (0..100u8).map(|i| vec![i; usize::from(i)]) {
                     let signature = ceremony.sign(&key.name, &key.id, kind, *algorithm, &message).unwrap();
                     assert_eq!(public.verify(*algorithm, &message, &signature), Ok(()), "{algorithm:?}");
@@ -30,9 +30,9 @@ fn keys_of_every_algorithm_sign_what_their_public_half_verifies() {
 }
 
 #[test]
-fn a_taken_name_is_refused_and_nothing_is_made() {
-    in_module(|place| {
-        let ceremony = place.open();
+fn used_name_is_refused_and_creates_nothing() {
+    in_module(|token| {
+        let ceremony = token.open();
         let taken = name("taken");
         assert!(ceremony.is_free(&taken).unwrap());
         create_wrapping_key(&ceremony, &taken).unwrap();
@@ -46,16 +46,16 @@ fn a_taken_name_is_refused_and_nothing_is_made() {
         ];
         for attempt in attempts {
             let Err(HsmError::Refused(why)) = attempt else { panic!("{attempt:?}") };
-            assert!(why.contains("an object named taken already"), "{why}");
+            assert!(why.contains("already has an object named taken"), "{why}");
         }
         assert_eq!(object_counts(&session), before);
     });
 }
 
 #[test]
-fn the_transcript_shows_the_attributes_of_the_token() {
-    in_module(|place| {
-        let ceremony = place.open();
+fn created_key_reports_token_attributes() {
+    in_module(|token| {
+        let ceremony = token.open();
         let master = ceremony.create_master_key(&name("master"), Prf::HmacSha256).unwrap();
         let wrap = create_wrapping_key(&ceremony, &name("wrap")).unwrap();
         let signing = ceremony.create_signing_key(&name("sign"), KeyKind::P256).unwrap();
@@ -77,17 +77,18 @@ fn the_transcript_shows_the_attributes_of_the_token() {
                 assert_eq!(key.attributes.get(attribute).map(String::as_str), Some(value), "{} {attribute}", key.name);
             }
             let all = ["Sign", "Encrypt", "Decrypt", "Wrap", "Unwrap", "Derive"];
-            let may: Vec<_> = all.into_iter().filter(|a| key.attributes.get(*a).is_some_and(|v| v == "true")).collect();
-            assert_eq!(may, uses, "{}", key.name);
+            let allowed: Vec<_> =
+                all.into_iter().filter(|a| key.attributes.get(*a).is_some_and(|v| v == "true")).collect();
+            assert_eq!(allowed, uses, "{}", key.name);
         }
         assert!(master.id != wrap.id && wrap.id != signing.id);
     });
 }
 
 #[test]
-fn a_check_value_recognises_its_master_key() {
-    in_module(|place| {
-        let ceremony = place.open();
+fn check_value_is_stable_and_unique_per_key() {
+    in_module(|token| {
+        let ceremony = token.open();
         let mut values = std::collections::BTreeSet::new();
         for (key, prf) in [("a", Prf::HmacSha256), ("b", Prf::HmacSha256), ("c", Prf::AesCmac)] {
             let key = ceremony.create_master_key(&name(key), prf).unwrap();
@@ -100,22 +101,22 @@ fn a_check_value_recognises_its_master_key() {
 }
 
 #[test]
-fn a_destroyed_key_is_gone_for_every_session() {
-    in_module(|place| {
-        let ceremony = place.open();
+fn destroyed_key_is_unusable_in_every_session() {
+    in_module(|token| {
+        let ceremony = token.open();
         let doomed = create_wrapping_key(&ceremony, &name("doomed")).unwrap();
         let other = create_wrapping_key(&ceremony, &name("other")).unwrap();
-        let keys = || register([(&doomed, KeyRole::Wrapping), (&other, KeyRole::Wrapping)]);
-        let (mut one, _) = place.operations_with_transport(&ceremony, keys());
-        let (mut two, _) = place.operations_with_transport(&ceremony, keys());
+        let keys = || key_map([(&doomed, KeyRole::Wrapping), (&other, KeyRole::Wrapping)]);
+        let (mut one, _) = token.operations_with_transport(&ceremony, keys());
+        let (mut two, _) = token.operations_with_transport(&ceremony, keys());
         let pair = |key| Operation::GeneratePair { kind: KeyKind::P256, wrapping_key: name(key) };
         two.perform(pair("doomed")).map(drop).unwrap();
 
         assert!(matches!(one.perform(Operation::Destroy { key: name("doomed") }), Ok(Answer::Destroyed)));
         assert!(ceremony.is_free(&name("doomed")).unwrap());
-        for verbs in [&mut one, &mut two] {
-            verbs.perform(pair("doomed")).map(drop).unwrap_err();
-            verbs.perform(pair("other")).map(drop).unwrap();
+        for operations in [&mut one, &mut two] {
+            operations.perform(pair("doomed")).map(drop).unwrap_err();
+            operations.perform(pair("other")).map(drop).unwrap();
         }
         let again = one.perform(Operation::Destroy { key: name("doomed") }).map(drop).unwrap_err();
         assert!(again.message.contains("is not on the token"), "{}", again.message);

@@ -1,9 +1,9 @@
-//! The counter mode gives NIST's numbers, and separates what must be separate.
+//! The KDF matches NIST's test vectors, and different inputs give different keys.
 
 use cryptoki::object::{Attribute, KeyType, ObjectClass};
 use serde::Deserialize;
 
-use super::{in_module, name, register};
+use super::{in_module, key_map, name};
 use crate::hsm::wire::KeyOnToken;
 use crate::hsm::{Derivation, KeyRole, Prf, Provenance};
 
@@ -23,16 +23,16 @@ struct Case {
     ko: String,
 }
 
-/// NIST CAVP; the source is told in the file.
+/// The NIST CAVP vectors; the file names their source.
 fn vectors() -> Vec<Case> {
     let vectors: Vectors = serde_json::from_str(include_str!("../../../tests/vectors/sp800-108-counter.json")).unwrap();
     vectors.cases
 }
 
 #[test]
-fn the_counter_mode_gives_the_bytes_of_nist() {
-    in_module(|place| {
-        let ceremony = place.open();
+fn kdf_matches_nist_cavp_vectors() {
+    in_module(|token| {
+        let ceremony = token.open();
         let session = ceremony.token.session().unwrap();
         let (mut cmac, mut hmac) = (0, 0);
         for case in vectors() {
@@ -53,13 +53,13 @@ fn the_counter_mode_gives_the_bytes_of_nist() {
             ];
             session.create_object(&import).unwrap();
             let role = KeyRole::Master(case.prf);
-            let mut verbs = place.verbs(
+            let mut operations = token.operations(
                 &ceremony,
                 [(key.clone(), KeyOnToken { id, role, provenance: Provenance::Made })].into(),
                 None,
             );
             let fixed_input = hex::decode(&case.fixed_input).unwrap();
-            let derived = verbs.derive(&key, case.prf, &fixed_input, case.ko.len() / 2).unwrap();
+            let derived = operations.derive(&key, case.prf, &fixed_input, case.ko.len() / 2).unwrap();
             assert_eq!(hex::encode(derived), case.ko, "{:?} {}", case.prf, case.count);
             *ran += 1;
         }
@@ -68,9 +68,9 @@ fn the_counter_mode_gives_the_bytes_of_nist() {
 }
 
 #[test]
-fn a_derived_key_is_a_function_of_master_key_purpose_identity_and_length() {
-    in_module(|place| {
-        let ceremony = place.open();
+fn derived_key_depends_on_every_input() {
+    in_module(|token| {
+        let ceremony = token.open();
         let mut seen = std::collections::BTreeSet::new();
         for prf in [Prf::AesCmac, Prf::HmacSha256] {
             for master in ["one", "two"] {
@@ -79,16 +79,16 @@ fn a_derived_key_is_a_function_of_master_key_purpose_identity_and_length() {
                 let derive = |purpose: &str, identity: &str, length| {
                     let identity = identity.parse().unwrap();
                     let order = Derivation::device_key(key.name.clone(), purpose, &identity, length);
-                    // A session of its own each time: nothing is remembered between calls.
-                    let mut verbs = place.verbs(&ceremony, register([(&key, KeyRole::Master(prf))]), None);
-                    verbs.derive(&key.name, prf, &order.fixed_input(), length).unwrap()
+                    // A new session for each call, without cached handles.
+                    let mut operations = token.operations(&ceremony, key_map([(&key, KeyRole::Master(prf))]), None);
+                    operations.derive(&key.name, prf, &order.fixed_input(), length).unwrap()
                 };
                 for (purpose, identity) in [("channel", "serial:A"), ("storage", "serial:A"), ("channel", "serial:B")] {
                     for length in [16, 24, 32, 64] {
                         let derived = derive(purpose, identity, length);
                         assert_eq!(derived.len(), length);
-                        assert_eq!(derived, derive(purpose, identity, length), "the same order, the same key");
-                        // The length is part of the input (SP 800-108r1 §4): a short key is no prefix of a long one.
+                        assert_eq!(derived, derive(purpose, identity, length), "equal inputs give equal keys");
+                        // The length is part of the input (SP 800-108r1 §4): a short key is not a prefix of a long one.
                         assert!(seen.insert(derived[..16].to_vec()), "{prf:?} {master} {purpose} {identity} {length}");
                     }
                 }

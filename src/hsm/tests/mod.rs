@@ -1,7 +1,7 @@
-//! This room on a real SoftHSM, each test with a token and a process of its own.
+//! Tests of `hsm` with a real SoftHSM. Each test has its own token and process.
 //!
-//! The module reads SOFTHSM2_CONF when it is loaded, and may be loaded once in a process. So [`in_module`] starts the
-//! test's own program again for this one test, first to make the token, then to do the work.
+//! The module reads SOFTHSM2_CONF when it is loaded, and can be loaded only once per process. Therefore [`in_module`] starts the
+//! test program again for a single test: first to create the token, then to run the test.
 
 mod audit;
 mod batches;
@@ -30,40 +30,41 @@ use crate::names::KeyName;
 const USER_PIN: &str = "482910375566";
 const SO_PIN: &str = "118822993344";
 const LABEL: &str = "spp-test";
-/// Set for the child that makes the token, and for the one that does the work: the directory of the token.
+/// Environment variables that select the child's stage, creating the token or running the test. The value is the token's
+/// directory.
 const MAKE_TOKEN: &str = "SPP_TEST_MAKE_TOKEN";
 const WORK: &str = "SPP_TEST_WORK";
 
-/// Does the work in a process that has a module with a fresh token.
-pub(crate) fn in_module<Work: FnOnce(&Place)>(work: Work) {
+/// Runs `work` in a process that has loaded the module with a new token.
+pub(crate) fn in_module<Work: FnOnce(&TestToken)>(work: Work) {
     if let Some(directory) = std::env::var_os(MAKE_TOKEN) {
-        let place = Place::new(PathBuf::from(directory));
-        initialise_token(&place.profile, LABEL, &place.pin_file("so.pin", SO_PIN), &place.pin()).unwrap();
-        place.tell_end_of(MAKE_TOKEN);
+        let token = TestToken::new(PathBuf::from(directory));
+        initialise_token(&token.profile, LABEL, &token.pin_file("so.pin", SO_PIN), &token.pin()).unwrap();
+        token.mark_finished(MAKE_TOKEN);
     } else if let Some(directory) = std::env::var_os(WORK) {
-        let place = Place::new(PathBuf::from(directory));
-        work(&place);
-        place.tell_end_of(WORK);
+        let token = TestToken::new(PathBuf::from(directory));
+        work(&token);
+        token.mark_finished(WORK);
     } else {
         let directory = spp_testkit::files::temp_dir();
-        let place = Place::new(directory.path().to_owned());
-        place.write_module_configuration();
-        // `crate::hsm::tests::room::test::{{closure}}`: the test calls this from its own body.
+        let token = TestToken::new(directory.path().to_owned());
+        token.write_module_configuration();
+        // The type name is `crate::hsm::tests::module::test::{{closure}}`, because the test passes a closure from its body.
         let name = std::any::type_name::<Work>();
         let name = name.split_once("::").unwrap().1.strip_suffix("::{{closure}}").unwrap();
-        place.run_again(name, MAKE_TOKEN);
-        place.run_again(name, WORK);
+        token.rerun(name, MAKE_TOKEN);
+        token.rerun(name, WORK);
     }
 }
 
-/// A token's directory.
-pub(crate) struct Place {
+/// A test token in its directory.
+pub(crate) struct TestToken {
     pub(crate) directory: PathBuf,
     profile: ModuleProfile,
 }
 
-impl Place {
-    /// A missing SoftHSM ends here, with the command that installs it.
+impl TestToken {
+    /// Panics with the installation command if SoftHSM is missing.
     fn new(directory: PathBuf) -> Self {
         let profile = concat!(env!("CARGO_MANIFEST_DIR"), "/hsm-config/softhsm2.toml");
         let profile = ModuleProfile::load(Path::new(profile), &directory).unwrap_or_else(|faults| panic!("{faults}"));
@@ -77,7 +78,7 @@ impl Place {
         std::fs::write(self.directory.join("softhsm2.conf"), text).unwrap();
     }
 
-    fn run_again(&self, test: &str, stage: &str) {
+    fn rerun(&self, test: &str, stage: &str) {
         let output = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", test, "--nocapture"])
             .envs(&self.profile.environment)
@@ -86,11 +87,11 @@ impl Place {
             .unwrap();
         let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
         assert!(output.status.success(), "{stage}: {}\n{out}\n{err}", output.status);
-        // A child that found no test of this name would succeed too.
+        // A child that finds no test of this name also succeeds.
         assert!(self.directory.join(stage).exists(), "{stage}: {test} did not run\n{out}\n{err}");
     }
 
-    fn tell_end_of(&self, stage: &str) {
+    fn mark_finished(&self, stage: &str) {
         std::fs::write(self.directory.join(stage), "").unwrap();
     }
 
@@ -106,38 +107,38 @@ impl Place {
         self.pin_file("user.pin", USER_PIN)
     }
 
-    fn token(&self) -> TokenIdentity {
+    fn identity(&self) -> TokenIdentity {
         TokenIdentity { label: LABEL.to_owned(), serial: String::new() }
     }
 
-    /// Once in a process.
+    /// Opens the token. Possible once per process.
     pub(crate) fn open(&self) -> Ceremony {
-        Ceremony::open(&self.profile, &self.token(), &self.pin()).unwrap()
+        Ceremony::open(&self.profile, &self.identity(), &self.pin()).unwrap()
     }
 
-    /// A worker thread's session with these keys in its register.
-    fn verbs(&self, ceremony: &Ceremony, keys: Register, transport_key: Option<ObjectHandle>) -> TokenOperations {
-        let shared = Shared::alone(&self.profile, keys);
+    /// A worker thread's session that expects these keys.
+    fn operations(&self, ceremony: &Ceremony, keys: KeyMap, transport_key: Option<ObjectHandle>) -> TokenOperations {
+        let shared = Shared::single_threaded(&self.profile, keys);
         TokenOperations::new(ceremony.token.session().unwrap(), shared, transport_key)
     }
 
-    /// The same with a transport key, as the worker and the handle make it together.
-    fn operations_with_transport(&self, ceremony: &Ceremony, keys: Register) -> (TokenOperations, TransportKey) {
-        let mut verbs = self.verbs(ceremony, keys, None);
+    /// A worker thread's session with a transport key, created as by the worker and the handle.
+    fn operations_with_transport(&self, ceremony: &Ceremony, keys: KeyMap) -> (TokenOperations, TransportKey) {
+        let mut operations = self.operations(ceremony, keys, None);
         let receiver = TransportReceiver::generate().unwrap();
-        let (_, wrapped) = verbs.make_transport_key(&receiver.public_copy()).unwrap();
-        (verbs, receiver.open(self.profile.oaep_hash, self.profile.wrap, &wrapped).unwrap())
+        let (_, wrapped) = operations.make_transport_key(&receiver.public_copy()).unwrap();
+        (operations, receiver.open(self.profile.oaep_hash, self.profile.wrap, &wrapped).unwrap())
     }
 }
 
-/// A wrapping key with a name of the test's own.
+/// Creates a wrapping key with a test-specific name.
 fn create_wrapping_key(ceremony: &Ceremony, name: &KeyName) -> Result<CreatedKey, HsmError> {
     ceremony.create_secret(name, KeyRole::Wrapping, &Mechanism::AesKeyGen)
 }
 
-type Register = BTreeMap<KeyName, KeyOnToken>;
+type KeyMap = BTreeMap<KeyName, KeyOnToken>;
 
-fn register<'a>(keys: impl IntoIterator<Item = (&'a CreatedKey, KeyRole)>) -> Register {
+fn key_map<'a>(keys: impl IntoIterator<Item = (&'a CreatedKey, KeyRole)>) -> KeyMap {
     keys.into_iter()
         .map(|(key, role)| (key.name.clone(), KeyOnToken { id: key.id.clone(), role, provenance: Provenance::Made }))
         .collect()
@@ -147,7 +148,7 @@ fn name(text: &str) -> KeyName {
     text.parse().unwrap()
 }
 
-/// Objects of all sessions of this process, and those of the token.
+/// Number of session objects of this process, and number of token objects.
 fn object_counts(session: &Session) -> (usize, usize) {
     let count = |token| session.find_objects(&[Attribute::Token(token)]).unwrap().len();
     (count(false), count(true))

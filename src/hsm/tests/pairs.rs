@@ -1,8 +1,8 @@
-//! Pairs are made, wrapped twice and forgotten; what is kept comes back as the same key.
+//! Pairs are generated, wrapped twice and destroyed; the stored blob unwraps to the same key.
 
 use cryptoki::object::Attribute;
 
-use super::{Place, create_wrapping_key, in_module, name, object_counts, register};
+use super::{TestToken, create_wrapping_key, in_module, key_map, name, object_counts};
 use crate::hsm::failure::FailureClass;
 use crate::hsm::objects::public_key;
 use crate::hsm::operations::TokenOperations;
@@ -11,39 +11,39 @@ use crate::hsm::wire::{Answer, KeyOnToken, Operation};
 use crate::hsm::{Ceremony, KeyRole, Provenance};
 use crate::keys::{DevicePrivateKey, KeyKind, PublicKey, SignatureAlgorithm};
 
-struct Workshop {
+struct Fixture {
     ceremony: Ceremony,
-    verbs: TokenOperations,
+    operations: TokenOperations,
     transport: TransportKey,
 }
 
-/// The register has the wrapping key `wrap`, and `lost` that is not on the token.
-fn workshop(place: &Place) -> Workshop {
-    let ceremony = place.open();
+/// The session expects the wrapping key `wrap`, and the key `lost`, which is not on the token.
+fn fixture(token: &TestToken) -> Fixture {
+    let ceremony = token.open();
     let wrap = create_wrapping_key(&ceremony, &name("wrap")).unwrap();
-    let mut keys = register([(&wrap, KeyRole::Wrapping)]);
+    let mut keys = key_map([(&wrap, KeyRole::Wrapping)]);
     keys.insert(name("lost"), KeyOnToken { id: vec![7; 16], role: KeyRole::Wrapping, provenance: Provenance::Made });
-    let (verbs, transport) = place.operations_with_transport(&ceremony, keys);
-    Workshop { ceremony, verbs, transport }
+    let (operations, transport) = token.operations_with_transport(&ceremony, keys);
+    Fixture { ceremony, operations, transport }
 }
 
-impl Workshop {
+impl Fixture {
     fn objects(&self) -> (usize, usize) {
         object_counts(&self.ceremony.token.session().unwrap())
     }
 
-    /// Public key, what is kept, what is delivered.
+    /// The public key, the stored blob and the delivered blob of a new pair.
     fn pair(&mut self, kind: KeyKind) -> (PublicKey, Vec<u8>, Vec<u8>) {
-        let answer = self.verbs.perform(Operation::GeneratePair { kind, wrapping_key: name("wrap") });
-        let Ok(Answer::Pair { public, kept, delivered }) = answer else { panic!("{:?}", answer.err()) };
-        (public_key(kind, public).unwrap(), kept, delivered)
+        let answer = self.operations.perform(Operation::GeneratePair { kind, wrapping_key: name("wrap") });
+        let Ok(Answer::Pair { public, stored, delivered }) = answer else { panic!("{:?}", answer.err()) };
+        (public_key(kind, public).unwrap(), stored, delivered)
     }
 
     fn rewrap(&mut self, kind: KeyKind, blob: &[u8]) -> Result<Vec<u8>, FailureClass> {
         let order = Operation::Rewrap { kind, wrapping_key: name("wrap"), blob: blob.to_vec() };
-        match self.verbs.perform(order) {
+        match self.operations.perform(order) {
             Ok(Answer::Rewrapped(delivered)) => Ok(delivered),
-            Ok(_) => panic!("another answer"),
+            Ok(_) => panic!("unexpected answer"),
             Err(failure) => Err(failure.class),
         }
     }
@@ -57,102 +57,102 @@ impl Workshop {
 const KINDS: [KeyKind; 5] = [KeyKind::P256, KeyKind::P384, KeyKind::Ed25519, KeyKind::Rsa2048, KeyKind::Rsa3072];
 
 #[test]
-fn a_pair_of_every_kind_is_delivered_kept_and_delivered_again() {
-    in_module(|place| {
-        let mut workshop = workshop(place);
-        let before = workshop.objects();
+fn pair_of_every_type_is_delivered_twice() {
+    in_module(|token| {
+        let mut fixture = fixture(token);
+        let before = fixture.objects();
         for kind in KINDS {
-            let (public, kept, delivered) = workshop.pair(kind);
-            let first = workshop.open(&public, &delivered);
+            let (public, stored, delivered) = fixture.pair(kind);
+            let first = fixture.open(&public, &delivered);
             let algorithm = SignatureAlgorithm::default_for(kind);
-            let signature = first.sign(algorithm, b"it belongs").unwrap();
-            assert_eq!(public.verify(algorithm, b"it belongs", &signature), Ok(()), "{kind}");
+            let signature = first.sign(algorithm, b"message").unwrap();
+            assert_eq!(public.verify(algorithm, b"message", &signature), Ok(()), "{kind}");
 
-            assert_ne!(kept, delivered, "{kind}: kept and delivered are wrapped under different keys");
-            assert!(workshop.transport.unwrap(&kept).is_err(), "{kind}: what is kept needs the HSM");
-            let again = workshop.rewrap(kind, &kept).unwrap();
-            let again = workshop.open(&public, &again);
+            assert_ne!(stored, delivered, "{kind}: stored and delivered are wrapped under different keys");
+            assert!(fixture.transport.unwrap(&stored).is_err(), "{kind}: unwrapping the stored blob needs the HSM");
+            let again = fixture.rewrap(kind, &stored).unwrap();
+            let again = fixture.open(&public, &again);
             let numbers = |key: &DevicePrivateKey| key.secrets().iter().map(|s| s.expose().clone()).collect::<Vec<_>>();
             assert_eq!(numbers(&first), numbers(&again), "{kind}");
-            assert_eq!(workshop.objects(), before, "{kind}: nothing is left in the HSM");
+            assert_eq!(fixture.objects(), before, "{kind}: nothing is left in the HSM");
         }
     });
 }
 
 #[test]
-fn two_pairs_are_never_the_same() {
-    in_module(|place| {
-        let mut workshop = workshop(place);
+fn generated_pairs_are_distinct() {
+    in_module(|token| {
+        let mut fixture = fixture(token);
         for kind in [KeyKind::P256, KeyKind::P384, KeyKind::Ed25519] {
-            let made: std::collections::BTreeSet<_> = (0..20).map(|_| workshop.pair(kind).0.fingerprint()).collect();
+            let made: std::collections::BTreeSet<_> = (0..20).map(|_| fixture.pair(kind).0.fingerprint()).collect();
             assert_eq!(made.len(), 20, "{kind}");
         }
     });
 }
 
 #[test]
-fn a_missing_wrapping_key_refuses_the_pair_and_leaves_nothing_behind() {
-    in_module(|place| {
-        let mut workshop = workshop(place);
-        let before = workshop.objects();
+fn missing_wrapping_key_refuses_pair_and_leaves_no_object() {
+    in_module(|token| {
+        let mut fixture = fixture(token);
+        let before = fixture.objects();
         for kind in [KeyKind::P256, KeyKind::Ed25519, KeyKind::Rsa2048] {
-            for (key, class, says) in [
+            for (key, class, expected) in [
                 (
                     "lost",
                     FailureClass::ModuleLost,
                     "lost (CKA_ID 07070707070707070707070707070707) is not on the token",
                 ),
-                ("unheard-of", FailureClass::Rejected, "unheard-of is not in the register of keys"),
+                ("unheard-of", FailureClass::Rejected, "unheard-of is not in the key manifest"),
             ] {
-                let failure = workshop.verbs.perform(Operation::GeneratePair { kind, wrapping_key: name(key) });
+                let failure = fixture.operations.perform(Operation::GeneratePair { kind, wrapping_key: name(key) });
                 let failure = failure.err().unwrap();
                 assert_eq!(failure.class, class, "{}", failure.message);
-                assert!(failure.message.contains(says), "{}", failure.message);
-                assert_eq!(workshop.objects(), before, "{kind} under {key}");
+                assert!(failure.message.contains(expected), "{}", failure.message);
+                assert_eq!(fixture.objects(), before, "{kind} under {key}");
             }
         }
     });
 }
 
 #[test]
-fn a_damaged_or_mistaken_blob_is_refused_without_a_trace_and_without_costing_the_worker() {
-    in_module(|place| {
-        let mut workshop = workshop(place);
-        let (public, kept, delivered) = workshop.pair(KeyKind::P256);
-        let before = workshop.objects();
-        let mut damaged = kept.clone();
+fn damaged_blob_is_refused_without_losing_the_worker() {
+    in_module(|token| {
+        let mut fixture = fixture(token);
+        let (public, stored, delivered) = fixture.pair(KeyKind::P256);
+        let before = fixture.objects();
+        let mut damaged = stored.clone();
         damaged[20] ^= 1;
         for (what, blob) in [
             ("a flipped bit", damaged.as_slice()),
-            ("cut short", &kept[..kept.len() - 8]),
-            ("no whole block", &kept[..kept.len() - 1]),
+            ("cut short", &stored[..stored.len() - 8]),
+            ("no whole block", &stored[..stored.len() - 1]),
             ("empty", &[]),
             ("wrapped under another key", &delivered),
         ] {
-            let class = workshop.rewrap(KeyKind::P256, blob).unwrap_err();
+            let class = fixture.rewrap(KeyKind::P256, blob).unwrap_err();
             assert!(matches!(class, FailureClass::Transient | FailureClass::Rejected), "{what}: {class:?}");
-            assert_eq!(workshop.objects(), before, "{what}");
+            assert_eq!(fixture.objects(), before, "{what}");
         }
-        assert!(workshop.rewrap(KeyKind::Rsa2048, &kept).is_err(), "an EC key is no RSA key");
-        assert_eq!(workshop.objects(), before);
-        let delivered = workshop.rewrap(KeyKind::P256, &kept).unwrap();
-        workshop.open(&public, &delivered);
+        assert!(fixture.rewrap(KeyKind::Rsa2048, &stored).is_err(), "an EC key cannot be unwrapped as an RSA key");
+        assert_eq!(fixture.objects(), before);
+        let delivered = fixture.rewrap(KeyKind::P256, &stored).unwrap();
+        fixture.open(&public, &delivered);
     });
 }
 
 #[test]
-fn a_session_whose_transport_key_is_gone_does_not_pass_the_check() {
-    in_module(|place| {
-        let ceremony = place.open();
+fn missing_transport_key_fails_the_key_check() {
+    in_module(|token| {
+        let ceremony = token.open();
         let wrap = create_wrapping_key(&ceremony, &name("wrap")).unwrap();
-        let (mut verbs, _) = place.operations_with_transport(&ceremony, register([(&wrap, KeyRole::Wrapping)]));
-        verbs.check_keys().unwrap();
+        let (mut operations, _) = token.operations_with_transport(&ceremony, key_map([(&wrap, KeyRole::Wrapping)]));
+        operations.check_keys().unwrap();
         let session = ceremony.token.session().unwrap();
         let transport_key = session.find_objects(&[Attribute::Token(false)]).unwrap();
         session.destroy_object(transport_key[0]).unwrap();
         let pair = Operation::GeneratePair { kind: KeyKind::P256, wrapping_key: name("wrap") };
-        assert_eq!(verbs.perform(pair).err().unwrap().class, FailureClass::SessionLost);
-        // The keys of the register are all there; yet only a new worker has a transport key again.
-        assert_eq!(verbs.check_keys().unwrap_err().class, FailureClass::ModuleLost);
+        assert_eq!(operations.perform(pair).err().unwrap().class, FailureClass::SessionLost);
+        // All keys of the manifest exist, but only a new worker generates another transport key.
+        assert_eq!(operations.check_keys().unwrap_err().class, FailureClass::ModuleLost);
     });
 }

@@ -1,4 +1,4 @@
-//! SoftHSM and aws-lc-rs mean the same by AES-KWP (RFC 5649).
+//! SoftHSM and aws-lc-rs implement the same AES-KWP (RFC 5649).
 
 use aws_lc_rs::key_wrap::{AES_256, AesKek, KeyWrapPadded as _};
 use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair, KeyPair as _};
@@ -47,16 +47,16 @@ fn provider_wraps(plain: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn the_provider_opens_what_the_hsm_wrapped_and_refuses_every_flipped_bit() {
-    in_module(|place| {
-        let ceremony = place.open();
+fn provider_unwraps_hsm_blob_and_refuses_bit_flips() {
+    in_module(|token| {
+        let ceremony = token.open();
         let session = ceremony.token.session().unwrap();
         let wrapping = shared_key(&session);
         for length in [8u8, 16, 24, 32, 48, 64] {
             let secret: Vec<u8> = (1..=length).collect();
             let object = import(&session, KeyType::GENERIC_SECRET, &secret, &[]);
             let blob = session.wrap_key(&Mechanism::AesKeyWrapPad, wrapping, object).unwrap();
-            assert_eq!(blob, provider_wraps(&secret), "{length}: AES-KWP has one result");
+            assert_eq!(blob, provider_wraps(&secret), "{length}: AES-KWP is deterministic");
             assert_eq!(provider_unwraps(&blob), Some(secret));
             for bit in 0..blob.len() * 8 {
                 let mut damaged = blob.clone();
@@ -68,9 +68,9 @@ fn the_provider_opens_what_the_hsm_wrapped_and_refuses_every_flipped_bit() {
 }
 
 #[test]
-fn the_hsm_opens_what_the_provider_wrapped_and_refuses_flipped_bits() {
-    in_module(|place| {
-        let ceremony = place.open();
+fn hsm_unwraps_provider_blob_and_refuses_bit_flips() {
+    in_module(|token| {
+        let ceremony = token.open();
         let session = ceremony.token.session().unwrap();
         let wrapping = shared_key(&session);
         let secret: Vec<u8> = (1..=32).collect();
@@ -95,9 +95,9 @@ fn the_hsm_opens_what_the_provider_wrapped_and_refuses_flipped_bits() {
 }
 
 #[test]
-fn a_pair_that_the_provider_made_and_wrapped_signs_in_the_hsm() {
-    in_module(|place| {
-        let ceremony = place.open();
+fn imported_provider_pair_signs_in_hsm() {
+    in_module(|token| {
+        let ceremony = token.open();
         let session = ceremony.token.session().unwrap();
         let wrapping = shared_key(&session);
         let pair = EcdsaKeyPair::generate(&ECDSA_P256_SHA256_ASN1_SIGNING).unwrap();

@@ -1,10 +1,10 @@
-//! Backups: the key that wraps them, its shares, and the file beside the register.
+//! Creates backup keys with their shares, and writes key backups under them.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-use super::backup_file::{BackupFile, What};
-use super::{Act, Before, Holding, PlannedAct, shares};
+use super::backup_file::{BackedUpKey, BackupFile};
+use super::{CeremonyRun, PlannedStep, PreflightContext, Step, shares};
 use crate::config::Faults;
 use crate::hsm::{BACKUP_KEY_LEN, BackupKey, Ceremony, CreatedKey, KeyManifest, backup_check_value};
 use crate::keys::{KeyKind, sha256};
@@ -17,29 +17,29 @@ use crate::secret::SecretBytes;
 pub(super) struct NewBackupKey {
     pub(super) name: KeyName,
     pub(super) threshold: u8,
-    /// Who gets a share each.
+    /// Officers; each gets one share.
     pub(super) officers: Vec<OfficerName>,
 }
 
 impl NewBackupKey {
-    /// What is wrong with it as the file says it.
+    /// Checks the section of the ceremony file.
     pub(super) fn check(&self, shares: u8, place: &str, faults: &mut Faults) {
         if !(2..=shares).contains(&self.threshold) {
-            faults.add(format!("{place}: threshold"), format!("must be from 2 to {shares}, the number of shares"));
+            faults.add(format!("{place}: threshold"), format!("must be from 2 to {shares} (the number of shares)"));
         }
         if usize::from(shares) != self.officers.len() {
-            let problem = format!("there are {shares} shares and {} officers; name one for each", self.officers.len());
+            let problem = format!("{shares} shares for {} officers; name one officer per share", self.officers.len());
             faults.add(format!("{place}: officers"), problem);
         }
         let files: BTreeSet<_> = self.files().into_iter().collect();
         if files.len() != self.officers.len() {
-            faults.add(format!("{place}: officers"), "one of them is there twice");
+            faults.add(format!("{place}: officers"), "contains an officer twice");
         }
     }
 }
 
-impl Act for NewBackupKey {
-    fn gives(&self) -> Option<&KeyName> {
+impl Step for NewBackupKey {
+    fn created_key(&self) -> Option<&KeyName> {
         Some(&self.name)
     }
 
@@ -47,8 +47,8 @@ impl Act for NewBackupKey {
         self.officers.iter().map(|officer| shares::file_name(&self.name, officer)).collect()
     }
 
-    fn planned(&self, _: Option<&KeyManifest>) -> PlannedAct {
-        PlannedAct {
+    fn describe(&self, _: Option<&KeyManifest>) -> PlannedStep {
+        PlannedStep {
             act: "make",
             name: self.name.clone(),
             kind: "aes-256".to_owned(),
@@ -58,63 +58,64 @@ impl Act for NewBackupKey {
         }
     }
 
-    fn look(&self, before: &Before<'_>, faults: &mut Faults) -> Result<(), OfficerError> {
-        faults.note(format!("key {}", self.name), before.module.can_back_up());
+    fn preflight(&self, context: &PreflightContext<'_>, faults: &mut Faults) -> Result<(), OfficerError> {
+        faults.note(format!("key {}", self.name), context.module.check_backup_support());
         Ok(())
     }
 
-    /// The shares come first, read back from their files: a backup key that nobody can put together again would be none.
-    fn hold(&self, holding: &mut Holding<'_>) -> Result<(), OfficerError> {
-        let token = holding.token;
+    /// Writes the shares and reads them back before the key is created on the token, so that every backup key can be recovered.
+    fn execute(&self, run: &mut CeremonyRun<'_>) -> Result<(), OfficerError> {
+        let token = run.token;
         let bytes = token.random_secret(BACKUP_KEY_LEN)?;
         let check_value = backup_check_value(&bytes)?;
-        let given = shares::deal(token, &bytes, self, &check_value)?;
+        let shares = shares::split(token, &bytes, self, &check_value)?;
         let mut written = Vec::new();
         let made = self
-            .give_out(holding, &given, &check_value, &mut written)
-            .and_then(|()| self.put(token, &bytes, &check_value));
+            .write_shares(run, &shares, &check_value, &mut written)
+            .and_then(|()| self.create_on_token(token, &bytes, &check_value));
         drop(bytes);
         let (key, entry) = match made {
             Ok(made) => made,
             Err(e) => {
-                // Shares of a key that is nowhere. One that stays is found by the next ceremony, which says so.
+                // The key does not exist, so remove its shares. If a file cannot be removed, the next ceremony reports it.
                 written.iter().for_each(|path| drop(std::fs::remove_file(path)));
                 return Err(e);
             }
         };
-        holding.register.backup.push(entry);
-        let report = holding.report.add("made", &key, format!("check value {}", hex::encode(&check_value)));
-        report.details.push(format!("wraps backups; read with {} of {} shares", self.threshold, given.len()));
-        report.details.extend(given.iter().map(|share| format!("share {} is for {}", share.number, share.officer)));
-        holding.report.files.extend(written);
-        holding.save()
+        run.manifest.backup.push(entry);
+        let report = run.report.add("made", &key, format!("check value {}", hex::encode(&check_value)));
+        report.details.push(format!("wraps backups; read with {} of {} shares", self.threshold, shares.len()));
+        report.details.extend(shares.iter().map(|share| format!("share {} is for {}", share.number, share.officer)));
+        run.report.files.extend(written);
+        run.save()
     }
 }
 
 impl NewBackupKey {
-    fn give_out(
+    fn write_shares(
         &self,
-        holding: &Holding<'_>,
-        given: &[shares::Share],
+        run: &CeremonyRun<'_>,
+        shares: &[shares::Share],
         check_value: &[u8],
         written: &mut Vec<PathBuf>,
     ) -> Result<(), OfficerError> {
-        for share in given {
-            let path = holding.out.join(shares::file_name(&self.name, &share.officer));
-            // Exposed to be written where only its owner may read it.
+        for share in shares {
+            let path = run.out.join(shares::file_name(&self.name, &share.officer));
+            // Exposed to be written to a file with mode 0600.
             write_new_private(&path, share.to_text().expose())?;
             written.push(path);
         }
         let entry = self.entry(Vec::new(), check_value);
         let threshold = usize::from(self.threshold);
-        for some in [&written[..threshold], &written[written.len() - threshold..]] {
-            shares::combine(&entry, some)?;
+        for subset in [&written[..threshold], &written[written.len() - threshold..]] {
+            shares::combine(&entry, subset)?;
         }
         Ok(())
     }
 
-    /// Puts it on the token. It must be what was given out, or no backup could ever be read.
-    fn put(
+    /// Creates the key on the token and verifies that it has the check value of the shares. Otherwise no backup could be
+    /// restored.
+    fn create_on_token(
         &self,
         token: &Ceremony,
         bytes: &SecretBytes,
@@ -124,10 +125,10 @@ impl NewBackupKey {
         let entry = self.entry(key.id.clone(), check);
         match token.check_value_of_backup_key(&entry) {
             Ok(value) if value == check => Ok((key, entry)),
-            wrong => {
+            other => {
                 token.destroy(&key.name, &key.id)?;
-                wrong?;
-                Err(OfficerError::Other(format!("the token took {} over as another key", self.name)))
+                other?;
+                Err(OfficerError::Other(format!("key {} on the token differs from its shares", self.name)))
             }
         }
     }
@@ -139,60 +140,66 @@ impl NewBackupKey {
     }
 }
 
-/// The file with a key's backup.
+/// File name of a key's backup.
 pub(super) fn file_name(key: &KeyName) -> PathBuf {
     PathBuf::from(format!("{key}.backup"))
 }
 
-/// For a plan.
-pub(super) fn words(under: Option<&KeyName>) -> String {
-    under.map(|under| format!(", with a backup under {under}")).unwrap_or_default()
+/// Backup note in the description of a step.
+pub(super) fn describe_backup(backup_key: Option<&KeyName>) -> String {
+    backup_key.map(|backup_key| format!(", with a backup under {backup_key}")).unwrap_or_default()
 }
 
-/// Whether there is, or will be, such a backup key.
-pub(super) fn look(under: Option<&KeyName>, before: &Before<'_>, faults: &mut Faults) {
-    let Some(under) = under else { return };
-    if !before.makes(under) && before.register.backup_key(under).is_none() {
-        let problem = "the register has no such key; make one with [[backup_wrapping_key]]";
-        faults.add(format!("backup {under}"), problem);
+/// Checks that the backup key exists or is created by the ceremony.
+pub(super) fn check_backup_key(backup_key: Option<&KeyName>, context: &PreflightContext<'_>, faults: &mut Faults) {
+    let Some(backup_key) = backup_key else { return };
+    if !context.creates(backup_key) && context.manifest.backup_key(backup_key).is_none() {
+        let problem = "not in keys.toml; create it with [[backup_wrapping_key]]";
+        faults.add(format!("backup {backup_key}"), problem);
     }
 }
 
-pub(super) fn key_of(register: &KeyManifest, under: Option<&KeyName>) -> Result<Option<BackupKey>, OfficerError> {
-    let found = |under| register.backup_key(under).cloned().ok_or_else(|| super::proof::not_there(under));
-    under.map(found).transpose()
+pub(super) fn load_backup_key(
+    manifest: &KeyManifest,
+    backup_key: Option<&KeyName>,
+) -> Result<Option<BackupKey>, OfficerError> {
+    let found =
+        |backup_key| manifest.backup_key(backup_key).cloned().ok_or_else(|| super::proof::unknown_key(backup_key));
+    backup_key.map(found).transpose()
 }
 
 pub(super) fn create_pair(
     token: &Ceremony,
     name: &KeyName,
     kind: KeyKind,
-    under: Option<&BackupKey>,
+    backup_key: Option<&BackupKey>,
 ) -> Result<CreatedKey, OfficerError> {
-    Ok(match under {
-        Some(under) => token.create_signing_key_with_backup(name, kind, under)?,
+    Ok(match backup_key {
+        Some(backup_key) => token.create_signing_key_with_backup(name, kind, backup_key)?,
         None => token.create_signing_key(name, kind)?,
     })
 }
 
-/// Writes the backup of a key that was made with one.
-pub(super) fn keep(
-    holding: &mut Holding<'_>,
+/// Writes the backup file of a key, if the key has a backup.
+pub(super) fn write_backup(
+    run: &mut CeremonyRun<'_>,
     key: &CreatedKey,
-    under: Option<&BackupKey>,
-    what: What,
+    backup_key: Option<&BackupKey>,
+    content: BackedUpKey,
 ) -> Result<(), OfficerError> {
-    let (Some(under), Some(wrapped)) = (under, &key.wrapped) else { return Ok(()) };
+    let (Some(backup_key), Some(wrapped)) = (backup_key, &key.wrapped) else { return Ok(()) };
     let (name, id, wrapped) = (key.name.clone(), key.id.clone(), wrapped.clone());
-    let mut file = BackupFile { name, id, wrapped, under: under.clone(), what, seal: Vec::new() };
-    file.seal = holding.token.seal(under, &file.digest()?)?;
+    let mut file = BackupFile { name, id, wrapped, backup_key: backup_key.clone(), content, seal: Vec::new() };
+    file.seal = run.token.seal(backup_key, &file.digest()?)?;
     let text = file.to_toml()?;
-    let path = holding.out.join(file_name(&key.name));
+    let path = run.out.join(file_name(&key.name));
     write_new(&path, text.as_bytes())?;
-    // So that whoever restores it can tell whether it is the file of this ceremony.
-    let known_by = format!("sha256:{} of its file", hex::encode(sha256(text.as_bytes())));
-    let report = holding.report.add_act("backed up", &key.name, &key.id, known_by);
-    report.details.push(format!("under {}, read with {} of {} shares", under.name, under.threshold, under.shares));
-    holding.report.files.push(path);
+    // The hash in the transcript identifies the backup file of this ceremony.
+    let fingerprint = format!("sha256:{} of its file", hex::encode(sha256(text.as_bytes())));
+    let report = run.report.add_step("backed up", &key.name, &key.id, fingerprint);
+    report
+        .details
+        .push(format!("under {}, read with {} of {} shares", backup_key.name, backup_key.threshold, backup_key.shares));
+    run.report.files.push(path);
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! `NAME.backup`: a wrapped key, and everything that is needed to put it into another token and to know it again.
+//! `NAME.backup`: a wrapped key with the metadata to restore it on another token and to verify it.
 
 use std::path::Path;
 
@@ -12,7 +12,7 @@ use crate::officer::OfficerError;
 use crate::tlog::{LogKey, Origin};
 
 const FORMAT: &str = "spp key backup v1";
-/// What a seal is made of is of nothing else.
+/// Domain separation of the seal.
 const SEAL_DOMAIN: &[u8] = b"spp/v1/backup-seal\0";
 
 pub(super) struct BackupFile {
@@ -21,19 +21,19 @@ pub(super) struct BackupFile {
     pub(super) id: Vec<u8>,
     /// RFC 5649: a secret key's bytes, a private key as PKCS#8, or the seed of an Ed25519 pair.
     pub(super) wrapped: Vec<u8>,
-    pub(super) under: BackupKey,
-    pub(super) what: What,
-    /// Everything else of the file, bound to the backup key: see [`Self::digest`]. Only the shares can tell whether it is right.
+    pub(super) backup_key: BackupKey,
+    pub(super) content: BackedUpKey,
+    /// Authenticates all other fields with the backup key: see [`Self::digest`]. Verifying it needs the shares.
     pub(super) seal: Vec<u8>,
 }
 
-/// What the key is.
-pub(super) enum What {
+/// Type and metadata of the key.
+pub(super) enum BackedUpKey {
     Signing {
         use_: SigningUse,
         public_key: PublicKey,
         replaces: Option<KeyName>,
-        /// Its chain in PEM, if it had one when it was backed up.
+        /// Certificate chain in PEM, if the key had one at the time of the backup.
         certificate: Option<String>,
     },
     Log {
@@ -48,7 +48,7 @@ pub(super) enum What {
     },
 }
 
-impl What {
+impl BackedUpKey {
     pub(super) fn signing(key: &SigningKey, certificate: Option<String>) -> Self {
         let (use_, public_key, replaces) = (key.use_, key.public_key.clone(), key.replaces.clone());
         Self::Signing { use_, public_key, replaces, certificate }
@@ -64,7 +64,7 @@ impl What {
         Self::Master { version, prf, check_value, replaces }
     }
 
-    /// What the token must know of it.
+    /// Parameters to restore the key on a token.
     pub(super) fn restorable(&self) -> Restorable {
         match self {
             Self::Signing { public_key, .. } | Self::Log { public_key, .. } => Restorable::Signing(public_key.clone()),
@@ -82,7 +82,7 @@ struct Shape {
     wrapped: String,
     seal: String,
     under: UnderShape,
-    what: WhatShape,
+    what: BackedUpKeyShape,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -97,7 +97,7 @@ struct UnderShape {
 
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", rename_all_fields = "snake_case", deny_unknown_fields)]
-enum WhatShape {
+enum BackedUpKeyShape {
     Signing {
         #[serde(rename = "use")]
         use_: SigningUse,
@@ -125,12 +125,12 @@ impl BackupFile {
         let text = faults.note(&place, std::fs::read_to_string(path)).unwrap_or_default();
         let shape: Option<Shape> = if faults.is_empty() { read_toml(&place, &text, &mut faults) } else { None };
         let file = shape.and_then(|shape| Self::check(shape, &place, &mut faults));
-        faults.ok_or_all(file)
+        faults.into_result(file)
     }
 
     fn check(shape: Shape, place: &str, faults: &mut Faults) -> Option<Self> {
         if shape.format != FORMAT {
-            faults.add(place, format!("is no {FORMAT}"));
+            faults.add(place, format!("not a key backup: expected format {FORMAT:?}"));
         }
         let id = faults.note(format!("{place}: id"), hex::decode(&shape.id));
         let wrapped = faults.note(format!("{place}: wrapped"), hex::decode(&shape.wrapped));
@@ -138,29 +138,29 @@ impl BackupFile {
         let UnderShape { name, id: under_id, check_value, shares, threshold } = shape.under;
         let under_id = faults.note(format!("{place}: under.id"), hex::decode(under_id));
         let check_value = faults.note(format!("{place}: under.check_value"), hex::decode(check_value));
-        let what = faults.note(format!("{place}: what"), shape.what.check());
-        let under = BackupKey { name, id: under_id?, check_value: check_value?, shares, threshold };
-        Some(Self { name: shape.name, id: id?, wrapped: wrapped?, under, what: what?, seal: seal? })
+        let content = faults.note(format!("{place}: what"), shape.what.check());
+        let backup_key = BackupKey { name, id: under_id?, check_value: check_value?, shares, threshold };
+        Some(Self { name: shape.name, id: id?, wrapped: wrapped?, backup_key, content: content?, seal: seal? })
     }
 
-    /// What the seal is made of: SHA-384 over everything but the seal, as JSON without spaces, which is always the same bytes.
+    /// Input of the seal: SHA-384 over all other fields as JSON without spaces, a deterministic encoding.
     pub(super) fn digest(&self) -> Result<[u8; SEALED_LEN], OfficerError> {
         let json = serde_json::to_vec(&self.shape(&[])).map_err(|e| OfficerError::Other(e.to_string()))?;
         Ok(sha384(&[SEAL_DOMAIN, &json].concat()))
     }
 
     pub(super) fn to_toml(&self) -> Result<String, OfficerError> {
-        let under = &self.under;
+        let backup_key = &self.backup_key;
         let head = format!(
             "# A key wrapped under {} (AES-KWP, RFC 5649). A ceremony with [[restore]] and {} of its shares reads it.\n\n",
-            under.name, under.threshold
+            backup_key.name, backup_key.threshold
         );
         let text = toml::to_string(&self.shape(&self.seal)).map_err(|e| OfficerError::Other(e.to_string()))?;
         Ok(format!("{head}{text}"))
     }
 
     fn shape(&self, seal: &[u8]) -> Shape {
-        let under = &self.under;
+        let backup_key = &self.backup_key;
         Shape {
             format: FORMAT.to_owned(),
             name: self.name.clone(),
@@ -168,13 +168,13 @@ impl BackupFile {
             wrapped: hex::encode(&self.wrapped),
             seal: hex::encode(seal),
             under: UnderShape {
-                name: under.name.clone(),
-                id: hex::encode(&under.id),
-                check_value: hex::encode(&under.check_value),
-                shares: under.shares,
-                threshold: under.threshold,
+                name: backup_key.name.clone(),
+                id: hex::encode(&backup_key.id),
+                check_value: hex::encode(&backup_key.check_value),
+                shares: backup_key.shares,
+                threshold: backup_key.threshold,
             },
-            what: WhatShape::of(&self.what),
+            what: BackedUpKeyShape::of(&self.content),
         }
     }
 }
@@ -184,18 +184,20 @@ fn public_key(text: &str) -> Result<PublicKey, String> {
     PublicKey::from_spki_der(&der).map_err(|e| e.to_string())
 }
 
-impl WhatShape {
-    fn of(what: &What) -> Self {
+impl BackedUpKeyShape {
+    fn of(content: &BackedUpKey) -> Self {
         let hex_of = |key: &PublicKey| hex::encode(key.spki_der());
-        match what {
-            What::Signing { use_, public_key, replaces, certificate } => Self::Signing {
+        match content {
+            BackedUpKey::Signing { use_, public_key, replaces, certificate } => Self::Signing {
                 use_: *use_,
                 public_key: hex_of(public_key),
                 replaces: replaces.clone(),
                 certificate: certificate.clone(),
             },
-            What::Log { key, public_key } => Self::Log { origin: key.origin().clone(), public_key: hex_of(public_key) },
-            What::Master { version, prf, check_value, replaces } => Self::Master {
+            BackedUpKey::Log { key, public_key } => {
+                Self::Log { origin: key.origin().clone(), public_key: hex_of(public_key) }
+            }
+            BackedUpKey::Master { version, prf, check_value, replaces } => Self::Master {
                 version: *version,
                 prf: *prf,
                 check_value: hex::encode(check_value),
@@ -204,19 +206,19 @@ impl WhatShape {
         }
     }
 
-    fn check(self) -> Result<What, String> {
+    fn check(self) -> Result<BackedUpKey, String> {
         match self {
             Self::Signing { use_, public_key: key, replaces, certificate } => {
-                Ok(What::Signing { use_, public_key: public_key(&key)?, replaces, certificate })
+                Ok(BackedUpKey::Signing { use_, public_key: public_key(&key)?, replaces, certificate })
             }
             Self::Log { origin, public_key: key } => {
                 let public_key = public_key(&key)?;
                 let key = LogKey::new(origin, public_key.clone()).map_err(|e| e.to_string())?;
-                Ok(What::Log { key, public_key })
+                Ok(BackedUpKey::Log { key, public_key })
             }
             Self::Master { version, prf, check_value, replaces } => {
                 let check_value = hex::decode(check_value).map_err(|e| e.to_string())?;
-                Ok(What::Master { version, prf, check_value, replaces })
+                Ok(BackedUpKey::Master { version, prf, check_value, replaces })
             }
         }
     }

@@ -1,7 +1,7 @@
-//! The end of a key.
+//! Destroys keys on the token.
 
-use super::proof::id_of;
-use super::{Act, Before, Holding, PlannedAct};
+use super::proof::cka_id;
+use super::{CeremonyRun, PlannedStep, PreflightContext, Step};
 use crate::config::Faults;
 use crate::hsm::{DestroyedKey, KeyManifest};
 use crate::names::KeyName;
@@ -10,82 +10,89 @@ use crate::officer::{OfficerError, now};
 /// `[[destroy]]`.
 pub(super) struct DestroyKey {
     pub(super) key: KeyName,
-    /// What the key must be known by, so that the file can be of no other one.
-    pub(super) known_by: String,
+    /// Expected fingerprint or check value, so that the file identifies exactly one key.
+    pub(super) fingerprint: String,
 }
 
 impl DestroyKey {
-    fn must_be_the_one(&self, before: &Before<'_>) -> Result<(), OfficerError> {
-        let register = before.register;
-        if register.log_key(&self.key).is_some() && register.log.iter().all(|key| before.destroys(&key.name)) {
-            let message = "it is the only log key, without which the daemon does not start and no transcript is signed; make \
-                           another one in a ceremony before, and change over to it";
+    fn check_target(&self, context: &PreflightContext<'_>) -> Result<(), OfficerError> {
+        let manifest = context.manifest;
+        if manifest.log_key(&self.key).is_some() && manifest.log.iter().all(|key| context.destroys(&key.name)) {
+            let message = "it is the only log key; without one the daemon does not start and no transcript is signed: \
+                           create another one in an earlier ceremony and switch to it";
             return Err(OfficerError::Other(message.to_owned()));
         }
-        let other = |known_by: &str| {
-            let message = format!("it is known by {known_by}, not by {}; nothing was destroyed", self.known_by);
+        let mismatch = |fingerprint: &str| {
+            let message = format!(
+                "fingerprint mismatch: the key has {fingerprint}, the file names {}; nothing was destroyed",
+                self.fingerprint
+            );
             OfficerError::Other(message)
         };
-        if let Some(gone) = before.register.destroyed.iter().find(|gone| gone.name == self.key) {
-            // A ceremony that was cut short has written it down and done it, or not, or not with both halves: this one ends it and does
-            // what was to come after it.
-            return if gone.fingerprint == self.known_by { Ok(()) } else { Err(other(&gone.fingerprint)) };
+        if let Some(destroyed) = context.manifest.destroyed.iter().find(|destroyed| destroyed.name == self.key) {
+            // An interrupted ceremony recorded the destruction; the key may still be on the token, whole or in part. This run
+            // completes the destruction and the steps after it.
+            return if destroyed.fingerprint == self.fingerprint {
+                Ok(())
+            } else {
+                Err(mismatch(&destroyed.fingerprint))
+            };
         }
-        let known_by = before.prove(&self.key)?;
-        if known_by == self.known_by { Ok(()) } else { Err(other(&known_by)) }
+        let fingerprint = context.prove(&self.key)?;
+        if fingerprint == self.fingerprint { Ok(()) } else { Err(mismatch(&fingerprint)) }
     }
 }
 
-impl Act for DestroyKey {
-    fn destroys(&self) -> Option<&KeyName> {
+impl Step for DestroyKey {
+    fn destroyed_key(&self) -> Option<&KeyName> {
         Some(&self.key)
     }
 
-    fn needs_approval(&self, _register: Option<&KeyManifest>) -> Option<&'static str> {
+    fn needs_approval(&self, _manifest: Option<&KeyManifest>) -> Option<&'static str> {
         Some("destroys keys")
     }
 
-    fn planned(&self, _: Option<&KeyManifest>) -> PlannedAct {
-        PlannedAct {
+    fn describe(&self, _: Option<&KeyManifest>) -> PlannedStep {
+        PlannedStep {
             act: "destroy",
             name: self.key.clone(),
             kind: String::new(),
-            what: format!("for good: {}", self.known_by),
+            what: format!("irreversibly: {}", self.fingerprint),
             files: Vec::new(),
             needs_approval: true,
         }
     }
 
-    fn look(&self, before: &Before<'_>, faults: &mut Faults) -> Result<(), OfficerError> {
-        faults.note(format!("destroy {}", self.key), self.must_be_the_one(before));
+    fn preflight(&self, context: &PreflightContext<'_>, faults: &mut Faults) -> Result<(), OfficerError> {
+        faults.note(format!("destroy {}", self.key), self.check_target(context));
         Ok(())
     }
 
-    fn hold(&self, holding: &mut Holding<'_>) -> Result<(), OfficerError> {
-        let id = id_of(&holding.register, &self.key)?;
-        // Written first: a crash here leaves a key that nobody uses and that the same ceremony destroys when it is held again. The
-        // other way round the daemon would miss a key of its register.
-        move_to_destroyed(&mut holding.register, &self.key, &id, &self.known_by);
-        holding.save()?;
-        let was_there = holding.token.has(&self.key, &id)?;
-        holding.token.destroy(&self.key, &id)?;
+    fn execute(&self, run: &mut CeremonyRun<'_>) -> Result<(), OfficerError> {
+        let id = cka_id(&run.manifest, &self.key)?;
+        // Record the destruction first: a crash here leaves an unused key, which the same ceremony destroys when it runs again.
+        // In the opposite order the daemon would miss a key of keys.toml.
+        mark_destroyed(&mut run.manifest, &self.key, &id, &self.fingerprint);
+        run.save()?;
+        let was_there = run.token.has(&self.key, &id)?;
+        run.token.destroy(&self.key, &id)?;
         let act = if was_there { "destroyed" } else { "was destroyed before" };
-        holding.report.add_act(act, &self.key, &id, self.known_by.clone());
+        run.report.add_step(act, &self.key, &id, self.fingerprint.clone());
         Ok(())
     }
 }
 
-pub(super) fn move_to_destroyed(register: &mut KeyManifest, name: &KeyName, id: &[u8], fingerprint: &str) {
-    if register.destroyed.iter().any(|gone| gone.name == *name) {
+pub(super) fn mark_destroyed(manifest: &mut KeyManifest, name: &KeyName, id: &[u8], fingerprint: &str) {
+    if manifest.destroyed.iter().any(|destroyed| destroyed.name == *name) {
         return;
     }
-    let version = register.master_key(name).map(|key| key.version);
-    let of_signing = register.signing_key(name).and_then(|key| key.replaces.clone());
-    let replaces = of_signing.or_else(|| register.master_key(name).and_then(|key| key.replaces.clone()));
-    register.signing.retain(|key| key.name != *name);
-    register.log.retain(|key| key.name != *name);
-    register.master.retain(|key| key.name != *name);
-    register.backup.retain(|key| key.name != *name);
+    let version = manifest.master_key(name).map(|key| key.version);
+    let signing_replaces = manifest.signing_key(name).and_then(|key| key.replaces.clone());
+    let replaces = signing_replaces.or_else(|| manifest.master_key(name).and_then(|key| key.replaces.clone()));
+    manifest.signing.retain(|key| key.name != *name);
+    manifest.log.retain(|key| key.name != *name);
+    manifest.master.retain(|key| key.name != *name);
+    manifest.backup.retain(|key| key.name != *name);
     let (name, id, fingerprint) = (name.clone(), id.to_vec(), fingerprint.to_owned());
-    register.destroyed.push(DestroyedKey { name, id, fingerprint, time: now(), version, replaces });
+    manifest.destroyed.push(DestroyedKey { name, id, fingerprint, time: now(), version, replaces });
 }

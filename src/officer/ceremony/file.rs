@@ -1,4 +1,4 @@
-//! The ceremony file: its shape, and the acts that it asks for.
+//! Parses and validates ceremony files.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -10,11 +10,11 @@ use super::backup_file::BackupFile;
 use super::destroy::DestroyKey;
 use super::import::ImportCertificate;
 use super::log::NewLogKey;
-use super::master::{Line, NewMasterKey};
+use super::master::{Lineage, NewMasterKey};
 use super::proof::CheckKey;
 use super::restore::RestoreKey;
-use super::signing_file::{AccessShape, RotateSigningShape, RouteShape, SigningShape};
-use super::{Act, CeremonyPlan};
+use super::signing_file::{AccessShape, CertificateSourceShape, RotateSigningShape, SigningShape};
+use super::{CeremonyPlan, Step};
 use crate::config::{Faults, read_toml};
 use crate::hsm::{Prf, SigningUse};
 use crate::keys::sha256;
@@ -118,7 +118,8 @@ struct DestroyShape {
 }
 
 impl CeremonyPlan {
-    /// Reads a ceremony file; unknown keys are refused, every fault is reported at once. Paths in it are relative to its directory.
+    /// Reads a ceremony file. Unknown keys are refused and all faults are reported at once. Paths are relative to the file's
+    /// directory.
     pub fn load(path: &Path) -> Result<Self, Faults> {
         let place = path.display().to_string();
         let mut faults = Faults::default();
@@ -130,72 +131,77 @@ impl CeremonyPlan {
                 faults.add(format!("{place}: token: label"), "must have 1 to 32 characters");
             }
             let base = path.parent().unwrap_or(Path::new(""));
-            let acts = shape.check(&mut Check { place: &place, base, faults: &mut faults });
-            if token.is_some() && acts.iter().any(|act| act.needs_approval(None).is_some()) {
-                faults.add(format!("{place}: token"), "a token that is initialised has no key to rotate or to destroy");
+            let steps = shape.check(&mut ParseContext { place: &place, base, faults: &mut faults });
+            if token.is_some() && steps.iter().any(|step| step.needs_approval(None).is_some()) {
+                faults.add(format!("{place}: token"), "a newly initialised token has no key to rotate or destroy");
             }
-            Self { token, acts, file: path.to_owned(), file_hash: sha256(text.as_bytes()) }
+            Self { token, steps, file: path.to_owned(), file_hash: sha256(text.as_bytes()) }
         });
-        faults.ok_or_all(plan)
+        faults.into_result(plan)
     }
 }
 
-/// What every check needs.
-pub(super) struct Check<'a> {
+/// Context of all checks.
+pub(super) struct ParseContext<'a> {
     pub(super) place: &'a str,
     base: &'a Path,
     pub(super) faults: &'a mut Faults,
 }
 
 impl Shape {
-    /// The acts in the order in which they are done: what others need comes first, what cannot be undone last.
-    fn check(self, check: &mut Check<'_>) -> Vec<Box<dyn Act>> {
-        self.refer_rightly(check);
-        let mut acts: Vec<Box<dyn Act>> = Vec::new();
+    /// The steps in execution order: dependencies first, irreversible steps last.
+    fn check(self, context: &mut ParseContext<'_>) -> Vec<Box<dyn Step>> {
+        self.check_references(context);
+        let mut steps: Vec<Box<dyn Step>> = Vec::new();
         for key in self.backup_wrapping_key {
-            acts.push(Box::new(key.check(check)));
+            steps.push(Box::new(key.check(context)));
         }
         for key in self.restore {
-            acts.extend(key.check(check).map(|key| Box::new(key) as Box<dyn Act>));
+            steps.extend(key.check(context).map(|key| Box::new(key) as Box<dyn Step>));
         }
         let (roots, others): (Vec<_>, Vec<_>) =
             self.signing_key.into_iter().partition(|key| key.use_ == SigningUse::Root);
         let signing = roots.into_iter().chain(others).map(SigningShape::common);
         let signing = signing.chain(self.rotate_signing_key.into_iter().map(RotateSigningShape::common));
         for key in signing.chain(self.access_ca.map(AccessShape::common)) {
-            acts.extend(key.check(check).map(|key| Box::new(key) as Box<dyn Act>));
+            steps.extend(key.check(context).map(|key| Box::new(key) as Box<dyn Step>));
         }
         for LogShape { name, origin, backup } in self.log_key {
-            acts.push(Box::new(NewLogKey { name, origin, backup }));
+            steps.push(Box::new(NewLogKey { name, origin, backup }));
         }
         for MasterShape { name, version, prf, backup } in self.master_key {
             if version == 0 {
-                check.fault(format!("master_key {name}: version"), "versions are counted from 1");
+                context.fault(format!("master_key {name}: version"), "must be at least 1");
             }
-            acts.push(Box::new(NewMasterKey { name, line: Line::Begins { version, prf }, backup }));
+            steps.push(Box::new(NewMasterKey { name, lineage: Lineage::New { version, prf }, backup }));
         }
         for RotateMasterShape { key, name, backup } in self.rotate_master_key {
-            acts.push(Box::new(NewMasterKey { name, line: Line::GoesOn(key), backup }));
+            steps.push(Box::new(NewMasterKey { name, lineage: Lineage::Replaces(key), backup }));
         }
         for ImportShape { key, file, root } in self.import_certificate {
-            acts.push(Box::new(ImportCertificate { key, file: check.base.join(file), root: check.base.join(root) }));
+            steps.push(Box::new(ImportCertificate {
+                key,
+                file: context.base.join(file),
+                root: context.base.join(root),
+            }));
         }
         for CheckShape { key } in self.check_value {
-            acts.push(Box::new(CheckKey { key }));
+            steps.push(Box::new(CheckKey { key }));
         }
         for key in self.destroy {
-            acts.extend(key.check(check).map(|key| Box::new(key) as Box<dyn Act>));
+            steps.extend(key.check(context).map(|key| Box::new(key) as Box<dyn Step>));
         }
-        if acts.is_empty() && check.faults.is_empty() {
-            let problem = "asks for nothing; add a [[signing_key]], [[log_key]], [[master_key]] or [access_ca]";
-            check.faults.add(check.place, problem);
+        if steps.is_empty() && context.faults.is_empty() {
+            let problem =
+                "contains no step; add for example a [[signing_key]], [[log_key]], [[master_key]] or [access_ca]";
+            context.faults.add(context.place, problem);
         }
-        names_are_unique(&acts, check);
-        acts
+        check_unique_names(&steps, context);
+        steps
     }
 
-    /// What names another key of the file names one that can do what is wanted of it.
-    fn refer_rightly(&self, check: &mut Check<'_>) {
+    /// Checks that keys referenced within the file have the right type.
+    fn check_references(&self, context: &mut ParseContext<'_>) {
         let wrapping: BTreeSet<_> = self.backup_wrapping_key.iter().map(|key| &key.name).collect();
         let signing = self.signing_key.iter().map(|key| (&key.name, key.use_ == SigningUse::Root));
         let signing: Vec<_> = signing.chain(self.rotate_signing_key.iter().map(|key| (&key.name, false))).collect();
@@ -209,23 +215,23 @@ impl Shape {
         let of_rotated = self.rotate_signing_key.iter().map(|key| (&key.name, key.backup.as_ref()));
         for (name, under) in others.iter().copied().chain(rotated).chain(of_signing).chain(of_rotated) {
             if under.is_some_and(|under| all.contains(under) && !wrapping.contains(under)) {
-                check.fault(format!("{name}: backup"), "must name a [[backup_wrapping_key]]");
+                context.fault(format!("{name}: backup"), "must name a [[backup_wrapping_key]]");
             }
         }
-        self.issuers_can_issue(&wrapping, check);
+        self.check_issuers(&wrapping, context);
         let mut rotated = BTreeSet::new();
-        let older = self.rotate_signing_key.iter().map(|key| &key.key);
-        for key in older.chain(self.rotate_master_key.iter().map(|key| &key.key)) {
+        let replaced = self.rotate_signing_key.iter().map(|key| &key.key);
+        for key in replaced.chain(self.rotate_master_key.iter().map(|key| &key.key)) {
             if !rotated.insert(key) {
-                check.fault(key.to_string(), "is rotated twice");
+                context.fault(key.to_string(), "is rotated twice");
             }
         }
     }
 }
 
 impl Shape {
-    /// Whether those that the file names as issuers, and makes itself, have their certificates by then.
-    fn issuers_can_issue(&self, wrapping: &BTreeSet<&KeyName>, check: &mut Check<'_>) {
+    /// Checks that issuers created by the file have their certificates before they issue.
+    fn check_issuers(&self, wrapping: &BTreeSet<&KeyName>, context: &mut ParseContext<'_>) {
         let issued = self.signing_key.iter().map(|key| (&key.name, key.issuer.as_ref()));
         let issued = issued.chain(self.rotate_signing_key.iter().map(|key| (&key.name, key.issuer.as_ref())));
         for (name, issuer) in issued.filter_map(|(name, issuer)| Some((name, issuer?))) {
@@ -234,17 +240,17 @@ impl Shape {
             let at = format!("{name}: issuer");
             match new {
                 _ if rotated || wrapping.contains(issuer) => {
-                    check.fault(at, "must name a [[signing_key]] with use = \"root\"");
+                    context.fault(at, "must name a [[signing_key]] with use = \"root\"");
                 }
                 Some(key) if key.use_ != SigningUse::Root => {
-                    check.fault(at, "must name a [[signing_key]] with use = \"root\"");
+                    context.fault(at, "must name a [[signing_key]] with use = \"root\"");
                 }
-                Some(key) if key.certificate == RouteShape::Csr => {
+                Some(key) if key.certificate == CertificateSourceShape::Csr => {
                     let problem = format!(
-                        "{issuer} has no certificate before the root above it has answered: import that first, in a \
-                                           ceremony of its own"
+                        "{issuer} has no certificate until its offline root has issued it: import that first, in a \
+                                           separate ceremony"
                     );
-                    check.fault(at, problem);
+                    context.fault(at, problem);
                 }
                 _ => {}
             }
@@ -252,52 +258,51 @@ impl Shape {
     }
 }
 
-fn names_are_unique(acts: &[Box<dyn Act>], check: &mut Check<'_>) {
+fn check_unique_names(steps: &[Box<dyn Step>], context: &mut ParseContext<'_>) {
     let (mut names, mut files) = (BTreeSet::new(), BTreeSet::new());
-    for act in acts {
-        if let Some(name) = act.gives().filter(|name| !names.insert((*name).clone())) {
-            check.faults.add(check.place, format!("the name {name} is there twice"));
+    for step in steps {
+        if let Some(name) = step.created_key().filter(|name| !names.insert((*name).clone())) {
+            context.faults.add(context.place, format!("name {name} is used twice"));
         }
-        for file in act.files() {
+        for file in step.files() {
             if !files.insert(file.clone()) {
-                check.faults.add(check.place, format!("the file {} would be written twice", file.display()));
+                context.faults.add(context.place, format!("file {} would be written twice", file.display()));
             }
         }
     }
 }
 
-impl Check<'_> {
+impl ParseContext<'_> {
     pub(super) fn fault(&mut self, at: impl std::fmt::Display, problem: impl std::fmt::Display) {
         self.faults.add(format!("{}: {at}", self.place), problem);
     }
 }
 
 impl BackupKeyShape {
-    fn check(self, check: &mut Check<'_>) -> NewBackupKey {
+    fn check(self, context: &mut ParseContext<'_>) -> NewBackupKey {
         let Self { name, shares, threshold, officers } = self;
         let key = NewBackupKey { name, threshold, officers };
-        key.check(shares, &format!("{}: backup_wrapping_key {}", check.place, key.name), check.faults);
+        key.check(shares, &format!("{}: backup_wrapping_key {}", context.place, key.name), context.faults);
         key
     }
 }
 
 impl RestoreShape {
-    fn check(self, check: &mut Check<'_>) -> Option<RestoreKey> {
-        let file = check.base.join(self.file);
-        let backup = check.faults.keep(BackupFile::load(&file))?;
-        let shares = self.shares.iter().map(|share| check.base.join(share)).collect();
+    fn check(self, context: &mut ParseContext<'_>) -> Option<RestoreKey> {
+        let file = context.base.join(self.file);
+        let backup = context.faults.merge(BackupFile::load(&file))?;
+        let shares = self.shares.iter().map(|share| context.base.join(share)).collect();
         Some(RestoreKey { backup, file, shares })
     }
 }
 
 impl DestroyShape {
-    fn check(self, check: &mut Check<'_>) -> Option<DestroyKey> {
+    fn check(self, context: &mut ParseContext<'_>) -> Option<DestroyKey> {
         match (self.fingerprint, self.check_value) {
-            (Some(known_by), None) | (None, Some(known_by)) => Some(DestroyKey { key: self.key, known_by }),
+            (Some(fingerprint), None) | (None, Some(fingerprint)) => Some(DestroyKey { key: self.key, fingerprint }),
             _ => {
-                let problem = "give the key's fingerprint (of a key pair) or its check_value (of a secret key), as its transcript \
-                               has it";
-                check.fault(format!("destroy {}", self.key), problem);
+                let problem = "give the key's fingerprint (key pair) or check_value (secret key) from its transcript";
+                context.fault(format!("destroy {}", self.key), problem);
                 None
             }
         }

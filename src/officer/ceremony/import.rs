@@ -1,10 +1,10 @@
-//! The answer of an offline root to the request of a signing key.
+//! Imports the certificate that an offline root issued for a signing key.
 
 use std::path::PathBuf;
 
 use super::proof::prove;
-use super::{Act, Before, Holding, PlannedAct};
-use crate::certificate::check_answer;
+use super::{CeremonyRun, PlannedStep, PreflightContext, Step};
+use crate::certificate::verify_issued_chain;
 use crate::config::Faults;
 use crate::hsm::{KeyManifest, SigningKey, SigningUse};
 use crate::names::KeyName;
@@ -19,57 +19,60 @@ pub(super) struct ImportCertificate {
 }
 
 impl ImportCertificate {
-    fn entry<'a>(&self, register: &'a KeyManifest) -> Result<&'a SigningKey, OfficerError> {
-        let missing = || OfficerError::Other(format!("the register has no signing key {}", self.key));
-        register.signing_key(&self.key).ok_or_else(missing)
+    fn entry<'a>(&self, manifest: &'a KeyManifest) -> Result<&'a SigningKey, OfficerError> {
+        let missing = || OfficerError::Other(format!("keys.toml has no signing key {}", self.key));
+        manifest.signing_key(&self.key).ok_or_else(missing)
     }
 
-    /// The chain, once it is certain that it belongs to the key on the token, and that the root has issued it.
-    fn checked(
+    /// Verifies that the certificate belongs to the key on the token and that the root issued it, and returns the chain.
+    fn verified_chain(
         &self,
-        register: &KeyManifest,
+        manifest: &KeyManifest,
         prove: impl FnOnce(&KeyName) -> Result<String, OfficerError>,
     ) -> Result<String, OfficerError> {
-        let key = self.entry(register)?;
+        let key = self.entry(manifest)?;
         must_be_new(&key.certificate)?;
         let read = |path: &PathBuf| {
             std::fs::read_to_string(path).map_err(|e| OfficerError::Other(format!("{}: {e}", path.display())))
         };
         let (answer, root) = (read(&self.file)?, read(&self.root)?);
-        let checked = check_answer(&answer, &root, &key.public_key, key.use_ == SigningUse::Root, now());
-        let chain = checked.map_err(|e| OfficerError::Other(format!("{}: {e}", self.file.display())))?;
+        let verified = verify_issued_chain(&answer, &root, &key.public_key, key.use_ == SigningUse::Root, now());
+        let chain = verified.map_err(|e| OfficerError::Other(format!("{}: {e}", self.file.display())))?;
         prove(&self.key)?;
         Ok(chain)
     }
 }
 
-impl Act for ImportCertificate {
-    fn planned(&self, register: Option<&KeyManifest>) -> PlannedAct {
-        let key = register.and_then(|register| register.signing_key(&self.key));
+impl Step for ImportCertificate {
+    fn describe(&self, manifest: Option<&KeyManifest>) -> PlannedStep {
+        let key = manifest.and_then(|manifest| manifest.signing_key(&self.key));
         let file = key.and_then(|key| key.certificate.file_name()).map(PathBuf::from);
-        PlannedAct {
+        PlannedStep {
             act: "certify",
             name: self.key.clone(),
             kind: key.map(|key| key.public_key.kind().to_string()).unwrap_or_default(),
-            what: format!("its certificate is {}, under {}", self.file.display(), self.root.display()),
+            what: format!("certificate {}, issued by {}", self.file.display(), self.root.display()),
             files: file.into_iter().collect(),
             needs_approval: false,
         }
     }
 
-    fn look(&self, before: &Before<'_>, faults: &mut Faults) -> Result<(), OfficerError> {
-        faults.note(format!("import_certificate {}", self.key), self.checked(before.register, |key| before.prove(key)));
+    fn preflight(&self, context: &PreflightContext<'_>, faults: &mut Faults) -> Result<(), OfficerError> {
+        faults.note(
+            format!("import_certificate {}", self.key),
+            self.verified_chain(context.manifest, |key| context.prove(key)),
+        );
         Ok(())
     }
 
-    fn hold(&self, holding: &mut Holding<'_>) -> Result<(), OfficerError> {
-        let chain = self.checked(&holding.register, |key| prove(holding.token, &holding.register, key))?;
-        let key = self.entry(&holding.register)?;
-        let (id, path, known_by) = (key.id.clone(), key.certificate.clone(), key.public_key.known_by());
+    fn execute(&self, run: &mut CeremonyRun<'_>) -> Result<(), OfficerError> {
+        let chain = self.verified_chain(&run.manifest, |key| prove(run.token, &run.manifest, key))?;
+        let key = self.entry(&run.manifest)?;
+        let (id, path, fingerprint) = (key.id.clone(), key.certificate.clone(), key.public_key.fingerprint_text());
         write_new(&path, chain.as_bytes())?;
-        let report = holding.report.add_act("certificate imported", &self.key, &id, known_by);
+        let report = run.report.add_step("certificate imported", &self.key, &id, fingerprint);
         report.details.push(format!("from {}, under {}", self.file.display(), self.root.display()));
-        holding.report.files.push(path);
+        run.report.files.push(path);
         Ok(())
     }
 }

@@ -1,9 +1,9 @@
-//! A key that signs the checkpoints of the public database.
+//! Creates log keys, which sign the checkpoints of the public database.
 
 use std::path::PathBuf;
 
-use super::backup_file::What;
-use super::{Act, Before, Holding, PlannedAct, backup, public_half};
+use super::backup_file::BackedUpKey;
+use super::{CeremonyRun, PlannedStep, PreflightContext, Step, backup, public_key_of};
 use crate::config::Faults;
 use crate::hsm::{CheckpointKey, KeyManifest};
 use crate::keys::KeyKind;
@@ -19,14 +19,14 @@ pub(super) struct NewLogKey {
 }
 
 impl NewLogKey {
-    /// The file with the public half, a vkey.
+    /// File name of the public key (vkey).
     pub(super) fn vkey(name: &KeyName) -> PathBuf {
         PathBuf::from(format!("{name}.vkey"))
     }
 }
 
-impl Act for NewLogKey {
-    fn gives(&self) -> Option<&KeyName> {
+impl Step for NewLogKey {
+    fn created_key(&self) -> Option<&KeyName> {
         Some(&self.name)
     }
 
@@ -35,38 +35,38 @@ impl Act for NewLogKey {
         std::iter::once(Self::vkey(&self.name)).chain(backup).collect()
     }
 
-    fn planned(&self, _: Option<&KeyManifest>) -> PlannedAct {
-        PlannedAct {
+    fn describe(&self, _: Option<&KeyManifest>) -> PlannedStep {
+        PlannedStep {
             act: "make",
             name: self.name.clone(),
             kind: KeyKind::Ed25519.to_string(),
-            what: format!("signs the checkpoints of {}{}", self.origin, backup::words(self.backup.as_ref())),
+            what: format!("signs the checkpoints of {}{}", self.origin, backup::describe_backup(self.backup.as_ref())),
             files: self.files(),
             needs_approval: false,
         }
     }
 
-    fn look(&self, before: &Before<'_>, faults: &mut Faults) -> Result<(), OfficerError> {
-        backup::look(self.backup.as_ref(), before, faults);
+    fn preflight(&self, context: &PreflightContext<'_>, faults: &mut Faults) -> Result<(), OfficerError> {
+        backup::check_backup_key(self.backup.as_ref(), context, faults);
         Ok(())
     }
 
-    fn hold(&self, holding: &mut Holding<'_>) -> Result<(), OfficerError> {
-        let under = backup::key_of(&holding.register, self.backup.as_ref())?;
-        let key = backup::create_pair(holding.token, &self.name, KeyKind::Ed25519, under.as_ref())?;
-        let public = public_half(&key)?;
+    fn execute(&self, run: &mut CeremonyRun<'_>) -> Result<(), OfficerError> {
+        let backup_key = backup::load_backup_key(&run.manifest, self.backup.as_ref())?;
+        let key = backup::create_pair(run.token, &self.name, KeyKind::Ed25519, backup_key.as_ref())?;
+        let public = public_key_of(&key)?;
         let log_key = LogKey::new(self.origin.clone(), public.clone());
         let log_key = log_key.map_err(|e| OfficerError::Other(e.to_string()))?;
         let (name, id, provenance) = (key.name.clone(), key.id.clone(), key.provenance);
         let entry = CheckpointKey { name, id, key: log_key.clone(), public_key: public, provenance };
-        holding.finish(&key, |holding| {
-            // What everybody verifies receipts and mirrors with.
-            let path = holding.out.join(Self::vkey(&self.name));
+        run.finish(&key, |run| {
+            // Verifiers of receipts and mirrors need this file.
+            let path = run.out.join(Self::vkey(&self.name));
             write_new(&path, format!("{log_key}\n").as_bytes())?;
-            holding.report.add("made", &key, log_key.to_string());
-            holding.report.files.push(path);
-            backup::keep(holding, &key, under.as_ref(), What::log(&entry))?;
-            holding.register.log.push(entry);
+            run.report.add("made", &key, log_key.to_string());
+            run.report.files.push(path);
+            backup::write_backup(run, &key, backup_key.as_ref(), BackedUpKey::log(&entry))?;
+            run.manifest.log.push(entry);
             Ok(())
         })
     }

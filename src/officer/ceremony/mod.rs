@@ -1,4 +1,4 @@
-//! A key ceremony: one strict file says what is done on the token; what was done is read back and written down.
+//! Key ceremonies: runs the steps of a ceremony file on the token, verifies each result and writes a transcript.
 
 mod backup;
 mod backup_file;
@@ -25,311 +25,319 @@ use serde::Serialize;
 use super::OfficerError;
 use super::files::{make_directory, must_be_new, replace};
 use super::permit::Permit;
-use super::transcript::{Approval, Subject, Transcript};
+use super::transcript::{Approval, Transcript, TranscriptInput};
 use crate::certificate::CertificateSerial;
 use crate::config::Faults;
 use crate::hsm::{Ceremony, CreatedKey, KeyManifest, ModuleProfile, TokenIdentity};
 use crate::keys::PublicKey;
 use crate::names::{KeyName, OfficerName};
 
-/// What a ceremony will do, validated.
+/// A validated ceremony file.
 pub struct CeremonyPlan {
-    /// The label of the token that it begins with.
+    /// Label of the token to initialise first.
     token: Option<String>,
-    /// In the order in which they are done.
-    acts: Vec<Box<dyn Act>>,
+    /// Steps in execution order.
+    steps: Vec<Box<dyn Step>>,
     file: PathBuf,
     /// SHA-256 of the file, for the transcript and the approval.
     file_hash: [u8; 32],
 }
 
-/// One act of a ceremony.
-trait Act {
-    /// The name that it gives to a new object of the token.
-    fn gives(&self) -> Option<&KeyName> {
+/// One step of a ceremony.
+trait Step {
+    /// Name of the token object that the step creates.
+    fn created_key(&self) -> Option<&KeyName> {
         None
     }
 
-    /// Whether that key can issue the certificates of others as soon as it is there: a root with a certificate.
-    fn gives_issuer(&self) -> bool {
+    /// Whether the created key can issue certificates at once: a root that has its own certificate.
+    fn creates_issuer(&self) -> bool {
         false
     }
 
-    /// The key that is no more after it.
-    fn destroys(&self) -> Option<&KeyName> {
+    /// Name of the key that the step destroys.
+    fn destroyed_key(&self) -> Option<&KeyName> {
         None
     }
 
-    /// The new files, in the directory of the register.
+    /// Files that the step writes, relative to the directory of keys.toml.
     fn files(&self) -> Vec<PathBuf> {
         Vec::new()
     }
 
-    /// What it does to keys that are there, if one officer alone may not do that. Without a register: as far as it needs none to tell.
-    fn needs_approval(&self, _register: Option<&KeyManifest>) -> Option<&'static str> {
+    /// Why the step needs the approval of a second officer. Without a manifest, only reasons that do not depend on it.
+    fn needs_approval(&self, _manifest: Option<&KeyManifest>) -> Option<&'static str> {
         None
     }
 
-    /// Whether it needs an approval on some token.
+    /// Whether the step can need an approval, depending on the manifest.
     fn may_need_approval(&self) -> bool {
         self.needs_approval(None).is_some()
     }
 
-    /// What it would do, for a look at it before; more exactly with the register.
-    fn planned(&self, register: Option<&KeyManifest>) -> PlannedAct;
+    /// Describes the step for a plan, in more detail with a manifest.
+    fn describe(&self, manifest: Option<&KeyManifest>) -> PlannedStep;
 
-    /// Notes everything that would be in its way. Nothing is changed.
-    fn look(&self, before: &Before<'_>, faults: &mut Faults) -> Result<(), OfficerError>;
+    /// Reports everything that would make the step fail. Changes nothing.
+    fn preflight(&self, context: &PreflightContext<'_>, faults: &mut Faults) -> Result<(), OfficerError>;
 
-    /// Does it.
-    fn hold(&self, holding: &mut Holding<'_>) -> Result<(), OfficerError>;
+    /// Executes the step.
+    fn execute(&self, run: &mut CeremonyRun<'_>) -> Result<(), OfficerError>;
 }
 
-/// The site before a ceremony.
-struct Before<'a> {
+/// State of the token and the manifest before a ceremony.
+struct PreflightContext<'a> {
     module: &'a ModuleProfile,
-    /// Absent as long as the ceremony has not initialised it.
+    /// `None` if the ceremony still has to initialise the token.
     token: Option<&'a Ceremony>,
-    register: &'a KeyManifest,
-    acts: &'a [Box<dyn Act>],
+    manifest: &'a KeyManifest,
+    steps: &'a [Box<dyn Step>],
 }
 
-impl Before<'_> {
-    /// Whether the ceremony itself will make a key of that name before it is needed.
-    fn makes(&self, name: &KeyName) -> bool {
-        self.acts.iter().any(|act| act.gives() == Some(name))
+impl PreflightContext<'_> {
+    /// Whether the ceremony creates a key with this name.
+    fn creates(&self, name: &KeyName) -> bool {
+        self.steps.iter().any(|step| step.created_key() == Some(name))
     }
 
-    /// Whether the ceremony itself will make a root of that name that can issue.
-    fn makes_issuer(&self, name: &KeyName) -> bool {
-        self.acts.iter().any(|act| act.gives() == Some(name) && act.gives_issuer())
+    /// Whether the ceremony creates a root with this name that can issue certificates.
+    fn creates_issuer(&self, name: &KeyName) -> bool {
+        self.steps.iter().any(|step| step.created_key() == Some(name) && step.creates_issuer())
     }
 
     fn destroys(&self, name: &KeyName) -> bool {
-        self.acts.iter().any(|act| act.destroys() == Some(name))
+        self.steps.iter().any(|step| step.destroyed_key() == Some(name))
     }
 
-    /// Proves a key of the register and says what it is known by.
+    /// Proves that the token holds this key of the manifest and returns its fingerprint.
     fn prove(&self, name: &KeyName) -> Result<String, OfficerError> {
-        self.token.map_or_else(|| Err(proof::not_there(name)), |token| proof::prove(token, self.register, name))
+        self.token.map_or_else(|| Err(proof::unknown_key(name)), |token| proof::prove(token, self.manifest, name))
     }
 }
 
-/// A ceremony that is being held.
-struct Holding<'a> {
+/// State of a running ceremony.
+struct CeremonyRun<'a> {
     token: &'a Ceremony,
     out: &'a Path,
-    register: KeyManifest,
+    manifest: KeyManifest,
     report: Transcript,
 }
 
 impl CeremonyPlan {
-    /// The label of the token that the ceremony begins with, if it initialises one.
+    /// Label of the token that the ceremony initialises, if any.
     pub fn token_label(&self) -> Option<&str> {
         self.token.as_deref()
     }
 
-    /// The SHA-256 of the file: what an approval is given for.
+    /// SHA-256 of the file. An approval is bound to it.
     pub const fn file_sha256(&self) -> &[u8; 32] {
         &self.file_hash
     }
 
-    /// What of it needs the approval of a second officer; empty if one may hold it alone. Without the directory of the register as far
-    /// as the file alone tells.
+    /// Reasons why the ceremony needs the approval of a second officer; empty if it needs none. Without the directory of
+    /// keys.toml, only reasons that follow from the file.
     pub fn needs_approval(&self, out: Option<&Path>) -> Result<Vec<&'static str>, OfficerError> {
-        Ok(self.needed(register_in(out)?.as_ref()))
+        Ok(self.approval_reasons(load_manifest(out)?.as_ref()))
     }
 
-    fn needed(&self, register: Option<&KeyManifest>) -> Vec<&'static str> {
-        let needed: BTreeSet<_> = self.acts.iter().filter_map(|act| act.needs_approval(register)).collect();
-        needed.into_iter().collect()
+    fn approval_reasons(&self, manifest: Option<&KeyManifest>) -> Vec<&'static str> {
+        let reasons: BTreeSet<_> = self.steps.iter().filter_map(|step| step.needs_approval(manifest)).collect();
+        reasons.into_iter().collect()
     }
 
-    /// Whether it needs an approval on some token: restoring a key does where there are keys already.
+    /// Whether the ceremony can need an approval, depending on the token: restoring a key needs one if the token already has
+    /// keys.
     pub fn may_need_approval(&self) -> bool {
-        self.acts.iter().any(|act| act.may_need_approval())
+        self.steps.iter().any(|step| step.may_need_approval())
     }
 
-    /// Does everything on the token and writes the register, certificates and the transcript into `out`.
+    /// Executes all steps on the token and writes the manifest, certificates, backups and the transcript to `out`.
     ///
-    /// All of it is looked at before anything is done. A register that is there already is added to, if it is of the same token.
-    /// It is replaced after each key, when the key's certificate and backup are written: a ceremony that is cut short leaves at most the
-    /// key that it was making unwritten, and the next one says that its name is taken. One that fails takes that key away again, and
-    /// has a transcript of what it did before.
+    /// All steps are checked before the first one runs. An existing manifest of the same token is extended. The manifest is
+    /// replaced after each key, when the certificate and backup of the key are written: a crash leaves at most one key without a
+    /// manifest entry, and the next ceremony reports that its name is taken. If a step fails, its key is destroyed, and the
+    /// transcript lists the steps before it.
     pub fn run(
         &self,
         token: &Ceremony,
         out: &Path,
         officers: &[OfficerName],
         permit: Option<Permit>,
-    ) -> Result<Held, OfficerError> {
-        let before = register_to_add_to(&out.join("keys.toml"), token.token())?;
-        let approval = self.approval(permit, &before)?;
-        self.look(token, out)?;
+    ) -> Result<CeremonyOutcome, OfficerError> {
+        let previous = load_or_create_manifest(&out.join("keys.toml"), token.token())?;
+        let approval = self.approval(permit, &previous)?;
+        self.preflight(token, out)?;
         make_directory(out)?;
-        let subject = Subject { file: &self.file, file_hash: &self.file_hash, officers, approval };
-        let report = Transcript::begin(subject, token);
-        let mut holding = Holding { token, out, register: before.clone(), report };
-        let failed = self.acts.iter().find_map(|act| act.hold(&mut holding).err());
-        let Holding { register, mut report, .. } = holding;
-        report.failed = failed.as_ref().map(ToString::to_string);
+        let input = TranscriptInput { file: &self.file, file_hash: &self.file_hash, officers, approval };
+        let report = Transcript::begin(input, token);
+        let mut run = CeremonyRun { token, out, manifest: previous.clone(), report };
+        let step_error = self.steps.iter().find_map(|step| step.execute(&mut run).err());
+        let CeremonyRun { manifest, mut report, .. } = run;
+        report.failed = step_error.as_ref().map(ToString::to_string);
         report.files.extend(Some(out.join("keys.toml")).filter(|path| path.exists()));
-        // The log key of before, whose public half others have already, unless it has just been destroyed.
-        let signer = before.log.iter().find(|key| register.log_key(&key.name).is_some()).or(register.log.first());
+        // Sign with the previous log key, because its public key is already distributed, unless this ceremony destroyed it.
+        let signer = previous.log.iter().find(|key| manifest.log_key(&key.name).is_some()).or(manifest.log.first());
         let written = report.write(out, token, signer);
-        Held { signed: matches!(written, Ok(true)), transcript: report }.unless(failed, written.err())
+        CeremonyOutcome { signed: matches!(written, Ok(true)), transcript: report }
+            .or_failure(step_error, written.err())
     }
 
-    fn approval(&self, permit: Option<Permit>, register: &KeyManifest) -> Result<Option<Approval>, OfficerError> {
-        let needed = self.needed(Some(register));
+    fn approval(&self, permit: Option<Permit>, manifest: &KeyManifest) -> Result<Option<Approval>, OfficerError> {
+        let reasons = self.approval_reasons(Some(manifest));
         let file = self.file.display().to_string();
         match permit {
-            Some(permit) if *permit.file_sha256() != self.file_hash => Err(OfficerError::ApprovalOfAnother { file }),
-            None if !needed.is_empty() => Err(OfficerError::NeedsApproval { acts: needed.join(" and "), file }),
+            Some(permit) if *permit.file_sha256() != self.file_hash => Err(OfficerError::ApprovalMismatch { file }),
+            None if !reasons.is_empty() => Err(OfficerError::NeedsApproval { actions: reasons.join(" and "), file }),
             permit => Ok(permit.map(Permit::into_approval)),
         }
     }
 
-    /// What a run would do, for a look at it before. With the directory of its register more exactly.
-    pub fn acts(&self, out: Option<&Path>) -> Result<Vec<PlannedAct>, OfficerError> {
-        let register = register_in(out)?;
-        Ok(self.acts.iter().map(|act| act.planned(register.as_ref())).collect())
+    /// Describes what a run would do, in more detail with the directory of keys.toml.
+    pub fn steps(&self, out: Option<&Path>) -> Result<Vec<PlannedStep>, OfficerError> {
+        let manifest = load_manifest(out)?;
+        Ok(self.steps.iter().map(|step| step.describe(manifest.as_ref())).collect())
     }
 
-    /// Whether a run could do everything: names and files are free, keys that it works on are there. Nothing is changed.
-    pub fn look(&self, token: &Ceremony, out: &Path) -> Result<(), OfficerError> {
-        let register = register_to_add_to(&out.join("keys.toml"), token.token())?;
-        self.look_from(
-            &Before { module: token.profile(), token: Some(token), register: &register, acts: &self.acts },
+    /// Checks that every step can succeed: names and files are free, required keys are on the token. Changes nothing.
+    pub fn preflight(&self, token: &Ceremony, out: &Path) -> Result<(), OfficerError> {
+        let manifest = load_or_create_manifest(&out.join("keys.toml"), token.token())?;
+        self.run_preflight(
+            &PreflightContext { module: token.profile(), token: Some(token), manifest: &manifest, steps: &self.steps },
             out,
         )
     }
 
-    /// The same before the ceremony initialises its token, which then is not initialised for nothing: files are free, backups and
-    /// shares fit, names lead to something.
-    pub fn look_ahead(&self, module: &ModuleProfile, out: &Path) -> Result<(), OfficerError> {
+    /// Checks everything that can be checked before the token is initialised: files are free, backups and shares are valid,
+    /// referenced keys exist.
+    pub fn preflight_uninitialised(&self, module: &ModuleProfile, out: &Path) -> Result<(), OfficerError> {
         let token = TokenIdentity { label: self.token.clone().unwrap_or_default(), serial: String::new() };
-        let register = register_to_add_to(&out.join("keys.toml"), &token)?;
-        self.look_from(&Before { module, token: None, register: &register, acts: &self.acts }, out)
+        let manifest = load_or_create_manifest(&out.join("keys.toml"), &token)?;
+        self.run_preflight(&PreflightContext { module, token: None, manifest: &manifest, steps: &self.steps }, out)
     }
 
-    fn look_from(&self, before: &Before<'_>, out: &Path) -> Result<(), OfficerError> {
-        let (register, mut faults) = (before.register, Faults::default());
-        for name in self.acts.iter().filter_map(|act| act.gives()) {
-            if !before.token.map_or(Ok(true), |token| token.is_free(name))? {
-                faults.add("token", format!("has an object named {name} already; nothing is ever overwritten"));
-            } else if register.given().any(|(given, _)| given == name) {
-                faults.add("register", format!("the name {name} was given already; a name is never used again"));
+    fn run_preflight(&self, context: &PreflightContext<'_>, out: &Path) -> Result<(), OfficerError> {
+        let (manifest, mut faults) = (context.manifest, Faults::default());
+        for name in self.steps.iter().filter_map(|step| step.created_key()) {
+            if !context.token.map_or(Ok(true), |token| token.is_free(name))? {
+                faults.add("token", format!("already has an object named {name}; objects are never overwritten"));
+            } else if manifest.used_names().any(|(used, _)| used == name) {
+                faults.add("keys.toml", format!("name {name} was already used; names are never reused"));
             }
         }
-        for path in self.acts.iter().flat_map(|act| act.files()) {
+        for path in self.steps.iter().flat_map(|step| step.files()) {
             faults.note("files", must_be_new(&out.join(path)));
         }
-        for act in &self.acts {
-            act.look(before, &mut faults)?;
+        for step in &self.steps {
+            step.preflight(context, &mut faults)?;
         }
-        faults.ok_or_all(Some(())).map_err(OfficerError::Faults)
+        faults.into_result(Some(())).map_err(OfficerError::Faults)
     }
 }
 
-impl Holding<'_> {
-    /// Ends the making of a key: its files are written and it is entered; the register comes last, so that it never has a key of which
-    /// something is missing. If that fails the key goes again, of which nobody has had any use, and its name stays free.
+impl CeremonyRun<'_> {
+    /// Completes a new key: writes its files, then adds it to the manifest. The manifest is written last, so that every key in it
+    /// is complete. On failure the unused key is destroyed and its name stays free.
     fn finish(
         &mut self,
         key: &CreatedKey,
         enter: impl FnOnce(&mut Self) -> Result<(), OfficerError>,
     ) -> Result<(), OfficerError> {
-        let (acts, files, register) = (self.report.keys.len(), self.report.files.len(), self.register.clone());
-        let Err(why) = enter(self) else { return self.save() };
-        self.register = register;
-        self.report.keys.truncate(acts);
+        let (steps, files, manifest) = (self.report.keys.len(), self.report.files.len(), self.manifest.clone());
+        let Err(cause) = enter(self) else { return self.save() };
+        self.manifest = manifest;
+        self.report.keys.truncate(steps);
         for file in self.report.files.drain(files..) {
-            // One that stays is found by the next ceremony, which says so.
+            // If a file cannot be removed, the next ceremony reports it.
             let _ = std::fs::remove_file(file);
         }
-        self.token
-            .destroy(&key.name, &key.id)
-            .map_err(|e| OfficerError::Other(format!("{why}; the new key {} is still on the token: {e}", key.name)))?;
-        Err(why)
+        self.token.destroy(&key.name, &key.id).map_err(|e| {
+            OfficerError::Other(format!(
+                "{cause}; destroying the new key {} failed too, it is still on the token: {e}",
+                key.name
+            ))
+        })?;
+        Err(cause)
     }
 
-    /// Replaces the register's file.
+    /// Replaces keys.toml.
     fn save(&self) -> Result<(), OfficerError> {
-        let text = self.register.to_toml().map_err(|e| OfficerError::Other(e.to_string()))?;
+        let text = self.manifest.to_toml().map_err(|e| OfficerError::Other(e.to_string()))?;
         Ok(replace(&self.out.join("keys.toml"), text.as_bytes())?)
     }
 }
 
-/// The register of an earlier ceremony, if there was one.
-fn register_in(out: Option<&Path>) -> Result<Option<KeyManifest>, OfficerError> {
+/// Loads the manifest of an earlier ceremony, if there is one.
+fn load_manifest(out: Option<&Path>) -> Result<Option<KeyManifest>, OfficerError> {
     let path = out.map(|out| out.join("keys.toml")).filter(|path| path.exists());
     Ok(path.map(|path| KeyManifest::load(&path)).transpose()?)
 }
 
-/// The register of an earlier ceremony on this token, or an empty one.
-fn register_to_add_to(path: &Path, token: &TokenIdentity) -> Result<KeyManifest, OfficerError> {
+/// Loads the manifest of an earlier ceremony on this token, or creates an empty one.
+fn load_or_create_manifest(path: &Path, token: &TokenIdentity) -> Result<KeyManifest, OfficerError> {
     if !path.exists() {
         return Ok(KeyManifest::empty(token.clone()));
     }
-    let register = KeyManifest::load(path)?;
-    if register.token != *token {
-        let (path, label, serial) = (path.display(), &register.token.label, &register.token.serial);
-        return Err(OfficerError::Other(format!("{path} is of the token {label} ({serial}); give another --out")));
+    let manifest = KeyManifest::load(path)?;
+    if manifest.token != *token {
+        let (path, label, serial) = (path.display(), &manifest.token.label, &manifest.token.serial);
+        return Err(OfficerError::Other(format!(
+            "{path} belongs to token {label} ({serial}); use another --out directory"
+        )));
     }
-    Ok(register)
+    Ok(manifest)
 }
 
-/// The public half of a key that must have one.
-fn public_half(key: &CreatedKey) -> Result<PublicKey, OfficerError> {
+/// The public key of a new key pair.
+fn public_key_of(key: &CreatedKey) -> Result<PublicKey, OfficerError> {
     key.public.clone().ok_or_else(|| OfficerError::Other(format!("{} has no public key", key.name)))
 }
 
-/// A certificate serial number from the HSM's random numbers.
+/// Generates a certificate serial number with the HSM's random generator.
 pub(super) fn random_serial(token: &Ceremony) -> Result<CertificateSerial, OfficerError> {
     let random = token.random(20)?;
-    let random = random.try_into().map_err(|_| OfficerError::Other("the HSM gave too few random bytes".to_owned()))?;
+    let random =
+        random.try_into().map_err(|_| OfficerError::Other("the HSM returned too few random bytes".to_owned()))?;
     Ok(CertificateSerial::from_random(random))
 }
 
-/// An act of a ceremony, before it is held.
+/// Description of one step in a plan.
 #[derive(Debug, Serialize)]
-pub struct PlannedAct {
-    /// What would be done: `make`, `destroy` and so on.
+pub struct PlannedStep {
+    /// Action, for example `make` or `destroy`.
     pub act: &'static str,
-    /// To which key.
+    /// Key name.
     pub name: KeyName,
-    /// Its kind, or its pseudorandom function, as far as it is known.
+    /// Key type or pseudorandom function, if known.
     pub kind: String,
-    /// What it is for, and what else there is to know.
+    /// Purpose and further details.
     pub what: String,
-    /// The files that are written for it.
+    /// Files that the step writes.
     pub files: Vec<PathBuf>,
-    /// Whether a second officer must approve it.
+    /// Whether the step needs the approval of a second officer.
     pub needs_approval: bool,
 }
 
-/// A ceremony that was held.
+/// Result of a ceremony run, also of one that failed after some steps.
 #[derive(Debug)]
-pub struct Held {
-    /// What it did.
+pub struct CeremonyOutcome {
+    /// Transcript of the completed steps.
     pub transcript: Transcript,
-    /// Whether the transcript's text is signed; a token without a log's key signs none.
+    /// Whether the transcript is signed; it is not if the token has no log key.
     pub signed: bool,
 }
 
-impl Held {
-    /// It, if nothing has failed: neither an act nor the writing of the transcript.
-    fn unless(self, act: Option<OfficerError>, writing: Option<OfficerError>) -> Result<Self, OfficerError> {
-        let why = match (act, writing) {
+impl CeremonyOutcome {
+    /// Returns `self` if neither a step nor the writing of the transcript failed.
+    fn or_failure(self, step: Option<OfficerError>, writing: Option<OfficerError>) -> Result<Self, OfficerError> {
+        let cause = match (step, writing) {
             (None, None) => return Ok(self),
-            (Some(why), None) => {
+            (Some(cause), None) => {
                 let transcript = self.transcript.files.last().map(|path| path.display().to_string());
-                format!("{why}; its transcript is {}", transcript.unwrap_or_default())
+                format!("{cause}; transcript: {}", transcript.unwrap_or_default())
             }
-            (None, Some(e)) => format!("everything was done, and the transcript could not be written: {e}"),
-            (Some(why), Some(e)) => format!("{why}; nor could the transcript be written: {e}"),
+            (None, Some(e)) => format!("all steps succeeded, but writing the transcript failed: {e}"),
+            (Some(cause), Some(e)) => format!("{cause}; writing the transcript failed too: {e}"),
         };
-        Err(OfficerError::CutShort { why, held: Box::new(self) })
+        Err(OfficerError::Interrupted { cause, outcome: Box::new(self) })
     }
 }

@@ -1,42 +1,42 @@
-//! Whether a key on the token is the one of the register: it is made to work, and what comes of it is compared.
+//! Proves that a key on the token is the one in keys.toml, by using it and comparing the result.
 
-use super::{Act, Before, Holding, PlannedAct};
+use super::{CeremonyRun, PlannedStep, PreflightContext, Step};
 use crate::config::Faults;
 use crate::hsm::{Ceremony, KeyManifest};
 use crate::names::KeyName;
 use crate::officer::OfficerError;
 
-/// Proves a key of the register and says what it is known by.
-pub(super) fn prove(token: &Ceremony, register: &KeyManifest, name: &KeyName) -> Result<String, OfficerError> {
-    let known_by = register.known_by(name).ok_or_else(|| not_there(name))?;
-    let pairs = register.signing.iter().map(|key| (&key.name, &key.id, &key.public_key));
-    let mut pairs = pairs.chain(register.log.iter().map(|key| (&key.name, &key.id, &key.public_key)));
-    let is_it = if let Some((name, id, public)) = pairs.find(|(pair, ..)| *pair == name) {
-        token.proves(name, id, public)?
-    } else if let Some(key) = register.master_key(name) {
+/// Proves that the token holds this key of the manifest and returns its fingerprint or check value.
+pub(super) fn prove(token: &Ceremony, manifest: &KeyManifest, name: &KeyName) -> Result<String, OfficerError> {
+    let fingerprint = manifest.fingerprint_text(name).ok_or_else(|| unknown_key(name))?;
+    let pairs = manifest.signing.iter().map(|key| (&key.name, &key.id, &key.public_key));
+    let mut pairs = pairs.chain(manifest.log.iter().map(|key| (&key.name, &key.id, &key.public_key)));
+    let matches = if let Some((name, id, public)) = pairs.find(|(pair, ..)| *pair == name) {
+        token.proves_possession(name, id, public)?
+    } else if let Some(key) = manifest.master_key(name) {
         token.check_value(name, &key.id, key.prf)? == key.check_value
-    } else if let Some(key) = register.backup_key(name) {
+    } else if let Some(key) = manifest.backup_key(name) {
         token.check_value_of_backup_key(key)? == key.check_value
     } else {
         false
     };
-    if is_it {
-        return Ok(known_by);
+    if matches {
+        return Ok(fingerprint);
     }
     Err(OfficerError::Other(format!(
-        "the key {name} on the token is not the one of the register ({known_by}): the register is of another token, or the key was \
-         replaced; nothing may go on with it"
+        "key {name} on the token is not the one in keys.toml ({fingerprint}): keys.toml belongs to another token, or the key was \
+         replaced; do not continue with this token"
     )))
 }
 
-pub(super) fn not_there(name: &KeyName) -> OfficerError {
-    OfficerError::Other(format!("the register has no key {name}"))
+pub(super) fn unknown_key(name: &KeyName) -> OfficerError {
+    OfficerError::Other(format!("keys.toml has no key {name}"))
 }
 
-/// The CKA_ID of a key of the register.
-pub(super) fn id_of(register: &KeyManifest, name: &KeyName) -> Result<Vec<u8>, OfficerError> {
-    let mut given = register.given().filter(|(given, _)| *given == name);
-    given.next().map(|(_, id)| id.to_vec()).ok_or_else(|| not_there(name))
+/// The CKA_ID of a key in the manifest.
+pub(super) fn cka_id(manifest: &KeyManifest, name: &KeyName) -> Result<Vec<u8>, OfficerError> {
+    let mut given = manifest.used_names().filter(|(given, _)| *given == name);
+    given.next().map(|(_, id)| id.to_vec()).ok_or_else(|| unknown_key(name))
 }
 
 /// `[[check_value]]`.
@@ -44,29 +44,29 @@ pub(super) struct CheckKey {
     pub(super) key: KeyName,
 }
 
-impl Act for CheckKey {
-    fn planned(&self, register: Option<&KeyManifest>) -> PlannedAct {
-        PlannedAct {
+impl Step for CheckKey {
+    fn describe(&self, manifest: Option<&KeyManifest>) -> PlannedStep {
+        PlannedStep {
             act: "check",
             name: self.key.clone(),
             kind: String::new(),
-            what: register.and_then(|register| register.known_by(&self.key)).unwrap_or_default(),
+            what: manifest.and_then(|manifest| manifest.fingerprint_text(&self.key)).unwrap_or_default(),
             files: Vec::new(),
             needs_approval: false,
         }
     }
 
-    fn look(&self, before: &Before<'_>, faults: &mut Faults) -> Result<(), OfficerError> {
-        if !before.makes(&self.key) {
-            faults.note(format!("check_value {}", self.key), before.prove(&self.key));
+    fn preflight(&self, context: &PreflightContext<'_>, faults: &mut Faults) -> Result<(), OfficerError> {
+        if !context.creates(&self.key) {
+            faults.note(format!("check_value {}", self.key), context.prove(&self.key));
         }
         Ok(())
     }
 
-    fn hold(&self, holding: &mut Holding<'_>) -> Result<(), OfficerError> {
-        let known_by = prove(holding.token, &holding.register, &self.key)?;
-        let id = id_of(&holding.register, &self.key)?;
-        holding.report.add_act("checked", &self.key, &id, known_by);
+    fn execute(&self, run: &mut CeremonyRun<'_>) -> Result<(), OfficerError> {
+        let fingerprint = prove(run.token, &run.manifest, &self.key)?;
+        let id = cka_id(&run.manifest, &self.key)?;
+        run.report.add_step("checked", &self.key, &id, fingerprint);
         Ok(())
     }
 }

@@ -1,12 +1,12 @@
-//! A key of a backup, put onto this token.
+//! Restores keys from backups to the token.
 
 use std::path::PathBuf;
 
-use super::backup_file::{BackupFile, What};
+use super::backup_file::{BackedUpKey, BackupFile};
 use super::log::NewLogKey;
 use super::proof::prove;
 use super::signing::certificate_file;
-use super::{Act, Before, Holding, PlannedAct, shares};
+use super::{CeremonyRun, PlannedStep, PreflightContext, Step, shares};
 use crate::certificate::IssuerCertificate;
 use crate::config::Faults;
 use crate::hsm::{CheckpointKey, CreatedKey, KeyManifest, MasterKey, SigningKey, SigningUse, is_sealed};
@@ -18,73 +18,76 @@ use crate::secret::SecretBytes;
 /// `[[restore]]`.
 pub(super) struct RestoreKey {
     pub(super) backup: BackupFile,
-    /// Where it was read.
+    /// Path of the backup file.
     pub(super) file: PathBuf,
-    /// The officers' files.
+    /// Share files of the officers.
     pub(super) shares: Vec<PathBuf>,
 }
 
 impl RestoreKey {
-    /// What anybody may read of the key: its certificate or its log's key. The file, and what is in it.
+    /// Name and content of the key's public file: its certificate chain or its vkey.
     fn public_file(&self) -> Option<(PathBuf, String)> {
         let name = &self.backup.name;
-        match &self.backup.what {
-            What::Signing { certificate, .. } => certificate.clone().map(|pem| (certificate_file(name), pem)),
-            What::Log { key, .. } => Some((NewLogKey::vkey(name), format!("{key}\n"))),
-            What::Master { .. } => None,
+        match &self.backup.content {
+            BackedUpKey::Signing { certificate, .. } => certificate.clone().map(|pem| (certificate_file(name), pem)),
+            BackedUpKey::Log { key, .. } => Some((NewLogKey::vkey(name), format!("{key}\n"))),
+            BackedUpKey::Master { .. } => None,
         }
     }
 
-    /// The backup key of the officers' shares, once it is certain that the file is as the ceremony has written it that made the key.
-    fn opened(&self) -> Result<SecretBytes, OfficerError> {
+    /// Recovers the backup key from the shares and verifies the seal of the backup file.
+    fn backup_key(&self) -> Result<SecretBytes, OfficerError> {
         let backup = &self.backup;
-        let key = shares::combine(&backup.under, &self.shares)?;
-        let wrong = |why: String| OfficerError::Other(format!("{}: {why}", self.file.display()));
+        let key = shares::combine(&backup.backup_key, &self.shares)?;
+        let invalid = |cause: String| OfficerError::Other(format!("{}: {cause}", self.file.display()));
         if !is_sealed(&key, &backup.seal, &backup.digest()?) {
-            let message = "its seal does not fit: it is not as it was when the key was made; take another copy of it";
-            return Err(wrong(message.to_owned()));
+            let message = "invalid seal: the backup file was changed; use another copy";
+            return Err(invalid(message.to_owned()));
         }
-        if let What::Signing { public_key, certificate: Some(pem), .. } = &backup.what {
-            let certificate = IssuerCertificate::from_pem_alone(pem).map_err(|e| wrong(format!("certificate: {e}")))?;
+        if let BackedUpKey::Signing { public_key, certificate: Some(pem), .. } = &backup.content {
+            let certificate = IssuerCertificate::from_pem_with_default_algorithm(pem)
+                .map_err(|e| invalid(format!("certificate: {e}")))?;
             if certificate.public_key() != public_key {
-                return Err(wrong("its certificate is of another key than the one that is backed up".to_owned()));
+                return Err(invalid("the certificate belongs to another key than the backup".to_owned()));
             }
         }
         Ok(key)
     }
 
-    fn enter(&self, register: &mut KeyManifest, key: &CreatedKey, out: &std::path::Path) {
+    fn enter(&self, manifest: &mut KeyManifest, key: &CreatedKey, out: &std::path::Path) {
         let (name, id, provenance) = (key.name.clone(), key.id.clone(), key.provenance);
-        match &self.backup.what {
-            What::Signing { use_, public_key, replaces, .. } => {
+        match &self.backup.content {
+            BackedUpKey::Signing { use_, public_key, replaces, .. } => {
                 let certificate = out.join(certificate_file(&name));
                 let (use_, public_key, replaces) = (*use_, public_key.clone(), replaces.clone());
-                register.signing.push(SigningKey { name, id, use_, public_key, certificate, replaces, provenance });
+                manifest.signing.push(SigningKey { name, id, use_, public_key, certificate, replaces, provenance });
             }
-            What::Log { key, public_key } => {
+            BackedUpKey::Log { key, public_key } => {
                 let (key, public_key) = (key.clone(), public_key.clone());
-                register.log.push(CheckpointKey { name, id, key, public_key, provenance });
+                manifest.log.push(CheckpointKey { name, id, key, public_key, provenance });
             }
-            What::Master { version, prf, check_value, replaces } => {
+            BackedUpKey::Master { version, prf, check_value, replaces } => {
                 let (version, prf, check_value, replaces) = (*version, *prf, check_value.clone(), replaces.clone());
-                register.master.push(MasterKey { name, id, version, prf, check_value, replaces, provenance });
+                manifest.master.push(MasterKey { name, id, version, prf, check_value, replaces, provenance });
             }
         }
     }
 }
 
-impl Act for RestoreKey {
-    fn gives(&self) -> Option<&KeyName> {
+impl Step for RestoreKey {
+    fn created_key(&self) -> Option<&KeyName> {
         Some(&self.backup.name)
     }
 
-    fn gives_issuer(&self) -> bool {
-        matches!(self.backup.what, What::Signing { use_: SigningUse::Root, certificate: Some(_), .. })
+    fn creates_issuer(&self) -> bool {
+        matches!(self.backup.content, BackedUpKey::Signing { use_: SigningUse::Root, certificate: Some(_), .. })
     }
 
-    /// A key that comes to others may take over their work, as in a rotation; a new token has none.
-    fn needs_approval(&self, register: Option<&KeyManifest>) -> Option<&'static str> {
-        register.filter(|register| register.given().next().is_some()).map(|_| "restores keys to others")
+    /// A restored key may replace an existing one, as in a rotation. A new token has no keys to replace.
+    fn needs_approval(&self, manifest: Option<&KeyManifest>) -> Option<&'static str> {
+        manifest
+            .filter(|manifest| manifest.used_names().next().is_some())
+            .map(|_| "restores keys to a token that has keys")
     }
 
     fn may_need_approval(&self) -> bool {
@@ -95,69 +98,69 @@ impl Act for RestoreKey {
         self.public_file().map(|(file, _)| file).into_iter().collect()
     }
 
-    fn planned(&self, register: Option<&KeyManifest>) -> PlannedAct {
-        let (kind, what) = match &self.backup.what {
-            What::Signing { public_key, .. } => (public_key.kind().to_string(), public_key.known_by()),
-            What::Log { key, public_key } => (public_key.kind().to_string(), key.to_string()),
-            What::Master { prf, version, check_value, .. } => {
+    fn describe(&self, manifest: Option<&KeyManifest>) -> PlannedStep {
+        let (kind, what) = match &self.backup.content {
+            BackedUpKey::Signing { public_key, .. } => (public_key.kind().to_string(), public_key.fingerprint_text()),
+            BackedUpKey::Log { key, public_key } => (public_key.kind().to_string(), key.to_string()),
+            BackedUpKey::Master { prf, version, check_value, .. } => {
                 (prf.to_string(), format!("version {version}, check value {}", hex::encode(check_value)))
             }
         };
-        let (under, given) = (&self.backup.under, self.shares.len());
-        PlannedAct {
+        let (backup_key, given) = (&self.backup.backup_key, self.shares.len());
+        PlannedStep {
             act: "restore",
             name: self.backup.name.clone(),
             kind,
-            what: format!("{what}; under {}, with {given} of {} shares", under.name, under.shares),
+            what: format!("{what}; under {}, with {given} of {} shares", backup_key.name, backup_key.shares),
             files: self.files(),
-            needs_approval: self.needs_approval(register).is_some(),
+            needs_approval: self.needs_approval(manifest).is_some(),
         }
     }
 
-    fn look(&self, before: &Before<'_>, faults: &mut Faults) -> Result<(), OfficerError> {
+    fn preflight(&self, context: &PreflightContext<'_>, faults: &mut Faults) -> Result<(), OfficerError> {
         let at = format!("restore {}", self.backup.name);
-        faults.note(at.as_str(), before.module.can_back_up());
-        faults.note(at.as_str(), self.opened().map(drop));
-        if before.register.given().any(|(_, id)| id == self.backup.id) {
-            faults.add(at, "the register has its CKA_ID already");
-        } else if !before.token.map_or(Ok(true), |token| token.is_free_id(&self.backup.id))? {
-            faults.add(at, "an object of the token has its CKA_ID already; nothing is ever overwritten");
+        faults.note(at.as_str(), context.module.check_backup_support());
+        faults.note(at.as_str(), self.backup_key().map(drop));
+        if context.manifest.used_names().any(|(_, id)| id == self.backup.id) {
+            faults.add(at, "keys.toml already has a key with its CKA_ID");
+        } else if !context.token.map_or(Ok(true), |token| token.is_free_id(&self.backup.id))? {
+            faults.add(at, "the token already has an object with its CKA_ID; objects are never overwritten");
         }
         Ok(())
     }
 
-    fn hold(&self, holding: &mut Holding<'_>) -> Result<(), OfficerError> {
+    fn execute(&self, run: &mut CeremonyRun<'_>) -> Result<(), OfficerError> {
         let backup = &self.backup;
-        // Below, what could not be proved is destroyed: it must not be what was there before.
-        if !holding.token.is_free(&backup.name)? {
-            return Err(OfficerError::Other(format!("the token has an object named {} already", backup.name)));
+        // A key that fails the proof is destroyed below. Make sure that it cannot be an object that existed before.
+        if !run.token.is_free(&backup.name)? {
+            return Err(OfficerError::Other(format!("the token already has an object named {}", backup.name)));
         }
-        let key = self.opened()?;
-        let restorable = backup.what.restorable();
-        let restored = holding.token.restore(&backup.name, &backup.id, &restorable, &backup.wrapped, &key);
+        let key = self.backup_key()?;
+        let restorable = backup.content.restorable();
+        let restored = run.token.restore(&backup.name, &backup.id, &restorable, &backup.wrapped, &key);
         drop(key);
-        let mut register = holding.register.clone();
-        let known_by = restored.map_err(OfficerError::from).and_then(|restored| {
-            self.enter(&mut register, &restored, holding.out);
-            prove(holding.token, &register, &backup.name).map(|known_by| (restored, known_by))
+        let mut manifest = run.manifest.clone();
+        let fingerprint = restored.map_err(OfficerError::from).and_then(|restored| {
+            self.enter(&mut manifest, &restored, run.out);
+            prove(run.token, &manifest, &backup.name).map(|fingerprint| (restored, fingerprint))
         });
-        let (restored, known_by) = match known_by {
+        let (restored, fingerprint) = match fingerprint {
             Ok(proved) => proved,
             Err(e) => {
-                // What was not proved is not left behind under the key's name.
-                holding.token.destroy(&backup.name, &backup.id)?;
+                // Do not leave an unproved key under this name.
+                run.token.destroy(&backup.name, &backup.id)?;
                 return Err(OfficerError::Other(format!("{}: {e}; nothing was restored", self.file.display())));
             }
         };
-        holding.finish(&restored, |holding| {
+        run.finish(&restored, |run| {
             if let Some((file, text)) = self.public_file() {
-                let path = holding.out.join(file);
+                let path = run.out.join(file);
                 write_new(&path, text.as_bytes())?;
-                holding.report.files.push(path);
+                run.report.files.push(path);
             }
-            let report = holding.report.add("restored", &restored, known_by);
-            report.details.push(format!("from {}, under {}", self.file.display(), backup.under.name));
-            holding.register = register;
+            let report = run.report.add("restored", &restored, fingerprint);
+            report.details.push(format!("from {}, under {}", self.file.display(), backup.backup_key.name));
+            run.manifest = manifest;
             Ok(())
         })
     }

@@ -1,4 +1,4 @@
-//! The shares of a backup key: Shamir's, each in a file for one officer.
+//! Shamir secret sharing of backup keys: one share file per officer.
 
 use std::convert::Infallible;
 use std::io::Read as _;
@@ -16,45 +16,45 @@ use crate::officer::OfficerError;
 use crate::secret::SecretBytes;
 
 const TITLE: &str = "spp key share v1";
-/// Bytes of a share: the point, and the value of each byte's polynomial there.
+/// Length of a share in bytes: the x coordinate and one y coordinate per key byte.
 const SHARE_LEN: usize = 1 + BACKUP_KEY_LEN as usize;
-/// More than any file with a share has, whatever the names in it.
+/// Maximum length of a share file in bytes; enough for all valid names.
 const MAX_FILE_LEN: usize = 2048;
 const HEX: &[u8; 16] = b"0123456789abcdef";
 
-/// What one officer gets.
+/// The share of one officer.
 pub(super) struct Share {
     key: KeyName,
-    /// Of the key, so that shares of another one are recognised.
+    /// Check value of the key, to detect shares of another key.
     check_value: Vec<u8>,
     pub(super) officer: OfficerName,
     pub(super) number: u8,
     bytes: SecretBytes,
 }
 
-/// The file with an officer's share. Names of officers may have parts.
+/// File name of an officer's share. An officer's name may contain `/`, which becomes `-`.
 pub(super) fn file_name(key: &KeyName, officer: &OfficerName) -> PathBuf {
     PathBuf::from(format!("{key}-{}.share", officer.as_str().replace('/', "-")))
 }
 
-/// Splits a key among the officers with random numbers of the HSM, and combines the first and the last of the shares again: whether
-/// they work is known before anything is wrapped under the key.
-pub(super) fn deal(
+/// Splits a key into shares with random numbers from the HSM. Recombines the first and the last `threshold` shares, so that
+/// faulty shares are detected before anything is wrapped under the key.
+pub(super) fn split(
     token: &Ceremony,
     key: &SecretBytes,
     plan: &NewBackupKey,
     check_value: &[u8],
 ) -> Result<Vec<Share>, OfficerError> {
-    // A coefficient takes a 32-bit number.
+    // One 32-bit random number per coefficient.
     let coefficients = BACKUP_KEY_LEN * u32::from(plan.threshold - 1);
-    let mut random = Drawn { bytes: token.random_secret(4 * coefficients)?, used: 0, too_few: false };
-    // Exposed to be split; the dealer wipes its polynomials.
-    let dealt: Vec<_> =
+    let mut random = HsmRandom { bytes: token.random_secret(4 * coefficients)?, used: 0, exhausted: false };
+    // Exposed to be split; the dealer zeroizes its polynomials.
+    let points: Vec<_> =
         Sharks(plan.threshold).dealer_rng(key.expose(), &mut random).take(plan.officers.len()).collect();
-    if random.too_few {
-        return Err(OfficerError::Other("the HSM gave too few random bytes".to_owned()));
+    if random.exhausted {
+        return Err(OfficerError::Other("the HSM returned too few random bytes".to_owned()));
     }
-    let shares = plan.officers.iter().zip(1..).zip(&dealt).map(|((officer, number), share)| Share {
+    let shares = plan.officers.iter().zip(1..).zip(&points).map(|((officer, number), share)| Share {
         key: plan.name.clone(),
         check_value: check_value.to_vec(),
         officer: officer.clone(),
@@ -63,50 +63,48 @@ pub(super) fn deal(
     });
     let shares: Vec<_> = shares.collect();
     let threshold = usize::from(plan.threshold);
-    for some in [&shares[..threshold], &shares[shares.len() - threshold..]] {
-        let again = recover(plan.threshold, some.iter().map(|share| &share.bytes))?;
-        if backup_check_value(&again)? != check_value {
-            return Err(OfficerError::Other(
-                "the shares do not give the key again; hold the ceremony again".to_owned(),
-            ));
+    for subset in [&shares[..threshold], &shares[shares.len() - threshold..]] {
+        let recovered = recover(plan.threshold, subset.iter().map(|share| &share.bytes))?;
+        if backup_check_value(&recovered)? != check_value {
+            return Err(OfficerError::Other("the shares do not reproduce the key; run the ceremony again".to_owned()));
         }
     }
     Ok(shares)
 }
 
-/// The key of a backup, of enough shares.
-pub(super) fn combine(under: &BackupKey, files: &[PathBuf]) -> Result<SecretBytes, OfficerError> {
+/// Recovers a backup key from at least `threshold` share files.
+pub(super) fn combine(backup_key: &BackupKey, files: &[PathBuf]) -> Result<SecretBytes, OfficerError> {
     let mut shares: Vec<Share> = Vec::new();
     for path in files {
         let share = Share::load(path)?;
-        let at = path.display();
-        if share.key != under.name || share.check_value != under.check_value {
-            let message = format!("{at}: it is a share of another key than the {} of this backup", under.name);
+        let file = path.display();
+        if share.key != backup_key.name || share.check_value != backup_key.check_value {
+            let message = format!("{file}: share of another key; this backup needs shares of {}", backup_key.name);
             return Err(OfficerError::Other(message));
         }
         if shares.iter().any(|other| other.bytes.expose().first() == share.bytes.expose().first()) {
-            let message = format!("{at}: the share {} is there twice; each counts once", share.number);
+            let message = format!("{file}: duplicate of share {}; each share counts once", share.number);
             return Err(OfficerError::Other(message));
         }
         shares.push(share);
     }
-    if shares.len() < usize::from(under.threshold) {
+    if shares.len() < usize::from(backup_key.threshold) {
         let message = format!(
-            "{} needs {} of its {} shares, here are {}; add more of the officers' files to `shares`",
-            under.name,
-            under.threshold,
-            under.shares,
+            "{} needs {} of its {} shares, {} given; add more share files to `shares`",
+            backup_key.name,
+            backup_key.threshold,
+            backup_key.shares,
             shares.len()
         );
         return Err(OfficerError::Other(message));
     }
-    let key = recover(under.threshold, shares.iter().map(|share| &share.bytes))?;
-    if backup_check_value(&key)? != under.check_value {
+    let key = recover(backup_key.threshold, shares.iter().map(|share| &share.bytes))?;
+    if backup_check_value(&key)? != backup_key.check_value {
         let numbers: Vec<_> = shares.iter().map(|share| format!("{} ({})", share.number, share.officer)).collect();
         let message = format!(
-            "the shares {} do not give the key {}: one of them is not what was given out; try others",
+            "shares {} do not reproduce key {}: at least one was changed; try other shares",
             numbers.join(", "),
-            under.name
+            backup_key.name
         );
         return Err(OfficerError::Other(message));
     }
@@ -114,7 +112,7 @@ pub(super) fn combine(under: &BackupKey, files: &[PathBuf]) -> Result<SecretByte
 }
 
 fn recover<'a>(threshold: u8, shares: impl Iterator<Item = &'a SecretBytes>) -> Result<SecretBytes, OfficerError> {
-    // Exposed to be combined; both copies are wiped.
+    // Exposed to be combined; both copies are zeroized.
     let shares: Result<Vec<_>, _> = shares.map(|share| blahaj::Share::try_from(share.expose().as_slice())).collect();
     let shares = shares.map_err(|e| OfficerError::Other(e.to_owned()))?;
     let scheme = Sharks(threshold);
@@ -123,9 +121,9 @@ fn recover<'a>(threshold: u8, shares: impl Iterator<Item = &'a SecretBytes>) -> 
 }
 
 impl Share {
-    /// The file's text. Its last line shows whether it was copied without a mistake.
+    /// The content of the share file. The last line is a checksum against copying errors.
     pub(super) fn to_text(&self) -> SecretBytes {
-        // Exposed to be written down, into room that is enough: a buffer that grows leaves what was in it behind.
+        // Exposed to be formatted. The capacity is sufficient: growing the buffer would leave an unzeroized copy behind.
         let mut text = SecretBytes::new(Vec::with_capacity(MAX_FILE_LEN));
         let body = text.expose_mut();
         let (key, check_value) = (&self.key, hex::encode(&self.check_value));
@@ -151,53 +149,52 @@ impl Share {
         file.take(limit).read_to_end(text.expose_mut()).map_err(|e| failed(&e.to_string()))?;
         // Exposed to be parsed.
         let text = std::str::from_utf8(text.expose()).ok().filter(|text| text.len() <= MAX_FILE_LEN);
-        let text =
-            text.filter(|text| text.lines().next() == Some(TITLE)).ok_or_else(|| failed("is no share of a key"))?;
-        let damaged = || failed("the share is damaged: its checksum does not fit; ask its officer for the original");
+        let text = text.filter(|text| text.lines().next() == Some(TITLE)).ok_or_else(|| failed("not a key share"))?;
+        let damaged = || failed("damaged share: wrong checksum; ask the officer for the original file");
         let (body, sum) = text.split_once("checksum ").ok_or_else(damaged)?;
         if checksum(body.as_bytes()) != sum.trim_end() {
             return Err(damaged());
         }
         let field = |name: &str| {
             let line = body.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-            line.ok_or_else(|| failed(&format!("has no line {name}")))
+            line.ok_or_else(|| failed(&format!("missing line {name:?}")))
         };
-        let wrong = |name: &str| failed(&format!("the line {name} cannot be read"));
+        let invalid = |name: &str| failed(&format!("invalid line {name:?}"));
         let mut bytes = SecretBytes::new(vec![0; SHARE_LEN]);
-        hex::decode_to_slice(field("share")?, bytes.expose_mut()).map_err(|_| wrong("share"))?;
+        hex::decode_to_slice(field("share")?, bytes.expose_mut()).map_err(|_| invalid("share"))?;
         Ok(Self {
-            key: field("key")?.parse().map_err(|_| wrong("key"))?,
-            check_value: hex::decode(field("check-value")?).map_err(|_| wrong("check-value"))?,
-            officer: field("officer")?.parse().map_err(|_| wrong("officer"))?,
-            number: field("number")?.parse().map_err(|_| wrong("number"))?,
+            key: field("key")?.parse().map_err(|_| invalid("key"))?,
+            check_value: hex::decode(field("check-value")?).map_err(|_| invalid("check-value"))?,
+            officer: field("officer")?.parse().map_err(|_| invalid("officer"))?,
+            number: field("number")?.parse().map_err(|_| invalid("number"))?,
             bytes,
         })
     }
 }
 
-/// Against mistakes in copying, not against a forger: the key's check value finds that.
+/// Detects copying errors. The key's check value detects forged shares.
 fn checksum(body: &[u8]) -> String {
     hex::encode(&sha256(body)[..8])
 }
 
-/// Random numbers that were drawn in the HSM before.
-struct Drawn {
+/// Random bytes prefetched from the HSM.
+struct HsmRandom {
     bytes: SecretBytes,
     used: usize,
-    too_few: bool,
+    exhausted: bool,
 }
 
-impl Drawn {
+impl HsmRandom {
     fn next<const N: usize>(&mut self) -> [u8; N] {
         // Exposed to become a polynomial.
         let next = self.bytes.expose().get(self.used..self.used + N).and_then(|bytes| bytes.try_into().ok());
         self.used += N;
-        self.too_few |= next.is_none();
+        self.exhausted |= next.is_none();
         next.unwrap_or([0; N])
     }
 }
 
-impl TryRng for Drawn {
+impl TryRng for HsmRandom {
     type Error = Infallible;
 
     fn try_next_u32(&mut self) -> Result<u32, Infallible> {
@@ -214,4 +211,4 @@ impl TryRng for Drawn {
     }
 }
 
-impl TryCryptoRng for Drawn {}
+impl TryCryptoRng for HsmRandom {}

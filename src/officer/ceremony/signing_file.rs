@@ -1,9 +1,9 @@
-//! The sections of a ceremony file that make signing keys.
+//! Parses the sections of a ceremony file that create signing keys.
 
 use serde::Deserialize;
 
-use super::file::Check;
-use super::signing::{NewSigningKey, Route, Work};
+use super::file::ParseContext;
+use super::signing::{CertificateSource, KeyUse, NewSigningKey};
 use crate::certificate::{SubjectFields, SubjectName};
 use crate::hsm::SigningUse;
 use crate::keys::{KeyKind, SignatureAlgorithm};
@@ -17,7 +17,7 @@ pub(super) struct SigningShape {
     pub(super) use_: SigningUse,
     kind: KeyKind,
     signature: Option<SignatureAlgorithm>,
-    pub(super) certificate: RouteShape,
+    pub(super) certificate: CertificateSourceShape,
     pub(super) issuer: Option<KeyName>,
     subject: SubjectFields,
     pub(super) backup: Option<KeyName>,
@@ -30,7 +30,7 @@ pub(super) struct RotateSigningShape {
     pub(super) name: KeyName,
     kind: KeyKind,
     signature: Option<SignatureAlgorithm>,
-    pub(super) certificate: RouteShape,
+    pub(super) certificate: CertificateSourceShape,
     pub(super) issuer: Option<KeyName>,
     subject: SubjectFields,
     pub(super) backup: Option<KeyName>,
@@ -38,7 +38,7 @@ pub(super) struct RotateSigningShape {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub(super) enum RouteShape {
+pub(super) enum CertificateSourceShape {
     SelfSigned,
     Csr,
     Issued,
@@ -62,14 +62,14 @@ const fn access_kind() -> KeyKind {
     KeyKind::P256
 }
 
-/// What the sections with signing keys have in common.
+/// Fields shared by all sections that create signing keys.
 pub(super) struct SigningCommon {
     section: &'static str,
     name: KeyName,
-    work: Work,
+    key_use: KeyUse,
     kind: KeyKind,
     signature: Option<SignatureAlgorithm>,
-    certificate: RouteShape,
+    certificate: CertificateSourceShape,
     issuer: Option<KeyName>,
     subject: SubjectFields,
     backup: Option<KeyName>,
@@ -78,61 +78,61 @@ pub(super) struct SigningCommon {
 impl SigningShape {
     pub(super) fn common(self) -> SigningCommon {
         let Self { name, use_, kind, signature, certificate, issuer, subject, backup } = self;
-        let (section, work) = ("signing_key", Work::Begins(use_));
-        SigningCommon { section, name, work, kind, signature, certificate, issuer, subject, backup }
+        let (section, key_use) = ("signing_key", KeyUse::New(use_));
+        SigningCommon { section, name, key_use, kind, signature, certificate, issuer, subject, backup }
     }
 }
 
 impl RotateSigningShape {
     pub(super) fn common(self) -> SigningCommon {
         let Self { key, name, kind, signature, certificate, issuer, subject, backup } = self;
-        let (section, work) = ("rotate_signing_key", Work::GoesOn(key));
-        SigningCommon { section, name, work, kind, signature, certificate, issuer, subject, backup }
+        let (section, key_use) = ("rotate_signing_key", KeyUse::Replaces(key));
+        SigningCommon { section, name, key_use, kind, signature, certificate, issuer, subject, backup }
     }
 }
 
 impl AccessShape {
     pub(super) fn common(self) -> SigningCommon {
         let Self { name, kind, subject, backup } = self;
-        let (section, work) = ("access_ca", Work::Begins(SigningUse::Access));
-        let (signature, certificate, issuer) = (None, RouteShape::SelfSigned, None);
-        SigningCommon { section, name, work, kind, signature, certificate, issuer, subject, backup }
+        let (section, key_use) = ("access_ca", KeyUse::New(SigningUse::Access));
+        let (signature, certificate, issuer) = (None, CertificateSourceShape::SelfSigned, None);
+        SigningCommon { section, name, key_use, kind, signature, certificate, issuer, subject, backup }
     }
 }
 
 impl SigningCommon {
-    pub(super) fn check(self, check: &mut Check<'_>) -> Option<NewSigningKey> {
+    pub(super) fn check(self, context: &mut ParseContext<'_>) -> Option<NewSigningKey> {
         let at = format!("{} {}", self.section, self.name);
-        let Self { name, work, kind, subject, backup, .. } = self;
+        let Self { name, key_use, kind, subject, backup, .. } = self;
         let algorithm = self.signature.unwrap_or(SignatureAlgorithm::default_for(kind));
         if !algorithm.fits(kind) {
-            check.fault(format!("{at}: signature"), format!("a {kind} key cannot sign with it"));
+            context.fault(format!("{at}: signature"), format!("not supported by a {kind} key"));
         }
         let certificate = match (self.certificate, self.issuer) {
-            (RouteShape::SelfSigned, None) => Some(Route::SelfSigned),
-            (RouteShape::Csr, None) => Some(Route::Csr),
-            (RouteShape::Issued, Some(_)) if self.signature.is_some() => {
-                check.fault(
+            (CertificateSourceShape::SelfSigned, None) => Some(CertificateSource::SelfSigned),
+            (CertificateSourceShape::Csr, None) => Some(CertificateSource::Csr),
+            (CertificateSourceShape::Issued, Some(_)) if self.signature.is_some() => {
+                context.fault(
                     format!("{at}: signature"),
-                    "has no effect: the issuer signs the certificate, in its own way",
+                    "has no effect: the issuer's key determines the signature algorithm",
                 );
                 None
             }
-            (RouteShape::Issued, Some(issuer)) => Some(Route::Issued(issuer)),
-            (RouteShape::Issued, None) => {
-                check.fault(format!("{at}: issuer"), "must name the root that issues the certificate");
+            (CertificateSourceShape::Issued, Some(issuer)) => Some(CertificateSource::Issued(issuer)),
+            (CertificateSourceShape::Issued, None) => {
+                context.fault(format!("{at}: issuer"), "must name the root that issues the certificate");
                 None
             }
-            (RouteShape::SelfSigned | RouteShape::Csr, Some(_)) => {
-                check.fault(format!("{at}: issuer"), "goes with certificate = \"issued\" alone");
+            (CertificateSourceShape::SelfSigned | CertificateSourceShape::Csr, Some(_)) => {
+                context.fault(format!("{at}: issuer"), "only allowed with certificate = \"issued\"");
                 None
             }
         };
-        if matches!((&work, &certificate), (Work::Begins(SigningUse::Root), Some(Route::Issued(_)))) {
-            check.fault(format!("{at}: certificate"), "a root is self-signed, or has a csr for another one above it");
+        if matches!((&key_use, &certificate), (KeyUse::New(SigningUse::Root), Some(CertificateSource::Issued(_)))) {
+            context.fault(format!("{at}: certificate"), "a root must be self-signed or use a csr to an offline root");
         }
-        let subject = SubjectName::from_fields(&format!("{}: {at}: subject", check.place), subject);
-        let (subject, certificate) = (check.faults.keep(subject)?, certificate?);
-        Some(NewSigningKey { name, work, kind, algorithm, subject, certificate, backup })
+        let subject = SubjectName::from_fields(&format!("{}: {at}: subject", context.place), subject);
+        let (subject, certificate) = (context.faults.merge(subject)?, certificate?);
+        Some(NewSigningKey { name, key_use, kind, algorithm, subject, certificate, backup })
     }
 }

@@ -1,10 +1,10 @@
-//! Many who publish and read at once, and what they are served.
+//! Concurrent publication and reading.
 
 use super::*;
 use crate::tlog::{TileId, TileKind};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn many_publish_and_read_at_once_and_everything_acknowledged_is_proven() {
+async fn concurrent_publications_are_all_proven() {
     const EACH: u64 = 32;
     let log = Log::new();
     let public = log.open().await;
@@ -12,22 +12,22 @@ async fn many_publish_and_read_at_once_and_everything_acknowledged_is_proven() {
     for task in 0..64 {
         let (public, key) = (public.clone(), log.signer.key().clone());
         writers.spawn(async move {
-            let mut told = Told::new();
+            let mut published = Publications::new();
             for n in task * EACH..task * EACH + EACH {
-                let announced = public.reserve_slot();
+                let slot = public.reserve_slot();
                 let publication = public.publish(&record(n)).await.unwrap();
-                drop(announced);
-                // Its own record at once, as every caller asks for it.
+                drop(slot);
+                // Read the own record immediately, as every caller does.
                 let proof = public.prove(publication.index).await.unwrap().unwrap();
                 proof.verify(&record(n).to_bytes().unwrap(), &key).unwrap();
                 let found = public.find(&UniqueKey::of_chip(&record(n).chip)).await.unwrap().unwrap();
                 assert_eq!(found.publication, publication);
                 if n % 8 == 0 {
-                    assert_eq!(public.publish(&later(n)).await.unwrap(), publication);
+                    assert_eq!(public.publish(&with_later_time(n)).await.unwrap(), publication);
                 }
-                told.insert(n, publication);
+                published.insert(n, publication);
             }
-            told
+            published
         });
     }
     let reader = tokio::spawn({
@@ -50,15 +50,15 @@ async fn many_publish_and_read_at_once_and_everything_acknowledged_is_proven() {
             }
         }
     });
-    let told: Told = writers.join_all().await.into_iter().flatten().collect();
-    let mut indexes: Vec<_> = told.values().map(|publication| publication.index).collect();
+    let published: Publications = writers.join_all().await.into_iter().flatten().collect();
+    let mut indexes: Vec<_> = published.values().map(|publication| publication.index).collect();
     indexes.sort_unstable();
-    assert_eq!(indexes, (0..64 * EACH).collect::<Vec<_>>(), "one entry each");
+    assert_eq!(indexes, (0..64 * EACH).collect::<Vec<_>>(), "one entry per record");
     let (reads, seen) = reader.await.unwrap();
     assert!(reads > 20 && seen.is_sorted_by_key(SignedCheckpoint::size), "{reads}");
-    // Each checkpoint that was shown is of the first entries of the log as it is now.
+    // The log is consistent with each checkpoint that was read.
     let entries: BTreeMap<_, _> =
-        told.iter().map(|(n, publication)| (publication.index, record(*n).to_bytes().unwrap())).collect();
+        published.iter().map(|(n, publication)| (publication.index, record(*n).to_bytes().unwrap())).collect();
     let (mut tree, mut seen) = (Tree::default(), seen.into_iter().peekable());
     for size in 0..=64 * EACH {
         while let Some(checkpoint) = seen.next_if(|checkpoint| checkpoint.size() == size) {
@@ -69,62 +69,62 @@ async fn many_publish_and_read_at_once_and_everything_acknowledged_is_proven() {
         }
     }
     assert!(seen.next().is_none());
-    closed(public, &log).await;
+    close(public, &log).await;
     let public = log.open().await;
-    for (n, publication) in told.iter().filter(|(_, publication)| checked_in_full(publication.index)) {
-        must_be_proven(&log, &public, *n, publication).await;
+    for (n, publication) in published.iter().filter(|(_, publication)| checked_in_full(publication.index)) {
+        assert_proven(&log, &public, *n, publication).await;
     }
 }
 
-/// Far longer than anything takes here, so that whoever waited for its end is told apart on a slow machine, too.
+/// Much longer than the test, so that a caller that waits for its end is detected on a slow machine, too.
 const PERIOD: Duration = Duration::from_secs(100);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn those_who_are_on_the_way_share_a_batch_and_nobody_waits_for_nobody() {
-    let (log, faults) = (Log::new(), Arc::new(Faults::default()));
+async fn publications_in_flight_share_a_batch() {
+    let (log, faults) = (Log::new(), Arc::new(FaultInjector::default()));
     let settings = LogSettings { batch_period: PERIOD, ..LogSettings::default() };
     let opened =
         TransparencyLog::open_through(&log.dir(), &options(), log.signer.clone(), settings, faults.clone()).await;
     let public = Arc::new(opened.unwrap());
-    let begun = Instant::now();
+    let started = Instant::now();
     public.publish(&record(0)).await.unwrap();
-    let announced = public.reserve_slot();
+    let slot = public.reserve_slot();
     public.publish(&record(1)).await.unwrap();
-    drop(announced);
-    assert!(begun.elapsed() < PERIOD, "alone it waits for nobody");
+    drop(slot);
+    assert!(started.elapsed() < PERIOD, "a single publication waited for the batch period");
     let alone = faults.syncs.load(SeqCst);
-    let begun = Instant::now();
-    grow(&public, 2..1000).await;
+    let started = Instant::now();
+    publish_all(&public, 2..1000).await;
     let shared = faults.syncs.load(SeqCst) - alone;
     assert_eq!(shared, 4, "998 publications in batches of up to 256");
-    assert!(begun.elapsed() < PERIOD);
+    assert!(started.elapsed() < PERIOD);
 
-    // Those who come one after the other share one, too: each of them was announced.
+    // Publications that arrive one after the other share a batch, too, if their slots are reserved.
     let before = faults.syncs.load(SeqCst);
     let mut tasks = JoinSet::new();
-    for (n, announced) in (1000..1020).map(|n| (n, public.reserve_slot())).collect::<Vec<_>>() {
+    for (n, slot) in (1000..1020).map(|n| (n, public.reserve_slot())).collect::<Vec<_>>() {
         let public = public.clone();
         tasks.spawn(async move {
             tokio::time::sleep(Duration::from_millis((n - 1000) * 10)).await;
             public.publish(&record(n)).await.unwrap();
-            drop(announced);
+            drop(slot);
         });
     }
     tasks.join_all().await;
     assert_eq!(faults.syncs.load(SeqCst) - before, 1);
 
-    // Somebody who said that he comes and does not is waited for as long as the period, and no longer once he has left.
-    let announced = (public.reserve_slot(), public.reserve_slot());
-    let begun = Instant::now();
+    // A reserved slot without a publication delays the batch until the slot is dropped or the batch period ends.
+    let slot = (public.reserve_slot(), public.reserve_slot());
+    let started = Instant::now();
     let late = record(1020);
     let left = tokio::join!(public.publish(&late), async {
         tokio::time::sleep(Duration::from_millis(300)).await;
-        drop(announced.0);
+        drop(slot.0);
     });
     left.0.unwrap();
-    let waited = begun.elapsed();
+    let waited = started.elapsed();
     assert!((Duration::from_millis(300)..PERIOD).contains(&waited), "{waited:?}");
-    drop(announced.1);
+    drop(slot.1);
 }
 
 async fn proofs_of_all(log: &Log, public: &TransparencyLog, size: u64) {
@@ -139,31 +139,31 @@ async fn proofs_of_all(log: &Log, public: &TransparencyLog, size: u64) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_entry_is_proven_around_the_ends_of_bundles() {
+async fn entries_around_bundle_ends_are_proven() {
     let log = Log::new();
     let mut public = log.open().await;
     let mut size = 0;
     for next in [1, 2, 255, 256, 257, 258, 511, 512, 513] {
-        grow(&public, size..next).await;
+        publish_all(&public, size..next).await;
         size = next;
         proofs_of_all(&log, &public, size).await;
-        closed(public, &log).await;
+        close(public, &log).await;
         public = log.open().await;
         proofs_of_all(&log, &public, size).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_tile_of_every_earlier_checkpoint_is_served() {
+async fn tiles_of_all_earlier_checkpoints_are_served() {
     let log = Log::new();
     let public = log.open().await;
-    let mut told = Told::new();
+    let mut published = Publications::new();
     for (from, to) in [(0, 200), (200, 256), (256, 257), (257, 520)] {
-        told.extend(grow(&public, from..to).await);
-        let by_index: BTreeMap<_, _> = told.iter().map(|(n, told)| (told.index, *n)).collect();
+        published.extend(publish_all(&public, from..to).await);
+        let by_index: BTreeMap<_, _> = published.iter().map(|(n, published)| (published.index, *n)).collect();
         let entries: Vec<_> = by_index.values().map(|n| record(*n).to_bytes().unwrap()).collect();
         for size in (1..=to).rev().step_by(scaled(13, if to < 500 { 7 } else { 1 })) {
-            // Most tiles of a size are those of all others; the last ones are its own.
+            // Full tiles are the same for all sizes; check them once.
             let all = tiles_of(&entries[..size as usize]);
             for (name, bytes) in all.into_iter().filter(|(name, _)| size == to || name.contains(".p/")) {
                 let tile: TileId = name.parse().unwrap();

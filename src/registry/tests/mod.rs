@@ -1,4 +1,4 @@
-//! What only this engine must do; what every public database must do is in `store/contract_public.rs`.
+//! Tests specific to the transparency log. Tests for every public database are in `store/contract_public.rs`.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,9 +16,9 @@ use spp_testkit::files::copy_directory;
 use spp_testkit::random::{cases, scaled};
 use spp_testkit::wait::eventually;
 
-use crate::store::contract_public::{PublicFactory, contract_of_publication, record};
-use crate::store::directory::System;
-use crate::store::testing::Faults;
+use crate::store::contract_public::{PublicFactory, public_database_contract, record};
+use crate::store::directory::OsFs;
+use crate::store::testing::FaultInjector;
 use crate::store::{
     DeviceRecord, PublicDatabase, Publication, PublishError, StoreError, StoreOptions, UniqueKey, WitnessStatus,
 };
@@ -30,8 +30,8 @@ mod export;
 mod faults;
 mod load;
 mod mixed;
-mod real;
 mod recovery;
+mod reference_log;
 mod tamper;
 mod witness;
 
@@ -47,8 +47,8 @@ impl Log {
         self.dir.path().join("public")
     }
 
-    async fn open_through(&self, faults: &Arc<Faults>) -> Arc<TransparencyLog> {
-        let (dir, options, settings) = (self.dir(), options(), LogSettings::default());
+    async fn open_through(&self, faults: &Arc<FaultInjector>) -> Arc<TransparencyLog> {
+        let (dir, options, settings) = (self.dir(), options(), settings());
         let opened = TransparencyLog::open_through(&dir, &options, self.signer.clone(), settings, faults.clone());
         Arc::new(opened.await.unwrap())
     }
@@ -62,7 +62,7 @@ impl Log {
     }
 
     async fn try_open(&self) -> Result<TransparencyLog, StoreError> {
-        TransparencyLog::open(&self.dir(), &options(), self.signer.clone(), LogSettings::default()).await
+        TransparencyLog::open(&self.dir(), &options(), self.signer.clone(), settings()).await
     }
 }
 
@@ -79,68 +79,75 @@ impl PublicFactory for Log {
     }
 }
 
-contract_of_publication!(keeps_the_contract, Log);
+public_database_contract!(keeps_the_contract, Log);
+
+/// A log that has lost its index rebuilds it before it answers, however slow the machine is.
+fn settings() -> LogSettings {
+    LogSettings { index_patience: spp_testkit::wait::LIMIT, ..LogSettings::default() }
+}
 
 fn options() -> StoreOptions {
     StoreOptions { floor_bytes: 16 << 20, reserve_bytes: 1 << 20, ..StoreOptions::default() }
 }
 
-fn later(n: u64) -> DeviceRecord {
+fn with_later_time(n: u64) -> DeviceRecord {
     DeviceRecord { published: 7777, ..record(n) }
 }
 
-/// Which file holds what does not fill a bundle.
-fn edge_file(dir: &Path, base: u64) -> PathBuf {
+/// The file of the partial bundle.
+fn partial_bundle_file(dir: &Path, base: u64) -> PathBuf {
     dir.join("edge").join(format!("{base:020}"))
 }
 
-/// Directories can only be looked at when the sequencer has let go of them.
-async fn closed(public: Arc<TransparencyLog>, log: &Log) {
-    drop(Arc::into_inner(public).expect("nobody else has it"));
+/// Closes a log and waits until the sequencer has released its directory.
+async fn close(public: Arc<TransparencyLog>, log: &Log) {
+    drop(Arc::into_inner(public).expect("other references exist"));
     let dir = log.dir();
-    let take = move || files::LogFiles::take(&dir, &options(), Arc::new(System)).map(drop);
+    let take = move || files::LogFiles::open(&dir, &options(), Arc::new(OsFs)).map(drop);
     tokio::task::spawn_blocking(take).await.unwrap().unwrap();
 }
 
-fn untroubled(public: &TransparencyLog) -> bool {
+fn is_available(public: &TransparencyLog) -> bool {
     let status = public.status();
-    status.publishing_trouble.is_none() && status.reading_trouble.is_none()
+    status.publish_error.is_none() && status.read_error.is_none()
 }
 
-type Told = BTreeMap<u64, Publication>;
+type Publications = BTreeMap<u64, Publication>;
 
-/// Publishes records, all of which are on the way from the beginning, so that they share batches. What was told of each.
-async fn grow(public: &Arc<TransparencyLog>, numbers: impl IntoIterator<Item = u64>) -> Told {
-    let tell = |(n, told): (u64, Result<Publication, PublishError>)| (n, told.unwrap_or_else(|e| panic!("{n}: {e}")));
-    try_grow(public, numbers).await.into_iter().map(tell).collect()
+/// Publishes records concurrently with slots reserved in advance, so that they share batches. Returns the publication of each.
+async fn publish_all(public: &Arc<TransparencyLog>, numbers: impl IntoIterator<Item = u64>) -> Publications {
+    let unwrap =
+        |(n, result): (u64, Result<Publication, PublishError>)| (n, result.unwrap_or_else(|e| panic!("{n}: {e}")));
+    try_publish_all(public, numbers).await.into_iter().map(unwrap).collect()
 }
 
-async fn try_grow(
+async fn try_publish_all(
     public: &Arc<TransparencyLog>,
     numbers: impl IntoIterator<Item = u64>,
 ) -> Vec<(u64, Result<Publication, PublishError>)> {
-    let on_the_way: Vec<_> = numbers.into_iter().map(|n| (n, public.reserve_slot())).collect();
+    let slots: Vec<_> = numbers.into_iter().map(|n| (n, public.reserve_slot())).collect();
     let mut tasks = JoinSet::new();
-    for (n, announced) in on_the_way {
+    for (n, slot) in slots {
         let public = public.clone();
         tasks.spawn(async move {
-            let told = public.publish(&record(n)).await;
-            drop(announced);
-            (n, told)
+            let result = public.publish(&record(n)).await;
+            drop(slot);
+            (n, result)
         });
     }
     tasks.join_all().await
 }
 
-/// Whether an entry is checked in full: all are in a long run; the ends of bundles and every seventh are otherwise.
+/// Whether an entry is checked in full: every entry in a long run, otherwise those at the ends of bundles and every seventh.
 fn checked_in_full(index: u64) -> bool {
     scaled(index.is_multiple_of(7) || matches!(index % 256, 0 | 1 | 255), true)
 }
 
-/// Every publication is found by its chip ID at its index. Those checked in full are found by each of their values, their proof
-/// verifies, they cannot be published again, and no other record can take one of their values.
-async fn must_be_there(log: &Log, public: &TransparencyLog, told: &Told) {
-    for (n, publication) in told {
+/// Asserts that every publication is found by its chip ID at its index. For those checked in full, also asserts that they are
+/// found by each of their values, their proof verifies, they cannot be published again, and no other record can have one of their
+/// values.
+async fn assert_published(log: &Log, public: &TransparencyLog, published: &Publications) {
+    for (n, publication) in published {
         if !checked_in_full(publication.index) {
             let found = public.find(&UniqueKey::of_chip(&record(*n).chip)).await.unwrap();
             assert_eq!(found.map(|found| found.publication).as_ref(), Some(publication), "{n}");
@@ -148,19 +155,22 @@ async fn must_be_there(log: &Log, public: &TransparencyLog, told: &Told) {
         }
         for key in UniqueKey::of_record(&record(*n)) {
             let found = public.find(&key).await.unwrap();
-            let found = found.unwrap_or_else(|| panic!("the {} of {n} is not found", key.what()));
-            assert_eq!((&found.publication, &found.record), (publication, &record(*n)), "by its {}", key.what());
+            let found = found.unwrap_or_else(|| panic!("{} of record {n} not found", key.field()));
+            assert_eq!((&found.publication, &found.record), (publication, &record(*n)), "by its {}", key.field());
         }
-        must_be_proven(log, public, *n, publication).await;
+        assert_proven(log, public, *n, publication).await;
         let later = DeviceRecord { published: 9_999, ..record(*n) };
         assert_eq!(public.publish(&later).await.unwrap(), *publication, "{n} once more");
         let rival = DeviceRecord { chip: record(*n).chip, ..record(*n + (1 << 50)) };
         let refused = public.publish(&rival).await;
-        assert!(matches!(&refused, Err(PublishError::Taken(taken)) if taken.index == publication.index), "{refused:?}");
+        assert!(
+            matches!(&refused, Err(PublishError::Conflict(taken)) if taken.index == publication.index),
+            "{refused:?}"
+        );
     }
 }
 
-async fn must_be_proven(log: &Log, public: &TransparencyLog, n: u64, publication: &Publication) {
+async fn assert_proven(log: &Log, public: &TransparencyLog, n: u64, publication: &Publication) {
     let bytes = public.record(publication.index).await.unwrap().unwrap().bytes;
     assert_eq!(bytes, record(n).to_bytes().unwrap());
     let proof = public.prove(publication.index).await.unwrap().unwrap();
@@ -168,12 +178,12 @@ async fn must_be_proven(log: &Log, public: &TransparencyLog, n: u64, publication
     assert_eq!(verified.index, publication.index);
 }
 
-/// Until what failed works again.
-async fn until_published(public: &TransparencyLog, record: &DeviceRecord) -> Publication {
-    eventually("it is published", async || public.publish(record).await).await
+/// Retries until the record is published.
+async fn publish_until_ok(public: &TransparencyLog, record: &DeviceRecord) -> Publication {
+    eventually("record published", async || public.publish(record).await).await
 }
 
-/// The files below a directory and what is in them.
+/// The files below a directory and their content.
 fn files_of(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     let mut files = BTreeMap::new();
     let mut directories = vec![dir.to_owned()];
@@ -191,7 +201,7 @@ fn files_of(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     files
 }
 
-/// The tiles of a log with these entries, below 65,536 of them, as C2SP tlog-tiles names and fills them; without this program's code.
+/// The tiles of a log with these entries (fewer than 65,536) as specified by C2SP tlog-tiles, implemented independently.
 fn tiles_of(entries: &[impl AsRef<[u8]>]) -> BTreeMap<String, Vec<u8>> {
     let hash = |parts: &[&[u8]]| <[u8; 32]>::from(Sha256::digest(parts.concat()));
     let name = |kind: &str, number: usize, width: usize| match width {
@@ -229,16 +239,16 @@ fn checkpoint_of(entries: &[impl AsRef<[u8]>], signer: &LocalSigner) -> SignedCh
 }
 
 #[tokio::test]
-async fn a_publication_that_failed_is_in_once_after_repeating_it() {
+async fn publish_failed_then_retried_is_published_once() {
     for persisted in [false, true] {
-        let (log, faults) = (Log::new(), Arc::new(Faults::default()));
+        let (log, faults) = (Log::new(), Arc::new(FaultInjector::default()));
         let public = log.open_through(&faults).await;
         public.publish(&record(0)).await.unwrap();
         let fault = if persisted { &faults.in_sync } else { &faults.before_apply };
         fault.store(true, SeqCst);
-        assert!(matches!(public.publish(&record(1)).await, Err(PublishError::Store(error)) if is_away(&error)));
+        assert!(matches!(public.publish(&record(1)).await, Err(PublishError::Store(error)) if is_failed(&error)));
         fault.store(false, SeqCst);
-        let publication = until_published(&public, &DeviceRecord { published: 7777, ..record(1) }).await;
+        let publication = publish_until_ok(&public, &DeviceRecord { published: 7777, ..record(1) }).await;
         assert_eq!(publication.index, 1);
         assert_eq!(publication.published, if persisted { record(1).published } else { 7777 });
         assert_eq!(public.len().await.unwrap(), 2);
@@ -246,8 +256,8 @@ async fn a_publication_that_failed_is_in_once_after_repeating_it() {
 }
 
 #[tokio::test]
-async fn a_new_record_is_refused_below_the_floor_and_a_repeat_answered() {
-    let (log, faults) = (Log::new(), Arc::new(Faults::default()));
+async fn publish_below_disk_floor_rejects_only_new_records() {
+    let (log, faults) = (Log::new(), Arc::new(FaultInjector::default()));
     let public = log.open_through(&faults).await;
     let first = public.publish(&record(1)).await.unwrap();
     faults.free.store(12 << 20, SeqCst);
@@ -257,6 +267,6 @@ async fn a_new_record_is_refused_below_the_floor_and_a_repeat_answered() {
     assert!(matches!(refused, Err(PublishError::Store(StoreError::Full { .. }))), "{refused:?}");
 }
 
-fn is_away(error: &StoreError) -> bool {
+fn is_failed(error: &StoreError) -> bool {
     matches!(error, StoreError::Failed { .. })
 }

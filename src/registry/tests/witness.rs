@@ -1,4 +1,4 @@
-//! Witnesses see a log grow, and hold nothing up. The one here does what C2SP tlog-witness says and nothing else.
+//! Cosigning with a test witness that implements C2SP tlog-witness. Witnesses never delay publication.
 
 use std::convert::Infallible;
 use std::sync::Mutex;
@@ -18,9 +18,9 @@ use crate::tlog::{LogKey, TlogError, WitnessKey, check_consistency};
 
 const NAME: &str = "witness.example/w1";
 
-/// How it behaves.
+/// The behaviour of a test witness.
 #[derive(Clone, Copy, PartialEq)]
-enum Mood {
+enum Behaviour {
     Honest,
     Garbage,
     WrongSignature,
@@ -29,31 +29,31 @@ enum Mood {
     Silent,
 }
 
-struct Notary {
+struct TestWitness {
     name: &'static str,
     pair: Ed25519KeyPair,
     logs: Vec<LogKey>,
-    /// It keeps what it saw last in a file, as it must before it answers: `SIZE ROOT`.
+    /// The last cosigned tree, stored before the answer as the specification requires: `SIZE ROOT`.
     seen: tempfile::NamedTempFile,
-    mood: Mutex<Mood>,
-    /// What it answered.
+    behaviour: Mutex<Behaviour>,
+    /// The status codes of its answers.
     answers: Mutex<Vec<u16>>,
 }
 
-impl Notary {
+impl TestWitness {
     fn new(name: &'static str, logs: &[&LogKey]) -> Arc<Self> {
         Arc::new(Self {
             name,
             pair: Ed25519KeyPair::generate().unwrap(),
             logs: logs.iter().map(|key| (*key).clone()).collect(),
             seen: tempfile::NamedTempFile::new().unwrap(),
-            mood: Mutex::new(Mood::Honest),
+            behaviour: Mutex::new(Behaviour::Honest),
             answers: Mutex::default(),
         })
     }
 
-    fn set(&self, mood: Mood) {
-        *self.mood.lock().unwrap() = mood;
+    fn set(&self, behaviour: Behaviour) {
+        *self.behaviour.lock().unwrap() = behaviour;
     }
 
     fn answers(&self) -> Vec<u16> {
@@ -77,7 +77,7 @@ impl Notary {
         (size.parse().unwrap(), hex::decode(root).unwrap().try_into().unwrap())
     }
 
-    /// Status, type and body.
+    /// Returns status, content type and body.
     fn add_checkpoint(&self, body: &str) -> (u16, &'static str, String) {
         let plain = |status: u16| (status, "text/plain", String::new());
         let Some((head, note)) = body.split_once("\n\n") else { return plain(400) };
@@ -121,7 +121,7 @@ impl Notary {
         let text = &note[..note.find("\n\n").unwrap() + 1];
         let time = 1_767_225_600u64;
         let mut signature = self.pair.sign(format!("cosignature/v1\ntime {time}\n{text}").as_bytes()).as_ref().to_vec();
-        signature[0] ^= u8::from(*self.mood.lock().unwrap() == Mood::WrongSignature);
+        signature[0] ^= u8::from(*self.behaviour.lock().unwrap() == Behaviour::WrongSignature);
         let bytes = [&self.key_id()[..], &time.to_be_bytes(), &signature].concat();
         format!("— {} {}\n", self.name, BASE64_STANDARD.encode(bytes))
     }
@@ -129,33 +129,34 @@ impl Notary {
     async fn answer(&self, request: Request<Incoming>) -> Response<Body> {
         let right = request.method() == "POST" && request.uri().path() == "/w1/add-checkpoint";
         let body = axum::body::to_bytes(Body::new(request.into_body()), 1 << 20).await.unwrap();
-        let mood = *self.mood.lock().unwrap();
-        let (status, kind, body) = match mood {
+        let behaviour = *self.behaviour.lock().unwrap();
+        let (status, kind, body) = match behaviour {
             _ if !right => (405, "text/plain", String::new()),
-            Mood::Honest | Mood::WrongSignature => self.add_checkpoint(std::str::from_utf8(&body).unwrap()),
-            Mood::Garbage => (200, "text/html", "<p>Welcome — to\n— \n— witness.example/w1 AAAA\n".to_owned()),
-            Mood::Broken => (500, "text/plain", "oh".to_owned()),
-            Mood::NoSize => (409, "text/plain", "many\n".to_owned()),
-            Mood::Silent => std::future::pending().await,
+            Behaviour::Honest | Behaviour::WrongSignature => self.add_checkpoint(std::str::from_utf8(&body).unwrap()),
+            Behaviour::Garbage => (200, "text/html", "<p>Welcome — to\n— \n— witness.example/w1 AAAA\n".to_owned()),
+            Behaviour::Broken => (500, "text/plain", "oh".to_owned()),
+            Behaviour::NoSize => (409, "text/plain", "many\n".to_owned()),
+            Behaviour::Silent => std::future::pending().await,
         };
         self.answers.lock().unwrap().push(status);
         let answer = Response::builder().status(StatusCode::from_u16(status).unwrap());
         answer.header(header::CONTENT_TYPE, kind).body(Body::from(body)).unwrap()
     }
 
-    /// Listens, until the task is ended.
+    /// Serves requests until the task ends.
     async fn serve(self: &Arc<Self>) -> (Witness, JoinHandle<()>) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}/w1", listener.local_addr().unwrap());
-        let notary = Arc::clone(self);
+        let test_witness = Arc::clone(self);
         let task = tokio::spawn(async move {
-            // They end with it.
+            // Connections end with the task.
             let mut connections = JoinSet::new();
             loop {
                 let (stream, _) = listener.accept().await.unwrap();
-                let notary = Arc::clone(&notary);
+                let test_witness = Arc::clone(&test_witness);
                 connections.spawn(async move {
-                    let answer = service_fn(|request| async { Ok::<_, Infallible>(notary.answer(request).await) });
+                    let answer =
+                        service_fn(|request| async { Ok::<_, Infallible>(test_witness.answer(request).await) });
                     let _ =
                         hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), answer).await;
                 });
@@ -173,7 +174,7 @@ async fn open(log: &Log, witnesses: &[&Witness]) -> Arc<TransparencyLog> {
     log.open_with(log.signer.clone(), settings(witnesses)).await
 }
 
-/// The checkpoint of that size with the cosignatures of these, and no other.
+/// Waits for the checkpoint of this size with the cosignatures of exactly these witnesses.
 async fn until_cosigned(log: &Log, public: &TransparencyLog, size: u64, by: &[&WitnessKey]) {
     let names: Vec<_> = by.iter().map(|key| key.name()).collect();
     let checkpoint = eventually("the checkpoint is cosigned", async || {
@@ -187,141 +188,141 @@ async fn until_cosigned(log: &Log, public: &TransparencyLog, size: u64, by: &[&W
     assert_eq!(signatures, 1 + by.len());
 }
 
-async fn until_told(public: &TransparencyLog, name: &str, words: &str) {
-    eventually(words, async || {
+async fn until_reported(public: &TransparencyLog, name: &str, message: &str) {
+    eventually(message, async || {
         let of_it = public.status().witnesses.into_iter().find(|status| status.name == name);
-        of_it.and_then(|status| status.trouble).is_some_and(|why| why.contains(words))
+        of_it.and_then(|status| status.trouble).is_some_and(|why| why.contains(message))
     })
     .await;
 }
 
-fn is_well(public: &TransparencyLog, name: &str, size: u64) -> bool {
+fn is_healthy(public: &TransparencyLog, name: &str, size: u64) -> bool {
     public.status().witnesses.contains(&WitnessStatus { name: name.to_owned(), size, trouble: None })
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn checkpoints_and_proofs_carry_the_cosignature_and_a_restarted_log_goes_on() {
+async fn cosignatures_are_in_checkpoints_and_proofs_after_restart() {
     let log = Log::new();
-    let notary = Notary::new(NAME, &[log.signer.key()]);
-    let (witness, _task) = notary.serve().await;
-    let key = notary.key();
+    let test_witness = TestWitness::new(NAME, &[log.signer.key()]);
+    let (witness, _task) = test_witness.serve().await;
+    let key = test_witness.key();
     let public = open(&log, &[&witness]).await;
     let mut size = 0;
     for next in [1, 5, 300] {
-        let told = grow(&public, size..next).await;
+        let published = publish_all(&public, size..next).await;
         size = next;
-        // Nobody waits for the witness: the proof is there at once, with or without it.
-        for (n, publication) in &told {
-            must_be_proven(&log, &public, *n, publication).await;
+        // The proof is available immediately, with or without cosignature.
+        for (n, publication) in &published {
+            assert_proven(&log, &public, *n, publication).await;
         }
         until_cosigned(&log, &public, size, &[&key]).await;
-        assert!(is_well(&public, NAME, size));
+        assert!(is_healthy(&public, NAME, size));
         let proof = public.prove(size - 1).await.unwrap().unwrap();
         let bytes = public.record(size - 1).await.unwrap().unwrap().bytes;
         let proven = proof.verify(&bytes, log.signer.key()).unwrap();
         assert_eq!(proven.checkpoint.cosigners(&[&key]), [NAME]);
     }
-    assert_eq!(notary.answers(), [200, 200, 200], "it never forgot what the witness knows");
-    assert_eq!(notary.seen().0, 300);
+    assert_eq!(test_witness.answers(), [200, 200, 200], "the log remembers the size that the witness has cosigned");
+    assert_eq!(test_witness.seen().0, 300);
     drop(public);
-    // It asks about the same tree, and then about a larger one, without knowing what the witness has seen.
+    // A restarted log submits the same tree, and later a larger one, without knowing the size that the witness has cosigned.
     let public = open(&log, &[&witness]).await;
     until_cosigned(&log, &public, 300, &[&key]).await;
-    assert_eq!(notary.answers()[3..], [409, 200]);
+    assert_eq!(test_witness.answers()[3..], [409, 200]);
     drop(public);
     let unwatched = log.open().await;
-    grow(&unwatched, 300..310).await;
+    publish_all(&unwatched, 300..310).await;
     drop(unwatched);
     let public = open(&log, &[&witness]).await;
     until_cosigned(&log, &public, 310, &[&key]).await;
-    assert_eq!(notary.answers()[5..], [409, 200]);
+    assert_eq!(test_witness.answers()[5..], [409, 200]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_witness_that_is_away_or_answers_nonsense_holds_nothing_up_and_is_told() {
+async fn failing_witness_is_reported_and_delays_nothing() {
     let log = Log::new();
-    let notary = Notary::new(NAME, &[log.signer.key()]);
-    let (witness, task) = notary.serve().await;
+    let test_witness = TestWitness::new(NAME, &[log.signer.key()]);
+    let (witness, task) = test_witness.serve().await;
     let public = open(&log, &[&witness]).await;
-    let moods = [
-        (Mood::Garbage, "its cosignature does not verify"),
-        (Mood::WrongSignature, "its cosignature does not verify"),
-        (Mood::Broken, "it answers 500"),
-        (Mood::NoSize, "it answers 409 without a size"),
-        (Mood::Silent, "timeout"),
+    let behaviours = [
+        (Behaviour::Garbage, "cosignature does not verify"),
+        (Behaviour::WrongSignature, "cosignature does not verify"),
+        (Behaviour::Broken, "status 500"),
+        (Behaviour::NoSize, "status 409 without a tree size"),
+        (Behaviour::Silent, "timeout"),
     ];
-    for (n, (mood, words)) in (0..).zip(moods) {
-        notary.set(mood);
-        let told = grow(&public, [n]).await;
-        must_be_there(&log, &public, &told).await;
-        until_told(&public, NAME, words).await;
+    for (n, (behaviour, message)) in (0..).zip(behaviours) {
+        test_witness.set(behaviour);
+        let published = publish_all(&public, [n]).await;
+        assert_published(&log, &public, &published).await;
+        until_reported(&public, NAME, message).await;
         until_cosigned(&log, &public, n + 1, &[]).await;
     }
-    notary.set(Mood::Honest);
-    grow(&public, 5..6).await;
-    until_cosigned(&log, &public, 6, &[&notary.key()]).await;
-    assert!(is_well(&public, NAME, 6));
+    test_witness.set(Behaviour::Honest);
+    publish_all(&public, 5..6).await;
+    until_cosigned(&log, &public, 6, &[&test_witness.key()]).await;
+    assert!(is_healthy(&public, NAME, 6));
     task.abort();
     let _ = task.await;
-    let told = grow(&public, 6..7).await;
-    eventually("its trouble", async || public.status().witnesses[0].trouble.is_some()).await;
-    must_be_there(&log, &public, &told).await;
+    let published = publish_all(&public, 6..7).await;
+    eventually("witness error reported", async || public.status().witnesses[0].trouble.is_some()).await;
+    assert_published(&log, &public, &published).await;
     until_cosigned(&log, &public, 7, &[]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn of_two_witnesses_the_one_that_is_there_cosigns() {
+async fn available_witness_cosigns_if_the_other_is_unavailable() {
     let log = Log::new();
-    let (there, away) =
-        (Notary::new(NAME, &[log.signer.key()]), Notary::new("witness.example/w2", &[log.signer.key()]));
-    let ((one, _task), (two, task)) = (there.serve().await, away.serve().await);
+    let (reachable, unreachable) =
+        (TestWitness::new(NAME, &[log.signer.key()]), TestWitness::new("witness.example/w2", &[log.signer.key()]));
+    let ((one, _task), (two, task)) = (reachable.serve().await, unreachable.serve().await);
     let public = open(&log, &[&two, &one]).await;
-    grow(&public, 0..3).await;
-    until_cosigned(&log, &public, 3, &[&there.key(), &away.key()]).await;
+    publish_all(&public, 0..3).await;
+    until_cosigned(&log, &public, 3, &[&reachable.key(), &unreachable.key()]).await;
     task.abort();
     let _ = task.await;
-    grow(&public, 3..5).await;
-    until_cosigned(&log, &public, 5, &[&there.key()]).await;
-    assert!(is_well(&public, NAME, 5));
+    publish_all(&public, 3..5).await;
+    until_cosigned(&log, &public, 5, &[&reachable.key()]).await;
+    assert!(is_healthy(&public, NAME, 5));
     let status = public.status().witnesses.into_iter().find(|status| status.name == "witness.example/w2").unwrap();
     assert!(status.trouble.is_some() && status.size == 3, "{status:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_witness_that_saw_another_log_refuses_and_that_is_told() {
-    // Two logs of one key and one name: the case that witnesses are there for.
+async fn witness_of_forked_log_rejects_and_is_reported() {
+    // Two logs with the same key and name: the attack that witnesses detect.
     let one = Log::new();
-    let notary = Notary::new(NAME, &[one.signer.key()]);
-    let (witness, _task) = notary.serve().await;
+    let test_witness = TestWitness::new(NAME, &[one.signer.key()]);
+    let (witness, _task) = test_witness.serve().await;
     let public = open(&one, &[&witness]).await;
-    grow(&public, 0..5).await;
-    until_cosigned(&one, &public, 5, &[&notary.key()]).await;
+    publish_all(&public, 0..5).await;
+    until_cosigned(&one, &public, 5, &[&test_witness.key()]).await;
     drop(public);
-    for (size, words) in [
-        (3, "it knows a tree of 5 entries"),
-        (7, "it found the checkpoint inconsistent with what it has seen (422)"),
-        (5, "it answers 409 without a size"),
+    for (size, message) in [
+        (3, "witness has cosigned a tree of 5 entries"),
+        (7, "witness found the checkpoint inconsistent with an earlier one (422)"),
+        (5, "status 409 without a tree size"),
     ] {
         let other = Log { signer: one.signer.clone(), ..Log::new() };
         let public = open(&other, &[&witness]).await;
-        let told = grow(&public, 100..100 + size).await;
-        until_told(&public, NAME, words).await;
+        let published = publish_all(&public, 100..100 + size).await;
+        until_reported(&public, NAME, message).await;
         until_cosigned(&other, &public, size, &[]).await;
-        must_be_there(&other, &public, &told).await;
+        assert_published(&other, &public, &published).await;
     }
-    assert_eq!(notary.seen().0, 5, "it has cosigned nothing else");
+    assert_eq!(test_witness.seen().0, 5, "the witness has cosigned another tree");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_witness_that_does_not_know_the_log_or_its_key_is_told() {
+async fn witness_without_log_or_key_is_reported() {
     let log = Log::new();
     let (same_name, foreign) = (LocalSigner::new(ORIGIN), LocalSigner::new("log.example/other"));
     let (wrong_key, no_log) =
-        (Notary::new(NAME, &[same_name.key()]), Notary::new("witness.example/w2", &[foreign.key()]));
+        (TestWitness::new(NAME, &[same_name.key()]), TestWitness::new("witness.example/w2", &[foreign.key()]));
     let ((one, _one), (two, _two)) = (wrong_key.serve().await, no_log.serve().await);
     let public = open(&log, &[&one, &two]).await;
-    grow(&public, 0..2).await;
-    until_told(&public, NAME, "it does not accept the log's signature (403)").await;
-    until_told(&public, "witness.example/w2", "it does not know this log (404)").await;
+    publish_all(&public, 0..2).await;
+    until_reported(&public, NAME, "witness rejects the log's signature (403)").await;
+    until_reported(&public, "witness.example/w2", "log unknown to the witness (404)").await;
     until_cosigned(&log, &public, 2, &[]).await;
 }

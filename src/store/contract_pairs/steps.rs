@@ -1,38 +1,38 @@
-//! Random sequences of steps, in the store and in the model.
+//! Random sequences of calls on the store and the reference model.
 
 use proptest::prelude::*;
 use proptest::sample::Index;
 
-use super::model::{Model, ModelSession, Pair, Place};
+use super::model::{Model, ModelSession, Pair, PairState};
 use super::*;
 
-pub(in crate::store) fn any_sequence_agrees_with_the_model_and_accounts_for_every_pair<F: Factory>() {
+pub(in crate::store) fn random_pair_steps_match_model<F: Factory>() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
     let config = spp_testkit::random::cases(12, 400);
     proptest!(config, |(steps in proptest::collection::vec(any_step(), 1..120))| {
-        runtime.block_on(follow::<F>(steps));
+        runtime.block_on(run_steps::<F>(steps));
     });
 }
 
-/// A step that somebody might take; batches, pairs and sessions are few, so that they meet.
+/// A random call. Few batches, pairs and sessions exist, so that calls conflict.
 #[derive(Debug, Clone)]
 enum Step {
-    /// And opened right away, mostly.
+    /// Plans a batch; the flag opens it immediately.
     Plan(Purpose, KeyStorage, bool),
     Batch(Index, BatchStep),
-    Forget(Index),
+    Delete(Index),
     Add(Index, u64),
     Pooled {
         session: u64,
         pair: Index,
     },
-    Made {
+    OnDemand {
         session: u64,
         batch: Index,
     },
     Erase(Index),
     Abort(Index, u64),
-    /// Of all pairs those whose bit is set, whether they are in the batch or not.
+    /// Moves the pairs whose bit is set, whether they are in the batch or not.
     Move {
         from: Index,
         to: Index,
@@ -64,12 +64,12 @@ fn any_step() -> impl Strategy<Value = Step> {
     ];
     let session = || 0..40u64;
     prop_oneof![
-        2 => (plan, any::<u8>()).prop_map(|((purpose, keeping), n)| Step::Plan(purpose, keeping, n > 40)),
+        2 => (plan, any::<u8>()).prop_map(|((purpose, storage), n)| Step::Plan(purpose, storage, n > 40)),
         6 => (index(), batch_step).prop_map(|(batch, step)| Step::Batch(batch, step)),
-        2 => index().prop_map(Step::Forget),
+        2 => index().prop_map(Step::Delete),
         8 => (index(), 1..5u64).prop_map(|(batch, pairs)| Step::Add(batch, pairs)),
         10 => (session(), index()).prop_map(|(session, pair)| Step::Pooled { session, pair }),
-        4 => (session(), index()).prop_map(|(session, batch)| Step::Made { session, batch }),
+        4 => (session(), index()).prop_map(|(session, batch)| Step::OnDemand { session, batch }),
         4 => index().prop_map(Step::Erase),
         4 => (index(), 1000..5000u64).prop_map(|(session, at)| Step::Abort(session, at)),
         9 => (index(), index(), any::<u64>()).prop_map(|(from, to, pairs)| Step::Move { from, to, pairs }),
@@ -78,18 +78,18 @@ fn any_step() -> impl Strategy<Value = Step> {
     ]
 }
 
-async fn follow<F: Factory>(steps: Vec<Step>) {
+async fn run_steps<F: Factory>(steps: Vec<Step>) {
     let engine = F::new();
     let mut store = engine.state();
-    let mut model = Model::begin(&store.batches().await.unwrap());
-    let begin = PLANS.map(|(purpose, keeping)| Step::Plan(purpose, keeping, true));
-    for step in begin.into_iter().chain(steps) {
+    let mut model = Model::new(&store.batches().await.unwrap());
+    let setup = PLANS.map(|(purpose, storage)| Step::Plan(purpose, storage, true));
+    for step in setup.into_iter().chain(steps) {
         if let Step::Reopen = step {
             drop(store);
             store = engine.state();
             model.check(&*store).await;
         } else {
-            take(&*store, &mut model, step).await;
+            run_step(&*store, &mut model, step).await;
         }
     }
     model.check(&*store).await;
@@ -97,15 +97,15 @@ async fn follow<F: Factory>(steps: Vec<Step>) {
     model.check(&*engine.state()).await;
 }
 
-/// Takes a step in the store and in the model: both do it, or both refuse.
-async fn take(store: &dyn PrivateStore, model: &mut Model, step: Step) {
+/// Runs a call on the store and the model: both must accept or both must refuse it.
+async fn run_step(store: &dyn PrivateStore, model: &mut Model, step: Step) {
     match step {
-        Step::Plan(purpose, keeping, opened) => {
-            let above = model.last / 2;
-            let planned = store.plan_batch(purpose, keeping, 1000, above).await.unwrap();
-            model.last += 1;
-            model.batches.insert(model.last, planned.clone());
-            assert_eq!((planned.number, planned.state), (model.last, BatchState::Planned));
+        Step::Plan(purpose, storage, opened) => {
+            let above = model.last_batch / 2;
+            let planned = store.plan_batch(purpose, storage, 1000, above).await.unwrap();
+            model.last_batch += 1;
+            model.batches.insert(model.last_batch, planned.clone());
+            assert_eq!((planned.number, planned.state), (model.last_batch, BatchState::Planned));
             if opened {
                 store.step_batch(planned.number, BatchStep::Open).await.unwrap();
                 assert!(model.step(planned.number, &BatchStep::Open));
@@ -119,11 +119,11 @@ async fn take(store: &dyn PrivateStore, model: &mut Model, step: Step) {
                 assert_eq!(batch, model.batch(number));
             }
         }
-        Step::Forget(batch) => {
-            let over = |batch: &Batch| matches!(batch.state, BatchState::Planned | BatchState::Emptied);
-            let number = model.pick(&batch, over);
-            let may = model.batches.get(&number).is_none_or(over);
-            let answer = store.forget_batch(number).await;
+        Step::Delete(batch) => {
+            let is_deletable = |batch: &Batch| matches!(batch.state, BatchState::Planned | BatchState::Emptied);
+            let number = model.pick(&batch, is_deletable);
+            let may = model.batches.get(&number).is_none_or(is_deletable);
+            let answer = store.delete_batch(number).await;
             assert_eq!(answer.is_ok(), may, "{answer:?}");
             if may {
                 model.batches.remove(&number);
@@ -131,34 +131,35 @@ async fn take(store: &dyn PrivateStore, model: &mut Model, step: Step) {
         }
         Step::Add(batch, pairs) => add_pairs(store, model, &batch, pairs).await,
         Step::Pooled { session, pair } => reserve_pooled(store, model, session, &pair).await,
-        Step::Made { session, batch } => reserve_made(store, model, session, &batch).await,
+        Step::OnDemand { session, batch } => reserve_made(store, model, session, &batch).await,
         Step::Erase(session) => {
             let Some((n, known)) = model.pick_session(&session) else { return };
             if known.session.state.name() == StateName::Reserved {
-                end(store, n).await;
-                model.end(n, erased(n), 2000 + n);
+                erase_session(store, n).await;
+                model.finish_session(n, erased(n), 2000 + n);
             }
         }
         Step::Abort(session, at) => {
             let Some((n, known)) = model.pick_session(&session) else { return };
-            let (may, is) = (known.session.state == SessionState::Reserved, known.session.state == given_up(at));
-            let answer = store.advance(&id(n), StateName::Reserved, given_up(at)).await;
-            assert_eq!(answer.is_ok(), may || is, "{answer:?}");
-            if may {
-                model.end(n, given_up(at), at);
+            let (is_reserved, is_repeat) =
+                (known.session.state == SessionState::Reserved, known.session.state == aborted_at(at));
+            let answer = store.advance(&id(n), StateName::Reserved, aborted_at(at)).await;
+            assert_eq!(answer.is_ok(), is_reserved || is_repeat, "{answer:?}");
+            if is_reserved {
+                model.finish_session(n, aborted_at(at), at);
             }
         }
-        Step::Move { from, to, pairs } => move_some(store, model, [&from, &to], pairs).await,
+        Step::Move { from, to, pairs } => move_random_pairs(store, model, [&from, &to], pairs).await,
         Step::Destroy(pair) => {
-            let condemned: Vec<_> = model.pairs.iter_mut().filter(|pair| pair.condemned).collect();
-            if condemned.is_empty() {
+            let to_destroy: Vec<_> = model.pairs.iter_mut().filter(|pair| pair.to_destroy).collect();
+            if to_destroy.is_empty() {
                 return;
             }
-            let at = pair.index(condemned.len());
-            let Some(pair) = condemned.into_iter().nth(at) else { return };
-            let StoredKey::OnToken(token) = &pair.kept else { panic!("it is on the token") };
-            store.destroyed(token).await.unwrap();
-            pair.condemned = false;
+            let position = pair.index(to_destroy.len());
+            let Some(pair) = to_destroy.into_iter().nth(position) else { return };
+            let StoredKey::OnToken(token) = &pair.private_key else { panic!("expected a token pair") };
+            store.confirm_destroyed(token).await.unwrap();
+            pair.to_destroy = false;
         }
         Step::Reopen => {}
     }
@@ -167,50 +168,54 @@ async fn take(store: &dyn PrivateStore, model: &mut Model, step: Step) {
 async fn add_pairs(store: &dyn PrivateStore, model: &mut Model, batch: &Index, pairs: u64) {
     let number = model.pick(batch, |batch| batch.state == BatchState::Open);
     let name = name(store, number).await;
-    let keeping = model.batches.get(&number).map_or(KeyStorage::Wrapped, |batch| batch.keeping);
+    let storage = model.batches.get(&number).map_or(KeyStorage::Wrapped, |batch| batch.storage);
     let purpose = model.batches.get(&number).map_or(P256, |batch| batch.purpose);
     let mut new = Vec::new();
     for _ in 0..pairs {
         let bytes = model.new_blob();
         let public = model.blobs;
-        let kept = match keeping {
+        let private_key = match storage {
             KeyStorage::Wrapped => wrapped(name, bytes),
             KeyStorage::Hsm => on_token(name, public),
         };
-        new.push((public, kept));
+        new.push((public, private_key));
     }
-    let pooled = |(public, kept): &(u64, StoredKey)| PooledPair { public_key: public_key(*public), kept: kept.clone() };
+    let pooled = |(public, private_key): &(u64, StoredKey)| PooledPair {
+        public_key: public_key(*public),
+        private_key: private_key.clone(),
+    };
     let answer = store.add_pairs(number, new.iter().map(pooled).collect()).await;
-    let Purpose::Pool(kind) = purpose else { return assert!(is_wrong(answer)) };
-    assert_eq!(answer.is_ok(), model.takes_pairs(number), "{answer:?}");
+    let Purpose::Pool(kind) = purpose else { return assert!(is_wrong_batch(answer)) };
+    assert_eq!(answer.is_ok(), model.accepts_pairs(number), "{answer:?}");
     if answer.is_ok() {
-        for (public, kept) in new {
+        for (public, private_key) in new {
             let id = model.new_id(number);
-            model.pairs.push(Pair { public, id, kept, kind: Some(kind), place: Place::Ready, condemned: false });
+            let state = PairState::Ready;
+            model.pairs.push(Pair { public, id, private_key, kind: Some(kind), state, to_destroy: false });
         }
     }
 }
 
-/// A session's chip and identity, of which there are few.
+/// A session with one of a few chips and identities.
 fn session_of(n: u64, pair: u64) -> Session {
     Session { chip: chip(n % 17), identity: identity(n % 17), ..session_with(n, pair) }
 }
 
 async fn reserve_pooled(store: &dyn PrivateStore, model: &mut Model, n: u64, pair: &Index) {
-    let pooled: Vec<_> = (0..model.pairs.len()).filter(|at| model.pairs[*at].kind.is_some()).collect();
+    let pooled: Vec<_> = (0..model.pairs.len()).filter(|index| model.pairs[*index].kind.is_some()).collect();
     if pooled.is_empty() {
         return;
     }
-    let at = pooled[pair.index(pooled.len())];
-    let pair = model.pairs[at].clone();
+    let index = pooled[pair.index(pooled.len())];
+    let pair = model.pairs[index].clone();
     let new = session_of(n, pair.public);
     let offered = model.batches.get(&pair.id.batch).is_some_and(|batch| batch.quarantined.is_none());
-    let may = model.admits(&new) && offered && pair.place == Place::Ready;
+    let may = model.admits(&new) && offered && pair.state == PairState::Ready;
     let answer = store.reserve(&new, Some(&PairToReserve::Pooled(pair.id))).await;
     assert_eq!(answer.is_ok(), model.repeats(n, &new).unwrap_or(may), "{answer:?} for {pair:?}");
     if answer.is_ok() && model.repeats(n, &new).is_none() {
-        model.pairs[at].place = Place::Held(n);
-        model.sessions.insert(n, ModelSession { session: new, pair: at });
+        model.pairs[index].state = PairState::Reserved(n);
+        model.sessions.insert(n, ModelSession { session: new, pair: index });
     }
 }
 
@@ -221,34 +226,34 @@ async fn reserve_made(store: &dyn PrivateStore, model: &mut Model, n: u64, batch
     let public = model.blobs;
     let new = session_of(n, public);
     let may = model.admits(&new) && model.batches.get(&number).is_some_and(open);
-    let answer = store.reserve(&new, Some(&PairToReserve::Made { batch: number, blob: bytes.clone() })).await;
+    let answer = store.reserve(&new, Some(&PairToReserve::OnDemand { batch: number, blob: bytes.clone() })).await;
     assert_eq!(answer.is_ok(), model.repeats(n, &new).unwrap_or(may), "{answer:?}");
     if answer.is_ok() {
-        let (id, kept) = (model.new_id(number), wrapped(name(store, number).await, bytes));
-        let place = Place::Held(n);
+        let (id, private_key) = (model.new_id(number), wrapped(name(store, number).await, bytes));
+        let state = PairState::Reserved(n);
         model.sessions.insert(n, ModelSession { session: new, pair: model.pairs.len() });
-        model.pairs.push(Pair { public, id, kept, kind: None, place, condemned: false });
+        model.pairs.push(Pair { public, id, private_key, kind: None, state, to_destroy: false });
     }
 }
 
-async fn move_some(store: &dyn PrivateStore, model: &mut Model, [from, to]: [&Index; 2], pairs: u64) {
+async fn move_random_pairs(store: &dyn PrivateStore, model: &mut Model, [from, to]: [&Index; 2], pairs: u64) {
     let from = model.pick(from, |batch| model.in_batch(batch.number).next().is_some());
     let to = model.pick(to, |batch| model.may_move(from, batch.number));
-    let chosen: Vec<_> = (0..model.pairs.len()).filter(|at| pairs >> (at % 64) & 1 == 1).collect();
+    let chosen: Vec<_> = (0..model.pairs.len()).filter(|index| pairs >> (index % 64) & 1 == 1).collect();
     let mut moved = Vec::new();
-    for at in &chosen {
-        let (holder, blob) = (model.pairs[*at].holder(), model.new_blob());
-        moved.push(MovedPair { holder, blob });
+    for index in &chosen {
+        let (assignment, blob) = (model.pairs[*index].assignment(), model.new_blob());
+        moved.push(RewrappedPair { assignment, blob });
     }
     let answer = store.move_pairs(from, to, moved.clone()).await;
     assert_eq!(answer.is_ok(), model.may_move(from, to), "{answer:?}");
-    let Ok(count) = answer else { return assert!(is_wrong(answer)) };
+    let Ok(count) = answer else { return assert!(is_wrong_batch(answer)) };
     let mut expected = 0;
-    for (at, MovedPair { blob, .. }) in chosen.into_iter().zip(moved) {
-        let pair = &model.pairs[at];
-        if pair.id.batch == from && matches!(pair.place, Place::Ready | Place::Held(_)) {
-            let (id, kept) = (model.new_id(to), wrapped(name(store, to).await, blob));
-            model.pairs[at] = Pair { id, kept, ..model.pairs[at].clone() };
+    for (index, RewrappedPair { blob, .. }) in chosen.into_iter().zip(moved) {
+        let pair = &model.pairs[index];
+        if pair.id.batch == from && matches!(pair.state, PairState::Ready | PairState::Reserved(_)) {
+            let (id, private_key) = (model.new_id(to), wrapped(name(store, to).await, blob));
+            model.pairs[index] = Pair { id, private_key, ..model.pairs[index].clone() };
             expected += 1;
         }
     }

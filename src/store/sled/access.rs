@@ -1,35 +1,35 @@
-//! What officers have agreed on, on sled, in the database of the state store.
+//! Access control data on sled, in the database of the state store.
 //!
 //! | key | value |
 //! |---|---|
 //! | `Ar` + request | request |
 //! | `Al` | rules |
 //! | `Aq` + station | quota |
-//! | `Au` + station | what it has begun |
+//! | `Au` + station | devices begun |
 //! | `Av` + caller | revocation |
 //! | `Ac` + caller | newest certificate |
-//! | `Ag` + number, 8 bytes | range of identities |
-//! | `Aa` + chip ID in hex, `/`, profile | identity given out to the chip |
+//! | `Ag` + number, 8 bytes | identity range |
+//! | `Aa` + chip ID in hex, `/`, profile | identity allocated to the chip |
 
 use async_trait::async_trait;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::SledStateStore;
-use super::state::{identity_key, named_session};
+use super::state::{identity_key, session_by_index};
 use super::view::View;
 use crate::access::{
     AccessError, ApprovalRequest, ApprovalRules, IdentityRange, IssuedAccess, LoadedRange, ProtectedAction, Quota,
     Refused, RequestError, RequestId, RequestState, Revocation, SettledQuota, SettledRules, SignedStatement,
     StationUse, Usage, Verdict,
 };
-use crate::certificate::{Caller, caller_of};
+use crate::certificate::{Caller, parse_caller_certificate};
 use crate::names::{ChipId, DeviceIdentity, OfficerName, ProfileName, StationName};
 use crate::store::access::{AccessStore, MAX_OPEN_REQUESTS, MAX_OWN_REQUESTS, MAX_RANGES, MAX_REQUESTS};
 use crate::store::{ReserveError, Session, StoreError};
 
-/// Identities in use that one call passes over at most; the place is kept, so that the next one goes on there.
-const PASSED_OVER: usize = 1000;
+/// Maximum used identities that one call skips. The position is stored, so that the next call continues there.
+const MAX_SKIPPED: usize = 1000;
 
 #[async_trait]
 impl AccessStore for SledStateStore {
@@ -37,9 +37,9 @@ impl AccessStore for SledStateStore {
         &self,
         rules: ApprovalRules,
         quotas: Vec<(StationName, Quota)>,
-        whole: bool,
+        all_or_nothing: bool,
     ) -> Result<Vec<String>, StoreError> {
-        self.0.run("settling rules and quotas", move |view| settle(view, rules, quotas, whole)).await
+        self.0.run("settling rules and quotas", move |view| settle(view, rules, quotas, all_or_nothing)).await
     }
 
     async fn rules(&self) -> Result<Option<SettledRules>, StoreError> {
@@ -71,28 +71,28 @@ impl AccessStore for SledStateStore {
         self.0.run("deciding a request", move |view| decide(view, id, verdict, by)).await
     }
 
-    async fn use_up(&self, id: RequestId, at: u64) -> Result<ApprovalRequest, AccessError> {
-        let use_up = move |view: &mut View<'_>| {
-            let known = stricter(view, request(view, id)?.ok_or(RequestError::Unknown(id))?)?;
-            let used = known.use_up(at)?;
-            put_request(view, &used)?;
-            Ok(used)
+    async fn consume_approval(&self, id: RequestId, at: u64) -> Result<ApprovalRequest, AccessError> {
+        let consume_approval = move |view: &mut View<'_>| {
+            let known = with_current_rules(view, request(view, id)?.ok_or(RequestError::Unknown(id))?)?;
+            let consumed = known.consume_approval(at)?;
+            put_request(view, &consumed)?;
+            Ok(consumed)
         };
-        self.0.run("using an approval", use_up).await
+        self.0.run("consuming an approval", consume_approval).await
     }
 
     async fn revocations(&self) -> Result<Vec<Revocation>, StoreError> {
-        self.0.run("listing revocations", |view| all(view, b"Av")).await
+        self.0.run("listing revocations", |view| values(view, b"Av")).await
     }
 
-    async fn note_certificate(&self, certificate: &IssuedAccess) -> Result<(), StoreError> {
+    async fn record_certificate(&self, certificate: &IssuedAccess) -> Result<(), StoreError> {
         let certificate = certificate.clone();
         let key = caller_key(b"Ac", &certificate.caller);
-        self.0.run("noting a certificate", move |view| view.put(&key, &certificate)).await
+        self.0.run("storing a certificate", move |view| view.put(&key, &certificate)).await
     }
 
     async fn certificates(&self) -> Result<Vec<IssuedAccess>, StoreError> {
-        self.0.run("listing certificates", |view| all(view, b"Ac")).await
+        self.0.run("listing certificates", |view| values(view, b"Ac")).await
     }
 
     async fn load_range(
@@ -107,7 +107,7 @@ impl AccessStore for SledStateStore {
     }
 
     async fn ranges(&self) -> Result<Vec<LoadedRange>, StoreError> {
-        self.0.run("listing ranges of identities", |view| all(view, b"Ag")).await
+        self.0.run("listing identity ranges", |view| values(view, b"Ag")).await
     }
 
     async fn allocate(
@@ -120,12 +120,12 @@ impl AccessStore for SledStateStore {
         at: u64,
     ) -> Result<DeviceIdentity, AccessError> {
         let (chip, profile, station) = (chip.clone(), profile.clone(), station.clone());
-        let allocated = self.0.run("giving out an identity", move |view| {
-            if let Some(identity) = given(view, &chip, &profile, taken.as_ref())? {
+        let allocated = self.0.run("allocating an identity", move |view| {
+            if let Some(identity) = allocated_before(view, &chip, &profile, taken.as_ref())? {
                 return Ok::<_, AccessError>(Ok(identity));
             }
-            must_have_room(view, &station, at)?;
-            // A refusal is no error of the transaction: how far it passed over identities in use is to be kept.
+            check_quota(view, &station, at)?;
+            // A refusal is not a transaction error, because the number of skipped identities must be stored.
             let allocated = allocate(view, &chip, &profile, &permitted)?;
             Ok(allocated.and_then(|found| found.ok_or(Refused::NoIdentity { profile, station })))
         });
@@ -137,26 +137,27 @@ fn settle(
     view: &mut View<'_>,
     rules: ApprovalRules,
     quotas: Vec<(StationName, Quota)>,
-    whole: bool,
+    all_or_nothing: bool,
 ) -> Result<Vec<String>, StoreError> {
     let mut refused = Vec::new();
     let known: Option<SettledRules> = view.get(RULES, || "the rules".into())?;
     let rules = SettledRules::settle(known, rules);
     if rules.is_err() {
-        refused.push("approvals: other rules than those in force need the approval of another officer (sppctl approvals request \
-                      rules)".to_owned());
+        let refusal = "approvals: changing the rules in force needs the approval of another officer (sppctl approvals request \
+                       rules)";
+        refused.push(refusal.to_owned());
     }
     let mut settled = Vec::new();
     for (station, configured) in quotas {
         match SettledQuota::settle(quota(view, &station)?, configured) {
             Ok(quota) => settled.push((station, quota)),
             Err(_) => refused.push(format!(
-                "station {station}: more than its quota in force needs the approval of another officer (sppctl approvals request \
+                "station {station}: raising its quota in force needs the approval of another officer (sppctl approvals request \
                  quota {station})"
             )),
         }
     }
-    if whole && !refused.is_empty() {
+    if all_or_nothing && !refused.is_empty() {
         return Ok(refused);
     }
     if let Ok(rules) = rules
@@ -177,7 +178,7 @@ fn quota(view: &View<'_>, station: &StationName) -> Result<Option<SettledQuota>,
 }
 
 fn usage(view: &View<'_>, station: &StationName) -> Result<Usage, StoreError> {
-    let usage = view.get(&station_key(b"Au", station), || format!("what {station} has begun"))?;
+    let usage = view.get(&station_key(b"Au", station), || format!("the usage of station {station}"))?;
     Ok(usage.unwrap_or_default())
 }
 
@@ -185,17 +186,16 @@ fn stations(view: &View<'_>) -> Result<Vec<StationUse>, StoreError> {
     let mut stations = Vec::new();
     for key in view.keys(b"Aq")? {
         let name = std::str::from_utf8(&key[2..]).ok().and_then(|name| name.parse::<StationName>().ok());
-        let station = name.ok_or_else(|| view.damaged("a station's name".into(), "it is none"))?;
-        let quota =
-            quota(view, &station)?.ok_or_else(|| view.damaged(format!("the quota of {station}"), "it is gone"))?;
+        let station = name.ok_or_else(|| view.damaged("a station name".into(), "invalid"))?;
+        let quota = quota(view, &station)?.ok_or_else(|| view.damaged(format!("the quota of {station}"), "missing"))?;
         let usage = usage(view, &station)?;
         stations.push(StationUse { station, quota, usage });
     }
     Ok(stations)
 }
 
-/// One more device of a station, in the transaction that begins it: neither more than the quota, nor one counted that was not begun.
-/// A station without a settled quota has none.
+/// Counts a new device against the station's quota. Runs in the transaction that reserves the device, so that the count cannot exceed
+/// the quota or include devices that were not begun. A station without a stored quota is unlimited.
 pub(super) fn count_device(view: &mut View<'_>, session: &Session) -> Result<(), ReserveError> {
     let Some(settled) = quota(view, &session.station)? else { return Ok(()) };
     let mut usage = usage(view, &session.station)?;
@@ -206,21 +206,21 @@ pub(super) fn count_device(view: &mut View<'_>, session: &Session) -> Result<(),
 
 fn file_request(view: &mut View<'_>, new: ApprovalRequest) -> Result<ApprovalRequest, AccessError> {
     if let Some(known) = request(view, new.id)? {
-        let same = known.act == new.act
+        let same = known.action == new.action
             && known.requested.officer == new.requested.officer
             && known.requested.statement == new.requested.statement;
         return if same { Ok(known) } else { Err(RequestError::Taken(new.id).into()) };
     }
-    must_not_be_revoked(view, &new.requested)?;
+    check_not_revoked(view, &new.requested)?;
     let known = requests(view)?;
     let now = new.requested.at;
-    let is_open = |request: &&ApprovalRequest| matches!(request.standing(now), "pending" | "approved");
+    let is_open = |request: &&ApprovalRequest| matches!(request.effective_state(now), "pending" | "approved");
     let open = known.iter().filter(is_open).count();
     let own = known.iter().filter(is_open).filter(|known| known.requested.officer == new.requested.officer).count();
-    // Nobody can keep the others from asking, least of all for a revocation.
-    let room =
-        if matches!(new.act, ProtectedAction::Revoke { .. }) { MAX_OPEN_REQUESTS } else { MAX_OPEN_REQUESTS / 2 };
-    if own >= MAX_OWN_REQUESTS || open >= room {
+    // The limits prevent one officer from blocking others. Half of the capacity is reserved for revocations.
+    let limit =
+        if matches!(new.action, ProtectedAction::Revoke { .. }) { MAX_OPEN_REQUESTS } else { MAX_OPEN_REQUESTS / 2 };
+    if own >= MAX_OWN_REQUESTS || open >= limit {
         return Err(RequestError::TooMany(open).into());
     }
     let decided = known.iter().filter(|request| !is_open(request));
@@ -237,8 +237,8 @@ fn decide(
     verdict: Verdict,
     by: SignedStatement,
 ) -> Result<ApprovalRequest, AccessError> {
-    must_not_be_revoked(view, &by)?;
-    let known = stricter(view, request(view, id)?.ok_or(RequestError::Unknown(id))?)?;
+    check_not_revoked(view, &by)?;
+    let known = with_current_rules(view, request(view, id)?.ok_or(RequestError::Unknown(id))?)?;
     let before = known.state.clone();
     let (at, decided) = (
         by.at,
@@ -249,49 +249,49 @@ fn decide(
     );
     put_request(view, &decided)?;
     if matches!(decided.state, RequestState::Done(_)) && before != decided.state {
-        carry_out(view, &decided, at)?;
+        execute(view, &decided, at)?;
     }
     Ok(decided)
 }
 
-/// Rules that became stricter since it was asked for count.
-fn stricter(view: &View<'_>, mut known: ApprovalRequest) -> Result<ApprovalRequest, StoreError> {
+/// Raises the number of required approvals if the rules have become stricter since the request.
+fn with_current_rules(view: &View<'_>, mut known: ApprovalRequest) -> Result<ApprovalRequest, StoreError> {
     if let Some(rules) = view.get::<SettledRules>(RULES, || "the rules".into())? {
-        known.needed = known.needed.max(rules.in_force.needed(known.act.kind()));
+        known.needed = known.needed.max(rules.in_force.needed(known.action.kind()));
     }
     Ok(known)
 }
 
-/// A revocation that came between the call and this transaction counts.
-fn must_not_be_revoked(view: &View<'_>, by: &SignedStatement) -> Result<(), AccessError> {
+/// Checks for revocations between the start of the call and this transaction.
+fn check_not_revoked(view: &View<'_>, by: &SignedStatement) -> Result<(), AccessError> {
     let key = caller_key(b"Av", &Caller::Officer(by.officer.clone()));
     let revoked: Option<Revocation> = view.get(&key, || format!("the revocation of {}", by.officer))?;
-    let began = caller_of(&by.certificate).map_or(0, |certificate| certificate.not_before);
+    let not_before = parse_caller_certificate(&by.certificate).map_or(0, |certificate| certificate.not_before);
     match revoked {
-        Some(revoked) if began <= revoked.at => Err(RequestError::Revoked(by.officer.clone()).into()),
+        Some(revoked) if not_before <= revoked.at => Err(RequestError::Revoked(by.officer.clone()).into()),
         _ => Ok(()),
     }
 }
 
-fn carry_out(view: &mut View<'_>, request: &ApprovalRequest, at: u64) -> Result<(), AccessError> {
-    match &request.act {
+fn execute(view: &mut View<'_>, request: &ApprovalRequest, at: u64) -> Result<(), AccessError> {
+    match &request.action {
         ProtectedAction::Revoke { role, name, reason } => {
             let caller = Caller::new(*role, name).map_err(|e| Refused::Unfit(e.to_string()))?;
-            // Whatever a clock said when they were made: every certificate so far is of no use any more.
+            // Covers every certificate issued so far, even if a clock was wrong when one of them was issued.
             let newest: Option<IssuedAccess> = view.get(&caller_key(b"Ac", &caller), || format!("{caller}"))?;
             let before: Option<Revocation> = view.get(&caller_key(b"Av", &caller), || format!("{caller}"))?;
             let at = at.max(newest.map_or(0, |newest| newest.not_before)).max(before.map_or(0, |before| before.at));
             let revocation = Revocation { caller, at, reason: reason.clone(), request: request.id };
             view.put(&caller_key(b"Av", &revocation.caller), &revocation)?;
             if let Caller::Officer(officer) = &revocation.caller {
-                void_what_was_signed_by(view, officer)?;
+                void_signatures_of(view, officer)?;
             }
             Ok(())
         }
-        ProtectedAction::RaiseQuota { station, quota: wanted } => {
+        ProtectedAction::RaiseQuota { station, quota: approved } => {
             let known = quota(view, station)?;
-            let configured = known.map_or(*wanted, |known| known.configured);
-            Ok(view.put(&station_key(b"Aq", station), &SettledQuota { configured, in_force: *wanted })?)
+            let configured = known.map_or(*approved, |known| known.configured);
+            Ok(view.put(&station_key(b"Aq", station), &SettledQuota { configured, in_force: *approved })?)
         }
         ProtectedAction::ChangeRules { rules } => {
             let known: Option<SettledRules> = view.get(RULES, || "the rules".into())?;
@@ -302,9 +302,9 @@ fn carry_out(view: &mut View<'_>, request: &ApprovalRequest, at: u64) -> Result<
     }
 }
 
-fn void_what_was_signed_by(view: &mut View<'_>, officer: &OfficerName) -> Result<(), StoreError> {
+fn void_signatures_of(view: &mut View<'_>, officer: &OfficerName) -> Result<(), StoreError> {
     for request in requests(view)? {
-        let without = request.clone().without(officer);
+        let without = request.clone().without_signatures_of(officer);
         if without != request {
             put_request(view, &without)?;
         }
@@ -317,7 +317,7 @@ fn requests(view: &View<'_>) -> Result<Vec<ApprovalRequest>, StoreError> {
     let mut found = Vec::new();
     for key in view.keys(b"Ar")? {
         let bytes = key.get(2..).and_then(|id| id.try_into().ok());
-        let id = RequestId::from_bytes(bytes.ok_or_else(|| view.damaged("a request".into(), "its name is none"))?);
+        let id = RequestId::from_bytes(bytes.ok_or_else(|| view.damaged("a request".into(), "invalid ID"))?);
         found.extend(request(view, id)?);
     }
     found.sort_by_key(|request| std::cmp::Reverse((request.requested.at, request.id)));
@@ -325,7 +325,7 @@ fn requests(view: &View<'_>) -> Result<Vec<ApprovalRequest>, StoreError> {
 }
 
 fn request(view: &View<'_>, id: RequestId) -> Result<Option<ApprovalRequest>, StoreError> {
-    view.get(&request_key(id), || format!("the request {id}"))
+    view.get(&request_key(id), || format!("request {id}"))
 }
 
 fn put_request(view: &mut View<'_>, request: &ApprovalRequest) -> Result<(), StoreError> {
@@ -339,7 +339,7 @@ fn load_range(
     by: String,
     at: u64,
 ) -> Result<LoadedRange, AccessError> {
-    let known: Vec<LoadedRange> = all(view, b"Ag")?;
+    let known: Vec<LoadedRange> = values(view, b"Ag")?;
     if let Some(same) = known.iter().find(|known| known.range == range && known.profile == profile) {
         return Ok(same.clone());
     }
@@ -348,7 +348,7 @@ fn load_range(
         return Err(Refused::Overlaps { number: other.number, first, last }.into());
     }
     if known.len() >= MAX_RANGES {
-        return Err(Refused::Unfit(format!("{MAX_RANGES} ranges are loaded already")).into());
+        return Err(Refused::Unfit(format!("{MAX_RANGES} ranges are loaded, the maximum")).into());
     }
     let number = known.last().map_or(1, |last| last.number + 1);
     let loaded = LoadedRange { number, profile, range, used: 0, by, at };
@@ -356,26 +356,26 @@ fn load_range(
     Ok(loaded)
 }
 
-/// The identity that the chip was given before.
-fn given(
+/// The identity that was allocated to the chip earlier, if it is still free for it.
+fn allocated_before(
     view: &View<'_>,
     chip: &ChipId,
     profile: &ProfileName,
     taken: Option<&DeviceIdentity>,
 ) -> Result<Option<DeviceIdentity>, StoreError> {
-    let given: Option<DeviceIdentity> =
+    let allocated: Option<DeviceIdentity> =
         view.get(&allocation_key(chip, profile), || format!("the identity of {chip}"))?;
-    let Some(identity) = given.filter(|identity| taken != Some(identity)) else { return Ok(None) };
-    // Somebody may have named it since, for another chip.
-    let holder = named_session(view, &identity_key(&identity))?;
+    let Some(identity) = allocated.filter(|identity| taken != Some(identity)) else { return Ok(None) };
+    // A station may since have used the identity explicitly for another chip.
+    let holder = session_by_index(view, &identity_key(&identity))?;
     Ok(Some(identity).filter(|_| holder.is_none_or(|holder| holder.chip == *chip)))
 }
 
-/// No identity is given out for a device that could not be begun.
-fn must_have_room(view: &View<'_>, station: &StationName, at: u64) -> Result<(), AccessError> {
+/// Checks the quota before an allocation, so that devices that cannot be begun use up no identities.
+fn check_quota(view: &View<'_>, station: &StationName, at: u64) -> Result<(), AccessError> {
     let Some(settled) = quota(view, station)? else { return Ok(()) };
-    let room = usage(view, station)?.has_room(&settled.in_force, at);
-    Ok(room.map_err(|exceeded| Refused::Quota { station: station.clone(), exceeded })?)
+    let checked = usage(view, station)?.check_quota(&settled.in_force, at);
+    Ok(checked.map_err(|exceeded| Refused::Quota { station: station.clone(), exceeded })?)
 }
 
 fn allocate(
@@ -384,12 +384,12 @@ fn allocate(
     profile: &ProfileName,
     permitted: &[String],
 ) -> Result<Result<Option<DeviceIdentity>, Refused>, StoreError> {
-    let mut passed_over = 0;
-    for mut loaded in all::<LoadedRange>(view, b"Ag")?.into_iter().filter(|loaded| loaded.profile == *profile) {
+    let mut skipped = 0;
+    for mut loaded in values::<LoadedRange>(view, b"Ag")?.into_iter().filter(|loaded| loaded.profile == *profile) {
         let before = loaded.used;
         let mut found = None;
         while let Some(identity) = loaded.range.nth(loaded.used) {
-            if passed_over > PASSED_OVER || !permitted.iter().any(|prefix| identity.to_string().starts_with(prefix)) {
+            if skipped > MAX_SKIPPED || !permitted.iter().any(|prefix| identity.to_string().starts_with(prefix)) {
                 break;
             }
             loaded.used += 1;
@@ -397,7 +397,7 @@ fn allocate(
                 found = Some(identity);
                 break;
             }
-            passed_over += 1;
+            skipped += 1;
         }
         if loaded.used != before {
             view.put(&range_key(loaded.number), &loaded)?;
@@ -406,18 +406,18 @@ fn allocate(
             view.put(&allocation_key(chip, profile), &identity)?;
             return Ok(Ok(Some(identity)));
         }
-        if passed_over > PASSED_OVER {
-            return Ok(Err(Refused::PassedOver(PASSED_OVER)));
+        if skipped > MAX_SKIPPED {
+            return Ok(Err(Refused::TooManyInUse(MAX_SKIPPED)));
         }
     }
     Ok(Ok(None))
 }
 
-/// Every value whose key begins so.
-fn all<T: DeserializeOwned + Serialize>(view: &View<'_>, prefix: &[u8]) -> Result<Vec<T>, StoreError> {
+/// All values whose keys have a prefix.
+fn values<T: DeserializeOwned + Serialize>(view: &View<'_>, prefix: &[u8]) -> Result<Vec<T>, StoreError> {
     let values = view.keys(prefix)?.into_iter().map(|key| {
-        let name = || format!("the entry {}", hex::encode(&key));
-        view.get(&key, name)?.ok_or_else(|| view.damaged(name(), "it is gone"))
+        let name = || format!("entry {}", hex::encode(&key));
+        view.get(&key, name)?.ok_or_else(|| view.damaged(name(), "missing"))
     });
     values.collect()
 }
@@ -441,6 +441,6 @@ fn range_key(number: u64) -> Vec<u8> {
 }
 
 fn allocation_key(chip: &ChipId, profile: &ProfileName) -> Vec<u8> {
-    // No profile's name has the separator, which ends the chip ID of any length.
+    // The separator ends the chip ID, whose length varies. Profile names cannot contain it.
     [b"Aa", hex::encode(chip.as_bytes()).as_bytes(), b"/", profile.as_str().as_bytes()].concat()
 }

@@ -1,11 +1,11 @@
-//! The secret store on sled: batches.
+//! Batches of the secret store on sled.
 //!
 //! | key | value |
 //! |---|---|
-//! | `o` | the store's name on tokens, and the highest number of a batch |
+//! | `o` | the store's ID on tokens, and the highest batch number |
 //! | `b` + number, 8 bytes | batch |
-//! | `e` + number | the end of the batch's file, as far as it counts |
-//! | `k` + kind | pairs of the kind since the store was made |
+//! | `e` + number | valid length of the batch's file |
+//! | `k` + kind | pair counts of the kind since the store was created |
 
 use async_trait::async_trait;
 
@@ -15,14 +15,14 @@ use super::view::View;
 use crate::keys::{BatchName, KeyKind, StoreId, TokenPair};
 use crate::store::secret::name_of;
 use crate::store::{
-    Batch, BatchState, BatchStep, CondemnedPair, HeldPair, KeyStorage, MovedPair, PairCounts, PairId, PooledPair,
-    Purpose, SecretStore, StoreError,
+    Batch, BatchPair, BatchState, BatchStep, KeyStorage, PairCounts, PairId, PairToDestroy, PooledPair, Purpose,
+    RewrappedPair, SecretStore, StoreError,
 };
 
 #[async_trait]
 impl SecretStore for SledStateStore {
     async fn origin(&self) -> Result<(StoreId, u64), StoreError> {
-        self.0.run("reading the store's name", |view| origin(view)).await
+        self.0.run("reading the store ID", |view| origin(view)).await
     }
 
     async fn batches(&self) -> Result<Vec<Batch>, StoreError> {
@@ -32,19 +32,19 @@ impl SecretStore for SledStateStore {
     async fn plan_batch(
         &self,
         purpose: Purpose,
-        keeping: KeyStorage,
+        storage: KeyStorage,
         at: u64,
         above: u64,
     ) -> Result<Batch, StoreError> {
-        self.0.run("planning a batch", move |view| plan(view, purpose, keeping, at, above)).await
+        self.0.run("planning a batch", move |view| plan(view, purpose, storage, at, above)).await
     }
 
     async fn step_batch(&self, number: u64, step: BatchStep) -> Result<Batch, StoreError> {
-        self.0.run("taking a batch further", move |view| take_step(view, number, &step)).await
+        self.0.run("changing a batch's state", move |view| take_step(view, number, &step)).await
     }
 
-    async fn forget_batch(&self, number: u64) -> Result<(), StoreError> {
-        self.0.run("forgetting a batch", move |view| forget(view, number)).await
+    async fn delete_batch(&self, number: u64) -> Result<(), StoreError> {
+        self.0.run("deleting a batch", move |view| delete(view, number)).await
     }
 
     async fn add_pairs(&self, batch: u64, pairs: Vec<PooledPair>) -> Result<Batch, StoreError> {
@@ -60,55 +60,55 @@ impl SecretStore for SledStateStore {
         self.0.run("reading pairs", move |view| pairs::ready(view, kind, after, limit)).await
     }
 
-    async fn pairs_of_batch(&self, batch: u64, limit: usize) -> Result<Vec<HeldPair>, StoreError> {
+    async fn pairs_of_batch(&self, batch: u64, limit: usize) -> Result<Vec<BatchPair>, StoreError> {
         self.0.run("reading a batch's pairs", move |view| pairs::of_batch(view, batch, limit)).await
     }
 
-    async fn move_pairs(&self, from: u64, to: u64, pairs: Vec<MovedPair>) -> Result<u64, StoreError> {
+    async fn move_pairs(&self, from: u64, to: u64, pairs: Vec<RewrappedPair>) -> Result<u64, StoreError> {
         self.0.run("moving pairs", move |view| pairs::move_all(view, from, to, pairs)).await
     }
 
-    async fn condemned(&self, limit: usize) -> Result<Vec<CondemnedPair>, StoreError> {
-        self.0.run("listing pairs to be destroyed", move |view| pairs::condemned(view, limit)).await
+    async fn pairs_to_destroy(&self, limit: usize) -> Result<Vec<PairToDestroy>, StoreError> {
+        self.0.run("listing pairs to destroy", move |view| pairs::to_destroy(view, limit)).await
     }
 
-    async fn destroyed(&self, pair: &TokenPair) -> Result<(), StoreError> {
+    async fn confirm_destroyed(&self, pair: &TokenPair) -> Result<(), StoreError> {
         let pair = pair.clone();
-        self.0.run("forgetting a destroyed pair", move |view| pairs::destroyed(view, &pair)).await
+        self.0.run("recording a destroyed pair", move |view| pairs::confirm_destroyed(view, &pair)).await
     }
 
     async fn pair_counts(&self, kind: KeyKind) -> Result<PairCounts, StoreError> {
-        self.0.run("reading the counts of pairs", move |view| pair_counts(view, kind)).await
+        self.0.run("reading pair counts", move |view| pair_counts(view, kind)).await
     }
 }
 
-/// What an empty store contains.
-pub(super) fn found(view: &mut View<'_>, id: StoreId) -> Result<(), StoreError> {
+/// Writes the initial content of a new store.
+pub(super) fn init(view: &mut View<'_>, id: StoreId) -> Result<(), StoreError> {
     view.put(ORIGIN, &(id, 0u64))
 }
 
-/// What every store must contain.
+/// Checks that the required content is readable, and truncates batch files to their valid length.
 pub(super) fn check(view: &View<'_>) -> Result<(), StoreError> {
     origin(view)?;
     all(view)?;
     view.trim_blobs()
 }
 
-fn plan(view: &mut View<'_>, purpose: Purpose, keeping: KeyStorage, at: u64, above: u64) -> Result<Batch, StoreError> {
+fn plan(view: &mut View<'_>, purpose: Purpose, storage: KeyStorage, at: u64, above: u64) -> Result<Batch, StoreError> {
     let (id, last) = origin(view)?;
     let number = last.max(above) + 1;
     view.put(ORIGIN, &(id, number))?;
     let batch = Batch {
         number,
         purpose,
-        keeping,
+        storage,
         state: BatchState::Planned,
         quarantined: None,
         created: at,
-        taken_in: 0,
+        pairs_added: 0,
         ready: 0,
         reserved: 0,
-        erased_since: None,
+        first_erased: None,
     };
     put(view, &batch)?;
     Ok(batch)
@@ -116,11 +116,11 @@ fn plan(view: &mut View<'_>, purpose: Purpose, keeping: KeyStorage, at: u64, abo
 
 fn take_step(view: &mut View<'_>, number: u64, step: &BatchStep) -> Result<Batch, StoreError> {
     use BatchState::{Emptied, Open, Planned, Sealed};
-    let mut batch = existing(view, number)?;
+    let mut batch = require(view, number)?;
     match (step, batch.state) {
         (BatchStep::Open, Planned) => batch.state = Open,
         (BatchStep::Seal, Open) => batch.state = Sealed,
-        (BatchStep::Empty, Open | Sealed) if batch.is_used_up() && !pairs::has_condemned(view, number)? => {
+        (BatchStep::Empty, Open | Sealed) if batch.has_no_pairs() && !pairs::has_pairs_to_destroy(view, number)? => {
             batch.state = Emptied;
         }
         (BatchStep::Open, Open) | (BatchStep::Seal, Sealed) | (BatchStep::Empty, Emptied) => {}
@@ -128,39 +128,44 @@ fn take_step(view: &mut View<'_>, number: u64, step: &BatchStep) -> Result<Batch
             batch.quarantined.get_or_insert_with(|| reason.clone());
         }
         (BatchStep::Discard, Open | Sealed) => return pairs::discard(view, batch),
-        (_, state) => return Err(wrong(&batch, format!("is {state:?}, which does not allow the step {step:?}"))),
+        (_, state) => {
+            return Err(batch_error(&batch, format!("is in state {state:?}, which does not allow the step {step:?}")));
+        }
     }
     put(view, &batch)?;
     Ok(batch)
 }
 
-fn forget(view: &mut View<'_>, number: u64) -> Result<(), StoreError> {
+fn delete(view: &mut View<'_>, number: u64) -> Result<(), StoreError> {
     let Some(batch) = get(view, number)? else { return Ok(()) };
     if !matches!(batch.state, BatchState::Planned | BatchState::Emptied) {
-        return Err(wrong(&batch, format!("is {:?} and cannot be forgotten", batch.state)));
+        return Err(batch_error(&batch, format!("is in state {:?} and cannot be deleted", batch.state)));
     }
     if view.is_pending(&batch_key(number)) {
-        return Err(wrong(&batch, "is only now being emptied; once that is answered it can be forgotten".into()));
+        return Err(batch_error(
+            &batch,
+            "is not durably empty yet; retry once the change of its state is acknowledged".into(),
+        ));
     }
-    // Its state is durable: nothing needs a byte of the file any more. A crash before the row is gone finds it and comes
-    // here again.
+    // The state is durable, so the file is no longer needed. After a crash before the row is removed, the caller repeats the
+    // deletion.
     view.remove_blobs(number)?;
     view.remove(&batch_key(number))
 }
 
 fn all(view: &View<'_>) -> Result<Vec<Batch>, StoreError> {
     let numbers = view.keys(b"b")?;
-    let one = |key: Vec<u8>| {
+    let read = |key: Vec<u8>| {
         let bytes = key.get(1..).and_then(|bytes| bytes.try_into().ok());
-        let number = bytes.ok_or_else(|| view.damaged("a batch's number".into(), "it has not 8 bytes"))?;
-        existing(view, u64::from_be_bytes(number))
+        let number = bytes.ok_or_else(|| view.damaged("a batch key".into(), "batch number is not 8 bytes"))?;
+        require(view, u64::from_be_bytes(number))
     };
-    numbers.into_iter().map(one).collect()
+    numbers.into_iter().map(read).collect()
 }
 
-/// A batch that somebody was told of.
-pub(super) fn existing(view: &View<'_>, number: u64) -> Result<Batch, StoreError> {
-    let absent = || StoreError::WrongBatch { batch: number, problem: "is not there".into() };
+/// The batch with a number. Fails with `WrongBatch` if it is missing.
+pub(super) fn require(view: &View<'_>, number: u64) -> Result<Batch, StoreError> {
+    let absent = || StoreError::WrongBatch { batch: number, problem: "does not exist".into() };
     get(view, number)?.ok_or_else(absent)
 }
 
@@ -172,28 +177,31 @@ pub(super) fn put(view: &mut View<'_>, batch: &Batch) -> Result<(), StoreError> 
     view.put(&batch_key(batch.number), batch)
 }
 
-/// The names of a batch on the token.
-pub(super) fn name(view: &View<'_>, number: u64) -> Result<BatchName, StoreError> {
+/// The name of a batch on the token.
+pub(super) fn batch_name(view: &View<'_>, number: u64) -> Result<BatchName, StoreError> {
     Ok(name_of(origin(view)?.0, number))
 }
 
 pub(super) fn pair_counts(view: &View<'_>, kind: KeyKind) -> Result<PairCounts, StoreError> {
-    Ok(view.get(&kind_key(kind), || format!("the counts of {kind} pairs"))?.unwrap_or_default())
+    Ok(view.get(&kind_key(kind), || format!("the pair counts of {kind}"))?.unwrap_or_default())
 }
 
-pub(super) fn count(view: &mut View<'_>, kind: KeyKind, add: impl FnOnce(&mut PairCounts)) -> Result<(), StoreError> {
+pub(super) fn update_pair_counts(
+    view: &mut View<'_>,
+    kind: KeyKind,
+    update: impl FnOnce(&mut PairCounts),
+) -> Result<(), StoreError> {
     let mut counts = pair_counts(view, kind)?;
-    add(&mut counts);
+    update(&mut counts);
     view.put(&kind_key(kind), &counts)
 }
 
-pub(super) fn wrong(batch: &Batch, problem: String) -> StoreError {
+pub(super) fn batch_error(batch: &Batch, problem: String) -> StoreError {
     StoreError::WrongBatch { batch: batch.number, problem }
 }
 
 fn origin(view: &View<'_>) -> Result<(StoreId, u64), StoreError> {
-    view.get(ORIGIN, || "the store's name".into())?
-        .ok_or_else(|| view.damaged("the store's name".into(), "it is not there"))
+    view.get(ORIGIN, || "the store ID".into())?.ok_or_else(|| view.damaged("the store ID".into(), "missing"))
 }
 
 const ORIGIN: &[u8] = b"o";

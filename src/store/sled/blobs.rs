@@ -1,8 +1,8 @@
-//! The wrapped private halves, in one file for each batch beside the database: `pairs/NUMBER`.
+//! Stores wrapped private keys in one file per batch beside the database: `pairs/NUMBER`.
 //!
-//! sled keeps deleted values for long, and nobody can tell it to let go of one. A file can be overwritten and removed: with
-//! the end of a batch not only its key is gone, but every byte that was wrapped under it. The database says which bytes of
-//! which file belong to whom; what it does not name does not count, so the file is written and synced first.
+//! sled retains deleted values for a long time and offers no way to purge them. A file can be overwritten and deleted, so that
+//! shredding a batch destroys not only its key but also every byte wrapped under it. The database records which bytes of a file
+//! are valid. Files are therefore written and synced before the database.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -16,69 +16,69 @@ use serde::{Deserialize, Serialize};
 
 use super::directory::{StoreDir, sync_dir};
 
-/// Where a blob is in its batch's file.
+/// The range of a blob in its batch's file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct BlobPlace {
-    at: u64,
+pub(super) struct BlobRange {
+    offset: u64,
     len: u32,
 }
 
-impl BlobPlace {
-    /// The byte behind it.
+impl BlobRange {
+    /// The offset after the blob.
     pub(super) const fn end(self) -> u64 {
-        self.at + self.len as u64
+        self.offset + self.len as u64
     }
 }
 
-/// The files of the batches. Only the committer's thread uses them.
+/// The batch files. Only the committer thread uses them.
 pub(super) struct Blobs {
-    place: Arc<StoreDir>,
+    store_dir: Arc<StoreDir>,
     directory: PathBuf,
     open: RefCell<BTreeMap<u64, BlobFile>>,
 }
 
 struct BlobFile {
     file: File,
-    /// Where the next blob goes.
+    /// Offset of the next blob.
     end: u64,
 }
 
-/// What transactions add to the files; nothing is written before [`Blobs::write`].
+/// Pending appends to the files. [`Blobs::write`] writes them.
 #[derive(Default)]
 pub(super) struct Appends(BTreeMap<u64, Append>);
 
 struct Append {
     begin: u64,
     bytes: Vec<u8>,
-    /// How many of the bytes belong to transactions that were accepted.
-    kept: usize,
+    /// Number of bytes that belong to accepted transactions.
+    accepted: usize,
 }
 
 impl Blobs {
-    pub(super) fn new(place: &Arc<StoreDir>) -> Self {
-        Self { place: Arc::clone(place), directory: place.dir.join("pairs"), open: RefCell::default() }
+    pub(super) fn new(store_dir: &Arc<StoreDir>) -> Self {
+        Self { store_dir: Arc::clone(store_dir), directory: store_dir.dir.join("pairs"), open: RefCell::default() }
     }
 
-    /// Where a blob will be, once it is written.
-    pub(super) fn append(&self, appends: &mut Appends, batch: u64, blob: &[u8]) -> io::Result<BlobPlace> {
+    /// Adds a blob to the pending appends and returns its future range.
+    pub(super) fn append(&self, appends: &mut Appends, batch: u64, blob: &[u8]) -> io::Result<BlobRange> {
         let append = match appends.0.entry(batch) {
             std::collections::btree_map::Entry::Occupied(entry) => entry.into_mut(),
             std::collections::btree_map::Entry::Vacant(entry) => {
                 let begin = self.with_file(batch, true, |file| Ok(file.end))?;
-                entry.insert(Append { begin, bytes: Vec::new(), kept: 0 })
+                entry.insert(Append { begin, bytes: Vec::new(), accepted: 0 })
             }
         };
         let len = u32::try_from(blob.len()).map_err(io::Error::other)?;
-        let at = append.begin + append.bytes.len() as u64;
+        let offset = append.begin + append.bytes.len() as u64;
         append.bytes.extend_from_slice(blob);
-        Ok(BlobPlace { at, len })
+        Ok(BlobRange { offset, len })
     }
 
-    /// A blob, written or not yet.
-    pub(super) fn read(&self, appends: &Appends, batch: u64, place: BlobPlace) -> io::Result<Vec<u8>> {
-        let len = place.len as usize;
+    /// Reads a blob, written or pending.
+    pub(super) fn read(&self, appends: &Appends, batch: u64, range: BlobRange) -> io::Result<Vec<u8>> {
+        let len = range.len as usize;
         if let Some(append) = appends.0.get(&batch)
-            && let Some(begin) = place.at.checked_sub(append.begin)
+            && let Some(begin) = range.offset.checked_sub(append.begin)
         {
             let begin = usize::try_from(begin).map_err(io::Error::other)?;
             let pending = append.bytes.get(begin..begin.saturating_add(len));
@@ -86,18 +86,18 @@ impl Blobs {
         }
         self.with_file(batch, false, |file| {
             let mut blob = vec![0; len];
-            file.file.read_exact_at(&mut blob, place.at)?;
+            file.file.read_exact_at(&mut blob, range.offset)?;
             Ok(blob)
         })
     }
 
-    /// Writes what the accepted transactions added, and syncs it. A crash after it leaves bytes that nobody names.
+    /// Writes and syncs the appends of accepted transactions. A crash after it leaves bytes that the database does not refer to.
     pub(super) fn write(&self, appends: Appends) -> io::Result<()> {
-        for (batch, append) in appends.0.into_iter().filter(|(_, append)| append.kept > 0) {
+        for (batch, append) in appends.0.into_iter().filter(|(_, append)| append.accepted > 0) {
             self.with_file(batch, true, |file| {
-                let bytes = &append.bytes[..append.kept];
+                let bytes = &append.bytes[..append.accepted];
                 file.file.write_all_at(bytes, append.begin)?;
-                self.place.door.sync(&file.file)?;
+                self.store_dir.fs.sync(&file.file)?;
                 file.end = append.begin + bytes.len() as u64;
                 Ok(())
             })?;
@@ -105,8 +105,9 @@ impl Blobs {
         Ok(())
     }
 
-    /// Overwrites and cuts off what a crash left behind the bytes that count: pairs that were being moved to another batch's
-    /// key, say, and were erased where they came from. `ends` has the end of every file that counts.
+    /// Overwrites and truncates the bytes that a crash left after the valid ones, for example pairs that were being moved to
+    /// another batch and have since been erased in their old batch. `ends` has the valid length of every file; other files are
+    /// deleted.
     pub(super) fn trim(&self, ends: &BTreeMap<u64, u64>) -> io::Result<()> {
         let entries = match fs::read_dir(&self.directory) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -129,8 +130,7 @@ impl Blobs {
         Ok(())
     }
 
-    /// Overwrites a batch's file and removes it. Nothing in it is needed any more, so a crash in between is made good by doing it
-    /// again.
+    /// Overwrites a batch's file and deletes it. The content is no longer needed, so after a crash the call can be repeated.
     pub(super) fn remove(&self, batch: u64) -> io::Result<()> {
         self.open.borrow_mut().remove(&batch);
         let path = self.path(batch);
@@ -148,14 +148,14 @@ impl Blobs {
         &self,
         batch: u64,
         create: bool,
-        work: impl FnOnce(&mut BlobFile) -> io::Result<T>,
+        operation: impl FnOnce(&mut BlobFile) -> io::Result<T>,
     ) -> io::Result<T> {
         let mut open = self.open.borrow_mut();
         let file = match open.entry(batch) {
             std::collections::btree_map::Entry::Occupied(entry) => entry.into_mut(),
             std::collections::btree_map::Entry::Vacant(entry) => entry.insert(self.open_file(batch, create)?),
         };
-        work(file)
+        operation(file)
     }
 
     fn open_file(&self, batch: u64, create: bool) -> io::Result<BlobFile> {
@@ -163,13 +163,14 @@ impl Blobs {
         if create && !path.exists() {
             if !self.directory.exists() {
                 DirBuilder::new().mode(0o700).create(&self.directory)?;
-                sync_dir(&self.place.dir)?;
+                sync_dir(&self.store_dir.dir)?;
             }
             OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
             sync_dir(&self.directory)?;
         }
         let file = OpenOptions::new().read(true).write(true).open(&path)?;
-        // What a crash left behind the last blob that counts stays: nobody names it, and it ends with the batch.
+        // Bytes that a crash left after the last valid blob stay: the database does not refer to them, and they are deleted with
+        // the batch.
         let end = file.metadata()?.len();
         Ok(BlobFile { file, end })
     }
@@ -179,35 +180,35 @@ impl Blobs {
     }
 }
 
-/// Zeros from there to the end, on the disk when this returns.
+/// Overwrites the file with zeros from offset `from` to its end and syncs it.
 fn overwrite(file: &File, from: u64) -> io::Result<()> {
     let zeros = [0; 64 << 10];
-    let (mut at, len) = (from, file.metadata()?.len());
-    while at < len {
-        let piece = usize::try_from(len - at).unwrap_or(zeros.len()).min(zeros.len());
-        file.write_all_at(&zeros[..piece], at)?;
-        at += piece as u64;
+    let (mut offset, len) = (from, file.metadata()?.len());
+    while offset < len {
+        let piece = usize::try_from(len - offset).unwrap_or(zeros.len()).min(zeros.len());
+        file.write_all_at(&zeros[..piece], offset)?;
+        offset += piece as u64;
     }
     file.sync_all()
 }
 
 impl Appends {
-    /// The transaction is accepted.
-    pub(super) fn keep(&mut self) {
+    /// Keeps the appends of the current transaction.
+    pub(super) fn accept(&mut self) {
         for append in self.0.values_mut() {
-            append.kept = append.bytes.len();
+            append.accepted = append.bytes.len();
         }
     }
 
-    /// The transaction is refused.
-    pub(super) fn forget(&mut self) {
+    /// Discards the appends of the current transaction.
+    pub(super) fn roll_back(&mut self) {
         for append in self.0.values_mut() {
-            append.bytes.truncate(append.kept);
+            append.bytes.truncate(append.accepted);
         }
     }
 
-    /// Whether there is nothing to write.
+    /// Reports whether there is nothing to write.
     pub(super) fn is_empty(&self) -> bool {
-        self.0.values().all(|append| append.kept == 0)
+        self.0.values().all(|append| append.accepted == 0)
     }
 }

@@ -1,4 +1,4 @@
-//! One opened sled database: how it is opened, and how a batch becomes durable.
+//! Opens a sled database and makes batches durable.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -11,24 +11,24 @@ use std::time::{Duration, Instant};
 use rustix::fs::Advice;
 
 use super::blobs::Blobs;
-use super::directory::{LAST_ROOM, LOCK_PATIENCE, StoreDir, StoreKind, sync_dir};
+use super::directory::{LOCK_TIMEOUT, MIN_FREE_BYTES, StoreDir, StoreKind, sync_dir};
 use super::view::{Changes, View};
 use crate::store::StoreError;
 
-/// Which store a database is, and what must be in it.
-pub(super) struct Kind {
-    /// Its name and format.
+/// The type of a database, with its initial content and its check.
+pub(super) struct DatabaseKind {
+    /// Store type and format.
     pub(super) store: StoreKind,
-    /// Puts in what an empty store contains.
-    pub(super) found: fn(&mut View<'_>) -> Result<(), StoreError>,
-    /// Reads what every store must contain.
+    /// Writes the initial content of a new store.
+    pub(super) init: fn(&mut View<'_>) -> Result<(), StoreError>,
+    /// Checks that the required content is readable.
     pub(super) check: fn(&View<'_>) -> Result<(), StoreError>,
 }
 
-/// An open database. Only the committer's thread reads and writes through it.
+/// An open database. Only the committer thread uses it.
 pub(super) struct Engine {
-    place: Arc<StoreDir>,
-    /// An own handle of sled's file, for the fsync that sled does not do.
+    store_dir: Arc<StoreDir>,
+    /// A separate handle of sled's file, for the fsync that sled omits.
     file: File,
     waker: Waker,
     blobs: Blobs,
@@ -36,44 +36,44 @@ pub(super) struct Engine {
 }
 
 impl Engine {
-    /// Makes the database of a new store, durable with its directory entries when this returns.
-    pub(super) fn found(place: Arc<StoreDir>, kind: &Kind) -> Result<(), StoreError> {
-        let engine = Self::open_db(place)?;
+    /// Creates the database of a new store. It and its directory entries are durable when this returns.
+    pub(super) fn init(store_dir: Arc<StoreDir>, kind: &DatabaseKind) -> Result<(), StoreError> {
+        let engine = Self::open_db(store_dir)?;
         let mut view = engine.view(kind.store.name);
-        (kind.found)(&mut view)?;
-        view.keep();
+        (kind.init)(&mut view)?;
+        view.accept();
         let changes = view.into_changes();
-        engine.commit(changes).map_err(|cause| engine.place.failed("making the database", cause))?;
-        let place = engine.place.clone();
+        engine.commit(changes).map_err(|cause| engine.store_dir.failed("creating the database", cause))?;
+        let store_dir = engine.store_dir.clone();
         drop(engine);
-        sync_files(&place).map_err(|e| place.failed("syncing the new database", e))
+        sync_files(&store_dir).map_err(|e| store_dir.failed("syncing the new database", e))
     }
 
-    /// Opens the database and checks that what must be there can be read.
-    pub(super) fn open(place: &Arc<StoreDir>, kind: &Kind) -> Result<Self, StoreError> {
-        let engine = match Self::open_db(place.clone()) {
-            // sled cannot open without room for a segment and a snapshot. The reserve was kept for this moment.
-            Err(error) if place.admit(LAST_ROOM).is_err() && place.give_up_reserve() => {
-                tracing::warn!(store = kind.store.name, %error, "opening again after the reserve was given up");
-                Self::open_db(place.clone())?
+    /// Opens the database and checks that its required content is readable.
+    pub(super) fn open(store_dir: &Arc<StoreDir>, kind: &DatabaseKind) -> Result<Self, StoreError> {
+        let engine = match Self::open_db(store_dir.clone()) {
+            // sled needs space for a segment and a snapshot to open. The reserve file provides it.
+            Err(error) if store_dir.admit(MIN_FREE_BYTES).is_err() && store_dir.release_reserve() => {
+                tracing::warn!(store = kind.store.name, %error, "opening failed; retrying after deleting the reserve file");
+                Self::open_db(store_dir.clone())?
             }
             opened => opened?,
         };
         (kind.check)(&engine.view(kind.store.name))?;
-        place.keep_reserve();
+        store_dir.ensure_reserve();
         Ok(engine)
     }
 
-    /// What a batch starts from.
+    /// The view with which a batch starts.
     pub(super) fn view(&self, store: &'static str) -> View<'_> {
-        View::new(&self.db, &self.place, &self.blobs, store)
+        View::new(&self.db, &self.store_dir, &self.blobs, store)
     }
 
-    /// Makes a batch durable: all of it or, after an error, nobody knows (all or nothing).
+    /// Makes a batch durable, all or nothing. After an error the outcome is unknown.
     pub(super) fn commit(&self, changes: Changes) -> Result<(), String> {
-        let _watched = self.waker.watch();
-        self.place.door.before_apply().map_err(|e| e.to_string())?;
-        // Wrapped keys first: the database must never name one that a power loss could take.
+        let _guard = self.waker.watch();
+        self.store_dir.fs.before_apply().map_err(|e| e.to_string())?;
+        // Wrapped keys first: the database must never refer to one that a power loss can still lose.
         self.blobs.write(changes.blobs).map_err(|e| format!("writing a batch's file: {e}"))?;
         if changes.writes.is_empty() {
             return Ok(());
@@ -85,54 +85,54 @@ impl Engine {
                 None => batch.remove(key),
             }
         }
-        // A crash from here to the sync finds all of the batch or nothing of it: it is on one tree, and sled recovers a
-        // batch only if its last entry is in the log. Nobody was told anything about it.
+        // After a crash between here and the sync, recovery finds all of the batch or none of it: the batch is on one tree, and
+        // sled recovers a batch only if its last entry is in the log. No caller has an answer yet.
         self.db.apply_batch(batch).map_err(|e| format!("applying a batch: {e}"))?;
-        // A kill -9 from here on finds the batch: the kernel has it. A power loss may still take it or part of it, which
-        // recovery takes for a torn tail of the log and cuts off. A full disk shows here at the latest.
+        // From here on the batch survives `kill -9`, because the kernel has it. A power loss may still lose all or part of it;
+        // recovery truncates the torn tail of the log. A full disk causes an error here at the latest.
         self.db.flush().map_err(|e| format!("writing to the log: {e}"))?;
-        // Never tried again on this handle: after a failed fsync the kernel calls the lost pages clean, and a second fsync
-        // would report success for data that is not on the disk.
-        self.place.door.sync(&self.file).map_err(|e| format!("syncing the log: {e}"))
-        // From here on a power loss finds it, too, and the callers may be told.
+        // A failed sync is never retried on this handle: after a failed fsync the kernel marks the lost pages clean, and a
+        // second fsync would report success for data that is not on the disk.
+        self.store_dir.fs.sync(&self.file).map_err(|e| format!("syncing the log: {e}"))
+        // From here on the batch survives power loss, and the callers can be answered.
     }
 
-    fn open_db(place: Arc<StoreDir>) -> Result<Self, StoreError> {
-        let tidy = || -> io::Result<()> {
-            forget_cached_pages(&place)?;
-            remove_half_written_snapshots(&place)
+    fn open_db(store_dir: Arc<StoreDir>) -> Result<Self, StoreError> {
+        let clean_up = || -> io::Result<()> {
+            drop_cached_pages(&store_dir)?;
+            remove_partial_snapshots(&store_dir)
         };
-        tidy().map_err(|e| place.failed("preparing to open the database", e))?;
+        clean_up().map_err(|e| store_dir.failed("preparing to open the database", e))?;
         let config = sled::Config::new()
-            .path(&place.dir)
-            .cache_capacity(place.options.cache_bytes)
+            .path(&store_dir.dir)
+            .cache_capacity(store_dir.options.cache_bytes)
             .flush_every_ms(None)
             .use_compression(false);
-        let db = open_sled(&config).map_err(|cause| place.failed("opening the database", cause))?;
+        let db = open_sled(&config).map_err(|cause| store_dir.failed("opening the database", cause))?;
         let prepare = || {
-            // Recovery wrote (a snapshot, a cut-off tail). It must be durable before anything is built upon it, and what
-            // is read from now on must be what the disk has.
-            sync_files(&place)?;
-            let file = OpenOptions::new().read(true).write(true).open(place.dir.join("db"))?;
+            // Recovery may have written a snapshot or truncated the log. Both must be durable before new data depends on them,
+            // and reads from now on must match the disk.
+            sync_files(&store_dir)?;
+            let file = OpenOptions::new().read(true).write(true).open(store_dir.dir.join("db"))?;
             let waker = Waker::start(db.clone())?;
             Ok((file, waker))
         };
-        let (file, waker) = prepare().map_err(|e: io::Error| place.failed("syncing the opened database", e))?;
-        let blobs = Blobs::new(&place);
-        Ok(Self { place, file, waker, blobs, db })
+        let (file, waker) = prepare().map_err(|e: io::Error| store_dir.failed("syncing the opened database", e))?;
+        let blobs = Blobs::new(&store_dir);
+        Ok(Self { store_dir, file, waker, blobs, db })
     }
 }
 
-/// sled tries its own lock once. Nobody else can be using it, the place is ours; but when another thread starts a process, that
-/// process has a copy of the last handle until it runs its program, and with it the lock.
+/// Opens sled, retrying its lock. Our own lock excludes other daemons, but a child process that another thread forks holds a copy
+/// of the previous handle, and with it sled's lock, until `exec`.
 fn open_sled(config: &sled::Config) -> Result<sled::Db, String> {
-    let until = Instant::now() + LOCK_PATIENCE;
+    let deadline = Instant::now() + LOCK_TIMEOUT;
     loop {
-        // sled panics on some I/O errors while it opens.
+        // sled panics on some I/O errors during opening.
         let opened = catch_unwind(AssertUnwindSafe(|| config.open())).map_err(|_| "sled panicked".to_owned())?;
         match opened {
             Ok(db) => return Ok(db),
-            Err(error) if error.to_string().contains("could not acquire lock") && Instant::now() < until => {
+            Err(error) if error.to_string().contains("could not acquire lock") && Instant::now() < deadline => {
                 std::thread::sleep(Duration::from_millis(20));
             }
             Err(error) => return Err(error.to_string()),
@@ -140,28 +140,28 @@ fn open_sled(config: &sled::Config) -> Result<sled::Db, String> {
     }
 }
 
-/// Syncs all that sled has written in its directory, and the directory.
-fn sync_files(place: &StoreDir) -> io::Result<()> {
-    for entry in fs::read_dir(&place.dir)? {
+/// Syncs all files of the directory, and the directory itself.
+fn sync_files(store_dir: &StoreDir) -> io::Result<()> {
+    for entry in fs::read_dir(&store_dir.dir)? {
         File::open(entry?.path())?.sync_all()?;
     }
-    sync_dir(&place.dir)
+    sync_dir(&store_dir.dir)
 }
 
-/// After a failed fsync the cache may hold pages that never reached the disk and count as clean. Reading them back would
-/// acknowledge what a power loss takes away; dropped from the cache, they are read as the disk has them.
-fn forget_cached_pages(place: &StoreDir) -> io::Result<()> {
-    match File::open(place.dir.join("db")) {
+/// Drops the database file from the page cache. After a failed fsync the cache may hold pages that never reached the disk but are
+/// marked clean. Reading them would acknowledge data that a power loss loses; without the cache, reads return the disk's content.
+fn drop_cached_pages(store_dir: &StoreDir) -> io::Result<()> {
+    match File::open(store_dir.dir.join("db")) {
         Ok(file) => Ok(rustix::fs::fadvise(&file, 0, None, Advice::DontNeed)?),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),
     }
 }
 
-/// A kill while sled writes a snapshot leaves `snap.….generating`, and sled takes that for the newest snapshot and calls it
-/// corrupt. Until it is renamed nothing depends on it: the log still has all of it.
-fn remove_half_written_snapshots(place: &StoreDir) -> io::Result<()> {
-    for entry in fs::read_dir(&place.dir)? {
+/// Removes partial snapshots. A kill while sled writes a snapshot leaves `snap.….generating`, which sled takes for the newest
+/// snapshot and reports as corrupt. Until its rename nothing depends on it: the log still has all data.
+fn remove_partial_snapshots(store_dir: &StoreDir) -> io::Result<()> {
+    for entry in fs::read_dir(&store_dir.dir)? {
         let path = entry?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         if name.starts_with("snap.") && name.ends_with(".generating") {
@@ -171,42 +171,43 @@ fn remove_half_written_snapshots(place: &StoreDir) -> io::Result<()> {
     Ok(())
 }
 
-/// Wakes a flush that waits for ever. When sled's log write fails in a thread of its pool after a batch that filled a segment,
-/// the error is noted but the waiting flush is not told (`exit_reservation` in sled's `logger.rs`); any other flush tells it.
+/// Wakes a flush that is blocked forever. If sled's log write fails in a pool thread after a batch that filled a segment, sled
+/// records the error but does not wake the waiting flush (`exit_reservation` in sled's `logger.rs`). Any other flush wakes it.
 struct Waker {
-    since: Arc<Mutex<Option<Instant>>>,
+    /// Start of the current commit.
+    commit_start: Arc<Mutex<Option<Instant>>>,
     stop: Option<Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Waker {
-    const LOOKS_EVERY: Duration = Duration::from_secs(1);
-    const TOO_LONG: Duration = Duration::from_secs(2);
+    const POLL_INTERVAL: Duration = Duration::from_secs(1);
+    const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
 
     fn start(db: sled::Db) -> io::Result<Self> {
         let (stop, stopped) = channel::<()>();
-        let since = Arc::new(Mutex::new(None::<Instant>));
-        let watched = since.clone();
+        let commit_start = Arc::new(Mutex::new(None::<Instant>));
+        let watched = commit_start.clone();
         let thread = std::thread::Builder::new().name("store-waker".into()).spawn(move || {
-            while stopped.recv_timeout(Self::LOOKS_EVERY) == Err(RecvTimeoutError::Timeout) {
-                let since = *watched.lock().unwrap_or_else(PoisonError::into_inner);
-                if since.is_some_and(|since| since.elapsed() > Self::TOO_LONG) {
+            while stopped.recv_timeout(Self::POLL_INTERVAL) == Err(RecvTimeoutError::Timeout) {
+                let start = *watched.lock().unwrap_or_else(PoisonError::into_inner);
+                if start.is_some_and(|start| start.elapsed() > Self::FLUSH_TIMEOUT) {
                     // The committer gets the same error and reports it.
                     let _ = db.flush();
                 }
             }
         })?;
-        Ok(Self { since, stop: Some(stop), thread: Some(thread) })
+        Ok(Self { commit_start, stop: Some(stop), thread: Some(thread) })
     }
 
     fn watch(&self) -> impl Drop {
-        *self.since.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
-        Watched(self.since.clone())
+        *self.commit_start.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+        WatchGuard(self.commit_start.clone())
     }
 }
 
 impl Drop for Waker {
-    /// Its handle of the database must be gone before the database can be opened again.
+    /// Joins the thread, because its database handle must be closed before the database can be reopened.
     fn drop(&mut self) {
         drop(self.stop.take());
         if let Some(thread) = self.thread.take() {
@@ -215,9 +216,9 @@ impl Drop for Waker {
     }
 }
 
-struct Watched(Arc<Mutex<Option<Instant>>>);
+struct WatchGuard(Arc<Mutex<Option<Instant>>>);
 
-impl Drop for Watched {
+impl Drop for WatchGuard {
     fn drop(&mut self) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }

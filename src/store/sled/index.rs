@@ -1,11 +1,11 @@
-//! The index of the public database on sled: by chip and the other unique values, where the record is in the log's files.
+//! The index of the public database on sled. It maps lookup keys to locations in the log's files.
 //!
-//! It holds nothing of its own. The files are the truth, and it can be made anew from them at any time.
+//! The index is derived data: it can be rebuilt from the log's files at any time.
 //!
 //! | key | value |
 //! |---|---|
-//! | what an entry is found by, and the SHA-256 of its value | the place of the newest such entry |
-//! | `n` | how many entries are in it, and the leaf hash of the last one |
+//! | lookup key: field tag and SHA-256 of the value | location of the newest entry with the value |
+//! | `n` | number of indexed entries, and the leaf hash of the last one |
 
 use std::path::Path;
 use std::sync::Arc;
@@ -14,74 +14,74 @@ use serde::{Deserialize, Serialize};
 
 use super::StoreOptions;
 use super::committer::Committer;
-use super::directory::{StoreKind, System};
-use super::engine::Kind;
+use super::directory::{OsFs, StoreKind};
+use super::engine::DatabaseKind;
 use super::view::View;
 use crate::store::{StoreError, UniqueKey};
 use crate::tlog::TreeHash;
 
-/// A new kind of keys needs no other format if no log had entries with them before: what is in an older index is all there is to find.
-static KIND: Kind = Kind {
+/// A new lookup key type needs a new format version only if existing logs have entries with it that an older index lacks.
+static KIND: DatabaseKind = DatabaseKind {
     store: StoreKind { name: "index of the public database", marker: "index", format: 1 },
-    found: |view| view.put(MARK, &IndexMark::default()),
+    init: |view| view.put(MARK, &IndexMark::default()),
     check: |view| mark(view).map(drop),
 };
 
 const MARK: &[u8] = b"n";
 
-/// How far the index goes.
+/// High-water mark of the index.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct IndexMark {
-    /// Entries of the log that are in it.
+    /// Number of indexed log entries.
     pub(crate) size: u64,
-    /// The leaf hash of the last of them.
+    /// Leaf hash of the last indexed entry.
     pub(crate) leaf: TreeHash,
 }
 
-/// Where an entry is.
+/// The location of an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Location {
-    /// Its number in the log, from 0.
+    /// Index in the log, from 0.
     pub(crate) index: u64,
-    /// Where its bytes begin in their bundle.
+    /// Offset in its entry bundle.
     pub(crate) offset: u32,
-    /// How many they are.
+    /// Length in bytes.
     pub(crate) length: u16,
 }
 
-/// What the index takes of an entry.
+/// An entry to index.
 pub(crate) struct IndexEntry {
-    /// The values by which it is found.
+    /// Its lookup keys.
     pub(crate) keys: Vec<UniqueKey>,
-    /// Where it is.
+    /// Its location.
     pub(crate) location: Location,
 }
 
-/// The index, open.
+/// An open index.
 pub(crate) struct SledIndex(Committer);
 
 impl SledIndex {
-    /// Makes an empty one where there is none.
+    /// Creates an empty index. The directory must not exist.
     pub(crate) fn create(dir: &Path, options: &StoreOptions) -> Result<Self, StoreError> {
-        Committer::create(&KIND, dir, &Self::options(options), Arc::new(System)).map(Self)
+        Committer::create(&KIND, dir, &Self::options(options), Arc::new(OsFs)).map(Self)
     }
 
-    /// Opens an existing one.
+    /// Opens an existing index.
     pub(crate) fn open(dir: &Path, options: &StoreOptions) -> Result<Self, StoreError> {
-        Committer::open(&KIND, dir, &Self::options(options), Arc::new(System)).map(Self)
+        Committer::open(&KIND, dir, &Self::options(options), Arc::new(OsFs)).map(Self)
     }
 
-    /// What is in the log must be findable: the floor for new records is the log's, and so is the reserve.
+    /// No floor and no reserve: the log enforces both, and every entry in the log must be indexed.
     fn options(log: &StoreOptions) -> StoreOptions {
         StoreOptions { floor_bytes: 0, reserve_bytes: 0, ..log.clone() }
     }
 
-    /// How far it goes.
+    /// The high-water mark.
     pub(crate) async fn mark(&self) -> Result<IndexMark, StoreError> {
-        self.0.run("reading how far the index goes", |view| mark(view)).await
+        self.0.run("reading the index mark", |view| mark(view)).await
     }
 
-    /// Adds entries, all or none; durable when this returns. Those that come again replace themselves.
+    /// Atomically and durably adds entries. Adding an entry again has no effect.
     pub(crate) async fn add(&self, entries: Vec<IndexEntry>, after: IndexMark) -> Result<(), StoreError> {
         let add = move |view: &mut View<'_>| {
             for entry in &entries {
@@ -94,16 +94,16 @@ impl SledIndex {
         self.0.run("adding to the index", add).await
     }
 
-    /// Where the entries with these values are.
+    /// The locations of the newest entries with these keys.
     pub(crate) async fn find(&self, keys: Vec<UniqueKey>) -> Result<Vec<Option<Location>>, StoreError> {
         let find = move |view: &mut View<'_>| {
-            keys.iter().map(|key| view.get(key.as_bytes(), || "an entry's place".into())).collect()
+            keys.iter().map(|key| view.get(key.as_bytes(), || "an entry's location".into())).collect()
         };
         self.0.run("looking up a record", find).await
     }
 }
 
 fn mark(view: &View<'_>) -> Result<IndexMark, StoreError> {
-    let what = || "how far the index goes".to_owned();
-    view.get(MARK, what)?.ok_or_else(|| view.damaged(what(), "it is not there"))
+    let name = || "the index mark".to_owned();
+    view.get(MARK, name)?.ok_or_else(|| view.damaged(name(), "missing"))
 }

@@ -1,22 +1,22 @@
-//! The embedded engines, on sled 0.34.7 behind a fence. No other room may touch sled.
+//! Embedded storage engines on sled 0.34.7. No other module may use sled.
 //!
-//! What sled does not do by itself, and where it is done here:
+//! Known problems of sled and the workarounds in this module:
 //!
-//! | sled 0.34.7 | the fence |
+//! | sled 0.34.7 | workaround |
 //! |---|---|
-//! | `flush` is no fsync on Linux (`sync_file_range`): acknowledged data is lost with the power | `engine`: `fdatasync` on an own handle after each flush |
+//! | `flush` does not fsync on Linux (`sync_file_range`): a power loss loses acknowledged data | `engine`: `fdatasync` on a separate handle after each flush |
 //! | `flush_async` and its own flusher thread deadlock under load | `committer`: one thread, blocking flush, `flush_every_ms(None)` |
-//! | large pages go to blob files that are never synced | `view`: every value is kept in pieces far below that limit |
-//! | a half-written snapshot left by a kill is taken for the newest one: the database does not open | `engine`: removed before opening |
-//! | a write error may leave `flush` waiting for ever | `engine`: a second thread calls it once more, which wakes it |
-//! | after an error the handle is dead | `committer`: dropped and opened again, with backoff |
-//! | deleted values stay in its file for long | `blobs`: wrapped keys are in files of their own, overwritten and removed with their batch |
-//! | it cannot be opened on a full disk | `place`: a reserve file is given up |
+//! | large pages go to blob files that are never synced | `view`: values are split into pieces far below that limit |
+//! | a partial snapshot left by a kill counts as the newest one, and the database does not open | `engine`: partial snapshots are deleted before opening |
+//! | after a write error `flush` may block forever | `engine`: a second thread calls `flush` again, which unblocks it |
+//! | after an error the handle is unusable | `committer`: the database is reopened, with backoff |
+//! | deleted values stay in its file for a long time | `blobs`: wrapped keys are in separate files, overwritten and deleted with their batch |
+//! | it does not open on a full disk | `directory`: a reserve file is deleted |
 //!
-//! (`Mode` is not set: 0.34.7 stores it and never reads it.) Nobody but the committer's thread reads or writes the tree, and
-//! it answers reads, too, only after everything that they could have seen is synced: what a caller learns is durable.
+//! (`Mode` is not set: 0.34.7 stores it and never reads it.) Only the committer thread reads and writes the tree. It answers
+//! reads only after all data they may have seen is synced, so callers see durable data only.
 
-#![expect(clippy::disallowed_types, reason = "the one place where sled lives, fenced as described above")]
+#![expect(clippy::disallowed_types, reason = "the only module that uses sled, with the workarounds described above")]
 
 mod access;
 mod batches;

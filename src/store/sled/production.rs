@@ -1,8 +1,8 @@
-//! What was produced, on sled: one row for each hour, station and profile in which anything happened.
+//! Production statistics on sled: one row for each hour, station and profile with at least one event.
 //!
 //! | key | value |
 //! |---|---|
-//! | `h` + hour, 8 bytes + station + 0 + profile + 0 | how many were begun, completed, aborted |
+//! | `h` + hour, 8 bytes + station + 0 + profile + 0 | number of devices begun, completed, aborted |
 
 use std::ops::Range;
 
@@ -11,12 +11,12 @@ use crate::names::{ProfileName, StationName};
 use crate::store::production::{ProductionCounts, ProductionSlot};
 use crate::store::{Session, StoreError};
 
-/// Counts that a session has reached its state. In the transaction that takes it there, so that no crash counts it twice or not
-/// at all.
+/// Counts that a session has reached its state. Runs in the transaction that changes the state, so that a crash cannot lose or
+/// duplicate the count.
 pub(super) fn count(view: &mut View<'_>, session: &Session) -> Result<(), StoreError> {
     let Some((at, reached)) = ProductionCounts::of_reaching(session) else { return Ok(()) };
     let key = slot_key(&ProductionSlot::of(session, at));
-    let mut counts: ProductionCounts = view.get(&key, || WHAT.into())?.unwrap_or_default();
+    let mut counts: ProductionCounts = view.get(&key, || ROW.into())?.unwrap_or_default();
     counts.add(reached);
     view.put(&key, &counts)
 }
@@ -27,29 +27,29 @@ pub(super) fn list(
     after: Option<&ProductionSlot>,
     limit: usize,
 ) -> Result<Vec<(ProductionSlot, ProductionCounts)>, StoreError> {
-    // Names are of letters that sort before what the end of an hour is looked for with.
+    // Keys of the previous hour sort before the suffix 0xFFFF that `keys_after` appends, because names are ASCII.
     let before = hours.start.checked_sub(1).map_or_else(|| PREFIX.to_vec(), hour_key);
     let begin = after.map_or(before, slot_key);
     let mut rows = Vec::new();
     for key in view.keys_after(PREFIX, &begin, limit)? {
-        let slot = slot(&key).ok_or_else(|| view.damaged(WHAT.into(), "its key has not hour, station and profile"))?;
+        let slot = slot(&key).ok_or_else(|| view.damaged(ROW.into(), "malformed key"))?;
         if slot.hour >= hours.end {
             break;
         }
-        let counts = view.get(&key, || WHAT.into())?.unwrap_or_default();
+        let counts = view.get(&key, || ROW.into())?.unwrap_or_default();
         rows.push((slot, counts));
     }
     Ok(rows)
 }
 
 const PREFIX: &[u8] = b"h";
-const WHAT: &str = "what was produced";
+const ROW: &str = "a production row";
 
 fn hour_key(hour: u64) -> Vec<u8> {
     [PREFIX, hour.to_be_bytes().as_slice()].concat()
 }
 
-/// Each name ends with a zero: else a key could begin with another one, and be taken for a piece of it.
+/// Zero-terminated names prevent one key from being a prefix of another, which `View` would take for a piece of it.
 fn slot_key(slot: &ProductionSlot) -> Vec<u8> {
     let (station, profile) = (slot.station.as_str().as_bytes(), slot.profile.as_str().as_bytes());
     [hour_key(slot.hour).as_slice(), station, &[0], profile, &[0]].concat()

@@ -1,17 +1,17 @@
-//! The state store on sled.
+//! The session journal on sled.
 //!
 //! | key | value |
 //! |---|---|
 //! | `s` + session ID | session |
-//! | `w` + session ID | where its key pair is kept, while it is |
-//! | `c` + chip ID | ID of its newest session |
+//! | `w` + session ID | private key location, until the pair is erased |
+//! | `c` + chip ID | ID of the chip's newest session |
 //! | `i` + identity | ID of the session that holds it |
-//! | `u` + created, 8 bytes + session ID | nothing: the session is not final |
-//! | `q` + session ID | ID of the chip's session before it, if it had one |
-//! | `n` | sessions per state |
+//! | `u` + created, 8 bytes + session ID | empty: the session is not final |
+//! | `q` + session ID | ID of the chip's previous session, if any |
+//! | `n` | number of sessions per state |
 //!
-//! The secret store is in the same database: see `batches.rs` and `pairs.rs`; and so is what officers have agreed on: see `access.rs`;
-//! and what was produced: see `production.rs`.
+//! The same database holds the secret store (`batches.rs`, `pairs.rs`), access control data (`access.rs`) and production
+//! statistics (`production.rs`).
 
 use std::ops::Range;
 use std::path::Path;
@@ -23,55 +23,55 @@ use super::StoreOptions;
 use super::access;
 use super::batches;
 use super::committer::Committer;
-use super::directory::{Fs, StoreKind, System};
-use super::engine::Kind;
+use super::directory::{Fs, OsFs, StoreKind};
+use super::engine::DatabaseKind;
 use super::pairs;
 use super::production;
 use super::view::View;
 use crate::keys::{StoreId, StoredKey};
 use crate::names::{ChipId, DeviceIdentity, SessionId};
 use crate::store::{
-    Listed, PairToReserve, ProductionCounts, ProductionSlot, ReserveError, Session, SessionCounts, SessionPlace,
+    PairToReserve, ProductionCounts, ProductionSlot, ReserveError, Session, SessionCounts, SessionCursor, SessionSet,
     SessionState, StateName, StateStore, StoreError,
 };
 
-static KIND: Kind = Kind { store: StoreKind { name: "state store", marker: "state", format: 2 }, found, check };
+static KIND: DatabaseKind =
+    DatabaseKind { store: StoreKind { name: "state store", marker: "state", format: 2 }, init, check };
 
-/// The private store, embedded.
+/// The embedded state store.
 ///
-/// Trust: whoever controls its directory can withhold or roll back sessions, and read no key without the HSM.
+/// Trust: an attacker who controls its directory can withhold or roll back sessions, but cannot read keys without the HSM.
 pub struct SledStateStore(pub(super) Committer);
 
 impl SledStateStore {
-    /// Makes a new, empty store and opens it. [`StoreError::Directory`] where anything is already. For
-    /// `sppctl init`.
+    /// Creates an empty store and opens it, for `sppctl init`. Fails with [`StoreError::Directory`] if the path exists.
     pub fn create(dir: &Path, options: &StoreOptions) -> Result<Self, StoreError> {
-        Committer::create(&KIND, dir, options, Arc::new(System)).map(Self)
+        Committer::create(&KIND, dir, options, Arc::new(OsFs)).map(Self)
     }
 
-    /// Opens an existing store; [`StoreError::Directory`] if there is none, or one of another kind, or if another process has it (a
-    /// killed predecessor's lock is awaited for some seconds). Never makes one. Calls need a tokio runtime with a timer.
+    /// Opens an existing store and never creates one. Fails with [`StoreError::Directory`] if it is missing, of another kind, or
+    /// still locked by another process after some seconds. Calls need a tokio runtime with a timer.
     pub fn open(dir: &Path, options: &StoreOptions) -> Result<Self, StoreError> {
-        Self::open_through(dir, options, Arc::new(System))
+        Self::open_through(dir, options, Arc::new(OsFs))
     }
 
-    pub(super) fn open_through(dir: &Path, options: &StoreOptions, door: Arc<dyn Fs>) -> Result<Self, StoreError> {
-        Committer::open(&KIND, dir, options, door).map(Self)
+    pub(super) fn open_through(dir: &Path, options: &StoreOptions, fs: Arc<dyn Fs>) -> Result<Self, StoreError> {
+        Committer::open(&KIND, dir, options, fs).map(Self)
     }
 }
 
-fn found(view: &mut View<'_>) -> Result<(), StoreError> {
+fn init(view: &mut View<'_>) -> Result<(), StoreError> {
     view.put(COUNTS, &SessionCounts::default())?;
     let mut bytes = [0; 8];
     let random = aws_lc_rs::rand::fill(&mut bytes);
-    random.map_err(|e| view.damaged("the system's random numbers".into(), e))?;
-    batches::found(view, StoreId::from_random(bytes))
+    random.map_err(|e| view.damaged("the system's random bytes".into(), e))?;
+    batches::init(view, StoreId::from_random(bytes))
 }
 
 fn check(view: &View<'_>) -> Result<(), StoreError> {
     counts(view)?;
     batches::check(view)?;
-    // The unfinished sessions are what a restart takes up; the oldest one stands for the others.
+    // A restart resumes the unfinished sessions. Reading the oldest one is a sample check.
     match view.keys(UNFINISHED)?.first() {
         Some(key) => listed_session(view, key).map(drop),
         None => Ok(()),
@@ -97,15 +97,15 @@ impl StateStore for SledStateStore {
 
     async fn session_of_chip(&self, chip: &ChipId) -> Result<Option<Session>, StoreError> {
         let key = chip_key(chip);
-        self.0.run("reading a chip's session", move |view| named_session(view, &key)).await
+        self.0.run("reading a chip's session", move |view| session_by_index(view, &key)).await
     }
 
     async fn session_of_identity(&self, identity: &DeviceIdentity) -> Result<Option<Session>, StoreError> {
         let key = identity_key(identity);
-        self.0.run("reading an identity's session", move |view| named_session(view, &key)).await
+        self.0.run("reading an identity's session", move |view| session_by_index(view, &key)).await
     }
 
-    async fn kept_key(&self, session: &SessionId) -> Result<Option<StoredKey>, StoreError> {
+    async fn stored_key(&self, session: &SessionId) -> Result<Option<StoredKey>, StoreError> {
         let id = *session;
         self.0.run("reading a session's key pair", move |view| pairs::of_session(view, &id)).await
     }
@@ -117,20 +117,20 @@ impl StateStore for SledStateStore {
 
     async fn sessions(
         &self,
-        which: Listed,
-        after: Option<SessionPlace>,
+        set: SessionSet,
+        after: Option<SessionCursor>,
         limit: usize,
     ) -> Result<Vec<Session>, StoreError> {
-        self.0.run("listing sessions", move |view| list(view, which, after, limit)).await
+        self.0.run("listing sessions", move |view| list(view, set, after, limit)).await
     }
 
     async fn sessions_of_chip(&self, chip: &ChipId, limit: usize) -> Result<Vec<Session>, StoreError> {
         let key = chip_key(chip);
-        self.0.run("reading a chip's sessions", move |view| with_those_before(view, &key, limit)).await
+        self.0.run("reading a chip's sessions", move |view| chip_sessions(view, &key, limit)).await
     }
 
     async fn counts(&self) -> Result<SessionCounts, StoreError> {
-        self.0.run("reading the counts", |view| counts(view)).await
+        self.0.run("reading session counts", |view| counts(view)).await
     }
 
     async fn production(
@@ -141,30 +141,30 @@ impl StateStore for SledStateStore {
     ) -> Result<Vec<(ProductionSlot, ProductionCounts)>, StoreError> {
         let after = after.cloned();
         let list = move |view: &mut View<'_>| production::list(view, &hours, after.as_ref(), limit);
-        self.0.run("reading what was produced", list).await
+        self.0.run("reading production statistics", list).await
     }
 
-    fn room(&self) -> Result<(u64, u64), StoreError> {
-        self.0.room()
+    fn disk_space(&self) -> Result<(u64, u64), StoreError> {
+        self.0.disk_space()
     }
 }
 
 fn reserve(view: &mut View<'_>, new: &Session, pair: Option<&PairToReserve>) -> Result<(), ReserveError> {
     if let Some(known) = session(view, &new.id)? {
-        // The same reservation again: its first answer was lost, and it stands.
+        // A retry of the same reservation, whose first answer was lost.
         if known == *new && pairs::is_reserved_as(view, &new.id, pair)? {
             return Ok(());
         }
-        return Err(other_state(&known, StateName::Reserved).into());
+        return Err(wrong_state(&known, StateName::Reserved).into());
     }
     if new.state != SessionState::Reserved {
-        return Err(other_state(new, StateName::Reserved).into());
+        return Err(wrong_state(new, StateName::Reserved).into());
     }
-    let before = named_session(view, &chip_key(&new.chip))?;
-    if let Some(holder) = before.as_ref().filter(|holder| holder.state.name() != StateName::Aborted) {
+    let previous = session_by_index(view, &chip_key(&new.chip))?;
+    if let Some(holder) = previous.as_ref().filter(|holder| holder.state.name() != StateName::Aborted) {
         return Err(ReserveError::ChipTaken(Box::new(holder.clone())));
     }
-    if let Some(holder) = named_session(view, &identity_key(&new.identity))? {
+    if let Some(holder) = session_by_index(view, &identity_key(&new.identity))? {
         return Err(ReserveError::IdentityTaken(Box::new(holder)));
     }
     view.admit_new_device()?;
@@ -173,55 +173,55 @@ fn reserve(view: &mut View<'_>, new: &Session, pair: Option<&PairToReserve>) -> 
     if let Some(pair) = pair {
         pairs::reserve(view, new, pair)?;
     }
-    if let Some(before) = before {
-        view.put_bytes(&before_key(&new.id), before.id.as_bytes())?;
+    if let Some(previous) = previous {
+        view.put_bytes(&previous_key(&new.id), previous.id.as_bytes())?;
     }
     view.put_bytes(&chip_key(&new.chip), new.id.as_bytes())?;
     view.put_bytes(&identity_key(&new.identity), new.id.as_bytes())?;
-    view.put_bytes(&unfinished_key(&new.place()), &[])?;
+    view.put_bytes(&unfinished_key(&new.cursor()), &[])?;
     production::count(view, new)?;
     let mut counts = counts(view)?;
-    *counts.of_mut(StateName::Reserved) += 1;
+    *counts.count_mut(StateName::Reserved) += 1;
     Ok(view.put(COUNTS, &counts)?)
 }
 
 fn advance(view: &mut View<'_>, id: SessionId, from: StateName, to: SessionState) -> Result<Session, StoreError> {
-    let absent =
-        || view.damaged(format!("session {id}"), "it is not there; an older copy of the store may have been put back");
+    let absent = || view.damaged(format!("session {id}"), "missing; an older copy of the store may have been restored");
     let mut session = session(view, &id)?.ok_or_else(absent)?;
-    // The same step again: its first answer was lost. Equal to the last byte, so nobody is told that another certificate,
-    // place or reason than his own stands.
+    // A retry of the same step, whose first answer was lost. The data must be equal too, so that no caller mistakes another
+    // certificate, publication or reason for their own.
     if session.state == to {
         return Ok(session);
     }
     let (found, target) = (session.state.name(), to.name());
-    if !from.leads_to(target) {
-        return Err(other_state(&session, target.comes_from()));
+    if !from.can_advance_to(target) {
+        return Err(wrong_state(&session, target.predecessor()));
     }
     if found != from {
-        return Err(other_state(&session, from));
+        return Err(wrong_state(&session, from));
     }
     session.state = to;
     if session.state.is_final() {
-        // In one batch with the new state: no crash leaves a final session with a key, or takes the key of one that is not.
+        // In one transaction with the new state: a crash cannot leave a final session with a key, or an unfinished one without.
         let at = match &session.state {
             SessionState::Aborted { at, .. } => *at,
             SessionState::Erased { publication } => publication.published,
             _ => session.created,
         };
         pairs::erase(view, &id, at)?;
-        view.remove(&unfinished_key(&session.place()))?;
+        view.remove(&unfinished_key(&session.cursor()))?;
     }
     if target == StateName::Aborted {
-        // The chip keeps pointing here until somebody reserves it again: its newest session can still be looked up.
+        // The chip's entry stays until its next reservation, so that its newest session can still be looked up.
         view.remove(&identity_key(&session.identity))?;
     }
     view.put(&session_key(&id), &session)?;
     production::count(view, &session)?;
     let mut counts = counts(view)?;
-    let left = counts.of_mut(found);
-    *left = left.checked_sub(1).ok_or_else(|| view.damaged("the counts".into(), format!("none is {found:?}")))?;
-    *counts.of_mut(target) += 1;
+    let remaining = counts.count_mut(found);
+    let underflow = || view.damaged("the session counts".into(), format!("the count of {found:?} is already 0"));
+    *remaining = remaining.checked_sub(1).ok_or_else(underflow)?;
+    *counts.count_mut(target) += 1;
     view.put(COUNTS, &counts)?;
     Ok(session)
 }
@@ -230,52 +230,58 @@ pub(super) fn session(view: &View<'_>, id: &SessionId) -> Result<Option<Session>
     view.get(&session_key(id), || format!("session {id}"))
 }
 
-/// The session whose ID a key holds.
-pub(super) fn named_session(view: &View<'_>, key: &[u8]) -> Result<Option<Session>, StoreError> {
-    view.get_bytes(key)?.map(|id| session_that_must_be(view, &id)).transpose()
+/// The session whose ID is stored under an index key.
+pub(super) fn session_by_index(view: &View<'_>, key: &[u8]) -> Result<Option<Session>, StoreError> {
+    view.get_bytes(key)?.map(|id| require_session(view, &id)).transpose()
 }
 
-fn list(view: &View<'_>, which: Listed, after: Option<SessionPlace>, limit: usize) -> Result<Vec<Session>, StoreError> {
-    match which {
-        Listed::Unfinished => {
+fn list(
+    view: &View<'_>,
+    set: SessionSet,
+    after: Option<SessionCursor>,
+    limit: usize,
+) -> Result<Vec<Session>, StoreError> {
+    match set {
+        SessionSet::Unfinished => {
             let begin = after.map_or_else(|| UNFINISHED.to_vec(), |after| unfinished_key(&after));
             let keys = view.keys_after(UNFINISHED, &begin, limit)?;
             keys.iter().map(|key| listed_session(view, key)).collect()
         }
-        Listed::All => {
+        SessionSet::All => {
             let begin = after.map_or_else(|| SESSION.to_vec(), |after| session_key(&after.id));
             let keys = view.keys_after(SESSION, &begin, limit)?;
-            keys.iter().map(|key| session_that_must_be(view, key.get(SESSION.len()..).unwrap_or_default())).collect()
+            keys.iter().map(|key| require_session(view, key.get(SESSION.len()..).unwrap_or_default())).collect()
         }
     }
 }
 
-/// The session whose ID a key holds, and the chip's sessions before it.
-fn with_those_before(view: &View<'_>, key: &[u8], limit: usize) -> Result<Vec<Session>, StoreError> {
-    let (mut found, mut next) = (Vec::new(), named_session(view, key)?);
+/// The session whose ID is stored under a chip's index key, followed by the chip's earlier sessions.
+fn chip_sessions(view: &View<'_>, key: &[u8], limit: usize) -> Result<Vec<Session>, StoreError> {
+    let (mut found, mut next) = (Vec::new(), session_by_index(view, key)?);
     while let Some(session) = next.filter(|_| found.len() < limit) {
-        next = named_session(view, &before_key(&session.id))?;
+        next = session_by_index(view, &previous_key(&session.id))?;
         found.push(session);
     }
     Ok(found)
 }
 
-/// The session that an entry of the list of unfinished ones names.
+/// The session of a key of the list of unfinished sessions.
 fn listed_session(view: &View<'_>, key: &[u8]) -> Result<Session, StoreError> {
-    session_that_must_be(view, key.get(1 + size_of::<u64>()..).unwrap_or_default())
+    require_session(view, key.get(1 + size_of::<u64>()..).unwrap_or_default())
 }
 
-fn session_that_must_be(view: &View<'_>, id: &[u8]) -> Result<Session, StoreError> {
+fn require_session(view: &View<'_>, id: &[u8]) -> Result<Session, StoreError> {
     let id = SessionId::from_bytes(id).map_err(|e| view.damaged("a session ID".into(), e))?;
-    session(view, &id)?.ok_or_else(|| view.damaged(format!("session {id}"), "it is named but not there"))
+    session(view, &id)?.ok_or_else(|| view.damaged(format!("session {id}"), "referenced but missing"))
 }
 
 fn counts(view: &View<'_>) -> Result<SessionCounts, StoreError> {
-    view.get(COUNTS, || "the counts".into())?.ok_or_else(|| view.damaged("the counts".into(), "they are not there"))
+    let name = || "the session counts".to_owned();
+    view.get(COUNTS, name)?.ok_or_else(|| view.damaged(name(), "missing"))
 }
 
-fn other_state(session: &Session, needed: StateName) -> StoreError {
-    StoreError::OtherState { session: session.id, found: session.state.name(), needed }
+fn wrong_state(session: &Session, needed: StateName) -> StoreError {
+    StoreError::WrongState { session: session.id, found: session.state.name(), needed }
 }
 
 const COUNTS: &[u8] = b"n";
@@ -286,7 +292,7 @@ fn session_key(id: &SessionId) -> Vec<u8> {
     [SESSION, id.as_bytes().as_slice()].concat()
 }
 
-fn before_key(id: &SessionId) -> Vec<u8> {
+fn previous_key(id: &SessionId) -> Vec<u8> {
     [b"q", id.as_bytes().as_slice()].concat()
 }
 
@@ -298,6 +304,6 @@ pub(super) fn identity_key(identity: &DeviceIdentity) -> Vec<u8> {
     [b"i", identity.to_string().as_bytes()].concat()
 }
 
-fn unfinished_key(place: &SessionPlace) -> Vec<u8> {
-    [UNFINISHED, place.created.to_be_bytes().as_slice(), place.id.as_bytes()].concat()
+fn unfinished_key(cursor: &SessionCursor) -> Vec<u8> {
+    [UNFINISHED, cursor.created.to_be_bytes().as_slice(), cursor.id.as_bytes()].concat()
 }

@@ -1,4 +1,4 @@
-//! Return values by name.
+//! Parses PKCS#11 return values by name.
 
 use cryptoki_sys as sys;
 
@@ -40,7 +40,7 @@ values![
     CKR_CRYPTOKI_NOT_INITIALIZED,
 ];
 
-/// `CKR_DEVICE_ERROR`, or a vendor's value as `0x80000001`.
+/// Parses a name (`CKR_DEVICE_ERROR`) or a vendor's value (`0x80000001`).
 pub(crate) fn value(name: &str) -> Option<sys::CK_RV> {
     if let Some(digits) = name.strip_prefix("0x") {
         return sys::CK_RV::from_str_radix(digits, 16).ok();

@@ -1,7 +1,7 @@
-//! A PKCS#11 module for tests: everything goes on to a real module (`FAULTY_HSM_MODULE`), and fails as the control file
-//! (`FAULTY_HSM_CONTROL`) says at that moment. The file's form is in `control`.
+//! A PKCS#11 module for tests: forwards every call to a real module (`FAULTY_HSM_MODULE`) and injects the faults that the control
+//! file (`FAULTY_HSM_CONTROL`) currently lists. `control` documents the file format.
 #![allow(non_snake_case, reason = "the functions have the names of the standard")]
-#![allow(unsafe_op_in_unsafe_fn, reason = "each function is a C call that passes its arguments on")]
+#![allow(unsafe_op_in_unsafe_fn, reason = "each function is a C call that forwards its arguments")]
 
 mod ckr;
 mod control;
@@ -27,31 +27,31 @@ struct Module {
     faulty: CK_FUNCTION_LIST,
 }
 
-// SAFETY: function pointers that never change; the functions behind them are those of a module that may be called by any thread.
+// SAFETY: the function pointers never change, and the module's functions may be called by any thread.
 unsafe impl Send for Module {}
 // SAFETY: as above.
 unsafe impl Sync for Module {}
 
 static MODULE: OnceLock<Option<Module>> = OnceLock::new();
 static CONTROL: Mutex<Option<Control>> = Mutex::new(None);
-/// When each session was used last.
+/// The time of each session's last use.
 static USED: Mutex<BTreeMap<CK_SESSION_HANDLE, Instant>> = Mutex::new(BTreeMap::new());
 
-fn variable(name: &str) -> Option<PathBuf> {
+fn path_variable(name: &str) -> Option<PathBuf> {
     let value = std::env::var_os(name).map(PathBuf::from);
     if value.is_none() {
-        eprintln!("faulty-hsm: the environment has no {name}");
+        eprintln!("faulty-hsm: environment variable {name} is not set");
     }
     value
 }
 
 fn load() -> Option<Module> {
-    let path = variable("FAULTY_HSM_MODULE")?;
-    *CONTROL.lock().unwrap_or_else(PoisonError::into_inner) = Some(Control::new(variable("FAULTY_HSM_CONTROL")?));
-    // SAFETY: the real module is one that the test has named, and any program may load it.
+    let path = path_variable("FAULTY_HSM_MODULE")?;
+    *CONTROL.lock().unwrap_or_else(PoisonError::into_inner) = Some(Control::new(path_variable("FAULTY_HSM_CONTROL")?));
+    // SAFETY: the test has named the real module, which any program may load.
     let library = unsafe { cryptoki_sys::Pkcs11::new(path) }.ok()?;
     let mut list: *mut CK_FUNCTION_LIST = std::ptr::null_mut();
-    // SAFETY: the standard's way to the function list: a pointer to a pointer that the module sets.
+    // SAFETY: as the standard requires, the argument is a pointer to a pointer that the module sets.
     let real = unsafe {
         if library.C_GetFunctionList(&raw mut list) != CKR_OK || list.is_null() {
             return None;
@@ -68,7 +68,7 @@ fn module() -> Option<&'static Module> {
 /// The one symbol that a PKCS#11 v2.40 module needs.
 ///
 /// # Safety
-/// `list` is where the caller wants the pointer to the function list.
+/// `list` is null, or points to memory for the pointer to the function list.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn C_GetFunctionList(list: *mut *mut CK_FUNCTION_LIST) -> CK_RV {
     match module() {
@@ -80,60 +80,60 @@ pub unsafe extern "C" fn C_GetFunctionList(list: *mut *mut CK_FUNCTION_LIST) -> 
     }
 }
 
-/// What a function is to do after its control was asked.
-enum Go {
-    On,
-    Back(CK_RV),
-    Then(Action),
+/// How a function continues after the control file was consulted.
+enum Next {
+    Forward,
+    Return(CK_RV),
+    ForwardWith(Action),
 }
 
-fn before(function: &str) -> Go {
-    let met = {
+fn before(function: &str) -> Next {
+    let action = {
         let mut control = CONTROL.lock().unwrap_or_else(PoisonError::into_inner);
-        control.as_mut().and_then(|control| control.meet(function))
+        control.as_mut().and_then(|control| control.next_action(function))
     };
-    match met {
-        None => Go::On,
-        Some(Action::Return(code)) => Go::Back(code),
+    match action {
+        None => Next::Forward,
+        Some(Action::Return(code)) => Next::Return(code),
         Some(Action::Sleep(time)) => {
             std::thread::sleep(time);
-            Go::On
+            Next::Forward
         }
         Some(Action::Hang) => loop {
             std::thread::park();
         },
         Some(Action::Crash) => std::process::abort(),
         Some(Action::DropSessions) => {
-            each_slot(|real, slot| {
+            for_each_slot(|real, slot| {
                 if let Some(close) = real.C_CloseAllSessions {
-                    // SAFETY: a slot that the module itself has listed.
+                    // SAFETY: the module itself has listed the slot.
                     unsafe { close(slot) };
                 }
             });
-            Go::On
+            Next::Forward
         }
         Some(Action::Logout) => {
-            each_slot(log_out);
-            Go::On
+            for_each_slot(log_out);
+            Next::Forward
         }
-        Some(Action::Away) if matches!(function, "C_Initialize" | "C_Finalize" | "C_GetInfo") => Go::On,
-        Some(Action::Away) if function == "C_GetSlotList" => Go::Then(Action::Away),
-        Some(Action::Away) => Go::Back(CKR_DEVICE_REMOVED),
-        Some(action @ (Action::Flip | Action::Short | Action::Keypad | Action::Idle(_))) => Go::Then(action),
+        Some(Action::TokenRemoved) if matches!(function, "C_Initialize" | "C_Finalize" | "C_GetInfo") => Next::Forward,
+        Some(Action::TokenRemoved) if function == "C_GetSlotList" => Next::ForwardWith(Action::TokenRemoved),
+        Some(Action::TokenRemoved) => Next::Return(CKR_DEVICE_REMOVED),
+        Some(action @ (Action::Flip | Action::Short | Action::Keypad | Action::Idle(_))) => Next::ForwardWith(action),
     }
 }
 
-/// Ends the sessions that nobody has used for so long, before this one is used.
+/// Closes the sessions that were idle for longer than the limit, and records the use of this session.
 fn end_idle_sessions(session: u64, limit: Duration) {
     let mut used = USED.lock().unwrap_or_else(PoisonError::into_inner);
     let Some(close) = module().and_then(|module| module.real.C_CloseSession) else { return };
-    used.retain(|idle, last| {
-        let ends = last.elapsed() > limit;
-        if ends {
-            // SAFETY: a session of this module, or a handle that it refuses.
-            unsafe { close(*idle) };
+    used.retain(|session, last| {
+        let is_idle = last.elapsed() > limit;
+        if is_idle {
+            // SAFETY: the handle is a session of this module, or the module refuses it.
+            unsafe { close(*session) };
         }
-        !ends
+        !is_idle
     });
     used.entry(session).and_modify(|last| *last = Instant::now());
 }
@@ -142,24 +142,24 @@ fn session_opened(session: CK_SESSION_HANDLE) {
     USED.lock().unwrap_or_else(PoisonError::into_inner).insert(session, Instant::now());
 }
 
-fn each_slot(act: impl Fn(&CK_FUNCTION_LIST, CK_SLOT_ID)) {
+fn for_each_slot(visit: impl Fn(&CK_FUNCTION_LIST, CK_SLOT_ID)) {
     let Some(module) = module() else { return };
     let Some(list) = module.real.C_GetSlotList else { return };
     let mut slots: [CK_SLOT_ID; 64] = [0; 64];
     let mut count: CK_ULONG = 64;
-    // SAFETY: the array has as many places as the count says.
+    // SAFETY: `count` is the length of the array.
     if unsafe { list(1, slots.as_mut_ptr(), &raw mut count) } == CKR_OK {
-        slots.iter().take(count as usize).for_each(|slot| act(&module.real, *slot));
+        slots.iter().take(count as usize).for_each(|slot| visit(&module.real, *slot));
     }
 }
 
-/// The login is the token's: any session ends it for all.
+/// Logs out through a new session. A login applies to the token, so this logs out all sessions.
 fn log_out(real: &CK_FUNCTION_LIST, slot: CK_SLOT_ID) {
     let (Some(open), Some(logout), Some(close)) = (real.C_OpenSession, real.C_Logout, real.C_CloseSession) else {
         return;
     };
     let mut session: CK_SESSION_HANDLE = 0;
-    // SAFETY: a slot that the module itself has listed, and the session that it then gave.
+    // SAFETY: the module itself has listed the slot and opened the session.
     unsafe {
         if open(slot, CKF_SERIAL_SESSION, std::ptr::null_mut(), None, &raw mut session) == CKR_OK {
             logout(session);
@@ -168,58 +168,61 @@ fn log_out(real: &CK_FUNCTION_LIST, slot: CK_SLOT_ID) {
     }
 }
 
-/// C_Login. With a keypad it waits for a person, who is the file `FAULTY_HSM_KEYPAD`, and takes no PIN from the program.
+/// C_Login. With a keypad it takes the PIN from the file `FAULTY_HSM_KEYPAD`, which stands for a person, and none from the
+/// program.
 unsafe extern "C" fn login(session: CK_SESSION_HANDLE, user: CK_USER_TYPE, pin: *mut CK_BYTE, len: CK_ULONG) -> CK_RV {
     let Some(real) = module().and_then(|module| module.real.C_Login) else { return CKR_GENERAL_ERROR };
     match before("C_Login") {
-        Go::Back(code) => code,
-        Go::Then(Action::Keypad) if !pin.is_null() => CKR_ARGUMENTS_BAD,
-        Go::Then(Action::Keypad) => match variable("FAULTY_HSM_KEYPAD").and_then(|path| std::fs::read(path).ok()) {
-            Some(mut typed) => real(session, user, typed.as_mut_ptr(), typed.len() as CK_ULONG),
-            None => CKR_FUNCTION_CANCELED,
-        },
-        Go::On | Go::Then(_) => real(session, user, pin, len),
+        Next::Return(code) => code,
+        Next::ForwardWith(Action::Keypad) if !pin.is_null() => CKR_ARGUMENTS_BAD,
+        Next::ForwardWith(Action::Keypad) => {
+            match path_variable("FAULTY_HSM_KEYPAD").and_then(|path| std::fs::read(path).ok()) {
+                Some(mut typed) => real(session, user, typed.as_mut_ptr(), typed.len() as CK_ULONG),
+                None => CKR_FUNCTION_CANCELED,
+            }
+        }
+        Next::Forward | Next::ForwardWith(_) => real(session, user, pin, len),
     }
 }
 
-/// Changes what came back.
+/// Modifies the output of a call.
 ///
 /// # Safety
-/// `bytes` is null, or has `len` bytes, as the module said.
-unsafe fn spoil(action: &Action, bytes: *mut CK_BYTE, len: *mut CK_ULONG) {
+/// `bytes` is null or points to `*len` bytes, as set by the module.
+unsafe fn corrupt(action: &Action, bytes: *mut CK_BYTE, len: *mut CK_ULONG) {
     if len.is_null() || *len == 0 {
         return;
     }
     match action {
         Action::Flip if !bytes.is_null() => *bytes.add(*len as usize / 2) ^= 1,
-        // Where the caller only asks how long it will be, that is what is told.
+        // If the caller queries the length only, the length is one byte too short.
         Action::Short => *len -= 1,
         _ => {}
     }
 }
 
-/// A function's first argument, with its name.
+/// The name and the value of a function's first argument.
 macro_rules! first {
     ($first:ident $(, $rest:ident)*) => {
         (stringify!($first), $first as usize as u64)
     };
 }
 
-/// Defines a function that goes on to the real one; `after` sees the answer and what is to be done to it.
+/// Defines functions that forward to the real ones. `after` runs on a successful answer, with the action to apply.
 macro_rules! functions {
     ($($name:ident($($arg:ident: $type:ty),*) $(after($action:ident) $after:block)?;)*) => {
         $(
             unsafe extern "C" fn $name($($arg: $type),*) -> CK_RV {
-                let go = before(stringify!($name));
-                if let (Go::Then(Action::Idle(limit)), ("session", session)) = (&go, first!($($arg),*)) {
+                let next = before(stringify!($name));
+                if let (Next::ForwardWith(Action::Idle(limit)), ("session", session)) = (&next, first!($($arg),*)) {
                     end_idle_sessions(session, *limit);
                 }
-                if let Go::Back(code) = go {
+                if let Next::Return(code) = next {
                     return code;
                 }
                 let Some(real) = module().and_then(|module| module.real.$name) else { return CKR_GENERAL_ERROR };
                 let answer = real($($arg),*);
-                $(if let (CKR_OK, Go::Then($action)) = (answer, &go) $after)?
+                $(if let (CKR_OK, Next::ForwardWith($action)) = (answer, &next) $after)?
                 answer
             }
         )*
@@ -238,7 +241,7 @@ functions! {
     C_Finalize(reserved: *mut c_void);
     C_GetInfo(info: *mut CK_INFO);
     C_GetSlotList(present: CK_BBOOL, slots: *mut CK_SLOT_ID, count: *mut CK_ULONG) after(action) {
-        if matches!(action, Action::Away) && !count.is_null() {
+        if matches!(action, Action::TokenRemoved) && !count.is_null() {
             *count = 0;
         }
     };
@@ -283,9 +286,9 @@ functions! {
         template: *mut CK_ATTRIBUTE,
         count: CK_ULONG
     ) after(action) {
-        // The first attribute alone: what a key pair is asked for its public half.
+        // Only the first attribute, which is the public key when a new pair is read.
         if count > 0 && !template.is_null() {
-            spoil(action, (*template).pValue.cast(), &raw mut (*template).ulValueLen);
+            corrupt(action, (*template).pValue.cast(), &raw mut (*template).ulValueLen);
         }
     };
     C_FindObjectsInit(session: CK_SESSION_HANDLE, template: *mut CK_ATTRIBUTE, count: CK_ULONG);
@@ -303,7 +306,7 @@ functions! {
         data_len: CK_ULONG,
         signature: *mut CK_BYTE,
         len: *mut CK_ULONG
-    ) after(action) { spoil(action, signature, len); };
+    ) after(action) { corrupt(action, signature, len); };
     C_GenerateKey(
         session: CK_SESSION_HANDLE,
         mechanism: *mut CK_MECHANISM,
@@ -328,7 +331,7 @@ functions! {
         key: CK_OBJECT_HANDLE,
         wrapped: *mut CK_BYTE,
         len: *mut CK_ULONG
-    ) after(action) { spoil(action, wrapped, len); };
+    ) after(action) { corrupt(action, wrapped, len); };
     C_UnwrapKey(
         session: CK_SESSION_HANDLE,
         mechanism: *mut CK_MECHANISM,

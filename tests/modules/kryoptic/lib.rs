@@ -1,1 +1,1 @@
-//! Nothing: the module is a dependency.
+//! Empty: the module is a dependency.

@@ -1,4 +1,4 @@
-//! The stores' doors, which fail when told to: before the engine was asked, or after it has done what it was asked.
+//! Stores that inject faults: a write fails before or after the underlying store has performed it.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -8,14 +8,14 @@ use async_trait::async_trait;
 use spp::keys::{KeyKind, StoreId, StoredKey, TokenPair};
 use spp::names::{ChipId, DeviceIdentity, SessionId};
 use spp::store::{
-    AuditCheckpoint, Batch, BatchStep, CondemnedPair, DeviceRecord, HeldPair, InFlightPublication, KeyStorage, Listed,
-    MovedPair, PairCounts, PairId, PairToReserve, PooledPair, ProductionCounts, ProductionSlot, PublicDatabase,
-    Publication, PublishError, PublishedRecord, Purpose, RegistryStatus, ReserveError, SecretStore, Session,
-    SessionCounts, SessionPlace, SessionState, StateName, StateStore, StoreError, UniqueKey,
+    AuditCheckpoint, Batch, BatchPair, BatchStep, DeviceRecord, InFlightPublication, KeyStorage, PairCounts, PairId,
+    PairToDestroy, PairToReserve, PooledPair, ProductionCounts, ProductionSlot, PublicDatabase, Publication,
+    PublishError, PublishedRecord, Purpose, RegistryStatus, ReserveError, RewrappedPair, SecretStore, Session,
+    SessionCounts, SessionCursor, SessionSet, SessionState, StateName, StateStore, StoreError, UniqueKey,
 };
 use spp::tlog::{LogProof, SignedCheckpoint, TileId};
 
-/// A write of either store, by what it does for the story.
+/// The provisioning writes of both stores.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Write {
     Reserve,
@@ -26,50 +26,50 @@ pub enum Write {
     Abort,
 }
 
-/// How a write breaks. The caller cannot tell one from the other.
+/// How a write fails. The caller cannot distinguish the modes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Break {
+pub enum FaultMode {
     Failed,
     FailedButPersisted,
 }
 
-/// What breaks next, and what was written. Shared by both stores.
+/// Scheduled faults, and the writes so far. Shared by both stores.
 #[derive(Default)]
 pub struct Faults(Mutex<Plan>);
 
 #[derive(Default)]
 struct Plan {
-    /// The disk has no room for new devices and new pairs.
+    /// The disk is full for new devices and new pairs.
     full: bool,
     written: Vec<Write>,
-    /// For each write to come: how it breaks, if it does. What is beyond the end goes well.
-    next: VecDeque<Option<Break>>,
+    /// Fault of each upcoming write, if any. Writes beyond the end succeed.
+    next: VecDeque<Option<FaultMode>>,
     after: Option<(Write, Box<dyn FnOnce() + Send>)>,
 }
 
 impl Faults {
-    /// The n-th write from now breaks, counted from 0.
-    pub fn break_nth(&self, n: usize, how: Break) {
-        let next = std::iter::repeat_n(None, n).chain([Some(how)]).collect();
+    /// Makes the n-th write from now fail, counted from 0.
+    pub fn fail_nth(&self, n: usize, mode: FaultMode) {
+        let next = std::iter::repeat_n(None, n).chain([Some(mode)]).collect();
         self.0.lock().unwrap().next = next;
     }
 
-    /// Nothing breaks any more; whether something was still to break.
+    /// Cancels scheduled faults. Returns whether any were left.
     pub fn disarm(&self) -> bool {
         std::mem::take(&mut self.0.lock().unwrap().next).iter().any(Option::is_some)
     }
 
-    /// There is room on the disk, or none for anything new.
+    /// Sets whether the disk is full for new devices and pairs.
     pub fn set_full(&self, full: bool) {
         self.0.lock().unwrap().full = full;
     }
 
-    /// Something is done right after the next such write, before its caller goes on.
+    /// Runs an action right after the next such write, before its caller continues.
     pub fn after(&self, write: Write, then: impl FnOnce() + Send + 'static) {
         self.0.lock().unwrap().after = Some((write, Box::new(then)));
     }
 
-    /// The writes that were asked for since the last look.
+    /// Takes the writes requested since the last call.
     pub fn take_written(&self) -> Vec<Write> {
         std::mem::take(&mut self.0.lock().unwrap().written)
     }
@@ -79,32 +79,33 @@ impl Faults {
         write: Write,
         engine: impl Future<Output = Result<T, E>>,
     ) -> Result<T, E> {
-        let broken = {
+        let fault = {
             let mut plan = self.0.lock().unwrap();
             plan.written.push(write);
             plan.next.pop_front().flatten()
         };
-        let failed = || StoreError::Failed { store: "test", doing: "writing", cause: format!("{write:?} {broken:?}") };
-        if broken == Some(Break::Failed) {
+        let failed =
+            || StoreError::Failed { store: "test", operation: "writing", cause: format!("{write:?} {fault:?}") };
+        if fault == Some(FaultMode::Failed) {
             return Err(failed().into());
         }
-        let done = engine.await?;
+        let result = engine.await?;
         let then = self.0.lock().unwrap().after.take_if(|(after, _)| *after == write);
         if let Some((_, then)) = then {
             then();
         }
-        if broken.is_some() { Err(failed().into()) } else { Ok(done) }
+        if fault.is_some() { Err(failed().into()) } else { Ok(result) }
     }
 }
 
-/// A store behind such a door.
-pub struct Breaking<S> {
+/// A store that injects faults.
+pub struct FaultyStore<S> {
     pub engine: Arc<S>,
     pub faults: Arc<Faults>,
 }
 
 #[async_trait]
-impl<S: StateStore> StateStore for Breaking<S> {
+impl<S: StateStore> StateStore for FaultyStore<S> {
     async fn reserve(&self, session: &Session, pair: Option<&PairToReserve>) -> Result<(), ReserveError> {
         self.faults.write(Write::Reserve, self.engine.reserve(session, pair)).await
     }
@@ -132,8 +133,8 @@ impl<S: StateStore> StateStore for Breaking<S> {
         self.engine.session_of_identity(identity).await
     }
 
-    async fn kept_key(&self, session: &SessionId) -> Result<Option<StoredKey>, StoreError> {
-        self.engine.kept_key(session).await
+    async fn stored_key(&self, session: &SessionId) -> Result<Option<StoredKey>, StoreError> {
+        self.engine.stored_key(session).await
     }
 
     async fn unfinished(&self) -> Result<Vec<Session>, StoreError> {
@@ -142,11 +143,11 @@ impl<S: StateStore> StateStore for Breaking<S> {
 
     async fn sessions(
         &self,
-        which: Listed,
-        after: Option<SessionPlace>,
+        set: SessionSet,
+        after: Option<SessionCursor>,
         limit: usize,
     ) -> Result<Vec<Session>, StoreError> {
-        self.engine.sessions(which, after, limit).await
+        self.engine.sessions(set, after, limit).await
     }
 
     async fn sessions_of_chip(&self, chip: &ChipId, limit: usize) -> Result<Vec<Session>, StoreError> {
@@ -166,14 +167,14 @@ impl<S: StateStore> StateStore for Breaking<S> {
         self.engine.production(hours, after, limit).await
     }
 
-    fn room(&self) -> Result<(u64, u64), StoreError> {
-        let (free, floor) = self.engine.room()?;
+    fn disk_space(&self) -> Result<(u64, u64), StoreError> {
+        let (free, floor) = self.engine.disk_space()?;
         Ok(if self.faults.0.lock().unwrap().full { (floor - 1, floor) } else { (free, floor) })
     }
 }
 
 #[async_trait]
-impl<S: PublicDatabase> PublicDatabase for Breaking<S> {
+impl<S: PublicDatabase> PublicDatabase for FaultyStore<S> {
     async fn publish(&self, record: &DeviceRecord) -> Result<Publication, PublishError> {
         self.faults.write(Write::Publish, self.engine.publish(record)).await
     }
@@ -227,13 +228,14 @@ impl<S: PublicDatabase> PublicDatabase for Breaking<S> {
     }
 }
 
-/// The pool's own writes break by a plan of their own: they come whenever the pool finds something to do.
-pub struct BreakingPool<S> {
+/// A secret store that injects faults into the pool's writes. The pool writes in the background, so its faults are selected by
+/// the kind of write.
+pub struct FaultySecretStore<S> {
     pub engine: Arc<S>,
     pub faults: Arc<PoolFaults>,
 }
 
-/// A write of the secret store that the pool asks for.
+/// The writes of the pool to the secret store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PoolWrite {
     Plan,
@@ -248,18 +250,18 @@ pub enum PoolWrite {
     Destroyed,
 }
 
-/// Which of the pool's writes breaks next.
+/// The scheduled fault of a pool write.
 #[derive(Default)]
-pub struct PoolFaults(Mutex<Option<(PoolWrite, Break)>>);
+pub struct PoolFaults(Mutex<Option<(PoolWrite, FaultMode)>>);
 
 impl PoolFaults {
-    /// The next write of that name breaks, once.
-    pub fn break_next(&self, write: PoolWrite, how: Break) {
-        *self.0.lock().unwrap() = Some((write, how));
+    /// Makes the next write of this kind fail, once.
+    pub fn fail_next(&self, write: PoolWrite, mode: FaultMode) {
+        *self.0.lock().unwrap() = Some((write, mode));
     }
 
-    /// Whether it broke.
-    pub fn have_struck(&self) -> bool {
+    /// Whether the scheduled fault has occurred.
+    pub fn has_fired(&self) -> bool {
         self.0.lock().unwrap().is_none()
     }
 
@@ -268,18 +270,19 @@ impl PoolFaults {
         write: PoolWrite,
         engine: impl Future<Output = Result<T, StoreError>>,
     ) -> Result<T, StoreError> {
-        let broken = self.0.lock().unwrap().take_if(|(wanted, _)| *wanted == write).map(|(_, how)| how);
-        let failed = || StoreError::Failed { store: "test", doing: "writing", cause: format!("{write:?} {broken:?}") };
-        if broken == Some(Break::Failed) {
+        let fault = self.0.lock().unwrap().take_if(|(wanted, _)| *wanted == write).map(|(_, mode)| mode);
+        let failed =
+            || StoreError::Failed { store: "test", operation: "writing", cause: format!("{write:?} {fault:?}") };
+        if fault == Some(FaultMode::Failed) {
             return Err(failed());
         }
-        let done = engine.await?;
-        if broken.is_some() { Err(failed()) } else { Ok(done) }
+        let result = engine.await?;
+        if fault.is_some() { Err(failed()) } else { Ok(result) }
     }
 }
 
 #[async_trait]
-impl<S: SecretStore> SecretStore for BreakingPool<S> {
+impl<S: SecretStore> SecretStore for FaultySecretStore<S> {
     async fn origin(&self) -> Result<(StoreId, u64), StoreError> {
         self.engine.origin().await
     }
@@ -291,11 +294,11 @@ impl<S: SecretStore> SecretStore for BreakingPool<S> {
     async fn plan_batch(
         &self,
         purpose: Purpose,
-        keeping: KeyStorage,
+        storage: KeyStorage,
         at: u64,
         above: u64,
     ) -> Result<Batch, StoreError> {
-        self.faults.write(PoolWrite::Plan, self.engine.plan_batch(purpose, keeping, at, above)).await
+        self.faults.write(PoolWrite::Plan, self.engine.plan_batch(purpose, storage, at, above)).await
     }
 
     async fn step_batch(&self, number: u64, step: BatchStep) -> Result<Batch, StoreError> {
@@ -309,8 +312,8 @@ impl<S: SecretStore> SecretStore for BreakingPool<S> {
         self.faults.write(write, self.engine.step_batch(number, step)).await
     }
 
-    async fn forget_batch(&self, number: u64) -> Result<(), StoreError> {
-        self.faults.write(PoolWrite::Forget, self.engine.forget_batch(number)).await
+    async fn delete_batch(&self, number: u64) -> Result<(), StoreError> {
+        self.faults.write(PoolWrite::Forget, self.engine.delete_batch(number)).await
     }
 
     async fn add_pairs(&self, batch: u64, pairs: Vec<PooledPair>) -> Result<Batch, StoreError> {
@@ -326,20 +329,20 @@ impl<S: SecretStore> SecretStore for BreakingPool<S> {
         self.engine.ready_pairs(kind, after, limit).await
     }
 
-    async fn pairs_of_batch(&self, batch: u64, limit: usize) -> Result<Vec<HeldPair>, StoreError> {
+    async fn pairs_of_batch(&self, batch: u64, limit: usize) -> Result<Vec<BatchPair>, StoreError> {
         self.engine.pairs_of_batch(batch, limit).await
     }
 
-    async fn move_pairs(&self, from: u64, to: u64, pairs: Vec<MovedPair>) -> Result<u64, StoreError> {
+    async fn move_pairs(&self, from: u64, to: u64, pairs: Vec<RewrappedPair>) -> Result<u64, StoreError> {
         self.faults.write(PoolWrite::Move, self.engine.move_pairs(from, to, pairs)).await
     }
 
-    async fn condemned(&self, limit: usize) -> Result<Vec<CondemnedPair>, StoreError> {
-        self.engine.condemned(limit).await
+    async fn pairs_to_destroy(&self, limit: usize) -> Result<Vec<PairToDestroy>, StoreError> {
+        self.engine.pairs_to_destroy(limit).await
     }
 
-    async fn destroyed(&self, pair: &TokenPair) -> Result<(), StoreError> {
-        self.faults.write(PoolWrite::Destroyed, self.engine.destroyed(pair)).await
+    async fn confirm_destroyed(&self, pair: &TokenPair) -> Result<(), StoreError> {
+        self.faults.write(PoolWrite::Destroyed, self.engine.confirm_destroyed(pair)).await
     }
 
     async fn pair_counts(&self, kind: KeyKind) -> Result<PairCounts, StoreError> {

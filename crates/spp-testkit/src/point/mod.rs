@@ -1,10 +1,10 @@
-//! A processing point in the test's process: the real rooms, wired as `sppd` wires them, with breakable stores.
+//! An in-process processing point: the real modules, connected as in `sppd`, with stores that can fail.
 
 pub mod breaking;
 pub mod device;
 mod pool;
 
-pub use self::pool::assert_pool_is_whole;
+pub use self::pool::assert_pool_is_consistent;
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
@@ -26,25 +26,25 @@ use spp::store::{
 };
 use spp::tlog::LogKey;
 
-use self::breaking::{Breaking, BreakingPool, Faults, PoolFaults};
+use self::breaking::{Faults, FaultySecretStore, FaultyStore, PoolFaults};
 use crate::files::copy_directory;
 use crate::process::{Signal, program, send_if_running};
 use crate::site::Site;
 use crate::wait::eventually;
 
-/// Stores of tests are small, and a full disk is not what is tested here.
+/// Small stores without a reserve. A full disk is simulated by [`Faults`].
 pub const SMALL: StoreOptions = StoreOptions { floor_bytes: 1 << 20, reserve_bytes: 0, cache_bytes: 1 << 20 };
 const LIFETIME: Duration = Duration::from_secs(3600);
 
-/// A token with its keys and one worker, for many processing points one after the other; and a fab for their devices.
-pub struct House {
+/// A token with its keys, one worker, and a fab for the devices. Several processing points use it one after the other.
+pub struct TestBed {
     site: Site,
     pub hsm: Hsm,
     pub fab: SimulatedFab,
     points: AtomicU32,
 }
 
-impl House {
+impl TestBed {
     pub async fn new() -> Self {
         Self::with_call_timeout(Duration::from_secs(30)).await
     }
@@ -54,7 +54,7 @@ impl House {
         add_pooled_profiles(&site);
         let mut config = DaemonConfig::load(&site.path("sppd.toml")).unwrap().hsms.members()[0].clone();
         config.call_timeout = call_timeout;
-        config.worker_program = worker_that_tells_its_pid(&site);
+        config.worker_program = worker_with_pid_file(&site);
         let manufacturer = config.keys.signing_key(&"manufacturer".parse().unwrap()).unwrap().public_key.clone();
         let fab = SimulatedFab::create(site.path("fab"), manufacturer, None).unwrap();
         let hsm = Hsm::start(config);
@@ -68,12 +68,12 @@ impl House {
         self.point_with(PoolRules { pools, ..PoolRules::default() })
     }
 
-    /// The same with other pools.
+    /// Creates a processing point with these pools.
     pub fn point_with(&self, rules: PoolRules) -> Point<'_> {
         let directory = self.site.path(&format!("point-{}", self.points.fetch_add(1, Ordering::Relaxed)));
         std::fs::create_dir(&directory).unwrap();
         let (time, faults, pool_faults) = (Arc::default(), Arc::default(), Arc::default());
-        let mut point = Point { house: self, directory, time, faults, pool_faults, rules, running: None };
+        let mut point = Point { testbed: self, directory, time, faults, pool_faults, rules, running: None };
         let state = SledStateStore::create(&point.state_directory(), &SMALL).unwrap();
         TransparencyLog::create(&point.public_directory(), &SMALL).unwrap();
         let public = point.open_log();
@@ -81,7 +81,7 @@ impl House {
         point
     }
 
-    /// What `sppd.toml` and the profiles say, as `sppd` reads them.
+    /// The configuration, read as `sppd` reads it.
     fn config(&self) -> DaemonConfig {
         DaemonConfig::load(&self.site.path("sppd.toml")).unwrap()
     }
@@ -95,20 +95,20 @@ impl House {
     }
 }
 
-/// The HSM's worker process, whichever it is by then.
+/// The current HSM worker process.
 pub struct Worker {
     pid_file: PathBuf,
 }
 
 impl Worker {
-    /// kill -9. One that noticed that its token is gone may have ended by itself.
+    /// Sends SIGKILL. A worker whose token is missing may have ended already.
     pub fn kill(&self) {
         let pid = std::fs::read_to_string(&self.pid_file).unwrap();
         send_if_running(pid.trim().parse().unwrap(), Signal::KILL);
     }
 }
 
-/// Profiles that take a P-256 pair from the pool.
+/// Adds profiles that take a P-256 pair from the pool.
 fn add_pooled_profiles(site: &Site) {
     let router = std::fs::read_to_string(site.path("profiles/router.toml")).unwrap().replace("ed25519", "p256");
     std::fs::write(site.path("profiles/pooled.toml"), &router).unwrap();
@@ -122,8 +122,8 @@ fn add_pooled_profiles(site: &Site) {
     );
 }
 
-/// The worker that a test can find and kill.
-fn worker_that_tells_its_pid(site: &Site) -> PathBuf {
+/// Creates a worker program that writes its PID to a file, so that a test can kill it.
+fn worker_with_pid_file(site: &Site) -> PathBuf {
     let (script, pid) = (site.path("worker.sh"), site.path("worker.pid"));
     std::fs::write(
         &script,
@@ -134,11 +134,11 @@ fn worker_that_tells_its_pid(site: &Site) -> PathBuf {
     script
 }
 
-/// A processing point, running or stopped. What it keeps is in two directories.
+/// A processing point, running or stopped. Its data is in two directories.
 pub struct Point<'a> {
-    pub house: &'a House,
+    pub testbed: &'a TestBed,
     directory: PathBuf,
-    /// Seconds by which its clock is ahead.
+    /// Offset of its clock in seconds.
     time: Arc<AtomicU64>,
     pub faults: Arc<Faults>,
     pub pool_faults: Arc<PoolFaults>,
@@ -147,7 +147,7 @@ pub struct Point<'a> {
 }
 
 struct Running {
-    /// The pool's tasks; dropping them is a kill.
+    /// The pool's tasks. Aborting them simulates a kill.
     pool: tokio::task::JoinHandle<()>,
     provisioner: Arc<Provisioner>,
     state: Arc<SledStateStore>,
@@ -159,12 +159,12 @@ impl Point<'_> {
         &self.running().provisioner
     }
 
-    /// The engine behind the door, to look at.
+    /// The underlying store, for assertions.
     pub fn state(&self) -> &SledStateStore {
         &self.running().state
     }
 
-    /// The engine behind the door, to look at.
+    /// The underlying store, for assertions.
     pub fn public(&self) -> &TransparencyLog {
         &self.running().public
     }
@@ -177,13 +177,13 @@ impl Point<'_> {
         self.directory.join("public")
     }
 
-    /// The clock goes on until every session that is open now is over.
-    pub fn let_sessions_expire(&self) {
-        self.let_pass(LIFETIME + Duration::from_secs(1));
+    /// Advances the clock until all open sessions are expired.
+    pub fn expire_sessions(&self) {
+        self.advance_clock(LIFETIME + Duration::from_secs(1));
     }
 
-    /// The clock goes on.
-    pub fn let_pass(&self, time: Duration) {
+    /// Advances the clock.
+    pub fn advance_clock(&self, time: Duration) {
         self.time.fetch_add(time.as_secs(), Ordering::Relaxed);
     }
 
@@ -191,15 +191,15 @@ impl Point<'_> {
         self.provisioner().pool()
     }
 
-    /// How the pool of P-256 pairs stands.
+    /// The status of the P-256 pool.
     pub async fn p256(&self) -> KindStatus {
         let status = self.pool().status().await.unwrap();
         status.kinds.into_iter().find(|kind| kind.kind == KeyKind::P256).unwrap()
     }
 
-    /// Waits until so many pairs are ready and no more are being made.
-    pub async fn filled(&self, ready: u64) {
-        self.until("the pool is filled", async || {
+    /// Waits until at least `ready` pairs are ready and filling has stopped.
+    pub async fn wait_until_filled(&self, ready: u64) {
+        self.wait_until("the pool is wait_until_filled", async || {
             let status = self.p256().await;
             let batches = self.state().batches().await.unwrap();
             let for_sessions = |b: &Batch| b.purpose == Purpose::Sessions && b.state == BatchState::Open;
@@ -208,21 +208,21 @@ impl Point<'_> {
         .await;
     }
 
-    /// Waits until the pool has noticed that the store is an old copy, and has done what it does then.
-    pub async fn found_out(&self) {
-        self.until("it is found out", async || {
+    /// Waits until the pool has detected that the store is an old copy, and has quarantined its batches.
+    pub async fn wait_for_rollback_detection(&self) {
+        self.wait_until("it is found out", async || {
             let status = self.pool().status().await.unwrap();
             status.serving && status.rolled_back.is_some()
         })
         .await;
     }
 
-    /// Waits for what the pool's tasks do by themselves.
-    pub async fn until(&self, what: &str, mut done: impl AsyncFnMut() -> bool) {
+    /// Waits for background work of the pool.
+    pub async fn wait_until(&self, what: &str, mut done: impl AsyncFnMut() -> bool) {
         eventually(what, async || if done().await { Ok(()) } else { Err(self.pool().status().await) }).await;
     }
 
-    /// The end of a process: everything in memory is gone, the stores are closed.
+    /// Simulates the end of a process: drops all memory state and closes the stores.
     pub fn stop(&mut self) {
         let running = self.running.take().expect("it runs");
         assert_eq!(Arc::strong_count(&running.provisioner), 1, "a call still runs");
@@ -230,24 +230,24 @@ impl Point<'_> {
         self.faults.disarm();
     }
 
-    /// The start of a process: the stores as they are found on the disk.
+    /// Simulates the start of a process: opens the stores from disk.
     pub fn start(&mut self) {
         let state = SledStateStore::open(&self.state_directory(), &SMALL).unwrap();
         let public = self.open_log();
         self.run(state, public);
     }
 
-    /// A new process that takes up what the old one left, as `sppd` does when it starts.
+    /// Simulates a restart, including recovery, as `sppd` does.
     pub async fn restart(&mut self) -> spp::provisioning::RecoveryReport {
         self.stop();
-        // A worker ends with its daemon; the one of the house goes on, and what it is doing is done.
-        eventually("the HSM is idle", async || self.house.hsm.status().members[0].background_calls_in_flight == 0)
+        // A real worker ends with its daemon. The test bed's worker continues, so wait until it is idle.
+        eventually("the HSM is idle", async || self.testbed.hsm.status().members[0].background_calls_in_flight == 0)
             .await;
         self.start();
-        self.provisioner().restart().await.unwrap()
+        self.provisioner().resume_sessions().await.unwrap()
     }
 
-    /// A copy of a store's directory, taken while nothing runs.
+    /// Copies a store's directory while the point is stopped.
     pub fn copy(&self, of: &Path, name: &str) -> PathBuf {
         assert!(self.running.is_none(), "stop it first");
         let copy = self.directory.join(name);
@@ -255,32 +255,32 @@ impl Point<'_> {
         copy
     }
 
-    /// Somebody puts an old copy in the place of a store.
-    pub fn put_back(&self, copy: &Path, place: &Path) {
+    /// Restores an old copy of a store while the point is stopped.
+    pub fn restore_copy(&self, copy: &Path, place: &Path) {
         assert!(self.running.is_none(), "stop it first");
         std::fs::remove_dir_all(place).unwrap();
         copy_directory(copy, place);
     }
 
-    /// A copy of the state store as it is now; it goes on.
-    pub fn copy_of_state(&mut self, name: &str) -> PathBuf {
+    /// Copies the state store. Stops and starts the point.
+    pub fn copy_state(&mut self, name: &str) -> PathBuf {
         self.stop();
         let copy = self.copy(&self.state_directory(), name);
         self.start();
         copy
     }
 
-    /// Somebody puts the copy back and starts the processing point.
-    pub fn put_state_back(&mut self, copy: &Path) {
+    /// Restores a copy of the state store. Stops and starts the point.
+    pub fn restore_state(&mut self, copy: &Path) {
         self.stop();
-        self.put_back(copy, &self.state_directory());
+        self.restore_copy(copy, &self.state_directory());
         self.start();
     }
 
-    /// The log, whose checkpoints the house's HSM signs.
+    /// Opens the log. The test bed's HSM signs its checkpoints.
     fn open_log(&self) -> TransparencyLog {
-        let (directory, hsm) = (self.public_directory(), self.house.hsm.clone());
-        let registry = self.house.config().registry;
+        let (directory, hsm) = (self.public_directory(), self.testbed.hsm.clone());
+        let registry = self.testbed.config().registry;
         let signer = Arc::new(HsmSigner::new(hsm, registry.key.name, registry.key.key));
         tokio::task::block_in_place(|| {
             let opened = TransparencyLog::open(&directory, &SMALL, signer, registry.settings);
@@ -288,9 +288,9 @@ impl Point<'_> {
         })
     }
 
-    /// What receipts are verified with.
+    /// The key that verifies receipts.
     pub fn log_key(&self) -> LogKey {
-        self.house.config().registry.key.key
+        self.testbed.config().registry.key.key
     }
 
     /// The newest record of a chip.
@@ -301,16 +301,16 @@ impl Point<'_> {
     fn run(&mut self, state: SledStateStore, public: TransparencyLog) {
         let (state, public) = (Arc::new(state), Arc::new(public));
         let faults = &self.faults;
-        let journal = Journal::new(Arc::new(Breaking { engine: state.clone(), faults: faults.clone() }));
-        let registry = Registry::new(Arc::new(Breaking { engine: public.clone(), faults: faults.clone() }));
-        let devices = Policy::new(&self.house.config());
-        let hsm = self.house.hsm.clone();
+        let journal = Journal::new(Arc::new(FaultyStore { engine: state.clone(), faults: faults.clone() }));
+        let registry = Registry::new(Arc::new(FaultyStore { engine: public.clone(), faults: faults.clone() }));
+        let devices = Policy::new(&self.testbed.config());
+        let hsm = self.testbed.hsm.clone();
         let ahead = Arc::clone(&self.time);
         let clock = Clock::of(move || 1_800_000_000 + ahead.load(Ordering::Relaxed));
-        let secrets = Arc::new(BreakingPool { engine: state.clone(), faults: self.pool_faults.clone() });
+        let secrets = Arc::new(FaultySecretStore { engine: state.clone(), faults: self.pool_faults.clone() });
         let pacing = PoolPacing { poll_interval: Duration::from_millis(50), pause: Duration::from_millis(50) };
-        let (rules, also) = (PoolRules { pacing, ..self.rules.clone() }, (journal.clone(), registry.clone()));
-        let pool = KeyPool::new(hsm.clone(), secrets, also.0, also.1, rules, clock.clone());
+        let (rules, stores) = (PoolRules { pacing, ..self.rules.clone() }, (journal.clone(), registry.clone()));
+        let pool = KeyPool::new(hsm.clone(), secrets, stores.0, stores.1, rules, clock.clone());
         let running = tokio::spawn(Arc::clone(&pool).run());
         let provisioner = Provisioner::new(hsm, journal, registry, pool, state.clone(), devices, LIFETIME);
         let provisioner = Arc::new(provisioner.with_clock(clock));

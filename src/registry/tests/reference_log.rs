@@ -1,4 +1,4 @@
-//! A manufacturer's log with real devices, a mirror of it, and copies for whoever wants to tamper with them.
+//! A log of devices with real certificates, its mirror, and copies for tampering tests.
 
 use std::sync::LazyLock;
 
@@ -13,7 +13,7 @@ use crate::keys::{DevicePrivateKey, SignatureAlgorithm, generate_p256, sha256};
 
 pub(super) const P256: SignatureAlgorithm = SignatureAlgorithm::EcdsaP256Sha256;
 pub(super) const NOW: u64 = 1_767_225_600;
-/// Two full bundles and a part of a third.
+/// Two full bundles and a partial third one.
 pub(super) const ENTRIES: u64 = 600;
 pub(super) const PROFILE: &str = r#"
 identities = ["serial"]
@@ -23,7 +23,7 @@ key_pair.source = "generate"
 key_pair.kind = "p256"
 "#;
 
-/// Who makes the devices.
+/// The manufacturer, which issues the devices' certificates.
 pub(super) struct Manufacturer {
     key: DevicePrivateKey,
     pub(super) issuer: IssuerCertificate,
@@ -73,31 +73,31 @@ impl Manufacturer {
     }
 }
 
-/// A log of real devices as the daemon made it, and a mirror of it. Made once; tests work on copies.
-pub(super) struct Real {
+/// A log of devices with real certificates, and a mirror of it. Created once; tests modify copies.
+pub(super) struct ReferenceLog {
     pub(super) manufacturer: Manufacturer,
     pub(super) log: Log,
     pub(super) entries: Vec<Vec<u8>>,
     pub(super) mirror: PathBuf,
 }
 
-pub(super) static REAL: LazyLock<Real> = LazyLock::new(|| {
+pub(super) static REFERENCE: LazyLock<ReferenceLog> = LazyLock::new(|| {
     let (manufacturer, log) = (Manufacturer::new(), Log::new());
     let records: Vec<_> = (0..ENTRIES).map(|n| manufacturer.record(n)).collect();
-    // Of one thread, so that the entries are in the order of their numbers.
+    // Single-threaded, so that the entries are in the order of their numbers.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let public = log.open().await;
-        // In batches of their own sizes, as they come to a daemon.
+        // In batches of different sizes, as in production.
         for records in [&records[..90], &records[90..91], &records[91..300], &records[300..590], &records[590..]] {
-            let on_the_way: Vec<_> = records.iter().map(|_| public.reserve_slot()).collect();
+            let slots: Vec<_> = records.iter().map(|_| public.reserve_slot()).collect();
             let mut tasks = JoinSet::new();
             for record in records {
                 let (public, record) = (public.clone(), record.clone());
                 tasks.spawn(async move { public.publish(&record).await.unwrap() });
             }
             tasks.join_all().await;
-            drop(on_the_way);
+            drop(slots);
         }
     });
     drop(runtime);
@@ -106,7 +106,7 @@ pub(super) static REAL: LazyLock<Real> = LazyLock::new(|| {
     let bundles = ["000", "001", "002.p/88"].map(|name| fs::read(mirror.join("tile/entries").join(name)).unwrap());
     let entries: Vec<_> = bundles.iter().flat_map(|bundle| entries_of(bundle)).collect();
     assert!(entries.iter().zip(&records).all(|(entry, record)| *entry == record.to_bytes().unwrap()));
-    Real { manufacturer, log, entries, mirror }
+    ReferenceLog { manufacturer, log, entries, mirror }
 });
 
 pub(super) fn entries_of(bundle: &[u8]) -> Vec<Vec<u8>> {
@@ -123,33 +123,33 @@ pub(super) fn bundle_of(entries: &[Vec<u8>]) -> Vec<u8> {
     entries.iter().flat_map(|entry| [&(entry.len() as u16).to_be_bytes(), entry.as_slice()].concat()).collect()
 }
 
-/// What somebody shows.
-pub(super) struct Shown(pub(super) TempDir);
+/// A log that a test may tamper with.
+pub(super) struct TamperedLog(pub(super) TempDir);
 
-impl Shown {
-    /// The mirror as it was made.
+impl TamperedLog {
+    /// A copy of the unmodified mirror.
     pub(super) fn mirror() -> Self {
         let dir = spp_testkit::files::temp_dir();
-        copy_directory(&REAL.mirror.join("tile"), &dir.path().join("tile"));
-        fs::copy(REAL.mirror.join("checkpoint"), dir.path().join("checkpoint")).unwrap();
+        copy_directory(&REFERENCE.mirror.join("tile"), &dir.path().join("tile"));
+        fs::copy(REFERENCE.mirror.join("checkpoint"), dir.path().join("checkpoint")).unwrap();
         Self(dir)
     }
 
-    /// A log that somebody made with these entries, with a checkpoint.
-    pub(super) fn made_of(entries: &[Vec<u8>], checkpoint: &[u8]) -> Self {
-        let shown = Self(spp_testkit::files::temp_dir());
-        shown.show(entries);
-        fs::write(shown.path("checkpoint"), checkpoint).unwrap();
-        shown
+    /// A log with these entries and this checkpoint.
+    pub(super) fn new(entries: &[Vec<u8>], checkpoint: &[u8]) -> Self {
+        let tampered = Self(spp_testkit::files::temp_dir());
+        tampered.write_tiles(entries);
+        fs::write(tampered.path("checkpoint"), checkpoint).unwrap();
+        tampered
     }
 
-    /// A log that the log's key has signed.
+    /// A log with these entries and a checkpoint signed by the log's key.
     pub(super) fn signed(entries: &[Vec<u8>]) -> Self {
-        Self::made_of(entries, checkpoint_of(entries, &REAL.log.signer).note())
+        Self::new(entries, checkpoint_of(entries, &REFERENCE.log.signer).note())
     }
 
-    /// Other tiles.
-    pub(super) fn show(&self, entries: &[Vec<u8>]) {
+    /// Writes the tiles of these entries.
+    pub(super) fn write_tiles(&self, entries: &[Vec<u8>]) {
         for (name, bytes) in tiles_of(entries) {
             fs::create_dir_all(self.path(&name).parent().unwrap()).unwrap();
             fs::write(self.path(&name), bytes).unwrap();
@@ -180,53 +180,53 @@ impl Shown {
         self
     }
 
-    pub(super) fn found(&self) -> Found {
-        found(&mut Mirror::new(self.0.path()), None)
+    pub(super) fn findings(&self) -> Findings {
+        verify_source(&mut Mirror::new(self.0.path()), None)
     }
 
-    pub(super) fn found_after(&self, seen: &[u8]) -> Found {
-        found(&mut Mirror::new(self.0.path()), Some(seen))
+    pub(super) fn findings_after(&self, seen: &[u8]) -> Findings {
+        verify_source(&mut Mirror::new(self.0.path()), Some(seen))
     }
 }
 
-/// What was found, to be taken off one by one.
+/// The findings of a verification, which a test removes one by one.
 #[derive(Debug)]
-pub(super) struct Found(pub(super) Vec<Finding>);
+pub(super) struct Findings(pub(super) Vec<Finding>);
 
-impl Found {
-    /// That was found there, in these words.
-    pub(super) fn has(mut self, at: &str, words: &str) -> Self {
-        let fits = |finding: &Finding| finding.at == at && finding.problem.contains(words);
-        let place = self.0.iter().position(fits).unwrap_or_else(|| panic!("{at}: {words}: not among {:#?}", self.0));
+impl Findings {
+    /// Asserts that a finding at this location contains `message`, and removes it.
+    pub(super) fn expect_finding(mut self, at: &str, message: &str) -> Self {
+        let fits = |finding: &Finding| finding.at == at && finding.problem.contains(message);
+        let place = self.0.iter().position(fits).unwrap_or_else(|| panic!("{at}: {message}: not among {:#?}", self.0));
         self.0.remove(place);
         self
     }
 
-    pub(super) fn and_nothing_else(self) {
+    pub(super) fn assert_no_more(self) {
         assert_eq!(self.0, []);
     }
 }
 
-pub(super) fn found(source: &mut dyn LogSource, seen: Option<&[u8]>) -> Found {
-    let issuers = [REAL.manufacturer.issuer.clone()];
-    let options = VerifyOptions { key: REAL.log.signer.key(), issuers: &issuers, seen };
+pub(super) fn verify_source(source: &mut dyn LogSource, seen: Option<&[u8]>) -> Findings {
+    let issuers = [REFERENCE.manufacturer.issuer.clone()];
+    let options = VerifyOptions { key: REFERENCE.log.signer.key(), issuers: &issuers, seen };
     let verification = verify(source, &options, &mut |_, _| ());
     assert_eq!(verification.is_good(), verification.findings.is_empty());
-    Found(verification.findings)
+    Findings(verification.findings)
 }
 
 pub(super) fn flip(bytes: &mut [u8], at: usize) {
     bytes[at] ^= 1 << (at % 8);
 }
 
-/// The checkpoint of the first entries.
-pub(super) fn earlier(size: usize) -> Vec<u8> {
-    checkpoint_of(&REAL.entries[..size], &REAL.log.signer).note().to_vec()
+/// The checkpoint of the first `size` entries.
+pub(super) fn earlier_checkpoint(size: usize) -> Vec<u8> {
+    checkpoint_of(&REFERENCE.entries[..size], &REFERENCE.log.signer).note().to_vec()
 }
 
-/// The entries with one device's record changed.
-pub(super) fn with(at: usize, change: impl FnOnce(&mut DeviceRecord)) -> Vec<Vec<u8>> {
-    let mut entries = REAL.entries.clone();
+/// The entries, with the record of one device changed.
+pub(super) fn with_changed_record(at: usize, change: impl FnOnce(&mut DeviceRecord)) -> Vec<Vec<u8>> {
+    let mut entries = REFERENCE.entries.clone();
     let mut record = DeviceRecord::from_bytes(&entries[at]).unwrap();
     change(&mut record);
     entries[at] = record.to_bytes().unwrap();

@@ -99,7 +99,7 @@ impl AuditLog {
         &self.shared.node
     }
 
-    /// Reads durable bytes from `offset` on, at most [`CHUNK`]. Returns an empty vector at the end and `None` beyond it.
+    /// Reads durable bytes from `offset` on, at most `CHUNK`. Returns an empty vector at the end and `None` beyond it.
     pub async fn read(&self, offset: u64) -> Result<Option<Vec<u8>>, AuditError> {
         let shared = Arc::clone(&self.shared);
         let read = move || -> Result<Option<Vec<u8>>, AuditError> {

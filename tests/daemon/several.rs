@@ -336,7 +336,7 @@ async fn both_lost_is_reported_and_one_recovered_suffices() {
         "{unknown:?}"
     );
     let output = site.sppctl("hsm retry-pin --config sppd.toml");
-    assert!(output.contains("refused by the HSM a"), "{output}");
+    assert!(output.contains("last refused PIN (HSM a)"), "{output}");
     write_private(&site.path("hsm/user.pin"), "482910375566");
     wait_for_readiness(&site, [true, true]).await;
 }

@@ -1,8 +1,6 @@
 #!/usr/bin/env bash
-# # Runs each fuzz target for SECONDS_EACH seconds (default 30) and prints the result; TARGETS="a b" selects targets. Uses
-# stable Rust
-# # without AddressSanitizer: the code has no unsafe parts; the targets find panics, hangs, memory growth and violated
-# assertions.
+# Runs each fuzz target for SECONDS_EACH seconds (default 30) and prints the result; TARGETS="a b" selects targets. Uses stable Rust
+# without AddressSanitizer: the code has no unsafe parts; the targets find panics, hangs, memory growth and violated assertions.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 seconds=${SECONDS_EACH:-${1:-30}}

@@ -10,8 +10,9 @@ use tokio::sync::Mutex;
 
 use crate::access::{AccessControl, AccessError};
 use crate::audit::{AuditError, AuditLog, Entry, Outcome};
-use crate::config::{DaemonConfig, Faults};
+use crate::config::DaemonConfig;
 use crate::connections::ActiveTls;
+use crate::file_format::Faults;
 use crate::logging::LogLevel;
 use crate::provisioning::{Policy, Provisioner};
 

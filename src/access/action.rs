@@ -4,6 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use super::action_kind::ProtectedActionKind;
 use super::quota::Quota;
 use super::rules::ApprovalRules;
 use crate::certificate::Role;
@@ -60,23 +61,6 @@ pub enum ProtectedAction {
         /// The ceremony file, byte for byte.
         file: String,
     },
-}
-
-/// The kind of an action; each kind has its own rule in [`ApprovalRules`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum ProtectedActionKind {
-    /// [`ProtectedAction::Revoke`].
-    Revoke,
-    /// [`ProtectedAction::Enroll`].
-    Enroll,
-    /// [`ProtectedAction::RaiseQuota`].
-    RaiseQuota,
-    /// [`ProtectedAction::ChangeRules`].
-    ChangeRules,
-    /// [`ProtectedAction::Ceremony`] that destroys.
-    Destroy,
-    /// [`ProtectedAction::Ceremony`] that replaces.
-    Rotate,
 }
 
 impl ProtectedAction {
@@ -174,18 +158,5 @@ impl fmt::Display for ProtectedAction {
                 write!(f, "run the ceremony sha256:{} once ({effect} keys)", hex::encode(sha256(file.as_bytes())))
             }
         }
-    }
-}
-
-impl fmt::Display for ProtectedActionKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Revoke => "revoke",
-            Self::Enroll => "enroll",
-            Self::RaiseQuota => "raise-quota",
-            Self::ChangeRules => "change-rules",
-            Self::Destroy => "destroy",
-            Self::Rotate => "rotate",
-        })
     }
 }

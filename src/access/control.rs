@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use super::{
-    AccessError, ApprovalRequest, ApprovalRules, ApprovalStatement, IdentityRange, IssuedAccess, LoadedRange,
-    ProtectedAction, Quota, Refused, RequestError, RequestId, RequestState, Revocation, RevocationList,
+    AccessError, AccessStore, ApprovalRequest, ApprovalRules, ApprovalStatement, IdentityRange, IssuedAccess,
+    LoadedRange, ProtectedAction, Quota, Refused, RequestError, RequestId, RequestState, Revocation, RevocationList,
     SignedStatement, StationUse, Verdict,
 };
 use crate::certificate::{
@@ -15,7 +15,6 @@ use crate::clock::Clock;
 use crate::hsm::Hsm;
 use crate::keys::sha256;
 use crate::names::{KeyName, OfficerName, ProfileName, StationName};
-use crate::store::AccessStore;
 
 /// Maximum lifetime of a certificate, in seconds: ten years.
 const MAX_LIFETIME: u64 = 3650 * 24 * 60 * 60;

@@ -1,46 +1,12 @@
 //! Approval requests and their state transitions.
 
-use std::fmt;
-use std::str::FromStr;
-
 use serde::{Deserialize, Serialize};
 
 use super::action::ProtectedAction;
+use super::request_id::RequestId;
 use super::statement::SignedStatement;
 use crate::certificate::Role;
-use crate::names::{NameError, OfficerName};
-
-/// A request ID: random bytes that the requesting officer chooses, so that a repeated call names the same request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct RequestId([u8; 8]);
-
-impl RequestId {
-    /// Creates an ID from random bytes.
-    pub const fn from_bytes(bytes: [u8; 8]) -> Self {
-        Self(bytes)
-    }
-
-    /// The bytes.
-    pub const fn as_bytes(&self) -> &[u8; 8] {
-        &self.0
-    }
-}
-
-impl fmt::Display for RequestId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&hex::encode(self.0))
-    }
-}
-
-impl FromStr for RequestId {
-    type Err = NameError;
-    fn from_str(text: &str) -> Result<Self, NameError> {
-        let bytes = hex::decode(text).ok().and_then(|bytes| bytes.try_into().ok());
-        bytes
-            .map(Self)
-            .ok_or_else(|| NameError::new("request ID must have 16 hex digits; list them with sppctl approvals list"))
-    }
-}
+use crate::names::OfficerName;
 
 /// A request of one officer that other officers must approve.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

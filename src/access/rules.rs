@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::action::ProtectedActionKind;
+use super::action_kind::ProtectedActionKind;
 
 /// Maximum number of approvals that a rule may require.
 const MAX_APPROVALS: u8 = 9;

@@ -4,8 +4,8 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
-use super::RequestId;
 use super::action::ProtectedAction;
+use super::request_id::RequestId;
 use crate::certificate::certificate_public_key;
 use crate::keys::{SignatureAlgorithm, sha256};
 use crate::names::OfficerName;

@@ -1,4 +1,4 @@
-//! Audit entries as modules write them: caller, action, details and outcome.
+//! Audit entries: as modules write them, and as the log returns them with their position in the chain.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -109,6 +109,25 @@ impl From<Outcome> for String {
     fn from(outcome: Outcome) -> Self {
         outcome.to_string()
     }
+}
+
+/// An entry with its position in the chain.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct RecordedEntry {
+    /// Sequence number, from 0.
+    pub sequence: u64,
+    /// Time of recording; seconds since the Unix epoch.
+    pub time: u64,
+    /// The node that wrote the entry.
+    pub node: String,
+    /// The caller, a role and a name.
+    pub caller: String,
+    /// Name of the action.
+    pub act: String,
+    /// Details of the action.
+    pub details: BTreeMap<String, String>,
+    /// Outcome of the action.
+    pub outcome: Outcome,
 }
 
 #[cfg(test)]

@@ -24,10 +24,10 @@ use std::sync::Arc;
 pub use auditor::{Auditor, CheckpointStatus};
 pub use checkpoint::Checkpoint;
 pub use checkpointer::{AuditCheckpointer, CheckpointRules};
-pub use entry::{Entry, Outcome, UnknownOutcome};
+pub use entry::{Entry, Outcome, RecordedEntry, UnknownOutcome};
 pub use log::{AuditLog, LogHead};
 pub use offline_events::OfflineEvent;
-pub use read::{Entries, RecordedEntry};
+pub use read::Entries;
 pub use verify::{PublishedCheckpoint, PublishedCheckpoints, Trust, Verified, verified_json, verify, verify_with};
 
 /// Name of the log file in its directory.

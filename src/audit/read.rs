@@ -1,35 +1,13 @@
 //! Reads the entries of an audit log from the first to the last, also while a daemon writes. Each entry is returned only after
 //! its position in the chain is verified.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufRead as _, BufReader, Read as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use serde::Serialize;
-
 use super::chain::{ChainHead, LINE_TOO_LONG, MAX_LINE_LEN};
-use super::{AuditError, FILE, Outcome};
-
-/// An entry with its position in the chain.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct RecordedEntry {
-    /// Sequence number, from 0.
-    pub sequence: u64,
-    /// Time of recording; seconds since the Unix epoch.
-    pub time: u64,
-    /// The node that wrote the entry.
-    pub node: String,
-    /// The caller, a role and a name.
-    pub caller: String,
-    /// Name of the action.
-    pub act: String,
-    /// Details of the action.
-    pub details: BTreeMap<String, String>,
-    /// Outcome of the action.
-    pub outcome: Outcome,
-}
+use super::{AuditError, FILE, RecordedEntry};
 
 /// Reads entries in order. At the end of the file, reading can continue later.
 pub struct Entries {

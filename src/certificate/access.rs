@@ -13,7 +13,7 @@ use x509_cert::ext::pkix::{ExtendedKeyUsage, KeyUsage, KeyUsages, SubjectAltName
 
 use super::authority::{UnsignedDocument, check_validity_order, key_identifiers};
 use super::name::SubjectName;
-use super::prepare::CertificateSerial;
+use super::request::CertificateSerial;
 use super::tbs::{self, TbsFields};
 use super::{CertificateError, IssuerCertificate, signed};
 use crate::keys::PublicKey;

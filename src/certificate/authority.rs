@@ -11,7 +11,7 @@ use x509_cert::name::Name;
 use x509_cert::request::{CertReqInfo, ExtensionReq, Version};
 
 use super::name::SubjectName;
-use super::prepare::CertificateSerial;
+use super::request::CertificateSerial;
 use super::tbs::{self, TbsFields};
 use super::{CertificateError, IssuerCertificate, signed};
 use crate::keys::{PublicKey, SignatureAlgorithm, TlsKey};

@@ -8,7 +8,7 @@ use ciborium::Value;
 use coset::cwt::{ClaimName, ClaimsSet, Timestamp};
 use coset::{CborSerializable, CoseSign1, HeaderBuilder, ProtectedHeader, TaggedCborSerializable};
 
-use super::prepare::CertificateRequest;
+use super::request::CertificateRequest;
 use super::{CertificateError, algorithm};
 use crate::keys::{PublicKey, SignatureAlgorithm, ecdsa_der_from_fixed, ecdsa_fixed_from_der};
 

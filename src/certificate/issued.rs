@@ -1,7 +1,7 @@
 //! Assembles a device certificate from its linted bytes and the HSM's signature.
 
+use super::to_sign::CertificateToSign;
 use super::{CertificateError, IssuerCertificate, cwt, signed};
-use crate::store::CertificateToSign;
 
 /// A signed device certificate whose signature has been verified.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -3,8 +3,6 @@
 //! The lint decodes the bytes with another decoder than the one that encoded them and compares them with the request. It shares
 //! no helper with `prepare`, so that an error in the builder cannot hide itself.
 
-use std::fmt;
-
 use der::asn1::{ObjectIdentifier, PrintableStringRef};
 use der::oid::AssociatedOid;
 use der::{Decode, Encode, Tag, Tagged};
@@ -17,12 +15,14 @@ use x509_cert::ext::pkix::{
 };
 use x509_cert::time::Time;
 
+use super::lint_findings::LintFindings;
 use super::name::{COMMON_NAME, COUNTRY, ORGANIZATION, ORGANIZATIONAL_UNIT, SERIAL_NUMBER};
-use super::prepare::{CertificateRequest, PreparedCertificate};
+use super::prepare::PreparedCertificate;
+use super::request::CertificateRequest;
+use super::to_sign::CertificateToSign;
 use super::{algorithm, lint_cwt, tbs};
 use crate::keys::{PublicKey, SignatureAlgorithm, sha256};
 use crate::names::{DeviceIdentity, KeyName};
-use crate::store::CertificateToSign;
 
 impl PreparedCertificate<'_> {
     /// Checks every rule. Only a certificate without findings can be signed.
@@ -39,7 +39,7 @@ impl PreparedCertificate<'_> {
             },
             None => lint_cwt::check_all(&request, &to_be_signed, &mut findings),
         }
-        if !findings.0.is_empty() {
+        if !findings.is_empty() {
             return Err(findings);
         }
         Ok(LintedCertificate {
@@ -94,45 +94,6 @@ impl LintedCertificate {
         }
     }
 }
-
-/// A violated rule.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LintFinding {
-    /// The rule's name, for example `serial-number`. Stable, for tests and metrics.
-    pub rule: &'static str,
-    /// Description of the violation.
-    pub problem: String,
-}
-
-/// All violated rules of a certificate. A finding is an error in the profile or in this program, never in a station's input.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct LintFindings(Vec<LintFinding>);
-
-impl LintFindings {
-    /// The findings in the order of detection.
-    pub fn iter(&self) -> impl Iterator<Item = &LintFinding> {
-        self.0.iter()
-    }
-
-    pub(super) fn add(&mut self, rule: &'static str, problem: impl fmt::Display) {
-        self.0.push(LintFinding { rule, problem: problem.to_string() });
-    }
-
-    pub(super) fn require(&mut self, holds: bool, rule: &'static str, problem: &str) {
-        if !holds {
-            self.add(rule, problem);
-        }
-    }
-}
-
-impl fmt::Display for LintFindings {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("certificate not signed, lint failed:")?;
-        self.0.iter().try_for_each(|finding| write!(f, " [{}] {};", finding.rule, finding.problem))
-    }
-}
-
-impl std::error::Error for LintFindings {}
 
 /// Decodes without the library's leniency: nothing is normalised.
 type Tbs = TbsCertificateInner<Raw>;

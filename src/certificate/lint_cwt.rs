@@ -5,8 +5,8 @@ use coset::CborSerializable;
 
 use super::algorithm;
 use super::cwt::{CHIP_ID_CLAIM, HARDWARE_TYPE_CLAIM, OID_TAG, SigStructure};
-use super::lint::LintFindings;
-use super::prepare::CertificateRequest;
+use super::lint_findings::LintFindings;
+use super::request::CertificateRequest;
 
 /// Checks that header parameters and claims are exactly the expected ones in exactly this order, which excludes duplicates,
 /// additions and other encodings.

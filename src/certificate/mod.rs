@@ -18,6 +18,7 @@ mod issued;
 mod issuer;
 mod lint;
 mod lint_cwt;
+mod lint_findings;
 #[cfg(test)]
 mod lint_tests;
 mod name;
@@ -25,10 +26,12 @@ mod prepare;
 mod profile;
 mod profile_file;
 mod published;
+mod request;
 mod signed;
 mod tbs;
 #[cfg(test)]
 mod testing;
+mod to_sign;
 mod verify;
 
 pub use access::{
@@ -44,13 +47,16 @@ pub use csr::{CsrError, MAX_CSR_LEN, verify_csr, verify_csr_pem};
 pub use describe::{CertificateField, describe};
 pub use issued::IssuedCertificate;
 pub use issuer::IssuerCertificate;
-pub use lint::{LintFinding, LintFindings, LintedCertificate};
+pub use lint::LintedCertificate;
+pub use lint_findings::{LintFinding, LintFindings};
 pub use name::{SubjectFields, SubjectName};
-pub use prepare::{CertificateRequest, CertificateSerial, PreparedCertificate, prepare};
+pub use prepare::{PreparedCertificate, prepare};
 pub use profile::{
     AuthorityInfoAccess, CertificateTemplate, IdentityKind, KeyPairRule, Profile, Sealing, SymmetricKeyRule,
 };
 pub use published::{PublishedClaims, lint_published};
+pub use request::{CertificateRequest, CertificateSerial};
+pub use to_sign::CertificateToSign;
 pub use verify::{VerifiedCertificate, verify_device_certificate};
 
 use crate::keys::{KeyError, KeyKind, SignatureAlgorithm};

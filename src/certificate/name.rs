@@ -8,7 +8,7 @@ use x509_cert::attr::AttributeTypeAndValue;
 use x509_cert::name::{Name, RdnSequence, RelativeDistinguishedName};
 
 use super::CertificateError;
-use crate::config::Faults;
+use crate::file_format::Faults;
 
 /// `id-at-commonName`, RFC 5280 Appendix A.1.
 pub(super) const COMMON_NAME: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.4.3");

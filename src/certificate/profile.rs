@@ -3,8 +3,6 @@
 use der::asn1::ObjectIdentifier;
 
 use super::name::SubjectName;
-use super::profile_file;
-use crate::config::Faults;
 use crate::keys::{KeyKind, SignatureAlgorithm};
 use crate::names::{DeviceIdentity, KeyName, ProfileName};
 use crate::package::BackupRules;
@@ -28,55 +26,6 @@ pub struct Profile {
 }
 
 impl Profile {
-    /// Parses a profile. `place` names the file in messages, for example `profiles/phone.toml`. All detectable faults are
-    /// returned together, each with its place in the file. An example with every key:
-    ///
-    /// ```toml
-    /// description = "Phone, model 7"            # shown to operators
-    /// identities = ["imei"]                     # imei, meid, eui48, eui64, serial
-    /// hardware_type = "1.3.6.1.4.1.32473.1.7"   # hwType of RFC 4108 §5: model and revision
-    /// issuer = "manufacturer-2026"              # the signing key's name in the HSM
-    /// signature = "ecdsa-p256-sha256"           # default: the issuer's configured algorithm
-    ///
-    /// [subject]                                 # all optional; serialNumber is always the identity
-    /// country = "FI"
-    /// organization = "Example Oy"
-    /// organizational_unit = "Phones"
-    /// common_name = "Model 7"
-    ///
-    /// [certificate]                             # X.509 only, except validity_days
-    /// subject_key_identifier = false            # IEEE 802.1AR advises against it
-    /// validity_days = 3650                      # default: no expiry, 99991231235959Z
-    /// extended_key_usages = ["1.3.6.1.5.5.7.3.2"]
-    /// crl_distribution_points = ["http://pki.example/devices.crl"]
-    /// authority_info_access = { ca_issuers = ["http://pki.example/ca.der"], ocsp = ["http://ocsp.example/"] }
-    /// key_encipherment = false                  # RSA only
-    ///
-    /// [key_pair]
-    /// source = "generate"                       # generate (in the HSM), pool (pregenerated; the station waits),
-    ///                                           # pool-or-generate, csr (the device generates its own), none
-    /// kind = "p256"                             # for generate and pool: p256, p384, ed25519, rsa-2048, rsa-3072, rsa-4096
-    /// # accepted = ["p256", "p384"]             # for csr; default: all
-    ///
-    /// [[symmetric_key]]
-    /// purpose = "channel"                       # 1 to 32 of a-z 0-9 -; part of the derivation label
-    /// length = 32                               # bytes: 16, 24 or 32 (default)
-    /// master_key = "master"                     # the same for all keys: a record holds one version
-    ///
-    /// [delivery]
-    /// sealed = "optional"                       # or required: the station sees no secret
-    ///
-    /// [backup]
-    /// format = "cose"                           # or opaque: the chip's own format
-    /// max_bytes = 32768                         # upper limit
-    ///
-    /// [confirmation]
-    /// required = true                           # the device proves possession of a delivered key
-    /// ```
-    pub fn from_toml(name: ProfileName, place: &str, text: &str) -> Result<Self, Faults> {
-        profile_file::read(name, place, text)
-    }
-
     /// The profile's name.
     pub const fn name(&self) -> &ProfileName {
         &self.name

@@ -7,7 +7,7 @@ use super::name::{SubjectFields, SubjectName};
 use super::profile::{
     AuthorityInfoAccess, CertificateTemplate, IdentityKind, KeyPairRule, Profile, Sealing, SymmetricKeyRule,
 };
-use crate::config::{Faults, read_toml};
+use crate::file_format::{Faults, read_toml};
 use crate::keys::{KeyKind, SignatureAlgorithm};
 use crate::names::{KeyName, ProfileName};
 use crate::package::{BackupFormat, BackupRules, MAX_BACKUP_LEN};
@@ -15,12 +15,58 @@ use crate::package::{BackupFormat, BackupRules, MAX_BACKUP_LEN};
 /// A hundred years. A longer validity should be expressed as no expiry.
 const MAX_VALIDITY_DAYS: u32 = 36_525;
 
-/// Parses and validates a profile; see [`Profile::from_toml`].
-pub(super) fn read(name: ProfileName, place: &str, text: &str) -> Result<Profile, Faults> {
-    let mut faults = Faults::default();
-    let file: Option<ProfileFile> = read_toml(place, text, &mut faults);
-    let profile = file.and_then(|file| Reader { place, faults: &mut faults }.profile(name, file));
-    faults.into_result(profile)
+impl Profile {
+    /// Parses a profile. `place` names the file in messages, for example `profiles/phone.toml`. All detectable faults are
+    /// returned together, each with its place in the file. An example with every key:
+    ///
+    /// ```toml
+    /// description = "Phone, model 7"            # shown to operators
+    /// identities = ["imei"]                     # imei, meid, eui48, eui64, serial
+    /// hardware_type = "1.3.6.1.4.1.32473.1.7"   # hwType of RFC 4108 §5: model and revision
+    /// issuer = "manufacturer-2026"              # the signing key's name in the HSM
+    /// signature = "ecdsa-p256-sha256"           # default: the issuer's configured algorithm
+    ///
+    /// [subject]                                 # all optional; serialNumber is always the identity
+    /// country = "FI"
+    /// organization = "Example Oy"
+    /// organizational_unit = "Phones"
+    /// common_name = "Model 7"
+    ///
+    /// [certificate]                             # X.509 only, except validity_days
+    /// subject_key_identifier = false            # IEEE 802.1AR advises against it
+    /// validity_days = 3650                      # default: no expiry, 99991231235959Z
+    /// extended_key_usages = ["1.3.6.1.5.5.7.3.2"]
+    /// crl_distribution_points = ["http://pki.example/devices.crl"]
+    /// authority_info_access = { ca_issuers = ["http://pki.example/ca.der"], ocsp = ["http://ocsp.example/"] }
+    /// key_encipherment = false                  # RSA only
+    ///
+    /// [key_pair]
+    /// source = "generate"                       # generate (in the HSM), pool (pregenerated; the station waits),
+    ///                                           # pool-or-generate, csr (the device generates its own), none
+    /// kind = "p256"                             # for generate and pool: p256, p384, ed25519, rsa-2048, rsa-3072, rsa-4096
+    /// # accepted = ["p256", "p384"]             # for csr; default: all
+    ///
+    /// [[symmetric_key]]
+    /// purpose = "channel"                       # 1 to 32 of a-z 0-9 -; part of the derivation label
+    /// length = 32                               # bytes: 16, 24 or 32 (default)
+    /// master_key = "master"                     # the same for all keys: a record holds one version
+    ///
+    /// [delivery]
+    /// sealed = "optional"                       # or required: the station sees no secret
+    ///
+    /// [backup]
+    /// format = "cose"                           # or opaque: the chip's own format
+    /// max_bytes = 32768                         # upper limit
+    ///
+    /// [confirmation]
+    /// required = true                           # the device proves possession of a delivered key
+    /// ```
+    pub fn from_toml(name: ProfileName, place: &str, text: &str) -> Result<Self, Faults> {
+        let mut faults = Faults::default();
+        let file: Option<ProfileFile> = read_toml(place, text, &mut faults);
+        let profile = file.and_then(|file| Reader { place, faults: &mut faults }.profile(name, file));
+        faults.into_result(profile)
+    }
 }
 
 #[derive(Deserialize)]
@@ -372,7 +418,7 @@ mod tests {
     use crate::certificate::testing::{PHONE, profile};
 
     fn faults(text: &str) -> Vec<String> {
-        let Err(faults) = read("p".parse().unwrap(), "p.toml", text) else { return Vec::new() };
+        let Err(faults) = Profile::from_toml("p".parse().unwrap(), "p.toml", text) else { return Vec::new() };
         faults.iter().map(|fault| fault.place.clone()).collect()
     }
 
@@ -388,7 +434,7 @@ mod tests {
 
     #[test]
     fn documented_example_is_valid() {
-        let source = include_str!("profile.rs");
+        let source = include_str!("profile_file.rs");
         let example = source.split("```toml").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
         let text: Vec<_> = example.lines().map(|line| line.trim().trim_start_matches("///")).collect();
         assert_eq!(faults(&text.join("\n")), Vec::<String>::new());

@@ -5,7 +5,7 @@ use der::oid::AssociatedOid as _;
 use x509_cert::certificate::{Raw, TbsCertificateInner};
 use x509_cert::ext::pkix::{AuthorityKeyIdentifier, BasicConstraints, KeyUsage, SubjectAltName};
 
-use super::lint::LintFindings;
+use super::lint_findings::LintFindings;
 use super::{IssuerCertificate, signed, verify_device_certificate};
 use crate::names::{ChipId, DeviceIdentity};
 

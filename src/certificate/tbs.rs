@@ -13,7 +13,7 @@ use x509_cert::name::Name;
 use x509_cert::serial_number::SerialNumber;
 use x509_cert::time::{Time, Validity};
 
-use super::prepare::CertificateSerial;
+use super::request::CertificateSerial;
 use super::{CertificateError, algorithm};
 use crate::keys::{PublicKey, SignatureAlgorithm, sha256};
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::Faults;
+use crate::file_format::Faults;
 
 /// Location of the audit log and frequency of its checkpoints.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 
-use super::{DaemonConfig, Faults};
+use super::DaemonConfig;
+use crate::file_format::Faults;
 use crate::names::KeyName;
 
 impl DaemonConfig {

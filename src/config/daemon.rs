@@ -1,28 +1,26 @@
 //! The daemon's configuration: `sppd.toml` and the files that it names (profiles, key manifest, certificates, PIN file).
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
-use serde::Deserialize;
-
-use super::approvals::ApprovalsShape;
-use super::audit::{AuditConfig, AuditShape};
-use super::hsm::HsmShapes;
-use super::key_pool::{self, KeyPoolShape};
+use super::audit::AuditConfig;
+use super::key_pool;
+use super::listen::Listen;
+use super::log::LogConfig;
 use super::public::PublicConfig;
-use super::registry::{self, RegistryConfig, RegistryShape};
+use super::registry::{self, RegistryConfig};
 use super::settings::Settings;
-use super::stations::{StationShape, Stations};
-use super::store::{self, StoreConfig, StoreShape};
-use super::tls::{self, TlsConfig, TlsShape};
-use super::{Faults, read_toml};
+use super::shape::{Shape, base_of, read_shape};
+use super::stations::Stations;
+use super::store::{self, StoreConfig};
+use super::tls::{self, TlsConfig};
 use crate::access::{AccessAuthority, ApprovalRules};
 use crate::certificate::{IssuerCertificate, Profile};
+use crate::file_format::Faults;
 use crate::hsm::{Hsms, KeyManifest, SigningKey, SigningUse};
 use crate::keypool::PoolRules;
-use crate::keys::{SignatureAlgorithm, sha256};
+use crate::keys::SignatureAlgorithm;
 use crate::names::{KeyName, ProfileName};
 
 /// The complete, validated configuration of the daemon.
@@ -65,96 +63,6 @@ pub struct DaemonConfig {
     /// SHA-256 of the file. The audit log contains it, to show which configuration was in force.
     pub fingerprint: [u8; 32],
     pub(super) settings: Settings,
-}
-
-/// Listen addresses.
-#[derive(Debug, Clone, Copy, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Listen {
-    /// Stations, mutual TLS.
-    pub line: SocketAddr,
-    /// Officers, mutual TLS.
-    pub officer: SocketAddr,
-    /// The public, TLS without client certificates.
-    pub public: SocketAddr,
-    /// Metrics, plain HTTP, on a loopback address only. `None` disables metrics.
-    pub metrics: Option<SocketAddr>,
-}
-
-/// Log format and level.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct LogConfig {
-    /// The log format.
-    pub format: LogFormat,
-    /// A `tracing` filter: `info`, `spp=debug,info`.
-    pub level: String,
-}
-
-/// The format of a log line.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum LogFormat {
-    /// Text.
-    Human,
-    /// One JSON object per line.
-    Json,
-}
-
-impl Default for LogConfig {
-    fn default() -> Self {
-        Self { format: LogFormat::Human, level: "info".to_owned() }
-    }
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct Shape {
-    profiles: PathBuf,
-    node: NodeShape,
-    listen: Listen,
-    tls: TlsShape,
-    pub(super) hsm: HsmShapes,
-    pub(super) store: StoreShape,
-    pub(super) registry: RegistryShape,
-    #[serde(default)]
-    public: PublicConfig,
-    #[serde(default)]
-    sessions: SessionsShape,
-    #[serde(default)]
-    keypool: KeyPoolShape,
-    #[serde(default)]
-    station: Vec<StationShape>,
-    #[serde(default)]
-    log: LogConfig,
-    #[serde(default)]
-    audit: AuditShape,
-    #[serde(default)]
-    approvals: ApprovalsShape,
-    /// SHA-256 of the file.
-    #[serde(skip)]
-    fingerprint: [u8; 32],
-    #[serde(skip)]
-    settings: Settings,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct NodeShape {
-    name: String,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, default)]
-struct SessionsShape {
-    #[serde(with = "humantime_serde")]
-    lifetime: Duration,
-}
-
-impl Default for SessionsShape {
-    fn default() -> Self {
-        Self { lifetime: Duration::from_secs(24 * 60 * 60) }
-    }
 }
 
 impl DaemonConfig {
@@ -220,27 +128,6 @@ impl DaemonConfig {
             fingerprint: shape.fingerprint,
             settings: shape.settings,
         })
-    }
-}
-
-pub(super) fn read_shape(path: &Path, place: &str, faults: &mut Faults) -> Option<Shape> {
-    let text = faults.note(place, std::fs::read_to_string(path))?;
-    let shape: Shape = read_toml(place, &text, faults)?;
-    Some(Shape { fingerprint: sha256(text.as_bytes()), settings: Settings::parse(&text), ..shape })
-}
-
-/// The directory at which relative paths of a file start.
-pub(super) fn base_of(path: &Path) -> &Path {
-    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
-}
-
-impl AuditConfig {
-    /// Loads `[audit]` of `sppd.toml`, to create and verify the log.
-    pub fn load(path: &Path) -> Result<Self, Faults> {
-        let (place, mut faults) = (path.display().to_string(), Faults::default());
-        let shape = read_shape(path, &place, &mut faults);
-        let audit = shape.map(|shape| shape.audit.check(&shape.node.name, &place, base_of(path), &mut faults));
-        faults.into_result(audit)
     }
 }
 

@@ -8,8 +8,7 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
-use super::daemon::{base_of, read_shape};
-use super::{Faults, store};
+use crate::file_format::Faults;
 use crate::hsm::{HsmConfig, Hsms, KeyManifest, ModuleProfile, PinSource, SupervisorPacing};
 
 /// `[hsm]` or `[[hsm]]`: one table, or a list of tables.
@@ -134,6 +133,44 @@ impl HsmShapes {
         let hsms = members.and_then(|members| faults.note(format!("{file}: hsm"), Hsms::several(members)));
         (keys, hsms)
     }
+
+    /// For each HSM, its name and the path of the file that records a refused PIN.
+    pub(super) fn pin_refusals(
+        &self,
+        file: &str,
+        pin_refused: impl Fn(Option<&str>) -> PathBuf,
+        faults: &mut Faults,
+    ) -> Vec<(String, PathBuf)> {
+        let tables = self.tables(file, faults);
+        let refusal = |(number, table): (usize, &HsmTable<'_>)| {
+            (table.name.to_owned(), pin_refused((number > 0).then_some(table.name)))
+        };
+        tables.iter().enumerate().map(refusal).collect()
+    }
+
+    /// The access to the HSM of this name, or to the first one. `pin_file` replaces the source of the PIN.
+    pub(super) fn access(
+        mut self,
+        file: &str,
+        base: &Path,
+        name: Option<&str>,
+        pin_file: Option<PathBuf>,
+        faults: &mut Faults,
+    ) -> Option<HsmAccess> {
+        if let Some(file) = pin_file.and_then(|file| faults.note("--pin-file", std::path::absolute(file))) {
+            for one in &mut self.0 {
+                (one.pin_file, one.pin_credential, one.pin) = (Some(file.clone()), None, None);
+            }
+        }
+        let tables = self.tables(file, faults);
+        let known = tables.iter().map(|table| table.name).collect::<Vec<_>>().join(", ");
+        let is_selected = |table: &&HsmTable<'_>| name.is_none_or(|name| table.name == name);
+        let selected = tables.iter().find(is_selected);
+        let selected = selected.ok_or_else(|| format!("{file} has no HSM of this name; known: {known}"));
+        let table = faults.note("--hsm", selected)?;
+        let (module, pin) = table.module_and_pin(base, faults);
+        Some(HsmAccess { module: module?, pin: pin?, keys: base.join(&table.shape.keys) })
+    }
 }
 
 impl HsmTable<'_> {
@@ -226,21 +263,6 @@ impl HsmTable<'_> {
     }
 }
 
-/// For each HSM, its name and the path of the file that records a refused PIN.
-pub fn pin_refusals(path: &Path) -> Result<Vec<(String, PathBuf)>, Faults> {
-    let place = path.display().to_string();
-    let mut faults = Faults::default();
-    let refusals = read_shape(path, &place, &mut faults).map(|shape| {
-        let store = store::check(&shape.store, &place, base_of(path), &mut faults);
-        let tables = shape.hsm.tables(&place, &mut faults);
-        let refusal = |(number, table): (usize, &HsmTable<'_>)| {
-            (table.name.to_owned(), store.pin_refused((number > 0).then_some(table.name)))
-        };
-        tables.iter().enumerate().map(refusal).collect()
-    });
-    faults.into_result(refusals)
-}
-
 /// The settings that an officer's tool needs to access an HSM. The rest of the configuration need not be valid yet.
 pub struct HsmAccess {
     /// The PKCS#11 module.
@@ -249,31 +271,4 @@ pub struct HsmAccess {
     pub pin: PinSource,
     /// Path of the key manifest, which may not exist yet.
     pub keys: PathBuf,
-}
-
-impl HsmAccess {
-    /// Loads `[hsm]` of `sppd.toml`; of several, the one with this name, or the first. An officer's PIN file replaces the PIN
-    /// source of the daemon, which may be a credential that only the daemon can read.
-    pub fn load(path: &Path, name: Option<&str>, pin_file: Option<PathBuf>) -> Result<Self, Faults> {
-        let place = path.display().to_string();
-        let mut faults = Faults::default();
-        let shape = read_shape(path, &place, &mut faults);
-        let base = base_of(path);
-        let access = shape.and_then(|mut shape| {
-            if let Some(file) = pin_file.and_then(|file| faults.note("--pin-file", std::path::absolute(file))) {
-                for one in &mut shape.hsm.0 {
-                    (one.pin_file, one.pin_credential, one.pin) = (Some(file.clone()), None, None);
-                }
-            }
-            let tables = shape.hsm.tables(&place, &mut faults);
-            let known = tables.iter().map(|table| table.name).collect::<Vec<_>>().join(", ");
-            let is_selected = |table: &&HsmTable<'_>| name.is_none_or(|name| table.name == name);
-            let selected = tables.iter().find(is_selected);
-            let selected = selected.ok_or_else(|| format!("{place} has no HSM of this name; known: {known}"));
-            let table = faults.note("--hsm", selected)?;
-            let (module, pin) = table.module_and_pin(base, &mut faults);
-            Some(Self { module: module?, pin: pin?, keys: base.join(&table.shape.keys) })
-        });
-        faults.into_result(access)
-    }
 }

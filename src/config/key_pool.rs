@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::Faults;
 use crate::certificate::{KeyPairRule, Profile};
+use crate::file_format::Faults;
 use crate::hsm::ModuleProfile;
 use crate::keypool::{MAX_POOL_PAIRS, Marks, PoolPacing, PoolRules};
 use crate::keys::KeyKind;

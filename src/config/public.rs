@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
-use super::Faults;
+use crate::file_format::Faults;
 
 /// The public listener's pages, rate limits and certificate.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]

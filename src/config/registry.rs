@@ -5,15 +5,11 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::daemon::{base_of, read_shape};
-use super::{Faults, store};
-use crate::certificate::IssuerCertificate;
-use crate::hsm::{CheckpointKey, DestroyedKey, KeyManifest, SigningUse};
-use crate::keys::PublicKey;
+use crate::file_format::Faults;
+use crate::hsm::{CheckpointKey, KeyManifest};
 use crate::names::KeyName;
 use crate::registry::{LogSettings, Witness};
-use crate::store::StoreOptions;
-use crate::tlog::{LogKey, WitnessKey};
+use crate::tlog::WitnessKey;
 
 /// The transparency log of the public database.
 #[derive(Debug, Clone)]
@@ -95,54 +91,4 @@ pub(super) fn check(
     let (batch_size, batch_period) = (shape.batch_size, shape.batch_period);
     let settings = LogSettings { batch_size, batch_period, witnesses, ..LogSettings::default() };
     Some(RegistryConfig { key, settings, accepted_loss: shape.accepted_loss })
-}
-
-/// The certificates of destroyed keys that still exist beside the key manifest. They verify what those keys signed.
-fn destroyed_key_certificates(keys: &KeyManifest, dir: &Path) -> Vec<(PathBuf, PublicKey)> {
-    let certificate = |key: &DestroyedKey| {
-        let path = dir.join(format!("{}-ca.pem", key.name));
-        let certificate =
-            IssuerCertificate::from_pem_with_default_algorithm(&std::fs::read_to_string(&path).ok()?).ok()?;
-        let public_key = certificate.public_key().clone();
-        // Skip a file of this name that belongs to another key.
-        (public_key.fingerprint_text() == key.fingerprint).then_some((path, public_key))
-    };
-    keys.destroyed.iter().filter_map(certificate).collect()
-}
-
-/// The settings that a tool needs to read the public database. Neither the HSM nor the PIN is needed.
-pub struct RegistryAccess {
-    /// Directory of the public database.
-    pub directory: PathBuf,
-    /// Disk options.
-    pub options: StoreOptions,
-    /// The key that verifies checkpoints.
-    pub key: LogKey,
-    /// PEM files with the certificates of the keys that sign device certificates.
-    pub issuers: Vec<PathBuf>,
-    /// The keys that certify callers.
-    pub callers: Vec<PublicKey>,
-}
-
-impl RegistryAccess {
-    /// Loads the settings from `sppd.toml`.
-    pub fn load(path: &Path) -> Result<Self, Faults> {
-        let place = path.display().to_string();
-        let mut faults = Faults::default();
-        let access = read_shape(path, &place, &mut faults).and_then(|shape| {
-            let base = base_of(path);
-            let store = store::check(&shape.store, &place, base, &mut faults);
-            let keys = faults.merge(KeyManifest::load(&shape.hsm.keys(base)))?;
-            let key = check(shape.registry, &place, base, &keys, &mut faults)?.key.key;
-            let device_keys = keys.signing.iter().filter(|key| key.use_ == SigningUse::Device);
-            let mut issuers: Vec<_> = device_keys.map(|key| key.certificate.clone()).collect();
-            let mut callers = keys.access_keys();
-            for (path, public_key) in destroyed_key_certificates(&keys, shape.hsm.keys(base).parent().unwrap_or(base)) {
-                issuers.push(path);
-                callers.push(public_key);
-            }
-            Some(Self { directory: store.public, options: store.public_options, key, issuers, callers })
-        });
-        faults.into_result(access)
-    }
 }

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::Deserialize;
 
-use super::Faults;
 use crate::access::Quota;
+use crate::file_format::Faults;
 use crate::names::{DeviceIdentity, ProfileName, StationName};
 
 /// The permitted profiles, identity prefixes and quota of every station.

@@ -5,8 +5,7 @@ use std::path::{Path, PathBuf};
 use bytesize::ByteSize;
 use serde::Deserialize;
 
-use super::Faults;
-use super::daemon::{base_of, read_shape};
+use crate::file_format::Faults;
 use crate::store::StoreOptions;
 
 /// Directories and disk options of the stores.
@@ -53,15 +52,6 @@ impl StoreConfig {
     /// directory of the state store, which the daemon can write in any case.
     pub fn pin_refused(&self, hsm: Option<&str>) -> PathBuf {
         self.state.join(hsm.map_or_else(|| "pin-refused.json".to_owned(), |name| format!("pin-refused-{name}.json")))
-    }
-
-    /// Loads `[store]` of `sppd.toml`, to create the stores. Neither the HSM nor the PIN is needed.
-    pub fn load(path: &Path) -> Result<Self, Faults> {
-        let place = path.display().to_string();
-        let mut faults = Faults::default();
-        let shape = read_shape(path, &place, &mut faults);
-        let store = shape.map(|shape| check(&shape.store, &place, base_of(path), &mut faults));
-        faults.into_result(store)
     }
 }
 

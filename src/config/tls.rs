@@ -14,7 +14,7 @@ use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use serde::Deserialize;
 
-use super::{Faults, open_private};
+use crate::file_format::{Faults, open_private};
 use crate::keys::sha256;
 use crate::secret::SecretBytes;
 

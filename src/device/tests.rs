@@ -9,7 +9,7 @@ use super::*;
 use crate::keys::{KeyKind, PublicKey, SignatureAlgorithm, ecdsa_fixed_from_der, generate_p256, sha256};
 use crate::package::samples::{chip, pair, session, symmetric_key};
 use crate::package::{
-    BackupFormat, BackupPackage, BackupRules, CertificateChain, ConfirmationKey, TransportCurve, seal,
+    BackupError, BackupFormat, BackupPackage, BackupRules, CertificateChain, ConfirmationKey, TransportCurve, seal,
     verify_confirmation,
 };
 use crate::registry::CheckpointSigner as _;

@@ -5,7 +5,8 @@ use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHan
 use cryptoki::session::Session;
 use serde::{Deserialize, Serialize};
 
-use super::failure::{Failure, FailureClass, FailureContext as _};
+use super::failure::{Failure, FailureContext as _};
+use super::failure_class::FailureClass;
 use super::kdf::Prf;
 use super::module::{KdfRoute, ModuleProfile};
 use crate::keys::KeyKind;

@@ -12,7 +12,8 @@ use cryptoki::object::{Attribute, KeyType, ObjectClass, ObjectHandle};
 use zeroize::Zeroizing;
 
 use super::attributes::{KeyRole, Provenance, pair_generation};
-use super::failure::{Failure, FailureClass, FailureContext as _, HsmError};
+use super::failure::{Failure, FailureContext as _, HsmError};
+use super::failure_class::FailureClass;
 use super::kdf::Prf;
 use super::key_manifest::BackupKey;
 use super::module::{ModuleProfile, WrapMechanism};

@@ -12,7 +12,8 @@ use cryptoki::session::SessionState;
 
 use super::attributes::{KeyRole, Provenance, audit};
 use super::durable::sync_changed;
-use super::failure::{Failure, FailureClass, FailureContext as _};
+use super::failure::{Failure, FailureContext as _};
+use super::failure_class::FailureClass;
 use super::operations::TokenOperations;
 use super::token::find_one;
 use super::wire::{Answer, KeyOnToken, MadePair, StoredForm};

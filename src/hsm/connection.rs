@@ -10,7 +10,8 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{mpsc, oneshot, watch};
 use zeroize::Zeroizing;
 
-use super::failure::{Failure, FailureClass};
+use super::failure::Failure;
+use super::failure_class::FailureClass;
 use super::statistics::CallStatistics;
 use super::token::TokenIdentity;
 use super::transport::TransportKey;

@@ -7,25 +7,8 @@ use std::time::Duration;
 use cryptoki::error::{Error, RvError};
 use serde::{Deserialize, Serialize};
 
+use super::failure_class::FailureClass;
 use super::return_codes::find_return_code;
-
-/// The recovery action for a failure.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum FailureClass {
-    /// Retry the call.
-    Transient,
-    /// Open a new session, log in and look up the handles again.
-    SessionLost,
-    /// Start a new worker process.
-    ModuleLost,
-    /// An officer must act. A retry could lock the token.
-    Permanent,
-    /// None: the module does not accept the request.
-    Rejected,
-    /// None: a key that the daemon generated on the token no longer exists.
-    Absent,
-}
 
 /// A failure inside the worker, as sent to the handle.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

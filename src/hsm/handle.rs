@@ -8,13 +8,15 @@ use tokio::sync::watch;
 use tracing::Instrument as _;
 
 use super::connection::Connection;
-use super::failure::{FailureClass, HsmError};
+use super::failure::HsmError;
+use super::failure_class::FailureClass;
 use super::kdf::Derivation;
 use super::key_manifest::KeyManifest;
 use super::members::{HsmId, Hsms, Members, Selection};
 use super::objects::{public_key, to_x509_form};
-use super::supervisor::{State, supervise};
+use super::supervisor::supervise;
 use super::wire::{Answer, Operation, Priority};
+use super::worker_state::State;
 use crate::keys::{
     BatchName, DevicePrivateKey, KeyError, KeyKind, PublicKey, SignatureAlgorithm, StoredKey, WrappedKey,
 };

@@ -10,7 +10,7 @@ use super::attributes::Provenance;
 use super::kdf::Prf;
 use super::key_manifest::{BackupKey, CheckpointKey, DestroyedKey, KeyManifest, MasterKey, SigningKey, SigningUse};
 use super::token::TokenIdentity;
-use crate::config::{Faults, read_toml};
+use crate::file_format::{Faults, read_toml};
 use crate::keys::PublicKey;
 use crate::names::KeyName;
 use crate::tlog::{LogKey, Origin};

@@ -15,8 +15,9 @@ use tokio::sync::{Semaphore, watch};
 use super::connection::{Connection, Counters};
 use super::failure::HsmError;
 use super::key_manifest::KeyManifest;
-use super::supervisor::{HsmConfig, State};
+use super::supervisor::HsmConfig;
 use super::wire::Priority;
+use super::worker_state::{State, StatePublisher, state_publishers};
 use crate::keys::BatchName;
 
 /// One of the HSMs of a handle.
@@ -72,27 +73,6 @@ impl Hsms {
     }
 }
 
-/// Publishes the state of one HSM to the handle.
-pub(super) struct StatePublisher {
-    states: watch::Sender<Vec<State>>,
-    member: usize,
-}
-
-impl StatePublisher {
-    pub(super) fn publish(&self, state: State) {
-        self.states.send_modify(|states| {
-            if let Some(current) = states.get_mut(self.member) {
-                *current = state;
-            }
-        });
-    }
-
-    /// Resolves when the last handle is dropped.
-    pub(super) async fn closed(&self) {
-        self.states.closed().await;
-    }
-}
-
 /// One HSM of the handle.
 pub(super) struct Member {
     pub(super) config: Arc<HsmConfig>,
@@ -145,10 +125,7 @@ impl Members {
         let keys = hsms.keys().clone();
         let one = |config| Member { config: Arc::new(config), counters: Arc::new(Counters::default()) };
         let all: Vec<_> = hsms.0.into_iter().map(one).collect();
-        let starting =
-            || State::Unavailable { reason: "worker starting".to_owned(), retry_after: Duration::from_secs(1) };
-        let (sender, states) = watch::channel(all.iter().map(|_| starting()).collect());
-        let publishers = (0..all.len()).map(|member| StatePublisher { states: sender.clone(), member }).collect();
+        let (publishers, states) = state_publishers(all.len());
         let (queue, batch_owners) = (Semaphore::new(queue_capacity), Mutex::default());
         let (tie_break, turn) = (RandomState::new(), AtomicU64::new(0));
         (Self { all, keys, queue, queue_capacity, call_timeout, batch_owners, tie_break, turn }, states, publishers)

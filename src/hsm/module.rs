@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::failure::FailureClass;
+use super::failure_class::FailureClass;
 use super::token_file_backup::TokenFileBackup;
-use crate::config::{Faults, read_toml};
+use crate::file_format::{Faults, read_toml};
 use crate::keys::KeyKind;
 
 /// The validated profile of a PKCS#11 module.

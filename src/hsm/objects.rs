@@ -8,7 +8,8 @@ use cryptoki::object::{Attribute, AttributeType, ObjectHandle};
 use cryptoki::session::Session;
 
 use super::attributes::{KeyRole, Provenance, audit};
-use super::failure::{Failure, FailureClass, FailureContext as _, HsmError, set_failure_overrides};
+use super::failure::{Failure, FailureContext as _, HsmError, set_failure_overrides};
+use super::failure_class::FailureClass;
 use super::kdf::{Derivation, Prf};
 use super::module::ModuleProfile;
 use super::operations::{Shared, TokenOperations};

@@ -15,7 +15,8 @@ use cryptoki::session::Session;
 use zeroize::Zeroizing;
 
 use super::attributes::audit;
-use super::failure::{Failure, FailureClass, FailureContext as _};
+use super::failure::{Failure, FailureContext as _};
+use super::failure_class::FailureClass;
 use super::kdf::{Prf, prf_inputs};
 use super::module::{KdfRoute, ModuleProfile, OaepHash};
 use super::token::find_one;

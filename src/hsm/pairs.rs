@@ -8,7 +8,8 @@ use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHan
 use zeroize::Zeroizing;
 
 use super::attributes::pair_generation;
-use super::failure::{Failure, FailureClass, FailureContext as _};
+use super::failure::{Failure, FailureContext as _};
+use super::failure_class::FailureClass;
 use super::module::WrapMechanism;
 use super::operations::TokenOperations;
 use super::wire::{Answer, MadePair, StorageTarget, StoredForm, WirePublicKey};

@@ -10,7 +10,7 @@ use rustix::termios::{LocalModes, OptionalActions, Termios, tcgetattr, tcsetattr
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroize as _;
 
-use crate::config::{PrivateFileError, open_private};
+use crate::file_format::{PrivateFileError, open_private};
 use crate::secret::SecretBytes;
 
 /// The source of a PIN.

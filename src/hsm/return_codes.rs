@@ -1,6 +1,6 @@
 //! The table of PKCS#11 return values (v3.0 §5.1): failure class, cause and advice for each.
 
-use super::failure::FailureClass::{self, ModuleLost, Permanent, Rejected, SessionLost, Transient};
+use super::failure_class::FailureClass::{self, ModuleLost, Permanent, Rejected, SessionLost, Transient};
 
 /// A PKCS#11 return value with its explanation.
 pub(crate) struct ReturnCode {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use super::failure::FailureClass;
+use super::failure_class::FailureClass;
 use super::wire::Reply;
 
 /// Upper bounds of the latency buckets in microseconds. One more bucket counts the slower calls.

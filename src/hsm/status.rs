@@ -5,8 +5,8 @@ use std::sync::atomic::Ordering;
 use super::handle::Hsm;
 use super::members::HsmId;
 use super::statistics::CallStatistic;
-use super::supervisor::State;
 use super::wire::Priority;
+use super::worker_state::State;
 
 /// The current status of all HSMs.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

@@ -14,10 +14,10 @@ use tokio::process::{Child, Command};
 use tokio::sync::oneshot;
 
 use super::connection::{Connection, Counters, connect, read_frame, write_frame};
-use super::failure::{Failure, FailureClass, HsmError};
+use super::failure::{Failure, HsmError};
+use super::failure_class::FailureClass;
 use super::kdf::Derivation;
 use super::key_manifest::KeyManifest;
-use super::members::StatePublisher;
 use super::module::ModuleProfile;
 use super::objects::to_x509_form;
 use super::pin::PinSource;
@@ -26,6 +26,7 @@ use super::pin_attempts::{PinAttempts, version};
 use super::transport::TransportReceiver;
 use super::wire::{self, Answer, KeyOnToken, Operation, Priority, Start, Started};
 use super::worker;
+use super::worker_state::{State, StatePublisher};
 use crate::keys::SignatureAlgorithm;
 
 /// Configuration of one HSM.
@@ -86,17 +87,6 @@ const START_LIMIT: Duration = Duration::from_secs(30);
 const PIN_ENTRY_LIMIT: Duration = Duration::from_secs(5 * 60);
 /// How long a worker that is being replaced may finish background work.
 const BACKGROUND_DRAIN: Duration = Duration::from_millis(200);
-
-/// The state of a worker, as callers see it.
-#[derive(Clone)]
-pub(crate) enum State {
-    /// Being started, the first time or again.
-    Unavailable { reason: String, retry_after: Duration },
-    /// Serving.
-    Ready(Arc<Connection>),
-    /// Only an officer helps.
-    Stopped { reason: String },
-}
 
 /// Runs until the last handle is dropped.
 pub(crate) async fn supervise(config: Arc<HsmConfig>, publisher: StatePublisher, counters: Arc<Counters>) {

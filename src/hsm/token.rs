@@ -10,7 +10,8 @@ use cryptoki::slot::Slot;
 use cryptoki::types::AuthPin;
 use serde::{Deserialize, Serialize};
 
-use super::failure::{Failure, FailureClass, FailureContext as _};
+use super::failure::{Failure, FailureContext as _};
+use super::failure_class::FailureClass;
 use super::module::ModuleProfile;
 use super::pin::PinSource;
 use crate::names::KeyName;

@@ -15,7 +15,8 @@ use cryptoki::object::ObjectHandle;
 use rustix::event::{PollFd, PollFlags, poll};
 use zeroize::Zeroizing;
 
-use super::failure::{Failure, FailureClass, set_failure_overrides};
+use super::failure::{Failure, set_failure_overrides};
+use super::failure_class::FailureClass;
 use super::operations::{Shared, TokenOperations};
 use super::token::Token;
 use super::wire::{self, Answer, Priority, Reply, Request, Start, Started};

@@ -21,86 +21,35 @@ mod batches;
 mod error;
 mod fill;
 mod lease;
+mod pool_state;
 mod rate;
 mod readers_barrier;
+mod ready_queue;
 mod reconcile;
+mod rules;
 mod shred;
 mod status;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 
 pub use error::PoolError;
 pub use lease::{PoolLease, SessionLease};
+pub use rules::{MAX_POOL_PAIRS, Marks, PoolPacing, PoolRules};
 pub use shred::{ShredOrder, ShredReport};
 pub use status::{KindStatus, PoolStatus};
 
 use crate::clock::Clock;
 use crate::hsm::{Hsm, HsmError, HsmId};
 use crate::keys::{BatchName, KeyKind};
-use crate::store::{Journal, KeyStorage, Registry, SecretStore};
-use fill::{FillState, ShareFillState};
-use lease::ReadyQueue;
+use crate::store::{Journal, Registry, SecretStore};
+use pool_state::{Pool, Share};
 use readers_barrier::{ReaderGuard, ReadersBarrier};
-
-/// Upper limit of a pool's size: more pairs than an assembly line uses before its pool is filled again.
-pub const MAX_POOL_PAIRS: u64 = 10_000_000;
-
-/// Configuration of the pools, and of the time for which an old copy of the disk may still yield erased pairs.
-#[derive(Debug, Clone)]
-pub struct PoolRules {
-    /// How private keys are stored.
-    pub storage: KeyStorage,
-    /// Maximum time from an erasure to the destruction of the key that could unwrap the pair.
-    pub shred_after: Duration,
-    /// Maximum number of pairs in a batch.
-    pub batch_size: u64,
-    /// The marks of the pools, by key type.
-    pub pools: BTreeMap<KeyKind, Marks>,
-    /// Intervals of the pool's background tasks.
-    pub pacing: PoolPacing,
-}
-
-/// Intervals of the pool's background tasks. The default is for production; tests use shorter ones.
-#[derive(Debug, Clone, Copy)]
-pub struct PoolPacing {
-    /// The interval between two checks for batches to shred and pools to fill, when nothing wakes the task before.
-    pub poll_interval: Duration,
-    /// The pause after a failed fill.
-    pub pause: Duration,
-}
-
-impl Default for PoolPacing {
-    fn default() -> Self {
-        Self { poll_interval: Duration::from_secs(1), pause: Duration::from_secs(2) }
-    }
-}
-
-/// The low and high marks of a pool.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Marks {
-    /// Filling starts below this number of ready pairs …
-    pub low: u64,
-    /// … and ends at this number.
-    pub high: u64,
-}
-
-impl Default for PoolRules {
-    fn default() -> Self {
-        Self {
-            storage: KeyStorage::Wrapped,
-            shred_after: Duration::from_secs(3600),
-            batch_size: 1000,
-            pools: BTreeMap::new(),
-            pacing: PoolPacing::default(),
-        }
-    }
-}
+use ready_queue::ReadyQueue;
 
 /// The pools and their batches.
 pub struct KeyPool {
@@ -140,24 +89,6 @@ struct HsmTasks {
     shredding: tokio::sync::Mutex<()>,
     /// The error of the last maintenance run, if it failed.
     last_error: Mutex<Option<String>>,
-    wake: Notify,
-}
-
-/// The pool of one key type.
-struct Pool {
-    marks: Marks,
-    shares: BTreeMap<HsmId, Share>,
-    /// Notified when pairs become available.
-    pairs_available: Arc<Notify>,
-    /// Callers refused since the last pair was added.
-    unserved: AtomicU32,
-    fill_state: Mutex<FillState>,
-}
-
-/// One HSM's share of a pool.
-struct Share {
-    queue: ReadyQueue,
-    fill_state: Mutex<ShareFillState>,
     wake: Notify,
 }
 

@@ -5,7 +5,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use super::{KeyPool, Pool, PoolError};
+use super::pool_state::Pool;
+use super::{KeyPool, PoolError};
 use crate::hsm::{DaemonObjects, HsmId};
 use crate::keys::{BatchName, StoreId, StoredKey};
 use crate::store::{Batch, BatchState, BatchStep, KeyStorage, Purpose, StoreError};

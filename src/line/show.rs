@@ -7,7 +7,7 @@ use der::{Decode as _, EncodePem as _};
 use x509_cert::Certificate;
 
 use super::LineError;
-use super::recover::{FetchedRecord, PublicDatabase};
+use super::public_database::{FetchedRecord, PublicDatabase};
 use crate::keys::{PublicKey, sha256};
 use crate::names::ChipId;
 

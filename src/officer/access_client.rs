@@ -14,7 +14,7 @@ use crate::access::{ApprovalStatement, ProtectedAction, RequestId, Verdict, veri
 use crate::certificate::{
     Caller, IssuerCertificate, access_request, parse_caller_certificate, verify_caller_certificate,
 };
-use crate::config::open_private;
+use crate::file_format::open_private;
 use crate::keys::{PublicKey, TlsKey};
 use crate::names::OfficerName;
 use crate::proto;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use crate::config::{Faults, read_toml};
+use crate::file_format::{Faults, read_toml};
 use crate::hsm::{ModuleProfile, PinSource, TokenIdentity};
 
 /// The token of a ceremony.

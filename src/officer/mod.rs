@@ -42,7 +42,7 @@ pub use text::print_written;
 pub use transcript::{Approval, KeyReport, OfficerStatement, Transcript, VerifiedTranscript, verify_transcript};
 
 use crate::certificate::CertificateError;
-use crate::config::Faults;
+use crate::file_format::Faults;
 use crate::hsm::HsmError;
 use crate::keys::KeyError;
 

@@ -1,8 +1,8 @@
 //! Private and symmetric keys as COSE_Key (RFC 9052 §7, RFC 9053 §7, RFC 8230 §4), encoded and decoded without extra copies.
 
-use super::PackageError;
 use super::cbor::{CborError, MapReader, Reader, Writer};
-use super::data::{SymmetricKey, package_error};
+use super::symmetric_key::SymmetricKey;
+use super::{PackageError, package_error};
 use crate::keys::{DevicePrivateKey, KeyError, KeyKind, PrivateParts, PublicKey, RsaPrivateParts};
 use crate::secret::SecretBytes;
 

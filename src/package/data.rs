@@ -3,9 +3,10 @@
 use std::fmt;
 
 use super::cbor::{MapReader, Reader, Writer};
-use super::{MAX_PACKAGE_LEN, PackageError, cose_key, field_error};
+use super::symmetric_key::SymmetricKey;
+use super::{MAX_PACKAGE_LEN, PackageError, cose_key, package_error};
 use crate::keys::DevicePrivateKey;
-use crate::names::{ChipId, DeviceIdentity, KeyName, ProfileName, SessionId};
+use crate::names::{ChipId, DeviceIdentity, ProfileName, SessionId};
 use crate::secret::SecretBytes;
 
 const VERSION: i64 = 1;
@@ -60,35 +61,6 @@ impl CertificateChain {
     /// Whether the certificate is a CWT.
     pub const fn is_cwt(&self) -> bool {
         matches!(self, Self::Cwt(_))
-    }
-}
-
-/// A key shared by manufacturer and device, with its purpose.
-pub struct SymmetricKey {
-    purpose: KeyName,
-    key: SecretBytes,
-}
-
-impl SymmetricKey {
-    /// Validates the purpose (syntax of a key name) and the length (16 to 64 bytes).
-    pub fn new(purpose: &str, key: SecretBytes) -> Result<Self, PackageError> {
-        let field = "symmetric keys (10)";
-        let purpose = purpose.parse().map_err(package_error(field))?;
-        // Exposed to read its length.
-        if !(16..=64).contains(&key.expose().len()) {
-            return Err(package_error(field)("expected a symmetric key of 16 to 64 bytes"));
-        }
-        Ok(Self { purpose, key })
-    }
-
-    /// The purpose; unique within a package.
-    pub fn purpose(&self) -> &str {
-        self.purpose.as_str()
-    }
-
-    /// The key.
-    pub const fn key(&self) -> &SecretBytes {
-        &self.key
     }
 }
 
@@ -182,7 +154,7 @@ impl DataPackage {
         if keys.len() > MAX_SYMMETRIC_KEYS {
             return Err(package_error("symmetric keys (10)")(format!("at most {MAX_SYMMETRIC_KEYS} are allowed")));
         }
-        if keys.iter().enumerate().any(|(i, key)| keys[..i].iter().any(|other| other.purpose == key.purpose)) {
+        if keys.iter().enumerate().any(|(i, key)| keys[..i].iter().any(|other| other.purpose() == key.purpose())) {
             return Err(package_error("symmetric keys (10)")("two keys have the same purpose"));
         }
         match &self.certificate {
@@ -223,11 +195,6 @@ pub(super) fn key_area(package: &[u8]) -> Option<&[u8]> {
     }
     let has_keys = map.key(FIRST_SECRET_KEY).ok()? || map.key(FIRST_SECRET_KEY + 1).ok()?;
     has_keys.then(|| map.reader.rest())
-}
-
-/// Creates an error constructor for a field of the data package.
-pub(super) fn package_error<E: std::fmt::Display>(field: &'static str) -> impl FnOnce(E) -> PackageError {
-    field_error("data package", field)
 }
 
 const TOO_LARGE: PackageError = PackageError::TooLarge { what: "data package", max: MAX_PACKAGE_LEN };
@@ -400,8 +367,6 @@ mod tests {
         assert!(rejection(|p| p.symmetric_keys.push(samples::symmetric_key("channel", 1))).contains("same purpose"));
         assert!(rejection(|p| p.key_pair = Some(samples::pair(crate::keys::KeyKind::P256))).contains("CWT (8)"));
         assert!(rejection(|p| p.certificate = CertificateChain::Cwt(vec![0; MAX_PACKAGE_LEN])).contains("more than"));
-        assert!(SymmetricKey::new("short", SecretBytes::new(vec![0; 15])).is_err());
-        assert!(SymmetricKey::new("No Name", SecretBytes::new(vec![0; 32])).is_err());
     }
 
     #[test]

@@ -18,6 +18,7 @@ mod gcm;
 #[cfg(test)]
 pub(crate) mod samples;
 mod seal;
+mod symmetric_key;
 mod transport;
 
 pub use backup::{BackupError, BackupFormat, BackupIv, BackupPackage, BackupRules, make_backup, open_backup};
@@ -25,8 +26,9 @@ pub use confirmation::{
     ConfirmationClaims, ConfirmationError, ConfirmationKey, ConfirmationSigner, KeyConfirmation, confirm,
     verify_confirmation,
 };
-pub use data::{CertificateChain, DataPackage, SymmetricKey};
+pub use data::{CertificateChain, DataPackage};
 pub use seal::{open, seal};
+pub use symmetric_key::SymmetricKey;
 pub use transport::{TransportCurve, TransportPrivateKey, TransportPublicKey};
 
 use crate::keys::KeyError;
@@ -83,4 +85,9 @@ pub enum PackageError {
 /// Creates an error constructor for one field of one structure.
 fn field_error<E: std::fmt::Display>(what: &'static str, field: &'static str) -> impl FnOnce(E) -> PackageError {
     move |problem| PackageError::Field { what, field, problem: problem.to_string() }
+}
+
+/// Creates an error constructor for a field of the data package.
+fn package_error<E: std::fmt::Display>(field: &'static str) -> impl FnOnce(E) -> PackageError {
+    field_error("data package", field)
 }

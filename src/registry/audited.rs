@@ -1,6 +1,6 @@
 //! Reads the audit checkpoints of a log. They prove that the newest entries of an audit log were not truncated.
 
-use super::files::BUNDLE;
+use super::full_tiles::BUNDLE;
 use super::source::{LogSource, SourceError, open_source};
 use crate::audit::{PublishedCheckpoint, PublishedCheckpoints};
 use crate::store::{AuditCheckpoint, LogEntry};

@@ -15,10 +15,11 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::FlockOperation;
 
-use super::files::{BUNDLE, FullTiles, write_new};
+use super::atomic_write::write_new;
+use super::chip_files::chip_files;
+use super::full_tiles::{BUNDLE, FullTiles};
 use super::source::{LogSource, SourceError, is_store};
 use crate::keys::sha256;
-use crate::names::ChipId;
 use crate::store::LogEntry;
 use crate::tlog::{
     FULL_WIDTH, FullTile, HashSource, LogKey, LogProof, SignedCheckpoint, TileId, TileKind, TlogError, Tree, TreeHash,
@@ -27,22 +28,6 @@ use crate::tlog::{
 
 const CHECKPOINT: &str = "checkpoint";
 const VKEY: &str = "log.vkey";
-
-/// The name of the directory below `chip/` that has the files of a chip.
-pub fn shard(chip: &ChipId) -> String {
-    let mut shard = hex::encode(sha256(chip.as_bytes()));
-    shard.truncate(3);
-    shard
-}
-
-/// The directory of a mirror with the files of each chip.
-pub(super) const CHIPS: &str = "chip";
-
-/// The paths of a chip's record and proof in a mirror.
-pub(super) fn chip_files(chip: &ChipId) -> (String, String) {
-    let shard = shard(chip);
-    (format!("{CHIPS}/{shard}/{chip}.cbor"), format!("{CHIPS}/{shard}/{chip}.tlog-proof"))
-}
 
 /// Result of [`export`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

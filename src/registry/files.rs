@@ -1,28 +1,26 @@
-//! The files of a log: atomic writes, and recovery after a crash.
+//! The files of a log: appending batches, sealing full bundles, and recovery after a crash.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read as _, Write as _};
-use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::io::{self, Read as _};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::fs::Advice;
 
+use super::atomic_write::{write_new, write_once};
 use super::first_checkpoints::{self, CompactCheckpoint};
+use super::full_tiles::{BUNDLE, FullTiles};
 use super::partial_bundle::{self, Batch};
 use crate::store::directory::{Fs, MIN_FREE_BYTES, StoreDir, StoreKind, sync_dir};
 use crate::store::{LogEntry, StoreError, StoreOptions};
-use crate::tlog::{
-    FULL_WIDTH, FullTile, HashSource, LogKey, SignedCheckpoint, TileId, TileKind, Tree, TreeHash, bundle, leaf_hash,
-};
+use crate::tlog::{FullTile, LogKey, SignedCheckpoint, TileId, TileKind, Tree, bundle, leaf_hash};
 
 pub(super) static KIND: StoreKind = StoreKind { name: "public database", marker: "public", format: 2 };
 
 const PARTIAL_BUNDLE_DIR: &str = "edge";
 const TILE_DIR: &str = "tile";
 const INDEX_DIR: &str = "index";
-/// Entries of a full bundle.
-pub(super) const BUNDLE: u64 = FULL_WIDTH as u64;
 
 /// The files of a log. Full tiles and bundles can be read at any time; only the sequencer writes.
 pub(super) struct LogFiles {
@@ -289,25 +287,6 @@ impl PartialBundleFile {
     }
 }
 
-/// The full tiles of a directory.
-pub(super) struct FullTiles<'a>(pub(super) &'a Path);
-
-impl FullTiles<'_> {
-    pub(super) fn read(&self, tile: TileId) -> io::Result<Vec<u8>> {
-        fs::read(self.0.join(tile.as_full().to_string()))
-    }
-}
-
-impl HashSource for FullTiles<'_> {
-    fn tile(&self, tile: TileId) -> Result<Vec<u8>, String> {
-        let bytes = self.read(tile).map_err(|e| format!("{}: {e}", tile.as_full()))?;
-        match bytes.len() == usize::from(FULL_WIDTH) * size_of::<TreeHash>() {
-            true => Ok(bytes),
-            false => Err(format!("{}: unexpected length {} bytes", tile.as_full(), bytes.len())),
-        }
-    }
-}
-
 /// The newest partial bundle in a log's directory, and the index of its first entry.
 pub(super) fn newest_partial_bundle(dir: &Path) -> io::Result<(u64, PathBuf)> {
     let mut newest = None;
@@ -334,51 +313,4 @@ fn remove_older_partial_bundles(dir: &Path, newest: u64) -> io::Result<()> {
 
 fn partial_bundle_path(dir: &Path, base: u64) -> PathBuf {
     dir.join(PARTIAL_BUNDLE_DIR).join(format!("{base:020}"))
-}
-
-/// Writes a file that is never changed. Writing the same content again, after a crash, succeeds.
-pub(super) fn write_once(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    match fs::read(path) {
-        // The process that wrote it may have been killed before the sync.
-        Ok(found) if found == bytes => {
-            File::open(path)?.sync_all()?;
-            sync_dir(path.parent().unwrap_or(Path::new(".")))
-        }
-        Ok(_) => {
-            let problem = format!(
-                "{} exists with different content; move the file away, it is never overwritten",
-                path.display()
-            );
-            Err(io::Error::new(io::ErrorKind::AlreadyExists, problem))
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => write_new(path, bytes),
-        Err(error) => Err(error),
-    }
-}
-
-/// Writes a file atomically: writes and syncs a temporary file, renames it and syncs the directory.
-pub(super) fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let directory = path.parent().unwrap_or(Path::new("."));
-    create_directories(directory)?;
-    let mut name = path.as_os_str().to_owned();
-    name.push(".new");
-    let staged = PathBuf::from(name);
-    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o644).open(&staged)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    fs::rename(&staged, path)?;
-    sync_dir(directory)
-}
-
-fn create_directories(directory: &Path) -> io::Result<()> {
-    if directory.as_os_str().is_empty() || directory.is_dir() {
-        return Ok(());
-    }
-    let parent = directory.parent().unwrap_or(Path::new("."));
-    create_directories(parent)?;
-    match fs::create_dir(directory) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-        _ => {}
-    }
-    sync_dir(if parent.as_os_str().is_empty() { Path::new(".") } else { parent })
 }

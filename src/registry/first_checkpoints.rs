@@ -10,7 +10,8 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::files::{BUNDLE, FullTiles, write_new, write_once};
+use super::atomic_write::{write_new, write_once};
+use super::full_tiles::{BUNDLE, FullTiles};
 use crate::store::LogEntry;
 use crate::tlog::{LogKey, SignedCheckpoint, TileId, TileKind, bundle};
 

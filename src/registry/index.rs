@@ -4,7 +4,8 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::files::{BUNDLE, FullTiles, KIND, LogFiles};
+use super::files::{KIND, LogFiles};
+use super::full_tiles::{BUNDLE, FullTiles};
 use super::snapshot::damaged;
 use crate::store::directory::OsFs;
 use crate::store::{IndexEntry, IndexMark, Location, LogEntry, SledIndex, StoreError, StoreOptions, UniqueKey};

@@ -5,10 +5,10 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::files::BUNDLE;
+use super::full_tiles::BUNDLE;
 use super::index::{IndexBuilder, create_empty_index};
-use super::log::Unavailable;
 use super::sequencer::{BACKOFF, Sequencer};
+use super::shared::Unavailable;
 use super::snapshot::Snapshot;
 use crate::store::directory::MIN_FREE_BYTES;
 use crate::store::{SledIndex, StoreError};

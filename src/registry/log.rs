@@ -1,18 +1,19 @@
 //! The transparency log behind [`PublicDatabase`]: the sequencer publishes entries, reads use an immutable snapshot of the log.
 
-use std::collections::HashSet;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot};
 
-use super::files::{BUNDLE, LogFiles};
+use super::files::LogFiles;
+use super::full_tiles::BUNDLE;
 use super::index::belongs_to_log;
 use super::read::EntryLocation;
 use super::sequencer::{PublishRequest, Sequencer};
+use super::shared::{Shared, Unavailable};
 use super::signer::CheckpointSigner;
 use super::snapshot::{Snapshot, damaged};
 use super::witness::{self, CosigningState, Witness};
@@ -27,9 +28,6 @@ use crate::tlog::{LogKey, LogProof, SignedCheckpoint, TileId};
 const QUEUE_CAPACITY: usize = 1024;
 /// How long a caller waits for the sequencer. After a timeout the entry may still be published.
 const PUBLISH_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long a look-up waits for an index that is being synchronized, or for the outcome of a pending batch.
-pub(super) const LOOKUP_TIMEOUT: Duration = Duration::from_secs(1);
-
 /// Batching and witness settings of a log.
 #[derive(Debug, Clone)]
 pub struct LogSettings {
@@ -65,39 +63,6 @@ pub struct TransparencyLog {
     /// The newest checkpoint that was published. An older one is never published after it.
     newest_published: Mutex<Option<SignedCheckpoint>>,
     key: LogKey,
-}
-
-/// State shared by readers and the sequencer.
-pub(super) struct Shared {
-    pub(super) files: LogFiles,
-    pub(super) options: StoreOptions,
-    snapshot: RwLock<Arc<Snapshot>>,
-    /// The index, once it is in sync with the files; until then the reason why it is not available.
-    pub(super) index: watch::Sender<Result<Arc<SledIndex>, String>>,
-    /// Why publication is unavailable; `None` while it is available.
-    pub(super) unavailable: RwLock<Option<Unavailable>>,
-    /// Number of committed batches.
-    pub(super) batches: AtomicU64,
-    /// The unique values of a batch whose outcome is not known yet.
-    pub(super) pending: watch::Sender<HashSet<UniqueKey>>,
-}
-
-/// Why publication is unavailable.
-#[derive(Debug, Clone)]
-pub(super) enum Unavailable {
-    /// The disk is full.
-    Full,
-    /// Anything else.
-    Failed(String),
-}
-
-impl Unavailable {
-    pub(super) fn of(error: &StoreError) -> Self {
-        match error {
-            StoreError::Full { .. } => Self::Full,
-            other => Self::Failed(other.to_string()),
-        }
-    }
 }
 
 impl TransparencyLog {
@@ -141,15 +106,7 @@ impl TransparencyLog {
         });
         let (mut snapshot, partial_bundle) = recovered.into_snapshot()?;
         snapshot.indexed = index.as_ref().map_or(0, |(_, size)| *size);
-        let shared = Arc::new(Shared {
-            files,
-            options: options.clone(),
-            snapshot: RwLock::new(Arc::new(snapshot)),
-            index: watch::Sender::new(Err("index loading".into())),
-            unavailable: RwLock::default(),
-            batches: AtomicU64::new(0),
-            pending: watch::Sender::default(),
-        });
+        let shared = Arc::new(Shared::new(files, options.clone(), snapshot));
         let (queue, requests) = mpsc::channel(QUEUE_CAPACITY);
         let in_flight = Arc::new(InFlightPublications::default());
         let key = signer.key().clone();
@@ -221,55 +178,6 @@ impl TransparencyLog {
             *newest_published = checkpoint;
         }
         (snapshot, newest_published.clone())
-    }
-}
-
-impl Shared {
-    /// The error for callers while publication is unavailable.
-    pub(super) fn error(&self, why: &Unavailable) -> StoreError {
-        match why {
-            Unavailable::Full => self.files.full_disk(),
-            Unavailable::Failed(cause) => self.files.store_dir().failed("publishing", cause),
-        }
-    }
-
-    /// The current snapshot.
-    pub(super) fn snapshot(&self) -> Arc<Snapshot> {
-        Arc::clone(&self.snapshot.read().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    /// Publishes a new snapshot to readers.
-    pub(super) fn publish_snapshot(&self, snapshot: Snapshot) {
-        *self.snapshot.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(snapshot);
-    }
-
-    /// The index, as soon as it is in sync with the files.
-    pub(super) async fn index(&self) -> Result<Arc<SledIndex>, StoreError> {
-        let mut index = self.index.subscribe();
-        let synced = tokio::time::timeout(LOOKUP_TIMEOUT, index.wait_for(Result::is_ok)).await;
-        if let Ok(Ok(synced)) = synced
-            && let Ok(index) = &*synced
-        {
-            return Ok(Arc::clone(index));
-        }
-        let why = self.index.borrow().as_ref().err().cloned().unwrap_or_default();
-        Err(self.files.store_dir().failed("looking up a record", format!("index not available: {why}")))
-    }
-
-    /// Sets why publication is unavailable, or `None` if it is available.
-    pub(super) fn set_unavailable(&self, why: Option<Unavailable>) {
-        *self.unavailable.write().unwrap_or_else(PoisonError::into_inner) = why;
-    }
-
-    /// Marks values as pending: look-ups of them wait for the outcome of the batch.
-    pub(super) fn set_pending(&self, keys: impl IntoIterator<Item = UniqueKey>) {
-        let keys = keys.into_iter().collect();
-        self.pending.send_replace(keys);
-    }
-
-    /// Ends the pending state: the snapshot shows the outcome of the batch.
-    pub(super) fn clear_pending(&self) {
-        self.pending.send_if_modified(|pending| !std::mem::take(pending).is_empty());
     }
 }
 

@@ -27,17 +27,21 @@
 //! Trust: an attacker who controls the directory can withhold entries. Anyone who has kept a checkpoint detects altered, removed
 //! or reordered entries ([`verify`]).
 
+mod atomic_write;
 mod audited;
+mod chip_files;
 mod export;
 mod fetch;
 mod files;
 mod first_checkpoints;
+mod full_tiles;
 mod index;
 mod index_sync;
 mod log;
 mod partial_bundle;
 mod read;
 mod sequencer;
+mod shared;
 mod signer;
 mod snapshot;
 mod source;
@@ -48,7 +52,8 @@ mod witness;
 mod tests;
 
 pub use audited::{AuditTrail, AuditTrailError, audit_checkpoints, published_checkpoints};
-pub use export::{ExportError, ExportReport, export, shard};
+pub use chip_files::shard;
+pub use export::{ExportError, ExportReport, export};
 pub use index::{ReindexReport, reindex};
 pub use log::{LogSettings, TransparencyLog};
 pub use signer::{CheckpointSigner, HsmSigner};

@@ -1,7 +1,7 @@
 //! Reads the log while it grows: entries by their unique values, proofs, tiles.
 
-use super::files::BUNDLE;
-use super::log::{LOOKUP_TIMEOUT, Shared};
+use super::full_tiles::BUNDLE;
+use super::shared::{LOOKUP_TIMEOUT, Shared};
 use super::snapshot::{Snapshot, damaged};
 use crate::store::{Location, LogEntry, Publication, PublishedRecord, StoreError, UniqueKey};
 use crate::tlog::{

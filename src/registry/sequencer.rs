@@ -8,11 +8,12 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::files::{AppendError, BUNDLE, PartialBundleFile};
+use super::files::{AppendError, PartialBundleFile};
 use super::first_checkpoints::CompactCheckpoint;
-use super::log::{Shared, Unavailable};
+use super::full_tiles::BUNDLE;
 use super::partial_bundle::Batch;
 use super::read::EntryLocation;
+use super::shared::{Shared, Unavailable};
 use super::signer::CheckpointSigner;
 use super::snapshot::{Entry, Snapshot};
 use crate::store::{InFlightPublications, LogEntry, Publication, PublishError, SledIndex, UniqueKey};

@@ -4,9 +4,10 @@ use std::fs;
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
-use super::export::{CHIPS, chip_files};
+use super::chip_files::{CHIPS, chip_files};
 use super::fetch::Fetcher;
-use super::files::{BUNDLE, FullTiles, newest_partial_bundle};
+use super::files::newest_partial_bundle;
+use super::full_tiles::{BUNDLE, FullTiles};
 use super::partial_bundle;
 use crate::names::ChipId;
 use crate::tlog::{FullTile, LogKey, TileId, TileKind, Tree, bundle, leaf_hash};

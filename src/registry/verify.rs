@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry as Slot;
 
-use super::files::BUNDLE;
+use super::full_tiles::BUNDLE;
 use super::source::{LogSource, SourceError, read_chip_files};
 use crate::certificate::{IssuerCertificate, PublishedClaims, lint_published};
 use crate::names::ChipId;

@@ -9,8 +9,8 @@ use base64::prelude::{BASE64_STANDARD, Engine as _};
 use tokio::task::JoinSet;
 
 use super::fetch::Fetcher;
-use super::log::Shared;
 use super::read::Tiles;
+use super::shared::Shared;
 use super::snapshot::Snapshot;
 use crate::store::WitnessStatus;
 use crate::tlog::{LogKey, SignedCheckpoint, WitnessKey, prove_consistency};

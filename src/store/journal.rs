@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use super::production::{ProductionCounts, ProductionSlot};
 use super::secret::PairToReserve;
-use super::session::{
-    ReserveError, Session, SessionCounts, SessionCursor, SessionSet, SessionState, StateName, StateStore,
-};
+use super::session::{Session, SessionCounts, SessionCursor, SessionSet, SessionState};
+use super::state_store::{ReserveError, StateStore};
 use super::{PublicationReceipt, StoreError};
 use crate::keys::StoredKey;
 use crate::names::{ChipId, DeviceIdentity, SessionId};
+use crate::state_name::StateName;
 
 /// The state store as the request flows use it.
 #[derive(Clone)]

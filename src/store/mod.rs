@@ -4,7 +4,6 @@
 //! reservation, a [`PublicationReceipt`] requires a durable publication. Proof constructors are private to this module, so
 //! code that signs or erases without the proof does not compile.
 
-pub(crate) mod access;
 mod audit_checkpoint;
 #[cfg(test)]
 mod contract;
@@ -26,11 +25,11 @@ mod record;
 mod secret;
 mod session;
 mod sled;
+mod state_store;
 #[cfg(test)]
 pub(crate) mod testing;
 mod unique;
 
-pub use self::access::AccessStore;
 pub use self::sled::SledStateStore;
 pub(crate) use self::sled::{IndexEntry, IndexMark, Location, SledIndex};
 pub use audit_checkpoint::AuditCheckpoint;
@@ -48,65 +47,11 @@ pub use secret::{
     Batch, BatchPair, BatchState, BatchStep, KeyStorage, PairAssignment, PairCounts, PairId, PairToDestroy,
     PairToReserve, PooledPair, Purpose, RewrappedPair, SecretStore,
 };
-pub use session::{
-    CertificateToSign, MasterKeyVersion, ReserveError, Session, SessionCounts, SessionCursor, SessionSet, SessionState,
-    StateName, StateStore,
-};
+pub use session::{MasterKeyVersion, Session, SessionCounts, SessionCursor, SessionSet, SessionState};
+pub use state_store::{ReserveError, StateStore};
 pub use unique::UniqueKey;
 
-/// Why a store operation failed. Earlier acknowledged writes remain durable.
-#[derive(Debug, thiserror::Error)]
-pub enum StoreError {
-    /// Free disk space is below the limit for the operation; nothing was written. New devices require the configured floor,
-    /// all other writes a small fixed minimum.
-    #[error("{store}: disk full: {free} bytes free, {floor} bytes required; free disk space")]
-    Full {
-        /// Which store.
-        store: &'static str,
-        /// Free bytes now.
-        free: u64,
-        /// Required free bytes.
-        floor: u64,
-    },
-    /// The engine failed or is being reopened. The outcome of a write in progress is unknown.
-    #[error("{store}: {operation} failed: {cause}")]
-    Failed {
-        /// Which store.
-        store: &'static str,
-        /// The failed operation.
-        operation: &'static str,
-        /// The engine's error message.
-        cause: String,
-    },
-    /// A stored value cannot be decoded: it is corrupt, or a newer version wrote it.
-    #[error("{store}: cannot read {what}: {cause}")]
-    Damaged {
-        /// Which store.
-        store: &'static str,
-        /// The value.
-        what: String,
-        /// Why it cannot be read.
-        cause: String,
-    },
-    /// The store directory is missing (the daemon never creates one), or exists already (`sppctl init` never overwrites one).
-    #[error("{0}")]
-    Directory(String),
-    /// The batch's state does not allow the step, usually because a concurrent step came first.
-    #[error("batch {batch} {problem}")]
-    WrongBatch {
-        /// The batch.
-        batch: u64,
-        /// Why the step is not allowed.
-        problem: String,
-    },
-    /// The session's state does not allow the step, usually because a concurrent call came first.
-    #[error("session {session} is in state {found:?}; the step requires {needed:?}")]
-    WrongState {
-        /// The session.
-        session: crate::names::SessionId,
-        /// Its current state.
-        found: StateName,
-        /// The required state.
-        needed: StateName,
-    },
-}
+pub use crate::access::AccessStore;
+pub use crate::certificate::CertificateToSign;
+pub use crate::state_name::StateName;
+pub use crate::store_error::StoreError;

@@ -5,7 +5,9 @@ mod metrics;
 mod pages;
 mod public;
 mod rate;
+mod response;
 mod serve;
+mod site;
 
 pub use metrics::{Metrics, MetricsSources, WebError};
 pub use public::Public;

@@ -13,7 +13,8 @@ use serde::Deserialize;
 use time::OffsetDateTime;
 use time::macros::format_description;
 
-use super::public::{Site, problem, tagged};
+use super::response::{problem, tagged};
+use super::site::Site;
 use crate::certificate::{CertificateField, describe};
 use crate::keys::sha256;
 use crate::names::{ChipId, DeviceIdentity};

@@ -30,15 +30,16 @@ use tower_http::compression::CompressionLayer;
 
 use super::pages;
 use super::rate::RateLimit;
+use super::response::{problem, tagged};
 use super::serve::{Limits, Peer, serve};
+use super::site::Site;
 use crate::config::{PublicConfig, RegistryConfig};
 use crate::connections::Tls;
 use crate::names::ChipId;
 use crate::provisioning::{ProvisionError, Provisioner};
 use crate::registry::shard;
 use crate::rpc;
-use crate::store::PublishedRecord;
-use crate::tlog::{LogKey, TileId, WitnessKey};
+use crate::tlog::TileId;
 
 /// Limits of the public listener.
 const LIMITS: Limits = Limits {
@@ -63,18 +64,6 @@ const IMMUTABLE: &str = "public, max-age=31536000, immutable";
 const TWO_SECONDS: &str = "public, max-age=2";
 /// Cache control for records. A record changes only if a newer one supersedes it, which should become visible soon.
 const ONE_MINUTE: &str = "public, max-age=60";
-
-/// State shared by all handlers.
-pub(super) struct Site {
-    pub(super) provisioner: Arc<Provisioner>,
-    pub(super) title: String,
-    pub(super) key: LogKey,
-    /// Witnesses whose cosignatures are shown.
-    pub(super) witnesses: Vec<WitnessKey>,
-    rate: RateLimit,
-    requests: Semaphore,
-    bundles: Arc<Semaphore>,
-}
 
 /// The HTTP service of the public listener.
 pub struct Public(Arc<Site>);
@@ -174,14 +163,6 @@ async fn add_security_headers(mut response: Response) -> Response {
     response
 }
 
-/// Returns a problem details response (RFC 9457) for programs. It does not echo the request, so all responses have the same size.
-pub(super) fn problem(status: StatusCode, detail: &'static str) -> Response {
-    let title = status.canonical_reason().unwrap_or("error");
-    let body = serde_json::json!({ "title": title, "status": status.as_u16(), "detail": detail });
-    let head = [(header::CONTENT_TYPE, "application/problem+json"), (header::CACHE_CONTROL, "no-store")];
-    (status, head, body.to_string()).into_response()
-}
-
 /// Maps errors to HTTP responses, as `rpc::status` does for gRPC.
 pub(super) fn refused(error: &ProvisionError) -> Response {
     match error {
@@ -199,12 +180,6 @@ pub(super) fn refused(error: &ProvisionError) -> Response {
 }
 
 impl Site {
-    /// Returns the newest record of the chip in the request path.
-    pub(super) async fn find(&self, chip: &str) -> Result<PublishedRecord, ProvisionError> {
-        let chip: ChipId = chip.parse().map_err(|e| ProvisionError::invalid("chip_id", e))?;
-        self.provisioner.recover(&chip).await
-    }
-
     /// Returns a tile or an entry bundle by its path.
     async fn tile(&self, path: &str) -> Result<Vec<u8>, Response> {
         let not_found = || problem(StatusCode::NOT_FOUND, "no such tile");
@@ -289,32 +264,6 @@ async fn record(State(site): State<Arc<Site>>, Path(chip): Path<String>, headers
         },
     };
     tagged(&headers, &format!("W/\"{hash}-{tag}\""), ONE_MINUTE, kind, body)
-}
-
-/// Returns a body with an entity tag, or 304 if the client already has it (RFC 9110 §13.1.2).
-pub(super) fn tagged(
-    request: &HeaderMap,
-    tag: &str,
-    cache: &'static str,
-    kind: &'static str,
-    body: Vec<u8>,
-) -> Response {
-    let known = request.get_all(header::IF_NONE_MATCH).iter().filter_map(|value| value.to_str().ok());
-    let is_known = known.flat_map(|value| value.split(',')).any(|known| {
-        let opaque = |tag: &str| tag.trim().trim_start_matches("W/").to_owned();
-        known.trim() == "*" || opaque(known) == opaque(tag)
-    });
-    let mut response = match is_known {
-        true => StatusCode::NOT_MODIFIED.into_response(),
-        false => ([(header::CONTENT_TYPE, kind)], body).into_response(),
-    };
-    let headers = response.headers_mut();
-    if let Ok(tag) = HeaderValue::from_str(tag) {
-        headers.insert(header::ETAG, tag);
-    }
-    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static(cache));
-    headers.insert(header::VARY, HeaderValue::from_static("accept, accept-encoding"));
-    response
 }
 
 async fn proof(State(site): State<Arc<Site>>, Path(chip): Path<String>) -> Response {

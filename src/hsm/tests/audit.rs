@@ -6,7 +6,8 @@ use cryptoki::session::Session;
 
 use super::{TestToken, create_wrapping_key, in_module, key_map, name};
 use crate::hsm::attributes::pair_generation;
-use crate::hsm::failure::{Failure, FailureClass};
+use crate::hsm::failure::Failure;
+use crate::hsm::failure_class::FailureClass;
 use crate::hsm::wire::KeyOnToken;
 use crate::hsm::{Ceremony, KeyRole, Prf, Provenance};
 use crate::keys::KeyKind;

@@ -5,7 +5,7 @@ use cryptoki::object::Attribute;
 use super::{TestToken, in_module, object_counts};
 use crate::hsm::Ceremony;
 use crate::hsm::attributes::{KeyRole, Provenance};
-use crate::hsm::failure::FailureClass;
+use crate::hsm::failure_class::FailureClass;
 use crate::hsm::objects::public_key;
 use crate::hsm::operations::TokenOperations;
 use crate::hsm::transport::TransportKey;

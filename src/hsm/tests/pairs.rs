@@ -3,7 +3,7 @@
 use cryptoki::object::Attribute;
 
 use super::{TestToken, create_wrapping_key, in_module, key_map, name, object_counts};
-use crate::hsm::failure::FailureClass;
+use crate::hsm::failure_class::FailureClass;
 use crate::hsm::objects::public_key;
 use crate::hsm::operations::TokenOperations;
 use crate::hsm::transport::TransportKey;

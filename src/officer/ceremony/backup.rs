@@ -4,8 +4,9 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use super::backup_file::{BackedUpKey, BackupFile};
-use super::{CeremonyRun, PlannedStep, PreflightContext, Step, shares};
-use crate::config::Faults;
+use super::shares;
+use super::step::{CeremonyRun, PlannedStep, PreflightContext, Step};
+use crate::file_format::Faults;
 use crate::hsm::{BACKUP_KEY_LEN, BackupKey, Ceremony, CreatedKey, KeyManifest, backup_check_value};
 use crate::keys::{KeyKind, sha256};
 use crate::names::{KeyName, OfficerName};
@@ -68,7 +69,7 @@ impl Step for NewBackupKey {
         let token = run.token;
         let bytes = token.random_secret(BACKUP_KEY_LEN)?;
         let check_value = backup_check_value(&bytes)?;
-        let shares = shares::split(token, &bytes, self, &check_value)?;
+        let shares = shares::split(token, &bytes, &self.entry(Vec::new(), &check_value), &self.officers)?;
         let mut written = Vec::new();
         let made = self
             .write_shares(run, &shares, &check_value, &mut written)

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Faults, read_toml};
+use crate::file_format::{Faults, read_toml};
 use crate::hsm::{BackupKey, CheckpointKey, MasterKey, Prf, Restorable, SEALED_LEN, SigningKey, SigningUse};
 use crate::keys::{PublicKey, sha384};
 use crate::names::KeyName;

@@ -1,8 +1,8 @@
 //! Destroys keys on the token.
 
 use super::proof::cka_id;
-use super::{CeremonyRun, PlannedStep, PreflightContext, Step};
-use crate::config::Faults;
+use super::step::{CeremonyRun, PlannedStep, PreflightContext, Step};
+use crate::file_format::Faults;
 use crate::hsm::{DestroyedKey, KeyManifest};
 use crate::names::KeyName;
 use crate::officer::{OfficerError, now};

@@ -5,17 +5,19 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use super::CeremonyPlan;
 use super::backup::NewBackupKey;
 use super::backup_file::BackupFile;
+use super::check::CheckKey;
 use super::destroy::DestroyKey;
 use super::import::ImportCertificate;
 use super::log::NewLogKey;
 use super::master::{Lineage, NewMasterKey};
-use super::proof::CheckKey;
+use super::parse_context::ParseContext;
 use super::restore::RestoreKey;
 use super::signing_file::{AccessShape, CertificateSourceShape, RotateSigningShape, SigningShape};
-use super::{CeremonyPlan, Step};
-use crate::config::{Faults, read_toml};
+use super::step::Step;
+use crate::file_format::{Faults, read_toml};
 use crate::hsm::{Prf, SigningUse};
 use crate::keys::sha256;
 use crate::names::{KeyName, OfficerName};
@@ -141,13 +143,6 @@ impl CeremonyPlan {
     }
 }
 
-/// Context of all checks.
-pub(super) struct ParseContext<'a> {
-    pub(super) place: &'a str,
-    base: &'a Path,
-    pub(super) faults: &'a mut Faults,
-}
-
 impl Shape {
     /// The steps in execution order: dependencies first, irreversible steps last.
     fn check(self, context: &mut ParseContext<'_>) -> Vec<Box<dyn Step>> {
@@ -269,12 +264,6 @@ fn check_unique_names(steps: &[Box<dyn Step>], context: &mut ParseContext<'_>) {
                 context.faults.add(context.place, format!("file {} would be written twice", file.display()));
             }
         }
-    }
-}
-
-impl ParseContext<'_> {
-    pub(super) fn fault(&mut self, at: impl std::fmt::Display, problem: impl std::fmt::Display) {
-        self.faults.add(format!("{}: {at}", self.place), problem);
     }
 }
 

@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 
 use super::proof::prove;
-use super::{CeremonyRun, PlannedStep, PreflightContext, Step};
+use super::step::{CeremonyRun, PlannedStep, PreflightContext, Step};
 use crate::certificate::verify_issued_chain;
-use crate::config::Faults;
+use crate::file_format::Faults;
 use crate::hsm::{KeyManifest, SigningKey, SigningUse};
 use crate::names::KeyName;
 use crate::officer::files::{must_be_new, write_new};

@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 
 use super::backup_file::BackedUpKey;
-use super::{CeremonyRun, PlannedStep, PreflightContext, Step, backup, public_key_of};
-use crate::config::Faults;
+use super::step::{CeremonyRun, PlannedStep, PreflightContext, Step};
+use super::{backup, public_key_of};
+use crate::file_format::Faults;
 use crate::hsm::{CheckpointKey, KeyManifest};
 use crate::keys::KeyKind;
 use crate::names::KeyName;

@@ -2,9 +2,10 @@
 
 use std::path::PathBuf;
 
+use super::backup;
 use super::backup_file::BackedUpKey;
-use super::{CeremonyRun, PlannedStep, PreflightContext, Step, backup};
-use crate::config::Faults;
+use super::step::{CeremonyRun, PlannedStep, PreflightContext, Step};
+use crate::file_format::Faults;
 use crate::hsm::{KeyManifest, MasterKey, Prf};
 use crate::names::KeyName;
 use crate::officer::OfficerError;

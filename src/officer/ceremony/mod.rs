@@ -4,33 +4,37 @@ mod backup;
 mod backup_file;
 #[cfg(test)]
 mod backup_tests;
+mod check;
 mod destroy;
 mod file;
 mod import;
 mod log;
 mod master;
+mod parse_context;
 mod proof;
 mod restore;
 mod shares;
 mod signing;
 mod signing_file;
+mod step;
 #[cfg(test)]
 mod tests;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
+pub use step::PlannedStep;
+use step::{CeremonyRun, PreflightContext, Step};
 
 use super::OfficerError;
-use super::files::{make_directory, must_be_new, replace};
+use super::files::{make_directory, must_be_new};
 use super::permit::Permit;
 use super::transcript::{Approval, Transcript, TranscriptInput};
 use crate::certificate::CertificateSerial;
-use crate::config::Faults;
+use crate::file_format::Faults;
 use crate::hsm::{Ceremony, CreatedKey, KeyManifest, ModuleProfile, TokenIdentity};
 use crate::keys::PublicKey;
-use crate::names::{KeyName, OfficerName};
+use crate::names::OfficerName;
 
 /// A validated ceremony file.
 pub struct CeremonyPlan {
@@ -41,86 +45,6 @@ pub struct CeremonyPlan {
     file: PathBuf,
     /// SHA-256 of the file, for the transcript and the approval.
     file_hash: [u8; 32],
-}
-
-/// One step of a ceremony.
-trait Step {
-    /// Name of the token object that the step creates.
-    fn created_key(&self) -> Option<&KeyName> {
-        None
-    }
-
-    /// Whether the created key can issue certificates at once: a root that has its own certificate.
-    fn creates_issuer(&self) -> bool {
-        false
-    }
-
-    /// Name of the key that the step destroys.
-    fn destroyed_key(&self) -> Option<&KeyName> {
-        None
-    }
-
-    /// Files that the step writes, relative to the directory of keys.toml.
-    fn files(&self) -> Vec<PathBuf> {
-        Vec::new()
-    }
-
-    /// Why the step needs the approval of a second officer. Without a manifest, only reasons that do not depend on it.
-    fn needs_approval(&self, _manifest: Option<&KeyManifest>) -> Option<&'static str> {
-        None
-    }
-
-    /// Whether the step can need an approval, depending on the manifest.
-    fn may_need_approval(&self) -> bool {
-        self.needs_approval(None).is_some()
-    }
-
-    /// Describes the step for a plan, in more detail with a manifest.
-    fn describe(&self, manifest: Option<&KeyManifest>) -> PlannedStep;
-
-    /// Reports everything that would make the step fail. Changes nothing.
-    fn preflight(&self, context: &PreflightContext<'_>, faults: &mut Faults) -> Result<(), OfficerError>;
-
-    /// Executes the step.
-    fn execute(&self, run: &mut CeremonyRun<'_>) -> Result<(), OfficerError>;
-}
-
-/// State of the token and the manifest before a ceremony.
-struct PreflightContext<'a> {
-    module: &'a ModuleProfile,
-    /// `None` if the ceremony still has to initialise the token.
-    token: Option<&'a Ceremony>,
-    manifest: &'a KeyManifest,
-    steps: &'a [Box<dyn Step>],
-}
-
-impl PreflightContext<'_> {
-    /// Whether the ceremony creates a key with this name.
-    fn creates(&self, name: &KeyName) -> bool {
-        self.steps.iter().any(|step| step.created_key() == Some(name))
-    }
-
-    /// Whether the ceremony creates a root with this name that can issue certificates.
-    fn creates_issuer(&self, name: &KeyName) -> bool {
-        self.steps.iter().any(|step| step.created_key() == Some(name) && step.creates_issuer())
-    }
-
-    fn destroys(&self, name: &KeyName) -> bool {
-        self.steps.iter().any(|step| step.destroyed_key() == Some(name))
-    }
-
-    /// Proves that the token holds this key of the manifest and returns its fingerprint.
-    fn prove(&self, name: &KeyName) -> Result<String, OfficerError> {
-        self.token.map_or_else(|| Err(proof::unknown_key(name)), |token| proof::prove(token, self.manifest, name))
-    }
-}
-
-/// State of a running ceremony.
-struct CeremonyRun<'a> {
-    token: &'a Ceremony,
-    out: &'a Path,
-    manifest: KeyManifest,
-    report: Transcript,
 }
 
 impl CeremonyPlan {
@@ -234,38 +158,6 @@ impl CeremonyPlan {
     }
 }
 
-impl CeremonyRun<'_> {
-    /// Completes a new key: writes its files, then adds it to the manifest. The manifest is written last, so that every key in it
-    /// is complete. On failure the unused key is destroyed and its name stays free.
-    fn finish(
-        &mut self,
-        key: &CreatedKey,
-        enter: impl FnOnce(&mut Self) -> Result<(), OfficerError>,
-    ) -> Result<(), OfficerError> {
-        let (steps, files, manifest) = (self.report.keys.len(), self.report.files.len(), self.manifest.clone());
-        let Err(cause) = enter(self) else { return self.save() };
-        self.manifest = manifest;
-        self.report.keys.truncate(steps);
-        for file in self.report.files.drain(files..) {
-            // If a file cannot be removed, the next ceremony reports it.
-            let _ = std::fs::remove_file(file);
-        }
-        self.token.destroy(&key.name, &key.id).map_err(|e| {
-            OfficerError::Other(format!(
-                "{cause}; destroying the new key {} failed too, it is still on the token: {e}",
-                key.name
-            ))
-        })?;
-        Err(cause)
-    }
-
-    /// Replaces keys.toml.
-    fn save(&self) -> Result<(), OfficerError> {
-        let text = self.manifest.to_toml().map_err(|e| OfficerError::Other(e.to_string()))?;
-        Ok(replace(&self.out.join("keys.toml"), text.as_bytes())?)
-    }
-}
-
 /// Loads the manifest of an earlier ceremony, if there is one.
 fn load_manifest(out: Option<&Path>) -> Result<Option<KeyManifest>, OfficerError> {
     let path = out.map(|out| out.join("keys.toml")).filter(|path| path.exists());
@@ -298,23 +190,6 @@ pub(super) fn random_serial(token: &Ceremony) -> Result<CertificateSerial, Offic
     let random =
         random.try_into().map_err(|_| OfficerError::Other("the HSM returned too few random bytes".to_owned()))?;
     Ok(CertificateSerial::from_random(random))
-}
-
-/// Description of one step in a plan.
-#[derive(Debug, Serialize)]
-pub struct PlannedStep {
-    /// Action, for example `make` or `destroy`.
-    pub act: &'static str,
-    /// Key name.
-    pub name: KeyName,
-    /// Key type or pseudorandom function, if known.
-    pub kind: String,
-    /// Purpose and further details.
-    pub what: String,
-    /// Files that the step writes.
-    pub files: Vec<PathBuf>,
-    /// Whether the step needs the approval of a second officer.
-    pub needs_approval: bool,
 }
 
 /// Result of a ceremony run, also of one that failed after some steps.

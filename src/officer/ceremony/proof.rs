@@ -1,7 +1,5 @@
 //! Proves that a key on the token is the one in keys.toml, by using it and comparing the result.
 
-use super::{CeremonyRun, PlannedStep, PreflightContext, Step};
-use crate::config::Faults;
 use crate::hsm::{Ceremony, KeyManifest};
 use crate::names::KeyName;
 use crate::officer::OfficerError;
@@ -37,36 +35,4 @@ pub(super) fn unknown_key(name: &KeyName) -> OfficerError {
 pub(super) fn cka_id(manifest: &KeyManifest, name: &KeyName) -> Result<Vec<u8>, OfficerError> {
     let mut given = manifest.used_names().filter(|(given, _)| *given == name);
     given.next().map(|(_, id)| id.to_vec()).ok_or_else(|| unknown_key(name))
-}
-
-/// `[[check_value]]`.
-pub(super) struct CheckKey {
-    pub(super) key: KeyName,
-}
-
-impl Step for CheckKey {
-    fn describe(&self, manifest: Option<&KeyManifest>) -> PlannedStep {
-        PlannedStep {
-            act: "check",
-            name: self.key.clone(),
-            kind: String::new(),
-            what: manifest.and_then(|manifest| manifest.fingerprint_text(&self.key)).unwrap_or_default(),
-            files: Vec::new(),
-            needs_approval: false,
-        }
-    }
-
-    fn preflight(&self, context: &PreflightContext<'_>, faults: &mut Faults) -> Result<(), OfficerError> {
-        if !context.creates(&self.key) {
-            faults.note(format!("check_value {}", self.key), context.prove(&self.key));
-        }
-        Ok(())
-    }
-
-    fn execute(&self, run: &mut CeremonyRun<'_>) -> Result<(), OfficerError> {
-        let fingerprint = prove(run.token, &run.manifest, &self.key)?;
-        let id = cka_id(&run.manifest, &self.key)?;
-        run.report.add_step("checked", &self.key, &id, fingerprint);
-        Ok(())
-    }
 }

@@ -7,8 +7,7 @@ use std::path::{Path, PathBuf};
 use blahaj::Sharks;
 use rand_core::{TryCryptoRng, TryRng};
 
-use super::backup::NewBackupKey;
-use crate::config::open_private;
+use crate::file_format::open_private;
 use crate::hsm::{BACKUP_KEY_LEN, BackupKey, Ceremony, backup_check_value};
 use crate::keys::sha256;
 use crate::names::{KeyName, OfficerName};
@@ -42,30 +41,30 @@ pub(super) fn file_name(key: &KeyName, officer: &OfficerName) -> PathBuf {
 pub(super) fn split(
     token: &Ceremony,
     key: &SecretBytes,
-    plan: &NewBackupKey,
-    check_value: &[u8],
+    backup_key: &BackupKey,
+    officers: &[OfficerName],
 ) -> Result<Vec<Share>, OfficerError> {
     // One 32-bit random number per coefficient.
-    let coefficients = BACKUP_KEY_LEN * u32::from(plan.threshold - 1);
+    let coefficients = BACKUP_KEY_LEN * u32::from(backup_key.threshold - 1);
     let mut random = HsmRandom { bytes: token.random_secret(4 * coefficients)?, used: 0, exhausted: false };
     // Exposed to be split; the dealer zeroizes its polynomials.
     let points: Vec<_> =
-        Sharks(plan.threshold).dealer_rng(key.expose(), &mut random).take(plan.officers.len()).collect();
+        Sharks(backup_key.threshold).dealer_rng(key.expose(), &mut random).take(officers.len()).collect();
     if random.exhausted {
         return Err(OfficerError::Other("the HSM returned too few random bytes".to_owned()));
     }
-    let shares = plan.officers.iter().zip(1..).zip(&points).map(|((officer, number), share)| Share {
-        key: plan.name.clone(),
-        check_value: check_value.to_vec(),
+    let shares = officers.iter().zip(1..).zip(&points).map(|((officer, number), share)| Share {
+        key: backup_key.name.clone(),
+        check_value: backup_key.check_value.clone(),
         officer: officer.clone(),
         number,
         bytes: SecretBytes::new(share.into()),
     });
     let shares: Vec<_> = shares.collect();
-    let threshold = usize::from(plan.threshold);
+    let threshold = usize::from(backup_key.threshold);
     for subset in [&shares[..threshold], &shares[shares.len() - threshold..]] {
-        let recovered = recover(plan.threshold, subset.iter().map(|share| &share.bytes))?;
-        if backup_check_value(&recovered)? != check_value {
+        let recovered = recover(backup_key.threshold, subset.iter().map(|share| &share.bytes))?;
+        if backup_check_value(&recovered)? != backup_key.check_value {
             return Err(OfficerError::Other("the shares do not reproduce the key; run the ceremony again".to_owned()));
         }
     }

@@ -3,12 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use super::backup_file::BackedUpKey;
-use super::{CeremonyRun, PlannedStep, PreflightContext, Step, backup, public_key_of, random_serial};
+use super::step::{CeremonyRun, PlannedStep, PreflightContext, Step};
+use super::{backup, public_key_of, random_serial};
 use crate::certificate::{
     AuthorityCertificate, IssuerCertificate, SubjectName, UnsignedDocument, authority_certificate, authority_request,
     certificate_pem, root_certificate, root_request, subordinate_certificate,
 };
-use crate::config::Faults;
+use crate::file_format::Faults;
 use crate::hsm::{Ceremony, CreatedKey, KeyManifest, SigningKey, SigningUse};
 use crate::keys::{KeyKind, PublicKey, SignatureAlgorithm};
 use crate::names::KeyName;

@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 
-use super::file::ParseContext;
+use super::parse_context::ParseContext;
 use super::signing::{CertificateSource, KeyUse, NewSigningKey};
 use crate::certificate::{SubjectFields, SubjectName};
 use crate::hsm::SigningUse;

@@ -2,7 +2,7 @@
 
 use std::os::unix::fs::MetadataExt as _;
 
-use super::super::export::chip_files;
+use super::super::chip_files::chip_files;
 use super::*;
 use crate::tlog::{LogProof, TileId};
 

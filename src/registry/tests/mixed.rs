@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use super::super::export::chip_files;
+use super::super::chip_files::chip_files;
 use super::super::first_checkpoints;
 use super::reference_log::{TamperedLog, verify_source, with_changed_record};
 use super::*;

@@ -4,7 +4,7 @@ use std::sync::LazyLock;
 
 use proptest::prelude::*;
 
-use super::super::export::chip_files;
+use super::super::chip_files::chip_files;
 use super::reference_log::*;
 use super::*;
 

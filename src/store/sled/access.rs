@@ -15,17 +15,16 @@ use async_trait::async_trait;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::SledStateStore;
-use super::state::{identity_key, session_by_index};
+use super::session_rows::{identity_key, session_by_index};
+use super::state_store::SledStateStore;
 use super::view::View;
 use crate::access::{
-    AccessError, ApprovalRequest, ApprovalRules, IdentityRange, IssuedAccess, LoadedRange, ProtectedAction, Quota,
-    Refused, RequestError, RequestId, RequestState, Revocation, SettledQuota, SettledRules, SignedStatement,
-    StationUse, Usage, Verdict,
+    AccessError, AccessStore, ApprovalRequest, ApprovalRules, IdentityRange, IssuedAccess, LoadedRange,
+    MAX_OPEN_REQUESTS, MAX_OWN_REQUESTS, MAX_RANGES, MAX_REQUESTS, ProtectedAction, Quota, Refused, RequestError,
+    RequestId, RequestState, Revocation, SettledQuota, SettledRules, SignedStatement, StationUse, Usage, Verdict,
 };
 use crate::certificate::{Caller, parse_caller_certificate};
 use crate::names::{ChipId, DeviceIdentity, OfficerName, ProfileName, StationName};
-use crate::store::access::{AccessStore, MAX_OPEN_REQUESTS, MAX_OWN_REQUESTS, MAX_RANGES, MAX_REQUESTS};
 use crate::store::{ReserveError, Session, StoreError};
 
 /// Maximum used identities that one call skips. The position is stored, so that the next call continues there.

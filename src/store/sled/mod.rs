@@ -19,6 +19,7 @@
 #![expect(clippy::disallowed_types, reason = "the only module that uses sled, with the workarounds described above")]
 
 mod access;
+mod batch_rows;
 mod batches;
 mod blobs;
 mod committer;
@@ -26,12 +27,14 @@ mod engine;
 mod index;
 mod pairs;
 mod production;
+mod session_rows;
 mod state;
+mod state_store;
 #[cfg(test)]
 mod tests;
 mod view;
 
 pub(crate) use index::{IndexEntry, IndexMark, Location, SledIndex};
-pub use state::SledStateStore;
+pub use state_store::SledStateStore;
 
 use super::{StoreOptions, directory};

@@ -11,9 +11,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::batches::{self, batch_error, batch_name, put, require, update_pair_counts};
+use super::batch_rows::{self, batch_error, batch_name, put, require, update_pair_counts};
 use super::blobs::BlobRange;
-use super::state;
+use super::session_rows;
 use super::view::View;
 use crate::keys::{BatchName, KeyKind, StoredKey, TokenPair, WrappedKey};
 use crate::names::SessionId;
@@ -96,7 +96,7 @@ pub(super) fn ready(
 pub(super) fn reserve(view: &mut View<'_>, session: &Session, pair: &PairToReserve) -> Result<(), ReserveError> {
     let (mut batch, location) = match pair {
         PairToReserve::OnDemand { batch, blob } => {
-            let batch = batches::get(view, *batch)?.ok_or(ReserveError::PairUnavailable)?;
+            let batch = batch_rows::get(view, *batch)?.ok_or(ReserveError::PairUnavailable)?;
             // Once a batch is sealed its pairs are listed for shredding; that listing would miss a later pair.
             if batch.state != BatchState::Open || batch.purpose != Purpose::Sessions {
                 return Err(ReserveError::PairUnavailable);
@@ -108,7 +108,7 @@ pub(super) fn reserve(view: &mut View<'_>, session: &Session, pair: &PairToReser
             (Batch { pairs_added: batch.pairs_added + 1, ..batch }, KeyLocation::Blob(blob))
         }
         PairToReserve::Pooled(id) => {
-            let batch = batches::get(view, id.batch)?.filter(|batch| batch.available() > 0);
+            let batch = batch_rows::get(view, id.batch)?.filter(|batch| batch.available() > 0);
             let batch = batch.ok_or(ReserveError::PairUnavailable)?;
             let row = ready_row(view, *id)?.ok_or(ReserveError::PairUnavailable)?;
             if session.public_key.as_ref() != Some(&row.public_key) {
@@ -179,7 +179,7 @@ pub(super) fn of_batch(view: &View<'_>, number: u64, limit: usize) -> Result<Vec
         let id = SessionId::from_bytes(key.get(prefix.len()..).unwrap_or_default()).map_err(invalid)?;
         let missing = || view.damaged(format!("the pair of session {id}"), "listed but missing");
         let row = session_row(view, &id)?.ok_or_else(missing)?;
-        let session = state::session(view, &id)?.ok_or_else(missing)?;
+        let session = session_rows::session(view, &id)?.ok_or_else(missing)?;
         let public_key = session.public_key.ok_or_else(missing)?;
         let private_key = load_private_key(view, number, &row.location)?;
         pairs.push(BatchPair { assignment: PairAssignment::Session(id), public_key, private_key });

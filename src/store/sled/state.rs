@@ -1,82 +1,24 @@
-//! The session journal on sled.
-//!
-//! | key | value |
-//! |---|---|
-//! | `s` + session ID | session |
-//! | `w` + session ID | private key location, until the pair is erased |
-//! | `c` + chip ID | ID of the chip's newest session |
-//! | `i` + identity | ID of the session that holds it |
-//! | `u` + created, 8 bytes + session ID | empty: the session is not final |
-//! | `q` + session ID | ID of the chip's previous session, if any |
-//! | `n` | number of sessions per state |
-//!
-//! The same database holds the secret store (`batches.rs`, `pairs.rs`), access control data (`access.rs`) and production
-//! statistics (`production.rs`).
+//! The session journal on sled: its rows are described in `session_rows.rs`.
 
 use std::ops::Range;
-use std::path::Path;
-use std::sync::Arc;
 
 use async_trait::async_trait;
 
-use super::StoreOptions;
 use super::access;
-use super::batches;
-use super::committer::Committer;
-use super::directory::{Fs, OsFs, StoreKind};
-use super::engine::DatabaseKind;
 use super::pairs;
 use super::production;
+use super::session_rows::{
+    COUNTS, SESSION, UNFINISHED, chip_key, counts, identity_key, listed_session, previous_key, require_session,
+    session, session_by_index, session_key, unfinished_key,
+};
+use super::state_store::SledStateStore;
 use super::view::View;
-use crate::keys::{StoreId, StoredKey};
+use crate::keys::StoredKey;
 use crate::names::{ChipId, DeviceIdentity, SessionId};
 use crate::store::{
     PairToReserve, ProductionCounts, ProductionSlot, ReserveError, Session, SessionCounts, SessionCursor, SessionSet,
     SessionState, StateName, StateStore, StoreError,
 };
-
-static KIND: DatabaseKind =
-    DatabaseKind { store: StoreKind { name: "state store", marker: "state", format: 2 }, init, check };
-
-/// The embedded state store.
-///
-/// Trust: an attacker who controls its directory can withhold or roll back sessions, but cannot read keys without the HSM.
-pub struct SledStateStore(pub(super) Committer);
-
-impl SledStateStore {
-    /// Creates an empty store and opens it, for `sppctl init`. Fails with [`StoreError::Directory`] if the path exists.
-    pub fn create(dir: &Path, options: &StoreOptions) -> Result<Self, StoreError> {
-        Committer::create(&KIND, dir, options, Arc::new(OsFs)).map(Self)
-    }
-
-    /// Opens an existing store and never creates one. Fails with [`StoreError::Directory`] if it is missing, of another kind, or
-    /// still locked by another process after some seconds. Calls need a tokio runtime with a timer.
-    pub fn open(dir: &Path, options: &StoreOptions) -> Result<Self, StoreError> {
-        Self::open_through(dir, options, Arc::new(OsFs))
-    }
-
-    pub(super) fn open_through(dir: &Path, options: &StoreOptions, fs: Arc<dyn Fs>) -> Result<Self, StoreError> {
-        Committer::open(&KIND, dir, options, fs).map(Self)
-    }
-}
-
-fn init(view: &mut View<'_>) -> Result<(), StoreError> {
-    view.put(COUNTS, &SessionCounts::default())?;
-    let mut bytes = [0; 8];
-    let random = aws_lc_rs::rand::fill(&mut bytes);
-    random.map_err(|e| view.damaged("the system's random bytes".into(), e))?;
-    batches::init(view, StoreId::from_random(bytes))
-}
-
-fn check(view: &View<'_>) -> Result<(), StoreError> {
-    counts(view)?;
-    batches::check(view)?;
-    // A restart resumes the unfinished sessions. Reading the oldest one is a sample check.
-    match view.keys(UNFINISHED)?.first() {
-        Some(key) => listed_session(view, key).map(drop),
-        None => Ok(()),
-    }
-}
 
 #[async_trait]
 impl StateStore for SledStateStore {
@@ -226,15 +168,6 @@ fn advance(view: &mut View<'_>, id: SessionId, from: StateName, to: SessionState
     Ok(session)
 }
 
-pub(super) fn session(view: &View<'_>, id: &SessionId) -> Result<Option<Session>, StoreError> {
-    view.get(&session_key(id), || format!("session {id}"))
-}
-
-/// The session whose ID is stored under an index key.
-pub(super) fn session_by_index(view: &View<'_>, key: &[u8]) -> Result<Option<Session>, StoreError> {
-    view.get_bytes(key)?.map(|id| require_session(view, &id)).transpose()
-}
-
 fn list(
     view: &View<'_>,
     set: SessionSet,
@@ -265,45 +198,6 @@ fn chip_sessions(view: &View<'_>, key: &[u8], limit: usize) -> Result<Vec<Sessio
     Ok(found)
 }
 
-/// The session of a key of the list of unfinished sessions.
-fn listed_session(view: &View<'_>, key: &[u8]) -> Result<Session, StoreError> {
-    require_session(view, key.get(1 + size_of::<u64>()..).unwrap_or_default())
-}
-
-fn require_session(view: &View<'_>, id: &[u8]) -> Result<Session, StoreError> {
-    let id = SessionId::from_bytes(id).map_err(|e| view.damaged("a session ID".into(), e))?;
-    session(view, &id)?.ok_or_else(|| view.damaged(format!("session {id}"), "referenced but missing"))
-}
-
-fn counts(view: &View<'_>) -> Result<SessionCounts, StoreError> {
-    let name = || "the session counts".to_owned();
-    view.get(COUNTS, name)?.ok_or_else(|| view.damaged(name(), "missing"))
-}
-
 fn wrong_state(session: &Session, needed: StateName) -> StoreError {
     StoreError::WrongState { session: session.id, found: session.state.name(), needed }
-}
-
-const COUNTS: &[u8] = b"n";
-const SESSION: &[u8] = b"s";
-const UNFINISHED: &[u8] = b"u";
-
-fn session_key(id: &SessionId) -> Vec<u8> {
-    [SESSION, id.as_bytes().as_slice()].concat()
-}
-
-fn previous_key(id: &SessionId) -> Vec<u8> {
-    [b"q", id.as_bytes().as_slice()].concat()
-}
-
-fn chip_key(chip: &ChipId) -> Vec<u8> {
-    [b"c", chip.as_bytes()].concat()
-}
-
-pub(super) fn identity_key(identity: &DeviceIdentity) -> Vec<u8> {
-    [b"i", identity.to_string().as_bytes()].concat()
-}
-
-fn unfinished_key(cursor: &SessionCursor) -> Vec<u8> {
-    [UNFINISHED, cursor.created.to_be_bytes().as_slice(), cursor.id.as_bytes()].concat()
 }

@@ -1,23 +1,23 @@
-//! Access control data in the state store, and the trait that storage engines implement.
+//! The trait of the store of access control data, which storage engines implement, and its limits.
 
 use async_trait::async_trait;
 
-use super::StoreError;
-use crate::access::{
+use super::{
     AccessError, ApprovalRequest, ApprovalRules, IdentityRange, IssuedAccess, LoadedRange, Quota, RequestId,
     Revocation, SettledRules, SignedStatement, StationUse, Verdict,
 };
 use crate::certificate::Caller;
 use crate::names::{ChipId, DeviceIdentity, ProfileName, StationName};
+use crate::store_error::StoreError;
 
 /// Maximum open requests.
-pub(super) const MAX_OPEN_REQUESTS: usize = 50;
+pub(crate) const MAX_OPEN_REQUESTS: usize = 50;
 /// Maximum open requests of one officer.
-pub(super) const MAX_OWN_REQUESTS: usize = 20;
+pub(crate) const MAX_OWN_REQUESTS: usize = 20;
 /// Maximum stored requests. Older decided requests remain only in the audit log.
-pub(super) const MAX_REQUESTS: usize = 300;
+pub(crate) const MAX_REQUESTS: usize = 300;
 /// Maximum identity ranges.
-pub(super) const MAX_RANGES: usize = 1000;
+pub(crate) const MAX_RANGES: usize = 1000;
 
 /// The part of the state store that holds approvals, quotas, revocations and identity ranges.
 ///
@@ -27,7 +27,7 @@ pub(super) const MAX_RANGES: usize = 1000;
 #[async_trait]
 pub trait AccessStore: Send + Sync {
     /// Applies the configured rules and quotas that need no approval ([`SettledRules::settle`],
-    /// [`SettledQuota::settle`](crate::access::SettledQuota::settle)). Returns one message per setting that needs an approval and
+    /// [`SettledQuota::settle`](super::SettledQuota::settle)). Returns one message per setting that needs an approval and
     /// is therefore unchanged. With `all_or_nothing`, any such setting leaves everything unchanged.
     async fn settle(
         &self,

@@ -1,0 +1,31 @@
+//! Defines the state that all handlers of the public listener share.
+
+use std::sync::Arc;
+
+use tokio::sync::Semaphore;
+
+use super::rate::RateLimit;
+use crate::names::ChipId;
+use crate::provisioning::{ProvisionError, Provisioner};
+use crate::store::PublishedRecord;
+use crate::tlog::{LogKey, WitnessKey};
+
+/// State shared by all handlers.
+pub(super) struct Site {
+    pub(super) provisioner: Arc<Provisioner>,
+    pub(super) title: String,
+    pub(super) key: LogKey,
+    /// Witnesses whose cosignatures are shown.
+    pub(super) witnesses: Vec<WitnessKey>,
+    pub(super) rate: RateLimit,
+    pub(super) requests: Semaphore,
+    pub(super) bundles: Arc<Semaphore>,
+}
+
+impl Site {
+    /// Returns the newest record of the chip in the request path.
+    pub(super) async fn find(&self, chip: &str) -> Result<PublishedRecord, ProvisionError> {
+        let chip: ChipId = chip.parse().map_err(|e| ProvisionError::invalid("chip_id", e))?;
+        self.provisioner.recover(&chip).await
+    }
+}

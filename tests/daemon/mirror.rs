@@ -94,7 +94,7 @@ fn wiped_device_recovers_from_mirror_without_daemon() {
     let mut flipped = own_record.clone();
     *flipped.last_mut().unwrap() ^= 1;
     std::fs::write(&record, flipped).unwrap();
-    assert!(error_output(&recover()).contains("rejected"));
+    assert!(error_output(&recover()).contains("record of chip"));
     std::fs::write(&record, &own_record).unwrap();
     let other_key = "spp.example/demo+11dd8a14+Adpymac5tkoPvEKVpMEmhyk0j31mSfs57uC6xRf4uKwA";
     std::fs::write(site.path("other.vkey"), other_key).unwrap();

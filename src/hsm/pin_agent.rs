@@ -59,7 +59,7 @@ impl PinAgent {
 pub fn run() -> Result<(), String> {
     crate::hardening::forbid_core_dumps();
     crate::hardening::lock_memory();
-    let _ = rustix::thread::set_name(c"spp-pin-keeper");
+    let _ = rustix::thread::set_name(c"spp-pin-agent");
     let socket = io::stdin().as_fd().try_clone_to_owned().map_err(|e| e.to_string())?;
     let mut socket = UnixStream::from(socket);
     let pin = PinSource::Prompt.read().map_err(|e| e.to_string())?.ok_or("no PIN")?;

@@ -164,7 +164,7 @@ async fn typed_pin_serves_every_worker_outside_daemon() {
     tokio::task::block_in_place(|| site.wait_ready());
     let pins = pins(&site);
     assert_absent("the terminal's screen", screen().as_bytes(), &pins);
-    let processes = processes_named(&["spp-hsm-worker", "spp-pin-keeper", "sppd"], &site);
+    let processes = processes_named(&["spp-hsm-worker", "spp-pin-agent", "sppd"], &site);
     let pid_of = |name: &str| {
         processes.iter().find(|(process, _)| process == name).unwrap_or_else(|| panic!("{name}: {processes:?}")).1
     };
@@ -173,7 +173,7 @@ async fn typed_pin_serves_every_worker_outside_daemon() {
             assert_absent(&format!("{file} of {name}"), &process_file(*pid, file), &pins);
         }
     }
-    let agent = memory_of(pid_of("spp-pin-keeper"));
+    let agent = memory_of(pid_of("spp-pin-agent"));
     assert!(pins.iter().any(|pin| pin.is_in(&agent)), "the search does not find the PIN in the agent");
     let worker = pid_of("spp-hsm-worker");
     send(worker, Signal::KILL);

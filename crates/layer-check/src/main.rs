@@ -185,6 +185,15 @@ mod tests {
     }
 
     #[test]
+    fn visibility_is_not_a_use() {
+        let one = "pub(in crate::high) struct One;";
+        assert_eq!(
+            faults(&[("low/mod.rs", ""), ("high/mod.rs", "mod one; use one::One;"), ("high/one.rs", one)]),
+            [""; 0]
+        );
+    }
+
+    #[test]
     fn module_without_a_layer_is_reported() {
         let found = faults(&[("lib.rs", "mod other;"), ("other.rs", ""), ("low/mod.rs", ""), ("high/mod.rs", "")]);
         assert_eq!(found[0], "module without a layer: other");

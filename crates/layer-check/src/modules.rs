@@ -249,6 +249,9 @@ impl<'ast> Visit<'ast> for Paths {
         visit::visit_path(self, path);
     }
 
+    /// `pub(in crate::x)` opens an item to a module above; it does not use that module.
+    fn visit_visibility(&mut self, _: &'ast syn::Visibility) {}
+
     fn visit_macro(&mut self, call: &'ast syn::Macro) {
         self.read_tokens(call.tokens.clone());
         visit::visit_macro(self, call);

@@ -1,6 +1,8 @@
 //! Exclusive leases on ready key pairs. A lease prevents two calls from offering the same pair. It is held in memory only: a pair
 //! belongs to a session once the journal has committed the reservation. A crash drops all leases and loses no pair.
 
+pub(super) mod ready_queue;
+
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -8,12 +10,13 @@ use std::time::{Duration, Instant};
 
 use super::pool_state::Share;
 use super::readers_barrier::ReaderGuard;
-use super::ready_queue::{QueueState, ReadyQueue};
 use super::{KeyPool, PoolError};
+
 use crate::hsm::HsmError;
 use crate::keys::{BatchName, KeyKind, PublicKey, StoredKey, WrappedKey};
 use crate::names::KeyName;
 use crate::store::{PairId, PairToReserve, PooledPair, StoreError};
+use ready_queue::{QueueState, ReadyQueue};
 
 /// Number of wrapped pairs to prefetch from the store.
 const PREFETCH: usize = 128;

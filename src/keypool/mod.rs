@@ -24,7 +24,6 @@ mod lease;
 mod pool_state;
 mod rate;
 mod readers_barrier;
-mod ready_queue;
 mod reconcile;
 mod rules;
 mod shred;
@@ -47,9 +46,9 @@ use crate::clock::Clock;
 use crate::hsm::{Hsm, HsmError, HsmId};
 use crate::keys::{BatchName, KeyKind};
 use crate::store::{Journal, Registry, SecretStore};
+use lease::ready_queue::ReadyQueue;
 use pool_state::{Pool, Share};
 use readers_barrier::{ReaderGuard, ReadersBarrier};
-use ready_queue::ReadyQueue;
 
 /// The pools and their batches.
 pub struct KeyPool {

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 
+use super::lease::ready_queue::ReadyQueue;
 use super::rate::FillRate;
-use super::ready_queue::ReadyQueue;
 use super::rules::Marks;
 use crate::hsm::HsmId;
 use crate::store::{Batch, KeyStorage};
@@ -55,8 +55,8 @@ impl Share {
         self.fill_state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Records that pairs may have been made for the batch without a row. A wrapped pair without a row does not exist; an
-    /// on-token pair would stay on the token.
+    /// Records that pairs may have been made for the batch without a row. A wrapped pair exists only in its row; an
+    /// on-token pair without a row would stay on the token.
     pub(super) fn mark_suspect(&self, batch: &Batch) {
         if batch.storage == KeyStorage::Hsm {
             self.fill_state().suspects.insert(batch.number);

@@ -156,7 +156,8 @@ impl KeyPool {
         Ok(None)
     }
 
-    /// Quarantines all batches, because the state store is an old copy: any pair that it lists as ready may be on a device.
+    /// Quarantines every active batch with ready pairs, and the batches of sessions, because the state store is an old copy: any pair
+    /// that it lists as ready may be on a device.
     pub async fn quarantine_all(&self, why: String) -> Result<(), PoolError> {
         let why = format!("the state store was rolled back: {why}");
         self.reconcile_state().rolled_back.get_or_insert_with(|| why.clone());

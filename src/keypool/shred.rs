@@ -39,7 +39,7 @@ pub struct ShredReport {
 }
 
 impl KeyPool {
-    /// Shreds all batches with erased pairs. Calls `progress` after each batch with the number of finished and of all batches.
+    /// Shreds the selected batches: those with erased pairs, finished ones, and quarantined ones if the order says so. Calls `progress` after each batch with the number of finished and of all batches.
     pub async fn shred(
         &self,
         order: &ShredOrder,

@@ -2,7 +2,7 @@
 //! identity are free.
 
 use super::session_recovery::Step;
-use super::{AdmittedOrder, FieldViolation, ProvisionError, Provisioner};
+use super::{FieldViolation, ProvisionError, Provisioner, ResolvedOrder};
 use crate::certificate::{KeyPairRule, Profile, Sealing};
 use crate::keys::PublicKey;
 use crate::names::ProfileName;
@@ -22,7 +22,7 @@ pub(super) enum Admitted {
 impl Provisioner {
     /// Looks up the chip and the identity in the journal and in the public database. The public database is checked too, because
     /// the journal may have been restored from an old copy; the transaction that reserves the session checks the journal again.
-    pub(super) async fn admit_device(&self, order: &AdmittedOrder) -> Result<Admitted, ProvisionError> {
+    pub(super) async fn admit_device(&self, order: &ResolvedOrder) -> Result<Admitted, ProvisionError> {
         // The stores answer the four lookups concurrently.
         let (known, other_session, chip_record, identity_record) = tokio::try_join!(
             self.journal.load_by_chip(&order.chip),
@@ -66,7 +66,7 @@ impl Provisioner {
     }
 
     /// Handles an order for a chip that has a session. Returns `None` if that session has just ended and the chip is free.
-    async fn admit_repeated(&self, order: &AdmittedOrder, known: Loaded) -> Result<Option<Admitted>, ProvisionError> {
+    async fn admit_repeated(&self, order: &ResolvedOrder, known: Loaded) -> Result<Option<Admitted>, ProvisionError> {
         if !is_same_order(known.session(), order) {
             return Err(chip_taken(known.session()));
         }
@@ -94,7 +94,7 @@ impl Provisioner {
 }
 
 /// Lists every field of the order that does not fit the profile.
-pub(super) fn violations(profile: &Profile, order: &AdmittedOrder) -> Vec<FieldViolation> {
+pub(super) fn violations(profile: &Profile, order: &ResolvedOrder) -> Vec<FieldViolation> {
     let mut violations = Vec::new();
     if !profile.allows(&order.identity) {
         let problem = format!("the profile {} does not accept {} identities", order.profile, order.identity.kind());
@@ -136,9 +136,9 @@ pub(super) fn violations_without_identity(
 }
 
 impl Provisioner {
-    /// Checks that a repeated order yields the same package, sealed to the same key. A station that could repeat an order without
+    /// Checks that a repeated order names the same transport key, or none. A station that could repeat an order without
     /// sealing, or sealed to its own key, would see the package's secrets.
-    fn check_transport_key(&self, session: &Session, order: &AdmittedOrder) -> Result<(), ProvisionError> {
+    fn check_transport_key(&self, session: &Session, order: &ResolvedOrder) -> Result<(), ProvisionError> {
         if session.sealed_to != order.transport_key.as_ref().map(TransportPublicKey::fingerprint) {
             let problem = "the session was ordered with another transport key, or with none; repeat the original order, or abort the \
                 session";
@@ -153,7 +153,7 @@ const fn is_aborted(session: &Session) -> bool {
 }
 
 /// The station may differ: another one may take over when the first fails.
-fn is_same_order(session: &Session, order: &AdmittedOrder) -> bool {
+fn is_same_order(session: &Session, order: &ResolvedOrder) -> bool {
     let same_key = match &order.own_key {
         Some(key) => session.own_key_pair && session.public_key.as_deref() == Some(key.spki_der()),
         None => !session.own_key_pair,

@@ -4,58 +4,18 @@ use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use crate::certificate::{CertificateRequest, CertificateSerial, prepare};
-use crate::hsm::{Derivation, DeviceKeyRequest, HsmError};
+use crate::hsm::{DeviceKeyRequest, HsmError};
 use crate::keys::PublicKey;
-use crate::names::{ChipId, DeviceIdentity, KeyName, ProfileName, SessionId, StationName};
+use crate::names::SessionId;
 use crate::package::TransportPublicKey;
-use crate::secret::SecretBytes;
 use crate::store::{CertificateToSign, MasterKeyVersion, Session, SessionState};
 
 use super::admit::Admitted;
 use super::deliver::{PackageKeys, package};
 use super::name::AssembleRequest;
+use super::order::{Assembled, ResolvedOrder, derivations};
 use super::pair_supplier::{PairSupply, UnstoredPair};
 use super::{Product, ProvisionError, Provisioner};
-
-/// An order whose identity is resolved. All names are parsed and the CSR is verified.
-pub struct AdmittedOrder {
-    /// The ordering station.
-    pub station: StationName,
-    /// The chip.
-    pub chip: ChipId,
-    /// The device identity.
-    pub identity: DeviceIdentity,
-    /// The profile that the device receives.
-    pub profile: ProfileName,
-    /// The public key of the verified CSR, if the device generates its own pair.
-    pub own_key: Option<PublicKey>,
-    /// The chip's transport key, to which the package is sealed.
-    pub transport_key: Option<TransportPublicKey>,
-}
-
-/// The result of [`Provisioner::assemble`].
-pub struct Assembled {
-    /// The session.
-    pub session: SessionId,
-    /// The device identity, ordered or allocated.
-    pub identity: DeviceIdentity,
-    /// The certificate.
-    pub certificate: Vec<u8>,
-    /// Whether the certificate is a CWT.
-    pub certificate_is_cwt: bool,
-    /// The data package.
-    pub delivery: Delivery,
-    /// When the session expires, in seconds since the Unix epoch.
-    pub expires: u64,
-}
-
-/// The data package as it leaves the SPP.
-pub enum Delivery {
-    /// In the clear, protected by the station's mTLS channel.
-    Plain(SecretBytes),
-    /// Encrypted to the chip's transport key.
-    Sealed(Vec<u8>),
-}
 
 /// Pause before a failed HSM call is repeated on another HSM.
 const RETRY_PAUSE: Duration = Duration::from_millis(10);
@@ -102,7 +62,7 @@ impl Provisioner {
 
     /// The HSM that generates or owns the pair may fail or hang. If there are several HSMs, a second one is tried after half of
     /// the time limit, and the first answer wins. Keys of the slower one are dropped, as after a crash.
-    async fn make_keys(&self, order: &AdmittedOrder, product: &Product) -> Result<MadeKeys, ProvisionError> {
+    async fn make_keys(&self, order: &ResolvedOrder, product: &Product) -> Result<MadeKeys, ProvisionError> {
         let limit = self.hsm.call_timeout();
         let deadline = Instant::now() + limit;
         let mut first = pin!(self.make_keys_until(order, product, deadline));
@@ -120,7 +80,7 @@ impl Provisioner {
     /// Makes the keys on any HSM, and tries again while one fails, another is ready, and time is left.
     async fn make_keys_until(
         &self,
-        order: &AdmittedOrder,
+        order: &ResolvedOrder,
         product: &Product,
         deadline: Instant,
     ) -> Result<MadeKeys, ProvisionError> {
@@ -138,7 +98,7 @@ impl Provisioner {
         }
     }
 
-    async fn make_keys_once(&self, order: &AdmittedOrder, product: &Product) -> Result<MadeKeys, ProvisionError> {
+    async fn make_keys_once(&self, order: &ResolvedOrder, product: &Product) -> Result<MadeKeys, ProvisionError> {
         let mut source = self.pair_source(product).await?;
         let pair = source.as_ref().map(PairSupply::hsm_source);
         let derivations = derivations(product, &order.identity, product.profile.master_key());
@@ -164,7 +124,7 @@ impl Provisioner {
 
     fn prepare_session(
         &self,
-        order: &AdmittedOrder,
+        order: &ResolvedOrder,
         product: &Product,
         made: &MadeKeys,
     ) -> Result<Session, ProvisionError> {
@@ -216,13 +176,4 @@ struct MadeKeys {
     public_key: Option<PublicKey>,
     pair: Option<UnstoredPair>,
     package_keys: PackageKeys,
-}
-
-/// The derivations of a device's symmetric keys, from the profile's master key or from the one that the session began with.
-pub(super) fn derivations(product: &Product, identity: &DeviceIdentity, master: Option<&KeyName>) -> Vec<Derivation> {
-    let specs = product.profile.symmetric_keys().iter();
-    let with_master = specs.filter_map(|spec| Some((spec, master?)));
-    with_master
-        .map(|(spec, key)| Derivation::device_key(key.clone(), &spec.purpose, identity, usize::from(spec.length)))
-        .collect()
 }

@@ -1,7 +1,7 @@
 //! Builds the data package of a session. It has the same bytes each time, from the journal, the secret store and the HSM.
 
-use super::assemble::{Assembled, Delivery, derivations};
 use super::in_flight::InFlightPackage;
+use super::order::{Assembled, Delivery, derivations};
 use super::{Product, ProvisionError, Provisioner};
 use crate::hsm::KeyReloadRequest;
 use crate::keys::{DevicePrivateKey, PublicKey};

@@ -1,6 +1,6 @@
 //! Resolves the identity of an order: the requested one, or one allocated from the identities that officers have loaded.
 
-use super::{AdmittedOrder, Policy, ProvisionError, Provisioner};
+use super::{Policy, ProvisionError, Provisioner, ResolvedOrder};
 use crate::keys::PublicKey;
 use crate::names::{ChipId, DeviceIdentity, ProfileName, StationName};
 use crate::package::TransportPublicKey;
@@ -25,9 +25,9 @@ pub struct AssembleRequest {
     pub transport_key: Option<TransportPublicKey>,
 }
 
-impl From<AdmittedOrder> for AssembleRequest {
-    fn from(order: AdmittedOrder) -> Self {
-        let AdmittedOrder { station, chip, identity, profile, own_key, transport_key } = order;
+impl From<ResolvedOrder> for AssembleRequest {
+    fn from(order: ResolvedOrder) -> Self {
+        let ResolvedOrder { station, chip, identity, profile, own_key, transport_key } = order;
         Self { station, chip, identity: Some(identity), profile, own_key, transport_key }
     }
 }
@@ -39,13 +39,13 @@ impl Provisioner {
         &self,
         request: AssembleRequest,
         policy: &Policy,
-    ) -> Result<AdmittedOrder, ProvisionError> {
+    ) -> Result<ResolvedOrder, ProvisionError> {
         let identity = match &request.identity {
             Some(identity) => identity.clone(),
             None => self.allocate_identity(&request, policy).await?,
         };
         let AssembleRequest { station, chip, profile, own_key, transport_key, .. } = request;
-        Ok(AdmittedOrder { station, chip, identity, profile, own_key, transport_key })
+        Ok(ResolvedOrder { station, chip, identity, profile, own_key, transport_key })
     }
 
     async fn allocate_identity(

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use super::admit::{violations, violations_without_identity};
-use super::{AdmittedOrder, AssembleRequest, Issuer, Product, ProvisionError};
+use super::{AssembleRequest, Issuer, Product, ProvisionError, ResolvedOrder};
 use crate::certificate::{IssuerCertificate, Profile};
 use crate::config::{DaemonConfig, NotPermitted, Stations};
 use crate::names::{DeviceIdentity, KeyName, ProfileName, StationName};
@@ -78,7 +78,7 @@ impl Policy {
     }
 
     /// Checks the order against the station's permissions and the profile.
-    pub(super) fn admit_order(&self, order: &AdmittedOrder) -> Result<&Product, ProvisionError> {
+    pub(super) fn admit_order(&self, order: &ResolvedOrder) -> Result<&Product, ProvisionError> {
         let product = self.product(&order.profile)?;
         self.stations.permit(&order.station, &order.profile, &order.identity)?;
         let violations = violations(&product.profile, order);

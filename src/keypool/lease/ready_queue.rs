@@ -10,7 +10,7 @@ use crate::keys::KeyKind;
 use crate::store::{PairId, PooledPair};
 
 /// Prefetched ready pairs of one key type that one HSM owns. The remaining ready pairs stay in the store.
-pub(super) struct ReadyQueue {
+pub(in crate::keypool) struct ReadyQueue {
     pub(super) kind: KeyKind,
     pub(super) owner: HsmId,
     pub(super) state: Arc<Mutex<QueueState>>,
@@ -43,14 +43,14 @@ impl QueueState {
 }
 
 /// Pairs that are leased for rewrapping under another batch key.
-pub(super) struct RewrapGuard {
+pub(in crate::keypool) struct RewrapGuard {
     ids: BTreeSet<PairId>,
     state: Arc<Mutex<QueueState>>,
     pairs_available: Arc<Notify>,
 }
 
 impl RewrapGuard {
-    pub(super) fn contains(&self, id: &PairId) -> bool {
+    pub(in crate::keypool) fn contains(&self, id: &PairId) -> bool {
         self.ids.contains(id)
     }
 }
@@ -67,12 +67,12 @@ impl Drop for RewrapGuard {
 }
 
 impl ReadyQueue {
-    pub(super) fn new(kind: KeyKind, owner: HsmId, pairs_available: Arc<Notify>) -> Self {
+    pub(in crate::keypool) fn new(kind: KeyKind, owner: HsmId, pairs_available: Arc<Notify>) -> Self {
         Self { kind, owner, pairs_available, state: Arc::default(), prefetch_lock: tokio::sync::Mutex::default() }
     }
 
     /// Leases those of `pairs` that nobody has leased, until they are rewrapped. Rewrapping changes where a pair is stored.
-    pub(super) fn lease_for_rewrap(&self, pairs: impl Iterator<Item = PairId>) -> RewrapGuard {
+    pub(in crate::keypool) fn lease_for_rewrap(&self, pairs: impl Iterator<Item = PairId>) -> RewrapGuard {
         let mut state = self.state();
         let ids: BTreeSet<_> = pairs.filter(|id| state.leased.insert(*id)).collect();
         state.ready.retain(|(id, _)| !ids.contains(id));
@@ -81,13 +81,13 @@ impl ReadyQueue {
     }
 
     /// Clears the queue and restarts the prefetch at the oldest pair of the store.
-    pub(super) fn restart_prefetch(&self) {
+    pub(in crate::keypool) fn restart_prefetch(&self) {
         let mut state = self.state();
         state.ready.clear();
         state.last_prefetched = None;
     }
 
-    pub(super) fn is_rewrapping(&self) -> bool {
+    pub(in crate::keypool) fn is_rewrapping(&self) -> bool {
         self.state().rewrapping > 0
     }
 

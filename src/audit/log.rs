@@ -259,7 +259,7 @@ impl Writer {
         if excess > 0 {
             // A crash between truncation and entry loses only the entry about bytes that were never acknowledged.
             file.set_len(head.end).map_err(self.failed("removing an incomplete line from"))?;
-            let entry = Entry::new("sppd", "audit.cut", Outcome::Done).with("bytes", excess);
+            let entry = Entry::new("sppd", "audit.cut", Outcome::Done).with("octets", excess);
             let (line, next) = head.next_line(&self.node, now(), entry)?;
             self.write(&file, &line)?;
             head = next;
@@ -403,7 +403,7 @@ mod tests {
             let verified = verify(&dir).unwrap();
             assert_eq!((verified.entries, verified.unfinished), (whole_lines + 2, 0));
             let text = fs::read_to_string(dir.join(FILE)).unwrap();
-            assert!(text.contains("\"act\":\"audit.cut\",\"details\":{\"bytes\":\"13\"}"), "{text}");
+            assert!(text.contains("\"act\":\"audit.cut\",\"details\":{\"octets\":\"13\"}"), "{text}");
         }
     }
 

@@ -178,7 +178,9 @@ impl KeyManifest {
             backup_key: self.backup.iter().map(BackupShape::of).collect(),
             destroyed: self.destroyed.iter().map(DestroyedShape::of).collect(),
         };
-        let head = "# Written by `sppctl ceremony run`. The daemon requires exactly these keys on the token.\n\n";
+        // `KeyManifest::fingerprint` hashes this line, too: it must not change.
+        let head =
+            "# Written by `sppctl ceremony run`. The daemon demands to find exactly these keys on the token.\n\n";
         Ok(format!("{head}{}", toml::to_string(&shape)?))
     }
 }

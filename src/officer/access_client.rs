@@ -116,7 +116,7 @@ impl OfficerClient {
         let answer = self.client.read_audit_log(proto::ReadAuditLogRequest { offset }).await;
         let mut parts = answer.map_err(|status| call_error(&self.server, &status))?.into_inner();
         while let Some(part) = parts.message().await.map_err(|status| call_error(&self.server, &status))? {
-            take(&part.bytes).map_err(|e| self.failure(format!("writing the copy: {e}")))?;
+            take(&part.data).map_err(|e| self.failure(format!("writing the copy: {e}")))?;
         }
         Ok(())
     }

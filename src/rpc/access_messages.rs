@@ -148,7 +148,7 @@ pub(super) async fn send_log(
 ) {
     while !bytes.is_empty() {
         offset += bytes.len() as u64;
-        if sender.send(Ok(proto::ReadAuditLogResponse { bytes })).await.is_err() {
+        if sender.send(Ok(proto::ReadAuditLogResponse { data: bytes })).await.is_err() {
             return;
         }
         bytes = match log.read(offset).await {
@@ -286,7 +286,8 @@ pub(super) fn check_ceremony(request: &proto::RecordCeremonyRequest) -> Result<(
         ("approval", &request.approval, &[0, 8]),
     ] {
         if !lengths.contains(&bytes.len()) {
-            return Err(ProvisionError::invalid(field, format!("must have {lengths:?} bytes, not {}", bytes.len())));
+            let lengths = lengths.iter().map(ToString::to_string).collect::<Vec<_>>().join(" or ");
+            return Err(ProvisionError::invalid(field, format!("must have {lengths} bytes, not {}", bytes.len())));
         }
     }
     let fits = request.acts.len() <= MAX_ACTS;

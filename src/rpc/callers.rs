@@ -94,7 +94,7 @@ pub(super) enum AuthenticationError {
     /// The certificate has expired.
     #[error("the client certificate of the {0} has expired; enrol again")]
     Expired(Caller),
-    /// Officers have revoked the caller.
+    /// Officers have revoked this certificate.
     #[error("the client certificate of the {0} is revoked; ask an officer, and enrol again")]
     Revoked(Caller),
 }

@@ -201,7 +201,7 @@ async fn device(State(site): State<Arc<Site>>, Path(chip): Path<String>) -> Resp
 }
 
 async fn backup(State(site): State<Arc<Site>>, Path(chip): Path<String>) -> Response {
-    let content = |published: PublishedRecord| (published.record.backup, "application/byte-stream", "backup");
+    let content = |published: PublishedRecord| (published.record.backup, "application/octet-stream", "backup");
     site.file(&chip, content).await
 }
 

@@ -333,7 +333,7 @@ impl AsRef<[u8]> for BundleInFlight {
 }
 
 fn immutable(body: Body) -> Response {
-    let head = [(header::CONTENT_TYPE, "application/byte-stream"), (header::CACHE_CONTROL, IMMUTABLE)];
+    let head = [(header::CONTENT_TYPE, "application/octet-stream"), (header::CACHE_CONTROL, IMMUTABLE)];
     (head, body).into_response()
 }
 

@@ -142,7 +142,7 @@ async fn tiles_are_served_as_specified() {
     for width in 1..=3 {
         for path in [format!("/tile/0/000.p/{width}"), format!("/tile/entries/000.p/{width}")] {
             let tile = reader.get(&path, &[]);
-            assert_eq!((tile.status, tile.header("content-type")), (200, "application/byte-stream"), "{path}");
+            assert_eq!((tile.status, tile.header("content-type")), (200, "application/octet-stream"), "{path}");
             assert!(tile.header("cache-control").contains("immutable"), "{path}");
         }
     }

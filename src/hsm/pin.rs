@@ -35,7 +35,7 @@ pub enum PinError {
     /// The file cannot be read, or other users can read it.
     #[error("PIN file {0}")]
     File(#[from] PrivateFileError),
-    /// The content is empty or longer than a PIN.
+    /// The content is not one line of 1 to 256 bytes of UTF-8.
     #[error("{path}: expected one line of 1 to {max} bytes of UTF-8", max = PinSource::MAX_LEN)]
     NotAPin {
         /// The source.
@@ -56,7 +56,10 @@ struct SilentTerminal {
 
 impl SilentTerminal {
     fn new() -> std::io::Result<Self> {
-        let terminal = File::options().read(true).write(true).open("/dev/tty")?;
+        Self::with_echo_off(File::options().read(true).write(true).open("/dev/tty")?)
+    }
+
+    fn with_echo_off(terminal: File) -> std::io::Result<Self> {
         let before = tcgetattr(&terminal)?;
         let mut silent = before.clone();
         silent.local_modes.remove(LocalModes::ECHO);
@@ -143,6 +146,8 @@ impl PinSource {
 mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 
+    use rustix::pty::OpenptFlags;
+
     use super::*;
 
     fn pin_file(content: &str, mode: u32) -> (tempfile::TempDir, PinSource) {
@@ -165,6 +170,21 @@ mod tests {
             let (_dir, source) = pin_file("1234", mode);
             assert!(matches!(source.check(), Err(PinError::File(PrivateFileError::Open { .. }))), "{mode:o}");
         }
+    }
+
+    #[test]
+    fn terminal_echo_is_off_until_dropped() {
+        let controller = rustix::pty::openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+        rustix::pty::grantpt(&controller).unwrap();
+        rustix::pty::unlockpt(&controller).unwrap();
+        let name = rustix::pty::ptsname(&controller, Vec::new()).unwrap();
+        let terminal = File::options().read(true).write(true).open(name.to_str().unwrap()).unwrap();
+        let echoes = || tcgetattr(&terminal).unwrap().local_modes.contains(LocalModes::ECHO);
+        assert!(echoes());
+        let silent = SilentTerminal::with_echo_off(terminal.try_clone().unwrap()).unwrap();
+        assert!(!echoes());
+        drop(silent);
+        assert!(echoes());
     }
 
     #[test]

@@ -12,7 +12,7 @@ use spp_testkit::process::{Signal, send};
 use spp_testkit::site::Site;
 use spp_testkit::wait::{LIMIT, eventually, never};
 
-/// Several times the supervisor's longest interval in tests: long enough for an unexpected step to happen.
+/// Three times the supervisor's longest restart delay in tests: long enough for an unexpected step to happen.
 const SETTLE_TIME: Duration = Duration::from_millis(600);
 
 /// A ready handle with a batch key.

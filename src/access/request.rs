@@ -56,8 +56,8 @@ pub enum RequestError {
     /// Another request has this ID.
     #[error("request {0} exists with different content")]
     Taken(RequestId),
-    /// An officer cannot vote on their own revocation.
-    #[error("{0} cannot vote on their own revocation")]
+    /// An officer cannot approve or reject their own revocation.
+    #[error("{0} cannot approve or reject their own revocation")]
     OwnRevocation(OfficerName),
     /// Signatures of a revoked officer do not count.
     #[error("{0} is revoked")]

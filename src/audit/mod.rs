@@ -57,8 +57,8 @@ pub enum AuditError {
     /// Another process has the log open.
     #[error("audit log: {0} is in use by another process; only one daemon may write it, stop the other one")]
     InUse(PathBuf),
-    /// An I/O error. The entry may or may not be in the log; its writer received this error.
-    #[error("audit log: {doing} {path}: {cause}; check the disk, then repeat the refused command")]
+    /// An I/O error. The entry may or may not be in the log; the caller that recorded it received this error.
+    #[error("audit log: {doing} {path}: {cause}; check the disk, then repeat what was refused")]
     Failed {
         /// The operation.
         doing: &'static str,
@@ -101,6 +101,8 @@ pub enum AuditError {
     #[error("audit log: an entry of {0} bytes exceeds the limit of {max}", max = chain::MAX_LINE_LEN)]
     TooLong(usize),
     /// The entry has no JSON form, or the writer task was interrupted.
-    #[error("audit log: entry not recorded: {0}; the action was refused, try again")]
+    #[error(
+        "audit log: entry not recorded: {0}; an action that had not begun was not done; check the state before you repeat it"
+    )]
     Interrupted(String),
 }

@@ -21,7 +21,7 @@ use spp::officer::{
 use spp::registry::TransparencyLog;
 use spp::store::SledStateStore;
 
-/// Administer the secure provisioning point: tokens, key ceremonies, stores, certificates, approvals, status.
+/// Administer the secure processing point: tokens, key ceremonies, stores, certificates, approvals, status.
 #[derive(Parser)]
 #[command(
     name = "sppctl",
@@ -91,7 +91,7 @@ enum Command {
     /// Enrol, list and revoke back-office systems.
     #[command(subcommand)]
     BackOffice(CallerCommand<BackOfficeName>),
-    /// Enrol, list and revoke monitors (status and metrics only).
+    /// Enrol, list and revoke monitors (read status, pools and production numbers).
     #[command(subcommand)]
     Monitor(CallerCommand<MonitorName>),
     /// Issue the daemon's own TLS certificate.
@@ -153,10 +153,10 @@ enum TokenCommand {
         /// Label of the new token, 1 to 32 characters.
         #[arg(long)]
         label: String,
-        /// File with the SO PIN; must be readable by its owner only (mode 0600).
+        /// File with the SO PIN; must be readable by its owner only (mode 0400 or 0600).
         #[arg(long, value_name = "FILE")]
         so_pin_file: PathBuf,
-        /// File with the user PIN; must be readable by its owner only (mode 0600).
+        /// File with the user PIN; must be readable by its owner only (mode 0400 or 0600).
         #[arg(long, value_name = "FILE")]
         pin_file: PathBuf,
         /// Print JSON.
@@ -209,7 +209,7 @@ where
         #[command(flatten)]
         daemon: DaemonArgs,
     },
-    /// Request approval to revoke all current certificates of a caller. Open connections are closed as well.
+    /// Request approval to revoke all current certificates of a caller. Calls on open connections are refused as well.
     Revoke {
         /// Name of the caller.
         name: String,

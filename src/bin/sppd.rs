@@ -252,7 +252,7 @@ fn open_state(config: &DaemonConfig) -> Result<Arc<SledStateStore>, String> {
 }
 
 /// Opens the public database. If it has fewer records than the state store has published sessions, it is an old copy: refuse to
-/// append to it.
+/// append to it. The index of an old copy matches it, so only the count reveals it.
 async fn open_registry(config: &DaemonConfig, hsm: &Hsm, journal: &Journal) -> Result<Registry, String> {
     let (store, registry) = (&config.store, &config.registry);
     let signer = HsmSigner::new(hsm.clone(), registry.key.name.clone(), registry.key.key.clone());

@@ -61,7 +61,7 @@ pub struct AccessCertificate<'a> {
 pub fn access_certificate(template: &AccessCertificate<'_>) -> Result<UnsignedDocument, CertificateError> {
     let not_after = check_validity_order(template.not_before, template.not_after)?;
     if not_after == tbs::NO_EXPIRY {
-        return Err(CertificateError::Request("an access certificate must expire; set notAfter".into()));
+        return Err(CertificateError::Request("an access certificate must expire; give a validity in days".into()));
     }
     let (common_name, names, usage) = match template.name {
         AccessName::Client(caller) => {
@@ -255,7 +255,7 @@ pub fn verify_caller_certificate(der: &[u8], authorities: &[PublicKey]) -> Resul
     if !authorities.iter().any(|authority| envelope.verify(authority).is_ok()) {
         return Err(CertificateError::refused("not issued by a known access CA"));
     }
-    // The access CA also signs server and CA certificates; only clientAuth certificates identify a caller.
+    // The access CA also signs server certificates and its own; only clientAuth certificates identify a caller.
     let usage = envelope.certificate()?.get_extension::<ExtendedKeyUsage>();
     let usage = usage.map_err(CertificateError::unreadable("client certificate"))?;
     if usage.is_none_or(|(_, usage)| usage.0 != [CLIENT_AUTH]) {

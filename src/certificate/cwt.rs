@@ -108,7 +108,7 @@ pub(super) fn verify(bytes: &[u8], key: &PublicKey) -> Result<(Vec<u8>, ClaimsSe
     let message = CoseSign1::from_tagged_slice(bytes).map_err(cwt_error)?;
     // RFC 9052 §3.1: a receiver must reject parameters in `crit` that it does not know; this code knows none.
     if !message.unprotected.is_empty() || !message.protected.header.crit.is_empty() {
-        return Err(CertificateError::refused("unexpected COSE headers: only alg and kid are allowed"));
+        return Err(CertificateError::refused("unprotected or critical COSE headers are not allowed"));
     }
     let algorithm = algorithm::from_cose(message.protected.header.alg.as_ref())?;
     let to_be_signed = message.tbs_data(&[]);

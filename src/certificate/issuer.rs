@@ -177,7 +177,7 @@ impl<'a> ChainCertificate<'a> {
         }
         signed::split("issuer certificate", self.der)?.verify(&upper.public_key).map_err(|cause| {
             CertificateError::Issuer(format!(
-                "cannot verify the signature of {upper_name}: {cause}; \
+                "cannot verify the signature made by {upper_name}: {cause}; \
                  the certificates after the issuer's may be omitted from the file"
             ))
         })

@@ -54,7 +54,7 @@ fn claims(request: &CertificateRequest<'_>, bytes: &[u8], findings: &mut LintFin
 
 fn compare(what: &str, bytes: &[u8], expected: &[(i64, &'static str, Value)], findings: &mut LintFindings) {
     let Some(found) = Value::from_slice(bytes).ok().and_then(|value| value.into_map().ok()) else {
-        return findings.add("structure", format!("the {what} is not a CBOR map"));
+        return findings.add("structure", format!("{what}: not a CBOR map"));
     };
     let keys = |(key, _): &(Value, Value)| key.clone();
     if !found.iter().map(keys).eq(expected.iter().map(|(key, ..)| Value::from(*key))) {

@@ -81,7 +81,7 @@ pub(super) fn check<'a>(
     let batches: u64 = shape.pool.iter().map(|pool| pool.high / shape.batch_size.max(1)).sum();
     if batches > MAX_BATCHES {
         let problem = format!(
-            "the pools need {batches} batches, each with a key on the token; the limit is {MAX_BATCHES}: increase it"
+            "the pools need {batches} batches, each with a key on the token; the limit is {MAX_BATCHES}: increase batch_size or lower the high marks"
         );
         faults.add(setting("batch_size"), problem);
     }

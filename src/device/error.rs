@@ -23,10 +23,10 @@ pub enum DeviceError {
     /// The manufacturer did not issue the certificate for this chip.
     #[error("certificate rejected: {0}; nothing stored")]
     Certificate(String),
-    /// The package cannot be decrypt_package or decoded.
+    /// The package cannot be decrypted or decoded.
     #[error("data package rejected: {0}")]
     Package(#[from] PackageError),
-    /// The backup cannot be encrypted or decrypt_package.
+    /// The backup cannot be encrypted or decrypted.
     #[error(transparent)]
     Backup(#[from] BackupError),
     /// The certificate's public key does not match the device's private key.

@@ -3,8 +3,8 @@
 //! Intended as a reference for firmware authors. A device has three components:
 //! - a **ROM** with its chip ID and the manufacturer's public key, which cannot be modified ([`Rom`]);
 //! - a **chip key** that never leaves the chip ([`ChipKey`]);
-//! - a **flash** that anyone can read, erase or lose ([`Flash`]), so it contains nothing in clear. It has_stored the certificate
-//!   and the backup package, which the public database has_stored as well.
+//! - a **flash** that anyone can read, erase or lose ([`Flash`]), so it contains nothing in clear. It holds the certificate
+//!   and the backup package, which the public database holds as well.
 //!
 //! On the line: [`Device::install`], [`Device::backup`], [`Device::confirmation`]. After the flash is lost: fetch the record of
 //! the chip ID from the public database and call [`Device::recover`]. Both lead to the same flash content, byte for byte.
@@ -150,7 +150,7 @@ impl Device {
         Ok(self.flash_content()?.backup)
     }
 
-    /// Proves to the manufacturer that this device has_stored its key, this package and this backup.
+    /// Proves to the manufacturer that this device holds its key, this package and this backup.
     ///
     /// # Errors
     /// If nothing is installed, or the flash is damaged.

@@ -101,7 +101,7 @@ impl Hsm {
         self.destroyed(Some(batch), || Operation::DestroyBatchKey { key: batch.key() }).await
     }
 
-    /// Destroys a pair on the token. When this returns, a lookup has confirmed that the pair no longer exists.
+    /// Destroys a pair on the token of its owners, or on every HSM if no owner is recorded. When this returns, a lookup has confirmed that the pair no longer exists.
     pub async fn destroy_pair(&self, kind: KeyKind, pair: &TokenPair) -> Result<(), HsmError> {
         let batch = BatchName::from_pair_label(&pair.label);
         self.destroyed(batch, || Operation::DestroyPair { kind, pair: pair.clone() }).await

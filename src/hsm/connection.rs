@@ -265,7 +265,7 @@ impl Connection {
         last.is_some_and(|last| last.elapsed() < Failures::DEPRIORITIZED_FOR) || self.pending.is_late()
     }
 
-    /// Requests the replacement of the worker because of invalid answers.
+    /// Requests the replacement of the worker, for this reason.
     pub(crate) fn request_replacement(&self, reason: &str) {
         self.replacement.send_if_modified(|replacement| replacement.replace(reason.to_owned()).is_none());
     }

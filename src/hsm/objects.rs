@@ -50,7 +50,9 @@ impl Ceremony {
     /// Loads the module and logs in. The process must have the module's environment ([`ModuleProfile::enter_environment`]).
     pub fn open(profile: &ModuleProfile, token: &TokenIdentity, pin: &PinSource) -> Result<Self, HsmError> {
         let restored = profile.restore_files();
-        restored.map_err(|e| HsmError::InvalidAnswer(format!("restoring the files of {}: {e}", profile.name)))?;
+        restored.map_err(|e| {
+            HsmError::InvalidAnswer(format!("backing up or restoring the files of {}: {e}", profile.name))
+        })?;
         set_failure_overrides(profile.failures.clone());
         let token = Token::open(profile, token, pin).map_err(to_hsm_error)?;
         Ok(Self { token, profile: profile.clone(), initialised: false })

@@ -91,7 +91,7 @@ pub(crate) struct TokenOperations {
     pub(super) handles: HashMap<KeyName, ObjectHandle>,
     /// Value of [`Shared::destroyed`] when the handles were looked up.
     destroyed: u64,
-    /// The AES key under which device keys leave the HSM; a session object of another session.
+    /// The AES key under which device keys leave the HSM; it ends with the session that generated it.
     transport_key: Option<ObjectHandle>,
 }
 

@@ -16,7 +16,7 @@ use rustix::net::{
 use super::pin::PinSource;
 
 /// The hidden first argument with which `sppd` starts itself again as the PIN agent.
-pub const ARGUMENT: &str = "hsm-pin-keeper";
+pub const ARGUMENT: &str = "hsm-pin-agent";
 
 /// The process that holds the PIN. It ends with this process.
 #[derive(Debug)]

@@ -343,9 +343,7 @@ impl SelfTest<'_> {
         };
         self.record("an unextractable key cannot be wrapped".to_owned(), FOR, fixed);
         let signs = self.operations.session().sign(&Mechanism::AesCMac, wrapping, b"x");
-        let signs = signs.map_or(Ok(()), |_| {
-            Err("the module signs with a key that may only wrap: do not use this module".to_owned())
-        });
+        let signs = signs.map_or(Ok(()), |_| Err("the module signs with a key that may only wrap".to_owned()));
         self.record("a key serves only its own usage".to_owned(), FOR, signs);
     }
 

@@ -213,7 +213,8 @@ async fn run_worker(
         if served_since.elapsed() >= config.pacing.steady_after {
             *wait = config.pacing.first_backoff;
         }
-        // Check the keys of an idle HSM, so that a removed token is detected without a call.
+        // Check the keys of an HSM that gets no calls, because it is idle or because calls prefer others since a failure: a
+        // removed token or a recovered HSM is detected without a call.
         let answered_now = counters.answered.load(Ordering::Relaxed);
         if answered_now != std::mem::replace(&mut answered, answered_now) {
             last_activity = Instant::now();
@@ -267,8 +268,8 @@ async fn start(
     let lost = |what: &str, e: &dyn std::fmt::Display| WorkerEnd::Lost(format!("{what}: {e}"));
     let module = config.module.clone();
     let restored = tokio::task::spawn_blocking(move || module.restore_files()).await;
-    let restored = restored.map_err(|e| lost("restoring the module's files", &e))?;
-    restored.map_err(|e| lost("restoring the module's files", &e))?;
+    let restored = restored.map_err(|e| lost("backing up or restoring the module's files", &e))?;
+    restored.map_err(|e| lost("backing up or restoring the module's files", &e))?;
     let receiver = tokio::task::spawn_blocking(TransportReceiver::generate)
         .await
         .map_err(|e| lost("generating the transport RSA pair", &e))??;

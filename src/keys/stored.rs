@@ -91,7 +91,7 @@ impl BatchName {
 
     fn label(self, prefix: &str) -> KeyName {
         let text = format!("{prefix}-{}-{}", self.store, self.number);
-        text.parse().expect("a batch name is a valid key name of fewer than 64 characters")
+        text.parse().expect("hex and digits are allowed in a name, and it is shorter than 64 characters")
     }
 
     /// Parses the name of a batch key.

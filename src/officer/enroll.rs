@@ -50,9 +50,10 @@ pub fn record_offline<T>(
     act.persist(audit).map_err(|e| e.to_string())?;
     let result = work();
     let outcome = result.as_ref().map_or_else(|cause| Outcome::Failed(cause.clone()), |_| Outcome::Done);
-    OfflineEvent { outcome, ..act }
-        .persist(audit)
-        .map_err(|e| format!("the command succeeded, but recording it failed: {e}"))?;
+    OfflineEvent { outcome, ..act }.persist(audit).map_err(|e| match &result {
+        Ok(_) => format!("the command succeeded, but recording it failed: {e}"),
+        Err(cause) => format!("{cause}; recording it failed, too: {e}"),
+    })?;
     result
 }
 

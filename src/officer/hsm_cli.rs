@@ -411,7 +411,7 @@ fn retry_pin(config: &Path, hsm: Option<&str>) -> Result<(), String> {
     for (name, path) in all.into_iter().filter(|(name, _)| hsm.is_none_or(|hsm| hsm == name)) {
         let Some(refused) = PinAttempts::new(path).allow().map_err(|e| e.to_string())? else { continue };
         allowed = true;
-        println!("last refused PIN{}: {refused}", if multiple { format!(" (HSM {name})") } else { String::new() });
+        println!("PIN refused{}: {refused}", if multiple { format!(" by HSM {name}") } else { String::new() });
     }
     match allowed {
         true => println!("one more attempt allowed; restart sppd if its PIN was typed or is a systemd credential"),

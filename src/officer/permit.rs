@@ -70,9 +70,8 @@ impl Permit {
 
 /// The statement with everything needed to verify it later. The officer's certificate must be authentic and valid now.
 fn statement(signed: &proto::OfficerSignature, authorities: &[PublicKey]) -> Result<OfficerStatement, String> {
-    let known = verify_caller_certificate(&signed.certificate, authorities).map_err(|e| {
-        format!("the certificate of {} is not certified by an access key in keys.toml: {e}", signed.officer)
-    })?;
+    let known = verify_caller_certificate(&signed.certificate, authorities)
+        .map_err(|e| format!("the certificate of {} is not accepted: {e}", signed.officer))?;
     let now = now();
     if now < known.not_before || known.not_after <= now {
         return Err(format!("the certificate of {} is not valid now; renew it first", known.caller));

@@ -34,7 +34,7 @@ pub enum RegistryCommand {
         /// Log to mirror: URL or directory [default: from --config].
         #[arg(long, value_name = "URL|DIR")]
         from: Option<String>,
-        /// TrustArgs anchors.
+        /// Trust anchors.
         #[command(flatten)]
         trust: TrustArgs,
         /// Print JSON.
@@ -42,12 +42,12 @@ pub enum RegistryCommand {
         json: bool,
     },
     /// Verify the whole log without trusting the server: hashes, checkpoint signature, consistency with the last seen checkpoint,
-    /// certificates, and uniqueness of chip IDs and identities. The daemon may be running.
+    /// certificates, and uniqueness of chip IDs, identities, serial numbers, public keys and sessions. The daemon may be running.
     Verify {
         /// Log to verify: directory of the daemon or of a mirror, or URL [default: from --config].
         #[arg(value_name = "DIR|URL")]
         location: Option<String>,
-        /// TrustArgs anchors.
+        /// Trust anchors.
         #[command(flatten)]
         trust: TrustArgs,
         /// Manufacturer CA certificate (PEM); repeatable [default: from --config].
@@ -63,7 +63,7 @@ pub enum RegistryCommand {
     },
 }
 
-/// TrustArgs anchors for a log and its server.
+/// Trust anchors for a log and its server.
 #[derive(Args)]
 pub struct TrustArgs {
     /// Configuration file of the daemon: trust the keys in its keys.toml.

@@ -237,7 +237,7 @@ fn expect_algorithm(header: &Header, expected: iana::Algorithm) -> Result<(), Co
 }
 
 fn attached(payload: Option<&[u8]>) -> Result<&[u8], ConfirmationError> {
-    payload.ok_or(ConfirmationError::Shape("missing payload".into()))
+    payload.ok_or(ConfirmationError::Shape("payload missing or detached; it must be attached".into()))
 }
 
 fn hmac_key(key: &SecretBytes) -> hmac::Key {

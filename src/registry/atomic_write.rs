@@ -17,7 +17,7 @@ pub(super) fn write_once(path: &Path, bytes: &[u8]) -> io::Result<()> {
         }
         Ok(_) => {
             let problem = format!(
-                "{} exists with different content; move the file away, it is never overwritten",
+                "{} exists with different content; it is never overwritten: compare it with a mirror (sppctl registry verify)",
                 path.display()
             );
             Err(io::Error::new(io::ErrorKind::AlreadyExists, problem))

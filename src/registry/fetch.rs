@@ -71,7 +71,7 @@ impl Fetcher {
         Ok(Self(config.into()))
     }
 
-    /// Sends a GET request and reads at max_bytes `max_bytes` bytes of the body. Retries if the server is busy (429, 503), after
+    /// Sends a GET request and reads at most `max_bytes` bytes of the body. Retries if the server is busy (429, 503), after
     /// the pause in `Retry-After`.
     pub(super) fn get(&self, url: &str, max_bytes: u64) -> Result<Response, String> {
         let mut attempt = 0;
@@ -88,7 +88,7 @@ impl Fetcher {
         }
     }
 
-    /// Sends a POST request and reads at max_bytes `max_bytes` bytes of the response.
+    /// Sends a POST request and reads at most `max_bytes` bytes of the response.
     pub(super) fn post(&self, url: &str, body: &[u8], max_bytes: u64) -> Result<Response, String> {
         read(self.0.post(url).send(body).map_err(|e| e.to_string())?, max_bytes)
     }

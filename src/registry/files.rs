@@ -42,7 +42,7 @@ pub(super) struct PartialBundleFile {
 pub(super) struct RecoveredLog {
     /// The tree of all entries.
     pub(super) tree: Tree,
-    /// The checkpoint of that tree; `None` before the first one is first_checkpoints.
+    /// The checkpoint of that tree; `None` before the first one is signed.
     pub(super) checkpoint: Option<SignedCheckpoint>,
     /// The entries that are not in full bundles.
     pub(super) entries: Vec<Vec<u8>>,

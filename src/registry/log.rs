@@ -66,7 +66,7 @@ pub struct TransparencyLog {
 }
 
 impl TransparencyLog {
-    /// Creates the directory of an empty log, for `sppctl init`. [`StoreError::Directory`] if the directory is not empty.
+    /// Creates the directory of an empty log, for `sppctl init`. [`StoreError::Directory`] if the path exists.
     pub fn create(dir: &Path, options: &StoreOptions) -> Result<(), StoreError> {
         let files = LogFiles::create(dir, options, Arc::new(OsFs))?;
         SledIndex::create(&files.index_dir(), options)?;

@@ -16,7 +16,7 @@
 //! | in the directory | content |
 //! |---|---|
 //! | `tile/<L>/<N>`, `tile/entries/<N>` | the full tiles and entry bundles, named as in C2SP tlog-tiles; written once, never changed |
-//! | `edge/<N>` | the partial bundle: batches of entries, each with its signed checkpoint, appended with one sync |
+//! | `edge/<N>` (historic name) | the partial bundle: batches of entries, each with its signed checkpoint, appended with one sync |
 //! | `signed/<N>` | the first checkpoints that covered the entries of a full bundle, so that a receipt never changes; and the number of device records up to its end |
 //! | `index/` | the sled index by chip ID and the other unique values; rebuilt from the files if missing or damaged |
 //! | `store.toml`, `reserve` | the store's marker and lock, and the space that is released on a full disk |

@@ -16,7 +16,7 @@ impl Shared {
         let mut pending = self.pending.subscribe();
         let resolved = pending.wait_for(|pending| keys.iter().all(|key| !pending.contains(key)));
         if tokio::time::timeout(LOOKUP_TIMEOUT, resolved).await.is_err() {
-            let why = "publication pending: it is not known yet whether the record was published; retry later";
+            let why = "publication pending: it is not known yet whether the entry was published; retry later";
             return Err(self.files.store_dir().failed("looking up a record", why));
         }
         self.look_up(keys).await

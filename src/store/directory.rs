@@ -133,7 +133,7 @@ impl StoreDir {
     ) -> Result<Self, StoreError> {
         let lock = lock_file(dir, false).map_err(|e| {
             directory_error(format!(
-                "{}: not found at {} ({e}); create a new store with sppctl init, or mount the disk of the existing one",
+                "{}: not found at {} ({e}); if the store existed before, mount its disk; create a first one with sppctl init",
                 kind.name,
                 dir.display()
             ))
@@ -255,7 +255,7 @@ impl StoreDir {
             .map_err(|cause| StoreError::Damaged {
                 store: self.kind.name,
                 what: path.display().to_string(),
-                cause: format!("{cause}; if sppctl init was interrupted, delete the directory and run it again"),
+                cause: format!("{cause}; an interrupted sppctl init leaves it so; if the store was ever used, keep it and restore {MARKER} from a copy"),
             })?;
         if marker.kind != self.kind.marker {
             let (dir, found, expected) = (self.dir.display(), marker.kind, self.kind.marker);

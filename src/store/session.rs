@@ -35,7 +35,7 @@ pub struct Session {
     pub recipe: [u8; 32],
     /// The master key from which the symmetric keys are derived.
     pub master_key: Option<MasterKeyVersion>,
-    /// The certificate to sign.
+    /// The certificate to sign; exactly these bytes are signed.
     pub certificate: CertificateToSign,
     /// The session's state.
     pub state: SessionState,

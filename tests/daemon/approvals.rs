@@ -254,9 +254,12 @@ fn officer_cannot_vote_on_own_revocation() {
     let id = request["id"].as_str().unwrap();
     assert_refused(
         &decide(&site, "tls/o-3", &format!("reject {id} --reason no")),
-        "cannot vote on their own revocation",
+        "cannot approve or reject their own revocation",
     );
-    assert_refused(&decide(&site, "tls/o-3", &format!("approve {id}")), "cannot vote on their own revocation");
+    assert_refused(
+        &decide(&site, "tls/o-3", &format!("approve {id}")),
+        "cannot approve or reject their own revocation",
+    );
     approve(&site, id);
     assert_refused(&sppctl_as(&site, "tls/o-3", "approvals list"), "revoked");
 }

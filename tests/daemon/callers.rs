@@ -100,7 +100,7 @@ async fn expired_certificate_is_refused_on_open_connection() {
     assert!(refused.is(Code::Unauthenticated, "UNAUTHENTICATED_CALLER"), "{refused:?}");
 }
 
-/// The roles that may call each method, as in DESIGN. Deliberately independent of the daemon's own table.
+/// The roles that may call each method. Deliberately independent of the daemon's own table.
 const ALLOWED_ROLES: &[(&str, &[&str])] = &[
     ("/spp.v1.Access/RenewCertificate", &["station", "officer", "auditor", "back-office", "monitor"]),
     ("/spp.v1.Access/EnrollCaller", &["officer"]),

@@ -92,7 +92,7 @@ fn import_accepts_only_matching_key_and_root() {
         write(&site, "more.toml", &text);
     };
     for (file, root, why) in [
-        ("leaf.pem", "root.pem", "not a CA"),
+        ("leaf.pem", "root.pem", "not a CA (basicConstraints)"),
         ("right.pem", "other.pem", "expected CN=root"),
         ("root.pem", "root.pem", "expected the key's certificate first"),
         ("ended.pem", "root.pem", "expired at"),

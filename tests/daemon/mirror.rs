@@ -102,7 +102,7 @@ fn wiped_device_recovers_from_mirror_without_daemon() {
     error_output(&site.spp_line(&by_other));
     success_output(&recover());
     let unknown = site.spp_line("show --chip 0011223344556677 --from mirror --log keys/log-1.vkey");
-    assert!(error_output(&unknown).contains("not found"));
+    assert!(error_output(&unknown).contains("not found; check that it is a mirror"));
     let without_key = site.spp_line("show --chip 0011223344556677 --from mirror");
     assert!(error_output(&without_key).contains("--log FILE.vkey"));
 }

@@ -336,7 +336,7 @@ async fn both_lost_is_reported_and_one_recovered_suffices() {
         "{unknown:?}"
     );
     let output = site.sppctl("hsm retry-pin --config sppd.toml");
-    assert!(output.contains("last refused PIN (HSM a)"), "{output}");
+    assert!(output.contains("PIN refused by HSM a"), "{output}");
     write_private(&site.path("hsm/user.pin"), "482910375566");
     wait_for_readiness(&site, [true, true]).await;
 }
@@ -405,7 +405,12 @@ async fn fill_order_is_executed_by_working_hsm() {
     wait_for_pools(&site, "as many as were ordered", |status| ready_pairs(status) >= 200).await;
     // The log has the reason why one HSM paused; the status shows it only while pairs are missing.
     let log = site.log();
-    assert!(log.lines().any(|line| line.contains("pause") && line.contains("CKR_ARGUMENTS_BAD")), "{output}: {log}");
+    assert!(
+        log.lines().any(|line| line.contains("pool filling paused")
+            && line.contains("p256")
+            && line.contains("CKR_ARGUMENTS_BAD")),
+        "{output}: {log}"
+    );
 }
 
 /// A generation that takes longer than half of the time limit succeeds.

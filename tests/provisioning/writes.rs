@@ -44,7 +44,7 @@ async fn provision_with_each_fault(kind: Kind) {
             // Both in full runs, alternating in short runs.
             let in_turn = [NextAction::Repeat, NextAction::Restart][(nth + mode as usize + kind as usize) % 2];
             for next_action in scaled(vec![in_turn], vec![NextAction::Repeat, NextAction::Restart]) {
-                println!("{kind:?}: {write:?} {mode:?}, next_action {next_action:?}");
+                println!("{kind:?}: {write:?} {mode:?}, then {next_action:?}");
                 provision_with_fault(ready_point(&testbed).await, next(), (nth, write, mode), next_action).await;
             }
         }

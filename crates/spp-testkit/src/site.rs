@@ -282,7 +282,7 @@ impl Drop for Site {
     }
 }
 
-/// Supervisor pacing with shorter intervals than in production.
+/// Supervisor pacing with a tenth of the intervals in production.
 pub fn quick_pacing() -> SupervisorPacing {
     SupervisorPacing {
         first_backoff: Duration::from_millis(10),

@@ -6,7 +6,7 @@ use super::super::chip_files::chip_files;
 use super::*;
 use crate::tlog::{LogProof, TileId};
 
-/// The signer and the entries of a log from which test sources are test_log.
+/// The signer and the entries of a log from which test sources are made.
 struct TestLog {
     signer: LocalSigner,
     entries: Vec<Vec<u8>>,

@@ -218,7 +218,7 @@ async fn find_of_pending_record_fails() {
     faults.in_sync.store(false, SeqCst);
     let (doubted, other) = (UniqueKey::of_chip(&record(1).chip), UniqueKey::of_chip(&record(2).chip));
     let unknown = public.find(&doubted).await.unwrap_err();
-    assert!(unknown.to_string().contains("it is not known yet whether the record was published"), "{unknown}");
+    assert!(unknown.to_string().contains("it is not known yet whether the entry was published"), "{unknown}");
     assert_eq!(public.find(&other).await.unwrap(), None);
     fs::rename(&moved, &partial_bundles).unwrap();
     publish_until_ok(&public, &record(3)).await;

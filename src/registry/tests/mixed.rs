@@ -190,7 +190,7 @@ async fn newest_audit_fails_while_newer_checkpoint_is_pending() {
     assert!(matches!(public.append_audit(&audit_checkpoint("a", 2)).await, Err(PublishError::Store(_))));
     faults.in_sync.store(false, SeqCst);
     let unknown = public.newest_audit("a").await.unwrap_err();
-    assert!(unknown.to_string().contains("it is not known yet whether the record was published"), "{unknown}");
+    assert!(unknown.to_string().contains("it is not known yet whether the entry was published"), "{unknown}");
     fs::rename(&moved, &partial_bundles).unwrap();
     publish_until_ok(&public, &record(3)).await;
     assert_eq!(public.newest_audit("a").await.unwrap(), Some((1, audit_checkpoint("a", 2))));

@@ -48,13 +48,18 @@ impl Log {
     }
 
     async fn open_through(&self, faults: &Arc<FaultInjector>) -> Arc<TransparencyLog> {
-        let (dir, options, settings) = (self.dir(), options(), settings());
+        let (dir, options, settings) = (self.dir(), options(), LogSettings::default());
         let opened = TransparencyLog::open_through(&dir, &options, self.signer.clone(), settings, faults.clone());
         Arc::new(opened.await.unwrap())
     }
 
+    /// Opens the log and waits until its index is usable: a log without one builds it in the background, and a lookup waits only
+    /// a second for it.
     async fn open(&self) -> Arc<TransparencyLog> {
-        Arc::new(self.try_open().await.unwrap())
+        let public = Arc::new(self.try_open().await.unwrap());
+        eventually("the index is usable", async || public.find(&UniqueKey::of_chip(&record(u64::MAX >> 1).chip)).await)
+            .await;
+        public
     }
 
     async fn open_with(&self, signer: Arc<dyn CheckpointSigner>, settings: LogSettings) -> Arc<TransparencyLog> {
@@ -62,7 +67,7 @@ impl Log {
     }
 
     async fn try_open(&self) -> Result<TransparencyLog, StoreError> {
-        TransparencyLog::open(&self.dir(), &options(), self.signer.clone(), settings()).await
+        TransparencyLog::open(&self.dir(), &options(), self.signer.clone(), LogSettings::default()).await
     }
 }
 
@@ -75,16 +80,11 @@ impl PublicFactory for Log {
     }
 
     async fn public(&self) -> Arc<dyn PublicDatabase> {
-        self.open().await
+        Arc::new(self.try_open().await.unwrap())
     }
 }
 
 public_database_contract!(keeps_the_contract, Log);
-
-/// A log that has lost its index rebuilds it before it answers, however slow the machine is.
-fn settings() -> LogSettings {
-    LogSettings { index_patience: spp_testkit::wait::LIMIT, ..LogSettings::default() }
-}
 
 fn options() -> StoreOptions {
     StoreOptions { floor_bytes: 16 << 20, reserve_bytes: 1 << 20, ..StoreOptions::default() }

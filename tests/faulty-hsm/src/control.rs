@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! # FUNCTION or *   every=K: each K-th call   times=N: at most N times, over all processes   action
-//! # lasts=1: after the first fault, every call of the process fails
+//! # lasts=1: after its first fault, the rule applies to every later matching call of that process
 //! C_Sign            every=3                                                                 return CKR_DEVICE_ERROR
 //! C_Login           times=1                                                                 crash
 //! *                                                                                         away

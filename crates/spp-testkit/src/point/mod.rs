@@ -199,7 +199,7 @@ impl Point<'_> {
 
     /// Waits until at least `ready` pairs are ready and filling has stopped.
     pub async fn wait_until_filled(&self, ready: u64) {
-        self.wait_until("the pool is wait_until_filled", async || {
+        self.wait_until("the pool is filled", async || {
             let status = self.p256().await;
             let batches = self.state().batches().await.unwrap();
             let for_sessions = |b: &Batch| b.purpose == Purpose::Sessions && b.state == BatchState::Open;
@@ -210,7 +210,7 @@ impl Point<'_> {
 
     /// Waits until the pool has detected that the store is an old copy, and has quarantined its batches.
     pub async fn wait_for_rollback_detection(&self) {
-        self.wait_until("it is found out", async || {
+        self.wait_until("the rollback is detected", async || {
             let status = self.pool().status().await.unwrap();
             status.serving && status.rolled_back.is_some()
         })

@@ -40,7 +40,7 @@ clippy:
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
 
 layers:
-	$(CARGO) run --quiet --locked --package layer-check -- docs/architecture.md src crates/layer-check/known.txt
+	$(CARGO) run --quiet --locked --package layer-check -- docs/architecture.md src
 
 doc:
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --no-deps --workspace

@@ -13,16 +13,15 @@ use spp::audit::{self, AuditCheckpointer, AuditLog, Auditor, CheckpointRules, En
 use spp::cli_docs;
 use spp::clock::Clock;
 use spp::config::DaemonConfig;
-use spp::connections::ActiveTls;
 use spp::hsm::{Hsm, PinAgent, PinSource, pin_agent, worker};
 use spp::keypool::KeyPool;
 use spp::logging::{self, LogLevel};
 use spp::provisioning::{Policy, Provisioner, recovery_loop};
 use spp::registry::{HsmSigner, TransparencyLog, published_checkpoints};
-use spp::reload::{ReloadTargets, Reloader};
-use spp::rpc::{Listening, NodeInfo, OfficerContext};
+use spp::server::{
+    ActiveTls, Listening, Metrics, MetricsSources, NodeInfo, OfficerContext, Public, ReloadTargets, Reloader,
+};
 use spp::store::{Batch, Journal, Purpose, Registry, SecretStore, SledStateStore};
-use spp::web::{Metrics, MetricsSources, Public};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;

@@ -47,11 +47,8 @@ impl Provisioner {
                 return Err(wrong_state(&known, ": a published device cannot be aborted"));
             }
         };
-        self.in_flight.take(&id);
         tracing::info!(session = %id, chip = %known.chip, %reason, "session aborted");
-        let aborted = self.journal.abort(abortable, self.clock.now(), reason).await?;
-        self.pool.erased();
-        Ok(aborted)
+        self.abort_session(abortable, reason).await
     }
 
     /// Returns a session. A station sees only sessions that it may work on.

@@ -1,41 +1,147 @@
 //! Step 1 of provisioning: checks that the station may place the order, that the order fits its profile, and that chip and
-//! identity are free.
+//! identity are free; allocates an identity if the order names none.
 
+use super::pair_supplier::KeyOrder;
+use super::product::Product;
 use super::session_recovery::Step;
-use super::{FieldViolation, ProvisionError, Provisioner, ResolvedOrder};
-use crate::certificate::{KeyPairRule, Profile, Sealing};
+use super::{AssembleRequest, Policy, ProvisionError, Provisioner};
 use crate::keys::PublicKey;
-use crate::names::ProfileName;
+use crate::names::{ChipId, DeviceIdentity, ProfileName, StationName};
 use crate::package::TransportPublicKey;
 use crate::store::{Intent, Issued, Loaded, PublishedRecord, Session, SessionState};
 
+/// Maximum number of already published identities that one call skips. The next call continues after them.
+const MAX_SKIPPED: usize = 100;
+
+/// An order that its station may place, that fits its profile, and whose chip and identity are free or already belong to each
+/// other. Only [`Provisioner::admit`] makes one.
+pub(super) struct AdmittedOrder<'policy> {
+    pub(super) station: StationName,
+    pub(super) chip: ChipId,
+    /// The identity that the request names, that the chip already has, or that was allocated.
+    pub(super) identity: DeviceIdentity,
+    pub(super) profile: ProfileName,
+    pub(super) product: &'policy Product,
+    pub(super) own_key: Option<PublicKey>,
+    pub(super) transport_key: Option<TransportPublicKey>,
+    /// Private, so that no other module makes an order.
+    _admitted: (),
+}
+
 /// The journal's state for an admitted order.
-pub(super) enum Admitted {
+pub(super) enum Progress {
     /// The device is new: the journal has no session for it.
     New,
     /// The same order was placed before, and its signature is not journaled yet.
     Intended(Intent),
     /// The same order was placed before, and its certificate is issued.
-    Known(Issued),
+    Issued(Issued),
+}
+
+/// What the journal and the public database have for a chip.
+struct ChipState {
+    /// The newest session, unless it is aborted.
+    session: Option<Loaded>,
+    record: Option<PublishedRecord>,
+}
+
+/// What the journal and the public database have for an identity.
+struct IdentityState {
+    session: Option<Session>,
+    record: Option<PublishedRecord>,
+}
+
+impl AdmittedOrder<'_> {
+    /// The keys that the profile prescribes for this device.
+    pub(super) fn keys(&self) -> KeyOrder<'_> {
+        let profile = &self.product.profile;
+        let derivations = self.product.derivations(&self.identity, profile.master_key());
+        KeyOrder { rule: profile.key_pair(), derivations, own_key: self.own_key.as_ref() }
+    }
+}
+
+impl ChipState {
+    fn identity(&self) -> Option<&DeviceIdentity> {
+        let of_session = self.session.as_ref().map(|known| &known.session().identity);
+        of_session.or_else(|| self.record.as_ref().map(|published| &published.record.identity))
+    }
 }
 
 impl Provisioner {
-    /// Looks up the chip and the identity in the journal and in the public database. The public database is checked too, because
-    /// the journal may have been restored from an old copy; the transaction that reserves the session checks the journal again.
-    pub(super) async fn admit_device(&self, order: &ResolvedOrder) -> Result<Admitted, ProvisionError> {
-        // The stores answer the four lookups concurrently.
-        let (known, other_session, chip_record, identity_record) = tokio::try_join!(
-            self.journal.load_by_chip(&order.chip),
-            self.journal.session_of_identity(&order.identity),
-            self.registry.find_by_chip(&order.chip),
-            self.registry.find_by_identity(&order.identity),
-        )?;
-        if let Some(known) = known
-            && !is_aborted(known.session())
-        {
+    /// Admits an order. A chip that has an identity keeps it in every repeated order. The caller holds the chip's lock.
+    ///
+    /// The public database is checked as well as the journal, because the journal may have been restored from an old copy; the
+    /// transaction that reserves the session checks the journal again.
+    pub(super) async fn admit<'policy>(
+        &self,
+        request: AssembleRequest,
+        policy: &'policy Policy,
+    ) -> Result<(AdmittedOrder<'policy>, Progress), ProvisionError> {
+        let (order, chip, identity) = match request.identity.clone() {
+            Some(name) => {
+                // Before the lookups: a station that may not place the order learns nothing about the device.
+                let order = permitted(request, name, policy)?;
+                // The stores answer the four lookups concurrently.
+                let (chip, identity) =
+                    tokio::try_join!(self.look_up_chip(&order.chip), self.look_up_identity(&order.identity))?;
+                (order, chip, identity)
+            }
+            None => {
+                let chip = self.look_up_chip(&request.chip).await?;
+                let (name, identity) = match chip.identity() {
+                    Some(name) => (name.clone(), self.look_up_identity(name).await?),
+                    None => self.allocate_identity(&request, policy).await?,
+                };
+                (permitted(request, name, policy)?, chip, identity)
+            }
+        };
+        let progress = self.progress(&order, chip, identity).await?;
+        Ok((order, progress))
+    }
+
+    async fn look_up_chip(&self, chip: &ChipId) -> Result<ChipState, ProvisionError> {
+        let (session, record) = tokio::try_join!(self.journal.load_by_chip(chip), self.registry.find_by_chip(chip))?;
+        Ok(ChipState { session: session.filter(|known| !is_aborted(known.session())), record })
+    }
+
+    async fn look_up_identity(&self, identity: &DeviceIdentity) -> Result<IdentityState, ProvisionError> {
+        let (session, record) =
+            tokio::try_join!(self.journal.session_of_identity(identity), self.registry.find_by_identity(identity))?;
+        Ok(IdentityState { session, record })
+    }
+
+    async fn allocate_identity(
+        &self,
+        request: &AssembleRequest,
+        policy: &Policy,
+    ) -> Result<(DeviceIdentity, IdentityState), ProvisionError> {
+        let permitted = policy.permit_allocation(request)?;
+        let AssembleRequest { station, chip, profile, .. } = request;
+        let mut published = None;
+        for _ in 0..MAX_SKIPPED {
+            let now = self.clock.now();
+            let allocated = self.access.allocate(chip, profile, station, permitted.clone(), published, now).await?;
+            // The state store could be an old copy and allocate identities again.
+            let state = self.look_up_identity(&allocated).await?;
+            if state.record.is_none() {
+                return Ok((allocated, state));
+            }
+            published = Some(allocated);
+        }
+        Err(ProvisionError::Identities(MAX_SKIPPED))
+    }
+
+    /// Compares the order with what the stores have.
+    async fn progress(
+        &self,
+        order: &AdmittedOrder<'_>,
+        chip: ChipState,
+        identity: IdentityState,
+    ) -> Result<Progress, ProvisionError> {
+        if let Some(known) = chip.session {
             // A public record makes the device complete, whatever the journal says. The journal may be an old copy or may not
             // have recorded the publication yet, and would deliver a pair that has been erased since.
-            if let Some(PublishedRecord { record, .. }) = &chip_record
+            if let Some(PublishedRecord { record, .. }) = &chip.record
                 && is_same_order(known.session(), order)
             {
                 if record.session == known.session().id {
@@ -43,14 +149,13 @@ impl Provisioner {
                 }
                 return Err(ProvisionError::AlreadyComplete { chip: order.chip.clone(), session: record.session });
             }
-            // `None`: the chip's own session has just ended and has released the identity.
-            return Ok(self.admit_repeated(order, known).await?.unwrap_or(Admitted::New));
+            return self.repeated_order(order, known).await;
         }
-        if let Some(other) = other_session {
+        if let Some(other) = identity.session {
             let (chip, session) = (other.chip, other.id);
             return Err(ProvisionError::IdentityTaken { identity: order.identity.clone(), chip, session });
         }
-        if let Some(PublishedRecord { record, .. }) = chip_record {
+        if let Some(PublishedRecord { record, .. }) = chip.record {
             let session = record.session;
             return Err(if record.identity == order.identity {
                 ProvisionError::AlreadyComplete { chip: record.chip, session }
@@ -58,94 +163,58 @@ impl Provisioner {
                 ProvisionError::ChipTaken { chip: record.chip, identity: record.identity, session }
             });
         }
-        if let Some(PublishedRecord { record, .. }) = identity_record {
+        if let Some(PublishedRecord { record, .. }) = identity.record {
             let (identity, chip, session) = (record.identity, record.chip, record.session);
             return Err(ProvisionError::IdentityTaken { identity, chip, session });
         }
-        Ok(Admitted::New)
+        Ok(Progress::New)
     }
 
-    /// Handles an order for a chip that has a session. Returns `None` if that session has just ended and the chip is free.
-    async fn admit_repeated(&self, order: &ResolvedOrder, known: Loaded) -> Result<Option<Admitted>, ProvisionError> {
+    /// Handles an order for a chip that has a session.
+    async fn repeated_order(&self, order: &AdmittedOrder<'_>, known: Loaded) -> Result<Progress, ProvisionError> {
         if !is_same_order(known.session(), order) {
             return Err(chip_taken(known.session()));
         }
         if !known.session().state.is_final() {
-            self.check_transport_key(known.session(), order)?;
+            check_transport_key(known.session(), order)?;
         }
         let session = known.session().id;
         let complete = || ProvisionError::AlreadyComplete { chip: order.chip.clone(), session };
         match known {
-            Loaded::Intent(intent) if !intent.session().has_expired(self.clock.now()) => {
-                Ok(Some(Admitted::Intended(intent)))
-            }
-            Loaded::Issued(issued) if !issued.session().has_expired(self.clock.now()) => {
-                Ok(Some(Admitted::Known(issued)))
-            }
+            Loaded::Intent(intent) if !intent.session().has_expired(self.clock.now()) => Ok(Progress::Intended(intent)),
+            Loaded::Issued(issued) if !issued.session().has_expired(self.clock.now()) => Ok(Progress::Issued(issued)),
             // The session has expired: resume it as the recovery loop does. Its record may be public although the journal does
             // not show it; in that case the pair was delivered and confirmed, and the chip must not get a second one.
             Loaded::Intent(_) | Loaded::Issued(_) => match self.resume(&order.chip, session).await? {
                 Step::Erased => Err(complete()),
-                Step::Expired | Step::Signed | Step::Waiting => Ok(None),
+                // The session has ended, and has released the chip and the identity.
+                Step::Expired | Step::Signed | Step::Waiting => Ok(Progress::New),
             },
             Loaded::Published(_) | Loaded::Final(_) => Err(complete()),
         }
     }
 }
 
-/// Lists every field of the order that does not fit the profile.
-pub(super) fn violations(profile: &Profile, order: &ResolvedOrder) -> Vec<FieldViolation> {
-    let mut violations = Vec::new();
-    if !profile.allows(&order.identity) {
-        let problem = format!("the profile {} does not accept {} identities", order.profile, order.identity.kind());
-        violations.push(FieldViolation::new("identity", problem));
-    }
-    let sealed = order.transport_key.is_some();
-    violations.extend(violations_without_identity(profile, &order.profile, order.own_key.as_ref(), sealed));
-    violations
+/// Checks the order against the station's permissions and the profile.
+fn permitted(
+    request: AssembleRequest,
+    identity: DeviceIdentity,
+    policy: &Policy,
+) -> Result<AdmittedOrder<'_>, ProvisionError> {
+    let product = policy.permit_order(&request, &identity)?;
+    let AssembleRequest { station, chip, identity: _, profile, own_key, transport_key } = request;
+    Ok(AdmittedOrder { station, chip, identity, profile, product, own_key, transport_key, _admitted: () })
 }
 
-/// Checks an order whose identity is not known yet.
-pub(super) fn violations_without_identity(
-    profile: &Profile,
-    name: &ProfileName,
-    own_key: Option<&PublicKey>,
-    sealed: bool,
-) -> Vec<FieldViolation> {
-    let mut violations = Vec::new();
-    let mut violation = |field, problem: String| violations.push(FieldViolation::new(field, problem));
-    match (profile.key_pair(), own_key) {
-        (KeyPairRule::Csr { .. }, None) => {
-            violation("csr", format!("the profile {name} requires a PKCS#10 request from the device"));
-        }
-        (KeyPairRule::Csr { accepted }, Some(key)) if !accepted.contains(&key.kind()) => {
-            violation("csr", format!("the profile {name} does not accept {} keys", key.kind()));
-        }
-        (KeyPairRule::Generate { .. } | KeyPairRule::Pool { .. } | KeyPairRule::None, Some(_)) => {
-            violation(
-                "csr",
-                format!("the profile {name} does not accept a PKCS#10 request: the SPP generates the key pair"),
-            );
-        }
-        _ => {}
+/// Checks that a repeated order names the same transport key, or none. A station that could repeat an order without sealing, or
+/// sealed to its own key, would see the package's secrets.
+fn check_transport_key(session: &Session, order: &AdmittedOrder<'_>) -> Result<(), ProvisionError> {
+    if session.sealed_to != order.transport_key.as_ref().map(TransportPublicKey::fingerprint) {
+        let problem = "the session was ordered with another transport key, or with none; repeat the original order, or abort the \
+            session";
+        return Err(ProvisionError::not_accepted("transport_key", problem));
     }
-    if profile.sealing() == Sealing::Required && !sealed {
-        violation("transport_key", format!("the profile {name} seals its packages: send the chip's transport key"));
-    }
-    violations
-}
-
-impl Provisioner {
-    /// Checks that a repeated order names the same transport key, or none. A station that could repeat an order without
-    /// sealing, or sealed to its own key, would see the package's secrets.
-    fn check_transport_key(&self, session: &Session, order: &ResolvedOrder) -> Result<(), ProvisionError> {
-        if session.sealed_to != order.transport_key.as_ref().map(TransportPublicKey::fingerprint) {
-            let problem = "the session was ordered with another transport key, or with none; repeat the original order, or abort the \
-                session";
-            return Err(ProvisionError::not_accepted("transport_key", problem));
-        }
-        Ok(())
-    }
+    Ok(())
 }
 
 const fn is_aborted(session: &Session) -> bool {
@@ -153,7 +222,7 @@ const fn is_aborted(session: &Session) -> bool {
 }
 
 /// The station may differ: another one may take over when the first fails.
-fn is_same_order(session: &Session, order: &ResolvedOrder) -> bool {
+fn is_same_order(session: &Session, order: &AdmittedOrder<'_>) -> bool {
     let same_key = match &order.own_key {
         Some(key) => session.own_key_pair && session.public_key.as_deref() == Some(key.spki_der()),
         None => !session.own_key_pair,

@@ -2,7 +2,8 @@
 
 use super::deliver::public_key;
 use super::in_flight::InFlightPackage;
-use super::{Product, ProvisionError, Provisioner};
+use super::product::Product;
+use super::{ProvisionError, Provisioner};
 use crate::names::{ChipId, SessionId, StationName};
 use crate::package::{BackupPackage, ConfirmationClaims, ConfirmationKey, KeyConfirmation, verify_confirmation};
 use crate::store::{
@@ -41,11 +42,8 @@ impl Provisioner {
         // 3. Publish: the record is durable and under a signed checkpoint before the call returns. After a crash from here on, a
         // repeated call or the recovery loop finishes the session.
         let published = self.publish(&record, slot).await?;
-        let publication = published.publication();
-        self.journal.publish(&published).await?;
         // 4. Erase: consumes the publication receipt; no other value permits an erasure.
-        self.journal.erase(published).await?;
-        self.pool.erased();
+        let publication = self.erase_published(published).await?;
         // 5. Return the receipt, which anyone who knows the log's key can verify.
         self.receipt(publication).await
     }
@@ -118,15 +116,11 @@ impl Provisioner {
                 let receipt = self.registry.find_receipt(&chip, id).await?;
                 // Published before a crash, not yet journaled: finish it as the recovery loop does.
                 let receipt = receipt.ok_or_else(|| wrong_state(expired.session(), "; it has expired"))?;
-                let publication = receipt.publication();
-                self.journal.publish(&receipt).await?;
-                self.journal.erase(receipt).await?;
-                Ok(CompletionState::Completed(publication))
+                Ok(CompletionState::Completed(self.erase_published(receipt).await?))
             }
             Loaded::Published(published) => {
                 let (chip, id) = (published.session().chip.clone(), published.session().id);
-                let publication = self.finish_erasure(&chip, id).await?;
-                Ok(CompletionState::Completed(publication))
+                Ok(CompletionState::Completed(self.finish_erasure(&chip, id).await?))
             }
             Loaded::Final(session) => match session.state {
                 SessionState::Erased { publication } => Ok(CompletionState::Completed(publication)),

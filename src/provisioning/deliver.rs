@@ -1,19 +1,15 @@
 //! Builds the data package of a session. It has the same bytes each time, from the journal, the secret store and the HSM.
 
 use super::in_flight::InFlightPackage;
-use super::order::{Assembled, Delivery, derivations};
-use super::{Product, ProvisionError, Provisioner};
+use super::pair_supplier::PackageKeys;
+use super::product::Product;
+use super::request::{Assembled, Delivery};
+use super::{ProvisionError, Provisioner};
 use crate::hsm::KeyReloadRequest;
-use crate::keys::{DevicePrivateKey, PublicKey};
+use crate::keys::PublicKey;
 use crate::package::{CertificateChain, DataPackage, SymmetricKey, TransportPublicKey, seal};
 use crate::secret::SecretBytes;
 use crate::store::{Issued, Session};
-
-/// The secret keys of a package, in memory for the duration of one call.
-pub(super) struct PackageKeys {
-    pub(super) pair: Option<DevicePrivateKey>,
-    pub(super) derived: Vec<SecretBytes>,
-}
 
 impl Provisioner {
     /// Step 7: seals the package if the chip gave a transport key, and caches it for the Complete that follows.
@@ -71,7 +67,7 @@ impl Provisioner {
             _ => None,
         };
         let master = session.master_key.as_ref().map(|master| &master.key);
-        let derivations = derivations(product, &session.identity, master);
+        let derivations = product.derivations(&session.identity, master);
         let held = self.hsm.reload_keys(&KeyReloadRequest { pair, derivations }).await?;
         Ok(PackageKeys { pair: held.pair, derived: held.derived })
     }

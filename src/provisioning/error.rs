@@ -1,13 +1,11 @@
 //! Errors of provisioning. They name the field or the other device that caused the error, and never a secret.
 
 use crate::access::{AccessError, Exceeded, Refused};
-use crate::audit::AuditError;
 use crate::config::NotPermitted;
 use crate::hsm::HsmError;
 use crate::keypool::PoolError;
 use crate::names::{ChipId, DeviceIdentity, SessionId, StationName};
 use crate::package::{BackupError, ConfirmationError, PackageError};
-use crate::reload::ReloadError;
 use crate::store::{PublishError, ReserveError, StateName, StoreError, UniquenessConflict};
 
 /// One invalid field of a request.
@@ -30,10 +28,10 @@ impl FieldViolation {
 #[derive(Debug, thiserror::Error)]
 pub enum ProvisionError {
     /// The request is malformed.
-    #[error("invalid request: {}", list(.0))]
+    #[error("invalid request: {}", list_violations(.0))]
     Invalid(Vec<FieldViolation>),
     /// The request does not meet the requirements of the session or the profile. The caller may send a corrected one.
-    #[error("not accepted: {}", list(.0))]
+    #[error("not accepted: {}", list_violations(.0))]
     NotAccepted(Vec<FieldViolation>),
     /// The caller is not permitted to do this.
     #[error(transparent)]
@@ -101,9 +99,6 @@ pub enum ProvisionError {
     /// Another call holds the chip's lock for too long.
     #[error("another call for chip {0} is in progress; retry later")]
     ChipBusy(ChipId),
-    /// The number of calls in progress has reached the limit.
-    #[error("overloaded: {0} calls in progress; retry later")]
-    Overloaded(usize),
     /// The station has reached its quota.
     #[error("station {station} {exceeded}")]
     QuotaExceeded {
@@ -121,12 +116,6 @@ pub enum ProvisionError {
     /// The access control.
     #[error(transparent)]
     Access(AccessError),
-    /// A new configuration did not take effect.
-    #[error(transparent)]
-    Reload(#[from] ReloadError),
-    /// The audit log. An action that cannot be recorded is not performed.
-    #[error(transparent)]
-    Audit(#[from] AuditError),
     /// The HSM.
     #[error(transparent)]
     Hsm(#[from] HsmError),
@@ -160,7 +149,8 @@ impl ProvisionError {
     }
 }
 
-fn list(violations: &[FieldViolation]) -> String {
+/// Joins violations to one line.
+pub(crate) fn list_violations(violations: &[FieldViolation]) -> String {
     violations.iter().map(|v| format!("{}: {}", v.field, v.problem)).collect::<Vec<_>>().join("; ")
 }
 
@@ -192,7 +182,6 @@ impl From<PoolError> for ProvisionError {
         match error {
             PoolError::Hsm(error) => Self::Hsm(error),
             PoolError::Store(error) => Self::Store(error),
-            PoolError::TooMany { .. } => Self::invalid("to", error),
             other => Self::Pool(other),
         }
     }

@@ -10,16 +10,17 @@ mod admit;
 mod assemble;
 mod complete;
 mod deliver;
+mod end_session;
 mod error;
 mod in_flight;
 mod issuer;
 mod locks;
-mod name;
-mod order;
 mod pair_supplier;
 mod policy;
+mod product;
 mod recover;
 mod report;
+mod request;
 mod session_recovery;
 
 use std::sync::Arc;
@@ -30,21 +31,19 @@ use arc_swap::ArcSwap;
 pub use crate::clock::Clock;
 pub use abort::SessionView;
 pub use complete::{Completion, Receipt};
+pub(crate) use error::list_violations;
 pub use error::{FieldViolation, ProvisionError};
-pub use name::AssembleRequest;
-pub use order::{Assembled, Delivery, ResolvedOrder};
 pub use policy::Policy;
 pub use report::{DeviceReport, DeviceView, KeyPairLocation, ProductionBy, ProductionOf, SessionFilter, SessionPage};
+pub use request::{AssembleRequest, Assembled, Delivery};
 pub use session_recovery::{RecoveryReport, recovery_loop};
 
-use crate::certificate::Profile;
 use crate::hsm::Hsm;
 use crate::keypool::KeyPool;
-use crate::keys::sha256;
 use crate::store::{AccessStore, Journal, Registry};
 use in_flight::InFlight;
-use issuer::Issuer;
 use locks::ChipLocks;
+use pair_supplier::PairSupplier;
 
 /// The services that provisioning uses, connected once at startup.
 pub struct Provisioner {
@@ -52,37 +51,13 @@ pub struct Provisioner {
     journal: Journal,
     registry: Registry,
     pool: Arc<KeyPool>,
+    pairs: PairSupplier,
     access: Arc<dyn AccessStore>,
     policy: ArcSwap<Policy>,
     session_lifetime: Duration,
     chip_locks: ChipLocks,
     in_flight: InFlight,
     clock: Clock,
-}
-
-/// A profile with the issuer that signs for it.
-struct Product {
-    /// The certificate template, key types, and delivery and confirmation rules.
-    profile: Profile,
-    /// The signing key and certificate of the issuer.
-    issuer: Issuer,
-}
-
-impl Product {
-    /// Hash of the inputs that determine the package bytes besides the session itself: see
-    /// [`Session::recipe`](crate::store::Session).
-    fn recipe(&self) -> [u8; 32] {
-        let mut parts = Vec::new();
-        for key in self.profile.symmetric_keys() {
-            parts.push(format!("{}/{}", key.purpose, key.length).into_bytes());
-        }
-        if !self.profile.is_cwt() {
-            parts.extend(self.issuer.certificate().chain().iter().cloned());
-        }
-        // Hash each part separately, so that part boundaries are unambiguous.
-        let hashes: Vec<u8> = parts.iter().flat_map(|part| sha256(part)).collect();
-        sha256(&hashes)
-    }
 }
 
 impl Provisioner {
@@ -97,6 +72,7 @@ impl Provisioner {
         session_lifetime: Duration,
     ) -> Self {
         Self {
+            pairs: PairSupplier::new(hsm.clone(), Arc::clone(&pool), registry.clone()),
             hsm,
             journal,
             registry,

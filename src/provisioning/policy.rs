@@ -3,9 +3,11 @@
 
 use std::collections::BTreeMap;
 
-use super::admit::{violations, violations_without_identity};
-use super::{AssembleRequest, Issuer, Product, ProvisionError, ResolvedOrder};
-use crate::certificate::{IssuerCertificate, Profile};
+use super::error::{FieldViolation, ProvisionError};
+use super::issuer::Issuer;
+use super::product::Product;
+use super::request::AssembleRequest;
+use crate::certificate::{IssuerCertificate, KeyPairRule, Profile, Sealing};
 use crate::config::{DaemonConfig, NotPermitted, Stations};
 use crate::names::{DeviceIdentity, KeyName, ProfileName, StationName};
 use crate::store::{Intent, Session};
@@ -53,14 +55,14 @@ impl Policy {
 
     /// Checks an order that has no identity yet, so that no identity is allocated for a refused order. Returns the identity
     /// prefixes that the station may allocate.
-    pub(super) fn admit_unnamed(&self, request: &AssembleRequest) -> Result<Vec<String>, ProvisionError> {
-        let AssembleRequest { station, profile: name, own_key, transport_key, .. } = request;
+    pub(super) fn permit_allocation(&self, request: &AssembleRequest) -> Result<Vec<String>, ProvisionError> {
+        let AssembleRequest { station, profile: name, .. } = request;
         let product = self.product(name)?;
         let (profiles, identities) = self.confinement(station).ok_or_else(|| NotPermitted::Unknown(station.clone()))?;
         if !profiles.contains(name) {
             return Err(NotPermitted::Profile(station.clone(), name.clone()).into());
         }
-        let violations = violations_without_identity(&product.profile, name, own_key.as_ref(), transport_key.is_some());
+        let violations = violations(&product.profile, request);
         if violations.is_empty() { Ok(identities) } else { Err(ProvisionError::Invalid(violations)) }
     }
 
@@ -78,10 +80,18 @@ impl Policy {
     }
 
     /// Checks the order against the station's permissions and the profile.
-    pub(super) fn admit_order(&self, order: &ResolvedOrder) -> Result<&Product, ProvisionError> {
-        let product = self.product(&order.profile)?;
-        self.stations.permit(&order.station, &order.profile, &order.identity)?;
-        let violations = violations(&product.profile, order);
+    pub(super) fn permit_order(
+        &self,
+        request: &AssembleRequest,
+        identity: &DeviceIdentity,
+    ) -> Result<&Product, ProvisionError> {
+        let product = self.product(&request.profile)?;
+        self.stations.permit(&request.station, &request.profile, identity)?;
+        let mut violations = violations(&product.profile, request);
+        if !product.profile.allows(identity) {
+            let problem = format!("the profile {} does not accept {} identities", request.profile, identity.kind());
+            violations.insert(0, FieldViolation::new("identity", problem));
+        }
         if violations.is_empty() { Ok(product) } else { Err(ProvisionError::Invalid(violations)) }
     }
 
@@ -122,4 +132,30 @@ impl Policy {
             ProvisionError::not_accepted("chip_id", problem)
         })
     }
+}
+
+/// Lists every field of the request, except the identity, that does not fit the profile.
+fn violations(profile: &Profile, request: &AssembleRequest) -> Vec<FieldViolation> {
+    let AssembleRequest { profile: name, own_key, transport_key, .. } = request;
+    let mut violations = Vec::new();
+    let mut violation = |field, problem: String| violations.push(FieldViolation::new(field, problem));
+    match (profile.key_pair(), own_key) {
+        (KeyPairRule::Csr { .. }, None) => {
+            violation("csr", format!("the profile {name} requires a PKCS#10 request from the device"));
+        }
+        (KeyPairRule::Csr { accepted }, Some(key)) if !accepted.contains(&key.kind()) => {
+            violation("csr", format!("the profile {name} does not accept {} keys", key.kind()));
+        }
+        (KeyPairRule::Generate { .. } | KeyPairRule::Pool { .. } | KeyPairRule::None, Some(_)) => {
+            violation(
+                "csr",
+                format!("the profile {name} does not accept a PKCS#10 request: the SPP generates the key pair"),
+            );
+        }
+        _ => {}
+    }
+    if profile.sealing() == Sealing::Required && transport_key.is_none() {
+        violation("transport_key", format!("the profile {name} seals its packages: send the chip's transport key"));
+    }
+    violations
 }

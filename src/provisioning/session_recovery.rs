@@ -61,13 +61,13 @@ impl Provisioner {
             Loaded::Final(_) => Ok(Step::Waiting),
             Loaded::Published(_) => self.finish_erasure(chip, id).await.map(|_| Step::Erased),
             Loaded::Intent(intent) if intent.session().has_expired(self.clock.now()) => {
-                self.journal.abort(Abortable::Intent(intent), self.clock.now(), "expired".to_owned()).await?;
+                self.abort_session(Abortable::Intent(intent), "expired".to_owned()).await?;
                 Ok(Step::Expired)
             }
             // The journal is an old copy: the certificate was signed and published later, and must not be signed again.
             Loaded::Intent(intent) if self.registry.find_receipt(chip, id).await?.is_some() => {
                 let reason = "its record is already public: the state store was rolled back".to_owned();
-                self.journal.abort(Abortable::Intent(intent), self.clock.now(), reason).await?;
+                self.abort_session(Abortable::Intent(intent), reason).await?;
                 Ok(Step::Expired)
             }
             // Do not wait for the HSM here: that would delay sessions that need no HSM.
@@ -81,14 +81,11 @@ impl Provisioner {
             }
             Loaded::Issued(issued) => match self.registry.find_receipt(chip, id).await? {
                 Some(receipt) => {
-                    self.journal.publish(&receipt).await?;
-                    self.journal.erase(receipt).await?;
+                    self.erase_published(receipt).await?;
                     Ok(Step::Erased)
                 }
-                // The device or the station may have seen the pair: destroy it, never give it to another chip.
                 None if issued.session().has_expired(self.clock.now()) => {
-                    self.in_flight.take(&id);
-                    self.journal.abort(Abortable::Issued(issued), self.clock.now(), "expired".to_owned()).await?;
+                    self.abort_session(Abortable::Issued(issued), "expired".to_owned()).await?;
                     Ok(Step::Expired)
                 }
                 None => Ok(Step::Waiting),
@@ -105,9 +102,7 @@ impl Provisioner {
                 "no public record of session {id}: the public database was rolled back; the pair is retained"
             ),
         })?;
-        let publication = receipt.publication();
-        self.journal.erase(receipt).await?;
-        Ok(publication)
+        self.erase_published(receipt).await
     }
 }
 

@@ -90,6 +90,15 @@ pub enum Abortable {
     Issued(Issued),
 }
 
+impl Abortable {
+    /// The session.
+    pub const fn session(&self) -> &Session {
+        match self {
+            Self::Intent(Intent(session)) | Self::Issued(Issued { session, .. }) => session,
+        }
+    }
+}
+
 impl Intent {
     /// The session, in state Reserved.
     pub const fn session(&self) -> &Session {

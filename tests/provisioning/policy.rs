@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use spp::provisioning::{Assembled, Completion, Delivery, ProvisionError, Provisioner, ResolvedOrder};
+use spp::provisioning::{AssembleRequest, Assembled, Completion, Delivery, ProvisionError, Provisioner};
 use spp::store::{AuditCheckpoint, PublicDatabase as _, Publication, SessionCounts, StateName, StateStore as _};
 
 use spp_testkit::point::TestBed;
@@ -195,7 +195,7 @@ where
     outcomes
 }
 
-async fn assemble(provisioner: Arc<Provisioner>, order: ResolvedOrder) -> Result<Assembled, ProvisionError> {
+async fn assemble(provisioner: Arc<Provisioner>, order: AssembleRequest) -> Result<Assembled, ProvisionError> {
     provisioner.assemble(order).await
 }
 

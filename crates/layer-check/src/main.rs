@@ -3,34 +3,29 @@
 //! The first block of the document that is fenced as `layers` lists the layers from the bottom, one a line: the names of top-level
 //! modules, separated by spaces; what follows `#` is a comment. A module may use itself, the modules of its own line and those of
 //! the lines above it in the block. Prints every use of a higher layer, every circle between files and every module without a
-//! layer, and exits with status 1 if there is any. A third argument names a file of known faults, one a line: these are not printed,
-//! and one that is mended must be removed from it, so that the list can only shrink.
+//! layer, and exits with status 1 if there is any.
 
 mod graph;
 mod modules;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let (document, sources, known) = match &arguments[..] {
-        [document, sources] => (document, sources, None),
-        [document, sources, known] => (document, sources, Some(Path::new(known))),
-        _ => {
-            eprintln!("usage: layer-check ARCHITECTURE.md SOURCE_DIRECTORY [KNOWN_FAULTS]");
-            return ExitCode::from(2);
-        }
+    let [document, sources] = &arguments[..] else {
+        eprintln!("usage: layer-check ARCHITECTURE.md SOURCE_DIRECTORY");
+        return ExitCode::from(2);
     };
-    match check(Path::new(document), Path::new(sources)).and_then(|faults| unexpected(faults, known)) {
-        Ok(problems) if problems.is_empty() => {
-            println!("layer-check: {sources} has no unexpected use of a higher layer and no unexpected circle");
+    match check(Path::new(document), Path::new(sources)) {
+        Ok(faults) if faults.is_empty() => {
+            println!("layer-check: {sources} has no use of a higher layer and no circle");
             ExitCode::SUCCESS
         }
-        Ok(problems) => {
-            problems.iter().for_each(|problem| eprintln!("{problem}"));
-            eprintln!("layer-check: {} problems; {document} says which module may use which", problems.len());
+        Ok(faults) => {
+            faults.iter().for_each(|fault| eprintln!("{fault}"));
+            eprintln!("layer-check: {} lines; {document} says which module may use which", faults.len());
             ExitCode::FAILURE
         }
         Err(error) => {
@@ -40,29 +35,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// What is wrong, in one line that does not change with the names that are used, and the names.
-struct Fault {
-    line: String,
-    details: Vec<String>,
-}
-
-/// The faults that are not in the list of known ones, and the known ones that are mended: their lines are to be removed.
-fn unexpected(faults: Vec<Fault>, known: Option<&Path>) -> Result<Vec<String>, String> {
-    let text = match known {
-        Some(path) => std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?,
-        None => String::new(),
-    };
-    let known: BTreeSet<&str> = text.lines().filter(|line| !line.is_empty() && !line.starts_with('#')).collect();
-    let found: BTreeSet<String> = faults.iter().map(|fault| fault.line.clone()).collect();
-    let new = faults.into_iter().filter(|fault| !known.contains(fault.line.as_str()));
-    let mut problems: Vec<String> = new.flat_map(|fault| [vec![fault.line], fault.details].concat()).collect();
-    for line in known.into_iter().filter(|line| !found.contains(*line)) {
-        problems.push(format!("mended, remove it from the list of known faults: {line}"));
-    }
-    Ok(problems)
-}
-
-fn check(document: &Path, sources: &Path) -> Result<Vec<Fault>, String> {
+/// The faults, one a line; the lines of its uses follow a fault.
+fn check(document: &Path, sources: &Path) -> Result<Vec<String>, String> {
     let text = std::fs::read_to_string(document).map_err(|e| format!("{}: {e}", document.display()))?;
     let layers = layers_of(&text)?;
     let modules = modules::Modules::read(sources)?;
@@ -70,7 +44,7 @@ fn check(document: &Path, sources: &Path) -> Result<Vec<Fault>, String> {
     let mut faults = Vec::new();
     for name in modules.top_level() {
         if !layers.contains_key(name.as_str()) {
-            faults.push(Fault { line: format!("module without a layer: {name}"), details: Vec::new() });
+            faults.push(format!("module without a layer: {name}"));
         }
     }
     let names = |user: usize, target: usize| {
@@ -83,11 +57,8 @@ fn check(document: &Path, sources: &Path) -> Result<Vec<Fault>, String> {
             if let (Some(below), Some(above)) = (layers.get(from), layers.get(to))
                 && below < above
             {
-                let line = format!("upward use: {} -> {}", modules.file(*user), modules.file(*target));
-                faults.push(Fault {
-                    line,
-                    details: names(*user, *target).map(|names| format!("  {names}")).into_iter().collect(),
-                });
+                faults.push(format!("upward use: {} -> {}", modules.file(*user), modules.file(*target)));
+                faults.extend(names(*user, *target).map(|names| format!("  {names}")));
             }
         }
     }
@@ -100,7 +71,8 @@ fn check(document: &Path, sources: &Path) -> Result<Vec<Fault>, String> {
             let names = names(user, target)?;
             Some(format!("  {} -> {}: {names}", modules.file(user), modules.file(target)))
         });
-        faults.push(Fault { line: format!("circle: {}", sorted.join(", ")), details: details.collect() });
+        faults.push(format!("circle: {}", sorted.join(", ")));
+        faults.extend(details);
     }
     Ok(faults)
 }
@@ -124,7 +96,7 @@ fn layers_of(document: &str) -> Result<BTreeMap<&str, usize>, String> {
 mod tests {
     use std::fs;
 
-    use super::{check, unexpected};
+    use super::check;
 
     /// The faults of a crate with these files and the layers `low`, then `high`.
     fn faults(files: &[(&str, &str)]) -> Vec<String> {
@@ -138,7 +110,7 @@ mod tests {
         for (file, text) in files {
             fs::write(dir.join("src").join(file), text).unwrap();
         }
-        let found = unexpected(check(&document, &dir.join("src")).unwrap(), None).unwrap();
+        let found = check(&document, &dir.join("src")).unwrap();
         fs::remove_dir_all(&dir).unwrap();
         found
     }
@@ -197,16 +169,5 @@ mod tests {
     fn module_without_a_layer_is_reported() {
         let found = faults(&[("lib.rs", "mod other;"), ("other.rs", ""), ("low/mod.rs", ""), ("high/mod.rs", "")]);
         assert_eq!(found[0], "module without a layer: other");
-    }
-
-    #[test]
-    fn known_fault_is_expected_until_it_is_mended() {
-        let file = std::env::temp_dir().join(format!("layer-check-known-{}", std::process::id()));
-        fs::write(&file, "# why\nupward use: a.rs -> b.rs\n").unwrap();
-        let fault = || super::Fault { line: "upward use: a.rs -> b.rs".to_owned(), details: vec!["  B".to_owned()] };
-        assert_eq!(unexpected(vec![fault()], Some(&file)).unwrap(), [""; 0]);
-        assert!(unexpected(Vec::new(), Some(&file)).unwrap()[0].starts_with("mended, remove it"));
-        fs::remove_file(&file).unwrap();
-        assert_eq!(unexpected(vec![fault()], None).unwrap(), ["upward use: a.rs -> b.rs", "  B"]);
     }
 }

@@ -4,7 +4,7 @@ use spp::device::{Delivery as DeviceDelivery, Device, InstalledPackage, PublicRe
 use spp::keys::sha256;
 use spp::names::{ChipId, DeviceIdentity, Imei, ProfileName, SessionId};
 use spp::package::TransportCurve;
-use spp::provisioning::{Completion, Delivery, ProvisionError, ResolvedOrder};
+use spp::provisioning::{AssembleRequest, Completion, Delivery, ProvisionError};
 use spp::store::{
     PublicDatabase as _, Publication, PublishedRecord, Session, SessionCounts, SessionState, StateName,
     StateStore as _, UniqueKey,
@@ -49,7 +49,7 @@ impl TestDevice {
         Self { device, chip, identity: identity_of(kind, identity), kind, delivered: Vec::new() }
     }
 
-    pub fn order(&self) -> ResolvedOrder {
+    pub fn order(&self) -> AssembleRequest {
         let own_key = match self.kind {
             Kind::Gateway => Some(self.device.own_key_pair().unwrap().public().clone()),
             _ => None,
@@ -58,8 +58,8 @@ impl TestDevice {
             Kind::Sensor => self.device.transport_public_key().unwrap(),
             _ => None,
         };
-        let (chip, identity, profile) = (self.chip.clone(), self.identity.clone(), profile(self.kind));
-        ResolvedOrder { station: station(), chip, identity, profile, own_key, transport_key }
+        let (chip, identity, profile) = (self.chip.clone(), Some(self.identity.clone()), profile(self.kind));
+        AssembleRequest { station: station(), chip, identity, profile, own_key, transport_key }
     }
 
     /// Assembles a package and installs it on the device.

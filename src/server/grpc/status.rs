@@ -11,7 +11,8 @@ use crate::hsm::HsmError;
 use crate::keypool::PoolError;
 use crate::keys::KeyKind;
 use crate::provisioning::ProvisionError;
-use crate::reload::ReloadError;
+use crate::server::call_error::CallError;
+use crate::server::reload::ReloadError;
 use crate::store::StoreError;
 
 /// `google.rpc.ErrorInfo.domain` of every error.
@@ -38,7 +39,22 @@ const fn retryable(code: Code, reason: &'static str, retry: Duration) -> WireErr
     WireError { code, reason, retry: Some(retry) }
 }
 
-fn table(error: &ProvisionError) -> WireError {
+fn table(error: &CallError) -> WireError {
+    match error {
+        CallError::Invalid(_) => permanent(Code::InvalidArgument, "INVALID"),
+        CallError::Overloaded(_) => retryable(Code::ResourceExhausted, "OVERLOADED", DEFAULT_RETRY),
+        CallError::Ended(_) => permanent(Code::Internal, "INTERNAL"),
+        CallError::Provision(error) => provision(error),
+        CallError::Access(error) => access(error),
+        CallError::Pool(error) => pool(error),
+        CallError::Audit(_) => retryable(Code::Unavailable, "AUDIT_LOG_UNAVAILABLE", DEFAULT_RETRY),
+        CallError::Reload(error) => reload(error),
+        CallError::Hsm(error) => hsm(error),
+        CallError::Store(error) => store(error),
+    }
+}
+
+fn provision(error: &ProvisionError) -> WireError {
     use ProvisionError as E;
     match error {
         E::Invalid(_) => permanent(Code::InvalidArgument, "INVALID"),
@@ -51,17 +67,9 @@ fn table(error: &ProvisionError) -> WireError {
         E::NoRecord => permanent(Code::NotFound, "NO_RECORD"),
         E::WrongState { .. } => permanent(Code::FailedPrecondition, "WRONG_STATE"),
         E::RolledBack(_) => permanent(Code::FailedPrecondition, "STATE_STORE_ROLLED_BACK"),
-        E::Pool(PoolError::Empty { retry_after, .. }) => retryable(Code::ResourceExhausted, "POOL_EMPTY", *retry_after),
-        E::Pool(PoolError::DiskFull { .. }) => retryable(Code::ResourceExhausted, "DISK_FULL", Duration::from_secs(10)),
-        E::Pool(PoolError::TooMany { .. }) => permanent(Code::InvalidArgument, "INVALID"),
-        E::Pool(PoolError::NoPool(_)) => permanent(Code::NotFound, "NO_POOL"),
-        E::Pool(PoolError::RolledBack(_)) => permanent(Code::FailedPrecondition, "STATE_STORE_ROLLED_BACK"),
-        E::Pool(PoolError::Hsm(_) | PoolError::Store(_)) => {
-            retryable(Code::Unavailable, "POOL_UNAVAILABLE", DEFAULT_RETRY)
-        }
+        E::Pool(error) => pool(error),
         E::PairUnavailable => retryable(Code::Aborted, "CONCURRENT_UPDATE", DEFAULT_RETRY),
         E::ChipBusy(_) => retryable(Code::Aborted, "CHIP_BUSY", DEFAULT_RETRY),
-        E::Overloaded(_) => retryable(Code::ResourceExhausted, "OVERLOADED", DEFAULT_RETRY),
         E::Hsm(error) => hsm(error),
         E::Store(error) => store(error),
         E::QuotaExceeded { exceeded: Exceeded::PerHour(_, after), .. } => {
@@ -71,12 +79,27 @@ fn table(error: &ProvisionError) -> WireError {
         E::Access(error) => access(error),
         E::Identities(_) => retryable(Code::Aborted, "IDENTITIES_TAKEN", DEFAULT_RETRY),
         E::Unsigned(_) => retryable(Code::Unavailable, "CHECKPOINT_UNSIGNED", DEFAULT_RETRY),
-        E::Reload(ReloadError::Refused(_)) => permanent(Code::FailedPrecondition, "CONFIGURATION_REFUSED"),
-        E::Reload(ReloadError::Access(error)) => access(error),
-        E::Reload(ReloadError::Audit(_)) | E::Audit(_) => {
-            retryable(Code::Unavailable, "AUDIT_LOG_UNAVAILABLE", DEFAULT_RETRY)
-        }
         E::Internal { .. } => permanent(Code::Internal, "INTERNAL"),
+    }
+}
+
+const fn pool(error: &PoolError) -> WireError {
+    match error {
+        PoolError::Empty { retry_after, .. } => retryable(Code::ResourceExhausted, "POOL_EMPTY", *retry_after),
+        PoolError::DiskFull { .. } => retryable(Code::ResourceExhausted, "DISK_FULL", Duration::from_secs(10)),
+        PoolError::TooMany { .. } => permanent(Code::InvalidArgument, "INVALID"),
+        PoolError::NoPool(_) => permanent(Code::NotFound, "NO_POOL"),
+        PoolError::RolledBack(_) => permanent(Code::FailedPrecondition, "STATE_STORE_ROLLED_BACK"),
+        PoolError::Hsm(error) => hsm(error),
+        PoolError::Store(error) => store(error),
+    }
+}
+
+const fn reload(error: &ReloadError) -> WireError {
+    match error {
+        ReloadError::Refused(_) => permanent(Code::FailedPrecondition, "CONFIGURATION_REFUSED"),
+        ReloadError::Access(error) => access(error),
+        ReloadError::Audit(_) => retryable(Code::Unavailable, "AUDIT_LOG_UNAVAILABLE", DEFAULT_RETRY),
     }
 }
 
@@ -132,25 +155,25 @@ const fn access(error: &AccessError) -> WireError {
 }
 
 /// Returns the status of an error: message, reason and details. Internal details go to the log only.
-pub(super) fn status_of(error: &ProvisionError) -> Status {
+pub(super) fn status_of(error: &CallError) -> Status {
     let wire = table(error);
     let mut details = ErrorDetails::with_error_info(wire.reason, DOMAIN, HashMap::new());
     if wire.retry.is_some() {
         details.set_retry_info(wire.retry);
     }
     match error {
-        ProvisionError::Invalid(violations) | ProvisionError::NotAccepted(violations) => {
+        CallError::Invalid(violations) | CallError::Provision(ProvisionError::NotAccepted(violations)) => {
             let violation = |v: &crate::provisioning::FieldViolation| FieldViolation::new(v.field, v.problem.as_str());
             details.set_bad_request(violations.iter().map(violation).collect::<Vec<_>>());
         }
-        ProvisionError::ChipTaken { chip, .. } | ProvisionError::AlreadyComplete { chip, .. } => {
+        CallError::Provision(ProvisionError::ChipTaken { chip, .. } | ProvisionError::AlreadyComplete { chip, .. }) => {
             details.set_resource_info("chip", chip.to_string(), "", error.to_string());
         }
-        ProvisionError::Pool(PoolError::Empty { kind, fill_rate, .. }) => {
-            details.set_error_info(wire.reason, DOMAIN, pool_metadata(*kind, *fill_rate));
-        }
-        ProvisionError::IdentityTaken { identity, .. } => {
+        CallError::Provision(ProvisionError::IdentityTaken { identity, .. }) => {
             details.set_resource_info("identity", identity.to_string(), "", error.to_string());
+        }
+        CallError::Pool(PoolError::Empty { kind, fill_rate, .. }) => {
+            details.set_error_info(wire.reason, DOMAIN, pool_metadata(*kind, *fill_rate));
         }
         _ => {}
     }
@@ -158,12 +181,12 @@ pub(super) fn status_of(error: &ProvisionError) -> Status {
 }
 
 /// Returns the stable reason of an error, for programs.
-pub(super) fn reason_of(error: &ProvisionError) -> &'static str {
+pub(super) fn reason_of(error: &CallError) -> &'static str {
     table(error).reason
 }
 
 /// Whether the error is a refusal of the request rather than a failure of the daemon.
-pub(super) fn is_refusal(error: &ProvisionError) -> bool {
+pub(super) fn is_refusal(error: &CallError) -> bool {
     !matches!(table(error).code, Code::Internal | Code::Unavailable | Code::Aborted)
 }
 
@@ -174,15 +197,17 @@ fn pool_metadata(kind: KeyKind, fill_rate: f64) -> HashMap<String, String> {
 }
 
 /// Returns the message for the caller. Internal causes name files, tokens and keys, so they go to the log only.
-fn message(error: &ProvisionError, code: Code) -> String {
+fn message(error: &CallError, code: Code) -> String {
     let text = match error {
-        ProvisionError::Hsm(HsmError::Unavailable { .. }) => "HSM unavailable; retry later",
-        ProvisionError::Hsm(HsmError::Refused(_) | HsmError::InvalidAnswer(_)) => {
+        CallError::Hsm(HsmError::Unavailable { .. }) => "HSM unavailable; retry later",
+        CallError::Hsm(HsmError::Refused(_) | HsmError::InvalidAnswer(_)) => {
             "the HSM rejected the operation; the cause is in the daemon's log under this answer's x-request-id"
         }
-        ProvisionError::Hsm(HsmError::Stopped(_)) => "the HSM needs an officer; run sppctl status for the cause",
-        ProvisionError::Unsigned(_) => "the HSM did not sign the log's checkpoint; nothing has changed, retry",
-        ProvisionError::Store(StoreError::Failed { .. }) => "store unavailable; retry later",
+        CallError::Hsm(HsmError::Stopped(_)) => "the HSM needs an officer; run sppctl status for the cause",
+        CallError::Provision(ProvisionError::Unsigned(_)) => {
+            "the HSM did not sign the log's checkpoint; nothing has changed, retry"
+        }
+        CallError::Store(StoreError::Failed { .. }) => "store unavailable; retry later",
         _ if code == Code::Internal => {
             "internal error; the cause is in the daemon's log under this answer's x-request-id"
         }
@@ -201,7 +226,7 @@ pub(crate) fn rate_limited(after: Duration) -> Status {
 
 /// Returns the status for a listener with `capacity` requests in progress.
 pub(crate) fn overloaded(capacity: usize) -> Status {
-    status_of(&ProvisionError::Overloaded(capacity))
+    status_of(&CallError::Overloaded(capacity))
 }
 
 /// Returns the status for a caller that is not authenticated or has the wrong role.

@@ -6,9 +6,8 @@ use crate::certificate::verify_csr;
 use crate::names::{ChipId, DeviceIdentity, NameError, SessionId, StationName};
 use crate::package::{MAX_BACKUP_LEN, MAX_CONFIRMATION_LEN, TransportCurve, TransportPublicKey};
 use crate::proto;
-use crate::provisioning::{
-    AssembleRequest, Assembled, Completion, Delivery, FieldViolation, ProvisionError, Receipt, SessionView,
-};
+use crate::provisioning::{AssembleRequest, Assembled, Completion, Delivery, FieldViolation, Receipt, SessionView};
+use crate::server::call_error::CallError;
 use crate::store::{Publication, PublishedRecord, Session, SessionState, StateName};
 use crate::tlog::SignedCheckpoint;
 
@@ -32,15 +31,15 @@ impl Violations {
         }
     }
 
-    pub(super) fn end<T>(self, value: Option<T>) -> Result<T, ProvisionError> {
+    pub(super) fn end<T>(self, value: Option<T>) -> Result<T, CallError> {
         match value {
             Some(value) if self.0.is_empty() => Ok(value),
-            _ => Err(ProvisionError::Invalid(self.0)),
+            _ => Err(CallError::Invalid(self.0)),
         }
     }
 }
 
-pub(super) fn order(station: StationName, request: &proto::AssembleRequest) -> Result<AssembleRequest, ProvisionError> {
+pub(super) fn order(station: StationName, request: &proto::AssembleRequest) -> Result<AssembleRequest, CallError> {
     let mut violations = Violations::default();
     let chip = violations.keep("chip_id", ChipId::from_bytes(&request.chip_id));
     let identity = match request.allocate_identity {
@@ -85,7 +84,7 @@ fn transport_key(key: &proto::TransportKey) -> Result<TransportPublicKey, String
     TransportPublicKey::new(curve, &key.public_key).map_err(|e| e.to_string())
 }
 
-pub(super) fn completion(station: StationName, request: proto::CompleteRequest) -> Result<Completion, ProvisionError> {
+pub(super) fn completion(station: StationName, request: proto::CompleteRequest) -> Result<Completion, CallError> {
     let mut violations = Violations::default();
     let session = violations.keep("session_id", SessionId::from_bytes(&request.session_id));
     let (backup, confirmation) = (request.backup_package, request.key_confirmation);
@@ -97,7 +96,7 @@ pub(super) fn completion(station: StationName, request: proto::CompleteRequest) 
     violations.end(session.map(|session| Completion { station, session, backup, confirmation }))
 }
 
-pub(super) fn abort(request: &proto::AbortRequest) -> Result<(SessionId, String), ProvisionError> {
+pub(super) fn abort(request: &proto::AbortRequest) -> Result<(SessionId, String), CallError> {
     let mut violations = Violations::default();
     let session = violations.keep("session_id", SessionId::from_bytes(&request.session_id));
     let length = request.reason.chars().count();
@@ -105,19 +104,19 @@ pub(super) fn abort(request: &proto::AbortRequest) -> Result<(SessionId, String)
     violations.end(session.map(|session| (session, request.reason.clone())))
 }
 
-pub(super) fn session_view(request: &proto::GetSessionRequest) -> Result<SessionView, ProvisionError> {
+pub(super) fn session_view(request: &proto::GetSessionRequest) -> Result<SessionView, CallError> {
     use proto::get_session_request::Session as Selector;
     match &request.session {
         Some(Selector::SessionId(id)) => {
-            SessionId::from_bytes(id).map(SessionView::Id).map_err(|e| ProvisionError::invalid("session_id", e))
+            SessionId::from_bytes(id).map(SessionView::Id).map_err(|e| CallError::invalid("session_id", e))
         }
         Some(Selector::ChipId(chip)) => chip_id(chip).map(SessionView::Chip),
-        None => Err(ProvisionError::invalid("session", "specify session_id or chip_id")),
+        None => Err(CallError::invalid("session", "specify session_id or chip_id")),
     }
 }
 
-pub(super) fn chip_id(bytes: &[u8]) -> Result<ChipId, ProvisionError> {
-    ChipId::from_bytes(bytes).map_err(|e| ProvisionError::invalid("chip_id", e))
+pub(super) fn chip_id(bytes: &[u8]) -> Result<ChipId, CallError> {
+    ChipId::from_bytes(bytes).map_err(|e| CallError::invalid("chip_id", e))
 }
 
 pub(super) fn assembled(assembled: Assembled) -> proto::AssembleResponse {
@@ -165,12 +164,12 @@ pub(super) enum ProofOf {
     Index(u64),
 }
 
-pub(super) fn proof_request(request: &proto::GetProofRequest) -> Result<ProofOf, ProvisionError> {
+pub(super) fn proof_request(request: &proto::GetProofRequest) -> Result<ProofOf, CallError> {
     use proto::get_proof_request::Record;
     match &request.record {
         Some(Record::ChipId(chip)) => chip_id(chip).map(ProofOf::Chip),
         Some(Record::RecordIndex(index)) => Ok(ProofOf::Index(*index)),
-        None => Err(ProvisionError::invalid("record", "specify chip_id or record_index")),
+        None => Err(CallError::invalid("record", "specify chip_id or record_index")),
     }
 }
 

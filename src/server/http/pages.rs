@@ -19,6 +19,7 @@ use crate::certificate::{CertificateField, describe};
 use crate::keys::sha256;
 use crate::names::{ChipId, DeviceIdentity};
 use crate::provisioning::ProvisionError;
+use crate::server::call_error::CallError;
 use crate::store::{DeviceRecord, PublishedRecord};
 use crate::tlog::{ProofStep, SignedCheckpoint, VerifiedProof};
 
@@ -281,9 +282,9 @@ impl Site {
     }
 
     /// Renders an error as a page. `public::refused` is the same table for programs.
-    fn refused(&self, error: &ProvisionError) -> Response {
+    fn refused(&self, error: &CallError) -> Response {
         match error {
-            ProvisionError::NoRecord => self.message(
+            CallError::Provision(ProvisionError::NoRecord) => self.message(
                 StatusCode::NOT_FOUND,
                 "No such device",
                 "There is no record of a device with this chip ID.",
@@ -292,7 +293,7 @@ impl Site {
                      Otherwise ask the manufacturer.",
                 ),
             ),
-            ProvisionError::Invalid(_) => self.message(
+            CallError::Invalid(_) => self.message(
                 StatusCode::BAD_REQUEST,
                 "Invalid chip ID",
                 "A chip ID has 16 to 128 hex digits: 0 to 9 and a to f.",

@@ -31,7 +31,7 @@ impl Line for LineService {
             .audit_fields(|assembled: &proto::AssembleResponse| vec![("session", hex::encode(&assembled.session_id))]);
         let work = async move {
             let order = messages::order(station, request.get_ref())?;
-            provisioner.assemble(order).await.map(messages::assembled)
+            Ok(messages::assembled(provisioner.assemble(order).await?))
         };
         self.gate.call_audited(audited, work).await
     }
@@ -75,7 +75,7 @@ impl Line for LineService {
         let (provisioner, caller) = (Arc::clone(&self.provisioner), Caller::Station(station.clone()).to_string());
         let work = async move {
             let view = messages::session_view(request.get_ref())?;
-            provisioner.view(&station, &view).await.map(|session| messages::session(&session))
+            Ok(messages::session(&provisioner.view(&station, &view).await?))
         };
         self.gate.call("Line.GetSession", caller, work).await
     }

@@ -1,21 +1,19 @@
-//! A resolved order and the answer to it, shared by admission, assembly and delivery.
+//! The parsed Assemble request and its answer.
 
-use crate::hsm::Derivation;
 use crate::keys::PublicKey;
-use crate::names::{ChipId, DeviceIdentity, KeyName, ProfileName, SessionId, StationName};
+use crate::names::{ChipId, DeviceIdentity, ProfileName, SessionId, StationName};
 use crate::package::TransportPublicKey;
 use crate::secret::SecretBytes;
 
-use super::Product;
-
-/// An order whose identity is resolved. All names are parsed and the CSR is verified.
-pub struct ResolvedOrder {
+/// A parsed Assemble request. The CSR is verified; nothing else is checked yet.
+#[derive(Clone)]
+pub struct AssembleRequest {
     /// The ordering station.
     pub station: StationName,
     /// The chip.
     pub chip: ChipId,
-    /// The device identity.
-    pub identity: DeviceIdentity,
+    /// The device identity. Without one, the next identity that officers have loaded is allocated.
+    pub identity: Option<DeviceIdentity>,
     /// The profile that the device receives.
     pub profile: ProfileName,
     /// The public key of the verified CSR, if the device generates its own pair.
@@ -46,13 +44,4 @@ pub enum Delivery {
     Plain(SecretBytes),
     /// Encrypted to the chip's transport key.
     Sealed(Vec<u8>),
-}
-
-/// The derivations of a device's symmetric keys, from the profile's master key or from the one that the session began with.
-pub(super) fn derivations(product: &Product, identity: &DeviceIdentity, master: Option<&KeyName>) -> Vec<Derivation> {
-    let specs = product.profile.symmetric_keys().iter();
-    let with_master = specs.filter_map(|spec| Some((spec, master?)));
-    with_master
-        .map(|(spec, key)| Derivation::device_key(key.clone(), &spec.purpose, identity, usize::from(spec.length)))
-        .collect()
 }

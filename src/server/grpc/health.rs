@@ -57,20 +57,29 @@ pub(crate) fn line_trouble(provisioner: &Provisioner) -> Option<String> {
     line.into_iter().next().map(|missing| format!("{}: {}", missing.dependency, missing.reason))
 }
 
-/// Updates the health service until the task is aborted.
-pub(super) async fn report(reporter: HealthReporter, provisioner: Arc<Provisioner>) {
-    let mut hsm = provisioner.hsm().clone();
-    for service in ["", OFFICER] {
-        reporter.set_service_status(service, ServingStatus::Serving).await;
-    }
-    let mut line = StatusReporter::new(LINE);
-    let mut recovery = StatusReporter::new(RECOVERY);
-    let mut production = StatusReporter::new(PRODUCTION);
-    loop {
-        line.update(&reporter, line_trouble(&provisioner)).await;
-        recovery.update(&reporter, provisioner.registry().status().read_error).await;
-        production.update(&reporter, provisioner.journal().disk_space().err().map(|error| error.to_string())).await;
-        let _ = tokio::time::timeout(POLL_INTERVAL, hsm.changed()).await;
+/// Keeps the health service up to date.
+pub(in crate::server) struct HealthReports {
+    pub(super) reporter: HealthReporter,
+    pub(super) provisioner: Arc<Provisioner>,
+}
+
+impl HealthReports {
+    /// Runs until the task is aborted.
+    pub(in crate::server) async fn run(self) {
+        let Self { reporter, provisioner } = self;
+        let mut hsm = provisioner.hsm().clone();
+        for service in ["", OFFICER] {
+            reporter.set_service_status(service, ServingStatus::Serving).await;
+        }
+        let mut line = StatusReporter::new(LINE);
+        let mut recovery = StatusReporter::new(RECOVERY);
+        let mut production = StatusReporter::new(PRODUCTION);
+        loop {
+            line.update(&reporter, line_trouble(&provisioner)).await;
+            recovery.update(&reporter, provisioner.registry().status().read_error).await;
+            production.update(&reporter, provisioner.journal().disk_space().err().map(|e| e.to_string())).await;
+            let _ = tokio::time::timeout(POLL_INTERVAL, hsm.changed()).await;
+        }
     }
 }
 

@@ -18,7 +18,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tower::ServiceExt as _;
 
-use crate::connections::{Tls, next, stopped};
+use crate::server::connections::{Tls, next, stopped};
 
 /// Time limit of the TLS handshake and of a request's headers.
 const HEAD_LIMIT: Duration = Duration::from_secs(5);

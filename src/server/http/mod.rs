@@ -1,5 +1,4 @@
 //! HTTP: records, transparency log and pages for the public; metrics on a loopback address only.
-#![expect(clippy::disallowed_types, reason = "only this module uses HTTP and metrics types")]
 
 mod metrics;
 mod pages;
@@ -9,5 +8,5 @@ mod response;
 mod serve;
 mod site;
 
-pub use metrics::{Metrics, MetricsSources, WebError};
+pub use metrics::{HttpError, Metrics, MetricsSources};
 pub use public::Public;

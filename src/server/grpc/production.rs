@@ -12,7 +12,8 @@ use crate::certificate::Caller;
 use crate::names::{OfficerName, SessionId};
 use crate::proto;
 use crate::proto::production_server::Production;
-use crate::provisioning::{ProvisionError, Provisioner};
+use crate::provisioning::Provisioner;
+use crate::server::call_error::CallError;
 use crate::store::Session;
 
 pub(super) struct ProductionService {
@@ -31,7 +32,7 @@ impl Production for ProductionService {
         let (provisioner, caller) = (Arc::clone(&self.provisioner), callers::any(&request)?.to_string());
         let work = async move {
             let (hours, by) = reports::hours_and_rows(request.get_ref())?;
-            provisioner.production(hours, by).await.map(reports::production)
+            Ok(reports::production(provisioner.production(hours, by).await?))
         };
         self.gate.call("Production.GetProduction", caller, work).await
     }
@@ -43,7 +44,7 @@ impl Production for ProductionService {
         let (provisioner, caller) = (Arc::clone(&self.provisioner), callers::any(&request)?.to_string());
         let work = async move {
             let view = reports::device_view(request.into_inner())?;
-            provisioner.device(view).await.map(|report| reports::device(&report))
+            Ok(reports::device(&provisioner.device(view).await?))
         };
         self.gate.call("Production.GetDevice", caller, work).await
     }
@@ -55,7 +56,7 @@ impl Production for ProductionService {
         let (provisioner, caller) = (Arc::clone(&self.provisioner), callers::any(&request)?.to_string());
         let work = async move {
             let (filter, after, limit) = reports::session_filter(request.get_ref())?;
-            provisioner.sessions(&filter, after, limit).await.map(|page| reports::sessions(&page))
+            Ok(reports::sessions(&provisioner.sessions(&filter, after, limit).await?))
         };
         self.gate.call("Production.ListSessions", caller, work).await
     }
@@ -83,7 +84,7 @@ async fn abort(
     officer: &OfficerName,
     session: SessionId,
     reason: String,
-) -> Result<Session, ProvisionError> {
+) -> Result<Session, CallError> {
     let entry = Entry::new(format!("officer {officer}"), "session.abort", Outcome::Begun);
     let mut entry = entry.with("session", session).with("reason", &reason);
     // Also record the chip, so that an auditor finds the device's history by it.
@@ -91,7 +92,7 @@ async fn abort(
         entry = entry.with("chip", &known.chip).with("identity", &known.identity).with("station", &known.station);
     }
     audit.record(entry.clone()).await?;
-    let aborted = provisioner.abort_any(session, reason).await;
+    let aborted = provisioner.abort_any(session, reason).await.map_err(CallError::from);
     audit.record(entry.ended(outcome(&aborted))).await?;
     aborted
 }

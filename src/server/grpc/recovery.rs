@@ -24,7 +24,7 @@ impl Recovery for RecoveryService {
         let (provisioner, caller) = self.provisioner_and_caller(&request);
         let work = async move {
             let chip = messages::chip_id(&request.get_ref().chip_id)?;
-            provisioner.recover(&chip).await.map(messages::record)
+            Ok(messages::record(provisioner.recover(&chip).await?))
         };
         self.gate.call("Recovery.GetRecord", caller, work).await
     }

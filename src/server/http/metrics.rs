@@ -26,7 +26,7 @@ use crate::audit::Auditor;
 use crate::hsm::{LATENCY_BOUNDS_US, MemberStatus};
 use crate::keypool::{KindStatus, PoolError};
 use crate::provisioning::Provisioner;
-use crate::rpc::{line_trouble, missing_dependencies};
+use crate::server::grpc::{line_trouble, missing_dependencies};
 use crate::store::StoreError;
 
 /// Limits of the metrics listener. Scrapes are short.
@@ -41,7 +41,7 @@ const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset
 
 /// Why metrics cannot be served.
 #[derive(Debug, thiserror::Error)]
-pub enum WebError {
+pub enum HttpError {
     /// The address is in use or not local.
     #[error("cannot listen on {address} for metrics: {cause}; choose another address in [listen] metrics")]
     Bind {
@@ -59,8 +59,8 @@ pub struct Metrics(TcpListener);
 
 impl Metrics {
     /// Binds the listener.
-    pub async fn bind(address: SocketAddr) -> Result<Self, WebError> {
-        TcpListener::bind(address).await.map(Self).map_err(|cause| WebError::Bind { address, cause })
+    pub async fn bind(address: SocketAddr) -> Result<Self, HttpError> {
+        TcpListener::bind(address).await.map(Self).map_err(|cause| HttpError::Bind { address, cause })
     }
 
     /// Answers `GET /metrics`, and other requests with 404 or 405, until `stop` is true; then drains.

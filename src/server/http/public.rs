@@ -34,11 +34,12 @@ use super::response::{problem, tagged};
 use super::serve::{Limits, Peer, serve};
 use super::site::Site;
 use crate::config::{PublicConfig, RegistryConfig};
-use crate::connections::Tls;
 use crate::names::ChipId;
 use crate::provisioning::{ProvisionError, Provisioner};
 use crate::registry::shard;
-use crate::rpc;
+use crate::server::call_error::CallError;
+use crate::server::connections::Tls;
+use crate::server::grpc;
 use crate::tlog::TileId;
 
 /// Limits of the public listener.
@@ -130,7 +131,7 @@ async fn admit(State(site): State<Arc<Site>>, mut request: Request, next: Next) 
 
 fn overloaded(is_grpc: bool) -> Response {
     if is_grpc {
-        return rpc::overloaded(MAX_REQUESTS).into_http();
+        return grpc::overloaded(MAX_REQUESTS).into_http();
     }
     let mut refused = problem(StatusCode::SERVICE_UNAVAILABLE, "server overloaded; retry later");
     refused.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
@@ -139,7 +140,7 @@ fn overloaded(is_grpc: bool) -> Response {
 
 fn rate_limited(is_grpc: bool, after: Duration) -> Response {
     if is_grpc {
-        return rpc::rate_limited(after).into_http();
+        return grpc::rate_limited(after).into_http();
     }
     let mut refused = problem(StatusCode::TOO_MANY_REQUESTS, "request rate exceeded for this address; retry later");
     let seconds = after.as_secs().saturating_add(1);
@@ -163,11 +164,11 @@ async fn add_security_headers(mut response: Response) -> Response {
     response
 }
 
-/// Maps errors to HTTP responses, as `rpc::status` does for gRPC.
-pub(super) fn refused(error: &ProvisionError) -> Response {
+/// Maps errors to HTTP responses, as `grpc::status` does for gRPC.
+pub(super) fn refused(error: &CallError) -> Response {
     match error {
-        ProvisionError::NoRecord => problem(StatusCode::NOT_FOUND, "no such record"),
-        ProvisionError::Invalid(_) => {
+        CallError::Provision(ProvisionError::NoRecord) => problem(StatusCode::NOT_FOUND, "no such record"),
+        CallError::Invalid(_) => {
             problem(StatusCode::BAD_REQUEST, "invalid chip ID: expected 16 to 128 hex digits (8 to 64 bytes)")
         }
         other => {
@@ -269,7 +270,7 @@ async fn record(State(site): State<Arc<Site>>, Path(chip): Path<String>, headers
 async fn proof(State(site): State<Arc<Site>>, Path(chip): Path<String>) -> Response {
     let proven = async {
         let published = site.find(&chip).await?;
-        site.provisioner.prove(published.publication.index).await
+        Ok(site.provisioner.prove(published.publication.index).await?)
     };
     match proven.await {
         Ok(proof) => text(TWO_SECONDS, proof.to_bytes()),
@@ -280,7 +281,7 @@ async fn proof(State(site): State<Arc<Site>>, Path(chip): Path<String>) -> Respo
 async fn checkpoint(State(site): State<Arc<Site>>) -> Response {
     match site.provisioner.registry().checkpoint().await {
         Ok(Some(checkpoint)) => text(TWO_SECONDS, checkpoint.note().to_vec()),
-        Ok(None) => refused(&ProvisionError::Unsigned("no checkpoint yet".to_owned())),
+        Ok(None) => refused(&ProvisionError::Unsigned("no checkpoint yet".to_owned()).into()),
         Err(error) => refused(&error.into()),
     }
 }
@@ -350,7 +351,7 @@ async fn chip_file(
     };
     let is_canonical = chip.parse::<ChipId>().is_ok_and(|id| shard(&id) == shard_name && id.to_string() == chip);
     if !is_canonical {
-        return refused(&ProvisionError::NoRecord);
+        return refused(&ProvisionError::NoRecord.into());
     }
     if is_proof {
         return proof(State(site), Path(chip.to_owned())).await;

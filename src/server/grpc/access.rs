@@ -14,7 +14,8 @@ use crate::certificate::Caller;
 use crate::keys::sha256;
 use crate::proto;
 use crate::proto::access_server::Access;
-use crate::provisioning::{ProvisionError, Provisioner};
+use crate::provisioning::Provisioner;
+use crate::server::call_error::CallError;
 
 /// Number of audit-log chunks to buffer for a slow reader.
 const CHUNK_BUFFER: usize = 4;
@@ -31,9 +32,9 @@ async fn record_statement(
     auditor: &Auditor,
     begun: Entry,
     work: impl Future<Output = Result<access::ApprovalRequest, AccessError>>,
-) -> Result<access::ApprovalRequest, ProvisionError> {
+) -> Result<access::ApprovalRequest, CallError> {
     auditor.record(begun.clone()).await?;
-    let result = work.await.map_err(ProvisionError::from);
+    let result = work.await.map_err(CallError::from);
     let ended = match &result {
         Ok(request) => begun.ended(Outcome::Done).with("state", request.state.name()),
         Err(error) => begun.ended(Outcome::Refused(error.to_string())),
@@ -217,7 +218,7 @@ impl Access for AccessService {
         let work = async move {
             let offset = request.get_ref().offset;
             let first = log.read(offset).await?.ok_or_else(|| {
-                ProvisionError::invalid(
+                CallError::invalid(
                     "offset",
                     format!("offset {offset} is beyond the end of the log: it is another log, or was truncated"),
                 )

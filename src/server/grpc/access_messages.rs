@@ -16,15 +16,16 @@ use crate::audit::{AuditLog, Entry, Outcome};
 use crate::certificate::Caller;
 use crate::names::{DeviceIdentity, OfficerName, ProfileName};
 use crate::proto;
-use crate::provisioning::{ProvisionError, Provisioner};
+use crate::provisioning::Provisioner;
+use crate::server::call_error::CallError;
 
 /// Maximum length of an approval request's action, in bytes of JSON.
 const MAX_ACT_LEN: usize = 40 * 1024;
 /// Maximum number of actions that are recorded for one ceremony.
 const MAX_ACTS: usize = 64;
 
-pub(super) fn request_id(field: &'static str, bytes: &[u8]) -> Result<RequestId, ProvisionError> {
-    let bytes = bytes.try_into().map_err(|_| ProvisionError::invalid(field, "must have 8 bytes"))?;
+pub(super) fn request_id(field: &'static str, bytes: &[u8]) -> Result<RequestId, CallError> {
+    let bytes = bytes.try_into().map_err(|_| CallError::invalid(field, "must have 8 bytes"))?;
     Ok(RequestId::from_bytes(bytes))
 }
 
@@ -32,30 +33,30 @@ pub(super) fn submission(
     officer: OfficerName,
     certificate: Vec<u8>,
     request: proto::RequestApprovalRequest,
-) -> Result<SubmittedRequest, ProvisionError> {
+) -> Result<SubmittedRequest, CallError> {
     let id = request_id("id", &request.id)?;
     if request.act.len() > MAX_ACT_LEN {
-        return Err(ProvisionError::invalid(
+        return Err(CallError::invalid(
             "act",
             format!("has {} bytes, at most {MAX_ACT_LEN} are allowed", request.act.len()),
         ));
     }
-    let action = access::ProtectedAction::from_json(&request.act).map_err(|e| ProvisionError::invalid("act", e))?;
+    let action = access::ProtectedAction::from_json(&request.act).map_err(|e| CallError::invalid("act", e))?;
     let expires = request.expires.map(|time| u64::try_from(time.seconds).unwrap_or_default());
-    let expires = expires.ok_or_else(|| ProvisionError::invalid("expires", "missing"))?;
+    let expires = expires.ok_or_else(|| CallError::invalid("expires", "missing"))?;
     Ok(SubmittedRequest { officer, certificate, id, action, expires, signature: request.signature })
 }
 
-pub(super) fn decision(request: &proto::DecideApprovalRequest) -> Result<(RequestId, Verdict), ProvisionError> {
+pub(super) fn decision(request: &proto::DecideApprovalRequest) -> Result<(RequestId, Verdict), CallError> {
     let id = request_id("id", &request.id)?;
     let length = request.reason.chars().count();
     let printable = !request.reason.chars().any(char::is_control);
     match (request.approve, length) {
         (true, 0) => Ok((id, Verdict::Approve)),
-        (true, _) => Err(ProvisionError::invalid("reason", "must be empty for an approval")),
+        (true, _) => Err(CallError::invalid("reason", "must be empty for an approval")),
         (false, 1..=MAX_REASON_LEN) if printable => Ok((id, Verdict::Reject(request.reason.clone()))),
         (false, _) => {
-            Err(ProvisionError::invalid("reason", format!("must have 1 to {MAX_REASON_LEN} printable characters")))
+            Err(CallError::invalid("reason", format!("must have 1 to {MAX_REASON_LEN} printable characters")))
         }
     }
 }
@@ -162,12 +163,12 @@ pub(super) async fn send_log(
     }
 }
 
-pub(super) fn enrolment(request: &proto::EnrollCallerRequest) -> Result<(Caller, u32), ProvisionError> {
-    let role = request.role.parse().map_err(|e| ProvisionError::invalid("role", e))?;
-    let caller = Caller::new(role, &request.name).map_err(|e| ProvisionError::invalid("name", e))?;
+pub(super) fn enrolment(request: &proto::EnrollCallerRequest) -> Result<(Caller, u32), CallError> {
+    let role = request.role.parse().map_err(|e| CallError::invalid("role", e))?;
+    let caller = Caller::new(role, &request.name).map_err(|e| CallError::invalid("name", e))?;
     match request.days {
         days @ 1..=3650 => Ok((caller, days)),
-        days => Err(ProvisionError::invalid("days", format!("must be 1 to 3650, not {days}"))),
+        days => Err(CallError::invalid("days", format!("must be 1 to 3650, not {days}"))),
     }
 }
 
@@ -187,7 +188,7 @@ pub(super) fn certificate_audit_fields(certificate: Option<&proto::AccessCertifi
 pub(super) async fn callers(
     access_control: &AccessControl,
     provisioner: &Provisioner,
-) -> Result<proto::ListCallersResponse, ProvisionError> {
+) -> Result<proto::ListCallersResponse, CallError> {
     let (stations, certificates, revocations) =
         (access_control.stations().await?, access_control.certificates().await?, access_control.revocations().await?);
     let now = access_control.now();
@@ -231,21 +232,21 @@ fn station_use(known: StationUse, provisioner: &Provisioner, now: u64) -> proto:
 pub(super) fn identities(
     request: &proto::LoadIdentitiesRequest,
     provisioner: &Provisioner,
-) -> Result<(ProfileName, IdentityRange), ProvisionError> {
-    let profile = request.profile.parse().map_err(|e| ProvisionError::invalid("profile", e))?;
-    let first: DeviceIdentity = request.first.parse().map_err(|e| ProvisionError::invalid("first", e))?;
+) -> Result<(ProfileName, IdentityRange), CallError> {
+    let profile = request.profile.parse().map_err(|e| CallError::invalid("profile", e))?;
+    let first: DeviceIdentity = request.first.parse().map_err(|e| CallError::invalid("first", e))?;
     if !provisioner.policy().takes(&profile, &first) {
         let problem = format!("no profile {profile} accepts {} identities", first.kind());
-        return Err(ProvisionError::invalid("profile", problem));
+        return Err(CallError::invalid("profile", problem));
     }
     let range = match (request.count, request.last.as_str()) {
-        (0, "") => return Err(ProvisionError::invalid("count", "specify count or last")),
-        (count, "") => IdentityRange::new(first, count).map_err(|e| ProvisionError::invalid("count", e))?,
+        (0, "") => return Err(CallError::invalid("count", "specify count or last")),
+        (count, "") => IdentityRange::new(first, count).map_err(|e| CallError::invalid("count", e))?,
         (0, last) => {
-            let last = last.parse().map_err(|e| ProvisionError::invalid("last", e))?;
-            IdentityRange::between(first, &last).map_err(|e| ProvisionError::invalid("last", e))?
+            let last = last.parse().map_err(|e| CallError::invalid("last", e))?;
+            IdentityRange::between(first, &last).map_err(|e| CallError::invalid("last", e))?
         }
-        _ => return Err(ProvisionError::invalid("last", "specify count or last, not both")),
+        _ => return Err(CallError::invalid("last", "specify count or last, not both")),
     };
     Ok((profile, range))
 }
@@ -279,7 +280,7 @@ pub(super) fn ceremony<T>(audited: AuditedCall<T>, request: &proto::RecordCeremo
     numbered.fold(audited, |audited, (n, act)| audited.with(&format!("act {:02}", n + 1), act))
 }
 
-pub(super) fn check_ceremony(request: &proto::RecordCeremonyRequest) -> Result<(), ProvisionError> {
+pub(super) fn check_ceremony(request: &proto::RecordCeremonyRequest) -> Result<(), CallError> {
     for (field, bytes, lengths) in [
         ("file_sha256", &request.file_sha256, &[32][..]),
         ("transcript_sha256", &request.transcript_sha256, &[0, 32]),
@@ -287,9 +288,9 @@ pub(super) fn check_ceremony(request: &proto::RecordCeremonyRequest) -> Result<(
     ] {
         if !lengths.contains(&bytes.len()) {
             let lengths = lengths.iter().map(ToString::to_string).collect::<Vec<_>>().join(" or ");
-            return Err(ProvisionError::invalid(field, format!("must have {lengths} bytes, not {}", bytes.len())));
+            return Err(CallError::invalid(field, format!("must have {lengths} bytes, not {}", bytes.len())));
         }
     }
     let fits = request.acts.len() <= MAX_ACTS;
-    if fits { Ok(()) } else { Err(ProvisionError::invalid("acts", format!("at most {MAX_ACTS} are allowed"))) }
+    if fits { Ok(()) } else { Err(CallError::invalid("acts", format!("at most {MAX_ACTS} are allowed"))) }
 }

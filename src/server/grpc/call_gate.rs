@@ -13,6 +13,7 @@ use super::status::{is_refusal, reason_of, status_of};
 use crate::audit::{Auditor, Entry, Outcome};
 use crate::certificate::Caller;
 use crate::provisioning::ProvisionError;
+use crate::server::call_error::CallError;
 
 /// Maximum length of an audit detail, in characters.
 const MAX_DETAIL_LEN: usize = 128;
@@ -56,11 +57,12 @@ impl CallGate {
     pub(super) async fn call<T, F>(&self, method: &'static str, caller: String, work: F) -> Result<Response<T>, Status>
     where
         T: Send + 'static,
-        F: Future<Output = Result<T, ProvisionError>> + Send + 'static,
+        F: Future<Output = Result<T, CallError>> + Send + 'static,
     {
         // "Not found" is a normal answer: stations look devices up before they begin.
-        let is_refusal =
-            |error: &ProvisionError| !matches!(error, ProvisionError::NoSession(_) | ProvisionError::NoRecord);
+        let is_refusal = |error: &CallError| {
+            !matches!(error, CallError::Provision(ProvisionError::NoSession(_) | ProvisionError::NoRecord))
+        };
         self.call_recording(method, caller, is_refusal, work).await
     }
 
@@ -73,10 +75,9 @@ impl CallGate {
     ) -> Result<Response<T>, Status>
     where
         T: Send + 'static,
-        F: Future<Output = Result<T, ProvisionError>> + Send + 'static,
+        F: Future<Output = Result<T, CallError>> + Send + 'static,
     {
-        let is_early =
-            |error: &ProvisionError| matches!(error, ProvisionError::Invalid(_) | ProvisionError::Overloaded(_));
+        let is_early = |error: &CallError| matches!(error, CallError::Invalid(_) | CallError::Overloaded(_));
         self.call_recording(method, caller.to_string(), is_early, work).await
     }
 
@@ -84,19 +85,19 @@ impl CallGate {
         &self,
         method: &'static str,
         caller: String,
-        is_recorded: fn(&ProvisionError) -> bool,
+        is_recorded: fn(&CallError) -> bool,
         work: F,
     ) -> Result<Response<T>, Status>
     where
         T: Send + 'static,
-        F: Future<Output = Result<T, ProvisionError>> + Send + 'static,
+        F: Future<Output = Result<T, CallError>> + Send + 'static,
     {
         let (permit, capacity) = (Arc::clone(&self.permits).try_acquire_owned(), self.capacity);
         let (auditor, entry) = (self.auditor.clone(), Entry::new(&caller, method, Outcome::Begun));
         run_call(method, caller, async move {
             let result = match permit {
                 Ok(_permit) => work.await,
-                Err(_) => Err(ProvisionError::Overloaded(capacity)),
+                Err(_) => Err(CallError::Overloaded(capacity)),
             };
             if let (Err(error), Some(auditor)) = (&result, &auditor)
                 && is_recorded(error)
@@ -113,7 +114,7 @@ impl CallGate {
     pub(super) async fn call_audited<T, F>(&self, audited: AuditedCall<T>, work: F) -> Result<Response<T>, Status>
     where
         T: Send + 'static,
-        F: Future<Output = Result<T, ProvisionError>> + Send + 'static,
+        F: Future<Output = Result<T, CallError>> + Send + 'static,
     {
         let AuditedCall { method, entry, records_start, audit_fields } = audited;
         let caller = entry.caller().to_owned();
@@ -122,7 +123,7 @@ impl CallGate {
         run_call(method, caller, async move {
             let Some(auditor) = auditor else { return work.await };
             let Ok(_permit) = permit else {
-                let overloaded = ProvisionError::Overloaded(capacity);
+                let overloaded = CallError::Overloaded(capacity);
                 record_refusal(&auditor, &entry, &overloaded).await;
                 return Err(overloaded);
             };
@@ -187,11 +188,11 @@ impl<T> AuditedCall<T> {
     }
 }
 
-async fn record_refusal(auditor: &Auditor, entry: &Entry, error: &ProvisionError) {
+async fn record_refusal(auditor: &Auditor, entry: &Entry, error: &CallError) {
     auditor.refused(entry.ended(outcome_of(error)), reason_of(error)).await;
 }
 
-fn outcome_of(error: &ProvisionError) -> Outcome {
+fn outcome_of(error: &CallError) -> Outcome {
     let reason = error.to_string().chars().take(MAX_REASON_LEN).collect();
     if is_refusal(error) { Outcome::Refused(reason) } else { Outcome::Failed(reason) }
 }
@@ -200,14 +201,13 @@ fn outcome_of(error: &ProvisionError) -> Outcome {
 async fn run_call<T, F>(method: &'static str, caller: String, work: F) -> Result<Response<T>, Status>
 where
     T: Send + 'static,
-    F: Future<Output = Result<T, ProvisionError>> + Send + 'static,
+    F: Future<Output = Result<T, CallError>> + Send + 'static,
 {
     let id = request_id();
     let span = tracing::info_span!("rpc", method, request_id = %id, %caller);
     let started = Instant::now();
     let task = tokio::spawn(work.instrument(span.clone()));
-    let result =
-        task.await.unwrap_or_else(|e| Err(ProvisionError::Internal { doing: "answering", cause: e.to_string() }));
+    let result = task.await.unwrap_or_else(|e| Err(CallError::Ended(e.to_string())));
     let _in_span = span.enter();
     let milliseconds = started.elapsed().as_millis();
     let header = MetadataValue::try_from(&id).ok();

@@ -12,8 +12,9 @@ use crate::certificate::describe;
 use crate::names::SessionId;
 use crate::proto;
 use crate::provisioning::{
-    DeviceReport, DeviceView, KeyPairLocation, ProductionBy, ProductionOf, ProvisionError, SessionFilter, SessionPage,
+    DeviceReport, DeviceView, KeyPairLocation, ProductionBy, ProductionOf, SessionFilter, SessionPage,
 };
+use crate::server::call_error::CallError;
 use crate::store::{
     ProductionCounts, PublishedRecord, SECONDS_PER_HOUR, Session, SessionCursor, SessionState, StateName,
 };
@@ -25,9 +26,7 @@ const DEFAULT_PAGE_SIZE: usize = 100;
 /// Maximum number of sessions per page.
 const MAX_PAGE_SIZE: usize = 1000;
 
-pub(super) fn hours_and_rows(
-    request: &proto::GetProductionRequest,
-) -> Result<(Range<u64>, ProductionBy), ProvisionError> {
+pub(super) fn hours_and_rows(request: &proto::GetProductionRequest) -> Result<(Range<u64>, ProductionBy), CallError> {
     let mut violations = Violations::default();
     let from = violations.keep("from", hour(request.from.as_ref()));
     let to = violations.keep("to", hour(request.to.as_ref()));
@@ -81,14 +80,14 @@ const fn production_counts(counts: ProductionCounts) -> proto::ProductionCounts 
     proto::ProductionCounts { begun, completed, aborted }
 }
 
-pub(super) fn device_view(request: proto::GetDeviceRequest) -> Result<DeviceView, ProvisionError> {
+pub(super) fn device_view(request: proto::GetDeviceRequest) -> Result<DeviceView, CallError> {
     use proto::get_device_request::Device;
     match request.device {
         Some(Device::ChipId(chip)) => chip_id(&chip).map(DeviceView::Chip),
         Some(Device::Identity(text)) => {
-            identity(&text).map(DeviceView::Identity).map_err(|e| ProvisionError::invalid("identity", e))
+            identity(&text).map(DeviceView::Identity).map_err(|e| CallError::invalid("identity", e))
         }
-        None => Err(ProvisionError::invalid("device", "specify chip_id or identity")),
+        None => Err(CallError::invalid("device", "specify chip_id or identity")),
     }
 }
 
@@ -171,7 +170,7 @@ pub(super) fn session(session: &Session) -> proto::SessionReport {
 
 pub(super) fn session_filter(
     request: &proto::ListSessionsRequest,
-) -> Result<(SessionFilter, Option<SessionCursor>, usize), ProvisionError> {
+) -> Result<(SessionFilter, Option<SessionCursor>, usize), CallError> {
     let mut violations = Violations::default();
     let state = violations.keep("state", state_filter(request.state));
     let station = violations.keep("station", optional_name(&request.station));
@@ -232,7 +231,7 @@ fn parse_page_token(bytes: &[u8]) -> Result<Option<SessionCursor>, String> {
     Ok(Some(SessionCursor { created: u64::from_be_bytes(*created), id }))
 }
 
-pub(super) fn abort(request: proto::AbortSessionRequest) -> Result<(SessionId, String), ProvisionError> {
+pub(super) fn abort(request: proto::AbortSessionRequest) -> Result<(SessionId, String), CallError> {
     let mut violations = Violations::default();
     let session = violations.keep("session_id", SessionId::from_bytes(&request.session_id));
     let length = request.reason.chars().count();

@@ -13,8 +13,9 @@ use crate::certificate::Caller;
 use crate::hsm::{CallStatistic, MemberStatus};
 use crate::proto;
 use crate::proto::officer_server::Officer;
-use crate::provisioning::{ProvisionError, Provisioner};
-use crate::reload::{Reloaded, Reloader};
+use crate::provisioning::Provisioner;
+use crate::server::call_error::CallError;
+use crate::server::reload::{Reloaded, Reloader};
 use crate::store::{RegistryStatus, WitnessStatus};
 
 /// Identifies the daemon in its status.
@@ -102,7 +103,7 @@ impl Officer for OfficerService {
     }
 }
 
-async fn audit_status(auditor: &Auditor) -> Result<proto::AuditStatus, ProvisionError> {
+async fn audit_status(auditor: &Auditor) -> Result<proto::AuditStatus, CallError> {
     let checkpoint = auditor.checkpoint();
     Ok(proto::AuditStatus {
         entries: auditor.log().head().await?.entries,
@@ -113,10 +114,7 @@ async fn audit_status(auditor: &Auditor) -> Result<proto::AuditStatus, Provision
     })
 }
 
-async fn status(
-    provisioner: &Provisioner,
-    context: OfficerContext,
-) -> Result<proto::GetStatusResponse, ProvisionError> {
+async fn status(provisioner: &Provisioner, context: OfficerContext) -> Result<proto::GetStatusResponse, CallError> {
     let node = context.node;
     let hsm = provisioner.hsm().status();
     let counts = provisioner.journal().counts().await?;

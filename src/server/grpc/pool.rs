@@ -14,7 +14,7 @@ use crate::keypool::{KeyPool, KindStatus, PoolStatus, ShredOrder, ShredReport};
 use crate::keys::KeyKind;
 use crate::names::OfficerName;
 use crate::proto;
-use crate::provisioning::ProvisionError;
+use crate::server::call_error::CallError;
 use crate::store::KeyStorage;
 
 /// How often a stream reports the progress of a fill.
@@ -26,11 +26,11 @@ const PROGRESS_BUFFER: usize = 16;
 pub(super) type ProgressStream<T> = ReceiverStream<Result<T, Status>>;
 
 /// Parses an optional key type.
-pub(super) fn kind(text: &str) -> Result<Option<KeyKind>, ProvisionError> {
+pub(super) fn kind(text: &str) -> Result<Option<KeyKind>, CallError> {
     if text.is_empty() {
         return Ok(None);
     }
-    text.parse().map(Some).map_err(|e| ProvisionError::invalid("kind", e))
+    text.parse().map(Some).map_err(|e| CallError::invalid("kind", e))
 }
 
 /// Records and orders a fill, and streams its progress until it is complete. The fill continues if the client disconnects.
@@ -39,7 +39,7 @@ pub(super) async fn fill(
     audit: Arc<AuditLog>,
     officer: OfficerName,
     request: proto::FillPoolRequest,
-) -> Result<ProgressStream<proto::FillPoolResponse>, ProvisionError> {
+) -> Result<ProgressStream<proto::FillPoolResponse>, CallError> {
     let kinds = match kind(&request.kind)? {
         Some(kind) => vec![kind],
         None => pool.kinds().collect(),
@@ -104,7 +104,7 @@ pub(super) async fn shred(
     audit: Arc<AuditLog>,
     officer: OfficerName,
     request: proto::ShredPoolRequest,
-) -> Result<ProgressStream<proto::ShredPoolResponse>, ProvisionError> {
+) -> Result<ProgressStream<proto::ShredPoolResponse>, CallError> {
     let order = ShredOrder { kind: kind(&request.kind)?, quarantined: request.quarantined };
     let entry = Entry::new(format!("officer {officer}"), "pool.shred", Outcome::Begun)
         .with("kind", order.kind.map_or("all", KeyKind::name))
@@ -118,13 +118,13 @@ pub(super) async fn shred(
             // A slow reader misses progress messages.
             let _ = progress_sender.try_send(Ok(message));
         };
-        let shredded = pool.shred(&order, progress).await.map_err(ProvisionError::from);
+        let shredded = pool.shred(&order, progress).await.map_err(CallError::from);
         let mut ended = entry.ended(outcome(&shredded));
         if let Ok(shredded) = &shredded {
             ended = ended.with("batches", shredded.batches).with("moved", shredded.moved);
             ended = ended.with("discarded", shredded.discarded);
         }
-        let recorded = audit.record(ended).await.map_err(ProvisionError::from);
+        let recorded = audit.record(ended).await.map_err(CallError::from);
         let last = shredded.and_then(|shredded| recorded.map(|_| shredded));
         let last = last.map(|shredded| message(shredded, shredded.batches, shredded.batches, true));
         let _ = sender.send(last.map_err(|error| status_of(&error))).await;
@@ -138,7 +138,7 @@ const fn message(shredded: ShredReport, batches_done: u64, batches: u64, done: b
 }
 
 /// Returns the audit outcome of a result.
-pub(super) fn outcome<T>(result: &Result<T, ProvisionError>) -> Outcome {
+pub(super) fn outcome<T>(result: &Result<T, CallError>) -> Outcome {
     match result {
         Ok(_) => Outcome::Done,
         Err(error) => Outcome::Failed(error.to_string()),

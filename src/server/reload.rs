@@ -11,10 +11,10 @@ use tokio::sync::Mutex;
 use crate::access::{AccessControl, AccessError};
 use crate::audit::{AuditError, AuditLog, Entry, Outcome};
 use crate::config::DaemonConfig;
-use crate::connections::ActiveTls;
 use crate::file_format::Faults;
 use crate::logging::LogLevel;
 use crate::provisioning::{Policy, Provisioner};
+use crate::server::connections::ActiveTls;
 
 /// Maximum length in bytes of the list of changes or faults. It is bounded by an audit log line and by the HTTP/2 header size;
 /// entries beyond it are counted.

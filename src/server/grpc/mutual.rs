@@ -9,7 +9,7 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
 
-use crate::connections::{Tls, next};
+use crate::server::connections::{Tls, next};
 
 /// Maximum number of concurrent handshakes; further connections wait in the listen backlog. Each handshake costs memory, and
 /// its client may stay silent.

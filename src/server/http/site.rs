@@ -6,7 +6,8 @@ use tokio::sync::Semaphore;
 
 use super::rate::RateLimit;
 use crate::names::ChipId;
-use crate::provisioning::{ProvisionError, Provisioner};
+use crate::provisioning::Provisioner;
+use crate::server::call_error::CallError;
 use crate::store::PublishedRecord;
 use crate::tlog::{LogKey, WitnessKey};
 
@@ -24,8 +25,8 @@ pub(super) struct Site {
 
 impl Site {
     /// Returns the newest record of the chip in the request path.
-    pub(super) async fn find(&self, chip: &str) -> Result<PublishedRecord, ProvisionError> {
-        let chip: ChipId = chip.parse().map_err(|e| ProvisionError::invalid("chip_id", e))?;
-        self.provisioner.recover(&chip).await
+    pub(super) async fn find(&self, chip: &str) -> Result<PublishedRecord, CallError> {
+        let chip: ChipId = chip.parse().map_err(|e| CallError::invalid("chip_id", e))?;
+        Ok(self.provisioner.recover(&chip).await?)
     }
 }

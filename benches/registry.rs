@@ -20,13 +20,13 @@ use spp::certificate::{
 };
 use spp::keys::{DevicePrivateKey, SignatureAlgorithm, generate_p256, sha256};
 use spp::names::{ChipId, SessionId};
-use spp::proto::get_proof_request::Record;
-use spp::proto::recovery_client::RecoveryClient;
-use spp::proto::{GetProofRequest, GetRecordRequest};
 use spp::registry::{
     CheckpointSigner as _, LogSettings, StoreDirectory, TransparencyLog, VerifyOptions, export, reindex, verify,
 };
 use spp::store::{DeviceRecord, PublicDatabase, StoreOptions, UniqueKey};
+use spp_proto::get_proof_request::Record;
+use spp_proto::recovery_client::RecoveryClient;
+use spp_proto::{GetProofRequest, GetRecordRequest};
 use spp_testkit::site::Site;
 
 use load::{measure, percentile};

@@ -4,14 +4,6 @@
 //! `docs/architecture.md` describes the path of a device, the layers of these modules, and where to look for what; `make check` verifies
 //! the layers.
 
-/// The messages and services of `proto/spp/v1`.
-#[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic, reason = "generated from proto/")]
-pub mod proto {
-    tonic::include_proto!("spp.v1");
-    /// The compiled descriptors, for reflection.
-    pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/spp_descriptor.bin"));
-}
-
 pub mod access;
 pub mod audit;
 pub mod certificate;

@@ -5,15 +5,15 @@ use std::time::Duration;
 
 use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use spp_proto::GetSessionRequest;
+use spp_proto::get_session_request::Session;
+use spp_proto::line_client::LineClient;
 use tonic::Code;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity, Uri};
 
 use super::LineError;
 use super::retry::{RetryPolicy, tls_fault};
 use crate::names::ChipId;
-use crate::proto::GetSessionRequest;
-use crate::proto::get_session_request::Session;
-use crate::proto::line_client::LineClient;
 use crate::secret::SecretBytes;
 
 /// TLS credentials: trusted CA certificates and the station's own certificate and key.

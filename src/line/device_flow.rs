@@ -4,6 +4,14 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use spp_proto as proto;
+use spp_proto::assemble_response::Delivery as Delivered;
+use spp_proto::get_session_request::Session as Which;
+use spp_proto::line_client::LineClient;
+use spp_proto::{
+    AssembleRequest, AssembleResponse, CompleteRequest, GetSessionRequest, GetSessionResponse, SessionState,
+    TransportKey, TransportKeyType,
+};
 use tonic::Code;
 use tonic::transport::Channel;
 
@@ -14,13 +22,6 @@ use super::retry::{CallFailure, RetryPolicy};
 use crate::device::{Delivery, Device, DeviceError, SimulatedFab};
 use crate::names::SessionId;
 use crate::package::TransportCurve;
-use crate::proto::assemble_response::Delivery as Delivered;
-use crate::proto::get_session_request::Session as Which;
-use crate::proto::line_client::LineClient;
-use crate::proto::{
-    self, AssembleRequest, AssembleResponse, CompleteRequest, GetSessionRequest, GetSessionResponse, SessionState,
-    TransportKey, TransportKeyType,
-};
 use crate::secret::SecretBytes;
 
 /// Settings shared by all devices of a run.

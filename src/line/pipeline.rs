@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Instant;
 
+use spp_proto::line_client::LineClient;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tonic::transport::Channel;
@@ -12,7 +13,6 @@ use super::LineError;
 use super::device_flow::{DeviceResult, Failure, Station};
 use super::orders::Order;
 use super::run_log::{RunLog, RunResult};
-use crate::proto::line_client::LineClient;
 
 /// The input of a run.
 pub(super) struct Run {

@@ -3,15 +3,15 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use spp_proto::get_proof_request::Record;
+use spp_proto::recovery_client::RecoveryClient;
+use spp_proto::{GetProofRequest, GetRecordRequest};
 use tonic::transport::Uri;
 
 use super::LineError;
 use super::connection::{Tls, connect};
 use super::retry::RetryPolicy;
 use crate::names::ChipId;
-use crate::proto::get_proof_request::Record;
-use crate::proto::recovery_client::RecoveryClient;
-use crate::proto::{GetProofRequest, GetRecordRequest};
 use crate::registry::read_chip;
 use crate::store::{DeviceRecord, PublishedRecord};
 use crate::tlog::{LogKey, LogProof, VerifiedProof};

@@ -4,6 +4,13 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use spp_proto::assemble_response::Delivery;
+use spp_proto::get_session_request::Session as Which;
+use spp_proto::line_server::{Line, LineServer};
+use spp_proto::{
+    AbortRequest, AbortResponse, AssembleRequest, AssembleResponse, CompleteRequest, CompleteResponse,
+    GetSessionRequest, GetSessionResponse, Receipt, SessionState,
+};
 use tempfile::TempDir;
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
@@ -24,13 +31,6 @@ use crate::device::SimulatedFab;
 use crate::keys::{DevicePrivateKey, SignatureAlgorithm, generate_p256, sha256};
 use crate::names::{ChipId, SessionId};
 use crate::package::{CertificateChain, DataPackage};
-use crate::proto::assemble_response::Delivery;
-use crate::proto::get_session_request::Session as Which;
-use crate::proto::line_server::{Line, LineServer};
-use crate::proto::{
-    AbortRequest, AbortResponse, AssembleRequest, AssembleResponse, CompleteRequest, CompleteResponse,
-    GetSessionRequest, GetSessionResponse, Receipt, SessionState,
-};
 
 const P256: SignatureAlgorithm = SignatureAlgorithm::EcdsaP256Sha256;
 const PROFILE: &str = r#"
@@ -150,7 +150,7 @@ impl Site {
         SimulatedFab::create(directory.path(), spp.manufacturer.public().clone(), None).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());
-        let service = LineServer::new(Arc::clone(&spp));
+        let service = LineServer::new(SppService(Arc::clone(&spp)));
         tokio::spawn(Server::builder().add_service(service).serve_with_incoming(TcpListenerStream::new(listener)));
         let channel = Endpoint::from_shared(address).unwrap().connect_lazy();
         Self { directory, spp, channel }
@@ -289,11 +289,14 @@ fn planned(code: Code) -> Status {
     Status::with_error_details(code, "as planned", details)
 }
 
+/// The service: an `Arc` cannot implement a trait of another crate.
+struct SppService(Arc<Spp>);
+
 #[async_trait::async_trait]
-impl Line for Arc<Spp> {
+impl Line for SppService {
     async fn assemble(&self, request: Request<AssembleRequest>) -> Result<Response<AssembleResponse>, Status> {
         let order = request.into_inner();
-        self.respond(|state| {
+        self.0.respond(|state| {
             if let Some(session) = state.sessions.get(&order.chip_id) {
                 let same = session.order == order && session.receipt.is_none();
                 return if same {
@@ -305,7 +308,7 @@ impl Line for Arc<Spp> {
             if state.sessions.values().any(|session| session.order.identity == order.identity) {
                 return Err(Status::already_exists("the identity is taken"));
             }
-            let response = self.assemble_new(&order, u8::try_from(state.sessions.len() + 1).unwrap());
+            let response = self.0.assemble_new(&order, u8::try_from(state.sessions.len() + 1).unwrap());
             let session = SessionEntry { order: order.clone(), response: response.clone(), receipt: None };
             state.sessions.insert(order.chip_id, session);
             Ok(response)
@@ -314,7 +317,7 @@ impl Line for Arc<Spp> {
 
     async fn complete(&self, request: Request<CompleteRequest>) -> Result<Response<CompleteResponse>, Status> {
         let request = request.into_inner();
-        self.respond(|state| {
+        self.0.respond(|state| {
             let number = state.published;
             let mut sessions = state.sessions.values_mut();
             let session = sessions.find(|session| session.response.session_id == request.session_id).unwrap();
@@ -335,7 +338,7 @@ impl Line for Arc<Spp> {
 
     async fn get_session(&self, request: Request<GetSessionRequest>) -> Result<Response<GetSessionResponse>, Status> {
         let Some(Which::ChipId(chip)) = request.into_inner().session else { return Err(Status::invalid_argument("")) };
-        self.respond(|state| {
+        self.0.respond(|state| {
             let session = state.sessions.get(&chip).ok_or_else(|| Status::not_found("no session of the chip"))?;
             let complete = if session.receipt.is_some() { SessionState::Erased } else { SessionState::Issued };
             Ok(GetSessionResponse {

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use prost_types::Timestamp;
+use spp_proto as proto;
+use spp_proto::access_client::AccessClient;
 use tonic::transport::Channel;
 
 use super::files::{make_directory, must_be_new, replace, write_new, write_new_private};
@@ -17,8 +19,6 @@ use crate::certificate::{
 use crate::file_format::open_private;
 use crate::keys::{PublicKey, TlsKey};
 use crate::names::OfficerName;
-use crate::proto;
-use crate::proto::access_client::AccessClient;
 use crate::secret::SecretBytes;
 
 /// A connection to the access service, with the caller's TLS key for signing statements.

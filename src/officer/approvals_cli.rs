@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use serde_json::json;
+use spp_proto as proto;
 
 use super::access_client::{OfficerClient, VerifiedRequest, load_authority, load_csr, now};
 use super::ceremony_cli::ceremony_action;
@@ -18,7 +19,6 @@ use crate::access::{ApprovalRules, ProtectedAction, Quota, RequestId, Verdict};
 use crate::certificate::{Caller, Role};
 use crate::keys::sha256;
 use crate::names::StationName;
-use crate::proto;
 
 /// Request, list, approve and reject actions that need more than one officer. Every request and decision is signed, is bound to
 /// the exact content and expires.

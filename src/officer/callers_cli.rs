@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use comfy_table::Table;
 use serde_json::json;
+use spp_proto as proto;
 
 use super::access_client::{OfficerClient, certificate_seconds_left, now};
 use super::pool_cli::DaemonArgs;
@@ -13,7 +14,6 @@ use super::status::StatusError;
 use super::text::{escape_controls, format_duration, format_time, print_written, render, table};
 use crate::certificate::{Caller, Role};
 use crate::names::{DeviceIdentity, ProfileName};
-use crate::proto;
 
 /// Load and list device identities that the daemon assigns, each once, to devices ordered without an identity.
 #[derive(Subcommand)]

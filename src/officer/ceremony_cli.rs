@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Subcommand;
+use spp_proto as proto;
 
 use super::OfficerError;
 use super::access_client::OfficerClient;
@@ -17,7 +18,6 @@ use crate::config::AuditConfig;
 use crate::hsm::{Ceremony, KeyManifest, PinSource};
 use crate::keys::sha256;
 use crate::names::OfficerName;
-use crate::proto;
 use crate::tlog::{LogKey, TlogError};
 
 const RUN_HELP: &str = "Plan, then run:

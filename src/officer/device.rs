@@ -4,6 +4,9 @@ use std::path::Path;
 use std::str::FromStr;
 
 use serde_json::{Value, json};
+use spp_proto as proto;
+use spp_proto::get_device_request::Device;
+use spp_proto::production_client::ProductionClient;
 
 use super::audit_cli::format_entry;
 use super::sessions::{receipt_json, seconds, session_json, state_name};
@@ -11,9 +14,6 @@ use super::status::{StatusError, call_error, channel, with_deadline};
 use super::text::{aligned_lines, escape_controls, format_time};
 use crate::audit::{AuditError, Entries, RecordedEntry};
 use crate::names::{ChipId, DeviceIdentity};
-use crate::proto;
-use crate::proto::get_device_request::Device;
-use crate::proto::production_client::ProductionClient;
 
 /// A chip ID in hex or a device identity with its type prefix.
 #[derive(Debug, Clone)]

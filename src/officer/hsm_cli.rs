@@ -9,6 +9,7 @@ use clap::{Args, Subcommand};
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::ProgressBar;
 use serde_json::json;
+use spp_proto as proto;
 
 use super::hsm_file::HsmFile;
 use super::pool_cli::DaemonArgs;
@@ -21,7 +22,6 @@ use crate::hsm::{
 };
 use crate::keys::KeyKind;
 use crate::names::ProfileName;
-use crate::proto;
 
 /// List, test and monitor the HSM.
 #[derive(Subcommand)]

@@ -1,12 +1,13 @@
 //! Verifies the approval of a ceremony that needs a second officer.
 
+use spp_proto as proto;
+
 use super::access_client::VerifiedRequest;
 use super::now;
 use super::transcript::{Approval, OfficerStatement};
 use crate::certificate::{Caller, certificate_pem, verify_caller_certificate};
 use crate::hsm::KeyManifest;
 use crate::keys::PublicKey;
-use crate::proto;
 
 /// Proof that other officers approved a ceremony file. Running the ceremony consumes it, so it allows one run.
 #[derive(Debug)]

@@ -4,10 +4,10 @@ use std::path::Path;
 
 use prost_types::Timestamp;
 use serde_json::json;
+use spp_proto as proto;
 
 use super::status::{StatusError, call_error, connect, with_deadline};
 use super::text::{format_duration, render, table};
-use crate::proto;
 
 /// Requests the status of all pools.
 pub(super) async fn pool_status(server: &str, tls: &Path) -> Result<proto::GetPoolStatusResponse, StatusError> {

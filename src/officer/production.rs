@@ -5,12 +5,12 @@ use std::path::Path;
 use clap::ValueEnum;
 use prost_types::Timestamp;
 use serde_json::{Value, json};
+use spp_proto as proto;
+use spp_proto::production_client::ProductionClient;
+use spp_proto::production_row::Of;
 
 use super::status::{StatusError, call_error, channel, with_deadline};
 use super::text::{escape_controls, format_time, render, table};
-use crate::proto;
-use crate::proto::production_client::ProductionClient;
-use crate::proto::production_row::Of;
 
 /// Grouping of the rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -1,10 +1,10 @@
 //! `sppctl reload`: makes the daemon reload its configuration.
 
 use serde_json::json;
+use spp_proto as proto;
 
 use super::pool_cli::DaemonArgs;
 use super::status::{StatusError, call_error, connect, with_deadline};
-use crate::proto;
 
 /// Reloads the configuration and prints the changes.
 pub async fn reload(daemon: DaemonArgs) -> Result<(), StatusError> {

@@ -3,11 +3,10 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use spp_proto as proto;
+use spp_proto::access_client::AccessClient;
+use spp_proto::officer_client::OfficerClient;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
-
-use crate::proto;
-use crate::proto::access_client::AccessClient;
-use crate::proto::officer_client::OfficerClient;
 
 /// Failure of a call to the daemon.
 #[derive(Debug, thiserror::Error)]

@@ -3,8 +3,8 @@
 use std::process::Output;
 
 use serde_json::Value;
-use spp::proto::access_client::AccessClient;
-use spp::proto::{DecideApprovalRequest, GetStatusRequest, RequestApprovalRequest};
+use spp_proto::access_client::AccessClient;
+use spp_proto::{DecideApprovalRequest, GetStatusRequest, RequestApprovalRequest};
 use tonic::Code;
 use tonic::transport::Channel;
 

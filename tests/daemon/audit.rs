@@ -2,8 +2,8 @@
 
 use serde_json::Value;
 use spp::keys::sha256;
-use spp::proto::officer_client::OfficerClient;
-use spp::proto::{AbortRequest, AssembleRequest, FillPoolRequest};
+use spp_proto::officer_client::OfficerClient;
+use spp_proto::{AbortRequest, AssembleRequest, FillPoolRequest};
 use tonic::Code;
 
 use spp_testkit::ceremony::CeremonyFile;

@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use prost::Message as _;
 use spp::certificate::{AccessName, Caller, Role};
-use spp::proto::get_session_request::Session as Selector;
-use spp::proto::officer_client::OfficerClient;
-use spp::proto::recovery_client::RecoveryClient;
-use spp::proto::{AbortRequest, AssembleRequest, GetRecordRequest, GetSessionRequest, GetStatusRequest};
+use spp_proto::get_session_request::Session as Selector;
+use spp_proto::officer_client::OfficerClient;
+use spp_proto::recovery_client::RecoveryClient;
+use spp_proto::{AbortRequest, AssembleRequest, GetRecordRequest, GetSessionRequest, GetStatusRequest};
 use tonic::transport::{Channel, ClientTlsConfig};
 use tonic::{Code, Status};
 
@@ -131,7 +131,7 @@ const ALLOWED_ROLES: &[(&str, &[&str])] = &[
 
 /// Lists the methods of the mutual-TLS listeners from the daemon's descriptors.
 fn inner_methods() -> Vec<String> {
-    let files = prost_types::FileDescriptorSet::decode(spp::proto::DESCRIPTORS).unwrap().file;
+    let files = prost_types::FileDescriptorSet::decode(spp_proto::DESCRIPTORS).unwrap().file;
     let services = files.iter().flat_map(|file| file.service.iter().map(move |service| (file.package(), service)));
     let inner = services.filter(|(_, service)| service.name() != "Recovery");
     let methods = |(package, service): (&str, &prost_types::ServiceDescriptorProto)| -> Vec<String> {
@@ -226,7 +226,7 @@ async fn wrong_role_is_refused_by_each_service() {
 
     let mut line = Line::new(site.connect(site.line, site.tls("tls/officer")).await.unwrap());
     let session = Some(Selector::ChipId(chip(1).as_bytes().to_vec()));
-    let complete = spp::proto::CompleteRequest { session_id: vec![1; 16], ..Default::default() };
+    let complete = spp_proto::CompleteRequest { session_id: vec![1; 16], ..Default::default() };
     for refused in [
         line.assemble(phone(1)).await.unwrap_err(),
         line.complete(complete).await.unwrap_err(),

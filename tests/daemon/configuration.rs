@@ -148,7 +148,7 @@ fn existing_files_and_keys_are_not_overwritten() {
 }
 
 /// Waits until the running daemon reports this HSM error.
-async fn wait_for_hsm_error(site: &Site, error: &str) -> spp::proto::HsmStatus {
+async fn wait_for_hsm_error(site: &Site, error: &str) -> spp_proto::HsmStatus {
     eventually(&format!("HSM error {error:?}"), async || {
         let hsm = site.status().await.hsm.unwrap();
         if !hsm.trouble.contains(error) {

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
-use spp::proto::SessionState;
+use spp_proto::SessionState;
 use tonic::Code;
 use tonic_types::StatusExt as _;
 

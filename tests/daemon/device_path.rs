@@ -2,9 +2,9 @@
 
 use spp::device::Device;
 use spp::package::TransportCurve;
-use spp::proto::assemble_response::Delivery;
-use spp::proto::get_session_request::Session as Which;
-use spp::proto::{AbortRequest, AssembleRequest, CertificateFormat, GetRecordRequest, GetSessionRequest, SessionState};
+use spp_proto::assemble_response::Delivery;
+use spp_proto::get_session_request::Session as Which;
+use spp_proto::{AbortRequest, AssembleRequest, CertificateFormat, GetRecordRequest, GetSessionRequest, SessionState};
 use tonic::Code;
 use tonic_types::StatusExt as _;
 

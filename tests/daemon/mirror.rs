@@ -2,7 +2,7 @@
 
 use std::process::{Output, Stdio};
 
-use spp::proto::GetRecordRequest;
+use spp_proto::GetRecordRequest;
 
 use spp_testkit::files::copy_directory;
 use spp_testkit::floor::{TestFab, chip, phone, provision};

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use spp::device::Device;
 use spp::hsm::{Hsm, KeyReloadRequest};
 use spp::keys::{KeyKind, PublicKey, SignatureAlgorithm, StoredKey};
-use spp::proto::{AssembleRequest, AssembleResponse};
 use spp::store::{BatchPair, KeyStorage, PairCounts, SecretStore as _, SledStateStore, StateStore as _};
+use spp_proto::{AssembleRequest, AssembleResponse};
 
 use spp_testkit::floor::{Line, TestFab, install, package, phone};
 use spp_testkit::load::{

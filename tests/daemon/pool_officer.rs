@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use spp::proto::officer_client::OfficerClient;
-use spp::proto::{FillPoolRequest, GetPoolStatusRequest, ShredPoolRequest};
+use spp_proto::officer_client::OfficerClient;
+use spp_proto::{FillPoolRequest, GetPoolStatusRequest, ShredPoolRequest};
 use tonic::Code;
 
 use spp_testkit::floor::{Refusal, TestFab, phone, provision};

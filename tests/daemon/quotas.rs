@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use serde_json::Value;
-use spp::proto::AssembleRequest;
+use spp_proto::AssembleRequest;
 use tonic::Code;
 
 use spp_testkit::floor::{Refusal, TestFab, assemble, complete, install, phone};

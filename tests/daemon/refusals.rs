@@ -6,11 +6,11 @@ use coset::{CoseEncrypt0Builder, HeaderBuilder, TaggedCborSerializable as _, ian
 use spp::keys::{DevicePrivateKey, PrivateParts, generate_p256, sha256};
 use spp::names::SessionId;
 use spp::package::{ConfirmationClaims, ConfirmationSigner, TransportCurve, confirm};
-use spp::proto::get_session_request::Session as Selector;
-use spp::proto::{
+use spp::secret::SecretBytes;
+use spp_proto::get_session_request::Session as Selector;
+use spp_proto::{
     AbortRequest, AssembleRequest, CompleteRequest, GetRecordRequest, GetSessionRequest, SessionState, TransportKey,
 };
-use spp::secret::SecretBytes;
 use tonic::{Code, Status};
 
 use spp_testkit::floor::{

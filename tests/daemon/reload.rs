@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use serde_json::{Value, json};
 use spp::keys::sha256;
-use spp::proto::officer_client::OfficerClient;
-use spp::proto::{AbortRequest, ReloadRequest, SessionState};
+use spp_proto::officer_client::OfficerClient;
+use spp_proto::{AbortRequest, ReloadRequest, SessionState};
 use tonic::{Code, Status};
 
 use spp_testkit::authority::{Authority, now, refused_by_tls, station};

@@ -3,9 +3,9 @@
 use std::time::{Duration, SystemTime};
 
 use serde_json::{Value, json};
-use spp::proto::get_device_request::Device as Which;
-use spp::proto::production_client::ProductionClient;
-use spp::proto::{
+use spp_proto::get_device_request::Device as Which;
+use spp_proto::production_client::ProductionClient;
+use spp_proto::{
     AbortSessionRequest, GetDeviceRequest, GetProductionRequest, ListSessionsRequest, ProductionBy, SessionState,
 };
 use tonic::Code;

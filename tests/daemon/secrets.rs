@@ -6,7 +6,7 @@ use std::process::Stdio;
 use spp::device::Device;
 use spp::keys::PrivateParts;
 use spp::package::TransportCurve;
-use spp::proto::{AssembleRequest, CompleteRequest, SessionState};
+use spp_proto::{AssembleRequest, CompleteRequest, SessionState};
 use tonic::Code;
 
 use spp_testkit::floor::{

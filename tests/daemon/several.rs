@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use spp::config::DaemonConfig;
 use spp::hsm::{Hsm, HsmError, HsmId, KeyReloadRequest, PairStorage};
 use spp::keys::{BatchName, KeyKind, StoreId};
-use spp::proto::{HsmMember, PoolKind};
+use spp_proto::{HsmMember, PoolKind};
 use tonic::Code;
 
 use spp_testkit::files::{copy_directory, write_private};
@@ -302,7 +302,7 @@ fn has_pairs_on_both(pool: &PoolKind) -> bool {
     pool.kind == "p256" && pool.batches == 2 && pool.made_total >= 80 && !pool.filling
 }
 
-fn ready_pairs(status: &spp::proto::GetPoolStatusResponse) -> u64 {
+fn ready_pairs(status: &spp_proto::GetPoolStatusResponse) -> u64 {
     status.kinds.iter().filter(|pool| pool.kind == "p256").map(|pool| pool.ready).sum()
 }
 

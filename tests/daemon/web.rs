@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use spp::proto::get_proof_request::Record;
-use spp::proto::{GetCheckpointRequest, GetProofRequest, GetRecordRequest};
 use spp::tlog::{LogKey, LogProof, SignedCheckpoint};
+use spp_proto::get_proof_request::Record;
+use spp_proto::{GetCheckpointRequest, GetProofRequest, GetRecordRequest};
 use tonic::Code;
 use tonic_types::StatusExt as _;
 use ureq::tls::{PemItem, RootCerts, TlsConfig, parse_pem};

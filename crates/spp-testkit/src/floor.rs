@@ -5,15 +5,15 @@ use spp::device::{Delivery, Device, PublicRecord, SimulatedFab};
 use spp::keys::{DevicePrivateKey, PublicKey, SignatureAlgorithm, sha256};
 use spp::names::{ChipId, Imei, SessionId};
 use spp::package::TransportCurve;
-use spp::proto::assemble_response::Delivery as ProtoDelivery;
-use spp::proto::get_session_request::Session as SessionSelector;
-use spp::proto::line_client::LineClient;
-use spp::proto::{
+use spp::secret::SecretBytes;
+use spp::tlog::{LogKey, LogProof};
+use spp_proto::assemble_response::Delivery as ProtoDelivery;
+use spp_proto::get_session_request::Session as SessionSelector;
+use spp_proto::line_client::LineClient;
+use spp_proto::{
     AssembleRequest, AssembleResponse, CertificateFormat, CompleteRequest, GetRecordResponse, GetSessionRequest,
     GetSessionResponse, Receipt, SessionState, TransportKey, TransportKeyType,
 };
-use spp::secret::SecretBytes;
-use spp::tlog::{LogKey, LogProof};
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;

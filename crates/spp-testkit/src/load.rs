@@ -8,7 +8,7 @@ use std::time::Duration;
 use der::Decode as _;
 use spp::device::Device;
 use spp::package::TransportCurve;
-use spp::proto::{AssembleRequest, AssembleResponse, CompleteRequest, GetRecordRequest, Receipt, SessionState};
+use spp_proto::{AssembleRequest, AssembleResponse, CompleteRequest, GetRecordRequest, Receipt, SessionState};
 use tonic::Code;
 use tonic::transport::{Channel, Endpoint};
 

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use der::{Decode as _, Encode as _};
 use spp::config::StoreConfig;
-use spp::proto::{AssembleRequest, AssembleResponse, GetPoolStatusRequest, GetPoolStatusResponse};
 use spp::store::{BatchPair, PairAssignment, SecretStore as _, SledStateStore};
+use spp_proto::{AssembleRequest, AssembleResponse, GetPoolStatusRequest, GetPoolStatusResponse};
 use tonic::Status;
 use tonic_types::StatusExt as _;
 

@@ -5,10 +5,10 @@ use std::process::{Command, ExitStatus, Output, Stdio};
 use std::time::Duration;
 
 use spp::hsm::{HsmConfig, KeyManifest, ModuleProfile, PinSource, SupervisorPacing};
-use spp::proto;
-use spp::proto::line_client::LineClient;
-use spp::proto::officer_client::OfficerClient;
-use spp::proto::recovery_client::RecoveryClient;
+use spp_proto as proto;
+use spp_proto::line_client::LineClient;
+use spp_proto::officer_client::OfficerClient;
+use spp_proto::recovery_client::RecoveryClient;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
 use crate::files::{copy_directory, temp_dir, write_private};

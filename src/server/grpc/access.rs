@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use spp_proto as proto;
+use spp_proto::access_server::Access;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, async_trait};
@@ -12,8 +14,6 @@ use crate::access::{self, AccessControl, AccessError};
 use crate::audit::{Auditor, Entry, Outcome};
 use crate::certificate::Caller;
 use crate::keys::sha256;
-use crate::proto;
-use crate::proto::access_server::Access;
 use crate::provisioning::Provisioner;
 use crate::server::call_error::CallError;
 

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use spp_proto as proto;
 use tokio::sync::mpsc;
 use tonic::Status;
 
@@ -15,7 +16,6 @@ use crate::access::{
 use crate::audit::{AuditLog, Entry, Outcome};
 use crate::certificate::Caller;
 use crate::names::{DeviceIdentity, OfficerName, ProfileName};
-use crate::proto;
 use crate::provisioning::Provisioner;
 use crate::server::call_error::CallError;
 

@@ -1,11 +1,11 @@
 //! Parses request messages, reporting all field violations at once, and converts results to messages.
 
 use prost_types::Timestamp;
+use spp_proto as proto;
 
 use crate::certificate::verify_csr;
 use crate::names::{ChipId, DeviceIdentity, NameError, SessionId, StationName};
 use crate::package::{MAX_BACKUP_LEN, MAX_CONFIRMATION_LEN, TransportCurve, TransportPublicKey};
-use crate::proto;
 use crate::provisioning::{AssembleRequest, Assembled, Completion, Delivery, FieldViolation, Receipt, SessionView};
 use crate::server::call_error::CallError;
 use crate::store::{Publication, PublishedRecord, Session, SessionState, StateName};

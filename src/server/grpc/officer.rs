@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use spp_proto as proto;
+use spp_proto::officer_server::Officer;
 use tonic::{Request, Response, Status, async_trait};
 
 use super::call_gate::CallGate;
@@ -11,8 +13,6 @@ use crate::access::AccessControl;
 use crate::audit::Auditor;
 use crate::certificate::Caller;
 use crate::hsm::{CallStatistic, MemberStatus};
-use crate::proto;
-use crate::proto::officer_server::Officer;
 use crate::provisioning::Provisioner;
 use crate::server::call_error::CallError;
 use crate::server::reload::{Reloaded, Reloader};

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use spp_proto as proto;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
@@ -13,7 +14,6 @@ use crate::audit::{AuditLog, Entry, Outcome};
 use crate::keypool::{KeyPool, KindStatus, PoolStatus, ShredOrder, ShredReport};
 use crate::keys::KeyKind;
 use crate::names::OfficerName;
-use crate::proto;
 use crate::server::call_error::CallError;
 use crate::store::KeyStorage;
 

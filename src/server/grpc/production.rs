@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use spp_proto as proto;
+use spp_proto::production_server::Production;
 use tonic::{Request, Response, Status, async_trait};
 
 use super::call_gate::CallGate;
@@ -10,8 +12,6 @@ use super::{callers, reports};
 use crate::audit::{AuditLog, Entry, Outcome};
 use crate::certificate::Caller;
 use crate::names::{OfficerName, SessionId};
-use crate::proto;
-use crate::proto::production_server::Production;
 use crate::provisioning::Provisioner;
 use crate::server::call_error::CallError;
 use crate::store::Session;

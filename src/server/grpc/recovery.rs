@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
+use spp_proto as proto;
+use spp_proto::recovery_server::Recovery;
 use tonic::{Request, Response, Status, async_trait};
 
 use super::call_gate::CallGate;
 use super::messages::{self, ProofOf};
-use crate::proto;
-use crate::proto::recovery_server::Recovery;
 use crate::provisioning::{ProvisionError, Provisioner};
 
 pub(super) struct RecoveryService {

@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use prost_types::Timestamp;
+use spp_proto as proto;
 
 use super::messages::{
     MAX_REASON_LEN, Violations, certificate_format, chip_id, identity, publication, receipt, state, timestamp,
 };
 use crate::certificate::describe;
 use crate::names::SessionId;
-use crate::proto;
 use crate::provisioning::{
     DeviceReport, DeviceView, KeyPairLocation, ProductionBy, ProductionOf, SessionFilter, SessionPage,
 };

@@ -143,7 +143,7 @@ mod tests {
     #[test]
     fn role_table_lists_each_served_method_once() {
         let reflection = tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET;
-        let all = [crate::proto::DESCRIPTORS, tonic_health::pb::FILE_DESCRIPTOR_SET, reflection];
+        let all = [spp_proto::DESCRIPTORS, tonic_health::pb::FILE_DESCRIPTOR_SET, reflection];
         let served: BTreeSet<_> = all.into_iter().flat_map(methods).collect();
         let listed: Vec<_> = TABLE.iter().map(|(method, _)| (*method).to_owned()).collect();
         assert_eq!(listed.iter().cloned().collect::<BTreeSet<_>>(), served);

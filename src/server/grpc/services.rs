@@ -3,6 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use spp_proto::DESCRIPTORS;
+use spp_proto::access_server::AccessServer;
+use spp_proto::line_server::LineServer;
+use spp_proto::officer_server::OfficerServer;
+use spp_proto::production_server::ProductionServer;
+use spp_proto::recovery_server::RecoveryServer;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tonic::codegen::http;
@@ -19,12 +25,6 @@ use super::officer::{OfficerContext, OfficerService};
 use super::production::ProductionService;
 use super::recovery::RecoveryService;
 use super::roles::Authorizer;
-use crate::proto::DESCRIPTORS;
-use crate::proto::access_server::AccessServer;
-use crate::proto::line_server::LineServer;
-use crate::proto::officer_server::OfficerServer;
-use crate::proto::production_server::ProductionServer;
-use crate::proto::recovery_server::RecoveryServer;
 use crate::provisioning::Provisioner;
 use crate::server::connections::{Tls, stopped};
 

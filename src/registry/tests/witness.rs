@@ -222,20 +222,25 @@ async fn cosignatures_are_in_checkpoints_and_proofs_after_restart() {
         let proven = proof.verify(&bytes, log.signer.key()).unwrap();
         assert_eq!(proven.checkpoint.cosigners(&[&key]), [NAME]);
     }
-    assert_eq!(test_witness.answers(), [200, 200, 200], "the log remembers the size that the witness has cosigned");
+    // One submission per batch; concurrent publications may need several.
+    let batches = test_witness.answers();
+    assert!(
+        batches.len() >= 3 && batches.iter().all(|status| *status == 200),
+        "the log remembers the size: {batches:?}"
+    );
     assert_eq!(test_witness.seen().0, 300);
     drop(public);
     // A restarted log submits the same tree, and later a larger one, without knowing the size that the witness has cosigned.
     let public = open(&log, &[&witness]).await;
     until_cosigned(&log, &public, 300, &[&key]).await;
-    assert_eq!(test_witness.answers()[3..], [409, 200]);
+    assert_eq!(test_witness.answers()[batches.len()..], [409, 200]);
     drop(public);
     let unwatched = log.open().await;
     publish_all(&unwatched, 300..310).await;
     drop(unwatched);
     let public = open(&log, &[&witness]).await;
     until_cosigned(&log, &public, 310, &[&key]).await;
-    assert_eq!(test_witness.answers()[5..], [409, 200]);
+    assert_eq!(test_witness.answers()[batches.len() + 2..], [409, 200]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -60,7 +60,7 @@ fn regression_inputs_do_not_panic() {
 fn damaged_samples_do_not_panic_or_violate_assertions() {
     for target in fuzz::TARGETS {
         let samples = (target.samples)();
-        let config = Config { source_file: Some(file!()), ..cases(CASES, 200 * CASES) };
+        let config = Config { source_file: Some(file!()), ..cases(CASES, 40 * CASES) };
         let damaged = (any::<Index>(), vec(damage(), 1..4));
         let outcome = TestRunner::new(config).run(&damaged, |(sample, damages)| {
             let mut bytes = sample.get(&samples).clone();

@@ -31,7 +31,7 @@ enum Step {
 fn random_calls_faults_and_restarts_match_model() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let testbed = runtime.block_on(TestBed::new());
-    let config = Config { max_shrink_iters: 200, source_file: Some(file!()), ..cases(CASES, 60 * CASES) };
+    let config = Config { max_shrink_iters: 200, source_file: Some(file!()), ..cases(CASES, 15 * CASES) };
     let sequences = proptest::collection::vec(step(), 1..24);
     let outcome = TestRunner::new(config).run(&sequences, |steps| {
         // The model asserts; its output names the failing step.

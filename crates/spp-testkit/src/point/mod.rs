@@ -154,6 +154,13 @@ struct Running {
     public: Arc<TransparencyLog>,
 }
 
+impl Drop for Running {
+    /// The pool's tasks hold the stores, whose threads and files would outlive a point that is not stopped.
+    fn drop(&mut self) {
+        self.pool.abort();
+    }
+}
+
 impl Point<'_> {
     pub fn provisioner(&self) -> &Arc<Provisioner> {
         &self.running().provisioner
@@ -226,7 +233,7 @@ impl Point<'_> {
     pub fn stop(&mut self) {
         let running = self.running.take().expect("it runs");
         assert_eq!(Arc::strong_count(&running.provisioner), 1, "a call still runs");
-        running.pool.abort();
+        drop(running);
         self.faults.disarm();
     }
 

@@ -16,15 +16,16 @@ use cryptoki::session::UserType;
 use cryptoki::types::AuthPin;
 use spp::clock::Clock;
 use spp::config::DaemonConfig;
-use spp::hsm::Hsm;
+use spp::hsm::{BatchName, Hsm, StoredKey, WrappedKey};
 use spp::keypool::{KeyPool, Marks, PoolRules};
-use spp::keys::{BatchName, KeyKind, SignatureAlgorithm, StoredKey, WrappedKey};
-use spp::names::{ChipId, SessionId};
 use spp::registry::{HsmSigner, TransparencyLog};
 use spp::store::{
-    BatchStep, CertificateToSign, Journal, KeyStorage, PairToReserve, PooledPair, Purpose, Registry, SecretStore,
-    Session, SessionState, SledStateStore, StateStore, StoreOptions,
+    BatchStep, Journal, KeyStorage, PairToReserve, PooledPair, Purpose, Registry, SecretStore, Session, SessionState,
+    SledStateStore, StateStore, StoreOptions,
 };
+use spp_format::certificate::CertificateToSign;
+use spp_format::keys::{KeyKind, SignatureAlgorithm};
+use spp_format::names::{ChipId, SessionId};
 use spp_testkit::site::Site;
 
 /// Set for the child process that measures the module without this program.
@@ -152,7 +153,7 @@ async fn reserve(
 }
 
 fn session(public_key: Vec<u8>) -> Result<Session, Failure> {
-    let name = &spp::keys::sha256(&public_key)[..16];
+    let name = &spp_format::keys::sha256(&public_key)[..16];
     Ok(Session {
         id: SessionId::from_bytes(name)?,
         chip: ChipId::from_bytes(name)?,

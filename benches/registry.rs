@@ -14,16 +14,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use spp::certificate::{
-    AuthorityCertificate, CertificateRequest, CertificateSerial, IssuedCertificate, IssuerCertificate, Profile,
-    SubjectName, authority_certificate, prepare,
-};
-use spp::keys::{DevicePrivateKey, SignatureAlgorithm, generate_p256, sha256};
-use spp::names::{ChipId, SessionId};
 use spp::registry::{
     CheckpointSigner as _, LogSettings, StoreDirectory, TransparencyLog, VerifyOptions, export, reindex, verify,
 };
-use spp::store::{DeviceRecord, PublicDatabase, StoreOptions, UniqueKey};
+use spp::store::{PublicDatabase, StoreOptions};
+use spp_format::certificate::{
+    AuthorityCertificate, CertificateRequest, CertificateSerial, IssuedCertificate, IssuerCertificate, Profile,
+    SubjectName, authority_certificate, prepare,
+};
+use spp_format::keys::{DevicePrivateKey, SignatureAlgorithm, generate_p256, sha256};
+use spp_format::names::{ChipId, SessionId};
+use spp_format::record::{DeviceRecord, UniqueKey};
 use spp_proto::get_proof_request::Record;
 use spp_proto::recovery_client::RecoveryClient;
 use spp_proto::{GetProofRequest, GetRecordRequest};

@@ -11,13 +11,15 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use spp::keys::SignatureAlgorithm;
-use spp::names::{ChipId, SessionId};
 use spp::registry::{LogSettings, TransparencyLog};
 use spp::store::{
-    BatchStep, CertificateToSign, DeviceRecord, KeyStorage, PairToReserve, PublicDatabase, Publication, Purpose,
-    SecretStore, Session, SessionState, SledStateStore, StateName, StateStore, StoreOptions,
+    BatchStep, KeyStorage, PairToReserve, PublicDatabase, Purpose, SecretStore, Session, SessionState, SledStateStore,
+    StateName, StateStore, StoreOptions,
 };
+use spp_format::certificate::CertificateToSign;
+use spp_format::keys::SignatureAlgorithm;
+use spp_format::names::{ChipId, SessionId};
+use spp_format::record::{DeviceRecord, Publication};
 
 use load::{measure, percentile};
 use signer::Signer;

@@ -6,26 +6,18 @@
 
 pub mod access;
 pub mod audit;
-pub mod certificate;
 pub mod cli_docs;
 pub mod clock;
 pub mod config;
-pub mod device;
-pub mod file_format;
 pub mod hardening;
 pub mod hsm;
 pub mod keypool;
-pub mod keys;
 pub mod line;
 pub mod logging;
-pub mod names;
 pub mod officer;
-pub mod package;
 pub mod provisioning;
 pub mod registry;
-pub mod secret;
 pub mod server;
 mod state_name;
 pub mod store;
 mod store_error;
-pub mod tlog;

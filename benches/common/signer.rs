@@ -2,9 +2,9 @@
 
 use async_trait::async_trait;
 use aws_lc_rs::signature::{Ed25519KeyPair, KeyPair as _};
-use spp::keys::PublicKey;
 use spp::registry::CheckpointSigner;
-use spp::tlog::{LogKey, UnsignedCheckpoint};
+use spp_format::keys::PublicKey;
+use spp_format::tlog::{LogKey, UnsignedCheckpoint};
 
 /// Signs the checkpoints of `log.example/bench`.
 pub(crate) struct Signer {

@@ -6,15 +6,17 @@
 
 pub mod samples;
 
-use spp::certificate::{IssuerCertificate, Profile, parse_caller_certificate, verify_csr, verify_device_certificate};
-use spp::keys::{KeyKind, PublicKey, SignatureAlgorithm};
-use spp::names::{ChipId, DeviceIdentity, KeyName, OfficerName, ProfileName, SessionId, StationName};
-use spp::package::{
+use spp_format::certificate::{
+    IssuerCertificate, Profile, parse_caller_certificate, verify_csr, verify_device_certificate,
+};
+use spp_format::keys::{KeyKind, PublicKey, SignatureAlgorithm};
+use spp_format::names::{ChipId, DeviceIdentity, KeyName, OfficerName, ProfileName, SessionId, StationName};
+use spp_format::package::{
     BackupFormat, BackupPackage, BackupRules, ConfirmationKey, DataPackage, MAX_BACKUP_LEN, TransportCurve,
     TransportPublicKey, open, open_backup, verify_confirmation,
 };
-use spp::store::{AuditCheckpoint, DeviceRecord, LogEntry};
-use spp::tlog::{self, LogKey, LogProof, Origin, SignedCheckpoint, TileId, WitnessKey};
+use spp_format::record::{AuditCheckpoint, DeviceRecord, LogEntry};
+use spp_format::tlog::{self, LogKey, LogProof, Origin, SignedCheckpoint, TileId, WitnessKey};
 
 use samples::{CONTEXT, MAC_CONTEXT};
 

@@ -3,16 +3,16 @@
 use std::sync::LazyLock;
 
 use serde_json::Value;
-use spp::certificate::{
+use spp_format::certificate::{
     AccessCertificate, AccessName, AuthorityCertificate, Caller, CertificateRequest, CertificateSerial,
     IssuedCertificate, IssuerCertificate, Profile, SignedDocument, SubjectName, UnsignedDocument, access_certificate,
     authority_certificate, authority_request, prepare,
 };
-use spp::keys::{DevicePrivateKey, PublicKey, SignatureAlgorithm};
-use spp::package::{ConfirmationClaims, DataPackage, TransportCurve, TransportPrivateKey};
-use spp::secret::{Secret, SecretBytes};
-use spp::store::{AuditCheckpoint, DeviceRecord};
-use spp::tlog::LogKey;
+use spp_format::keys::{DevicePrivateKey, PublicKey, SignatureAlgorithm};
+use spp_format::package::{ConfirmationClaims, DataPackage, TransportCurve, TransportPrivateKey};
+use spp_format::record::{AuditCheckpoint, DeviceRecord};
+use spp_format::secret::{Secret, SecretBytes};
+use spp_format::tlog::LogKey;
 
 const P256: &str = include_str!("../../tests/vectors/p256.json");
 const ED25519: &str = include_str!("../../tests/vectors/ed25519.json");

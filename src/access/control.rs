@@ -2,19 +2,22 @@
 
 use std::sync::Arc;
 
-use super::{
-    AccessError, AccessStore, ApprovalRequest, ApprovalRules, ApprovalStatement, IdentityRange, IssuedAccess,
-    LoadedRange, ProtectedAction, Quota, Refused, RequestError, RequestId, RequestState, Revocation, RevocationList,
-    SignedStatement, StationUse, Verdict,
+use spp_format::approval::{
+    ApprovalRules, ApprovalStatement, ProtectedAction, Quota, RequestId, SignedStatement, Verdict,
 };
-use crate::certificate::{
+use spp_format::certificate::{
     AccessCertificate, AccessName, Caller, CallerCertificate, CertificateSerial, IssuerCertificate, Role,
     access_certificate, verify_csr,
 };
+use spp_format::keys::sha256;
+use spp_format::names::{KeyName, OfficerName, ProfileName, StationName};
+
+use super::{
+    AccessError, AccessStore, ApprovalRequest, IdentityRange, IssuedAccess, LoadedRange, Refused, RequestError,
+    RequestState, Revocation, RevocationList, StationUse,
+};
 use crate::clock::Clock;
 use crate::hsm::Hsm;
-use crate::keys::sha256;
-use crate::names::{KeyName, OfficerName, ProfileName, StationName};
 
 /// Maximum lifetime of a certificate, in seconds: ten years.
 const MAX_LIFETIME: u64 = 3650 * 24 * 60 * 60;

@@ -3,39 +3,30 @@
 //! The types of this module define the state transitions of requests, quotas and ranges. The state store commits each
 //! transition in one transaction. [`AccessControl`] is the service that the RPCs use.
 
-mod action;
-mod action_kind;
 mod control;
 mod quota;
 mod range;
 mod request;
-mod request_id;
 mod revocation_list;
-mod rules;
-mod statement;
 mod store;
 
 use serde::{Deserialize, Serialize};
+use spp_format::approval::{ApprovalRules, RequestId};
+use spp_format::certificate::{Caller, CertificateError};
+use spp_format::names::{DeviceIdentity, ProfileName, StationName};
 
-pub use action::{MAX_CEREMONY_LEN, MAX_REASON_LEN, ProtectedAction};
-pub use action_kind::ProtectedActionKind;
 pub use control::{AccessAuthority, AccessControl, Decision, Enrolled, SubmittedRequest};
-pub use quota::{Exceeded, NeedsApproval, Quota, SettledQuota, Usage};
+pub use quota::{Exceeded, NeedsApproval, SettledQuota, Usage};
 pub use range::IdentityRange;
 pub use request::{ApprovalRequest, RequestError, RequestState};
-pub use request_id::RequestId;
 pub use revocation_list::RevocationList;
-pub use rules::ApprovalRules;
-pub use statement::{ApprovalStatement, SignedStatement, Verdict, verify as verify_statement};
 pub use store::AccessStore;
 pub(crate) use store::{MAX_OPEN_REQUESTS, MAX_OWN_REQUESTS, MAX_RANGES, MAX_REQUESTS};
 
 #[cfg(test)]
 pub(crate) use request::tests::{request, signed};
 
-use crate::certificate::{Caller, CertificateError};
 use crate::hsm::HsmError;
-use crate::names::{DeviceIdentity, ProfileName, StationName};
 use crate::store_error::StoreError;
 
 /// The revocation of a caller's certificates up to a point in time.

@@ -1,8 +1,7 @@
 //! Ranges of device identities from which the daemon assigns each identity once.
 
 use serde::{Deserialize, Serialize};
-
-use crate::names::{DeviceIdentity, Imei, NameError};
+use spp_format::names::{DeviceIdentity, Imei, NameError};
 
 /// Maximum number of identities in a range.
 const MAX_COUNT: u64 = 1_000_000_000;

@@ -1,12 +1,9 @@
 //! Approval requests and their state transitions.
 
 use serde::{Deserialize, Serialize};
-
-use super::action::ProtectedAction;
-use super::request_id::RequestId;
-use super::statement::SignedStatement;
-use crate::certificate::Role;
-use crate::names::OfficerName;
+use spp_format::approval::{ProtectedAction, RequestId, SignedStatement};
+use spp_format::certificate::Role;
+use spp_format::names::OfficerName;
 
 /// A request of one officer that other officers must approve.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -231,7 +228,10 @@ pub(crate) mod tests {
     }
 
     fn raise() -> ProtectedAction {
-        ProtectedAction::RaiseQuota { station: "line-1/a".parse().unwrap(), quota: super::super::Quota::default() }
+        ProtectedAction::RaiseQuota {
+            station: "line-1/a".parse().unwrap(),
+            quota: spp_format::approval::Quota::default(),
+        }
     }
 
     #[test]

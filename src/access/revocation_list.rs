@@ -3,8 +3,9 @@
 use std::collections::HashMap;
 use std::sync::{PoisonError, RwLock};
 
+use spp_format::certificate::{Caller, CallerCertificate};
+
 use super::Revocation;
-use crate::certificate::{Caller, CallerCertificate};
 
 /// The revocations by caller. They are checked for each call, so a revocation also takes effect on open connections.
 #[derive(Default)]

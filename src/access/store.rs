@@ -1,13 +1,13 @@
 //! The trait of the store of access control data, which storage engines implement, and its limits.
 
 use async_trait::async_trait;
+use spp_format::approval::{ApprovalRules, Quota, RequestId, SignedStatement, Verdict};
+use spp_format::certificate::Caller;
+use spp_format::names::{ChipId, DeviceIdentity, ProfileName, StationName};
 
 use super::{
-    AccessError, ApprovalRequest, ApprovalRules, IdentityRange, IssuedAccess, LoadedRange, Quota, RequestId,
-    Revocation, SettledRules, SignedStatement, StationUse, Verdict,
+    AccessError, ApprovalRequest, IdentityRange, IssuedAccess, LoadedRange, Revocation, SettledRules, StationUse,
 };
-use crate::certificate::Caller;
-use crate::names::{ChipId, DeviceIdentity, ProfileName, StationName};
 use crate::store_error::StoreError;
 
 /// Maximum open requests.

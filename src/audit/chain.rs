@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+use spp_format::keys::sha256;
 
 use super::{AuditError, Entry, Outcome, RecordedEntry};
-use crate::keys::sha256;
 
 /// Maximum length of a line in bytes, including the newline.
 pub(super) const MAX_LINE_LEN: usize = 64 * 1024;

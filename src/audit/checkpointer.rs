@@ -3,13 +3,15 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use spp_format::audit::{Checkpoint, LogHead};
+use spp_format::keys::SignatureAlgorithm;
+use spp_format::record::AuditCheckpoint;
 use tokio::sync::watch;
 
 use super::offline_events::import_pending;
-use super::{AuditError, Auditor, Checkpoint, Entry, LogHead, Outcome};
+use super::{AuditError, Auditor, Entry, Outcome};
 use crate::hsm::{CheckpointKey, Hsm};
-use crate::keys::SignatureAlgorithm;
-use crate::store::{AuditCheckpoint, PublishError, Registry};
+use crate::store::{PublishError, Registry};
 
 /// How often the checkpointer checks for due work.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);

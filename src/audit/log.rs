@@ -9,11 +9,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use spp_format::audit::LogHead;
+use spp_format::keys::sha256;
 use tokio::sync::oneshot;
 
 use super::chain::{ChainHead, MAX_LINE_LEN, TAIL_LEN};
 use super::{AuditError, Entry, FILE, Outcome};
-use crate::keys::sha256;
 
 /// Timeout for the file lock. After a kill -9 the kernel may release the lock with a delay.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
@@ -48,15 +49,6 @@ struct Queue {
 struct PendingEntry {
     entry: Entry,
     reply: oneshot::Sender<Result<u64, AuditError>>,
-}
-
-/// The head of a log at one point in time: number of entries and SHA-256 of the last one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct LogHead {
-    /// Number of entries.
-    pub entries: u64,
-    /// SHA-256 of the last line; zeros if there is none.
-    pub hash: [u8; 32],
 }
 
 /// Maximum number of bytes per read.

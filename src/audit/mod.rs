@@ -10,7 +10,6 @@
 
 mod auditor;
 mod chain;
-mod checkpoint;
 mod checkpointer;
 mod entry;
 mod log;
@@ -22,10 +21,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 pub use auditor::{Auditor, CheckpointStatus};
-pub use checkpoint::Checkpoint;
 pub use checkpointer::{AuditCheckpointer, CheckpointRules};
 pub use entry::{Entry, Outcome, RecordedEntry, UnknownOutcome};
-pub use log::{AuditLog, LogHead};
+pub use log::AuditLog;
 pub use offline_events::OfflineEvent;
 pub use read::Entries;
 pub use verify::{PublishedCheckpoint, PublishedCheckpoints, Trust, Verified, verified_json, verify, verify_with};

@@ -5,13 +5,14 @@ use std::fmt;
 use std::path::Path;
 
 use serde_json::json;
+use spp_format::approval::verify_statement;
+use spp_format::audit::Checkpoint;
+use spp_format::certificate::{parse_caller_certificate, verify_caller_certificate};
+use spp_format::keys::PublicKey;
+use spp_format::tlog::LogKey;
 
 use super::chain::ChainHead;
-use super::{AuditError, Checkpoint, Entries, Outcome, RecordedEntry};
-use crate::access::verify_statement;
-use crate::certificate::{parse_caller_certificate, verify_caller_certificate};
-use crate::keys::PublicKey;
-use crate::tlog::LogKey;
+use super::{AuditError, Entries, Outcome, RecordedEntry};
 
 /// The result of a successful verification: the chain is intact and matches the checkpoints.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -366,7 +367,7 @@ mod tests {
         let other = Case::new("officer o-2").await;
         let untouched = case.verify(|_| {}).unwrap();
         assert_eq!(untouched.entries, 6);
-        assert_eq!(untouched.head, hex::encode(crate::keys::sha256(case.lines[5].as_bytes())));
+        assert_eq!(untouched.head, hex::encode(spp_format::keys::sha256(case.lines[5].as_bytes())));
         let (changed, moved) = ("one of the two was changed", "removed, added or moved");
         // Edited: the next line no longer continues the chain.
         case.assert_broken_at(4, changed, |lines| lines[2] = lines[2].replace("o-1", "o-9"));

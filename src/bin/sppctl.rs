@@ -8,11 +8,9 @@ use std::time::Duration;
 
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
 use spp::audit::AuditLog;
-use spp::certificate::{AccessName, Caller, Role};
 use spp::cli_docs::CliDocs;
 use spp::config::{AuditConfig, HsmAccess, StoreConfig};
 use spp::hsm::{KeyManifest, ModuleProfile, PinSource, initialise_token};
-use spp::names::{AuditorName, BackOfficeName, MonitorName, NameError, OfficerName, StationName};
 use spp::officer::{
     self, ApprovalsCommand, AskArgs, CeremonyCommand, DaemonArgs, DeviceCommand, Enrolment, HsmCommand,
     IdentitiesCommand, PoolCommand, ReadAuditCommand, RegistryCommand, RenewArgs, ReportCommand, SessionsCommand,
@@ -20,6 +18,8 @@ use spp::officer::{
 };
 use spp::registry::TransparencyLog;
 use spp::store::SledStateStore;
+use spp_format::certificate::{AccessName, Caller, Role};
+use spp_format::names::{AuditorName, BackOfficeName, MonitorName, NameError, OfficerName, StationName};
 
 /// Administer the secure processing point: tokens, key ceremonies, stores, certificates, approvals, status.
 #[derive(Parser)]

@@ -3,9 +3,8 @@
 use std::time::Duration;
 
 use serde::Deserialize;
-
-use crate::access::ApprovalRules;
-use crate::file_format::Faults;
+use spp_format::approval::ApprovalRules;
+use spp_format::file_format::Faults;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, default, rename_all = "kebab-case")]

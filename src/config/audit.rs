@@ -4,8 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Deserialize;
-
-use crate::file_format::Faults;
+use spp_format::file_format::Faults;
 
 /// Location of the audit log and frequency of its checkpoints.
 #[derive(Debug, Clone, PartialEq, Eq)]

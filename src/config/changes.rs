@@ -3,9 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 
+use spp_format::file_format::Faults;
+use spp_format::names::KeyName;
+
 use super::DaemonConfig;
-use crate::file_format::Faults;
-use crate::names::KeyName;
 
 impl DaemonConfig {
     /// The changes that take effect when `new` replaces this configuration, for example `profile phone: changed`. Fails with all

@@ -4,6 +4,12 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
+use spp_format::approval::ApprovalRules;
+use spp_format::certificate::{IssuerCertificate, Profile};
+use spp_format::file_format::Faults;
+use spp_format::keys::SignatureAlgorithm;
+use spp_format::names::{KeyName, ProfileName};
+
 use super::audit::AuditConfig;
 use super::key_pool;
 use super::listen::Listen;
@@ -15,13 +21,9 @@ use super::shape::{Shape, base_of, read_shape};
 use super::stations::Stations;
 use super::store::{self, StoreConfig};
 use super::tls::{self, TlsConfig};
-use crate::access::{AccessAuthority, ApprovalRules};
-use crate::certificate::{IssuerCertificate, Profile};
-use crate::file_format::Faults;
+use crate::access::AccessAuthority;
 use crate::hsm::{Hsms, KeyManifest, SigningKey, SigningUse};
 use crate::keypool::PoolRules;
-use crate::keys::SignatureAlgorithm;
-use crate::names::{KeyName, ProfileName};
 
 /// The complete, validated configuration of the daemon.
 pub struct DaemonConfig {

@@ -7,8 +7,8 @@ use std::time::Duration;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
+use spp_format::file_format::Faults;
 
-use crate::file_format::Faults;
 use crate::hsm::{HsmConfig, Hsms, KeyManifest, ModuleProfile, PinSource, SupervisorPacing};
 
 /// `[hsm]` or `[[hsm]]`: one table, or a list of tables.

@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde::Deserialize;
+use spp_format::certificate::{KeyPairRule, Profile};
+use spp_format::file_format::Faults;
+use spp_format::keys::KeyKind;
+use spp_format::names::ProfileName;
 
-use crate::certificate::{KeyPairRule, Profile};
-use crate::file_format::Faults;
 use crate::hsm::ModuleProfile;
 use crate::keypool::{MAX_POOL_PAIRS, Marks, PoolPacing, PoolRules};
-use crate::keys::KeyKind;
-use crate::names::ProfileName;
 use crate::store::KeyStorage;
 
 /// Maximum number of batches. Batch keys are token objects, and background work scans all batches periodically.

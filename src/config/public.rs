@@ -3,8 +3,7 @@
 use std::path::PathBuf;
 
 use serde::Deserialize;
-
-use crate::file_format::Faults;
+use spp_format::file_format::Faults;
 
 /// The public listener's pages, rate limits and certificate.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]

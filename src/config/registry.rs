@@ -4,12 +4,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Deserialize;
+use spp_format::file_format::Faults;
+use spp_format::names::KeyName;
+use spp_format::tlog::WitnessKey;
 
-use crate::file_format::Faults;
 use crate::hsm::{CheckpointKey, KeyManifest};
-use crate::names::KeyName;
 use crate::registry::{LogSettings, Witness};
-use crate::tlog::WitnessKey;
 
 /// The transparency log of the public database.
 #[derive(Debug, Clone)]

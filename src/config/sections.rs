@@ -2,17 +2,18 @@
 
 use std::path::{Path, PathBuf};
 
+use spp_format::certificate::IssuerCertificate;
+use spp_format::file_format::Faults;
+use spp_format::keys::PublicKey;
+use spp_format::tlog::LogKey;
+
 use super::audit::AuditConfig;
 use super::hsm::HsmAccess;
 use super::registry;
 use super::shape::{base_of, read_shape};
 use super::store::{self, StoreConfig};
-use crate::certificate::IssuerCertificate;
-use crate::file_format::Faults;
 use crate::hsm::{DestroyedKey, KeyManifest, SigningUse};
-use crate::keys::PublicKey;
 use crate::store::StoreOptions;
-use crate::tlog::LogKey;
 
 impl AuditConfig {
     /// Loads `[audit]` of `sppd.toml`, to create and verify the log.

@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Deserialize;
+use spp_format::file_format::{Faults, read_toml};
+use spp_format::keys::sha256;
 
 use super::approvals::ApprovalsShape;
 use super::audit::AuditShape;
@@ -17,8 +19,6 @@ use super::settings::Settings;
 use super::stations::StationShape;
 use super::store::StoreShape;
 use super::tls::TlsShape;
-use crate::file_format::{Faults, read_toml};
-use crate::keys::sha256;
 
 /// The file. Its sections are validated separately.
 #[derive(Deserialize)]

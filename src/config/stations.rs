@@ -3,10 +3,9 @@
 use std::collections::BTreeMap;
 
 use serde::Deserialize;
-
-use crate::access::Quota;
-use crate::file_format::Faults;
-use crate::names::{DeviceIdentity, ProfileName, StationName};
+use spp_format::approval::Quota;
+use spp_format::file_format::Faults;
+use spp_format::names::{DeviceIdentity, ProfileName, StationName};
 
 /// The permitted profiles, identity prefixes and quota of every station.
 #[derive(Debug, Clone, Default)]

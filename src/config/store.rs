@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use bytesize::ByteSize;
 use serde::Deserialize;
+use spp_format::file_format::Faults;
 
-use crate::file_format::Faults;
 use crate::store::StoreOptions;
 
 /// Directories and disk options of the stores.

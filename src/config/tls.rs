@@ -13,10 +13,9 @@ use rustls::{RootCertStore, ServerConfig};
 use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use serde::Deserialize;
-
-use crate::file_format::{Faults, open_private};
-use crate::keys::sha256;
-use crate::secret::SecretBytes;
+use spp_format::file_format::{Faults, open_private};
+use spp_format::keys::sha256;
+use spp_format::secret::SecretBytes;
 
 /// The TLS configurations of the listeners. They are built while the configuration is loaded, so that unusable certificates and
 /// keys are reported as faults.

@@ -4,13 +4,13 @@ use cryptoki::mechanism::Mechanism;
 use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle};
 use cryptoki::session::Session;
 use serde::{Deserialize, Serialize};
+use spp_format::keys::KeyKind;
+use spp_format::names::KeyName;
 
 use super::failure::{Failure, FailureContext as _};
 use super::failure_class::FailureClass;
 use super::kdf::Prf;
 use super::module::{KdfRoute, ModuleProfile};
-use crate::keys::KeyKind;
-use crate::names::KeyName;
 
 /// `secp256r1` in DER, for CKA_EC_PARAMS (PKCS#11 v2.40 §2.3.3).
 const SECP256R1: &[u8] = &[0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x03, 0x01, 0x07];

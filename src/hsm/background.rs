@@ -3,12 +3,14 @@
 
 use std::time::Duration;
 
+use spp_format::keys::{KeyKind, PublicKey};
+
 use super::connection::BACKGROUND_LIMIT;
 use super::failure::HsmError;
 use super::handle::{CallOptions, Hsm, unexpected};
 use super::objects::public_key;
 use super::wire::{Answer, Operation, Priority, StorageTarget, StoredForm};
-use crate::keys::{BatchName, KeyKind, PublicKey, StoredKey, TokenPair, WrappedKey};
+use super::{BatchName, StoredKey, TokenPair, WrappedKey};
 
 /// Deadline of a short operation, which may wait for a pair being generated. A hung HSM must not block the other HSMs.
 const SHORT: Duration = Duration::from_secs(60);

@@ -9,6 +9,9 @@ use std::collections::BTreeMap;
 use aws_lc_rs::key_wrap::{AES_256, AesKek, KeyWrapPadded as _};
 use cryptoki::mechanism::Mechanism;
 use cryptoki::object::{Attribute, KeyType, ObjectClass, ObjectHandle};
+use spp_format::keys::{KeyKind, PublicKey};
+use spp_format::names::KeyName;
+use spp_format::secret::SecretBytes;
 use zeroize::Zeroizing;
 
 use super::attributes::{KeyRole, Provenance, pair_generation};
@@ -21,9 +24,6 @@ use super::objects::{Ceremony, CreatedKey, NewKeyParts, master_generation, publi
 use super::operations::TokenOperations;
 use super::token::find_one;
 use super::wire::WirePublicKey;
-use crate::keys::{KeyKind, PublicKey};
-use crate::names::KeyName;
-use crate::secret::SecretBytes;
 
 /// Length of a backup key in bytes: AES-256.
 pub const BACKUP_KEY_LEN: u32 = 32;

@@ -9,6 +9,8 @@ use std::time::SystemTime;
 use cryptoki::mechanism::Mechanism;
 use cryptoki::object::{Attribute, AttributeType, ObjectClass, ObjectHandle};
 use cryptoki::session::SessionState;
+use spp_format::keys::KeyKind;
+use spp_format::names::KeyName;
 
 use super::attributes::{KeyRole, Provenance, audit};
 use super::durable::sync_changed;
@@ -17,8 +19,7 @@ use super::failure_class::FailureClass;
 use super::operations::TokenOperations;
 use super::token::find_one;
 use super::wire::{Answer, KeyOnToken, MadePair, StoredForm};
-use crate::keys::{BatchName, KeyKind, TokenPair, batch_key_id};
-use crate::names::KeyName;
+use super::{BatchName, TokenPair, batch_key_id};
 
 /// Bytes of the CKA_ID of a pair.
 const ID_LEN: u32 = 16;

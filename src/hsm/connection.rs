@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use spp_format::names::KeyName;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -16,7 +17,6 @@ use super::statistics::CallStatistics;
 use super::token::TokenIdentity;
 use super::transport::TransportKey;
 use super::wire::{self, Answer, Operation, Priority, Reply, Request, Started};
-use crate::names::KeyName;
 
 /// Deadline of a background call. Includes waiting for a processor that the line uses: one RSA-4096 pair takes seconds.
 pub(super) const BACKGROUND_LIMIT: Duration = Duration::from_secs(15 * 60);
@@ -296,10 +296,10 @@ pub(super) async fn write_frame<T: serde::Serialize>(write: &mut OwnedWriteHalf,
 
 #[cfg(test)]
 mod tests {
+    use spp_format::secret::SecretBytes;
     use tokio::net::UnixStream;
 
     use super::*;
-    use crate::secret::SecretBytes;
 
     /// A call can reach a connection that has just ended, before the supervisor has published the new state.
     #[tokio::test]

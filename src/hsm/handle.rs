@@ -4,6 +4,9 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use spp_format::keys::{DevicePrivateKey, KeyError, KeyKind, PublicKey, SignatureAlgorithm};
+use spp_format::names::KeyName;
+use spp_format::secret::SecretBytes;
 use tokio::sync::watch;
 use tracing::Instrument as _;
 
@@ -17,11 +20,7 @@ use super::objects::{public_key, to_x509_form};
 use super::supervisor::supervise;
 use super::wire::{Answer, Operation, Priority};
 use super::worker_state::State;
-use crate::keys::{
-    BatchName, DevicePrivateKey, KeyError, KeyKind, PublicKey, SignatureAlgorithm, StoredKey, WrappedKey,
-};
-use crate::names::KeyName;
-use crate::secret::SecretBytes;
+use super::{BatchName, StoredKey, WrappedKey};
 
 /// How long a background call waits for a ready worker before it fails.
 const BACKGROUND_PATIENCE: Duration = Duration::from_secs(5);
@@ -180,7 +179,7 @@ impl Hsm {
         let _ = self.states.changed().await;
     }
 
-    /// Signs; ECDSA signatures are DER. Certificates must be signed through [`crate::provisioning::Issuer`], which requires an
+    /// Signs; ECDSA signatures are DER. Certificates must be signed through `provisioning::Issuer`, which requires an
     /// intent.
     pub(crate) async fn sign(
         &self,

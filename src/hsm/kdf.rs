@@ -1,8 +1,7 @@
 //! Key derivation: NIST SP 800-108r1 §4.1, KDF in counter mode with the HSM's MAC as the pseudorandom function.
 
 use serde::{Deserialize, Serialize};
-
-use crate::names::KeyName;
+use spp_format::names::KeyName;
 
 /// The pseudorandom function of a master key. Fixed at key generation, because the key type depends on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,7 +54,7 @@ impl Derivation {
     pub fn device_key(
         master_key: KeyName,
         purpose: &str,
-        identity: &crate::names::DeviceIdentity,
+        identity: &spp_format::names::DeviceIdentity,
         length: usize,
     ) -> Self {
         Self { master_key, label: format!("spp/v1/{purpose}"), context: identity.to_string().into_bytes(), length }

@@ -4,13 +4,13 @@
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use spp_format::keys::{PublicKey, sha256};
+use spp_format::names::KeyName;
+use spp_format::tlog::LogKey;
 
 use super::attributes::{KeyRole, Provenance};
 use super::kdf::Prf;
 use super::token::TokenIdentity;
-use crate::keys::{PublicKey, sha256};
-use crate::names::KeyName;
-use crate::tlog::LogKey;
 
 /// The keys that a token must hold. Validated: names and CKA_IDs are unique, public keys parse.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -4,16 +4,16 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use spp_format::file_format::{Faults, read_toml};
+use spp_format::keys::PublicKey;
+use spp_format::names::KeyName;
+use spp_format::tlog::{LogKey, Origin};
 use time::OffsetDateTime;
 
 use super::attributes::Provenance;
 use super::kdf::Prf;
 use super::key_manifest::{BackupKey, CheckpointKey, DestroyedKey, KeyManifest, MasterKey, SigningKey, SigningUse};
 use super::token::TokenIdentity;
-use crate::file_format::{Faults, read_toml};
-use crate::keys::PublicKey;
-use crate::names::KeyName;
-use crate::tlog::{LogKey, Origin};
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

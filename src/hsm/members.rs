@@ -12,13 +12,13 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{Semaphore, watch};
 
+use super::BatchName;
 use super::connection::{Connection, Counters};
 use super::failure::HsmError;
 use super::key_manifest::KeyManifest;
 use super::supervisor::HsmConfig;
 use super::wire::Priority;
 use super::worker_state::{State, StatePublisher, state_publishers};
-use crate::keys::BatchName;
 
 /// One of the HSMs of a handle.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -35,6 +35,7 @@ mod return_codes;
 mod self_test;
 mod statistics;
 mod status;
+mod stored_key;
 mod supervisor;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -63,6 +64,7 @@ pub use pin_attempts::PinAttempts;
 pub use self_test::{Finding, HsmRequirements, SelfTestReport, run_self_test};
 pub use statistics::{CallStatistic, LATENCY_BOUNDS_US};
 pub use status::{HsmStatus, MemberStatus};
+pub use stored_key::{BatchName, StoreId, StoredKey, TokenPair, WrappedKey, batch_key_id};
 pub use supervisor::{HsmConfig, SupervisorPacing};
 pub use token::{TokenIdentity, initialise_token};
 pub use token_file_backup::TokenFileBackup;

@@ -5,11 +5,11 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use spp_format::file_format::{Faults, read_toml};
+use spp_format::keys::KeyKind;
 
 use super::failure_class::FailureClass;
 use super::token_file_backup::TokenFileBackup;
-use crate::file_format::{Faults, read_toml};
-use crate::keys::KeyKind;
 
 /// The validated profile of a PKCS#11 module.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

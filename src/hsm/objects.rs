@@ -6,6 +6,8 @@ use std::time::SystemTime;
 use cryptoki::mechanism::Mechanism;
 use cryptoki::object::{Attribute, AttributeType, ObjectHandle};
 use cryptoki::session::Session;
+use spp_format::keys::{KeyKind, PublicKey, SignatureAlgorithm, ecdsa_der_from_fixed};
+use spp_format::names::KeyName;
 
 use super::attributes::{KeyRole, Provenance, audit};
 use super::failure::{Failure, FailureContext as _, HsmError, set_failure_overrides};
@@ -16,8 +18,6 @@ use super::operations::{Shared, TokenOperations};
 use super::pin::PinSource;
 use super::token::{Token, TokenIdentity, find_one};
 use super::wire::{KeyOnToken, WirePublicKey};
-use crate::keys::{KeyKind, PublicKey, SignatureAlgorithm, ecdsa_der_from_fixed};
-use crate::names::KeyName;
 
 /// Length of a CKA_ID in bytes.
 const ID_LEN: u32 = 16;

@@ -12,6 +12,8 @@ use cryptoki::mechanism::rsa::{PkcsMgfType, PkcsOaepParams, PkcsOaepSource, Pkcs
 use cryptoki::mechanism::{Mechanism, MechanismType};
 use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle};
 use cryptoki::session::Session;
+use spp_format::keys::SignatureAlgorithm;
+use spp_format::names::KeyName;
 use zeroize::Zeroizing;
 
 use super::attributes::audit;
@@ -21,8 +23,7 @@ use super::kdf::{Prf, prf_inputs};
 use super::module::{KdfRoute, ModuleProfile, OaepHash};
 use super::token::find_one;
 use super::wire::{Answer, KeyOnToken, Operation, TransportRsa, WireSecret};
-use crate::keys::{BatchName, SignatureAlgorithm, TokenPair};
-use crate::names::KeyName;
+use super::{BatchName, TokenPair};
 
 /// State shared by all threads of a worker.
 pub(crate) struct Shared {

@@ -5,6 +5,8 @@ use std::time::{Duration, Instant};
 use cryptoki::mechanism::Mechanism;
 use cryptoki::mechanism::aead::GcmParams;
 use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle};
+use spp_format::keys::KeyKind;
+use spp_format::names::KeyName;
 use zeroize::Zeroizing;
 
 use super::attributes::pair_generation;
@@ -13,8 +15,6 @@ use super::failure_class::FailureClass;
 use super::module::WrapMechanism;
 use super::operations::TokenOperations;
 use super::wire::{Answer, MadePair, StorageTarget, StoredForm, WirePublicKey};
-use crate::keys::KeyKind;
-use crate::names::KeyName;
 
 /// Bytes of the IV of AES-CBC.
 pub(super) const IV_LEN: usize = 16;

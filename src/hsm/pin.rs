@@ -8,10 +8,9 @@ use std::path::{Path, PathBuf};
 
 use rustix::termios::{LocalModes, OptionalActions, Termios, tcgetattr, tcsetattr};
 use serde::{Deserialize, Serialize};
+use spp_format::file_format::{PrivateFileError, open_private};
+use spp_format::secret::SecretBytes;
 use zeroize::Zeroize as _;
-
-use crate::file_format::{PrivateFileError, open_private};
-use crate::secret::SecretBytes;
 
 /// The source of a PIN.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

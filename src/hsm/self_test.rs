@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 use cryptoki::mechanism::Mechanism;
 use cryptoki::object::{Attribute, AttributeType, ObjectHandle};
 use serde::Serialize;
+use spp_format::keys::{DevicePrivateKey, KeyKind, SignatureAlgorithm};
+use spp_format::names::KeyName;
 
 use super::attributes::{KeyRole, Provenance, audit, pair_generation};
 use super::failure::Failure;
@@ -17,9 +19,7 @@ use super::objects::{Ceremony, public_key, to_hsm_error, to_x509_form};
 use super::operations::{Shared, TokenOperations};
 use super::transport::{TransportKey, TransportReceiver};
 use super::wire::{Answer, KeyOnToken};
-use super::{HsmError, PinSource, TokenIdentity};
-use crate::keys::{BatchName, DevicePrivateKey, KeyKind, SignatureAlgorithm, StoreId};
-use crate::names::KeyName;
+use super::{BatchName, HsmError, PinSource, StoreId, TokenIdentity};
 
 /// Each operation is measured this number of times or for this long, whichever ends first.
 const SAMPLES: (usize, Duration) = (100, Duration::from_millis(400));

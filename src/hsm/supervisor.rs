@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use spp_format::keys::SignatureAlgorithm;
 use tokio::io::BufReader;
 use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
@@ -27,7 +28,6 @@ use super::transport::TransportReceiver;
 use super::wire::{self, Answer, KeyOnToken, Operation, Priority, Start, Started};
 use super::worker;
 use super::worker_state::{State, StatePublisher};
-use crate::keys::SignatureAlgorithm;
 
 /// Configuration of one HSM.
 #[derive(Debug, Clone)]

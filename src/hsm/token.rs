@@ -9,13 +9,13 @@ use cryptoki::session::{Session, UserType};
 use cryptoki::slot::Slot;
 use cryptoki::types::AuthPin;
 use serde::{Deserialize, Serialize};
+use spp_format::names::KeyName;
+use spp_format::secret::SecretBytes;
 
 use super::failure::{Failure, FailureContext as _};
 use super::failure_class::FailureClass;
 use super::module::ModuleProfile;
 use super::pin::PinSource;
-use crate::names::KeyName;
-use crate::secret::SecretBytes;
 
 /// The identity of a token. Unlike slot numbers, it is stable.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

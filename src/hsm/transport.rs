@@ -8,13 +8,13 @@ use aws_lc_rs::key_wrap::{AES_256, AesKek, KeyWrapPadded as _};
 use aws_lc_rs::rsa::{
     KeySize, OAEP_SHA1_MGF1SHA1, OAEP_SHA256_MGF1SHA256, OaepPrivateDecryptingKey, PrivateDecryptingKey,
 };
+use spp_format::keys::PublicKey;
+use spp_format::secret::SecretBytes;
 
 use super::failure::HsmError;
 use super::module::{OaepHash, WrapMechanism};
 use super::pairs::{GCM_IV_LEN, IV_LEN};
 use super::wire::TransportRsa;
-use crate::keys::PublicKey;
-use crate::secret::SecretBytes;
 
 /// Receives one transport key and is consumed by it.
 pub(crate) struct TransportReceiver {

@@ -5,17 +5,18 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+use spp_format::keys::{KeyKind, SignatureAlgorithm};
+use spp_format::names::KeyName;
+use spp_format::secret::SecretBytes;
 use zeroize::{Zeroize as _, Zeroizing};
 
+use super::TokenPair;
 use super::attributes::{KeyRole, Provenance};
 use super::failure::Failure;
 use super::kdf::Prf;
 use super::module::ModuleProfile;
 use super::pin::PinSource;
 use super::token::TokenIdentity;
-use crate::keys::{KeyKind, SignatureAlgorithm, TokenPair};
-use crate::names::KeyName;
-use crate::secret::SecretBytes;
 
 /// Maximum frame size in bytes. A larger frame is a fault of the peer.
 pub(crate) const MAX_FRAME: usize = 1 << 20;

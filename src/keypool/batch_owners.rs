@@ -3,8 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::{KeyPool, PoolError};
-use crate::hsm::{Hsm, HsmId};
-use crate::keys::{BatchName, StoreId};
+use crate::hsm::{BatchName, Hsm, HsmId, StoreId};
 use crate::store::{Batch, KeyStorage};
 
 /// A snapshot of batch ownership.

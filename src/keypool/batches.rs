@@ -1,8 +1,7 @@
 //! Opens batches for new pairs. Each batch has its own key in the HSM.
 
 use super::{KeyPool, PoolError};
-use crate::hsm::HsmId;
-use crate::keys::BatchName;
+use crate::hsm::{BatchName, HsmId};
 use crate::store::{Batch, BatchState, BatchStep, KeyStorage, Purpose};
 
 impl KeyPool {

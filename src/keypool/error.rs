@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
+use spp_format::keys::KeyKind;
+
 use crate::hsm::HsmError;
-use crate::keys::KeyKind;
 use crate::store::StoreError;
 
 /// The reason why a pool operation failed. No pair is lost.

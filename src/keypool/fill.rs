@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use spp_format::keys::{KeyKind, PublicKey};
 use tokio::task::JoinSet;
 
 use super::pool_state::{Pool, Share};
 use super::rules::MAX_POOL_PAIRS;
 use super::{KeyPool, PoolError};
-use crate::hsm::{HsmError, HsmId, PairStorage};
-use crate::keys::{KeyKind, PublicKey, StoredKey};
+use crate::hsm::{HsmError, HsmId, PairStorage, StoredKey};
 use crate::store::{Batch, BatchStep, KeyStorage, PooledPair, Purpose};
 
 /// Concurrent HSM calls per key type, so that the HSM's threads have work while pairs are being stored.

@@ -12,9 +12,10 @@ use super::pool_state::Share;
 use super::readers_barrier::ReaderGuard;
 use super::{KeyPool, PoolError};
 
-use crate::hsm::HsmError;
-use crate::keys::{BatchName, KeyKind, PublicKey, StoredKey, WrappedKey};
-use crate::names::KeyName;
+use spp_format::keys::{KeyKind, PublicKey};
+use spp_format::names::KeyName;
+
+use crate::hsm::{BatchName, HsmError, StoredKey, WrappedKey};
 use crate::store::{PairId, PairToReserve, PooledPair, StoreError};
 use ready_queue::{QueueState, ReadyQueue};
 

@@ -33,6 +33,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use spp_format::keys::KeyKind;
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 
@@ -43,8 +44,7 @@ pub use shred::{ShredOrder, ShredReport};
 pub use status::{KindStatus, PoolStatus};
 
 use crate::clock::Clock;
-use crate::hsm::{Hsm, HsmError, HsmId};
-use crate::keys::{BatchName, KeyKind};
+use crate::hsm::{BatchName, Hsm, HsmError, HsmId};
 use crate::store::{Journal, Registry, SecretStore};
 use lease::ready_queue::ReadyQueue;
 use pool_state::{Pool, Share};

@@ -7,8 +7,7 @@ use std::time::Duration;
 
 use super::pool_state::Pool;
 use super::{KeyPool, PoolError};
-use crate::hsm::{DaemonObjects, HsmId};
-use crate::keys::{BatchName, StoreId, StoredKey};
+use crate::hsm::{BatchName, DaemonObjects, HsmId, StoreId, StoredKey};
 use crate::store::{Batch, BatchState, BatchStep, KeyStorage, Purpose, StoreError};
 
 /// Maximum number of on-token pairs to compare: above the capacity of any module.
@@ -223,7 +222,7 @@ impl KeyPool {
                 Some(Purpose::Pool(kind)) => hsm.destroy_pair(kind, pair).await?,
                 // The key type of the batch is unknown: try the types.
                 _ => {
-                    for kind in [crate::keys::KeyKind::P256, crate::keys::KeyKind::Ed25519] {
+                    for kind in [spp_format::keys::KeyKind::P256, spp_format::keys::KeyKind::Ed25519] {
                         hsm.destroy_pair(kind, pair).await?;
                     }
                 }

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crate::keys::KeyKind;
+use spp_format::keys::KeyKind;
+
 use crate::store::KeyStorage;
 
 /// Upper limit of a pool's size: more pairs than an assembly line uses before its pool is filled again.

@@ -3,10 +3,11 @@
 
 use std::time::Duration;
 
+use spp_format::keys::{KeyKind, PublicKey};
+
 use super::batch_owners::BatchOwners;
 use super::{KeyPool, PoolError};
-use crate::hsm::{HsmError, HsmId};
-use crate::keys::{BatchName, KeyKind, PublicKey, StoredKey};
+use crate::hsm::{BatchName, HsmError, HsmId, StoredKey};
 use crate::store::{
     Batch, BatchPair, BatchState, BatchStep, KeyStorage, PairAssignment, PairId, PairToDestroy, Purpose, RewrappedPair,
     StoreError,

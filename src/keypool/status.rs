@@ -2,9 +2,10 @@
 
 use std::collections::BTreeSet;
 
+use spp_format::keys::KeyKind;
+
 use super::batch_owners::BatchOwners;
 use super::{KeyPool, PoolError};
-use crate::keys::KeyKind;
 use crate::store::{Batch, KeyStorage, PairCounts, Purpose};
 
 /// The current status of the pools.

@@ -5,11 +5,12 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{ArgGroup, Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
+use spp_device::SimulatedFab;
+use spp_format::names::{ChipId, ProfileName};
+use spp_format::package::TransportCurve;
 use tonic::transport::Uri;
 
-use super::LineError;
 use super::connection::parse_server;
-use super::devices;
 use super::orders::Numbering;
 use super::provision::{ProvisionOptions, Source, log_key, provision};
 use super::public_database::{PublicDatabase, RecordSource};
@@ -18,10 +19,8 @@ use super::report::ReportFile;
 use super::retry::RetryPolicy;
 use super::run_log::RunResult;
 use super::show::{ShowOptions, show};
+use super::{LineError, devices};
 use crate::cli_docs::CliDocs;
-use crate::device::SimulatedFab;
-use crate::names::{ChipId, ProfileName};
-use crate::package::TransportCurve;
 
 /// Station of an assembly line: provisions, shows, wipes and recovers devices.
 ///

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use spp_format::names::ChipId;
+use spp_format::secret::SecretBytes;
 use spp_proto::GetSessionRequest;
 use spp_proto::get_session_request::Session;
 use spp_proto::line_client::LineClient;
@@ -13,8 +15,6 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity
 
 use super::LineError;
 use super::retry::{RetryPolicy, tls_fault};
-use crate::names::ChipId;
-use crate::secret::SecretBytes;
 
 /// TLS credentials: trusted CA certificates and the station's own certificate and key.
 pub(super) struct Tls {

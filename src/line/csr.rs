@@ -3,10 +3,9 @@
 use der::asn1::BitString;
 use der::{Decode as _, Encode as _};
 use spki::{AlgorithmIdentifierOwned, ObjectIdentifier, SubjectPublicKeyInfoOwned};
+use spp_format::keys::{DevicePrivateKey, KeyError, SignatureAlgorithm};
 use x509_cert::name::Name;
 use x509_cert::request::{CertReq, CertReqInfo, Version};
-
-use crate::keys::{DevicePrivateKey, KeyError, SignatureAlgorithm};
 
 /// `ecdsa-with-SHA256`, RFC 5758 §3.2.
 const ECDSA_WITH_SHA256: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.4.3.2");
@@ -32,9 +31,10 @@ pub(super) fn request(pair: &DevicePrivateKey) -> Result<Vec<u8>, KeyError> {
 
 #[cfg(test)]
 mod tests {
+    use spp_format::certificate::verify_csr;
+    use spp_format::keys::generate_p256;
+
     use super::*;
-    use crate::certificate::verify_csr;
-    use crate::keys::generate_p256;
 
     #[test]
     fn request_passes_csr_verification() {

@@ -4,6 +4,10 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use spp_device::{Delivery, Device, DeviceError, SimulatedFab};
+use spp_format::names::SessionId;
+use spp_format::package::TransportCurve;
+use spp_format::secret::SecretBytes;
 use spp_proto as proto;
 use spp_proto::assemble_response::Delivery as Delivered;
 use spp_proto::get_session_request::Session as Which;
@@ -19,10 +23,6 @@ use super::csr;
 use super::journal::Receipt;
 use super::orders::Order;
 use super::retry::{CallFailure, RetryPolicy};
-use crate::device::{Delivery, Device, DeviceError, SimulatedFab};
-use crate::names::SessionId;
-use crate::package::TransportCurve;
-use crate::secret::SecretBytes;
 
 /// Settings shared by all devices of a run.
 pub(super) struct Station {

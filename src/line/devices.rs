@@ -4,11 +4,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use comfy_table::{ContentArrangement, Table, presets};
+use spp_device::{DeviceError, SimulatedFab};
+use spp_format::names::ChipId;
 
-use super::LineError;
-use super::{journal, orders, run_log};
-use crate::device::{DeviceError, SimulatedFab};
-use crate::names::ChipId;
+use super::{LineError, journal, orders, run_log};
 
 /// Erases a device's flash.
 pub(super) fn wipe(chip: &ChipId, devices: &Path) -> Result<String, LineError> {

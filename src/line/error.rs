@@ -2,9 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
+use spp_device::DeviceError;
+use spp_format::names::ChipId;
+
 use super::retry::CallFailure;
-use crate::device::DeviceError;
-use crate::names::ChipId;
 
 /// An error outside the provisioning of a single device. The message includes the next step.
 #[derive(Debug, thiserror::Error)]

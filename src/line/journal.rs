@@ -6,10 +6,10 @@ use std::io::{BufRead as _, BufReader, BufWriter, Read as _, Seek as _, Write as
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use spp_format::names::{ChipId, DeviceIdentity, ProfileName, SessionId};
 
 use super::LineError;
 use super::orders::Order;
-use crate::names::{ChipId, DeviceIdentity, ProfileName, SessionId};
 
 const FILE: &str = "line.jsonl";
 

@@ -1,6 +1,6 @@
 //! Station: provisions devices, many in parallel, and shows and recovers them later.
 //!
-//! The reference for authors of real stations, with simulated devices ([`crate::device::SimulatedFab`]). Start with
+//! The reference for authors of real stations, with simulated devices ([`spp_device::SimulatedFab`]). Start with
 //! `device_flow`, the provisioning of one device. `orders` defines the devices, `pipeline` provisions many in parallel, `retry`
 //! decides which calls to retry, `journal` lists completed devices, `run_log` and `report` write the results. `connection`
 //! connects to the daemon; `public_database` fetches records; `recover`, `show` and `devices` are commands for single devices;

@@ -5,8 +5,9 @@ use std::io::{Read, Write as _};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use spp_format::names::{ChipId, DeviceIdentity, Imei, ProfileName};
+
 use super::LineError;
-use crate::names::{ChipId, DeviceIdentity, Imei, ProfileName};
 
 /// One device's order.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -134,7 +135,7 @@ impl Numbering {
         self.kind.radix().pow(self.digits)
     }
 
-    fn identity(&self, number: u64) -> Result<DeviceIdentity, crate::names::NameError> {
+    fn identity(&self, number: u64) -> Result<DeviceIdentity, spp_format::names::NameError> {
         let (prefix, width) = (&self.prefix, self.digits as usize);
         let value = match self.kind.radix() {
             16 => format!("{prefix}{number:0width$x}"),
@@ -187,7 +188,7 @@ fn generate_orders(
     let mut orders = Vec::with_capacity(count);
     while orders.len() < count {
         if taken.insert(number) {
-            let invalid = |e: crate::names::NameError| LineError::Usage(e.to_string());
+            let invalid = |e: spp_format::names::NameError| LineError::Usage(e.to_string());
             let identity = numbering.identity(number).map_err(invalid)?;
             let chip = ChipId::from_bytes(&random::<16>()?).map_err(invalid)?;
             orders.push(Order { chip, identity, profile: profile.clone() });
@@ -292,7 +293,7 @@ impl OrderParser {
         }
     }
 
-    fn parse_field<T: FromStr<Err = crate::names::NameError>>(
+    fn parse_field<T: FromStr<Err = spp_format::names::NameError>>(
         &mut self,
         line: u64,
         column: &str,

@@ -3,22 +3,21 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use spp_device::SimulatedFab;
+use spp_format::certificate::IssuerCertificate;
+use spp_format::keys::PublicKey;
+use spp_format::names::ProfileName;
+use spp_format::package::TransportCurve;
+use spp_format::tlog::LogKey;
 use tonic::transport::Uri;
 
-use super::LineError;
 use super::connection::{Tls, connect, verify_daemon};
 use super::device_flow::Station;
 use super::orders::{self, Numbering, Order};
-use super::pipeline;
 use super::report::ReportFile;
 use super::retry::RetryPolicy;
 use super::run_log::{RunLog, RunResult};
-use crate::certificate::IssuerCertificate;
-use crate::device::SimulatedFab;
-use crate::keys::PublicKey;
-use crate::names::ProfileName;
-use crate::package::TransportCurve;
-use crate::tlog::LogKey;
+use super::{LineError, pipeline};
 
 /// Source of the orders.
 pub(super) enum Source {

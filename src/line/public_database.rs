@@ -3,6 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use spp_format::names::ChipId;
+use spp_format::record::{DeviceRecord, PublishedRecord};
+use spp_format::tlog::{LogKey, LogProof, VerifiedProof};
 use spp_proto::get_proof_request::Record;
 use spp_proto::recovery_client::RecoveryClient;
 use spp_proto::{GetProofRequest, GetRecordRequest};
@@ -11,10 +14,7 @@ use tonic::transport::Uri;
 use super::LineError;
 use super::connection::{Tls, connect};
 use super::retry::RetryPolicy;
-use crate::names::ChipId;
 use crate::registry::read_chip;
-use crate::store::{DeviceRecord, PublishedRecord};
-use crate::tlog::{LogKey, LogProof, VerifiedProof};
 
 /// A fetched record that matches its receipt.
 pub(super) struct FetchedRecord {

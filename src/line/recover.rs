@@ -2,11 +2,12 @@
 
 use std::path::Path;
 
+use spp_device::{InstalledPackage, PublicRecord, SimulatedFab};
+use spp_format::names::ChipId;
+
 use super::LineError;
 use super::public_database::{FetchedRecord, PublicDatabase};
 use super::show::lines;
-use crate::device::{InstalledPackage, PublicRecord, SimulatedFab};
-use crate::names::ChipId;
 
 /// Recovers a simulated device; the device itself verifies and decrypts the record.
 pub(super) async fn recover(chip: &ChipId, devices: &Path, database: &PublicDatabase) -> Result<String, LineError> {

@@ -287,10 +287,11 @@ impl Summary {
 
 #[cfg(test)]
 mod tests {
+    use spp_format::names::{ChipId, SessionId};
+
     use super::*;
     use crate::line::device_flow::Times;
     use crate::line::journal::Receipt;
-    use crate::names::{ChipId, SessionId};
 
     fn order() -> Order {
         Order {

@@ -5,13 +5,13 @@ use std::path::Path;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
+use spp_format::names::ChipId;
 
 use super::LineError;
 use super::device_flow::{DeviceResult, Failure, Outcome, Times};
 use super::journal::{Journal, JournalEntry};
 use super::orders::Order;
 use super::report::{Report, ReportFile, Summary, Tally};
-use crate::names::ChipId;
 
 /// Number of failures that are printed; the report contains all.
 const MAX_LISTED_FAILURES: usize = 20;

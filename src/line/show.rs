@@ -4,12 +4,12 @@ use std::path::Path;
 
 use der::pem::LineEnding;
 use der::{Decode as _, EncodePem as _};
+use spp_format::keys::{PublicKey, sha256};
+use spp_format::names::ChipId;
 use x509_cert::Certificate;
 
 use super::LineError;
 use super::public_database::{FetchedRecord, PublicDatabase};
-use crate::keys::{PublicKey, sha256};
-use crate::names::ChipId;
 
 /// Options of the show command.
 pub(super) struct ShowOptions<'a> {

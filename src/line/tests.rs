@@ -4,6 +4,14 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use spp_device::SimulatedFab;
+use spp_format::certificate::{
+    AuthorityCertificate, CertificateRequest, CertificateSerial, IssuedCertificate, IssuerCertificate, Profile,
+    SubjectName, authority_certificate, prepare,
+};
+use spp_format::keys::{DevicePrivateKey, SignatureAlgorithm, generate_p256, sha256};
+use spp_format::names::{ChipId, SessionId};
+use spp_format::package::{CertificateChain, DataPackage};
 use spp_proto::assemble_response::Delivery;
 use spp_proto::get_session_request::Session as Which;
 use spp_proto::line_server::{Line, LineServer};
@@ -23,14 +31,6 @@ use super::orders::{self, Order};
 use super::pipeline::{Run, run};
 use super::retry::RetryPolicy;
 use super::run_log::{RunLog, RunResult, flashes};
-use crate::certificate::{
-    AuthorityCertificate, CertificateRequest, CertificateSerial, IssuedCertificate, IssuerCertificate, Profile,
-    SubjectName, authority_certificate, prepare,
-};
-use crate::device::SimulatedFab;
-use crate::keys::{DevicePrivateKey, SignatureAlgorithm, generate_p256, sha256};
-use crate::names::{ChipId, SessionId};
-use crate::package::{CertificateChain, DataPackage};
 
 const P256: SignatureAlgorithm = SignatureAlgorithm::EcdsaP256Sha256;
 const PROFILE: &str = r#"

@@ -5,6 +5,14 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use prost_types::Timestamp;
+use spp_format::approval::{ApprovalStatement, ProtectedAction, RequestId, Verdict, verify_statement};
+use spp_format::certificate::{
+    Caller, IssuerCertificate, access_request, parse_caller_certificate, verify_caller_certificate,
+};
+use spp_format::file_format::open_private;
+use spp_format::keys::{PublicKey, TlsKey};
+use spp_format::names::OfficerName;
+use spp_format::secret::SecretBytes;
 use spp_proto as proto;
 use spp_proto::access_client::AccessClient;
 use tonic::transport::Channel;
@@ -12,14 +20,6 @@ use tonic::transport::Channel;
 use super::files::{make_directory, must_be_new, replace, write_new, write_new_private};
 pub(super) use super::now;
 use super::status::{StatusError, call_error, connect_access, with_deadline};
-use crate::access::{ApprovalStatement, ProtectedAction, RequestId, Verdict, verify_statement};
-use crate::certificate::{
-    Caller, IssuerCertificate, access_request, parse_caller_certificate, verify_caller_certificate,
-};
-use crate::file_format::open_private;
-use crate::keys::{PublicKey, TlsKey};
-use crate::names::OfficerName;
-use crate::secret::SecretBytes;
 
 /// A connection to the access service, with the caller's TLS key for signing statements.
 pub(super) struct OfficerClient {
@@ -238,7 +238,7 @@ impl VerifiedRequest {
         authorities: &[PublicKey],
     ) -> Result<Self, StatusError> {
         let invalid = |reason: String| StatusError::Invalid(format!("request {}: {reason}", approval.id));
-        let id: RequestId = approval.id.parse().map_err(|e: crate::names::NameError| invalid(e.to_string()))?;
+        let id: RequestId = approval.id.parse().map_err(|e: spp_format::names::NameError| invalid(e.to_string()))?;
         let act = ProtectedAction::from_json(&approval.act).map_err(invalid)?;
         let requested = approval.requested.as_ref().ok_or_else(|| invalid("not signed".to_owned()))?;
         let certificate =
@@ -323,7 +323,7 @@ fn load_key(tls: &Path) -> Result<TlsKey, StatusError> {
 pub(super) fn load_csr(path: &Path) -> Result<Vec<u8>, StatusError> {
     let failed = |e: &dyn std::fmt::Display| StatusError::Invalid(format!("{}: {e}", path.display()));
     let pem = std::fs::read(path).map_err(|e| failed(&e))?;
-    crate::certificate::verify_csr_pem(&pem).map_err(|e| failed(&e))?;
+    spp_format::certificate::verify_csr_pem(&pem).map_err(|e| failed(&e))?;
     Ok(der::pem::decode_vec(&pem).map_err(|e| failed(&e))?.1)
 }
 

@@ -8,6 +8,10 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use serde_json::json;
+use spp_format::approval::{ApprovalRules, ProtectedAction, Quota, RequestId, Verdict};
+use spp_format::certificate::{Caller, Role};
+use spp_format::keys::sha256;
+use spp_format::names::StationName;
 use spp_proto as proto;
 
 use super::access_client::{OfficerClient, VerifiedRequest, load_authority, load_csr, now};
@@ -15,10 +19,6 @@ use super::ceremony_cli::ceremony_action;
 use super::pool_cli::DaemonArgs;
 use super::status::StatusError;
 use super::text::{escape_controls, format_time, render, table};
-use crate::access::{ApprovalRules, ProtectedAction, Quota, RequestId, Verdict};
-use crate::certificate::{Caller, Role};
-use crate::keys::sha256;
-use crate::names::StationName;
 
 /// Request, list, approve and reject actions that need more than one officer. Every request and decision is signed, is bound to
 /// the exact content and expires.

@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum};
+use spp_format::certificate::IssuerCertificate;
+use spp_format::tlog::{LogKey, TlogError};
 
 use super::access_client::OfficerClient;
 use super::files::make_directory;
@@ -16,10 +18,8 @@ use super::pool_cli::DaemonArgs;
 use super::status::StatusError;
 use super::text::{escape_controls, format_time, parse_time};
 use crate::audit::{self, Entries, RecordedEntry, Trust};
-use crate::certificate::IssuerCertificate;
 use crate::config::{AuditConfig, RegistryAccess};
 use crate::registry::published_checkpoints;
-use crate::tlog::{LogKey, TlogError};
 
 /// Interval between two reads of `tail --follow`.
 const POLL_INTERVAL: Duration = Duration::from_millis(500);

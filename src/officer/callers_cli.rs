@@ -6,14 +6,14 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use comfy_table::Table;
 use serde_json::json;
+use spp_format::certificate::{Caller, Role};
+use spp_format::names::{DeviceIdentity, ProfileName};
 use spp_proto as proto;
 
 use super::access_client::{OfficerClient, certificate_seconds_left, now};
 use super::pool_cli::DaemonArgs;
 use super::status::StatusError;
 use super::text::{escape_controls, format_duration, format_time, print_written, render, table};
-use crate::certificate::{Caller, Role};
-use crate::names::{DeviceIdentity, ProfileName};
 
 /// Load and list device identities that the daemon assigns, each once, to devices ordered without an identity.
 #[derive(Subcommand)]

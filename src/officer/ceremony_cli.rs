@@ -3,6 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use clap::Subcommand;
+use spp_format::approval::{ProtectedAction, RequestId};
+use spp_format::keys::sha256;
+use spp_format::names::OfficerName;
+use spp_format::tlog::{LogKey, TlogError};
 use spp_proto as proto;
 
 use super::OfficerError;
@@ -12,13 +16,9 @@ use super::hsm_file::HsmFile;
 use super::permit::Permit;
 use super::text::{render, table};
 use super::transcript::verify_transcript;
-use crate::access::{ProtectedAction, RequestId};
 use crate::audit::{OfflineEvent, Outcome};
 use crate::config::AuditConfig;
 use crate::hsm::{Ceremony, KeyManifest, PinSource};
-use crate::keys::sha256;
-use crate::names::OfficerName;
-use crate::tlog::{LogKey, TlogError};
 
 const RUN_HELP: &str = "Plan, then run:
     sppctl ceremony plan ceremony.toml --hsm hsm.toml --out keys
@@ -239,7 +239,7 @@ async fn use_approval(
     let found = known.iter().find(matches_file).ok_or_else(|| {
         "no unused approval of this file: run sppctl approvals request ceremony FILE and have another officer approve it".to_owned()
     })?;
-    let id: RequestId = found.id.parse().map_err(|e: crate::names::NameError| e.to_string())?;
+    let id: RequestId = found.id.parse().map_err(|e: spp_format::names::NameError| e.to_string())?;
     // The daemon is not trusted: verify before using the approval up, and verify the daemon's answer as well.
     Permit::verified(&node, found, hash, &manifest)?;
     let used = client.use_approval(id, hash).await.map_err(|e| e.to_string())?;

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::str::FromStr;
 
 use serde_json::{Value, json};
+use spp_format::names::{ChipId, DeviceIdentity};
 use spp_proto as proto;
 use spp_proto::get_device_request::Device;
 use spp_proto::production_client::ProductionClient;
@@ -13,7 +14,6 @@ use super::sessions::{receipt_json, seconds, session_json, state_name};
 use super::status::{StatusError, call_error, channel, with_deadline};
 use super::text::{aligned_lines, escape_controls, format_time};
 use crate::audit::{AuditError, Entries, RecordedEntry};
-use crate::names::{ChipId, DeviceIdentity};
 
 /// A chip ID in hex or a device identity with its type prefix.
 #[derive(Debug, Clone)]
@@ -30,7 +30,7 @@ impl FromStr for DeviceName {
     fn from_str(text: &str) -> Result<Self, String> {
         // Every identity contains a colon; hex does not.
         if text.contains(':') {
-            return text.parse().map(Self::Identity).map_err(|e: crate::names::NameError| e.to_string());
+            return text.parse().map(Self::Identity).map_err(|e: spp_format::names::NameError| e.to_string());
         }
         text.parse()
             .map(Self::Chip)

@@ -2,16 +2,17 @@
 
 use std::path::{Path, PathBuf};
 
+use spp_format::certificate::{
+    AccessCertificate, AccessName, IssuerCertificate, access_certificate, access_request, verify_csr_pem,
+};
+use spp_format::keys::{SignatureAlgorithm, TlsKey};
+
 use super::ceremony::random_serial;
 use super::files::{make_directory, must_be_new, write_new, write_new_private};
 use super::{OfficerError, now};
 use crate::audit::{OfflineEvent, Outcome};
-use crate::certificate::{
-    AccessCertificate, AccessName, IssuerCertificate, access_certificate, access_request, verify_csr_pem,
-};
 use crate::config::HsmAccess;
 use crate::hsm::{Ceremony, KeyManifest, SigningUse};
-use crate::keys::{SignatureAlgorithm, TlsKey};
 
 /// Parameters of one enrolment.
 pub struct Enrolment {

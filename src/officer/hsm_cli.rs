@@ -9,19 +9,19 @@ use clap::{Args, Subcommand};
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::ProgressBar;
 use serde_json::json;
+use spp_format::certificate::{KeyPairRule, Profile};
+use spp_format::keys::KeyKind;
+use spp_format::names::ProfileName;
 use spp_proto as proto;
 
 use super::hsm_file::HsmFile;
 use super::pool_cli::DaemonArgs;
 use super::status::{fetch_status, hsm_json};
-use crate::certificate::{KeyPairRule, Profile};
 use crate::config::pin_refusals;
 use crate::hsm::{
     HsmRequirements, Inventory, ModuleProfile, PinAttempts, PinSource, Prf, SelfTestReport, TokenIdentity,
     run_self_test,
 };
-use crate::keys::KeyKind;
-use crate::names::ProfileName;
 
 /// List, test and monitor the HSM.
 #[derive(Subcommand)]
@@ -316,7 +316,7 @@ fn rate(report: &SelfTestReport, product: &Profile) -> Rate {
 fn issuer_kind(product: &Profile) -> KeyKind {
     let algorithm = product.signature();
     let key_type_for =
-        |algorithm: crate::keys::SignatureAlgorithm| KeyKind::ALL.into_iter().find(|kind| algorithm.fits(*kind));
+        |algorithm: spp_format::keys::SignatureAlgorithm| KeyKind::ALL.into_iter().find(|kind| algorithm.fits(*kind));
     algorithm.and_then(key_type_for).unwrap_or(KeyKind::P256)
 }
 

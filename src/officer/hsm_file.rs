@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+use spp_format::file_format::{Faults, read_toml};
 
-use crate::file_format::{Faults, read_toml};
 use crate::hsm::{ModuleProfile, PinSource, TokenIdentity};
 
 /// The token of a ceremony.

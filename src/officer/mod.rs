@@ -41,10 +41,11 @@ pub use status::{StatusError, describe_status, fetch_status, status_json};
 pub use text::print_written;
 pub use transcript::{Approval, KeyReport, OfficerStatement, Transcript, VerifiedTranscript, verify_transcript};
 
-use crate::certificate::CertificateError;
-use crate::file_format::Faults;
+use spp_format::certificate::CertificateError;
+use spp_format::file_format::Faults;
+use spp_format::keys::KeyError;
+
 use crate::hsm::HsmError;
-use crate::keys::KeyError;
 
 /// Failure of a command that works on the token or on files.
 #[derive(Debug, thiserror::Error)]

@@ -1,13 +1,13 @@
 //! Verifies the approval of a ceremony that needs a second officer.
 
+use spp_format::certificate::{Caller, certificate_pem, verify_caller_certificate};
+use spp_format::keys::PublicKey;
 use spp_proto as proto;
 
 use super::access_client::VerifiedRequest;
 use super::now;
 use super::transcript::{Approval, OfficerStatement};
-use crate::certificate::{Caller, certificate_pem, verify_caller_certificate};
 use crate::hsm::KeyManifest;
-use crate::keys::PublicKey;
 
 /// Proof that other officers approved a ceremony file. Running the ceremony consumes it, so it allows one run.
 #[derive(Debug)]
@@ -87,16 +87,16 @@ fn statement(signed: &proto::OfficerSignature, authorities: &[PublicKey]) -> Res
 
 #[cfg(test)]
 pub(super) mod tests {
-    use super::*;
-    use crate::access::{ApprovalStatement, ProtectedAction, RequestId, Verdict};
-    use crate::certificate::{
+    use spp_format::approval::{ApprovalStatement, ProtectedAction, RequestId, Verdict};
+    use spp_format::certificate::{
         AccessCertificate, AccessName, AuthorityCertificate, CertificateSerial, IssuerCertificate, SubjectName,
         access_certificate, authority_certificate,
     };
-    use crate::hsm::SigningUse;
-    use crate::hsm::{Provenance, SigningKey, TokenIdentity};
-    use crate::keys::{SignatureAlgorithm, TlsKey, sha256};
-    use crate::names::OfficerName;
+    use spp_format::keys::{SignatureAlgorithm, TlsKey, sha256};
+    use spp_format::names::OfficerName;
+
+    use super::*;
+    use crate::hsm::{Provenance, SigningKey, SigningUse, TokenIdentity};
 
     const FILE: &str = "[[destroy]]\nkey = \"a\"\ncheck_value = \"00\"\n";
 

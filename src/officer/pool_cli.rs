@@ -6,12 +6,12 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use spp_format::keys::KeyKind;
 use spp_proto as proto;
 
 use super::pool::{describe_pool, fill_pool, pool_json, pool_status, shred_pool, shredded_json};
 use super::status::StatusError;
 use crate::keypool::MAX_POOL_PAIRS;
-use crate::keys::KeyKind;
 
 /// Show, fill and shred the pools of pregenerated key pairs.
 #[derive(Subcommand)]

@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use indicatif::{HumanCount, ProgressBar, ProgressStyle};
+use spp_format::certificate::IssuerCertificate;
+use spp_format::keys::sha256;
+use spp_format::tlog::{LogKey, SignedCheckpoint};
 
 use super::files::replace;
-use crate::certificate::IssuerCertificate;
 use crate::config::RegistryAccess;
-use crate::keys::sha256;
 use crate::registry::{Verification, VerifyOptions, export, open_source, reindex, verify};
-use crate::tlog::{LogKey, SignedCheckpoint};
 
 /// Reindex, mirror and verify the public database. Needs no HSM.
 #[derive(Subcommand)]

@@ -5,12 +5,12 @@ use std::path::Path;
 use clap::ValueEnum;
 use prost_types::Timestamp;
 use serde_json::{Value, json};
+use spp_format::names::SessionId;
 use spp_proto as proto;
 use spp_proto::production_client::ProductionClient;
 
 use super::status::{StatusError, call_error, channel, with_deadline};
 use super::text::{escape_controls, format_duration, format_time, render, table};
-use crate::names::SessionId;
 
 /// States of a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -5,14 +5,14 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
+use spp_format::keys::{KeyKind, SignatureAlgorithm, sha256};
+use spp_format::names::{KeyName, OfficerName};
+use spp_format::tlog::{LogKey, UnsignedText, verify_text};
 
 use super::files::write_new;
 use super::text::{escape_controls, format_time};
 use super::{OfficerError, now};
 use crate::hsm::{Ceremony, CheckpointKey, CreatedKey};
-use crate::keys::{KeyKind, SignatureAlgorithm, sha256};
-use crate::names::{KeyName, OfficerName};
-use crate::tlog::{LogKey, UnsignedText, verify_text};
 
 const TITLE: &str = "spp ceremony transcript v1";
 /// Prefix of the line with the hash of the JSON.
@@ -164,7 +164,7 @@ impl Transcript {
         self.files.extend([json_path.clone(), text_path.clone()]);
         let json = serde_json::to_string_pretty(self).map_err(|e| OfficerError::Other(e.to_string()))?;
         write_new(&json_path, json.as_bytes())?;
-        let other = |e: crate::tlog::TlogError| OfficerError::Other(e.to_string());
+        let other = |e: spp_format::tlog::TlogError| OfficerError::Other(e.to_string());
         let text = UnsignedText::new(TITLE, &self.text(json.as_bytes())).map_err(other)?;
         let Some(signer) = signer else {
             write_new(&text_path, text.unsigned().as_bytes())?;

@@ -1,8 +1,9 @@
 //! Aborting and viewing sessions.
 
+use spp_format::names::{ChipId, SessionId, StationName};
+
 use super::complete::wrong_state;
 use super::{ProvisionError, Provisioner};
-use crate::names::{ChipId, SessionId, StationName};
 use crate::store::{Abortable, Loaded, Session, SessionState};
 
 /// Selects a session.

@@ -1,14 +1,16 @@
 //! Step 1 of provisioning: checks that the station may place the order, that the order fits its profile, and that chip and
 //! identity are free; allocates an identity if the order names none.
 
+use spp_format::keys::PublicKey;
+use spp_format::names::{ChipId, DeviceIdentity, ProfileName, StationName};
+use spp_format::package::TransportPublicKey;
+use spp_format::record::PublishedRecord;
+
 use super::pair_supplier::KeyOrder;
 use super::product::Product;
 use super::session_recovery::Step;
 use super::{AssembleRequest, Policy, ProvisionError, Provisioner};
-use crate::keys::PublicKey;
-use crate::names::{ChipId, DeviceIdentity, ProfileName, StationName};
-use crate::package::TransportPublicKey;
-use crate::store::{Intent, Issued, Loaded, PublishedRecord, Session, SessionState};
+use crate::store::{Intent, Issued, Loaded, Session, SessionState};
 
 /// Maximum number of already published identities that one call skips. The next call continues after them.
 const MAX_SKIPPED: usize = 100;

@@ -1,8 +1,9 @@
 //! First half of provisioning: from the order to the data package.
 
-use crate::certificate::{CertificateRequest, prepare};
-use crate::package::TransportPublicKey;
-use crate::store::{CertificateToSign, Intent, MasterKeyVersion, Session, SessionState};
+use spp_format::certificate::{CertificateRequest, CertificateToSign, prepare};
+use spp_format::package::TransportPublicKey;
+
+use crate::store::{Intent, MasterKeyVersion, Session, SessionState};
 
 use super::admit::{AdmittedOrder, Progress};
 use super::deliver::package;

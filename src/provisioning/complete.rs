@@ -1,16 +1,15 @@
 //! Second half of provisioning: from the backup package to the receipt.
 
+use spp_format::names::{ChipId, SessionId, StationName};
+use spp_format::package::{BackupPackage, ConfirmationClaims, ConfirmationKey, KeyConfirmation, verify_confirmation};
+use spp_format::record::{DeviceRecord, Publication};
+use spp_format::tlog::LogProof;
+
 use super::deliver::public_key;
 use super::in_flight::InFlightPackage;
 use super::product::Product;
 use super::{ProvisionError, Provisioner};
-use crate::names::{ChipId, SessionId, StationName};
-use crate::package::{BackupPackage, ConfirmationClaims, ConfirmationKey, KeyConfirmation, verify_confirmation};
-use crate::store::{
-    DeviceRecord, InFlightPublication, Issued, Loaded, Publication, PublicationReceipt, PublishError, Session,
-    SessionState,
-};
-use crate::tlog::LogProof;
+use crate::store::{InFlightPublication, Issued, Loaded, PublicationReceipt, PublishError, Session, SessionState};
 
 /// The station's Complete request for a device.
 pub struct Completion {

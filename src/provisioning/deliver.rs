@@ -1,14 +1,15 @@
 //! Builds the data package of a session. It has the same bytes each time, from the journal, the secret store and the HSM.
 
+use spp_format::keys::PublicKey;
+use spp_format::package::{CertificateChain, DataPackage, SymmetricKey, TransportPublicKey, seal};
+use spp_format::secret::SecretBytes;
+
 use super::in_flight::InFlightPackage;
 use super::pair_supplier::PackageKeys;
 use super::product::Product;
 use super::request::{Assembled, Delivery};
 use super::{ProvisionError, Provisioner};
 use crate::hsm::KeyReloadRequest;
-use crate::keys::PublicKey;
-use crate::package::{CertificateChain, DataPackage, SymmetricKey, TransportPublicKey, seal};
-use crate::secret::SecretBytes;
 use crate::store::{Issued, Session};
 
 impl Provisioner {

@@ -1,7 +1,9 @@
 //! The two ends of a session: published and erased, or aborted. Complete, expiry, restart and officers end sessions here only.
 
+use spp_format::record::Publication;
+
 use super::{ProvisionError, Provisioner};
-use crate::store::{Abortable, Publication, PublicationReceipt, Session};
+use crate::store::{Abortable, PublicationReceipt, Session};
 
 impl Provisioner {
     /// Journals the publication, then erases the key pair. Consumes the proof that the record is public; no other value permits an

@@ -1,12 +1,14 @@
 //! Errors of provisioning. They name the field or the other device that caused the error, and never a secret.
 
+use spp_format::names::{ChipId, DeviceIdentity, SessionId, StationName};
+use spp_format::package::{BackupError, ConfirmationError, PackageError};
+use spp_format::record::UniquenessConflict;
+
 use crate::access::{AccessError, Exceeded, Refused};
 use crate::config::NotPermitted;
 use crate::hsm::HsmError;
 use crate::keypool::PoolError;
-use crate::names::{ChipId, DeviceIdentity, SessionId, StationName};
-use crate::package::{BackupError, ConfirmationError, PackageError};
-use crate::store::{PublishError, ReserveError, StateName, StoreError, UniquenessConflict};
+use crate::store::{PublishError, ReserveError, StateName, StoreError};
 
 /// One invalid field of a request.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -7,9 +7,9 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::names::{ChipId, SessionId};
-use crate::package::DataPackage;
-use crate::secret::SecretBytes;
+use spp_format::names::{ChipId, SessionId};
+use spp_format::package::DataPackage;
+use spp_format::secret::SecretBytes;
 
 /// Capacity of the cache. A new package evicts the oldest one.
 const CAPACITY: usize = 1024;
@@ -77,8 +77,9 @@ impl PackageCache {
 
 #[cfg(test)]
 mod tests {
+    use spp_format::package::{CertificateChain, SymmetricKey};
+
     use super::*;
-    use crate::package::{CertificateChain, SymmetricKey};
 
     fn session(n: u32) -> SessionId {
         SessionId::from_bytes(&[[0; 12].as_slice(), &n.to_be_bytes()].concat()).unwrap()

@@ -1,9 +1,10 @@
 //! Signs device certificates with the manufacturer's key. A signature requires an [`Intent`].
 
+use spp_format::certificate::{IssuedCertificate, IssuerCertificate};
+use spp_format::names::KeyName;
+
 use super::ProvisionError;
-use crate::certificate::{IssuedCertificate, IssuerCertificate};
 use crate::hsm::Hsm;
-use crate::names::KeyName;
 use crate::store::{Intent, Signed};
 
 /// A manufacturer's signing key with its certificate.

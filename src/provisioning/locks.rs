@@ -4,10 +4,10 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use spp_format::names::ChipId;
 use tokio::sync::OwnedMutexGuard;
 
 use super::ProvisionError;
-use crate::names::ChipId;
 
 /// How long a call waits for another call for the same chip.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(20);

@@ -5,13 +5,14 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use spp_format::certificate::{CertificateSerial, KeyPairRule};
+use spp_format::keys::{DevicePrivateKey, KeyKind, PublicKey};
+use spp_format::names::SessionId;
+use spp_format::secret::SecretBytes;
+
 use super::ProvisionError;
-use crate::certificate::{CertificateSerial, KeyPairRule};
-use crate::hsm::{Derivation, DeviceKeyRequest, DeviceKeys, Hsm, HsmError, PairSource};
+use crate::hsm::{Derivation, DeviceKeyRequest, DeviceKeys, Hsm, HsmError, PairSource, StoredKey};
 use crate::keypool::{KeyPool, PoolError, PoolLease, SessionLease};
-use crate::keys::{DevicePrivateKey, KeyKind, PublicKey, StoredKey};
-use crate::names::SessionId;
-use crate::secret::SecretBytes;
 use crate::store::{Intent, PairToReserve, Registry, ReserveError};
 
 /// Pause before a failed HSM call is repeated on another HSM.

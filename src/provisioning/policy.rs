@@ -3,13 +3,14 @@
 
 use std::collections::BTreeMap;
 
+use spp_format::certificate::{IssuerCertificate, KeyPairRule, Profile, Sealing};
+use spp_format::names::{DeviceIdentity, KeyName, ProfileName, StationName};
+
 use super::error::{FieldViolation, ProvisionError};
 use super::issuer::Issuer;
 use super::product::Product;
 use super::request::AssembleRequest;
-use crate::certificate::{IssuerCertificate, KeyPairRule, Profile, Sealing};
 use crate::config::{DaemonConfig, NotPermitted, Stations};
-use crate::names::{DeviceIdentity, KeyName, ProfileName, StationName};
 use crate::store::{Intent, Session};
 
 /// Products, stations and signing keys of one configuration.

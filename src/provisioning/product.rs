@@ -1,10 +1,11 @@
 //! A profile with the issuer that signs for it.
 
+use spp_format::certificate::Profile;
+use spp_format::keys::sha256;
+use spp_format::names::{DeviceIdentity, KeyName};
+
 use super::issuer::Issuer;
-use crate::certificate::Profile;
 use crate::hsm::Derivation;
-use crate::keys::sha256;
-use crate::names::{DeviceIdentity, KeyName};
 
 /// A profile with the issuer that signs for it.
 pub(super) struct Product {

@@ -1,9 +1,10 @@
 //! Public lookups: the record of a chip, and the proof that the record is in the log.
 
+use spp_format::names::ChipId;
+use spp_format::record::PublishedRecord;
+use spp_format::tlog::LogProof;
+
 use super::{ProvisionError, Provisioner};
-use crate::names::ChipId;
-use crate::store::PublishedRecord;
-use crate::tlog::LogProof;
 
 impl Provisioner {
     /// The newest record of a chip.

@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+use spp_format::names::{ChipId, DeviceIdentity, ProfileName, StationName};
+use spp_format::record::PublishedRecord;
+
 use super::{ProvisionError, Provisioner};
-use crate::keys::StoredKey;
-use crate::names::{ChipId, DeviceIdentity, ProfileName, StationName};
-use crate::store::{
-    ProductionCounts, ProductionSlot, PublishedRecord, Session, SessionCursor, SessionSet, SessionState, StateName,
-};
+use crate::hsm::StoredKey;
+use crate::store::{ProductionCounts, ProductionSlot, Session, SessionCursor, SessionSet, SessionState, StateName};
 
 /// Maximum number of sessions in a device report.
 const MAX_SESSIONS_PER_CHIP: usize = 100;

@@ -1,9 +1,9 @@
 //! The parsed Assemble request and its answer.
 
-use crate::keys::PublicKey;
-use crate::names::{ChipId, DeviceIdentity, ProfileName, SessionId, StationName};
-use crate::package::TransportPublicKey;
-use crate::secret::SecretBytes;
+use spp_format::keys::PublicKey;
+use spp_format::names::{ChipId, DeviceIdentity, ProfileName, SessionId, StationName};
+use spp_format::package::TransportPublicKey;
+use spp_format::secret::SecretBytes;
 
 /// A parsed Assemble request. The CSR is verified; nothing else is checked yet.
 #[derive(Clone)]

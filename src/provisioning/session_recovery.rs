@@ -4,9 +4,11 @@
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use spp_format::names::{ChipId, SessionId};
+use spp_format::record::Publication;
+
 use super::{ProvisionError, Provisioner};
-use crate::names::{ChipId, SessionId};
-use crate::store::{Abortable, Loaded, Publication};
+use crate::store::{Abortable, Loaded};
 
 /// Interval between two passes over the unfinished sessions.
 const INTERVAL: Duration = Duration::from_secs(30);

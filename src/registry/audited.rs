@@ -1,10 +1,11 @@
 //! Reads the audit checkpoints of a log. They prove that the newest entries of an audit log were not truncated.
 
+use spp_format::record::{AuditCheckpoint, LogEntry};
+use spp_format::tlog::{LogKey, SignedCheckpoint, TileId, TileKind, TlogError, Tree, bundle, leaf_hash};
+
 use super::full_tiles::BUNDLE;
 use super::source::{LogSource, SourceError, open_source};
 use crate::audit::{PublishedCheckpoint, PublishedCheckpoints};
-use crate::store::{AuditCheckpoint, LogEntry};
-use crate::tlog::{LogKey, SignedCheckpoint, TileId, TileKind, TlogError, Tree, bundle, leaf_hash};
 
 /// The audit checkpoints of a node in a signed log.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,7 +1,7 @@
 //! Defines the paths of the files that a mirror has for each chip.
 
-use crate::keys::sha256;
-use crate::names::ChipId;
+use spp_format::keys::sha256;
+use spp_format::names::ChipId;
 
 /// The name of the directory below `chip/` that has the files of a chip.
 pub fn shard(chip: &ChipId) -> String {

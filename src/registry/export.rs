@@ -9,22 +9,21 @@
 //!
 //! The shard is the beginning of the SHA-256 of the chip ID. It limits the size of each directory.
 
-use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 use rustix::fs::FlockOperation;
+use spp_format::keys::sha256;
+use spp_format::record::LogEntry;
+use spp_format::tlog::{
+    FULL_WIDTH, FullTile, HashSource, LogKey, LogProof, SignedCheckpoint, TileId, TileKind, TlogError, Tree, TreeHash,
+    bundle, leaf_hash, prove_inclusion,
+};
 
 use super::atomic_write::write_new;
 use super::chip_files::chip_files;
 use super::full_tiles::{BUNDLE, FullTiles};
 use super::source::{LogSource, SourceError, is_store};
-use crate::keys::sha256;
-use crate::store::LogEntry;
-use crate::tlog::{
-    FULL_WIDTH, FullTile, HashSource, LogKey, LogProof, SignedCheckpoint, TileId, TileKind, TlogError, Tree, TreeHash,
-    bundle, leaf_hash, prove_inclusion,
-};
 
 const CHECKPOINT: &str = "checkpoint";
 const VKEY: &str = "log.vkey";

@@ -7,14 +7,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::fs::Advice;
+use spp_format::record::LogEntry;
+use spp_format::tlog::{FullTile, LogKey, SignedCheckpoint, TileId, TileKind, Tree, bundle, leaf_hash};
 
 use super::atomic_write::{write_new, write_once};
 use super::first_checkpoints::{self, CompactCheckpoint};
 use super::full_tiles::{BUNDLE, FullTiles};
 use super::partial_bundle::{self, Batch};
 use crate::store::directory::{Fs, MIN_FREE_BYTES, StoreDir, StoreKind, sync_dir};
-use crate::store::{LogEntry, StoreError, StoreOptions};
-use crate::tlog::{FullTile, LogKey, SignedCheckpoint, TileId, TileKind, Tree, bundle, leaf_hash};
+use crate::store::{StoreError, StoreOptions};
 
 pub(super) static KIND: StoreKind = StoreKind { name: "public database", marker: "public", format: 2 };
 

@@ -6,14 +6,14 @@
 //! checkpoint = tree size, 8 bytes ‖ signature, 64 bytes
 //! ```
 
-use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
+use std::{fs, io};
+
+use spp_format::record::LogEntry;
+use spp_format::tlog::{LogKey, SignedCheckpoint, TileId, TileKind, bundle};
 
 use super::atomic_write::{write_new, write_once};
 use super::full_tiles::{BUNDLE, FullTiles};
-use crate::store::LogEntry;
-use crate::tlog::{LogKey, SignedCheckpoint, TileId, TileKind, bundle};
 
 const DIRECTORY: &str = "signed";
 

@@ -1,10 +1,9 @@
 //! Reads the full tiles and entry bundles of a directory.
 
-use std::fs;
-use std::io;
 use std::path::Path;
+use std::{fs, io};
 
-use crate::tlog::{FULL_WIDTH, HashSource, TileId, TreeHash};
+use spp_format::tlog::{FULL_WIDTH, HashSource, TileId, TreeHash};
 
 /// Entries of a full bundle.
 pub(super) const BUNDLE: u64 = FULL_WIDTH as u64;

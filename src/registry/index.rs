@@ -4,12 +4,14 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
+use spp_format::record::{LogEntry, UniqueKey};
+use spp_format::tlog::{LogKey, TileId, TileKind, bundle, leaf_hash};
+
 use super::files::{KIND, LogFiles};
 use super::full_tiles::{BUNDLE, FullTiles};
 use super::snapshot::damaged;
 use crate::store::directory::OsFs;
-use crate::store::{IndexEntry, IndexMark, Location, LogEntry, SledIndex, StoreError, StoreOptions, UniqueKey};
-use crate::tlog::{LogKey, TileId, TileKind, bundle, leaf_hash};
+use crate::store::{IndexEntry, IndexMark, Location, SledIndex, StoreError, StoreOptions};
 
 /// Entries per sync while the index is being built. A large number is faster, because the keys of a sync are inserted in order.
 const ENTRIES_PER_SYNC: usize = 50_000;

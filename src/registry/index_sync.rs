@@ -5,6 +5,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use spp_format::tlog::bundle;
+
 use super::full_tiles::BUNDLE;
 use super::index::{IndexBuilder, create_empty_index};
 use super::sequencer::{BACKOFF, Sequencer};
@@ -12,7 +14,6 @@ use super::shared::Unavailable;
 use super::snapshot::Snapshot;
 use crate::store::directory::MIN_FREE_BYTES;
 use crate::store::{SledIndex, StoreError};
-use crate::tlog::bundle;
 
 /// Interval of progress reports during long work.
 const PROGRESS: Duration = Duration::from_secs(5);

@@ -6,6 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use spp_format::record::{AuditCheckpoint, DeviceRecord, LogEntry, Publication, PublishedRecord, UniqueKey};
+use spp_format::tlog::{LogKey, LogProof, SignedCheckpoint, TileId};
 use tokio::sync::{mpsc, oneshot};
 
 use super::files::LogFiles;
@@ -19,10 +21,9 @@ use super::snapshot::{Snapshot, damaged};
 use super::witness::{self, CosigningState, Witness};
 use crate::store::directory::{Fs, OsFs};
 use crate::store::{
-    AuditCheckpoint, DeviceRecord, InFlightPublication, InFlightPublications, LogEntry, PublicDatabase, Publication,
-    PublishError, PublishedRecord, RegistryStatus, SledIndex, StoreError, StoreOptions, UniqueKey,
+    InFlightPublication, InFlightPublications, PublicDatabase, PublishError, RegistryStatus, SledIndex, StoreError,
+    StoreOptions,
 };
-use crate::tlog::{LogKey, LogProof, SignedCheckpoint, TileId};
 
 /// Capacity of the sequencer's queue. Callers wait while it is full.
 const QUEUE_CAPACITY: usize = 1024;

@@ -7,7 +7,7 @@
 //! Numbers are big-endian, entries are encoded as in an entry bundle. A batch needs no checksum: its note is signed, and the root
 //! in the note covers its entries.
 
-use crate::tlog::{LogKey, SignedCheckpoint, TlogError, Tree, bundle, leaf_hash};
+use spp_format::tlog::{LogKey, SignedCheckpoint, TlogError, Tree, bundle, leaf_hash};
 
 const MAGIC: &[u8; 4] = b"SPP1";
 const HEADER_LEN: usize = MAGIC.len() + 4;

@@ -1,13 +1,15 @@
 //! Reads the log while it grows: entries by their unique values, proofs, tiles.
 
-use super::full_tiles::BUNDLE;
-use super::shared::{LOOKUP_TIMEOUT, Shared};
-use super::snapshot::{Snapshot, damaged};
-use crate::store::{Location, LogEntry, Publication, PublishedRecord, StoreError, UniqueKey};
-use crate::tlog::{
+use spp_format::record::{LogEntry, Publication, PublishedRecord, UniqueKey};
+use spp_format::tlog::{
     HashSource, LogKey, LogProof, SignedCheckpoint, TileId, TileKind, TlogError, Tree, UnsignedCheckpoint, bundle,
     prove_inclusion,
 };
+
+use super::full_tiles::BUNDLE;
+use super::shared::{LOOKUP_TIMEOUT, Shared};
+use super::snapshot::{Snapshot, damaged};
+use crate::store::{Location, StoreError};
 
 impl Shared {
     /// Locates the newest entries with these values. Waits for pending batches, including a failed one that may have reached the

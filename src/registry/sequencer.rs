@@ -6,6 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use spp_format::record::{LogEntry, Publication, UniqueKey};
+use spp_format::tlog::{SignedCheckpoint, UnsignedCheckpoint};
 use tokio::sync::{mpsc, oneshot};
 
 use super::files::{AppendError, PartialBundleFile};
@@ -16,8 +18,7 @@ use super::read::EntryLocation;
 use super::shared::{Shared, Unavailable};
 use super::signer::CheckpointSigner;
 use super::snapshot::{Entry, Snapshot};
-use crate::store::{InFlightPublications, LogEntry, Publication, PublishError, SledIndex, UniqueKey};
-use crate::tlog::{SignedCheckpoint, UnsignedCheckpoint};
+use crate::store::{InFlightPublications, PublishError, SledIndex};
 
 /// Minimum and maximum delay before a retry.
 pub(super) const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));

@@ -5,11 +5,12 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
+use spp_format::record::UniqueKey;
 use tokio::sync::watch;
 
 use super::files::LogFiles;
 use super::snapshot::Snapshot;
-use crate::store::{SledIndex, StoreError, StoreOptions, UniqueKey};
+use crate::store::{SledIndex, StoreError, StoreOptions};
 
 /// How long a look-up waits for an index that is being synchronized, or for the outcome of a pending batch.
 pub(super) const LOOKUP_TIMEOUT: Duration = Duration::from_secs(1);

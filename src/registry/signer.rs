@@ -1,11 +1,11 @@
 //! Signs checkpoints with the log's key.
 
 use async_trait::async_trait;
+use spp_format::keys::SignatureAlgorithm;
+use spp_format::names::KeyName;
+use spp_format::tlog::{LogKey, UnsignedCheckpoint};
 
 use crate::hsm::Hsm;
-use crate::keys::SignatureAlgorithm;
-use crate::names::KeyName;
-use crate::tlog::{LogKey, UnsignedCheckpoint};
 
 /// A signer with a log's private key.
 #[async_trait]

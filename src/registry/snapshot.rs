@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 
+use spp_format::record::{LogEntry, UniqueKey};
+use spp_format::tlog::{FullTile, SignedCheckpoint, Tree, leaf_hash};
+
 use super::files::{KIND, PartialBundleFile};
 use super::first_checkpoints::CompactCheckpoint;
-use crate::store::{LogEntry, StoreError, UniqueKey};
-use crate::tlog::{FullTile, SignedCheckpoint, Tree, leaf_hash};
+use crate::store::StoreError;
 
 /// The log at one moment: its tree, the tree's checkpoint, and the entries that are not in full bundles.
 #[derive(Clone)]

@@ -4,13 +4,14 @@ use std::fs;
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
+use spp_format::names::ChipId;
+use spp_format::tlog::{FullTile, LogKey, TileId, TileKind, Tree, bundle, leaf_hash};
+
 use super::chip_files::{CHIPS, chip_files};
 use super::fetch::Fetcher;
 use super::files::newest_partial_bundle;
 use super::full_tiles::{BUNDLE, FullTiles};
 use super::partial_bundle;
-use crate::names::ChipId;
-use crate::tlog::{FullTile, LogKey, TileId, TileKind, Tree, bundle, leaf_hash};
 
 /// Maximum size of an entry bundle in bytes: 256 entries of maximum size.
 const MAX_BUNDLE: u64 = 256 * 65_537;
@@ -226,8 +227,10 @@ impl LogSource for StoreDirectory {
                 let from = usize::try_from(first - partial_bundle.base).unwrap_or(usize::MAX);
                 let mut bytes = Vec::new();
                 for entry in partial_bundle.entries.iter().skip(from).take(tile.width().into()) {
-                    let cause =
-                        |e: crate::tlog::TlogError| SourceError::Failed { what: what.clone(), cause: e.to_string() };
+                    let cause = |e: spp_format::tlog::TlogError| SourceError::Failed {
+                        what: what.clone(),
+                        cause: e.to_string(),
+                    };
                     bundle::push(&mut bytes, entry).map_err(cause)?;
                 }
                 return Ok(bytes);

@@ -3,12 +3,15 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry as Slot;
 
+use spp_format::certificate::{IssuerCertificate, PublishedClaims, lint_published};
+use spp_format::names::ChipId;
+use spp_format::record::{DeviceRecord, LogEntry};
+use spp_format::tlog::{
+    FullTile, LogKey, LogProof, SignedCheckpoint, TileId, TileKind, Tree, TreeHash, bundle, leaf_hash,
+};
+
 use super::full_tiles::BUNDLE;
 use super::source::{LogSource, SourceError, read_chip_files};
-use crate::certificate::{IssuerCertificate, PublishedClaims, lint_published};
-use crate::names::ChipId;
-use crate::store::{DeviceRecord, LogEntry};
-use crate::tlog::{FullTile, LogKey, LogProof, SignedCheckpoint, TileId, TileKind, Tree, TreeHash, bundle, leaf_hash};
 
 /// Maximum number of reported findings: a damaged log could have millions.
 const MAX_FINDINGS: usize = 200;

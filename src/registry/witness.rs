@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use base64::prelude::{BASE64_STANDARD, Engine as _};
 
+use spp_format::tlog::{LogKey, SignedCheckpoint, WitnessKey, prove_consistency};
 use tokio::task::JoinSet;
 
 use super::fetch::Fetcher;
@@ -13,7 +14,6 @@ use super::read::Tiles;
 use super::shared::Shared;
 use super::snapshot::Snapshot;
 use crate::store::WitnessStatus;
-use crate::tlog::{LogKey, SignedCheckpoint, WitnessKey, prove_consistency};
 
 /// Interval of checks for a new checkpoint.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);

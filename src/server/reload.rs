@@ -6,12 +6,12 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use spp_format::file_format::Faults;
 use tokio::sync::Mutex;
 
 use crate::access::{AccessControl, AccessError};
 use crate::audit::{AuditError, AuditLog, Entry, Outcome};
 use crate::config::DaemonConfig;
-use crate::file_format::Faults;
 use crate::logging::LogLevel;
 use crate::provisioning::{Policy, Provisioner};
 use crate::server::connections::ActiveTls;

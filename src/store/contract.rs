@@ -5,10 +5,13 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use proptest::sample::Index;
+use spp_format::certificate::CertificateToSign;
+use spp_format::keys::SignatureAlgorithm;
+use spp_format::names::{ChipId, DeviceIdentity, SessionId};
+use spp_format::record::Publication;
 
 use super::*;
-use crate::keys::{SignatureAlgorithm, StoredKey};
-use crate::names::{ChipId, DeviceIdentity, SessionId};
+use crate::hsm::StoredKey;
 
 /// The complete state store.
 pub(super) trait PrivateStore: StateStore + SecretStore + AccessStore {}

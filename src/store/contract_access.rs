@@ -3,14 +3,16 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use spp_format::approval::{ApprovalRules, ProtectedAction, Quota, RequestId, SignedStatement, Verdict};
+use spp_format::certificate::{Caller, Role};
+use spp_format::names::{DeviceIdentity, StationName};
+
 use super::contract::{Factory, chip, session};
 use super::*;
 use crate::access::{
-    AccessError, ApprovalRequest, ApprovalRules, Exceeded, IdentityRange, ProtectedAction, Quota, Refused,
-    RequestError, RequestId, RequestState, SettledQuota, SignedStatement, Verdict, request, signed,
+    AccessError, ApprovalRequest, Exceeded, IdentityRange, Refused, RequestError, RequestState, SettledQuota, request,
+    signed,
 };
-use crate::certificate::{Caller, Role};
-use crate::names::{DeviceIdentity, StationName};
 
 macro_rules! access_store_contract {
     ($module:ident, $factory:ty) => {

@@ -7,9 +7,11 @@ mod steps;
 use std::ops::Range;
 use std::sync::Arc;
 
+use spp_format::keys::KeyKind;
+
 use super::contract::{Factory, PrivateStore, blob, chip, erased, id, identity, issued, published, session};
 use super::*;
-use crate::keys::{BatchName, KeyKind, StoredKey, TokenPair, WrappedKey};
+use crate::hsm::{BatchName, StoredKey, TokenPair, WrappedKey};
 
 pub(super) use holders::*;
 pub(super) use steps::random_pair_steps_match_model;

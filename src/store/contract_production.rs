@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use proptest::prelude::*;
+use spp_format::record::Publication;
 
 use super::contract::{Factory, chip, finish, id, identity, issued, session};
 use super::*;

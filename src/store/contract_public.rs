@@ -3,11 +3,12 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use spp_format::keys::sha256;
+use spp_format::record::{AuditCheckpoint, DeviceRecord, Publication, PublishedRecord, UniqueKey, UniquenessConflict};
+use spp_format::tlog::{TileId, TileKind};
 
 use super::contract::{chip, id, identity};
 use super::*;
-use crate::keys::sha256;
-use crate::tlog::{TileId, TileKind};
 
 /// A public database, initially empty. Each call reopens it; drop the previous handle first.
 #[async_trait]
@@ -207,7 +208,7 @@ pub(crate) async fn audit_checkpoint_is_an_entry_but_not_a_record(engine: &impl 
             assert_eq!(proof.unwrap().index(), index as u64);
         }
         let bundle = public.tile(TileId::in_tree(TileKind::Entries, 0, 3).unwrap()).await.unwrap().unwrap();
-        assert_eq!(crate::tlog::bundle::entries(&bundle).nth(index).unwrap().unwrap(), bytes);
+        assert_eq!(spp_format::tlog::bundle::entries(&bundle).nth(index).unwrap().unwrap(), bytes);
     }
 }
 

@@ -3,13 +3,14 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use spp_format::names::{ChipId, DeviceIdentity, SessionId};
+
 use super::production::{ProductionCounts, ProductionSlot};
 use super::secret::PairToReserve;
 use super::session::{Session, SessionCounts, SessionCursor, SessionSet, SessionState};
 use super::state_store::{ReserveError, StateStore};
 use super::{PublicationReceipt, StoreError};
-use crate::keys::StoredKey;
-use crate::names::{ChipId, DeviceIdentity, SessionId};
+use crate::hsm::StoredKey;
 use crate::state_name::StateName;
 
 /// The state store as the request flows use it.
@@ -59,7 +60,9 @@ pub struct Intent(Session);
 /// ```
 /// and code outside this crate cannot call the HSM's signing function:
 /// ```compile_fail,E0624
-/// # use spp::{hsm::Hsm, keys::SignatureAlgorithm, names::KeyName};
+/// # use spp::hsm::Hsm;
+/// # use spp_format::keys::SignatureAlgorithm;
+/// # use spp_format::names::KeyName;
 /// async fn anything(hsm: &Hsm, key: &KeyName, bytes: &[u8]) {
 ///     let _ = hsm.sign(key, SignatureAlgorithm::EcdsaP256Sha256, bytes).await;
 /// }
@@ -167,14 +170,15 @@ impl Journal {
     /// ```
     /// Only the public database issues that proof:
     /// ```compile_fail,E0451
-    /// # use spp::names::SessionId;
-    /// # use spp::store::{Journal, Publication, PublicationReceipt, Session, StoreError};
+    /// # use spp_format::names::SessionId;
+    /// # use spp::store::{Journal, PublicationReceipt, Session, StoreError};
+    /// # use spp_format::record::Publication;
     /// async fn forged(journal: &Journal, session: SessionId, publication: Publication) -> Result<Session, StoreError> {
     ///     journal.erase(PublicationReceipt { session, publication }).await
     /// }
     /// ```
     /// ```compile_fail,E0308
-    /// # use spp::names::SessionId;
+    /// # use spp_format::names::SessionId;
     /// # use spp::store::{Journal, Session, StoreError};
     /// async fn without_receipt(journal: &Journal, session: SessionId) -> Result<Session, StoreError> {
     ///     journal.erase(session).await

@@ -1,9 +1,9 @@
 //! Production statistics per hour, station and profile, which the state store updates together with the sessions.
 
 use serde::{Deserialize, Serialize};
+use spp_format::names::{ProfileName, StationName};
 
 use super::session::{Session, SessionState};
-use crate::names::{ProfileName, StationName};
 
 /// Seconds per hour, the resolution of production statistics.
 pub const SECONDS_PER_HOUR: u64 = 3600;

@@ -2,10 +2,11 @@
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
+use spp_format::keys::KeyKind;
+use spp_format::names::SessionId;
 
 use super::StoreError;
-use crate::keys::{BatchName, KeyKind, StoreId, StoredKey, TokenPair};
-use crate::names::SessionId;
+use crate::hsm::{BatchName, StoreId, StoredKey, TokenPair};
 
 /// What the pairs of a batch are used for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]

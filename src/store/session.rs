@@ -1,10 +1,10 @@
 //! Sessions as stored in the journal.
 
 use serde::{Deserialize, Serialize};
+use spp_format::certificate::CertificateToSign;
+use spp_format::names::{ChipId, DeviceIdentity, KeyName, ProfileName, SessionId, StationName};
+use spp_format::record::Publication;
 
-use super::public::Publication;
-use crate::certificate::CertificateToSign;
-use crate::names::{ChipId, DeviceIdentity, KeyName, ProfileName, SessionId, StationName};
 use crate::state_name::StateName;
 
 /// One device's passage through the SPP. Contains no secrets: key pairs are in the secret store, wrapped.

@@ -3,14 +3,14 @@
 use std::ops::Range;
 
 use async_trait::async_trait;
+use spp_format::names::{ChipId, DeviceIdentity, SessionId, StationName};
 
 use super::StoreError;
 use super::production::{ProductionCounts, ProductionSlot};
 use super::secret::PairToReserve;
 use super::session::{Session, SessionCounts, SessionCursor, SessionSet, SessionState};
 use crate::access::Exceeded;
-use crate::keys::StoredKey;
-use crate::names::{ChipId, DeviceIdentity, SessionId, StationName};
+use crate::hsm::StoredKey;
 use crate::state_name::StateName;
 
 /// Why a reservation was refused.

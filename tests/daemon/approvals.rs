@@ -159,7 +159,8 @@ fn audit_log_contains_both_officers_signatures() {
         let details = entry_of(action, "begun")["details"].clone();
         let bytes = |name: &str| hex::decode(details[name].as_str().unwrap()).unwrap();
         let statement = details["statement"].as_str().unwrap();
-        spp::access::verify_statement(statement.as_bytes(), &bytes("signature"), &bytes("certificate")).unwrap();
+        spp_format::approval::verify_statement(statement.as_bytes(), &bytes("signature"), &bytes("certificate"))
+            .unwrap();
         assert!(statement.contains(request["id"].as_str().unwrap()), "{statement}");
     }
 }
@@ -301,7 +302,10 @@ fn failed_ceremony_records_completed_actions() {
     let details = &ended["details"];
     assert!(details["failure"].as_str().unwrap().contains("log-2.vkey"), "{details}");
     assert!(details["act 01"].as_str().unwrap().starts_with("made more "), "{details}");
-    assert_eq!(details["transcript_sha256"], hex::encode(spp::keys::sha256(&site.read("keys/transcript-2.json"))));
+    assert_eq!(
+        details["transcript_sha256"],
+        hex::encode(spp_format::keys::sha256(&site.read("keys/transcript-2.json")))
+    );
     site.sppctl("ceremony verify keys/transcript-2.txt --log keys/log-1.vkey");
     // The ceremony continues with the action that was not done.
     std::fs::remove_file(site.path("keys/log-2.vkey")).unwrap();

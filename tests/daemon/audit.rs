@@ -1,7 +1,7 @@
 //! The daemon's audit log: creation by an officer, recorded events, tamper detection and accepted loss.
 
 use serde_json::Value;
-use spp::keys::sha256;
+use spp_format::keys::sha256;
 use spp_proto::officer_client::OfficerClient;
 use spp_proto::{AbortRequest, AssembleRequest, FillPoolRequest};
 use tonic::Code;

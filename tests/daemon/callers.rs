@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use prost::Message as _;
-use spp::certificate::{AccessName, Caller, Role};
+use spp_format::certificate::{AccessName, Caller, Role};
 use spp_proto::get_session_request::Session as Selector;
 use spp_proto::officer_client::OfficerClient;
 use spp_proto::recovery_client::RecoveryClient;
@@ -292,7 +292,7 @@ async fn station_is_confined_to_its_profiles_and_identities() {
             assert!(Refusal::of(&refused).is(Code::PermissionDenied, "NOT_PERMITTED"), "{refused:?}");
         }
     }
-    let device = fab.sealing_device(3, spp::package::TransportCurve::P256);
+    let device = fab.sealing_device(3, spp_format::package::TransportCurve::P256);
     assemble(&mut second, &sensor(3, &device)).await.expect("an order within the confinement succeeds");
     complete(&mut first, &request).await.expect("the refused calls changed nothing");
 }

@@ -3,10 +3,10 @@
 use std::process::Output;
 use std::time::Duration;
 
-use spp::certificate::{IssuerCertificate, verify_csr_pem};
 use spp::hsm::{Derivation, Hsm, HsmConfig, KeyManifest, SigningUse};
-use spp::keys::SignatureAlgorithm;
-use spp::secret::SecretBytes;
+use spp_format::certificate::{IssuerCertificate, verify_csr_pem};
+use spp_format::keys::SignatureAlgorithm;
+use spp_format::secret::SecretBytes;
 
 use spp_testkit::ceremony::CeremonyFile;
 use spp_testkit::site::Site;
@@ -290,7 +290,7 @@ fn insufficient_or_damaged_shares_restore_nothing() {
     assert_refused(&site, RESTORE, "backup-1-o-3.share: damaged share: wrong checksum");
     let body = right.replace(bytes, &wrong);
     let body = body.split_once("checksum ").unwrap().0;
-    let sum = hex::encode(&spp::keys::sha256(body.as_bytes())[..8]);
+    let sum = hex::encode(&spp_format::keys::sha256(body.as_bytes())[..8]);
     std::fs::write(&share, format!("{body}checksum {sum}\n")).unwrap();
     assert_refused(&site, RESTORE, "shares 1 (o-1), 2 (o-2), 3 (o-3) do not reproduce key backup-1");
     std::fs::copy(site.path("keys/backup-2-o-1.share"), &share).unwrap();

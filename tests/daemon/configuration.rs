@@ -6,7 +6,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::process::Output;
 use std::time::Duration;
 
-use spp::keys::sha256;
+use spp_format::keys::sha256;
 use tonic::Code;
 use tonic_types::StatusExt as _;
 

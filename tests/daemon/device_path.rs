@@ -1,7 +1,7 @@
 //! One device from a bare chip to a recovered device, and every repeated call.
 
-use spp::device::Device;
-use spp::package::TransportCurve;
+use spp_device::Device;
+use spp_format::package::TransportCurve;
 use spp_proto::assemble_response::Delivery;
 use spp_proto::get_session_request::Session as Which;
 use spp_proto::{AbortRequest, AssembleRequest, CertificateFormat, GetRecordRequest, GetSessionRequest, SessionState};

@@ -1,7 +1,7 @@
 //! Interoperability: OpenSSL verifies the certificates; standard gRPC health and reflection clients work.
 
-use spp::certificate::certificate_pem;
-use spp::package::CertificateChain;
+use spp_format::certificate::certificate_pem;
+use spp_format::package::CertificateChain;
 use tokio_stream::{StreamExt as _, once};
 use tonic::transport::Channel;
 use tonic_health::pb::HealthCheckRequest;

@@ -150,7 +150,7 @@ async fn aborted_pair_is_destroyed_and_never_offered_again() {
     let ready = ready_keys(&all_pairs(&store).await);
     assert!(given.keys().all(|key| !ready.contains(key)), "the key of an aborted session is ready again");
     for session in sessions {
-        let session = spp::names::SessionId::from_bytes(&session).unwrap();
+        let session = spp_format::names::SessionId::from_bytes(&session).unwrap();
         assert_eq!(store.stored_key(&session).await.unwrap(), None);
     }
 }

@@ -5,10 +5,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use spp::device::Device;
-use spp::hsm::{Hsm, KeyReloadRequest};
-use spp::keys::{KeyKind, PublicKey, SignatureAlgorithm, StoredKey};
+use spp::hsm::{Hsm, KeyReloadRequest, StoredKey};
 use spp::store::{BatchPair, KeyStorage, PairCounts, SecretStore as _, SledStateStore, StateStore as _};
+use spp_device::Device;
+use spp_format::keys::{KeyKind, PublicKey, SignatureAlgorithm};
 use spp_proto::{AssembleRequest, AssembleResponse};
 
 use spp_testkit::floor::{Line, TestFab, install, package, phone};
@@ -232,7 +232,7 @@ async fn assert_store_and_token_agree(site: &Site, storage: KeyStorage) -> Vec<B
     pairs
 }
 
-fn token_pair_of(stored_key: &StoredKey) -> Option<spp::keys::TokenPair> {
+fn token_pair_of(stored_key: &StoredKey) -> Option<spp::hsm::TokenPair> {
     match stored_key {
         StoredKey::OnToken(pair) => Some(pair.clone()),
         StoredKey::Wrapped(_) => None,

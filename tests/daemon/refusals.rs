@@ -3,10 +3,10 @@
 use std::path::Path;
 
 use coset::{CoseEncrypt0Builder, HeaderBuilder, TaggedCborSerializable as _, iana};
-use spp::keys::{DevicePrivateKey, PrivateParts, generate_p256, sha256};
-use spp::names::SessionId;
-use spp::package::{ConfirmationClaims, ConfirmationSigner, TransportCurve, confirm};
-use spp::secret::SecretBytes;
+use spp_format::keys::{DevicePrivateKey, PrivateParts, generate_p256, sha256};
+use spp_format::names::SessionId;
+use spp_format::package::{ConfirmationClaims, ConfirmationSigner, TransportCurve, confirm};
+use spp_format::secret::SecretBytes;
 use spp_proto::get_session_request::Session as Selector;
 use spp_proto::{
     AbortRequest, AssembleRequest, CompleteRequest, GetRecordRequest, GetSessionRequest, SessionState, TransportKey,

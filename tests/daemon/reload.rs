@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use serde_json::{Value, json};
-use spp::keys::sha256;
+use spp_format::keys::sha256;
 use spp_proto::officer_client::OfficerClient;
 use spp_proto::{AbortRequest, ReloadRequest, SessionState};
 use tonic::{Code, Status};

@@ -3,9 +3,9 @@
 use std::path::Path;
 use std::process::Stdio;
 
-use spp::device::Device;
-use spp::keys::PrivateParts;
-use spp::package::TransportCurve;
+use spp_device::Device;
+use spp_format::keys::PrivateParts;
+use spp_format::package::TransportCurve;
 use spp_proto::{AssembleRequest, CompleteRequest, SessionState};
 use tonic::Code;
 

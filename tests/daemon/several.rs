@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use spp::config::DaemonConfig;
-use spp::hsm::{Hsm, HsmError, HsmId, KeyReloadRequest, PairStorage};
-use spp::keys::{BatchName, KeyKind, StoreId};
+use spp::hsm::{BatchName, Hsm, HsmError, HsmId, KeyReloadRequest, PairStorage, StoreId};
+use spp_format::keys::KeyKind;
 use spp_proto::{HsmMember, PoolKind};
 use tonic::Code;
 

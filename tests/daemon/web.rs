@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use spp::tlog::{LogKey, LogProof, SignedCheckpoint};
+use spp_format::tlog::{LogKey, LogProof, SignedCheckpoint};
 use spp_proto::get_proof_request::Record;
 use spp_proto::{GetCheckpointRequest, GetProofRequest, GetRecordRequest};
 use tonic::Code;

@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
-use spp::names::SessionId;
 use spp::provisioning::ProvisionError;
-use spp::store::{PublicDatabase as _, Publication, PublishedRecord, SessionCounts, StateName, StateStore as _};
+use spp::store::{PublicDatabase as _, SessionCounts, StateName, StateStore as _};
+use spp_format::names::SessionId;
+use spp_format::record::{Publication, PublishedRecord};
 use spp_testkit::random::cases;
 
 use spp_testkit::point::breaking::FaultMode;

@@ -5,7 +5,8 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use spp::provisioning::{AssembleRequest, Assembled, Completion, Delivery, ProvisionError, Provisioner};
-use spp::store::{AuditCheckpoint, PublicDatabase as _, Publication, SessionCounts, StateName, StateStore as _};
+use spp::store::{PublicDatabase as _, SessionCounts, StateName, StateStore as _};
+use spp_format::record::{AuditCheckpoint, Publication};
 
 use spp_testkit::point::TestBed;
 use spp_testkit::point::breaking::{FaultMode, Write};

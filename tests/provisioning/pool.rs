@@ -3,14 +3,13 @@
 use std::collections::BTreeSet;
 
 use spp::keypool::{Marks, PoolError, PoolRules, ShredOrder};
-use spp::keys::KeyKind;
 use spp::provisioning::ProvisionError;
 use spp::store::{KeyStorage, StateName};
+use spp_format::keys::KeyKind;
 
-use spp_testkit::point::TestBed;
-use spp_testkit::point::assert_pool_is_consistent;
 use spp_testkit::point::breaking::{FaultMode, Write};
 use spp_testkit::point::device::{Kind, TestDevice};
+use spp_testkit::point::{TestBed, assert_pool_is_consistent};
 use spp_testkit::wait::never;
 
 fn rules(storage: KeyStorage, low: u64, high: u64) -> PoolRules {

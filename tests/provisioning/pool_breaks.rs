@@ -1,10 +1,10 @@
 //! Every write of the pool fails once, in both modes, while a batch is filled, shredded or destroyed; then work resumes in the
 //! same process or after a restart. No unused pair is lost, and no orphaned batch key remains on the token.
 
-use spp::hsm::PairStorage;
+use spp::hsm::{BatchName, PairStorage};
 use spp::keypool::{Marks, PoolRules, ShredOrder};
-use spp::keys::{BatchName, KeyKind};
 use spp::store::{KeyStorage, Purpose, SecretStore as _};
+use spp_format::keys::KeyKind;
 
 use spp_testkit::point::breaking::{FaultMode, PoolWrite};
 use spp_testkit::point::device::{Kind, TestDevice};

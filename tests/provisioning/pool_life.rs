@@ -3,12 +3,11 @@
 use std::time::Duration;
 
 use spp::keypool::{Marks, PoolRules, ShredOrder};
-use spp::keys::KeyKind;
 use spp::store::{KeyStorage, SecretStore as _};
+use spp_format::keys::KeyKind;
 
-use spp_testkit::point::assert_pool_is_consistent;
 use spp_testkit::point::device::{Kind, TestDevice};
-use spp_testkit::point::{Point, TestBed};
+use spp_testkit::point::{Point, TestBed, assert_pool_is_consistent};
 
 fn rules(storage: KeyStorage, high: u64) -> PoolRules {
     PoolRules { storage, pools: [(KeyKind::P256, Marks { low: 1, high })].into(), ..PoolRules::default() }

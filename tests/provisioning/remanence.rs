@@ -4,10 +4,10 @@
 
 use std::path::Path;
 
-use spp::hsm::{HsmError, KeyReloadRequest};
+use spp::hsm::{HsmError, KeyReloadRequest, StoredKey};
 use spp::keypool::{Marks, PoolRules, ShredOrder};
-use spp::keys::{DevicePrivateKey, KeyKind, StoredKey};
 use spp::store::{KeyStorage, SledStateStore, StateStore as _};
+use spp_format::keys::{DevicePrivateKey, KeyKind};
 
 use spp_testkit::point::device::{Kind, TestDevice};
 use spp_testkit::point::{SMALL, TestBed};

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use spp::names::{ChipId, SessionId};
 use spp::provisioning::{ProductionBy, SessionFilter};
 use spp::store::{ProductionCounts, SECONDS_PER_HOUR, Session, SessionState, StateName, StateStore as _};
+use spp_format::names::{ChipId, SessionId};
 
 use spp_testkit::point::device::{Kind, TestDevice, identity_of};
 use spp_testkit::point::{Point, TestBed};

@@ -4,11 +4,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use aws_lc_rs::rand::SystemRandom;
 use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair};
-use spp::certificate::{
+use spp_format::certificate::{
     AccessCertificate, AccessName, AuthorityCertificate, Caller, CertificateSerial, IssuerCertificate, SubjectName,
     UnsignedDocument, access_certificate, authority_certificate,
 };
-use spp::keys::{PublicKey, SignatureAlgorithm, TlsKey};
+use spp_format::keys::{PublicKey, SignatureAlgorithm, TlsKey};
 use tonic::transport::Identity;
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;

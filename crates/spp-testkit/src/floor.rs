@@ -1,12 +1,12 @@
 //! Simulated devices, their orders, and a station's handling of the answers.
 
-use spp::certificate::IssuerCertificate;
-use spp::device::{Delivery, Device, PublicRecord, SimulatedFab};
-use spp::keys::{DevicePrivateKey, PublicKey, SignatureAlgorithm, sha256};
-use spp::names::{ChipId, Imei, SessionId};
-use spp::package::TransportCurve;
-use spp::secret::SecretBytes;
-use spp::tlog::{LogKey, LogProof};
+use spp_device::{Delivery, Device, PublicRecord, SimulatedFab};
+use spp_format::certificate::IssuerCertificate;
+use spp_format::keys::{DevicePrivateKey, PublicKey, SignatureAlgorithm, sha256};
+use spp_format::names::{ChipId, Imei, SessionId};
+use spp_format::package::TransportCurve;
+use spp_format::secret::SecretBytes;
+use spp_format::tlog::{LogKey, LogProof};
 use spp_proto::assemble_response::Delivery as ProtoDelivery;
 use spp_proto::get_session_request::Session as SessionSelector;
 use spp_proto::line_client::LineClient;

@@ -37,17 +37,14 @@
 
 pub mod authority;
 pub mod ceremony;
-pub mod files;
 pub mod floor;
 pub mod load;
 pub mod metrics;
 pub mod officers;
 pub mod point;
 pub mod pools;
-pub mod ports;
-pub mod process;
-pub mod random;
 pub mod site;
 pub mod template;
 pub mod tls;
-pub mod wait;
+
+pub use spp_test_support::{files, ports, process, random, wait};

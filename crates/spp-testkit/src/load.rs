@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use der::Decode as _;
-use spp::device::Device;
-use spp::package::TransportCurve;
+use spp_device::Device;
+use spp_format::package::TransportCurve;
 use spp_proto::{AssembleRequest, AssembleResponse, CompleteRequest, GetRecordRequest, Receipt, SessionState};
 use tonic::Code;
 use tonic::transport::{Channel, Endpoint};

@@ -3,6 +3,7 @@
 use cryptoki::mechanism::Mechanism;
 use cryptoki::object::{Attribute, KeyType, ObjectClass};
 use cryptoki::session::Session;
+use spp_format::keys::KeyKind;
 
 use super::{TestToken, create_wrapping_key, in_module, key_map, name};
 use crate::hsm::attributes::pair_generation;
@@ -10,7 +11,6 @@ use crate::hsm::failure::Failure;
 use crate::hsm::failure_class::FailureClass;
 use crate::hsm::wire::KeyOnToken;
 use crate::hsm::{Ceremony, KeyRole, Prf, Provenance};
-use crate::keys::KeyKind;
 
 const ID: &[u8] = b"0123456789abcdef";
 

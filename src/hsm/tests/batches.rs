@@ -1,17 +1,17 @@
 //! Objects that the daemon generates on the token: batch keys and stored pairs.
 
 use cryptoki::object::Attribute;
+use spp_format::keys::{DevicePrivateKey, KeyKind, PublicKey};
+use spp_format::names::KeyName;
 
 use super::{TestToken, in_module, object_counts};
-use crate::hsm::Ceremony;
 use crate::hsm::attributes::{KeyRole, Provenance};
 use crate::hsm::failure_class::FailureClass;
 use crate::hsm::objects::public_key;
 use crate::hsm::operations::TokenOperations;
 use crate::hsm::transport::TransportKey;
 use crate::hsm::wire::{Answer, MadePair, Operation, StorageTarget, StoredForm};
-use crate::keys::{BatchName, DevicePrivateKey, KeyKind, PublicKey, StoreId, TokenPair, batch_key_id};
-use crate::names::KeyName;
+use crate::hsm::{BatchName, Ceremony, StoreId, TokenPair, batch_key_id};
 
 const STORE: StoreId = StoreId::from_random([9; 8]);
 

@@ -1,9 +1,10 @@
 //! Keys created in ceremonies work, have the reported attributes, and are never overwritten.
 
+use spp_format::keys::{KeyKind, SignatureAlgorithm};
+
 use super::{create_wrapping_key, in_module, key_map, name, object_counts};
 use crate::hsm::wire::{Answer, Operation};
 use crate::hsm::{HsmError, KeyRole, Prf};
-use crate::keys::{KeyKind, SignatureAlgorithm};
 
 #[test]
 fn signatures_of_every_algorithm_verify() {

@@ -18,6 +18,7 @@ use std::process::Command;
 use cryptoki::mechanism::Mechanism;
 use cryptoki::object::{Attribute, ObjectHandle};
 use cryptoki::session::Session;
+use spp_format::names::KeyName;
 
 use super::operations::{Shared, TokenOperations};
 use super::transport::{TransportKey, TransportReceiver};
@@ -25,7 +26,6 @@ use super::wire::KeyOnToken;
 use super::{
     Ceremony, CreatedKey, HsmError, KeyRole, ModuleProfile, PinSource, Provenance, TokenIdentity, initialise_token,
 };
-use crate::names::KeyName;
 
 const USER_PIN: &str = "482910375566";
 const SO_PIN: &str = "118822993344";

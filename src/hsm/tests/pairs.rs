@@ -1,6 +1,7 @@
 //! Pairs are generated, wrapped twice and destroyed; the stored blob unwraps to the same key.
 
 use cryptoki::object::Attribute;
+use spp_format::keys::{DevicePrivateKey, KeyKind, PublicKey, SignatureAlgorithm};
 
 use super::{TestToken, create_wrapping_key, in_module, key_map, name, object_counts};
 use crate::hsm::failure_class::FailureClass;
@@ -9,7 +10,6 @@ use crate::hsm::operations::TokenOperations;
 use crate::hsm::transport::TransportKey;
 use crate::hsm::wire::{Answer, KeyOnToken, Operation};
 use crate::hsm::{Ceremony, KeyRole, Provenance};
-use crate::keys::{DevicePrivateKey, KeyKind, PublicKey, SignatureAlgorithm};
 
 struct Fixture {
     ceremony: Ceremony,

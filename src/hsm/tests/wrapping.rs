@@ -5,10 +5,10 @@ use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair, KeyPair
 use cryptoki::mechanism::Mechanism;
 use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle};
 use cryptoki::session::Session;
+use spp_format::keys::{KeyKind, PublicKey, SignatureAlgorithm, sha256};
 
 use super::in_module;
 use crate::hsm::objects::to_x509_form;
-use crate::keys::{KeyKind, PublicKey, SignatureAlgorithm, sha256};
 
 const KEK: [u8; 32] = *b"a key that both sides know by te";
 

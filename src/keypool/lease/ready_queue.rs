@@ -3,10 +3,10 @@
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use spp_format::keys::KeyKind;
 use tokio::sync::Notify;
 
 use crate::hsm::HsmId;
-use crate::keys::KeyKind;
 use crate::store::{PairId, PooledPair};
 
 /// Prefetched ready pairs of one key type that one HSM owns. The remaining ready pairs stay in the store.

@@ -3,16 +3,17 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
+use spp_format::file_format::Faults;
+use spp_format::keys::{KeyKind, sha256};
+use spp_format::names::{KeyName, OfficerName};
+use spp_format::secret::SecretBytes;
+
 use super::backup_file::{BackedUpKey, BackupFile};
 use super::shares;
 use super::step::{CeremonyRun, PlannedStep, PreflightContext, Step};
-use crate::file_format::Faults;
 use crate::hsm::{BACKUP_KEY_LEN, BackupKey, Ceremony, CreatedKey, KeyManifest, backup_check_value};
-use crate::keys::{KeyKind, sha256};
-use crate::names::{KeyName, OfficerName};
 use crate::officer::OfficerError;
 use crate::officer::files::{write_new, write_new_private};
-use crate::secret::SecretBytes;
 
 /// `[[backup_wrapping_key]]`.
 pub(super) struct NewBackupKey {

@@ -3,13 +3,13 @@
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
+use spp_format::file_format::{Faults, read_toml};
+use spp_format::keys::{PublicKey, sha384};
+use spp_format::names::KeyName;
+use spp_format::tlog::{LogKey, Origin};
 
-use crate::file_format::{Faults, read_toml};
 use crate::hsm::{BackupKey, CheckpointKey, MasterKey, Prf, Restorable, SEALED_LEN, SigningKey, SigningUse};
-use crate::keys::{PublicKey, sha384};
-use crate::names::KeyName;
 use crate::officer::OfficerError;
-use crate::tlog::{LogKey, Origin};
 
 const FORMAT: &str = "spp key backup v1";
 /// Domain separation of the seal.

@@ -1,10 +1,11 @@
 //! Checks a key on the token against keys.toml.
 
+use spp_format::file_format::Faults;
+use spp_format::names::KeyName;
+
 use super::proof::{cka_id, prove};
 use super::step::{CeremonyRun, PlannedStep, PreflightContext, Step};
-use crate::file_format::Faults;
 use crate::hsm::KeyManifest;
-use crate::names::KeyName;
 use crate::officer::OfficerError;
 
 /// `[[check_value]]`.

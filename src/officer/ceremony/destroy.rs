@@ -1,10 +1,11 @@
 //! Destroys keys on the token.
 
+use spp_format::file_format::Faults;
+use spp_format::names::KeyName;
+
 use super::proof::cka_id;
 use super::step::{CeremonyRun, PlannedStep, PreflightContext, Step};
-use crate::file_format::Faults;
 use crate::hsm::{DestroyedKey, KeyManifest};
-use crate::names::KeyName;
 use crate::officer::{OfficerError, now};
 
 /// `[[destroy]]`.

@@ -4,6 +4,10 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+use spp_format::file_format::{Faults, read_toml};
+use spp_format::keys::sha256;
+use spp_format::names::{KeyName, OfficerName};
+use spp_format::tlog::Origin;
 
 use super::CeremonyPlan;
 use super::backup::NewBackupKey;
@@ -17,11 +21,7 @@ use super::parse_context::ParseContext;
 use super::restore::RestoreKey;
 use super::signing_file::{AccessShape, CertificateSourceShape, RotateSigningShape, SigningShape};
 use super::step::Step;
-use crate::file_format::{Faults, read_toml};
 use crate::hsm::{Prf, SigningUse};
-use crate::keys::sha256;
-use crate::names::{KeyName, OfficerName};
-use crate::tlog::Origin;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]

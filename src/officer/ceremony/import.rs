@@ -2,12 +2,13 @@
 
 use std::path::PathBuf;
 
+use spp_format::certificate::verify_issued_chain;
+use spp_format::file_format::Faults;
+use spp_format::names::KeyName;
+
 use super::proof::prove;
 use super::step::{CeremonyRun, PlannedStep, PreflightContext, Step};
-use crate::certificate::verify_issued_chain;
-use crate::file_format::Faults;
 use crate::hsm::{KeyManifest, SigningKey, SigningUse};
-use crate::names::KeyName;
 use crate::officer::files::{must_be_new, write_new};
 use crate::officer::{OfficerError, now};
 

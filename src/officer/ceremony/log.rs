@@ -2,16 +2,17 @@
 
 use std::path::PathBuf;
 
+use spp_format::file_format::Faults;
+use spp_format::keys::KeyKind;
+use spp_format::names::KeyName;
+use spp_format::tlog::{LogKey, Origin};
+
 use super::backup_file::BackedUpKey;
 use super::step::{CeremonyRun, PlannedStep, PreflightContext, Step};
 use super::{backup, public_key_of};
-use crate::file_format::Faults;
 use crate::hsm::{CheckpointKey, KeyManifest};
-use crate::keys::KeyKind;
-use crate::names::KeyName;
 use crate::officer::OfficerError;
 use crate::officer::files::write_new;
-use crate::tlog::{LogKey, Origin};
 
 pub(super) struct NewLogKey {
     pub(super) name: KeyName,

@@ -2,12 +2,13 @@
 
 use std::path::PathBuf;
 
+use spp_format::file_format::Faults;
+use spp_format::names::KeyName;
+
 use super::backup;
 use super::backup_file::BackedUpKey;
 use super::step::{CeremonyRun, PlannedStep, PreflightContext, Step};
-use crate::file_format::Faults;
 use crate::hsm::{KeyManifest, MasterKey, Prf};
-use crate::names::KeyName;
 use crate::officer::OfficerError;
 
 pub(super) struct NewMasterKey {

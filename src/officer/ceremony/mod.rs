@@ -26,15 +26,16 @@ use std::path::{Path, PathBuf};
 pub use step::PlannedStep;
 use step::{CeremonyRun, PreflightContext, Step};
 
+use spp_format::certificate::CertificateSerial;
+use spp_format::file_format::Faults;
+use spp_format::keys::PublicKey;
+use spp_format::names::OfficerName;
+
 use super::OfficerError;
 use super::files::{make_directory, must_be_new};
 use super::permit::Permit;
 use super::transcript::{Approval, Transcript, TranscriptInput};
-use crate::certificate::CertificateSerial;
-use crate::file_format::Faults;
 use crate::hsm::{Ceremony, CreatedKey, KeyManifest, ModuleProfile, TokenIdentity};
-use crate::keys::PublicKey;
-use crate::names::OfficerName;
 
 /// A validated ceremony file.
 pub struct CeremonyPlan {

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::file_format::Faults;
+use spp_format::file_format::Faults;
 
 /// Context of all checks.
 pub(super) struct ParseContext<'a> {

@@ -1,7 +1,8 @@
 //! Proves that a key on the token is the one in keys.toml, by using it and comparing the result.
 
+use spp_format::names::KeyName;
+
 use crate::hsm::{Ceremony, KeyManifest};
-use crate::names::KeyName;
 use crate::officer::OfficerError;
 
 /// Proves that the token holds this key of the manifest and returns its fingerprint or check value.

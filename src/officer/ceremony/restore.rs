@@ -2,19 +2,20 @@
 
 use std::path::PathBuf;
 
+use spp_format::certificate::IssuerCertificate;
+use spp_format::file_format::Faults;
+use spp_format::names::KeyName;
+use spp_format::secret::SecretBytes;
+
 use super::backup_file::{BackedUpKey, BackupFile};
 use super::log::NewLogKey;
 use super::proof::prove;
 use super::shares;
 use super::signing::certificate_file;
 use super::step::{CeremonyRun, PlannedStep, PreflightContext, Step};
-use crate::certificate::IssuerCertificate;
-use crate::file_format::Faults;
 use crate::hsm::{CheckpointKey, CreatedKey, KeyManifest, MasterKey, SigningKey, SigningUse, is_sealed};
-use crate::names::KeyName;
 use crate::officer::OfficerError;
 use crate::officer::files::write_new;
-use crate::secret::SecretBytes;
 
 /// `[[restore]]`.
 pub(super) struct RestoreKey {

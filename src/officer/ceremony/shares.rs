@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 
 use blahaj::Sharks;
 use rand_core::{TryCryptoRng, TryRng};
+use spp_format::file_format::open_private;
+use spp_format::keys::sha256;
+use spp_format::names::{KeyName, OfficerName};
+use spp_format::secret::SecretBytes;
 
-use crate::file_format::open_private;
 use crate::hsm::{BACKUP_KEY_LEN, BackupKey, Ceremony, backup_check_value};
-use crate::keys::sha256;
-use crate::names::{KeyName, OfficerName};
 use crate::officer::OfficerError;
-use crate::secret::SecretBytes;
 
 const TITLE: &str = "spp key share v1";
 /// Length of a share in bytes: the x coordinate and one y coordinate per key byte.

@@ -2,17 +2,18 @@
 
 use std::path::{Path, PathBuf};
 
-use super::backup_file::BackedUpKey;
-use super::step::{CeremonyRun, PlannedStep, PreflightContext, Step};
-use super::{backup, public_key_of, random_serial};
-use crate::certificate::{
+use spp_format::certificate::{
     AuthorityCertificate, IssuerCertificate, SubjectName, UnsignedDocument, authority_certificate, authority_request,
     certificate_pem, root_certificate, root_request, subordinate_certificate,
 };
-use crate::file_format::Faults;
+use spp_format::file_format::Faults;
+use spp_format::keys::{KeyKind, PublicKey, SignatureAlgorithm};
+use spp_format::names::KeyName;
+
+use super::backup_file::BackedUpKey;
+use super::step::{CeremonyRun, PlannedStep, PreflightContext, Step};
+use super::{backup, public_key_of, random_serial};
 use crate::hsm::{Ceremony, CreatedKey, KeyManifest, SigningKey, SigningUse};
-use crate::keys::{KeyKind, PublicKey, SignatureAlgorithm};
-use crate::names::KeyName;
 use crate::officer::files::write_new;
 use crate::officer::{OfficerError, now};
 

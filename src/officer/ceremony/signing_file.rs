@@ -1,13 +1,13 @@
 //! Parses the sections of a ceremony file that create signing keys.
 
 use serde::Deserialize;
+use spp_format::certificate::{SubjectFields, SubjectName};
+use spp_format::keys::{KeyKind, SignatureAlgorithm};
+use spp_format::names::KeyName;
 
 use super::parse_context::ParseContext;
 use super::signing::{CertificateSource, KeyUse, NewSigningKey};
-use crate::certificate::{SubjectFields, SubjectName};
 use crate::hsm::SigningUse;
-use crate::keys::{KeyKind, SignatureAlgorithm};
-use crate::names::KeyName;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -3,11 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
+use spp_format::file_format::Faults;
+use spp_format::names::KeyName;
 
 use super::proof::{prove, unknown_key};
-use crate::file_format::Faults;
 use crate::hsm::{Ceremony, CreatedKey, KeyManifest, ModuleProfile};
-use crate::names::KeyName;
 use crate::officer::OfficerError;
 use crate::officer::files::replace;
 use crate::officer::transcript::Transcript;

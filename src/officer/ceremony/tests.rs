@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
+use spp_format::certificate::IssuerCertificate;
 use spp_testkit::ceremony::CeremonyFile;
 
 use super::{CeremonyOutcome, CeremonyPlan};
-use crate::certificate::IssuerCertificate;
 use crate::hsm::tests::{TestToken, in_module};
 use crate::hsm::{Ceremony, KeyManifest};
 use crate::officer::permit::Permit;

@@ -2,9 +2,10 @@
 
 use std::os::unix::fs::MetadataExt as _;
 
+use spp_format::tlog::{LogProof, TileId};
+
 use super::super::chip_files::chip_files;
 use super::*;
-use crate::tlog::{LogProof, TileId};
 
 /// The signer and the entries of a log from which test sources are made.
 struct TestLog {

@@ -2,8 +2,9 @@
 
 use std::sync::atomic::AtomicU8;
 
+use spp_format::tlog::{LogKey, UnsignedCheckpoint};
+
 use super::*;
-use crate::tlog::{LogKey, UnsignedCheckpoint};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn failed_batch_across_bundles_is_published_once_on_retry() {

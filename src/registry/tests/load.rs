@@ -1,7 +1,8 @@
 //! Concurrent publication and reading.
 
+use spp_format::tlog::{TileId, TileKind};
+
 use super::*;
-use crate::tlog::{TileId, TileKind};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn concurrent_publications_are_all_proven() {

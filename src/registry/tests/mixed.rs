@@ -1,14 +1,14 @@
 //! Device records and audit checkpoints in one log are never confused.
 
 use proptest::prelude::*;
+use spp_format::record::{AuditCheckpoint, LogEntry};
+use spp_format::tlog::LogProof;
 
 use super::super::chip_files::chip_files;
 use super::super::first_checkpoints;
 use super::reference_log::{TamperedLog, verify_source, with_changed_record};
 use super::*;
 use crate::store::contract_public::audit_checkpoint;
-use crate::store::{AuditCheckpoint, LogEntry};
-use crate::tlog::LogProof;
 
 /// Whether entry `n` is an audit checkpoint; sometimes several in a row are.
 fn is_audit(n: u64) -> bool {

@@ -9,6 +9,9 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use sha2::{Digest as _, Sha256};
+use spp_format::record::{DeviceRecord, Publication, UniqueKey};
+use spp_format::tlog::testing::LocalSigner;
+use spp_format::tlog::{LogKey, SignedCheckpoint, Tree, UnsignedCheckpoint, leaf_hash};
 use tokio::task::JoinSet;
 
 use super::*;
@@ -19,11 +22,7 @@ use spp_testkit::wait::eventually;
 use crate::store::contract_public::{PublicFactory, public_database_contract, record};
 use crate::store::directory::OsFs;
 use crate::store::testing::FaultInjector;
-use crate::store::{
-    DeviceRecord, PublicDatabase, Publication, PublishError, StoreError, StoreOptions, UniqueKey, WitnessStatus,
-};
-use crate::tlog::testing::LocalSigner;
-use crate::tlog::{SignedCheckpoint, Tree, leaf_hash};
+use crate::store::{PublicDatabase, PublishError, StoreError, StoreOptions, WitnessStatus};
 
 mod crash;
 mod export;
@@ -36,6 +35,17 @@ mod tamper;
 mod witness;
 
 const ORIGIN: &str = "log.example/test";
+
+#[async_trait]
+impl CheckpointSigner for LocalSigner {
+    fn key(&self) -> &LogKey {
+        self.key()
+    }
+
+    async fn sign(&self, checkpoint: &UnsignedCheckpoint) -> Result<Vec<u8>, String> {
+        Ok(self.sign_sync(checkpoint))
+    }
+}
 
 struct Log {
     dir: tempfile::TempDir,

@@ -1,9 +1,10 @@
 //! Recovery at startup from torn, damaged, old or foreign files.
 
+use spp_format::tlog::LogKey;
+
 use super::super::files::LogFiles;
 use super::*;
 use crate::store::directory::OsFs;
-use crate::tlog::LogKey;
 
 /// Damages an index.
 type Damage = fn(&Path, &Path);

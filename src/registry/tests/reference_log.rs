@@ -2,14 +2,14 @@
 
 use std::sync::LazyLock;
 
-use tempfile::TempDir;
-
-use super::*;
-use crate::certificate::{
+use spp_format::certificate::{
     AuthorityCertificate, CertificateRequest, CertificateSerial, IssuedCertificate, IssuerCertificate, Profile,
     SubjectName, authority_certificate, prepare,
 };
-use crate::keys::{DevicePrivateKey, SignatureAlgorithm, generate_p256, sha256};
+use spp_format::keys::{DevicePrivateKey, SignatureAlgorithm, generate_p256, sha256};
+use tempfile::TempDir;
+
+use super::*;
 
 pub(super) const P256: SignatureAlgorithm = SignatureAlgorithm::EcdsaP256Sha256;
 pub(super) const NOW: u64 = 1_767_225_600;

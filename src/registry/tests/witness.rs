@@ -10,11 +10,11 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode, header};
 use hyper_util::rt::TokioIo;
+use spp_format::tlog::{LogKey, TlogError, WitnessKey, check_consistency};
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
 use super::*;
-use crate::tlog::{LogKey, TlogError, WitnessKey, check_consistency};
 
 const NAME: &str = "witness.example/w1";
 

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use spp_format::certificate::Caller;
+use spp_format::keys::sha256;
 use spp_proto as proto;
 use spp_proto::access_server::Access;
 use tokio::sync::mpsc;
@@ -12,8 +14,6 @@ use super::call_gate::{AuditedCall, CallGate};
 use super::{access_messages, callers};
 use crate::access::{self, AccessControl, AccessError};
 use crate::audit::{Auditor, Entry, Outcome};
-use crate::certificate::Caller;
-use crate::keys::sha256;
 use crate::provisioning::Provisioner;
 use crate::server::call_error::CallError;
 

@@ -2,6 +2,9 @@
 
 use std::sync::Arc;
 
+use spp_format::approval::{ApprovalRules, MAX_REASON_LEN, RequestId, SignedStatement, Verdict};
+use spp_format::certificate::Caller;
+use spp_format::names::{DeviceIdentity, OfficerName, ProfileName};
 use spp_proto as proto;
 use tokio::sync::mpsc;
 use tonic::Status;
@@ -10,12 +13,9 @@ use super::call_gate::AuditedCall;
 use super::messages::timestamp;
 use super::status::status_of;
 use crate::access::{
-    self, AccessControl, ApprovalRules, Enrolled, IdentityRange, LoadedRange, MAX_REASON_LEN, RequestId, RequestState,
-    SignedStatement, StationUse, SubmittedRequest, Verdict,
+    self, AccessControl, Enrolled, IdentityRange, LoadedRange, RequestState, StationUse, SubmittedRequest,
 };
 use crate::audit::{AuditLog, Entry, Outcome};
-use crate::certificate::Caller;
-use crate::names::{DeviceIdentity, OfficerName, ProfileName};
 use crate::provisioning::Provisioner;
 use crate::server::call_error::CallError;
 
@@ -41,7 +41,8 @@ pub(super) fn submission(
             format!("has {} bytes, at most {MAX_ACT_LEN} are allowed", request.act.len()),
         ));
     }
-    let action = access::ProtectedAction::from_json(&request.act).map_err(|e| CallError::invalid("act", e))?;
+    let action =
+        spp_format::approval::ProtectedAction::from_json(&request.act).map_err(|e| CallError::invalid("act", e))?;
     let expires = request.expires.map(|time| u64::try_from(time.seconds).unwrap_or_default());
     let expires = expires.ok_or_else(|| CallError::invalid("expires", "missing"))?;
     Ok(SubmittedRequest { officer, certificate, id, action, expires, signature: request.signature })
@@ -131,7 +132,7 @@ pub(super) fn statement_entry(
     caller: &Caller,
     name: &'static str,
     id: RequestId,
-    action: &access::ProtectedAction,
+    action: &spp_format::approval::ProtectedAction,
     signed: &SignedStatement,
 ) -> Entry {
     let (signature, certificate) = (hex::encode(&signed.signature), hex::encode(&signed.certificate));

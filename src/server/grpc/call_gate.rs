@@ -4,6 +4,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Instant;
 
+use spp_format::certificate::Caller;
 use tokio::sync::Semaphore;
 use tonic::metadata::MetadataValue;
 use tonic::{Code, Response, Status};
@@ -11,7 +12,6 @@ use tracing::Instrument as _;
 
 use super::status::{is_refusal, reason_of, status_of};
 use crate::audit::{Auditor, Entry, Outcome};
-use crate::certificate::Caller;
 use crate::provisioning::ProvisionError;
 use crate::server::call_error::CallError;
 

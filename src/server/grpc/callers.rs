@@ -4,14 +4,14 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use spp_format::certificate::{Caller, CallerCertificate, parse_caller_certificate};
+use spp_format::names::{OfficerName, StationName};
 use tonic::codegen::http;
 use tonic::transport::server::{TcpConnectInfo, TlsConnectInfo};
 use tonic::{Code, Request, Status};
 
 use super::status::refusal;
 use crate::access::RevocationList;
-use crate::certificate::{Caller, CallerCertificate, parse_caller_certificate};
-use crate::names::{OfficerName, StationName};
 
 /// Returns the caller of a request.
 pub(super) fn any<T>(request: &Request<T>) -> Result<Caller, Status> {

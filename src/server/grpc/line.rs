@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
+use spp_format::certificate::Caller;
 use spp_proto as proto;
 use spp_proto::line_server::Line;
 use tonic::{Request, Response, Status, async_trait};
 
 use super::call_gate::{AuditedCall, CallGate};
 use super::{callers, messages};
-use crate::certificate::Caller;
 use crate::provisioning::Provisioner;
 
 pub(super) struct LineService {

@@ -1,15 +1,16 @@
 //! Parses request messages, reporting all field violations at once, and converts results to messages.
 
 use prost_types::Timestamp;
+use spp_format::certificate::verify_csr;
+use spp_format::names::{ChipId, DeviceIdentity, NameError, SessionId, StationName};
+use spp_format::package::{MAX_BACKUP_LEN, MAX_CONFIRMATION_LEN, TransportCurve, TransportPublicKey};
+use spp_format::record::{Publication, PublishedRecord};
+use spp_format::tlog::SignedCheckpoint;
 use spp_proto as proto;
 
-use crate::certificate::verify_csr;
-use crate::names::{ChipId, DeviceIdentity, NameError, SessionId, StationName};
-use crate::package::{MAX_BACKUP_LEN, MAX_CONFIRMATION_LEN, TransportCurve, TransportPublicKey};
 use crate::provisioning::{AssembleRequest, Assembled, Completion, Delivery, FieldViolation, Receipt, SessionView};
 use crate::server::call_error::CallError;
-use crate::store::{Publication, PublishedRecord, Session, SessionState, StateName};
-use crate::tlog::SignedCheckpoint;
+use crate::store::{Session, SessionState, StateName};
 
 /// Maximum length of an identity in canonical form, in bytes.
 const MAX_IDENTITY_LEN: usize = 96;

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use spp_format::certificate::Caller;
 use spp_proto as proto;
 use spp_proto::officer_server::Officer;
 use tonic::{Request, Response, Status, async_trait};
@@ -11,7 +12,6 @@ use super::health::{MissingDependency, line_trouble, missing_dependencies};
 use super::{callers, messages, pool};
 use crate::access::AccessControl;
 use crate::audit::Auditor;
-use crate::certificate::Caller;
 use crate::hsm::{CallStatistic, MemberStatus};
 use crate::provisioning::Provisioner;
 use crate::server::call_error::CallError;

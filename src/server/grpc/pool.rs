@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use spp_format::keys::KeyKind;
+use spp_format::names::OfficerName;
 use spp_proto as proto;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -12,8 +14,6 @@ use super::messages::timestamp;
 use super::status::status_of;
 use crate::audit::{AuditLog, Entry, Outcome};
 use crate::keypool::{KeyPool, KindStatus, PoolStatus, ShredOrder, ShredReport};
-use crate::keys::KeyKind;
-use crate::names::OfficerName;
 use crate::server::call_error::CallError;
 use crate::store::KeyStorage;
 

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use spp_format::certificate::Caller;
+use spp_format::names::{OfficerName, SessionId};
 use spp_proto as proto;
 use spp_proto::production_server::Production;
 use tonic::{Request, Response, Status, async_trait};
@@ -10,8 +12,6 @@ use super::call_gate::CallGate;
 use super::pool::outcome;
 use super::{callers, reports};
 use crate::audit::{AuditLog, Entry, Outcome};
-use crate::certificate::Caller;
-use crate::names::{OfficerName, SessionId};
 use crate::provisioning::Provisioner;
 use crate::server::call_error::CallError;
 use crate::store::Session;

@@ -4,20 +4,19 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use prost_types::Timestamp;
+use spp_format::certificate::describe;
+use spp_format::names::SessionId;
+use spp_format::record::PublishedRecord;
 use spp_proto as proto;
 
 use super::messages::{
     MAX_REASON_LEN, Violations, certificate_format, chip_id, identity, publication, receipt, state, timestamp,
 };
-use crate::certificate::describe;
-use crate::names::SessionId;
 use crate::provisioning::{
     DeviceReport, DeviceView, KeyPairLocation, ProductionBy, ProductionOf, SessionFilter, SessionPage,
 };
 use crate::server::call_error::CallError;
-use crate::store::{
-    ProductionCounts, PublishedRecord, SECONDS_PER_HOUR, Session, SessionCursor, SessionState, StateName,
-};
+use crate::store::{ProductionCounts, SECONDS_PER_HOUR, Session, SessionCursor, SessionState, StateName};
 
 /// Maximum number of hours in one answer.
 const MAX_HOURS: u64 = 366 * 24;

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use spp_format::certificate::{Caller, Role};
 use tonic::codegen::http;
 use tonic::{Code, Status};
 
@@ -9,7 +10,6 @@ use super::callers;
 use super::status::refusal;
 use crate::access::RevocationList;
 use crate::audit::{Auditor, Entry, Outcome};
-use crate::certificate::{Caller, Role};
 
 /// Who may call a method.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -3,13 +3,13 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use spp_format::keys::KeyKind;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt as _};
 
 use crate::access::{AccessError, Exceeded, Refused, RequestError};
 use crate::hsm::HsmError;
 use crate::keypool::PoolError;
-use crate::keys::KeyKind;
 use crate::provisioning::ProvisionError;
 use crate::server::call_error::CallError;
 use crate::server::reload::ReloadError;

@@ -10,18 +10,18 @@ use axum::response::{IntoResponse as _, Redirect, Response};
 use axum::routing::get;
 use indicatif::HumanCount;
 use serde::Deserialize;
+use spp_format::certificate::{CertificateField, describe};
+use spp_format::keys::sha256;
+use spp_format::names::{ChipId, DeviceIdentity};
+use spp_format::record::{DeviceRecord, PublishedRecord};
+use spp_format::tlog::{ProofStep, SignedCheckpoint, VerifiedProof};
 use time::OffsetDateTime;
 use time::macros::format_description;
 
 use super::response::{problem, tagged};
 use super::site::Site;
-use crate::certificate::{CertificateField, describe};
-use crate::keys::sha256;
-use crate::names::{ChipId, DeviceIdentity};
 use crate::provisioning::ProvisionError;
 use crate::server::call_error::CallError;
-use crate::store::{DeviceRecord, PublishedRecord};
-use crate::tlog::{ProofStep, SignedCheckpoint, VerifiedProof};
 
 const STYLE: &str = include_str!("pages/style.css");
 /// Maximum length of rejected input that the form shows again, in characters.

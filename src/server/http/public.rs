@@ -22,6 +22,8 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use spp_format::names::ChipId;
+use spp_format::tlog::TileId;
 use tokio::net::TcpListener;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tonic::transport::server::TcpConnectInfo;
@@ -34,13 +36,11 @@ use super::response::{problem, tagged};
 use super::serve::{Limits, Peer, serve};
 use super::site::Site;
 use crate::config::{PublicConfig, RegistryConfig};
-use crate::names::ChipId;
 use crate::provisioning::{ProvisionError, Provisioner};
 use crate::registry::shard;
 use crate::server::call_error::CallError;
 use crate::server::connections::Tls;
 use crate::server::grpc;
-use crate::tlog::TileId;
 
 /// Limits of the public listener.
 const LIMITS: Limits = Limits {

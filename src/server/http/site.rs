@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 
+use spp_format::names::ChipId;
+use spp_format::record::PublishedRecord;
+use spp_format::tlog::{LogKey, WitnessKey};
 use tokio::sync::Semaphore;
 
 use super::rate::RateLimit;
-use crate::names::ChipId;
 use crate::provisioning::Provisioner;
 use crate::server::call_error::CallError;
-use crate::store::PublishedRecord;
-use crate::tlog::{LogKey, WitnessKey};
 
 /// State shared by all handlers.
 pub(super) struct Site {

@@ -3,9 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::sample::Index;
+use spp_format::names::SessionId;
 
 use super::*;
-use crate::names::SessionId;
 
 /// The state of a pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

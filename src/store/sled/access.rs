@@ -14,17 +14,18 @@
 use async_trait::async_trait;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use spp_format::approval::{ApprovalRules, ProtectedAction, Quota, RequestId, SignedStatement, Verdict};
+use spp_format::certificate::{Caller, parse_caller_certificate};
+use spp_format::names::{ChipId, DeviceIdentity, OfficerName, ProfileName, StationName};
 
 use super::session_rows::{identity_key, session_by_index};
 use super::state_store::SledStateStore;
 use super::view::View;
 use crate::access::{
-    AccessError, AccessStore, ApprovalRequest, ApprovalRules, IdentityRange, IssuedAccess, LoadedRange,
-    MAX_OPEN_REQUESTS, MAX_OWN_REQUESTS, MAX_RANGES, MAX_REQUESTS, ProtectedAction, Quota, Refused, RequestError,
-    RequestId, RequestState, Revocation, SettledQuota, SettledRules, SignedStatement, StationUse, Usage, Verdict,
+    AccessError, AccessStore, ApprovalRequest, IdentityRange, IssuedAccess, LoadedRange, MAX_OPEN_REQUESTS,
+    MAX_OWN_REQUESTS, MAX_RANGES, MAX_REQUESTS, Refused, RequestError, RequestState, Revocation, SettledQuota,
+    SettledRules, StationUse, Usage,
 };
-use crate::certificate::{Caller, parse_caller_certificate};
-use crate::names::{ChipId, DeviceIdentity, OfficerName, ProfileName, StationName};
 use crate::store::{ReserveError, Session, StoreError};
 
 /// Maximum used identities that one call skips. The position is stored, so that the next call continues there.

@@ -7,8 +7,10 @@
 //! | `e` + number | valid length of the batch's file |
 //! | `k` + kind | pair counts of the kind since the store was created |
 
+use spp_format::keys::KeyKind;
+
 use super::view::View;
-use crate::keys::{BatchName, KeyKind, StoreId};
+use crate::hsm::{BatchName, StoreId};
 use crate::store::secret::name_of;
 use crate::store::{Batch, PairCounts, StoreError};
 

@@ -1,12 +1,13 @@
 //! The secret store on sled, and the steps of its batches.
 
 use async_trait::async_trait;
+use spp_format::keys::KeyKind;
 
 use super::batch_rows::{ORIGIN, all, batch_error, batch_key, get, origin, pair_counts, put, require};
 use super::pairs;
 use super::state_store::SledStateStore;
 use super::view::View;
-use crate::keys::{KeyKind, StoreId, TokenPair};
+use crate::hsm::{StoreId, TokenPair};
 use crate::store::{
     Batch, BatchPair, BatchState, BatchStep, KeyStorage, PairCounts, PairId, PairToDestroy, PooledPair, Purpose,
     RewrappedPair, SecretStore, StoreError,

@@ -11,14 +11,15 @@ use std::path::Path;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+use spp_format::record::UniqueKey;
+use spp_format::tlog::TreeHash;
 
 use super::StoreOptions;
 use super::committer::Committer;
 use super::directory::{OsFs, StoreKind};
 use super::engine::DatabaseKind;
 use super::view::View;
-use crate::store::{StoreError, UniqueKey};
-use crate::tlog::TreeHash;
+use crate::store::StoreError;
 
 /// A new lookup key type needs a new format version only if existing logs have entries with it that an older index lacks.
 static KIND: DatabaseKind = DatabaseKind {

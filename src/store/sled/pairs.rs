@@ -10,13 +10,14 @@
 //! Every pair is under exactly one of `p`, `w` and `x`. Every step moves it in one transaction.
 
 use serde::{Deserialize, Serialize};
+use spp_format::keys::KeyKind;
+use spp_format::names::SessionId;
 
 use super::batch_rows::{self, batch_error, batch_name, put, require, update_pair_counts};
 use super::blobs::BlobRange;
 use super::session_rows;
 use super::view::View;
-use crate::keys::{BatchName, KeyKind, StoredKey, TokenPair, WrappedKey};
-use crate::names::SessionId;
+use crate::hsm::{BatchName, StoredKey, TokenPair, WrappedKey};
 use crate::store::{
     Batch, BatchPair, BatchState, KeyStorage, PairAssignment, PairId, PairToDestroy, PairToReserve, PooledPair,
     Purpose, ReserveError, RewrappedPair, Session, StoreError,
@@ -175,7 +176,7 @@ pub(super) fn of_batch(view: &View<'_>, number: u64, limit: usize) -> Result<Vec
     let mut pairs = Vec::new();
     let prefix = reserved_prefix(number);
     for key in view.keys_after(&prefix, &prefix, limit)? {
-        let invalid = |e: crate::names::NameError| view.damaged("a session ID".into(), e);
+        let invalid = |e: spp_format::names::NameError| view.damaged("a session ID".into(), e);
         let id = SessionId::from_bytes(key.get(prefix.len()..).unwrap_or_default()).map_err(invalid)?;
         let missing = || view.damaged(format!("the pair of session {id}"), "listed but missing");
         let row = session_row(view, &id)?.ok_or_else(missing)?;

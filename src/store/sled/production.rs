@@ -6,8 +6,9 @@
 
 use std::ops::Range;
 
+use spp_format::names::{ProfileName, StationName};
+
 use super::view::View;
-use crate::names::{ProfileName, StationName};
 use crate::store::production::{ProductionCounts, ProductionSlot};
 use crate::store::{Session, StoreError};
 

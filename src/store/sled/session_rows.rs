@@ -10,8 +10,9 @@
 //! | `q` + session ID | ID of the chip's previous session, if any |
 //! | `n` | number of sessions per state |
 
+use spp_format::names::{ChipId, DeviceIdentity, SessionId};
+
 use super::view::View;
-use crate::names::{ChipId, DeviceIdentity, SessionId};
 use crate::store::{Session, SessionCounts, SessionCursor, StoreError};
 
 pub(super) fn session(view: &View<'_>, id: &SessionId) -> Result<Option<Session>, StoreError> {

@@ -3,18 +3,16 @@
 use std::ops::Range;
 
 use async_trait::async_trait;
+use spp_format::names::{ChipId, DeviceIdentity, SessionId};
 
-use super::access;
-use super::pairs;
-use super::production;
 use super::session_rows::{
     COUNTS, SESSION, UNFINISHED, chip_key, counts, identity_key, listed_session, previous_key, require_session,
     session, session_by_index, session_key, unfinished_key,
 };
 use super::state_store::SledStateStore;
 use super::view::View;
-use crate::keys::StoredKey;
-use crate::names::{ChipId, DeviceIdentity, SessionId};
+use super::{access, pairs, production};
+use crate::hsm::StoredKey;
 use crate::store::{
     PairToReserve, ProductionCounts, ProductionSlot, ReserveError, Session, SessionCounts, SessionCursor, SessionSet,
     SessionState, StateName, StateStore, StoreError,

@@ -6,14 +6,13 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::StoreOptions;
-use super::batch_rows;
 use super::committer::Committer;
 use super::directory::{Fs, OsFs, StoreKind};
 use super::engine::DatabaseKind;
 use super::session_rows::{COUNTS, UNFINISHED, counts, listed_session};
 use super::view::View;
-use crate::keys::StoreId;
+use super::{StoreOptions, batch_rows};
+use crate::hsm::StoreId;
 use crate::store::{SessionCounts, StoreError};
 
 static KIND: DatabaseKind =

@@ -5,15 +5,17 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
-use spp::keys::{KeyKind, StoreId, StoredKey, TokenPair};
-use spp::names::{ChipId, DeviceIdentity, SessionId};
+use spp::hsm::{StoreId, StoredKey, TokenPair};
 use spp::store::{
-    AuditCheckpoint, Batch, BatchPair, BatchStep, DeviceRecord, InFlightPublication, KeyStorage, PairCounts, PairId,
-    PairToDestroy, PairToReserve, PooledPair, ProductionCounts, ProductionSlot, PublicDatabase, Publication,
-    PublishError, PublishedRecord, Purpose, RegistryStatus, ReserveError, RewrappedPair, SecretStore, Session,
-    SessionCounts, SessionCursor, SessionSet, SessionState, StateName, StateStore, StoreError, UniqueKey,
+    Batch, BatchPair, BatchStep, InFlightPublication, KeyStorage, PairCounts, PairId, PairToDestroy, PairToReserve,
+    PooledPair, ProductionCounts, ProductionSlot, PublicDatabase, PublishError, Purpose, RegistryStatus, ReserveError,
+    RewrappedPair, SecretStore, Session, SessionCounts, SessionCursor, SessionSet, SessionState, StateName, StateStore,
+    StoreError,
 };
-use spp::tlog::{LogProof, SignedCheckpoint, TileId};
+use spp_format::keys::KeyKind;
+use spp_format::names::{ChipId, DeviceIdentity, SessionId};
+use spp_format::record::{AuditCheckpoint, DeviceRecord, Publication, PublishedRecord, UniqueKey};
+use spp_format::tlog::{LogProof, SignedCheckpoint, TileId};
 
 /// The provisioning writes of both stores.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

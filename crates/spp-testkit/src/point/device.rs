@@ -1,14 +1,12 @@
 //! A simulated device with its station, and assertions on a completed device.
 
-use spp::device::{Delivery as DeviceDelivery, Device, InstalledPackage, PublicRecord};
-use spp::keys::sha256;
-use spp::names::{ChipId, DeviceIdentity, Imei, ProfileName, SessionId};
-use spp::package::TransportCurve;
 use spp::provisioning::{AssembleRequest, Completion, Delivery, ProvisionError};
-use spp::store::{
-    PublicDatabase as _, Publication, PublishedRecord, Session, SessionCounts, SessionState, StateName,
-    StateStore as _, UniqueKey,
-};
+use spp::store::{PublicDatabase as _, Session, SessionCounts, SessionState, StateName, StateStore as _};
+use spp_device::{Delivery as DeviceDelivery, Device, InstalledPackage, PublicRecord};
+use spp_format::keys::sha256;
+use spp_format::names::{ChipId, DeviceIdentity, Imei, ProfileName, SessionId};
+use spp_format::package::TransportCurve;
+use spp_format::record::{Publication, PublishedRecord, UniqueKey};
 
 use super::{Point, TestBed, station};
 

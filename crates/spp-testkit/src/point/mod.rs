@@ -13,18 +13,18 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use spp::config::DaemonConfig;
-use spp::device::SimulatedFab;
 use spp::hsm::Hsm;
 use spp::keypool::{KeyPool, KindStatus, Marks, PoolPacing, PoolRules};
-use spp::keys::KeyKind;
-use spp::names::{ChipId, StationName};
 use spp::provisioning::{Clock, Policy, Provisioner};
 use spp::registry::{HsmSigner, TransparencyLog};
 use spp::store::{
-    Batch, BatchState, Journal, PublicDatabase as _, PublishedRecord, Purpose, Registry, SecretStore as _,
-    SledStateStore, StoreOptions, UniqueKey,
+    Batch, BatchState, Journal, PublicDatabase as _, Purpose, Registry, SecretStore as _, SledStateStore, StoreOptions,
 };
-use spp::tlog::LogKey;
+use spp_device::SimulatedFab;
+use spp_format::keys::KeyKind;
+use spp_format::names::{ChipId, StationName};
+use spp_format::record::{PublishedRecord, UniqueKey};
+use spp_format::tlog::LogKey;
 
 use self::breaking::{Faults, FaultySecretStore, FaultyStore, PoolFaults};
 use crate::files::copy_directory;

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use spp::hsm::KeyReloadRequest;
-use spp::keys::{PublicKey, StoreId, StoredKey};
+use spp::hsm::{KeyReloadRequest, StoreId, StoredKey};
 use spp::store::{Batch, BatchPair, BatchState, KeyStorage, PairAssignment, SecretStore as _};
+use spp_format::keys::PublicKey;
 
 use super::Point;
 use super::device::TestDevice;

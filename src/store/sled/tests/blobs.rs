@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use super::*;
 use spp_testkit::wait::eventually;
 
-use crate::keys::KeyKind;
+use spp_format::keys::KeyKind;
+
 use crate::store::contract_pairs::{
     ALL, P256, abort_session, aborted_at, add, is_wrong_batch, name, open_pool, pooled, public_key, ready, rewrapped,
     session_with, snapshot, wrapped,
@@ -191,7 +192,7 @@ async fn refused_transaction_does_not_shift_other_blobs() {
         tokio::spawn(async move {
             // Half of the calls are refused: sessions because their chip is taken, pairs after two of a call were written.
             let new = if n % 2 == 0 { session(n) } else { Session { chip: session(0).chip, ..session(n) } };
-            let last = if n % 2 == 0 { name } else { crate::keys::BatchName { number: 99, ..name } };
+            let last = if n % 2 == 0 { name } else { crate::hsm::BatchName { number: 99, ..name } };
             let pairs = vec![pair(3 * n, name), pair(3 * n + 1, name), pair(3 * n + 2, last)];
             let reserve = store.reserve(&new, Some(&PairToReserve::OnDemand { batch: 1, blob: long(n) })).await;
             (n, reserve.is_ok(), store.add_pairs(pool, pairs).await.is_ok())

@@ -9,10 +9,11 @@ use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::time::Duration;
 
 use rustix::process::{Resource, Rlimit};
+use spp_format::keys::KeyKind;
 use spp_testkit::process::{Process, child_command};
 
 use super::{Sled, options, wait_until_recovered};
-use crate::keys::{BatchName, KeyKind, StoredKey};
+use crate::hsm::{BatchName, StoredKey};
 use crate::store::contract::{Factory, PrivateStore, blob, id, issued, key, session, stored_blob};
 use crate::store::contract_pairs::{ALL, aborted_at, name, open_pool, public_key, session_with, wrapped};
 use crate::store::contract_production::assert_production_matches_counts;

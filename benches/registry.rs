@@ -14,9 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use spp::registry::{
-    CheckpointSigner as _, LogSettings, StoreDirectory, TransparencyLog, VerifyOptions, export, reindex, verify,
-};
+use spp::registry::{CheckpointSigner as _, LogSettings, TransparencyLog, reindex};
 use spp::store::{PublicDatabase, StoreOptions};
 use spp_format::certificate::{
     AuthorityCertificate, CertificateRequest, CertificateSerial, IssuedCertificate, IssuerCertificate, Profile,
@@ -25,6 +23,7 @@ use spp_format::certificate::{
 use spp_format::keys::{DevicePrivateKey, SignatureAlgorithm, generate_p256, sha256};
 use spp_format::names::{ChipId, SessionId};
 use spp_format::record::{DeviceRecord, UniqueKey};
+use spp_log::registry::{StoreDirectory, VerifyOptions, export, verify};
 use spp_proto::get_proof_request::Record;
 use spp_proto::recovery_client::RecoveryClient;
 use spp_proto::{GetProofRequest, GetRecordRequest};

@@ -149,7 +149,8 @@ impl Auditor {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Entries, RecordedEntry};
+    use spp_log::audit::{Entries, RecordedEntry};
+
     use super::*;
 
     /// Runs `refusals` and returns the entries of the log.

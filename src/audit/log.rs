@@ -11,10 +11,11 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use spp_format::audit::LogHead;
 use spp_format::keys::sha256;
+use spp_log::audit::FILE;
+use spp_log::audit::chain::{ChainHead, MAX_LINE_LEN, TAIL_LEN};
 use tokio::sync::oneshot;
 
-use super::chain::{ChainHead, MAX_LINE_LEN, TAIL_LEN};
-use super::{AuditError, Entry, FILE, Outcome};
+use super::{AuditError, Entry, Outcome};
 
 /// Timeout for the file lock. After a kill -9 the kernel may release the lock with a delay.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
@@ -72,7 +73,7 @@ impl AuditLog {
     }
 
     /// Opens the log in a directory and continues its chain. An incomplete last line, left by a crash, is removed, and an entry
-    /// records its length. Only the end of the file is read; [`verify`](super::verify) reads all of it.
+    /// records its length. Only the end of the file is read; [`verify`](spp_log::audit::verify) reads all of it.
     pub fn open(dir: &Path, node: &str) -> Result<Self, AuditError> {
         Self::open_within(LOCK_TIMEOUT, dir, node)
     }
@@ -316,7 +317,8 @@ fn now() -> u64 {
 mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 
-    use super::super::verify;
+    use spp_log::audit::verify;
+
     use super::*;
 
     /// Creates a log with this number of entries.
@@ -439,12 +441,12 @@ mod tests {
     #[tokio::test]
     async fn too_long_entry_is_refused_alone() {
         let (_place, dir, log) = log_of(1).await;
-        let long = entry(1).with("much", "x".repeat(crate::audit::chain::MAX_LINE_LEN));
+        let long = entry(1).with("much", "x".repeat(spp_log::audit::chain::MAX_LINE_LEN));
         assert!(matches!(log.record(long).await, Err(AuditError::TooLong(_))));
-        let longest = entry(1).with("much", "x".repeat(crate::audit::chain::MAX_LINE_LEN - 400));
+        let longest = entry(1).with("much", "x".repeat(spp_log::audit::chain::MAX_LINE_LEN - 400));
         log.record(longest.clone()).await.unwrap();
         drop(log);
-        append(&dir, &vec![b'x'; crate::audit::chain::MAX_LINE_LEN - 1]);
+        append(&dir, &vec![b'x'; spp_log::audit::chain::MAX_LINE_LEN - 1]);
         let log = open(&dir).unwrap();
         assert_eq!(log.record(longest).await.unwrap(), 3);
         assert_eq!(verify(&dir).unwrap().entries, 4);

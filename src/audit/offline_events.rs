@@ -12,8 +12,8 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
+use spp_log::audit::chain::MAX_LINE_LEN;
 
-use super::chain::MAX_LINE_LEN;
 use super::{AuditError, AuditLog, Entry, Outcome};
 
 /// Directory of the pending events, beside the log file.
@@ -39,7 +39,7 @@ impl OfflineEvent {
     /// Stores the event durably beside the log in this directory. Does nothing if no log exists yet; the log's first entries
     /// show this.
     pub fn persist(&self, log: &Path) -> Result<(), AuditError> {
-        if !log.join(super::FILE).exists() {
+        if !log.join(spp_log::audit::FILE).exists() {
             return Ok(());
         }
         let (dir, nanos) =
@@ -107,7 +107,8 @@ fn read(path: &Path) -> Result<OfflineEvent, String> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Entries, verify};
+    use spp_log::audit::{Entries, verify};
+
     use super::*;
 
     #[tokio::test]

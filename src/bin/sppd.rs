@@ -9,7 +9,7 @@ use clap::{CommandFactory as _, Parser};
 use clap_complete::Shell;
 use sd_notify::NotifyState;
 use spp::access::AccessControl;
-use spp::audit::{self, AuditCheckpointer, AuditLog, Auditor, CheckpointRules, Entry, Outcome, Trust};
+use spp::audit::{AuditCheckpointer, AuditLog, Auditor, CheckpointRules, Entry, Outcome};
 use spp::cli_docs;
 use spp::clock::Clock;
 use spp::config::DaemonConfig;
@@ -17,11 +17,13 @@ use spp::hsm::{Hsm, PinAgent, PinSource, pin_agent, worker};
 use spp::keypool::KeyPool;
 use spp::logging::{self, LogLevel};
 use spp::provisioning::{Policy, Provisioner, recovery_loop};
-use spp::registry::{HsmSigner, TransparencyLog, published_checkpoints};
+use spp::registry::{HsmSigner, TransparencyLog};
 use spp::server::{
     ActiveTls, Listening, Metrics, MetricsSources, NodeInfo, OfficerContext, Public, ReloadTargets, Reloader,
 };
 use spp::store::{Batch, Journal, Purpose, Registry, SecretStore, SledStateStore};
+use spp_log::audit::Trust;
+use spp_log::registry::published_checkpoints;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -352,7 +354,7 @@ async fn check(config: DaemonConfig) -> Result<(), String> {
         published: Some(published),
         given_up: config.audit.accepted_loss.into_iter().collect(),
     };
-    let verified = audit::verify_with(&config.audit.directory, &trust).map_err(|e| e.to_string())?;
+    let verified = spp_log::audit::verify_with(&config.audit.directory, &trust).map_err(|e| e.to_string())?;
     println!("audit log      {}: {verified}", config.audit.directory.display());
     let batches = secrets.batches().await.map_err(|e| e.to_string())?;
     for (kind, marks) in &config.key_pool.pools {

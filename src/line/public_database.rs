@@ -6,6 +6,7 @@ use std::time::Duration;
 use spp_format::names::ChipId;
 use spp_format::record::{DeviceRecord, PublishedRecord};
 use spp_format::tlog::{LogKey, LogProof, VerifiedProof};
+use spp_log::registry::read_chip;
 use spp_proto::get_proof_request::Record;
 use spp_proto::recovery_client::RecoveryClient;
 use spp_proto::{GetProofRequest, GetRecordRequest};
@@ -14,7 +15,6 @@ use tonic::transport::Uri;
 use super::LineError;
 use super::connection::{Tls, connect};
 use super::retry::RetryPolicy;
-use crate::registry::read_chip;
 
 /// A fetched record that matches its receipt.
 pub(super) struct FetchedRecord {

@@ -11,15 +11,15 @@ use std::time::Duration;
 use clap::{Args, Subcommand, ValueEnum};
 use spp_format::certificate::IssuerCertificate;
 use spp_format::tlog::{LogKey, TlogError};
+use spp_log::audit::{Entries, RecordedEntry, Trust};
+use spp_log::registry::published_checkpoints;
 
 use super::access_client::OfficerClient;
 use super::files::make_directory;
 use super::pool_cli::DaemonArgs;
 use super::status::StatusError;
 use super::text::{escape_controls, format_time, parse_time};
-use crate::audit::{self, Entries, RecordedEntry, Trust};
 use crate::config::{AuditConfig, RegistryAccess};
-use crate::registry::published_checkpoints;
 
 /// Interval between two reads of `tail --follow`.
 const POLL_INTERVAL: Duration = Duration::from_millis(500);
@@ -135,11 +135,11 @@ impl VerifyAuditArgs {
         let directory = self.directory.clone().or_else(|| config.as_ref().map(|config| config.directory.clone()));
         let directory = directory.ok_or("no audit log given: use --config FILE or --directory DIR")?;
         let result = match self.trust(config.as_ref(), &directory)? {
-            None => audit::verify(&directory),
-            Some(trust) => audit::verify_with(&directory, &trust),
+            None => spp_log::audit::verify(&directory),
+            Some(trust) => spp_log::audit::verify_with(&directory, &trust),
         };
         if self.json {
-            println!("{:#}", audit::verified_json(&result));
+            println!("{:#}", spp_log::audit::verified_json(&result));
         }
         let verified = result.map_err(|e| e.to_string())?;
         if !self.json {
@@ -197,7 +197,7 @@ fn first_node(directory: &Path) -> Result<Option<String>, String> {
 pub async fn fetch_audit(out: &Path, daemon: &DaemonArgs) -> Result<(), StatusError> {
     let failed = |e: io::Error| StatusError::Invalid(format!("{}: {e}", out.display()));
     make_directory(out).map_err(|e| StatusError::Invalid(e.to_string()))?;
-    let opened = OpenOptions::new().append(true).create(true).mode(0o600).open(out.join(audit::FILE));
+    let opened = OpenOptions::new().append(true).create(true).mode(0o600).open(out.join(spp_log::audit::FILE));
     let mut file = opened.map_err(failed)?;
     let before = file.metadata().map_err(failed)?.len();
     let mut client = OfficerClient::connect(&daemon.server, &daemon.tls).await?;

@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use serde_json::{Value, json};
 use spp_format::names::{ChipId, DeviceIdentity};
+use spp_log::audit::{Entries, RecordedEntry};
 use spp_proto as proto;
 use spp_proto::get_device_request::Device;
 use spp_proto::production_client::ProductionClient;
@@ -13,7 +14,7 @@ use super::audit_cli::format_entry;
 use super::sessions::{receipt_json, seconds, session_json, state_name};
 use super::status::{StatusError, call_error, channel, with_deadline};
 use super::text::{aligned_lines, escape_controls, format_time};
-use crate::audit::{AuditError, Entries, RecordedEntry};
+use crate::audit::AuditError;
 
 /// A chip ID in hex or a device identity with its type prefix.
 #[derive(Debug, Clone)]

@@ -9,10 +9,11 @@ use indicatif::{HumanCount, ProgressBar, ProgressStyle};
 use spp_format::certificate::IssuerCertificate;
 use spp_format::keys::sha256;
 use spp_format::tlog::{LogKey, SignedCheckpoint};
+use spp_log::registry::{Verification, VerifyOptions, export, open_source, verify};
 
 use super::files::replace;
 use crate::config::RegistryAccess;
-use crate::registry::{Verification, VerifyOptions, export, open_source, reindex, verify};
+use crate::registry::reindex;
 
 /// Reindex, mirror and verify the public database. Needs no HSM.
 #[derive(Subcommand)]

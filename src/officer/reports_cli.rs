@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::Subcommand;
 use spp_format::names::{ProfileName, SessionId, StationName};
+use spp_log::audit::RecordedEntry;
 use spp_proto as proto;
 
 use super::audit_cli::log_directory;
@@ -14,7 +15,6 @@ use super::pool_cli::DaemonArgs;
 use super::production::{self, GroupBy, ProductionQuery};
 use super::sessions::{self, State};
 use super::text::parse_time;
-use crate::audit::RecordedEntry;
 use crate::store::SECONDS_PER_HOUR;
 
 const DAY: u64 = 24 * SECONDS_PER_HOUR;

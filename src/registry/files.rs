@@ -9,17 +9,16 @@ use std::sync::Arc;
 use rustix::fs::Advice;
 use spp_format::record::LogEntry;
 use spp_format::tlog::{FullTile, LogKey, SignedCheckpoint, TileId, TileKind, Tree, bundle, leaf_hash};
+use spp_log::registry::atomic_write::{write_new, write_once};
+use spp_log::registry::full_tiles::{BUNDLE, FullTiles};
+use spp_log::registry::partial_bundle::{self, Batch, PARTIAL_BUNDLE_DIR, newest_partial_bundle, partial_bundle_path};
 
-use super::atomic_write::{write_new, write_once};
 use super::first_checkpoints::{self, CompactCheckpoint};
-use super::full_tiles::{BUNDLE, FullTiles};
-use super::partial_bundle::{self, Batch};
 use crate::store::directory::{Fs, MIN_FREE_BYTES, StoreDir, StoreKind, sync_dir};
 use crate::store::{StoreError, StoreOptions};
 
 pub(super) static KIND: StoreKind = StoreKind { name: "public database", marker: "public", format: 2 };
 
-const PARTIAL_BUNDLE_DIR: &str = "edge";
 const TILE_DIR: &str = "tile";
 const INDEX_DIR: &str = "index";
 
@@ -288,19 +287,6 @@ impl PartialBundleFile {
     }
 }
 
-/// The newest partial bundle in a log's directory, and the index of its first entry.
-pub(super) fn newest_partial_bundle(dir: &Path) -> io::Result<(u64, PathBuf)> {
-    let mut newest = None;
-    for entry in fs::read_dir(dir.join(PARTIAL_BUNDLE_DIR))? {
-        let name = entry?.file_name();
-        // A file that is still being written has a longer name.
-        let base = name.to_str().filter(|name| name.len() == 20).and_then(|name| name.parse::<u64>().ok());
-        newest = newest.max(base);
-    }
-    let base = newest.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "no file in edge/"))?;
-    Ok((base, partial_bundle_path(dir, base)))
-}
-
 /// Removes older partial bundles, which a crash can leave behind.
 fn remove_older_partial_bundles(dir: &Path, newest: u64) -> io::Result<()> {
     for entry in fs::read_dir(dir.join(PARTIAL_BUNDLE_DIR))? {
@@ -310,8 +296,4 @@ fn remove_older_partial_bundles(dir: &Path, newest: u64) -> io::Result<()> {
         }
     }
     sync_dir(&dir.join(PARTIAL_BUNDLE_DIR))
-}
-
-fn partial_bundle_path(dir: &Path, base: u64) -> PathBuf {
-    dir.join(PARTIAL_BUNDLE_DIR).join(format!("{base:020}"))
 }

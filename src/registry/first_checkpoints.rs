@@ -11,9 +11,8 @@ use std::{fs, io};
 
 use spp_format::record::LogEntry;
 use spp_format::tlog::{LogKey, SignedCheckpoint, TileId, TileKind, bundle};
-
-use super::atomic_write::{write_new, write_once};
-use super::full_tiles::{BUNDLE, FullTiles};
+use spp_log::registry::atomic_write::{write_new, write_once};
+use spp_log::registry::full_tiles::{BUNDLE, FullTiles};
 
 const DIRECTORY: &str = "signed";
 

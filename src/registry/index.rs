@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use spp_format::record::{LogEntry, UniqueKey};
 use spp_format::tlog::{LogKey, TileId, TileKind, bundle, leaf_hash};
+use spp_log::registry::full_tiles::{BUNDLE, FullTiles};
 
 use super::files::{KIND, LogFiles};
-use super::full_tiles::{BUNDLE, FullTiles};
 use super::snapshot::damaged;
 use crate::store::directory::OsFs;
 use crate::store::{IndexEntry, IndexMark, Location, SledIndex, StoreError, StoreOptions};

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use spp_format::tlog::bundle;
+use spp_log::registry::full_tiles::BUNDLE;
 
-use super::full_tiles::BUNDLE;
 use super::index::{IndexBuilder, create_empty_index};
 use super::sequencer::{BACKOFF, Sequencer};
 use super::shared::Unavailable;

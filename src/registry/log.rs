@@ -8,10 +8,10 @@ use std::time::Duration;
 use async_trait::async_trait;
 use spp_format::record::{AuditCheckpoint, DeviceRecord, LogEntry, Publication, PublishedRecord, UniqueKey};
 use spp_format::tlog::{LogKey, LogProof, SignedCheckpoint, TileId};
+use spp_log::registry::full_tiles::BUNDLE;
 use tokio::sync::{mpsc, oneshot};
 
 use super::files::LogFiles;
-use super::full_tiles::BUNDLE;
 use super::index::belongs_to_log;
 use super::read::EntryLocation;
 use super::sequencer::{PublishRequest, Sequencer};

@@ -26,37 +26,27 @@
 //!
 //! Trust: an attacker who controls the directory can withhold entries. Anyone who has kept a checkpoint detects altered, removed
 //! or reordered entries ([`verify`]).
+//!
+//! [`audit_checkpoints`]: fn@spp_log::registry::audit_checkpoints
+//! [`export`]: fn@spp_log::registry::export
+//! [`verify`]: fn@spp_log::registry::verify
 
-mod atomic_write;
-mod audited;
-mod chip_files;
-mod export;
-mod fetch;
 mod files;
 mod first_checkpoints;
-mod full_tiles;
 mod index;
 mod index_sync;
 mod log;
-mod partial_bundle;
 mod read;
 mod sequencer;
 mod shared;
 mod signer;
 mod snapshot;
-mod source;
-mod verify;
 mod witness;
 
 #[cfg(test)]
 mod tests;
 
-pub use audited::{AuditTrail, AuditTrailError, audit_checkpoints, published_checkpoints};
-pub use chip_files::shard;
-pub use export::{ExportError, ExportReport, export};
 pub use index::{ReindexReport, reindex};
 pub use log::{LogSettings, TransparencyLog};
 pub use signer::{CheckpointSigner, HsmSigner};
-pub use source::{HttpSource, LogSource, Mirror, SourceError, StoreDirectory, open_source, read_chip};
-pub use verify::{Finding, Verification, VerifyOptions, verify};
 pub use witness::Witness;

@@ -5,8 +5,8 @@ use spp_format::tlog::{
     HashSource, LogKey, LogProof, SignedCheckpoint, TileId, TileKind, TlogError, Tree, UnsignedCheckpoint, bundle,
     prove_inclusion,
 };
+use spp_log::registry::full_tiles::BUNDLE;
 
-use super::full_tiles::BUNDLE;
 use super::shared::{LOOKUP_TIMEOUT, Shared};
 use super::snapshot::{Snapshot, damaged};
 use crate::store::{Location, StoreError};

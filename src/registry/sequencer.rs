@@ -8,12 +8,12 @@ use std::time::Duration;
 
 use spp_format::record::{LogEntry, Publication, UniqueKey};
 use spp_format::tlog::{SignedCheckpoint, UnsignedCheckpoint};
+use spp_log::registry::full_tiles::BUNDLE;
+use spp_log::registry::partial_bundle::Batch;
 use tokio::sync::{mpsc, oneshot};
 
 use super::files::{AppendError, PartialBundleFile};
 use super::first_checkpoints::CompactCheckpoint;
-use super::full_tiles::BUNDLE;
-use super::partial_bundle::Batch;
 use super::read::EntryLocation;
 use super::shared::{Shared, Unavailable};
 use super::signer::CheckpointSigner;

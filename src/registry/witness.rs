@@ -7,9 +7,9 @@ use std::time::Duration;
 use base64::prelude::{BASE64_STANDARD, Engine as _};
 
 use spp_format::tlog::{LogKey, SignedCheckpoint, WitnessKey, prove_consistency};
+use spp_log::registry::fetch::Fetcher;
 use tokio::task::JoinSet;
 
-use super::fetch::Fetcher;
 use super::read::Tiles;
 use super::shared::Shared;
 use super::snapshot::Snapshot;

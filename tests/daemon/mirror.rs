@@ -79,7 +79,7 @@ fn wiped_device_recovers_from_mirror_without_daemon() {
     }
 
     // A mirror is not trusted: another chip's record and proof, a changed record, another log's key.
-    let shard = |chip: &str| site.path("mirror").join("chip").join(spp::registry::shard(&chip.parse().unwrap()));
+    let shard = |chip: &str| site.path("mirror").join("chip").join(spp_log::registry::shard(&chip.parse().unwrap()));
     let file = |chip: &str, ending: &str| shard(chip).join(format!("{chip}.{ending}"));
     let recover = || site.spp_line(&format!("recover --chip {} --devices simulated --from mirror", chips[2]));
     success_output(&site.spp_line(&format!("wipe --chip {} --devices simulated", chips[2])));

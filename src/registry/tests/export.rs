@@ -3,8 +3,8 @@
 use std::os::unix::fs::MetadataExt as _;
 
 use spp_format::tlog::{LogProof, TileId};
+use spp_log::registry::chip_files;
 
-use super::super::chip_files::chip_files;
 use super::*;
 
 /// The signer and the entries of a log from which test sources are made.

@@ -3,8 +3,8 @@
 use proptest::prelude::*;
 use spp_format::record::{AuditCheckpoint, LogEntry};
 use spp_format::tlog::LogProof;
+use spp_log::registry::chip_files;
 
-use super::super::chip_files::chip_files;
 use super::super::first_checkpoints;
 use super::reference_log::{TamperedLog, verify_source, with_changed_record};
 use super::*;

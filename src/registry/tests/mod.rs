@@ -15,6 +15,10 @@ use spp_format::tlog::{LogKey, SignedCheckpoint, Tree, UnsignedCheckpoint, leaf_
 use tokio::task::JoinSet;
 
 use super::*;
+use spp_log::registry::{
+    AuditTrail, AuditTrailError, ExportError, ExportReport, Finding, LogSource, Mirror, SourceError, StoreDirectory,
+    VerifyOptions, audit_checkpoints, export, read_chip, verify,
+};
 use spp_testkit::files::copy_directory;
 use spp_testkit::random::{cases, scaled};
 use spp_testkit::wait::eventually;

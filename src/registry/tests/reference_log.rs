@@ -102,7 +102,7 @@ pub(super) static REFERENCE: LazyLock<ReferenceLog> = LazyLock::new(|| {
     });
     drop(runtime);
     let (mirror, key) = (log.dir.path().join("mirror"), log.signer.key());
-    super::super::export(&mut StoreDirectory::new(&log.dir(), key), key, &mirror, &mut |_, _| ()).unwrap();
+    spp_log::registry::export(&mut StoreDirectory::new(&log.dir(), key), key, &mirror, &mut |_, _| ()).unwrap();
     let bundles = ["000", "001", "002.p/88"].map(|name| fs::read(mirror.join("tile/entries").join(name)).unwrap());
     let entries: Vec<_> = bundles.iter().flat_map(|bundle| entries_of(bundle)).collect();
     assert!(entries.iter().zip(&records).all(|(entry, record)| *entry == record.to_bytes().unwrap()));

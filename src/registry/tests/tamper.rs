@@ -3,8 +3,8 @@
 use std::sync::LazyLock;
 
 use proptest::prelude::*;
+use spp_log::registry::chip_files;
 
-use super::super::chip_files::chip_files;
 use super::reference_log::*;
 use super::*;
 

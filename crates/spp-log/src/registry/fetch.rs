@@ -16,22 +16,24 @@ const MAX_PAUSE: Duration = Duration::from_secs(30);
 
 /// An HTTP client.
 #[derive(Clone)]
-pub(super) struct Fetcher(Agent);
+pub struct Fetcher(Agent);
 
 /// Status and body of a response.
-pub(super) struct Response {
-    pub(super) status: u16,
-    pub(super) body: Vec<u8>,
+pub struct Response {
+    /// The HTTP status.
+    pub status: u16,
+    /// The body.
+    pub body: Vec<u8>,
 }
 
 impl Fetcher {
     /// A client for mirrors. It follows redirects, and its timeout allows large files.
-    pub(super) fn for_mirrors(authority: Option<&Path>) -> Result<Self, String> {
+    pub fn for_mirrors(authority: Option<&Path>) -> Result<Self, String> {
         Self::new(authority, REQUEST_TIMEOUT, 5)
     }
 
     /// A client for witnesses. It follows no redirects.
-    pub(super) fn for_witnesses(authority: Option<&Path>, limit: Duration) -> Result<Self, String> {
+    pub fn for_witnesses(authority: Option<&Path>, limit: Duration) -> Result<Self, String> {
         Self::new(authority, limit, 0)
     }
 
@@ -73,7 +75,7 @@ impl Fetcher {
 
     /// Sends a GET request and reads at most `max_bytes` bytes of the body. Retries if the server is busy (429, 503), after
     /// the pause in `Retry-After`.
-    pub(super) fn get(&self, url: &str, max_bytes: u64) -> Result<Response, String> {
+    pub fn get(&self, url: &str, max_bytes: u64) -> Result<Response, String> {
         let mut attempt = 0;
         loop {
             let answer = self.0.get(url).call().map_err(|e| e.to_string())?;
@@ -89,7 +91,7 @@ impl Fetcher {
     }
 
     /// Sends a POST request and reads at most `max_bytes` bytes of the response.
-    pub(super) fn post(&self, url: &str, body: &[u8], max_bytes: u64) -> Result<Response, String> {
+    pub fn post(&self, url: &str, body: &[u8], max_bytes: u64) -> Result<Response, String> {
         read(self.0.post(url).send(body).map_err(|e| e.to_string())?, max_bytes)
     }
 }

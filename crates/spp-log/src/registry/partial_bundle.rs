@@ -7,6 +7,10 @@
 //! Numbers are big-endian, entries are encoded as in an entry bundle. A batch needs no checksum: its note is signed, and the root
 //! in the note covers its entries.
 
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
 use spp_format::tlog::{LogKey, SignedCheckpoint, TlogError, Tree, bundle, leaf_hash};
 
 const MAGIC: &[u8; 4] = b"SPP1";
@@ -17,27 +21,27 @@ const FIXED_LEN: usize = 12;
 /// Entries that became durable together, and the checkpoint of the tree that includes them. A batch may consist of a checkpoint
 /// alone.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Batch {
+pub struct Batch {
     /// The index of the first entry.
-    pub(super) first: u64,
+    pub first: u64,
     /// The signed note, unparsed.
-    pub(super) note: Vec<u8>,
+    pub note: Vec<u8>,
     /// The entries.
-    pub(super) entries: Vec<Vec<u8>>,
+    pub entries: Vec<Vec<u8>>,
 }
 
 /// The content of a file of batches.
 #[derive(Debug, Default)]
-pub(super) struct PartialBundle {
+pub struct PartialBundle {
     /// The verified batches and their checkpoints.
-    pub(super) batches: Vec<(Batch, SignedCheckpoint)>,
+    pub batches: Vec<(Batch, SignedCheckpoint)>,
     /// Length in bytes up to the end of the last batch. Bytes after it were never acknowledged.
-    pub(super) length: usize,
+    pub length: usize,
 }
 
 impl Batch {
     /// Encodes the batch for appending.
-    pub(super) fn to_bytes(&self) -> Result<Vec<u8>, String> {
+    pub fn to_bytes(&self) -> Result<Vec<u8>, String> {
         let mut entries = Vec::new();
         for entry in &self.entries {
             bundle::push(&mut entries, entry).map_err(|e| e.to_string())?;
@@ -85,7 +89,7 @@ impl Batch {
 
 /// Reads a file of batches that continues the tree `below`. A last batch that a crash truncated is ignored; a damaged batch that
 /// is followed by valid ones is an error, because these may have been acknowledged.
-pub(super) fn read(bytes: &[u8], below: &Tree, key: &LogKey) -> Result<PartialBundle, String> {
+pub fn read(bytes: &[u8], below: &Tree, key: &LogKey) -> Result<PartialBundle, String> {
     let mut content = PartialBundle::default();
     let mut tree = below.clone();
     loop {
@@ -119,4 +123,25 @@ fn has_signed_batch(bytes: &[u8], size: u64, key: &LogKey) -> bool {
         let checkpoint = batch.and_then(|(batch, _)| SignedCheckpoint::verify(&batch.note, key).ok());
         checkpoint.is_some_and(|checkpoint| checkpoint.size() > size)
     })
+}
+
+/// The directory of the partial bundle in a log's directory (historic name).
+pub const PARTIAL_BUNDLE_DIR: &str = "edge";
+
+/// The newest partial bundle in a log's directory, and the index of its first entry.
+pub fn newest_partial_bundle(dir: &Path) -> io::Result<(u64, PathBuf)> {
+    let mut newest = None;
+    for entry in fs::read_dir(dir.join(PARTIAL_BUNDLE_DIR))? {
+        let name = entry?.file_name();
+        // A file that is still being written has a longer name.
+        let base = name.to_str().filter(|name| name.len() == 20).and_then(|name| name.parse::<u64>().ok());
+        newest = newest.max(base);
+    }
+    let base = newest.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "no file in edge/"))?;
+    Ok((base, partial_bundle_path(dir, base)))
+}
+
+/// The path of the partial bundle that begins with entry `base`.
+pub fn partial_bundle_path(dir: &Path, base: u64) -> PathBuf {
+    dir.join(PARTIAL_BUNDLE_DIR).join(format!("{base:020}"))
 }

@@ -5,10 +5,8 @@ use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
-use crate::store::directory::sync_dir;
-
 /// Writes a file that is never changed. Writing the same content again, after a crash, succeeds.
-pub(super) fn write_once(path: &Path, bytes: &[u8]) -> io::Result<()> {
+pub fn write_once(path: &Path, bytes: &[u8]) -> io::Result<()> {
     match fs::read(path) {
         // The process that wrote it may have been killed before the sync.
         Ok(found) if found == bytes => {
@@ -28,7 +26,7 @@ pub(super) fn write_once(path: &Path, bytes: &[u8]) -> io::Result<()> {
 }
 
 /// Writes a file atomically: writes and syncs a temporary file, renames it and syncs the directory.
-pub(super) fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
+pub fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let directory = path.parent().unwrap_or(Path::new("."));
     create_directories(directory)?;
     let mut name = path.as_os_str().to_owned();
@@ -52,4 +50,8 @@ fn create_directories(directory: &Path) -> io::Result<()> {
         _ => {}
     }
     sync_dir(if parent.as_os_str().is_empty() { Path::new(".") } else { parent })
+}
+
+fn sync_dir(directory: &Path) -> io::Result<()> {
+    File::open(directory)?.sync_all()
 }

@@ -9,9 +9,9 @@ use spp_format::tlog::{FullTile, LogKey, TileId, TileKind, Tree, bundle, leaf_ha
 
 use super::chip_files::{CHIPS, chip_files};
 use super::fetch::Fetcher;
-use super::files::newest_partial_bundle;
 use super::full_tiles::{BUNDLE, FullTiles};
 use super::partial_bundle;
+use super::partial_bundle::newest_partial_bundle;
 
 /// Maximum size of an entry bundle in bytes: 256 entries of maximum size.
 const MAX_BUNDLE: u64 = 256 * 65_537;

@@ -6,13 +6,14 @@ use std::{fs, io};
 use spp_format::tlog::{FULL_WIDTH, HashSource, TileId, TreeHash};
 
 /// Entries of a full bundle.
-pub(super) const BUNDLE: u64 = FULL_WIDTH as u64;
+pub const BUNDLE: u64 = FULL_WIDTH as u64;
 
 /// The full tiles of a directory.
-pub(super) struct FullTiles<'a>(pub(super) &'a Path);
+pub struct FullTiles<'a>(pub &'a Path);
 
 impl FullTiles<'_> {
-    pub(super) fn read(&self, tile: TileId) -> io::Result<Vec<u8>> {
+    /// Reads a full tile; for a partial tile the full one at its place.
+    pub fn read(&self, tile: TileId) -> io::Result<Vec<u8>> {
         fs::read(self.0.join(tile.as_full().to_string()))
     }
 }

@@ -14,7 +14,7 @@ pub fn shard(chip: &ChipId) -> String {
 pub(super) const CHIPS: &str = "chip";
 
 /// The paths of a chip's record and proof in a mirror.
-pub(super) fn chip_files(chip: &ChipId) -> (String, String) {
+pub fn chip_files(chip: &ChipId) -> (String, String) {
     let shard = shard(chip);
     (format!("{CHIPS}/{shard}/{chip}.cbor"), format!("{CHIPS}/{shard}/{chip}.tlog-proof"))
 }

@@ -9,10 +9,14 @@ use serde::{Deserialize, Serialize};
 /// An entry to be recorded. The log adds the time, the node and the position in the chain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
-    pub(super) caller: String,
-    pub(super) action: &'static str,
-    pub(super) details: BTreeMap<String, String>,
-    pub(super) outcome: Outcome,
+    /// The caller, a role and a name.
+    pub caller: String,
+    /// Stable name of the action.
+    pub action: &'static str,
+    /// Details of the action. Everyone who reads the log sees them.
+    pub details: BTreeMap<String, String>,
+    /// Outcome of the action.
+    pub outcome: Outcome,
 }
 
 impl Entry {
@@ -23,7 +27,7 @@ impl Entry {
     }
 
     /// The caller.
-    pub(crate) fn caller(&self) -> &str {
+    pub fn caller(&self) -> &str {
         &self.caller
     }
 
@@ -36,7 +40,7 @@ impl Entry {
 
     /// Removes these details, which an earlier entry of the same action already has.
     #[must_use]
-    pub(crate) fn without(mut self, names: &[&str]) -> Self {
+    pub fn without(mut self, names: &[&str]) -> Self {
         self.details.retain(|name, _| !names.contains(&name.as_str()));
         self
     }

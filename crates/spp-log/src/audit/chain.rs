@@ -8,7 +8,7 @@ use spp_format::keys::sha256;
 use super::{AuditError, Entry, Outcome, RecordedEntry};
 
 /// Maximum length of a line in bytes, including the newline.
-pub(super) const MAX_LINE_LEN: usize = 64 * 1024;
+pub const MAX_LINE_LEN: usize = 64 * 1024;
 
 /// A line of the log. The fields are in the order in which they are written.
 #[derive(Serialize, Deserialize)]
@@ -29,18 +29,18 @@ struct ChainLine {
 
 /// The head of the chain. It determines the sequence number and the `previous` hash of the next line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(super) struct ChainHead {
+pub struct ChainHead {
     /// Number of lines, which is the sequence number of the next line.
-    pub(super) lines: u64,
+    pub lines: u64,
     /// SHA-256 of the last line; zeros if there is none.
-    pub(super) hash: [u8; 32],
+    pub hash: [u8; 32],
     /// Length of all lines in bytes.
-    pub(super) end: u64,
+    pub end: u64,
 }
 
 impl ChainHead {
     /// Formats the next line, including the newline; returns it with the head after it.
-    pub(super) fn next_line(&self, node: &str, time: u64, entry: Entry) -> Result<(Vec<u8>, Self), AuditError> {
+    pub fn next_line(&self, node: &str, time: u64, entry: Entry) -> Result<(Vec<u8>, Self), AuditError> {
         let line = ChainLine {
             sequence: self.lines,
             time,
@@ -59,7 +59,7 @@ impl ChainHead {
     }
 
     /// Verifies that a line, given without its newline, continues the chain. Returns the head after it and its content.
-    pub(super) fn verify_next(&self, bytes: &[u8]) -> Result<(Self, RecordedEntry), String> {
+    pub fn verify_next(&self, bytes: &[u8]) -> Result<(Self, RecordedEntry), String> {
         let line = parse(bytes)?;
         if line.sequence != self.lines {
             let (found, expected) = (line.sequence, self.lines);
@@ -74,13 +74,13 @@ impl ChainHead {
     }
 
     /// Number of lines.
-    pub(super) const fn lines(&self) -> u64 {
+    pub const fn lines(&self) -> u64 {
         self.lines
     }
 
     /// The chain head of a log whose file ends with `bytes`, which start at offset `begin`. Only the last complete line is
     /// parsed. An incomplete line after it was truncated by a crash and is ignored.
-    pub(super) fn from_tail(bytes: &[u8], begin: u64) -> Result<Self, String> {
+    pub fn from_tail(bytes: &[u8], begin: u64) -> Result<Self, String> {
         let Some(last) = memchr::memrchr(b'\n', bytes) else {
             return if begin == 0 { Ok(Self::default()) } else { Err(LINE_TOO_LONG.to_owned()) };
         };
@@ -94,7 +94,7 @@ impl ChainHead {
     }
 
     /// The node that wrote the last complete line of `bytes`; `None` if there is none.
-    pub(super) fn node_in_tail(bytes: &[u8]) -> Option<String> {
+    pub fn node_in_tail(bytes: &[u8]) -> Option<String> {
         let last = memchr::memrchr(b'\n', bytes)?;
         let start = memchr::memrchr(b'\n', &bytes[..last]).map_or(0, |before| before + 1);
         parse(&bytes[start..last]).ok().map(|line| line.node)
@@ -109,9 +109,10 @@ impl ChainHead {
 
 /// Number of bytes at the end of the file that always contain a complete line: a line truncated by a crash, the complete line
 /// before it, and the newline before that.
-pub(super) const TAIL_LEN: u64 = 2 * MAX_LINE_LEN as u64 + 1;
+pub const TAIL_LEN: u64 = 2 * MAX_LINE_LEN as u64 + 1;
 
-pub(super) const LINE_TOO_LONG: &str = "line exceeds the maximum length";
+/// The problem of a line that exceeds [`MAX_LINE_LEN`].
+pub const LINE_TOO_LONG: &str = "line exceeds the maximum length";
 
 fn parse(line: &[u8]) -> Result<ChainLine, String> {
     serde_json::from_slice(line).map_err(|e| format!("not an audit entry: {e}"))

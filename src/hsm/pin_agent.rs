@@ -57,8 +57,8 @@ impl PinAgent {
 
 /// Prompts for the PIN, then writes it to each pipe received from the parent, until the parent ends.
 pub fn run() -> Result<(), String> {
-    crate::hardening::forbid_core_dumps();
-    crate::hardening::lock_memory();
+    spp_program::hardening::forbid_core_dumps();
+    spp_program::hardening::lock_memory();
     let _ = rustix::thread::set_name(c"spp-pin-agent");
     let socket = io::stdin().as_fd().try_clone_to_owned().map_err(|e| e.to_string())?;
     let mut socket = UnixStream::from(socket);

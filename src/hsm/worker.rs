@@ -29,8 +29,8 @@ const QUEUE: usize = 4096;
 
 /// Runs the worker on the socket on standard input. Returns only if that is not a socket.
 pub fn run() -> Result<(), String> {
-    crate::hardening::forbid_core_dumps();
-    crate::hardening::lock_memory();
+    spp_program::hardening::forbid_core_dumps();
+    spp_program::hardening::lock_memory();
     // The name shown by `ps`, because the program was started as /proc/self/exe. A failure has no effect on function.
     let _ = rustix::thread::set_name(c"spp-hsm-worker");
     let socket = std::io::stdin().as_fd().try_clone_to_owned().map_err(|e| e.to_string())?;

@@ -322,7 +322,7 @@ mod tests {
 
     #[test]
     fn repeated_simulation_returns_same_orders() {
-        let directory = spp_testkit::files::temp_dir();
+        let directory = spp_test_support::files::temp_dir();
         let first = simulate(directory.path(), 20, &profile(), &imeis()).unwrap();
         assert_eq!(simulate(directory.path(), 20, &profile(), &imeis()).unwrap(), first);
         assert_eq!(simulate(directory.path(), 5, &profile(), &imeis()).unwrap(), first[..5]);
@@ -334,7 +334,7 @@ mod tests {
 
     #[test]
     fn profiles_in_one_directory_share_no_identity() {
-        let directory = spp_testkit::files::temp_dir();
+        let directory = spp_test_support::files::temp_dir();
         let tablet: ProfileName = "tablet".parse().unwrap();
         simulate(directory.path(), 3, &profile(), &imeis()).unwrap();
         assert_eq!(simulate(directory.path(), 4, &tablet, &imeis()).unwrap().len(), 4);
@@ -345,7 +345,7 @@ mod tests {
 
     #[test]
     fn exhausted_numbering_rejected() {
-        let directory = spp_testkit::files::temp_dir();
+        let directory = spp_test_support::files::temp_dir();
         let ten: Numbering = "imei:4901542012345".parse().unwrap();
         assert_eq!(simulate(directory.path(), 10, &profile(), &ten).unwrap().len(), 10);
         let error = simulate(directory.path(), 11, &profile(), &ten).unwrap_err();
@@ -356,7 +356,7 @@ mod tests {
     #[test]
     fn numbering_of_every_identity_type_is_stable() {
         for kind in ["imei", "meid", "eui48", "eui64", "serial", "serial:A,B-", "eui48:0A", "meid:A0"] {
-            let directory = spp_testkit::files::temp_dir();
+            let directory = spp_test_support::files::temp_dir();
             let numbering: Numbering = kind.parse().unwrap();
             let orders = simulate(directory.path(), 40, &profile(), &numbering).unwrap();
             assert_eq!(simulate(directory.path(), 40, &profile(), &numbering).unwrap(), orders, "{kind}");

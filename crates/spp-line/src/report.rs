@@ -290,8 +290,8 @@ mod tests {
     use spp_format::names::{ChipId, SessionId};
 
     use super::*;
-    use crate::line::device_flow::Times;
-    use crate::line::journal::Receipt;
+    use crate::device_flow::Times;
+    use crate::journal::Receipt;
 
     fn order() -> Order {
         Order {
@@ -328,7 +328,7 @@ mod tests {
 
     #[test]
     fn report_has_row_per_device() {
-        let directory = spp_testkit::files::temp_dir();
+        let directory = spp_test_support::files::temp_dir();
         for ending in ["csv", "jsonl"] {
             let path = directory.path().join(format!("report.{ending}"));
             let mut report = Report::create(&ReportFile::parse(path.to_str().unwrap()).unwrap()).unwrap();

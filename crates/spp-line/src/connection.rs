@@ -194,7 +194,7 @@ mod tests {
 
     #[test]
     fn missing_or_invalid_tls_files_named_in_error() {
-        let directory = spp_testkit::files::temp_dir();
+        let directory = spp_test_support::files::temp_dir();
         let load_error = |directory: &Path| Tls::mutual(directory).map(|_| ()).unwrap_err().to_string();
         let missing = load_error(directory.path());
         assert!(missing.contains("certificate.pem") && missing.contains("sppctl station enroll"), "{missing}");

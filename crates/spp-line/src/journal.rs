@@ -141,7 +141,7 @@ mod tests {
 
     #[test]
     fn added_entries_read_back() {
-        let directory = spp_testkit::files::temp_dir();
+        let directory = spp_test_support::files::temp_dir();
         let (mut journal, known) = Journal::open(directory.path()).unwrap();
         assert!(known.is_empty());
         journal.add(&entry(1)).unwrap();
@@ -154,7 +154,7 @@ mod tests {
 
     #[test]
     fn truncated_line_loses_only_itself() {
-        let directory = spp_testkit::files::temp_dir();
+        let directory = spp_test_support::files::temp_dir();
         let (mut journal, _) = Journal::open(directory.path()).unwrap();
         journal.add(&entry(1)).unwrap();
         journal.add(&entry(2)).unwrap();
@@ -172,7 +172,7 @@ mod tests {
 
     #[test]
     fn second_run_in_directory_rejected() {
-        let directory = spp_testkit::files::temp_dir();
+        let directory = spp_test_support::files::temp_dir();
         let first = Journal::open(directory.path()).unwrap();
         let error = Journal::open(directory.path()).map(|_| ()).unwrap_err();
         assert!(error.to_string().contains("another spp-line"), "{error}");

@@ -145,7 +145,7 @@ struct Site {
 
 impl Site {
     async fn new() -> Self {
-        let directory = spp_testkit::files::temp_dir();
+        let directory = spp_test_support::files::temp_dir();
         let spp = Arc::new(Spp::new());
         SimulatedFab::create(directory.path(), spp.manufacturer.public().clone(), None).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

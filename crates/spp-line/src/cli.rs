@@ -8,6 +8,7 @@ use clap::{ArgGroup, Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
 use spp_device::SimulatedFab;
 use spp_format::names::{ChipId, ProfileName};
 use spp_format::package::TransportCurve;
+use spp_program::cli_docs::CliDocs;
 use tonic::transport::Uri;
 
 use super::connection::parse_server;
@@ -20,7 +21,6 @@ use super::retry::RetryPolicy;
 use super::run_log::RunResult;
 use super::show::{ShowOptions, show};
 use super::{LineError, devices};
-use crate::cli_docs::CliDocs;
 
 /// Station of an assembly line: provisions, shows, wipes and recovers devices.
 ///

@@ -1,0 +1,22 @@
+#!/bin/sh
+# Fails if a crate depends on what it must not depend on: see "The workspace" in docs/architecture.md.
+set -eu
+cd "$(dirname "$0")/.."
+
+# check CRATE FORBIDDEN [cargo arguments]: FORBIDDEN is an extended regular expression for package names.
+check() {
+    crate=$1 forbidden=$2
+    shift 2
+    used=$(cargo tree --locked --edges normal --prefix none --format '{p}' "$@" --package "$crate" | sed 1d)
+    if echo "$used" | grep --extended-regexp "^($forbidden) v"; then
+        echo "check-dependencies: $crate must not depend on the packages above" >&2
+        exit 1
+    fi
+}
+
+check spp-format 'spp|spp-.*|tokio|tonic|sled|cryptoki'
+check spp-device 'spp|spp-(line|log|program|proto|test.*)|tokio|tonic|sled|cryptoki'
+check spp-proto 'spp|spp-.*|sled|cryptoki|axum'
+check spp-log 'spp|spp-(device|line|proto|test.*)|tonic|axum|sled|cryptoki'
+check spp-line 'spp|spp-test.*|axum|sled|cryptoki'
+check spp-fuzz 'spp|spp-(line|log|proto)|tonic|axum|sled|cryptoki' --manifest-path fuzz/Cargo.toml

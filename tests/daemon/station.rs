@@ -97,3 +97,19 @@ fn run_that_cannot_start_prints_remedy() {
     assert_ne!(output.status.code(), Some(0));
     assert!(!text(&output).is_empty());
 }
+
+#[test]
+fn example_of_client_library_provisions_one_device() {
+    let site = Site::running();
+    let words = |identity: &str| {
+        let server = format!("https://127.0.0.1:{}", site.line);
+        format!("{server} tls/line-1-a keys/manufacturer-ca.pem phone {identity} devices")
+    };
+    let output = site.run("examples/provision_device", &words("imei:490154203237518"));
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output));
+    assert!(text(&output).contains("record 0 of the public database"), "{}", text(&output));
+    let again = site.run("examples/provision_device", &words("imei:490154203237518"));
+    assert_eq!(again.status.code(), Some(1));
+    assert!(text(&again).contains("is complete"), "{}", text(&again));
+    assert_eq!(records(&site), 1);
+}

@@ -10,19 +10,14 @@ use spp_format::package::TransportCurve;
 use spp_format::secret::SecretBytes;
 use spp_proto as proto;
 use spp_proto::assemble_response::Delivery as Delivered;
-use spp_proto::get_session_request::Session as Which;
-use spp_proto::line_client::LineClient;
-use spp_proto::{
-    AssembleRequest, AssembleResponse, CompleteRequest, GetSessionRequest, GetSessionResponse, SessionState,
-    TransportKey, TransportKeyType,
-};
+use spp_proto::{AssembleRequest, AssembleResponse, CompleteRequest, SessionState, TransportKey, TransportKeyType};
 use tonic::Code;
-use tonic::transport::Channel;
 
+use super::client::StationClient;
 use super::csr;
 use super::journal::Receipt;
 use super::orders::Order;
-use super::retry::{CallFailure, RetryPolicy};
+use super::retry::CallFailure;
 
 /// Settings shared by all devices of a run.
 pub(super) struct Station {
@@ -32,8 +27,6 @@ pub(super) struct Station {
     pub(super) sealed: Option<TransportCurve>,
     /// Whether devices generate their own key pair and send a certificate request.
     pub(super) own_key_pair: bool,
-    /// How long to retry temporary failures.
-    pub(super) retry_policy: RetryPolicy,
 }
 
 /// The result of one device and its durations.
@@ -140,12 +133,10 @@ impl From<DeviceError> for Failure {
     }
 }
 
-type Client = LineClient<Channel>;
-
 impl Station {
     /// Provisions one device up to its receipt. Never aborts a session: repeating the order resumes an interrupted device,
     /// because each step is idempotent.
-    pub(super) async fn provision(&self, client: &Client, order: &Order) -> DeviceResult {
+    pub(super) async fn provision(&self, client: &StationClient, order: &Order) -> DeviceResult {
         let mut times = Times::default();
         let start = Instant::now();
         let outcome = self.run_steps(client, order, &mut times).await;
@@ -153,7 +144,7 @@ impl Station {
         DeviceResult { outcome, times }
     }
 
-    async fn run_steps(&self, client: &Client, order: &Order, times: &mut Times) -> Result<Outcome, Failure> {
+    async fn run_steps(&self, client: &StationClient, order: &Order, times: &mut Times) -> Result<Outcome, Failure> {
         // 1. Read the order's inputs from the chip: ID, transport key, certificate request.
         let device = self.fab.device(&order.chip, self.sealed)?;
         let request = self.assemble_request(&device, order)?;
@@ -178,14 +169,14 @@ impl Station {
     /// entry or the response of an earlier run, and the receipt can be fetched again.
     async fn finish_completed(
         &self,
-        client: &Client,
+        client: &StationClient,
         device: Device,
         order: &Order,
         conflict: CallFailure,
         times: &mut Times,
     ) -> Result<Outcome, Failure> {
         // 1. Find the chip's session. If there is none, the identity is in use by another chip.
-        let existing = match self.find_session(client, order, times).await {
+        let existing = match client.session_of_chip_counting(&order.chip, &mut times.retries).await {
             Err(failure) if failure.code() == Code::NotFound => return Err(conflict.into()),
             existing => existing?,
         };
@@ -233,16 +224,12 @@ impl Station {
 
     async fn assemble(
         &self,
-        client: &Client,
+        client: &StationClient,
         request: AssembleRequest,
         times: &mut Times,
     ) -> Result<AssembleResponse, CallFailure> {
         let start = Instant::now();
-        let attempt = || {
-            let (mut client, request) = (client.clone(), self.retry_policy.request(request.clone()));
-            async move { client.assemble(request).await }
-        };
-        let response = self.retry_policy.call("Assemble", &mut times.retries, attempt).await;
+        let response = client.assemble_counting(request, &mut times.retries).await;
         times.assemble = Some(start.elapsed());
         response.map_err(|failure| self.add_option_hint(failure))
     }
@@ -261,7 +248,7 @@ impl Station {
 
     async fn complete(
         &self,
-        client: &Client,
+        client: &StationClient,
         session: SessionId,
         proof: DeviceProof,
         times: &mut Times,
@@ -272,11 +259,7 @@ impl Station {
             backup_package: proof.backup,
             key_confirmation: proof.confirmation,
         };
-        let attempt = || {
-            let (mut client, request) = (client.clone(), self.retry_policy.request(request.clone()));
-            async move { client.complete(request).await }
-        };
-        let response = self.retry_policy.call("Complete", &mut times.retries, attempt).await;
+        let response = client.complete_counting(request, &mut times.retries).await;
         times.complete = Some(start.elapsed());
         let missing = || Failure::Response("Complete", "no receipt".to_owned());
         parse_receipt("Complete", session, response?.receipt.ok_or_else(missing)?)
@@ -302,20 +285,6 @@ impl Station {
             Ok(receipt.fields)
         });
         stored.await.map_err(|e| Failure::Station(format!("the simulated device stopped: {e}")))?
-    }
-
-    async fn find_session(
-        &self,
-        client: &Client,
-        order: &Order,
-        times: &mut Times,
-    ) -> Result<GetSessionResponse, CallFailure> {
-        let request = GetSessionRequest { session: Some(Which::ChipId(order.chip.as_bytes().to_vec())) };
-        let attempt = || {
-            let (mut client, request) = (client.clone(), self.retry_policy.request(request.clone()));
-            async move { client.get_session(request).await }
-        };
-        self.retry_policy.call("GetSession", &mut times.retries, attempt).await
     }
 }
 

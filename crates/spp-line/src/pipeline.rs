@@ -4,12 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Instant;
 
-use spp_proto::line_client::LineClient;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
-use tonic::transport::Channel;
 
 use super::LineError;
+use super::client::StationClient;
 use super::device_flow::{DeviceResult, Failure, Station};
 use super::orders::Order;
 use super::run_log::{RunLog, RunResult};
@@ -17,7 +16,7 @@ use super::run_log::{RunLog, RunResult};
 /// The input of a run.
 pub(super) struct Run {
     pub(super) station: Station,
-    pub(super) channels: Vec<Channel>,
+    pub(super) clients: Vec<StationClient>,
     pub(super) orders: Vec<Order>,
     /// Number of devices in progress at the same time.
     pub(super) parallel: usize,
@@ -26,7 +25,7 @@ pub(super) struct Run {
 
 /// Processes the orders. Stops early, after finishing the devices in progress, if the daemon is unavailable or on Ctrl-C.
 pub(super) async fn run(run: Run) -> Result<RunResult, LineError> {
-    let Run { station, channels, orders, parallel, mut run_log } = run;
+    let Run { station, clients, orders, parallel, mut run_log } = run;
     let start = Instant::now();
     // 1. Skip the orders that the journal lists as complete.
     let mut todo = Vec::new();
@@ -46,8 +45,8 @@ pub(super) async fn run(run: Run) -> Result<RunResult, LineError> {
     };
     let watch = tokio::spawn(stop_on_interrupt(Arc::clone(&state)));
     let mut tasks = JoinSet::new();
-    for channel in channels.iter().cycle().take(parallel.min(state.todo.len())) {
-        tasks.spawn(provision_orders(Arc::clone(&state), LineClient::new(channel.clone()), sender.clone()));
+    for client in clients.iter().cycle().take(parallel.min(state.todo.len())) {
+        tasks.spawn(provision_orders(Arc::clone(&state), client.clone(), sender.clone()));
     }
     drop(sender);
     tasks.join_all().await;
@@ -80,7 +79,7 @@ impl SharedState {
 
 type FinishedDevice = (Order, DeviceResult);
 
-async fn provision_orders(state: Arc<SharedState>, client: LineClient<Channel>, sender: mpsc::Sender<FinishedDevice>) {
+async fn provision_orders(state: Arc<SharedState>, client: StationClient, sender: mpsc::Sender<FinishedDevice>) {
     while let Some(order) = state.next() {
         // The channel is closed if the log thread failed; no further device is started.
         let Ok(slot) = sender.reserve().await else { return };

@@ -11,6 +11,7 @@ use spp_format::package::TransportCurve;
 use spp_format::tlog::LogKey;
 use tonic::transport::Uri;
 
+use super::client::StationClient;
 use super::connection::{Tls, connect, verify_daemon};
 use super::device_flow::Station;
 use super::orders::{self, Numbering, Order};
@@ -67,8 +68,9 @@ pub(super) async fn provision(options: ProvisionOptions) -> Result<RunResult, Li
     }
     // 4. Provision the devices.
     let ProvisionOptions { sealed, own_key_pair, retry_policy, .. } = options;
-    let station = Station { fab: Arc::new(fab), sealed, own_key_pair, retry_policy };
-    pipeline::run(pipeline::Run { station, channels, orders, parallel, run_log }).await
+    let station = Station { fab: Arc::new(fab), sealed, own_key_pair };
+    let clients = channels.into_iter().map(|channel| StationClient::new(channel, retry_policy)).collect();
+    pipeline::run(pipeline::Run { station, clients, orders, parallel, run_log }).await
 }
 
 fn orders(devices: &Path, source: &Source) -> Result<Vec<Order>, LineError> {

@@ -11,11 +11,18 @@ use tonic_types::StatusExt as _;
 
 /// How long a station retries temporary failures.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct RetryPolicy {
+pub struct RetryPolicy {
     /// The deadline of each call.
-    pub(super) deadline: Duration,
+    pub deadline: Duration,
     /// How long a call is retried, measured from its first failure.
-    pub(super) retry_for: Duration,
+    pub retry_for: Duration,
+}
+
+impl Default for RetryPolicy {
+    /// As the program `spp-line`.
+    fn default() -> Self {
+        Self { deadline: Duration::from_secs(30), retry_for: Duration::from_secs(60) }
+    }
 }
 
 impl RetryPolicy {

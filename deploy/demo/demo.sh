@@ -6,14 +6,14 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.."
 
 usage() {
     cat <<'END'
-usage: deploy/demo/demo.sh [--keep-running] [--devices N] [--directory DIR] [--port N] [--profile release|dev | --bin DIR]
+usage: deploy/demo/demo.sh [--keep-running] [--devices N] [--directory DIR] [--port N] [--profile NAME | --bin DIR]
                            [-- COMMAND...]
 
   --keep-running   keep the daemon running and print commands to try; Ctrl-C stops it
   --devices N      number of devices to provision (default: 100)
   --directory DIR  output directory (default: target/demo); deleted first if a demo created it
   --port N         first of three consecutive ports (default: 7443; if in use, the next free ones)
-  --profile NAME   cargo profile to build with (default: release)
+  --profile NAME   cargo profile to build with, dev or release (default: dev, which builds in half the time)
   --bin DIR        directory of sppd, sppctl and spp-line; skips the build
   -- COMMAND...    run this command against the daemon instead of the demo; its environment has SPP_DIRECTORY, SPP_LINE,
                    SPP_OFFICER, SPP_PUBLIC (host:port) and SPP_BIN
@@ -21,7 +21,7 @@ END
 }
 
 main() {
-    dir=target/demo profile=release devices=100 keep_running=no begun=no daemon='' bin='' first_port=7443 command=()
+    dir=target/demo profile=dev devices=100 keep_running=no begun=no daemon='' bin='' first_port=7443 command=()
     parse_arguments "$@"
     exec 3>&1
     trap finish EXIT

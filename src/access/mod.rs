@@ -1,7 +1,8 @@
-//! Access control: callers, revocation, approvals by several officers, and station quotas.
+//! Access control: enrolment and revocation of callers, approvals by several officers, station quotas, identity ranges.
 //!
 //! The types of this module define the state transitions of requests, quotas and ranges. The state store commits each
-//! transition in one transaction. [`AccessControl`] is the service that the RPCs use.
+//! transition in one transaction. [`AccessControl`] is the service that the RPCs use. What officers sign, and the protected
+//! actions, are in [`spp_format::approval`]; the certificates of callers are in [`spp_format::certificate`].
 
 mod control;
 mod quota;

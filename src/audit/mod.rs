@@ -1,4 +1,5 @@
-//! The audit log: an append-only, hash-chained file of officers' actions and of refusals.
+//! Writes the audit log: an append-only, hash-chained file of officers' actions and of refusals. [`spp_log::audit`] has its format,
+//! reads it and verifies it.
 //!
 //! `audit.jsonl` has one JSON object per line. Each line contains the SHA-256 of the previous one, so that [`verify`] detects
 //! every line that was changed, removed, added or moved inside the log. [`AuditLog::record`] returns when the line is durable.

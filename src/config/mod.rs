@@ -1,4 +1,6 @@
-//! Configuration files. The parsed shape of a file and its validated value are separate types; all faults are reported at once.
+//! Configuration files: `sppd.toml` and the files that it names. The parsed shape of a file and its validated value are separate
+//! types; all faults are reported at once ([`Faults`](spp_format::file_format::Faults)). Profile files are parsed in
+//! [`spp_format::certificate`].
 
 mod approvals;
 mod audit;

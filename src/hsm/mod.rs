@@ -1,13 +1,14 @@
 //! Access to the HSM through PKCS#11: the only module that uses cryptoki.
 //!
 //! The process that faces the network holds an [`Hsm`], an async handle with few operations. A worker process
-//! ([`worker`]) loads the vendor's module, holds the PIN and serves requests over a socket pair, with one session per
+//! ([`worker`]) loads the vendor's module, logs in with the PIN and serves requests over a socket pair, with one session per
 //! thread. The supervisor starts the worker, checks every key before the worker serves, and replaces a worker that
 //! hangs, crashes or reaches its operation limit. Calls wait for the new worker within their deadline.
 //!
 //! No plaintext private key crosses the PKCS#11 boundary: device keys leave the HSM wrapped under a transport key that
 //! the HSM generates at each start. If a module cannot wrap a key type, its profile says so, and the worker generates the
-//! key from the HSM's random numbers.
+//! key from the HSM's random numbers. Until it is erased, a private key is stored as a [`StoredKey`]: wrapped under a batch key of
+//! the HSM, or a token object.
 #![expect(clippy::disallowed_types, reason = "only this module may use PKCS#11")]
 
 mod attributes;

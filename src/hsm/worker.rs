@@ -1,4 +1,4 @@
-//! The worker process: loads the vendor's module, holds the PIN, serves requests over a socket pair.
+//! The worker process: loads the vendor's module, logs in with the PIN, serves requests over a socket pair.
 //!
 //! The worker exits when its parent ends (hang-up of the socket, even while the module hangs). It exits by sending itself
 //! SIGKILL, because a module with busy threads crashes in its destructors. No state is lost: durable state is on the token or

@@ -1,9 +1,10 @@
 //! ★ The provisioning workflow of one device: [`Provisioner::assemble`], [`Provisioner::complete`], [`Provisioner::recover`], and
 //! [`Provisioner::resume_sessions`] for sessions that a crash interrupted.
 //!
-//! Each workflow is one function, read from top to bottom. The types enforce the order of the steps: a signature needs the
-//! [`Intent`](crate::store::Intent) that only a journaled reservation gives, and an erasure needs the
-//! [`PublicationReceipt`](crate::store::PublicationReceipt) that only a durable publication gives.
+//! Each workflow is one function, read from top to bottom. The types enforce the order of the steps: a session is prepared from the
+//! `AdmittedOrder` that only `admit.rs` makes, a signature needs the [`Intent`](crate::store::Intent) that only a journaled
+//! reservation gives, and an erasure needs the [`PublicationReceipt`](crate::store::PublicationReceipt) that only a durable
+//! publication gives. Every session ends in `end_session.rs`.
 
 mod abort;
 mod admit;

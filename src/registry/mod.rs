@@ -1,5 +1,8 @@
-//! The permanent public database: a transparency log that anyone can read, mirror and verify. Its entries are device records and
-//! checkpoints of the daemon's audit log ([`audit_checkpoints`]).
+//! Writes the permanent public database: a transparency log that anyone can read, mirror and verify. Its entries are device records
+//! and checkpoints of the daemon's audit log ([`audit_checkpoints`]).
+//!
+//! [`spp_format::record`] and [`spp_format::tlog`] have the formats. [`spp_log::registry`] has the file formats that readers share, and
+//! reads, mirrors and verifies a log without the daemon.
 //!
 //! # How a record is published
 //!

@@ -1,6 +1,6 @@
 //! Contract tests for the secret store of every storage engine. `secret_store_contract!(module, Factory)` instantiates them.
 
-mod holders;
+mod assignment;
 mod model;
 mod steps;
 
@@ -13,7 +13,7 @@ use super::contract::{Factory, PrivateStore, blob, chip, erased, id, identity, i
 use super::*;
 use crate::hsm::{BatchName, StoredKey, TokenPair, WrappedKey};
 
-pub(super) use holders::*;
+pub(super) use assignment::*;
 pub(super) use steps::random_pair_steps_match_model;
 
 macro_rules! secret_store_contract {

@@ -1,4 +1,5 @@
-//! Durable storage: the state store (private) and the public database (permanent, append-only).
+//! Durable storage: the state store (private) on sled, and the trait of the public database (permanent, append-only), which
+//! `registry` implements. The records of the public database are in [`spp_format::record`].
 //!
 //! [`Journal`] and [`Registry`] wrap the storage engines and return proofs by value: an [`Intent`] requires a journaled
 //! reservation, a [`PublicationReceipt`] requires a durable publication. Proof constructors are private to this module, so

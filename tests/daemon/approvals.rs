@@ -9,7 +9,7 @@ use tonic::Code;
 use tonic::transport::Channel;
 
 use spp_testkit::ceremony::CeremonyFile;
-use spp_testkit::floor::{Line, Refusal, assemble, phone};
+use spp_testkit::devices::{Line, Refusal, assemble, phone};
 use spp_testkit::officers::*;
 use spp_testkit::site::Site;
 

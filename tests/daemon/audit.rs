@@ -7,7 +7,7 @@ use spp_proto::{AbortRequest, AssembleRequest, FillPoolRequest};
 use tonic::Code;
 
 use spp_testkit::ceremony::CeremonyFile;
-use spp_testkit::floor::{Refusal, TestFab, assemble, chip, phone, provision};
+use spp_testkit::devices::{Refusal, TestFab, assemble, chip, phone, provision};
 use spp_testkit::process::{child_command, output, program};
 use spp_testkit::site::Site;
 use spp_testkit::wait::eventually_blocking;

@@ -12,7 +12,7 @@ use tonic::transport::{Channel, ClientTlsConfig};
 use tonic::{Code, Status};
 
 use spp_testkit::authority::*;
-use spp_testkit::floor::{Line, Refusal, TestFab, assemble, chip, complete, install, phone, sensor};
+use spp_testkit::devices::{Line, Refusal, TestFab, assemble, chip, complete, install, phone, sensor};
 use spp_testkit::site::Site;
 use spp_testkit::wait::eventually;
 
@@ -278,7 +278,7 @@ async fn station_is_confined_to_its_profiles_and_identities() {
     let session = || Some(Selector::SessionId(answer.session_id.clone()));
     let abort = AbortRequest { session_id: answer.session_id.clone(), reason: String::new() };
     let other_profile = AssembleRequest { profile: "gateway".to_owned(), ..phone(2) };
-    let gateway_order = spp_testkit::floor::gateway(2, &fab.device(2));
+    let gateway_order = spp_testkit::devices::gateway(2, &fab.device(2));
     for station in [&mut second, &mut unknown] {
         for refused in [
             assemble(station, &phone(2)).await.unwrap_err(),

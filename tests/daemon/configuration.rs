@@ -10,8 +10,8 @@ use spp_format::keys::sha256;
 use tonic::Code;
 use tonic_types::StatusExt as _;
 
+use spp_testkit::devices::{Refusal, assemble, phone};
 use spp_testkit::files::write_private;
-use spp_testkit::floor::{Refusal, assemble, phone};
 use spp_testkit::process::{child_command, output};
 use spp_testkit::site::Site;
 use spp_testkit::wait::{eventually, never};

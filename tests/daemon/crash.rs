@@ -7,7 +7,7 @@ use spp_proto::SessionState;
 use tonic::Code;
 use tonic_types::StatusExt as _;
 
-use spp_testkit::floor::{
+use spp_testkit::devices::{
     Line, Refusal, TestFab, assemble, chip, complete, install, is_retryable, phone, provision, session_of, state_of,
     without_proof,
 };

@@ -8,7 +8,7 @@ use spp_proto::{AbortRequest, AssembleRequest, CertificateFormat, GetRecordReque
 use tonic::Code;
 use tonic_types::StatusExt as _;
 
-use spp_testkit::floor::{
+use spp_testkit::devices::{
     Line, Refusal, TestFab, assemble, assert_inclusion, chip, complete, gateway, imei, install, package, phone,
     provision, recover, sealed, sensor, session_of, state_of, without_proof,
 };

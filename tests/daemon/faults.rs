@@ -5,7 +5,7 @@
 
 use std::time::{Duration, Instant};
 
-use spp_testkit::floor::{Line, assemble, phone};
+use spp_testkit::devices::{Line, assemble, phone};
 use spp_testkit::load::{ProvisioningLoad, assert_all_published_once, reconnecting_channel, start_load, stop_load};
 use spp_testkit::process::{Signal, send};
 use spp_testkit::random::scaled;

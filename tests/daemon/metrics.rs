@@ -3,7 +3,7 @@
 use std::io::Read as _;
 use std::net::TcpListener;
 
-use spp_testkit::floor::{TestFab, phone, provision};
+use spp_testkit::devices::{TestFab, phone, provision};
 use spp_testkit::metrics::*;
 use spp_testkit::ports::free_port;
 use spp_testkit::site::Site;

@@ -4,8 +4,8 @@ use std::process::{Output, Stdio};
 
 use spp_proto::GetRecordRequest;
 
+use spp_testkit::devices::{TestFab, chip, phone, provision};
 use spp_testkit::files::copy_directory;
-use spp_testkit::floor::{TestFab, chip, phone, provision};
 use spp_testkit::ports::free_port;
 use spp_testkit::process::{Process, child_command};
 use spp_testkit::site::Site;

@@ -12,7 +12,7 @@ use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
 use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
 use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
 
-use spp_testkit::floor::{TestFab, assemble, gateway, install, phone};
+use spp_testkit::devices::{TestFab, assemble, gateway, install, phone};
 use spp_testkit::process::{Signal, send};
 use spp_testkit::site::Site;
 use spp_testkit::wait::eventually;

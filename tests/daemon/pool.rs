@@ -9,7 +9,7 @@ use spp_proto::{AbortRequest, AssembleRequest, AssembleResponse, GetPoolStatusRe
 use tonic::Code;
 use tonic_types::StatusExt as _;
 
-use spp_testkit::floor::{Line, Refusal, assemble, chip, phone, state_of};
+use spp_testkit::devices::{Line, Refusal, assemble, chip, phone, state_of};
 use spp_testkit::pools::*;
 use spp_testkit::site::Site;
 

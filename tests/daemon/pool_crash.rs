@@ -11,7 +11,7 @@ use spp_device::Device;
 use spp_format::keys::{KeyKind, PublicKey, SignatureAlgorithm};
 use spp_proto::{AssembleRequest, AssembleResponse};
 
-use spp_testkit::floor::{Line, TestFab, install, package, phone};
+use spp_testkit::devices::{Line, TestFab, install, package, phone};
 use spp_testkit::load::{
     CompletedDevice, ProvisioningLoad, assert_all_published_once, min_devices, reconnecting_channel, start_load,
     stop_load,

@@ -12,7 +12,7 @@ use spp_proto::officer_client::OfficerClient;
 use spp_proto::{FillPoolRequest, GetPoolStatusRequest, ShredPoolRequest};
 use tonic::Code;
 
-use spp_testkit::floor::{Refusal, TestFab, phone, provision};
+use spp_testkit::devices::{Refusal, TestFab, phone, provision};
 use spp_testkit::pools::{assemble_with_retries, is_full, officer, pooled, pooled_site, wait_for_pools};
 use spp_testkit::ports::free_port;
 use spp_testkit::site::Site;

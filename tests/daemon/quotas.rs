@@ -6,7 +6,7 @@ use serde_json::Value;
 use spp_proto::AssembleRequest;
 use tonic::Code;
 
-use spp_testkit::floor::{Refusal, TestFab, assemble, complete, install, phone};
+use spp_testkit::devices::{Refusal, TestFab, assemble, complete, install, phone};
 use spp_testkit::metrics::site_with_metrics;
 use spp_testkit::officers::{approve, site_with_three_officers, sppctl_as, sppctl_json};
 use spp_testkit::ports::free_port;
@@ -47,7 +47,7 @@ async fn exhausted_quota_is_raised_by_two_officers() {
     let status = assemble(&mut line, &phone(6)).await.unwrap_err();
     let refused = Refusal::of(&status);
     assert!(refused.is(Code::ResourceExhausted, "QUOTA_PER_HOUR"), "{refused:?}");
-    assert!(spp_testkit::floor::is_retryable(&status), "it says when");
+    assert!(spp_testkit::devices::is_retryable(&status), "it says when");
     let listed = sppctl_json(&site, "tls/officer", "station list");
     let station = &listed["stations"][0];
     assert_eq!((&station["begun_total"], &station["devices_total"]), (&5.into(), &100.into()));
@@ -94,7 +94,7 @@ async fn identities_are_allocated_once_across_crashes() {
     let mut line = site.station().await;
     let none = Refusal::of(&assemble(&mut line, &unnamed(1)).await.unwrap_err());
     assert!(none.is(Code::ResourceExhausted, "IDENTITIES_EXHAUSTED"), "{none:?}");
-    let first = spp_testkit::floor::imei(0);
+    let first = spp_testkit::devices::imei(0);
     let words = format!("identities load --profile phone --first {first} --count 40");
     assert_eq!(sppctl_json(&site, "tls/officer", &words)["number"], 1);
     assert_eq!(sppctl_json(&site, "tls/officer", &words)["number"], 1, "a repeat loads nothing twice");
@@ -102,7 +102,7 @@ async fn identities_are_allocated_once_across_crashes() {
         sppctl_as(&site, "tls/officer", &format!("identities load --profile phone --first {first} --count 1"));
     assert!(String::from_utf8_lossy(&overlapping.stderr).contains("loaded already"), "{overlapping:?}");
     // One of the loaded identities is requested by name.
-    assemble(&mut line, &AssembleRequest { identity: spp_testkit::floor::imei(2), ..phone(900) }).await.unwrap();
+    assemble(&mut line, &AssembleRequest { identity: spp_testkit::devices::imei(2), ..phone(900) }).await.unwrap();
     let mut given = BTreeSet::new();
     for round in 0..3_u64 {
         let calls = (0..8).map(|n| {
@@ -130,7 +130,7 @@ async fn identities_are_allocated_once_across_crashes() {
     }
     let identities: BTreeSet<_> = given.iter().map(|(_, identity)| identity).collect();
     assert_eq!((given.len(), identities.len()), (16, 16), "each chip one and the same: {given:?}");
-    assert!(!identities.contains(&spp_testkit::floor::imei(2)));
+    assert!(!identities.contains(&spp_testkit::devices::imei(2)));
     // A complete device keeps its identity, too.
     let fab = TestFab::new(&site);
     let answer = assemble(&mut line, &unnamed(0)).await.unwrap();

@@ -13,7 +13,7 @@ use spp_proto::{
 };
 use tonic::{Code, Status};
 
-use spp_testkit::floor::{
+use spp_testkit::devices::{
     Line, Refusal, TestFab, assemble, chip, complete, csr, gateway, imei, install, package, phone, sealed, sensor,
     state_of,
 };

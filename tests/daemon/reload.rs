@@ -12,7 +12,7 @@ use tonic::{Code, Status};
 
 use spp_testkit::authority::{Authority, now, refused_by_tls, station};
 use spp_testkit::ceremony::CeremonyFile;
-use spp_testkit::floor::{Line, Refusal, TestFab, assemble, chip, complete, install, phone, provision, state_of};
+use spp_testkit::devices::{Line, Refusal, TestFab, assemble, chip, complete, install, phone, provision, state_of};
 use spp_testkit::pools::officer;
 use spp_testkit::process::Signal;
 use spp_testkit::site::Site;

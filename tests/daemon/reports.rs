@@ -11,7 +11,9 @@ use spp_proto::{
 use tonic::Code;
 use tonic::transport::Channel;
 
-use spp_testkit::floor::{Line, Refusal, TestFab, assemble, chip, complete, gateway, imei, phone, provision, state_of};
+use spp_testkit::devices::{
+    Line, Refusal, TestFab, assemble, chip, complete, gateway, imei, phone, provision, state_of,
+};
 use spp_testkit::pools::officer;
 use spp_testkit::site::Site;
 
@@ -200,7 +202,7 @@ async fn device_show_finds_history_by_chip_and_identity() {
 }
 
 async fn line_session(line: &mut Line, n: u64) -> Vec<u8> {
-    spp_testkit::floor::session_of(line, &chip(n)).await.unwrap().session_id
+    spp_testkit::devices::session_of(line, &chip(n)).await.unwrap().session_id
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

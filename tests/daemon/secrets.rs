@@ -9,7 +9,7 @@ use spp_format::package::TransportCurve;
 use spp_proto::{AssembleRequest, CompleteRequest, SessionState};
 use tonic::Code;
 
-use spp_testkit::floor::{
+use spp_testkit::devices::{
     Line, Refusal, TestFab, assemble, chip, complete, install, phone, provision, sealed, sensor, state_of,
 };
 use spp_testkit::process::{Process, Signal, child_command, program, send};

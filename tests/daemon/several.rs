@@ -12,8 +12,8 @@ use spp_format::keys::KeyKind;
 use spp_proto::{HsmMember, PoolKind};
 use tonic::Code;
 
+use spp_testkit::devices::{Line, Refusal, TestFab, assemble, complete, install, package, phone, provision};
 use spp_testkit::files::{copy_directory, write_private};
-use spp_testkit::floor::{Line, Refusal, TestFab, assemble, complete, install, package, phone, provision};
 use spp_testkit::load::reconnecting_channel;
 use spp_testkit::pools::{add_pool, add_profile, officer, pooled, wait_for_pools};
 use spp_testkit::process::{Process, program};

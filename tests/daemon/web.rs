@@ -9,7 +9,7 @@ use tonic::Code;
 use tonic_types::StatusExt as _;
 use ureq::tls::{PemItem, RootCerts, TlsConfig, parse_pem};
 
-use spp_testkit::floor::{TestFab, assemble, chip, phone, provision};
+use spp_testkit::devices::{TestFab, assemble, chip, phone, provision};
 use spp_testkit::site::Site;
 
 /// An HTTP client of the public listener.

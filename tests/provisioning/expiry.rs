@@ -3,8 +3,8 @@
 use spp::provisioning::{ProvisionError, RecoveryReport};
 use spp::store::{PublicDatabase as _, StateName, StateStore as _};
 
-use spp_testkit::point::breaking::{FaultMode, Write};
 use spp_testkit::point::device::{Kind, TestDevice};
+use spp_testkit::point::faulty_stores::{FaultMode, Write};
 use spp_testkit::point::{Point, TestBed};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -5,8 +5,8 @@ use std::time::Duration;
 use spp::provisioning::{ProvisionError, RecoveryReport};
 use spp::store::StateName;
 
-use spp_testkit::point::breaking::{FaultMode, Write};
 use spp_testkit::point::device::{Kind, TestDevice, covers_intent};
+use spp_testkit::point::faulty_stores::{FaultMode, Write};
 use spp_testkit::point::{Point, TestBed};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

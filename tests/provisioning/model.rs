@@ -10,8 +10,8 @@ use spp_format::names::SessionId;
 use spp_format::record::{Publication, PublishedRecord};
 use spp_testkit::random::cases;
 
-use spp_testkit::point::breaking::FaultMode;
 use spp_testkit::point::device::{Kind, TestDevice, identity_of};
+use spp_testkit::point::faulty_stores::FaultMode;
 use spp_testkit::point::{Point, TestBed};
 
 /// Number of sequences. Each uses the real HSM and real stores.

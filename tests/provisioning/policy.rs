@@ -9,8 +9,8 @@ use spp::store::{PublicDatabase as _, SessionCounts, StateName, StateStore as _}
 use spp_format::record::{AuditCheckpoint, Publication};
 
 use spp_testkit::point::TestBed;
-use spp_testkit::point::breaking::{FaultMode, Write};
 use spp_testkit::point::device::{Kind, TestDevice};
+use spp_testkit::point::faulty_stores::{FaultMode, Write};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn concurrent_orders_for_one_identity_admit_one_chip() {

@@ -7,8 +7,8 @@ use spp::provisioning::ProvisionError;
 use spp::store::{KeyStorage, StateName};
 use spp_format::keys::KeyKind;
 
-use spp_testkit::point::breaking::{FaultMode, Write};
 use spp_testkit::point::device::{Kind, TestDevice};
+use spp_testkit::point::faulty_stores::{FaultMode, Write};
 use spp_testkit::point::{TestBed, assert_pool_is_consistent};
 use spp_testkit::wait::never;
 

@@ -6,8 +6,8 @@ use spp::keypool::{Marks, PoolRules, ShredOrder};
 use spp::store::{KeyStorage, Purpose, SecretStore as _};
 use spp_format::keys::KeyKind;
 
-use spp_testkit::point::breaking::{FaultMode, PoolWrite};
 use spp_testkit::point::device::{Kind, TestDevice};
+use spp_testkit::point::faulty_stores::{FaultMode, PoolWrite};
 use spp_testkit::point::{TestBed, assert_pool_is_consistent};
 use spp_testkit::random::scaled;
 

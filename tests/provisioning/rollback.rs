@@ -5,8 +5,8 @@ use spp::provisioning::{ProvisionError, RecoveryReport};
 use spp::store::{PublicDatabase as _, StateName};
 
 use spp_testkit::point::TestBed;
-use spp_testkit::point::breaking::FaultMode;
 use spp_testkit::point::device::{Kind, TestDevice};
+use spp_testkit::point::faulty_stores::FaultMode;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn state_store_from_before_completion_recovers_from_public_db() {

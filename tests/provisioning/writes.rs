@@ -3,8 +3,8 @@
 use spp::provisioning::ProvisionError;
 use spp::store::StateName;
 
-use spp_testkit::point::breaking::{FaultMode, Write};
 use spp_testkit::point::device::{Kind, TestDevice};
+use spp_testkit::point::faulty_stores::{FaultMode, Write};
 use spp_testkit::point::{Point, TestBed};
 use spp_testkit::random::scaled;
 

@@ -1,9 +1,9 @@
-//! Checks the layers of a crate: `layer-check ARCHITECTURE.md SOURCE_DIRECTORY`.
+//! Checks the layers of crates: `layer-check ARCHITECTURE.md`.
 //!
-//! The first block of the document that is fenced as `layers` lists the layers from the bottom, one a line: the names of top-level
-//! modules, separated by spaces; what follows `#` is a comment. A module may use itself, the modules of its own line and those of
-//! the lines above it in the block. Prints every use of a higher layer, every circle between files and every module without a
-//! layer, and exits with status 1 if there is any.
+//! Each block of the document that is fenced as `layers SOURCE_DIRECTORY` lists the layers of one crate from the bottom, one a line:
+//! the names of top-level modules, separated by spaces; what follows `#` is a comment. A module may use itself, the modules of its
+//! own line and those of the lines above it in the block. Prints every use of a higher layer, every circle between files and every
+//! module without a layer, and exits with status 1 if there is any.
 
 mod graph;
 mod modules;
@@ -14,13 +14,13 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [document, sources] = &arguments[..] else {
-        eprintln!("usage: layer-check ARCHITECTURE.md SOURCE_DIRECTORY");
+    let [document] = &arguments[..] else {
+        eprintln!("usage: layer-check ARCHITECTURE.md");
         return ExitCode::from(2);
     };
-    match check(Path::new(document), Path::new(sources)) {
+    match check_document(Path::new(document)) {
         Ok(faults) if faults.is_empty() => {
-            println!("layer-check: {sources} has no use of a higher layer and no circle");
+            println!("layer-check: no use of a higher layer and no circle");
             ExitCode::SUCCESS
         }
         Ok(faults) => {
@@ -36,9 +36,24 @@ fn main() -> ExitCode {
 }
 
 /// The faults, one a line; the lines of its uses follow a fault.
-fn check(document: &Path, sources: &Path) -> Result<Vec<String>, String> {
+fn check_document(document: &Path) -> Result<Vec<String>, String> {
     let text = std::fs::read_to_string(document).map_err(|e| format!("{}: {e}", document.display()))?;
-    let layers = layers_of(&text)?;
+    let mut faults = Vec::new();
+    let blocks: Vec<&str> = text.split("```layers ").skip(1).collect();
+    if blocks.is_empty() {
+        return Err("the document has no block ```layers SOURCE_DIRECTORY".to_owned());
+    }
+    for block in blocks {
+        let (directory, rest) = block.split_once('\n').unwrap_or((block, ""));
+        let (block, _) = rest.split_once("```").ok_or_else(|| format!("the block of {directory} does not end"))?;
+        let found = check(block, Path::new(directory.trim())).map_err(|e| format!("{directory}: {e}"))?;
+        faults.extend(found.into_iter().map(|fault| format!("{directory}: {fault}")));
+    }
+    Ok(faults)
+}
+
+fn check(block: &str, sources: &Path) -> Result<Vec<String>, String> {
+    let layers = layers_of(block)?;
     let modules = modules::Modules::read(sources)?;
     let uses = modules.uses();
     let mut faults = Vec::new();
@@ -78,9 +93,7 @@ fn check(document: &Path, sources: &Path) -> Result<Vec<String>, String> {
 }
 
 /// The number of each module's layer, from the bottom.
-fn layers_of(document: &str) -> Result<BTreeMap<&str, usize>, String> {
-    let (_, rest) = document.split_once("```layers\n").ok_or("the document has no block ```layers")?;
-    let (block, _) = rest.split_once("```").ok_or("the block ```layers does not end")?;
+fn layers_of(block: &str) -> Result<BTreeMap<&str, usize>, String> {
     let mut layers = BTreeMap::new();
     for (number, line) in block.lines().enumerate() {
         for name in line.split('#').next().unwrap_or_default().split_whitespace() {
@@ -96,7 +109,7 @@ fn layers_of(document: &str) -> Result<BTreeMap<&str, usize>, String> {
 mod tests {
     use std::fs;
 
-    use super::check;
+    use super::check_document;
 
     /// The faults of a crate with these files and the layers `low`, then `high`.
     fn faults(files: &[(&str, &str)]) -> Vec<String> {
@@ -105,12 +118,15 @@ mod tests {
         let document = dir.join("architecture.md");
         fs::create_dir_all(dir.join("src/low")).unwrap();
         fs::create_dir_all(dir.join("src/high")).unwrap();
-        fs::write(&document, "```layers\nlow # the bottom\nhigh\n```\n").unwrap();
+        let source = dir.join("src");
+        fs::write(&document, format!("```layers {}\nlow # the bottom\nhigh\n```\n", source.display())).unwrap();
         fs::write(dir.join("src/lib.rs"), "pub mod low; pub mod high;").unwrap();
         for (file, text) in files {
             fs::write(dir.join("src").join(file), text).unwrap();
         }
-        let found = check(&document, &dir.join("src")).unwrap();
+        let prefix = format!("{}: ", source.display());
+        let found = check_document(&document).unwrap();
+        let found = found.iter().map(|fault| fault.strip_prefix(&prefix).unwrap().to_owned()).collect();
         fs::remove_dir_all(&dir).unwrap();
         found
     }

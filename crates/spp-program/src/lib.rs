@@ -1,4 +1,6 @@
 //! What every program does: it hardens its process and generates its own man pages and shell completions.
+//!
+//! `sppd`, `sppctl` and `spp-line` use it. It is a crate, because `spp-line` does not depend on `spp`.
 
 pub mod cli_docs;
 pub mod hardening;

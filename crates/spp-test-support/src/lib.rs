@@ -1,6 +1,7 @@
 //! Test support that names no type of this workspace: directories, ports, processes, seeds and sizes, waiting.
 //!
-//! `spp-testkit` re-exports these modules; its documentation has the policy for writing tests.
+//! Crates below `spp` use it for their tests, because `spp-testkit` builds `spp`. `spp-testkit` re-exports these modules; its
+//! documentation has the policy for writing tests.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::missing_panics_doc, reason = "test support fails by a panic")]
 #![allow(missing_docs, reason = "the names of fields and methods are self-explanatory")]
 

@@ -60,8 +60,8 @@ pub fn scaled<T>(short: T, full: T) -> T {
     if is_soak() { full } else { short }
 }
 
-/// The configuration of a property test with this number of cases, from this run's [`seed`]. Past failures are in `*.regressions`
-/// files under `proptest-regressions/`, which are committed and tried first.
+/// The configuration of a property test with this number of cases, from this run's [`seed`]. Past failures are in
+/// `proptest-regressions/` of the test's crate, which is committed, and are tried first.
 pub fn cases(short: u32, full: u32) -> Config {
     Config {
         cases: scaled(short, full),

@@ -12,7 +12,7 @@ use spp_proto::{AssembleRequest, AssembleResponse, CompleteRequest, GetRecordReq
 use tonic::Code;
 use tonic::transport::{Channel, Endpoint};
 
-use crate::floor::{
+use crate::devices::{
     Line, Refusal, TestFab, assemble, assert_inclusion, chip, complete, install, is_retryable, package, phone, sensor,
     state_of, without_proof,
 };

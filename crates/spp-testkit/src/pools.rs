@@ -10,7 +10,7 @@ use spp_proto::{AssembleRequest, AssembleResponse, GetPoolStatusRequest, GetPool
 use tonic::Status;
 use tonic_types::StatusExt as _;
 
-use crate::floor::{Line, assemble, is_retryable, phone};
+use crate::devices::{Line, assemble, is_retryable, phone};
 use crate::site::Site;
 use crate::wait::eventually;
 

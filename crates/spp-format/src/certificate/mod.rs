@@ -7,7 +7,6 @@
 
 mod access;
 mod algorithm;
-mod answer;
 mod authority;
 mod csr;
 mod cwt;
@@ -15,6 +14,7 @@ mod describe;
 #[cfg(test)]
 mod device_tests;
 mod issued;
+mod issued_chain;
 mod issuer;
 mod lint;
 mod lint_cwt;
@@ -38,7 +38,6 @@ pub use access::{
     AccessCertificate, AccessName, Caller, CallerCertificate, Role, access_certificate, certificate_public_key,
     parse_caller_certificate, verify_caller_certificate,
 };
-pub use answer::verify_issued_chain;
 pub use authority::{
     AuthorityCertificate, SignedDocument, UnsignedDocument, access_request, authority_certificate, authority_request,
     certificate_pem, root_certificate, root_request, subordinate_certificate,
@@ -46,6 +45,7 @@ pub use authority::{
 pub use csr::{CsrError, MAX_CSR_LEN, verify_csr, verify_csr_pem};
 pub use describe::{CertificateField, describe};
 pub use issued::IssuedCertificate;
+pub use issued_chain::verify_issued_chain;
 pub use issuer::IssuerCertificate;
 pub use lint::LintedCertificate;
 pub use lint_findings::{LintFinding, LintFindings};

@@ -1,4 +1,5 @@
-//! Key kinds, public keys, signatures, and device private keys, as used by all modules.
+//! Key kinds, public keys, signatures, and device private keys, as used by all crates. How a private key is stored is not among
+//! them: the daemon's HSM module defines that.
 
 mod private;
 mod public;

@@ -1,7 +1,7 @@
 //! An in-process processing point: the real modules, connected as in `sppd`, with stores that can fail.
 
-pub mod breaking;
 pub mod device;
+pub mod faulty_stores;
 mod pool;
 
 pub use self::pool::assert_pool_is_consistent;
@@ -26,7 +26,7 @@ use spp_format::names::{ChipId, StationName};
 use spp_format::record::{PublishedRecord, UniqueKey};
 use spp_format::tlog::LogKey;
 
-use self::breaking::{Faults, FaultySecretStore, FaultyStore, PoolFaults};
+use self::faulty_stores::{Faults, FaultySecretStore, FaultyStore, PoolFaults};
 use crate::files::copy_directory;
 use crate::process::{Signal, program, send_if_running};
 use crate::site::Site;

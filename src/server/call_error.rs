@@ -93,8 +93,8 @@ impl From<ReloadError> for CallError {
     fn from(error: ReloadError) -> Self {
         match error {
             ReloadError::Audit(error) => Self::Audit(error),
-            ReloadError::Access(error) => error.into(),
-            refused @ ReloadError::Refused(_) => Self::Reload(refused),
+            // Not unwrapped: the officer who reloads is shown the store's own message.
+            other @ (ReloadError::Refused(_) | ReloadError::Access(_)) => Self::Reload(other),
         }
     }
 }

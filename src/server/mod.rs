@@ -1,10 +1,10 @@
 //! The daemon's listeners: gRPC for stations, officers and the public, HTTP for the public and for metrics.
 //!
-//! `listeners.rs` starts and drains them, `reload.rs` replaces their configuration. A call passes the TLS handshake
-//! (`connections.rs`), authorization (`grpc/roles.rs`) and admission (`grpc/call_gate.rs`) before its service runs. Services parse
-//! requests into validated values and convert results to messages. A failure is a `CallError` (`call_error.rs`), and
-//! `grpc/status.rs` alone decides what a caller may learn about it.
-#![expect(clippy::disallowed_types, reason = "only this module uses gRPC, HTTP and metrics types")]
+//! `listeners.rs` starts and drains them, `reload.rs` replaces their configuration. A call of a station or an
+//! officer passes the TLS handshake (`connections.rs`), authorization (`grpc/roles.rs`) and the limit on calls
+//! (`grpc/call_gate.rs`) before its service runs; the public has no certificate, but a limit per address (`http/rate.rs`). Services
+//! parse requests into validated values and convert results to messages. A failure is a `CallError` (`call_error.rs`);
+//! `grpc/status.rs` decides what a gRPC caller may learn about it, `http/public.rs` what an HTTP client may.
 
 mod call_error;
 mod connections;

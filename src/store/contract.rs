@@ -209,6 +209,11 @@ pub(super) async fn repeated_step_succeeds_different_step_is_refused(engine: &im
     let late = store.reserve(&session(1), Some(&key(1))).await;
     assert!(matches!(late, Err(ReserveError::Store(StoreError::WrongState { .. }))), "{late:?}");
     assert_eq!(store.counts().await.unwrap(), SessionCounts { issued: 1, ..SessionCounts::default() });
+    for _ in 0..2 {
+        assert_eq!(store.advance(&id(1), StateName::Issued, published(1)).await.unwrap().state, published(1));
+    }
+    let other = store.advance(&id(1), StateName::Issued, published(2)).await;
+    assert!(matches!(other, Err(StoreError::WrongState { found: StateName::Published, .. })), "{other:?}");
 }
 
 pub(super) async fn erased_session_has_no_key(engine: &impl Factory) {

@@ -1,15 +1,18 @@
 //! Pooled pairs: each goes to one chip, in order, and an erased pair is never offered again.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
+use spp::access::AccessStore as _;
 use spp::keypool::{Marks, PoolError, PoolRules, ShredOrder};
 use spp::provisioning::ProvisionError;
 use spp::store::{KeyStorage, StateName};
+use spp_format::approval::{ApprovalRules, Quota};
 use spp_format::keys::KeyKind;
 
 use spp_testkit::point::device::{Kind, TestDevice};
 use spp_testkit::point::faulty_stores::{FaultMode, Write};
-use spp_testkit::point::{TestBed, assert_pool_is_consistent};
+use spp_testkit::point::{TestBed, assert_pool_is_consistent, station};
 use spp_testkit::wait::never;
 
 fn rules(storage: KeyStorage, low: u64, high: u64) -> PoolRules {
@@ -98,6 +101,8 @@ async fn pair_of_aborted_session_is_never_offered_again() {
 async fn refused_order_returns_pair_to_pool() {
     let testbed = TestBed::new().await;
     let point = testbed.point_with(rules(KeyStorage::Wrapped, 1, 3));
+    let quota = Quota { devices_per_hour: Some(2), devices_total: None };
+    point.state().settle(ApprovalRules::default(), vec![(station(), quota)], true).await.unwrap();
     point.wait_until_filled(3).await;
     let mut first = TestDevice::new(&testbed, Kind::Pooled, 1);
     first.assemble(&point).await.unwrap();
@@ -116,6 +121,10 @@ async fn refused_order_returns_pair_to_pool() {
         won += u32::from(call.await.unwrap());
     }
     assert_eq!((won, point.p256().await.ready), (1, 1));
+    // Also if the same transaction finds that the station has reached its quota.
+    let error = TestDevice::new(&testbed, Kind::Pooled, 3).assemble(&point).await.unwrap_err();
+    assert!(matches!(error, ProvisionError::QuotaExceeded { .. }), "{error}");
+    point.advance_clock(Duration::from_secs(3600));
     TestDevice::new(&testbed, Kind::Pooled, 3).assemble(&point).await.expect("the last one is still there");
 }
 
@@ -174,7 +183,7 @@ async fn empty_pool_refuses_until_filled_unless_generate_allowed() {
 }
 
 /// Many times the interval of the pool's tasks.
-const LONG: std::time::Duration = std::time::Duration::from_millis(800);
+const LONG: Duration = Duration::from_millis(800);
 
 /// An officer may order a fill beyond the marks; the marks are maintained without orders.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,4 +1,5 @@
-//! gRPC: services, caller authentication, roles, admission, audit of calls, statuses.
+//! gRPC: services, caller authentication, roles, limits on calls, audit of calls, statuses.
+#![expect(clippy::disallowed_types, reason = "gRPC lives here")]
 
 mod access;
 mod access_messages;

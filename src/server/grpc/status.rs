@@ -233,3 +233,172 @@ pub(crate) fn overloaded(capacity: usize) -> Status {
 pub(super) fn refusal(code: Code, reason: &'static str, message: String) -> Status {
     Status::with_error_details(code, message, ErrorDetails::with_error_info(reason, DOMAIN, HashMap::new()))
 }
+
+#[cfg(test)]
+mod tests {
+    use spp_format::names::{DeviceIdentity, SessionId};
+    use spp_format::record::UniquenessConflict;
+
+    use super::*;
+    use crate::audit::AuditError;
+    use crate::provisioning::FieldViolation;
+    use crate::state_name::StateName;
+
+    const SECRET_PATH: &str = "/var/lib/spp/state";
+
+    fn session() -> SessionId {
+        SessionId::from_bytes(&[7; 16]).unwrap()
+    }
+
+    fn identity() -> DeviceIdentity {
+        "imei:490154203237518".parse().unwrap()
+    }
+
+    fn failed_store() -> StoreError {
+        StoreError::Failed { store: "state store", operation: "reading", cause: SECRET_PATH.to_owned() }
+    }
+
+    fn full_store() -> StoreError {
+        StoreError::Full { store: "state store", free: 1, floor: 2 }
+    }
+
+    fn conflict() -> UniquenessConflict {
+        UniquenessConflict { field: "public key", index: 3, session: Some(session()) }
+    }
+
+    fn request(error: RequestError) -> CallError {
+        AccessError::from(error).into()
+    }
+
+    fn refused(error: Refused) -> CallError {
+        AccessError::Refused(error).into()
+    }
+
+    fn unavailable() -> HsmError {
+        HsmError::Unavailable { reason: SECRET_PATH.to_owned(), retry_after: Duration::from_secs(3) }
+    }
+
+    fn audit() -> AuditError {
+        AuditError::InUse("audit".into())
+    }
+
+    /// Every kind of error: code, reason, retry delay in milliseconds.
+    #[test]
+    #[rustfmt::skip]
+    fn errors_have_documented_code_reason_and_retry_delay() {
+        use Code::{Aborted, AlreadyExists, FailedPrecondition, Internal, InvalidArgument, NotFound, PermissionDenied};
+        use Code::{ResourceExhausted, Unauthenticated, Unavailable};
+        use ProvisionError as P;
+        let (chip, id) = (spp_format::names::ChipId::from_bytes(&[1; 8]).unwrap(), [2; 8]);
+        let (station, officer) = ("line-1/a".parse::<spp_format::names::StationName>().unwrap(), "o-1");
+        let officer = || officer.parse::<spp_format::names::OfficerName>().unwrap();
+        let number = || spp_format::approval::RequestId::from_bytes(id);
+        let exceeded = |exceeded| P::QuotaExceeded { station: station.clone(), exceeded };
+        let empty = PoolError::Empty {
+            kind: KeyKind::P256, fill_rate: 1.5, retry_after: Duration::from_secs(2), paused: false,
+        };
+        let rows: Vec<(CallError, Code, &str, Option<u64>)> = vec![
+            (CallError::invalid("chip_id", "too short"), InvalidArgument, "INVALID", None),
+            (P::invalid("profile", "unknown").into(), InvalidArgument, "INVALID", None),
+            (PoolError::TooMany { kind: KeyKind::P256, limit: 9 }.into(), InvalidArgument, "INVALID", None),
+            (CallError::Overloaded(64), ResourceExhausted, "OVERLOADED", Some(500)),
+            (CallError::Ended("panicked".into()), Internal, "INTERNAL", None),
+            (P::not_accepted("backup_package", "short").into(), FailedPrecondition, "NOT_ACCEPTED", None),
+            (P::from(crate::config::NotPermitted::Unknown(station.clone())).into(), PermissionDenied, "NOT_PERMITTED", None),
+            (P::ChipTaken { chip: chip.clone(), identity: identity(), session: session() }.into(), AlreadyExists, "CHIP_TAKEN", None),
+            (P::IdentityTaken { identity: identity(), chip: chip.clone(), session: session() }.into(), AlreadyExists, "IDENTITY_TAKEN", None),
+            (P::AlreadyComplete { chip: chip.clone(), session: session() }.into(), AlreadyExists, "ALREADY_COMPLETE", None),
+            (P::NoSession("x".into()).into(), NotFound, "NO_SESSION", None),
+            (P::NoRecord.into(), NotFound, "NO_RECORD", None),
+            (P::WrongState { session: session(), state: StateName::Aborted, hint: "" }.into(), FailedPrecondition, "WRONG_STATE", None),
+            (P::RolledBack(conflict()).into(), FailedPrecondition, "STATE_STORE_ROLLED_BACK", None),
+            (PoolError::RolledBack("x".into()).into(), FailedPrecondition, "STATE_STORE_ROLLED_BACK", None),
+            (P::PairUnavailable.into(), Aborted, "CONCURRENT_UPDATE", Some(500)),
+            (P::ChipBusy(chip).into(), Aborted, "CHIP_BUSY", Some(500)),
+            (exceeded(Exceeded::PerHour(5, 40)).into(), ResourceExhausted, "QUOTA_PER_HOUR", Some(40_000)),
+            (exceeded(Exceeded::Total(5)).into(), PermissionDenied, "QUOTA_TOTAL", None),
+            (refused(Refused::Quota { station: station.clone(), exceeded: Exceeded::Total(5) }), PermissionDenied, "QUOTA_TOTAL", None),
+            (P::Identities(100).into(), Aborted, "IDENTITIES_TAKEN", Some(500)),
+            (P::Unsigned("x".into()).into(), Unavailable, "CHECKPOINT_UNSIGNED", Some(500)),
+            (P::Internal { doing: "signing", cause: "x".into() }.into(), Internal, "INTERNAL", None),
+            (P::from(empty).into(), ResourceExhausted, "POOL_EMPTY", Some(2000)),
+            (PoolError::DiskFull { free: 1, floor: 2 }.into(), ResourceExhausted, "DISK_FULL", Some(10_000)),
+            (PoolError::NoPool(KeyKind::P256).into(), NotFound, "NO_POOL", None),
+            (unavailable_in_pool(), Unavailable, "HSM_UNAVAILABLE", Some(3000)),
+            (P::from(unavailable()).into(), Unavailable, "HSM_UNAVAILABLE", Some(3000)),
+            (AccessError::from(HsmError::Busy { waiting: 5 }).into(), ResourceExhausted, "HSM_BUSY", Some(500)),
+            (CallError::Hsm(HsmError::Deadline(Duration::from_secs(1))), Unavailable, "HSM_TIMEOUT", Some(500)),
+            (CallError::Hsm(HsmError::Stopped("PIN".into())), Unavailable, "HSM_OFFICER_REQUIRED", Some(30_000)),
+            (CallError::Hsm(HsmError::Refused("x".into())), Unavailable, "HSM_FAULT", Some(1000)),
+            (CallError::Hsm(HsmError::InvalidAnswer("x".into())), Unavailable, "HSM_FAULT", Some(1000)),
+            (CallError::Hsm(HsmError::Absent("x".into())), Internal, "HSM_FAULT", None),
+            (P::from(full_store()).into(), ResourceExhausted, "DISK_FULL", Some(10_000)),
+            (PoolError::from(failed_store()).into(), Unavailable, "STORE_UNAVAILABLE", Some(500)),
+            (AccessError::from(failed_store()).into(), Unavailable, "STORE_UNAVAILABLE", Some(500)),
+            (StoreError::WrongBatch { batch: 1, problem: "x".into() }.into(), Aborted, "CONCURRENT_UPDATE", Some(500)),
+            (StoreError::Directory("x".into()).into(), Internal, "STORE_FAULT", None),
+            (audit().into(), Unavailable, "AUDIT_LOG_UNAVAILABLE", Some(500)),
+            (ReloadError::Audit(audit()).into(), Unavailable, "AUDIT_LOG_UNAVAILABLE", Some(500)),
+            (ReloadError::Refused("x".into()).into(), FailedPrecondition, "CONFIGURATION_REFUSED", None),
+            (ReloadError::Access(failed_store().into()).into(), Unavailable, "STORE_UNAVAILABLE", Some(500)),
+            (request(RequestError::Unknown(number())), NotFound, "NO_REQUEST", None),
+            (request(RequestError::OwnRequest(officer())), PermissionDenied, "OWN_REQUEST", None),
+            (request(RequestError::OwnRevocation(officer())), PermissionDenied, "OWN_REQUEST", None),
+            (request(RequestError::Revoked(officer())), Unauthenticated, "REVOKED", None),
+            (request(RequestError::Taken(number())), AlreadyExists, "REQUEST_TAKEN", None),
+            (request(RequestError::TooMany(9)), ResourceExhausted, "TOO_MANY_REQUESTS", None),
+            (request(RequestError::Expired(number())), FailedPrecondition, "REQUEST_STATE", None),
+            (refused(Refused::Signature("x".into())), PermissionDenied, "BAD_SIGNATURE", None),
+            (refused(Refused::Overlaps { number: 1, first: Box::new(identity()), last: Box::new(identity()) }), AlreadyExists, "RANGE_OVERLAPS", None),
+            (refused(Refused::TooManyInUse(3)), Aborted, "IDENTITIES_TAKEN", Some(500)),
+            (refused(Refused::NoIdentity { profile: "phone".parse().unwrap(), station }), ResourceExhausted, "IDENTITIES_EXHAUSTED", None),
+            (refused(Refused::NoAuthority), FailedPrecondition, "NO_ACCESS_KEY", None),
+            (refused(Refused::Unfit("x".into())), InvalidArgument, "INVALID", None),
+        ];
+        for (error, code, reason, retry) in rows {
+            let status = status_of(&error);
+            let details = status.get_error_details();
+            let (info, delay) = (details.error_info().unwrap(), details.retry_info().and_then(|retry| retry.retry_delay));
+            let found = (status.code(), info.reason.as_str(), delay.map(|delay| delay.as_millis() as u64));
+            assert_eq!(found, (code, reason, retry), "{error:?}");
+            assert_eq!((info.domain.as_str(), reason_of(&error)), (DOMAIN, reason));
+        }
+    }
+
+    fn unavailable_in_pool() -> CallError {
+        ProvisionError::from(PoolError::from(unavailable())).into()
+    }
+
+    #[test]
+    fn causes_of_failures_are_not_shown_to_callers() {
+        for error in [CallError::Hsm(unavailable()), failed_store().into(), unavailable_in_pool()] {
+            let status = status_of(&error);
+            assert!(error.to_string().contains(SECRET_PATH), "the log has the cause");
+            assert!(!status.message().contains(SECRET_PATH), "{status:?}");
+        }
+        let internal: CallError = ProvisionError::Internal { doing: "signing", cause: SECRET_PATH.to_owned() }.into();
+        assert!(status_of(&internal).message().contains("x-request-id"));
+        // An officer who reloads is shown the cause.
+        let reload: CallError = ReloadError::Access(failed_store().into()).into();
+        assert!(status_of(&reload).message().contains(SECRET_PATH));
+    }
+
+    #[test]
+    fn details_name_fields_and_pool() {
+        let violations = vec![FieldViolation::new("chip_id", "too short"), FieldViolation::new("csr", "missing")];
+        let details = status_of(&CallError::Invalid(violations)).get_error_details();
+        let fields: Vec<_> =
+            details.bad_request().unwrap().field_violations.iter().map(|violation| violation.field.clone()).collect();
+        assert_eq!(fields, ["chip_id", "csr"]);
+        let empty = PoolError::Empty {
+            kind: KeyKind::Ed25519,
+            fill_rate: 1.5,
+            retry_after: Duration::from_secs(2),
+            paused: false,
+        };
+        let details = status_of(&ProvisionError::from(empty).into()).get_error_details();
+        let metadata = &details.error_info().unwrap().metadata;
+        assert_eq!(metadata["key_kind"], KeyKind::Ed25519.to_string());
+        assert_eq!(metadata["fill_rate_per_second"], "1.50");
+    }
+}

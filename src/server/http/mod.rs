@@ -1,4 +1,5 @@
 //! HTTP: records, transparency log and pages for the public; metrics on a loopback address only.
+#![expect(clippy::disallowed_types, reason = "HTTP and metrics live here")]
 
 mod metrics;
 mod pages;

@@ -32,7 +32,7 @@ pub(super) struct AdmittedOrder<'policy> {
 
 /// The journal's state for an admitted order.
 pub(super) enum Progress {
-    /// The device is new: the journal has no session for it.
+    /// The device is new: no session holds its chip or its identity.
     New,
     /// The same order was placed before, and its signature is not journaled yet.
     Intended(Intent),
@@ -81,7 +81,7 @@ impl Provisioner {
     ) -> Result<(AdmittedOrder<'policy>, Progress), ProvisionError> {
         let (order, chip, identity) = match request.identity.clone() {
             Some(name) => {
-                // Before the lookups: a station that may not place the order learns nothing about the device.
+                // Before the lookups: a station that may not order this identity learns nothing about the device.
                 let order = permitted(request, name, policy)?;
                 // The stores answer the four lookups concurrently.
                 let (chip, identity) =
@@ -189,7 +189,8 @@ impl Provisioner {
             // not show it; in that case the pair was delivered and confirmed, and the chip must not get a second one.
             Loaded::Intent(_) | Loaded::Issued(_) => match self.resume(&order.chip, session).await? {
                 Step::Erased => Err(complete()),
-                // The session has ended, and has released the chip and the identity.
+                // The session has ended and has released the chip and the identity. If the clock was set back it has not, and the
+                // transaction that reserves the new session refuses.
                 Step::Expired | Step::Signed | Step::Waiting => Ok(Progress::New),
             },
             Loaded::Published(_) | Loaded::Final(_) => Err(complete()),

@@ -42,7 +42,7 @@ impl Provisioner {
         // repeated call or the recovery loop finishes the session.
         let published = self.publish(&record, slot).await?;
         // 4. Erase: consumes the publication receipt; no other value permits an erasure.
-        let publication = self.erase_published(published).await?;
+        let publication = self.publish_and_erase(published).await?;
         // 5. Return the receipt, which anyone who knows the log's key can verify.
         self.receipt(publication).await
     }
@@ -115,7 +115,7 @@ impl Provisioner {
                 let receipt = self.registry.find_receipt(&chip, id).await?;
                 // Published before a crash, not yet journaled: finish it as the recovery loop does.
                 let receipt = receipt.ok_or_else(|| wrong_state(expired.session(), "; it has expired"))?;
-                Ok(CompletionState::Completed(self.erase_published(receipt).await?))
+                Ok(CompletionState::Completed(self.publish_and_erase(receipt).await?))
             }
             Loaded::Published(published) => {
                 let (chip, id) = (published.session().chip.clone(), published.session().id);

@@ -13,7 +13,7 @@ use spp_format::secret::SecretBytes;
 use super::ProvisionError;
 use crate::hsm::{Derivation, DeviceKeyRequest, DeviceKeys, Hsm, HsmError, PairSource, StoredKey};
 use crate::keypool::{KeyPool, PoolError, PoolLease, SessionLease};
-use crate::store::{Intent, PairToReserve, Registry, ReserveError};
+use crate::store::{Intent, PairToReserve, Registry, ReserveError, StoreError};
 
 /// Pause before a failed HSM call is repeated on another HSM.
 const RETRY_PAUSE: Duration = Duration::from_millis(10);
@@ -216,7 +216,13 @@ impl UnstoredPair {
     /// Ends the lease once the reservation has ended. A pooled pair returns to its queue only if it is certain that the
     /// reservation was not committed.
     pub(super) fn end_lease(self, reserved: &Result<Intent, ReserveError>) {
-        let is_not_reserved = matches!(reserved, Err(ReserveError::ChipTaken(_) | ReserveError::IdentityTaken(_)));
+        let is_not_reserved = matches!(
+            reserved,
+            Err(ReserveError::ChipTaken(_)
+                | ReserveError::IdentityTaken(_)
+                | ReserveError::QuotaExceeded { .. }
+                | ReserveError::Store(StoreError::Full { .. }))
+        );
         if let LeasedSource::Pooled(lease) = self.source
             && !is_not_reserved
         {

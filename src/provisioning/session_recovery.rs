@@ -5,7 +5,6 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use spp_format::names::{ChipId, SessionId};
-use spp_format::record::Publication;
 
 use super::{ProvisionError, Provisioner};
 use crate::store::{Abortable, Loaded};
@@ -83,7 +82,7 @@ impl Provisioner {
             }
             Loaded::Issued(issued) => match self.registry.find_receipt(chip, id).await? {
                 Some(receipt) => {
-                    self.erase_published(receipt).await?;
+                    self.publish_and_erase(receipt).await?;
                     Ok(Step::Erased)
                 }
                 None if issued.session().has_expired(self.clock.now()) => {
@@ -93,18 +92,6 @@ impl Provisioner {
                 None => Ok(Step::Waiting),
             },
         }
-    }
-
-    /// Erases the pair of a session that is journaled as published. If the public database does not have the record, it was
-    /// rolled back, and the pair is retained.
-    pub(super) async fn finish_erasure(&self, chip: &ChipId, id: SessionId) -> Result<Publication, ProvisionError> {
-        let receipt = self.registry.find_receipt(chip, id).await?.ok_or_else(|| ProvisionError::Internal {
-            doing: "erasing a published key pair",
-            cause: format!(
-                "no public record of session {id}: the public database was rolled back; the pair is retained"
-            ),
-        })?;
-        self.erase_published(receipt).await
     }
 }
 

@@ -73,12 +73,15 @@ impl KeyPool {
             self.hsm.add_batch_owner(BatchName { store, number: batch.number }, member);
         }
         self.reconcile_state().compared_members.insert(member);
-        // Another HSM may have been compared concurrently, so that neither comparison was the last one.
-        if batches.is_some()
-            && self.is_last(member)
-            && let Some(why) = self.lost_batch(&on_token, store, member).await?
-        {
-            self.quarantine_all(why).await?;
+        // Another HSM may have been compared concurrently, so that neither comparison knew the other's batches, or was the last one.
+        if batches.is_some() {
+            let why = match self.cloned_batch(&on_token, store, member) {
+                None if self.is_last(member) => self.lost_batch(&on_token, store, member).await?,
+                cloned => cloned,
+            };
+            if let Some(why) = why {
+                self.quarantine_all(why).await?;
+            }
         }
         self.reconciled.send_replace(true);
         self.pools.values().for_each(Pool::wake);
@@ -89,6 +92,17 @@ impl KeyPool {
     fn is_last(&self, member: HsmId) -> bool {
         let reconcile_state = self.reconcile_state();
         self.hsm.members().all(|other| other == member || reconcile_state.compared_members.contains(&other))
+    }
+
+    /// Reports a batch of this token that is also on one that was compared before.
+    fn cloned_batch(&self, on_token: &BTreeSet<u64>, store: StoreId, member: HsmId) -> Option<String> {
+        let is_on_other_hsm = |number: &&u64| {
+            self.hsm.batch_owners(BatchName { store, number: **number }).iter().any(|owner| *owner != member)
+        };
+        let number = on_token.iter().find(is_on_other_hsm)?;
+        Some(format!(
+            "batch {number} is on two HSMs: one token was cloned after batches were created, or served an older copy of the store"
+        ))
     }
 
     /// Reports a batch whose key is neither on this token nor on one that was compared before.
@@ -132,13 +146,8 @@ impl KeyPool {
                 "the token has batch {highest_on_token} of this store, but the store knows only {highest} batches"
             )));
         }
-        let is_on_other_hsm = |number: &&u64| {
-            self.hsm.batch_owners(BatchName { store, number: **number }).iter().any(|owner| *owner != member)
-        };
-        if let Some(number) = on_token.iter().find(is_on_other_hsm) {
-            return Ok(Some(format!(
-                "batch {number} is on two HSMs: one token was cloned after batches were created, or served an older copy of the store"
-            )));
+        if let Some(why) = self.cloned_batch(on_token, store, member) {
+            return Ok(Some(why));
         }
         if self.is_last(member)
             && let Some(why) = self.lost_batch(on_token, store, member).await?

@@ -24,7 +24,7 @@ use spp::store::{
     SledStateStore, StateStore, StoreOptions,
 };
 use spp_format::certificate::CertificateToSign;
-use spp_format::keys::{KeyKind, SignatureAlgorithm};
+use spp_format::keys::KeyKind;
 use spp_format::names::{ChipId, SessionId};
 use spp_testkit::site::Site;
 
@@ -167,13 +167,7 @@ fn session(public_key: Vec<u8>) -> Result<Session, Failure> {
         sealed_to: None,
         recipe: [0; 32],
         master_key: None,
-        certificate: CertificateToSign {
-            issuer: "issuer".parse()?,
-            algorithm: SignatureAlgorithm::EcdsaP256Sha256,
-            is_cwt: false,
-            serial: name.to_vec(),
-            to_be_signed: vec![7; 600],
-        },
+        certificate: CertificateToSign::of_bytes("issuer".parse()?, name.to_vec(), vec![7; 600]),
         state: SessionState::Reserved,
     })
 }

@@ -191,7 +191,7 @@ impl RecordFactory {
             not_before: 1_700_000_000,
         };
         let to_sign = prepare(&request)?.lint().map_err(|e| e.to_string())?.into_to_sign();
-        let signature = self.manufacturer.sign(P256, &to_sign.to_be_signed)?;
+        let signature = self.manufacturer.sign(P256, to_sign.to_be_signed())?;
         let certificate = IssuedCertificate::assemble(&to_sign, &self.issuer, &signature)?.as_bytes().to_vec();
         let session = SessionId::from_bytes(chip.as_bytes())?;
         Ok(DeviceRecord {
@@ -200,7 +200,7 @@ impl RecordFactory {
             profile: "bench".parse()?,
             certificate,
             certificate_is_cwt: false,
-            serial: to_sign.serial,
+            serial: to_sign.serial().to_vec(),
             public_key: Some(pair.public().spki_der().to_vec()),
             backup: vec![3; 1400],
             master_key_version: 1,

@@ -17,7 +17,6 @@ use spp::store::{
     StateName, StateStore, StoreOptions,
 };
 use spp_format::certificate::CertificateToSign;
-use spp_format::keys::SignatureAlgorithm;
 use spp_format::names::{ChipId, SessionId};
 use spp_format::record::{DeviceRecord, Publication};
 
@@ -95,13 +94,7 @@ fn session(n: u64) -> Result<Session, Failure> {
         sealed_to: None,
         recipe: [0; 32],
         master_key: None,
-        certificate: CertificateToSign {
-            issuer: "issuer".parse()?,
-            algorithm: SignatureAlgorithm::EcdsaP256Sha256,
-            is_cwt: false,
-            serial: name_of(n).to_vec(),
-            to_be_signed: vec![7; 600],
-        },
+        certificate: CertificateToSign::of_bytes("issuer".parse()?, name_of(n).to_vec(), vec![7; 600]),
         state: SessionState::Reserved,
     })
 }

@@ -195,7 +195,7 @@ fn device_certificate(profile: &str, public_key: Option<&PublicKey>) -> Vec<u8> 
         not_before: NOW,
     };
     let to_sign = prepare(&request).expect("a valid request").lint().expect("no lint findings").into_to_sign();
-    let signature = CONTEXT.pair().sign(ALGORITHM, &to_sign.to_be_signed).expect("the key signs");
+    let signature = CONTEXT.pair().sign(ALGORITHM, to_sign.to_be_signed()).expect("the key signs");
     IssuedCertificate::assemble(&to_sign, &ISSUER, &signature).expect("the signature verifies").into_bytes()
 }
 

@@ -31,7 +31,7 @@ impl Provisioner {
             session: session.id,
             identity: session.identity.clone(),
             certificate: issued.certificate().to_vec(),
-            certificate_is_cwt: session.certificate.is_cwt,
+            certificate_is_cwt: session.certificate.is_cwt(),
             delivery,
             expires: session.expires,
         })
@@ -85,7 +85,7 @@ pub(super) fn package(
     keys: PackageKeys,
 ) -> Result<InFlightPackage, ProvisionError> {
     let session = issued.session();
-    let certificate = if session.certificate.is_cwt {
+    let certificate = if session.certificate.is_cwt() {
         CertificateChain::Cwt(issued.certificate().to_vec())
     } else {
         let issuers = product.issuer.certificate().chain().to_vec();

@@ -124,7 +124,7 @@ impl Policy {
 
     /// The issuer that signs an intent, independent of what the profile names now.
     pub(super) fn signer_of(&self, intent: &Intent) -> Result<&Issuer, ProvisionError> {
-        let key = &intent.session().certificate.issuer;
+        let key = intent.session().certificate.issuer();
         self.signers.get(key).ok_or_else(|| {
             let problem = format!(
                 "the certificate of the key {key}, which signs this session, is missing: restore it at the path in keys.toml, or \

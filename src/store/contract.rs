@@ -6,7 +6,6 @@ use std::sync::Arc;
 use proptest::prelude::*;
 use proptest::sample::Index;
 use spp_format::certificate::CertificateToSign;
-use spp_format::keys::SignatureAlgorithm;
 use spp_format::names::{ChipId, DeviceIdentity, SessionId};
 use spp_format::record::Publication;
 
@@ -80,15 +79,14 @@ pub(super) fn session(n: u64) -> Session {
         sealed_to: None,
         recipe: [0; 32],
         master_key: Some(MasterKeyVersion { key: "master".parse().unwrap(), version: 1 }),
-        certificate: CertificateToSign {
-            issuer: "issuer".parse().unwrap(),
-            algorithm: SignatureAlgorithm::EcdsaP256Sha256,
-            is_cwt: false,
-            serial: n.to_be_bytes().to_vec(),
-            to_be_signed: vec![7; 600],
-        },
+        certificate: CertificateToSign::of_bytes("issuer".parse().unwrap(), n.to_be_bytes().to_vec(), vec![7; 600]),
         state: SessionState::Reserved,
     }
+}
+
+/// A certificate of these bytes.
+pub(super) fn unsigned(bytes: Vec<u8>) -> CertificateToSign {
+    CertificateToSign::of_bytes("issuer".parse().unwrap(), vec![1], bytes)
 }
 
 /// An on-demand pair in batch 1.
@@ -267,7 +265,7 @@ pub(super) async fn large_session_roundtrips(engine: &impl Factory) {
     let store = engine.state();
     let bytes: Vec<u8> = (0..60_000u32).map(|n| n.to_le_bytes()[0]).collect();
     let mut large = session(1);
-    large.certificate.to_be_signed = bytes.clone();
+    large.certificate = unsigned(bytes.clone());
     store.reserve(&large, None).await.unwrap();
     assert_eq!(store.session(&id(1)).await.unwrap(), Some(large));
     let to = SessionState::Issued { certificate: bytes };

@@ -265,7 +265,7 @@ impl Spp {
             not_before: 1_700_000_000,
         };
         let to_sign = prepare(&request).unwrap().lint().unwrap().into_to_sign();
-        let signature = self.manufacturer.sign(P256, &to_sign.to_be_signed).unwrap();
+        let signature = self.manufacturer.sign(P256, to_sign.to_be_signed()).unwrap();
         let certificate = IssuedCertificate::assemble(&to_sign, &self.issuer, &signature).unwrap().as_bytes().to_vec();
         let session = SessionId::from_bytes(&sha256(&order.chip_id)[..16]).unwrap();
         let package = DataPackage {

@@ -62,7 +62,7 @@ impl Manufacturer {
             not_before: NOW,
         };
         let to_sign = prepare(&request).unwrap().lint().unwrap().into_to_sign();
-        let signature = self.key.sign(P256, &to_sign.to_be_signed).unwrap();
+        let signature = self.key.sign(P256, to_sign.to_be_signed()).unwrap();
         let issued = IssuedCertificate::assemble(&to_sign, &self.issuer, &signature).unwrap();
         DeviceRecord {
             certificate: issued.as_bytes().to_vec(),

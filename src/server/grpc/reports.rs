@@ -132,7 +132,7 @@ fn certificate(report: &DeviceReport) -> Vec<proto::CertificateStatement> {
     let signed = match (&report.record, report.sessions.first()) {
         (Some(found), _) => Some((&found.record.certificate, found.record.certificate_is_cwt)),
         (None, Some(Session { state: SessionState::Issued { certificate }, certificate: to_sign, .. })) => {
-            Some((certificate, to_sign.is_cwt))
+            Some((certificate, to_sign.is_cwt()))
         }
         _ => None,
     };
@@ -162,7 +162,7 @@ pub(super) fn session(session: &Session) -> proto::SessionReport {
         aborted,
         reason,
         receipt: publication(session).map(receipt),
-        certificate_serial: session.certificate.serial.clone(),
+        certificate_serial: session.certificate.serial().to_vec(),
         master_key_version: session.master_key.as_ref().map_or(0, |master| master.version),
     }
 }

@@ -13,7 +13,7 @@ const P256: SignatureAlgorithm = SignatureAlgorithm::EcdsaP256Sha256;
 
 fn issue(order: &Order) -> IssuedCertificate {
     let to_sign = prepare(&order.request()).unwrap().lint().unwrap().into_to_sign();
-    let signature = order.manufacturer.sign(&to_sign.to_be_signed);
+    let signature = order.manufacturer.sign(to_sign.to_be_signed());
     IssuedCertificate::assemble(&to_sign, &order.issuer, &signature).unwrap()
 }
 
@@ -128,9 +128,15 @@ fn equal_requests_give_equal_bytes() {
 #[test]
 fn certificate_with_two_algorithms_rejected() {
     let order = Order::new(SignatureAlgorithm::RsaPkcs1Sha256, PHONE);
-    let mut to_sign = prepare(&order.request()).unwrap().lint().unwrap().into_to_sign();
-    to_sign.algorithm = SignatureAlgorithm::RsaPssSha256;
-    let pss = order.manufacturer.sign_with(to_sign.algorithm, &to_sign.to_be_signed);
+    let to_sign = prepare(&order.request()).unwrap().lint().unwrap().into_to_sign();
+    let to_sign = super::CertificateToSign::new(
+        to_sign.issuer().clone(),
+        SignatureAlgorithm::RsaPssSha256,
+        false,
+        to_sign.serial().to_vec(),
+        to_sign.to_be_signed().to_vec(),
+    );
+    let pss = order.manufacturer.sign_with(to_sign.algorithm(), to_sign.to_be_signed());
     let rejected = IssuedCertificate::assemble(&to_sign, &order.issuer, &pss);
     assert!(matches!(rejected, Err(CertificateError::Refused(_))));
 }
@@ -140,7 +146,7 @@ fn assemble_with_wrong_signature_fails() {
     for text in [PHONE.to_owned(), symmetric_profile()] {
         let order = Order::new(P256, &text);
         let to_sign = prepare(&order.request()).unwrap().lint().unwrap().into_to_sign();
-        let foreign = SoftwareKey::p256().sign(&to_sign.to_be_signed);
+        let foreign = SoftwareKey::p256().sign(to_sign.to_be_signed());
         assert!(matches!(
             IssuedCertificate::assemble(&to_sign, &order.issuer, &foreign),
             Err(CertificateError::Key { .. })
@@ -256,7 +262,7 @@ proptest! {
         let mut request = order.request();
         (request.serial, request.not_before) = (super::CertificateSerial::from_random(random), not_before);
         let to_sign = prepare(&request).unwrap().lint().unwrap().into_to_sign();
-        let signature = order.manufacturer.sign(&to_sign.to_be_signed);
+        let signature = order.manufacturer.sign(to_sign.to_be_signed());
         let issued = IssuedCertificate::assemble(&to_sign, &order.issuer, &signature).unwrap();
         let verify = |chip: &ChipId| {
             verify_device_certificate(issued.as_bytes(), cwt, order.manufacturer.public(), chip)
@@ -264,7 +270,7 @@ proptest! {
         let verified = verify(&order.chip).unwrap();
         prop_assert!(verified.binds_identity(&order.identity));
         prop_assert_eq!(verified.identity_value(), order.identity.value());
-        prop_assert_eq!(verified.serial(), to_sign.serial.as_slice());
+        prop_assert_eq!(verified.serial(), to_sign.serial());
         if other.value() != order.identity.value() {
             prop_assert!(!verified.binds_identity(&other));
         }

@@ -18,24 +18,24 @@ impl IssuedCertificate {
         issuer: &IssuerCertificate,
         signature: &[u8],
     ) -> Result<Self, CertificateError> {
-        let CertificateToSign { algorithm, to_be_signed, is_cwt, .. } = to_sign;
+        let (algorithm, to_be_signed, is_cwt) = (to_sign.algorithm(), to_sign.to_be_signed(), to_sign.is_cwt());
         let key = issuer.public_key();
-        let (bytes, signed) = if *is_cwt {
-            let bytes = cwt::assemble(to_be_signed, *algorithm, signature, key)?;
+        let (bytes, signed) = if is_cwt {
+            let bytes = cwt::assemble(to_be_signed, algorithm, signature, key)?;
             let (signed, _) = cwt::verify(&bytes, key)?;
             (bytes, signed)
         } else {
-            let bytes = signed::join(to_be_signed, *algorithm, signature)?;
+            let bytes = signed::join(to_be_signed, algorithm, signature)?;
             let envelope = signed::split("issued certificate", &bytes)?;
             envelope.verify(key)?;
             envelope.certificate()?;
             let signed = envelope.to_be_signed.to_vec();
             (bytes, signed)
         };
-        if signed != *to_be_signed {
+        if signed != to_be_signed {
             return Err(CertificateError::refused("the certificate does not contain the bytes that were signed"));
         }
-        Ok(Self { bytes, is_cwt: *is_cwt })
+        Ok(Self { bytes, is_cwt })
     }
 
     /// X.509 in DER, or a COSE_Sign1 with tag 18.

@@ -85,13 +85,7 @@ impl LintedCertificate {
 
     /// Converts into the form that the journal stores.
     pub fn into_to_sign(self) -> CertificateToSign {
-        CertificateToSign {
-            issuer: self.issuer,
-            algorithm: self.algorithm,
-            is_cwt: self.is_cwt,
-            serial: self.serial,
-            to_be_signed: self.to_be_signed,
-        }
+        CertificateToSign::new(self.issuer, self.algorithm, self.is_cwt, self.serial, self.to_be_signed)
     }
 }
 

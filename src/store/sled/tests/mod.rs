@@ -263,7 +263,7 @@ async fn large_values_create_no_sled_blob_file() {
     let store = sled.state();
     for n in 0..60 {
         let mut large = session(n);
-        large.certificate.to_be_signed = vec![5; 60_000];
+        large.certificate = crate::store::contract::unsigned(vec![5; 60_000]);
         store.reserve(&large, None).await.unwrap();
     }
     assert_eq!(fs::read_dir(sled.dir().join("blobs")).unwrap().count(), 0);

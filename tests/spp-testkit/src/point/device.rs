@@ -143,7 +143,7 @@ impl TestDevice {
         let of_identity = point.public().find(&UniqueKey::of_identity(&self.identity)).await.unwrap();
         assert_eq!(of_identity, Some(found));
         assert_eq!((&record.chip, &record.identity, record.session), (&self.chip, &self.identity, session.id));
-        assert_eq!((&record.serial, &record.public_key), (&session.certificate.serial, &session.public_key));
+        assert_eq!((record.serial.as_slice(), &record.public_key), (session.certificate.serial(), &session.public_key));
         assert_eq!(record.certificate, self.delivered[0].1);
         assert_eq!(record.backup, self.device.backup().unwrap());
 
@@ -175,8 +175,8 @@ impl TestDevice {
 
 /// Whether a certificate contains exactly the bytes that were journaled before signing.
 pub fn covers_intent(certificate: &[u8], session: &Session) -> bool {
-    let to_be_signed = session.certificate.to_be_signed.clone();
-    let bytes = if session.certificate.is_cwt {
+    let to_be_signed = session.certificate.to_be_signed().to_vec();
+    let bytes = if session.certificate.is_cwt() {
         // The payload of the Sig_structure (RFC 9052 §4.4) is the payload of the CWT.
         let structure: ciborium::Value = ciborium::from_reader(to_be_signed.as_slice()).unwrap();
         structure.into_array().unwrap().pop().unwrap().into_bytes().unwrap()

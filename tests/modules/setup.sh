@@ -11,12 +11,13 @@ fail() {
     exit 1
 }
 
-# Prints the PIDs of the processes with this name, without procps.
+# Prints the PIDs of the processes with this name, without procps. A daemon of a chroot or of a container that shares /proc has
+# other files, and serves only its own root.
 pids_of() {
     for comm in /proc/[0-9]*/comm; do
-        if [ "$(cat "$comm" 2>/dev/null)" = "$1" ]; then
-            pid=${comm#/proc/}
-            printf '%s\n' "${pid%/comm}"
+        process=${comm%/comm}
+        if [ "$(cat "$comm" 2>/dev/null)" = "$1" ] && [ "$process/root/" -ef / ]; then
+            printf '%s\n' "${process#/proc/}"
         fi
     done
 }

@@ -7,8 +7,9 @@ cd "$(dirname "$0")/.."
 check() {
     crate=$1 forbidden=$2
     shift 2
-    used=$(cargo tree --locked --edges normal --prefix none --format '{p}' "$@" --package "$crate" | sed 1d)
-    if echo "$used" | grep --extended-regexp "^($forbidden) v"; then
+    # Not piped: the status of cargo would be lost, and nothing be found.
+    tree=$(cargo tree --locked --edges normal --prefix none --format '{p}' "$@" --package "$crate")
+    if echo "$tree" | sed 1d | grep --extended-regexp "^($forbidden) v"; then
         echo "check-dependencies: $crate must not depend on the packages above" >&2
         exit 1
     fi

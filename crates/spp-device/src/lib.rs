@@ -317,8 +317,8 @@ impl FlashContent {
     fn from_bytes(bytes: &[u8]) -> Result<Self, CborError> {
         let mut reader = Reader::new(bytes);
         let mut map = reader.map()?;
-        let certificate = if map.key(1)? { map.reader.bytes()? } else { return Err(CborError::MissingKey(1)) };
-        let backup = if map.key(2)? { map.reader.bytes()? } else { return Err(CborError::MissingKey(2)) };
+        let certificate = map.required_bytes(1)?;
+        let backup = map.required_bytes(2)?;
         map.end()?;
         reader.end()?;
         Ok(Self { certificate: certificate.to_vec(), backup: backup.to_vec() })

@@ -143,13 +143,13 @@ type FabFile<'a> = (Secret<[u8; 32]>, &'a [u8], Option<&'a str>);
 fn decode(bytes: &[u8]) -> Result<FabFile<'_>, CborError> {
     let mut reader = Reader::new(bytes);
     let mut map = reader.map()?;
-    let bytes = if map.key(1)? { map.reader.bytes()? } else { return Err(CborError::MissingKey(1)) };
+    let bytes = map.required_bytes(1)?;
     let mut seed = Secret::new([0; 32]);
     if bytes.len() != seed.expose().len() {
         return Err(CborError::OutOfRange);
     }
     seed.expose_mut().copy_from_slice(bytes);
-    let spki = if map.key(2)? { map.reader.bytes()? } else { return Err(CborError::MissingKey(2)) };
+    let spki = map.required_bytes(2)?;
     let vkey = if map.key(3)? { Some(map.reader.text()?) } else { None };
     map.end()?;
     reader.end()?;

@@ -245,7 +245,7 @@ pub struct MapReader<'r, 'a> {
     pending_key: Option<i64>,
 }
 
-impl MapReader<'_, '_> {
+impl<'a> MapReader<'_, 'a> {
     /// Whether the next entry has this key; if so, the value must be read next. Query keys in the order of the encoding.
     pub fn key(&mut self, expected: i64) -> Result<bool, CborError> {
         if self.remaining == 0 {
@@ -261,6 +261,16 @@ impl MapReader<'_, '_> {
         self.pending_key = None;
         self.remaining -= 1;
         Ok(true)
+    }
+
+    /// Reads the integer with this key, which must be next.
+    pub fn required_int(&mut self, key: i64) -> Result<i64, CborError> {
+        if self.key(key)? { self.reader.int() } else { Err(CborError::MissingKey(key)) }
+    }
+
+    /// Reads the bytes with this key, which must be next.
+    pub fn required_bytes(&mut self, key: i64) -> Result<&'a [u8], CborError> {
+        if self.key(key)? { self.reader.bytes() } else { Err(CborError::MissingKey(key)) }
     }
 
     /// Fails if entries remain.

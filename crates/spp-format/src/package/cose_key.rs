@@ -2,7 +2,7 @@
 
 use super::symmetric_key::SymmetricKey;
 use super::{PackageError, package_error};
-use crate::cbor::{CborError, MapReader, Reader, Writer};
+use crate::cbor::{MapReader, Reader, Writer};
 use crate::keys::{DevicePrivateKey, KeyError, KeyKind, PrivateParts, PublicKey, RsaPrivateParts};
 use crate::secret::SecretBytes;
 
@@ -54,7 +54,7 @@ pub(super) fn write_pair(out: &mut Writer, pair: &DevicePrivateKey) -> Result<()
 /// Decodes a key pair; rejects a private key that does not match the public key.
 pub(super) fn read_pair(reader: &mut Reader<'_>) -> Result<DevicePrivateKey, PackageError> {
     let mut map = reader.map().map_err(package_error(PRIVATE_KEY))?;
-    let kty = expect_int(&mut map, KTY).map_err(package_error(PRIVATE_KEY))?;
+    let kty = map.required_int(KTY).map_err(package_error(PRIVATE_KEY))?;
     let key = match kty {
         EC2 => read_ec(&mut map),
         OKP => read_okp(&mut map),
@@ -79,18 +79,18 @@ pub(super) fn write_symmetric(out: &mut Writer, key: &SymmetricKey) {
 pub(super) fn read_symmetric(reader: &mut Reader<'_>) -> Result<SymmetricKey, PackageError> {
     let field = SYMMETRIC_KEYS;
     let mut map = reader.map().map_err(package_error(field))?;
-    if expect_int(&mut map, KTY).map_err(package_error(field))? != SYMMETRIC {
+    if map.required_int(KTY).map_err(package_error(field))? != SYMMETRIC {
         return Err(package_error(field)("unsupported key type: expected 4 (symmetric)"));
     }
-    let purpose = expect_bytes(&mut map, KID).map_err(package_error(field))?;
+    let purpose = map.required_bytes(KID).map_err(package_error(field))?;
     let purpose = std::str::from_utf8(purpose).map_err(|_| package_error(field)("a purpose (kid) is not text"))?;
-    let key = SecretBytes::copy_of(expect_bytes(&mut map, -1).map_err(package_error(field))?);
+    let key = SecretBytes::copy_of(map.required_bytes(-1).map_err(package_error(field))?);
     map.end().map_err(package_error(field))?;
     SymmetricKey::new(purpose, key)
 }
 
 fn read_ec(map: &mut MapReader<'_, '_>) -> Result<DevicePrivateKey, PackageError> {
-    let (kind, size) = match expect_int(map, -1).map_err(package_error(PRIVATE_KEY))? {
+    let (kind, size) = match map.required_int(-1).map_err(package_error(PRIVATE_KEY))? {
         CRV_P256 => (KeyKind::P256, 32),
         CRV_P384 => (KeyKind::P384, 48),
         other => {
@@ -100,7 +100,7 @@ fn read_ec(map: &mut MapReader<'_, '_>) -> Result<DevicePrivateKey, PackageError
         }
     };
     let mut number = |label| {
-        let bytes = expect_bytes(map, label).map_err(package_error(PRIVATE_KEY))?;
+        let bytes = map.required_bytes(label).map_err(package_error(PRIVATE_KEY))?;
         if bytes.len() == size {
             Ok(bytes)
         } else {
@@ -113,18 +113,18 @@ fn read_ec(map: &mut MapReader<'_, '_>) -> Result<DevicePrivateKey, PackageError
 }
 
 fn read_okp(map: &mut MapReader<'_, '_>) -> Result<DevicePrivateKey, PackageError> {
-    if expect_int(map, -1).map_err(package_error(PRIVATE_KEY))? != CRV_ED25519 {
+    if map.required_int(-1).map_err(package_error(PRIVATE_KEY))? != CRV_ED25519 {
         return Err(package_error(PRIVATE_KEY)("unsupported OKP curve: expected 6 (Ed25519)"));
     }
-    let x = expect_bytes(map, -2).map_err(package_error(PRIVATE_KEY))?;
-    let seed = SecretBytes::copy_of(expect_bytes(map, -4).map_err(package_error(PRIVATE_KEY))?);
+    let x = map.required_bytes(-2).map_err(package_error(PRIVATE_KEY))?;
+    let seed = SecretBytes::copy_of(map.required_bytes(-4).map_err(package_error(PRIVATE_KEY))?);
     let public = PublicKey::from_ed25519(x).map_err(key_error)?;
     DevicePrivateKey::from_parts(public, PrivateParts::Ed25519(seed)).map_err(key_error)
 }
 
 fn read_rsa(map: &mut MapReader<'_, '_>) -> Result<DevicePrivateKey, PackageError> {
     // RFC 8230 §4: minimal length, so no leading zeros.
-    let mut number = |label| match expect_bytes(map, label).map_err(package_error(PRIVATE_KEY))? {
+    let mut number = |label| match map.required_bytes(label).map_err(package_error(PRIVATE_KEY))? {
         bytes @ [first, ..] if *first != 0 => Ok(bytes),
         _ => Err(package_error(PRIVATE_KEY)(format!("{label} is zero or has leading zeros"))),
     };
@@ -139,14 +139,6 @@ fn read_rsa(map: &mut MapReader<'_, '_>) -> Result<DevicePrivateKey, PackageErro
         qinv: secret(-8)?,
     };
     DevicePrivateKey::from_parts(public, PrivateParts::Rsa(Box::new(parts))).map_err(key_error)
-}
-
-fn expect_int(map: &mut MapReader<'_, '_>, label: i64) -> Result<i64, CborError> {
-    if map.key(label)? { map.reader.int() } else { Err(CborError::MissingKey(label)) }
-}
-
-fn expect_bytes<'a>(map: &mut MapReader<'_, 'a>, label: i64) -> Result<&'a [u8], CborError> {
-    if map.key(label)? { map.reader.bytes() } else { Err(CborError::MissingKey(label)) }
 }
 
 fn without_leading_zeros(number: &[u8]) -> &[u8] {

@@ -72,14 +72,20 @@ fn provision(error: &ProvisionError) -> WireError {
         E::ChipBusy(_) => retryable(Code::Aborted, "CHIP_BUSY", DEFAULT_RETRY),
         E::Hsm(error) => hsm(error),
         E::Store(error) => store(error),
-        E::QuotaExceeded { exceeded: Exceeded::PerHour(_, after), .. } => {
-            retryable(Code::ResourceExhausted, "QUOTA_PER_HOUR", Duration::from_secs(*after))
-        }
-        E::QuotaExceeded { exceeded: Exceeded::Total(_), .. } => permanent(Code::PermissionDenied, "QUOTA_TOTAL"),
+        E::QuotaExceeded { exceeded, .. } => quota(exceeded),
         E::Access(error) => access(error),
         E::Identities(_) => retryable(Code::Aborted, "IDENTITIES_TAKEN", DEFAULT_RETRY),
         E::Unsigned(_) => retryable(Code::Unavailable, "CHECKPOINT_UNSIGNED", DEFAULT_RETRY),
         E::Internal { .. } => permanent(Code::Internal, "INTERNAL"),
+    }
+}
+
+const fn quota(exceeded: &Exceeded) -> WireError {
+    match exceeded {
+        Exceeded::PerHour(_, after) => {
+            retryable(Code::ResourceExhausted, "QUOTA_PER_HOUR", Duration::from_secs(*after))
+        }
+        Exceeded::Total(_) => permanent(Code::PermissionDenied, "QUOTA_TOTAL"),
     }
 }
 
@@ -142,7 +148,7 @@ const fn access(error: &AccessError) -> WireError {
         AccessError::Refused(Refused::Request(_)) => permanent(Code::FailedPrecondition, "REQUEST_STATE"),
         AccessError::Refused(Refused::Signature(_)) => permanent(Code::PermissionDenied, "BAD_SIGNATURE"),
         AccessError::Refused(Refused::Overlaps { .. }) => permanent(Code::AlreadyExists, "RANGE_OVERLAPS"),
-        AccessError::Refused(Refused::Quota { .. }) => permanent(Code::ResourceExhausted, "QUOTA"),
+        AccessError::Refused(Refused::Quota { exceeded, .. }) => quota(exceeded),
         AccessError::Refused(Refused::TooManyInUse(_)) => retryable(Code::Aborted, "IDENTITIES_TAKEN", DEFAULT_RETRY),
         AccessError::Refused(Refused::NoIdentity { .. }) => permanent(Code::ResourceExhausted, "IDENTITIES_EXHAUSTED"),
         AccessError::Refused(Refused::NeedsApproval { .. }) => permanent(Code::FailedPrecondition, "APPROVAL_REQUIRED"),
@@ -236,6 +242,7 @@ pub(super) fn refusal(code: Code, reason: &'static str, message: String) -> Stat
 
 #[cfg(test)]
 mod tests {
+    use spp_format::certificate::Caller;
     use spp_format::names::{DeviceIdentity, SessionId};
     use spp_format::record::UniquenessConflict;
 
@@ -336,6 +343,8 @@ mod tests {
             (PoolError::from(failed_store()).into(), Unavailable, "STORE_UNAVAILABLE", Some(500)),
             (AccessError::from(failed_store()).into(), Unavailable, "STORE_UNAVAILABLE", Some(500)),
             (StoreError::WrongBatch { batch: 1, problem: "x".into() }.into(), Aborted, "CONCURRENT_UPDATE", Some(500)),
+            (StoreError::WrongState { session: session(), found: StateName::Aborted, needed: StateName::Issued }.into(), Aborted, "CONCURRENT_UPDATE", Some(500)),
+            (StoreError::Damaged { store: "state store", what: "x".into(), cause: "x".into() }.into(), Internal, "STORE_FAULT", None),
             (StoreError::Directory("x".into()).into(), Internal, "STORE_FAULT", None),
             (audit().into(), Unavailable, "AUDIT_LOG_UNAVAILABLE", Some(500)),
             (ReloadError::Audit(audit()).into(), Unavailable, "AUDIT_LOG_UNAVAILABLE", Some(500)),
@@ -348,10 +357,13 @@ mod tests {
             (request(RequestError::Taken(number())), AlreadyExists, "REQUEST_TAKEN", None),
             (request(RequestError::TooMany(9)), ResourceExhausted, "TOO_MANY_REQUESTS", None),
             (request(RequestError::Expired(number())), FailedPrecondition, "REQUEST_STATE", None),
+            (request(RequestError::Decided { id: number(), state: "used".into() }), FailedPrecondition, "REQUEST_STATE", None),
+            (request(RequestError::NotApproved(number(), 1)), FailedPrecondition, "REQUEST_STATE", None),
             (refused(Refused::Signature("x".into())), PermissionDenied, "BAD_SIGNATURE", None),
             (refused(Refused::Overlaps { number: 1, first: Box::new(identity()), last: Box::new(identity()) }), AlreadyExists, "RANGE_OVERLAPS", None),
             (refused(Refused::TooManyInUse(3)), Aborted, "IDENTITIES_TAKEN", Some(500)),
             (refused(Refused::NoIdentity { profile: "phone".parse().unwrap(), station }), ResourceExhausted, "IDENTITIES_EXHAUSTED", None),
+            (refused(Refused::NeedsApproval { caller: Caller::Officer(officer()) }), FailedPrecondition, "APPROVAL_REQUIRED", None),
             (refused(Refused::NoAuthority), FailedPrecondition, "NO_ACCESS_KEY", None),
             (refused(Refused::Unfit("x".into())), InvalidArgument, "INVALID", None),
         ];

@@ -78,3 +78,4 @@ pub use client::StationClient;
 pub use error::LineError;
 pub use retry::{CallFailure, RetryPolicy};
 pub use spp_proto as proto;
+pub use tonic::Code;

@@ -114,7 +114,8 @@ impl CallFailure {
         text
     }
 
-    pub(super) const fn code(&self) -> Code {
+    /// The gRPC status code.
+    pub const fn code(&self) -> Code {
         self.code
     }
 

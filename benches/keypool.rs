@@ -24,14 +24,14 @@ use spp::store::{
     SledStateStore, StateStore, StoreOptions,
 };
 use spp_format::certificate::CertificateToSign;
-use spp_format::keys::KeyKind;
+use spp_format::keys::KeyType;
 use spp_format::names::{ChipId, SessionId};
 use spp_testkit::site::Site;
 
 /// Set for the child process that measures the module without this program.
 const RAW: &str = "SPP_BENCH_RAW";
 const RUN: Duration = Duration::from_secs(20);
-const KINDS: [KeyKind; 3] = [KeyKind::P256, KeyKind::Rsa2048, KeyKind::Rsa3072];
+const KINDS: [KeyType; 3] = [KeyType::P256, KeyType::Rsa2048, KeyType::Rsa3072];
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
@@ -56,7 +56,7 @@ fn main() -> Result<(), Failure> {
 
 async fn store() -> Result<(), Failure> {
     let base = tempfile::tempdir()?;
-    for (kind, spki, blob) in [(KeyKind::P256, 91, 80), (KeyKind::Rsa2048, 294, 1232)] {
+    for (kind, spki, blob) in [(KeyType::P256, 91, 80), (KeyType::Rsa2048, 294, 1232)] {
         for pairs in [100, 100_000] {
             let dir = base.path().join(format!("{kind}-{pairs}"));
             let store = SledStateStore::create(&dir, &StoreOptions::default())?;
@@ -87,7 +87,7 @@ async fn store() -> Result<(), Failure> {
 
 async fn make_pool(
     store: &SledStateStore,
-    kind: KeyKind,
+    kind: KeyType,
     pairs: usize,
     (spki, blob): (usize, usize),
 ) -> Result<(), Failure> {
@@ -129,7 +129,7 @@ fn bytes(n: usize, len: usize) -> Vec<u8> {
 /// Durations of `count` reservations, `at_once` of them concurrently.
 async fn reserve(
     store: &Arc<SledStateStore>,
-    kind: KeyKind,
+    kind: KeyType,
     count: usize,
     at_once: usize,
 ) -> Result<Vec<Duration>, Failure> {
@@ -187,7 +187,7 @@ fn size_of(dir: &Path) -> Result<u64, Failure> {
 }
 
 /// Compares the fill rate of the pool with the module's rate.
-async fn fill(kind: KeyKind) -> Result<(), Failure> {
+async fn fill(kind: KeyType) -> Result<(), Failure> {
     let site = Site::new();
     let config = DaemonConfig::load(&site.path("sppd.toml")).map_err(|faults| faults.to_string())?;
     let mut hsms = config.hsms;
@@ -201,7 +201,7 @@ async fn fill(kind: KeyKind) -> Result<(), Failure> {
     let hsm = Hsm::start(hsms);
     hsm.ready(Duration::from_secs(30)).await?;
     let state = Arc::new(SledStateStore::open(&site.path("state"), &config.store.state_options)?);
-    let signer = HsmSigner::new(hsm.clone(), config.registry.key.name.clone(), config.registry.key.key.clone());
+    let signer = HsmSigner::new(&hsm, config.registry.key.clone());
     let settings = config.registry.settings.clone();
     let options = &config.store.public_options;
     let public = TransparencyLog::open(&site.path("public"), options, Arc::new(signer), settings).await?;
@@ -226,7 +226,7 @@ async fn fill(kind: KeyKind) -> Result<(), Failure> {
 }
 
 /// C_GenerateKeyPair and C_DestroyObject of session objects, on as many threads as there are cores.
-fn raw_rate(kind: KeyKind) -> Result<f64, Failure> {
+fn raw_rate(kind: KeyType) -> Result<f64, Failure> {
     let module = Pkcs11::new("/usr/lib/softhsm/libsofthsm2.so")?;
     module.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK))?;
     let slot = module.get_slots_with_initialized_token()?.into_iter().next().ok_or("no token")?;

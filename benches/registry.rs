@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use spp::registry::{CheckpointSigner as _, LogSettings, TransparencyLog, reindex};
+use spp::registry::{LogSettings, LogSigner as _, TransparencyLog, reindex};
 use spp::store::{PublicDatabase, StoreOptions};
 use spp_format::certificate::{
     AuthorityCertificate, CertificateRequest, CertificateSerial, IssuedCertificate, IssuerCertificate, Profile,

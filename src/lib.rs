@@ -1,8 +1,8 @@
 //! The secure processing point: gives every device on an assembly line its identity and its keys.
 //!
-//! [`provisioning::Provisioner::assemble`] and [`provisioning::Provisioner::complete`] are the two calls that a device takes; start there.
-//! `docs/architecture.md` describes the path of a device, the layers of these modules, and where to look for what; `make check` verifies
-//! the layers.
+//! [`provisioning::Provisioner::assemble`] and [`provisioning::Provisioner::complete`] are the two calls that a device
+//! takes; start there. `docs/architecture.md` describes the path of a device, the layers of these modules, and where to look
+//! for what; `make check` verifies the layers.
 
 pub mod access;
 pub mod audit;

@@ -7,7 +7,7 @@ use spp::hsm::{
     BatchName, Derivation, DeviceKeyRequest, Hsm, HsmConfig, HsmError, KeyReloadRequest, PairSource, PinAttempts,
     PinSource, StoreId,
 };
-use spp_format::keys::{KeyKind, SignatureAlgorithm};
+use spp_format::keys::{KeyType, SignatureAlgorithm};
 use spp_testkit::files::write_private;
 use spp_testkit::process::{Signal, send};
 use spp_testkit::site::Site;
@@ -44,9 +44,9 @@ async fn mixed_call(hsm: &Hsm, number: usize) -> Result<(), HsmError> {
             };
             assert_eq!(bytes(first), bytes(second));
         }
-        2 => drop(pair(hsm, KeyKind::P256, number).await?),
+        2 => drop(pair(hsm, KeyType::P256, number).await?),
         _ => {
-            let made = pair(hsm, KeyKind::Ed25519, number).await?;
+            let made = pair(hsm, KeyType::Ed25519, number).await?;
             let order = KeyReloadRequest {
                 pair: Some((made.private.public().clone(), made.stored)),
                 derivations: vec![derivation(number)],
@@ -59,7 +59,7 @@ async fn mixed_call(hsm: &Hsm, number: usize) -> Result<(), HsmError> {
 }
 
 /// Requests a new pair and verifies that its private key works.
-async fn pair(hsm: &Hsm, kind: KeyKind, number: usize) -> Result<spp::hsm::DeliveredPair, HsmError> {
+async fn pair(hsm: &Hsm, kind: KeyType, number: usize) -> Result<spp::hsm::DeliveredPair, HsmError> {
     let wrapped = Some(PairSource::Generate(kind, BATCH.key()));
     let order = DeviceKeyRequest { pair: wrapped, derivations: vec![derivation(number)], random: 16 };
     let keys = hsm.device_keys(&order).await?;
@@ -140,7 +140,7 @@ async fn concurrent_tasks_share_one_worker() {
         task.await.unwrap();
     }
     let status = hsm.status();
-    assert!(status.ready && status.trouble.is_empty());
+    assert!(status.ready && status.error.is_empty());
     assert_eq!((status.members[0].worker_starts, status.calls_in_flight), (1, 0));
     // The key check calls two signing keys and one master key. Each task makes at least one call per round.
     assert!(status.members[0].calls_answered >= 3 + 64 * 4, "{status:?}");
@@ -245,12 +245,12 @@ async fn wrong_check_value_prevents_service() {
     config.keys.master[0].check_value[0] ^= 1;
     config.call_timeout = Duration::from_millis(300);
     let hsm = Hsm::start(config);
-    eventually("the status shows the reason", async || hsm.status().trouble.contains("check value")).await;
+    eventually("the status shows the reason", async || hsm.status().error.contains("check value")).await;
     let error = hsm.ready(SETTLE_TIME).await.unwrap_err();
     let HsmError::Unavailable { reason, .. } = &error else { panic!("{error}") };
     assert!(reason.contains("the check value of the master key master-1 differs from the key manifest"), "{reason}");
     assert!(!hsm.status().ready);
-    assert_eq!(&hsm.status().trouble, reason);
+    assert_eq!(&hsm.status().error, reason);
     assert!(matches!(hsm.random(8).await, Err(HsmError::Unavailable { .. })));
 }
 
@@ -262,7 +262,7 @@ async fn wrong_signing_key_prevents_service() {
     config.keys.signing[0].public_key = config.keys.signing[1].public_key.clone();
     let name = config.keys.signing[0].name.clone();
     let hsm = Hsm::start(config);
-    eventually("the status shows the reason", async || hsm.status().trouble.contains("does not match")).await;
+    eventually("the status shows the reason", async || hsm.status().error.contains("does not match")).await;
     let error = hsm.ready(SETTLE_TIME).await.unwrap_err().to_string();
     assert!(error.contains(&format!("the key {name} does not match the key manifest")), "{error}");
 }
@@ -348,7 +348,7 @@ async fn bit_flips_never_yield_wrong_key_or_lost_pair() {
     site.fail("C_WrapKey every=17 flip");
     let mut pairs = Vec::new();
     for number in 0..20 {
-        pairs.push(pair(&hsm, KeyKind::P256, number).await.unwrap());
+        pairs.push(pair(&hsm, KeyType::P256, number).await.unwrap());
     }
     assert!(hsm.status().members[0].worker_starts > starts, "the fault did not occur");
     site.fail("");
@@ -389,7 +389,7 @@ async fn always_failing_module_is_replaced() {
 /// The supervisor's key check passes, but an operation that the line needs fails.
 #[tokio::test(flavor = "multi_thread")]
 async fn module_with_one_failing_operation_is_replaced() {
-    let made = async |hsm: &Hsm, number| pair(hsm, KeyKind::P256, number).await.map(drop);
+    let made = async |hsm: &Hsm, number| pair(hsm, KeyType::P256, number).await.map(drop);
     call_until_replaced("C_GenerateKeyPair times=1 lasts=1 return CKR_DEVICE_MEMORY", made).await;
 }
 
@@ -416,7 +416,7 @@ async fn idle_sessions_are_kept_alive() {
     tokio::time::sleep(Duration::from_secs(4)).await;
     assert!(load.stop().await > 100);
     let status = hsm.status();
-    assert_eq!(status.members[0].worker_starts, 1, "{}", status.trouble);
+    assert_eq!(status.members[0].worker_starts, 1, "{}", status.error);
     let failed: Vec<_> = status.members[0].calls.iter().filter(|call| call.outcome != "ok").collect();
     assert!(failed.is_empty(), "{failed:?}");
 }
@@ -428,7 +428,7 @@ async fn token_loss_on_idle_hsm_is_detected() {
     config.module.keep_alive = Duration::from_millis(100);
     let hsm = ready_hsm(config).await;
     never("an idle worker is replaced", SETTLE_TIME, async || hsm.status().members[0].worker_starts > 1).await;
-    let (present, removed) = (site.path("hsm/tokens"), site.path("hsm/tokens-away"));
+    let (present, removed) = (site.path("hsm/tokens"), site.path("hsm/tokens-removed"));
     std::fs::rename(&present, &removed).unwrap();
     eventually("not ready", async || !hsm.status().ready).await;
     std::fs::rename(&removed, &present).unwrap();
@@ -442,11 +442,11 @@ async fn returned_token_serves_again() {
     let mut config = site.hsm_config();
     config.call_timeout = Duration::from_millis(1500);
     let hsm = ready_hsm(config).await;
-    let (present, removed) = (site.path("hsm/tokens"), site.path("hsm/tokens-away"));
+    let (present, removed) = (site.path("hsm/tokens"), site.path("hsm/tokens-removed"));
     std::fs::rename(&present, &removed).unwrap();
     // Cached keys may still work for a while. A new worker fails in C_Initialize.
     send(worker(&site), Signal::KILL);
-    eventually("the token is unavailable", async || hsm.status().trouble.contains("initialising")).await;
+    eventually("the token is unavailable", async || hsm.status().error.contains("initialising")).await;
     let error = hsm.random(8).await.unwrap_err();
     assert!(matches!(&error, HsmError::Unavailable { reason, .. } if reason.contains("CKR_GENERAL_ERROR")), "{error}");
     // After this number of starts the restart delay has reached its maximum.
@@ -464,7 +464,7 @@ async fn token_loss_under_load_recovers() {
     let mut config = site.hsm_config();
     config.call_timeout = Duration::from_secs(8);
     let hsm = ready_hsm(config).await;
-    let (present, removed) = (site.path("hsm/tokens"), site.path("hsm/tokens-away"));
+    let (present, removed) = (site.path("hsm/tokens"), site.path("hsm/tokens-removed"));
     std::fs::rename(&present, &removed).unwrap();
     let load = Load::start(&hsm, 8);
     tokio::time::sleep(Duration::from_millis(500)).await;
@@ -479,7 +479,7 @@ async fn token_loss_under_load_recovers() {
 async fn destroyed_key_leaves_other_keys_serving() {
     let site = Site::new();
     let hsm = ready_hsm(site.hsm_config()).await;
-    pair(&hsm, KeyKind::P256, 0).await.unwrap();
+    pair(&hsm, KeyType::P256, 0).await.unwrap();
     let unknown = hsm.destroy(&"unheard-of".parse().unwrap()).await;
     assert!(matches!(unknown, Err(HsmError::Refused(why)) if why.contains("is not in the key manifest")));
     hsm.destroy(&"access".parse().unwrap()).await.unwrap();
@@ -489,7 +489,7 @@ async fn destroyed_key_leaves_other_keys_serving() {
     assert_eq!(hsm.status().members[0].worker_starts, 1);
     drop(hsm);
     let hsm = Hsm::start(site.hsm_config());
-    eventually("the status shows the reason", async || hsm.status().trouble.contains("is not on the token")).await;
+    eventually("the status shows the reason", async || hsm.status().error.contains("is not on the token")).await;
     let error = hsm.ready(SETTLE_TIME).await.unwrap_err().to_string();
     assert!(error.contains("the key access") && error.contains("is not on the token"), "{error}");
 }

@@ -13,7 +13,7 @@ use spp::hsm::{
     BatchName, Derivation, DeviceKeyRequest, Hsm, HsmConfig, HsmError, KeyManifest, KeyReloadRequest, ModuleProfile,
     PairSource, PairStorage, PinSource, StoreId, SupervisorPacing,
 };
-use spp_format::keys::{KeyKind, SignatureAlgorithm};
+use spp_format::keys::{KeyType, SignatureAlgorithm};
 use spp_testkit::ceremony::CeremonyFile;
 use spp_testkit::process::{child_command, output, program};
 use spp_testkit::random::scaled;
@@ -29,9 +29,9 @@ struct Module {
     library: Option<&'static str>,
     make_token: fn(&TestToken),
     /// Key types that can sign.
-    signing: &'static [KeyKind],
+    signing: &'static [KeyType],
     /// Key types of device pairs that can be generated.
-    pairs: &'static [KeyKind],
+    pairs: &'static [KeyType],
     /// The functions that the self-test must report as missing.
     missing: &'static [&'static str],
     /// The functions that fail occasionally.
@@ -48,8 +48,8 @@ const SOFTHSM: Module = Module {
         std::fs::write(token.path("hsm/softhsm2.conf"), conf).unwrap();
         token.init_token();
     },
-    signing: &[KeyKind::P256, KeyKind::P384, KeyKind::Ed25519, KeyKind::Rsa2048, KeyKind::Rsa3072],
-    pairs: &[KeyKind::P256, KeyKind::P384, KeyKind::Ed25519, KeyKind::Rsa2048],
+    signing: &[KeyType::P256, KeyType::P384, KeyType::Ed25519, KeyType::Rsa2048, KeyType::Rsa3072],
+    pairs: &[KeyType::P256, KeyType::P384, KeyType::Ed25519, KeyType::Rsa2048],
     missing: &[],
     unreliable: &[],
 };
@@ -65,8 +65,8 @@ const KRYOPTIC: Module = Module {
         std::fs::write(token.path("hsm/kryoptic.conf"), slot).unwrap();
         token.init_token();
     },
-    signing: &[KeyKind::P256, KeyKind::P384, KeyKind::Rsa2048, KeyKind::Rsa3072],
-    pairs: &[KeyKind::P256, KeyKind::P384, KeyKind::Ed25519, KeyKind::Rsa2048],
+    signing: &[KeyType::P256, KeyType::P384, KeyType::Rsa2048, KeyType::Rsa3072],
+    pairs: &[KeyType::P256, KeyType::P384, KeyType::Ed25519, KeyType::Rsa2048],
     missing: &["sign ed25519"],
     unreliable: &[],
 };
@@ -85,8 +85,8 @@ const OPENCRYPTOKI: Module = Module {
         pkcsconf(&["-p", "-c", "3", "-U", "73910284", "-n", USER_PIN], "");
         assert!(token.path("hsm").exists());
     },
-    signing: &[KeyKind::Rsa2048, KeyKind::Rsa3072],
-    pairs: &[KeyKind::Ed25519, KeyKind::Rsa2048],
+    signing: &[KeyType::Rsa2048, KeyType::Rsa3072],
+    pairs: &[KeyType::Ed25519, KeyType::Rsa2048],
     missing: &["derive aes-cmac", "sign p256", "sign p384", "sign ed25519", "pair p256", "pair p384"],
     // A key whose encoding ends at an AES block boundary cannot be unwrapped again. The fault is detected and another pair
     // generated.
@@ -167,7 +167,7 @@ impl TestToken {
             let kind = kind.to_string();
             file = file.signing_key(&format!("sign-{kind}"), &kind, "self-signed", &format!("CA {kind}"));
         }
-        if self.module.signing.contains(&KeyKind::Ed25519) {
+        if self.module.signing.contains(&KeyType::Ed25519) {
             file = file.log_key("log-1", "spp.example/conformance");
         }
         for (version, prf) in (1..).zip(self.prfs()) {
@@ -215,7 +215,7 @@ async fn derived(hsm: &Hsm, prf: &str, number: usize) -> Vec<u8> {
 }
 
 /// Generates a pair, delivers it twice, rewraps it to another batch key, and delivers it from there.
-async fn check_pair(hsm: &Hsm, kind: KeyKind) {
+async fn check_pair(hsm: &Hsm, kind: KeyType) {
     let order = DeviceKeyRequest {
         pair: Some(PairSource::Generate(kind, batch(1).key())),
         derivations: Vec::new(),
@@ -248,8 +248,8 @@ async fn check_conformance(module: Module) {
     let report: serde_json::Value = serde_json::from_slice(&examined.stdout)
         .unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&examined.stderr)));
     let findings = report["examination"]["findings"].as_array().unwrap();
-    let troubled = findings.iter().filter(|finding| !finding["trouble"].is_null());
-    let found = troubled.map(|finding| finding["what"].as_str().unwrap());
+    let failed = findings.iter().filter(|finding| !finding["error"].is_null());
+    let found = failed.map(|finding| finding["what"].as_str().unwrap());
     let found: BTreeSet<_> = found.filter(|what| !token.module.unreliable.contains(what)).collect();
     assert_eq!(found, token.module.missing.iter().copied().collect(), "{report:#}");
     assert!(token.module.missing.is_empty() || !examined.status.success());
@@ -292,7 +292,7 @@ async fn check_conformance(module: Module) {
     assert!(matches!(error, Some(HsmError::Absent(_))), "{error:?}");
     assert!(hsm.daemon_objects().await.unwrap().keys.contains(&batch(1)));
     let statistics = hsm.status().members[0].calls.clone();
-    assert!(statistics.iter().any(|one| one.verb == "generate_pair" && one.outcome == "ok" && one.count > 0));
+    assert!(statistics.iter().any(|one| one.operation == "generate_pair" && one.outcome == "ok" && one.count > 0));
 
     // Another worker derives the same keys. The first worker ends before it, because a module may allow one process only.
     drop(hsm);
@@ -306,7 +306,7 @@ async fn check_conformance(module: Module) {
 }
 
 /// Requests a pair under a batch key that an earlier worker generated.
-async fn request_pair(hsm: &Hsm, kind: KeyKind) {
+async fn request_pair(hsm: &Hsm, kind: KeyType) {
     let order =
         DeviceKeyRequest { pair: Some(PairSource::Generate(kind, batch(1).key())), derivations: Vec::new(), random: 1 };
     hsm.device_keys(&order).await.unwrap().pair.unwrap();

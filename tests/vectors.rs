@@ -6,7 +6,7 @@
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
-use spp_format::keys::{DevicePrivateKey, KeyKind, PublicKey};
+use spp_format::keys::{DevicePrivateKey, KeyType, PublicKey};
 use spp_format::package::{
     BackupFormat, BackupIv, BackupPackage, BackupRules, CertificateChain, ConfirmationClaims, ConfirmationKey,
     ConfirmationSigner, DataPackage, MAX_BACKUP_LEN, SymmetricKey, TransportCurve, TransportPrivateKey, confirm,
@@ -160,7 +160,7 @@ impl Computed {
 
         let confirmation = from_hex(&outputs.confirmation);
         let kind = self.package.key_pair.as_ref().map(|pair| pair.public().kind());
-        if matches!(kind, None | Some(KeyKind::Ed25519)) {
+        if matches!(kind, None | Some(KeyType::Ed25519)) {
             assert_eq!(self.confirmation(), confirmation);
         }
         let key = match &self.package.key_pair {

@@ -1,4 +1,4 @@
-//! Callers that ask again and again for a while.
+//! Load generator: concurrent callers until a deadline.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};

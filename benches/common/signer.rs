@@ -1,8 +1,8 @@
-//! A log key in memory: what is measured with it is everything but the HSM.
+//! An in-memory log key, so that benchmarks exclude the HSM.
 
 use async_trait::async_trait;
 use aws_lc_rs::signature::{Ed25519KeyPair, KeyPair as _};
-use spp::registry::CheckpointSigner;
+use spp::registry::LogSigner;
 use spp_format::keys::PublicKey;
 use spp_format::tlog::{LogKey, UnsignedCheckpoint};
 
@@ -21,7 +21,7 @@ impl Signer {
 }
 
 #[async_trait]
-impl CheckpointSigner for Signer {
+impl LogSigner for Signer {
     fn key(&self) -> &LogKey {
         &self.key
     }

@@ -9,7 +9,7 @@ pub mod samples;
 use spp_format::certificate::{
     IssuerCertificate, Profile, parse_caller_certificate, verify_csr, verify_device_certificate,
 };
-use spp_format::keys::{KeyKind, PublicKey, SignatureAlgorithm};
+use spp_format::keys::{KeyType, PublicKey, SignatureAlgorithm};
 use spp_format::names::{ChipId, DeviceIdentity, KeyName, OfficerName, ProfileName, SessionId, StationName};
 use spp_format::package::{
     BackupFormat, BackupPackage, BackupRules, ConfirmationKey, DataPackage, MAX_BACKUP_LEN, TransportCurve,
@@ -193,7 +193,7 @@ pub fn issuer(bytes: &[u8]) -> bool {
 pub fn keys(bytes: &[u8]) -> bool {
     let curves = [TransportCurve::P256, TransportCurve::X25519];
     let transport = curves.into_iter().any(|curve| TransportPublicKey::new(curve, bytes).is_ok());
-    let point = [KeyKind::P256, KeyKind::P384].into_iter().any(|kind| PublicKey::from_ec_point(kind, bytes).is_ok());
+    let point = [KeyType::P256, KeyType::P384].into_iter().any(|kind| PublicKey::from_ec_point(kind, bytes).is_ok());
     let spki = PublicKey::from_spki_der(bytes);
     if let Ok(key) = &spki {
         assert!(PublicKey::from_spki_der(key.spki_der()).as_ref() == Ok(key));

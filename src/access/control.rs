@@ -17,7 +17,7 @@ use super::{
     RequestState, Revocation, RevocationList, StationUse,
 };
 use crate::clock::Clock;
-use crate::hsm::Hsm;
+use crate::hsm::{AccessSigner, Hsm};
 
 /// Maximum lifetime of a certificate, in seconds: ten years.
 const MAX_LIFETIME: u64 = 3650 * 24 * 60 * 60;
@@ -37,7 +37,7 @@ pub struct AccessAuthority {
 pub struct AccessControl {
     store: Arc<dyn AccessStore>,
     hsm: Hsm,
-    authority: Option<AccessAuthority>,
+    authority: Option<(AccessAuthority, AccessSigner)>,
     node: String,
     revocation_list: Arc<RevocationList>,
     clock: Clock,
@@ -90,6 +90,10 @@ impl AccessControl {
     ) -> Result<Self, AccessError> {
         let revocation_list = Arc::new(RevocationList::default());
         revocation_list.revoke(store.revocations().await?);
+        let authority = authority.map(|authority| {
+            let signer = hsm.access_signer(authority.key.clone());
+            (authority, signer)
+        });
         Ok(Self { store, hsm, authority, node: node.to_owned(), revocation_list, clock: Clock::system() })
     }
 
@@ -103,20 +107,20 @@ impl AccessControl {
         &self.node
     }
 
-    /// Applies those rules and quotas of the configuration that need no approval: see [`AccessStore::settle`]. Returns a
+    /// Applies those rules and quotas of the configuration that need no approval: see [`AccessStore::apply`]. Returns a
     /// description of each setting that is not in force.
-    pub async fn settle(
+    pub async fn apply(
         &self,
         rules: ApprovalRules,
         quotas: Vec<(StationName, Quota)>,
         whole: bool,
     ) -> Result<Vec<String>, AccessError> {
-        Ok(self.store.settle(rules, quotas, whole).await?)
+        Ok(self.store.apply(rules, quotas, whole).await?)
     }
 
     /// The rules in force.
     pub async fn rules(&self) -> Result<ApprovalRules, AccessError> {
-        Ok(self.store.rules().await?.map(|settled| settled.in_force).unwrap_or_default())
+        Ok(self.store.rules().await?.map(|applied| applied.in_force).unwrap_or_default())
     }
 
     /// Verifies an officer's request without storing it. The caller writes the audit entry before [`Self::file`].
@@ -252,7 +256,7 @@ impl AccessControl {
         life: u64,
         by: &Caller,
     ) -> Result<Enrolled, AccessError> {
-        let authority = self.authority.as_ref().ok_or(Refused::NoAuthority)?;
+        let (authority, signer) = self.authority.as_ref().ok_or(Refused::NoAuthority)?;
         let public_key = verify_csr(csr).map_err(|e| Refused::Unfit(format!("csr: {e}")))?;
         let serial = self.hsm.random(CertificateSerial::LEN).await?;
         let serial = <[u8; CertificateSerial::LEN]>::try_from(serial);
@@ -273,7 +277,7 @@ impl AccessControl {
             IssuedAccess { caller, serial: serial.as_bytes().to_vec(), not_before, not_after, by: by.to_string() };
         // Stored before it is signed, so that no certificate exists that the list does not contain.
         self.store.record_certificate(&issued).await?;
-        let signature = self.hsm.sign(&authority.key, document.algorithm(), document.to_be_signed()).await?;
+        let signature = signer.sign(&document).await?;
         let certificate = document.assemble(&signature)?.to_pem()?;
         Ok(Enrolled { certificate, authority: authority.pem.clone(), issued })
     }

@@ -17,7 +17,7 @@ use spp_format::certificate::{Caller, CertificateError};
 use spp_format::names::{DeviceIdentity, ProfileName, StationName};
 
 pub use control::{AccessAuthority, AccessControl, Decision, Enrolled, SubmittedRequest};
-pub use quota::{Exceeded, NeedsApproval, SettledQuota, Usage};
+pub use quota::{AppliedQuota, Exceeded, NeedsApproval, Usage};
 pub use range::IdentityRange;
 pub use request::{ApprovalRequest, RequestError, RequestState};
 pub use revocation_list::RevocationList;
@@ -64,7 +64,7 @@ pub struct StationUse {
     /// The station.
     pub station: StationName,
     /// The station's quota.
-    pub quota: SettledQuota,
+    pub quota: AppliedQuota,
     /// The devices that the station has begun.
     pub usage: Usage,
 }
@@ -86,19 +86,19 @@ pub struct LoadedRange {
     pub at: u64,
 }
 
-/// The rules in force, and the configured rules from which they were settled.
+/// The rules in force, and the configured rules that they were derived from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SettledRules {
-    /// The rules of the configuration when they were settled.
+pub struct AppliedRules {
+    /// The rules of the configuration then.
     pub configured: ApprovalRules,
     /// The rules in force.
     pub in_force: ApprovalRules,
 }
 
-impl SettledRules {
-    /// Settles configured rules. The first ones take effect as they are. Later changes need an approval, even stricter ones,
+impl AppliedRules {
+    /// Applies configured rules. The first ones take effect as they are. Later changes need an approval, even stricter ones,
     /// because those could lock all officers out.
-    pub fn settle(known: Option<Self>, configured: ApprovalRules) -> Result<Self, NeedsApproval> {
+    pub fn apply(known: Option<Self>, configured: ApprovalRules) -> Result<Self, NeedsApproval> {
         match known {
             None => Ok(Self { configured, in_force: configured }),
             Some(known) if known.configured == configured => Ok(known),

@@ -9,11 +9,11 @@ const MINUTE: u64 = 60;
 /// Length of the sliding window, in minutes.
 const WINDOW: u64 = 60;
 
-/// The quota in force, and the configured quota from which it was settled. An approved raise stays in force until the
+/// The quota in force, and the configured quota that it was derived from. An approved raise stays in force until the
 /// configured quota changes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SettledQuota {
-    /// The quota of the configuration when it was settled.
+pub struct AppliedQuota {
+    /// The quota of the configuration then.
     pub configured: Quota,
     /// The quota in force.
     pub in_force: Quota,
@@ -23,9 +23,9 @@ pub struct SettledQuota {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NeedsApproval;
 
-impl SettledQuota {
-    /// Settles a configured quota. The first one and lower ones take effect as they are; a higher one does not take effect.
-    pub fn settle(known: Option<Self>, configured: Quota) -> Result<Self, NeedsApproval> {
+impl AppliedQuota {
+    /// Applies a configured quota. The first one and lower ones take effect as they are; a higher one does not take effect.
+    pub fn apply(known: Option<Self>, configured: Quota) -> Result<Self, NeedsApproval> {
         match known {
             None => Ok(Self { configured, in_force: configured }),
             Some(known) if known.configured == configured => Ok(known),
@@ -141,16 +141,16 @@ mod tests {
 
     #[test]
     fn configuration_lowers_quota_and_only_approval_raises_it() {
-        let settle = SettledQuota::settle;
-        let first = settle(None, quota(10, None)).unwrap();
+        let apply = AppliedQuota::apply;
+        let first = apply(None, quota(10, None)).unwrap();
         assert_eq!(first.in_force, quota(10, None));
-        assert_eq!(settle(Some(first), quota(11, None)), Err(NeedsApproval));
-        assert_eq!(settle(Some(first), quota(None, None)), Err(NeedsApproval));
-        let lower = settle(Some(first), quota(5, 100)).unwrap();
+        assert_eq!(apply(Some(first), quota(11, None)), Err(NeedsApproval));
+        assert_eq!(apply(Some(first), quota(None, None)), Err(NeedsApproval));
+        let lower = apply(Some(first), quota(5, 100)).unwrap();
         assert_eq!(lower.in_force, quota(5, 100));
-        let raised = SettledQuota { in_force: quota(20, None), ..first };
-        assert_eq!(settle(Some(raised), quota(10, None)), Ok(raised), "the file has not changed, the raise stands");
-        assert_eq!(settle(Some(raised), quota(15, None)).unwrap().in_force, quota(15, None));
+        let raised = AppliedQuota { in_force: quota(20, None), ..first };
+        assert_eq!(apply(Some(raised), quota(10, None)), Ok(raised), "the file has not changed, the raise stands");
+        assert_eq!(apply(Some(raised), quota(15, None)).unwrap().in_force, quota(15, None));
     }
 
     proptest! {

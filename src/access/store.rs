@@ -6,7 +6,7 @@ use spp_format::certificate::Caller;
 use spp_format::names::{ChipId, DeviceIdentity, ProfileName, StationName};
 
 use super::{
-    AccessError, ApprovalRequest, IdentityRange, IssuedAccess, LoadedRange, Revocation, SettledRules, StationUse,
+    AccessError, AppliedRules, ApprovalRequest, IdentityRange, IssuedAccess, LoadedRange, Revocation, StationUse,
 };
 use crate::store_error::StoreError;
 
@@ -26,10 +26,10 @@ pub(crate) const MAX_RANGES: usize = 1000;
 /// Every write survives power loss once the call returns.
 #[async_trait]
 pub trait AccessStore: Send + Sync {
-    /// Applies the configured rules and quotas that need no approval ([`SettledRules::settle`],
-    /// [`SettledQuota::settle`](super::SettledQuota::settle)). Returns one message per setting that needs an approval and
+    /// Applies the configured rules and quotas that need no approval ([`AppliedRules::apply`],
+    /// [`AppliedQuota::apply`](super::AppliedQuota::apply)). Returns one message per setting that needs an approval and
     /// is therefore unchanged. With `all_or_nothing`, any such setting leaves everything unchanged.
-    async fn settle(
+    async fn apply(
         &self,
         rules: ApprovalRules,
         quotas: Vec<(StationName, Quota)>,
@@ -37,7 +37,7 @@ pub trait AccessStore: Send + Sync {
     ) -> Result<Vec<String>, StoreError>;
 
     /// The rules in force; `None` before the first configuration is applied.
-    async fn rules(&self) -> Result<Option<SettledRules>, StoreError>;
+    async fn rules(&self) -> Result<Option<AppliedRules>, StoreError>;
 
     /// All stations with a quota, with their usage.
     async fn stations(&self) -> Result<Vec<StationUse>, StoreError>;

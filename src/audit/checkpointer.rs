@@ -4,13 +4,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use spp_format::audit::{Checkpoint, LogHead};
-use spp_format::keys::SignatureAlgorithm;
 use spp_format::record::AuditCheckpoint;
 use tokio::sync::watch;
 
 use super::offline_events::import_pending;
 use super::{AuditError, Auditor, Entry, Outcome};
-use crate::hsm::{CheckpointKey, Hsm};
+use crate::hsm::{CheckpointKey, CheckpointSigner, Hsm};
 use crate::store::{PublishError, Registry};
 
 /// How often the checkpointer checks for due work.
@@ -34,8 +33,7 @@ pub struct CheckpointRules {
 /// Signs and publishes checkpoints of the audit log, and does the other periodic audit work.
 pub struct AuditCheckpointer {
     auditor: Arc<Auditor>,
-    hsm: Hsm,
-    key: CheckpointKey,
+    signer: CheckpointSigner,
     registry: Registry,
     rules: CheckpointRules,
 }
@@ -50,14 +48,14 @@ struct Covered {
 
 impl AuditCheckpointer {
     /// Creates a checkpointer for this log, key and public database.
-    pub const fn new(
+    pub fn new(
         auditor: Arc<Auditor>,
-        hsm: Hsm,
+        hsm: &Hsm,
         key: CheckpointKey,
         registry: Registry,
         rules: CheckpointRules,
     ) -> Self {
-        Self { auditor, hsm, key, registry, rules }
+        Self { auditor, signer: hsm.checkpoint_signer(key), registry, rules }
     }
 
     /// Compares the log with its newest published checkpoint, before an entry is added. A log without the last entry of that
@@ -67,7 +65,7 @@ impl AuditCheckpointer {
         let log = self.auditor.log();
         let newest = self.registry.newest_audit(log.node()).await.map_err(|e| e.to_string())?;
         let Some((index, published)) = newest else { return Ok(()) };
-        let signed = Checkpoint::verified(&published.note, &self.key.key)?.head;
+        let signed = Checkpoint::verified(&published.note, self.signer.key())?.head;
         let hash = log.hash_of_line(signed.entries).await.map_err(|e| e.to_string())?;
         if signed.entries == 0 || hash == Some(signed.hash) {
             return Ok(());
@@ -158,8 +156,8 @@ impl AuditCheckpointer {
     async fn sign_and_publish(&self, head: LogHead) -> Result<u64, String> {
         let node = self.auditor.log().node().to_owned();
         let text = Checkpoint { node: node.clone(), head }.text().map_err(|e| e.to_string())?;
-        let signature = self.hsm.sign(&self.key.name, SignatureAlgorithm::Ed25519, text.to_be_signed()).await;
-        let note = text.signed(&self.key.key, &signature.map_err(|e| e.to_string())?).map_err(|e| e.to_string())?;
+        let signature = self.signer.sign_text(&text).await;
+        let note = text.signed(self.signer.key(), &signature.map_err(|e| e.to_string())?).map_err(|e| e.to_string())?;
         let recorded = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let (entries, bytes) = (head.entries, note.clone().into_bytes());
         let published = self.registry.append_audit(&AuditCheckpoint { node, entries, note: bytes, recorded }).await;

@@ -1,9 +1,10 @@
-//! Writes the audit log: an append-only, hash-chained file of officers' actions and of refusals. [`spp_log::audit`] has its format,
-//! reads it and verifies it.
+//! Writes the audit log: an append-only, hash-chained file that records the actions of all callers, and refusals.
+//! [`spp_log::audit`] defines the format, and reads and verifies the log.
 //!
 //! `audit.jsonl` has one JSON object per line. Each line contains the SHA-256 of the previous one, so that [`verify`] detects
 //! every line that was changed, removed, added or moved inside the log. [`AuditLog::record`] returns when the line is durable.
-//! An action is recorded before it begins, and does not begin if that fails.
+//! A call that changes state is answered only after its entry is durable. Changes to access control are also recorded
+//! before they begin, and do not begin if that fails.
 //!
 //! The chain alone cannot show that lines are missing at the end, that the last line was changed, or that the whole file was
 //! rewritten. For this purpose the [`AuditCheckpointer`] periodically signs the head of the log in the HSM and publishes it in

@@ -11,8 +11,8 @@ use spp::audit::AuditLog;
 use spp::config::{AuditConfig, HsmAccess, StoreConfig};
 use spp::hsm::{KeyManifest, ModuleProfile, PinSource, initialise_token};
 use spp::officer::{
-    self, ApprovalsCommand, AskArgs, CeremonyCommand, DaemonArgs, DeviceCommand, Enrolment, HsmCommand,
-    IdentitiesCommand, PoolCommand, ReadAuditCommand, RegistryCommand, RenewArgs, ReportCommand, SessionsCommand,
+    self, ApprovalsCommand, CeremonyCommand, DaemonArgs, DeviceCommand, Enrolment, HsmCommand, IdentitiesCommand,
+    PoolCommand, ReadAuditCommand, RegistryCommand, RenewArgs, ReportCommand, RequestArgs, SessionsCommand,
     StatusError, VerifyAuditArgs,
 };
 use spp::registry::TransparencyLog;
@@ -217,7 +217,7 @@ where
         #[arg(long, value_name = "TEXT")]
         reason: String,
         #[command(flatten)]
-        ask: AskArgs,
+        ask: RequestArgs,
     },
 }
 

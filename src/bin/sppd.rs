@@ -160,7 +160,7 @@ async fn run(
     record_start(audit, &config).await?;
     let access = AccessControl::open(state.clone(), hsm.clone(), config.authority.clone(), &config.node).await;
     let access = Arc::new(access.map_err(|e| e.to_string())?);
-    settle(&access, &config, audit).await?;
+    apply_configured_limits(&access, &config, audit).await?;
     let (rules, clock) = (config.key_pool.clone(), Clock::system());
     let pool = KeyPool::new(hsm.clone(), state.clone(), journal.clone(), registry.clone(), rules, clock);
     let pool_task = tokio::spawn(Arc::clone(&pool).run());
@@ -214,16 +214,20 @@ fn audit_checkpointer(
     registry: &Registry,
 ) -> AuditCheckpointer {
     let rules = CheckpointRules { entries: config.audit.checkpoint_entries, every: config.audit.checkpoint_every };
-    AuditCheckpointer::new(Arc::clone(auditor), hsm.clone(), config.registry.key.clone(), registry.clone(), rules)
+    AuditCheckpointer::new(Arc::clone(auditor), hsm, config.registry.key.clone(), registry.clone(), rules)
 }
 
 /// Applies the configured approval rules and quotas. A change that needs another officer's approval is logged and not applied.
 /// The daemon starts all the same, because officers need it to give that approval.
-async fn settle(access: &AccessControl, config: &DaemonConfig, audit: &AuditLog) -> Result<(), String> {
-    let settled = access.settle(config.approvals, config.stations.quotas(), false).await;
-    for refusal in settled.map_err(|e| e.to_string())? {
-        tracing::warn!(%refusal, "configuration only partly in force");
-        let entry = Entry::new("sppd", "config.settle", Outcome::Refused(refusal));
+async fn apply_configured_limits(
+    access: &AccessControl,
+    config: &DaemonConfig,
+    audit: &AuditLog,
+) -> Result<(), String> {
+    let applied = access.apply(config.approvals, config.stations.quotas(), false).await;
+    for refusal in applied.map_err(|e| e.to_string())? {
+        tracing::warn!(%refusal, "configured rule or quota not applied");
+        let entry = Entry::new("sppd", "config.apply", Outcome::Refused(refusal));
         audit.record(entry).await.map_err(|e| e.to_string())?;
     }
     Ok(())
@@ -256,7 +260,7 @@ fn open_state(config: &DaemonConfig) -> Result<Arc<SledStateStore>, String> {
 /// append to it. The index of an old copy matches it, so only the count reveals it.
 async fn open_registry(config: &DaemonConfig, hsm: &Hsm, journal: &Journal) -> Result<Registry, String> {
     let (store, registry) = (&config.store, &config.registry);
-    let signer = HsmSigner::new(hsm.clone(), registry.key.name.clone(), registry.key.key.clone());
+    let signer = HsmSigner::new(hsm, registry.key.clone());
     let settings = registry.settings.clone();
     let log = TransparencyLog::open(&store.public, &store.public_options, Arc::new(signer), settings).await;
     let registry = Registry::new(Arc::new(log.map_err(|e| e.to_string())?));
@@ -352,7 +356,7 @@ async fn check(config: DaemonConfig) -> Result<(), String> {
         key: Some(key),
         authorities: keys.access_keys(),
         published: Some(published),
-        given_up: config.audit.accepted_loss.into_iter().collect(),
+        accepted_losses: config.audit.accepted_loss.into_iter().collect(),
     };
     let verified = spp_log::audit::verify_with(&config.audit.directory, &trust).map_err(|e| e.to_string())?;
     println!("audit log      {}: {verified}", config.audit.directory.display());

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use spp_format::certificate::{KeyPairRule, Profile};
 use spp_format::file_format::Faults;
-use spp_format::keys::KeyKind;
+use spp_format::keys::KeyType;
 use spp_format::names::ProfileName;
 
 use crate::hsm::ModuleProfile;
@@ -29,7 +29,7 @@ pub(super) struct KeyPoolShape {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct PoolShape {
-    kind: KeyKind,
+    kind: KeyType,
     low: u64,
     high: u64,
 }

@@ -1,10 +1,10 @@
 //! The attributes of token keys by role: the template for generation, and the audit of existing keys.
 
 use cryptoki::mechanism::Mechanism;
-use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle};
+use cryptoki::object::{Attribute, AttributeType, KeyType as CkKeyType, ObjectClass, ObjectHandle};
 use cryptoki::session::Session;
 use serde::{Deserialize, Serialize};
-use spp_format::keys::KeyKind;
+use spp_format::keys::KeyType;
 use spp_format::names::KeyName;
 
 use super::failure::{Failure, FailureContext as _};
@@ -23,7 +23,7 @@ const ED25519: &[u8] = &[0x06, 0x03, 0x2b, 0x65, 0x70];
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum KeyRole {
     /// Signs certificates: CKA_SIGN only.
-    Signing(KeyKind),
+    Signing(KeyType),
     /// Derives device keys: CKA_SIGN only (the MAC is the PRF).
     Master(Prf),
     /// Derives device keys by the module's own mechanism: CKA_DERIVE only.
@@ -89,16 +89,16 @@ impl KeyRole {
     }
 
     /// The key types that the role allows.
-    pub(crate) fn key_types(self) -> &'static [KeyType] {
+    pub(crate) fn key_types(self) -> &'static [CkKeyType] {
         match self {
-            Self::Signing(KeyKind::P256 | KeyKind::P384) => &[KeyType::EC],
-            Self::Signing(KeyKind::Ed25519) => &[KeyType::EC_EDWARDS],
-            Self::Signing(_) => &[KeyType::RSA],
+            Self::Signing(KeyType::P256 | KeyType::P384) => &[CkKeyType::EC],
+            Self::Signing(KeyType::Ed25519) => &[CkKeyType::EC_EDWARDS],
+            Self::Signing(_) => &[CkKeyType::RSA],
             Self::Master(Prf::HmacSha256) | Self::MasterDeriving(Prf::HmacSha256) => {
-                &[KeyType::GENERIC_SECRET, KeyType::SHA256_HMAC]
+                &[CkKeyType::GENERIC_SECRET, CkKeyType::SHA256_HMAC]
             }
             Self::Master(Prf::AesCmac) | Self::MasterDeriving(Prf::AesCmac) | Self::Wrapping | Self::Backup => {
-                &[KeyType::AES]
+                &[CkKeyType::AES]
             }
         }
     }
@@ -152,13 +152,13 @@ fn usage_attribute(usage: AttributeType, value: bool) -> Option<Attribute> {
 }
 
 /// The mechanism for generating a pair of a key type, and the type-specific attributes of the public template.
-pub(crate) fn pair_generation(kind: KeyKind) -> (Mechanism<'static>, Vec<Attribute>) {
+pub(crate) fn pair_generation(kind: KeyType) -> (Mechanism<'static>, Vec<Attribute>) {
     let curve = |params: &[u8]| vec![Attribute::EcParams(params.to_vec())];
     match kind {
-        KeyKind::P256 => (Mechanism::EccKeyPairGen, curve(SECP256R1)),
-        KeyKind::P384 => (Mechanism::EccKeyPairGen, curve(SECP384R1)),
-        KeyKind::Ed25519 => (Mechanism::EccEdwardsKeyPairGen, curve(ED25519)),
-        KeyKind::Rsa2048 | KeyKind::Rsa3072 | KeyKind::Rsa4096 => {
+        KeyType::P256 => (Mechanism::EccKeyPairGen, curve(SECP256R1)),
+        KeyType::P384 => (Mechanism::EccKeyPairGen, curve(SECP384R1)),
+        KeyType::Ed25519 => (Mechanism::EccEdwardsKeyPairGen, curve(ED25519)),
+        KeyType::Rsa2048 | KeyType::Rsa3072 | KeyType::Rsa4096 => {
             let bits = kind.rsa_bits().unwrap_or(2048) as u64;
             let template = vec![Attribute::ModulusBits(bits.into()), Attribute::PublicExponent(vec![1, 0, 1])];
             (Mechanism::RsaPkcsKeyPairGen, template)
@@ -240,7 +240,7 @@ mod tests {
             Attribute::AlwaysSensitive(true),
             Attribute::NeverExtractable(true),
             Attribute::Local(true),
-            Attribute::KeyType(KeyType::AES),
+            Attribute::KeyType(CkKeyType::AES),
             Attribute::Wrap(true),
             Attribute::Unwrap(true),
             Attribute::Sign(false),
@@ -260,7 +260,7 @@ mod tests {
             (Attribute::AlwaysSensitive(true), Attribute::AlwaysSensitive(false)),
             (Attribute::NeverExtractable(true), Attribute::NeverExtractable(false)),
             (Attribute::Local(true), Attribute::Local(false)),
-            (Attribute::KeyType(KeyType::AES), Attribute::KeyType(KeyType::GENERIC_SECRET)),
+            (Attribute::KeyType(CkKeyType::AES), Attribute::KeyType(CkKeyType::GENERIC_SECRET)),
             (Attribute::Wrap(true), Attribute::Wrap(false)),
             (Attribute::Sign(false), Attribute::Sign(true)),
             (Attribute::Sign(false), Attribute::Decrypt(true)),

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use spp_format::keys::{KeyKind, PublicKey};
+use spp_format::keys::{KeyType, PublicKey};
 
 use super::connection::BACKGROUND_LIMIT;
 use super::failure::HsmError;
@@ -42,7 +42,7 @@ impl Hsm {
     /// Pregenerates pairs: at least one, then more until `within` has elapsed, up to `at_most`.
     pub async fn make_pairs(
         &self,
-        kind: KeyKind,
+        kind: KeyType,
         target: PairStorage,
         at_most: u32,
         within: Duration,
@@ -78,7 +78,7 @@ impl Hsm {
         &self,
         from: BatchName,
         to: BatchName,
-        blobs: Vec<(KeyKind, Vec<u8>)>,
+        blobs: Vec<(KeyType, Vec<u8>)>,
     ) -> Result<Vec<Vec<u8>>, HsmError> {
         let count = blobs.len();
         let operation = || Operation::Move { from: from.key(), to: to.key(), blobs: blobs.clone() };
@@ -103,8 +103,9 @@ impl Hsm {
         self.destroyed(Some(batch), || Operation::DestroyBatchKey { key: batch.key() }).await
     }
 
-    /// Destroys a pair on the token of its owners, or on every HSM if no owner is recorded. When this returns, a lookup has confirmed that the pair no longer exists.
-    pub async fn destroy_pair(&self, kind: KeyKind, pair: &TokenPair) -> Result<(), HsmError> {
+    /// Destroys a pair on the token of its owners, or on every HSM if no owner is recorded. When this returns, a lookup has
+    /// confirmed that the pair no longer exists.
+    pub async fn destroy_pair(&self, kind: KeyType, pair: &TokenPair) -> Result<(), HsmError> {
         let batch = BatchName::from_pair_label(&pair.label);
         self.destroyed(batch, || Operation::DestroyPair { kind, pair: pair.clone() }).await
     }

@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 
 use aws_lc_rs::key_wrap::{AES_256, AesKek, KeyWrapPadded as _};
 use cryptoki::mechanism::Mechanism;
-use cryptoki::object::{Attribute, KeyType, ObjectClass, ObjectHandle};
-use spp_format::keys::{KeyKind, PublicKey};
+use cryptoki::object::{Attribute, KeyType as CkKeyType, ObjectClass, ObjectHandle};
+use spp_format::keys::{KeyType, PublicKey};
 use spp_format::names::KeyName;
 use spp_format::secret::SecretBytes;
 use zeroize::Zeroizing;
@@ -83,7 +83,7 @@ impl Ceremony {
     pub fn create_backup_key(&self, name: &KeyName, key: &SecretBytes) -> Result<CreatedKey, HsmError> {
         self.create(name, KeyRole::Backup, |operations, id| {
             let mut template = KeyRole::Backup.template(name, id, &self.profile);
-            template.extend([Attribute::Class(ObjectClass::SECRET_KEY), Attribute::KeyType(KeyType::AES)]);
+            template.extend([Attribute::Class(ObjectClass::SECRET_KEY), Attribute::KeyType(CkKeyType::AES)]);
             // Exposed for the import. cryptoki does not wipe the attribute; the process ends with the ceremony.
             template.push(Attribute::Value(key.expose().clone()));
             operations.session().create_object(&template).context(|| format!("importing {name}"))?;
@@ -108,7 +108,7 @@ impl Ceremony {
     fn wrap_bytes(&self, key: &BackupKey, bytes: &[u8]) -> Result<Vec<u8>, HsmError> {
         let run = |operations: &mut TokenOperations| -> Result<Vec<u8>, Failure> {
             let kek = find_one(operations.session(), ObjectClass::SECRET_KEY, &key.name, &key.id)?;
-            let object = operations.session_secret(KeyType::GENERIC_SECRET, bytes)?;
+            let object = operations.session_secret(CkKeyType::GENERIC_SECRET, bytes)?;
             let wrapped = operations.wrap_under(kek, object);
             operations.destroy_session_object(object)?;
             wrapped
@@ -120,7 +120,7 @@ impl Ceremony {
     pub fn create_signing_key_with_backup(
         &self,
         name: &KeyName,
-        kind: KeyKind,
+        kind: KeyType,
         under: &BackupKey,
     ) -> Result<CreatedKey, HsmError> {
         self.create(name, KeyRole::Signing(kind), |operations, id| {
@@ -156,7 +156,7 @@ impl Ceremony {
         &self,
         operations: &TokenOperations,
         (name, id): (&KeyName, &[u8]),
-        kind: KeyKind,
+        kind: KeyType,
         kek: ObjectHandle,
     ) -> Result<NewKeyParts, Failure> {
         let role = KeyRole::Signing(kind);
@@ -191,11 +191,11 @@ impl Ceremony {
         &self,
         operations: &TokenOperations,
         (name, id): (&KeyName, &[u8]),
-        kind: KeyKind,
+        kind: KeyType,
         kek: ObjectHandle,
     ) -> Result<NewKeyParts, Failure> {
         let (public, seed) = operations.seed_outside(kind)?;
-        let object = operations.session_secret(KeyType::GENERIC_SECRET, &seed)?;
+        let object = operations.session_secret(CkKeyType::GENERIC_SECRET, &seed)?;
         let wrapped = operations.wrap_under(kek, object);
         operations.destroy_session_object(object)?;
         self.import_seed_pair(operations, (name, id), kind, &seed)?;
@@ -210,11 +210,11 @@ impl Ceremony {
         &self,
         operations: &TokenOperations,
         (name, id): (&KeyName, &[u8]),
-        kind: KeyKind,
+        kind: KeyType,
         seed: &[u8],
     ) -> Result<(), Failure> {
         let mut private = KeyRole::Signing(kind).template(name, id, &self.profile);
-        private.extend([Attribute::Class(ObjectClass::PRIVATE_KEY), Attribute::KeyType(KeyType::EC_EDWARDS)]);
+        private.extend([Attribute::Class(ObjectClass::PRIVATE_KEY), Attribute::KeyType(CkKeyType::EC_EDWARDS)]);
         private.extend(pair_generation(kind).1);
         // cryptoki does not wipe the attribute; the process ends with the ceremony.
         private.push(Attribute::Value(seed.to_vec()));
@@ -264,7 +264,7 @@ impl Ceremony {
     ) -> Result<(), Failure> {
         let unwrapping = [
             Attribute::Class(ObjectClass::SECRET_KEY),
-            Attribute::KeyType(KeyType::AES),
+            Attribute::KeyType(CkKeyType::AES),
             Attribute::Token(false),
             Attribute::Private(true),
             Attribute::Sensitive(true),
@@ -317,13 +317,13 @@ fn unwrap_here(key: &SecretBytes, wrapped: &[u8]) -> Result<Zeroizing<Vec<u8>>, 
 fn create_public(
     operations: &TokenOperations,
     (name, id): (&KeyName, &[u8]),
-    kind: KeyKind,
+    kind: KeyType,
     part: Vec<Attribute>,
 ) -> Result<(), Failure> {
     let key_type = match kind {
-        KeyKind::P256 | KeyKind::P384 => KeyType::EC,
-        KeyKind::Ed25519 => KeyType::EC_EDWARDS,
-        KeyKind::Rsa2048 | KeyKind::Rsa3072 | KeyKind::Rsa4096 => KeyType::RSA,
+        KeyType::P256 | KeyType::P384 => CkKeyType::EC,
+        KeyType::Ed25519 => CkKeyType::EC_EDWARDS,
+        KeyType::Rsa2048 | KeyType::Rsa3072 | KeyType::Rsa4096 => CkKeyType::RSA,
     };
     let mut template = public_template(name, id);
     template.extend([Attribute::Class(ObjectClass::PUBLIC_KEY), Attribute::KeyType(key_type)]);

@@ -9,7 +9,7 @@ use std::time::SystemTime;
 use cryptoki::mechanism::Mechanism;
 use cryptoki::object::{Attribute, AttributeType, ObjectClass, ObjectHandle};
 use cryptoki::session::SessionState;
-use spp_format::keys::KeyKind;
+use spp_format::keys::KeyType;
 use spp_format::names::KeyName;
 
 use super::attributes::{KeyRole, Provenance, audit};
@@ -58,7 +58,7 @@ impl TokenOperations {
 
     /// Generates a pair whose private key can only be wrapped; the token does not store its public key. The pair is generated as
     /// a session object and copied to the token, so that the lock that excludes lookups is not held during the generation.
-    pub(super) fn make_token_pair(&mut self, kind: KeyKind, label: &KeyName) -> Result<MadePair, Failure> {
+    pub(super) fn make_token_pair(&mut self, kind: KeyType, label: &KeyName) -> Result<MadePair, Failure> {
         let id = self.random(ID_LEN)?;
         let template =
             [Attribute::Token(true), Attribute::Label(label.as_str().as_bytes().to_vec()), Attribute::Id(id.clone())];
@@ -74,7 +74,7 @@ impl TokenOperations {
     }
 
     /// Wraps a pair of the token under the transport key.
-    pub(super) fn deliver_pair(&mut self, kind: KeyKind, pair: &TokenPair) -> Result<Vec<u8>, Failure> {
+    pub(super) fn deliver_pair(&mut self, kind: KeyType, pair: &TokenPair) -> Result<Vec<u8>, Failure> {
         let cached = self.shared.pairs().get(pair).copied();
         let object = match cached {
             Some(object) => object,
@@ -103,7 +103,7 @@ impl TokenOperations {
         })
     }
 
-    pub(super) fn destroy_pair(&mut self, kind: KeyKind, pair: &TokenPair) -> Result<(), Failure> {
+    pub(super) fn destroy_pair(&mut self, kind: KeyType, pair: &TokenPair) -> Result<(), Failure> {
         self.shared.pairs().remove(pair);
         self.destroy_if_present(self.class_of(kind), &pair.label, &pair.id)
     }
@@ -146,7 +146,7 @@ impl TokenOperations {
     }
 
     /// The object class of a stored private key of this type.
-    fn class_of(&self, kind: KeyKind) -> ObjectClass {
+    fn class_of(&self, kind: KeyType) -> ObjectClass {
         if self.shared.module.unwrappable.contains(&kind) { ObjectClass::SECRET_KEY } else { ObjectClass::PRIVATE_KEY }
     }
 

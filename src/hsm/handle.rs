@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use spp_format::keys::{DevicePrivateKey, KeyError, KeyKind, PublicKey, SignatureAlgorithm};
+use spp_format::keys::{DevicePrivateKey, KeyError, KeyType, PublicKey, SignatureAlgorithm};
 use spp_format::names::KeyName;
 use spp_format::secret::SecretBytes;
 use tokio::sync::watch;
@@ -61,7 +61,7 @@ pub struct DeviceKeyRequest {
 /// The source of a new device's key pair.
 pub enum PairSource {
     /// Generate a pair and store it wrapped under this key.
-    Generate(KeyKind, KeyName),
+    Generate(KeyType, KeyName),
     /// Use a pregenerated pair.
     Stored(PublicKey, StoredKey),
 }
@@ -179,9 +179,8 @@ impl Hsm {
         let _ = self.states.changed().await;
     }
 
-    /// Signs; ECDSA signatures are DER. Certificates must be signed through `provisioning::Issuer`, which requires an
-    /// intent.
-    pub(crate) async fn sign(
+    /// Signs any bytes; ECDSA signatures are DER. Other modules sign with a capability of [`signing`](super::signing).
+    pub(super) async fn sign(
         &self,
         key: &KeyName,
         algorithm: SignatureAlgorithm,
@@ -457,7 +456,7 @@ fn delivered(public: &PublicKey, answer: Answer, connection: &Connection) -> Res
 }
 
 fn new_pair(
-    kind: KeyKind,
+    kind: KeyType,
     wrapping_key: &KeyName,
     answer: Answer,
     connection: &Connection,

@@ -5,10 +5,10 @@
 //! thread. The supervisor starts the worker, checks every key before the worker serves, and replaces a worker that
 //! hangs, crashes or reaches its operation limit. Calls wait for the new worker within their deadline.
 //!
-//! No plaintext private key crosses the PKCS#11 boundary: device keys leave the HSM wrapped under a transport key that
-//! the HSM generates at each start. If a module cannot wrap a key type, its profile says so, and the worker generates the
-//! key from the HSM's random numbers. Until it is erased, a private key is stored as a [`StoredKey`]: wrapped under a batch key of
-//! the HSM, or a token object.
+//! No plaintext private key crosses the PKCS#11 boundary: device keys leave the HSM wrapped under a transport key that the
+//! HSM generates at each start. If a module cannot wrap a key type, its profile says so, and the worker generates the key
+//! from the HSM's random numbers. Until it is erased, a private key is stored as a [`StoredKey`]: wrapped under a batch key
+//! of the HSM, or a token object.
 #![expect(clippy::disallowed_types, reason = "only this module may use PKCS#11")]
 
 mod attributes;
@@ -34,6 +34,7 @@ pub mod pin_agent;
 mod pin_attempts;
 mod return_codes;
 mod self_test;
+mod signing;
 mod statistics;
 mod status;
 mod stored_key;
@@ -63,6 +64,7 @@ pub use pin::PinSource;
 pub use pin_agent::PinAgent;
 pub use pin_attempts::PinAttempts;
 pub use self_test::{Finding, HsmRequirements, SelfTestReport, run_self_test};
+pub(crate) use signing::{AccessSigner, CheckpointSigner};
 pub use statistics::{CallStatistic, LATENCY_BOUNDS_US};
 pub use status::{HsmStatus, MemberStatus};
 pub use stored_key::{BatchName, StoreId, StoredKey, TokenPair, WrappedKey, batch_key_id};

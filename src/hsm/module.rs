@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use spp_format::file_format::{Faults, read_toml};
-use spp_format::keys::KeyKind;
+use spp_format::keys::KeyType;
 
 use super::failure_class::FailureClass;
 use super::token_file_backup::TokenFileBackup;
@@ -38,7 +38,7 @@ pub struct ModuleProfile {
     /// The hash of RSA-OAEP when the transport key leaves the HSM.
     pub oaep_hash: OaepHash,
     /// Key types whose private keys the module cannot wrap.
-    pub unwrappable: Vec<KeyKind>,
+    pub unwrappable: Vec<KeyType>,
     /// Whether the module lacks CKA_COPYABLE (new in PKCS#11 v2.40).
     pub no_copyable: bool,
     /// Whether creating and destroying token objects must exclude lookups.
@@ -163,7 +163,7 @@ struct WrapShape {
     unwraps_extractable: bool,
     oaep_hash: OaepHash,
     #[serde(default)]
-    unwrappable: Vec<KeyKind>,
+    unwrappable: Vec<KeyType>,
 }
 
 #[derive(Deserialize, Default)]

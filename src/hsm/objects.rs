@@ -6,7 +6,7 @@ use std::time::SystemTime;
 use cryptoki::mechanism::Mechanism;
 use cryptoki::object::{Attribute, AttributeType, ObjectHandle};
 use cryptoki::session::Session;
-use spp_format::keys::{KeyKind, PublicKey, SignatureAlgorithm, ecdsa_der_from_fixed};
+use spp_format::keys::{KeyType, PublicKey, SignatureAlgorithm, ecdsa_der_from_fixed};
 use spp_format::names::KeyName;
 
 use super::attributes::{KeyRole, Provenance, audit};
@@ -110,7 +110,7 @@ impl Ceremony {
     }
 
     /// Generates a signing pair that can only sign.
-    pub fn create_signing_key(&self, name: &KeyName, kind: KeyKind) -> Result<CreatedKey, HsmError> {
+    pub fn create_signing_key(&self, name: &KeyName, kind: KeyType) -> Result<CreatedKey, HsmError> {
         let role = KeyRole::Signing(kind);
         self.create(name, role, |operations, id| {
             let private = role.template(name, id, &self.profile);
@@ -223,12 +223,13 @@ impl Ceremony {
         run().map_err(to_hsm_error)
     }
 
-    /// Signs with a key of the token: CA and access certificates, in a ceremony or an enrolment. ECDSA signatures are DER.
-    pub fn sign(
+    /// Signs any bytes with a key of the token; ECDSA signatures are DER. Other modules sign with a function of
+    /// [`signing`](super::signing).
+    pub(super) fn sign(
         &self,
         name: &KeyName,
         id: &[u8],
-        kind: KeyKind,
+        kind: KeyType,
         algorithm: SignatureAlgorithm,
         message: &[u8],
     ) -> Result<Vec<u8>, HsmError> {
@@ -325,7 +326,7 @@ fn shown_attributes(operations: &TokenOperations, object: ObjectHandle) -> Resul
     Ok(found.into_iter().map(split).collect())
 }
 
-pub(crate) fn public_key(kind: KeyKind, public: WirePublicKey) -> Result<PublicKey, HsmError> {
+pub(crate) fn public_key(kind: KeyType, public: WirePublicKey) -> Result<PublicKey, HsmError> {
     match public {
         WirePublicKey::Ec(point) => PublicKey::from_ec_point(kind, &point),
         WirePublicKey::Ed25519(raw) => PublicKey::from_ed25519(&raw),

@@ -10,7 +10,7 @@ use cryptoki::mechanism::eddsa::{EddsaParams, EddsaSignatureScheme};
 use cryptoki::mechanism::kbkdf::{Endianness, KbkdfCounterFormat, KbkdfParams, PrfDataParam, PrfDataParamType};
 use cryptoki::mechanism::rsa::{PkcsMgfType, PkcsOaepParams, PkcsOaepSource, PkcsPssParams};
 use cryptoki::mechanism::{Mechanism, MechanismType};
-use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle};
+use cryptoki::object::{Attribute, AttributeType, KeyType as CkKeyType, ObjectClass, ObjectHandle};
 use cryptoki::session::Session;
 use spp_format::keys::SignatureAlgorithm;
 use spp_format::names::KeyName;
@@ -237,7 +237,7 @@ impl TokenOperations {
         let mechanism = Mechanism::KbkdfCounter(KbkdfParams::new(prf, &input, None));
         let template = [
             Attribute::Class(ObjectClass::SECRET_KEY),
-            Attribute::KeyType(KeyType::GENERIC_SECRET),
+            Attribute::KeyType(CkKeyType::GENERIC_SECRET),
             Attribute::Token(false),
             Attribute::Sensitive(false),
             Attribute::Extractable(true),
@@ -296,7 +296,7 @@ impl TokenOperations {
             .context(|| "generating the transport key".to_owned())?;
         let public = [
             Attribute::Class(ObjectClass::PUBLIC_KEY),
-            Attribute::KeyType(KeyType::RSA),
+            Attribute::KeyType(CkKeyType::RSA),
             Attribute::Token(false),
             Attribute::Wrap(true),
             Attribute::Modulus(rsa.modulus.clone()),

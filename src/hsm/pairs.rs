@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use cryptoki::mechanism::Mechanism;
 use cryptoki::mechanism::aead::GcmParams;
-use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle};
-use spp_format::keys::KeyKind;
+use cryptoki::object::{Attribute, AttributeType, KeyType as CkKeyType, ObjectClass, ObjectHandle};
+use spp_format::keys::KeyType;
 use spp_format::names::KeyName;
 use zeroize::Zeroizing;
 
@@ -26,7 +26,7 @@ fn gcm(iv: &mut [u8; GCM_IV_LEN]) -> cryptoki::error::Result<Mechanism<'_>> {
 }
 
 impl TokenOperations {
-    pub(super) fn generate_pair(&mut self, kind: KeyKind, wrapping_key: &KeyName) -> Result<Answer, Failure> {
+    pub(super) fn generate_pair(&mut self, kind: KeyType, wrapping_key: &KeyName) -> Result<Answer, Failure> {
         self.with_session_pair(kind, |operations, public, private| {
             let batch_key = operations.key(wrapping_key)?;
             // A pair that cannot be unwrapped again must never get a certificate. The receiver checks the delivered key, which
@@ -51,7 +51,7 @@ impl TokenOperations {
     /// token are synced before they are returned.
     pub(super) fn make_pairs(
         &mut self,
-        kind: KeyKind,
+        kind: KeyType,
         target: &StorageTarget,
         at_most: u32,
         within: Duration,
@@ -80,12 +80,12 @@ impl TokenOperations {
     /// Generates a session pair, runs `work` on it, and destroys the pair whether or not `work` succeeds.
     pub(super) fn with_session_pair<T>(
         &mut self,
-        kind: KeyKind,
+        kind: KeyType,
         work: impl FnOnce(&mut Self, WirePublicKey, ObjectHandle) -> Result<T, Failure>,
     ) -> Result<T, Failure> {
         if self.shared.module.unwrappable.contains(&kind) {
             let (public, seed) = self.seed_outside(kind)?;
-            let object = self.session_secret(KeyType::GENERIC_SECRET, &seed)?;
+            let object = self.session_secret(CkKeyType::GENERIC_SECRET, &seed)?;
             let result = work(self, public, object);
             self.destroy_session_object(object)?;
             return result;
@@ -112,8 +112,8 @@ impl TokenOperations {
 
     /// Generates a pair of a key type that the module cannot wrap: the HSM provides a random seed, the worker computes the public
     /// key, and the caller imports the seed as a generic secret to wrap it.
-    pub(super) fn seed_outside(&self, kind: KeyKind) -> Result<(WirePublicKey, Zeroizing<Vec<u8>>), Failure> {
-        if kind != KeyKind::Ed25519 {
+    pub(super) fn seed_outside(&self, kind: KeyType) -> Result<(WirePublicKey, Zeroizing<Vec<u8>>), Failure> {
+        if kind != KeyType::Ed25519 {
             let message = format!("the module cannot wrap {kind} keys; only ed25519 keys can be generated outside it");
             return Err(Failure::new(FailureClass::Rejected, message));
         }
@@ -125,7 +125,7 @@ impl TokenOperations {
     }
 
     /// Imports bytes as a session object that can be wrapped.
-    pub(super) fn session_secret(&self, key_type: KeyType, bytes: &[u8]) -> Result<ObjectHandle, Failure> {
+    pub(super) fn session_secret(&self, key_type: CkKeyType, bytes: &[u8]) -> Result<ObjectHandle, Failure> {
         let mut template = secret_template(key_type);
         // cryptoki does not wipe the attribute: a copy of the bytes remains on the heap until the memory is reused.
         template.push(Attribute::Value(bytes.to_vec()));
@@ -181,7 +181,7 @@ impl TokenOperations {
         unwrapped.context(context)
     }
 
-    pub(super) fn rewrap(&mut self, kind: KeyKind, wrapping_key: &KeyName, blob: &[u8]) -> Result<Vec<u8>, Failure> {
+    pub(super) fn rewrap(&mut self, kind: KeyType, wrapping_key: &KeyName, blob: &[u8]) -> Result<Vec<u8>, Failure> {
         let transport = self.transport()?;
         self.rewrap_under(kind, wrapping_key, transport, blob)
     }
@@ -191,7 +191,7 @@ impl TokenOperations {
         &mut self,
         from: &KeyName,
         to: &KeyName,
-        blobs: &[(KeyKind, Vec<u8>)],
+        blobs: &[(KeyType, Vec<u8>)],
     ) -> Result<Vec<Vec<u8>>, Failure> {
         let target = self.key(to)?;
         blobs.iter().map(|(kind, blob)| self.rewrap_under(*kind, from, target, blob)).collect()
@@ -199,19 +199,19 @@ impl TokenOperations {
 
     fn rewrap_under(
         &mut self,
-        kind: KeyKind,
+        kind: KeyType,
         from: &KeyName,
         to: ObjectHandle,
         blob: &[u8],
     ) -> Result<Vec<u8>, Failure> {
         let unwrapping_key = self.key(from)?;
         let mut template = if self.shared.module.unwrappable.contains(&kind) {
-            secret_template(KeyType::GENERIC_SECRET)
+            secret_template(CkKeyType::GENERIC_SECRET)
         } else {
             let key_type = match kind {
-                KeyKind::P256 | KeyKind::P384 => KeyType::EC,
-                KeyKind::Ed25519 => KeyType::EC_EDWARDS,
-                KeyKind::Rsa2048 | KeyKind::Rsa3072 | KeyKind::Rsa4096 => KeyType::RSA,
+                KeyType::P256 | KeyType::P384 => CkKeyType::EC,
+                KeyType::Ed25519 => CkKeyType::EC_EDWARDS,
+                KeyType::Rsa2048 | KeyType::Rsa3072 | KeyType::Rsa4096 => CkKeyType::RSA,
             };
             let mut template = secret_template(key_type);
             template[0] = Attribute::Class(ObjectClass::PRIVATE_KEY);
@@ -227,7 +227,7 @@ impl TokenOperations {
         rewrapped
     }
 
-    pub(super) fn public_key(&self, kind: KeyKind, object: ObjectHandle) -> Result<WirePublicKey, Failure> {
+    pub(super) fn public_key(&self, kind: KeyType, object: ObjectHandle) -> Result<WirePublicKey, Failure> {
         let context = || "reading a new public key".to_owned();
         let missing = || Failure::new(FailureClass::Rejected, "the module does not return the new public key");
         if kind.rsa_bits().is_some() {
@@ -247,13 +247,13 @@ impl TokenOperations {
         let found = self.session.get_attributes(object, &[AttributeType::EcPoint]).context(context)?;
         let Some(Attribute::EcPoint(point)) = found.into_iter().next() else { return Err(missing()) };
         let point = raw_point(point);
-        Ok(if kind == KeyKind::Ed25519 { WirePublicKey::Ed25519(point) } else { WirePublicKey::Ec(point) })
+        Ok(if kind == KeyType::Ed25519 { WirePublicKey::Ed25519(point) } else { WirePublicKey::Ec(point) })
     }
 
     /// Generates a pair as token objects. The caller has checked that label and CKA_ID are unused.
     pub(crate) fn create_token_pair(
         &self,
-        kind: KeyKind,
+        kind: KeyType,
         public_template: &[Attribute],
         private_template: &[Attribute],
     ) -> Result<WirePublicKey, Failure> {
@@ -268,7 +268,7 @@ impl TokenOperations {
 }
 
 /// The template of a temporary session object for a secret.
-fn secret_template(key_type: KeyType) -> Vec<Attribute> {
+fn secret_template(key_type: CkKeyType) -> Vec<Attribute> {
     vec![
         Attribute::Class(ObjectClass::SECRET_KEY),
         Attribute::KeyType(key_type),

@@ -34,6 +34,14 @@ pub enum PinError {
     /// The file cannot be read, or other users can read it.
     #[error("PIN file {0}")]
     File(#[from] PrivateFileError),
+    /// Reading failed after the file was opened.
+    #[error("cannot read {path}: {cause}")]
+    NotRead {
+        /// The source of the PIN.
+        path: String,
+        /// The system error.
+        cause: std::io::Error,
+    },
     /// The content is not one line of 1 to 256 bytes of UTF-8.
     #[error("{path}: expected one line of 1 to {max} bytes of UTF-8", max = PinSource::MAX_LEN)]
     NotAPin {
@@ -70,7 +78,7 @@ impl SilentTerminal {
 impl Drop for SilentTerminal {
     fn drop(&mut self) {
         if let Err(e) = tcsetattr(&self.terminal, OptionalActions::Now, &self.before) {
-            tracing::warn!(error = %e, "cannot turn the terminal echo on again; run `stty sane`");
+            tracing::warn!(error = %e, "cannot restore the terminal echo; run `stty sane`");
         }
     }
 }
@@ -124,7 +132,7 @@ impl PinSource {
         let mut pin = SecretBytes::new(Vec::with_capacity(Self::MAX_LEN + 2));
         file.take(Self::MAX_LEN as u64 + 2)
             .read_to_end(pin.expose_mut())
-            .map_err(|cause| PrivateFileError::Unreadable { path: path.clone(), cause })?;
+            .map_err(|cause| PinError::NotRead { path: path.clone(), cause })?;
         let bytes = pin.expose_mut();
         while bytes.last().is_some_and(|b| *b == b'\n' || *b == b'\r') {
             bytes.pop();

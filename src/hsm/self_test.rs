@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use cryptoki::mechanism::Mechanism;
 use cryptoki::object::{Attribute, AttributeType, ObjectHandle};
 use serde::Serialize;
-use spp_format::keys::{DevicePrivateKey, KeyKind, SignatureAlgorithm};
+use spp_format::keys::{DevicePrivateKey, KeyType, SignatureAlgorithm};
 use spp_format::names::KeyName;
 
 use super::attributes::{KeyRole, Provenance, audit, pair_generation};
@@ -28,9 +28,9 @@ const SAMPLES: (usize, Duration) = (100, Duration::from_millis(400));
 #[derive(Debug, Clone, Default)]
 pub struct HsmRequirements {
     /// Key types that sign certificates or checkpoints.
-    pub signing: BTreeSet<KeyKind>,
+    pub signing: BTreeSet<KeyType>,
     /// Types of device key pairs.
-    pub pairs: BTreeSet<KeyKind>,
+    pub pairs: BTreeSet<KeyType>,
     /// The pseudorandom functions of master keys.
     pub prfs: Vec<Prf>,
 }
@@ -38,7 +38,7 @@ pub struct HsmRequirements {
 impl HsmRequirements {
     /// Everything that a profile can require.
     pub fn everything() -> Self {
-        let kinds: BTreeSet<_> = KeyKind::ALL.into_iter().collect();
+        let kinds: BTreeSet<_> = KeyType::ALL.into_iter().collect();
         Self { signing: kinds.clone(), pairs: kinds, prfs: vec![Prf::HmacSha256, Prf::AesCmac] }
     }
 }
@@ -66,18 +66,18 @@ pub struct Finding {
     /// The median duration, if it was measured and works.
     pub microseconds: Option<u64>,
     /// The problem, with the recommended action.
-    pub trouble: Option<String>,
+    pub error: Option<String>,
 }
 
 impl SelfTestReport {
     /// Whether every test passed.
     pub fn passed(&self) -> bool {
-        self.findings.iter().all(|finding| finding.trouble.is_none())
+        self.findings.iter().all(|finding| finding.error.is_none())
     }
 
     /// The median duration of a function, if it works.
     pub fn took(&self, what: &str) -> Option<Duration> {
-        let finding = self.findings.iter().find(|finding| finding.what == what && finding.trouble.is_none())?;
+        let finding = self.findings.iter().find(|finding| finding.what == what && finding.error.is_none())?;
         finding.microseconds.map(Duration::from_micros)
     }
 }
@@ -149,32 +149,32 @@ impl SelfTest<'_> {
         (self.progress)(what);
         let mut took = Vec::new();
         let started = Instant::now();
-        let mut trouble = None;
+        let mut error = None;
         while took.len() < SAMPLES.0 && (took.is_empty() || started.elapsed() < SAMPLES.1) {
             let sample_started = Instant::now();
             match operation(&mut self.operations) {
                 Ok(()) => took.push(sample_started.elapsed()),
                 Err(failure) => {
-                    trouble = Some(failure.message);
+                    error = Some(failure.message);
                     break;
                 }
             }
         }
         took.sort_unstable();
         let median = took.get(took.len() / 2).map(|median| u64::try_from(median.as_micros()).unwrap_or(u64::MAX));
-        let works = trouble.is_none();
+        let works = error.is_none();
         self.findings.push(Finding {
             what: what.to_owned(),
             needed_for,
             microseconds: median.filter(|_| works),
-            trouble,
+            error,
         });
         works
     }
 
     /// Records the result of a check.
-    fn record(&mut self, what: String, needed_for: &'static str, trouble: Result<(), String>) {
-        self.findings.push(Finding { what, needed_for, microseconds: None, trouble: trouble.err() });
+    fn record(&mut self, what: String, needed_for: &'static str, error: Result<(), String>) {
+        self.findings.push(Finding { what, needed_for, microseconds: None, error: error.err() });
     }
 
     /// Generates a session key with a role and the attributes that a ceremony uses on the token.
@@ -185,7 +185,7 @@ impl SelfTest<'_> {
         mechanism: &Mechanism<'_>,
     ) -> Result<ObjectHandle, Failure> {
         use super::failure::FailureContext as _;
-        let mut template = role.template(name, b"spp-doctor", &self.profile);
+        let mut template = role.template(name, b"spp-self-test", &self.profile);
         template[0] = Attribute::Token(false);
         template.push(Attribute::ValueLen(32.into()));
         let made = self.operations.session().generate_key(mechanism, &template);
@@ -273,13 +273,13 @@ impl SelfTest<'_> {
         self.record(format!("a {text} key stays unextractable"), FOR, fixed);
     }
 
-    fn signing(&mut self, kind: KeyKind) {
+    fn signing(&mut self, kind: KeyType) {
         use super::failure::FailureContext as _;
         const FOR: &str = "certificates, log checkpoints";
         let (mechanism, mut public) = pair_generation(kind);
         public.extend([Attribute::Token(false), Attribute::Verify(true)]);
         let key = name(&format!("signer-{kind}"));
-        let mut private = KeyRole::Signing(kind).template(&key, b"spp-doctor", &self.profile);
+        let mut private = KeyRole::Signing(kind).template(&key, b"spp-self-test", &self.profile);
         private[0] = Attribute::Token(false);
         let made = self.operations.session().generate_key_pair(&mechanism, &public, &private);
         let made = made.context(|| format!("generating a {kind} pair"));
@@ -293,14 +293,14 @@ impl SelfTest<'_> {
             .and_then(|shown| public_key(kind, shown).map_err(|e| e.to_string()));
         let shown = match shown {
             Ok(shown) => shown,
-            Err(trouble) => return self.record(format!("sign {kind}"), FOR, Err(trouble)),
+            Err(error) => return self.record(format!("sign {kind}"), FOR, Err(error)),
         };
         let algorithm = SignatureAlgorithm::default_for(kind);
         self.measure(&format!("sign {kind}"), FOR, |operations| {
             let wrong = |e: String| Failure::new(super::FailureClass::Rejected, e);
-            let signature = to_x509_form(algorithm, operations.sign(&key, algorithm, b"spp/v1/key-check doctor")?);
+            let signature = to_x509_form(algorithm, operations.sign(&key, algorithm, b"spp/v1/key-check self-test")?);
             let signature = signature.map_err(|e| wrong(e.to_string()))?;
-            let verified = shown.verify(algorithm, b"spp/v1/key-check doctor", &signature);
+            let verified = shown.verify(algorithm, b"spp/v1/key-check self-test", &signature);
             verified.map_err(|_| wrong("the signature does not verify: do not use this module".to_owned()))
         });
     }
@@ -318,8 +318,8 @@ impl SelfTest<'_> {
                 self.record(what, FOR, Ok(()));
                 Some(key)
             }
-            Err(trouble) => {
-                self.record(what, FOR, Err(trouble));
+            Err(error) => {
+                self.record(what, FOR, Err(error));
                 None
             }
         }
@@ -347,7 +347,7 @@ impl SelfTest<'_> {
         self.record("a key serves only its own usage".to_owned(), FOR, signs);
     }
 
-    fn pairs(&mut self, kind: KeyKind, transport: &TransportKey) {
+    fn pairs(&mut self, kind: KeyType, transport: &TransportKey) {
         const FOR: &str = "device key pairs";
         let wrapping = name("wrapping");
         if !self.operations.handles.contains_key(&wrapping) {

@@ -22,7 +22,7 @@ pub(crate) struct CallStatistics(Mutex<BTreeMap<(&'static str, Outcome), CallSta
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct CallStatistic {
     /// The operation.
-    pub verb: &'static str,
+    pub operation: &'static str,
     /// `ok`, or the class of its failure.
     pub outcome: &'static str,
     /// Number of operations.
@@ -50,11 +50,11 @@ impl CallStatistics {
     /// Counts the operations that the worker started.
     pub(super) fn count(&self, names: &[&'static str], reply: &Reply) {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        for (index, (verb, took_us)) in names.iter().zip(&reply.took_us).enumerate() {
+        for (index, (operation, took_us)) in names.iter().zip(&reply.took_us).enumerate() {
             let failed = reply.result.as_ref().err().filter(|_| index + 1 == reply.took_us.len());
             let outcome = failed.map_or("ok", |failure| class_name(failure.class));
-            let statistic = all.entry((verb, outcome)).or_default();
-            (statistic.verb, statistic.outcome) = (verb, outcome);
+            let statistic = all.entry((operation, outcome)).or_default();
+            (statistic.operation, statistic.outcome) = (operation, outcome);
             statistic.count += 1;
             statistic.took += Duration::from_micros((*took_us).into());
             let bucket = LATENCY_BOUNDS_US.iter().position(|bound| took_us <= bound);
@@ -93,7 +93,8 @@ mod tests {
         statistics.count(&names, &Reply { id: 1, took_us: vec![900, 40], result: Err(failure) });
         statistics.count(&names, &Reply { id: 2, took_us: vec![800, 60, 5], result: Ok(Vec::new()) });
         let all = statistics.all();
-        let counted: Vec<_> = all.iter().map(|one| (one.verb, one.outcome, one.count, one.took.as_micros())).collect();
+        let counted: Vec<_> =
+            all.iter().map(|one| (one.operation, one.outcome, one.count, one.took.as_micros())).collect();
         assert_eq!(
             counted,
             [

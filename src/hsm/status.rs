@@ -14,7 +14,7 @@ pub struct HsmStatus {
     /// Whether at least one HSM serves calls.
     pub ready: bool,
     /// Why no HSM serves calls; empty if one does.
-    pub trouble: String,
+    pub error: String,
     /// Calls queued or sent to a worker.
     pub calls_in_flight: u64,
     /// Maximum number of queued calls.
@@ -31,7 +31,7 @@ pub struct MemberStatus {
     /// Whether it serves calls.
     pub ready: bool,
     /// Why it does not serve calls; empty if it does.
-    pub trouble: String,
+    pub error: String,
     /// The module's description of itself.
     pub module: String,
     /// The token's label.
@@ -56,14 +56,14 @@ impl Hsm {
         let states = self.states.borrow();
         let members: Vec<_> =
             self.members.ids().zip(&*states).map(|(member, state)| self.member_status(member, state)).collect();
-        let troubles = members.iter().zip(self.members.ids());
-        let troubles: Vec<_> =
-            troubles.map(|(status, member)| self.members.with_member_name(member, &status.trouble)).collect();
+        let errors = members.iter().zip(self.members.ids());
+        let errors: Vec<_> =
+            errors.map(|(status, member)| self.members.with_member_name(member, &status.error)).collect();
         let ready = members.iter().any(|member| member.ready);
         let waiting = self.members.queue_capacity.saturating_sub(self.members.queue.available_permits()) as u64;
         HsmStatus {
             ready,
-            trouble: if ready { String::new() } else { troubles.join("; ") },
+            error: if ready { String::new() } else { errors.join("; ") },
             calls_in_flight: waiting.max(members.iter().map(|member| member.calls_in_flight).sum()),
             queue: self.members.queue_capacity as u64,
             members,
@@ -87,7 +87,7 @@ impl Hsm {
                 status.calls_in_flight = connection.pending.count(Priority::Line) as u64;
                 status.background_calls_in_flight = connection.pending.count(Priority::Background) as u64;
             }
-            State::Unavailable { reason, .. } | State::Stopped { reason } => status.trouble.clone_from(reason),
+            State::Unavailable { reason, .. } | State::Stopped { reason } => status.error.clone_from(reason),
         }
         status
     }

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
-use spp_format::keys::{KeyKind, SignatureAlgorithm};
+use spp_format::keys::{KeyType, SignatureAlgorithm};
 use spp_format::names::KeyName;
 use spp_format::secret::SecretBytes;
 use zeroize::{Zeroize as _, Zeroizing};
@@ -113,23 +113,23 @@ pub(crate) enum Operation {
     },
     /// Generates a session pair, wraps it for storage and for delivery, and destroys it.
     GeneratePair {
-        kind: KeyKind,
+        kind: KeyType,
         wrapping_key: KeyName,
     },
     /// Rewraps a stored key under the transport key.
     Rewrap {
-        kind: KeyKind,
+        kind: KeyType,
         wrapping_key: KeyName,
         blob: Vec<u8>,
     },
     /// Wraps a pair of the token under the transport key.
     DeliverPair {
-        kind: KeyKind,
+        kind: KeyType,
         pair: TokenPair,
     },
     /// Pregenerates pairs: at least one, then more until `within_ms` has elapsed.
     MakePairs {
-        kind: KeyKind,
+        kind: KeyType,
         target: StorageTarget,
         at_most: u32,
         within_ms: u32,
@@ -138,7 +138,7 @@ pub(crate) enum Operation {
     Move {
         from: KeyName,
         to: KeyName,
-        blobs: Vec<(KeyKind, Vec<u8>)>,
+        blobs: Vec<(KeyType, Vec<u8>)>,
     },
     /// Generates a batch key durably, unless it exists.
     CreateBatchKey {
@@ -150,7 +150,7 @@ pub(crate) enum Operation {
     },
     /// Destroys a pair of the token, if it exists.
     DestroyPair {
-        kind: KeyKind,
+        kind: KeyType,
         pair: TokenPair,
     },
     /// Lists the batch keys and pairs that daemons generated on the token.

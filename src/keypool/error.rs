@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use spp_format::keys::KeyKind;
+use spp_format::keys::KeyType;
 
 use crate::hsm::HsmError;
 use crate::store::StoreError;
@@ -17,7 +17,7 @@ pub enum PoolError {
     )]
     Empty {
         /// The kind.
-        kind: KeyKind,
+        kind: KeyType,
         /// Pairs per second of the current or last filling.
         fill_rate: f64,
         /// The time after which a pair should be ready for this caller.
@@ -27,12 +27,12 @@ pub enum PoolError {
     },
     /// The configuration has no pool of the key type.
     #[error("no pool of {0} pairs; add a [[keypool.pool]] for it to sppd.toml")]
-    NoPool(KeyKind),
+    NoPool(KeyType),
     /// The ordered number of pairs is above the pool's limit.
-    #[error("the pool of {kind} pairs is limited to {limit} pairs")]
+    #[error("cannot fill the {kind} pool beyond its limit of {limit} pairs; choose a lower target")]
     TooMany {
         /// The kind.
-        kind: KeyKind,
+        kind: KeyType,
         /// The pool's limit: the high mark if pairs are stored on the token.
         limit: u64,
     },

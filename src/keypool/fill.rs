@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use spp_format::keys::{KeyKind, PublicKey};
+use spp_format::keys::{KeyType, PublicKey};
 use tokio::task::JoinSet;
 
 use super::pool_state::{Pool, Share};
@@ -21,7 +21,7 @@ const CALL_LIMIT: Duration = Duration::from_millis(200);
 
 impl KeyPool {
     /// Orders a fill to `to` pairs, or to the high mark. Returns the target.
-    pub fn order_fill(&self, kind: KeyKind, to: Option<u64>) -> Result<u64, PoolError> {
+    pub fn order_fill(&self, kind: KeyType, to: Option<u64>) -> Result<u64, PoolError> {
         let pool = self.pools.get(&kind).ok_or(PoolError::NoPool(kind))?;
         let to = to.unwrap_or(pool.marks.high);
         // With on-token pairs, the marks are checked against the token's capacity.
@@ -39,12 +39,12 @@ impl KeyPool {
     }
 
     /// Whether an order is still pending. The number of ready pairs does not show this, because devices consume pairs.
-    pub fn is_ordered(&self, kind: KeyKind) -> bool {
+    pub fn is_ordered(&self, kind: KeyType) -> bool {
         self.pools.get(&kind).is_some_and(|pool| pool.fill_state().ordered.is_some())
     }
 
     /// Keeps one HSM's share filled, independent of the other HSMs.
-    pub(super) async fn fill_loop(self: Arc<Self>, kind: KeyKind, member: HsmId) {
+    pub(super) async fn fill_loop(self: Arc<Self>, kind: KeyType, member: HsmId) {
         let Some(pool) = self.pools.get(&kind) else { return };
         let Some(share) = pool.shares.get(&member) else { return };
         // `self` owns the sender, so the wait cannot fail.
@@ -71,7 +71,7 @@ impl KeyPool {
     }
 
     /// Fills the share if it is below its low mark or an order is pending. Returns when nothing is left to do.
-    async fn fill(&self, kind: KeyKind, pool: &Pool, member: HsmId, share: &Share) -> Result<(), PoolError> {
+    async fn fill(&self, kind: KeyType, pool: &Pool, member: HsmId, share: &Share) -> Result<(), PoolError> {
         let mut is_begun = false;
         loop {
             let ready = self.ready_pairs_by_member(kind).await?;
@@ -106,7 +106,7 @@ impl KeyPool {
     /// Adds up to `wanted` pairs to a batch, limited by the batch size.
     async fn fill_batch(
         &self,
-        kind: KeyKind,
+        kind: KeyType,
         pool: &Pool,
         (member, share): (HsmId, &Share),
         mut batch: Batch,
@@ -181,7 +181,7 @@ impl KeyPool {
     }
 
     /// Ready pairs of a key type per HSM in service.
-    async fn ready_pairs_by_member(&self, kind: KeyKind) -> Result<BTreeMap<HsmId, u64>, PoolError> {
+    async fn ready_pairs_by_member(&self, kind: KeyType) -> Result<BTreeMap<HsmId, u64>, PoolError> {
         let batches = self.store.batches().await?;
         let owners = self.batch_owners().await?;
         let of_kind = || batches.iter().filter(|batch| batch.purpose == Purpose::Pool(kind));

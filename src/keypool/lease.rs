@@ -12,7 +12,7 @@ use super::pool_state::Share;
 use super::readers_barrier::ReaderGuard;
 use super::{KeyPool, PoolError};
 
-use spp_format::keys::{KeyKind, PublicKey};
+use spp_format::keys::{KeyType, PublicKey};
 use spp_format::names::KeyName;
 
 use crate::hsm::{BatchName, HsmError, StoredKey, WrappedKey};
@@ -101,7 +101,7 @@ impl Drop for PoolLease {
 
 impl KeyPool {
     /// Leases a ready pair from the oldest batch of the least loaded HSM.
-    pub async fn lease_pair(&self, kind: KeyKind) -> Result<PoolLease, PoolError> {
+    pub async fn lease_pair(&self, kind: KeyType) -> Result<PoolLease, PoolError> {
         let pool = self.pools.get(&kind).ok_or(PoolError::NoPool(kind))?;
         self.wait_until_reconciled().await?;
         let deadline = Instant::now() + self.hsm.call_timeout();
@@ -245,7 +245,7 @@ impl KeyPool {
         }
     }
 
-    fn empty_error(&self, kind: KeyKind) -> PoolError {
+    fn empty_error(&self, kind: KeyType) -> PoolError {
         let Some(pool) = self.pools.get(&kind) else { return PoolError::NoPool(kind) };
         let unserved = pool.unserved.fetch_add(1, Ordering::Relaxed).saturating_add(1);
         let fill_rate = pool.fill_state().rate.per_second();

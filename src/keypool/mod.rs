@@ -33,7 +33,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use spp_format::keys::KeyKind;
+use spp_format::keys::KeyType;
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 
@@ -58,7 +58,7 @@ pub struct KeyPool {
     registry: Registry,
     rules: PoolRules,
     clock: Clock,
-    pools: BTreeMap<KeyKind, Pool>,
+    pools: BTreeMap<KeyType, Pool>,
     /// Callers that use a batch key or hold a lease.
     readers: ReadersBarrier,
     /// The batch per HSM that receives the pairs of new sessions.
@@ -112,7 +112,7 @@ impl KeyPool {
         rules: PoolRules,
         clock: Clock,
     ) -> Arc<Self> {
-        let pool = |(kind, marks): (&KeyKind, &Marks)| {
+        let pool = |(kind, marks): (&KeyType, &Marks)| {
             let pairs_available = Arc::new(Notify::new());
             let share = |member| {
                 let queue = ReadyQueue::new(*kind, member, Arc::clone(&pairs_available));
@@ -198,9 +198,9 @@ impl KeyPool {
         }
         let planned = self.forget_abandoned_plans(member).await;
         let sessions = self.ensure_session_batch(member).await;
-        let condemned = self.destroy_pending_pairs(member).await;
+        let pairs_to_destroy = self.destroy_pending_pairs(member).await;
         let due = self.shred_due_batches(member).await;
-        planned.and(sessions).and(condemned).and(due)
+        planned.and(sessions).and(pairs_to_destroy).and(due)
     }
 
     /// The errors of the last maintenance runs.
@@ -223,7 +223,7 @@ impl KeyPool {
     }
 
     /// The key types that have a pool.
-    pub fn kinds(&self) -> impl Iterator<Item = KeyKind> {
+    pub fn kinds(&self) -> impl Iterator<Item = KeyType> {
         self.pools.keys().copied()
     }
 

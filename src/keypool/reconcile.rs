@@ -1,6 +1,6 @@
-//! Compares the store with each token, in both directions, once per HSM when the HSM is first ready. A crash may leave a plan
-//! without its key, a key without its batch, or an on-token pair without a row. An old copy of the store that was restored leaves
-//! more differences.
+//! Compares the store with each token, in both directions, once per HSM when the HSM is first ready. A crash may leave a
+//! planned batch without its key, a batch key without its batch, or an on-token pair that the store does not list. A
+//! restored old copy of the store causes further differences.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -73,7 +73,8 @@ impl KeyPool {
             self.hsm.add_batch_owner(BatchName { store, number: batch.number }, member);
         }
         self.reconcile_state().compared_members.insert(member);
-        // Another HSM may have been compared concurrently, so that neither comparison knew the other's batches, or was the last one.
+        // Another HSM may have been compared concurrently, so that neither comparison knew the other's batches, or was the
+        // last one.
         if batches.is_some() {
             let why = match self.cloned_batch(&on_token, store, member) {
                 None if self.is_last(member) => self.lost_batch(&on_token, store, member).await?,
@@ -164,8 +165,8 @@ impl KeyPool {
         Ok(None)
     }
 
-    /// Quarantines every active batch with ready pairs, and the batches of sessions, because the state store is an old copy: any pair
-    /// that it lists as ready may be on a device.
+    /// Quarantines every active batch with ready pairs, and the batches of sessions, because the state store is an old copy:
+    /// any pair that it lists as ready may be on a device.
     pub async fn quarantine_all(&self, why: String) -> Result<(), PoolError> {
         let why = format!("the state store was rolled back: {why}");
         self.reconcile_state().rolled_back.get_or_insert_with(|| why.clone());
@@ -226,12 +227,12 @@ impl KeyPool {
         for (_, pair) in
             objects.pairs.iter().filter(|(batch, pair)| batch.number == number && !referenced.contains(pair))
         {
-            tracing::warn!(batch = number, "destroying an on-token pair without a row");
+            tracing::warn!(batch = number, "destroying an on-token pair that the state store does not list");
             match purpose.as_ref().map(|batch| batch.purpose) {
                 Some(Purpose::Pool(kind)) => hsm.destroy_pair(kind, pair).await?,
                 // The key type of the batch is unknown: try the types.
                 _ => {
-                    for kind in [spp_format::keys::KeyKind::P256, spp_format::keys::KeyKind::Ed25519] {
+                    for kind in [spp_format::keys::KeyType::P256, spp_format::keys::KeyType::Ed25519] {
                         hsm.destroy_pair(kind, pair).await?;
                     }
                 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use spp_format::keys::KeyKind;
+use spp_format::keys::KeyType;
 
 use crate::store::KeyStorage;
 
@@ -20,7 +20,7 @@ pub struct PoolRules {
     /// Maximum number of pairs in a batch.
     pub batch_size: u64,
     /// The marks of the pools, by key type.
-    pub pools: BTreeMap<KeyKind, Marks>,
+    pub pools: BTreeMap<KeyType, Marks>,
     /// Intervals of the pool's background tasks.
     pub pacing: PoolPacing,
 }

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use spp_format::keys::{KeyKind, PublicKey};
+use spp_format::keys::{KeyType, PublicKey};
 
 use super::batch_owners::BatchOwners;
 use super::{KeyPool, PoolError};
@@ -23,7 +23,7 @@ const MAX_DESTROY_SCANNED: usize = 10_000;
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ShredOrder {
     /// Restricts the order to pools of this key type.
-    pub kind: Option<KeyKind>,
+    pub kind: Option<KeyType>,
     /// Includes quarantined batches: their ready pairs are discarded.
     pub quarantined: bool,
 }
@@ -40,7 +40,8 @@ pub struct ShredReport {
 }
 
 impl KeyPool {
-    /// Shreds the selected batches: those with erased pairs, finished ones, and quarantined ones if the order says so. Calls `progress` after each batch with the number of finished and of all batches.
+    /// Shreds the selected batches: those with erased pairs, finished ones, and quarantined ones if the order says so. Calls
+    /// `progress` after each batch with the number of finished and of all batches.
     pub async fn shred(
         &self,
         order: &ShredOrder,
@@ -288,7 +289,7 @@ const fn ready_id(pair: &BatchPair) -> Option<PairId> {
     }
 }
 
-fn blob_of(pair: &BatchPair) -> Result<(KeyKind, Vec<u8>), PoolError> {
+fn blob_of(pair: &BatchPair) -> Result<(KeyType, Vec<u8>), PoolError> {
     let damaged = |cause: String| {
         let what = format!("the pair of {:?}", pair.assignment);
         PoolError::Store(StoreError::Damaged { store: "secret store", what, cause })

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use spp_format::keys::KeyKind;
+use spp_format::keys::KeyType;
 
 use super::batch_owners::BatchOwners;
 use super::{KeyPool, PoolError};
@@ -24,7 +24,7 @@ pub struct PoolStatus {
     /// Latest time of the next shredding, in seconds since the Unix epoch.
     pub session_next_shred: Option<u64>,
     /// Number of on-token pairs that remain to be destroyed.
-    pub condemned: u64,
+    pub pairs_to_destroy: u64,
     /// Why the store is considered an old copy, if it is.
     pub rolled_back: Option<String>,
     /// The error of the last maintenance run, if it failed. Maintenance is retried.
@@ -35,7 +35,7 @@ pub struct PoolStatus {
 #[derive(Debug, Clone, PartialEq)]
 pub struct KindStatus {
     /// The kind.
-    pub kind: KeyKind,
+    pub kind: KeyType,
     /// The low mark: filling starts below this number of ready pairs.
     pub low: u64,
     /// The high mark: filling ends at this number.
@@ -83,7 +83,7 @@ impl KeyPool {
             kinds.push(self.kind_status(kind, &batches, &owners).await?);
         }
         let of_sessions = || batches.iter().filter(|batch| batch.purpose == Purpose::Sessions);
-        let condemned = self.store.pairs_to_destroy(MAX_COUNTED).await?.len() as u64;
+        let pairs_to_destroy = self.store.pairs_to_destroy(MAX_COUNTED).await?.len() as u64;
         let reconcile_state = self.reconcile_state();
         Ok(PoolStatus {
             storage: self.rules.storage,
@@ -92,7 +92,7 @@ impl KeyPool {
             session_batches: of_sessions().count() as u64,
             session_pairs: of_sessions().map(|batch| batch.reserved).sum(),
             session_next_shred: of_sessions().filter_map(|batch| self.shred_at(batch)).min(),
-            condemned,
+            pairs_to_destroy,
             rolled_back: reconcile_state.rolled_back.clone(),
             last_error: self.last_errors(),
         })
@@ -100,7 +100,7 @@ impl KeyPool {
 
     async fn kind_status(
         &self,
-        kind: KeyKind,
+        kind: KeyType,
         all: &[Batch],
         owners: &BatchOwners<'_>,
     ) -> Result<KindStatus, PoolError> {

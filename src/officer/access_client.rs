@@ -51,7 +51,7 @@ impl OfficerClient {
     /// Submits a signed approval request.
     pub(super) async fn request(
         &mut self,
-        act: &ProtectedAction,
+        action: &ProtectedAction,
         valid_for: Option<Duration>,
     ) -> Result<proto::Approval, StatusError> {
         let known = self.approvals().await?;
@@ -61,10 +61,11 @@ impl OfficerClient {
         aws_lc_rs::rand::fill(&mut bytes).map_err(|e| self.failure(e))?;
         let id = RequestId::from_bytes(bytes);
         let (officer, key) = (officer_name(&self.tls)?, load_key(&self.tls)?);
-        let statement = ApprovalStatement::request(&known.node, id, &officer, expires, act);
+        let statement = ApprovalStatement::request(&known.node, id, &officer, expires, action);
         let signature = key.sign(statement.as_bytes()).map_err(|e| self.failure(e))?;
         let expires = Some(Timestamp { seconds: i64::try_from(expires).unwrap_or(i64::MAX), nanos: 0 });
-        let request = proto::RequestApprovalRequest { id: bytes.to_vec(), act: act.to_json(), expires, signature };
+        let request =
+            proto::RequestApprovalRequest { id: bytes.to_vec(), action: action.to_json(), expires, signature };
         let answer = self.client.request_approval(with_deadline(request)).await;
         let answer = answer.map_err(|status| call_error(&self.server, &status))?.into_inner();
         answer.approval.ok_or_else(|| self.failure("response without the approval request"))
@@ -220,7 +221,7 @@ impl OfficerClient {
 /// An approval request whose content matches its officer's signature.
 pub(super) struct VerifiedRequest {
     pub(super) id: RequestId,
-    pub(super) act: ProtectedAction,
+    pub(super) action: ProtectedAction,
     /// Officer who requested it.
     pub(super) officer: OfficerName,
     /// Signed expiry time, in seconds since the Unix epoch.
@@ -239,7 +240,7 @@ impl VerifiedRequest {
     ) -> Result<Self, StatusError> {
         let invalid = |reason: String| StatusError::Invalid(format!("request {}: {reason}", approval.id));
         let id: RequestId = approval.id.parse().map_err(|e: spp_format::names::NameError| invalid(e.to_string()))?;
-        let act = ProtectedAction::from_json(&approval.act).map_err(invalid)?;
+        let action = ProtectedAction::from_json(&approval.action).map_err(invalid)?;
         let requested = approval.requested.as_ref().ok_or_else(|| invalid("not signed".to_owned()))?;
         let certificate =
             verify_caller_certificate(&requested.certificate, authorities).map_err(|e| invalid(e.to_string()))?;
@@ -247,12 +248,12 @@ impl VerifiedRequest {
             return Err(invalid("not signed by an officer".to_owned()));
         };
         let expires = approval.expires.map_or(0, |time| u64::try_from(time.seconds).unwrap_or_default());
-        let statement = ApprovalStatement::request(node, id, &officer, expires, &act);
+        let statement = ApprovalStatement::request(node, id, &officer, expires, &action);
         if requested.officer != officer.as_str() || requested.statement != statement.as_str() {
             return Err(invalid("the content does not match what its officer signed".to_owned()));
         }
         verify_statement(statement.as_bytes(), &requested.signature, &requested.certificate).map_err(invalid)?;
-        Ok(Self { id, act, officer, expires, node: node.to_owned(), statement })
+        Ok(Self { id, action, officer, expires, node: node.to_owned(), statement })
     }
 
     /// The officer who approved this request; an error if the signature is not for this approval.

@@ -79,7 +79,7 @@ pub enum RequestCommand {
         reason: String,
         /// Validity of the request and connection to the daemon.
         #[command(flatten)]
-        ask: AskArgs,
+        ask: RequestArgs,
     },
     /// Request the enrolment of an officer or of a revoked caller, for a key that they generated with `sppctl request`.
     Enroll {
@@ -95,7 +95,7 @@ pub enum RequestCommand {
         days: u32,
         /// Validity of the request and connection to the daemon.
         #[command(flatten)]
-        ask: AskArgs,
+        ask: RequestArgs,
     },
     /// Request a higher quota for a station.
     Quota {
@@ -109,7 +109,7 @@ pub enum RequestCommand {
         devices_total: Option<Limit>,
         /// Validity of the request and connection to the daemon.
         #[command(flatten)]
-        ask: AskArgs,
+        ask: RequestArgs,
     },
     /// Request new approval rules. Rules that are not given stay unchanged.
     Rules {
@@ -136,7 +136,7 @@ pub enum RequestCommand {
         longest: Option<Duration>,
         /// Validity of the request and connection to the daemon.
         #[command(flatten)]
-        ask: AskArgs,
+        ask: RequestArgs,
     },
     /// Request one run of a ceremony that destroys, rotates or restores keys.
     Ceremony {
@@ -144,7 +144,7 @@ pub enum RequestCommand {
         file: PathBuf,
         /// Validity of the request and connection to the daemon.
         #[command(flatten)]
-        ask: AskArgs,
+        ask: RequestArgs,
     },
 }
 
@@ -166,7 +166,7 @@ impl FromStr for Limit {
 
 /// Validity of a request and the daemon that receives it.
 #[derive(Args)]
-pub struct AskArgs {
+pub struct RequestArgs {
     /// Validity of the request, for example 2h [default: the longest that the rules allow].
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     valid_for: Option<Duration>,
@@ -227,29 +227,29 @@ impl RequestCommand {
                 request(&ProtectedAction::ChangeRules { rules }, &ask).await
             }
             Self::Ceremony { file, ask } => {
-                let act = ceremony_action(&file).map_err(StatusError::Invalid)?;
-                request(&act, &ask).await
+                let action = ceremony_action(&file).map_err(StatusError::Invalid)?;
+                request(&action, &ask).await
             }
         }
     }
 }
 
-impl AskArgs {
+impl RequestArgs {
     async fn connect(&self) -> Result<OfficerClient, StatusError> {
         OfficerClient::connect(&self.daemon.server, &self.daemon.tls).await
     }
 }
 
 /// Requests the revocation of a caller.
-pub async fn revoke(role: Role, name: &str, reason: String, ask: &AskArgs) -> Result<(), StatusError> {
+pub async fn revoke(role: Role, name: &str, reason: String, ask: &RequestArgs) -> Result<(), StatusError> {
     Caller::new(role, name).map_err(|e| StatusError::Invalid(e.to_string()))?;
     request(&ProtectedAction::Revoke { role, name: name.to_owned(), reason }, ask).await
 }
 
-async fn request(act: &ProtectedAction, ask: &AskArgs) -> Result<(), StatusError> {
+async fn request(action: &ProtectedAction, ask: &RequestArgs) -> Result<(), StatusError> {
     // Parse it as the daemon does, so that invalid content is reported before anything is signed.
-    ProtectedAction::from_json(&act.to_json()).map_err(StatusError::Invalid)?;
-    let filed = ask.connect().await?.request(act, ask.valid_for).await?;
+    ProtectedAction::from_json(&action.to_json()).map_err(StatusError::Invalid)?;
+    let filed = ask.connect().await?.request(action, ask.valid_for).await?;
     if ask.daemon.json {
         println!("{:#}", approval_json(&filed));
         return Ok(());
@@ -271,7 +271,7 @@ async fn list(daemon: &DaemonArgs, all: bool) -> Result<(), StatusError> {
         println!("{:#}", json!({ "node": listed.node, "rules": rules, "approvals": approvals }));
         return Ok(());
     }
-    let mut table = table(["request", "state", "approvals", "asked by", "expires", "what"], []);
+    let mut table = table(["request", "state", "approvals", "requested by", "expires", "action"], []);
     for approval in &shown {
         let expires = approval.expires.map(seconds).map_or_else(String::new, format_time);
         let by = approval.requested.as_ref().map(|signed| escape_controls(&signed.officer)).unwrap_or_default();
@@ -344,14 +344,14 @@ fn describe(approval: &proto::Approval, request: &VerifiedRequest) -> String {
         let _ = writeln!(text, "{name:<10} {value}");
     };
     row("request", &approval.id);
-    row("what", &escape_controls(&request.act.to_string()));
+    row("action", &escape_controls(&request.action.to_string()));
     let left = approval.expires.map(seconds).map_or(0, |expires| expires.saturating_sub(now()));
     let expires = approval.expires.map(seconds).map_or_else(String::new, format_time);
     let left = humantime::format_duration(Duration::from_secs(left - left % 60));
     row("state", &format!("{}, {} of {} approvals", approval.state, approval.approvals.len(), approval.needed));
     row("expires", &format!("{expires}, in {left}"));
     if let Some(signed) = &approval.requested {
-        row("asked by", &signer(signed));
+        row("requester", &signer(signed));
     }
     for signed in &approval.approvals {
         row("approved", &signer(signed));
@@ -360,7 +360,7 @@ fn describe(approval: &proto::Approval, request: &VerifiedRequest) -> String {
         row("rejected", &format!("{}: {}", signer(signed), escape_controls(&approval.reason)));
     }
     row("hash", &request.hash());
-    if let ProtectedAction::Ceremony { file, .. } = &request.act {
+    if let ProtectedAction::Ceremony { file, .. } = &request.action {
         row("file", "");
         for line in file.lines() {
             row("", &escape_controls(line));
@@ -370,7 +370,11 @@ fn describe(approval: &proto::Approval, request: &VerifiedRequest) -> String {
 }
 
 fn signer(signed: &proto::OfficerSignature) -> String {
-    format!("{} at {}", escape_controls(&signed.officer), signed.at.map(seconds).map_or_else(String::new, format_time))
+    format!(
+        "{} at {}",
+        escape_controls(&signed.officer),
+        signed.received_at.map(seconds).map_or_else(String::new, format_time)
+    )
 }
 
 fn seconds(time: prost_types::Timestamp) -> u64 {
@@ -401,7 +405,7 @@ fn approval_json(approval: &proto::Approval) -> serde_json::Value {
     let signed = |signed: &proto::OfficerSignature| {
         json!({
             "officer": signed.officer,
-            "at": signed.at.map(seconds),
+            "received_at": signed.received_at.map(seconds),
             "statement": signed.statement,
             "signature": hex::encode(&signed.signature),
             "certificate": hex::encode(&signed.certificate),
@@ -411,7 +415,7 @@ fn approval_json(approval: &proto::Approval) -> serde_json::Value {
         "id": approval.id,
         "state": approval.state,
         "description": approval.description,
-        "act": serde_json::from_str::<serde_json::Value>(&approval.act).unwrap_or_default(),
+        "action": serde_json::from_str::<serde_json::Value>(&approval.action).unwrap_or_default(),
         "expires": approval.expires.map(seconds),
         "needed": approval.needed,
         "requested": approval.requested.as_ref().map(signed),

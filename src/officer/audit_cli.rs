@@ -118,10 +118,10 @@ pub struct VerifyAuditArgs {
     access_ca: Vec<PathBuf>,
     /// Confirm a loss that the officers accepted: index of the public database entry that covers the lost audit entries;
     /// repeatable.
-    #[arg(long, value_name = "INDEX")]
-    given_up: Vec<u64>,
+    #[arg(long = "accepted-loss", value_name = "INDEX")]
+    accepted_losses: Vec<u64>,
     /// Verify only the hash chain, no signatures and no checkpoints in the public database.
-    #[arg(long, conflicts_with_all = ["log", "key", "access_ca", "given_up"])]
+    #[arg(long, conflicts_with_all = ["log", "key", "access_ca", "accepted_losses"])]
     chain_only: bool,
     /// Print JSON.
     #[arg(long)]
@@ -182,7 +182,7 @@ impl VerifyAuditArgs {
                 .map_err(|e| format!("{}: {e}", path.display()))?;
             authorities.push(authority.public_key().clone());
         }
-        Ok(Some(Trust { key: Some(key), authorities, published, given_up: self.given_up.clone() }))
+        Ok(Some(Trust { key: Some(key), authorities, published, accepted_losses: self.accepted_losses.clone() }))
     }
 }
 

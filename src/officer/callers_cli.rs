@@ -85,8 +85,8 @@ fn ranges_table(ranges: &[proto::IdentityRange]) -> Table {
             range.profile.clone(),
             range.first.clone(),
             range.last.clone(),
-            escape_controls(&range.by),
-            range.at.map(seconds).map_or_else(String::new, format_time),
+            escape_controls(&range.loaded_by),
+            range.loaded_at.map(seconds).map_or_else(String::new, format_time),
             range.number.to_string(),
             range.count.to_string(),
             range.count.saturating_sub(range.used).to_string(),
@@ -103,8 +103,8 @@ fn range_json(range: &proto::IdentityRange) -> serde_json::Value {
         "last": range.last,
         "count": range.count,
         "used": range.used,
-        "by": range.by,
-        "at": range.at.map(seconds),
+        "loaded_by": range.loaded_by,
+        "loaded_at": range.loaded_at.map(seconds),
     })
 }
 
@@ -211,7 +211,7 @@ fn certificates_table(role: Role, known: &proto::ListCallersResponse) -> Table {
             hex::encode(&certificate.serial),
             certificate.not_before.map(seconds).map_or_else(String::new, format_time),
             certificate.not_after.map(seconds).map_or_else(String::new, format_time),
-            escape_controls(&certificate.by),
+            escape_controls(&certificate.requested_by),
             revocation(role, &certificate.name, known).unwrap_or_default(),
         ]);
     }
@@ -234,7 +234,7 @@ fn newest_certificate<'a>(
 /// The revocation of a caller, unless the newest certificate was issued after it and is valid again.
 fn revocation(role: Role, name: &str, known: &proto::ListCallersResponse) -> Option<String> {
     let revoked = known.revocations.iter().find(|revoked| revoked.role == role.as_str() && revoked.name == name)?;
-    let revoked_at = revoked.at.map(seconds).unwrap_or_default();
+    let revoked_at = revoked.revoked_at.map(seconds).unwrap_or_default();
     let newer = newest_certificate(role, name, known)
         .and_then(|known| known.not_before)
         .map(seconds)
@@ -249,7 +249,7 @@ fn callers_json(role: Role, known: &proto::ListCallersResponse) -> serde_json::V
     let certificate = |certificate: &proto::KnownCertificate| {
         let (begins, ends) = (certificate.not_before.map(seconds), certificate.not_after.map(seconds));
         let serial = hex::encode(&certificate.serial);
-        json!({ "name": certificate.name, "serial": serial, "not_before": begins, "not_after": ends, "by": certificate.by })
+        json!({ "name": certificate.name, "serial": serial, "not_before": begins, "not_after": ends, "requested_by": certificate.requested_by })
     };
     let station = |station: &proto::StationUse| {
         json!({
@@ -264,7 +264,7 @@ fn callers_json(role: Role, known: &proto::ListCallersResponse) -> serde_json::V
         })
     };
     let revocation = |revoked: &proto::Revocation| {
-        let at = revoked.at.map(seconds);
+        let at = revoked.revoked_at.map(seconds);
         json!({ "name": revoked.name, "at": at, "reason": revoked.reason, "request": revoked.request })
     };
     let has_role = |name: &str| name == role.as_str();

@@ -190,7 +190,7 @@ fn finished_event(mut act: OfflineEvent, record: &proto::RecordCeremonyRequest) 
         cause => Outcome::Failed(cause.to_owned()),
     };
     act.details.insert("transcript_sha256".to_owned(), hex::encode(&record.transcript_sha256));
-    let steps = (1_u32..).zip(&record.acts);
+    let steps = (1_u32..).zip(&record.actions);
     act.details.extend(steps.map(|(n, done)| (format!("act {n:02}"), done.clone())));
     act
 }
@@ -233,8 +233,8 @@ async fn use_approval(
     let proto::ListApprovalsResponse { approvals: known, node, .. } =
         client.approvals().await.map_err(|e| e.to_string())?;
     let matches_file = |approval: &&proto::Approval| {
-        let act = ProtectedAction::from_json(&approval.act).ok();
-        approval.state == "approved" && act.and_then(|act| act.ceremony_hash()).as_ref() == Some(hash)
+        let action = ProtectedAction::from_json(&approval.action).ok();
+        approval.state == "approved" && action.and_then(|action| action.ceremony_hash()).as_ref() == Some(hash)
     };
     let found = known.iter().find(matches_file).ok_or_else(|| {
         "no unused approval of this file: run sppctl approvals request ceremony FILE and have another officer approve it".to_owned()
@@ -268,7 +268,7 @@ fn audit_record(
     let json = json.and_then(|path| std::fs::read(path).ok());
     record.transcript_sha256 = json.map(|json| sha256(&json).to_vec()).unwrap_or_default();
     let steps = transcript.keys.iter().map(|key| format!("{} {} {}", key.act, key.name, key.fingerprint));
-    record.acts = steps.take(MAX_RECORDED).collect();
+    record.actions = steps.take(MAX_RECORDED).collect();
     record
 }
 

@@ -112,7 +112,7 @@ pub fn enroll(access: &HsmAccess, manifest: &KeyManifest, enrolment: &Enrolment)
         not_before,
         not_after: not_before + u64::from(enrolment.days) * 24 * 60 * 60,
     })?;
-    let signature = token.sign(&key.name, &key.id, kind, document.algorithm(), document.to_be_signed())?;
+    let signature = token.sign_document(key, &document)?;
     let certificate = document.assemble(&signature)?.to_pem()?;
 
     make_directory(&enrolment.out)?;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 /// A file or directory could not be written.
 #[derive(Debug, thiserror::Error)]
-#[error("writing {path}: {cause}")]
+#[error("cannot write {path}: {cause}")]
 pub struct FileError {
     path: PathBuf,
     cause: std::io::Error,

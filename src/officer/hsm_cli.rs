@@ -10,7 +10,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use indicatif::ProgressBar;
 use serde_json::json;
 use spp_format::certificate::{KeyPairRule, Profile};
-use spp_format::keys::KeyKind;
+use spp_format::keys::KeyType;
 use spp_format::names::ProfileName;
 use spp_proto as proto;
 
@@ -63,8 +63,8 @@ pub enum HsmCommand {
         #[arg(long, value_name = "DIR")]
         products: Option<PathBuf>,
         /// Skip a key type that no profile needs, for example rsa-4096, whose generation takes seconds; repeatable.
-        #[arg(long, value_name = "KIND", conflicts_with = "products")]
-        skip: Vec<KeyKind>,
+        #[arg(long, value_name = "TYPE", conflicts_with = "products")]
+        skip: Vec<KeyType>,
         /// Print JSON.
         #[arg(long)]
         json: bool,
@@ -218,7 +218,7 @@ fn check(
     token: &TokenIdentity,
     pin: &PinSource,
     products: Option<&Path>,
-    skip: &[KeyKind],
+    skip: &[KeyType],
     json: bool,
 ) -> Result<(), String> {
     let products = products.map_or_else(|| Ok(BTreeMap::new()), load_products)?;
@@ -241,7 +241,7 @@ fn check(
         true => Ok(()),
         false => Err(format!(
             "{} of {} tests failed; see the list above",
-            report.findings.iter().filter(|finding| finding.trouble.is_some()).count(),
+            report.findings.iter().filter(|finding| finding.error.is_some()).count(),
             report.findings.len()
         )),
     }
@@ -252,14 +252,14 @@ fn print_report(report: &SelfTestReport, rates: &[(String, Rate)]) {
     let mut rows = table(&["", "test", "time", "needed for"]);
     for finding in &report.findings {
         let took = finding.microseconds.map(|us| format!("{:.2} ms", us as f64 / 1000.0)).unwrap_or_default();
-        let mark = if finding.trouble.is_none() { "ok" } else { "NO" };
+        let mark = if finding.error.is_none() { "ok" } else { "NO" };
         rows.add_row([mark, &finding.what, &took, finding.needed_for]);
     }
     right_align(&mut rows, &[2]);
     println!("{rows}");
     for finding in &report.findings {
-        if let Some(trouble) = &finding.trouble {
-            println!("\n{}:\n  {trouble}", finding.what);
+        if let Some(error) = &finding.error {
+            println!("\n{}:\n  {error}", finding.what);
         }
     }
     if !rates.is_empty() {
@@ -313,17 +313,17 @@ fn rate(report: &SelfTestReport, product: &Profile) -> Rate {
 }
 
 /// Key type of the issuer: from the profile's signature algorithm, else P-256, the usual type of an issuer.
-fn issuer_kind(product: &Profile) -> KeyKind {
+fn issuer_kind(product: &Profile) -> KeyType {
     let algorithm = product.signature();
     let key_type_for =
-        |algorithm: spp_format::keys::SignatureAlgorithm| KeyKind::ALL.into_iter().find(|kind| algorithm.fits(*kind));
-    algorithm.and_then(key_type_for).unwrap_or(KeyKind::P256)
+        |algorithm: spp_format::keys::SignatureAlgorithm| KeyType::ALL.into_iter().find(|kind| algorithm.fits(*kind));
+    algorithm.and_then(key_type_for).unwrap_or(KeyType::P256)
 }
 
 fn needs_of<'a>(products: impl Iterator<Item = &'a Profile>) -> HsmRequirements {
     // The checkpoints of every public database are signed with Ed25519.
     let mut needs = HsmRequirements {
-        signing: [KeyKind::Ed25519].into(),
+        signing: [KeyType::Ed25519].into(),
         prfs: vec![Prf::HmacSha256],
         ..HsmRequirements::default()
     };
@@ -372,7 +372,7 @@ fn status(daemon: &DaemonArgs) -> Result<(), String> {
         }
         match member.ready {
             true => println!("ready     {}, token {} ({})", member.module, member.token_label, member.token_serial),
-            false => println!("NOT ready {}", member.trouble),
+            false => println!("NOT ready {}", member.error),
         }
         let (starts, answered, in_flight) = (member.worker_starts, member.calls_answered, member.calls_in_flight);
         let background = member.background_calls_in_flight;
@@ -394,7 +394,13 @@ fn calls_table(calls: &[proto::HsmCalls]) -> Table {
             us if us == u64::from(u32::MAX) => "out of range".to_owned(),
             us => format!("{:.2} ms", us as f64 / 1000.0),
         };
-        rows.add_row([call.verb.clone(), call.result.clone(), call.count.to_string(), format!("{mean:.2} ms"), median]);
+        rows.add_row([
+            call.operation.clone(),
+            call.result.clone(),
+            call.count.to_string(),
+            format!("{mean:.2} ms"),
+            median,
+        ]);
     }
     right_align(&mut rows, &[2, 3, 4]);
     rows

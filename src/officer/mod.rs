@@ -23,7 +23,7 @@ mod status;
 mod text;
 mod transcript;
 
-pub use approvals_cli::{ApprovalsCommand, AskArgs, RequestCommand, revoke};
+pub use approvals_cli::{ApprovalsCommand, RequestArgs, RequestCommand, revoke};
 pub use audit_cli::{ExportFormat, ReadAuditCommand, VerifyAuditArgs, fetch_audit};
 pub use callers_cli::{IdentitiesCommand, RenewArgs, enroll_via_daemon, list_callers, renew};
 pub use ceremony::{CeremonyOutcome, CeremonyPlan, PlannedStep};
@@ -67,7 +67,7 @@ pub enum OfficerError {
     File(#[from] FileError),
     /// The ceremony needs an approval.
     #[error(
-        "this ceremony {actions} and needs the approval of a second officer; sppctl approvals request ceremony {file} …"
+        "this ceremony {actions} and needs the approval of a second officer: run sppctl approvals request ceremony {file} …"
     )]
     NeedsApproval {
         /// What the ceremony does to existing keys.

@@ -28,7 +28,7 @@ impl Permit {
         let invalid = |reason: String| format!("request {}: {reason}; nothing was done", shown.id);
         let authorities = manifest.access_keys();
         let request = VerifiedRequest::verify(node, shown, &authorities).map_err(|e| e.to_string())?;
-        if request.act.ceremony_hash().as_ref() != Some(file_sha256) {
+        if request.action.ceremony_hash().as_ref() != Some(file_sha256) {
             return Err(invalid("it is not an approval of this file".to_owned()));
         }
         if request.expires <= now() {
@@ -172,7 +172,7 @@ pub(super) mod tests {
         let statement = statement_for(&name);
         let signature = key.sign(statement.as_bytes()).unwrap();
         let (officer, statement) = (name.to_string(), statement.as_str().to_owned());
-        proto::OfficerSignature { officer, at: None, statement, signature, certificate }
+        proto::OfficerSignature { officer, received_at: None, statement, signature, certificate }
     }
 
     fn officer(name: &str) -> Caller {
@@ -197,13 +197,13 @@ pub(super) mod tests {
         }
 
         fn shown(&self) -> proto::Approval {
-            let (id, act) = (RequestId::from_bytes([7; 8]), ProtectedAction::ceremony(FILE.to_owned()));
-            let request = |name: &OfficerName| ApprovalStatement::request("spp-a", id, name, self.expires, &act);
+            let (id, action) = (RequestId::from_bytes([7; 8]), ProtectedAction::ceremony(FILE.to_owned()));
+            let request = |name: &OfficerName| ApprovalStatement::request("spp-a", id, name, self.expires, &action);
             let asked = request(&"o-1".parse().unwrap());
             let decision = |name: &OfficerName| ApprovalStatement::decision("spp-a", id, name, &asked, &self.verdict);
             proto::Approval {
                 id: id.to_string(),
-                act: act.to_json(),
+                action: action.to_json(),
                 expires: Some(prost_types::Timestamp { seconds: i64::try_from(self.expires).unwrap(), nanos: 0 }),
                 needed: 1,
                 requested: Some(signed(self.first, &officer("o-1"), now() + 600, request)),
@@ -253,7 +253,7 @@ pub(super) mod tests {
         refused(&change(&|shown| shown.needed = 2), "not enough approvals: 1 of 2");
         refused(&change(&|shown| shown.approvals[0].signature[9] ^= 1), "signature does not match the statement");
         refused(
-            &change(&|shown| shown.act = ProtectedAction::ceremony(format!("{FILE}#")).to_json()),
+            &change(&|shown| shown.action = ProtectedAction::ceremony(format!("{FILE}#")).to_json()),
             "does not match what its officer",
         );
         assert!(

@@ -92,8 +92,8 @@ pub(super) fn describe_pool(status: &proto::GetPoolStatusResponse) -> String {
     if !status.serving {
         push_line("NOT serving: the comparison of the store with the token is not finished".to_owned());
     }
-    if !status.trouble.is_empty() {
-        push_line(format!("trouble: {}; retrying", status.trouble));
+    if !status.error.is_empty() {
+        push_line(format!("error: {}; retrying", status.error));
     }
     let quarantined: u64 = status.kinds.iter().map(|kind| kind.quarantined).sum();
     if !status.rolled_back.is_empty() {
@@ -105,12 +105,12 @@ pub(super) fn describe_pool(status: &proto::GetPoolStatusResponse) -> String {
              --quarantined"
         ));
     }
-    let unavailable: u64 = status.kinds.iter().map(|kind| kind.away).sum();
+    let unavailable: u64 = status.kinds.iter().map(|kind| kind.unavailable).sum();
     if unavailable > 0 {
         push_line(format!("{unavailable} pairs belong to an unavailable HSM; see sppctl hsm status"));
     }
-    if status.condemned > 0 {
-        push_line(format!("{} erased pairs are still on the token; they are being destroyed", status.condemned));
+    if status.pairs_to_destroy > 0 {
+        push_line(format!("{} erased pairs are still on the token; they are being destroyed", status.pairs_to_destroy));
     }
     text
 }
@@ -145,7 +145,7 @@ pub(super) fn pool_json(status: &proto::GetPoolStatusResponse) -> serde_json::Va
             "ready": kind.ready,
             "reserved": kind.reserved,
             "quarantined": kind.quarantined,
-            "away": kind.away,
+            "unavailable": kind.unavailable,
             "filling": kind.filling,
             "fill_rate_per_second": kind.fill_rate_per_second,
             "paused": kind.paused,
@@ -164,9 +164,9 @@ pub(super) fn pool_json(status: &proto::GetPoolStatusResponse) -> serde_json::Va
         "session_batches": status.session_batches,
         "session_pairs": status.session_pairs,
         "session_next_shred": seconds(&status.session_next_shred),
-        "condemned": status.condemned,
+        "pairs_to_destroy": status.pairs_to_destroy,
         "rolled_back": status.rolled_back,
-        "trouble": status.trouble,
+        "error": status.error,
     })
 }
 

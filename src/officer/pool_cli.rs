@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
-use spp_format::keys::KeyKind;
+use spp_format::keys::KeyType;
 use spp_proto as proto;
 
 use super::pool::{describe_pool, fill_pool, pool_json, pool_status, shred_pool, shredded_json};
@@ -25,8 +25,8 @@ pub enum PoolCommand {
     /// Fill one pool or all pools and wait until they are full. If interrupted, the daemon continues.
     Fill {
         /// Key type: p256, p384, ed25519, rsa-2048, rsa-3072 or rsa-4096 [default: all pools].
-        kind: Option<KeyKind>,
-        /// Number of ready pairs to reach, instead of the high-water mark.
+        kind: Option<KeyType>,
+        /// Number of ready pairs to reach, instead of the pool's high mark.
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=MAX_POOL_PAIRS))]
         to: Option<u64>,
         /// Connection to the daemon.
@@ -36,7 +36,7 @@ pub enum PoolCommand {
     /// Shred erased pairs now: rewrap the remaining pairs of their batches inside the HSM and destroy the old batch keys.
     Shred {
         /// Key type whose batches to shred [default: all, including the batches of pairs generated on demand].
-        kind: Option<KeyKind>,
+        kind: Option<KeyType>,
         /// Also discard the ready pairs of quarantined batches and shred these batches.
         #[arg(long)]
         quarantined: bool,
@@ -101,7 +101,7 @@ impl PoolCommand {
     }
 }
 
-fn kind_name(kind: Option<KeyKind>) -> String {
+fn kind_name(kind: Option<KeyType>) -> String {
     kind.map(|kind| kind.to_string()).unwrap_or_default()
 }
 

@@ -53,7 +53,7 @@ pub async fn fetch_status(
         let answer = request_status(&endpoint, server).await;
         let answer = match (answer, until) {
             (Ok(status), Some(_)) if !status.ready => {
-                Err(StatusError::NotReady(status.hsm.map(|hsm| hsm.trouble).unwrap_or_default()))
+                Err(StatusError::NotReady(status.hsm.map(|hsm| hsm.error).unwrap_or_default()))
             }
             (answer, _) => answer,
         };
@@ -144,7 +144,7 @@ pub fn describe_status(status: &proto::GetStatusResponse) -> String {
             true => {
                 format!("ready: {}, token {} ({})", member.module, member.token_label, member.token_serial)
             }
-            false => format!("NOT ready: {}", member.trouble),
+            false => format!("NOT ready: {}", member.error),
         };
         rows.push(("HSM", format!("{name}{how}")));
         let (starts, answered, in_flight) = (member.worker_starts, member.calls_answered, member.calls_in_flight);
@@ -158,7 +158,7 @@ pub fn describe_status(status: &proto::GetStatusResponse) -> String {
                 sessions.reserved, sessions.issued, sessions.published, sessions.erased, sessions.aborted
             ),
         ),
-        ("records", format!("{}, {} checkpoints signed since start", status.records, log.batches)),
+        ("records", format!("{}, {} checkpoints signed since start", status.records, log.checkpoints)),
         (
             "disk",
             format!(
@@ -173,23 +173,23 @@ pub fn describe_status(status: &proto::GetStatusResponse) -> String {
     if !audit.writable {
         rows.push(("audit log", "NOT writable: every call that must be recorded is refused".to_owned()));
     }
-    if !audit.checkpoint_trouble.is_empty() {
-        rows.push(("audit log", format!("checkpoint NOT published: {}", audit.checkpoint_trouble)));
+    if !audit.checkpoint_error.is_empty() {
+        rows.push(("audit log", format!("checkpoint NOT published: {}", audit.checkpoint_error)));
     }
-    let troubles = [("publishing", &log.publishing_trouble), ("look-ups", &log.reading_trouble)];
-    for (what, trouble) in troubles.into_iter().filter(|(_, trouble)| !trouble.is_empty()) {
-        rows.push((what, format!("NOT available: {trouble}")));
+    let errors = [("publishing", &log.publish_error), ("look-ups", &log.read_error)];
+    for (what, error) in errors.into_iter().filter(|(_, error)| !error.is_empty()) {
+        rows.push((what, format!("NOT available: {error}")));
     }
     for witness in &log.witnesses {
-        let how = match witness.trouble.as_str() {
+        let how = match witness.error.as_str() {
             "" => format!("cosigned {} entries", witness.size),
-            trouble => format!("did NOT cosign: {trouble}"),
+            error => format!("did NOT cosign: {error}"),
         };
         rows.push(("witness", format!("{}: {how}", witness.name)));
     }
     for service in &status.services {
         for missing in &service.missing {
-            rows.push(("NOT served", format!("{} lacks {}: {}", service.service, missing.dependency, missing.why)));
+            rows.push(("NOT served", format!("{} lacks {}: {}", service.service, missing.dependency, missing.reason)));
         }
     }
     rows.iter().map(|(name, value)| format!("{name:<11} {value}\n")).collect()
@@ -198,18 +198,18 @@ pub fn describe_status(status: &proto::GetStatusResponse) -> String {
 /// The HSM status as JSON.
 pub(super) fn hsm_json(hsm: &proto::HsmStatus) -> serde_json::Value {
     let calls = |call: &proto::HsmCalls| {
-        serde_json::json!({ "verb": call.verb, "result": call.result, "count": call.count,
+        serde_json::json!({ "operation": call.operation, "result": call.result, "count": call.count,
             "microseconds": call.microseconds, "median_microseconds": call.median_microseconds })
     };
-    let member = |member: &proto::HsmMember| {
-        serde_json::json!({ "name": member.name, "ready": member.ready, "trouble": member.trouble, "module": member.module,
+    let member = |member: &proto::HsmMemberStatus| {
+        serde_json::json!({ "name": member.name, "ready": member.ready, "error": member.error, "module": member.module,
             "token_label": member.token_label, "token_serial": member.token_serial, "worker_starts": member.worker_starts,
             "calls_in_flight": member.calls_in_flight,
             "background_calls_in_flight": member.background_calls_in_flight, "calls_answered": member.calls_answered,
             "calls": member.calls.iter().map(calls).collect::<Vec<_>>() })
     };
     let members: Vec<_> = hsm.members.iter().map(member).collect();
-    serde_json::json!({ "ready": hsm.ready, "trouble": hsm.trouble, "calls_in_flight": hsm.calls_in_flight,
+    serde_json::json!({ "ready": hsm.ready, "error": hsm.error, "calls_in_flight": hsm.calls_in_flight,
         "queue": hsm.queue, "members": members })
 }
 
@@ -219,10 +219,10 @@ pub fn status_json(status: &proto::GetStatusResponse) -> serde_json::Value {
     let sessions = status.sessions.unwrap_or_default();
     let log = status.log.clone().unwrap_or_default();
     let audit = status.audit.clone().unwrap_or_default();
-    let witness = |witness: &proto::WitnessStatus| serde_json::json!({ "name": witness.name, "size": witness.size, "trouble": witness.trouble });
+    let witness = |witness: &proto::WitnessStatus| serde_json::json!({ "name": witness.name, "size": witness.size, "error": witness.error });
     let witnesses: Vec<_> = log.witnesses.iter().map(witness).collect();
     let service = |service: &proto::ServiceStatus| {
-        let missing = |missing: &proto::MissingDependency| serde_json::json!({ "dependency": missing.dependency, "why": missing.why });
+        let missing = |missing: &proto::MissingDependency| serde_json::json!({ "dependency": missing.dependency, "reason": missing.reason });
         let missing: Vec<_> = service.missing.iter().map(missing).collect();
         serde_json::json!({ "service": service.service, "missing": missing })
     };
@@ -232,7 +232,7 @@ pub fn status_json(status: &proto::GetStatusResponse) -> serde_json::Value {
         "audit": {
             "entries": audit.entries,
             "covered": audit.covered,
-            "checkpoint_trouble": audit.checkpoint_trouble,
+            "checkpoint_error": audit.checkpoint_error,
             "writable": audit.writable,
             "lost_refusals": audit.lost_refusals,
         },
@@ -250,9 +250,9 @@ pub fn status_json(status: &proto::GetStatusResponse) -> serde_json::Value {
         },
         "records": status.records,
         "log": {
-            "publishing_trouble": log.publishing_trouble,
-            "reading_trouble": log.reading_trouble,
-            "batches": log.batches,
+            "publish_error": log.publish_error,
+            "read_error": log.read_error,
+            "checkpoints": log.checkpoints,
             "witnesses": witnesses,
         },
         "free_bytes": status.free_bytes,

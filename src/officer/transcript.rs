@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
-use spp_format::keys::{KeyKind, SignatureAlgorithm, sha256};
+use spp_format::keys::sha256;
 use spp_format::names::{KeyName, OfficerName};
 use spp_format::tlog::{LogKey, UnsignedText, verify_text};
 
@@ -170,8 +170,7 @@ impl Transcript {
             write_new(&text_path, text.unsigned().as_bytes())?;
             return Ok(false);
         };
-        let (kind, algorithm) = (KeyKind::Ed25519, SignatureAlgorithm::Ed25519);
-        let signature = token.sign(&signer.name, &signer.id, kind, algorithm, text.to_be_signed())?;
+        let signature = token.sign_text(signer, &text)?;
         write_new(&text_path, text.signed(&signer.key, &signature).map_err(other)?.as_bytes())?;
         Ok(true)
     }

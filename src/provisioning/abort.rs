@@ -2,8 +2,7 @@
 
 use spp_format::names::{ChipId, SessionId, StationName};
 
-use super::complete::wrong_state;
-use super::{ProvisionError, Provisioner};
+use super::{ProvisionError, Provisioner, wrong_state};
 use crate::store::{Abortable, Loaded, Session, SessionState};
 
 /// Selects a session.
@@ -48,7 +47,7 @@ impl Provisioner {
                 return Err(wrong_state(&known, ": a published device cannot be aborted"));
             }
         };
-        tracing::info!(session = %id, chip = %known.chip, %reason, "session aborted");
+        tracing::info!(session = %id, chip = %known.chip, %reason, "aborting session");
         self.abort_session(abortable, reason).await
     }
 

@@ -1,6 +1,6 @@
 //! Second half of provisioning: from the backup package to the receipt.
 
-use spp_format::names::{ChipId, SessionId, StationName};
+use spp_format::names::{SessionId, StationName};
 use spp_format::package::{BackupPackage, ConfirmationClaims, ConfirmationKey, KeyConfirmation, verify_confirmation};
 use spp_format::record::{DeviceRecord, Publication};
 use spp_format::tlog::LogProof;
@@ -8,8 +8,8 @@ use spp_format::tlog::LogProof;
 use super::deliver::public_key;
 use super::in_flight::InFlightPackage;
 use super::product::Product;
-use super::{ProvisionError, Provisioner};
-use crate::store::{InFlightPublication, Issued, Loaded, PublicationReceipt, PublishError, Session, SessionState};
+use super::{ProvisionError, Provisioner, wrong_state};
+use crate::store::{InFlightPublication, Issued, Loaded, PublicationReceipt, PublishError, SessionState};
 
 /// The station's Complete request for a device.
 pub struct Completion {
@@ -130,18 +130,6 @@ impl Provisioner {
             }
         }
     }
-
-    /// The chip of a session, to lock it. The caller must read the session again once it holds the lock.
-    pub(super) async fn chip_of(&self, id: &SessionId) -> Result<ChipId, ProvisionError> {
-        match self.in_flight.chip_of(id) {
-            Some(chip) => Ok(chip),
-            None => Ok(self.load(id).await?.session().chip.clone()),
-        }
-    }
-
-    pub(super) async fn load(&self, id: &SessionId) -> Result<Loaded, ProvisionError> {
-        self.journal.load(id).await?.ok_or_else(|| ProvisionError::NoSession(id.to_string()))
-    }
 }
 
 /// Step 2, without I/O: the backup has the right form and chip and contains no plaintext secret, and the device holds its keys.
@@ -195,10 +183,6 @@ enum Confirmed {
 enum CompletionState {
     Issued(Box<Issued>),
     Completed(Publication),
-}
-
-pub(super) fn wrong_state(session: &Session, hint: &'static str) -> ProvisionError {
-    ProvisionError::WrongState { session: session.id, state: session.state.name(), hint }
 }
 
 fn record(issued: &Issued, accepted: Accepted, published: u64) -> DeviceRecord {

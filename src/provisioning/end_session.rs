@@ -1,4 +1,5 @@
-//! The two ends of a session: published and erased, or aborted. Complete, Abort, expiry, restart and officers end sessions here only.
+//! Ends sessions: erases the key pair after publication, or aborts the session. Complete, Abort, expiry, crash recovery and
+//! officers end sessions only through this module.
 
 use spp_format::names::{ChipId, SessionId};
 use spp_format::record::Publication;
@@ -7,8 +8,8 @@ use super::{ProvisionError, Provisioner};
 use crate::store::{Abortable, PublicationReceipt, Session};
 
 impl Provisioner {
-    /// Journals the publication, then erases the key pair. After a crash in between, or if either step fails, a repeated call or the
-    /// recovery loop continues from the journaled state.
+    /// Journals the publication, then erases the key pair. After a crash in between, or if either step fails, a repeated
+    /// call or the recovery loop continues from the journaled state.
     pub(super) async fn publish_and_erase(&self, receipt: PublicationReceipt) -> Result<Publication, ProvisionError> {
         self.journal.publish(&receipt).await?;
         self.erase(receipt).await

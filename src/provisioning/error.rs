@@ -33,7 +33,7 @@ pub enum ProvisionError {
     #[error("invalid request: {}", list_violations(.0))]
     Invalid(Vec<FieldViolation>),
     /// The request does not meet the requirements of the session or the profile. The caller may send a corrected one.
-    #[error("not accepted: {}", list_violations(.0))]
+    #[error("request not accepted: {}", list_violations(.0))]
     NotAccepted(Vec<FieldViolation>),
     /// The caller is not permitted to do this.
     #[error(transparent)]

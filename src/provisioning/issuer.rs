@@ -28,11 +28,7 @@ impl Issuer {
     /// Signs the bytes of the intent, and verifies the signature before returning it.
     pub(super) async fn sign(&self, hsm: &Hsm, intent: Intent) -> Result<Signed, ProvisionError> {
         let to_sign = &intent.session().certificate;
-        if *to_sign.issuer() != self.key {
-            let cause = format!("the intent names the key {}, this issuer has the key {}", to_sign.issuer(), self.key);
-            return Err(ProvisionError::Internal { doing: "signing a certificate", cause });
-        }
-        let signature = hsm.sign(&self.key, to_sign.algorithm(), to_sign.to_be_signed()).await?;
+        let signature = hsm.certificate_signer(self.key.clone()).sign(to_sign).await?;
         let certificate = IssuedCertificate::assemble(to_sign, &self.certificate, &signature)
             .map_err(ProvisionError::internal("verifying a new certificate"))?;
         Ok(intent.into_signed(certificate.into_bytes()))

@@ -1,10 +1,13 @@
-//! ★ The provisioning workflow of one device: [`Provisioner::assemble`], [`Provisioner::complete`], [`Provisioner::recover`], and
+//! The provisioning workflow of one device: [`Provisioner::assemble`], [`Provisioner::complete`], [`Provisioner::recover`], and
 //! [`Provisioner::resume_sessions`] for sessions that a crash interrupted.
 //!
-//! Each workflow is one function, read from top to bottom. The types enforce the order of the steps: a session is prepared from the
-//! `AdmittedOrder` that only `admit.rs` makes, a signature needs the [`Intent`](crate::store::Intent) that only a journaled
-//! reservation gives, and an erasure needs the [`PublicationReceipt`](crate::store::PublicationReceipt) that only a durable
-//! publication gives. Every session ends in `end_session.rs`.
+//! Each workflow is one function, read from top to bottom. The types enforce the order of the steps: a session is prepared
+//! from the `AdmittedOrder` that only `admit.rs` makes, a signature needs the [`Intent`](crate::store::Intent) that only a
+//! journaled reservation gives, and an erasure needs the [`PublicationReceipt`](crate::store::PublicationReceipt) that only
+//! a durable publication gives. Every session ends in `end_session.rs`.
+//!
+//! `impl Provisioner` is divided by step, one file each: `assemble.rs` and `complete.rs` call the steps in order, and each step
+//! (`admit.rs`, `deliver.rs`, `end_session.rs`, ...) has its own. What several of them use is here.
 
 mod abort;
 mod admit;
@@ -28,6 +31,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use spp_format::names::{ChipId, SessionId};
 
 pub use crate::clock::Clock;
 pub use abort::SessionView;
@@ -41,7 +45,7 @@ pub use session_recovery::{RecoveryReport, recovery_loop};
 
 use crate::hsm::Hsm;
 use crate::keypool::KeyPool;
-use crate::store::{AccessStore, Journal, Registry};
+use crate::store::{AccessStore, Journal, Loaded, Registry, Session};
 use in_flight::InFlight;
 use locks::ChipLocks;
 use pair_supplier::PairSupplier;
@@ -122,4 +126,20 @@ impl Provisioner {
     pub fn replace_policy(&self, policy: Policy) {
         self.policy.store(Arc::new(policy.with_signers_of(&self.policy())));
     }
+
+    /// The chip of a session, to lock it. The caller must read the session again once it holds the lock.
+    async fn chip_of(&self, id: &SessionId) -> Result<ChipId, ProvisionError> {
+        match self.in_flight.chip_of(id) {
+            Some(chip) => Ok(chip),
+            None => Ok(self.load(id).await?.session().chip.clone()),
+        }
+    }
+
+    async fn load(&self, id: &SessionId) -> Result<Loaded, ProvisionError> {
+        self.journal.load(id).await?.ok_or_else(|| ProvisionError::NoSession(id.to_string()))
+    }
+}
+
+fn wrong_state(session: &Session, hint: &'static str) -> ProvisionError {
+    ProvisionError::WrongState { session: session.id, state: session.state.name(), hint }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use spp_format::certificate::{CertificateSerial, KeyPairRule};
-use spp_format::keys::{DevicePrivateKey, KeyKind, PublicKey};
+use spp_format::keys::{DevicePrivateKey, KeyType, PublicKey};
 use spp_format::names::SessionId;
 use spp_format::secret::SecretBytes;
 
@@ -63,7 +63,7 @@ pub(super) struct UnstoredPair {
 /// The source of a new device's pair, leased until the pair is stored.
 enum LeasedSource {
     /// An HSM generates it now.
-    Generate(SessionLease, KeyKind),
+    Generate(SessionLease, KeyType),
     /// It was generated in advance.
     Pooled(PoolLease),
 }
@@ -156,8 +156,8 @@ impl PairSupplier {
         }
     }
 
-    /// The keys of a device with a pooled pair. The pair is delivered only if the public database has no record of it. If there is
-    /// a record, the state store is an old copy and offers a pair that a device already has.
+    /// The keys of a device with a pooled pair. The pair is delivered only if the public database has no record of it. If
+    /// there is a record, the state store is an old copy and offers a pair that a device already has.
     async fn pooled_keys(
         &self,
         request: &DeviceKeyRequest,

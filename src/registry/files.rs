@@ -11,7 +11,9 @@ use spp_format::record::LogEntry;
 use spp_format::tlog::{FullTile, LogKey, SignedCheckpoint, TileId, TileKind, Tree, bundle, leaf_hash};
 use spp_log::registry::atomic_write::{write_new, write_once};
 use spp_log::registry::full_tiles::{BUNDLE, FullTiles};
-use spp_log::registry::partial_bundle::{self, Batch, PARTIAL_BUNDLE_DIR, newest_partial_bundle, partial_bundle_path};
+use spp_log::registry::partial_bundle::{
+    self, AppendedBatch, PARTIAL_BUNDLE_DIR, newest_partial_bundle, partial_bundle_path,
+};
 
 use super::first_checkpoints::{self, CompactCheckpoint};
 use crate::store::directory::{Fs, MIN_FREE_BYTES, StoreDir, StoreKind, sync_dir};
@@ -188,7 +190,11 @@ impl LogFiles {
     }
 
     /// Appends a batch durably: its entries and its checkpoint, both or neither.
-    pub(super) fn append(&self, partial_bundle: &mut PartialBundleFile, batch: &Batch) -> Result<(), AppendError> {
+    pub(super) fn append(
+        &self,
+        partial_bundle: &mut PartialBundleFile,
+        batch: &AppendedBatch,
+    ) -> Result<(), AppendError> {
         let bytes = batch.to_bytes().map_err(|e| AppendError::Failed(io::Error::other(e)))?;
         self.store_dir.fs.before_apply().map_err(AppendError::from_io)?;
         // A crash before the sync leaves nothing, the whole batch, or a part that the next start removes. No caller has an answer
@@ -231,7 +237,7 @@ impl LogFiles {
         }
         let base = growing.size();
         let rest = entries.split_off(full);
-        let batch = Batch { first: base, note: checkpoint.note().to_vec(), entries: rest };
+        let batch = AppendedBatch { first: base, note: checkpoint.note().to_vec(), entries: rest };
         if checkpoint.size() != base + batch.entries.len() as u64 {
             return Err(io::Error::other("checkpoint size does not match the entries to be written"));
         }

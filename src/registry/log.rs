@@ -16,7 +16,7 @@ use super::index::belongs_to_log;
 use super::read::EntryLocation;
 use super::sequencer::{PublishRequest, Sequencer};
 use super::shared::{Shared, Unavailable};
-use super::signer::CheckpointSigner;
+use super::signer::LogSigner;
 use super::snapshot::{Snapshot, damaged};
 use super::witness::{self, CosigningState, Witness};
 use crate::store::directory::{Fs, OsFs};
@@ -79,7 +79,7 @@ impl TransparencyLog {
     pub async fn open(
         dir: &Path,
         options: &StoreOptions,
-        signer: Arc<dyn CheckpointSigner>,
+        signer: Arc<dyn LogSigner>,
         settings: LogSettings,
     ) -> Result<Self, StoreError> {
         Self::open_through(dir, options, signer, settings, Arc::new(OsFs)).await
@@ -88,7 +88,7 @@ impl TransparencyLog {
     pub(super) async fn open_through(
         dir: &Path,
         options: &StoreOptions,
-        signer: Arc<dyn CheckpointSigner>,
+        signer: Arc<dyn LogSigner>,
         settings: LogSettings,
         fs: Arc<dyn Fs>,
     ) -> Result<Self, StoreError> {
@@ -235,7 +235,7 @@ impl PublicDatabase for TransparencyLog {
         RegistryStatus {
             publish_error: self.check_available().err().map(|e| e.to_string()),
             read_error: self.shared.index.borrow().as_ref().err().cloned(),
-            batches: self.shared.batches.load(Ordering::Relaxed),
+            checkpoints: self.shared.checkpoints.load(Ordering::Relaxed),
             witnesses: self.cosigning.status(),
         }
     }

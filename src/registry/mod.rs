@@ -1,8 +1,8 @@
-//! Writes the permanent public database: a transparency log that anyone can read, mirror and verify. Its entries are device records
-//! and checkpoints of the daemon's audit log ([`audit_checkpoints`]).
+//! Writes the permanent public database: a transparency log that anyone can read, mirror and verify. Its entries are device
+//! records and checkpoints of the daemon's audit log ([`audit_checkpoints`]).
 //!
-//! [`spp_format::record`] and [`spp_format::tlog`] have the formats. [`spp_log::registry`] has the file formats that readers share, and
-//! reads, mirrors and verifies a log without the daemon.
+//! [`spp_format::record`] and [`spp_format::tlog`] define the formats. [`spp_log::registry`] defines the file formats that
+//! readers share, and reads, mirrors and verifies a log without the daemon.
 //!
 //! # How a record is published
 //!
@@ -51,5 +51,5 @@ mod tests;
 
 pub use index::{ReindexReport, reindex};
 pub use log::{LogSettings, TransparencyLog};
-pub use signer::{CheckpointSigner, HsmSigner};
+pub use signer::{HsmSigner, LogSigner};
 pub use witness::Witness;

@@ -1,4 +1,4 @@
-//! ★ The sequencer: commits queued entries in batches with one sync and one signature each, publishes them, then answers the
+//! The sequencer: commits queued entries in batches with one sync and one signature each, publishes them, then answers the
 //! callers.
 
 use std::collections::HashMap;
@@ -9,15 +9,15 @@ use std::time::Duration;
 use spp_format::record::{LogEntry, Publication, UniqueKey};
 use spp_format::tlog::{SignedCheckpoint, UnsignedCheckpoint};
 use spp_log::registry::full_tiles::BUNDLE;
-use spp_log::registry::partial_bundle::Batch;
+use spp_log::registry::partial_bundle::AppendedBatch;
 use tokio::sync::{mpsc, oneshot};
 
 use super::files::{AppendError, PartialBundleFile};
 use super::first_checkpoints::CompactCheckpoint;
 use super::read::EntryLocation;
 use super::shared::{Shared, Unavailable};
-use super::signer::CheckpointSigner;
-use super::snapshot::{Entry, Snapshot};
+use super::signer::LogSigner;
+use super::snapshot::{IndexedEntry, Snapshot};
 use crate::store::{InFlightPublications, PublishError, SledIndex};
 
 /// Minimum and maximum delay before a retry.
@@ -37,7 +37,7 @@ pub(super) struct PublishRequest {
 /// An entry that is not in the log yet, and the callers that wait for it.
 struct NewEntry {
     log_entry: LogEntry,
-    entry: Arc<Entry>,
+    entry: Arc<IndexedEntry>,
     responders: Vec<Responder>,
     /// Later requests in the batch that share a unique value with this entry, and the name of that value. They are rejected if
     /// this entry is committed.
@@ -47,7 +47,7 @@ struct NewEntry {
 /// The only writer of the log.
 pub(super) struct Sequencer {
     pub(super) shared: Arc<Shared>,
-    pub(super) signer: Arc<dyn CheckpointSigner>,
+    pub(super) signer: Arc<dyn LogSigner>,
     pub(super) batch_size: usize,
     pub(super) batch_period: Duration,
     pub(super) index_patience: Duration,
@@ -140,7 +140,7 @@ impl Sequencer {
             respond(new, |_, _| Err(PublishError::Store(self.shared.error(&why))));
             return Err(why);
         }
-        self.shared.batches.fetch_add(1, Ordering::Relaxed);
+        self.shared.checkpoints.fetch_add(1, Ordering::Relaxed);
         // 5. Publish the new tree to readers.
         grown.first_checkpoints.extend(CompactCheckpoint::of(&checkpoint, self.signer.key()));
         grown.checkpoint = Some(checkpoint);
@@ -197,7 +197,7 @@ impl Sequencer {
                 continue;
             }
             in_batch.extend(keys.iter().map(|key| (*key, new.len())));
-            let entry = Arc::new(Entry { keys: log_entry.keys(), bytes });
+            let entry = Arc::new(IndexedEntry { keys: log_entry.keys(), bytes });
             new.push(NewEntry { log_entry, entry, responders: vec![responder], conflicting: Vec::new() });
         }
         new
@@ -232,7 +232,7 @@ impl Sequencer {
         new: &[NewEntry],
     ) -> Result<(), Unavailable> {
         let entries = new.iter().map(|new| new.entry.bytes.clone()).collect();
-        let batch = Batch { first: snapshot.tree.size(), note: checkpoint.note().to_vec(), entries };
+        let batch = AppendedBatch { first: snapshot.tree.size(), note: checkpoint.note().to_vec(), entries };
         let Some(mut partial_bundle) = self.partial_bundle.take() else {
             return Err(Unavailable::Failed("partial bundle not open".into()));
         };

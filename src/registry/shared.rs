@@ -24,8 +24,8 @@ pub(super) struct Shared {
     pub(super) index: watch::Sender<Result<Arc<SledIndex>, String>>,
     /// Why publication is unavailable; `None` while it is available.
     pub(super) unavailable: RwLock<Option<Unavailable>>,
-    /// Number of committed batches.
-    pub(super) batches: AtomicU64,
+    /// Number of committed checkpoints.
+    pub(super) checkpoints: AtomicU64,
     /// The unique values of a batch whose outcome is not known yet.
     pub(super) pending: watch::Sender<HashSet<UniqueKey>>,
 }
@@ -57,7 +57,7 @@ impl Shared {
             snapshot: RwLock::new(Arc::new(snapshot)),
             index: watch::Sender::new(Err("index loading".into())),
             unavailable: RwLock::default(),
-            batches: AtomicU64::new(0),
+            checkpoints: AtomicU64::new(0),
             pending: watch::Sender::default(),
         }
     }

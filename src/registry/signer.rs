@@ -1,15 +1,13 @@
 //! Signs checkpoints with the log's key.
 
 use async_trait::async_trait;
-use spp_format::keys::SignatureAlgorithm;
-use spp_format::names::KeyName;
 use spp_format::tlog::{LogKey, UnsignedCheckpoint};
 
-use crate::hsm::Hsm;
+use crate::hsm::{CheckpointKey, CheckpointSigner, Hsm};
 
 /// A signer with a log's private key.
 #[async_trait]
-pub trait CheckpointSigner: Send + Sync {
+pub trait LogSigner: Send + Sync {
     /// The log's name and public key.
     fn key(&self) -> &LogKey;
 
@@ -18,27 +16,22 @@ pub trait CheckpointSigner: Send + Sync {
 }
 
 /// Signs with a dedicated key in the HSM.
-pub struct HsmSigner {
-    hsm: Hsm,
-    name: KeyName,
-    key: LogKey,
-}
+pub struct HsmSigner(CheckpointSigner);
 
 impl HsmSigner {
-    /// Uses the HSM key `name`. Its public key `key` is known from the key ceremony.
-    pub const fn new(hsm: Hsm, name: KeyName, key: LogKey) -> Self {
-        Self { hsm, name, key }
+    /// Uses this key of the HSM.
+    pub fn new(hsm: &Hsm, key: CheckpointKey) -> Self {
+        Self(hsm.checkpoint_signer(key))
     }
 }
 
 #[async_trait]
-impl CheckpointSigner for HsmSigner {
+impl LogSigner for HsmSigner {
     fn key(&self) -> &LogKey {
-        &self.key
+        self.0.key()
     }
 
     async fn sign(&self, checkpoint: &UnsignedCheckpoint) -> Result<Vec<u8>, String> {
-        let signed = self.hsm.sign(&self.name, SignatureAlgorithm::Ed25519, checkpoint.to_be_signed()).await;
-        signed.map_err(|e| e.to_string())
+        self.0.sign_checkpoint(checkpoint).await.map_err(|e| e.to_string())
     }
 }

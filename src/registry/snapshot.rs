@@ -16,7 +16,7 @@ pub(super) struct Snapshot {
     pub(super) checkpoint: Option<SignedCheckpoint>,
     /// The index of the first entry of `recent`. All entries below it are in full bundles.
     pub(super) base: u64,
-    pub(super) recent: Vec<Arc<Entry>>,
+    pub(super) recent: Vec<Arc<IndexedEntry>>,
     /// The first checkpoints that covered the `recent` entries.
     pub(super) first_checkpoints: Vec<CompactCheckpoint>,
     /// Full tiles that may not be written to files yet.
@@ -28,12 +28,12 @@ pub(super) struct Snapshot {
 }
 
 /// An encoded entry and its index keys.
-pub(super) struct Entry {
+pub(super) struct IndexedEntry {
     pub(super) bytes: Vec<u8>,
     pub(super) keys: Vec<UniqueKey>,
 }
 
-impl Entry {
+impl IndexedEntry {
     pub(super) fn decode(bytes: Vec<u8>, index: u64) -> Result<Arc<Self>, StoreError> {
         let entry = LogEntry::from_bytes(&bytes).map_err(|e| damaged(index, e))?;
         Ok(Arc::new(Self { keys: entry.keys(), bytes }))
@@ -45,12 +45,12 @@ impl Entry {
 }
 
 impl Snapshot {
-    pub(super) fn recent(&self, index: u64) -> Option<&Arc<Entry>> {
+    pub(super) fn recent(&self, index: u64) -> Option<&Arc<IndexedEntry>> {
         self.recent.get(usize::try_from(index.checked_sub(self.base)?).ok()?)
     }
 
     /// Appends an entry.
-    pub(super) fn push(&mut self, entry: Arc<Entry>) {
+    pub(super) fn push(&mut self, entry: Arc<IndexedEntry>) {
         self.unwritten_tiles.extend(self.tree.push(leaf_hash(&entry.bytes)));
         self.records += u64::from(entry.is_record());
         self.recent.push(entry);
@@ -75,7 +75,7 @@ impl super::files::RecoveredLog {
     /// Converts the recovered log into a snapshot with no indexed entries, and the file for the next batch.
     pub(super) fn into_snapshot(self) -> Result<(Snapshot, PartialBundleFile), StoreError> {
         let base = self.partial_bundle.base();
-        let recent = (base..).zip(self.entries).map(|(index, bytes)| Entry::decode(bytes, index));
+        let recent = (base..).zip(self.entries).map(|(index, bytes)| IndexedEntry::decode(bytes, index));
         let recent = recent.collect::<Result<Vec<_>, _>>()?;
         let records = self.partial_bundle.records() + recent.iter().filter(|entry| entry.is_record()).count() as u64;
         let (tree, checkpoint, first_checkpoints, unwritten_tiles) =

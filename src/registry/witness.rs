@@ -122,18 +122,18 @@ pub(super) async fn run(shared: Weak<Shared>, witnesses: Vec<Witness>, key: LogK
             };
             let Some(ended) = next else { break };
             let Ok((client, result)) = ended else { continue };
-            let mut trouble = result.as_ref().err().cloned();
+            let mut error = result.as_ref().err().cloned();
             if let Ok(lines) = &result {
                 published = published.cosigned(lines, &[&client.witness.key]);
             }
-            if trouble.is_none() && published.cosigners(&[&client.witness.key]).is_empty() {
-                trouble = Some("cosignature does not verify".to_owned());
+            if error.is_none() && published.cosigners(&[&client.witness.key]).is_empty() {
+                error = Some("cosignature does not verify".to_owned());
             }
             let name = client.witness.key.name().to_owned();
-            if let Some(why) = &trouble {
+            if let Some(why) = &error {
                 tracing::warn!(witness = %name, why, "checkpoint not cosigned by a witness; retrying");
             }
-            status.push(WitnessStatus { name, size: client.size, trouble });
+            status.push(WitnessStatus { name, size: client.size, error });
             clients.push(client);
         }
         match SignedCheckpoint::verify(published.note(), &key) {

@@ -1,4 +1,4 @@
-//! The error of a call, whichever module it comes from.
+//! The error type of gRPC and HTTP calls. It wraps the errors of the modules below `server`.
 
 use crate::access::{AccessError, Refused};
 use crate::audit::AuditError;
@@ -18,7 +18,7 @@ pub(super) enum CallError {
     #[error("overloaded: {0} calls in progress; retry later")]
     Overloaded(usize),
     /// The call's task ended without an answer.
-    #[error("answering: {0}")]
+    #[error("the task of the call ended without an answer: {0}")]
     Ended(String),
     /// Provisioning.
     #[error(transparent)]

@@ -88,7 +88,7 @@ impl Reloader {
             .with("changes", summarize(&changes));
         self.audit.record(entry.clone()).await?;
         // 4. Apply approval rules and quotas, within what officers have approved: durable, all or nothing.
-        match self.targets.access.settle(new.approvals, new.stations.quotas(), true).await {
+        match self.targets.access.apply(new.approvals, new.stations.quotas(), true).await {
             Ok(refused) if refused.is_empty() => {}
             Ok(refused) => return Err(self.refuse(caller, refused).await?),
             Err(error) => {

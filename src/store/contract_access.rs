@@ -10,7 +10,7 @@ use spp_format::names::{DeviceIdentity, StationName};
 use super::contract::{Factory, chip, session};
 use super::*;
 use crate::access::{
-    AccessError, ApprovalRequest, Exceeded, IdentityRange, Refused, RequestError, RequestState, SettledQuota, request,
+    AccessError, AppliedQuota, ApprovalRequest, Exceeded, IdentityRange, Refused, RequestError, RequestState, request,
     signed,
 };
 
@@ -84,7 +84,7 @@ fn refused(result: Result<ApprovalRequest, AccessError>) -> RequestError {
 
 pub(super) async fn concurrent_reservations_never_exceed_quota(engine: &impl Factory) {
     let store = engine.state();
-    store.settle(ApprovalRules::default(), vec![(station(), total(10))], true).await.unwrap();
+    store.apply(ApprovalRules::default(), vec![(station(), total(10))], true).await.unwrap();
     let calls = (0..40).map(|n| {
         let store = Arc::clone(&store);
         tokio::spawn(async move { store.reserve(&session(n), None).await })
@@ -113,27 +113,27 @@ pub(super) async fn concurrent_reservations_never_exceed_quota(engine: &impl Fac
 pub(super) async fn raising_configured_limits_requires_approval(engine: &impl Factory) {
     let store = engine.state();
     let (rules, other) = (ApprovalRules::default(), ApprovalRules { destroy: 2, ..ApprovalRules::default() });
-    let settle = async |rules, quota, all_or_nothing| {
-        store.settle(rules, vec![(station(), quota)], all_or_nothing).await.unwrap()
+    let apply = async |rules, quota, all_or_nothing| {
+        store.apply(rules, vec![(station(), quota)], all_or_nothing).await.unwrap()
     };
-    assert!(settle(rules, per_hour(5), true).await.is_empty());
-    assert!(settle(rules, per_hour(3), true).await.is_empty(), "lower limits apply immediately");
-    let refused = settle(other, per_hour(4), true).await;
+    assert!(apply(rules, per_hour(5), true).await.is_empty());
+    assert!(apply(rules, per_hour(3), true).await.is_empty(), "lower limits apply immediately");
+    let refused = apply(other, per_hour(4), true).await;
     assert!(refused.len() == 2 && refused[0].contains("approvals") && refused[1].contains("line-1/a"), "{refused:?}");
-    assert_eq!(settle(rules, per_hour(4), false).await.len(), 1);
+    assert_eq!(apply(rules, per_hour(4), false).await.len(), 1);
     let known = &store.stations().await.unwrap()[0];
-    assert_eq!(known.quota, SettledQuota { configured: per_hour(3), in_force: per_hour(3) });
+    assert_eq!(known.quota, AppliedQuota { configured: per_hour(3), in_force: per_hour(3) });
     assert_eq!(store.rules().await.unwrap().unwrap().in_force, rules);
     // The approved rules are in force, so configuring them needs no approval.
     let filed = store.file_request(request_with_id(1, ProtectedAction::ChangeRules { rules: other }, 1)).await.unwrap();
     approve(&*store, &filed, signed("o-2", 200)).await.unwrap();
     assert_eq!(store.rules().await.unwrap().unwrap().in_force, other);
-    assert!(settle(other, per_hour(3), true).await.is_empty());
+    assert!(apply(other, per_hour(3), true).await.is_empty());
 }
 
 pub(super) async fn last_approval_executes_action_durably(engine: &impl Factory) {
     let store = engine.state();
-    store.settle(ApprovalRules::default(), vec![(station(), total(1))], true).await.unwrap();
+    store.apply(ApprovalRules::default(), vec![(station(), total(1))], true).await.unwrap();
     store.reserve(&session(1), None).await.unwrap();
     let filed = store.file_request(request_with_id(1, raise_quota(total(2)), 2)).await.unwrap();
     let approved_once = approve(&*store, &filed, signed("o-2", 200)).await.unwrap();
@@ -205,7 +205,7 @@ pub(super) async fn signatures_of_revoked_officer_are_void(engine: &impl Factory
 
 pub(super) async fn stricter_rules_apply_to_pending_requests(engine: &impl Factory) {
     let store = engine.state();
-    store.settle(ApprovalRules::default(), Vec::new(), true).await.unwrap();
+    store.apply(ApprovalRules::default(), Vec::new(), true).await.unwrap();
     let early = store.file_request(request_with_id(1, raise_quota(total(2)), 1)).await.unwrap();
     let stricter = ProtectedAction::ChangeRules { rules: ApprovalRules { raise_quota: 2, ..ApprovalRules::default() } };
     let change = store.file_request(request_with_id(2, stricter, 1)).await.unwrap();
@@ -271,7 +271,7 @@ pub(super) async fn allocation_skips_identities_in_use(engine: &impl Factory) {
     assert_eq!(allocate(None).await, serial(4));
     assert_eq!(allocate(Some(serial(4))).await, serial(5), "the public database has it for another chip");
     assert_eq!(allocate(Some(serial(4))).await, serial(5));
-    store.settle(ApprovalRules::default(), vec![(station(), total(0))], true).await.unwrap();
+    store.apply(ApprovalRules::default(), vec![(station(), total(0))], true).await.unwrap();
     let none = store.allocate(&chip(91), &profile, &station(), all.clone(), None, 100).await;
     assert!(
         matches!(none, Err(AccessError::Refused(Refused::Quota { .. }))),

@@ -7,7 +7,7 @@ mod steps;
 use std::ops::Range;
 use std::sync::Arc;
 
-use spp_format::keys::KeyKind;
+use spp_format::keys::KeyType;
 
 use super::contract::{Factory, PrivateStore, blob, chip, erased, id, identity, issued, published, session};
 use super::*;
@@ -56,7 +56,7 @@ macro_rules! secret_store_contract {
 }
 pub(super) use secret_store_contract;
 
-pub(super) const P256: Purpose = Purpose::Pool(KeyKind::P256);
+pub(super) const P256: Purpose = Purpose::Pool(KeyType::P256);
 /// A limit above the number of pairs of any test.
 pub(super) const ALL: usize = 100_000;
 
@@ -112,7 +112,7 @@ pub(super) async fn add(store: &dyn SecretStore, number: u64, pairs: Range<u64>)
 }
 
 pub(super) async fn ready(store: &dyn SecretStore) -> Vec<(PairId, PooledPair)> {
-    store.ready_pairs(KeyKind::P256, None, ALL).await.unwrap()
+    store.ready_pairs(KeyType::P256, None, ALL).await.unwrap()
 }
 
 async fn ready_ids(store: &dyn SecretStore) -> Vec<PairId> {
@@ -137,7 +137,7 @@ pub(super) async fn snapshot(store: &dyn PrivateStore) -> StoreSnapshot {
         pairs.extend(store.pairs_of_batch(batch.number, ALL).await.unwrap());
     }
     let (ready, pairs_to_destroy) = (ready(store).await, store.pairs_to_destroy(ALL).await.unwrap());
-    let counts = store.pair_counts(KeyKind::P256).await.unwrap();
+    let counts = store.pair_counts(KeyType::P256).await.unwrap();
     StoreSnapshot { batches, pairs, ready, pairs_to_destroy, counts, unfinished: store.unfinished().await.unwrap() }
 }
 
@@ -287,7 +287,7 @@ pub(super) async fn only_open_batch_accepts_matching_pairs(engine: &impl Factory
         assert!(is_wrong_batch(add_one(closed, batch_name(closed).await).await));
         assert_eq!(batch(&*store, closed).await.pairs_added, 0);
     }
-    assert_eq!(store.pair_counts(KeyKind::P256).await.unwrap(), PairCounts::default());
+    assert_eq!(store.pair_counts(KeyType::P256).await.unwrap(), PairCounts::default());
     assert_eq!(ready(&*store).await, []);
 }
 
@@ -309,7 +309,7 @@ pub(super) async fn ready_pairs_are_listed_once_oldest_batch_first(engine: &impl
     for limit in [1, 2, 4, 8, 14, 15, 16] {
         assert_eq!(pages(&*store, limit).await, expected, "pages of {limit}");
     }
-    assert_eq!(store.ready_pairs(KeyKind::P256, None, 0).await.unwrap(), []);
+    assert_eq!(store.ready_pairs(KeyType::P256, None, 0).await.unwrap(), []);
 }
 
 /// All ready pairs, read page by page.
@@ -317,7 +317,7 @@ async fn pages(store: &dyn SecretStore, limit: usize) -> Vec<(PairId, PooledPair
     let mut all: Vec<(PairId, PooledPair)> = Vec::new();
     loop {
         let after = all.last().map(|(id, _)| *id);
-        let page = store.ready_pairs(KeyKind::P256, after, limit).await.unwrap();
+        let page = store.ready_pairs(KeyType::P256, after, limit).await.unwrap();
         assert!(page.len() <= limit);
         if page.is_empty() {
             return all;
@@ -363,7 +363,7 @@ pub(super) async fn paging_during_concurrent_adds_lists_each_pair_once(engine: &
 pub(super) async fn ready_pairs_excludes_quarantine_includes_sealed(engine: &impl Factory) {
     let store = engine.state();
     let (quarantined, sealed) = (open_pool(&*store).await, open_pool(&*store).await);
-    let other = open_batch(&*store, Purpose::Pool(KeyKind::P384), KeyStorage::Wrapped).await;
+    let other = open_batch(&*store, Purpose::Pool(KeyType::P384), KeyStorage::Wrapped).await;
     for (batch, pairs) in [(quarantined, 0..3), (sealed, 3..6), (other, 6..9)] {
         add(&*store, batch, pairs).await;
     }
@@ -373,9 +373,9 @@ pub(super) async fn ready_pairs_excludes_quarantine_includes_sealed(engine: &imp
         assert_eq!((batch.quarantined.as_deref(), batch.ready, batch.available()), (Some("the first"), 3, 0));
     }
     assert_eq!(ready_ids(&*store).await, [0, 1, 2].map(|number| PairId { batch: sealed, number }));
-    let p384 = store.ready_pairs(KeyKind::P384, None, ALL).await.unwrap();
+    let p384 = store.ready_pairs(KeyType::P384, None, ALL).await.unwrap();
     assert!(p384.iter().map(|(id, _)| id.batch).eq([other; 3]));
-    assert_eq!(store.ready_pairs(KeyKind::Ed25519, None, ALL).await.unwrap(), []);
+    assert_eq!(store.ready_pairs(KeyType::Ed25519, None, ALL).await.unwrap(), []);
     assert!(is_unavailable(&store.reserve(&session_with(1, 0), Some(&pooled(quarantined, 0))).await));
     store.reserve(&session_with(1, 3), Some(&pooled(sealed, 0))).await.unwrap();
 }

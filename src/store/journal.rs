@@ -13,7 +13,8 @@ use super::{PublicationReceipt, StoreError};
 use crate::hsm::StoredKey;
 use crate::state_name::StateName;
 
-/// The state store as the request flows use it.
+/// The state store as the request flows use it: steps return proofs. Reads are passed on, because the trait behind it also has
+/// [`StateStore::advance`], which nothing else may call.
 #[derive(Clone)]
 pub struct Journal(Arc<dyn StateStore>);
 
@@ -58,7 +59,7 @@ pub struct Intent(Session);
 ///     Signed { session, certificate }
 /// }
 /// ```
-/// and code outside this crate cannot call the HSM's signing function:
+/// and code outside the module `hsm` cannot sign bytes of its choice:
 /// ```compile_fail,E0624
 /// # use spp::hsm::Hsm;
 /// # use spp_format::keys::SignatureAlgorithm;

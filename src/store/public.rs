@@ -128,7 +128,7 @@ pub struct RegistryStatus {
     /// Why lookups are unavailable.
     pub read_error: Option<String>,
     /// Checkpoints signed since the start. Concurrent entries share one.
-    pub batches: u64,
+    pub checkpoints: u64,
     /// The configured witnesses.
     pub witnesses: Vec<WitnessStatus>,
 }
@@ -141,10 +141,11 @@ pub struct WitnessStatus {
     /// Size of the largest tree it has cosigned.
     pub size: u64,
     /// Why its last cosignature failed.
-    pub trouble: Option<String>,
+    pub error: Option<String>,
 }
 
-/// The public database as the request flows use it.
+/// The public database as the request flows use it: publishing returns a proof. Reads are passed on, because the trait behind it
+/// also has [`PublicDatabase::publish`], which makes no proof.
 #[derive(Clone)]
 pub struct Registry(Arc<dyn PublicDatabase>);
 

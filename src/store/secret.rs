@@ -2,7 +2,7 @@
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
-use spp_format::keys::KeyKind;
+use spp_format::keys::KeyType;
 use spp_format::names::SessionId;
 
 use super::StoreError;
@@ -14,7 +14,7 @@ pub enum Purpose {
     /// Generated on demand, one per session.
     Sessions,
     /// Generated in advance, all of one kind.
-    Pool(KeyKind),
+    Pool(KeyType),
 }
 
 /// Where the private keys of a batch are stored.
@@ -159,8 +159,8 @@ pub struct RewrappedPair {
 /// A pair that is erased from this store but must still be destroyed on the token.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PairToDestroy {
-    /// Its key kind.
-    pub kind: KeyKind,
+    /// Its key type.
+    pub kind: KeyType,
     /// Its token objects.
     pub pair: TokenPair,
 }
@@ -206,7 +206,7 @@ pub trait SecretStore: Send + Sync {
     /// Up to `limit` available pairs of a kind, in order, after pair `after`.
     async fn ready_pairs(
         &self,
-        kind: KeyKind,
+        kind: KeyType,
         after: Option<PairId>,
         limit: usize,
     ) -> Result<Vec<(PairId, PooledPair)>, StoreError>;
@@ -225,7 +225,7 @@ pub trait SecretStore: Send + Sync {
     async fn confirm_destroyed(&self, pair: &TokenPair) -> Result<(), StoreError>;
 
     /// Pair counts of a kind since the store was created.
-    async fn pair_counts(&self, kind: KeyKind) -> Result<PairCounts, StoreError>;
+    async fn pair_counts(&self, kind: KeyType) -> Result<PairCounts, StoreError>;
 }
 
 /// The name of a batch on tokens.

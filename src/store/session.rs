@@ -7,7 +7,7 @@ use spp_format::record::Publication;
 
 use crate::state_name::StateName;
 
-/// One device's passage through the SPP. Contains no secrets: key pairs are in the secret store, wrapped.
+/// The provisioning of one device. Contains no secrets: key pairs are in the secret store, wrapped.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Session {
     /// The session ID.

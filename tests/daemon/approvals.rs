@@ -104,16 +104,16 @@ async fn decision_with_other_content_or_signature_is_refused() {
     let statement = request["requested"]["statement"].as_str().unwrap();
     let action = statement.lines().find_map(|line| line.strip_prefix("content   ")).unwrap().to_owned();
     let expires = Some(prost_types::Timestamp { seconds: request["expires"].as_i64().unwrap(), nanos: 0 });
-    let request = RequestApprovalRequest { id: id.clone(), act: action.replace(":7,", ":8,"), expires, signature };
-    assert_ne!(request.act, action);
+    let request = RequestApprovalRequest { id: id.clone(), action: action.replace(":7,", ":8,"), expires, signature };
+    assert_ne!(request.action, action);
     let refused = Refusal::of(&one.request_approval(request.clone()).await.unwrap_err());
     assert!(refused.is(Code::PermissionDenied, "BAD_SIGNATURE"), "{refused:?}");
     let repeated =
-        one.request_approval(RequestApprovalRequest { act: action.clone(), ..request.clone() }).await.unwrap();
+        one.request_approval(RequestApprovalRequest { action: action.clone(), ..request.clone() }).await.unwrap();
     assert_eq!(repeated.into_inner().approval.unwrap().state, "pending", "a repeated request is the same request");
-    let spaced = RequestApprovalRequest { act: action.replace(':', ": "), ..request };
+    let spaced = RequestApprovalRequest { action: action.replace(':', ": "), ..request };
     let refused = Refusal::of(&one.request_approval(spaced).await.unwrap_err());
-    assert_eq!((refused.code, refused.fields), (Code::InvalidArgument, vec!["act".to_owned()]));
+    assert_eq!((refused.code, refused.fields), (Code::InvalidArgument, vec!["action".to_owned()]));
     let unknown = DecideApprovalRequest { id: vec![9; 8], ..decision };
     assert!(Refusal::of(&two.decide_approval(unknown).await.unwrap_err()).is(Code::NotFound, "NO_REQUEST"));
 }
@@ -180,7 +180,7 @@ async fn caller_renews_own_certificate_before_expiry() {
     let mut next = Line::new(site.connect(site.line, site.tls("tls/next")).await.unwrap());
     assemble(&mut next, &phone(2)).await.unwrap();
     let listed = sppctl_json(&site, "tls/officer", "station list");
-    assert_eq!(listed["certificates"][0]["by"], "station line-1/a");
+    assert_eq!(listed["certificates"][0]["requested_by"], "station line-1/a");
     assert!(site.officer().await.get_status(GetStatusRequest {}).await.is_ok());
 }
 
@@ -209,8 +209,8 @@ fn rotation_runs_once_with_approval_of_its_exact_file() {
     let signed = approval["statements"].as_array().unwrap();
     assert!(signed.len() == 2 && signed[1]["statement"].as_str().unwrap().contains("verb      approve"), "{signed:?}");
     assert_refused(&sppctl_as(&site, "tls/officer", run), "was already replaced by master-2");
-    let register = String::from_utf8(site.read("keys/keys.toml")).unwrap();
-    assert!(register.contains("master-2") && register.contains("replaces = \"master-1\""), "{register}");
+    let manifest = String::from_utf8(site.read("keys/keys.toml")).unwrap();
+    assert!(manifest.contains("master-2") && manifest.contains("replaces = \"master-1\""), "{manifest}");
     let tail = site.sppctl("audit tail --config sppd.toml -n 50 --json");
     let entries: Vec<Value> = tail.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let entry_of =

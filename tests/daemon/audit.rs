@@ -231,7 +231,7 @@ async fn tampering_is_detected_even_with_recomputed_chain() {
         let lost: Vec<_> = lost.into_iter().map(|line| line.replace("audit.checkpoint", "audit.loss")).collect();
         write_log(&site, &rechained(&lost));
         let expected = if (index, known) == ("1", "4") {
-            "--given-up 1"
+            "--accepted-loss 1"
         } else {
             "without a matching checkpoint in the public database"
         };
@@ -286,8 +286,8 @@ async fn truncated_log_blocks_the_start_until_loss_is_accepted() {
         site.start();
         assert!(site.stop().success());
     });
-    assert_not_verified(&site, "an accepted loss without confirmation", "confirm it with --given-up 1");
-    let text = site.sppctl(&format!("{VERIFY} --given-up 1"));
+    assert_not_verified(&site, "an accepted loss without confirmation", "confirm it with --accepted-loss 1");
+    let text = site.sppctl(&format!("{VERIFY} --accepted-loss 1"));
     assert!(text.contains("1 checkpoints cover entries accepted as lost"), "{text}");
     let acts: Vec<_> = entries(&site).iter().map(|entry| entry["act"].as_str().unwrap().to_owned()).collect();
     assert_eq!(acts, ["start", "line.assemble", "audit.loss", "start", "stop", "audit.checkpoint"]);

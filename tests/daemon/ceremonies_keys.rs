@@ -128,7 +128,7 @@ fn key_changes_without_second_officer_are_refused() {
         assert_refused(
             &site,
             RUN,
-            "needs the approval of a second officer; sppctl approvals request ceremony more.toml",
+            "needs the approval of a second officer: run sppctl approvals request ceremony more.toml",
         );
         let plan = site.sppctl("ceremony plan more.toml");
         assert!(plan.contains("must approve it; sppctl approvals request ceremony more.toml"), "{plan}");
@@ -144,8 +144,8 @@ fn wrong_check_value_ends_ceremony() {
     let site = Site::new();
     write(&site, "more.toml", CeremonyFile::new().check_value("master-1").check_value("manufacturer").text());
     site.sppctl(RUN);
-    let register = KeyManifest::load(&site.path("keys/keys.toml")).unwrap();
-    let value = hex::encode(&register.master[0].check_value);
+    let manifest = KeyManifest::load(&site.path("keys/keys.toml")).unwrap();
+    let value = hex::encode(&manifest.master[0].check_value);
     let text = site.sppctl("ceremony verify keys/transcript-2.txt --log keys/log-1.vkey");
     assert!(text.contains("checked at") && text.contains(&value), "{text}");
     site.edit("keys/keys.toml", &value, "0011223344556677");

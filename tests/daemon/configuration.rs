@@ -151,7 +151,7 @@ fn existing_files_and_keys_are_not_overwritten() {
 async fn wait_for_hsm_error(site: &Site, error: &str) -> spp_proto::HsmStatus {
     eventually(&format!("HSM error {error:?}"), async || {
         let hsm = site.status().await.hsm.unwrap();
-        if !hsm.trouble.contains(error) {
+        if !hsm.error.contains(error) {
             return Err((hsm, site.log()));
         }
         assert!(!hsm.ready);

@@ -62,7 +62,7 @@ const HANGS: &[Fault] = &[
 const LOST_LOGIN: &[Fault] = &[
     ("all sessions are dropped", "C_Sign every=60 drop-sessions"),
     ("the user is logged out", "C_Sign every=60 logout"),
-    ("the token is removed", "* away"),
+    ("the token is removed", "* token-removed"),
 ];
 
 /// Answers are wrong.

@@ -36,7 +36,7 @@ async fn empty_pool_returns_retry_delay_then_serves_all() {
         let delay = retry_delay(&status).expect("it says when to come again");
         assert!((Duration::from_millis(200)..=Duration::from_secs(30)).contains(&delay), "{delay:?}");
         let metadata = status.get_error_details().error_info().unwrap().metadata.clone();
-        assert_eq!(metadata["key_kind"], "rsa-2048");
+        assert_eq!(metadata["key_type"], "rsa-2048");
         let rate: f64 = metadata["fill_rate_per_second"].parse().unwrap();
         assert!(rate > 0.0, "two pairs were made: {metadata:?}");
         empty += 1;

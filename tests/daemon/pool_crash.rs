@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use spp::hsm::{Hsm, KeyReloadRequest, StoredKey};
 use spp::store::{BatchPair, KeyStorage, PairCounts, SecretStore as _, SledStateStore, StateStore as _};
 use spp_device::Device;
-use spp_format::keys::{KeyKind, PublicKey, SignatureAlgorithm};
+use spp_format::keys::{KeyType, PublicKey, SignatureAlgorithm};
 use spp_proto::{AssembleRequest, AssembleResponse};
 
 use spp_testkit::devices::{Line, TestFab, install, package, phone};
@@ -107,20 +107,20 @@ async fn kills_during_reservations_give_each_pair_to_one_chip() {
 }
 
 async fn assert_pairs_are_ready_or_reserved(store: &SledStateStore, taken: &BTreeSet<Vec<u8>>) {
-    let pairs = all_pairs(store).await.into_iter().filter(|pair| kind_of(pair) == KeyKind::P256).collect::<Vec<_>>();
+    let pairs = all_pairs(store).await.into_iter().filter(|pair| kind_of(pair) == KeyType::P256).collect::<Vec<_>>();
     let ready = ready_keys(&pairs);
-    let offered = store.ready_pairs(KeyKind::P256, None, 1_000_000).await.unwrap();
+    let offered = store.ready_pairs(KeyType::P256, None, 1_000_000).await.unwrap();
     assert_eq!(offered.into_iter().map(|(_, pair)| pair.public_key).collect::<BTreeSet<_>>(), ready);
     let sessions: BTreeSet<_> = store.unfinished().await.unwrap().into_iter().filter_map(|s| s.public_key).collect();
     assert_eq!(sessions, *taken, "what was delivered is what sessions have");
     assert!(ready.is_disjoint(taken), "a delivered key is ready again");
     let (made, reserved) = ((ready.len() + taken.len()) as u64, taken.len() as u64);
     println!("{made} pairs were made: {reserved} are taken, {} are ready", ready.len());
-    assert_eq!(store.pair_counts(KeyKind::P256).await.unwrap(), PairCounts { made, reserved, discarded: 0 });
+    assert_eq!(store.pair_counts(KeyType::P256).await.unwrap(), PairCounts { made, reserved, discarded: 0 });
     assert_eq!(pairs.len() as u64, made);
 }
 
-fn kind_of(pair: &BatchPair) -> KeyKind {
+fn kind_of(pair: &BatchPair) -> KeyType {
     PublicKey::from_spki_der(&pair.public_key).unwrap().kind()
 }
 

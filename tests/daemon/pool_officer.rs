@@ -171,7 +171,7 @@ async fn pool_table_json_and_metrics_agree() {
             ("ready", 18),
             ("reserved", 1),
             ("quarantined", 0),
-            ("away", 0),
+            ("unavailable", 0),
             ("batches", 1),
             ("made_total", 20),
             ("reserved_total", 2),
@@ -183,10 +183,10 @@ async fn pool_table_json_and_metrics_agree() {
         assert!(p256["fill_rate_per_second"].as_f64().unwrap() > 0.0 && p256["oldest"].is_u64(), "{p256}");
         assert_eq!((&status["store"], &status["serving"]), (&json!("wrapped"), &json!(true)));
         assert_eq!(
-            (&status["session_batches"], &status["session_pairs"], &status["condemned"]),
+            (&status["session_batches"], &status["session_pairs"], &status["pairs_to_destroy"]),
             (&json!(1), &json!(1), &json!(0))
         );
-        assert_eq!((&status["rolled_back"], &status["trouble"]), (&json!(""), &json!("")));
+        assert_eq!((&status["rolled_back"], &status["error"]), (&json!(""), &json!("")));
 
         let table = pool_output(&site, "status");
         assert!(table.starts_with("pairs are stored in the state store, wrapped by the HSM\n"), "{table}");
@@ -209,12 +209,12 @@ async fn pool_table_json_and_metrics_agree() {
                 ("ready_pairs", "ready"),
                 ("reserved_pairs", "reserved"),
                 ("quarantined_pairs", "quarantined"),
-                ("away_pairs", "away"),
+                ("unavailable_pairs", "unavailable"),
                 ("low_mark", "low"),
                 ("high_mark", "high"),
                 ("batches", "batches"),
                 ("made_pairs", "made_total"),
-                ("taken_pairs", "reserved_total"),
+                ("reserved_total", "reserved_total"),
                 ("discarded_pairs", "discarded_total"),
             ] {
                 let found = value(&format!("spp_pool_{metric}{{kind=\"{name}\"}}"));
@@ -230,7 +230,7 @@ async fn pool_table_json_and_metrics_agree() {
             }
         }
         for (metric, wanted) in
-            [("serving", "1"), ("condemned_pairs", "0"), ("session_batches", "1"), ("session_pairs", "1")]
+            [("serving", "1"), ("pairs_to_destroy", "0"), ("session_batches", "1"), ("session_pairs", "1")]
         {
             assert_eq!(value(&format!("spp_pool_{metric} ")).as_deref(), Some(wanted), "{metric}: {metrics}");
         }

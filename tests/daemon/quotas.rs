@@ -76,7 +76,7 @@ async fn configuration_lowers_quota_but_cannot_raise_it() {
     );
     tokio::task::block_in_place(|| assert!(site.stop().success()));
     site.start();
-    assert!(site.log().contains("configuration only partly in force"), "a restart raises nothing, and says so");
+    assert!(site.log().contains("configured rule or quota not applied"), "a restart raises nothing, and says so");
     let mut line = site.station().await;
     assert!(Refusal::of(&assemble(&mut line, &phone(2)).await.unwrap_err()).is(Code::PermissionDenied, "QUOTA_TOTAL"));
     let asked = sppctl_json(&site, "tls/officer", "approvals request quota line-1/a --devices-total 50");

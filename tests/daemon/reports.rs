@@ -149,7 +149,7 @@ async fn device_show_finds_history_by_chip_and_identity() {
         let session = &by_chip["sessions"][0];
         assert_eq!((&session["state"], &session["station"]), (&json!("erased"), &json!("line-1/a")));
         assert_eq!((&session["profile"], &session["identity"]), (&json!("phone"), &json!(imei(2))));
-        assert_eq!((&by_chip["key_pair"], &by_chip["published"]["record"]["index"]), (&json!("gone"), &json!(1)));
+        assert_eq!((&by_chip["key_pair"], &by_chip["published"]["record"]["index"]), (&json!("erased"), &json!(1)));
         assert_eq!(by_chip["published"]["record"], session["record"]);
         assert_eq!(
             (&session["master_key_version"], &by_chip["published"]["master_key_version"]),

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use spp::config::DaemonConfig;
 use spp::hsm::{BatchName, Hsm, HsmError, HsmId, KeyReloadRequest, PairStorage, StoreId};
-use spp_format::keys::KeyKind;
-use spp_proto::{HsmMember, PoolKind};
+use spp_format::keys::KeyType;
+use spp_proto::{HsmMemberStatus, PoolKind};
 use tonic::Code;
 
 use spp_testkit::devices::{Line, Refusal, TestFab, assemble, complete, install, package, phone, provision};
@@ -80,7 +80,7 @@ fn fail(site: &Site, hsm: &str, rules: &str) {
     std::fs::rename(control.with_extension("new"), &control).unwrap();
 }
 
-async fn members(site: &Site) -> Vec<HsmMember> {
+async fn members(site: &Site) -> Vec<HsmMemberStatus> {
     site.status().await.hsm.unwrap().members
 }
 
@@ -143,7 +143,7 @@ impl ContinuousLoad {
 
 /// Fault rules, each of which makes an HSM fail.
 const LOSSES: [&str; 8] = [
-    "* away",
+    "* token-removed",
     "C_Sign crash\nC_GenerateKeyPair crash",
     "C_Sign return CKR_DEVICE_ERROR",
     "C_Sign return CKR_ARGUMENTS_BAD",
@@ -188,7 +188,7 @@ async fn provision_while_each_hsm_fails(losses: &[&str]) {
             let fault_ended = Instant::now();
             let mut now = members(&site).await;
             let (starts, answered) = (before[lost].worker_starts, now[lost].calls_answered);
-            let has_recovered = |now: &HsmMember| {
+            let has_recovered = |now: &HsmMemberStatus| {
                 let replaced = now.worker_starts > starts || !rules.contains("hang");
                 replaced && now.ready && now.calls_answered > answered + 20
             };
@@ -215,12 +215,12 @@ async fn provision_while_each_hsm_fails(losses: &[&str]) {
     assert!(site.stop().success());
 }
 
-fn both_made_pairs(members: &[HsmMember]) -> bool {
-    let made = |member: &HsmMember| {
+fn both_made_pairs(members: &[HsmMemberStatus]) -> bool {
+    let made = |member: &HsmMemberStatus| {
         member
             .calls
             .iter()
-            .filter(|call| call.verb == "generate_pair" && call.result == "ok")
+            .filter(|call| call.operation == "generate_pair" && call.result == "ok")
             .map(|call| call.count)
             .sum::<u64>()
     };
@@ -276,8 +276,8 @@ async fn daemon_starts_with_one_hsm_and_adds_the_other() {
     site.start();
     let (fab, mut line) = (TestFab::new(&site), site.station().await);
     let pools = wait_for_pools(&site, "those of the other one", |status| ready_pairs(status) >= 40).await;
-    assert!(pools.kinds.iter().any(|pool| pool.kind == "p256" && pool.ready + pool.away >= 80), "{pools:?}");
-    assert_eq!((pools.rolled_back.as_str(), pools.trouble.as_str()), ("", ""));
+    assert!(pools.kinds.iter().any(|pool| pool.kind == "p256" && pool.ready + pool.unavailable >= 80), "{pools:?}");
+    assert_eq!((pools.rolled_back.as_str(), pools.error.as_str()), ("", ""));
     for n in 1..=30 {
         provision(&mut line, &mut fab.device(n), &pooled(n)).await;
     }
@@ -288,7 +288,7 @@ async fn daemon_starts_with_one_hsm_and_adds_the_other() {
     fail(&site, "hsm", "");
     wait_for_readiness(&site, [true, true]).await;
     let pools = wait_for_pools(&site, "those of the first one, too", |status| ready_pairs(status) > 80).await;
-    assert_eq!((pools.rolled_back.as_str(), pools.trouble.as_str()), ("", ""));
+    assert_eq!((pools.rolled_back.as_str(), pools.error.as_str()), ("", ""));
     let before = members(&site).await[0].calls_answered;
     for n in 101..=140 {
         provision(&mut line, &mut fab.device(n), &pooled(n)).await;
@@ -309,12 +309,12 @@ fn ready_pairs(status: &spp_proto::GetPoolStatusResponse) -> u64 {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn both_lost_is_reported_and_one_recovered_suffices() {
     let site = two_ready_hsms().await;
-    fail(&site, "hsm", "* away");
-    fail(&site, "hsm-b", "* away");
+    fail(&site, "hsm", "* token-removed");
+    fail(&site, "hsm-b", "* token-removed");
     wait_for_readiness(&site, [false, false]).await;
     let status = site.status().await;
-    let trouble = status.hsm.unwrap().trouble;
-    assert!(!status.ready && trouble.contains("HSM a: ") && trouble.contains("HSM b: "), "{trouble}");
+    let error = status.hsm.unwrap().error;
+    assert!(!status.ready && error.contains("HSM a: ") && error.contains("HSM b: "), "{error}");
     let refused = assemble(&mut site.station().await, &phone(1)).await.unwrap_err();
     assert_eq!(refused.code(), Code::Unavailable, "{refused:?}");
     fail(&site, "hsm-b", "");
@@ -326,7 +326,7 @@ async fn both_lost_is_reported_and_one_recovered_suffices() {
     fail(&site, "hsm", "");
     eventually("the wrong PIN is known", async || {
         let [first, _] = members(&site).await.try_into().unwrap();
-        if first.trouble.contains("CKR_PIN_INCORRECT") { Ok(()) } else { Err(first) }
+        if first.error.contains("CKR_PIN_INCORRECT") { Ok(()) } else { Err(first) }
     })
     .await;
     provision(&mut line, &mut fab.device(2), &phone(2)).await;
@@ -438,14 +438,14 @@ async fn batch_owner_is_found_and_unavailable_hsm_not_ruled_out() {
     ready(b).await;
     hsm.pinned_to(a).create_batch_key(BATCH).await.unwrap();
     let within = Duration::from_secs(5);
-    let made = hsm.pinned_to(a).make_pairs(KeyKind::P256, PairStorage::Wrapped(BATCH), 1, within).await.unwrap();
+    let made = hsm.pinned_to(a).make_pairs(KeyType::P256, PairStorage::Wrapped(BATCH), 1, within).await.unwrap();
     let held = KeyReloadRequest { pair: made.into_iter().next(), derivations: Vec::new() };
     for _ in 0..4 {
         hsm.reload_keys(&held).await.expect("the owner is found, whichever HSM is asked first");
     }
     let elsewhere = hsm.pinned_to(b).reload_keys(&held).await.err();
     assert!(matches!(elsewhere, Some(HsmError::Absent(_))), "{elsewhere:?}");
-    fail(&site, "hsm", "* away");
+    fail(&site, "hsm", "* token-removed");
     eventually("HSM a is detected as unavailable", async || {
         let _ = hsm.random(1).await;
         if hsm.ready_members() == [b] { Ok(()) } else { Err(hsm.status()) }
@@ -492,9 +492,9 @@ fn invalid_hsm_list_is_reported() {
     with("name = \"b\"\n", "name = \"b\"\nslot = 3\n");
     assert_eq!(check("unknown field `slot`"), Some(78));
     // A different master key makes it a different HSM.
-    let register = String::from_utf8(site.read("keys/keys.toml")).unwrap();
-    let value = register.lines().find(|line| line.starts_with("check_value")).unwrap();
-    std::fs::write(site.path("keys/other.toml"), register.replace(value, "check_value = \"0011223344556677\""))
+    let manifest = String::from_utf8(site.read("keys/keys.toml")).unwrap();
+    let value = manifest.lines().find(|line| line.starts_with("check_value")).unwrap();
+    std::fs::write(site.path("keys/other.toml"), manifest.replace(value, "check_value = \"0011223344556677\""))
         .unwrap();
     with("keys = \"keys/keys.toml\"\n\n[store]", "keys = \"keys/other.toml\"\n\n[store]");
     assert_eq!(check("differ from HSM a: the master key master-1 has another version, PRF or check value"), Some(78));

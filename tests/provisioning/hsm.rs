@@ -66,13 +66,13 @@ async fn signature_requires_journaled_intent() {
 fn lose_hsm_after(point: &Point<'_>, write: Write) {
     let (tokens, worker) = (point.testbed.tokens(), point.testbed.worker());
     point.faults.after(write, move || {
-        std::fs::rename(&tokens, tokens.with_extension("away")).unwrap();
+        std::fs::rename(&tokens, tokens.with_extension("removed")).unwrap();
         worker.kill();
     });
 }
 
 async fn restore_hsm(testbed: &TestBed) {
     let tokens = testbed.tokens();
-    std::fs::rename(tokens.with_extension("away"), tokens).unwrap();
+    std::fs::rename(tokens.with_extension("removed"), tokens).unwrap();
     testbed.hsm.ready(Duration::from_secs(60)).await.unwrap();
 }

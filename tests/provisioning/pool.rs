@@ -8,7 +8,7 @@ use spp::keypool::{Marks, PoolError, PoolRules, ShredOrder};
 use spp::provisioning::ProvisionError;
 use spp::store::{KeyStorage, StateName};
 use spp_format::approval::{ApprovalRules, Quota};
-use spp_format::keys::KeyKind;
+use spp_format::keys::KeyType;
 
 use spp_testkit::point::device::{Kind, TestDevice};
 use spp_testkit::point::faulty_stores::{FaultMode, Write};
@@ -16,7 +16,7 @@ use spp_testkit::point::{TestBed, assert_pool_is_consistent, station};
 use spp_testkit::wait::never;
 
 fn rules(storage: KeyStorage, low: u64, high: u64) -> PoolRules {
-    PoolRules { storage, pools: [(KeyKind::P256, Marks { low, high })].into(), ..PoolRules::default() }
+    PoolRules { storage, pools: [(KeyType::P256, Marks { low, high })].into(), ..PoolRules::default() }
 }
 
 const STORAGES: [KeyStorage; 2] = [KeyStorage::Wrapped, KeyStorage::Hsm];
@@ -39,7 +39,9 @@ async fn pooled_pair_is_delivered_and_destroyed() {
         );
         let answer = device.complete(&point).await.unwrap();
         device.assert_complete(&point, answer).await;
-        point.wait_until("the pair is destroyed", async || point.pool().status().await.unwrap().condemned == 0).await;
+        point
+            .wait_until("the pair is destroyed", async || point.pool().status().await.unwrap().pairs_to_destroy == 0)
+            .await;
         let status = point.p256().await;
         assert_eq!((status.ready, status.reserved, status.counts.made, status.counts.reserved), (5, 0, 6, 1));
         assert_eq!(status.next_shred.is_some(), storage == KeyStorage::Wrapped);
@@ -89,7 +91,9 @@ async fn pair_of_aborted_session_is_never_offered_again() {
             assert_eq!(device.state(&point).await, Some(StateName::Aborted));
             assert!(!device.has_wrapped_key(&point).await);
         }
-        point.wait_until("they are destroyed", async || point.pool().status().await.unwrap().condemned == 0).await;
+        point
+            .wait_until("they are destroyed", async || point.pool().status().await.unwrap().pairs_to_destroy == 0)
+            .await;
         point.wait_until_filled(4).await;
         // The clock has advanced: shred due batches now, not during the assertions.
         point.pool().shred(&ShredOrder::default(), |_, _| ()).await.unwrap();
@@ -102,7 +106,7 @@ async fn refused_order_returns_pair_to_pool() {
     let testbed = TestBed::new().await;
     let point = testbed.point_with(rules(KeyStorage::Wrapped, 1, 3));
     let quota = Quota { devices_per_hour: Some(2), devices_total: None };
-    point.state().settle(ApprovalRules::default(), vec![(station(), quota)], true).await.unwrap();
+    point.state().apply(ApprovalRules::default(), vec![(station(), quota)], true).await.unwrap();
     point.wait_until_filled(3).await;
     let mut first = TestDevice::new(&testbed, Kind::Pooled, 1);
     first.assemble(&point).await.unwrap();
@@ -168,7 +172,7 @@ async fn empty_pool_refuses_until_filled_unless_generate_allowed() {
         .await;
     let mut waiting = TestDevice::new(&testbed, Kind::Pooled, 10);
     match waiting.assemble(&point).await.unwrap_err() {
-        ProvisionError::Pool(PoolError::Empty { kind: KeyKind::P256, fill_rate, retry_after, paused: true }) => {
+        ProvisionError::Pool(PoolError::Empty { kind: KeyType::P256, fill_rate, retry_after, paused: true }) => {
             assert!(fill_rate > 0.0 && !retry_after.is_zero(), "{fill_rate} {retry_after:?}");
         }
         error => panic!("{error}"),
@@ -195,16 +199,16 @@ async fn pool_fills_below_low_mark_and_on_order() {
         TestDevice::new(&testbed, Kind::Pooled, n).assemble(&point).await.unwrap();
     }
     never("it is filled above its low mark", LONG, async || point.p256().await.ready != 2).await;
-    assert_eq!(point.pool().order_fill(KeyKind::P256, Some(3)).unwrap(), 3);
+    assert_eq!(point.pool().order_fill(KeyType::P256, Some(3)).unwrap(), 3);
     point.wait_until_filled(3).await;
     never("an order goes further than it says", LONG, async || point.p256().await.ready != 3).await;
     TestDevice::new(&testbed, Kind::Pooled, 4).assemble(&point).await.unwrap();
     TestDevice::new(&testbed, Kind::Pooled, 3).assemble(&point).await.unwrap();
     point.wait_until_filled(5).await;
-    assert_eq!(point.pool().order_fill(KeyKind::P256, Some(40)).unwrap(), 40);
+    assert_eq!(point.pool().order_fill(KeyType::P256, Some(40)).unwrap(), 40);
     point.wait_until_filled(40).await;
-    assert!(matches!(point.pool().order_fill(KeyKind::Rsa4096, None), Err(PoolError::NoPool(KeyKind::Rsa4096))));
-    assert!(matches!(point.pool().order_fill(KeyKind::P256, Some(u64::MAX)), Err(PoolError::TooMany { .. })));
+    assert!(matches!(point.pool().order_fill(KeyType::Rsa4096, None), Err(PoolError::NoPool(KeyType::Rsa4096))));
+    assert!(matches!(point.pool().order_fill(KeyType::P256, Some(u64::MAX)), Err(PoolError::TooMany { .. })));
 }
 
 /// The old copy has the newest record's session, and its batch was not shredded: only the public database reveals the used pair.
@@ -222,7 +226,9 @@ async fn used_pair_of_old_copy_is_refused_and_quarantined() {
         used.complete(&point).await.unwrap();
         known.complete(&point).await.unwrap();
         if storage == KeyStorage::Hsm {
-            point.wait_until("it is destroyed", async || point.pool().status().await.unwrap().condemned == 0).await;
+            point
+                .wait_until("it is destroyed", async || point.pool().status().await.unwrap().pairs_to_destroy == 0)
+                .await;
         }
 
         point.restore_state(&old);

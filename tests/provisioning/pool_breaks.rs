@@ -4,7 +4,7 @@
 use spp::hsm::{BatchName, PairStorage};
 use spp::keypool::{Marks, PoolRules, ShredOrder};
 use spp::store::{KeyStorage, Purpose, SecretStore as _};
-use spp_format::keys::KeyKind;
+use spp_format::keys::KeyType;
 
 use spp_testkit::point::device::{Kind, TestDevice};
 use spp_testkit::point::faulty_stores::{FaultMode, PoolWrite};
@@ -19,7 +19,7 @@ fn restarts(turn: usize) -> Vec<bool> {
 }
 
 fn rules(storage: KeyStorage, high: u64) -> PoolRules {
-    let pools = [(KeyKind::P256, Marks { low: 1, high })].into();
+    let pools = [(KeyType::P256, Marks { low: 1, high })].into();
     PoolRules { storage, batch_size: 8, pools, ..PoolRules::default() }
 }
 
@@ -74,7 +74,7 @@ async fn filling_recovers_from_any_failed_write() {
                     if restarts {
                         point.restart().await;
                         // Above the low mark, filling needs an order.
-                        point.pool().order_fill(KeyKind::P256, None).unwrap();
+                        point.pool().order_fill(KeyType::P256, None).unwrap();
                     }
                     point.wait_until_filled(10).await;
                     assert_pool_is_consistent(&point, &[]).await;
@@ -105,7 +105,7 @@ async fn on_token_pair_is_destroyed_despite_any_failed_write() {
                 }
                 point
                     .wait_until("the batch is over", async || {
-                        point.pool().status().await.unwrap().condemned == 0 && point.p256().await.batches == 1
+                        point.pool().status().await.unwrap().pairs_to_destroy == 0 && point.p256().await.batches == 1
                     })
                     .await;
                 assert_pool_is_consistent(&point, &devices.iter().collect::<Vec<_>>()).await;
@@ -128,7 +128,7 @@ async fn orphaned_token_objects_are_destroyed_at_startup() {
     point.stop();
     testbed.hsm.create_batch_key(BatchName { store, number: over.number }).await.unwrap();
     let stray = PairStorage::OnToken(BatchName { store, number });
-    testbed.hsm.make_pairs(KeyKind::P256, stray, 2, std::time::Duration::from_secs(1)).await.unwrap();
+    testbed.hsm.make_pairs(KeyType::P256, stray, 2, std::time::Duration::from_secs(1)).await.unwrap();
     point.start();
     // The pool was full before the restart, so its size does not show that startup is complete.
     point.wait_until("store and token are compared", async || point.pool().status().await.unwrap().serving).await;

@@ -4,13 +4,13 @@ use std::time::Duration;
 
 use spp::keypool::{Marks, PoolRules, ShredOrder};
 use spp::store::{KeyStorage, SecretStore as _};
-use spp_format::keys::KeyKind;
+use spp_format::keys::KeyType;
 
 use spp_testkit::point::device::{Kind, TestDevice};
 use spp_testkit::point::{Point, TestBed, assert_pool_is_consistent};
 
 fn rules(storage: KeyStorage, high: u64) -> PoolRules {
-    PoolRules { storage, pools: [(KeyKind::P256, Marks { low: 1, high })].into(), ..PoolRules::default() }
+    PoolRules { storage, pools: [(KeyType::P256, Marks { low: 1, high })].into(), ..PoolRules::default() }
 }
 
 /// A killed worker leaves pairs on the token that the daemon does not know; the daemon keeps running.
@@ -89,7 +89,7 @@ async fn corrupted_pair_fails_one_call_only() {
     let testbed = TestBed::with_call_timeout(Duration::from_secs(1)).await;
     let mut point = testbed.point_with(rules(KeyStorage::Wrapped, 4));
     point.wait_until_filled(4).await;
-    let first = point.state().ready_pairs(KeyKind::P256, None, 1).await.unwrap()[0].0;
+    let first = point.state().ready_pairs(KeyType::P256, None, 1).await.unwrap()[0].0;
     point.stop();
     let path = point.state_directory().join(format!("pairs/{}", first.batch));
     let mut bytes = std::fs::read(&path).unwrap();
@@ -109,13 +109,13 @@ async fn status_reports_pairs_of_removed_pool() {
     let testbed = TestBed::new().await;
     let mut point: Point<'_> = testbed.point_with(rules(KeyStorage::Wrapped, 4));
     point.wait_until_filled(4).await;
-    point.rules.pools = [(KeyKind::Ed25519, Marks { low: 1, high: 2 })].into();
+    point.rules.pools = [(KeyType::Ed25519, Marks { low: 1, high: 2 })].into();
     point.restart().await;
     point
         .wait_until("both pools are reported", async || {
             let kinds = point.pool().status().await.unwrap().kinds;
             let ready = |kind| kinds.iter().find(|found| found.kind == kind).map(|found| found.ready);
-            ready(KeyKind::P256) == Some(4) && ready(KeyKind::Ed25519) == Some(2)
+            ready(KeyType::P256) == Some(4) && ready(KeyType::Ed25519) == Some(2)
         })
         .await;
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 use spp::hsm::{HsmError, KeyReloadRequest, StoredKey};
 use spp::keypool::{Marks, PoolRules, ShredOrder};
 use spp::store::{KeyStorage, SledStateStore, StateStore as _};
-use spp_format::keys::{DevicePrivateKey, KeyKind};
+use spp_format::keys::{DevicePrivateKey, KeyType};
 
 use spp_testkit::point::device::{Kind, TestDevice};
 use spp_testkit::point::{SMALL, TestBed};
@@ -25,7 +25,7 @@ async fn session_pair_is_unrecoverable_only_after_shredding() {
 async fn unrecoverable_after_shredding(kind: Kind, storage: KeyStorage) {
     let testbed = TestBed::new().await;
     for shreds in [false, true] {
-        let pools = [(KeyKind::P256, Marks { low: 1, high: 4 })].into();
+        let pools = [(KeyType::P256, Marks { low: 1, high: 4 })].into();
         let mut point = testbed.point_with(PoolRules { storage, pools, ..PoolRules::default() });
         point.wait_until_filled(4).await;
         let mut device = TestDevice::new(&testbed, kind, 1);
@@ -71,7 +71,7 @@ async fn unrecoverable_after_shredding(kind: Kind, storage: KeyStorage) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn on_token_pair_is_destroyed_after_completion() {
     let testbed = TestBed::new().await;
-    let pools = [(KeyKind::P256, Marks { low: 1, high: 4 })].into();
+    let pools = [(KeyType::P256, Marks { low: 1, high: 4 })].into();
     let mut point = testbed.point_with(PoolRules { storage: KeyStorage::Hsm, pools, ..PoolRules::default() });
     point.wait_until_filled(4).await;
     let mut device = TestDevice::new(&testbed, Kind::Pooled, 1);
@@ -82,7 +82,7 @@ async fn on_token_pair_is_destroyed_after_completion() {
     let order = KeyReloadRequest { pair: Some((private.public().clone(), stored_key)), derivations: Vec::new() };
     testbed.hsm.reload_keys(&order).await.expect("it is there as long as the device is on the line");
     device.complete(&point).await.unwrap();
-    point.wait_until("it is destroyed", async || point.pool().status().await.unwrap().condemned == 0).await;
+    point.wait_until("it is destroyed", async || point.pool().status().await.unwrap().pairs_to_destroy == 0).await;
     let refused = testbed.hsm.reload_keys(&order).await.err().unwrap();
     assert!(matches!(refused, HsmError::Absent(_)), "{refused}");
     point.stop();

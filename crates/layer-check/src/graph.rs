@@ -1,4 +1,4 @@
-//! Circles in a directed graph.
+//! Cycles in a directed graph.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 pub(crate) type Uses = BTreeMap<usize, BTreeMap<usize, BTreeSet<String>>>;
 
 /// The strongly connected components with more than one member (Tarjan's algorithm), each sorted.
-pub(crate) fn circles(uses: &Uses) -> Vec<Vec<usize>> {
+pub(crate) fn cycles(uses: &Uses) -> Vec<Vec<usize>> {
     let mut search = Search::new(uses);
     for start in uses.keys() {
         if !search.index.contains_key(start) {

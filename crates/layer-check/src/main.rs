@@ -1,9 +1,9 @@
 //! Checks the layers of crates: `layer-check ARCHITECTURE.md`.
 //!
-//! Each block of the document that is fenced as `layers SOURCE_DIRECTORY` lists the layers of one crate from the bottom, one a line:
-//! the names of top-level modules, separated by spaces; what follows `#` is a comment. A module may use itself, the modules of its
-//! own line and those of the lines above it in the block. Prints every use of a higher layer, every circle between files and every
-//! module without a layer, and exits with status 1 if there is any.
+//! Each block of the document that is fenced as `layers SOURCE_DIRECTORY` lists the layers of one crate from the bottom, one
+//! a line: the names of top-level modules, separated by spaces; what follows `#` is a comment. A module may use itself, the
+//! modules of its own line and those of the lines above it in the block. Prints every use of a higher layer, every cycle
+//! between files and every module without a layer, and exits with status 1 if there is any.
 
 mod graph;
 mod modules;
@@ -20,7 +20,7 @@ fn main() -> ExitCode {
     };
     match check_document(Path::new(document)) {
         Ok(faults) if faults.is_empty() => {
-            println!("layer-check: no use of a higher layer and no circle");
+            println!("layer-check: no use of a higher layer and no cycle");
             ExitCode::SUCCESS
         }
         Ok(faults) => {
@@ -77,16 +77,16 @@ fn check(block: &str, sources: &Path) -> Result<Vec<String>, String> {
             }
         }
     }
-    for circle in graph::circles(&uses) {
-        let files: Vec<&str> = circle.iter().map(|file| modules.file(*file)).collect();
+    for cycle in graph::cycles(&uses) {
+        let files: Vec<&str> = cycle.iter().map(|file| modules.file(*file)).collect();
         let mut sorted = files.clone();
         sorted.sort_unstable();
-        let pairs = circle.iter().flat_map(|user| circle.iter().map(move |target| (*user, *target)));
+        let pairs = cycle.iter().flat_map(|user| cycle.iter().map(move |target| (*user, *target)));
         let details = pairs.filter_map(|(user, target)| {
             let names = names(user, target)?;
             Some(format!("  {} -> {}: {names}", modules.file(user), modules.file(target)))
         });
-        faults.push(format!("circle: {}", sorted.join(", ")));
+        faults.push(format!("cycle: {}", sorted.join(", ")));
         faults.extend(details);
     }
     Ok(faults)
@@ -155,14 +155,14 @@ mod tests {
     }
 
     #[test]
-    fn circle_through_a_re_export_is_reported() {
+    fn cycle_through_a_re_export_is_reported() {
         let found = faults(&[
             ("low/mod.rs", "mod a; mod b; pub use a::A; pub use b::B;"),
             ("low/a.rs", "use super::B; pub struct A(B);"),
             ("low/b.rs", "pub struct B; fn f(_: super::a::A) {}"),
             ("high/mod.rs", ""),
         ]);
-        assert_eq!(found[0], "circle: low/a.rs, low/b.rs");
+        assert_eq!(found[0], "cycle: low/a.rs, low/b.rs");
         assert_eq!(found.len(), 3, "{found:?}");
     }
 

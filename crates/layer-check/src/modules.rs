@@ -9,7 +9,7 @@ use syn::visit::{self, Visit};
 
 use crate::graph::Uses;
 
-/// Imports that are followed one after the other before a name is given up: more would be a re-export of itself.
+/// Maximum number of re-exports to follow; a longer chain is a cycle of re-exports.
 const MOST_STEPS: usize = 16;
 
 /// All modules with a file of their own and the inline modules in them, without test code.

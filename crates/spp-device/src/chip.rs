@@ -3,7 +3,7 @@
 use aws_lc_rs::agreement::{ECDH_P256, PrivateKey};
 use aws_lc_rs::hkdf::{HKDF_SHA256, Salt};
 use spp_format::cbor::Writer;
-use spp_format::keys::{DevicePrivateKey, KeyKind, PrivateParts, PublicKey};
+use spp_format::keys::{DevicePrivateKey, KeyType, PrivateParts, PublicKey};
 use spp_format::names::ChipId;
 use spp_format::package::{self, BackupIv, TransportPrivateKey};
 use spp_format::secret::{Secret, SecretBytes};
@@ -48,7 +48,7 @@ impl ChipKey {
     pub(super) fn derive_own_pair(&self, chip: &ChipId) -> Result<DevicePrivateKey, DeviceError> {
         let failed = |e: spp_format::keys::KeyError| DeviceError::Derivation(e.to_string());
         let (scalar, point) = derive_p256(&self.0, "own key pair", chip)?;
-        let public = PublicKey::from_ec_point(KeyKind::P256, &point).map_err(failed)?;
+        let public = PublicKey::from_ec_point(KeyType::P256, &point).map_err(failed)?;
         DevicePrivateKey::from_parts(public, PrivateParts::Ec(scalar)).map_err(failed)
     }
 }

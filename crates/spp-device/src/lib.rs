@@ -1,7 +1,7 @@
 //! Reference implementation of a device: installs, backs up, confirms and recovers what the SPP delivers.
 //!
-//! Intended as a reference for firmware authors, so it depends on `spp-format` alone of the crates of this workspace. A device has three
-//! components:
+//! Intended as a reference for firmware authors, so `spp-format` is its only dependency in this workspace. A
+//! device has three components:
 //! - a **ROM** with its chip ID and the manufacturer's public key, which cannot be modified ([`Rom`]);
 //! - a **chip key** that never leaves the chip ([`ChipKey`]);
 //! - a **flash** that anyone can read, erase or lose ([`Flash`]), so it contains nothing in clear. It holds the certificate

@@ -3,7 +3,7 @@
 use ciborium::Value;
 use coset::{CoseSign1Builder, HeaderBuilder, TaggedCborSerializable as _, iana};
 use proptest::prelude::*;
-use spp_format::keys::{KeyKind, PublicKey, SignatureAlgorithm, ecdsa_fixed_from_der, generate_p256, sha256};
+use spp_format::keys::{KeyType, PublicKey, SignatureAlgorithm, ecdsa_fixed_from_der, generate_p256, sha256};
 use spp_format::package::samples::{chip, pair, session, symmetric_key};
 use spp_format::package::{
     BackupError, BackupFormat, BackupPackage, BackupRules, CertificateChain, ConfirmationKey, TransportCurve, seal,
@@ -38,7 +38,7 @@ impl Factory {
     }
 
     /// A package with a delivered key pair of this type.
-    fn package(&self, byte: u8, kind: KeyKind) -> DataPackage {
+    fn package(&self, byte: u8, kind: KeyType) -> DataPackage {
         let pair = pair(kind);
         let device = certificate(&self.manufacturer, &chip(byte), IDENTITY, pair.public());
         self.package_with(byte, CertificateChain::X509 { device, issuers: vec![] }, Some(pair))
@@ -76,7 +76,7 @@ fn rejection(device: &mut Device, package: &DataPackage) -> String {
 #[test]
 fn device_with_every_key_type_installs_confirms_and_recovers() {
     let factory = Factory::new();
-    for kind in [KeyKind::P256, KeyKind::P384, KeyKind::Ed25519, KeyKind::Rsa2048] {
+    for kind in [KeyType::P256, KeyType::P384, KeyType::Ed25519, KeyType::Rsa2048] {
         let mut device = factory.device(kind as u8);
         let package = factory.package(kind as u8, kind);
         let bytes = package.encode().unwrap();
@@ -136,7 +136,7 @@ fn sealed_package_installs_only_on_its_chip() {
     let factory = Factory::new();
     for curve in [TransportCurve::P256, TransportCurve::X25519] {
         let device = |byte| factory.fab.device(&chip(byte), Some(curve)).unwrap();
-        let package = factory.package(1, KeyKind::P256);
+        let package = factory.package(1, KeyType::P256);
         let transport_key = device(1).transport_public_key().unwrap().unwrap();
         let sealed = seal(&package.encode().unwrap(), &transport_key, &package.session, &package.chip).unwrap();
         let install =
@@ -154,11 +154,11 @@ fn sealed_package_installs_only_on_its_chip() {
 fn package_of_other_chip_session_or_identity_rejected() {
     let factory = Factory::new();
     let mut device = factory.device(1);
-    assert!(rejection(&mut device, &factory.package(2, KeyKind::P256)).contains("for chip 0202"));
-    let bytes = factory.package(1, KeyKind::P256).encode().unwrap();
+    assert!(rejection(&mut device, &factory.package(2, KeyType::P256)).contains("for chip 0202"));
+    let bytes = factory.package(1, KeyType::P256).encode().unwrap();
     let message = device.install(&session(9), &Delivery::Clear(&bytes)).unwrap_err().to_string();
     assert!(message.contains("for session 0101"), "{message}");
-    let mut other_identity = factory.package(1, KeyKind::P256);
+    let mut other_identity = factory.package(1, KeyType::P256);
     other_identity.identity = "serial:SN-0002".parse().unwrap();
     assert!(rejection(&mut device, &other_identity).contains("for identity SN-0002"));
 }
@@ -167,14 +167,14 @@ fn package_of_other_chip_session_or_identity_rejected() {
 fn package_with_wrong_certificate_or_key_rejected() {
     let (factory, other) = (Factory::new(), Factory::new());
     let mut device = factory.device(1);
-    assert!(rejection(&mut device, &other.package(1, KeyKind::P256)).contains("the signature does not verify"));
+    assert!(rejection(&mut device, &other.package(1, KeyType::P256)).contains("the signature does not verify"));
     assert!(rejection(&mut device, &other.symmetric_package(1)).contains("the signature does not verify"));
 
-    let other_chip = DataPackage { chip: chip(1), session: session(1), ..factory.package(2, KeyKind::P256) };
+    let other_chip = DataPackage { chip: chip(1), session: session(1), ..factory.package(2, KeyType::P256) };
     assert!(rejection(&mut device, &other_chip).contains("issued for another chip"));
     let other_chip = DataPackage { chip: chip(1), session: session(1), ..factory.symmetric_package(2) };
     assert!(rejection(&mut device, &other_chip).contains("issued for another chip"));
-    let other_key = DataPackage { key_pair: Some(pair(KeyKind::P256)), ..factory.package(1, KeyKind::P256) };
+    let other_key = DataPackage { key_pair: Some(pair(KeyType::P256)), ..factory.package(1, KeyType::P256) };
     assert!(rejection(&mut device, &other_key).contains("private key of the data package does not match"));
 }
 
@@ -182,7 +182,7 @@ fn package_with_wrong_certificate_or_key_rejected() {
 fn reinstalled_package_keeps_its_backup() {
     let factory = Factory::new();
     let mut device = factory.device(1);
-    let package = factory.package(1, KeyKind::Ed25519);
+    let package = factory.package(1, KeyType::Ed25519);
     install(&mut device, &package).unwrap();
     let backup = device.backup().unwrap();
     install(&mut device, &package).unwrap();
@@ -191,7 +191,7 @@ fn reinstalled_package_keeps_its_backup() {
     let fab = SimulatedFab::open(factory._directory.path()).unwrap();
     assert_eq!(fab.device(&chip(1), X25519).unwrap().backup().unwrap(), backup);
     // A package of another session replaces the stored one.
-    install(&mut device, &DataPackage { session: session(7), ..factory.package(1, KeyKind::Ed25519) }).unwrap();
+    install(&mut device, &DataPackage { session: session(7), ..factory.package(1, KeyType::Ed25519) }).unwrap();
     assert_ne!(device.backup().unwrap(), backup);
 }
 
@@ -199,7 +199,7 @@ fn reinstalled_package_keeps_its_backup() {
 fn recover_with_wrong_or_altered_record_fails() {
     let factory = Factory::new();
     let (mut one, mut other) = (factory.device(1), factory.device(2));
-    let installed = install(&mut one, &factory.package(1, KeyKind::P256)).unwrap();
+    let installed = install(&mut one, &factory.package(1, KeyType::P256)).unwrap();
     let backup = one.backup().unwrap();
     let record = PublicRecord { certificate: &installed.certificate, is_cwt: false, backup: &backup };
     assert!(other.recover(&record).unwrap_err().to_string().contains("kid"));
@@ -215,7 +215,7 @@ fn recover_with_wrong_or_altered_record_fails() {
 fn damaged_flash_detected_and_recovered() {
     let factory = Factory::new();
     let mut device = factory.device(1);
-    let package = factory.package(1, KeyKind::P256);
+    let package = factory.package(1, KeyType::P256);
     let installed = install(&mut device, &package).unwrap();
     let backup = device.backup().unwrap();
     let flash = device.flash.read().unwrap().unwrap();
@@ -324,7 +324,7 @@ fn cwt(manufacturer: &DevicePrivateKey, chip: &ChipId, identity: &str) -> Vec<u8
         .payload(payload)
         .create_signature(&[], |message| {
             let der = manufacturer.sign(SignatureAlgorithm::EcdsaP256Sha256, message).unwrap();
-            ecdsa_fixed_from_der(&der, KeyKind::P256).unwrap()
+            ecdsa_fixed_from_der(&der, KeyType::P256).unwrap()
         })
         .build()
         .to_tagged_vec()
@@ -341,7 +341,7 @@ fn receipt_verifies_only_for_own_record() {
     let fab = SimulatedFab::open(directory.path()).unwrap();
     let factory = Factory { manufacturer, fab, _directory: directory };
     let mut device = factory.device(1);
-    let package = factory.package(1, KeyKind::P256);
+    let package = factory.package(1, KeyType::P256);
     device.install(&session(1), &Delivery::Clear(&package.encode().unwrap())).unwrap();
 
     let record = device.expected_record(77).unwrap().to_bytes().unwrap();

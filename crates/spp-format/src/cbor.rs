@@ -40,7 +40,7 @@ pub enum CborError {
     #[error("key {0} is missing, or a key before it is unknown")]
     MissingKey(i64),
     /// Bytes after the value; their number.
-    #[error("{0} bytes follow the value")]
+    #[error("{0} trailing bytes after the value")]
     Trailing(usize),
 }
 

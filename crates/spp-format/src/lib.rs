@@ -1,6 +1,7 @@
 //! The formats of the secure processing point, for the daemon, its clients and firmware authors.
 //!
-//! Pure: no clock, no network, no HSM, no storage. [`file_format`] opens a file of secrets to check its mode; nothing else does I/O.
+//! Pure: no clock, no network, no HSM, no storage. [`file_format`] opens a file of secrets to check its mode; nothing else
+//! does I/O.
 //!
 //! | module | content |
 //! |---|---|

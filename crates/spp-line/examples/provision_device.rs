@@ -47,7 +47,8 @@ async fn provision(
     identity: &str,
     devices: &str,
 ) -> Result<(), Box<dyn Error>> {
-    // The device of this example is simulated; a real station talks to one over its test pads. Its ROM has the manufacturer's key.
+    // The device of this example is simulated; a real station talks to one over its test pads. Its ROM has the
+    // manufacturer's key.
     let fab = if Path::new(devices).join("fab.cbor").exists() {
         SimulatedFab::open(devices)?
     } else {

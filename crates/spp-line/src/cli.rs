@@ -14,7 +14,7 @@ use tonic::transport::Uri;
 use super::connection::parse_server;
 use super::orders::Numbering;
 use super::provision::{ProvisionOptions, Source, log_key, provision};
-use super::public_database::{PublicDatabase, RecordSource};
+use super::public_database::{RecordReader, RecordSource};
 use super::recover::recover;
 use super::report::ReportFile;
 use super::retry::RetryPolicy;
@@ -201,7 +201,7 @@ struct PublicArguments {
 }
 
 impl PublicArguments {
-    fn database(&self, devices: Option<&Path>) -> Result<PublicDatabase, LineError> {
+    fn database(&self, devices: Option<&Path>) -> Result<RecordReader, LineError> {
         let key = match (&self.log, devices) {
             (Some(path), _) => Some(log_key(path)?),
             (None, Some(devices)) => SimulatedFab::open(devices)?.rom_keys().1.cloned(),
@@ -217,7 +217,7 @@ impl PublicArguments {
             let hint = "reading from a mirror requires the log's public key; add --log FILE.vkey";
             return Err(LineError::Usage(hint.to_owned()));
         }
-        Ok(PublicDatabase { source, key })
+        Ok(RecordReader { source, key })
     }
 }
 

@@ -1,4 +1,4 @@
-//! ★ Provisioning of one device, from the station's point of view.
+//! Provisioning of one device, from the station's point of view.
 
 use std::fmt;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use tonic::Code;
 
 use super::client::StationClient;
 use super::csr;
-use super::journal::Receipt;
+use super::journal::StoredReceipt;
 use super::orders::Order;
 use super::retry::CallFailure;
 
@@ -38,15 +38,15 @@ pub(super) struct DeviceResult {
 /// How a device became complete.
 pub(super) enum Outcome {
     /// Provisioned in this run.
-    Done(Receipt),
+    Done(StoredReceipt),
     /// Completed in an earlier run, but missing in the station's journal.
-    Found(Receipt),
+    Found(StoredReceipt),
     /// Completed in an earlier run according to the station's journal; no calls were made.
-    Skipped(Receipt),
+    Skipped(StoredReceipt),
 }
 
 impl Outcome {
-    pub(super) const fn receipt(&self) -> &Receipt {
+    pub(super) const fn receipt(&self) -> &StoredReceipt {
         match self {
             Self::Done(receipt) | Self::Found(receipt) | Self::Skipped(receipt) => receipt,
         }
@@ -266,7 +266,7 @@ impl Station {
     }
 
     /// Lets the device verify the receipt, and stores it in a file next to the flash.
-    async fn store_receipt(&self, order: &Order, receipt: UnverifiedReceipt) -> Result<Receipt, Failure> {
+    async fn store_receipt(&self, order: &Order, receipt: UnverifiedReceipt) -> Result<StoredReceipt, Failure> {
         let (fab, chip) = (Arc::clone(&self.fab), order.chip.clone());
         let stored = tokio::task::spawn_blocking(move || {
             let device = fab.device(&chip, None)?;
@@ -335,7 +335,7 @@ fn session_id(call: &'static str, bytes: &[u8]) -> Result<SessionId, Failure> {
 
 /// The daemon's receipt before the device has verified it.
 struct UnverifiedReceipt {
-    fields: Receipt,
+    fields: StoredReceipt,
     /// Seconds since the Unix epoch.
     published: u64,
     /// C2SP tlog-proof.
@@ -352,7 +352,7 @@ fn parse_receipt(
     let seconds = time.and_then(|time| time.duration_since(SystemTime::UNIX_EPOCH).ok());
     match (record_hash.len(), time, seconds) {
         (32, Some(published), Some(seconds)) => Ok(UnverifiedReceipt {
-            fields: Receipt {
+            fields: StoredReceipt {
                 session,
                 record_index,
                 record_hash: hex::encode(record_hash),

@@ -20,11 +20,11 @@ pub(super) struct JournalEntry {
     pub(super) identity: DeviceIdentity,
     pub(super) profile: ProfileName,
     #[serde(flatten)]
-    pub(super) receipt: Receipt,
+    pub(super) receipt: StoredReceipt,
 }
 
 impl JournalEntry {
-    pub(super) fn new(order: &Order, receipt: Receipt) -> Self {
+    pub(super) fn new(order: &Order, receipt: StoredReceipt) -> Self {
         Self { chip_id: order.chip.clone(), identity: order.identity.clone(), profile: order.profile.clone(), receipt }
     }
 
@@ -36,7 +36,7 @@ impl JournalEntry {
 
 /// The position of a device's record in the public database.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Receipt {
+pub(super) struct StoredReceipt {
     pub(super) session: SessionId,
     /// The record's index in the log, counted from 0.
     pub(super) record_index: u64,
@@ -61,12 +61,12 @@ pub(super) fn read(devices: &Path) -> Result<HashMap<ChipId, JournalEntry>, Line
 /// Entries are appended without a sync per device. If a crash loses or truncates the last entries, they are recovered: for such
 /// a device the daemon answers Assemble with `ALREADY_EXISTS`, and `GetSession` returns the session for the same receipt. The
 /// journal therefore only saves calls. The flash must be durable before Complete is called, and it is.
-pub(super) struct Journal {
+pub(super) struct CompletionLog {
     path: PathBuf,
     file: BufWriter<File>,
 }
 
-impl Journal {
+impl CompletionLog {
     /// Opens and locks the journal for one run per directory, and returns its entries.
     pub(super) fn open(devices: &Path) -> Result<(Self, HashMap<ChipId, JournalEntry>), LineError> {
         let path = devices.join(FILE);
@@ -130,7 +130,7 @@ mod tests {
             chip_id: ChipId::from_bytes(&[number; 16]).unwrap(),
             identity: format!("serial:{number}").parse().unwrap(),
             profile: "phone".parse().unwrap(),
-            receipt: Receipt {
+            receipt: StoredReceipt {
                 session: SessionId::from_bytes(&[number; 16]).unwrap(),
                 record_index: number.into(),
                 record_hash: "00".repeat(32),
@@ -142,7 +142,7 @@ mod tests {
     #[test]
     fn added_entries_read_back() {
         let directory = spp_test_support::files::temp_dir();
-        let (mut journal, known) = Journal::open(directory.path()).unwrap();
+        let (mut journal, known) = CompletionLog::open(directory.path()).unwrap();
         assert!(known.is_empty());
         journal.add(&entry(1)).unwrap();
         journal.add(&entry(2)).unwrap();
@@ -155,14 +155,14 @@ mod tests {
     #[test]
     fn truncated_line_loses_only_itself() {
         let directory = spp_test_support::files::temp_dir();
-        let (mut journal, _) = Journal::open(directory.path()).unwrap();
+        let (mut journal, _) = CompletionLog::open(directory.path()).unwrap();
         journal.add(&entry(1)).unwrap();
         journal.add(&entry(2)).unwrap();
         journal.close().unwrap();
         let path = directory.path().join(FILE);
         let complete = std::fs::read(&path).unwrap();
         std::fs::write(&path, &complete[..complete.len() - 9]).unwrap();
-        let (mut journal, known) = Journal::open(directory.path()).unwrap();
+        let (mut journal, known) = CompletionLog::open(directory.path()).unwrap();
         assert_eq!(known.len(), 1);
         journal.add(&entry(3)).unwrap();
         journal.close().unwrap();
@@ -173,10 +173,10 @@ mod tests {
     #[test]
     fn second_run_in_directory_rejected() {
         let directory = spp_test_support::files::temp_dir();
-        let first = Journal::open(directory.path()).unwrap();
-        let error = Journal::open(directory.path()).map(|_| ()).unwrap_err();
+        let first = CompletionLog::open(directory.path()).unwrap();
+        let error = CompletionLog::open(directory.path()).map(|_| ()).unwrap_err();
         assert!(error.to_string().contains("another spp-line"), "{error}");
         drop(first);
-        assert!(Journal::open(directory.path()).is_ok());
+        assert!(CompletionLog::open(directory.path()).is_ok());
     }
 }

@@ -43,10 +43,10 @@
 //!
 //! # The program
 //!
-//! Start with `device_flow`, the provisioning of one device. `orders` defines the devices, `pipeline` provisions many in parallel, `retry`
-//! decides which calls to retry, `journal` lists completed devices, `run_log` and `report` write the results. `connection`
-//! connects to the daemon; `public_database` fetches records; `recover`, `show` and `devices` are commands for single devices;
-//! `cli` is the command line.
+//! Start with `device_flow`, the provisioning of one device. `orders` defines the devices, `pipeline` provisions many in
+//! parallel, `retry` decides which calls to retry, `journal` lists completed devices, `run_log` and `report` write the
+//! results. `connection` connects to the daemon; `public_database` fetches records; `recover`, `show` and `devices` are
+//! commands for single devices; `cli` is the command line.
 //!
 //! Trust: a station sees the packages that it forwards unless they are sealed to the chip, and holds no other secret than its
 //! own TLS key. It makes no decisions: the daemon admits orders, the device verifies.

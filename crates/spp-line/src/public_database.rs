@@ -38,7 +38,7 @@ impl FetchedRecord {
 }
 
 /// Access to the public database.
-pub(super) struct PublicDatabase {
+pub(super) struct RecordReader {
     pub(super) source: RecordSource,
     /// The log's key; without it, only the certificate authenticates the record.
     pub(super) key: Option<LogKey>,
@@ -52,7 +52,7 @@ pub(super) enum RecordSource {
     Mirror { place: String, authority: Option<PathBuf> },
 }
 
-impl PublicDatabase {
+impl RecordReader {
     /// Fetches the newest record of the chip. Parses the record's bytes rather than the message's fields, because the bytes are
     /// what the log hashes.
     pub(super) async fn fetch_record(&self, chip: &ChipId) -> Result<FetchedRecord, LineError> {

@@ -6,11 +6,11 @@ use spp_device::{InstalledPackage, PublicRecord, SimulatedFab};
 use spp_format::names::ChipId;
 
 use super::LineError;
-use super::public_database::{FetchedRecord, PublicDatabase};
+use super::public_database::{FetchedRecord, RecordReader};
 use super::show::lines;
 
 /// Recovers a simulated device; the device itself verifies and decrypts the record.
-pub(super) async fn recover(chip: &ChipId, devices: &Path, database: &PublicDatabase) -> Result<String, LineError> {
+pub(super) async fn recover(chip: &ChipId, devices: &Path, database: &RecordReader) -> Result<String, LineError> {
     let mut device = SimulatedFab::open(devices)?.device(chip, None)?;
     let fetched = database.fetch_record(chip).await?;
     let record = &fetched.record;

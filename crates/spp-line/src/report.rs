@@ -162,7 +162,7 @@ pub(super) struct Summary {
 /// Durations of the provisioning steps.
 #[derive(Serialize)]
 pub(super) struct StepDurations {
-    way: Option<Percentiles>,
+    total: Option<Percentiles>,
     assemble: Option<Percentiles>,
     device: Option<Percentiles>,
     complete: Option<Percentiles>,
@@ -236,7 +236,7 @@ impl Tally {
             seconds: (seconds * 1e3).round() / 1e3,
             devices_per_second: if seconds > 0.0 { (self.done as f64 / seconds * 10.0).round() / 10.0 } else { 0.0 },
             milliseconds: StepDurations {
-                way: Percentiles::of(self.total),
+                total: Percentiles::of(self.total),
                 assemble: Percentiles::of(self.assemble),
                 device: Percentiles::of(self.device),
                 complete: Percentiles::of(self.complete),
@@ -271,11 +271,11 @@ impl Summary {
             let _ = write!(text, "; {} calls retried", self.retries);
         }
         text.push('\n');
-        let StepDurations { way, assemble, device, complete } = &self.milliseconds;
-        if way.is_some() {
+        let StepDurations { total, assemble, device, complete } = &self.milliseconds;
+        if total.is_some() {
             let _ = writeln!(text, "{:<16}{:>10}{:>10}{:>10}{:>10}", "milliseconds", "p50", "p95", "p99", "max");
         }
-        let parts = [("total", way), ("  Assemble", assemble), ("  device", device), ("  Complete", complete)];
+        let parts = [("total", total), ("  Assemble", assemble), ("  device", device), ("  Complete", complete)];
         for (name, percentiles) in parts {
             if let Some(Percentiles { p50, p95, p99, max }) = percentiles {
                 let _ = writeln!(text, "{name:<16}{p50:>10.1}{p95:>10.1}{p99:>10.1}{max:>10.1}");
@@ -291,7 +291,7 @@ mod tests {
 
     use super::*;
     use crate::device_flow::Times;
-    use crate::journal::Receipt;
+    use crate::journal::StoredReceipt;
 
     fn order() -> Order {
         Order {
@@ -302,7 +302,7 @@ mod tests {
     }
 
     fn done() -> DeviceResult {
-        let receipt = Receipt {
+        let receipt = StoredReceipt {
             session: SessionId::from_bytes(&[1; 16]).unwrap(),
             record_index: 4,
             record_hash: "ab".repeat(32),

@@ -9,7 +9,7 @@ use spp_format::names::ChipId;
 
 use super::LineError;
 use super::device_flow::{DeviceResult, Failure, Outcome, Times};
-use super::journal::{Journal, JournalEntry};
+use super::journal::{CompletionLog, JournalEntry};
 use super::orders::Order;
 use super::report::{Report, ReportFile, Summary, Tally};
 
@@ -18,7 +18,7 @@ const MAX_LISTED_FAILURES: usize = 20;
 
 /// Writes the results of a run.
 pub(super) struct RunLog {
-    journal: Journal,
+    journal: CompletionLog,
     report: Option<Report>,
     known: HashMap<ChipId, JournalEntry>,
     /// Chips whose flash is not empty.
@@ -38,7 +38,7 @@ pub(super) struct RunResult {
 impl RunLog {
     /// Opens the run log of the directory; locks the directory for one run.
     pub(super) fn open(devices: &Path, report: Option<&ReportFile>) -> Result<Self, LineError> {
-        let (journal, known) = Journal::open(devices)?;
+        let (journal, known) = CompletionLog::open(devices)?;
         Ok(Self {
             journal,
             report: report.map(Report::create).transpose()?,

@@ -9,12 +9,12 @@ use spp_format::names::ChipId;
 use x509_cert::Certificate;
 
 use super::LineError;
-use super::public_database::{FetchedRecord, PublicDatabase};
+use super::public_database::{FetchedRecord, RecordReader};
 
 /// Options of the show command.
 pub(super) struct ShowOptions<'a> {
     pub(super) chip: &'a ChipId,
-    pub(super) database: PublicDatabase,
+    pub(super) database: RecordReader,
     /// File to which the certificate is written as well.
     pub(super) certificate_out: Option<&'a Path>,
     pub(super) json: bool,

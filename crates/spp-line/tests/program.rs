@@ -1,5 +1,5 @@
 //! The program without a daemon: usage, man pages, completions. Other tests of the workspace start it as well; cargo builds the
-//! programs of a package together with its integration tests, so this file must not go.
+//! programs of a package together with its integration tests, so do not delete this file.
 #![allow(clippy::unwrap_used, reason = "test helpers may panic")]
 
 use std::path::Path;

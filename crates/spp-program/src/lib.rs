@@ -1,4 +1,4 @@
-//! What every program does: it hardens its process and generates its own man pages and shell completions.
+//! Code that all programs share: process hardening, and generation of man pages and shell completions.
 //!
 //! `sppd`, `sppctl` and `spp-line` use it. It is a crate, because `spp-line` does not depend on `spp`.
 

@@ -1,4 +1,4 @@
-//! The messages, clients and services of `proto/spp/v1`, and no transport: neither a connection nor a server.
+//! The messages, clients and service traits generated from `proto/spp/v1`, without a transport.
 #![allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic, reason = "generated from proto/")]
 
 use std::fmt;

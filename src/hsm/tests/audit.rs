@@ -1,9 +1,9 @@
 //! The audit refuses a key whose attributes do not match its role, and names each wrong attribute.
 
 use cryptoki::mechanism::Mechanism;
-use cryptoki::object::{Attribute, KeyType, ObjectClass};
+use cryptoki::object::{Attribute, KeyType as CkKeyType, ObjectClass};
 use cryptoki::session::Session;
-use spp_format::keys::KeyKind;
+use spp_format::keys::KeyType;
 
 use super::{TestToken, create_wrapping_key, in_module, key_map, name};
 use crate::hsm::attributes::pair_generation;
@@ -87,13 +87,13 @@ fn signing_key_with_wrong_attribute_is_refused() {
     in_module(|token| {
         let ceremony = token.open();
         let session = ceremony.token.session().unwrap();
-        let role = KeyRole::Signing(KeyKind::Rsa2048);
+        let role = KeyRole::Signing(KeyType::Rsa2048);
         for (key, change, problem) in [
             ("signs-and-decrypts", Attribute::Decrypt(true), "CKA_DECRYPT is true"),
             ("signs-and-unwraps", Attribute::Unwrap(true), "CKA_UNWRAP is true"),
             ("extractable", Attribute::Extractable(true), "CKA_EXTRACTABLE is not false"),
         ] {
-            let (mechanism, mut public) = pair_generation(KeyKind::Rsa2048);
+            let (mechanism, mut public) = pair_generation(KeyType::Rsa2048);
             public.push(Attribute::Token(false));
             session.generate_key_pair(&mechanism, &public, &altered(token, role, key, &[change])).unwrap();
             assert_refused(token, &ceremony, key, role, problem);
@@ -109,7 +109,7 @@ fn imported_key_is_refused() {
         let mut template = altered(token, MASTER, "imported", &[]);
         template.extend([
             Attribute::Class(ObjectClass::SECRET_KEY),
-            Attribute::KeyType(KeyType::GENERIC_SECRET),
+            Attribute::KeyType(CkKeyType::GENERIC_SECRET),
             Attribute::Value(vec![0x5a; 32]),
         ]);
         session.create_object(&template).unwrap();
@@ -142,7 +142,7 @@ fn ceremony_keys_pass_the_audit() {
     in_module(|token| {
         let ceremony = token.open();
         let mut made = Vec::new();
-        for kind in [KeyKind::P256, KeyKind::P384, KeyKind::Ed25519, KeyKind::Rsa2048] {
+        for kind in [KeyType::P256, KeyType::P384, KeyType::Ed25519, KeyType::Rsa2048] {
             let key = ceremony.create_signing_key(&name(&format!("sign-{kind}")), kind).unwrap();
             made.push((key, KeyRole::Signing(kind)));
         }

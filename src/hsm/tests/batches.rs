@@ -1,7 +1,7 @@
 //! Objects that the daemon generates on the token: batch keys and stored pairs.
 
 use cryptoki::object::Attribute;
-use spp_format::keys::{DevicePrivateKey, KeyKind, PublicKey};
+use spp_format::keys::{DevicePrivateKey, KeyType, PublicKey};
 use spp_format::names::KeyName;
 
 use super::{TestToken, in_module, object_counts};
@@ -47,7 +47,7 @@ impl Fixture {
         ));
     }
 
-    fn make(&mut self, kind: KeyKind, target: &StorageTarget, at_most: u32, within_ms: u32) -> Vec<MadePair> {
+    fn make(&mut self, kind: KeyType, target: &StorageTarget, at_most: u32, within_ms: u32) -> Vec<MadePair> {
         let operation = Operation::MakePairs { kind, target: target.clone(), at_most, within_ms };
         match self.operations.perform(operation) {
             Ok(Answer::Made(made)) => made,
@@ -68,7 +68,7 @@ impl Fixture {
     }
 }
 
-const KINDS: [KeyKind; 4] = [KeyKind::P256, KeyKind::P384, KeyKind::Ed25519, KeyKind::Rsa2048];
+const KINDS: [KeyType; 4] = [KeyType::P256, KeyType::P384, KeyType::Ed25519, KeyType::Rsa2048];
 
 #[test]
 fn batch_key_create_and_destroy_are_idempotent() {
@@ -102,7 +102,7 @@ fn batch_key_with_wrong_attributes_is_refused() {
         let session = fixture.ceremony.token.session().unwrap();
         session.generate_key(&cryptoki::mechanism::Mechanism::AesKeyGen, &template).unwrap();
         let order =
-            Operation::MakePairs { kind: KeyKind::P256, target: StorageTarget::Wrapped(key), at_most: 1, within_ms: 0 };
+            Operation::MakePairs { kind: KeyType::P256, target: StorageTarget::Wrapped(key), at_most: 1, within_ms: 0 };
         let failure = fixture.operations.perform(order).err().unwrap();
         assert!(failure.message.contains("CKA_EXTRACTABLE is not false"), "{}", failure.message);
     });
@@ -136,10 +136,10 @@ fn rewrapped_pair_unwraps_only_under_new_batch_key() {
             }
             assert_eq!(fixture.objects(), before, "{kind}: nothing is left in the HSM");
         }
-        let pair = fixture.make(KeyKind::P256, &StorageTarget::Wrapped(from.clone()), 1, 0).pop().unwrap();
+        let pair = fixture.make(KeyType::P256, &StorageTarget::Wrapped(from.clone()), 1, 0).pop().unwrap();
         let StoredForm::Blob(blob) = pair.stored else { panic!("expected a wrapped pair") };
         fixture.destroy(&from);
-        let order = Operation::Rewrap { kind: KeyKind::P256, wrapping_key: from, blob };
+        let order = Operation::Rewrap { kind: KeyType::P256, wrapping_key: from, blob };
         assert_eq!(fixture.deliver(order), Err(FailureClass::Absent));
     });
 }
@@ -185,8 +185,8 @@ fn list_contains_only_daemon_objects() {
         for key in [batch(1), batch(2), other] {
             fixture.create(&key.key());
         }
-        fixture.make(KeyKind::P256, &StorageTarget::OnToken(batch(4).pairs()), 3, 60_000);
-        fixture.make(KeyKind::Ed25519, &StorageTarget::OnToken(other.pairs()), 1, 0);
+        fixture.make(KeyType::P256, &StorageTarget::OnToken(batch(4).pairs()), 3, 60_000);
+        fixture.make(KeyType::Ed25519, &StorageTarget::OnToken(other.pairs()), 1, 0);
         let Ok(Answer::Own { mut keys, pairs }) = fixture.operations.perform(Operation::ListOwn) else {
             panic!("no list")
         };
@@ -205,10 +205,10 @@ fn make_pairs_respects_count_and_time_limits() {
         let mut fixture = fixture(token);
         fixture.create(&batch(1).key());
         let target = StorageTarget::Wrapped(batch(1).key());
-        assert_eq!(fixture.make(KeyKind::P256, &target, 5, 60_000).len(), 5);
-        assert_eq!(fixture.make(KeyKind::P256, &target, 1000, 0).len(), 1);
+        assert_eq!(fixture.make(KeyType::P256, &target, 5, 60_000).len(), 5);
+        assert_eq!(fixture.make(KeyType::P256, &target, 1000, 0).len(), 1);
         // This number of pairs would take months.
-        let made = fixture.make(KeyKind::P256, &target, u32::MAX, 1000).len();
+        let made = fixture.make(KeyType::P256, &target, u32::MAX, 1000).len();
         assert!(made > 1, "{made}");
     });
 }
@@ -222,21 +222,21 @@ fn removed_token_is_not_reported_as_destroyed_key() {
         let (operations, transport) = token.operations_with_transport(&ceremony, key_map());
         let mut fixture = Fixture { ceremony, operations, transport };
         fixture.create(&batch(1).key());
-        let stored = fixture.make(KeyKind::P256, &StorageTarget::Wrapped(batch(1).key()), 1, 0).pop().unwrap().stored;
+        let stored = fixture.make(KeyType::P256, &StorageTarget::Wrapped(batch(1).key()), 1, 0).pop().unwrap().stored;
         let StoredForm::Blob(blob) = stored else { panic!("expected a wrapped pair") };
         let label = batch(3).pairs();
-        let stored = fixture.make(KeyKind::P256, &StorageTarget::OnToken(label.clone()), 1, 0).pop().unwrap().stored;
+        let stored = fixture.make(KeyType::P256, &StorageTarget::OnToken(label.clone()), 1, 0).pop().unwrap().stored;
         let StoredForm::Id(id) = stored else { panic!("expected a pair on the token") };
         let orders = || {
             let pair = TokenPair { label: label.clone(), id: id.clone() };
-            let (kind, wrapping_key) = (KeyKind::P256, batch(1).key());
+            let (kind, wrapping_key) = (KeyType::P256, batch(1).key());
             [Operation::Rewrap { kind, wrapping_key, blob: blob.clone() }, Operation::DeliverPair { kind, pair }]
         };
         // Sessions without cached handles.
         let fresh = || token.operations_with_transport(&fixture.ceremony, key_map()).0;
         let mut looking: Vec<_> = orders().into_iter().map(|order| (fresh(), order)).collect();
         looking.push((fresh(), Operation::ListOwn));
-        let (present, removed) = (token.directory.join("tokens"), token.directory.join("tokens-away"));
+        let (present, removed) = (token.directory.join("tokens"), token.directory.join("tokens-removed"));
         std::fs::rename(&present, &removed).unwrap();
         for (mut operations, order) in looking {
             let Err(failure) = operations.perform(order) else { panic!("the token is removed") };

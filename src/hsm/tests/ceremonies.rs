@@ -1,6 +1,6 @@
 //! Keys created in ceremonies work, have the reported attributes, and are never overwritten.
 
-use spp_format::keys::{KeyKind, SignatureAlgorithm};
+use spp_format::keys::{KeyType, SignatureAlgorithm};
 
 use super::{create_wrapping_key, in_module, key_map, name, object_counts};
 use crate::hsm::wire::{Answer, Operation};
@@ -11,10 +11,10 @@ fn signatures_of_every_algorithm_verify() {
     in_module(|token| {
         let ceremony = token.open();
         for (kind, algorithms) in [
-            (KeyKind::P256, [SignatureAlgorithm::EcdsaP256Sha256].as_slice()),
-            (KeyKind::P384, &[SignatureAlgorithm::EcdsaP384Sha384]),
-            (KeyKind::Ed25519, &[SignatureAlgorithm::Ed25519]),
-            (KeyKind::Rsa2048, &[SignatureAlgorithm::RsaPkcs1Sha256, SignatureAlgorithm::RsaPssSha256]),
+            (KeyType::P256, [SignatureAlgorithm::EcdsaP256Sha256].as_slice()),
+            (KeyType::P384, &[SignatureAlgorithm::EcdsaP384Sha384]),
+            (KeyType::Ed25519, &[SignatureAlgorithm::Ed25519]),
+            (KeyType::Rsa2048, &[SignatureAlgorithm::RsaPkcs1Sha256, SignatureAlgorithm::RsaPssSha256]),
         ] {
             let key = ceremony.create_signing_key(&name(kind.name()), kind).unwrap();
             let public = key.public.unwrap();
@@ -43,7 +43,7 @@ fn used_name_is_refused_and_creates_nothing() {
         let attempts = [
             create_wrapping_key(&ceremony, &taken),
             ceremony.create_master_key(&taken, Prf::AesCmac),
-            ceremony.create_signing_key(&taken, KeyKind::P256),
+            ceremony.create_signing_key(&taken, KeyType::P256),
         ];
         for attempt in attempts {
             let Err(HsmError::Refused(why)) = attempt else { panic!("{attempt:?}") };
@@ -59,9 +59,9 @@ fn created_key_reports_token_attributes() {
         let ceremony = token.open();
         let master = ceremony.create_master_key(&name("master"), Prf::HmacSha256).unwrap();
         let wrap = create_wrapping_key(&ceremony, &name("wrap")).unwrap();
-        let signing = ceremony.create_signing_key(&name("sign"), KeyKind::P256).unwrap();
+        let signing = ceremony.create_signing_key(&name("sign"), KeyType::P256).unwrap();
         assert!(master.public.is_none() && wrap.public.is_none());
-        assert_eq!(signing.public.as_ref().unwrap().kind(), KeyKind::P256);
+        assert_eq!(signing.public.as_ref().unwrap().kind(), KeyType::P256);
         for (key, uses) in [(&master, ["Sign"].as_slice()), (&wrap, &["Wrap", "Unwrap"]), (&signing, &["Sign"])] {
             assert_eq!(key.id.len(), 16);
             for (attribute, value) in [
@@ -110,7 +110,7 @@ fn destroyed_key_is_unusable_in_every_session() {
         let keys = || key_map([(&doomed, KeyRole::Wrapping), (&other, KeyRole::Wrapping)]);
         let (mut one, _) = token.operations_with_transport(&ceremony, keys());
         let (mut two, _) = token.operations_with_transport(&ceremony, keys());
-        let pair = |key| Operation::GeneratePair { kind: KeyKind::P256, wrapping_key: name(key) };
+        let pair = |key| Operation::GeneratePair { kind: KeyType::P256, wrapping_key: name(key) };
         two.perform(pair("doomed")).map(drop).unwrap();
 
         assert!(matches!(one.perform(Operation::Destroy { key: name("doomed") }), Ok(Answer::Destroyed)));

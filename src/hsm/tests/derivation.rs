@@ -1,6 +1,6 @@
 //! The KDF matches NIST's test vectors, and different inputs give different keys.
 
-use cryptoki::object::{Attribute, KeyType, ObjectClass};
+use cryptoki::object::{Attribute, KeyType as CkKeyType, ObjectClass};
 use serde::Deserialize;
 
 use super::{in_module, key_map, name};
@@ -37,8 +37,8 @@ fn kdf_matches_nist_cavp_vectors() {
         let (mut cmac, mut hmac) = (0, 0);
         for case in vectors() {
             let (key_type, ran) = match case.prf {
-                Prf::AesCmac => (KeyType::AES, &mut cmac),
-                Prf::HmacSha256 => (KeyType::GENERIC_SECRET, &mut hmac),
+                Prf::AesCmac => (CkKeyType::AES, &mut cmac),
+                Prf::HmacSha256 => (CkKeyType::GENERIC_SECRET, &mut hmac),
             };
             let key = name(&format!("cavp-{}-{}", key_type, case.count).replace(' ', "-").to_lowercase());
             let id = case.count.to_be_bytes().to_vec();

@@ -1,7 +1,7 @@
 //! Pairs are generated, wrapped twice and destroyed; the stored blob unwraps to the same key.
 
 use cryptoki::object::Attribute;
-use spp_format::keys::{DevicePrivateKey, KeyKind, PublicKey, SignatureAlgorithm};
+use spp_format::keys::{DevicePrivateKey, KeyType, PublicKey, SignatureAlgorithm};
 
 use super::{TestToken, create_wrapping_key, in_module, key_map, name, object_counts};
 use crate::hsm::failure_class::FailureClass;
@@ -33,13 +33,13 @@ impl Fixture {
     }
 
     /// The public key, the stored blob and the delivered blob of a new pair.
-    fn pair(&mut self, kind: KeyKind) -> (PublicKey, Vec<u8>, Vec<u8>) {
+    fn pair(&mut self, kind: KeyType) -> (PublicKey, Vec<u8>, Vec<u8>) {
         let answer = self.operations.perform(Operation::GeneratePair { kind, wrapping_key: name("wrap") });
         let Ok(Answer::Pair { public, stored, delivered }) = answer else { panic!("{:?}", answer.err()) };
         (public_key(kind, public).unwrap(), stored, delivered)
     }
 
-    fn rewrap(&mut self, kind: KeyKind, blob: &[u8]) -> Result<Vec<u8>, FailureClass> {
+    fn rewrap(&mut self, kind: KeyType, blob: &[u8]) -> Result<Vec<u8>, FailureClass> {
         let order = Operation::Rewrap { kind, wrapping_key: name("wrap"), blob: blob.to_vec() };
         match self.operations.perform(order) {
             Ok(Answer::Rewrapped(delivered)) => Ok(delivered),
@@ -54,7 +54,7 @@ impl Fixture {
     }
 }
 
-const KINDS: [KeyKind; 5] = [KeyKind::P256, KeyKind::P384, KeyKind::Ed25519, KeyKind::Rsa2048, KeyKind::Rsa3072];
+const KINDS: [KeyType; 5] = [KeyType::P256, KeyType::P384, KeyType::Ed25519, KeyType::Rsa2048, KeyType::Rsa3072];
 
 #[test]
 fn pair_of_every_type_is_delivered_twice() {
@@ -83,7 +83,7 @@ fn pair_of_every_type_is_delivered_twice() {
 fn generated_pairs_are_distinct() {
     in_module(|token| {
         let mut fixture = fixture(token);
-        for kind in [KeyKind::P256, KeyKind::P384, KeyKind::Ed25519] {
+        for kind in [KeyType::P256, KeyType::P384, KeyType::Ed25519] {
             let made: std::collections::BTreeSet<_> = (0..20).map(|_| fixture.pair(kind).0.fingerprint()).collect();
             assert_eq!(made.len(), 20, "{kind}");
         }
@@ -95,7 +95,7 @@ fn missing_wrapping_key_refuses_pair_and_leaves_no_object() {
     in_module(|token| {
         let mut fixture = fixture(token);
         let before = fixture.objects();
-        for kind in [KeyKind::P256, KeyKind::Ed25519, KeyKind::Rsa2048] {
+        for kind in [KeyType::P256, KeyType::Ed25519, KeyType::Rsa2048] {
             for (key, class, expected) in [
                 (
                     "lost",
@@ -118,7 +118,7 @@ fn missing_wrapping_key_refuses_pair_and_leaves_no_object() {
 fn damaged_blob_is_refused_without_losing_the_worker() {
     in_module(|token| {
         let mut fixture = fixture(token);
-        let (public, stored, delivered) = fixture.pair(KeyKind::P256);
+        let (public, stored, delivered) = fixture.pair(KeyType::P256);
         let before = fixture.objects();
         let mut damaged = stored.clone();
         damaged[20] ^= 1;
@@ -129,13 +129,13 @@ fn damaged_blob_is_refused_without_losing_the_worker() {
             ("empty", &[]),
             ("wrapped under another key", &delivered),
         ] {
-            let class = fixture.rewrap(KeyKind::P256, blob).unwrap_err();
+            let class = fixture.rewrap(KeyType::P256, blob).unwrap_err();
             assert!(matches!(class, FailureClass::Transient | FailureClass::Rejected), "{what}: {class:?}");
             assert_eq!(fixture.objects(), before, "{what}");
         }
-        assert!(fixture.rewrap(KeyKind::Rsa2048, &stored).is_err(), "an EC key cannot be unwrapped as an RSA key");
+        assert!(fixture.rewrap(KeyType::Rsa2048, &stored).is_err(), "an EC key cannot be unwrapped as an RSA key");
         assert_eq!(fixture.objects(), before);
-        let delivered = fixture.rewrap(KeyKind::P256, &stored).unwrap();
+        let delivered = fixture.rewrap(KeyType::P256, &stored).unwrap();
         fixture.open(&public, &delivered);
     });
 }
@@ -150,7 +150,7 @@ fn missing_transport_key_fails_the_key_check() {
         let session = ceremony.token.session().unwrap();
         let transport_key = session.find_objects(&[Attribute::Token(false)]).unwrap();
         session.destroy_object(transport_key[0]).unwrap();
-        let pair = Operation::GeneratePair { kind: KeyKind::P256, wrapping_key: name("wrap") };
+        let pair = Operation::GeneratePair { kind: KeyType::P256, wrapping_key: name("wrap") };
         assert_eq!(operations.perform(pair).err().unwrap().class, FailureClass::SessionLost);
         // All keys of the manifest exist, but only a new worker generates another transport key.
         assert_eq!(operations.check_keys().unwrap_err().class, FailureClass::ModuleLost);

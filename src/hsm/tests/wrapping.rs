@@ -3,16 +3,16 @@
 use aws_lc_rs::key_wrap::{AES_256, AesKek, KeyWrapPadded as _};
 use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair, KeyPair as _};
 use cryptoki::mechanism::Mechanism;
-use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle};
+use cryptoki::object::{Attribute, AttributeType, KeyType as CkKeyType, ObjectClass, ObjectHandle};
 use cryptoki::session::Session;
-use spp_format::keys::{KeyKind, PublicKey, SignatureAlgorithm, sha256};
+use spp_format::keys::{KeyType, PublicKey, SignatureAlgorithm, sha256};
 
 use super::in_module;
 use crate::hsm::objects::to_x509_form;
 
 const KEK: [u8; 32] = *b"a key that both sides know by te";
 
-fn import(session: &Session, key_type: KeyType, value: &[u8], uses: &[Attribute]) -> ObjectHandle {
+fn import(session: &Session, key_type: CkKeyType, value: &[u8], uses: &[Attribute]) -> ObjectHandle {
     let mut template = vec![
         Attribute::Class(ObjectClass::SECRET_KEY),
         Attribute::KeyType(key_type),
@@ -25,7 +25,7 @@ fn import(session: &Session, key_type: KeyType, value: &[u8], uses: &[Attribute]
 }
 
 fn shared_key(session: &Session) -> ObjectHandle {
-    import(session, KeyType::AES, &KEK, &[Attribute::Wrap(true), Attribute::Unwrap(true)])
+    import(session, CkKeyType::AES, &KEK, &[Attribute::Wrap(true), Attribute::Unwrap(true)])
 }
 
 fn kek() -> AesKek {
@@ -54,7 +54,7 @@ fn provider_unwraps_hsm_blob_and_refuses_bit_flips() {
         let wrapping = shared_key(&session);
         for length in [8u8, 16, 24, 32, 48, 64] {
             let secret: Vec<u8> = (1..=length).collect();
-            let object = import(&session, KeyType::GENERIC_SECRET, &secret, &[]);
+            let object = import(&session, CkKeyType::GENERIC_SECRET, &secret, &[]);
             let blob = session.wrap_key(&Mechanism::AesKeyWrapPad, wrapping, object).unwrap();
             assert_eq!(blob, provider_wraps(&secret), "{length}: AES-KWP is deterministic");
             assert_eq!(provider_unwraps(&blob), Some(secret));
@@ -77,7 +77,7 @@ fn hsm_unwraps_provider_blob_and_refuses_bit_flips() {
         let blob = provider_wraps(&secret);
         let template = [
             Attribute::Class(ObjectClass::SECRET_KEY),
-            Attribute::KeyType(KeyType::GENERIC_SECRET),
+            Attribute::KeyType(CkKeyType::GENERIC_SECRET),
             Attribute::Token(false),
             Attribute::Sensitive(false),
             Attribute::Extractable(true),
@@ -103,7 +103,7 @@ fn imported_provider_pair_signs_in_hsm() {
         let pair = EcdsaKeyPair::generate(&ECDSA_P256_SHA256_ASN1_SIGNING).unwrap();
         let template = [
             Attribute::Class(ObjectClass::PRIVATE_KEY),
-            Attribute::KeyType(KeyType::EC),
+            Attribute::KeyType(CkKeyType::EC),
             Attribute::Token(false),
             Attribute::Sign(true),
         ];
@@ -111,7 +111,7 @@ fn imported_provider_pair_signs_in_hsm() {
         let object = session.unwrap_key(&Mechanism::AesKeyWrapPad, wrapping, &blob, &template).unwrap();
         let raw = session.sign(&Mechanism::Ecdsa, object, &sha256(b"message")).unwrap();
         let signature = to_x509_form(SignatureAlgorithm::EcdsaP256Sha256, raw).unwrap();
-        let public = PublicKey::from_ec_point(KeyKind::P256, pair.public_key().as_ref()).unwrap();
+        let public = PublicKey::from_ec_point(KeyType::P256, pair.public_key().as_ref()).unwrap();
         assert_eq!(public.verify(SignatureAlgorithm::EcdsaP256Sha256, b"message", &signature), Ok(()));
     });
 }

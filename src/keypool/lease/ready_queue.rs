@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use spp_format::keys::KeyKind;
+use spp_format::keys::KeyType;
 use tokio::sync::Notify;
 
 use crate::hsm::HsmId;
@@ -11,7 +11,7 @@ use crate::store::{PairId, PooledPair};
 
 /// Prefetched ready pairs of one key type that one HSM owns. The remaining ready pairs stay in the store.
 pub(in crate::keypool) struct ReadyQueue {
-    pub(super) kind: KeyKind,
+    pub(super) kind: KeyType,
     pub(super) owner: HsmId,
     pub(super) state: Arc<Mutex<QueueState>>,
     /// Serialises prefetches.
@@ -67,7 +67,7 @@ impl Drop for RewrapGuard {
 }
 
 impl ReadyQueue {
-    pub(in crate::keypool) fn new(kind: KeyKind, owner: HsmId, pairs_available: Arc<Notify>) -> Self {
+    pub(in crate::keypool) fn new(kind: KeyType, owner: HsmId, pairs_available: Arc<Notify>) -> Self {
         Self { kind, owner, pairs_available, state: Arc::default(), prefetch_lock: tokio::sync::Mutex::default() }
     }
 

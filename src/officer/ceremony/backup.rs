@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use spp_format::file_format::Faults;
-use spp_format::keys::{KeyKind, sha256};
+use spp_format::keys::{KeyType, sha256};
 use spp_format::names::{KeyName, OfficerName};
 use spp_format::secret::SecretBytes;
 
@@ -173,7 +173,7 @@ pub(super) fn load_backup_key(
 pub(super) fn create_pair(
     token: &Ceremony,
     name: &KeyName,
-    kind: KeyKind,
+    kind: KeyType,
     backup_key: Option<&BackupKey>,
 ) -> Result<CreatedKey, OfficerError> {
     Ok(match backup_key {

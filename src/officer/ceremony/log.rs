@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use spp_format::file_format::Faults;
-use spp_format::keys::KeyKind;
+use spp_format::keys::KeyType;
 use spp_format::names::KeyName;
 use spp_format::tlog::{LogKey, Origin};
 
@@ -41,7 +41,7 @@ impl Step for NewLogKey {
         PlannedStep {
             act: "make",
             name: self.name.clone(),
-            kind: KeyKind::Ed25519.to_string(),
+            kind: KeyType::Ed25519.to_string(),
             what: format!("signs the checkpoints of {}{}", self.origin, backup::describe_backup(self.backup.as_ref())),
             files: self.files(),
             needs_approval: false,
@@ -55,7 +55,7 @@ impl Step for NewLogKey {
 
     fn execute(&self, run: &mut CeremonyRun<'_>) -> Result<(), OfficerError> {
         let backup_key = backup::load_backup_key(&run.manifest, self.backup.as_ref())?;
-        let key = backup::create_pair(run.token, &self.name, KeyKind::Ed25519, backup_key.as_ref())?;
+        let key = backup::create_pair(run.token, &self.name, KeyType::Ed25519, backup_key.as_ref())?;
         let public = public_key_of(&key)?;
         let log_key = LogKey::new(self.origin.clone(), public.clone());
         let log_key = log_key.map_err(|e| OfficerError::Other(e.to_string()))?;

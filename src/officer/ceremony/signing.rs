@@ -7,7 +7,7 @@ use spp_format::certificate::{
     certificate_pem, root_certificate, root_request, subordinate_certificate,
 };
 use spp_format::file_format::Faults;
-use spp_format::keys::{KeyKind, PublicKey, SignatureAlgorithm};
+use spp_format::keys::{KeyType, PublicKey, SignatureAlgorithm};
 use spp_format::names::KeyName;
 
 use super::backup_file::BackedUpKey;
@@ -20,7 +20,7 @@ use crate::officer::{OfficerError, now};
 pub(super) struct NewSigningKey {
     pub(super) name: KeyName,
     pub(super) key_use: KeyUse,
-    pub(super) kind: KeyKind,
+    pub(super) kind: KeyType,
     pub(super) algorithm: SignatureAlgorithm,
     pub(super) subject: SubjectName,
     pub(super) certificate: CertificateSource,
@@ -188,8 +188,7 @@ pub(super) fn certificate_file(name: &KeyName) -> PathBuf {
 }
 
 fn sign(token: &Ceremony, signer: &SigningKey, unsigned: UnsignedDocument) -> Result<String, OfficerError> {
-    let (kind, algorithm) = (signer.public_key.kind(), unsigned.algorithm());
-    let signature = token.sign(&signer.name, &signer.id, kind, algorithm, unsigned.to_be_signed())?;
+    let signature = token.sign_document(signer, &unsigned)?;
     Ok(unsigned.assemble(&signature)?.to_pem()?)
 }
 

@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 use spp_format::certificate::{SubjectFields, SubjectName};
-use spp_format::keys::{KeyKind, SignatureAlgorithm};
+use spp_format::keys::{KeyType, SignatureAlgorithm};
 use spp_format::names::KeyName;
 
 use super::parse_context::ParseContext;
@@ -15,7 +15,7 @@ pub(super) struct SigningShape {
     pub(super) name: KeyName,
     #[serde(default = "device_use", rename = "use")]
     pub(super) use_: SigningUse,
-    kind: KeyKind,
+    kind: KeyType,
     signature: Option<SignatureAlgorithm>,
     pub(super) certificate: CertificateSourceShape,
     pub(super) issuer: Option<KeyName>,
@@ -28,7 +28,7 @@ pub(super) struct SigningShape {
 pub(super) struct RotateSigningShape {
     pub(super) key: KeyName,
     pub(super) name: KeyName,
-    kind: KeyKind,
+    kind: KeyType,
     signature: Option<SignatureAlgorithm>,
     pub(super) certificate: CertificateSourceShape,
     pub(super) issuer: Option<KeyName>,
@@ -49,7 +49,7 @@ pub(super) enum CertificateSourceShape {
 pub(super) struct AccessShape {
     pub(super) name: KeyName,
     #[serde(default = "access_kind")]
-    kind: KeyKind,
+    kind: KeyType,
     subject: SubjectFields,
     pub(super) backup: Option<KeyName>,
 }
@@ -58,8 +58,8 @@ const fn device_use() -> SigningUse {
     SigningUse::Device
 }
 
-const fn access_kind() -> KeyKind {
-    KeyKind::P256
+const fn access_kind() -> KeyType {
+    KeyType::P256
 }
 
 /// Fields shared by all sections that create signing keys.
@@ -67,7 +67,7 @@ pub(super) struct SigningCommon {
     section: &'static str,
     name: KeyName,
     key_use: KeyUse,
-    kind: KeyKind,
+    kind: KeyType,
     signature: Option<SignatureAlgorithm>,
     certificate: CertificateSourceShape,
     issuer: Option<KeyName>,

@@ -111,7 +111,7 @@ struct FaultySigner {
 }
 
 #[async_trait]
-impl CheckpointSigner for FaultySigner {
+impl LogSigner for FaultySigner {
     fn key(&self) -> &LogKey {
         self.signer.key()
     }

@@ -41,7 +41,7 @@ mod witness;
 const ORIGIN: &str = "log.example/test";
 
 #[async_trait]
-impl CheckpointSigner for LocalSigner {
+impl LogSigner for LocalSigner {
     fn key(&self) -> &LogKey {
         self.key()
     }
@@ -76,7 +76,7 @@ impl Log {
         public
     }
 
-    async fn open_with(&self, signer: Arc<dyn CheckpointSigner>, settings: LogSettings) -> Arc<TransparencyLog> {
+    async fn open_with(&self, signer: Arc<dyn LogSigner>, settings: LogSettings) -> Arc<TransparencyLog> {
         Arc::new(TransparencyLog::open(&self.dir(), &options(), signer, settings).await.unwrap())
     }
 

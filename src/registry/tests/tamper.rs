@@ -315,7 +315,7 @@ fn verify_reports_missing_or_changed_chip_files() {
     fs::copy(tampered.path(&proof(7)), tampered.path(&proof(9))).unwrap();
     fs::copy(tampered.path(&proof(7)), tampered.path(&proof(11))).unwrap();
     fs::copy(tampered.path(&record(7)), tampered.path(&record(11))).unwrap();
-    let moved = "does not lead from the entry to the root";
+    let moved = "the proof of the entry does not verify";
     let found = tampered
         .findings()
         .expect_finding(&at(3), "not found")

@@ -191,13 +191,13 @@ async fn until_cosigned(log: &Log, public: &TransparencyLog, size: u64, by: &[&W
 async fn until_reported(public: &TransparencyLog, name: &str, message: &str) {
     eventually(message, async || {
         let of_it = public.status().witnesses.into_iter().find(|status| status.name == name);
-        of_it.and_then(|status| status.trouble).is_some_and(|why| why.contains(message))
+        of_it.and_then(|status| status.error).is_some_and(|why| why.contains(message))
     })
     .await;
 }
 
 fn is_healthy(public: &TransparencyLog, name: &str, size: u64) -> bool {
-    public.status().witnesses.contains(&WitnessStatus { name: name.to_owned(), size, trouble: None })
+    public.status().witnesses.contains(&WitnessStatus { name: name.to_owned(), size, error: None })
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -270,7 +270,7 @@ async fn failing_witness_is_reported_and_delays_nothing() {
     task.abort();
     let _ = task.await;
     let published = publish_all(&public, 6..7).await;
-    eventually("witness error reported", async || public.status().witnesses[0].trouble.is_some()).await;
+    eventually("witness error reported", async || public.status().witnesses[0].error.is_some()).await;
     assert_published(&log, &public, &published).await;
     until_cosigned(&log, &public, 7, &[]).await;
 }
@@ -290,7 +290,7 @@ async fn available_witness_cosigns_if_the_other_is_unavailable() {
     until_cosigned(&log, &public, 5, &[&reachable.key()]).await;
     assert!(is_healthy(&public, NAME, 5));
     let status = public.status().witnesses.into_iter().find(|status| status.name == "witness.example/w2").unwrap();
-    assert!(status.trouble.is_some() && status.size == 3, "{status:?}");
+    assert!(status.error.is_some() && status.size == 3, "{status:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

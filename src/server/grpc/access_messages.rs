@@ -20,9 +20,9 @@ use crate::provisioning::Provisioner;
 use crate::server::call_error::CallError;
 
 /// Maximum length of an approval request's action, in bytes of JSON.
-const MAX_ACT_LEN: usize = 40 * 1024;
+const MAX_ACTION_LEN: usize = 40 * 1024;
 /// Maximum number of actions that are recorded for one ceremony.
-const MAX_ACTS: usize = 64;
+const MAX_ACTIONS: usize = 64;
 
 pub(super) fn request_id(field: &'static str, bytes: &[u8]) -> Result<RequestId, CallError> {
     let bytes = bytes.try_into().map_err(|_| CallError::invalid(field, "must have 8 bytes"))?;
@@ -35,14 +35,14 @@ pub(super) fn submission(
     request: proto::RequestApprovalRequest,
 ) -> Result<SubmittedRequest, CallError> {
     let id = request_id("id", &request.id)?;
-    if request.act.len() > MAX_ACT_LEN {
+    if request.action.len() > MAX_ACTION_LEN {
         return Err(CallError::invalid(
-            "act",
-            format!("has {} bytes, at most {MAX_ACT_LEN} are allowed", request.act.len()),
+            "action",
+            format!("has {} bytes, at most {MAX_ACTION_LEN} are allowed", request.action.len()),
         ));
     }
-    let action =
-        spp_format::approval::ProtectedAction::from_json(&request.act).map_err(|e| CallError::invalid("act", e))?;
+    let action = spp_format::approval::ProtectedAction::from_json(&request.action)
+        .map_err(|e| CallError::invalid("action", e))?;
     let expires = request.expires.map(|time| u64::try_from(time.seconds).unwrap_or_default());
     let expires = expires.ok_or_else(|| CallError::invalid("expires", "missing"))?;
     Ok(SubmittedRequest { officer, certificate, id, action, expires, signature: request.signature })
@@ -71,7 +71,7 @@ pub(super) fn approval(request: access::ApprovalRequest, now: u64) -> proto::App
     };
     proto::Approval {
         id: request.id.to_string(),
-        act: request.action.to_json(),
+        action: request.action.to_json(),
         description: request.action.to_string(),
         state,
         expires: Some(timestamp(request.expires)),
@@ -98,7 +98,7 @@ pub(super) fn listed(request: access::ApprovalRequest, now: u64) -> proto::Appro
         ..signed
     };
     proto::Approval {
-        act: String::new(),
+        action: String::new(),
         requested: listed.requested.map(unsigned),
         approvals: listed.approvals.into_iter().map(unsigned).collect(),
         rejected: listed.rejected.map(unsigned),
@@ -109,7 +109,7 @@ pub(super) fn listed(request: access::ApprovalRequest, now: u64) -> proto::Appro
 fn officer_signature(signed: SignedStatement) -> proto::OfficerSignature {
     let SignedStatement { officer, at, statement, signature, certificate } = signed;
     let at = Some(timestamp(at));
-    proto::OfficerSignature { officer: officer.to_string(), at, statement, signature, certificate }
+    proto::OfficerSignature { officer: officer.to_string(), received_at: at, statement, signature, certificate }
 }
 
 pub(super) fn rules(rules: &ApprovalRules) -> proto::ApprovalRules {
@@ -199,12 +199,12 @@ pub(super) async fn callers(
         serial: known.serial,
         not_before: Some(timestamp(known.not_before)),
         not_after: Some(timestamp(known.not_after)),
-        by: known.by,
+        requested_by: known.by,
     });
     let revocations = revocations.into_iter().map(|revoked| proto::Revocation {
         role: revoked.caller.role().to_string(),
         name: revoked.caller.name().to_owned(),
-        at: Some(timestamp(revoked.at)),
+        revoked_at: Some(timestamp(revoked.at)),
         reason: revoked.reason,
         request: revoked.request.to_string(),
     });
@@ -260,8 +260,8 @@ pub(super) fn range(loaded: LoadedRange) -> proto::IdentityRange {
         last: loaded.range.last().to_string(),
         count: loaded.range.count(),
         used: loaded.used,
-        by: loaded.by,
-        at: Some(timestamp(loaded.at)),
+        loaded_by: loaded.by,
+        loaded_at: Some(timestamp(loaded.at)),
     }
 }
 
@@ -277,7 +277,7 @@ pub(super) fn ceremony<T>(audited: AuditedCall<T>, request: &proto::RecordCeremo
         .with("transcript_sha256", hex::encode(&request.transcript_sha256))
         .with("request", hex::encode(&request.approval))
         .with("failure", &request.failure);
-    let numbered = request.acts.iter().take(MAX_ACTS).enumerate();
+    let numbered = request.actions.iter().take(MAX_ACTIONS).enumerate();
     numbered.fold(audited, |audited, (n, act)| audited.with(&format!("act {:02}", n + 1), act))
 }
 
@@ -292,6 +292,6 @@ pub(super) fn check_ceremony(request: &proto::RecordCeremonyRequest) -> Result<(
             return Err(CallError::invalid(field, format!("must have {lengths} bytes, not {}", bytes.len())));
         }
     }
-    let fits = request.acts.len() <= MAX_ACTS;
-    if fits { Ok(()) } else { Err(CallError::invalid("acts", format!("at most {MAX_ACTS} are allowed"))) }
+    let fits = request.actions.len() <= MAX_ACTIONS;
+    if fits { Ok(()) } else { Err(CallError::invalid("actions", format!("at most {MAX_ACTIONS} are allowed"))) }
 }

@@ -213,7 +213,7 @@ where
     let header = MetadataValue::try_from(&id).ok();
     match result {
         Ok(message) => {
-            tracing::debug!(milliseconds, "answered");
+            tracing::debug!(milliseconds, "call answered");
             let mut response = Response::new(message);
             header.map(|value| response.metadata_mut().insert(REQUEST_ID, value));
             Ok(response)
@@ -221,9 +221,9 @@ where
         Err(error) => {
             let mut status = status_of(&error);
             if status.code() == Code::Internal {
-                tracing::error!(milliseconds, %error, "failed");
+                tracing::error!(milliseconds, %error, "call failed");
             } else {
-                tracing::info!(milliseconds, code = ?status.code(), %error, "refused");
+                tracing::info!(milliseconds, code = ?status.code(), %error, "call refused");
             }
             header.map(|value| status.metadata_mut().insert(REQUEST_ID, value));
             Err(status)

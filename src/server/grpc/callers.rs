@@ -1,4 +1,5 @@
-//! Caller authentication: role and name from the client certificate. [`super::roles`] checks each request's header with it.
+//! Caller authentication: role and name from the client certificate. [`super::roles`] authenticates every request before
+//! its service runs.
 
 use std::net::SocketAddr;
 use std::sync::Arc;

@@ -1,7 +1,7 @@
 //! Reports health per service (`grpc.health.v1`).
 //!
 //! Line is serving while the HSM is ready, the stores are open and the disk has free space. Recovery is serving while records
-//! can be looked up, Production while the state store is open. Officer and the daemon as a whole are serving while it runs.
+//! can be looked up, Production while the state store is open. Officer and the daemon as a whole are always serving.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -36,7 +36,7 @@ pub(crate) fn missing_dependencies(provisioner: &Provisioner) -> [(&'static str,
         Err(error) => (Some(error.to_string()), None),
     };
     let line = [
-        missing("hsm", (!hsm.ready).then_some(hsm.trouble)),
+        missing("hsm", (!hsm.ready).then_some(hsm.error)),
         missing("state-store", store.clone()),
         missing("disk", disk),
         missing("public-database", log.publish_error),
@@ -52,7 +52,7 @@ pub(crate) fn missing_dependencies(provisioner: &Provisioner) -> [(&'static str,
 }
 
 /// Returns why the Line service takes no new devices, or `None` if it does.
-pub(crate) fn line_trouble(provisioner: &Provisioner) -> Option<String> {
+pub(crate) fn line_unavailable_reason(provisioner: &Provisioner) -> Option<String> {
     let [(_, line), ..] = missing_dependencies(provisioner);
     line.into_iter().next().map(|missing| format!("{}: {}", missing.dependency, missing.reason))
 }
@@ -75,7 +75,7 @@ impl HealthReports {
         let mut recovery = StatusReporter::new(RECOVERY);
         let mut production = StatusReporter::new(PRODUCTION);
         loop {
-            line.update(&reporter, line_trouble(&provisioner)).await;
+            line.update(&reporter, line_unavailable_reason(&provisioner)).await;
             recovery.update(&reporter, provisioner.registry().status().read_error).await;
             production.update(&reporter, provisioner.journal().disk_space().err().map(|e| e.to_string())).await;
             let _ = tokio::time::timeout(POLL_INTERVAL, hsm.changed()).await;
@@ -94,17 +94,17 @@ impl StatusReporter {
         Self { service, last_reported: None }
     }
 
-    /// Reports `trouble` unless it was the last status reported.
-    async fn update(&mut self, reporter: &HealthReporter, trouble: Option<String>) {
-        if self.last_reported.as_ref() == Some(&trouble) {
+    /// Reports `error` unless it was the last status reported.
+    async fn update(&mut self, reporter: &HealthReporter, error: Option<String>) {
+        if self.last_reported.as_ref() == Some(&error) {
             return;
         }
-        let status = if trouble.is_none() { ServingStatus::Serving } else { ServingStatus::NotServing };
+        let status = if error.is_none() { ServingStatus::Serving } else { ServingStatus::NotServing };
         reporter.set_service_status(self.service, status).await;
-        match &trouble {
+        match &error {
             None => tracing::info!(service = self.service, "service available"),
             Some(reason) => tracing::warn!(service = self.service, %reason, "service unavailable"),
         }
-        self.last_reported = Some(trouble);
+        self.last_reported = Some(error);
     }
 }

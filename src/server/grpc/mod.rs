@@ -18,7 +18,7 @@ mod roles;
 mod services;
 mod status;
 
-pub(super) use health::{line_trouble, missing_dependencies};
+pub(super) use health::{line_unavailable_reason, missing_dependencies};
 pub use officer::{NodeInfo, OfficerContext};
 pub(super) use services::Services;
 pub(super) use status::{overloaded, rate_limited};

@@ -8,7 +8,7 @@ use spp_proto::officer_server::Officer;
 use tonic::{Request, Response, Status, async_trait};
 
 use super::call_gate::CallGate;
-use super::health::{MissingDependency, line_trouble, missing_dependencies};
+use super::health::{MissingDependency, line_unavailable_reason, missing_dependencies};
 use super::{callers, messages, pool};
 use crate::access::AccessControl;
 use crate::audit::Auditor;
@@ -108,7 +108,7 @@ async fn audit_status(auditor: &Auditor) -> Result<proto::AuditStatus, CallError
     Ok(proto::AuditStatus {
         entries: auditor.log().head().await?.entries,
         covered: checkpoint.entries,
-        checkpoint_trouble: checkpoint.last_error.unwrap_or_default(),
+        checkpoint_error: checkpoint.last_error.unwrap_or_default(),
         writable: !auditor.log().is_broken(),
         lost_refusals: auditor.lost(),
     })
@@ -123,10 +123,10 @@ async fn status(provisioner: &Provisioner, context: OfficerContext) -> Result<pr
         version: env!("CARGO_PKG_VERSION").to_owned(),
         node: node.name,
         started: Some(messages::timestamp(node.started)),
-        ready: line_trouble(provisioner).is_none(),
+        ready: line_unavailable_reason(provisioner).is_none(),
         hsm: Some(proto::HsmStatus {
             ready: hsm.ready,
-            trouble: hsm.trouble,
+            error: hsm.error,
             calls_in_flight: hsm.calls_in_flight,
             queue: hsm.queue,
             members: hsm.members.into_iter().map(hsm_member).collect(),
@@ -152,12 +152,12 @@ fn log_status(status: RegistryStatus) -> proto::LogStatus {
     let witness = |witness: WitnessStatus| proto::WitnessStatus {
         name: witness.name,
         size: witness.size,
-        trouble: witness.trouble.unwrap_or_default(),
+        error: witness.error.unwrap_or_default(),
     };
     proto::LogStatus {
-        publishing_trouble: status.publish_error.unwrap_or_default(),
-        reading_trouble: status.read_error.unwrap_or_default(),
-        batches: status.batches,
+        publish_error: status.publish_error.unwrap_or_default(),
+        read_error: status.read_error.unwrap_or_default(),
+        checkpoints: status.checkpoints,
         witnesses: status.witnesses.into_iter().map(witness).collect(),
     }
 }
@@ -165,16 +165,16 @@ fn log_status(status: RegistryStatus) -> proto::LogStatus {
 fn service_status((service, dependencies): (&str, Vec<MissingDependency>)) -> proto::ServiceStatus {
     let missing = dependencies
         .into_iter()
-        .map(|missing| proto::MissingDependency { dependency: missing.dependency.to_owned(), why: missing.reason });
+        .map(|missing| proto::MissingDependency { dependency: missing.dependency.to_owned(), reason: missing.reason });
     proto::ServiceStatus { service: service.to_owned(), missing: missing.collect() }
 }
 
-fn hsm_member(member: MemberStatus) -> proto::HsmMember {
-    proto::HsmMember {
+fn hsm_member(member: MemberStatus) -> proto::HsmMemberStatus {
+    proto::HsmMemberStatus {
         calls: member.calls.iter().map(hsm_calls).collect(),
         name: member.name,
         ready: member.ready,
-        trouble: member.trouble,
+        error: member.error,
         module: member.module,
         token_label: member.token_label,
         token_serial: member.token_serial,
@@ -188,7 +188,7 @@ fn hsm_member(member: MemberStatus) -> proto::HsmMember {
 fn hsm_calls(calls: &CallStatistic) -> proto::HsmCalls {
     let micros = |time: std::time::Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
     proto::HsmCalls {
-        verb: calls.verb.to_owned(),
+        operation: calls.operation.to_owned(),
         result: calls.outcome.to_owned(),
         count: calls.count,
         microseconds: micros(calls.took),

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use spp_format::keys::KeyKind;
+use spp_format::keys::KeyType;
 use spp_format::names::OfficerName;
 use spp_proto as proto;
 use tokio::sync::mpsc;
@@ -26,7 +26,7 @@ const PROGRESS_BUFFER: usize = 16;
 pub(super) type ProgressStream<T> = ReceiverStream<Result<T, Status>>;
 
 /// Parses an optional key type.
-pub(super) fn kind(text: &str) -> Result<Option<KeyKind>, CallError> {
+pub(super) fn kind(text: &str) -> Result<Option<KeyType>, CallError> {
     if text.is_empty() {
         return Ok(None);
     }
@@ -59,7 +59,7 @@ pub(super) async fn fill(
 
 async fn report_fill_progress(
     pool: &KeyPool,
-    mut ordered: Vec<(KeyKind, u64)>,
+    mut ordered: Vec<(KeyType, u64)>,
     sender: mpsc::Sender<Result<proto::FillPoolResponse, Status>>,
 ) {
     if ordered.is_empty() {
@@ -107,7 +107,7 @@ pub(super) async fn shred(
 ) -> Result<ProgressStream<proto::ShredPoolResponse>, CallError> {
     let order = ShredOrder { kind: kind(&request.kind)?, quarantined: request.quarantined };
     let entry = Entry::new(format!("officer {officer}"), "pool.shred", Outcome::Begun)
-        .with("kind", order.kind.map_or("all", KeyKind::name))
+        .with("kind", order.kind.map_or("all", KeyType::name))
         .with("quarantined", order.quarantined);
     audit.record(entry.clone()).await?;
     let (sender, stream) = mpsc::channel(PROGRESS_BUFFER);
@@ -157,9 +157,9 @@ pub(super) fn status(status: PoolStatus) -> proto::GetPoolStatusResponse {
         session_batches: status.session_batches,
         session_pairs: status.session_pairs,
         session_next_shred: status.session_next_shred.map(timestamp),
-        condemned: status.condemned,
+        pairs_to_destroy: status.pairs_to_destroy,
         rolled_back: status.rolled_back.unwrap_or_default(),
-        trouble: status.last_error.unwrap_or_default(),
+        error: status.last_error.unwrap_or_default(),
     }
 }
 
@@ -171,7 +171,7 @@ fn kind_status(status: KindStatus) -> proto::PoolKind {
         ready: status.ready,
         reserved: status.reserved,
         quarantined: status.quarantined,
-        away: status.unavailable,
+        unavailable: status.unavailable,
         filling: status.filling,
         fill_rate_per_second: status.fill_rate,
         paused: status.paused.unwrap_or_default(),

@@ -92,9 +92,9 @@ pub(super) fn device_view(request: proto::GetDeviceRequest) -> Result<DeviceView
 
 pub(super) fn device(report: &DeviceReport) -> proto::GetDeviceResponse {
     let events = report.timeline().into_iter().map(|event| proto::DeviceEvent {
-        at: Some(timestamp(event.at)),
+        time: Some(timestamp(event.at)),
         session_id: event.session.id.as_bytes().to_vec(),
-        what: event.description,
+        description: event.description,
     });
     let key_pair = match report.key_pair {
         None => proto::KeyPair::Unspecified,
@@ -102,7 +102,7 @@ pub(super) fn device(report: &DeviceReport) -> proto::GetDeviceResponse {
         Some(KeyPairLocation::Device) => proto::KeyPair::OfDevice,
         Some(KeyPairLocation::Wrapped) => proto::KeyPair::Wrapped,
         Some(KeyPairLocation::Token) => proto::KeyPair::OnToken,
-        Some(KeyPairLocation::Erased) => proto::KeyPair::Gone,
+        Some(KeyPairLocation::Erased) => proto::KeyPair::Erased,
     };
     proto::GetDeviceResponse {
         chip_id: report.chip.as_bytes().to_vec(),

@@ -90,7 +90,7 @@ impl Authorizer {
 
     /// Rejects a request. No work has started, so the answer does not wait for the audit entry.
     fn reject(&self, caller: String, method: &str, code: Code, reason: &'static str, message: String) -> Status {
-        tracing::info!(%caller, method, reason = %message, "request rejected");
+        tracing::info!(%caller, method, reason = %message, "call refused");
         let method = TABLE.iter().find(|(name, _)| *name == method).map_or("an unknown method", |(name, _)| name);
         let entry = Entry::new(caller, "call", Outcome::Refused(message.clone())).with("method", method);
         let auditor = Arc::clone(&self.auditor);

@@ -1,4 +1,4 @@
-//! The gRPC services of each listener, behind their authorization and their gates.
+//! Assembles the gRPC services of each listener, with authorization and admission control.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use spp_format::keys::KeyKind;
+use spp_format::keys::KeyType;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt as _};
 
@@ -197,9 +197,9 @@ pub(super) fn is_refusal(error: &CallError) -> bool {
 }
 
 /// Returns the empty pool's key type and fill rate, for programs.
-fn pool_metadata(kind: KeyKind, fill_rate: f64) -> HashMap<String, String> {
+fn pool_metadata(kind: KeyType, fill_rate: f64) -> HashMap<String, String> {
     let rate = format!("{fill_rate:.2}");
-    [("key_kind", kind.to_string()), ("fill_rate_per_second", rate)].map(|(k, v)| (k.to_owned(), v)).into()
+    [("key_type", kind.to_string()), ("fill_rate_per_second", rate)].map(|(k, v)| (k.to_owned(), v)).into()
 }
 
 /// Returns the message for the caller. Internal causes name files, tokens and keys, so they go to the log only.
@@ -211,7 +211,7 @@ fn message(error: &CallError, code: Code) -> String {
         }
         CallError::Hsm(HsmError::Stopped(_)) => "the HSM needs an officer; run sppctl status for the cause",
         CallError::Provision(ProvisionError::Unsigned(_)) => {
-            "the HSM did not sign the log's checkpoint; nothing has changed, retry"
+            "no checkpoint of the log is signed yet, or the HSM did not sign it; nothing has changed, retry"
         }
         CallError::Store(StoreError::Failed { .. }) => "store unavailable; retry later",
         _ if code == Code::Internal => {
@@ -302,12 +302,12 @@ mod tests {
         let number = || spp_format::approval::RequestId::from_bytes(id);
         let exceeded = |exceeded| P::QuotaExceeded { station: station.clone(), exceeded };
         let empty = PoolError::Empty {
-            kind: KeyKind::P256, fill_rate: 1.5, retry_after: Duration::from_secs(2), paused: false,
+            kind: KeyType::P256, fill_rate: 1.5, retry_after: Duration::from_secs(2), paused: false,
         };
         let rows: Vec<(CallError, Code, &str, Option<u64>)> = vec![
             (CallError::invalid("chip_id", "too short"), InvalidArgument, "INVALID", None),
             (P::invalid("profile", "unknown").into(), InvalidArgument, "INVALID", None),
-            (PoolError::TooMany { kind: KeyKind::P256, limit: 9 }.into(), InvalidArgument, "INVALID", None),
+            (PoolError::TooMany { kind: KeyType::P256, limit: 9 }.into(), InvalidArgument, "INVALID", None),
             (CallError::Overloaded(64), ResourceExhausted, "OVERLOADED", Some(500)),
             (CallError::Ended("panicked".into()), Internal, "INTERNAL", None),
             (P::not_accepted("backup_package", "short").into(), FailedPrecondition, "NOT_ACCEPTED", None),
@@ -330,7 +330,7 @@ mod tests {
             (P::Internal { doing: "signing", cause: "x".into() }.into(), Internal, "INTERNAL", None),
             (P::from(empty).into(), ResourceExhausted, "POOL_EMPTY", Some(2000)),
             (PoolError::DiskFull { free: 1, floor: 2 }.into(), ResourceExhausted, "DISK_FULL", Some(10_000)),
-            (PoolError::NoPool(KeyKind::P256).into(), NotFound, "NO_POOL", None),
+            (PoolError::NoPool(KeyType::P256).into(), NotFound, "NO_POOL", None),
             (unavailable_in_pool(), Unavailable, "HSM_UNAVAILABLE", Some(3000)),
             (P::from(unavailable()).into(), Unavailable, "HSM_UNAVAILABLE", Some(3000)),
             (AccessError::from(HsmError::Busy { waiting: 5 }).into(), ResourceExhausted, "HSM_BUSY", Some(500)),
@@ -403,14 +403,14 @@ mod tests {
             details.bad_request().unwrap().field_violations.iter().map(|violation| violation.field.clone()).collect();
         assert_eq!(fields, ["chip_id", "csr"]);
         let empty = PoolError::Empty {
-            kind: KeyKind::Ed25519,
+            kind: KeyType::Ed25519,
             fill_rate: 1.5,
             retry_after: Duration::from_secs(2),
             paused: false,
         };
         let details = status_of(&ProvisionError::from(empty).into()).get_error_details();
         let metadata = &details.error_info().unwrap().metadata;
-        assert_eq!(metadata["key_kind"], KeyKind::Ed25519.to_string());
+        assert_eq!(metadata["key_type"], KeyType::Ed25519.to_string());
         assert_eq!(metadata["fill_rate_per_second"], "1.50");
     }
 }

@@ -26,7 +26,7 @@ use crate::audit::Auditor;
 use crate::hsm::{LATENCY_BOUNDS_US, MemberStatus};
 use crate::keypool::{KindStatus, PoolError};
 use crate::provisioning::Provisioner;
-use crate::server::grpc::{line_trouble, missing_dependencies};
+use crate::server::grpc::{line_unavailable_reason, missing_dependencies};
 use crate::store::StoreError;
 
 /// Limits of the metrics listener. Scrapes are short.
@@ -100,7 +100,7 @@ async fn families(provisioner: &Provisioner) -> Registry {
         families,
         "line_served",
         "Whether the Line service accepts new devices",
-        line_trouble(provisioner).is_none().into(),
+        line_unavailable_reason(provisioner).is_none().into(),
     );
     ready(families, provisioner);
     hsm(families, provisioner);
@@ -131,7 +131,7 @@ async fn audit(families: &mut Registry, auditor: &Auditor) {
     );
     let checkpoint = auditor.checkpoint();
     let help = "Whether the last attempt to sign and publish an audit checkpoint failed";
-    gauge(families, "audit_checkpoint_trouble", help, checkpoint.last_error.is_some().into());
+    gauge(families, "audit_checkpoint_failing", help, checkpoint.last_error.is_some().into());
     gauge(
         families,
         "audit_checkpoint_entries",
@@ -162,7 +162,12 @@ async fn pools(families: &mut Registry, provisioner: &Provisioner) -> Result<(),
         "Whether the state store was detected to be an old copy",
         rolled_back,
     );
-    gauge(families, "pool_condemned_pairs", "Erased pairs that remain to be destroyed on the token", status.condemned);
+    gauge(
+        families,
+        "pool_pairs_to_destroy",
+        "Erased pairs that remain to be destroyed on the token",
+        status.pairs_to_destroy,
+    );
     gauge(
         families,
         "pool_session_batches",
@@ -171,7 +176,7 @@ async fn pools(families: &mut Registry, provisioner: &Provisioner) -> Result<(),
     );
     gauge(
         families,
-        "pool_trouble",
+        "pool_failing",
         "Whether the last maintenance of the batches failed",
         status.last_error.is_some().into(),
     );
@@ -184,7 +189,7 @@ async fn pools(families: &mut Registry, provisioner: &Provisioner) -> Result<(),
         labelled(families, name, help, "kind", status.kinds.iter().map(|kind| (kind.kind.name(), value(kind))));
     };
     family("pool_ready_pairs", "Ready pairs", &|kind| kind.ready);
-    family("pool_away_pairs", "Ready pairs on an unavailable HSM", &|kind| kind.unavailable);
+    family("pool_unavailable_pairs", "Ready pairs on an unavailable HSM", &|kind| kind.unavailable);
     family("pool_reserved_pairs", "Pairs reserved for unfinished sessions", &|kind| kind.reserved);
     family("pool_quarantined_pairs", "Pairs withdrawn because the state store was an old copy", &|kind| {
         kind.quarantined
@@ -198,7 +203,9 @@ async fn pools(families: &mut Registry, provisioner: &Provisioner) -> Result<(),
         kind.oldest.map_or(0, |oldest| now.saturating_sub(oldest))
     });
     family("pool_made_pairs", "Pairs added to the pool since its creation", &|kind| kind.counts.made);
-    family("pool_taken_pairs", "Pairs reserved for a session since the pool's creation", &|kind| kind.counts.reserved);
+    family("pool_reserved_total", "Pairs reserved for a session since the pool's creation", &|kind| {
+        kind.counts.reserved
+    });
     family("pool_discarded_pairs", "Pairs discarded unused since the pool's creation", &|kind| kind.counts.discarded);
     let rates = Family::<[(&'static str, &'static str); 1], Gauge<f64, AtomicU64>>::default();
     for kind in &status.kinds {
@@ -243,7 +250,7 @@ fn hsm(families: &mut Registry, provisioner: &Provisioner) {
     families.register("hsm_ready", "Whether this HSM is ready", up);
     families.register("hsm_calls", "Calls answered by the HSM", calls);
     families.register("hsm_worker_starts", "Starts of the HSM's worker process", starts);
-    let help = "Duration of HSM operations, by verb and result";
+    let help = "Duration of HSM operations, by operation and result";
     families.register_with_unit("hsm_operation", help, Unit::Seconds, Latencies(status.members));
 }
 
@@ -278,7 +285,7 @@ async fn records(families: &mut Registry, provisioner: &Provisioner) -> Result<(
         families,
         "log_checkpoints",
         "Log checkpoints signed since the daemon's start; concurrent entries share a checkpoint",
-        log.batches,
+        log.checkpoints,
     );
     gauge(families, "log_publishing", "Whether records can be published", log.publish_error.is_none().into());
     gauge(families, "log_reading", "Whether records can be looked up", log.read_error.is_none().into());
@@ -286,10 +293,10 @@ async fn records(families: &mut Registry, provisioner: &Provisioner) -> Result<(
     let failing = Family::<[(&'static str, String); 1], Gauge>::default();
     for witness in log.witnesses {
         witnesses.get_or_create(&[("witness", witness.name.clone())]).set(witness.size.try_into().unwrap_or(i64::MAX));
-        failing.get_or_create(&[("witness", witness.name)]).set(witness.trouble.is_some().into());
+        failing.get_or_create(&[("witness", witness.name)]).set(witness.error.is_some().into());
     }
     families.register("log_witness_size", "Size of the largest tree that the witness has cosigned", witnesses);
-    families.register("log_witness_trouble", "Whether the witness failed to cosign the last checkpoint", failing);
+    families.register("log_witness_failing", "Whether the witness failed to cosign the last checkpoint", failing);
     counter(families, "records", "Device records in the public database", provisioner.registry().count().await?);
     Ok(())
 }
@@ -305,7 +312,7 @@ impl EncodeMetric for Latencies {
         for (hsm, calls) in statistics {
             let bounds = LATENCY_BOUNDS_US.iter().map(|us| f64::from(*us) / 1e6).chain([f64::MAX]);
             let buckets: Vec<_> = bounds.zip(calls.by_latency).collect();
-            let labels = [("hsm", hsm), ("verb", calls.verb), ("result", calls.outcome)];
+            let labels = [("hsm", hsm), ("operation", calls.operation), ("result", calls.outcome)];
             let mut histogram = encoder.encode_family(&labels)?;
             histogram.encode_histogram::<[(&str, &str); 0]>(calls.took.as_secs_f64(), calls.count, &buckets, None)?;
         }

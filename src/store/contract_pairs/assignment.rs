@@ -21,7 +21,7 @@ pub(in crate::store) async fn pooled_pair_is_assigned_with_its_session(engine: &
         assert!(matches!(another, Err(ReserveError::Store(StoreError::WrongState { .. }))), "{another:?}");
     }
     let counts = PairCounts { made: 6, reserved: 2, discarded: 0 };
-    assert_eq!(store.pair_counts(KeyKind::P256).await.unwrap(), counts);
+    assert_eq!(store.pair_counts(KeyType::P256).await.unwrap(), counts);
     assert_same_after_reopening(store, engine).await;
 }
 
@@ -120,7 +120,7 @@ pub(in crate::store) async fn erased_pair_never_becomes_ready(engine: &impl Fact
     }
     let counts = PairCounts { made: 4, reserved: 3, discarded: 0 };
     assert_eq!(ready_ids(&*store).await, [PairId { batch: number, number: 3 }]);
-    assert_eq!(store.pair_counts(KeyKind::P256).await.unwrap(), counts);
+    assert_eq!(store.pair_counts(KeyType::P256).await.unwrap(), counts);
     assert_eq!(store.pairs_to_destroy(ALL).await.unwrap(), []);
     assert_same_after_reopening(store, engine).await;
 }
@@ -129,10 +129,10 @@ pub(in crate::store) async fn erased_token_pair_is_listed_until_destroyed(engine
     let store = engine.state();
     let numbers = [
         open_batch(&*store, P256, KeyStorage::Hsm).await,
-        open_batch(&*store, Purpose::Pool(KeyKind::Ed25519), KeyStorage::Hsm).await,
+        open_batch(&*store, Purpose::Pool(KeyType::Ed25519), KeyStorage::Hsm).await,
     ];
     let mut expected = Vec::new();
-    for (number, kind, n) in [(numbers[0], KeyKind::P256, 10), (numbers[1], KeyKind::Ed25519, 20)] {
+    for (number, kind, n) in [(numbers[0], KeyType::P256, 10), (numbers[1], KeyType::Ed25519, 20)] {
         add(&*store, number, n..n + 3).await;
         for number_in_batch in 0..2 {
             let session = n + number_in_batch;
@@ -202,7 +202,7 @@ pub(in crate::store) async fn moved_pairs_keep_assignment_and_get_new_blobs(engi
     store.delete_batch(from).await.unwrap();
     erase_session(&*store, 1).await;
     assert_eq!(batch(&*store, to).await.first_erased, Some(2001));
-    assert_eq!(store.pair_counts(KeyKind::P256).await.unwrap(), PairCounts { made: 5, reserved: 1, discarded: 0 });
+    assert_eq!(store.pair_counts(KeyType::P256).await.unwrap(), PairCounts { made: 5, reserved: 1, discarded: 0 });
     assert_same_after_reopening(store, engine).await;
 }
 
@@ -240,7 +240,7 @@ pub(in crate::store) async fn move_requires_open_batch_of_same_purpose(engine: &
     add(&*store, token, 2..4).await;
     store.reserve(&session_with(1, 1), Some(&pooled(from, 1))).await.unwrap();
     let planned = store.plan_batch(P256, KeyStorage::Wrapped, 1000, 0).await.unwrap().number;
-    let other = open_batch(&*store, Purpose::Pool(KeyKind::P384), KeyStorage::Wrapped).await;
+    let other = open_batch(&*store, Purpose::Pool(KeyType::P384), KeyStorage::Wrapped).await;
     let [sealed, emptied, quarantined, open] =
         [open_pool(&*store).await, open_pool(&*store).await, open_pool(&*store).await, open_pool(&*store).await];
     store.step_batch(sealed, BatchStep::Seal).await.unwrap();
@@ -322,6 +322,6 @@ pub(in crate::store) async fn discard_keeps_session_pairs(engine: &impl Factory)
         store.pairs_to_destroy(ALL).await.unwrap().into_iter().map(|pair| StoredKey::OnToken(pair.pair)).collect();
     let name = name(&*store, token).await;
     assert_eq!(to_destroy, [21, 22, 23].map(|n| on_token(name, n)));
-    assert_eq!(store.pair_counts(KeyKind::P256).await.unwrap(), PairCounts { made: 8, reserved: 2, discarded: 6 });
+    assert_eq!(store.pair_counts(KeyType::P256).await.unwrap(), PairCounts { made: 8, reserved: 2, discarded: 6 });
     assert_same_after_reopening(store, engine).await;
 }

@@ -24,7 +24,7 @@ pub(super) struct Pair {
     /// The private key as stored.
     pub(super) private_key: StoredKey,
     /// Key kind of a pooled pair; `None` for an on-demand pair.
-    pub(super) kind: Option<KeyKind>,
+    pub(super) kind: Option<KeyType>,
     pub(super) state: PairState,
     /// Erased or discarded in the store, but still on the token.
     pub(super) to_destroy: bool,
@@ -164,7 +164,7 @@ impl Model {
             let expected = (pair.state == PairState::Reserved(*n)).then_some(&pair.private_key);
             assert_eq!(store.stored_key(&id(*n)).await.unwrap().as_ref(), expected);
         }
-        for kind in [KeyKind::P256, KeyKind::P384] {
+        for kind in [KeyType::P256, KeyType::P384] {
             self.check_kind(store, kind).await;
         }
         let to_destroy = |pair: &Pair| match &pair.private_key {
@@ -176,7 +176,7 @@ impl Model {
         assert_eq!(found.into_iter().map(|pair| (pair.kind.name(), pair.pair)).collect::<BTreeSet<_>>(), expected);
     }
 
-    async fn check_kind(&self, store: &dyn PrivateStore, kind: KeyKind) {
+    async fn check_kind(&self, store: &dyn PrivateStore, kind: KeyType) {
         let offered = |pair: &&Pair| {
             let batch = &self.batches[&pair.id.batch];
             pair.kind == Some(kind) && pair.state == PairState::Ready && batch.quarantined.is_none()

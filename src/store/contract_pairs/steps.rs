@@ -42,7 +42,7 @@ enum Step {
     Reopen,
 }
 
-const P384: Purpose = Purpose::Pool(KeyKind::P384);
+const P384: Purpose = Purpose::Pool(KeyType::P384);
 const PLANS: [(Purpose, KeyStorage); 6] = [
     (P256, KeyStorage::Wrapped),
     (P256, KeyStorage::Wrapped),

@@ -22,9 +22,9 @@ use super::session_rows::{identity_key, session_by_index};
 use super::state_store::SledStateStore;
 use super::view::View;
 use crate::access::{
-    AccessError, AccessStore, ApprovalRequest, IdentityRange, IssuedAccess, LoadedRange, MAX_OPEN_REQUESTS,
-    MAX_OWN_REQUESTS, MAX_RANGES, MAX_REQUESTS, Refused, RequestError, RequestState, Revocation, SettledQuota,
-    SettledRules, StationUse, Usage,
+    AccessError, AccessStore, AppliedQuota, AppliedRules, ApprovalRequest, IdentityRange, IssuedAccess, LoadedRange,
+    MAX_OPEN_REQUESTS, MAX_OWN_REQUESTS, MAX_RANGES, MAX_REQUESTS, Refused, RequestError, RequestState, Revocation,
+    StationUse, Usage,
 };
 use crate::store::{ReserveError, Session, StoreError};
 
@@ -33,16 +33,16 @@ const MAX_SKIPPED: usize = 1000;
 
 #[async_trait]
 impl AccessStore for SledStateStore {
-    async fn settle(
+    async fn apply(
         &self,
         rules: ApprovalRules,
         quotas: Vec<(StationName, Quota)>,
         all_or_nothing: bool,
     ) -> Result<Vec<String>, StoreError> {
-        self.0.run("settling rules and quotas", move |view| settle(view, rules, quotas, all_or_nothing)).await
+        self.0.run("applying rules and quotas", move |view| apply(view, rules, quotas, all_or_nothing)).await
     }
 
-    async fn rules(&self) -> Result<Option<SettledRules>, StoreError> {
+    async fn rules(&self) -> Result<Option<AppliedRules>, StoreError> {
         self.0.run("reading the rules", |view| view.get(RULES, || "the rules".into())).await
     }
 
@@ -133,24 +133,24 @@ impl AccessStore for SledStateStore {
     }
 }
 
-fn settle(
+fn apply(
     view: &mut View<'_>,
     rules: ApprovalRules,
     quotas: Vec<(StationName, Quota)>,
     all_or_nothing: bool,
 ) -> Result<Vec<String>, StoreError> {
     let mut refused = Vec::new();
-    let known: Option<SettledRules> = view.get(RULES, || "the rules".into())?;
-    let rules = SettledRules::settle(known, rules);
+    let known: Option<AppliedRules> = view.get(RULES, || "the rules".into())?;
+    let rules = AppliedRules::apply(known, rules);
     if rules.is_err() {
         let refusal = "approvals: changing the rules in force needs the approval of another officer (sppctl approvals request \
                        rules)";
         refused.push(refusal.to_owned());
     }
-    let mut settled = Vec::new();
+    let mut applied = Vec::new();
     for (station, configured) in quotas {
-        match SettledQuota::settle(quota(view, &station)?, configured) {
-            Ok(quota) => settled.push((station, quota)),
+        match AppliedQuota::apply(quota(view, &station)?, configured) {
+            Ok(quota) => applied.push((station, quota)),
             Err(_) => refused.push(format!(
                 "station {station}: raising its quota in force needs the approval of another officer (sppctl approvals request \
                  quota {station})"
@@ -165,15 +165,15 @@ fn settle(
     {
         view.put(RULES, &rules)?;
     }
-    for (station, settled) in settled {
-        if quota(view, &station)? != Some(settled) {
-            view.put(&station_key(b"Aq", &station), &settled)?;
+    for (station, quota_in_force) in applied {
+        if quota(view, &station)? != Some(quota_in_force) {
+            view.put(&station_key(b"Aq", &station), &quota_in_force)?;
         }
     }
     Ok(refused)
 }
 
-fn quota(view: &View<'_>, station: &StationName) -> Result<Option<SettledQuota>, StoreError> {
+fn quota(view: &View<'_>, station: &StationName) -> Result<Option<AppliedQuota>, StoreError> {
     view.get(&station_key(b"Aq", station), || format!("the quota of {station}"))
 }
 
@@ -194,12 +194,12 @@ fn stations(view: &View<'_>) -> Result<Vec<StationUse>, StoreError> {
     Ok(stations)
 }
 
-/// Counts a new device against the station's quota. Runs in the transaction that reserves the device, so that the count cannot exceed
-/// the quota or include devices that were not begun. A station without a stored quota is unlimited.
+/// Counts a new device against the station's quota. Runs in the transaction that reserves the device, so that the count
+/// cannot exceed the quota or include devices that were not begun. A station without a stored quota is unlimited.
 pub(super) fn count_device(view: &mut View<'_>, session: &Session) -> Result<(), ReserveError> {
-    let Some(settled) = quota(view, &session.station)? else { return Ok(()) };
+    let Some(applied) = quota(view, &session.station)? else { return Ok(()) };
     let mut usage = usage(view, &session.station)?;
-    let exceeded = usage.begin(&settled.in_force, session.created);
+    let exceeded = usage.begin(&applied.in_force, session.created);
     exceeded.map_err(|exceeded| ReserveError::QuotaExceeded { station: session.station.clone(), exceeded })?;
     Ok(view.put(&station_key(b"Au", &session.station), &usage)?)
 }
@@ -256,7 +256,7 @@ fn decide(
 
 /// Raises the number of required approvals if the rules have become stricter since the request.
 fn with_current_rules(view: &View<'_>, mut known: ApprovalRequest) -> Result<ApprovalRequest, StoreError> {
-    if let Some(rules) = view.get::<SettledRules>(RULES, || "the rules".into())? {
+    if let Some(rules) = view.get::<AppliedRules>(RULES, || "the rules".into())? {
         known.needed = known.needed.max(rules.in_force.needed(known.action.kind()));
     }
     Ok(known)
@@ -291,12 +291,12 @@ fn execute(view: &mut View<'_>, request: &ApprovalRequest, at: u64) -> Result<()
         ProtectedAction::RaiseQuota { station, quota: approved } => {
             let known = quota(view, station)?;
             let configured = known.map_or(*approved, |known| known.configured);
-            Ok(view.put(&station_key(b"Aq", station), &SettledQuota { configured, in_force: *approved })?)
+            Ok(view.put(&station_key(b"Aq", station), &AppliedQuota { configured, in_force: *approved })?)
         }
         ProtectedAction::ChangeRules { rules } => {
-            let known: Option<SettledRules> = view.get(RULES, || "the rules".into())?;
+            let known: Option<AppliedRules> = view.get(RULES, || "the rules".into())?;
             let configured = known.map_or(*rules, |known| known.configured);
-            Ok(view.put(RULES, &SettledRules { configured, in_force: *rules })?)
+            Ok(view.put(RULES, &AppliedRules { configured, in_force: *rules })?)
         }
         ProtectedAction::Ceremony { .. } | ProtectedAction::Enroll { .. } => Ok(()),
     }
@@ -373,8 +373,8 @@ fn allocated_before(
 
 /// Checks the quota before an allocation, so that devices that cannot be begun use up no identities.
 fn check_quota(view: &View<'_>, station: &StationName, at: u64) -> Result<(), AccessError> {
-    let Some(settled) = quota(view, station)? else { return Ok(()) };
-    let checked = usage(view, station)?.check_quota(&settled.in_force, at);
+    let Some(applied) = quota(view, station)? else { return Ok(()) };
+    let checked = usage(view, station)?.check_quota(&applied.in_force, at);
     Ok(checked.map_err(|exceeded| Refused::Quota { station: station.clone(), exceeded })?)
 }
 

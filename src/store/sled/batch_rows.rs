@@ -7,7 +7,7 @@
 //! | `e` + number | valid length of the batch's file |
 //! | `k` + kind | pair counts of the kind since the store was created |
 
-use spp_format::keys::KeyKind;
+use spp_format::keys::KeyType;
 
 use super::view::View;
 use crate::hsm::{BatchName, StoreId};
@@ -55,13 +55,13 @@ pub(super) fn batch_name(view: &View<'_>, number: u64) -> Result<BatchName, Stor
     Ok(name_of(origin(view)?.0, number))
 }
 
-pub(super) fn pair_counts(view: &View<'_>, kind: KeyKind) -> Result<PairCounts, StoreError> {
+pub(super) fn pair_counts(view: &View<'_>, kind: KeyType) -> Result<PairCounts, StoreError> {
     Ok(view.get(&kind_key(kind), || format!("the pair counts of {kind}"))?.unwrap_or_default())
 }
 
 pub(super) fn update_pair_counts(
     view: &mut View<'_>,
-    kind: KeyKind,
+    kind: KeyType,
     update: impl FnOnce(&mut PairCounts),
 ) -> Result<(), StoreError> {
     let mut counts = pair_counts(view, kind)?;
@@ -83,6 +83,6 @@ pub(super) fn batch_key(number: u64) -> Vec<u8> {
     [b"b", number.to_be_bytes().as_slice()].concat()
 }
 
-fn kind_key(kind: KeyKind) -> Vec<u8> {
+fn kind_key(kind: KeyType) -> Vec<u8> {
     [b"k", kind.name().as_bytes()].concat()
 }

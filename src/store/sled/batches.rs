@@ -1,7 +1,7 @@
 //! The secret store on sled, and the steps of its batches.
 
 use async_trait::async_trait;
-use spp_format::keys::KeyKind;
+use spp_format::keys::KeyType;
 
 use super::batch_rows::{ORIGIN, all, batch_error, batch_key, get, origin, pair_counts, put, require};
 use super::pairs;
@@ -47,7 +47,7 @@ impl SecretStore for SledStateStore {
 
     async fn ready_pairs(
         &self,
-        kind: KeyKind,
+        kind: KeyType,
         after: Option<PairId>,
         limit: usize,
     ) -> Result<Vec<(PairId, PooledPair)>, StoreError> {
@@ -71,7 +71,7 @@ impl SecretStore for SledStateStore {
         self.0.run("recording a destroyed pair", move |view| pairs::confirm_destroyed(view, &pair)).await
     }
 
-    async fn pair_counts(&self, kind: KeyKind) -> Result<PairCounts, StoreError> {
+    async fn pair_counts(&self, kind: KeyType) -> Result<PairCounts, StoreError> {
         self.0.run("reading pair counts", move |view| pair_counts(view, kind)).await
     }
 }

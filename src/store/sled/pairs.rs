@@ -10,7 +10,7 @@
 //! Every pair is under exactly one of `p`, `w` and `x`. Every step moves it in one transaction.
 
 use serde::{Deserialize, Serialize};
-use spp_format::keys::KeyKind;
+use spp_format::keys::KeyType;
 use spp_format::names::SessionId;
 
 use super::batch_rows::{self, batch_error, batch_name, put, require, update_pair_counts};
@@ -68,7 +68,7 @@ pub(super) fn add(view: &mut View<'_>, number: u64, pairs: Vec<PooledPair>) -> R
 
 pub(super) fn ready(
     view: &View<'_>,
-    kind: KeyKind,
+    kind: KeyType,
     after: Option<PairId>,
     limit: usize,
 ) -> Result<Vec<(PairId, PooledPair)>, StoreError> {

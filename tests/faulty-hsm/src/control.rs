@@ -5,7 +5,7 @@
 //! # lasts=1: after its first fault, the rule applies to every later matching call of that process
 //! C_Sign            every=3                                                                 return CKR_DEVICE_ERROR
 //! C_Login           times=1                                                                 crash
-//! *                                                                                         away
+//! *                                                                                         token-removed
 //! ```
 
 use std::fs::{File, Metadata, OpenOptions};
@@ -14,7 +14,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::ckr;
+use crate::return_codes;
 
 /// The fault to inject: instead of a call, before it, or into its answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -141,7 +141,7 @@ fn parse_rule(line: &str) -> Option<Rule> {
         words.next();
     }
     rule.action = match (words.next().unwrap_or_else(|| malformed(line)), words.next()) {
-        ("return", Some(code)) => Action::Return(ckr::value(code).unwrap_or_else(|| malformed(line))),
+        ("return", Some(code)) => Action::Return(return_codes::value(code).unwrap_or_else(|| malformed(line))),
         ("sleep", Some(milliseconds)) => {
             Action::Sleep(Duration::from_millis(milliseconds.parse().unwrap_or_else(|_| malformed(line))))
         }
@@ -149,7 +149,7 @@ fn parse_rule(line: &str) -> Option<Rule> {
         ("crash", None) => Action::Crash,
         ("drop-sessions", None) => Action::DropSessions,
         ("logout", None) => Action::Logout,
-        ("away", None) => Action::TokenRemoved,
+        ("token-removed", None) => Action::TokenRemoved,
         ("idle", Some(milliseconds)) => {
             Action::Idle(Duration::from_millis(milliseconds.parse().unwrap_or_else(|_| malformed(line))))
         }

@@ -3,8 +3,8 @@
 #![allow(non_snake_case, reason = "the functions have the names of the standard")]
 #![allow(unsafe_op_in_unsafe_fn, reason = "each function is a C call that forwards its arguments")]
 
-mod ckr;
 mod control;
+mod return_codes;
 
 use std::collections::BTreeMap;
 use std::ffi::c_void;

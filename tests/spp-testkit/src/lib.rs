@@ -27,12 +27,12 @@
 //!
 //! # For unit tests
 //!
-//! [`wait`], [`random`], [`process`], [`files`] and [`ports`] are the crate `spp-test-support`, re-exported. The crates that `spp` depends on
-//! use that crate: this one would build `spp` for their tests.
+//! [`wait`], [`random`], [`process`], [`files`] and [`ports`] are the crate `spp-test-support`, re-exported. The crates that
+//! `spp` depends on use that crate: this one would build `spp` for their tests.
 //!
-//! The package `spp` depends on this crate for its tests, and this crate depends on the library `spp`. Unit tests compile the
-//! library a second time, so its types differ from those that this crate names. Unit tests of `spp` therefore use only these modules and
-//! [`ceremony`], which name no `spp` types.
+//! The package `spp` depends on this crate for its tests, and this crate depends on the library `spp`. Unit tests compile
+//! the library a second time, so its types differ from those that this crate names. Unit tests of `spp` therefore use only
+//! these modules and [`ceremony`], which name no `spp` types.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::missing_panics_doc, reason = "test support fails by a panic")]
 #![expect(clippy::disallowed_types, reason = "tests are gRPC clients: they read statuses")]
 #![allow(clippy::new_without_default, reason = "creating a site has side effects")]

@@ -97,8 +97,8 @@ pub fn is_full(status: &GetPoolStatusResponse) -> bool {
 /// Whether nothing remains to be filled, shredded or destroyed.
 pub fn is_idle(status: &GetPoolStatusResponse) -> bool {
     let kinds = status.kinds.iter().all(|kind| kind.next_shred.is_none());
-    let sessions = status.session_next_shred.is_none() && status.condemned == 0;
-    is_full(status) && kinds && sessions && status.trouble.is_empty()
+    let sessions = status.session_next_shred.is_none() && status.pairs_to_destroy == 0;
+    is_full(status) && kinds && sessions && status.error.is_empty()
 }
 
 /// Opens the state store of a stopped daemon.

@@ -1,4 +1,4 @@
-//! Actions that need several officers, and the statements about them that officers sign.
+//! Protected actions, which several officers must approve, and the statements that officers sign.
 
 mod action;
 mod action_kind;

@@ -1,5 +1,5 @@
-//! CA certificates of the signing keys, and certificate requests (PKCS#10). They are signed elsewhere: by the HSM, or by the TLS key
-//! of an access request.
+//! CA certificates of the signing keys, and certificate requests (PKCS#10). They are signed elsewhere: by the HSM, or by the
+//! TLS key of an access request.
 
 use der::asn1::{OctetString, SetOfVec};
 use der::pem::LineEnding;

@@ -2,7 +2,9 @@
 
 use proptest::prelude::*;
 
-use super::testing::{ALGORITHMS, NOW, Order, PHONE, SoftwareKey, authority_of, openssl, profile, symmetric_profile};
+use super::testing::{
+    ALGORITHMS, NOW, PHONE, SampleRequest, SoftwareKey, authority_of, openssl, profile, symmetric_profile,
+};
 use super::{
     CertificateError, IssuedCertificate, IssuerCertificate, certificate_pem, prepare, verify_device_certificate,
 };
@@ -11,26 +13,26 @@ use crate::names::{ChipId, DeviceIdentity};
 
 const P256: SignatureAlgorithm = SignatureAlgorithm::EcdsaP256Sha256;
 
-fn issue(order: &Order) -> IssuedCertificate {
-    let to_sign = prepare(&order.request()).unwrap().lint().unwrap().into_to_sign();
-    let signature = order.manufacturer.sign(to_sign.to_be_signed());
-    IssuedCertificate::assemble(&to_sign, &order.issuer, &signature).unwrap()
+fn issue(sample: &SampleRequest) -> IssuedCertificate {
+    let to_sign = prepare(&sample.request()).unwrap().lint().unwrap().into_to_sign();
+    let signature = sample.manufacturer.sign(to_sign.to_be_signed());
+    IssuedCertificate::assemble(&to_sign, &sample.issuer, &signature).unwrap()
 }
 
 #[test]
 fn certificate_of_every_algorithm_verifies() {
     for algorithm in ALGORITHMS {
-        let order = Order::new(algorithm, PHONE);
-        let issued = issue(&order);
-        let key = order.manufacturer.public();
-        let verified = verify_device_certificate(issued.as_bytes(), false, key, &order.chip).unwrap();
-        assert_eq!(verified.identity(), Some(&order.identity));
-        assert_eq!(verified.public_key(), order.request().public_key);
+        let sample = SampleRequest::new(algorithm, PHONE);
+        let issued = issue(&sample);
+        let key = sample.manufacturer.public();
+        let verified = verify_device_certificate(issued.as_bytes(), false, key, &sample.chip).unwrap();
+        assert_eq!(verified.identity(), Some(&sample.identity));
+        assert_eq!(verified.public_key(), sample.request().public_key);
         assert_eq!((verified.not_before(), verified.not_after()), (NOW, None));
-        assert_eq!(verified.serial(), order.request().serial.as_bytes());
-        assert_eq!(verified.hardware_type(), order.profile.hardware_type());
+        assert_eq!(verified.serial(), sample.request().serial.as_bytes());
+        assert_eq!(verified.hardware_type(), sample.profile.hardware_type());
 
-        let (ca, leaf) = (authority_of(&order.manufacturer), certificate_pem(issued.as_bytes()).unwrap());
+        let (ca, leaf) = (authority_of(&sample.manufacturer), certificate_pem(issued.as_bytes()).unwrap());
         let line = ["verify", "-x509_strict", "-CAfile", "ca.pem", "device.pem"];
         let text = openssl(&line, &[("ca.pem", &ca), ("device.pem", &leaf)]);
         assert!(text.contains("device.pem: OK"), "{algorithm:?}: {text}");
@@ -40,7 +42,7 @@ fn certificate_of_every_algorithm_verifies() {
 #[test]
 fn certificate_names_read_by_openssl() {
     let text = PHONE.to_owned() + "[subject]\ncountry = \"FI\"\norganization = \"A, B\"\n";
-    let leaf = certificate_pem(issue(&Order::new(P256, &text)).as_bytes()).unwrap();
+    let leaf = certificate_pem(issue(&SampleRequest::new(P256, &text)).as_bytes()).unwrap();
     let line = ["x509", "-in", "device.pem", "-noout", "-text", "-nameopt", "RFC2253"];
     let text = openssl(&line, &[("device.pem", &leaf)]);
     for expected in [
@@ -61,10 +63,10 @@ fn optional_extensions_of_profile_present() {
         + "[certificate]\nsubject_key_identifier = true\nvalidity_days = 10\nextended_key_usages = [\"1.3.6.1.5.5.7.3.2\"]\n\
            crl_distribution_points = [\"http://pki.example/a.crl\"]\n\
            authority_info_access = { ca_issuers = [\"http://pki.example/ca\"], ocsp = [\"http://ocsp.example/\"] }\n";
-    let order = Order::new(P256, &text);
-    let issued = issue(&order);
+    let sample = SampleRequest::new(P256, &text);
+    let issued = issue(&sample);
     let verified =
-        verify_device_certificate(issued.as_bytes(), false, order.manufacturer.public(), &order.chip).unwrap();
+        verify_device_certificate(issued.as_bytes(), false, sample.manufacturer.public(), &sample.chip).unwrap();
     assert_eq!(verified.not_after(), Some(NOW + 864_000));
     let leaf = certificate_pem(issued.as_bytes()).unwrap();
     let text = openssl(&["x509", "-in", "device.pem", "-noout", "-text"], &[("device.pem", &leaf)]);
@@ -82,53 +84,53 @@ fn optional_extensions_of_profile_present() {
 #[test]
 fn cwt_of_every_algorithm_verified_by_device() {
     for algorithm in ALGORITHMS {
-        let order = Order::new(algorithm, &symmetric_profile());
-        let issued = issue(&order);
+        let sample = SampleRequest::new(algorithm, &symmetric_profile());
+        let issued = issue(&sample);
         assert!(issued.is_cwt());
         assert_eq!(issued.as_bytes()[0], 0xd2, "tag 18");
-        let key = order.manufacturer.public();
-        let verified = verify_device_certificate(issued.as_bytes(), true, key, &order.chip).unwrap();
-        assert_eq!(verified.identity(), Some(&order.identity));
+        let key = sample.manufacturer.public();
+        let verified = verify_device_certificate(issued.as_bytes(), true, key, &sample.chip).unwrap();
+        assert_eq!(verified.identity(), Some(&sample.identity));
         assert_eq!(verified.public_key(), None);
         assert_eq!((verified.not_before(), verified.not_after()), (NOW, None));
-        assert_eq!(verified.serial(), order.request().serial.as_bytes());
-        assert_eq!(verified.hardware_type(), order.profile.hardware_type());
-        assert!(verify_device_certificate(issued.as_bytes(), false, key, &order.chip).is_err());
+        assert_eq!(verified.serial(), sample.request().serial.as_bytes());
+        assert_eq!(verified.hardware_type(), sample.profile.hardware_type());
+        assert!(verify_device_certificate(issued.as_bytes(), false, key, &sample.chip).is_err());
     }
 }
 
 #[test]
 fn rsa_certificate_has_key_encipherment() {
     let text = PHONE.replace("\"p256\"", "\"rsa-2048\"") + "[certificate]\nkey_encipherment = true\n";
-    let mut order = Order::new(P256, &text);
-    order.device = Some(SoftwareKey::new(SignatureAlgorithm::RsaPkcs1Sha256));
-    let leaf = certificate_pem(issue(&order).as_bytes()).unwrap();
+    let mut sample = SampleRequest::new(P256, &text);
+    sample.device = Some(SoftwareKey::new(SignatureAlgorithm::RsaPkcs1Sha256));
+    let leaf = certificate_pem(issue(&sample).as_bytes()).unwrap();
     let text = openssl(&["x509", "-in", "device.pem", "-noout", "-text"], &[("device.pem", &leaf)]);
     assert!(text.contains("Digital Signature, Key Encipherment"), "{text}");
 }
 
 #[test]
 fn cwt_expires_after_validity_days() {
-    let order = Order::new(P256, &(symmetric_profile() + "[certificate]\nvalidity_days = 1\n"));
-    let issued = issue(&order);
+    let sample = SampleRequest::new(P256, &(symmetric_profile() + "[certificate]\nvalidity_days = 1\n"));
+    let issued = issue(&sample);
     let verified =
-        verify_device_certificate(issued.as_bytes(), true, order.manufacturer.public(), &order.chip).unwrap();
+        verify_device_certificate(issued.as_bytes(), true, sample.manufacturer.public(), &sample.chip).unwrap();
     assert_eq!(verified.not_after(), Some(NOW + 86_400));
 }
 
 #[test]
 fn equal_requests_give_equal_bytes() {
     for text in [PHONE.to_owned(), symmetric_profile()] {
-        let order = Order::new(P256, &text);
-        let once = || prepare(&order.request()).unwrap().lint().unwrap().into_to_sign();
+        let sample = SampleRequest::new(P256, &text);
+        let once = || prepare(&sample.request()).unwrap().lint().unwrap().into_to_sign();
         assert_eq!(once(), once());
     }
 }
 
 #[test]
 fn certificate_with_two_algorithms_rejected() {
-    let order = Order::new(SignatureAlgorithm::RsaPkcs1Sha256, PHONE);
-    let to_sign = prepare(&order.request()).unwrap().lint().unwrap().into_to_sign();
+    let sample = SampleRequest::new(SignatureAlgorithm::RsaPkcs1Sha256, PHONE);
+    let to_sign = prepare(&sample.request()).unwrap().lint().unwrap().into_to_sign();
     let to_sign = super::CertificateToSign::new(
         to_sign.issuer().clone(),
         SignatureAlgorithm::RsaPssSha256,
@@ -136,70 +138,73 @@ fn certificate_with_two_algorithms_rejected() {
         to_sign.serial().to_vec(),
         to_sign.to_be_signed().to_vec(),
     );
-    let pss = order.manufacturer.sign_with(to_sign.algorithm(), to_sign.to_be_signed());
-    let rejected = IssuedCertificate::assemble(&to_sign, &order.issuer, &pss);
+    let pss = sample.manufacturer.sign_with(to_sign.algorithm(), to_sign.to_be_signed());
+    let rejected = IssuedCertificate::assemble(&to_sign, &sample.issuer, &pss);
     assert!(matches!(rejected, Err(CertificateError::Refused(_))));
 }
 
 #[test]
 fn assemble_with_wrong_signature_fails() {
     for text in [PHONE.to_owned(), symmetric_profile()] {
-        let order = Order::new(P256, &text);
-        let to_sign = prepare(&order.request()).unwrap().lint().unwrap().into_to_sign();
+        let sample = SampleRequest::new(P256, &text);
+        let to_sign = prepare(&sample.request()).unwrap().lint().unwrap().into_to_sign();
         let foreign = SoftwareKey::p256().sign(to_sign.to_be_signed());
         assert!(matches!(
-            IssuedCertificate::assemble(&to_sign, &order.issuer, &foreign),
+            IssuedCertificate::assemble(&to_sign, &sample.issuer, &foreign),
             Err(CertificateError::Key { .. })
         ));
-        assert!(IssuedCertificate::assemble(&to_sign, &order.issuer, b"").is_err());
+        assert!(IssuedCertificate::assemble(&to_sign, &sample.issuer, b"").is_err());
     }
 }
 
 #[test]
 fn certificate_of_other_chip_or_manufacturer_rejected() {
     for text in [PHONE.to_owned(), symmetric_profile()] {
-        let order = Order::new(P256, &text);
-        let issued = issue(&order);
+        let sample = SampleRequest::new(P256, &text);
+        let issued = issue(&sample);
         let verify = |key: &SoftwareKey, chip: &ChipId| {
             verify_device_certificate(issued.as_bytes(), issued.is_cwt(), key.public(), chip)
         };
-        assert!(verify(&order.manufacturer, &order.chip).is_ok());
-        assert!(verify(&SoftwareKey::p256(), &order.chip).is_err());
+        assert!(verify(&sample.manufacturer, &sample.chip).is_ok());
+        assert!(verify(&SoftwareKey::p256(), &sample.chip).is_err());
         let other = ChipId::from_bytes(&[0xc6; 16]).unwrap();
-        assert!(matches!(verify(&order.manufacturer, &other), Err(CertificateError::Refused(_))));
+        assert!(matches!(verify(&sample.manufacturer, &other), Err(CertificateError::Refused(_))));
     }
 }
 
 #[test]
 fn request_not_matching_profile_rejected() {
-    let mut order = Order::new(P256, PHONE);
-    order.device = Some(SoftwareKey::new(SignatureAlgorithm::Ed25519));
-    assert!(matches!(prepare(&order.request()), Err(CertificateError::Request(_))), "wrong key type");
-    order.device = None;
-    assert!(matches!(prepare(&order.request()), Err(CertificateError::Request(_))), "no key");
-    let mut order = Order::new(P256, &symmetric_profile());
-    order.device = Some(SoftwareKey::p256());
-    assert!(matches!(prepare(&order.request()), Err(CertificateError::Request(_))), "unexpected key");
+    let mut sample = SampleRequest::new(P256, PHONE);
+    sample.device = Some(SoftwareKey::new(SignatureAlgorithm::Ed25519));
+    assert!(matches!(prepare(&sample.request()), Err(CertificateError::Request(_))), "wrong key type");
+    sample.device = None;
+    assert!(matches!(prepare(&sample.request()), Err(CertificateError::Request(_))), "no key");
+    let mut sample = SampleRequest::new(P256, &symmetric_profile());
+    sample.device = Some(SoftwareKey::p256());
+    assert!(matches!(prepare(&sample.request()), Err(CertificateError::Request(_))), "unexpected key");
     let serial_only = PHONE.replace("\"imei\", \"meid\", \"eui48\", \"eui64\", ", "");
-    assert!(matches!(prepare(&Order::new(P256, &serial_only).request()), Err(CertificateError::Request(_))));
+    assert!(matches!(prepare(&SampleRequest::new(P256, &serial_only).request()), Err(CertificateError::Request(_))));
     let rsa = format!("signature = \"rsa-pss-sha256\"\n{PHONE}");
-    assert!(matches!(prepare(&Order::new(P256, &rsa).request()), Err(CertificateError::AlgorithmMismatch { .. })));
+    assert!(matches!(
+        prepare(&SampleRequest::new(P256, &rsa).request()),
+        Err(CertificateError::AlgorithmMismatch { .. })
+    ));
 }
 
 #[test]
 fn profile_selects_pss_for_rsa_issuer() {
-    let mut order = Order::new(SignatureAlgorithm::RsaPkcs1Sha256, PHONE);
-    order.profile = profile(&format!("signature = \"rsa-pss-sha256\"\n{PHONE}"));
-    let linted = prepare(&order.request()).unwrap().lint().unwrap();
+    let mut sample = SampleRequest::new(SignatureAlgorithm::RsaPkcs1Sha256, PHONE);
+    sample.profile = profile(&format!("signature = \"rsa-pss-sha256\"\n{PHONE}"));
+    let linted = prepare(&sample.request()).unwrap().lint().unwrap();
     assert_eq!(linted.algorithm(), SignatureAlgorithm::RsaPssSha256);
 }
 
 #[test]
 fn issuer_must_be_a_ca() {
-    let order = Order::new(P256, PHONE);
-    let leaf = certificate_pem(issue(&order).as_bytes()).unwrap();
+    let sample = SampleRequest::new(P256, PHONE);
+    let leaf = certificate_pem(issue(&sample).as_bytes()).unwrap();
     assert!(matches!(IssuerCertificate::from_pem(&leaf, P256), Err(CertificateError::Issuer(_))));
-    let ca = authority_of(&order.manufacturer);
+    let ca = authority_of(&sample.manufacturer);
     assert!(matches!(
         IssuerCertificate::from_pem(&ca, SignatureAlgorithm::Ed25519),
         Err(CertificateError::AlgorithmMismatch { .. })
@@ -213,10 +218,11 @@ fn issuer_must_be_a_ca() {
 #[test]
 fn damaged_certificate_rejected_without_panic() {
     for text in [PHONE.to_owned(), symmetric_profile()] {
-        let order = Order::new(SignatureAlgorithm::Ed25519, &text);
-        let issued = issue(&order);
-        let verify =
-            |bytes: &[u8]| verify_device_certificate(bytes, issued.is_cwt(), order.manufacturer.public(), &order.chip);
+        let sample = SampleRequest::new(SignatureAlgorithm::Ed25519, &text);
+        let issued = issue(&sample);
+        let verify = |bytes: &[u8]| {
+            verify_device_certificate(bytes, issued.is_cwt(), sample.manufacturer.public(), &sample.chip)
+        };
         for length in 0..issued.as_bytes().len() {
             assert!(verify(&issued.as_bytes()[..length]).is_err());
         }
@@ -257,34 +263,34 @@ proptest! {
         cwt in any::<bool>(),
     ) {
         let text = if cwt { symmetric_profile() } else { PHONE.to_owned() };
-        let mut order = Order::new(P256, &text);
-        (order.identity, order.chip) = (identity, ChipId::from_bytes(&chip).unwrap());
-        let mut request = order.request();
+        let mut sample = SampleRequest::new(P256, &text);
+        (sample.identity, sample.chip) = (identity, ChipId::from_bytes(&chip).unwrap());
+        let mut request = sample.request();
         (request.serial, request.not_before) = (super::CertificateSerial::from_random(random), not_before);
         let to_sign = prepare(&request).unwrap().lint().unwrap().into_to_sign();
-        let signature = order.manufacturer.sign(to_sign.to_be_signed());
-        let issued = IssuedCertificate::assemble(&to_sign, &order.issuer, &signature).unwrap();
+        let signature = sample.manufacturer.sign(to_sign.to_be_signed());
+        let issued = IssuedCertificate::assemble(&to_sign, &sample.issuer, &signature).unwrap();
         let verify = |chip: &ChipId| {
-            verify_device_certificate(issued.as_bytes(), cwt, order.manufacturer.public(), chip)
+            verify_device_certificate(issued.as_bytes(), cwt, sample.manufacturer.public(), chip)
         };
-        let verified = verify(&order.chip).unwrap();
-        prop_assert!(verified.binds_identity(&order.identity));
-        prop_assert_eq!(verified.identity_value(), order.identity.value());
+        let verified = verify(&sample.chip).unwrap();
+        prop_assert!(verified.binds_identity(&sample.identity));
+        prop_assert_eq!(verified.identity_value(), sample.identity.value());
         prop_assert_eq!(verified.serial(), to_sign.serial());
-        if other.value() != order.identity.value() {
+        if other.value() != sample.identity.value() {
             prop_assert!(!verified.binds_identity(&other));
         }
         let other_chip = ChipId::from_bytes(&other_chip).unwrap();
-        prop_assert_eq!(verify(&other_chip).is_ok(), other_chip == order.chip);
+        prop_assert_eq!(verify(&other_chip).is_ok(), other_chip == sample.chip);
     }
 
     #[test]
     fn arbitrary_bytes_rejected_without_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300), cwt in any::<bool>()) {
-        let order = &*SHARED;
-        prop_assert!(verify_device_certificate(&bytes, cwt, order.manufacturer.public(), &order.chip).is_err());
+        let sample = &*SHARED;
+        prop_assert!(verify_device_certificate(&bytes, cwt, sample.manufacturer.public(), &sample.chip).is_err());
         prop_assert!(super::parse_caller_certificate(&bytes).is_err());
         prop_assert!(super::verify_csr(&bytes).is_err());
     }
 }
 
-static SHARED: std::sync::LazyLock<Order> = std::sync::LazyLock::new(|| Order::new(P256, PHONE));
+static SHARED: std::sync::LazyLock<SampleRequest> = std::sync::LazyLock::new(|| SampleRequest::new(P256, PHONE));

@@ -10,7 +10,7 @@ use x509_cert::name::Name;
 
 use super::name::COMMON_NAME;
 use super::{CertificateError, signed};
-use crate::keys::{KeyKind, PublicKey, SignatureAlgorithm};
+use crate::keys::{KeyType, PublicKey, SignatureAlgorithm};
 
 /// A CA certificate that may issue, with the part of its chain that is available.
 #[derive(Debug, Clone)]
@@ -60,7 +60,7 @@ impl IssuerCertificate {
 
     /// Parses a PEM chain and uses the default algorithm of the issuer's key type.
     pub fn from_pem_with_default_algorithm(pem: &str) -> Result<Self, CertificateError> {
-        let kinds = KeyKind::ALL.into_iter().map(SignatureAlgorithm::default_for);
+        let kinds = KeyType::ALL.into_iter().map(SignatureAlgorithm::default_for);
         let mut refused = CertificateError::refused("unsupported key type");
         for algorithm in kinds {
             match Self::from_pem(pem, algorithm) {

@@ -19,13 +19,13 @@ use super::cwt::{CHIP_ID_CLAIM, SigStructure};
 use super::name::{SERIAL_NUMBER, SubjectFields, SubjectName};
 use super::prepare::PreparedCertificate;
 use super::tbs::{self, TbsCertificate};
-use super::testing::{Order, PHONE, SoftwareKey, serial, symmetric_profile};
+use super::testing::{PHONE, SampleRequest, SoftwareKey, serial, symmetric_profile};
 use super::{algorithm, prepare};
 use crate::keys::SignatureAlgorithm;
 
 /// The rules that these bytes violate.
-fn rules(order: &Order, to_be_signed: Vec<u8>) -> Vec<&'static str> {
-    match (PreparedCertificate { request: order.request(), to_be_signed }).lint() {
+fn rules(sample: &SampleRequest, to_be_signed: Vec<u8>) -> Vec<&'static str> {
+    match (PreparedCertificate { request: sample.request(), to_be_signed }).lint() {
         Ok(_) => Vec::new(),
         Err(findings) => findings.iter().map(|finding| finding.rule).collect(),
     }
@@ -39,19 +39,19 @@ fn expect_findings(expected: &[&str], change: impl FnOnce(&mut TbsCertificate)) 
 
 #[track_caller]
 fn expect_findings_in(profile: &str, expected: &[&str], change: impl FnOnce(&mut TbsCertificate)) {
-    let order = Order::new(SignatureAlgorithm::EcdsaP256Sha256, profile);
-    let valid = prepare(&order.request()).unwrap().to_be_signed;
-    assert_eq!(rules(&order, valid.clone()), Vec::<&str>::new(), "before the change");
+    let sample = SampleRequest::new(SignatureAlgorithm::EcdsaP256Sha256, profile);
+    let valid = prepare(&sample.request()).unwrap().to_be_signed;
+    assert_eq!(rules(&sample, valid.clone()), Vec::<&str>::new(), "before the change");
     let mut tbs = TbsCertificate::from_der(&valid).unwrap();
     change(&mut tbs);
-    assert_eq!(rules(&order, tbs.to_der().unwrap()), expected);
+    assert_eq!(rules(&sample, tbs.to_der().unwrap()), expected);
 }
 
 /// Like [`expect_findings`], for modifications that the structure cannot express: replaces elements of the TBSCertificate.
 #[track_caller]
 fn expect_findings_in_der(expected: &[&str], change: impl FnOnce(&mut Vec<Any>)) {
-    let order = Order::new(SignatureAlgorithm::EcdsaP256Sha256, PHONE);
-    let valid = prepare(&order.request()).unwrap().to_be_signed;
+    let sample = SampleRequest::new(SignatureAlgorithm::EcdsaP256Sha256, PHONE);
+    let valid = prepare(&sample.request()).unwrap().to_be_signed;
     let mut reader = SliceReader::new(&valid).unwrap();
     let mut parts = reader
         .sequence(|inner| {
@@ -63,7 +63,7 @@ fn expect_findings_in_der(expected: &[&str], change: impl FnOnce(&mut Vec<Any>))
         })
         .unwrap();
     change(&mut parts);
-    assert_eq!(rules(&order, parts.to_der().unwrap()), expected);
+    assert_eq!(rules(&sample, parts.to_der().unwrap()), expected);
 }
 
 fn extensions(tbs: &mut TbsCertificate) -> &mut Vec<Extension> {
@@ -196,12 +196,12 @@ fn missing_duplicate_and_unexpected_extensions_found() {
         extensions(tbs).push(tbs::extension(false, &usage).unwrap());
     });
     for oid in ["2.5.29.31", "1.3.6.1.5.5.7.1.1"] {
-        let order = Order::new(SignatureAlgorithm::EcdsaP256Sha256, PHONE);
-        let mut tbs = TbsCertificate::from_der(&prepare(&order.request()).unwrap().to_be_signed).unwrap();
+        let sample = SampleRequest::new(SignatureAlgorithm::EcdsaP256Sha256, PHONE);
+        let mut tbs = TbsCertificate::from_der(&prepare(&sample.request()).unwrap().to_be_signed).unwrap();
         let empty = OctetString::new([0x30, 0]).unwrap();
         let oid = ObjectIdentifier::new(oid).unwrap();
         extensions(&mut tbs).push(Extension { extn_id: oid, critical: false, extn_value: empty });
-        assert_eq!(rules(&order, tbs.to_der().unwrap()), ["unexpected-extension"]);
+        assert_eq!(rules(&sample, tbs.to_der().unwrap()), ["unexpected-extension"]);
     }
 }
 
@@ -268,8 +268,8 @@ fn wrong_uris_found() {
 
 #[test]
 fn malformed_certificate_found() {
-    let order = Order::new(SignatureAlgorithm::EcdsaP256Sha256, PHONE);
-    assert_eq!(rules(&order, Vec::new()), ["structure"]);
+    let sample = SampleRequest::new(SignatureAlgorithm::EcdsaP256Sha256, PHONE);
+    assert_eq!(rules(&sample, Vec::new()), ["structure"]);
     expect_findings(&["structure"], |tbs| {
         extensions(tbs)[ALTERNATIVE_NAMES].extn_value = OctetString::new([0xff]).unwrap();
     });
@@ -278,16 +278,16 @@ fn malformed_certificate_found() {
 /// Modifies a valid CWT (its header and claims) and expects exactly these findings.
 #[track_caller]
 fn expect_cwt_findings(expected: &[&str], change: impl FnOnce(&mut Vec<(Value, Value)>, &mut Vec<(Value, Value)>)) {
-    let order = Order::new(SignatureAlgorithm::EcdsaP256Sha256, &symmetric_profile());
-    let valid = prepare(&order.request()).unwrap().to_be_signed;
-    assert_eq!(rules(&order, valid.clone()), Vec::<&str>::new());
+    let sample = SampleRequest::new(SignatureAlgorithm::EcdsaP256Sha256, &symmetric_profile());
+    let valid = prepare(&sample.request()).unwrap().to_be_signed;
+    assert_eq!(rules(&sample, valid.clone()), Vec::<&str>::new());
     let parts = SigStructure::decode(&valid).unwrap();
     let map = |bytes: &[u8]| Value::from_slice(bytes).unwrap().into_map().unwrap();
     let (mut header, mut claims) = (map(&parts.protected), map(&parts.payload));
     change(&mut header, &mut claims);
     let bytes = |map| Value::Bytes(Value::Map(map).to_vec().unwrap());
     let structure = vec![Value::from("Signature1"), bytes(header), Value::Bytes(vec![]), bytes(claims)];
-    assert_eq!(rules(&order, Value::Array(structure).to_vec().unwrap()), expected);
+    assert_eq!(rules(&sample, Value::Array(structure).to_vec().unwrap()), expected);
 }
 
 #[test]
@@ -315,8 +315,8 @@ fn missing_additional_or_reordered_claims_found() {
 
 #[test]
 fn cwt_for_profile_with_key_pair_found() {
-    let mut order = Order::new(SignatureAlgorithm::EcdsaP256Sha256, &symmetric_profile());
-    let valid = prepare(&order.request()).unwrap().to_be_signed;
-    order.profile = super::testing::profile(PHONE);
-    assert_eq!(rules(&order, valid), ["public-key"]);
+    let mut sample = SampleRequest::new(SignatureAlgorithm::EcdsaP256Sha256, &symmetric_profile());
+    let valid = prepare(&sample.request()).unwrap().to_be_signed;
+    sample.profile = super::testing::profile(PHONE);
+    assert_eq!(rules(&sample, valid), ["public-key"]);
 }

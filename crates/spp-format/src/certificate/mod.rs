@@ -59,7 +59,7 @@ pub use request::{CertificateRequest, CertificateSerial};
 pub use to_sign::CertificateToSign;
 pub use verify::{VerifiedCertificate, verify_device_certificate};
 
-use crate::keys::{KeyError, KeyKind, SignatureAlgorithm};
+use crate::keys::{KeyError, KeyType, SignatureAlgorithm};
 
 /// Why a certificate could not be built or was rejected. Contains no secret.
 #[derive(Debug, thiserror::Error)]
@@ -105,7 +105,7 @@ pub enum CertificateError {
     )]
     AlgorithmMismatch {
         /// The type of the issuer's key.
-        kind: KeyKind,
+        kind: KeyType,
         /// The requested algorithm.
         algorithm: SignatureAlgorithm,
     },

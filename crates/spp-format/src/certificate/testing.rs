@@ -9,7 +9,7 @@ use super::{
     AuthorityCertificate, CertificateRequest, CertificateSerial, IssuerCertificate, Profile, SubjectName,
     authority_certificate, authority_request,
 };
-use crate::keys::{KeyKind, PublicKey, SignatureAlgorithm};
+use crate::keys::{KeyType, PublicKey, SignatureAlgorithm};
 use crate::names::{ChipId, DeviceIdentity};
 
 pub(super) const ALGORITHMS: [SignatureAlgorithm; 5] = [
@@ -64,8 +64,8 @@ impl SoftwareKey {
             (Pair::Ec(pair), public)
         };
         let (pair, public) = match algorithm {
-            SignatureAlgorithm::EcdsaP256Sha256 => ec(KeyKind::P256, &signature::ECDSA_P256_SHA256_ASN1_SIGNING),
-            SignatureAlgorithm::EcdsaP384Sha384 => ec(KeyKind::P384, &signature::ECDSA_P384_SHA384_ASN1_SIGNING),
+            SignatureAlgorithm::EcdsaP256Sha256 => ec(KeyType::P256, &signature::ECDSA_P256_SHA256_ASN1_SIGNING),
+            SignatureAlgorithm::EcdsaP384Sha384 => ec(KeyType::P384, &signature::ECDSA_P384_SHA384_ASN1_SIGNING),
             SignatureAlgorithm::Ed25519 => {
                 let pair = Ed25519KeyPair::generate().unwrap();
                 let public = PublicKey::from_ed25519(pair.public_key().as_ref()).unwrap();
@@ -136,7 +136,7 @@ pub(super) fn request_of(key: &SoftwareKey) -> Vec<u8> {
 }
 
 /// Owns everything that a certificate request borrows.
-pub(super) struct Order {
+pub(super) struct SampleRequest {
     pub(super) manufacturer: SoftwareKey,
     pub(super) issuer: IssuerCertificate,
     pub(super) profile: Profile,
@@ -145,7 +145,7 @@ pub(super) struct Order {
     pub(super) device: Option<SoftwareKey>,
 }
 
-impl Order {
+impl SampleRequest {
     pub(super) fn new(algorithm: SignatureAlgorithm, profile_text: &str) -> Self {
         let manufacturer = SoftwareKey::new(algorithm);
         let issuer = IssuerCertificate::from_pem(&authority_of(&manufacturer), algorithm).unwrap();

@@ -5,8 +5,8 @@ use serde::{Deserialize, Serialize};
 use crate::keys::SignatureAlgorithm;
 use crate::names::KeyName;
 
-/// A linted certificate that is not signed yet. It is made by [`LintedCertificate::into_to_sign`](super::LintedCertificate), or read
-/// from a journal that got it from there; it cannot be changed.
+/// A linted certificate that is not signed yet. It is made by [`LintedCertificate::into_to_sign`](super::LintedCertificate),
+/// or read from a journal that got it from there; it cannot be changed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CertificateToSign {
     issuer: KeyName,

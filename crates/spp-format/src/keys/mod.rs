@@ -1,5 +1,5 @@
-//! Key kinds, public keys, signatures, and device private keys, as used by all crates. How a private key is stored is not among
-//! them: the daemon's HSM module defines that.
+//! Key types, public keys, signatures, and device private keys, as used by all crates. The daemon's module `hsm` defines
+//! how private keys are stored.
 
 mod private;
 mod public;
@@ -18,7 +18,7 @@ pub use signature::{ecdsa_der_from_fixed, ecdsa_fixed_from_der};
 /// The kind of a key pair: algorithm and curve or modulus size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum KeyKind {
+pub enum KeyType {
     /// NIST P-256.
     P256,
     /// NIST P-384.
@@ -36,7 +36,7 @@ pub enum KeyKind {
     Rsa4096,
 }
 
-impl KeyKind {
+impl KeyType {
     /// Every kind.
     pub const ALL: [Self; 6] = [Self::P256, Self::P384, Self::Ed25519, Self::Rsa2048, Self::Rsa3072, Self::Rsa4096];
 
@@ -63,13 +63,13 @@ impl KeyKind {
     }
 }
 
-impl fmt::Display for KeyKind {
+impl fmt::Display for KeyType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
     }
 }
 
-impl FromStr for KeyKind {
+impl FromStr for KeyType {
     type Err = KeyError;
     fn from_str(text: &str) -> Result<Self, KeyError> {
         let known = Self::ALL.into_iter().find(|kind| kind.name() == text);
@@ -95,22 +95,22 @@ pub enum SignatureAlgorithm {
 
 impl SignatureAlgorithm {
     /// Reports whether a key of this kind supports the algorithm.
-    pub const fn fits(self, kind: KeyKind) -> bool {
+    pub const fn fits(self, kind: KeyType) -> bool {
         match self {
-            Self::EcdsaP256Sha256 => matches!(kind, KeyKind::P256),
-            Self::EcdsaP384Sha384 => matches!(kind, KeyKind::P384),
+            Self::EcdsaP256Sha256 => matches!(kind, KeyType::P256),
+            Self::EcdsaP384Sha384 => matches!(kind, KeyType::P384),
             Self::RsaPkcs1Sha256 | Self::RsaPssSha256 => kind.rsa_bits().is_some(),
-            Self::Ed25519 => matches!(kind, KeyKind::Ed25519),
+            Self::Ed25519 => matches!(kind, KeyType::Ed25519),
         }
     }
 
-    /// The default algorithm of a key kind.
-    pub const fn default_for(kind: KeyKind) -> Self {
+    /// The default algorithm of a key type.
+    pub const fn default_for(kind: KeyType) -> Self {
         match kind {
-            KeyKind::P256 => Self::EcdsaP256Sha256,
-            KeyKind::P384 => Self::EcdsaP384Sha384,
-            KeyKind::Ed25519 => Self::Ed25519,
-            KeyKind::Rsa2048 | KeyKind::Rsa3072 | KeyKind::Rsa4096 => Self::RsaPkcs1Sha256,
+            KeyType::P256 => Self::EcdsaP256Sha256,
+            KeyType::P384 => Self::EcdsaP384Sha384,
+            KeyType::Ed25519 => Self::Ed25519,
+            KeyType::Rsa2048 | KeyType::Rsa3072 | KeyType::Rsa4096 => Self::RsaPkcs1Sha256,
         }
     }
 
@@ -133,7 +133,7 @@ pub enum KeyError {
     UnsupportedPublicKey(String),
     /// The private key's encoding is not one that HSMs produce for this kind.
     #[error("cannot decode the private key of a {0} pair")]
-    UnreadablePrivateKey(KeyKind),
+    UnreadablePrivateKey(KeyType),
     /// Not PKCS#8 PEM, or of an unsupported kind.
     #[error(
         "unsupported private key: expected PKCS#8 PEM (P-256, P-384, Ed25519 or RSA); generate one with sppctl request"
@@ -145,12 +145,12 @@ pub enum KeyError {
     /// The signature does not verify with this key over this message.
     #[error("the signature does not verify")]
     BadSignature,
-    /// Unknown name of a key kind.
-    #[error("unknown key kind {0:?}: expected p256, p384, ed25519, rsa-2048, rsa-3072 or rsa-4096")]
+    /// Unknown name of a key type.
+    #[error("unknown key type {0:?}: expected p256, p384, ed25519, rsa-2048, rsa-3072 or rsa-4096")]
     UnknownKind(String),
-    /// The key kind does not support the algorithm.
+    /// The key type does not support the algorithm.
     #[error("a {1} key cannot sign with {0:?}")]
-    WrongAlgorithm(SignatureAlgorithm, KeyKind),
+    WrongAlgorithm(SignatureAlgorithm, KeyType),
 }
 
 /// The SHA-256 hash of `bytes`.
@@ -195,7 +195,7 @@ mod tests {
         for byte in [0x00, 0x01, 0x7f, 0x80, 0xff] {
             let fixed = [vec![0; 31], vec![byte | 1], vec![byte], vec![1; 31]].concat();
             let der = ecdsa_der_from_fixed(&fixed).unwrap();
-            assert_eq!(ecdsa_fixed_from_der(&der, KeyKind::P256), Some(fixed));
+            assert_eq!(ecdsa_fixed_from_der(&der, KeyType::P256), Some(fixed));
         }
         assert_eq!(ecdsa_der_from_fixed(&[1, 2, 3]), None);
     }
@@ -213,7 +213,7 @@ mod tests {
     fn weak_and_foreign_keys_are_refused() {
         let short = PublicKey::from_rsa(&[0xff; 128], &[1, 0, 1]);
         assert!(matches!(short, Err(KeyError::UnsupportedPublicKey(why)) if why.contains("1024 bits")));
-        assert!(PublicKey::from_ec_point(KeyKind::P256, &[4; 65]).is_err(), "a point off the curve");
+        assert!(PublicKey::from_ec_point(KeyType::P256, &[4; 65]).is_err(), "a point off the curve");
         assert!(PublicKey::from_spki_der(b"").is_err());
     }
 }

@@ -7,7 +7,7 @@ use aws_lc_rs::signature::{self, KeyPair as _};
 use der::asn1::UintRef;
 use der::{Decode as _, Encode as _};
 
-use super::{KeyError, KeyKind, PublicKey, SignatureAlgorithm};
+use super::{KeyError, KeyType, PublicKey, SignatureAlgorithm};
 use crate::secret::{Secret, SecretBytes};
 
 /// The private components of a two-prime RSA key (RFC 8017 §3.2), big-endian. Modulus and exponent are in the public key.
@@ -67,7 +67,7 @@ impl DevicePrivateKey {
         let unreadable = || KeyError::UnreadablePrivateKey(kind);
         // Exposed to decode it; every component becomes a separate Secret.
         let bytes = plaintext.expose().as_slice();
-        let parts = if kind == KeyKind::Ed25519 {
+        let parts = if kind == KeyType::Ed25519 {
             let seed = bytes.get(..32).ok_or_else(unreadable)?;
             PrivateParts::Ed25519(SecretBytes::copy_of(seed))
         } else {
@@ -143,7 +143,7 @@ impl DevicePrivateKey {
         match &self.parts {
             PrivateParts::Ec(d) => {
                 let algorithm = match self.public.kind() {
-                    KeyKind::P384 => &signature::ECDSA_P384_SHA384_ASN1_SIGNING,
+                    KeyType::P384 => &signature::ECDSA_P384_SHA384_ASN1_SIGNING,
                     _ => &signature::ECDSA_P256_SHA256_ASN1_SIGNING,
                 };
                 signature::EcdsaKeyPair::from_private_key_and_public_key(algorithm, d.expose(), public)
@@ -178,7 +178,7 @@ enum Signer {
 }
 
 impl Signer {
-    fn sign(&self, algorithm: SignatureAlgorithm, message: &[u8], kind: KeyKind) -> Result<Vec<u8>, KeyError> {
+    fn sign(&self, algorithm: SignatureAlgorithm, message: &[u8], kind: KeyType) -> Result<Vec<u8>, KeyError> {
         let rng = aws_lc_rs::rand::SystemRandom::new();
         let failed = |_| KeyError::UnreadablePrivateKey(kind);
         match self {
@@ -209,9 +209,9 @@ pub(super) fn der_prefix(bytes: &[u8]) -> Option<&[u8]> {
 /// Generates a P-256 key pair in software, for keys outside the HSM: TLS keys of stations and officers, and the simulated chip.
 pub fn generate_p256() -> Result<DevicePrivateKey, KeyError> {
     use aws_lc_rs::encoding::{AsBigEndian, EcPrivateKeyBin};
-    let failed = |_| KeyError::UnreadablePrivateKey(KeyKind::P256);
+    let failed = |_| KeyError::UnreadablePrivateKey(KeyType::P256);
     let pair = signature::EcdsaKeyPair::generate(&signature::ECDSA_P256_SHA256_ASN1_SIGNING).map_err(failed)?;
-    let public = PublicKey::from_ec_point(KeyKind::P256, pair.public_key().as_ref())?;
+    let public = PublicKey::from_ec_point(KeyType::P256, pair.public_key().as_ref())?;
     let scalar: EcPrivateKeyBin<'_> = pair.private_key().as_be_bytes().map_err(failed)?;
     let parts = PrivateParts::Ec(Secret::new(scalar.as_ref().to_vec()));
     DevicePrivateKey::from_parts(public, parts)
@@ -227,11 +227,11 @@ pub struct TlsKey {
 impl TlsKey {
     /// Generates a P-256 key pair.
     pub fn generate() -> Result<Self, KeyError> {
-        let failed = |_| KeyError::UnreadablePrivateKey(KeyKind::P256);
+        let failed = |_| KeyError::UnreadablePrivateKey(KeyType::P256);
         let pair = signature::EcdsaKeyPair::generate(&signature::ECDSA_P256_SHA256_ASN1_SIGNING).map_err(failed)?;
         let der = pair.to_pkcs8v1().map_err(failed)?;
         let pem = der::pem::encode_string("PRIVATE KEY", der::pem::LineEnding::LF, der.as_ref());
-        let pem = pem.map_err(|_| KeyError::UnreadablePrivateKey(KeyKind::P256))?;
+        let pem = pem.map_err(|_| KeyError::UnreadablePrivateKey(KeyType::P256))?;
         Self::from_signer(Signer::Ec(pair), Secret::new(pem.into_bytes()))
     }
 

@@ -7,12 +7,12 @@ use der::asn1::{BitString, ObjectIdentifier, UintRef};
 use der::{Decode as _, Encode as _};
 use spki::{SubjectPublicKeyInfoOwned, SubjectPublicKeyInfoRef};
 
-use super::{KeyError, KeyKind, SignatureAlgorithm, sha256};
+use super::{KeyError, KeyType, SignatureAlgorithm, sha256};
 
 /// A public key of a supported kind: its SubjectPublicKeyInfo in DER (RFC 5280 §4.1.2.7), parsed once.
 #[derive(Clone, PartialEq, Eq)]
 pub struct PublicKey {
-    kind: KeyKind,
+    kind: KeyType,
     spki: Vec<u8>,
 }
 
@@ -26,11 +26,11 @@ impl PublicKey {
         let curve = || spki.algorithm.parameters_oid().map_err(|_| unsupported("not a named curve"));
         let kind = match spki.algorithm.oid {
             EC_PUBLIC_KEY => match curve()? {
-                SECP256R1 => KeyKind::P256,
-                SECP384R1 => KeyKind::P384,
+                SECP256R1 => KeyType::P256,
+                SECP384R1 => KeyType::P384,
                 other => return Err(unsupported(&format!("curve {other}; expected P-256 or P-384"))),
             },
-            ED25519 => KeyKind::Ed25519,
+            ED25519 => KeyType::Ed25519,
             RSA_ENCRYPTION => rsa_kind(key_bits)?,
             other => return Err(unsupported(&format!("algorithm {other}"))),
         };
@@ -43,10 +43,10 @@ impl PublicKey {
     }
 
     /// Creates an EC key from an uncompressed SEC 1 point (`04 || x || y`).
-    pub fn from_ec_point(kind: KeyKind, point: &[u8]) -> Result<Self, KeyError> {
+    pub fn from_ec_point(kind: KeyType, point: &[u8]) -> Result<Self, KeyError> {
         let curve = match kind {
-            KeyKind::P256 => SECP256R1,
-            KeyKind::P384 => SECP384R1,
+            KeyType::P256 => SECP256R1,
+            KeyType::P384 => SECP384R1,
             _ => return Err(KeyError::UnsupportedPublicKey(format!("{kind} is not an EC kind"))),
         };
         Self::assemble(EC_PUBLIC_KEY, Some(der::Any::from(curve)), point)
@@ -77,7 +77,7 @@ impl PublicKey {
     }
 
     /// The kind of the key.
-    pub const fn kind(&self) -> KeyKind {
+    pub const fn kind(&self) -> KeyType {
         self.kind
     }
 
@@ -126,15 +126,15 @@ impl fmt::Debug for PublicKey {
     }
 }
 
-fn rsa_kind(rsa_public_key: &[u8]) -> Result<KeyKind, KeyError> {
+fn rsa_kind(rsa_public_key: &[u8]) -> Result<KeyType, KeyError> {
     let key =
         pkcs1::RsaPublicKeyRef::from_der(rsa_public_key).map_err(|e| KeyError::UnsupportedPublicKey(e.to_string()))?;
     let modulus = key.modulus.as_bytes();
     let bits = modulus.len() * 8 - modulus.first().map_or(0, |b| b.leading_zeros() as usize);
     match bits {
-        2048 => Ok(KeyKind::Rsa2048),
-        3072 => Ok(KeyKind::Rsa3072),
-        4096 => Ok(KeyKind::Rsa4096),
+        2048 => Ok(KeyType::Rsa2048),
+        3072 => Ok(KeyType::Rsa3072),
+        4096 => Ok(KeyType::Rsa4096),
         _ => Err(KeyError::UnsupportedPublicKey(format!("RSA with {bits} bits; expected 2048, 3072 or 4096"))),
     }
 }

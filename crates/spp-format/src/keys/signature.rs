@@ -3,7 +3,7 @@
 use der::asn1::UintRef;
 use der::{Decode as _, Encode as _, Sequence};
 
-use super::KeyKind;
+use super::KeyType;
 
 /// `Ecdsa-Sig-Value` of RFC 3279 §2.2.3.
 #[derive(Sequence)]
@@ -22,10 +22,10 @@ pub fn ecdsa_der_from_fixed(fixed: &[u8]) -> Option<Vec<u8>> {
 }
 
 /// Converts DER (X.509) to `r || s`, each half as long as the group order. Returns `None` for an invalid encoding.
-pub fn ecdsa_fixed_from_der(der: &[u8], kind: KeyKind) -> Option<Vec<u8>> {
+pub fn ecdsa_fixed_from_der(der: &[u8], kind: KeyType) -> Option<Vec<u8>> {
     let half = match kind {
-        KeyKind::P256 => 32,
-        KeyKind::P384 => 48,
+        KeyType::P256 => 32,
+        KeyType::P384 => 48,
         _ => return None,
     };
     let value = EcdsaSigValue::from_der(der).ok()?;

@@ -255,7 +255,7 @@ fn field<E: std::fmt::Display>(field: &'static str) -> impl FnOnce(E) -> BackupE
 mod tests {
     use super::super::samples::{self, chip, chip_key};
     use super::*;
-    use crate::keys::KeyKind;
+    use crate::keys::KeyType;
     use proptest::prelude::*;
 
     const RULES: BackupRules = BackupRules { format: BackupFormat::Cose, max_bytes: 8192 };
@@ -271,13 +271,13 @@ mod tests {
 
     /// Accepts bytes for the sample package with all its secrets.
     fn accepted(bytes: &[u8], rules: &BackupRules) -> Result<BackupPackage, BackupError> {
-        let package = samples::package(Some(KeyKind::P256));
+        let package = samples::package(Some(KeyType::P256));
         BackupPackage::accept(bytes, rules, &chip(1), &package.encode().unwrap(), &package.secrets())
     }
 
     #[test]
     fn backup_decrypts_only_with_its_chip_key_and_certificate() {
-        let package = samples::package(Some(KeyKind::Ed25519)).encode().unwrap();
+        let package = samples::package(Some(KeyType::Ed25519)).encode().unwrap();
         let backup = backup_of(&package);
         assert_eq!(decrypt(&backup, 7, 1, b"certificate").as_ref(), Ok(package.expose()));
         assert_eq!(decrypt(&backup, 8, 1, b"certificate"), Err(BackupError::DoesNotOpen));
@@ -298,7 +298,7 @@ mod tests {
 
     #[test]
     fn valid_backup_accepted_unchanged() {
-        let package = samples::package(Some(KeyKind::Rsa2048));
+        let package = samples::package(Some(KeyType::Rsa2048));
         let bytes = package.encode().unwrap();
         let backup = backup_of(&bytes);
         let accepted = BackupPackage::accept(&backup, &RULES, &chip(1), &bytes, &package.secrets()).unwrap();
@@ -307,7 +307,7 @@ mod tests {
 
     #[test]
     fn backup_of_wrong_size_rejected() {
-        let package = samples::package(Some(KeyKind::P256)).encode().unwrap();
+        let package = samples::package(Some(KeyType::P256)).encode().unwrap();
         let backup = backup_of(&package);
         let small = BackupRules { max_bytes: backup.len() - 1, ..RULES };
         assert!(matches!(accepted(&backup, &small), Err(BackupError::TooLarge { .. })));
@@ -321,7 +321,7 @@ mod tests {
 
     #[test]
     fn backup_in_other_encoding_rejected() {
-        let package = samples::package(Some(KeyKind::P256)).encode().unwrap();
+        let package = samples::package(Some(KeyType::P256)).encode().unwrap();
         let backup = backup_of(&package);
         for (wrong, reason) in [
             (backup[1..].to_vec(), "COSE_Encrypt0"),
@@ -337,7 +337,7 @@ mod tests {
 
     #[test]
     fn clear_secret_in_every_encoding_rejected() {
-        let package = samples::package(Some(KeyKind::P256));
+        let package = samples::package(Some(KeyType::P256));
         for secret in package.secrets() {
             let secret = secret.expose();
             for form in [
@@ -356,7 +356,7 @@ mod tests {
 
     #[test]
     fn clear_package_without_secrets_rejected() {
-        let bytes = samples::package(Some(KeyKind::P256)).encode().unwrap();
+        let bytes = samples::package(Some(KeyType::P256)).encode().unwrap();
         let accept = |rules| BackupPackage::accept(bytes.expose(), rules, &chip(1), &bytes, &[]);
         assert_eq!(accept(&OPAQUE).unwrap_err(), BackupError::PackageInClear);
         // The same in a valid envelope, as if the device skipped encryption.

@@ -12,7 +12,7 @@ use coset::{
 use super::MAX_CONFIRMATION_LEN;
 use crate::cbor::{CborError, Reader, Writer};
 use crate::keys::{
-    DevicePrivateKey, KeyError, KeyKind, PublicKey, SignatureAlgorithm, ecdsa_der_from_fixed, ecdsa_fixed_from_der,
+    DevicePrivateKey, KeyError, KeyType, PublicKey, SignatureAlgorithm, ecdsa_der_from_fixed, ecdsa_fixed_from_der,
     sha256,
 };
 use crate::names::{ChipId, SessionId};
@@ -182,12 +182,12 @@ pub fn verify_confirmation(
 }
 
 /// COSE and X.509 signature algorithms of a key type: RFC 9053 §2.1 and §2.2, RFC 8230 §2.
-const fn algorithms(kind: KeyKind) -> (iana::Algorithm, SignatureAlgorithm) {
+const fn algorithms(kind: KeyType) -> (iana::Algorithm, SignatureAlgorithm) {
     match kind {
-        KeyKind::P256 => (iana::Algorithm::ES256, SignatureAlgorithm::EcdsaP256Sha256),
-        KeyKind::P384 => (iana::Algorithm::ES384, SignatureAlgorithm::EcdsaP384Sha384),
-        KeyKind::Ed25519 => (iana::Algorithm::EdDSA, SignatureAlgorithm::Ed25519),
-        KeyKind::Rsa2048 | KeyKind::Rsa3072 | KeyKind::Rsa4096 => {
+        KeyType::P256 => (iana::Algorithm::ES256, SignatureAlgorithm::EcdsaP256Sha256),
+        KeyType::P384 => (iana::Algorithm::ES384, SignatureAlgorithm::EcdsaP384Sha384),
+        KeyType::Ed25519 => (iana::Algorithm::EdDSA, SignatureAlgorithm::Ed25519),
+        KeyType::Rsa2048 | KeyType::Rsa3072 | KeyType::Rsa4096 => {
             (iana::Algorithm::PS256, SignatureAlgorithm::RsaPssSha256)
         }
     }
@@ -197,7 +197,7 @@ const fn algorithms(kind: KeyKind) -> (iana::Algorithm, SignatureAlgorithm) {
 fn sign(pair: &DevicePrivateKey, algorithm: SignatureAlgorithm, message: &[u8]) -> Result<Vec<u8>, KeyError> {
     let signature = pair.sign(algorithm, message)?;
     match pair.public().kind() {
-        kind @ (KeyKind::P256 | KeyKind::P384) => ecdsa_fixed_from_der(&signature, kind).ok_or(KeyError::BadSignature),
+        kind @ (KeyType::P256 | KeyType::P384) => ecdsa_fixed_from_der(&signature, kind).ok_or(KeyError::BadSignature),
         _ => Ok(signature),
     }
 }
@@ -209,8 +209,8 @@ fn verify(
     signature: &[u8],
 ) -> Result<(), ConfirmationError> {
     let ecdsa_bytes = match public.kind() {
-        KeyKind::P256 => Some(64),
-        KeyKind::P384 => Some(96),
+        KeyType::P256 => Some(64),
+        KeyType::P384 => Some(96),
         _ => None,
     };
     let signature = match ecdsa_bytes {
@@ -282,7 +282,7 @@ mod tests {
 
     #[test]
     fn confirmation_of_other_claims_names_difference() {
-        let pair = samples::pair(KeyKind::P256);
+        let pair = samples::pair(KeyType::P256);
         let bytes = confirm(&claims(), &ConfirmationSigner::Pair(&pair)).unwrap();
         for (expected, differs) in [
             (ConfirmationClaims { session: session(9), ..claims() }, "session"),
@@ -298,7 +298,7 @@ mod tests {
     #[test]
     fn confirmation_with_wrong_algorithm_rejected() {
         let key = SecretBytes::new(vec![1; 32]);
-        let (p256, ed25519) = (samples::pair(KeyKind::P256), samples::pair(KeyKind::Ed25519));
+        let (p256, ed25519) = (samples::pair(KeyType::P256), samples::pair(KeyType::Ed25519));
         let bytes = confirm(&claims(), &ConfirmationSigner::Pair(&p256)).unwrap();
         let reject = |key| rejection(&bytes, &claims(), &key);
         let expected = ConfirmationError::WrongAlgorithm { expected: -8 };
@@ -309,7 +309,7 @@ mod tests {
 
     #[test]
     fn altered_or_truncated_confirmation_rejected() {
-        let pair = samples::pair(KeyKind::P384);
+        let pair = samples::pair(KeyType::P384);
         let key = SecretBytes::new(vec![1; 32]);
         for (signer, verifier) in [
             (ConfirmationSigner::Pair(&pair), ConfirmationKey::Pair(pair.public())),

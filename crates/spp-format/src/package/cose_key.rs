@@ -3,7 +3,7 @@
 use super::symmetric_key::SymmetricKey;
 use super::{PackageError, package_error};
 use crate::cbor::{MapReader, Reader, Writer};
-use crate::keys::{DevicePrivateKey, KeyError, KeyKind, PrivateParts, PublicKey, RsaPrivateParts};
+use crate::keys::{DevicePrivateKey, KeyError, KeyType, PrivateParts, PublicKey, RsaPrivateParts};
 use crate::secret::SecretBytes;
 
 /// `kty`, RFC 9052 Table 4.
@@ -29,7 +29,7 @@ pub(super) fn write_pair(out: &mut Writer, pair: &DevicePrivateKey) -> Result<()
     // Exposed to write into the package, whose buffer is wiped.
     match pair.parts() {
         PrivateParts::Ec(d) => {
-            let (curve, size) = if pair.public().kind() == KeyKind::P384 { (CRV_P384, 48) } else { (CRV_P256, 32) };
+            let (curve, size) = if pair.public().kind() == KeyType::P384 { (CRV_P384, 48) } else { (CRV_P256, 32) };
             let (x, y) = public.get(1..).and_then(|xy| xy.split_at_checked(size)).ok_or_else(mismatch)?;
             if d.expose().len() > size || y.len() != size {
                 return Err(mismatch());
@@ -91,8 +91,8 @@ pub(super) fn read_symmetric(reader: &mut Reader<'_>) -> Result<SymmetricKey, Pa
 
 fn read_ec(map: &mut MapReader<'_, '_>) -> Result<DevicePrivateKey, PackageError> {
     let (kind, size) = match map.required_int(-1).map_err(package_error(PRIVATE_KEY))? {
-        CRV_P256 => (KeyKind::P256, 32),
-        CRV_P384 => (KeyKind::P384, 48),
+        CRV_P256 => (KeyType::P256, 32),
+        CRV_P384 => (KeyType::P384, 48),
         other => {
             return Err(package_error(PRIVATE_KEY)(format!(
                 "unsupported curve {other}: expected 1 (P-256) or 2 (P-384)"

@@ -306,7 +306,7 @@ mod tests {
         fn decoding_never_panics(bytes: Vec<u8>, index in any::<prop::sample::Index>(), byte: u8) {
             let _ = DataPackage::decode(&bytes);
             let _ = key_area(&bytes);
-            let mut altered = encoded(&samples::package(Some(crate::keys::KeyKind::P256)));
+            let mut altered = encoded(&samples::package(Some(crate::keys::KeyType::P256)));
             let index = index.index(altered.len());
             altered[index] = byte;
             let _ = DataPackage::decode(&altered);
@@ -348,7 +348,7 @@ mod tests {
 
     #[test]
     fn mismatched_private_key_rejected() {
-        let one = samples::package(Some(crate::keys::KeyKind::P256));
+        let one = samples::package(Some(crate::keys::KeyType::P256));
         let mut bytes = encoded(&one);
         let crate::keys::PrivateParts::Ec(d) = one.key_pair.as_ref().unwrap().parts() else { unreachable!() };
         let start = bytes.windows(32).position(|window| window == d.expose().as_slice()).unwrap();
@@ -365,19 +365,19 @@ mod tests {
         };
         assert!(rejection(|p| p.master_key_version = 0).contains("master key version"));
         assert!(rejection(|p| p.symmetric_keys.push(samples::symmetric_key("channel", 1))).contains("same purpose"));
-        assert!(rejection(|p| p.key_pair = Some(samples::pair(crate::keys::KeyKind::P256))).contains("CWT (8)"));
+        assert!(rejection(|p| p.key_pair = Some(samples::pair(crate::keys::KeyType::P256))).contains("CWT (8)"));
         assert!(rejection(|p| p.certificate = CertificateChain::Cwt(vec![0; MAX_PACKAGE_LEN])).contains("more than"));
     }
 
     #[test]
     fn key_area_starts_with_first_key() {
-        let package = encoded(&samples::package(Some(crate::keys::KeyKind::Ed25519)));
+        let package = encoded(&samples::package(Some(crate::keys::KeyType::Ed25519)));
         assert!(key_area(&package).unwrap().starts_with(&[0xa4, 1, 1, 0x20, 6]));
         assert!(key_area(&encoded(&samples::package(None))).unwrap().starts_with(&[0x82, 0xa3, 1, 4]));
         let none = DataPackage {
             symmetric_keys: vec![],
             master_key_version: 0,
-            ..samples::package(Some(crate::keys::KeyKind::P256))
+            ..samples::package(Some(crate::keys::KeyType::P256))
         };
         assert_eq!(key_area(&encoded(&DataPackage { key_pair: None, ..none })), None);
     }

@@ -10,12 +10,12 @@ use aws_lc_rs::signature::{
 use proptest::prelude::*;
 
 use super::{CertificateChain, DataPackage, SymmetricKey};
-use crate::keys::{DevicePrivateKey, KeyKind, PrivateParts, PublicKey};
+use crate::keys::{DevicePrivateKey, KeyType, PrivateParts, PublicKey};
 use crate::names::{ChipId, SessionId};
 use crate::secret::{Secret, SecretBytes};
 
-/// A key kind of each family.
-pub const KINDS: [KeyKind; 4] = [KeyKind::P256, KeyKind::P384, KeyKind::Ed25519, KeyKind::Rsa2048];
+/// A key type of each family.
+pub const KINDS: [KeyType; 4] = [KeyType::P256, KeyType::P384, KeyType::Ed25519, KeyType::Rsa2048];
 
 /// A chip ID.
 pub fn chip(byte: u8) -> ChipId {
@@ -38,18 +38,18 @@ pub fn symmetric_key(purpose: &str, byte: u8) -> SymmetricKey {
 }
 
 /// Generates a key pair.
-pub fn pair(kind: KeyKind) -> DevicePrivateKey {
+pub fn pair(kind: KeyType) -> DevicePrivateKey {
     let unwrapped =
         |public, pkcs8: &[u8]| DevicePrivateKey::from_unwrapped(public, &SecretBytes::copy_of(pkcs8)).unwrap();
     match kind {
-        KeyKind::P256 | KeyKind::P384 => {
-            let p256 = kind == KeyKind::P256;
+        KeyType::P256 | KeyType::P384 => {
+            let p256 = kind == KeyType::P256;
             let algorithm = if p256 { &ECDSA_P256_SHA256_ASN1_SIGNING } else { &ECDSA_P384_SHA384_ASN1_SIGNING };
             let pair = EcdsaKeyPair::generate(algorithm).unwrap();
             let public = PublicKey::from_ec_point(kind, pair.public_key().as_ref()).unwrap();
             unwrapped(public, pair.to_pkcs8v1().unwrap().as_ref())
         }
-        KeyKind::Ed25519 => {
+        KeyType::Ed25519 => {
             let pair = Ed25519KeyPair::generate().unwrap();
             let seed = aws_lc_rs::encoding::AsBigEndian::as_be_bytes(&pair.seed().unwrap()).unwrap();
             let public = PublicKey::from_ed25519(pair.public_key().as_ref()).unwrap();
@@ -65,7 +65,7 @@ pub fn pair(kind: KeyKind) -> DevicePrivateKey {
 }
 
 /// A package with a key pair and two symmetric keys, or with a CWT and no key pair.
-pub fn package(kind: Option<KeyKind>) -> DataPackage {
+pub fn package(kind: Option<KeyType>) -> DataPackage {
     DataPackage {
         chip: chip(1),
         identity: "imei:490154203237518".parse().unwrap(),
@@ -85,7 +85,7 @@ pub fn package(kind: Option<KeyKind>) -> DataPackage {
 #[cfg(test)]
 pub(crate) fn any_package() -> impl Strategy<Value = DataPackage> {
     let kind =
-        prop_oneof![Just(None), Just(Some(KeyKind::P256)), Just(Some(KeyKind::P384)), Just(Some(KeyKind::Ed25519))];
+        prop_oneof![Just(None), Just(Some(KeyType::P256)), Just(Some(KeyType::P384)), Just(Some(KeyType::Ed25519))];
     let names =
         (prop::collection::vec(any::<u8>(), 8..=64), any::<[u8; 16]>(), "[0-9A-Za-z -]{1,64}", "[a-z][a-z0-9-]{0,30}");
     let bytes = || prop::collection::vec(any::<u8>(), 0..600);

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use signed_note::Verifier;
 
 use super::TlogError;
-use crate::keys::{KeyKind, PublicKey, SignatureAlgorithm};
+use crate::keys::{KeyType, PublicKey, SignatureAlgorithm};
 use crate::names::text_form;
 
 /// Signature type of an Ed25519 signature over the note's text.
@@ -111,7 +111,7 @@ pub(super) struct NoteKey<const TYPE: u8> {
 
 impl<const TYPE: u8> NoteKey<TYPE> {
     fn new(name: String, public: PublicKey) -> Result<Self, TlogError> {
-        if public.kind() != KeyKind::Ed25519 {
+        if public.kind() != KeyType::Ed25519 {
             return Err(TlogError::malformed("note key", format!("{} found, Ed25519 expected", public.kind())));
         }
         if !signed_note::is_key_name_valid(&name) {

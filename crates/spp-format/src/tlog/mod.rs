@@ -61,7 +61,7 @@ pub enum TlogError {
         expected: String,
     },
     /// A proof does not lead to the root.
-    #[error("the proof does not lead from {what} to the root of the checkpoint")]
+    #[error("the proof of {what} does not verify against the root hash of the checkpoint")]
     WrongProof {
         /// The start of the proof.
         what: &'static str,

@@ -1,8 +1,9 @@
-//! Reads and verifies audit logs: append-only, hash-chained files of officers' actions and of refusals.
+//! Reads and verifies audit logs: append-only, hash-chained files that record the actions of all callers, and refusals.
 //!
-//! `audit.jsonl` has one JSON object per line. Each line contains the SHA-256 of the previous one, so that [`verify`](fn@verify) detects
-//! every line that was changed, removed, added or moved inside the log. [`verify_with`] compares the log with its signed checkpoints in
-//! the public database, which reveals a log that was cut or rewritten. The daemon is the only writer of a log.
+//! `audit.jsonl` has one JSON object per line. Each line contains the SHA-256 of the previous one, so that
+//! [`verify`](fn@verify) detects every line that was changed, removed, added or moved inside the log. [`verify_with`]
+//! compares the log with its signed checkpoints in the public database, which detects a truncated or rewritten log. The
+//! daemon is the only writer of a log.
 
 pub mod chain;
 mod entry;
@@ -44,7 +45,7 @@ pub enum AuditError {
     #[error("audit log: {0} is in use by another process; only one daemon may write it, stop the other one")]
     InUse(PathBuf),
     /// An I/O error. The entry may or may not be in the log; the caller that recorded it received this error.
-    #[error("audit log: {doing} {path}: {cause}; check the disk, then repeat what was refused")]
+    #[error("audit log: {doing} {path}: {cause}; check the disk, then repeat the refused action")]
     Failed {
         /// The operation.
         doing: &'static str,
@@ -87,8 +88,6 @@ pub enum AuditError {
     #[error("audit log: an entry of {0} bytes exceeds the limit of {max}", max = chain::MAX_LINE_LEN)]
     TooLong(usize),
     /// The entry has no JSON form, or the writer task was interrupted.
-    #[error(
-        "audit log: entry not recorded: {0}; an action that had not begun was not done; check the state before you repeat it"
-    )]
+    #[error("audit log: entry not recorded: {0}; check whether the action took effect before you repeat it")]
     Interrupted(String),
 }

@@ -30,7 +30,7 @@ pub struct Verified {
     /// Number of verified checkpoints in the public database.
     pub published: u64,
     /// Number of published checkpoints whose entries an officer accepted as lost.
-    pub given_up: u64,
+    pub accepted_losses: u64,
     /// Number of entries, from the first on, that a checkpoint covers.
     pub covered: u64,
     /// Number of officer statements with a valid signature.
@@ -49,8 +49,8 @@ impl fmt::Display for Verified {
             )?;
             write!(f, ", the newest covers {covered} entries, {after} follow it")?;
         }
-        if self.given_up > 0 {
-            write!(f, "; {} checkpoints cover entries accepted as lost", self.given_up)?;
+        if self.accepted_losses > 0 {
+            write!(f, "; {} checkpoints cover entries accepted as lost", self.accepted_losses)?;
         }
         if self.statements > 0 {
             write!(f, "; {} officer statements verified", self.statements)?;
@@ -90,7 +90,7 @@ pub struct Trust {
     /// The checkpoints in the public database.
     pub published: Option<PublishedCheckpoints>,
     /// Indices of published checkpoints whose entries officers accepted as lost, as the verifying person learned from them.
-    pub given_up: Vec<u64>,
+    pub accepted_losses: Vec<u64>,
 }
 
 /// Verifies the chain of the whole log. An error names the first line that is not valid.
@@ -239,10 +239,10 @@ impl<'a> Verifier<'a> {
                     "entry {sequence} records a loss without a matching checkpoint in the public database"
                 ));
             }
-            if !self.trust.given_up.contains(index) {
+            if !self.trust.accepted_losses.contains(index) {
                 return Err(format!(
                     "entry {sequence} records an accepted loss of entries up to {known}: ask the officers, and if they \
-                     accepted it, confirm it with --given-up {index}"
+                     accepted it, confirm it with --accepted-loss {index}"
                 ));
             }
         }
@@ -256,7 +256,7 @@ impl<'a> Verifier<'a> {
         self.verified.published += 1;
         let is_given_up = |loss: &Loss| published.index <= loss.index && signed.head.entries > loss.kept;
         if self.losses.iter().any(is_given_up) {
-            self.verified.given_up += 1;
+            self.verified.accepted_losses += 1;
             return Ok(());
         }
         let node = self.node.clone().unwrap_or_else(|| signed.node.clone());
@@ -308,7 +308,7 @@ pub fn verified_json(result: &Result<Verified, AuditError>) -> serde_json::Value
             "unfinished": verified.unfinished,
             "signed_checkpoints": verified.signed,
             "published_checkpoints": verified.published,
-            "given_up_checkpoints": verified.given_up,
+            "checkpoints_of_accepted_losses": verified.accepted_losses,
             "covered": verified.covered,
             "statements": verified.statements,
         }),

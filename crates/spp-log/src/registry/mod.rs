@@ -1,8 +1,8 @@
 //! Reads, mirrors and verifies the public database: a transparency log of device records and audit checkpoints.
 //!
-//! A log is read from a daemon's directory, a mirror's directory or a web server ([`open_source`]), copied ([`export`](fn@export))
-//! and verified ([`verify`](fn@verify)). The daemon is the only writer of a log; the modules that are public here are the formats of files
-//! that it shares with readers.
+//! A log is read from a daemon's directory, a mirror's directory or a web server ([`open_source`]), copied
+//! ([`export`](fn@export)) and verified ([`verify`](fn@verify)). The daemon is the only writer of a log; the modules that
+//! are public here are the formats of files that it shares with readers.
 
 pub mod atomic_write;
 mod audited;

@@ -21,7 +21,7 @@ const FIXED_LEN: usize = 12;
 /// Entries that became durable together, and the checkpoint of the tree that includes them. A batch may consist of a checkpoint
 /// alone.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Batch {
+pub struct AppendedBatch {
     /// The index of the first entry.
     pub first: u64,
     /// The signed note, unparsed.
@@ -34,12 +34,12 @@ pub struct Batch {
 #[derive(Debug, Default)]
 pub struct PartialBundle {
     /// The verified batches and their checkpoints.
-    pub batches: Vec<(Batch, SignedCheckpoint)>,
+    pub batches: Vec<(AppendedBatch, SignedCheckpoint)>,
     /// Length in bytes up to the end of the last batch. Bytes after it were never acknowledged.
     pub length: usize,
 }
 
-impl Batch {
+impl AppendedBatch {
     /// Encodes the batch for appending.
     pub fn to_bytes(&self) -> Result<Vec<u8>, String> {
         let mut entries = Vec::new();
@@ -97,7 +97,7 @@ pub fn read(bytes: &[u8], below: &Tree, key: &LogKey) -> Result<PartialBundle, S
         if rest.is_empty() {
             return Ok(content);
         }
-        let parsed = Batch::parse(rest);
+        let parsed = AppendedBatch::parse(rest);
         let verified = parsed.as_ref().map(|(batch, _)| batch.verify_after(&tree, key)).transpose()?.flatten();
         match parsed.zip(verified) {
             Some(((batch, length), (grown, checkpoint))) => {
@@ -119,7 +119,7 @@ fn has_signed_batch(bytes: &[u8], size: u64, key: &LogKey) -> bool {
     let finder = memchr::memmem::Finder::new(MAGIC);
     let mut candidates = finder.find_iter(bytes.get(1..).unwrap_or_default());
     candidates.any(|position| {
-        let batch = bytes.get(position + 1..).and_then(Batch::parse);
+        let batch = bytes.get(position + 1..).and_then(AppendedBatch::parse);
         let checkpoint = batch.and_then(|(batch, _)| SignedCheckpoint::verify(&batch.note, key).ok());
         checkpoint.is_some_and(|checkpoint| checkpoint.size() > size)
     })

@@ -1,4 +1,4 @@
-//! Reads a log from outside: from a daemon's directory, a mirror's directory, or a web server that serves either.
+//! Reads a log without the daemon: from a daemon's directory, a mirror's directory, or a web server that serves either.
 
 use std::fs;
 use std::io::{self, Read as _};

@@ -137,7 +137,7 @@ pub fn verify(
         None => None,
     };
     // 2. Verify every entry and build the tree.
-    let mut walk = Walk {
+    let mut verifier = LogVerifier {
         has_chips: source.has_chips(),
         source: &*source,
         options,
@@ -145,20 +145,20 @@ pub fn verify(
         tree: Tree::default(),
         known: HashMap::new(),
     };
-    walk.check_consistency(seen.as_ref(), &mut result);
+    verifier.check_consistency(seen.as_ref(), &mut result);
     for number in 0..checkpoint.size().div_ceil(BUNDLE) {
-        walk.check_bundle(number, seen.as_ref(), &mut result);
+        verifier.check_bundle(number, seen.as_ref(), &mut result);
         if result.unreachable.is_some() {
             return result;
         }
-        progress(walk.tree.size(), checkpoint.size());
+        progress(verifier.tree.size(), checkpoint.size());
     }
-    walk.check_partial_tiles(&mut result);
+    verifier.check_partial_tiles(&mut result);
     if result.unreachable.is_some() {
         return result;
     }
     // 3. Compare the root with the signed one.
-    if walk.tree.root() != checkpoint.root() {
+    if verifier.tree.root() != checkpoint.root() {
         let problem = format!(
             "the root does not match the {} entries: an entry was changed, removed, added or moved, or the checkpoint is of \
              another log",
@@ -170,7 +170,7 @@ pub fn verify(
     result
 }
 
-struct Walk<'a> {
+struct LogVerifier<'a> {
     source: &'a dyn LogSource,
     options: &'a VerifyOptions<'a>,
     size: u64,
@@ -183,7 +183,7 @@ struct Walk<'a> {
     known: HashMap<[u8; 17], u32>,
 }
 
-impl Walk<'_> {
+impl LogVerifier<'_> {
     fn check_bundle(&mut self, number: u64, seen: Option<&SignedCheckpoint>, result: &mut Verification) {
         let id = |kind| TileId::in_tree(kind, number, self.size).unwrap_or(TileId::full(kind, number));
         let (entries_id, leaves_id) = (id(TileKind::Entries), id(TileKind::Hashes(0)));

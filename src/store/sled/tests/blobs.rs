@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use super::*;
 use spp_testkit::wait::eventually;
 
-use spp_format::keys::KeyKind;
+use spp_format::keys::KeyType;
 
 use crate::store::contract_pairs::{
     ALL, P256, abort_session, aborted_at, add, is_wrong_batch, name, open_pool, pooled, public_key, ready, rewrapped,
@@ -244,18 +244,18 @@ async fn calls_in_a_batch_see_earlier_results() {
     let syncs = faults.syncs.load(SeqCst);
     let (_, first, first_pair, _, second, stored_key, count, third, held, _, discarded, last, counts, emptied) = tokio::join!(
         store.add_pairs(from, pairs),
-        store.ready_pairs(KeyKind::P256, Some(pair_id(from, 0)), 2),
-        store.ready_pairs(KeyKind::P256, None, 1),
+        store.ready_pairs(KeyType::P256, Some(pair_id(from, 0)), 2),
+        store.ready_pairs(KeyType::P256, None, 1),
         store.reserve(&taken, Some(&first_pair_of_all)),
-        store.ready_pairs(KeyKind::P256, None, ALL),
+        store.ready_pairs(KeyType::P256, None, ALL),
         store.stored_key(&taken.id),
         store.move_pairs(from, to, moved.into()),
-        store.ready_pairs(KeyKind::P256, Some(pair_id(from, 2)), 2),
+        store.ready_pairs(KeyType::P256, Some(pair_id(from, 2)), 2),
         store.pairs_of_batch(to, ALL),
         store.advance(&taken.id, StateName::Reserved, aborted),
         store.step_batch(from, BatchStep::Discard),
-        store.ready_pairs(KeyKind::P256, None, ALL),
-        store.pair_counts(KeyKind::P256),
+        store.ready_pairs(KeyType::P256, None, ALL),
+        store.pair_counts(KeyType::P256),
         store.step_batch(from, BatchStep::Empty),
     );
     assert_eq!(faults.syncs.load(SeqCst) - syncs, 3, "two files and the log, in one batch");

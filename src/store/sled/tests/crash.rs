@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::time::Duration;
 
 use rustix::process::{Resource, Rlimit};
-use spp_format::keys::KeyKind;
+use spp_format::keys::KeyType;
 use spp_testkit::process::{Process, child_command};
 
 use super::{Sled, options, wait_until_recovered};
@@ -202,7 +202,7 @@ async fn add_pairs_loop(store: Arc<SledStateStore>, current: Arc<AtomicU64>, fir
 
 async fn reserve_loop(store: Arc<SledStateStore>, worker: u64) {
     loop {
-        for (pair_id, pair) in store.ready_pairs(KeyKind::P256, None, 64).await.unwrap() {
+        for (pair_id, pair) in store.ready_pairs(KeyType::P256, None, 64).await.unwrap() {
             let n = pair_number(&pair.public_key);
             if n % 4 != worker {
                 continue;
@@ -297,7 +297,7 @@ async fn pairs_survive_kill_9_during_pool_operations() {
                 _ => assert!(!sled.dir().join("pairs").join(n.to_string()).exists(), "batch {n} is deleted"),
             }
         }
-        let counts = store.pair_counts(KeyKind::P256).await.unwrap();
+        let counts = store.pair_counts(KeyType::P256).await.unwrap();
         let ready =
             assignments.values().filter(|assignment| matches!(assignment, PairAssignment::Ready(_))).count() as u64;
         assert_eq!(counts.made, ready + counts.reserved);

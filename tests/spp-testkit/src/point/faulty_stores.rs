@@ -12,7 +12,7 @@ use spp::store::{
     RewrappedPair, SecretStore, Session, SessionCounts, SessionCursor, SessionSet, SessionState, StateName, StateStore,
     StoreError,
 };
-use spp_format::keys::KeyKind;
+use spp_format::keys::KeyType;
 use spp_format::names::{ChipId, DeviceIdentity, SessionId};
 use spp_format::record::{AuditCheckpoint, DeviceRecord, Publication, PublishedRecord, UniqueKey};
 use spp_format::tlog::{LogProof, SignedCheckpoint, TileId};
@@ -324,7 +324,7 @@ impl<S: SecretStore> SecretStore for FaultySecretStore<S> {
 
     async fn ready_pairs(
         &self,
-        kind: KeyKind,
+        kind: KeyType,
         after: Option<PairId>,
         limit: usize,
     ) -> Result<Vec<(PairId, PooledPair)>, StoreError> {
@@ -347,7 +347,7 @@ impl<S: SecretStore> SecretStore for FaultySecretStore<S> {
         self.faults.write(PoolWrite::Destroyed, self.engine.confirm_destroyed(pair)).await
     }
 
-    async fn pair_counts(&self, kind: KeyKind) -> Result<PairCounts, StoreError> {
+    async fn pair_counts(&self, kind: KeyType) -> Result<PairCounts, StoreError> {
         self.engine.pair_counts(kind).await
     }
 }

@@ -21,7 +21,7 @@ use spp::store::{
     Batch, BatchState, Journal, PublicDatabase as _, Purpose, Registry, SecretStore as _, SledStateStore, StoreOptions,
 };
 use spp_device::SimulatedFab;
-use spp_format::keys::KeyKind;
+use spp_format::keys::KeyType;
 use spp_format::names::{ChipId, StationName};
 use spp_format::record::{PublishedRecord, UniqueKey};
 use spp_format::tlog::LogKey;
@@ -64,7 +64,7 @@ impl TestBed {
 
     /// A processing point with empty stores.
     pub fn point(&self) -> Point<'_> {
-        let pools = [(KeyKind::P256, Marks { low: 4, high: 8 })].into();
+        let pools = [(KeyType::P256, Marks { low: 4, high: 8 })].into();
         self.point_with(PoolRules { pools, ..PoolRules::default() })
     }
 
@@ -201,7 +201,7 @@ impl Point<'_> {
     /// The status of the P-256 pool.
     pub async fn p256(&self) -> KindStatus {
         let status = self.pool().status().await.unwrap();
-        status.kinds.into_iter().find(|kind| kind.kind == KeyKind::P256).unwrap()
+        status.kinds.into_iter().find(|kind| kind.kind == KeyType::P256).unwrap()
     }
 
     /// Waits until at least `ready` pairs are ready and filling has stopped.
@@ -288,7 +288,7 @@ impl Point<'_> {
     fn open_log(&self) -> TransparencyLog {
         let (directory, hsm) = (self.public_directory(), self.testbed.hsm.clone());
         let registry = self.testbed.config().registry;
-        let signer = Arc::new(HsmSigner::new(hsm, registry.key.name, registry.key.key));
+        let signer = Arc::new(HsmSigner::new(&hsm, registry.key));
         tokio::task::block_in_place(|| {
             let opened = TransparencyLog::open(&directory, &SMALL, signer, registry.settings);
             tokio::runtime::Handle::current().block_on(opened).unwrap()

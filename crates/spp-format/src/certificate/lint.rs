@@ -326,6 +326,8 @@ impl Lint<'_> {
         let template = self.request.profile.certificate();
         if let Some(usages) = self.value::<ExtendedKeyUsage>() {
             self.require(usages.0 == template.extended_key_usages, "extended-key-usage", "differs from the profile");
+            let forbidden = usages.0.iter().any(|oid| tbs::FORBIDDEN_KEY_PURPOSES.contains(oid));
+            self.require(!forbidden, "extended-key-usage", "OCSPSigning or anyExtendedKeyUsage");
         }
         if let Some(points) = self.value::<CrlDistributionPoints>() {
             let urls = points.0.iter().map(|point| match &point.distribution_point {

@@ -195,6 +195,11 @@ fn missing_duplicate_and_unexpected_extensions_found() {
         let usage = ExtendedKeyUsage(vec![ObjectIdentifier::new_unwrap("1.3.6.1.5.5.7.3.2")]);
         extensions(tbs).push(tbs::extension(false, &usage).unwrap());
     });
+    for oid in tbs::FORBIDDEN_KEY_PURPOSES {
+        expect_findings(&["unexpected-extension", "extended-key-usage", "extended-key-usage"], |tbs| {
+            extensions(tbs).push(tbs::extension(false, &ExtendedKeyUsage(vec![oid])).unwrap());
+        });
+    }
     for oid in ["2.5.29.31", "1.3.6.1.5.5.7.1.1"] {
         let sample = SampleRequest::new(SignatureAlgorithm::EcdsaP256Sha256, PHONE);
         let mut tbs = TbsCertificate::from_der(&prepare(&sample.request()).unwrap().to_be_signed).unwrap();

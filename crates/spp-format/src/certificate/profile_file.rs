@@ -7,6 +7,7 @@ use super::name::{SubjectFields, SubjectName};
 use super::profile::{
     AuthorityInfoAccess, CertificateTemplate, IdentityKind, KeyPairRule, Profile, Sealing, SymmetricKeyRule,
 };
+use super::tbs::FORBIDDEN_KEY_PURPOSES;
 use crate::file_format::{Faults, read_toml};
 use crate::keys::{KeyType, SignatureAlgorithm};
 use crate::names::{KeyName, ProfileName};
@@ -348,6 +349,12 @@ impl Reader<'_> {
             match self.oid("certificate.extended_key_usages", text) {
                 Some(oid) if extended_key_usages.contains(&oid) => {
                     self.add("certificate.extended_key_usages", format!("{oid} is listed twice"));
+                }
+                Some(oid) if FORBIDDEN_KEY_PURPOSES.contains(&oid) => {
+                    self.add(
+                        "certificate.extended_key_usages",
+                        format!("{oid} is not for devices (OCSPSigning, anyExtendedKeyUsage)"),
+                    );
                 }
                 Some(oid) => extended_key_usages.push(oid),
                 None => {}

@@ -20,6 +20,11 @@ use crate::keys::{PublicKey, SignatureAlgorithm, sha256};
 /// Seconds of 99991231235959Z, which means "no well-defined expiration date" (RFC 5280 §4.1.2.5).
 pub(super) const NO_EXPIRY: u64 = 253_402_300_799;
 
+/// Key purposes that no device certificate may have: OCSPSigning (RFC 6960 §4.2.2.2), because such a key may vouch for the
+/// status of every certificate of its issuer, and anyExtendedKeyUsage (RFC 5280 §4.2.1.12), because it includes the former.
+pub(super) const FORBIDDEN_KEY_PURPOSES: [ObjectIdentifier; 2] =
+    [ObjectIdentifier::new_unwrap("1.3.6.1.5.5.7.3.9"), ObjectIdentifier::new_unwrap("2.5.29.37.0")];
+
 /// The TBSCertificate. Defined here because the library's builder cannot set its fields.
 #[derive(Clone, Sequence)]
 pub(super) struct TbsCertificate {

@@ -103,3 +103,12 @@ fn csr_profile_is_valid_and_key_encipherment_requires_rsa() {
     let rsa = encipher.replace("\"csr\"", "\"csr\"\nkey_pair.accepted = [\"rsa-2048\"]");
     assert!(faults(&rsa).is_empty());
 }
+
+#[test]
+fn key_purposes_not_for_devices_rejected() {
+    let with = |oid: &str| faults(&format!("{PHONE}\n[certificate]\nextended_key_usages = [\"{oid}\"]"));
+    assert!(with("1.3.6.1.5.5.7.3.2").is_empty(), "id-kp-clientAuth");
+    for forbidden in ["1.3.6.1.5.5.7.3.9", "2.5.29.37.0"] {
+        assert_eq!(with(forbidden), ["p.toml: certificate.extended_key_usages"], "{forbidden}");
+    }
+}

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use spp_format::approval::ApprovalRules;
-use spp_format::certificate::{IssuerCertificate, Profile};
+use spp_format::certificate::{IssuerCertificate, Profile, subjects_can_meet};
 use spp_format::file_format::Faults;
 use spp_format::keys::SignatureAlgorithm;
 use spp_format::names::{KeyName, ProfileName};
@@ -82,6 +82,7 @@ impl DaemonConfig {
         let store = store::check(&shape.store, place, base, faults);
         let tls = tls::check(&shape.tls, shape.public.own_identity(), place, base, faults);
         let (names, profiles) = load_profiles(&base.join(&shape.profiles), faults);
+        check_subjects(&profiles, faults);
         let stations = Stations::check(shape.station, place, &names, faults);
         let name = &shape.node.name;
         if name.is_empty() || name.len() > 64 || name.chars().any(char::is_control) {
@@ -177,6 +178,21 @@ fn load_authority(keys: &KeyManifest, faults: &mut Faults) -> Option<AccessAutho
         return None;
     }
     Some(AccessAuthority { key: key.name.clone(), issuer, pem })
+}
+
+/// Profiles of one issuer must not be able to give one subject to two devices: the second one would be refused on the line.
+fn check_subjects(profiles: &BTreeMap<ProfileName, Profile>, faults: &mut Faults) {
+    let all: Vec<_> = profiles.values().collect();
+    for (index, one) in all.iter().enumerate() {
+        for other in all[index + 1..].iter().filter(|other| subjects_can_meet(one, other)) {
+            let problem = format!(
+                "a serial number of one and another identity of profile {} would have the same certificate subject: give the two \
+                 profiles different attributes in [subject]",
+                one.name()
+            );
+            faults.add(format!("profile {}: subject", other.name()), problem);
+        }
+    }
 }
 
 /// Loads the issuer certificate of each profile. Every key that a profile names must be in the key manifest.

@@ -7,7 +7,11 @@ use spp_format::approval::Quota;
 use spp_format::file_format::Faults;
 use spp_format::names::{DeviceIdentity, ProfileName, StationName};
 
-/// The permitted profiles, identity prefixes and quota of every station.
+/// The default maximum of a station's sessions that are not final: far above what a line has in progress, far below what would
+/// slow a start of the daemon down.
+const DEFAULT_OPEN_SESSIONS: u64 = 1000;
+
+/// The permitted profiles, identity prefixes, quota and number of open sessions of every station.
 #[derive(Debug, Clone, Default)]
 pub struct Stations(BTreeMap<StationName, Station>);
 
@@ -16,6 +20,7 @@ pub(super) struct Station {
     profiles: Vec<ProfileName>,
     identities: Vec<String>,
     quota: Quota,
+    open_sessions: u64,
 }
 
 /// A request that a station may not make.
@@ -40,6 +45,7 @@ pub(super) struct StationShape {
     identities: Vec<String>,
     devices_per_hour: Option<u64>,
     devices_total: Option<u64>,
+    open_sessions: Option<u64>,
 }
 
 impl Stations {
@@ -61,7 +67,11 @@ impl Stations {
                 }
             }
             let quota = Quota { devices_per_hour: shape.devices_per_hour, devices_total: shape.devices_total };
-            let station = Station { profiles: shape.profiles, identities: shape.identities, quota };
+            let open_sessions = shape.open_sessions.unwrap_or(DEFAULT_OPEN_SESSIONS);
+            if open_sessions == 0 {
+                faults.add(format!("{place}: open_sessions"), "must be at least 1");
+            }
+            let station = Station { profiles: shape.profiles, identities: shape.identities, quota, open_sessions };
             if stations.insert(shape.name.clone(), station).is_some() {
                 faults.add(place, "is configured twice");
             }
@@ -96,6 +106,11 @@ impl Stations {
     /// The profiles and identity prefixes of a station; `None` if it is not configured.
     pub fn confinement(&self, name: &StationName) -> Option<(Vec<ProfileName>, Vec<String>)> {
         self.0.get(name).map(|station| (station.profiles.clone(), station.identities.clone()))
+    }
+
+    /// The maximum number of a station's sessions that are not final.
+    pub fn open_sessions(&self, name: &StationName) -> Result<u64, NotPermitted> {
+        Ok(self.find(name)?.open_sessions)
     }
 
     /// The quotas of all stations.

@@ -1,10 +1,11 @@
 //! Step 1 of provisioning: checks that the station may place the order, that the order fits its profile, and that chip and
 //! identity are free; allocates an identity if the order names none.
 
+use spp_format::certificate::IssuedSubject;
 use spp_format::keys::PublicKey;
 use spp_format::names::{ChipId, DeviceIdentity, ProfileName, StationName};
 use spp_format::package::TransportPublicKey;
-use spp_format::record::PublishedRecord;
+use spp_format::record::{PublishedRecord, UniqueKey};
 
 use super::pair_supplier::KeyOrder;
 use super::product::Product;
@@ -26,6 +27,8 @@ pub(super) struct AdmittedOrder<'policy> {
     pub(super) product: &'policy Product,
     pub(super) own_key: Option<PublicKey>,
     pub(super) transport_key: Option<TransportPublicKey>,
+    /// The maximum number of the station's sessions that are not final.
+    open_sessions: u64,
     /// Private, so that no other module makes an order.
     _admitted: (),
 }
@@ -169,6 +172,29 @@ impl Provisioner {
             let (identity, chip, session) = (record.identity, record.chip, record.session);
             return Err(ProvisionError::IdentityTaken { identity, chip, session });
         }
+        let (profile, issuer) = (&order.product.profile, order.product.issuer.certificate());
+        let subject = IssuedSubject::of_order(profile, issuer, &order.identity)
+            .map_err(ProvisionError::internal("naming the subject of a certificate"))?;
+        if let Some(subject) = subject
+            && let Some(taken) = self.registry.conflict(&UniqueKey::of_subject(&subject)).await?
+        {
+            let identity = order.identity.clone();
+            let conflict = |session| ProvisionError::SubjectTaken { identity, session };
+            return Err(taken.session.map_or_else(|| ProvisionError::RolledBack(taken), conflict));
+        }
+        // A pair that is generated here is checked by its supplier.
+        if let Some(own_key) = &order.own_key
+            && let Some(taken) = self.registry.conflict(&UniqueKey::of_public_key(own_key.spki_der())).await?
+        {
+            return Err(taken
+                .session
+                .map_or_else(|| ProvisionError::RolledBack(taken), ProvisionError::PublicKeyTaken));
+        }
+        // Calls in progress at the same time may exceed the limit by their number, which the listener bounds.
+        if self.journal.open_sessions(&order.station).await? >= order.open_sessions {
+            let (station, limit) = (order.station.clone(), order.open_sessions);
+            return Err(ProvisionError::TooManyOpen { station, limit });
+        }
         Ok(Progress::New)
     }
 
@@ -205,8 +231,19 @@ fn permitted(
     policy: &Policy,
 ) -> Result<AdmittedOrder<'_>, ProvisionError> {
     let product = policy.permit_order(&request, &identity)?;
+    let open_sessions = policy.open_sessions(&request.station)?;
     let AssembleRequest { station, chip, identity: _, profile, own_key, transport_key } = request;
-    Ok(AdmittedOrder { station, chip, identity, profile, product, own_key, transport_key, _admitted: () })
+    Ok(AdmittedOrder {
+        station,
+        chip,
+        identity,
+        profile,
+        product,
+        own_key,
+        transport_key,
+        open_sessions,
+        _admitted: (),
+    })
 }
 
 /// Checks that a repeated order names the same transport key, or none. A station that could repeat an order without sealing, or

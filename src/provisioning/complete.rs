@@ -2,7 +2,7 @@
 
 use spp_format::names::{SessionId, StationName};
 use spp_format::package::{BackupPackage, ConfirmationClaims, ConfirmationKey, KeyConfirmation, verify_confirmation};
-use spp_format::record::{DeviceRecord, Publication};
+use spp_format::record::{DeviceRecord, Publication, UniquenessConflict};
 use spp_format::tlog::LogProof;
 
 use super::deliver::public_key;
@@ -40,7 +40,7 @@ impl Provisioner {
         let record = self.accept(&completion, &issued, product).await?;
         // 3. Publish: the record is durable and under a signed checkpoint before the call returns. After a crash from here on, a
         // repeated call or the recovery loop finishes the session.
-        let published = self.publish(&record, slot).await?;
+        let published = self.publish(&record, issued.session().own_key_pair, slot).await?;
         // 4. Erase: consumes the publication receipt; no other value permits an erasure.
         let publication = self.publish_and_erase(published).await?;
         // 5. Return the receipt, which anyone who knows the log's key can verify.
@@ -83,6 +83,7 @@ impl Provisioner {
     async fn publish(
         &self,
         record: &DeviceRecord,
+        own_key_pair: bool,
         slot: InFlightPublication,
     ) -> Result<PublicationReceipt, ProvisionError> {
         let published = self.registry.publish(record).await;
@@ -94,6 +95,12 @@ impl Provisioner {
         match &refused {
             PublishError::Conflict(taken) if taken.session == Some(record.session) => {
                 self.registry.find_receipt(&record.chip, record.session).await?.ok_or_else(|| refused.into())
+            }
+            // The device chose the key, so the conflict says nothing about the state store.
+            PublishError::Conflict(UniquenessConflict { field: "public key", session: Some(holder), .. })
+                if own_key_pair =>
+            {
+                Err(ProvisionError::PublicKeyTaken(*holder))
             }
             PublishError::Conflict(taken) if taken.field == "public key" => {
                 let why = format!("the public key of session {} is already in record {}", record.session, taken.index);

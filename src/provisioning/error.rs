@@ -60,6 +60,22 @@ pub enum ProvisionError {
         /// From which session.
         session: SessionId,
     },
+    /// The issuer has certified another device under the same subject.
+    #[error(
+        "identity {identity} has the same certificate subject as that of session {session}: they differ only in kind, case or \
+         spaces"
+    )]
+    SubjectTaken {
+        /// The identity of the order.
+        identity: DeviceIdentity,
+        /// The session of the other device.
+        session: SessionId,
+    },
+    /// The public key that the device generated belongs to another device.
+    #[error(
+        "the public key of the certificate request is already used in session {0}; the device must generate a new pair"
+    )]
+    PublicKeyTaken(SessionId),
     /// The device is complete; its key pair is erased from the SPP.
     #[error(
         "chip {chip} is complete (session {session}); get its backup from the public database with Recovery.GetRecord"
@@ -108,6 +124,17 @@ pub enum ProvisionError {
         station: StationName,
         /// The limit that was reached.
         exceeded: Exceeded,
+    },
+    /// The station has as many unfinished sessions as it may have.
+    #[error(
+        "station {station} has {limit} open sessions, as many as it may have: complete or abort some (sppctl sessions), or wait \
+         until they expire"
+    )]
+    TooManyOpen {
+        /// The station.
+        station: StationName,
+        /// The limit.
+        limit: u64,
     },
     /// That many allocatable identities are already in the public database.
     #[error(
@@ -172,6 +199,8 @@ impl From<ReserveError> for ProvisionError {
         match error {
             ReserveError::ChipTaken(s) => Self::ChipTaken { chip: s.chip, identity: s.identity, session: s.id },
             ReserveError::IdentityTaken(s) => Self::IdentityTaken { identity: s.identity, chip: s.chip, session: s.id },
+            ReserveError::SubjectTaken { identity, holder } => Self::SubjectTaken { identity, session: holder.id },
+            ReserveError::PublicKeyTaken(s) => Self::PublicKeyTaken(s.id),
             ReserveError::PairUnavailable => Self::PairUnavailable,
             ReserveError::QuotaExceeded { station, exceeded } => Self::QuotaExceeded { station, exceeded },
             ReserveError::Store(error) => Self::Store(error),

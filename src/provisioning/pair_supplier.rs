@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use spp_format::certificate::{CertificateSerial, KeyPairRule};
 use spp_format::keys::{DevicePrivateKey, KeyType, PublicKey};
 use spp_format::names::SessionId;
+use spp_format::record::UniqueKey;
 use spp_format::secret::SecretBytes;
 
 use super::ProvisionError;
@@ -163,8 +164,8 @@ impl PairSupplier {
         request: &DeviceKeyRequest,
         lease: PoolLease,
     ) -> Result<(DeviceKeys, PoolLease), ProvisionError> {
-        let (taken, made) =
-            tokio::join!(self.registry.public_key_conflict(lease.public().spki_der()), self.hsm.device_keys(request),);
+        let key = UniqueKey::of_public_key(lease.public().spki_der());
+        let (taken, made) = tokio::join!(self.registry.conflict(&key), self.hsm.device_keys(request));
         let (error, why) = match (taken?, made) {
             (None, Ok(made)) => return Ok((made, lease)),
             (Some(taken), _) => {
@@ -220,6 +221,8 @@ impl UnstoredPair {
             reserved,
             Err(ReserveError::ChipTaken(_)
                 | ReserveError::IdentityTaken(_)
+                | ReserveError::SubjectTaken { .. }
+                | ReserveError::PublicKeyTaken(_)
                 | ReserveError::QuotaExceeded { .. }
                 | ReserveError::Store(StoreError::Full { .. }))
         );

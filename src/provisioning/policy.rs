@@ -67,6 +67,11 @@ impl Policy {
         if violations.is_empty() { Ok(identities) } else { Err(ProvisionError::Invalid(violations)) }
     }
 
+    /// The maximum number of a station's sessions that are not final.
+    pub(super) fn open_sessions(&self, station: &StationName) -> Result<u64, ProvisionError> {
+        Ok(self.stations.open_sessions(station)?)
+    }
+
     fn product(&self, name: &ProfileName) -> Result<&Product, ProvisionError> {
         self.products.get(name).ok_or_else(|| {
             let known: Vec<_> = self.profiles().map(ToString::to_string).collect();
@@ -91,6 +96,11 @@ impl Policy {
         let mut violations = violations(&product.profile, request);
         if !product.profile.allows(identity) {
             let problem = format!("the profile {} does not accept {} identities", request.profile, identity.kind());
+            violations.insert(0, FieldViolation::new("identity", problem));
+        }
+        if identity.has_insignificant_spaces() {
+            let problem =
+                "a serial number must not begin or end with a space, or have two in a row: certificates ignore them";
             violations.insert(0, FieldViolation::new("identity", problem));
         }
         if violations.is_empty() { Ok(product) } else { Err(ProvisionError::Invalid(violations)) }

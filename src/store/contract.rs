@@ -6,7 +6,7 @@ use std::sync::Arc;
 use proptest::prelude::*;
 use proptest::sample::Index;
 use spp_format::certificate::CertificateToSign;
-use spp_format::names::{ChipId, DeviceIdentity, SessionId};
+use spp_format::names::{ChipId, DeviceIdentity, SessionId, StationName};
 use spp_format::record::Publication;
 
 use super::*;
@@ -30,6 +30,8 @@ macro_rules! session_contract {
             session_contract!(@tests $factory:
                 reservation_stores_session_and_key,
                 chip_and_identity_are_held_until_abort,
+                device_public_key_is_held_until_abort,
+                open_sessions_are_counted_per_station,
                 session_allows_only_legal_transitions,
                 repeated_step_succeeds_different_step_is_refused,
                 erased_session_has_no_key,
@@ -74,7 +76,7 @@ pub(super) fn session(n: u64) -> Session {
         station: "line-1/a".parse().unwrap(),
         created: 1000 + n,
         expires: 5000 + n,
-        public_key: Some(vec![4; 91]),
+        public_key: Some([&[4; 83], n.to_be_bytes().as_slice()].concat()),
         own_key_pair: false,
         sealed_to: None,
         recipe: [0; 32],
@@ -171,6 +173,55 @@ pub(super) async fn chip_and_identity_are_held_until_abort(engine: &impl Factory
     store.reserve(&same_identity, None).await.unwrap();
     assert_eq!(store.session_of_chip(&chip(1)).await.unwrap(), Some(same_chip));
     assert_eq!(store.session_of_identity(&identity(1)).await.unwrap(), Some(same_identity));
+}
+
+pub(super) async fn device_public_key_is_held_until_abort(engine: &impl Factory) {
+    let store = engine.state();
+    // Generated here, for session 1; the device of session 2 claims the same key with a request of its own.
+    store.reserve(&session(1), Some(&key(1))).await.unwrap();
+    let own = |n, claimed| Session { own_key_pair: true, public_key: session(claimed).public_key, ..session(n) };
+    let assert_taken = async |rival: &Session, holder: u64| {
+        match store.reserve(rival, None).await.unwrap_err() {
+            ReserveError::PublicKeyTaken(found) => assert_eq!(found.id, id(holder)),
+            other => panic!("{other}"),
+        }
+        assert_eq!(store.session(&rival.id).await.unwrap(), None);
+    };
+    assert_taken(&own(2, 1), 1).await;
+    for state in [issued(1), published(1), erased(1)] {
+        store.advance(&id(1), state.name().predecessor(), state).await.unwrap();
+        assert_taken(&own(2, 1), 1).await;
+    }
+    store.reserve(&own(3, 3), None).await.unwrap();
+    store.reserve(&own(3, 3), None).await.expect("a repeated reservation");
+    assert_taken(&own(4, 3), 3).await;
+    store.advance(&id(3), StateName::Reserved, aborted()).await.unwrap();
+    store.reserve(&own(4, 3), None).await.unwrap();
+    assert_taken(&own(5, 3), 4).await;
+}
+
+pub(super) async fn open_sessions_are_counted_per_station(engine: &impl Factory) {
+    let store = engine.state();
+    let (one, other): (StationName, StationName) = (session(1).station, "line-2/b".parse().unwrap());
+    let count = async |station| store.open_sessions(station).await.unwrap();
+    assert_eq!(count(&one).await, 0);
+    for n in 1..=3 {
+        store.reserve(&session(n), None).await.unwrap();
+        store.reserve(&session(n), None).await.expect("a repeated reservation counts once");
+    }
+    store.reserve(&Session { station: other.clone(), ..session(4) }, None).await.unwrap();
+    assert_eq!((count(&one).await, count(&other).await), (3, 1));
+    for state in [issued(1), published(1)] {
+        store.advance(&id(1), state.name().predecessor(), state).await.unwrap();
+        assert_eq!(count(&one).await, 3);
+    }
+    for _ in 0..2 {
+        store.advance(&id(1), StateName::Published, erased(1)).await.unwrap();
+        store.advance(&id(2), StateName::Reserved, aborted()).await.unwrap();
+    }
+    assert_eq!((count(&one).await, count(&other).await), (1, 1));
+    drop(store);
+    assert_eq!(engine.state().open_sessions(&one).await.unwrap(), 1);
 }
 
 pub(super) async fn session_allows_only_legal_transitions(engine: &impl Factory) {

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use spp_format::names::{ChipId, DeviceIdentity, SessionId};
+use spp_format::names::{ChipId, DeviceIdentity, SessionId, StationName};
 
 use super::production::{ProductionCounts, ProductionSlot};
 use super::secret::PairToReserve;
@@ -262,6 +262,11 @@ impl Journal {
     /// Sessions by state.
     pub async fn counts(&self) -> Result<SessionCounts, StoreError> {
         self.0.counts().await
+    }
+
+    /// See [`StateStore::open_sessions`].
+    pub async fn open_sessions(&self, station: &StationName) -> Result<u64, StoreError> {
+        self.0.open_sessions(station).await
     }
 
     /// Free disk space and the configured floor, in bytes.

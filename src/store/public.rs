@@ -205,11 +205,11 @@ impl Registry {
         self.0.find(&UniqueKey::of_identity(identity)).await
     }
 
-    /// The record that already has a public key, if any.
-    pub async fn public_key_conflict(&self, spki: &[u8]) -> Result<Option<UniquenessConflict>, StoreError> {
-        let found = self.0.find(&UniqueKey::of_public_key(spki)).await?;
+    /// The record that already has a unique value, if any.
+    pub async fn conflict(&self, key: &UniqueKey) -> Result<Option<UniquenessConflict>, StoreError> {
+        let found = self.0.find(key).await?;
         Ok(found.map(|PublishedRecord { record, publication, .. }| UniquenessConflict {
-            field: "public key",
+            field: key.field(),
             index: publication.index,
             session: Some(record.session),
         }))

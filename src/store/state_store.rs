@@ -22,6 +22,17 @@ pub enum ReserveError {
     /// The identity belongs to another chip.
     #[error("the identity belongs to chip {}", .0.chip)]
     IdentityTaken(Box<Session>),
+    /// The certificate's issuer has another session's certificate with the same subject.
+    #[error("session {} already has the subject of a certificate for {identity}", .holder.id)]
+    SubjectTaken {
+        /// The identity of the refused session.
+        identity: DeviceIdentity,
+        /// The other session.
+        holder: Box<Session>,
+    },
+    /// The public key that the device generated belongs to another session's device.
+    #[error("session {} already has the public key", .0.id)]
+    PublicKeyTaken(Box<Session>),
     /// The pair or its batch is no longer available. The caller must choose another pair.
     #[error("the selected key pair is no longer available")]
     PairUnavailable,
@@ -45,14 +56,16 @@ pub enum ReserveError {
 #[async_trait]
 pub trait StateStore: Send + Sync {
     /// Atomically journals a new session in state Reserved and assigns its key pair. All earlier sessions of the chip and the
-    /// identity must be aborted, and a pooled pair must be ready. Repeating the same reservation succeeds. Fails with
+    /// identity must be aborted, and a pooled pair must be ready. The subject of the certificate
+    /// must not be that of another session that is not aborted. The public key of a device that generated its own pair must not be that of another session
+    /// that is not aborted. Repeating the same reservation succeeds. Fails with
     /// `QuotaExceeded` beyond the station's quota in force, with `WrongState` if another session has the ID, and with `Full`
     /// below the disk space floor.
     async fn reserve(&self, session: &Session, pair: Option<&PairToReserve>) -> Result<(), ReserveError>;
 
     /// Moves a session from state `from` to state `to`. Fails with `WrongState` if it is not in `from`, or if the step is not
     /// allowed ([`StateName::can_advance_to`]). `Erased` and `Aborted` permanently erase the key pair in the same transaction.
-    /// Aborting releases the chip and the identity. A session that is already in state `to`, with equal data, is returned
+    /// Aborting releases the chip, the identity, the certificate's subject and the public key. A session that is already in state `to`, with equal data, is returned
     /// unchanged. A missing session is `Damaged`, because callers only know IDs from the store.
     async fn advance(&self, session: &SessionId, from: StateName, to: SessionState) -> Result<Session, StoreError>;
 
@@ -84,6 +97,9 @@ pub trait StateStore: Send + Sync {
 
     /// Number of sessions per state. The store maintains the counts, so the call does not scan.
     async fn counts(&self) -> Result<SessionCounts, StoreError>;
+
+    /// Number of a station's sessions that are not final. The store maintains it, so the call does not scan.
+    async fn open_sessions(&self, station: &StationName) -> Result<u64, StoreError>;
 
     /// Up to `limit` production rows of a range of hours since the Unix epoch, ordered by hour, station and profile, after row
     /// `after`. Fewer than `limit` means the last page. Rows change in the same transactions as the sessions, so their sums equal

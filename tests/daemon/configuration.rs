@@ -86,6 +86,17 @@ fn profile_with_unknown_keys_is_refused() {
     }
 }
 
+/// A serial number of one product could equal the IMEI of another, and the second device would be refused on the line.
+#[test]
+fn profiles_whose_subjects_can_meet_are_refused() {
+    let site = Site::new();
+    site.edit("profiles/gateway.toml", "Example Gateway", "example  phone");
+    let output = sppd(&site, "--config sppd.toml --check");
+    let text = output_text(&output);
+    assert_eq!(output.status.code(), Some(78), "{text}");
+    assert!(text.contains("profile phone: subject") && text.contains("identity of profile gateway"), "{text}");
+}
+
 #[test]
 fn missing_or_invalid_configuration_is_reported() {
     let site = Site::new();

@@ -77,6 +77,7 @@ async fn kills_during_reservations_give_each_pair_to_one_chip() {
     let (low, high) = scaled((200, 400), (2000, 4000));
     let mut site = pooled_site(low, high);
     site.edit("sppd.toml", "batch_size = 1000", scaled("batch_size = 50", "batch_size = 500"));
+    site.edit("sppd.toml", "# open_sessions = 1000", &format!("open_sessions = {devices}"));
     site.start();
     let (begun, line) = (Instant::now(), Line::new(reconnecting_channel(&site)));
     let consumers = Arc::new(PairConsumers {

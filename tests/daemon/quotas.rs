@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use serde_json::Value;
-use spp_proto::AssembleRequest;
+use spp_proto::{AbortRequest, AssembleRequest};
 use tonic::Code;
 
 use spp_testkit::devices::{Refusal, TestFab, assemble, complete, install, phone};
@@ -142,4 +142,32 @@ async fn identities_are_allocated_once_across_crashes() {
     let both =
         Refusal::of(&assemble(&mut line, &AssembleRequest { allocate_identity: true, ..phone(77) }).await.unwrap_err());
     assert_eq!((both.code, both.fields), (Code::InvalidArgument, vec!["identity".to_owned()]));
+}
+
+/// Sessions that are begun and never finished would fill the state store and slow down every start.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn open_sessions_of_station_are_limited() {
+    let mut site = Site::new();
+    quota(&site, "open_sessions = 2\n");
+    site.start();
+    let mut line = site.station().await;
+    let fab = TestFab::new(&site);
+    let mut sessions = Vec::new();
+    for n in [1, 2] {
+        sessions.push(assemble(&mut line, &phone(n)).await.unwrap());
+    }
+    let status = assemble(&mut line, &phone(3)).await.unwrap_err();
+    assert!(Refusal::of(&status).is(Code::ResourceExhausted, "OPEN_SESSIONS"), "{status:?}");
+    assemble(&mut line, &phone(2)).await.expect("a repeated order opens no session");
+    site.kill();
+    site.start();
+    let mut line = site.station().await;
+    assert!(assemble(&mut line, &phone(3)).await.is_err(), "the count survives a restart");
+    let mut device = fab.device(1);
+    complete(&mut line, &install(&mut device, &sessions[0])).await.unwrap();
+    assemble(&mut line, &phone(3)).await.expect("a completed device has no open session");
+    assert!(assemble(&mut line, &phone(4)).await.is_err());
+    let abort = AbortRequest { session_id: sessions[1].session_id.clone(), reason: "left the line".to_owned() };
+    line.abort(abort).await.unwrap();
+    assemble(&mut line, &phone(4)).await.expect("an aborted session is not open");
 }

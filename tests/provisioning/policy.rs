@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use spp::provisioning::{AssembleRequest, Assembled, Completion, Delivery, ProvisionError, Provisioner};
 use spp::store::{PublicDatabase as _, SessionCounts, StateName, StateStore as _};
-use spp_format::record::{AuditCheckpoint, Publication};
+use spp_format::keys::PublicKey;
+use spp_format::names::SessionId;
+use spp_format::record::{AuditCheckpoint, DeviceRecord, Publication};
 
 use spp_testkit::point::TestBed;
 use spp_testkit::point::device::{Kind, TestDevice};
@@ -207,4 +209,78 @@ async fn complete(provisioner: Arc<Provisioner>, completion: Completion) -> Resu
 fn bytes(assembled: Assembled) -> (Vec<u8>, Vec<u8>) {
     let Delivery::Plain(package) = assembled.delivery else { panic!("a phone's package is not sealed here") };
     (assembled.certificate, package.expose().clone())
+}
+
+/// A device chooses its own key. What it chooses is no sign of a rolled-back state store, so it must not stop the pools.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn device_key_of_other_device_refused_pools_stay_available() {
+    let testbed = TestBed::new().await;
+    let point = testbed.point();
+    let assert_taken = |error: ProvisionError| assert!(matches!(error, ProvisionError::PublicKeyTaken(_)), "{error}");
+    let (mut first, mut phone) =
+        (TestDevice::new(&testbed, Kind::Gateway, 1), TestDevice::new(&testbed, Kind::Phone, 3));
+    let second = TestDevice::new(&testbed, Kind::Gateway, 2);
+    first.assemble(&point).await.unwrap();
+    phone.assemble(&point).await.unwrap();
+    let generated_here = phone.session(&point).await.unwrap().public_key.unwrap();
+    let claimed = [first.order().own_key.unwrap(), PublicKey::from_spki_der(&generated_here).unwrap()];
+    let order = |key: &PublicKey| AssembleRequest { own_key: Some(key.clone()), ..second.order() };
+    for key in &claimed {
+        assert_taken(point.provisioner().assemble(order(key)).await.err().expect("refused"));
+    }
+    first.complete(&point).await.unwrap();
+    phone.complete(&point).await.unwrap();
+    for key in &claimed {
+        assert_taken(point.provisioner().assemble(order(key)).await.err().expect("refused"));
+    }
+    assert_eq!(second.state(&point).await, None, "nothing was begun");
+
+    // Published while its session is open, as by another store history: found at the end only, and no pool stops either.
+    let mut late = TestDevice::new(&testbed, Kind::Gateway, 4);
+    late.assemble(&point).await.unwrap();
+    let known = point.record_of(&first.chip).await.unwrap().record;
+    let other = TestDevice::new(&testbed, Kind::Gateway, 5);
+    let record = DeviceRecord {
+        chip: other.chip.clone(),
+        identity: other.identity.clone(),
+        serial: vec![5; 16],
+        certificate: vec![5; 600],
+        session: SessionId::from_bytes(&[5; 16]).unwrap(),
+        public_key: late.session(&point).await.unwrap().public_key,
+        ..known
+    };
+    point.provisioner().registry().publish(&record).await.unwrap();
+    assert_taken(late.complete(&point).await.unwrap_err());
+    assert_eq!(point.pool().status().await.unwrap().rolled_back, None);
+    TestDevice::new(&testbed, Kind::Pooled, 6).provision(&point).await;
+    late.abort(&point).await.unwrap();
+}
+
+/// RFC 5280 §7.1: names that differ in case are equal, and the subject does not show the kind of the identity.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn subject_of_other_identity_refused_until_abort() {
+    let testbed = TestBed::new().await;
+    let point = testbed.point();
+    let device = |n, identity: &str| {
+        let mut device = TestDevice::new(&testbed, Kind::Gateway, n);
+        device.identity = identity.parse().unwrap();
+        device
+    };
+    let assert_taken = |error: ProvisionError| assert!(matches!(error, ProvisionError::SubjectTaken { .. }), "{error}");
+    let mut first = device(1, "eui48:d967458e6b6c");
+    first.assemble(&point).await.unwrap();
+    assert_taken(device(2, "serial:D967458E6B6C").assemble(&point).await.unwrap_err());
+    first.complete(&point).await.unwrap();
+    assert_taken(device(2, "serial:d967458E6b6c").assemble(&point).await.unwrap_err());
+
+    let mut third = device(3, "serial:Sn-3");
+    third.assemble(&point).await.unwrap();
+    assert_taken(device(4, "serial:sN-3").assemble(&point).await.unwrap_err());
+    third.abort(&point).await.unwrap();
+    device(4, "serial:sN-3").provision(&point).await;
+
+    for spaced in ["serial: 5", "serial:5 ", "serial:5  5"] {
+        let error = device(5, spaced).assemble(&point).await.unwrap_err();
+        assert!(matches!(error, ProvisionError::Invalid(_)), "{error}");
+    }
 }

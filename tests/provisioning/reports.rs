@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use spp::provisioning::{ProductionBy, SessionFilter};
 use spp::store::{ProductionCounts, SECONDS_PER_HOUR, Session, SessionState, StateName, StateStore as _};
+use spp_format::certificate::CertificateToSign;
 use spp_format::names::{ChipId, SessionId};
 
 use spp_testkit::point::device::{Kind, TestDevice, identity_of};
@@ -22,6 +23,11 @@ async fn open_many_sessions(testbed: &TestBed, point: &Point<'_>) {
             chip: ChipId::from_bytes(&[[0xC5; 8].as_slice(), &n.to_be_bytes()].concat()).unwrap(),
             identity: identity_of(Kind::Phone, n),
             created: u64::from(n) * SECONDS_PER_HOUR,
+            certificate: CertificateToSign::of_bytes(
+                known.certificate.issuer().clone(),
+                vec![1; 16],
+                n.to_be_bytes().to_vec(),
+            ),
             state: SessionState::Reserved,
             ..known.clone()
         };

@@ -128,6 +128,12 @@ impl DeviceIdentity {
         }
     }
 
+    /// Reports whether a serial number begins or ends with a space, or has two in a row. Names ignore such spaces (RFC 5280
+    /// §7.1), so two such identities could have one certificate subject. Records of earlier versions may have them; orders may not.
+    pub fn has_insignificant_spaces(&self) -> bool {
+        matches!(self, Self::Serial(text) if text.split(' ').any(str::is_empty))
+    }
+
     /// The part after the colon of the canonical form.
     pub fn value(&self) -> String {
         match self {
@@ -368,6 +374,13 @@ mod tests {
         for wrong in ["", "imei", "mac:00", "eui48:01:23:45:67:89:ab", "serial:", "serial:a@b", "meid:10000000002329"] {
             assert!(wrong.parse::<DeviceIdentity>().is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn insignificant_spaces_of_serial_found() {
+        let has = |text: &str| text.parse::<DeviceIdentity>().unwrap().has_insignificant_spaces();
+        assert!(["serial: a", "serial:a ", "serial:a  b", "serial: "].into_iter().all(has));
+        assert!(!["serial:a", "serial:a b", "serial:a b c", "imei:490154203237518"].into_iter().any(has));
     }
 
     #[test]

@@ -62,6 +62,8 @@ fn provision(error: &ProvisionError) -> WireError {
         E::NotPermitted(_) => permanent(Code::PermissionDenied, "NOT_PERMITTED"),
         E::ChipTaken { .. } => permanent(Code::AlreadyExists, "CHIP_TAKEN"),
         E::IdentityTaken { .. } => permanent(Code::AlreadyExists, "IDENTITY_TAKEN"),
+        E::SubjectTaken { .. } => permanent(Code::AlreadyExists, "SUBJECT_TAKEN"),
+        E::PublicKeyTaken(_) => permanent(Code::AlreadyExists, "PUBLIC_KEY_TAKEN"),
         E::AlreadyComplete { .. } => permanent(Code::AlreadyExists, "ALREADY_COMPLETE"),
         E::NoSession(_) => permanent(Code::NotFound, "NO_SESSION"),
         E::NoRecord => permanent(Code::NotFound, "NO_RECORD"),
@@ -73,6 +75,7 @@ fn provision(error: &ProvisionError) -> WireError {
         E::Hsm(error) => hsm(error),
         E::Store(error) => store(error),
         E::QuotaExceeded { exceeded, .. } => quota(exceeded),
+        E::TooManyOpen { .. } => retryable(Code::ResourceExhausted, "OPEN_SESSIONS", Duration::from_secs(10)),
         E::Access(error) => access(error),
         E::Identities(_) => retryable(Code::Aborted, "IDENTITIES_TAKEN", DEFAULT_RETRY),
         E::Unsigned(_) => retryable(Code::Unavailable, "CHECKPOINT_UNSIGNED", DEFAULT_RETRY),
@@ -242,6 +245,8 @@ pub(super) fn refusal(code: Code, reason: &'static str, message: String) -> Stat
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use spp_format::certificate::Caller;
     use spp_format::names::{DeviceIdentity, SessionId};
     use spp_format::record::UniquenessConflict;
@@ -290,9 +295,8 @@ mod tests {
     }
 
     /// Every kind of error: code, reason, retry delay in milliseconds.
-    #[test]
     #[rustfmt::skip]
-    fn errors_have_documented_code_reason_and_retry_delay() {
+    fn error_rows() -> Vec<(CallError, Code, &'static str, Option<u64>)> {
         use Code::{Aborted, AlreadyExists, FailedPrecondition, Internal, InvalidArgument, NotFound, PermissionDenied};
         use Code::{ResourceExhausted, Unauthenticated, Unavailable};
         use ProvisionError as P;
@@ -304,7 +308,7 @@ mod tests {
         let empty = PoolError::Empty {
             kind: KeyType::P256, fill_rate: 1.5, retry_after: Duration::from_secs(2), paused: false,
         };
-        let rows: Vec<(CallError, Code, &str, Option<u64>)> = vec![
+        vec![
             (CallError::invalid("chip_id", "too short"), InvalidArgument, "INVALID", None),
             (P::invalid("profile", "unknown").into(), InvalidArgument, "INVALID", None),
             (PoolError::TooMany { kind: KeyType::P256, limit: 9 }.into(), InvalidArgument, "INVALID", None),
@@ -314,6 +318,8 @@ mod tests {
             (P::from(crate::config::NotPermitted::Unknown(station.clone())).into(), PermissionDenied, "NOT_PERMITTED", None),
             (P::ChipTaken { chip: chip.clone(), identity: identity(), session: session() }.into(), AlreadyExists, "CHIP_TAKEN", None),
             (P::IdentityTaken { identity: identity(), chip: chip.clone(), session: session() }.into(), AlreadyExists, "IDENTITY_TAKEN", None),
+            (P::SubjectTaken { identity: identity(), session: session() }.into(), AlreadyExists, "SUBJECT_TAKEN", None),
+            (P::PublicKeyTaken(session()).into(), AlreadyExists, "PUBLIC_KEY_TAKEN", None),
             (P::AlreadyComplete { chip: chip.clone(), session: session() }.into(), AlreadyExists, "ALREADY_COMPLETE", None),
             (P::NoSession("x".into()).into(), NotFound, "NO_SESSION", None),
             (P::NoRecord.into(), NotFound, "NO_RECORD", None),
@@ -325,6 +331,7 @@ mod tests {
             (exceeded(Exceeded::PerHour(5, 40)).into(), ResourceExhausted, "QUOTA_PER_HOUR", Some(40_000)),
             (exceeded(Exceeded::Total(5)).into(), PermissionDenied, "QUOTA_TOTAL", None),
             (refused(Refused::Quota { station: station.clone(), exceeded: Exceeded::Total(5) }), PermissionDenied, "QUOTA_TOTAL", None),
+            (P::TooManyOpen { station: station.clone(), limit: 9 }.into(), ResourceExhausted, "OPEN_SESSIONS", Some(10_000)),
             (P::Identities(100).into(), Aborted, "IDENTITIES_TAKEN", Some(500)),
             (P::Unsigned("x".into()).into(), Unavailable, "CHECKPOINT_UNSIGNED", Some(500)),
             (P::Internal { doing: "signing", cause: "x".into() }.into(), Internal, "INTERNAL", None),
@@ -366,15 +373,61 @@ mod tests {
             (refused(Refused::NeedsApproval { caller: Caller::Officer(officer()) }), FailedPrecondition, "APPROVAL_REQUIRED", None),
             (refused(Refused::NoAuthority), FailedPrecondition, "NO_ACCESS_KEY", None),
             (refused(Refused::Unfit("x".into())), InvalidArgument, "INVALID", None),
-        ];
-        for (error, code, reason, retry) in rows {
+        ]
+    }
+
+    #[test]
+    fn errors_have_documented_code_reason_and_retry_delay() {
+        for (error, code, reason, retry) in error_rows() {
             let status = status_of(&error);
             let details = status.get_error_details();
-            let (info, delay) = (details.error_info().unwrap(), details.retry_info().and_then(|retry| retry.retry_delay));
+            let (info, delay) =
+                (details.error_info().unwrap(), details.retry_info().and_then(|retry| retry.retry_delay));
             let found = (status.code(), info.reason.as_str(), delay.map(|delay| delay.as_millis() as u64));
             assert_eq!(found, (code, reason, retry), "{error:?}");
             assert_eq!((info.domain.as_str(), reason_of(&error)), (DOMAIN, reason));
         }
+    }
+
+    /// The canonical gRPC code name, for example `INVALID_ARGUMENT`.
+    fn code_name(code: Code) -> String {
+        let mut name = String::new();
+        for letter in format!("{code:?}").chars() {
+            if letter.is_ascii_uppercase() && !name.is_empty() {
+                name.push('_');
+            }
+            name.push(letter.to_ascii_uppercase());
+        }
+        name
+    }
+
+    #[test]
+    fn documentation_lists_every_reason() {
+        /// Reason, code and whether `RetryInfo` is sent, of the errors that are no [`CallError`].
+        const OTHER_REASONS: [(&str, Code, bool); 3] = [
+            ("RATE_LIMITED", Code::ResourceExhausted, true), // src/server/http/public.rs
+            ("UNAUTHENTICATED_CALLER", Code::Unauthenticated, false), // src/server/grpc/callers.rs
+            ("WRONG_ROLE", Code::PermissionDenied, false),   // src/server/grpc/roles.rs
+        ];
+        let mut sent = BTreeSet::new();
+        let rows = error_rows().into_iter().map(|(_, code, reason, retry)| (reason, code, retry.is_some()));
+        for (reason, code, retry) in rows.chain(OTHER_REASONS) {
+            sent.insert(format!("`{reason}` `{}` {}", code_name(code), if retry { "yes" } else { "no" }));
+        }
+        // A reason with several codes has one retry entry for each code, in the same order.
+        let (_, table) = include_str!("../../../docs/errors.md").split_once("| reason | code |").unwrap();
+        let mut documented = Vec::new();
+        for row in table.lines().filter(|line| line.starts_with("| `")) {
+            let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+            let [_, reason, codes, retries, meaning, action, _] = cells[..] else { panic!("not five cells: {row}") };
+            assert!(!meaning.is_empty() && !action.is_empty(), "{row}");
+            assert_eq!(codes.split(", ").count(), retries.split(", ").count(), "{row}");
+            for (code, retry) in codes.split(", ").zip(retries.split(", ")) {
+                documented.push(format!("{reason} {code} {retry}"));
+            }
+        }
+        // Equal lists: every row is sent, every reason has a row, and the table is sorted.
+        assert_eq!(documented, sent.into_iter().collect::<Vec<_>>());
     }
 
     fn unavailable_in_pool() -> CallError {

@@ -21,9 +21,10 @@ use super::engine::DatabaseKind;
 use super::view::View;
 use crate::store::StoreError;
 
-/// A new lookup key type needs a new format version only if existing logs have entries with it that an older index lacks.
+/// An index of an older version is rebuilt from the log's files. Version 2: the lookup key of a public key no longer depends on the
+/// key's encoding. A new lookup key type needs a new version only if existing logs have entries with it.
 static KIND: DatabaseKind = DatabaseKind {
-    store: StoreKind { name: "index of the public database", marker: "index", format: 1 },
+    store: StoreKind { name: "index of the public database", marker: "index", format: 2 },
     init: |view| view.put(MARK, &IndexMark::default()),
     check: |view| mark(view).map(drop),
 };

@@ -6,11 +6,16 @@
 //! | `w` + session ID | private key location, until the pair is erased |
 //! | `c` + chip ID | ID of the chip's newest session |
 //! | `i` + identity | ID of the session that holds it |
+//! | `d` + lookup key of a public key | ID of the session whose device has it |
+//! | `j` + lookup key of a certificate's issuer and subject | ID of the session whose certificate has it |
 //! | `u` + created, 8 bytes + session ID | empty: the session is not final |
+//! | `t` + station | number of the station's sessions that are not final |
 //! | `q` + session ID | ID of the chip's previous session, if any |
 //! | `n` | number of sessions per state |
 
-use spp_format::names::{ChipId, DeviceIdentity, SessionId};
+use spp_format::certificate::IssuedSubject;
+use spp_format::names::{ChipId, DeviceIdentity, SessionId, StationName};
+use spp_format::record::UniqueKey;
 
 use super::view::View;
 use crate::store::{Session, SessionCounts, SessionCursor, StoreError};
@@ -39,6 +44,20 @@ pub(super) fn counts(view: &View<'_>) -> Result<SessionCounts, StoreError> {
     view.get(COUNTS, name)?.ok_or_else(|| view.damaged(name(), "missing"))
 }
 
+/// Number of the station's sessions that are not final. A store of an earlier version has no such row until the station's next
+/// session begins or ends; until then they are counted.
+pub(super) fn open_sessions(view: &View<'_>, station: &StationName) -> Result<u64, StoreError> {
+    let name = || format!("the number of open sessions of station {station}");
+    if let Some(count) = view.get(&open_sessions_key(station), name)? {
+        return Ok(count);
+    }
+    let mut count = 0;
+    for key in view.keys(UNFINISHED)? {
+        count += u64::from(listed_session(view, &key)?.station == *station);
+    }
+    Ok(count)
+}
+
 pub(super) const COUNTS: &[u8] = b"n";
 pub(super) const SESSION: &[u8] = b"s";
 pub(super) const UNFINISHED: &[u8] = b"u";
@@ -57,6 +76,22 @@ pub(super) fn chip_key(chip: &ChipId) -> Vec<u8> {
 
 pub(super) fn identity_key(identity: &DeviceIdentity) -> Vec<u8> {
     [b"i", identity.to_string().as_bytes()].concat()
+}
+
+/// The key of the row of the device's public key; `None` if the profile has no key pair.
+pub(super) fn public_key_key(session: &Session) -> Option<Vec<u8>> {
+    let spki = session.public_key.as_deref()?;
+    Some([b"d", UniqueKey::of_public_key(spki).as_bytes().as_slice()].concat())
+}
+
+/// The key of the row of the certificate's issuer and subject; `None` for a CWT.
+pub(super) fn subject_key(session: &Session) -> Option<Vec<u8>> {
+    let subject = IssuedSubject::of_to_be_signed(session.certificate.to_be_signed())?;
+    Some([b"j", UniqueKey::of_subject(&subject).as_bytes().as_slice()].concat())
+}
+
+pub(super) fn open_sessions_key(station: &StationName) -> Vec<u8> {
+    [b"t", station.as_str().as_bytes()].concat()
 }
 
 pub(super) fn unfinished_key(cursor: &SessionCursor) -> Vec<u8> {

@@ -3,11 +3,11 @@
 use std::ops::Range;
 
 use async_trait::async_trait;
-use spp_format::names::{ChipId, DeviceIdentity, SessionId};
+use spp_format::names::{ChipId, DeviceIdentity, SessionId, StationName};
 
 use super::session_rows::{
-    COUNTS, SESSION, UNFINISHED, chip_key, counts, identity_key, listed_session, previous_key, require_session,
-    session, session_by_index, session_key, unfinished_key,
+    COUNTS, SESSION, UNFINISHED, chip_key, counts, identity_key, listed_session, open_sessions, open_sessions_key,
+    previous_key, public_key_key, require_session, session, session_by_index, session_key, subject_key, unfinished_key,
 };
 use super::state_store::SledStateStore;
 use super::view::View;
@@ -73,6 +73,11 @@ impl StateStore for SledStateStore {
         self.0.run("reading session counts", |view| counts(view)).await
     }
 
+    async fn open_sessions(&self, station: &StationName) -> Result<u64, StoreError> {
+        let station = station.clone();
+        self.0.run("counting open sessions", move |view| open_sessions(view, &station)).await
+    }
+
     async fn production(
         &self,
         hours: Range<u64>,
@@ -107,8 +112,23 @@ fn reserve(view: &mut View<'_>, new: &Session, pair: Option<&PairToReserve>) -> 
     if let Some(holder) = session_by_index(view, &identity_key(&new.identity))? {
         return Err(ReserveError::IdentityTaken(Box::new(holder)));
     }
+    let subject = subject_key(new);
+    if let Some(key) = &subject
+        && let Some(holder) = session_by_index(view, key)?
+    {
+        return Err(ReserveError::SubjectTaken { identity: new.identity.clone(), holder: Box::new(holder) });
+    }
+    // Only a device chooses a key that another one has: a pair that was generated here is new, or was leased from a pool.
+    let key_holder = public_key_key(new).map(|key| session_by_index(view, &key)).transpose()?.flatten();
+    if new.own_key_pair
+        && let Some(holder) = &key_holder
+    {
+        return Err(ReserveError::PublicKeyTaken(Box::new(holder.clone())));
+    }
     view.admit_new_device()?;
     access::count_device(view, new)?;
+    let open = open_sessions(view, &new.station)?;
+    view.put(&open_sessions_key(&new.station), &(open + 1))?;
     view.put(&session_key(&new.id), new)?;
     if let Some(pair) = pair {
         pairs::reserve(view, new, pair)?;
@@ -118,6 +138,14 @@ fn reserve(view: &mut View<'_>, new: &Session, pair: Option<&PairToReserve>) -> 
     }
     view.put_bytes(&chip_key(&new.chip), new.id.as_bytes())?;
     view.put_bytes(&identity_key(&new.identity), new.id.as_bytes())?;
+    if let Some(key) = subject {
+        view.put_bytes(&key, new.id.as_bytes())?;
+    }
+    if key_holder.is_none()
+        && let Some(key) = public_key_key(new)
+    {
+        view.put_bytes(&key, new.id.as_bytes())?;
+    }
     view.put_bytes(&unfinished_key(&new.cursor()), &[])?;
     production::count(view, new)?;
     let mut counts = counts(view)?;
@@ -149,11 +177,20 @@ fn advance(view: &mut View<'_>, id: SessionId, from: StateName, to: SessionState
             _ => session.created,
         };
         pairs::erase(view, &id, at)?;
+        let open = open_sessions(view, &session.station)?;
+        let underflow = || view.damaged(format!("the open sessions of {}", session.station), "the count is already 0");
+        view.put(&open_sessions_key(&session.station), &open.checked_sub(1).ok_or_else(underflow)?)?;
         view.remove(&unfinished_key(&session.cursor()))?;
     }
     if target == StateName::Aborted {
         // The chip's entry stays until its next reservation, so that its newest session can still be looked up.
         view.remove(&identity_key(&session.identity))?;
+        // Sessions of an earlier version have no such rows: what is there may be another session's.
+        for key in [subject_key(&session), public_key_key(&session)].into_iter().flatten() {
+            if view.get_bytes(&key)?.as_deref() == Some(id.as_bytes().as_slice()) {
+                view.remove(&key)?;
+            }
+        }
     }
     view.put(&session_key(&id), &session)?;
     production::count(view, &session)?;

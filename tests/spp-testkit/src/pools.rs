@@ -31,6 +31,8 @@ pub fn pooled_site(low: u64, high: u64) -> Site {
 pub fn add_profile(site: &Site, name: &str, like: &str, edits: &[(&str, &str)]) {
     let file = format!("profiles/{name}.toml");
     std::fs::copy(site.path(&format!("profiles/{like}.toml")), site.path(&file)).unwrap();
+    // A product of its own: two with the same constant attributes could give two devices one subject.
+    site.edit(&file, "common_name = \"Example", &format!("common_name = \"{name}"));
     edits.iter().for_each(|(from, to)| site.edit(&file, from, to));
     site.edit("sppd.toml", "\"router\"", &format!("\"router\", \"{name}\""));
 }

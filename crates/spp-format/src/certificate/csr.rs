@@ -26,8 +26,8 @@ pub enum CsrError {
     Signature(#[source] CertificateError),
 }
 
-/// Verifies a PKCS#10 request in DER and returns its public key. Everything else in the request is ignored: the profile
-/// decides.
+/// Verifies a PKCS#10 request in DER and returns its public key in canonical encoding. Everything else in the request is ignored:
+/// the profile decides.
 pub fn verify_csr(der: &[u8]) -> Result<PublicKey, CsrError> {
     if der.len() > MAX_CSR_LEN {
         return Err(CsrError::TooLong(der.len()));
@@ -38,7 +38,7 @@ pub fn verify_csr(der: &[u8]) -> Result<PublicKey, CsrError> {
     let spki = info.public_key.to_der().map_err(unreadable)?;
     let key = PublicKey::from_spki_der(&spki).map_err(CsrError::Key)?;
     envelope.verify(&key).map_err(CsrError::Signature)?;
-    Ok(key)
+    key.to_canonical().map_err(CsrError::Key)
 }
 
 /// Verifies a PKCS#10 request in PEM (RFC 7468 §7).
@@ -59,8 +59,11 @@ pub fn verify_csr_pem(pem: &[u8]) -> Result<PublicKey, CsrError> {
 
 #[cfg(test)]
 mod tests {
+    use spki::SubjectPublicKeyInfoOwned;
+
     use super::*;
     use crate::certificate::testing::{ALGORITHMS, SoftwareKey, request_of};
+    use crate::keys::compressed;
 
     #[test]
     fn csr_signed_by_its_key_returns_key() {
@@ -77,6 +80,35 @@ mod tests {
         let info = signed::split("request", &der).unwrap();
         let forged = signed::join(info.to_be_signed, info.algorithm, &other.sign(info.to_be_signed)).unwrap();
         assert!(matches!(verify_csr(&forged), Err(CsrError::Signature(_))));
+    }
+
+    #[test]
+    fn csr_with_compressed_point_rejected() {
+        let key = SoftwareKey::p256();
+        let compressed = with_spki(&key, &compressed(key.public()));
+        assert!(matches!(verify_csr(&compressed), Err(CsrError::Key(_))), "{:?}", verify_csr(&compressed));
+    }
+
+    #[test]
+    fn csr_with_other_rsa_parameters_returns_canonical_key() {
+        let key = SoftwareKey::new(crate::keys::SignatureAlgorithm::RsaPkcs1Sha256);
+        let mut spki = SubjectPublicKeyInfoOwned::from_der(key.public().spki_der()).unwrap();
+        spki.algorithm.parameters = None;
+        // The provider may refuse such an encoding; if it accepts it, the key is the same one.
+        match verify_csr(&with_spki(&key, &spki.to_der().unwrap())) {
+            Ok(parsed) => assert_eq!(parsed, *key.public()),
+            Err(error) => assert!(matches!(error, CsrError::Key(_)), "{error}"),
+        }
+    }
+
+    /// The request of a key with another encoding of that key.
+    fn with_spki(key: &SoftwareKey, spki: &[u8]) -> Vec<u8> {
+        let der = request_of(key);
+        let envelope = signed::split("request", &der).unwrap();
+        let mut info = CertReqInfo::from_der(envelope.to_be_signed).unwrap();
+        info.public_key = SubjectPublicKeyInfoOwned::from_der(spki).unwrap();
+        let to_be_signed = info.to_der().unwrap();
+        signed::join(&to_be_signed, key.algorithm(), &key.sign(&to_be_signed)).unwrap()
     }
 
     #[test]

@@ -28,6 +28,7 @@ mod profile_file;
 mod published;
 mod request;
 mod signed;
+mod subject;
 mod tbs;
 #[cfg(test)]
 mod testing;
@@ -56,6 +57,7 @@ pub use profile::{
 };
 pub use published::{PublishedClaims, lint_published};
 pub use request::{CertificateRequest, CertificateSerial};
+pub use subject::{IssuedSubject, subjects_can_meet};
 pub use to_sign::CertificateToSign;
 pub use verify::{VerifiedCertificate, verify_device_certificate};
 

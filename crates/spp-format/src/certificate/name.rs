@@ -2,7 +2,7 @@
 //! attribute.
 
 use der::asn1::{ObjectIdentifier, PrintableStringRef, SetOfVec, Utf8StringRef};
-use der::{Any, Tag};
+use der::{Any, Tag, Tagged as _};
 use serde::Deserialize;
 use x509_cert::attr::AttributeTypeAndValue;
 use x509_cert::name::{Name, RdnSequence, RelativeDistinguishedName};
@@ -93,6 +93,31 @@ impl SubjectName {
     }
 }
 
+/// The bytes by which names are compared: equal for names that match by RFC 5280 §7.1, which ignores case and insignificant
+/// spaces. Characters are folded one by one, without the compatibility mapping of RFC 4518.
+pub(super) fn normalised(name: &Name) -> Vec<u8> {
+    let mut out = Vec::new();
+    let mut push = |part: &[u8]| {
+        out.extend_from_slice(&(part.len() as u64).to_be_bytes());
+        out.extend_from_slice(part);
+    };
+    for attribute in name.iter() {
+        push(attribute.oid.as_bytes());
+        match attribute.value.tag() {
+            Tag::PrintableString | Tag::Utf8String | Tag::Ia5String => {
+                push(normalised_text(&String::from_utf8_lossy(attribute.value.value())).as_bytes());
+            }
+            _ => push(attribute.value.value()),
+        }
+    }
+    out
+}
+
+/// Lower case, without spaces at either end, with single spaces inside.
+fn normalised_text(text: &str) -> String {
+    text.split_whitespace().map(str::to_lowercase).collect::<Vec<_>>().join(" ")
+}
+
 fn rdn(oid: ObjectIdentifier, tag: Tag, value: &str) -> der::Result<RelativeDistinguishedName> {
     let value = match tag {
         Tag::PrintableString => Any::encode_from(&PrintableStringRef::new(value)?)?,
@@ -114,6 +139,18 @@ mod tests {
         let name = SubjectName::from_fields("subject", fields).unwrap().to_name(Some("1")).unwrap();
         assert_eq!(name.len(), 2);
         assert!(name.to_der().unwrap().windows(10).any(|w| w == b"A, CN=evil"));
+    }
+
+    #[test]
+    fn names_that_differ_in_case_or_spaces_are_equal() {
+        let name = |organization: &str, serial: &str| {
+            let fields = SubjectFields { organization: Some(organization.to_owned()), ..SubjectFields::default() };
+            normalised(&SubjectName::from_fields("subject", fields).unwrap().to_name(Some(serial)).unwrap())
+        };
+        assert_eq!(name("Acme  Devices", "sn-1"), name(" acme devices", "SN-1 "));
+        assert_ne!(name("Acme", "SN-1"), name("Acme", "SN-2"));
+        assert_ne!(name("Acme", "SN 1"), name("Acme", "SN1"));
+        assert_ne!(name("Acme S", "N"), name("Acme", "S N"), "where an attribute ends counts");
     }
 
     #[test]

@@ -13,6 +13,8 @@ use serde::{Deserialize, Serialize};
 
 pub use private::{DevicePrivateKey, PrivateParts, RsaPrivateParts, TlsKey, generate_p256};
 pub use public::PublicKey;
+#[cfg(test)]
+pub(crate) use public::compressed;
 pub use signature::{ecdsa_der_from_fixed, ecdsa_fixed_from_der};
 
 /// The kind of a key pair: algorithm and curve or modulus size.

@@ -331,7 +331,7 @@ mod tests {
         for end in 0..bytes.len() {
             assert!(DataPackage::decode(&bytes[..end]).is_err(), "{end}");
         }
-        assert!(rejection(&[&bytes[..], &[0]].concat()).contains("1 bytes follow"));
+        assert!(rejection(&[&bytes[..], &[0]].concat()).contains("1 trailing bytes"));
         assert!(rejection(&vec![0; MAX_PACKAGE_LEN + 1]).contains("more than 16384"));
     }
 

@@ -42,7 +42,7 @@ impl PublishedRecord {
 /// A unique value that another entry already has.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UniquenessConflict {
-    /// `chip ID`, `identity`, `certificate serial`, `public key` or `session`; `number of audit entries` for an audit checkpoint.
+    /// `chip ID`, `identity`, `certificate serial`, `certificate subject`, `public key` or `session`; `number of audit entries` for an audit checkpoint.
     pub field: &'static str,
     /// Index of the entry that has it.
     pub index: u64,

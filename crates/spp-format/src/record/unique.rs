@@ -1,7 +1,8 @@
 //! Lookup keys of the public log's entries.
 
 use super::DeviceRecord;
-use crate::keys::sha256;
+use crate::certificate::IssuedSubject;
+use crate::keys::{PublicKey, sha256};
 use crate::names::{ChipId, DeviceIdentity};
 
 /// A lookup key of an entry: a field tag and the SHA-256 of the field's value. Hashing gives all keys one length and prevents
@@ -26,9 +27,14 @@ impl UniqueKey {
         Self::of(UniqueField::Identity, identity.to_string().as_bytes())
     }
 
-    /// The key of the record of a public key, SubjectPublicKeyInfo in DER.
+    /// The key of the record of a public key, SubjectPublicKeyInfo in DER. It depends on the key, not on its encoding.
     pub fn of_public_key(spki: &[u8]) -> Self {
-        Self::of(UniqueField::PublicKey, spki)
+        Self::of(UniqueField::PublicKey, &PublicKey::unique_part(spki))
+    }
+
+    /// The key of the record of an issuer and a subject.
+    pub fn of_subject(subject: &IssuedSubject) -> Self {
+        Self::of(UniqueField::Subject, subject.as_bytes())
     }
 
     /// All keys of a record.
@@ -40,6 +46,9 @@ impl UniqueKey {
             Self::of(UniqueField::Session, record.session.as_bytes()),
         ];
         keys.extend(record.public_key.as_deref().map(Self::of_public_key));
+        if !record.certificate_is_cwt {
+            keys.extend(IssuedSubject::of_certificate(&record.certificate).as_ref().map(Self::of_subject));
+        }
         keys
     }
 
@@ -64,6 +73,7 @@ impl UniqueKey {
             b'c' => "chip ID",
             b'i' => "identity",
             b't' => "certificate serial",
+            b's' => "certificate subject",
             b'e' => "session",
             b'a' => "number of audit entries",
             b'o' => "audited node",
@@ -85,6 +95,7 @@ enum UniqueField {
     Serial = b't',
     Session = b'e',
     PublicKey = b'k',
+    Subject = b's',
     Audit = b'a',
     AuditedNode = b'o',
 }

@@ -13,7 +13,7 @@ use spp::store::{
     StoreError,
 };
 use spp_format::keys::KeyType;
-use spp_format::names::{ChipId, DeviceIdentity, SessionId};
+use spp_format::names::{ChipId, DeviceIdentity, SessionId, StationName};
 use spp_format::record::{AuditCheckpoint, DeviceRecord, Publication, PublishedRecord, UniqueKey};
 use spp_format::tlog::{LogProof, SignedCheckpoint, TileId};
 
@@ -158,6 +158,10 @@ impl<S: StateStore> StateStore for FaultyStore<S> {
 
     async fn counts(&self) -> Result<SessionCounts, StoreError> {
         self.engine.counts().await
+    }
+
+    async fn open_sessions(&self, station: &StationName) -> Result<u64, StoreError> {
+        self.engine.open_sessions(station).await
     }
 
     async fn production(

@@ -111,9 +111,11 @@ impl Worker {
 /// Adds profiles that take a P-256 pair from the pool.
 fn add_pooled_profiles(site: &Site) {
     let router = std::fs::read_to_string(site.path("profiles/router.toml")).unwrap().replace("ed25519", "p256");
-    std::fs::write(site.path("profiles/pooled.toml"), &router).unwrap();
+    // Products of their own: two with the same constant attributes could give two devices one subject.
+    let named = |profile: &str, name: &str| profile.replace("Example Router", name);
+    std::fs::write(site.path("profiles/pooled.toml"), named(&router, "Pooled")).unwrap();
     let either = router.replace("source = \"pool\"", "source = \"pool-or-generate\"");
-    std::fs::write(site.path("profiles/pooled-or-made.toml"), either).unwrap();
+    std::fs::write(site.path("profiles/pooled-or-made.toml"), named(&either, "Pooled or made")).unwrap();
     site.edit("sppd.toml", "\"router\"]", "\"router\", \"pooled\", \"pooled-or-made\"]");
     site.edit(
         "sppd.toml",

@@ -8,7 +8,8 @@ use coset::{
     TaggedCborSerializable as _, enc_structure_data, iana,
 };
 
-use super::{MAX_BACKUP_LEN, clear, data, gcm};
+use super::clear::Haystack;
+use super::{MAX_BACKUP_LEN, data, gcm};
 use crate::cbor::Writer;
 use crate::keys::sha256;
 use crate::names::ChipId;
@@ -210,7 +211,8 @@ fn check_size(bytes: &[u8], max: usize) -> Result<(), BackupError> {
 }
 
 fn check_no_clear_secrets(bytes: &[u8], package: &SecretBytes, secrets: &[&SecretBytes]) -> Result<(), BackupError> {
-    if let Some(form) = secrets.iter().find_map(|secret| clear::find(secret, bytes)) {
+    let haystack = Haystack::new(bytes);
+    if let Some(form) = secrets.iter().find_map(|secret| haystack.find(secret)) {
         return Err(BackupError::SecretInClear { form });
     }
     // Exposed to search for it.

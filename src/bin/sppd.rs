@@ -264,7 +264,7 @@ async fn open_registry(config: &DaemonConfig, hsm: &Hsm, journal: &Journal) -> R
     let settings = registry.settings.clone();
     let log = TransparencyLog::open(&store.public, &store.public_options, Arc::new(signer), settings).await;
     let registry = Registry::new(Arc::new(log.map_err(|e| e.to_string())?));
-    let records = registry.count().await.map_err(|e| e.to_string())?;
+    let records = registry.len().await.map_err(|e| e.to_string())?;
     let sessions = journal.counts().await.map_err(|e| e.to_string())?;
     let published = sessions.published + sessions.erased;
     match published.saturating_sub(records) {
@@ -347,7 +347,7 @@ async fn check(config: DaemonConfig) -> Result<(), String> {
     let registry = open_registry(&config, &hsm, &journal).await?;
     let (free, floor) = journal.disk_space().map_err(|e| e.to_string())?;
     let unfinished = journal.unfinished().await.map_err(|e| e.to_string())?.len();
-    let records = registry.count().await.map_err(|e| e.to_string())?;
+    let records = registry.len().await.map_err(|e| e.to_string())?;
     println!("state store    {}: {unfinished} unfinished sessions", config.store.state.display());
     println!("public         {}: {records} records", config.store.public.display());
     let (node, key) = (config.node.clone(), config.registry.key.key.clone());

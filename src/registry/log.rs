@@ -21,8 +21,8 @@ use super::snapshot::{Snapshot, damaged};
 use super::witness::{self, CosigningState, Witness};
 use crate::store::directory::{Fs, OsFs};
 use crate::store::{
-    InFlightPublication, InFlightPublications, PublicDatabase, PublishError, RegistryStatus, SledIndex, StoreError,
-    StoreOptions,
+    InFlightPublication, InFlightPublications, LogReader, PublicDatabase, PublishError, RegistryStatus, SledIndex,
+    StoreError, StoreOptions,
 };
 
 /// Capacity of the sequencer's queue. Callers wait while it is full.
@@ -195,7 +195,10 @@ impl PublicDatabase for TransparencyLog {
     fn reserve_slot(&self) -> InFlightPublication {
         self.in_flight.reserve_slot()
     }
+}
 
+#[async_trait]
+impl LogReader for TransparencyLog {
     async fn find(&self, key: &UniqueKey) -> Result<Option<PublishedRecord>, StoreError> {
         match self.shared.find(vec![*key]).await?.pop().flatten() {
             Some(found) => self.run_blocking(move |shared| shared.record(&found)).await,

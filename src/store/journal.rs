@@ -1,20 +1,18 @@
 //! The session journal. Each durable step returns the proof that the next step requires.
 
-use std::ops::Range;
+use std::ops::Deref;
 use std::sync::Arc;
 
-use spp_format::names::{ChipId, DeviceIdentity, SessionId, StationName};
+use spp_format::names::{ChipId, SessionId};
 
-use super::production::{ProductionCounts, ProductionSlot};
 use super::secret::PairToReserve;
-use super::session::{Session, SessionCounts, SessionCursor, SessionSet, SessionState};
-use super::state_store::{ReserveError, StateStore};
+use super::session::{Session, SessionState};
+use super::state_store::{ReserveError, SessionReader, StateStore};
 use super::{PublicationReceipt, StoreError};
-use crate::hsm::StoredKey;
 use crate::state_name::StateName;
 
-/// The state store as the request flows use it: steps return proofs. Reads are passed on, because the trait behind it also has
-/// [`StateStore::advance`], which nothing else may call.
+/// The state store as the request flows use it: steps return proofs. Reads are those of [`SessionReader`]; a session that is read
+/// so is no proof of anything.
 #[derive(Clone)]
 pub struct Journal(Arc<dyn StateStore>);
 
@@ -134,6 +132,14 @@ impl Published {
     }
 }
 
+impl Deref for Journal {
+    type Target = dyn SessionReader;
+
+    fn deref(&self) -> &Self::Target {
+        &*self.0
+    }
+}
+
 impl Journal {
     /// Wraps a storage engine.
     pub fn new(engine: Arc<dyn StateStore>) -> Self {
@@ -209,16 +215,6 @@ impl Journal {
         Ok(self.0.session_of_chip(chip).await?.map(Loaded::from_session))
     }
 
-    /// The session that holds an identity, for error messages.
-    pub async fn session_of_identity(&self, identity: &DeviceIdentity) -> Result<Option<Session>, StoreError> {
-        self.0.session_of_identity(identity).await
-    }
-
-    /// The key pair of a session, while it is in the secret store.
-    pub async fn stored_key(&self, session: &SessionId) -> Result<Option<StoredKey>, StoreError> {
-        self.0.stored_key(session).await
-    }
-
     /// Reports whether the journal has the session.
     pub async fn contains(&self, session: &SessionId) -> Result<bool, StoreError> {
         Ok(self.0.session(session).await?.is_some())
@@ -227,51 +223,6 @@ impl Journal {
     /// All sessions that are not final, oldest first.
     pub async fn unfinished(&self) -> Result<Vec<Loaded>, StoreError> {
         Ok(self.0.unfinished().await?.into_iter().map(Loaded::from_session).collect())
-    }
-
-    /// A session for display, without proof.
-    pub async fn session(&self, id: &SessionId) -> Result<Option<Session>, StoreError> {
-        self.0.session(id).await
-    }
-
-    /// See [`StateStore::sessions`].
-    pub async fn sessions(
-        &self,
-        set: SessionSet,
-        after: Option<SessionCursor>,
-        limit: usize,
-    ) -> Result<Vec<Session>, StoreError> {
-        self.0.sessions(set, after, limit).await
-    }
-
-    /// See [`StateStore::sessions_of_chip`].
-    pub async fn sessions_of_chip(&self, chip: &ChipId, limit: usize) -> Result<Vec<Session>, StoreError> {
-        self.0.sessions_of_chip(chip, limit).await
-    }
-
-    /// See [`StateStore::production`].
-    pub async fn production(
-        &self,
-        hours: Range<u64>,
-        after: Option<&ProductionSlot>,
-        limit: usize,
-    ) -> Result<Vec<(ProductionSlot, ProductionCounts)>, StoreError> {
-        self.0.production(hours, after, limit).await
-    }
-
-    /// Sessions by state.
-    pub async fn counts(&self) -> Result<SessionCounts, StoreError> {
-        self.0.counts().await
-    }
-
-    /// See [`StateStore::open_sessions`].
-    pub async fn open_sessions(&self, station: &StationName) -> Result<u64, StoreError> {
-        self.0.open_sessions(station).await
-    }
-
-    /// Free disk space and the configured floor, in bytes.
-    pub fn disk_space(&self) -> Result<(u64, u64), StoreError> {
-        self.0.disk_space()
     }
 }
 

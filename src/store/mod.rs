@@ -32,7 +32,7 @@ pub use directory::StoreOptions;
 pub use journal::{Abortable, Intent, Issued, Journal, Loaded, Published, Signed};
 pub use production::{ProductionCounts, ProductionSlot, SECONDS_PER_HOUR};
 pub use public::{
-    InFlightPublication, InFlightPublications, PublicDatabase, PublicationReceipt, PublishError, Registry,
+    InFlightPublication, InFlightPublications, LogReader, PublicDatabase, PublicationReceipt, PublishError, Registry,
     RegistryStatus, WitnessStatus,
 };
 pub use secret::{
@@ -40,7 +40,7 @@ pub use secret::{
     PairToReserve, PooledPair, Purpose, RewrappedPair, SecretStore,
 };
 pub use session::{MasterKeyVersion, Session, SessionCounts, SessionCursor, SessionSet, SessionState};
-pub use state_store::{ReserveError, StateStore};
+pub use state_store::{ReserveError, SessionReader, StateStore};
 
 pub use crate::access::AccessStore;
 pub use crate::state_name::StateName;

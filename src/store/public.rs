@@ -1,5 +1,6 @@
 //! The trait of the public database, and the receipt that proves a publication.
 
+use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -66,27 +67,10 @@ impl Drop for InFlightPublication {
     }
 }
 
-/// The permanent, append-only public database. It is a transparency log that requires no trust: each record is an entry, and a
-/// signed checkpoint covers the entry before its publication is acknowledged. Checkpoints of the daemon's audit log are entries
-/// too, which makes truncation of the audit log detectable.
-///
-/// Trust: an attacker who controls it can withhold entries, but cannot alter, remove or reorder them undetected.
-/// Every append survives power loss once the call returns.
+/// Reads of the public database.
 #[async_trait]
 #[expect(clippy::len_without_is_empty, reason = "callers need the number of records, not whether it is zero")]
-pub trait PublicDatabase: Send + Sync {
-    /// Appends a record whose chip ID, identity, certificate serial and public key are each new. Publishing a record of the same
-    /// session that differs only in its time returns the first publication. Any other difference is a `Conflict`, because a
-    /// session has one record. Fails with `Full` below the disk space floor.
-    async fn publish(&self, record: &DeviceRecord) -> Result<Publication, PublishError>;
-
-    /// Appends a checkpoint of an audit log. Appending a checkpoint with the same node, entry count and note returns the first
-    /// publication; another note is a `Conflict`. Fails with `Full` below the disk space floor.
-    async fn append_audit(&self, checkpoint: &AuditCheckpoint) -> Result<Publication, PublishError>;
-
-    /// Announces a publication in flight, until the returned value is dropped.
-    fn reserve_slot(&self) -> InFlightPublication;
-
+pub trait LogReader: Send + Sync {
     /// The newest record with a key.
     async fn find(&self, key: &UniqueKey) -> Result<Option<PublishedRecord>, StoreError>;
 
@@ -120,6 +104,27 @@ pub trait PublicDatabase: Send + Sync {
     async fn tile(&self, tile: TileId) -> Result<Option<Vec<u8>>, StoreError>;
 }
 
+/// The permanent, append-only public database. It is a transparency log that requires no trust: each record is an entry, and a
+/// signed checkpoint covers the entry before its publication is acknowledged. Checkpoints of the daemon's audit log are entries
+/// too, which makes truncation of the audit log detectable.
+///
+/// Trust: an attacker who controls it can withhold entries, but cannot alter, remove or reorder them undetected.
+/// Every append survives power loss once the call returns.
+#[async_trait]
+pub trait PublicDatabase: LogReader {
+    /// Appends a record whose chip ID, identity, certificate serial and public key are each new. Publishing a record of the same
+    /// session that differs only in its time returns the first publication. Any other difference is a `Conflict`, because a
+    /// session has one record. Fails with `Full` below the disk space floor.
+    async fn publish(&self, record: &DeviceRecord) -> Result<Publication, PublishError>;
+
+    /// Appends a checkpoint of an audit log. Appending a checkpoint with the same node, entry count and note returns the first
+    /// publication; another note is a `Conflict`. Fails with `Full` below the disk space floor.
+    async fn append_audit(&self, checkpoint: &AuditCheckpoint) -> Result<Publication, PublishError>;
+
+    /// Announces a publication in flight, until the returned value is dropped.
+    fn reserve_slot(&self) -> InFlightPublication;
+}
+
 /// Status of the public database.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RegistryStatus {
@@ -144,8 +149,7 @@ pub struct WitnessStatus {
     pub error: Option<String>,
 }
 
-/// The public database as the request flows use it: publishing returns a proof. Reads are passed on, because the trait behind it
-/// also has [`PublicDatabase::publish`], which makes no proof.
+/// The public database as the request flows use it: publishing returns a proof. Reads are those of [`LogReader`].
 #[derive(Clone)]
 pub struct Registry(Arc<dyn PublicDatabase>);
 
@@ -165,6 +169,14 @@ impl PublicationReceipt {
     /// The publication.
     pub const fn publication(&self) -> Publication {
         self.publication
+    }
+}
+
+impl Deref for Registry {
+    type Target = dyn LogReader;
+
+    fn deref(&self) -> &Self::Target {
+        &*self.0
     }
 }
 
@@ -220,53 +232,8 @@ impl Registry {
         Ok(self.newest().await?.map(|found| found.record.session))
     }
 
-    /// See [`PublicDatabase::newest`].
-    pub async fn newest(&self) -> Result<Option<PublishedRecord>, StoreError> {
-        self.0.newest().await
-    }
-
     /// See [`PublicDatabase::append_audit`]. Repeating the call is safe and returns the same publication.
     pub async fn append_audit(&self, checkpoint: &AuditCheckpoint) -> Result<Publication, PublishError> {
         self.0.append_audit(checkpoint).await
-    }
-
-    /// See [`PublicDatabase::newest_audit`].
-    pub async fn newest_audit(&self, node: &str) -> Result<Option<(u64, AuditCheckpoint)>, StoreError> {
-        self.0.newest_audit(node).await
-    }
-
-    /// Number of records.
-    pub async fn count(&self) -> Result<u64, StoreError> {
-        self.0.len().await
-    }
-
-    /// See [`PublicDatabase::status`].
-    pub fn status(&self) -> RegistryStatus {
-        self.0.status()
-    }
-
-    /// See [`PublicDatabase::record`].
-    pub async fn record(&self, index: u64) -> Result<Option<PublishedRecord>, StoreError> {
-        self.0.record(index).await
-    }
-
-    /// See [`PublicDatabase::checkpoint`].
-    pub async fn checkpoint(&self) -> Result<Option<SignedCheckpoint>, StoreError> {
-        self.0.checkpoint().await
-    }
-
-    /// See [`PublicDatabase::prove`].
-    pub async fn prove(&self, index: u64) -> Result<Option<LogProof>, StoreError> {
-        self.0.prove(index).await
-    }
-
-    /// See [`PublicDatabase::receipt`].
-    pub async fn receipt(&self, index: u64) -> Result<Option<LogProof>, StoreError> {
-        self.0.receipt(index).await
-    }
-
-    /// See [`PublicDatabase::tile`].
-    pub async fn tile(&self, tile: TileId) -> Result<Option<Vec<u8>>, StoreError> {
-        self.0.tile(tile).await
     }
 }

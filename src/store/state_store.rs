@@ -49,26 +49,9 @@ pub enum ReserveError {
     Store(#[from] StoreError),
 }
 
-/// The private store: the journal of sessions and the secret store, in one database.
-///
-/// Trust: an attacker who controls it can withhold or roll back sessions, but cannot read keys without the HSM.
-/// Every write survives power loss once the call returns.
+/// Reads of the session journal.
 #[async_trait]
-pub trait StateStore: Send + Sync {
-    /// Atomically journals a new session in state Reserved and assigns its key pair. All earlier sessions of the chip and the
-    /// identity must be aborted, and a pooled pair must be ready. The subject of the certificate
-    /// must not be that of another session that is not aborted. The public key of a device that generated its own pair must not be that of another session
-    /// that is not aborted. Repeating the same reservation succeeds. Fails with
-    /// `QuotaExceeded` beyond the station's quota in force, with `WrongState` if another session has the ID, and with `Full`
-    /// below the disk space floor.
-    async fn reserve(&self, session: &Session, pair: Option<&PairToReserve>) -> Result<(), ReserveError>;
-
-    /// Moves a session from state `from` to state `to`. Fails with `WrongState` if it is not in `from`, or if the step is not
-    /// allowed ([`StateName::can_advance_to`]). `Erased` and `Aborted` permanently erase the key pair in the same transaction.
-    /// Aborting releases the chip, the identity, the certificate's subject and the public key. A session that is already in state `to`, with equal data, is returned
-    /// unchanged. A missing session is `Damaged`, because callers only know IDs from the store.
-    async fn advance(&self, session: &SessionId, from: StateName, to: SessionState) -> Result<Session, StoreError>;
-
+pub trait SessionReader: Send + Sync {
     /// A session by ID.
     async fn session(&self, id: &SessionId) -> Result<Option<Session>, StoreError>;
 
@@ -114,4 +97,25 @@ pub trait StateStore: Send + Sync {
 
     /// Free disk space, and the floor below which new devices are refused, in bytes.
     fn disk_space(&self) -> Result<(u64, u64), StoreError>;
+}
+
+/// The private store: the journal of sessions and the secret store, in one database.
+///
+/// Trust: an attacker who controls it can withhold or roll back sessions, but cannot read keys without the HSM.
+/// Every write survives power loss once the call returns.
+#[async_trait]
+pub trait StateStore: SessionReader {
+    /// Atomically journals a new session in state Reserved and assigns its key pair. All earlier sessions of the chip and the
+    /// identity must be aborted, and a pooled pair must be ready. The subject of the certificate
+    /// must not be that of another session that is not aborted. The public key of a device that generated its own pair must not be that of another session
+    /// that is not aborted. Repeating the same reservation succeeds. Fails with
+    /// `QuotaExceeded` beyond the station's quota in force, with `WrongState` if another session has the ID, and with `Full`
+    /// below the disk space floor.
+    async fn reserve(&self, session: &Session, pair: Option<&PairToReserve>) -> Result<(), ReserveError>;
+
+    /// Moves a session from state `from` to state `to`. Fails with `WrongState` if it is not in `from`, or if the step is not
+    /// allowed ([`StateName::can_advance_to`]). `Erased` and `Aborted` permanently erase the key pair in the same transaction.
+    /// Aborting releases the chip, the identity, the certificate's subject and the public key. A session that is already in state `to`, with equal data, is returned
+    /// unchanged. A missing session is `Damaged`, because callers only know IDs from the store.
+    async fn advance(&self, session: &SessionId, from: StateName, to: SessionState) -> Result<Session, StoreError>;
 }

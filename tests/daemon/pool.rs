@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 
 use serde_json::Value;
-use spp::store::StateStore as _;
+use spp::store::SessionReader as _;
 use spp_proto::{AbortRequest, AssembleRequest, AssembleResponse, GetPoolStatusResponse, SessionState};
 use tonic::Code;
 use tonic_types::StatusExt as _;

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use spp::hsm::{Hsm, KeyReloadRequest, StoredKey};
-use spp::store::{BatchPair, KeyStorage, PairCounts, SecretStore as _, SledStateStore, StateStore as _};
+use spp::store::{BatchPair, KeyStorage, PairCounts, SecretStore as _, SessionReader as _, SledStateStore};
 use spp_device::Device;
 use spp_format::keys::{KeyType, PublicKey, SignatureAlgorithm};
 use spp_proto::{AssembleRequest, AssembleResponse};

@@ -1,7 +1,7 @@
 //! Session expiry: an expired session releases its chip and identity, and its pair is destroyed.
 
 use spp::provisioning::{ProvisionError, RecoveryReport};
-use spp::store::{PublicDatabase as _, StateName, StateStore as _};
+use spp::store::{LogReader as _, SessionReader as _, StateName};
 
 use spp_testkit::point::device::{Kind, TestDevice};
 use spp_testkit::point::faulty_stores::{FaultMode, Write};

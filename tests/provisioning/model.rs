@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use spp::provisioning::ProvisionError;
-use spp::store::{PublicDatabase as _, SessionCounts, StateName, StateStore as _};
+use spp::store::{LogReader as _, SessionCounts, SessionReader as _, StateName};
 use spp_format::names::SessionId;
 use spp_format::record::{Publication, PublishedRecord};
 use spp_testkit::random::cases;

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use spp::provisioning::{AssembleRequest, Assembled, Completion, Delivery, ProvisionError, Provisioner};
-use spp::store::{PublicDatabase as _, SessionCounts, StateName, StateStore as _};
+use spp::store::{LogReader as _, SessionCounts, SessionReader as _, StateName};
 use spp_format::keys::PublicKey;
 use spp_format::names::SessionId;
 use spp_format::record::{AuditCheckpoint, DeviceRecord, Publication};

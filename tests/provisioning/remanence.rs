@@ -6,7 +6,7 @@ use std::path::Path;
 
 use spp::hsm::{HsmError, KeyReloadRequest, StoredKey};
 use spp::keypool::{Marks, PoolRules, ShredOrder};
-use spp::store::{KeyStorage, SledStateStore, StateStore as _};
+use spp::store::{KeyStorage, SessionReader as _, SledStateStore};
 use spp_format::keys::{DevicePrivateKey, KeyType};
 
 use spp_testkit::point::device::{Kind, TestDevice};

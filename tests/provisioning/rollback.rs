@@ -2,7 +2,7 @@
 //! issued twice, and nothing is erased that is not public.
 
 use spp::provisioning::{ProvisionError, RecoveryReport};
-use spp::store::{PublicDatabase as _, StateName};
+use spp::store::{LogReader as _, StateName};
 
 use spp_testkit::point::TestBed;
 use spp_testkit::point::device::{Kind, TestDevice};

@@ -26,7 +26,7 @@ use spp_testkit::wait::eventually;
 use crate::store::contract_public::{PublicFactory, public_database_contract, record};
 use crate::store::directory::OsFs;
 use crate::store::testing::FaultInjector;
-use crate::store::{PublicDatabase, PublishError, StoreError, StoreOptions, WitnessStatus};
+use crate::store::{LogReader, PublicDatabase, PublishError, StoreError, StoreOptions, WitnessStatus};
 
 mod crash;
 mod export;

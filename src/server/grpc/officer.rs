@@ -138,7 +138,7 @@ async fn status(provisioner: &Provisioner, context: OfficerContext) -> Result<pr
             erased: counts.erased,
             aborted: counts.aborted,
         }),
-        records: provisioner.registry().count().await?,
+        records: provisioner.registry().len().await?,
         audit: Some(audit_status(&context.auditor).await?),
         log: Some(log_status(provisioner.registry().status())),
         free_bytes,

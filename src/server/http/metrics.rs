@@ -297,7 +297,7 @@ async fn records(families: &mut Registry, provisioner: &Provisioner) -> Result<(
     }
     families.register("log_witness_size", "Size of the largest tree that the witness has cosigned", witnesses);
     families.register("log_witness_failing", "Whether the witness failed to cosign the last checkpoint", failing);
-    counter(families, "records", "Device records in the public database", provisioner.registry().count().await?);
+    counter(families, "records", "Device records in the public database", provisioner.registry().len().await?);
     Ok(())
 }
 

@@ -14,8 +14,8 @@ use super::view::View;
 use super::{access, pairs, production};
 use crate::hsm::StoredKey;
 use crate::store::{
-    PairToReserve, ProductionCounts, ProductionSlot, ReserveError, Session, SessionCounts, SessionCursor, SessionSet,
-    SessionState, StateName, StateStore, StoreError,
+    PairToReserve, ProductionCounts, ProductionSlot, ReserveError, Session, SessionCounts, SessionCursor,
+    SessionReader, SessionSet, SessionState, StateName, StateStore, StoreError,
 };
 
 #[async_trait]
@@ -29,7 +29,10 @@ impl StateStore for SledStateStore {
         let id = *session;
         self.0.run("advancing a session", move |view| advance(view, id, from, to)).await
     }
+}
 
+#[async_trait]
+impl SessionReader for SledStateStore {
     async fn session(&self, id: &SessionId) -> Result<Option<Session>, StoreError> {
         let id = *id;
         self.0.run("reading a session", move |view| session(view, &id)).await

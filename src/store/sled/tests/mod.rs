@@ -18,7 +18,7 @@ use crate::store::contract_access::access_store_contract;
 use crate::store::contract_pairs::secret_store_contract;
 use crate::store::contract_production::{assert_production_matches_counts, production_contract};
 use crate::store::testing::FaultInjector;
-use crate::store::{ReserveError, Session, SessionCounts, StateName, StateStore, StoreError};
+use crate::store::{ReserveError, Session, SessionCounts, SessionReader, StateName, StateStore, StoreError};
 
 mod blobs;
 mod crash;

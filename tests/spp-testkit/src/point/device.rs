@@ -1,7 +1,7 @@
 //! A simulated device with its station, and assertions on a completed device.
 
 use spp::provisioning::{AssembleRequest, Completion, Delivery, ProvisionError};
-use spp::store::{PublicDatabase as _, Session, SessionCounts, SessionState, StateName, StateStore as _};
+use spp::store::{LogReader as _, Session, SessionCounts, SessionReader as _, SessionState, StateName};
 use spp_device::{Delivery as DeviceDelivery, Device, InstalledPackage, PublicRecord};
 use spp_format::keys::sha256;
 use spp_format::names::{ChipId, DeviceIdentity, Imei, ProfileName, SessionId};

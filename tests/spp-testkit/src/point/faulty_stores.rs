@@ -7,10 +7,10 @@ use std::sync::{Arc, Mutex};
 use async_trait::async_trait;
 use spp::hsm::{StoreId, StoredKey, TokenPair};
 use spp::store::{
-    Batch, BatchPair, BatchStep, InFlightPublication, KeyStorage, PairCounts, PairId, PairToDestroy, PairToReserve,
-    PooledPair, ProductionCounts, ProductionSlot, PublicDatabase, PublishError, Purpose, RegistryStatus, ReserveError,
-    RewrappedPair, SecretStore, Session, SessionCounts, SessionCursor, SessionSet, SessionState, StateName, StateStore,
-    StoreError,
+    Batch, BatchPair, BatchStep, InFlightPublication, KeyStorage, LogReader, PairCounts, PairId, PairToDestroy,
+    PairToReserve, PooledPair, ProductionCounts, ProductionSlot, PublicDatabase, PublishError, Purpose, RegistryStatus,
+    ReserveError, RewrappedPair, SecretStore, Session, SessionCounts, SessionCursor, SessionReader, SessionSet,
+    SessionState, StateName, StateStore, StoreError,
 };
 use spp_format::keys::KeyType;
 use spp_format::names::{ChipId, DeviceIdentity, SessionId, StationName};
@@ -122,7 +122,10 @@ impl<S: StateStore> StateStore for FaultyStore<S> {
         };
         self.faults.write(write, self.engine.advance(session, from, to)).await
     }
+}
 
+#[async_trait]
+impl<S: StateStore> SessionReader for FaultyStore<S> {
     async fn session(&self, id: &SessionId) -> Result<Option<Session>, StoreError> {
         self.engine.session(id).await
     }
@@ -192,7 +195,10 @@ impl<S: PublicDatabase> PublicDatabase for FaultyStore<S> {
     fn reserve_slot(&self) -> InFlightPublication {
         self.engine.reserve_slot()
     }
+}
 
+#[async_trait]
+impl<S: PublicDatabase> LogReader for FaultyStore<S> {
     async fn find(&self, key: &UniqueKey) -> Result<Option<PublishedRecord>, StoreError> {
         self.engine.find(key).await
     }

@@ -18,7 +18,7 @@ use spp::keypool::{KeyPool, KindStatus, Marks, PoolPacing, PoolRules};
 use spp::provisioning::{Clock, Policy, Provisioner};
 use spp::registry::{HsmSigner, TransparencyLog};
 use spp::store::{
-    Batch, BatchState, Journal, PublicDatabase as _, Purpose, Registry, SecretStore as _, SledStateStore, StoreOptions,
+    Batch, BatchState, Journal, LogReader as _, Purpose, Registry, SecretStore as _, SledStateStore, StoreOptions,
 };
 use spp_device::SimulatedFab;
 use spp_format::keys::KeyType;

@@ -1,5 +1,6 @@
 //! Access control in the running daemon: approvals, enrolment, revocation and identity ranges.
 
+use std::ops::Deref;
 use std::sync::Arc;
 
 use spp_format::approval::{
@@ -13,8 +14,8 @@ use spp_format::keys::sha256;
 use spp_format::names::{KeyName, OfficerName, ProfileName, StationName};
 
 use super::{
-    AccessError, AccessStore, ApprovalRequest, IdentityRange, IssuedAccess, LoadedRange, Refused, RequestError,
-    RequestState, Revocation, RevocationList, StationUse,
+    AccessError, AccessReader, AccessStore, ApprovalRequest, IdentityRange, IssuedAccess, LoadedRange, Refused,
+    RequestError, RequestState, Revocation, RevocationList,
 };
 use crate::clock::Clock;
 use crate::hsm::{AccessSigner, Hsm};
@@ -78,6 +79,14 @@ pub struct Enrolled {
     pub authority: String,
     /// The stored record of the certificate.
     pub issued: IssuedAccess,
+}
+
+impl Deref for AccessControl {
+    type Target = dyn AccessReader;
+
+    fn deref(&self) -> &Self::Target {
+        &*self.store
+    }
 }
 
 impl AccessControl {
@@ -183,11 +192,6 @@ impl AccessControl {
         Ok(decided)
     }
 
-    /// All stored requests, newest first.
-    pub async fn requests(&self) -> Result<Vec<ApprovalRequest>, AccessError> {
-        Ok(self.store.requests().await?)
-    }
-
     /// The request with this ID.
     pub async fn request_by_id(&self, id: RequestId) -> Result<ApprovalRequest, AccessError> {
         Ok(self.store.request(id).await?.ok_or(RequestError::Unknown(id))?)
@@ -289,21 +293,6 @@ impl AccessControl {
         self.issue(present.caller.clone(), csr, self.clock.now(), life, &present.caller).await
     }
 
-    /// Stations with their quotas and usage.
-    pub async fn stations(&self) -> Result<Vec<StationUse>, AccessError> {
-        Ok(self.store.stations().await?)
-    }
-
-    /// The newest certificate that the daemon issued to each caller.
-    pub async fn certificates(&self) -> Result<Vec<IssuedAccess>, AccessError> {
-        Ok(self.store.certificates().await?)
-    }
-
-    /// All revocations.
-    pub async fn revocations(&self) -> Result<Vec<Revocation>, AccessError> {
-        Ok(self.store.revocations().await?)
-    }
-
     /// Loads a range of identities for the daemon to assign.
     pub async fn load_range(
         &self,
@@ -312,11 +301,6 @@ impl AccessControl {
         by: &Caller,
     ) -> Result<LoadedRange, AccessError> {
         self.store.load_range(profile, range, by, self.clock.now()).await
-    }
-
-    /// The loaded ranges and how much of each is used.
-    pub async fn ranges(&self) -> Result<Vec<LoadedRange>, AccessError> {
-        Ok(self.store.ranges().await?)
     }
 
     /// The current time of the clock that decides expiry; seconds since the Unix epoch.

@@ -21,7 +21,7 @@ pub use quota::{AppliedQuota, Exceeded, NeedsApproval, Usage};
 pub use range::IdentityRange;
 pub use request::{ApprovalRequest, RequestError, RequestState};
 pub use revocation_list::RevocationList;
-pub use store::AccessStore;
+pub use store::{AccessReader, AccessStore};
 pub(crate) use store::{MAX_OPEN_REQUESTS, MAX_OWN_REQUESTS, MAX_RANGES, MAX_REQUESTS};
 
 #[cfg(test)]

@@ -22,9 +22,9 @@ use super::session_rows::{identity_key, session_by_index};
 use super::state_store::SledStateStore;
 use super::view::View;
 use crate::access::{
-    AccessError, AccessStore, AppliedQuota, AppliedRules, ApprovalRequest, IdentityRange, IssuedAccess, LoadedRange,
-    MAX_OPEN_REQUESTS, MAX_OWN_REQUESTS, MAX_RANGES, MAX_REQUESTS, Refused, RequestError, RequestState, Revocation,
-    StationUse, Usage,
+    AccessError, AccessReader, AccessStore, AppliedQuota, AppliedRules, ApprovalRequest, IdentityRange, IssuedAccess,
+    LoadedRange, MAX_OPEN_REQUESTS, MAX_OWN_REQUESTS, MAX_RANGES, MAX_REQUESTS, Refused, RequestError, RequestState,
+    Revocation, StationUse, Usage,
 };
 use crate::store::{ReserveError, Session, StoreError};
 
@@ -42,24 +42,8 @@ impl AccessStore for SledStateStore {
         self.0.run("applying rules and quotas", move |view| apply(view, rules, quotas, all_or_nothing)).await
     }
 
-    async fn rules(&self) -> Result<Option<AppliedRules>, StoreError> {
-        self.0.run("reading the rules", |view| view.get(RULES, || "the rules".into())).await
-    }
-
-    async fn stations(&self) -> Result<Vec<StationUse>, StoreError> {
-        self.0.run("reading the quotas", |view| stations(view)).await
-    }
-
     async fn file_request(&self, request: ApprovalRequest) -> Result<ApprovalRequest, AccessError> {
         self.0.run("filing a request", move |view| file_request(view, request)).await
-    }
-
-    async fn requests(&self) -> Result<Vec<ApprovalRequest>, StoreError> {
-        self.0.run("listing requests", |view| requests(view)).await
-    }
-
-    async fn request(&self, id: RequestId) -> Result<Option<ApprovalRequest>, StoreError> {
-        self.0.run("reading a request", move |view| request(view, id)).await
     }
 
     async fn decide(
@@ -81,18 +65,10 @@ impl AccessStore for SledStateStore {
         self.0.run("consuming an approval", consume_approval).await
     }
 
-    async fn revocations(&self) -> Result<Vec<Revocation>, StoreError> {
-        self.0.run("listing revocations", |view| values(view, b"Av")).await
-    }
-
     async fn record_certificate(&self, certificate: &IssuedAccess) -> Result<(), StoreError> {
         let certificate = certificate.clone();
         let key = caller_key(b"Ac", &certificate.caller);
         self.0.run("storing a certificate", move |view| view.put(&key, &certificate)).await
-    }
-
-    async fn certificates(&self) -> Result<Vec<IssuedAccess>, StoreError> {
-        self.0.run("listing certificates", |view| values(view, b"Ac")).await
     }
 
     async fn load_range(
@@ -104,10 +80,6 @@ impl AccessStore for SledStateStore {
     ) -> Result<LoadedRange, AccessError> {
         let by = by.to_string();
         self.0.run("loading identities", move |view| load_range(view, profile, range, by, at)).await
-    }
-
-    async fn ranges(&self) -> Result<Vec<LoadedRange>, StoreError> {
-        self.0.run("listing identity ranges", |view| values(view, b"Ag")).await
     }
 
     async fn allocate(
@@ -130,6 +102,37 @@ impl AccessStore for SledStateStore {
             Ok(allocated.and_then(|found| found.ok_or(Refused::NoIdentity { profile, station })))
         });
         Ok(allocated.await??)
+    }
+}
+
+#[async_trait]
+impl AccessReader for SledStateStore {
+    async fn rules(&self) -> Result<Option<AppliedRules>, StoreError> {
+        self.0.run("reading the rules", |view| view.get(RULES, || "the rules".into())).await
+    }
+
+    async fn stations(&self) -> Result<Vec<StationUse>, StoreError> {
+        self.0.run("reading the quotas", |view| stations(view)).await
+    }
+
+    async fn requests(&self) -> Result<Vec<ApprovalRequest>, StoreError> {
+        self.0.run("listing requests", |view| requests(view)).await
+    }
+
+    async fn request(&self, id: RequestId) -> Result<Option<ApprovalRequest>, StoreError> {
+        self.0.run("reading a request", move |view| request(view, id)).await
+    }
+
+    async fn revocations(&self) -> Result<Vec<Revocation>, StoreError> {
+        self.0.run("listing revocations", |view| values(view, b"Av")).await
+    }
+
+    async fn certificates(&self) -> Result<Vec<IssuedAccess>, StoreError> {
+        self.0.run("listing certificates", |view| values(view, b"Ac")).await
+    }
+
+    async fn ranges(&self) -> Result<Vec<LoadedRange>, StoreError> {
+        self.0.run("listing identity ranges", |view| values(view, b"Ag")).await
     }
 }
 

@@ -89,8 +89,8 @@ pub trait AccessStore: AccessReader {
     ) -> Result<LoadedRange, AccessError>;
 
     /// Permanently allocates an identity to a chip: the first unused one of the profile's ranges that starts with one of the
-    /// `permitted` prefixes. The same chip gets the same identity again, unless it is `taken`, the identity that the public
-    /// database has for another chip; then it gets the next one. A new allocation fails if the station's quota is exhausted.
+    /// `permitted` prefixes. The same chip gets the same identity again, unless it is `taken`: the public database has
+    /// it for another chip, or its certificate subject belongs to another identity; then it gets the next one. A new allocation fails if the station's quota is exhausted.
     async fn allocate(
         &self,
         chip: &ChipId,

@@ -3,7 +3,7 @@
 
 use spp_format::certificate::IssuedSubject;
 use spp_format::keys::PublicKey;
-use spp_format::names::{ChipId, DeviceIdentity, ProfileName, StationName};
+use spp_format::names::{ChipId, DeviceIdentity, ProfileName, SessionId, StationName};
 use spp_format::package::TransportPublicKey;
 use spp_format::record::{PublishedRecord, UniqueKey};
 
@@ -13,7 +13,7 @@ use super::session_recovery::Step;
 use super::{AssembleRequest, Policy, ProvisionError, Provisioner};
 use crate::store::{Intent, Issued, Loaded, Session, SessionState};
 
-/// Maximum number of already published identities that one call skips. The next call continues after them.
+/// Maximum number of identities that one call skips because the public database has them or their subjects. The next call continues after them.
 const MAX_SKIPPED: usize = 100;
 
 /// An order that its station may place, that fits its profile, and whose chip and identity are free or already belong to each
@@ -115,23 +115,46 @@ impl Provisioner {
         Ok(IdentityState { session, record })
     }
 
+    /// The other session whose certificate has the subject that this identity would get.
+    async fn subject_holder(
+        &self,
+        product: &Product,
+        identity: &DeviceIdentity,
+    ) -> Result<Option<SessionId>, ProvisionError> {
+        let subject = IssuedSubject::of_order(&product.profile, product.issuer.certificate(), identity)
+            .map_err(ProvisionError::internal("naming the subject of a certificate"))?;
+        let Some(subject) = subject else { return Ok(None) };
+        let key = UniqueKey::of_subject(&subject);
+        let (session, record) = tokio::try_join!(self.journal.session_of_subject(&subject), self.registry.find(&key))?;
+        Ok(holder(session, record))
+    }
+
+    /// The session whose device has the public key.
+    async fn public_key_holder(&self, key: &PublicKey) -> Result<Option<SessionId>, ProvisionError> {
+        let spki = key.spki_der();
+        let unique = UniqueKey::of_public_key(spki);
+        let (session, record) =
+            tokio::try_join!(self.journal.session_of_public_key(spki), self.registry.find(&unique))?;
+        Ok(holder(session, record))
+    }
+
     async fn allocate_identity(
         &self,
         request: &AssembleRequest,
         policy: &Policy,
     ) -> Result<(DeviceIdentity, IdentityState), ProvisionError> {
-        let permitted = policy.permit_allocation(request)?;
+        let (product, permitted) = policy.permit_allocation(request)?;
         let AssembleRequest { station, chip, profile, .. } = request;
-        let mut published = None;
+        let mut taken = None;
         for _ in 0..MAX_SKIPPED {
             let now = self.clock.now();
-            let allocated = self.access.allocate(chip, profile, station, permitted.clone(), published, now).await?;
-            // The state store could be an old copy and allocate identities again.
+            let allocated = self.access.allocate(chip, profile, station, permitted.clone(), taken, now).await?;
+            // The state store could be an old copy and allocate identities again; and another identity may have the subject.
             let state = self.look_up_identity(&allocated).await?;
-            if state.record.is_none() {
+            if state.record.is_none() && self.subject_holder(product, &allocated).await?.is_none() {
                 return Ok((allocated, state));
             }
-            published = Some(allocated);
+            taken = Some(allocated);
         }
         Err(ProvisionError::Identities(MAX_SKIPPED))
     }
@@ -172,23 +195,14 @@ impl Provisioner {
             let (identity, chip, session) = (record.identity, record.chip, record.session);
             return Err(ProvisionError::IdentityTaken { identity, chip, session });
         }
-        let (profile, issuer) = (&order.product.profile, order.product.issuer.certificate());
-        let subject = IssuedSubject::of_order(profile, issuer, &order.identity)
-            .map_err(ProvisionError::internal("naming the subject of a certificate"))?;
-        if let Some(subject) = subject
-            && let Some(taken) = self.registry.conflict(&UniqueKey::of_subject(&subject)).await?
-        {
-            let identity = order.identity.clone();
-            let conflict = |session| ProvisionError::SubjectTaken { identity, session };
-            return Err(taken.session.map_or_else(|| ProvisionError::RolledBack(taken), conflict));
+        if let Some(session) = self.subject_holder(order.product, &order.identity).await? {
+            return Err(ProvisionError::SubjectTaken { identity: order.identity.clone(), session });
         }
         // A pair that is generated here is checked by its supplier.
         if let Some(own_key) = &order.own_key
-            && let Some(taken) = self.registry.conflict(&UniqueKey::of_public_key(own_key.spki_der())).await?
+            && let Some(session) = self.public_key_holder(own_key).await?
         {
-            return Err(taken
-                .session
-                .map_or_else(|| ProvisionError::RolledBack(taken), ProvisionError::PublicKeyTaken));
+            return Err(ProvisionError::PublicKeyTaken(session));
         }
         // Calls in progress at the same time may exceed the limit by their number, which the listener bounds.
         if self.journal.open_sessions(&order.station).await? >= order.open_sessions {
@@ -255,6 +269,10 @@ fn check_transport_key(session: &Session, order: &AdmittedOrder<'_>) -> Result<(
         return Err(ProvisionError::not_accepted("transport_key", problem));
     }
     Ok(())
+}
+
+fn holder(session: Option<Session>, record: Option<PublishedRecord>) -> Option<SessionId> {
+    session.map(|session| session.id).or_else(|| record.map(|published| published.record.session))
 }
 
 const fn is_aborted(session: &Session) -> bool {

@@ -54,9 +54,12 @@ impl Policy {
         self.stations.confinement(station)
     }
 
-    /// Checks an order that has no identity yet, so that no identity is allocated for a refused order. Returns the identity
-    /// prefixes that the station may allocate.
-    pub(super) fn permit_allocation(&self, request: &AssembleRequest) -> Result<Vec<String>, ProvisionError> {
+    /// Checks an order that has no identity yet, so that no identity is allocated for a refused order. Returns the product
+    /// and the identity prefixes that the station may allocate.
+    pub(super) fn permit_allocation(
+        &self,
+        request: &AssembleRequest,
+    ) -> Result<(&Product, Vec<String>), ProvisionError> {
         let AssembleRequest { station, profile: name, .. } = request;
         let product = self.product(name)?;
         let (profiles, identities) = self.confinement(station).ok_or_else(|| NotPermitted::Unknown(station.clone()))?;
@@ -64,7 +67,7 @@ impl Policy {
             return Err(NotPermitted::Profile(station.clone(), name.clone()).into());
         }
         let violations = violations(&product.profile, request);
-        if violations.is_empty() { Ok(identities) } else { Err(ProvisionError::Invalid(violations)) }
+        if violations.is_empty() { Ok((product, identities)) } else { Err(ProvisionError::Invalid(violations)) }
     }
 
     /// The maximum number of a station's sessions that are not final.

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use async_trait::async_trait;
+use spp_format::certificate::IssuedSubject;
 use spp_format::names::{ChipId, DeviceIdentity, SessionId, StationName};
 
 use super::StoreError;
@@ -60,6 +61,12 @@ pub trait SessionReader: Send + Sync {
 
     /// The session that holds an identity (aborted ones do not).
     async fn session_of_identity(&self, identity: &DeviceIdentity) -> Result<Option<Session>, StoreError>;
+
+    /// The session whose certificate has this issuer and subject (aborted ones do not).
+    async fn session_of_subject(&self, subject: &IssuedSubject) -> Result<Option<Session>, StoreError>;
+
+    /// The session whose device has this public key, SubjectPublicKeyInfo in DER (aborted ones do not).
+    async fn session_of_public_key(&self, spki: &[u8]) -> Result<Option<Session>, StoreError>;
 
     /// The key pair of a session, while it is in the secret store.
     async fn stored_key(&self, session: &SessionId) -> Result<Option<StoredKey>, StoreError>;

@@ -6,7 +6,7 @@ use serde_json::Value;
 use spp_proto::{AbortRequest, AssembleRequest};
 use tonic::Code;
 
-use spp_testkit::devices::{Refusal, TestFab, assemble, complete, install, phone};
+use spp_testkit::devices::{Refusal, TestFab, assemble, complete, gateway, install, phone, provision};
 use spp_testkit::metrics::site_with_metrics;
 use spp_testkit::officers::{approve, site_with_three_officers, sppctl_as, sppctl_json};
 use spp_testkit::ports::free_port;
@@ -142,6 +142,26 @@ async fn identities_are_allocated_once_across_crashes() {
     let both =
         Refusal::of(&assemble(&mut line, &AssembleRequest { allocate_identity: true, ..phone(77) }).await.unwrap_err());
     assert_eq!((both.code, both.fields), (Code::InvalidArgument, vec!["identity".to_owned()]));
+}
+
+/// A station may order an identity by name that differs from a loaded one in case only: certificates would not show the difference.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn allocation_skips_identity_whose_subject_is_taken() {
+    let mut site = Site::new();
+    site.start();
+    let mut line = site.station().await;
+    let fab = TestFab::new(&site);
+    sppctl_json(&site, "tls/officer", "identities load --profile gateway --first serial:GW-1 --count 5");
+    let named =
+        |n: u64, identity: &str| AssembleRequest { identity: identity.to_owned(), ..gateway(n, &fab.device(n)) };
+    assemble(&mut line, &named(1, "serial:gw-1")).await.unwrap();
+    provision(&mut line, &mut fab.device(2), &named(2, "serial:gw-2")).await;
+    let unnamed = AssembleRequest { allocate_identity: true, ..named(3, "") };
+    for _ in 0..2 {
+        assert_eq!(assemble(&mut line, &unnamed).await.unwrap().identity, "serial:GW-3");
+    }
+    let taken = Refusal::of(&assemble(&mut line, &named(4, "serial:gw-3")).await.unwrap_err());
+    assert!(taken.is(Code::AlreadyExists, "SUBJECT_TAKEN"), "{taken:?}");
 }
 
 /// Sessions that are begun and never finished would fill the state store and slow down every start.

@@ -78,16 +78,22 @@ pub(super) fn identity_key(identity: &DeviceIdentity) -> Vec<u8> {
     [b"i", identity.to_string().as_bytes()].concat()
 }
 
-/// The key of the row of the device's public key; `None` if the profile has no key pair.
-pub(super) fn public_key_key(session: &Session) -> Option<Vec<u8>> {
-    let spki = session.public_key.as_deref()?;
-    Some([b"d", UniqueKey::of_public_key(spki).as_bytes().as_slice()].concat())
+pub(super) fn public_key_key(spki: &[u8]) -> Vec<u8> {
+    [b"d", UniqueKey::of_public_key(spki).as_bytes().as_slice()].concat()
 }
 
-/// The key of the row of the certificate's issuer and subject; `None` for a CWT.
-pub(super) fn subject_key(session: &Session) -> Option<Vec<u8>> {
-    let subject = IssuedSubject::of_to_be_signed(session.certificate.to_be_signed())?;
-    Some([b"j", UniqueKey::of_subject(&subject).as_bytes().as_slice()].concat())
+/// The key of the row of a session's public key; `None` if the profile has no key pair.
+pub(super) fn public_key_key_of(session: &Session) -> Option<Vec<u8>> {
+    session.public_key.as_deref().map(public_key_key)
+}
+
+pub(super) fn subject_key(subject: &IssuedSubject) -> Vec<u8> {
+    [b"j", UniqueKey::of_subject(subject).as_bytes().as_slice()].concat()
+}
+
+/// The key of the row of the subject of a session's certificate; `None` for a CWT.
+pub(super) fn subject_key_of(session: &Session) -> Option<Vec<u8>> {
+    IssuedSubject::of_to_be_signed(session.certificate.to_be_signed()).as_ref().map(subject_key)
 }
 
 pub(super) fn open_sessions_key(station: &StationName) -> Vec<u8> {

@@ -3,11 +3,13 @@
 use std::ops::Range;
 
 use async_trait::async_trait;
+use spp_format::certificate::IssuedSubject;
 use spp_format::names::{ChipId, DeviceIdentity, SessionId, StationName};
 
 use super::session_rows::{
     COUNTS, SESSION, UNFINISHED, chip_key, counts, identity_key, listed_session, open_sessions, open_sessions_key,
-    previous_key, public_key_key, require_session, session, session_by_index, session_key, subject_key, unfinished_key,
+    previous_key, public_key_key, public_key_key_of, require_session, session, session_by_index, session_key,
+    subject_key, subject_key_of, unfinished_key,
 };
 use super::state_store::SledStateStore;
 use super::view::View;
@@ -46,6 +48,16 @@ impl SessionReader for SledStateStore {
     async fn session_of_identity(&self, identity: &DeviceIdentity) -> Result<Option<Session>, StoreError> {
         let key = identity_key(identity);
         self.0.run("reading an identity's session", move |view| session_by_index(view, &key)).await
+    }
+
+    async fn session_of_subject(&self, subject: &IssuedSubject) -> Result<Option<Session>, StoreError> {
+        let key = subject_key(subject);
+        self.0.run("reading a subject's session", move |view| session_by_index(view, &key)).await
+    }
+
+    async fn session_of_public_key(&self, spki: &[u8]) -> Result<Option<Session>, StoreError> {
+        let key = public_key_key(spki);
+        self.0.run("reading a public key's session", move |view| session_by_index(view, &key)).await
     }
 
     async fn stored_key(&self, session: &SessionId) -> Result<Option<StoredKey>, StoreError> {
@@ -115,14 +127,14 @@ fn reserve(view: &mut View<'_>, new: &Session, pair: Option<&PairToReserve>) -> 
     if let Some(holder) = session_by_index(view, &identity_key(&new.identity))? {
         return Err(ReserveError::IdentityTaken(Box::new(holder)));
     }
-    let subject = subject_key(new);
+    let subject = subject_key_of(new);
     if let Some(key) = &subject
         && let Some(holder) = session_by_index(view, key)?
     {
         return Err(ReserveError::SubjectTaken { identity: new.identity.clone(), holder: Box::new(holder) });
     }
     // Only a device chooses a key that another one has: a pair that was generated here is new, or was leased from a pool.
-    let key_holder = public_key_key(new).map(|key| session_by_index(view, &key)).transpose()?.flatten();
+    let key_holder = public_key_key_of(new).map(|key| session_by_index(view, &key)).transpose()?.flatten();
     if new.own_key_pair
         && let Some(holder) = &key_holder
     {
@@ -145,7 +157,7 @@ fn reserve(view: &mut View<'_>, new: &Session, pair: Option<&PairToReserve>) -> 
         view.put_bytes(&key, new.id.as_bytes())?;
     }
     if key_holder.is_none()
-        && let Some(key) = public_key_key(new)
+        && let Some(key) = public_key_key_of(new)
     {
         view.put_bytes(&key, new.id.as_bytes())?;
     }
@@ -189,7 +201,7 @@ fn advance(view: &mut View<'_>, id: SessionId, from: StateName, to: SessionState
         // The chip's entry stays until its next reservation, so that its newest session can still be looked up.
         view.remove(&identity_key(&session.identity))?;
         // Sessions of an earlier version have no such rows: what is there may be another session's.
-        for key in [subject_key(&session), public_key_key(&session)].into_iter().flatten() {
+        for key in [subject_key_of(&session), public_key_key_of(&session)].into_iter().flatten() {
             if view.get_bytes(&key)?.as_deref() == Some(id.as_bytes().as_slice()) {
                 view.remove(&key)?;
             }

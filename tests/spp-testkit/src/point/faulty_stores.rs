@@ -12,6 +12,7 @@ use spp::store::{
     ReserveError, RewrappedPair, SecretStore, Session, SessionCounts, SessionCursor, SessionReader, SessionSet,
     SessionState, StateName, StateStore, StoreError,
 };
+use spp_format::certificate::IssuedSubject;
 use spp_format::keys::KeyType;
 use spp_format::names::{ChipId, DeviceIdentity, SessionId, StationName};
 use spp_format::record::{AuditCheckpoint, DeviceRecord, Publication, PublishedRecord, UniqueKey};
@@ -136,6 +137,14 @@ impl<S: StateStore> SessionReader for FaultyStore<S> {
 
     async fn session_of_identity(&self, identity: &DeviceIdentity) -> Result<Option<Session>, StoreError> {
         self.engine.session_of_identity(identity).await
+    }
+
+    async fn session_of_subject(&self, subject: &IssuedSubject) -> Result<Option<Session>, StoreError> {
+        self.engine.session_of_subject(subject).await
+    }
+
+    async fn session_of_public_key(&self, spki: &[u8]) -> Result<Option<Session>, StoreError> {
+        self.engine.session_of_public_key(spki).await
     }
 
     async fn stored_key(&self, session: &SessionId) -> Result<Option<StoredKey>, StoreError> {

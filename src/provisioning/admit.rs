@@ -115,6 +115,43 @@ impl Provisioner {
         Ok(IdentityState { session, record })
     }
 
+    /// Checks what must be free for a new session besides chip and identity.
+    async fn check_new(&self, order: &AdmittedOrder<'_>) -> Result<(), ProvisionError> {
+        let AdmittedOrder { station, identity, product, own_key, open_sessions, .. } = order;
+        let (subject, ()) = tokio::try_join!(
+            self.subject_holder(product, identity),
+            self.check_key_and_sessions(station, own_key.as_ref(), *open_sessions)
+        )?;
+        let taken = |session| Err(ProvisionError::SubjectTaken { identity: identity.clone(), session });
+        subject.map_or(Ok(()), taken)
+    }
+
+    /// Checks the device's own key, and the number of the station's sessions. Calls in progress at the same time may exceed that
+    /// limit by their number, which the listener bounds.
+    async fn check_key_and_sessions(
+        &self,
+        station: &StationName,
+        own_key: Option<&PublicKey>,
+        limit: u64,
+    ) -> Result<(), ProvisionError> {
+        // A pair that is generated here is checked by its supplier.
+        let key_holder = async {
+            match own_key {
+                Some(key) => self.public_key_holder(key).await,
+                None => Ok(None),
+            }
+        };
+        let open = async { Ok(self.journal.open_sessions(station).await?) };
+        let (key_holder, open) = tokio::try_join!(key_holder, open)?;
+        if let Some(session) = key_holder {
+            return Err(ProvisionError::PublicKeyTaken(session));
+        }
+        if open >= limit {
+            return Err(ProvisionError::TooManyOpen { station: station.clone(), limit });
+        }
+        Ok(())
+    }
+
     /// The other session whose certificate has the subject that this identity would get.
     async fn subject_holder(
         &self,
@@ -144,7 +181,9 @@ impl Provisioner {
         policy: &Policy,
     ) -> Result<(DeviceIdentity, IdentityState), ProvisionError> {
         let (product, permitted) = policy.permit_allocation(request)?;
-        let AssembleRequest { station, chip, profile, .. } = request;
+        let AssembleRequest { station, chip, profile, own_key, .. } = request;
+        // Before the allocation, which is permanent: an order that is refused must use up no identity.
+        self.check_key_and_sessions(station, own_key.as_ref(), policy.open_sessions(station)?).await?;
         let mut taken = None;
         for _ in 0..MAX_SKIPPED {
             let now = self.clock.now();
@@ -177,7 +216,11 @@ impl Provisioner {
                 }
                 return Err(ProvisionError::AlreadyComplete { chip: order.chip.clone(), session: record.session });
             }
-            return self.repeated_order(order, known).await;
+            let progress = self.repeated_order(order, known).await?;
+            if matches!(progress, Progress::New) {
+                self.check_new(order).await?;
+            }
+            return Ok(progress);
         }
         if let Some(other) = identity.session {
             let (chip, session) = (other.chip, other.id);
@@ -195,20 +238,7 @@ impl Provisioner {
             let (identity, chip, session) = (record.identity, record.chip, record.session);
             return Err(ProvisionError::IdentityTaken { identity, chip, session });
         }
-        if let Some(session) = self.subject_holder(order.product, &order.identity).await? {
-            return Err(ProvisionError::SubjectTaken { identity: order.identity.clone(), session });
-        }
-        // A pair that is generated here is checked by its supplier.
-        if let Some(own_key) = &order.own_key
-            && let Some(session) = self.public_key_holder(own_key).await?
-        {
-            return Err(ProvisionError::PublicKeyTaken(session));
-        }
-        // Calls in progress at the same time may exceed the limit by their number, which the listener bounds.
-        if self.journal.open_sessions(&order.station).await? >= order.open_sessions {
-            let (station, limit) = (order.station.clone(), order.open_sessions);
-            return Err(ProvisionError::TooManyOpen { station, limit });
-        }
+        self.check_new(order).await?;
         Ok(Progress::New)
     }
 

@@ -96,9 +96,12 @@ impl Provisioner {
             PublishError::Conflict(taken) if taken.session == Some(record.session) => {
                 self.registry.find_receipt(&record.chip, record.session).await?.ok_or_else(|| refused.into())
             }
-            // The device chose the key, so the conflict says nothing about the state store.
+            PublishError::Conflict(UniquenessConflict {
+                field: "certificate subject", session: Some(holder), ..
+            }) => Err(ProvisionError::SubjectTaken { identity: record.identity.clone(), session: *holder }),
+            // A device chose the key, this one or the other one, so the conflict says nothing about the state store.
             PublishError::Conflict(UniquenessConflict { field: "public key", session: Some(holder), .. })
-                if own_key_pair =>
+                if own_key_pair || self.journal.session(holder).await?.is_some_and(|other| other.own_key_pair) =>
             {
                 Err(ProvisionError::PublicKeyTaken(*holder))
             }

@@ -101,9 +101,7 @@ impl Policy {
             let problem = format!("the profile {} does not accept {} identities", request.profile, identity.kind());
             violations.insert(0, FieldViolation::new("identity", problem));
         }
-        if identity.has_insignificant_spaces() {
-            let problem =
-                "a serial number must not begin or end with a space, or have two in a row: certificates ignore them";
+        if let Err(problem) = identity.check_spaces() {
             violations.insert(0, FieldViolation::new("identity", problem));
         }
         if violations.is_empty() { Ok(product) } else { Err(ProvisionError::Invalid(violations)) }

@@ -38,9 +38,9 @@ pub async fn reindex(
     mut progress: impl FnMut(u64, u64),
 ) -> Result<ReindexReport, StoreError> {
     let files = LogFiles::open(dir, options, Arc::new(OsFs))?;
-    let known = match SledIndex::open(&files.index_dir(), options) {
+    let known = match SledIndex::open_or_size(&files.index_dir(), options).await {
         Ok(index) => index.mark().await.map_or(0, |mark| mark.size),
-        Err(_) => 0,
+        Err((_, known)) => known,
     };
     let recovered = files.recover(key, if accept_loss { 0 } else { known })?;
     let index = create_empty_index(&files, options)?;

@@ -93,11 +93,13 @@ impl TransparencyLog {
         fs: Arc<dyn Fs>,
     ) -> Result<Self, StoreError> {
         let files = LogFiles::open(dir, options, fs)?;
-        let index = match SledIndex::open(&files.index_dir(), options) {
-            Ok(index) => index.mark().await.map(|mark| (index, mark)).map_err(|e| e.to_string()),
-            Err(error) => Err(error.to_string()),
+        let (index, known) = match SledIndex::open_or_size(&files.index_dir(), options).await {
+            Ok(index) => match index.mark().await {
+                Ok(mark) => (Ok((index, mark)), mark.size),
+                Err(error) => (Err(error.to_string()), 0),
+            },
+            Err((error, known)) => (Err(error.to_string()), known),
         };
-        let known = index.as_ref().map_or(0, |(_, mark)| mark.size);
         let recovered = files.recover(signer.key(), known)?;
         let index = index.and_then(|(index, mark)| {
             match belongs_to_log(&mark, recovered.partial_bundle.base(), &recovered.entries, dir) {

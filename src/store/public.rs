@@ -112,7 +112,7 @@ pub trait LogReader: Send + Sync {
 /// Every append survives power loss once the call returns.
 #[async_trait]
 pub trait PublicDatabase: LogReader {
-    /// Appends a record whose chip ID, identity, certificate serial and public key are each new. Publishing a record of the same
+    /// Appends a record whose chip ID, identity, certificate serial, certificate subject and public key are each new. Publishing a record of the same
     /// session that differs only in its time returns the first publication. Any other difference is a `Conflict`, because a
     /// session has one record. Fails with `Full` below the disk space floor.
     async fn publish(&self, record: &DeviceRecord) -> Result<Publication, PublishError>;

@@ -162,6 +162,15 @@ async fn allocation_skips_identity_whose_subject_is_taken() {
     }
     let taken = Refusal::of(&assemble(&mut line, &named(4, "serial:gw-3")).await.unwrap_err());
     assert!(taken.is(Code::AlreadyExists, "SUBJECT_TAKEN"), "{taken:?}");
+    // A refused order uses up no identity.
+    let key_of_3 = named(3, "").csr;
+    for n in 10..14 {
+        let order = AssembleRequest { allocate_identity: true, csr: key_of_3.clone(), ..named(n, "") };
+        let taken = Refusal::of(&assemble(&mut line, &order).await.unwrap_err());
+        assert!(taken.is(Code::AlreadyExists, "PUBLIC_KEY_TAKEN"), "{taken:?}");
+    }
+    let next = AssembleRequest { allocate_identity: true, ..named(5, "") };
+    assert_eq!(assemble(&mut line, &next).await.unwrap().identity, "serial:GW-4");
 }
 
 /// Sessions that are begun and never finished would fill the state store and slow down every start.

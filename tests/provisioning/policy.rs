@@ -5,7 +5,9 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use spp::provisioning::{AssembleRequest, Assembled, Completion, Delivery, ProvisionError, Provisioner};
-use spp::store::{LogReader as _, SessionCounts, SessionReader as _, StateName};
+use spp::store::{
+    LogReader as _, ReserveError, Session, SessionCounts, SessionReader as _, SessionState, StateName, StateStore as _,
+};
 use spp_format::keys::PublicKey;
 use spp_format::names::SessionId;
 use spp_format::record::{AuditCheckpoint, DeviceRecord, Publication};
@@ -270,6 +272,17 @@ async fn subject_of_other_identity_refused_until_abort() {
     let mut first = device(1, "eui48:d967458e6b6c");
     first.assemble(&point).await.unwrap();
     assert_taken(device(2, "serial:D967458E6B6C").assemble(&point).await.unwrap_err());
+    // The transaction that reserves decides, whatever was read before it.
+    let racing = Session {
+        id: SessionId::from_bytes(&[9; 16]).unwrap(),
+        chip: device(2, "serial:x").chip,
+        identity: "serial:D967458E6B6C".parse().unwrap(),
+        public_key: None,
+        state: SessionState::Reserved,
+        ..first.session(&point).await.unwrap()
+    };
+    let refused = point.state().reserve(&racing, None).await;
+    assert!(matches!(refused, Err(ReserveError::SubjectTaken { .. })), "{refused:?}");
     first.complete(&point).await.unwrap();
     assert_taken(device(2, "serial:d967458E6b6c").assemble(&point).await.unwrap_err());
 

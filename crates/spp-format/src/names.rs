@@ -128,10 +128,15 @@ impl DeviceIdentity {
         }
     }
 
-    /// Reports whether a serial number begins or ends with a space, or has two in a row. Names ignore such spaces (RFC 5280
-    /// §7.1), so two such identities could have one certificate subject. Records of earlier versions may have them; orders may not.
-    pub fn has_insignificant_spaces(&self) -> bool {
-        matches!(self, Self::Serial(text) if text.split(' ').any(str::is_empty))
+    /// Refuses a serial number that begins or ends with a space, or has two in a row. Names ignore such spaces (RFC 5280 §7.1),
+    /// so two such identities could have one certificate subject. Records of earlier versions may have them; orders may not.
+    pub fn check_spaces(&self) -> Result<(), NameError> {
+        match self {
+            Self::Serial(text) if text.split(' ').any(str::is_empty) => Err(NameError::new(
+                "a serial number must not begin or end with a space, or have two in a row: certificates ignore them",
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// The part after the colon of the canonical form.
@@ -378,7 +383,7 @@ mod tests {
 
     #[test]
     fn insignificant_spaces_of_serial_found() {
-        let has = |text: &str| text.parse::<DeviceIdentity>().unwrap().has_insignificant_spaces();
+        let has = |text: &str| text.parse::<DeviceIdentity>().unwrap().check_spaces().is_err();
         assert!(["serial: a", "serial:a ", "serial:a  b", "serial: "].into_iter().all(has));
         assert!(!["serial:a", "serial:a b", "serial:a b c", "imei:490154203237518"].into_iter().any(has));
     }

@@ -6,6 +6,14 @@ use super::super::files::LogFiles;
 use super::*;
 use crate::store::directory::OsFs;
 
+/// Marks an index as one of the previous format.
+fn set_previous_format(index: &Path) {
+    let marker = index.join("store.toml");
+    let text = fs::read_to_string(&marker).unwrap();
+    assert!(text.contains("format = 2"), "{text}");
+    fs::write(marker, text.replace("format = 2", "format = 1")).unwrap();
+}
+
 /// Damages an index.
 type Damage = fn(&Path, &Path);
 
@@ -16,7 +24,7 @@ async fn unusable_index_is_rebuilt() {
     publish_all(&public, 5000..5300).await;
     close(public, &other).await;
     let others_index = other.dir().join("index");
-    let damages: [(&str, Damage); 6] = [
+    let damages: [(&str, Damage); 7] = [
         ("missing", |_, _| ()),
         ("an empty directory", |index, _| fs::create_dir(index).unwrap()),
         ("garbage", |index, _| {
@@ -32,6 +40,10 @@ async fn unusable_index_is_rebuilt() {
             fs::write(index.join("db"), bytes).unwrap();
         }),
         ("behind", |index, old| copy_directory(old, index)),
+        ("of the previous format", |index, old| {
+            copy_directory(old, index);
+            set_previous_format(index);
+        }),
         ("another log's", |_, _| ()),
     ];
     for (last, old_at) in scaled(&[(300, 100)][..], &[(300, 100), (600, 300)]).iter().copied() {
@@ -78,6 +90,10 @@ async fn old_copy_is_rejected_until_loss_is_accepted() {
             copy_directory(&old.join(part), &log.dir().join(part));
         }
         let before = (files_of(&log.dir().join("tile")), files_of(&log.dir().join("edge")));
+        // The size that it counted counts, although the index itself is to be rebuilt.
+        if last == 150 {
+            set_previous_format(&log.dir().join("index"));
+        }
         let refused = log.try_open().await.err().unwrap();
         assert!(matches!(refused, StoreError::Damaged { .. }), "{refused}");
         let message = format!("{old_at} entries found, {last} expected: the files are damaged or an old copy");

@@ -236,6 +236,7 @@ pub(super) fn identities(
 ) -> Result<(ProfileName, IdentityRange), CallError> {
     let profile = request.profile.parse().map_err(|e| CallError::invalid("profile", e))?;
     let first: DeviceIdentity = request.first.parse().map_err(|e| CallError::invalid("first", e))?;
+    first.check_spaces().map_err(|e| CallError::invalid("first", e))?;
     if !provisioner.policy().takes(&profile, &first) {
         let problem = format!("no profile {profile} accepts {} identities", first.kind());
         return Err(CallError::invalid("profile", problem));

@@ -29,6 +29,13 @@ static KIND: DatabaseKind = DatabaseKind {
     check: |view| mark(view).map(drop),
 };
 
+/// The previous format. Its mark is read before the index is rebuilt.
+static OLDER_KIND: DatabaseKind = DatabaseKind {
+    store: StoreKind { name: "index of the public database", marker: "index", format: 1 },
+    init: |_| Ok(()),
+    check: |view| mark(view).map(drop),
+};
+
 const MARK: &[u8] = b"n";
 
 /// High-water mark of the index.
@@ -71,6 +78,20 @@ impl SledIndex {
     /// Opens an existing index.
     pub(crate) fn open(dir: &Path, options: &StoreOptions) -> Result<Self, StoreError> {
         Committer::open(&KIND, dir, &Self::options(options), Arc::new(OsFs)).map(Self)
+    }
+
+    /// Opens an existing index. If that fails, the error comes with the number of entries of an index of the previous format:
+    /// the log's files must have at least as many, whichever index counted them.
+    pub(crate) async fn open_or_size(dir: &Path, options: &StoreOptions) -> Result<Self, (StoreError, u64)> {
+        let error = match Self::open(dir, options) {
+            Ok(index) => return Ok(index),
+            Err(error) => error,
+        };
+        let size = match Committer::open(&OLDER_KIND, dir, &Self::options(options), Arc::new(OsFs)) {
+            Ok(older) => Self(older).mark().await.map_or(0, |mark| mark.size),
+            Err(_) => 0,
+        };
+        Err((error, size))
     }
 
     /// No floor and no reserve: the log enforces both, and every entry in the log must be indexed.

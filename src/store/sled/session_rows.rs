@@ -18,7 +18,7 @@ use spp_format::names::{ChipId, DeviceIdentity, SessionId, StationName};
 use spp_format::record::UniqueKey;
 
 use super::view::View;
-use crate::store::{Session, SessionCounts, SessionCursor, StoreError};
+use crate::store::{Session, SessionCounts, SessionCursor, StateName, StoreError};
 
 pub(super) fn session(view: &View<'_>, id: &SessionId) -> Result<Option<Session>, StoreError> {
     view.get(&session_key(id), || format!("session {id}"))
@@ -27,6 +27,12 @@ pub(super) fn session(view: &View<'_>, id: &SessionId) -> Result<Option<Session>
 /// The session whose ID is stored under an index key.
 pub(super) fn session_by_index(view: &View<'_>, key: &[u8]) -> Result<Option<Session>, StoreError> {
     view.get_bytes(key)?.map(|id| require_session(view, &id)).transpose()
+}
+
+/// The session whose ID is stored under the key of a subject or a public key. An aborted one holds nothing: an earlier version of
+/// the daemon aborts sessions without removing these rows.
+pub(super) fn holding_session(view: &View<'_>, key: &[u8]) -> Result<Option<Session>, StoreError> {
+    Ok(session_by_index(view, key)?.filter(|session| session.state.name() != StateName::Aborted))
 }
 
 /// The session of a key of the list of unfinished sessions.

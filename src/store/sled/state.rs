@@ -7,9 +7,9 @@ use spp_format::certificate::IssuedSubject;
 use spp_format::names::{ChipId, DeviceIdentity, SessionId, StationName};
 
 use super::session_rows::{
-    COUNTS, SESSION, UNFINISHED, chip_key, counts, identity_key, listed_session, open_sessions, open_sessions_key,
-    previous_key, public_key_key, public_key_key_of, require_session, session, session_by_index, session_key,
-    subject_key, subject_key_of, unfinished_key,
+    COUNTS, SESSION, UNFINISHED, chip_key, counts, holding_session, identity_key, listed_session, open_sessions,
+    open_sessions_key, previous_key, public_key_key, public_key_key_of, require_session, session, session_by_index,
+    session_key, subject_key, subject_key_of, unfinished_key,
 };
 use super::state_store::SledStateStore;
 use super::view::View;
@@ -52,12 +52,12 @@ impl SessionReader for SledStateStore {
 
     async fn session_of_subject(&self, subject: &IssuedSubject) -> Result<Option<Session>, StoreError> {
         let key = subject_key(subject);
-        self.0.run("reading a subject's session", move |view| session_by_index(view, &key)).await
+        self.0.run("reading a subject's session", move |view| holding_session(view, &key)).await
     }
 
     async fn session_of_public_key(&self, spki: &[u8]) -> Result<Option<Session>, StoreError> {
         let key = public_key_key(spki);
-        self.0.run("reading a public key's session", move |view| session_by_index(view, &key)).await
+        self.0.run("reading a public key's session", move |view| holding_session(view, &key)).await
     }
 
     async fn stored_key(&self, session: &SessionId) -> Result<Option<StoredKey>, StoreError> {
@@ -129,12 +129,12 @@ fn reserve(view: &mut View<'_>, new: &Session, pair: Option<&PairToReserve>) -> 
     }
     let subject = subject_key_of(new);
     if let Some(key) = &subject
-        && let Some(holder) = session_by_index(view, key)?
+        && let Some(holder) = holding_session(view, key)?
     {
         return Err(ReserveError::SubjectTaken { identity: new.identity.clone(), holder: Box::new(holder) });
     }
     // Only a device chooses a key that another one has: a pair that was generated here is new, or was leased from a pool.
-    let key_holder = public_key_key_of(new).map(|key| session_by_index(view, &key)).transpose()?.flatten();
+    let key_holder = public_key_key_of(new).map(|key| holding_session(view, &key)).transpose()?.flatten();
     if new.own_key_pair
         && let Some(holder) = &key_holder
     {
@@ -192,9 +192,9 @@ fn advance(view: &mut View<'_>, id: SessionId, from: StateName, to: SessionState
             _ => session.created,
         };
         pairs::erase(view, &id, at)?;
-        let open = open_sessions(view, &session.station)?;
-        let underflow = || view.damaged(format!("the open sessions of {}", session.station), "the count is already 0");
-        view.put(&open_sessions_key(&session.station), &open.checked_sub(1).ok_or_else(underflow)?)?;
+        // A count that an earlier version of the daemon left too low must not keep a session from ending.
+        let open = open_sessions(view, &session.station)?.saturating_sub(1);
+        view.put(&open_sessions_key(&session.station), &open)?;
         view.remove(&unfinished_key(&session.cursor()))?;
     }
     if target == StateName::Aborted {

@@ -115,7 +115,8 @@ pub(super) fn normalised(name: &Name) -> Vec<u8> {
 
 /// Lower case, without spaces at either end, with single spaces inside.
 fn normalised_text(text: &str) -> String {
-    text.split_whitespace().map(str::to_lowercase).collect::<Vec<_>>().join(" ")
+    let words = text.split_whitespace().map(|word| word.chars().flat_map(char::to_lowercase).collect::<String>());
+    words.collect::<Vec<_>>().join(" ")
 }
 
 fn rdn(oid: ObjectIdentifier, tag: Tag, value: &str) -> der::Result<RelativeDistinguishedName> {

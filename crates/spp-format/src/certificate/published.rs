@@ -3,9 +3,10 @@
 use der::Decode as _;
 use der::oid::AssociatedOid as _;
 use x509_cert::certificate::{Raw, TbsCertificateInner};
-use x509_cert::ext::pkix::{AuthorityKeyIdentifier, BasicConstraints, KeyUsage, SubjectAltName};
+use x509_cert::ext::pkix::{AuthorityKeyIdentifier, BasicConstraints, ExtendedKeyUsage, KeyUsage, SubjectAltName};
 
 use super::lint_findings::LintFindings;
+use super::tbs::FORBIDDEN_KEY_PURPOSES;
 use super::{IssuerCertificate, signed, verify_device_certificate};
 use crate::names::{ChipId, DeviceIdentity};
 
@@ -90,6 +91,14 @@ fn x509(certificate: &[u8], issuer: &IssuerCertificate, findings: &mut LintFindi
             !usage.key_cert_sign() && !usage.crl_sign(),
             "key-usage",
             "keyCertSign and cRLSign are forbidden for devices",
+        );
+    }
+    if let Some(Ok(usages)) = value(ExtendedKeyUsage::OID).map(ExtendedKeyUsage::from_der) {
+        let forbidden = usages.0.iter().any(|oid| FORBIDDEN_KEY_PURPOSES.contains(oid));
+        findings.require(
+            !forbidden,
+            "extended-key-usage",
+            "OCSPSigning and anyExtendedKeyUsage are forbidden for devices",
         );
     }
     findings.require(value(BasicConstraints::OID).is_none(), "basic-constraints", "forbidden for devices");

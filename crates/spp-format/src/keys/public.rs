@@ -73,7 +73,8 @@ impl PublicKey {
             let (curve, part) = match spki.algorithm.oid {
                 EC_PUBLIC_KEY => {
                     let (form, coordinates) = bits.split_first()?;
-                    let x_len = if *form == 0x04 { coordinates.len() / 2 } else { coordinates.len() };
+                    // 06 and 07: the hybrid form of X9.62, both coordinates as well.
+                    let x_len = if matches!(form, 0x02 | 0x03) { coordinates.len() } else { coordinates.len() / 2 };
                     (spki.algorithm.parameters_oid().ok(), coordinates.get(..x_len)?)
                 }
                 RSA_ENCRYPTION => (None, pkcs1::RsaPublicKeyRef::from_der(bits).ok()?.modulus.as_bytes()),

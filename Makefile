@@ -82,7 +82,7 @@ pages: programs $(python)/done ## test the public pages in a browser; screenshot
 	PATH="$(CURDIR)/$(python)/bin:$$PATH" deploy/demo/demo.sh --directory target/pages --port 9443 --bin target/debug -- \
 	    tests/pages/run.sh
 
-soak: hsm-modules $(python)/done ## run the long tests in full size, about an hour; SPP_SEED=N repeats one
+soak: hsm-modules $(python)/done ## run the long tests in full size, about 15 minutes; SPP_SEED=N repeats one
 	SPP_SOAK=1 SPP_TEST_DIR=$${SPP_TEST_DIR:-/var/tmp} $(nextest) nextest run --locked --workspace --profile soak --status-level all
 
 fuzz: ## run each fuzz target for SECONDS_EACH seconds (default 30); TARGETS="a b" selects targets

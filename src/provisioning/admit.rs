@@ -13,7 +13,8 @@ use super::session_recovery::Step;
 use super::{AssembleRequest, Policy, ProvisionError, Provisioner};
 use crate::store::{Intent, Issued, Loaded, Session, SessionState};
 
-/// Maximum number of identities that one call skips because the public database has them or their subjects. The next call continues after them.
+/// Maximum number of identities that one call skips because the public database has them, or because their subjects are taken. The
+/// next call continues after them.
 const MAX_SKIPPED: usize = 100;
 
 /// An order that its station may place, that fits its profile, and whose chip and identity are free or already belong to each

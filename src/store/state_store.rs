@@ -88,7 +88,8 @@ pub trait SessionReader: Send + Sync {
     /// Number of sessions per state. The store maintains the counts, so the call does not scan.
     async fn counts(&self) -> Result<SessionCounts, StoreError>;
 
-    /// Number of a station's sessions that are not final. The store maintains it, so the call does not scan.
+    /// Number of a station's sessions that are not final. The store maintains it, so the call does not scan; of a store of an
+    /// earlier version it counts the unfinished sessions until the station begins or ends one.
     async fn open_sessions(&self, station: &StationName) -> Result<u64, StoreError>;
 
     /// Up to `limit` production rows of a range of hours since the Unix epoch, ordered by hour, station and profile, after row
@@ -113,16 +114,16 @@ pub trait SessionReader: Send + Sync {
 #[async_trait]
 pub trait StateStore: SessionReader {
     /// Atomically journals a new session in state Reserved and assigns its key pair. All earlier sessions of the chip and the
-    /// identity must be aborted, and a pooled pair must be ready. The subject of the certificate
-    /// must not be that of another session that is not aborted. The public key of a device that generated its own pair must not be that of another session
-    /// that is not aborted. Repeating the same reservation succeeds. Fails with
-    /// `QuotaExceeded` beyond the station's quota in force, with `WrongState` if another session has the ID, and with `Full`
-    /// below the disk space floor.
+    /// identity must be aborted, and a pooled pair must be ready. The subject of the certificate must not be that of another
+    /// session that is not aborted, and neither must the public key of a device that generated its own pair. Repeating the
+    /// same reservation succeeds. Fails with `QuotaExceeded` beyond the station's quota in force, with `WrongState` if another
+    /// session has the ID, and with `Full` below the disk space floor.
     async fn reserve(&self, session: &Session, pair: Option<&PairToReserve>) -> Result<(), ReserveError>;
 
     /// Moves a session from state `from` to state `to`. Fails with `WrongState` if it is not in `from`, or if the step is not
     /// allowed ([`StateName::can_advance_to`]). `Erased` and `Aborted` permanently erase the key pair in the same transaction.
-    /// Aborting releases the chip, the identity, the certificate's subject and the public key. A session that is already in state `to`, with equal data, is returned
-    /// unchanged. A missing session is `Damaged`, because callers only know IDs from the store.
+    /// Aborting releases the chip, the identity, the certificate's subject and the public key. A session that is already in
+    /// state `to`, with equal data, is returned unchanged. A missing session is `Damaged`, because callers only know IDs from
+    /// the store.
     async fn advance(&self, session: &SessionId, from: StateName, to: SessionState) -> Result<Session, StoreError>;
 }

@@ -250,7 +250,7 @@ fn hsm(families: &mut Registry, provisioner: &Provisioner) {
     families.register("hsm_ready", "Whether this HSM is ready", up);
     families.register("hsm_calls", "Calls answered by the HSM", calls);
     families.register("hsm_worker_starts", "Starts of the HSM's worker process", starts);
-    let help = "Duration of HSM operations, by operation and result";
+    let help = "Duration of calls in the HSM, by operation and result";
     families.register_with_unit("hsm_operation", help, Unit::Seconds, Latencies(status.members));
 }
 
